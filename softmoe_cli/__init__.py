@@ -1,0 +1,1 @@
+"""softmoe: train, cost and compare mixture-of-experts vision transformers."""

@@ -1,0 +1,5 @@
+"""`python -m softmoe_cli` is `softmoe`."""
+
+from softmoe_cli.cli import main
+
+main()

@@ -1,0 +1,364 @@
+"""The commands. Hydra begins and ends here; torch, timm and wandb are imported by the command that needs them."""
+
+import dataclasses
+import os
+import re
+import sys
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from softmoe_cli.config import Config, EvaluateConfig, Model, UsageError, check_channels, nearest
+
+T = typing.TypeVar("T", Config, EvaluateConfig, Model)
+
+HELP = """\
+softmoe: train, cost and compare mixture-of-experts vision transformers
+
+usage: softmoe COMMAND [ARGUMENTS]
+
+  train      compose an experiment and train it            softmoe train model=vit_nano2_soft seed=1
+  finetune   the same loop, from a checkpoint              softmoe finetune checkpoint=RUN data=digits
+  evaluate   quality of a checkpoint on a data set         softmoe evaluate checkpoint=RUN
+  list       models, routers, data sets, recipes, experiments
+
+softmoe COMMAND --help says more; --debug shows the traceback of an error."""
+
+USAGE = {
+    "train": """\
+softmoe train [GROUP=CHOICE | KEY=VALUE]...   compose an experiment and train it
+
+  softmoe train                                        a small Soft MoE on real digits, in seconds
+  softmoe train model=vit_s16_soft data=folder data.root=PATH
+  softmoe train model/backbone=vit_nano4 model/router=dense data=fashion_mnist train.minutes=5
+  softmoe train -m model.router.num_experts=8,16,32 seed=0,1,2      a sweep: every combination
+  softmoe train --cfg job                              print the composed configuration and stop
+
+The same configuration is the same folder: finished runs are not repeated, stopped ones go on.""",
+    "finetune": """\
+softmoe finetune checkpoint=SOURCE [GROUP=CHOICE | KEY=VALUE]...   the same loop, from given weights
+
+  softmoe finetune checkpoint=outputs/default/RUN data=digits
+  softmoe finetune checkpoint=weights.safetensors data=cifar10 model.image_size=64
+  softmoe finetune checkpoint=timm:vit_tiny_patch16_224 data=folder data.root=PATH
+
+SOURCE is a run folder, a .safetensors file or timm:NAME. The model is the checkpoint's; the head is kept only
+when the classes are the same. model.image_size resamples the position table and keeps the slots.""",
+    "evaluate": """\
+softmoe evaluate checkpoint=SOURCE [data=CHOICE] [KEY=VALUE]...   quality of a checkpoint on a data set
+
+  softmoe evaluate checkpoint=outputs/default/RUN
+  softmoe evaluate checkpoint=weights.safetensors data=folder data.root=PATH split=test format=json
+
+Without data= the set that the checkpoint was trained on is read.""",
+    "list": "softmoe list   models, routers, data sets, recipes and experiments, a line each",
+}
+
+
+def main() -> None:
+    """The entry point: runs sys.argv and exits with 0, 1 (a run failed), 2 (cannot work) or 130 (interrupted)."""
+    arguments = sys.argv[1:]
+    debug = "--debug" in arguments
+    try:
+        code = _dispatch([argument for argument in arguments if argument != "--debug"])
+    except UsageError as error:
+        code = _failed(error, 2, debug)
+    except KeyboardInterrupt as error:
+        code = _failed(error, 130, debug)
+    except RuntimeError as error:
+        from softmoe_cli.record import RunError
+
+        if not isinstance(error, RunError):
+            raise
+        code = _failed(error, 1, debug)
+    sys.stdout.flush()
+    if "softmoe_cli.mirror" in sys.modules and sys.modules["softmoe_cli.mirror"].stuck:
+        os._exit(code)  # W&B's own goodbye would wait for a server that does not answer
+    sys.exit(code)
+
+
+def _failed(error: BaseException, code: int, debug: bool) -> int:
+    if debug:
+        raise error
+    text = str(error)
+    if isinstance(error, KeyboardInterrupt):
+        text = f"stopped by {text or 'SIGINT'}; type the same command to go on"
+    print(f"softmoe: {text}", file=sys.stderr)
+    return code
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(HELP)
+        return 0
+    if arguments[0] == "--version":
+        from importlib.metadata import version
+
+        print(version("softmoe-cli"))
+        return 0
+    command, rest = arguments[0], arguments[1:]
+    if command not in USAGE:
+        raise UsageError(f"there is no command '{command}'.{nearest(command, USAGE)} Commands: {', '.join(USAGE)}")
+    if "-h" in rest or "--help" in rest:
+        print(USAGE[command])
+        if command != "list":
+            print(_options(EvaluateConfig if command == "evaluate" else Config))
+        return 0
+    if command == "list":
+        if rest:
+            raise UsageError(f"softmoe list takes no arguments, got {' '.join(rest)}")
+        print(_list())
+        return 0
+    _hydra(command, rest)
+    return 0
+
+
+def _options(section: type, prefix: str = "") -> str:
+    """Every option of a config dataclass: key, choices and meaning."""
+    lines = [] if prefix else ["", "options (defaults: --cfg job)"]
+    hints = typing.get_type_hints(section)
+    for f in dataclasses.fields(section):
+        if dataclasses.is_dataclass(hints[f.name]):
+            lines.append(_options(typing.cast(type, hints[f.name]), f"{prefix}{f.name}."))
+        else:
+            choices = f" [{'|'.join(f.metadata['choices'])}]" if f.metadata["choices"] else ""
+            lines.append(f"  {prefix}{f.name:<{max(1, 30 - len(prefix))}} {f.metadata['meaning']}{choices}")
+    return "\n".join(lines)
+
+
+def conf_folder() -> Path:
+    """conf/ beside the package in a checkout, inside it in an installed wheel."""
+    here = Path(__file__).resolve().parent
+    return here / "conf" if (here / "conf").is_dir() else here.parent / "conf"
+
+
+def _own_conf() -> Path | None:
+    """A conf folder of the user's in the working directory, if it is not ours."""
+    own = Path.cwd() / "conf"
+    return own if own.is_dir() and own.resolve() != conf_folder() else None
+
+
+def _list() -> str:
+    """The first comment of every yaml in the groups that people choose from."""
+    groups = {
+        "model": "models, model=",
+        "model/backbone": "backbones, model/backbone=",
+        "model/router": "routers, model/router=",
+        "data": "data sets, data=",
+        "recipe": "recipes, recipe=",
+        "experiment": "experiments, +experiment=",
+    }
+    lines = []
+    for group, title in groups.items():
+        files = {f.stem: f for root in (conf_folder(), _own_conf()) if root for f in (root / group).glob("[!_]*.yaml")}
+        if files:
+            lines.append(f"\n{title}")
+        for name, file in sorted(files.items()):
+            comments = (line[2:] for line in file.read_text().splitlines() if line.startswith("# "))
+            lines.append(f"  {name:<20} {next((c for c in comments if not c.startswith('@')), '')}")
+    return "\n".join(lines).lstrip("\n")
+
+
+def _hydra(command: str, arguments: list[str]) -> None:
+    """Composes with Hydra and runs the command for each job; Hydra's own errors become one sentence."""
+    import hydra
+    from hydra.core.config_search_path import ConfigSearchPath
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.plugins import Plugins
+    from hydra.errors import HydraException
+    from hydra.plugins.search_path_plugin import SearchPathPlugin
+    from omegaconf import DictConfig
+    from omegaconf.errors import OmegaConfBaseException
+
+    class OwnConf(SearchPathPlugin):
+        """A conf folder in the working directory comes first, so that it can add and replace."""
+
+        def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+            own = _own_conf()
+            if own is not None:
+                search_path.prepend("softmoe-own", f"file://{own}")
+
+    ConfigStore.instance().store(name="schema", node=Config)
+    ConfigStore.instance().store(name="evaluate_schema", node=EvaluateConfig)
+    Plugins.instance().register(OwnConf)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing and leaving with status 1
+    sys.argv = ["softmoe", *arguments]
+    tasks: dict[str, Callable[[Any], None]] = {"train": _train, "finetune": _finetune, "evaluate": _evaluate}
+
+    def task(config: DictConfig) -> None:
+        tasks[command](config)
+
+    try:
+        hydra.main(version_base=None, config_path=str(conf_folder()), config_name=command)(task)()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UsageError(_explain(error, command, arguments)) from error
+
+
+def _explain(error: Exception, command: str, arguments: list[str]) -> str:
+    """One sentence for what Hydra or OmegaConf refused: the key, the value, the choices, the nearest."""
+    from hydra.errors import MissingConfigException, OverrideParseException
+    from omegaconf.errors import ValidationError
+
+    if isinstance(error, OverrideParseException):
+        return f"cannot read '{error.override}': {str(error.message).splitlines()[0]}; write KEY=VALUE"
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        choices = [choice for choice in error.options if not choice.startswith("_")]
+        return f"{group}={name}: no such choice.{nearest(name, choices)} Choices: {', '.join(choices)}"
+    text = " ".join(str(error).split())
+    refused = re.match(r"Could not (?:override|append to config|delete from config).*?'([^']+)'", text)
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    if isinstance(cause, ValidationError):
+        key = str(cause.full_key)
+        typed = next((a for a in arguments if a.lstrip("+~").partition("=")[0] == key), key)
+        return f"{typed}: {str(cause).splitlines()[0]}"
+    if refused:
+        key = refused[1].partition("@")[0].partition("=")[0]
+        known = _known_keys(command)
+        typed = next((a for a in arguments if a.lstrip("+~").partition("=")[0] == key), key)
+        if key in known and typed.startswith("+"):
+            return f"{typed}: {key} exists already; leave out the +"
+        section = key.rpartition(".")[0]
+        siblings = [k for k in known if k.rpartition(".")[0] == section]
+        by_leaf = nearest(key.rpartition(".")[2], {k.rpartition(".")[2] for k in known})
+        hint = nearest(key, known) or next(
+            (f" Did you mean '{k}'?" for k in known if by_leaf and by_leaf.endswith(f" '{k.rpartition('.')[2]}'?")), ""
+        )
+        return f"{typed}: there is no key '{key}'.{hint}" + (
+            f" {section or 'top-level'} keys: {', '.join(siblings)}" if siblings else ""
+        )
+    return text
+
+
+def _known_keys(command: str) -> list[str]:
+    """Every key and group of the command's default configuration."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    with initialize_config_dir(str(conf_folder()), version_base=None):
+        tree = OmegaConf.to_container(compose(command), resolve=False, throw_on_missing=False)
+
+    def walk(node: Any, prefix: str) -> list[str]:
+        keys = []
+        for key, value in node.items():
+            keys += [f"{prefix}{key}"] + (walk(value, f"{prefix}{key}.") if isinstance(value, dict) else [])
+        return keys
+
+    return [*walk(tree, ""), "recipe", "model/backbone", "model/router", "experiment"]
+
+
+def _refuse_unknown(node: Any, section: type, prefix: str = "") -> None:
+    """`+key=value` slips past Hydra's schema; here it does not."""
+    hints = typing.get_type_hints(section)
+    for key in node:
+        if key not in hints:
+            raise UsageError(f"{prefix}{key}: there is no such key.{nearest(str(key), hints)}")
+        if dataclasses.is_dataclass(hints[key]) and isinstance(node[key], dict):
+            _refuse_unknown(node[key], typing.cast(type, hints[key]), f"{prefix}{key}.")
+
+
+def _plain(config: Any, section: type) -> dict[str, Any]:
+    """The composed configuration as plain containers, unresolved, with unknown keys refused."""
+    from omegaconf import OmegaConf
+
+    tree = OmegaConf.to_container(config, resolve=False, throw_on_missing=False)
+    assert isinstance(tree, dict)
+    _refuse_unknown(tree, section)
+    return {str(key): value for key, value in tree.items()}
+
+
+def _door(tree: dict[str, Any], section: type[T]) -> T:
+    """Plain containers to checked dataclasses: below this nobody knows OmegaConf.
+
+    Raises:
+        UsageError: a value that is missing, of the wrong type or out of range.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(section), tree)
+        missing = OmegaConf.missing_keys(merged)
+        if missing:
+            raise UsageError(f"{sorted(missing)[0]} has no default; give it a value")
+        checked = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise UsageError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+    assert isinstance(checked, section)
+    checked.check()
+    return checked
+
+
+def _overlay(base: dict[str, Any], typed: Any) -> dict[str, Any]:
+    """`base` with what was typed on top; `???` is what nobody typed."""
+    merged = dict(base)
+    for key, value in (typed if isinstance(typed, dict) else {}).items():
+        if isinstance(value, dict) and isinstance(base.get(key), dict):
+            merged[key] = _overlay(base[key], value)
+        elif value != "???":
+            merged[key] = value
+    return merged
+
+
+def _typed(key: str) -> bool:
+    from hydra.core.hydra_config import HydraConfig
+
+    return any(override.partition("=")[0] == key for override in HydraConfig.get().overrides.task)
+
+
+def _train(config: Any) -> None:
+    checked = _door(_plain(config, Config), Config)
+    if checked.checkpoint is not None:
+        raise UsageError(f"checkpoint={checked.checkpoint} belongs to softmoe finetune; softmoe train starts afresh")
+    from softmoe_cli.terminal import Screen
+    from softmoe_cli.train import train
+
+    train(checked, "train", None, Screen())
+
+
+def _finetune(config: Any) -> None:
+    tree = _plain(config, Config)
+    if not tree["checkpoint"]:
+        raise UsageError("softmoe finetune needs checkpoint=: a run folder, a .safetensors file or timm:NAME")
+    from softmoe_cli.models import read_checkpoint
+    from softmoe_cli.terminal import Screen
+    from softmoe_cli.train import train
+
+    source = read_checkpoint(tree["checkpoint"])
+    _inherit(tree, source.card, source.label)
+    train(_door(tree, Config), "finetune", source, Screen())
+
+
+def _inherit(tree: dict[str, Any], card: dict[str, Any], label: str) -> None:
+    """Model and pixel normalisation are the checkpoint's, but for what was typed."""
+    if "model" not in card and (not isinstance(tree["model"], dict) or tree["model"].get("image_size") == "???"):
+        raise UsageError(f"checkpoint={label} does not say what model it is; name one with model=")
+    tree["model"] = _overlay(card.get("model", {}), tree["model"])
+    for key in ("mean", "std"):
+        if key in card.get("data", {}) and not _typed(f"data.{key}"):
+            tree["data"][key] = card["data"][key]
+
+
+def _evaluate(config: Any) -> None:
+    tree = _plain(config, EvaluateConfig)
+    if tree["checkpoint"] == "???":
+        raise UsageError("softmoe evaluate needs checkpoint=: a run folder or a .safetensors file")
+    from softmoe_cli.evaluate import evaluate_checkpoint
+    from softmoe_cli.models import read_checkpoint
+
+    source = read_checkpoint(tree["checkpoint"])
+    if "model" not in source.card:
+        raise UsageError(f"checkpoint={source.label} does not say what model it is; softmoe saved no such file")
+    named = isinstance(tree["data"], dict) and tree["data"].get("name") != "???"
+    tree["data"] = _overlay(source.card["data"], tree["data"])
+    if named:
+        for key in ("mean", "std"):
+            if not _typed(f"data.{key}"):
+                tree["data"][key] = source.card["data"][key]
+    checked = _door(tree, EvaluateConfig)
+    model = _door(source.card["model"], Model)
+    check_channels(checked.data, model.in_chans)
+    evaluate_checkpoint(checked, model, source)

@@ -1,0 +1,406 @@
+"""Every option that exists: its type, its meaning and what values it may take.
+
+The dataclasses hold no numbers: those stand in `conf/`, once each. `option` keeps an option's meaning
+and bounds beside its type; `softmoe train --help` prints them, and `check` enforces them.
+"""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from omegaconf import MISSING
+
+
+class UsageError(ValueError):
+    """Something the user typed or pointed at cannot work; the message says what and the way out."""
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """` Did you mean 'x'?` for the choice closest to `word`, else the empty string."""
+    found = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
+    return f" Did you mean '{found[0]}'?" if found else ""
+
+
+def option(
+    meaning: str,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    above: float = -math.inf,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """A dataclass field without a default: `conf/` chooses. low <= value <= high, value > above."""
+    limits = {"meaning": meaning, "low": low, "high": high, "above": above, "choices": choices}
+    return field(default=MISSING, metadata=limits)
+
+
+def _check(section: Any) -> None:
+    """Hold every value of a config dataclass against the bounds beside its type."""
+    for f in dataclasses.fields(section):
+        value, limits = getattr(section, f.name), f.metadata
+        key = ".".join(filter(None, [section.path, f.name]))
+        if value is None or not limits:
+            continue
+        if limits["choices"] and value not in limits["choices"]:
+            raise UsageError(
+                f"{key}={value} is not one of {', '.join(limits['choices'])}.{nearest(str(value), limits['choices'])}"
+            )
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                continue
+            if math.isnan(number):
+                raise UsageError(f"{key}={value}: not a number")
+            if not (limits["low"] <= number <= limits["high"] and number > limits["above"]):
+                bounds = [f"> {limits['above']:g}"] * (limits["above"] > -math.inf)
+                bounds += [f">= {limits['low']:g}"] * (limits["low"] > -math.inf)
+                bounds += [f"<= {limits['high']:g}"] * (limits["high"] < math.inf)
+                raise UsageError(f"{key}={value} is out of range: it must be {' and '.join(bounds)}")
+
+
+@dataclass
+class Backbone:
+    """A timm VisionTransformer. The defaults of conf/model/backbone follow the official Soft MoE code."""
+
+    path: ClassVar[str] = "model.backbone"
+    name: str = option("what tables call it, such as vit_s16")
+    timm: str | None = option("a timm ViT by name; every choice below is then timm's and stays null")
+    patch_size: int | None = option("pixels on a patch's side", low=1)
+    width: int | None = option("d, numbers per token", low=1)
+    depth: int | None = option("blocks", low=1)
+    heads: int | None = option("attention heads; they divide the width", low=1)
+    mlp_width: int | None = option("h, hidden width of a dense MLP and of an expert", low=1)
+    class_token: bool | None = option("put a learned token before the patches")
+    pool: str | None = option("avg: mean over tokens; token: the class token", choices=("avg", "token"))
+    norm_after_pool: bool | None = option("final LayerNorm after pooling (timm's fc_norm) or before it (official)")
+    qk_norm: str | None = option(
+        "LayerNorm on queries and keys: scale (official) has no bias", choices=("none", "scale", "affine")
+    )
+    gelu: str | None = option("tanh approximation (official, JAX) or exact erf (timm)", choices=("tanh", "erf"))
+    norm_eps: float | None = option("LayerNorm epsilon", above=0)
+    layer_scale: float | None = option("initial LayerScale of both residual branches; null: none", above=0)
+    drop_path: float | None = option("stochastic depth of the last block; earlier ones less", low=0, high=0.99)
+    init: str | None = option(
+        "official: Xavier kernels, zero head, bias -ln(classes); timm: timm's", choices=("official", "timm")
+    )
+
+    def check(self) -> None:
+        _check(self)
+        chosen = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("name", "timm")}
+        if self.timm is not None:
+            extra = [name for name, value in chosen.items() if value is not None]
+            if extra:
+                raise UsageError(
+                    f"model.backbone.timm={self.timm} brings its own {extra[0]}; leave model.backbone.{extra[0]} null"
+                )
+            return
+        missing = [name for name, value in chosen.items() if value is None and name != "layer_scale"]
+        if missing:
+            raise UsageError(f"model.backbone.{missing[0]}=null needs a value unless model.backbone.timm names a model")
+        assert self.width is not None and self.heads is not None
+        if self.width % self.heads:
+            raise UsageError(f"model.backbone.heads={self.heads} does not divide model.backbone.width={self.width}")
+        if self.pool == "token" and not self.class_token:
+            raise UsageError("model.backbone.pool=token needs model.backbone.class_token=true")
+
+
+@dataclass
+class Model:
+    """A backbone, a router, and which of the backbone's MLPs the router's experts replace."""
+
+    path: ClassVar[str] = "model"
+    backbone: Backbone = field(default_factory=Backbone)
+    router: Any = option("a router and its options (model/router=NAME); dense has none")
+    image_size: int = option("pixels on the side of the square that the model sees", low=1)
+    in_chans: int = option("colour channels of its input; grey images are repeated", low=1)
+    moe_blocks: Any = option("last_N, every_N (every Nth block, from the Nth), or a list of block numbers from 0")
+    expert_init: str = option(
+        "identical: all experts of a layer start equal (official)", choices=("identical", "independent")
+    )
+
+    def check(self) -> None:
+        _check(self)
+        self.backbone.check()
+        if not isinstance(self.router, dict) or "_target_" not in self.router:
+            raise UsageError(f"model.router={self.router}: choose one with model/router=NAME (softmoe list shows them)")
+        if self.router["_target_"] is None:
+            self.moe_blocks = []  # so that a dense control is the same run whatever placement its rivals sweep over
+        elif self.backbone.depth is not None:
+            self.moe_blocks = placement(self.moe_blocks, self.backbone.depth)
+            if not self.moe_blocks:
+                raise UsageError(
+                    f"model.moe_blocks=[] leaves router {self.router_name} without a block and the model dense; "
+                    "use model/router=dense or name blocks, such as model.moe_blocks=last_2"
+                )
+        patch = self.backbone.patch_size
+        if patch is not None and self.image_size % patch:
+            raise UsageError(
+                f"model.image_size={self.image_size} is not a multiple of model.backbone.patch_size={patch}; "
+                f"the nearest sizes that are: {max(1, self.image_size // patch) * patch}, "
+                f"{(self.image_size // patch + 1) * patch}"
+            )
+
+    @property
+    def router_name(self) -> str:
+        """The word that tables use: the router's module name, or `dense`."""
+        target = self.router["_target_"]
+        return "dense" if target is None else str(target).split(".")[-2]
+
+    @property
+    def name(self) -> str:
+        return f"{self.backbone.name}_{self.router_name}"
+
+
+def placement(moe_blocks: Any, depth: int) -> list[int]:
+    """Block numbers, from 0, of `last_N` (the last N), `every_N` (N-1, 2N-1, …) or an explicit list."""
+    if isinstance(moe_blocks, str):
+        kind, _, count = moe_blocks.partition("_")
+        if kind not in ("last", "every") or not count.isdigit() or not 1 <= int(count) <= depth:
+            raise UsageError(
+                f"model.moe_blocks={moe_blocks} is none of last_N, every_N with N from 1 to {depth}, or a list as [1,3]"
+            )
+        n = int(count)
+        return list(range(depth - n, depth)) if kind == "last" else list(range(n - 1, depth, n))
+    if not isinstance(moe_blocks, list) or not all(type(block) is int for block in moe_blocks):
+        raise UsageError(f"model.moe_blocks={moe_blocks} is none of last_N, every_N or a list like [1,3]")
+    bad = [block for block in moe_blocks if not 0 <= block < depth]
+    if bad or len(set(moe_blocks)) != len(moe_blocks):
+        raise UsageError(f"model.moe_blocks={moe_blocks}: block numbers run from 0 to {depth - 1}, each at most once")
+    return sorted(moe_blocks)
+
+
+@dataclass
+class Data:
+    """A set of images with labels, cut into training, validation and test images once and for all."""
+
+    path: ClassVar[str] = "data"
+    name: str = option("which set", choices=("digits", "fashion_mnist", "cifar10", "cifar100", "folder"))
+    root: str = option("where its files are, or are downloaded to; unused by digits")
+    num_classes: int | None = option("classes, and width of the model's head; null: as many as a folder has", low=1)
+    image_size: int = option("pixels on the side of a decoded image; folder images are resized and cut to it", low=1)
+    channels: int = option("1 for grey, 3 for colour", low=1, high=3)
+    mean: list[float] = option("subtracted from pixels in [0, 1]: one number, or one per channel")
+    std: list[float] = option("divides the pixels after that", above=0)
+    hflip: float = option("how often a mirrored image would still be natural; recipes read it", low=0, high=1)
+    split_seed: int = option("seed of the split where the set brings none; not the run's seed", low=0)
+    validation_fraction: float = option("share held out of the training images for choices", above=0, high=0.5)
+    test_fraction: float = option("share held out as test where the set brings no test images", above=0, high=0.5)
+    workers: int = option("processes that decode a folder too large for memory", low=0)
+    memory_gib: float = option("a folder that decodes to more than this is read from disk as it goes", low=0)
+
+    def check(self) -> None:
+        _check(self)
+        if self.channels == 2:
+            raise UsageError("data.channels=2 is neither 1 (grey) nor 3 (colour)")
+        for key in ("mean", "std"):
+            if len(getattr(self, key)) not in (1, self.channels):
+                raise UsageError(f"data.{key}={getattr(self, key)} needs 1 or {self.channels} numbers")
+
+
+@dataclass
+class Augment:
+    """What is done to a training image; evaluation sees the whole square."""
+
+    path: ClassVar[str] = "augment"
+    crop: str = option(
+        "shift: cut after padding; resized: random area and aspect", choices=("none", "shift", "resized")
+    )
+    shift: float = option("crop=shift: padding on each side, as a share of the image's side", low=0, high=1)
+    area: float = option("crop=resized: smallest area, as a share of the image's", above=0, high=1)
+    hflip: float = option("probability of mirroring", low=0, high=1)
+    randaugment: list[int] | None = option("[operations, magnitude] of RandAugment, such as [2,10]; null: none", low=0)
+    mixup: float = option("alpha of mixup; 0: none", low=0)
+    cutmix: float = option("alpha of cutmix; 0: none. With both, each batch tosses a coin", low=0)
+
+    def check(self) -> None:
+        _check(self)
+        if self.randaugment is not None and (len(self.randaugment) != 2 or self.randaugment[1] > 30):
+            raise UsageError(
+                f"augment.randaugment={self.randaugment} is not [operations, magnitude up to 30], such as [2,10]"
+            )
+
+
+@dataclass
+class Optim:
+    """AdamW and its schedule. Spans below 1 are shares of the budget, others steps."""
+
+    path: ClassVar[str] = "optim"
+    lr: float = option("peak learning rate", above=0)
+    betas: list[float] = option("decay of the two moments", low=0, high=0.99999)
+    eps: float = option("added to the root of the second moment", above=0)
+    weight_decay: float = option("of kernels and of the soft router's scale, multiplied by the learning rate", low=0)
+    head_weight_decay: float = option("of the head's kernel", low=0)
+    schedule: str = option("after the warmup", choices=("rsqrt", "cosine", "linear", "constant"))
+    warmup: float = option("linear from 0 to lr over this span", low=0)
+    cooldown: float = option("rsqrt and constant: linear to 0 over this last span", low=0)
+    timescale: float = option("rsqrt: lr / sqrt(1 + t / timescale), t steps after the warmup", above=0)
+    final_lr: float = option("cosine and linear: where they end", low=0)
+    clip_norm: float | None = option("largest global norm of the gradient; null: none", above=0)
+
+    def check(self) -> None:
+        _check(self)
+        if len(self.betas) != 2:
+            raise UsageError(f"optim.betas={self.betas} needs two numbers")
+        idle = {"cosine": "cooldown", "linear": "cooldown", "rsqrt": "final_lr", "constant": "final_lr"}[self.schedule]
+        if getattr(self, idle):
+            raise UsageError(
+                f"optim.{idle}={getattr(self, idle):g} has no effect with optim.schedule={self.schedule}; set it to 0"
+            )
+        if self.final_lr > self.lr:
+            raise UsageError(f"optim.final_lr={self.final_lr} is above optim.lr={self.lr}")
+
+
+BUDGETS = ("steps", "epochs", "images", "minutes")
+
+
+@dataclass
+class Train:
+    """How long, how much at a time, in which arithmetic, and what is looked at on the way."""
+
+    path: ClassVar[str] = "train"
+    steps: int | None = option("budget in updates", low=1)
+    epochs: float | None = option("budget in passes over the training images", above=0)
+    images: int | None = option("budget in images", low=1)
+    minutes: float | None = option("budget in minutes of training, evaluation and saving not counted", above=0)
+    default_epochs: float = option("the budget when none of the four above is given", above=0)
+    batch_size: int = option("images per update", low=1)
+    accumulate: int = option("parts that a batch is computed in, to save memory; the update stays the same", low=1)
+    precision: str = option("arithmetic under autocast; weights stay fp32", choices=("fp32", "bf16", "fp16"))
+    compile: bool = option("torch.compile the model")
+    recompute: bool = option("recompute activations in the backward pass: less memory, a third more time")
+    loss: str = option("sigmoid is summed over classes (the paper's)", choices=("softmax", "sigmoid"))
+    label_smoothing: float = option("share of the target spread over all classes", low=0, high=0.99)
+    ema: float | None = option(
+        "decay of an average of the weights, which is then evaluated; null: none", above=0, high=1
+    )
+    log_every: float = option("steps (or, below 1, share of the budget) between training rows", above=0)
+    eval_every: float = option(
+        "steps (or, below 1, share of the budget) between looks at the validation images", above=0
+    )
+    eval_batch_size: int = option("images per forward pass in evaluation", low=1)
+    save_seconds: float = option("shortest time between checkpoints; saving never takes over 2% of the time", low=0)
+
+    def check(self) -> None:
+        _check(self)
+        given = {key: getattr(self, key) for key in BUDGETS if getattr(self, key) is not None}
+        if len(given) > 1:
+            raise UsageError(
+                f"{' and '.join(f'train.{k}={v}' for k, v in given.items())} are two budgets; set all but one to null"
+            )
+        if not given:
+            self.epochs = self.default_epochs
+        if self.batch_size % self.accumulate:
+            raise UsageError(f"train.accumulate={self.accumulate} does not divide train.batch_size={self.batch_size}")
+
+
+@dataclass
+class Wandb:
+    """Where on Weights & Biases the run is mirrored."""
+
+    path: ClassVar[str] = "wandb"
+    project: str = option("project")
+    entity: str | None = option("user or team; null: your default")
+    group: str | None = option("null: the study")
+    tags: list[str] = option("tags")
+    name: str | None = option("null: the run's name")
+
+    def check(self) -> None:
+        _check(self)
+
+
+def check_channels(data: Data, in_chans: int) -> None:
+    """Grey images can be repeated into colour channels; nothing else converts by itself."""
+    if data.channels not in (1, in_chans):
+        raise UsageError(
+            f"model.in_chans={in_chans} cannot take data.channels={data.channels} of data={data.name}; "
+            f"set data.channels={in_chans} to convert the images"
+        )
+
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
+
+@dataclass
+class Config:
+    """What `softmoe train` and `softmoe finetune` compose."""
+
+    path: ClassVar[str] = ""
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    augment: Augment = field(default_factory=Augment)
+    optim: Optim = field(default_factory=Optim)
+    train: Train = field(default_factory=Train)
+    wandb: Wandb = field(default_factory=Wandb)
+    seed: int = option("of weights, order and augmentation", low=0, high=2**31 - 1)
+    study: str = option("the folder that a run's folder stands in")
+    name: str | None = option("what the run's folder is called before its signature; null: model-data")
+    output_root: str = option("the folder of all studies")
+    checkpoint: str | None = option("finetune: a run folder, a .safetensors file or timm:NAME")
+    allow_unexpected: list[str] = option("finetune: weights that may be left unused, by name or by pattern (*)")
+    tracking: str = option(
+        "Weights & Biases; auto: online when a key is configured", choices=("auto", "online", "offline", "off")
+    )
+    device: str = option("auto: cuda, else mps, else cpu", choices=DEVICES)
+    threads: int | None = option("CPU threads; null: torch's choice", low=1)
+
+    def check(self) -> None:
+        """Raises UsageError for the first value or combination that cannot work; settles what others imply."""
+        _check(self)
+        for section in (self.model, self.data, self.augment, self.optim, self.train, self.wandb):
+            section.check()
+        if (self.augment.mixup or self.augment.cutmix) and self.train.batch_size % 2:
+            raise UsageError(
+                f"augment.mixup and augment.cutmix pair images: train.batch_size={self.train.batch_size} must be even"
+            )
+        check_channels(self.data, self.model.in_chans)
+        if self.train.minutes is not None:
+            spans = {
+                "optim.warmup": self.optim.warmup,
+                "optim.cooldown": self.optim.cooldown,
+                "train.log_every": self.train.log_every,
+                "train.eval_every": self.train.eval_every,
+            }
+            for key, span in spans.items():
+                if span >= 1:
+                    raise UsageError(
+                        f"{key}={span:g} counts steps, which train.minutes={self.train.minutes:g} does not know; "
+                        "give a share below 1"
+                    )
+            if self.optim.schedule == "rsqrt":
+                raise UsageError(
+                    "optim.schedule=rsqrt counts steps, which train.minutes does not know; "
+                    "use cosine, linear or constant"
+                )
+        for key, text in {"study": self.study, "name": self.name or "x"}.items():
+            if not text or "\x00" in text or text.startswith(("/", ".")) or ".." in text.split("/"):
+                raise UsageError(f"{key}={text!r} must be a plain folder name")
+
+
+@dataclass
+class EvaluateConfig:
+    """What `softmoe evaluate` composes."""
+
+    path: ClassVar[str] = ""
+    checkpoint: str = option("a run folder or a .safetensors file")
+    data: Data = field(default_factory=Data)
+    split: str = option("which images", choices=("test", "validation", "train"))
+    batch_size: int = option("images per forward pass", low=1)
+    loss: str = option("as in train.loss", choices=("softmax", "sigmoid"))
+    precision: str = option("as in train.precision", choices=("fp32", "bf16", "fp16"))
+    format: str = option("what is printed", choices=("table", "json"))
+    device: str = option("auto: cuda, else mps, else cpu", choices=DEVICES)
+    threads: int | None = option("CPU threads; null: torch's choice", low=1)
+
+    def check(self) -> None:
+        _check(self)
+        self.data.check()
+
+
+NOT_SCIENCE = (
+    "output_root", "study", "name", "tracking", "wandb", "device", "threads", "checkpoint", "data.root",
+    "data.workers", "data.memory_gib", "train.default_epochs", "train.log_every", "train.eval_batch_size",
+    "train.save_seconds",
+)  # fmt: skip
+"""Keys that change where, when or how fast, never which numbers come out: left out of the signature."""

@@ -1,0 +1,294 @@
+"""A timm VisionTransformer with some of its MLPs replaced; loading weights into it, resizing, a new head."""
+
+import dataclasses
+import fnmatch
+import hashlib
+import inspect
+import math
+import sys
+from dataclasses import dataclass, field
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args, get_type_hints
+
+import timm
+import torch
+from timm.layers import Mlp, lecun_normal_, resample_abs_pos_embed
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from softmoe_cli.config import Backbone, Model, UsageError, nearest, placement
+from softmoe_cli.moe.layer import Experts, MoE
+from softmoe_cli.moe.routing import Router
+from softmoe_cli.record import Source, read_source
+
+
+def read_checkpoint(checkpoint: str) -> Source:
+    """The weights that `checkpoint=` names: what `record.read_source` reads, or `timm:NAME`, a pretrained dense ViT.
+
+    Raises:
+        UsageError: nothing usable there.
+    """
+    if not checkpoint.startswith("timm:"):
+        return read_source(checkpoint)
+    name = checkpoint.removeprefix("timm:")
+    if not timm.is_model(name):
+        raise UsageError(
+            f"{checkpoint}: timm has no such model.{nearest(name.split('.')[0], timm.list_models('*vit*'))}"
+        )
+    try:
+        vit = timm.create_model(name, pretrained=True)
+    except (OSError, RuntimeError) as error:  # hub errors are OSErrors; timm raises RuntimeError without weights
+        raise UsageError(f"{checkpoint}: timm could not fetch its weights ({str(error).splitlines()[0]})") from error
+    _plain_vit(name, vit)
+    about = vit.pretrained_cfg
+    weights = {key: value.contiguous() for key, value in vit.state_dict().items()}
+    backbone: dict[str, Any] = dict.fromkeys(f.name for f in dataclasses.fields(Backbone))
+    card = {
+        "model": {
+            "backbone": backbone | {"name": name, "timm": name},
+            "router": {"_target_": None},
+            "image_size": about["input_size"][-1],
+            "in_chans": about["input_size"][0],
+            "moe_blocks": [],
+            "expert_init": "identical",
+        },
+        "data": {"mean": list(about["mean"]), "std": list(about["std"])},
+    }
+    digest = hashlib.sha256()
+    for key in sorted(weights):
+        digest.update(key.encode() + weights[key].numpy().tobytes())
+    return Source(checkpoint, digest.hexdigest(), weights, card)
+
+
+def build(model: Model, num_classes: int) -> VisionTransformer:
+    """The model of a config, freshly initialised from torch's random state.
+
+    Raises:
+        UsageError: a router, placement or timm model that cannot be built.
+    """
+    if model.backbone.timm is None:
+        vit = _official_vit(model, num_classes)
+    else:
+        vit = _timm_vit(model.backbone.timm, model, num_classes)
+    if model.router["_target_"] is not None:
+        for index in placement(model.moe_blocks, len(vit.blocks)):
+            block = vit.blocks[index]
+            block.mlp = _moe(block.mlp, model, num_tokens=count_tokens(vit))
+    return vit
+
+
+def count_tokens(vit: VisionTransformer) -> int:
+    """n: patches, class token and registers of one image."""
+    return int(vit.patch_embed.num_patches + vit.num_prefix_tokens)
+
+
+def _official_vit(model: Model, num_classes: int) -> VisionTransformer:
+    """timm's ViT with the choices of the official Soft MoE configs, each of them an option of `Backbone`."""
+    c = model.backbone
+    assert c.width is not None and c.heads is not None and c.mlp_width is not None and c.norm_eps is not None
+    norm = partial(nn.LayerNorm, eps=c.norm_eps)
+    vit = VisionTransformer(
+        img_size=model.image_size,
+        patch_size=c.patch_size,
+        in_chans=model.in_chans,
+        num_classes=num_classes,
+        global_pool=c.pool,
+        embed_dim=c.width,
+        depth=c.depth,
+        num_heads=c.heads,
+        mlp_ratio=c.mlp_width / c.width,
+        qk_norm=c.qk_norm != "none",
+        init_values=c.layer_scale,
+        class_token=c.class_token,
+        fc_norm=c.norm_after_pool,
+        drop_path_rate=c.drop_path,
+        norm_layer=norm,
+        act_layer="gelu_tanh" if c.gelu == "tanh" else "gelu",
+    )
+    if c.qk_norm == "scale":
+        for block in vit.blocks:
+            for name in ("q_norm", "k_norm"):
+                setattr(block.attn, name, norm(c.width // c.heads, bias=False))
+    if c.init == "official":
+        _init_official(vit)
+    return vit
+
+
+@torch.no_grad()
+def _init_official(vit: VisionTransformer) -> None:
+    """The initialisation of the official code's backbone (vmoe's vit_moe.py and Flax's defaults)."""
+    for name, module in vit.named_modules():
+        if isinstance(module, nn.Conv2d):
+            lecun_normal_(module.weight)
+        elif isinstance(module, nn.Linear):
+            for matrix in module.weight.chunk(3 if name.endswith("qkv") else 1):  # q, k, v have a fan each
+                nn.init.xavier_uniform_(matrix)
+        else:
+            continue
+        if module.bias is not None:
+            nn.init.normal_(module.bias, std=1e-6 if ".mlp." in name else 0.0)
+    if vit.cls_token is not None:
+        nn.init.zeros_(vit.cls_token)
+    nn.init.normal_(vit.pos_embed, std=0.02)
+    nn.init.zeros_(vit.head.weight)
+    nn.init.constant_(vit.head.bias, -math.log(vit.num_classes))
+
+
+def _timm_vit(name: str, model: Model, num_classes: int) -> VisionTransformer:
+    if not timm.is_model(name):
+        raise UsageError(f"timm has no model '{name}'.{nearest(name.split('.')[0], timm.list_models('*vit*'))}")
+    try:
+        vit = timm.create_model(
+            name, img_size=model.image_size, in_chans=model.in_chans, num_classes=num_classes, pretrained=False
+        )
+    except (TypeError, AssertionError) as error:
+        raise UsageError(f"timm's {name} cannot be built at {model.image_size} pixels: {error}") from error
+    return _plain_vit(name, vit)
+
+
+def _plain_vit(name: str, vit: nn.Module) -> VisionTransformer:
+    if not isinstance(vit, VisionTransformer):
+        raise UsageError(f"timm's {name} is a {type(vit).__name__}, not a plain VisionTransformer")
+    return vit
+
+
+def _moe(mlp: nn.Module, model: Model, num_tokens: int) -> MoE:
+    """Router and experts in the shape of the dense MLP that they replace."""
+    if not isinstance(mlp, Mlp) or not isinstance(mlp.act, nn.GELU | timm.layers.GELUTanh):
+        raise UsageError(
+            f"model.backbone.timm={model.backbone.timm} has {type(mlp).__name__} blocks; "
+            "experts replace plain GELU MLPs"
+        )
+    dim, hidden = mlp.fc1.in_features, mlp.fc1.out_features
+    router = make_router(model.router, dim, num_tokens)
+    return MoE(
+        router,
+        Experts(
+            router.num_experts,
+            dim,
+            hidden,
+            gelu="none" if type(mlp.act) is nn.GELU and mlp.act.approximate == "none" else "tanh",
+            identical=model.expert_init == "identical",
+        ),
+    )
+
+
+def make_router(options: dict[str, Any], dim: int, num_tokens: int) -> Router:
+    """The router that a config's `_target_` names, with the other keys as its arguments.
+
+    The constructor's keyword-only arguments are the schema: unknown, missing and ill-typed keys are errors.
+    Only subclasses of `Router` are ever called, so a config that came with a checkpoint runs nothing else.
+    """
+    router_class = _router_class(str(options["_target_"]))
+    given = {key: value for key, value in options.items() if key != "_target_"}
+    known = {
+        name: get_type_hints(router_class.__init__).get(name)
+        for name, parameter in inspect.signature(router_class).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    }
+    for key, value in given.items():
+        if key not in known:
+            raise UsageError(
+                f"model.router.{key}: {router_class.__name__} has no such option."
+                f"{nearest(key, known)} It has {', '.join(known)}"
+            )
+        kinds = get_args(known[key]) or (known[key],)
+        if not any(type(value) is kind or (kind is float and type(value) is int) for kind in kinds):
+            names = " or ".join("null" if kind is NoneType else kind.__name__ for kind in kinds)
+            raise UsageError(f"model.router.{key}={value} is of type {type(value).__name__}; it must be {names}")
+    missing = known.keys() - given.keys()
+    if missing:
+        raise UsageError(f"model.router.{sorted(missing)[0]} is missing; {router_class.__name__} needs it")
+    try:
+        return router_class(dim, num_tokens, **given)
+    except ValueError as error:
+        raise UsageError(f"model.router: {error}") from error
+
+
+def _router_class(target: str) -> type[Router]:
+    module, _, name = target.rpartition(".")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # a router of one's own is a file in the working folder
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UsageError(f"model.router._target_={target} cannot be imported: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, Router)):
+        raise UsageError(f"model.router._target_={target} is not a subclass of softmoe_cli.moe.routing.Router")
+    return found
+
+
+@dataclass
+class LoadReport:
+    """What became of a checkpoint's weights, by key of the state dict."""
+
+    loaded: list[str] = field(default_factory=list)
+    resized: list[str] = field(default_factory=list)
+    new: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+
+
+def load_weights(
+    vit: VisionTransformer, state: dict[str, Tensor], *, keep_head: bool, allow_unexpected: list[str]
+) -> LoadReport:
+    """Copies `state` into `vit`: position table resampled by timm, head kept or left new, all else exact.
+
+    Raises:
+        UsageError: a weight that is missing, of another shape, not finite, or unexpected and not allowed
+            (`allow_unexpected` takes names and shell patterns).
+    """
+    own, report, incoming = vit.state_dict(), LoadReport(), {}
+    for key, value in state.items():
+        if not value.isfinite().all():
+            raise UsageError(f"{key} in the checkpoint holds values that are not finite; it comes from a broken run")
+        if key.startswith("head.") and not keep_head:
+            continue
+        if key not in own:
+            report.unexpected.append(key)
+        elif key == "pos_embed" and value.shape != own[key].shape:
+            incoming[key] = _resample(vit, value)
+            report.resized.append(f"{key} {value.shape[1]} -> {own[key].shape[1]} positions")
+        elif value.shape != own[key].shape:
+            raise UsageError(
+                f"the checkpoint is of another architecture: {key} is {tuple(value.shape)} there and "
+                f"{tuple(own[key].shape)} in {'the model' if key != 'patch_embed.proj.weight' else _PATCH_HINT}"
+            )
+        else:
+            incoming[key] = value
+            report.loaded.append(key)
+    report.new = [key for key in own if key not in incoming]
+    strange = [key for key in report.new if not key.startswith("head.")]
+    if strange:
+        raise UsageError(
+            f"the checkpoint is of another architecture: it lacks {', '.join(strange[:3])}"
+            f"{f' and {len(strange) - 3} more' if len(strange) > 3 else ''}"
+        )
+    refused = [key for key in report.unexpected if not any(fnmatch.fnmatch(key, a) for a in allow_unexpected)]
+    if refused:
+        raise UsageError(
+            f"the checkpoint holds {len(refused)} unexpected weights: {', '.join(refused[:5])}; "
+            f"if they may be left out, say allow_unexpected=['{refused[0]}'] (patterns with * work)"
+        )
+    vit.load_state_dict(incoming, strict=False)
+    return report
+
+
+_PATCH_HINT = "the model (its patch size, width or model.in_chans)"
+
+
+def _resample(vit: VisionTransformer, table: Tensor) -> Tensor:
+    """A position table for `vit`'s grid (bicubic, antialiased: timm's), from a square one."""
+    prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
+    side = math.isqrt(table.shape[1] - prefix)
+    if table.ndim != 3 or table.shape[2] != vit.embed_dim or side * side != table.shape[1] - prefix:
+        raise UsageError(
+            f"the checkpoint is of another architecture: pos_embed is {tuple(table.shape)} there, which is no square "
+            f"grid with {prefix} extra tokens of width {vit.embed_dim}"
+        )
+    resized: Tensor = resample_abs_pos_embed(
+        table, new_size=list(vit.patch_embed.grid_size), old_size=[side, side], num_prefix_tokens=prefix
+    )
+    return resized

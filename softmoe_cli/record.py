@@ -1,0 +1,310 @@
+"""A run is a folder: its identity, its rows, its checkpoints, its result.
+
+outputs/<study>/<name>-<signature>/
+  config.yaml      fully resolved
+  metrics.jsonl    a row per event, on disk when it happens
+  routing.jsonl    per-layer routing statistics, at evaluation
+  checkpoints/     last-STEP (two of them) and best-STEP, each a folder with SHA256SUMS
+  result.json      one flat row; written last and atomically: its existence means done
+"""
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from softmoe_cli.config import NOT_SCIENCE, Config, UsageError
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on; the message says why and what is safe."""
+
+
+WEIGHTS, TRAINING, STATE, SUMS = "model.safetensors", "training.safetensors", "state.json", "SHA256SUMS"
+
+
+def signature(config: Config, command: str, source_digest: str | None) -> str:
+    """Ten hex digits of what the run computes: its scientific config, the command and the weights it starts from."""
+    science = dataclasses.asdict(config)
+    for key in NOT_SCIENCE:
+        section, _, leaf = key.rpartition(".")
+        (science[section] if section else science).pop(leaf)
+    text = json.dumps([command, source_digest, science], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One checkpoint as read back: weights by state-dict key, training tensors, and plain numbers."""
+
+    path: Path
+    weights: dict[str, Tensor]
+    training: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+class Run:
+    """A run's folder, held by one process at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.checkpoints = folder / "checkpoints"
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """The flat row of a finished run, or None."""
+        path = self.folder / "result.json"
+        if not path.exists():
+            return None
+        try:
+            row = json.loads(path.read_text())
+        except ValueError as error:
+            raise UsageError(f"{path} is damaged ({error}); remove it to run again") from error
+        return dict(row)
+
+    def open(self, config: Config) -> None:
+        """Makes the folder, locks it against a second process, and writes config.yaml."""
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.folder / ".lock").open("w")
+        except OSError as error:
+            raise UsageError(
+                f"cannot write to output_root={config.output_root}: {error.strerror}: {error.filename}; "
+                "choose another output_root"
+            ) from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(f"{self.folder} is in use by another process that runs the same configuration") from error
+        write_atomically(self.folder / "config.yaml", yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+
+    def append(self, file: str, row: dict[str, Any]) -> None:
+        """One row, in the file when this returns."""
+        path = self.folder / file
+        try:
+            with path.open("a") as out:
+                out.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise _cannot_write(path, error) from error
+
+    def rows(self, file: str) -> list[dict[str, Any]]:
+        path = self.folder / file
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def save(
+        self,
+        kind: str,
+        step: int,
+        weights: dict[str, Tensor],
+        training: dict[str, Tensor],
+        state: dict[str, Any],
+        card: dict[str, Any],
+    ) -> None:
+        """Writes `<kind>-<step>`: to a temporary name, synced, renamed; older ones go only afterwards.
+
+        `card` (the model's config and classes) travels inside the weights file, so that the file alone can be
+        evaluated and finetuned.
+        """
+        final = self.checkpoints / f"{kind}-{step:08d}"
+        if final.exists() and damage(final) is None:
+            return  # the same step was saved before a stop
+        temporary = self.checkpoints / f".{final.name}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        state = state | {"sizes": {file: self._size(file) for file in ("metrics.jsonl", "routing.jsonl")}}
+        try:
+            temporary.mkdir()
+            save_file(weights, temporary / WEIGHTS, metadata={"format": "pt", "softmoe": json.dumps(card)})
+            if training:
+                save_file(training, temporary / TRAINING)
+            (temporary / STATE).write_text(json.dumps(state))
+            files = [file for file in (WEIGHTS, TRAINING, STATE) if (temporary / file).exists()]
+            (temporary / SUMS).write_text("".join(f"{_sha256(temporary / file)}  {file}\n" for file in files))
+            for file in [*files, SUMS]:
+                _sync(temporary / file)
+            for file in ("metrics.jsonl", "routing.jsonl"):
+                if (self.folder / file).exists():
+                    _sync(self.folder / file)  # the checkpoint vouches for these rows
+            shutil.rmtree(final, ignore_errors=True)
+            temporary.rename(final)
+            _sync(self.checkpoints)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise RunError(
+                f"cannot write a checkpoint to {self.checkpoints}: {error}; earlier checkpoints are untouched, "
+                "so make room and type the same command to go on"
+            ) from error
+
+    def prune(self) -> None:
+        """Keeps two `last` checkpoints and every `best` that they speak of."""
+        lasts = self._found("last")
+        keep = set(lasts[:2])
+        for path in lasts[:2]:
+            if damage(path, files=(STATE,)) is None:
+                best = json.loads((path / STATE).read_text())["best_step"]
+                keep.add(self.checkpoints / f"best-{best:08d}")
+        for path in self.checkpoints.iterdir():
+            if path not in keep:
+                shutil.rmtree(path)
+
+    def load_last(self) -> tuple[Checkpoint | None, list[str]]:
+        """The newest undamaged checkpoint, and a sentence for each damaged one that was passed over."""
+        notes: list[str] = []
+        for path in self._found("last"):
+            fault = damage(path)
+            if fault is None:
+                state = json.loads((path / STATE).read_text())
+                return Checkpoint(path, load_file(path / WEIGHTS), load_file(path / TRAINING), state), notes
+            notes.append(f"{path} is damaged ({fault}); going back to the checkpoint before")
+            shutil.rmtree(path)
+        return None, notes
+
+    def rewind(self, sizes: dict[str, int]) -> None:
+        """Cuts the rows back to what a checkpoint vouches for; later ones will be written again."""
+        for file in ("metrics.jsonl", "routing.jsonl"):
+            path, size = self.folder / file, sizes.get(file, 0)
+            if self._size(file) < size:
+                raise RunError(f"{path} is shorter than its checkpoint says; restore it or remove {self.folder}")
+            if path.exists():
+                os.truncate(path, size)
+
+    def finish(self, row: dict[str, Any]) -> None:
+        write_atomically(self.folder / "result.json", json.dumps(row, indent=1) + "\n")
+
+    def _size(self, file: str) -> int:
+        path = self.folder / file
+        return path.stat().st_size if path.exists() else 0
+
+    def _found(self, kind: str) -> list[Path]:
+        """Checkpoints of a kind, newest first."""
+        return sorted(self.checkpoints.glob(f"{kind}-*"), reverse=True)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The file holds the old text or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}")
+    try:
+        temporary.write_text(text)
+        _sync(temporary)
+        temporary.replace(path)
+        _sync(path.parent)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
+def _cannot_write(path: Path, error: OSError) -> RunError:
+    return RunError(f"cannot write {path}: {error.strerror}; make room and type the same command to go on")
+
+
+def damage(checkpoint: Path, files: tuple[str, ...] = (WEIGHTS, TRAINING, STATE)) -> str | None:
+    """What is wrong with a checkpoint folder, or None when the files it lists match their checksums."""
+    sums = checkpoint / SUMS
+    if not sums.exists():
+        return f"{SUMS} is missing"
+    lines = [line.split("  ", 1) for line in sums.read_text(errors="replace").splitlines()]
+    if not lines or any(len(line) != 2 for line in lines):
+        return f"{SUMS} is unreadable"
+    for digest, file in lines:
+        if Path(file).name != file or not (checkpoint / file).is_file():
+            return f"{file} is missing"
+        if file in files and _sha256(checkpoint / file) != digest:
+            return f"{file} does not match its checksum"
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Weights to start from or to evaluate: `card` is what the file says of its model and classes."""
+
+    label: str
+    digest: str
+    weights: dict[str, Tensor]
+    card: dict[str, Any]
+
+
+def read_source(checkpoint: str) -> Source:
+    """Reads `checkpoint=`: a run folder (its newest undamaged checkpoint), a checkpoint folder, or a file.
+
+    Raises:
+        UsageError: nothing there, nothing undamaged, or not a safetensors file. Pickles are never opened.
+    """
+    path = Path(checkpoint)
+    try:
+        if not path.exists():
+            raise UsageError(f"checkpoint={checkpoint} does not exist")
+        if path.is_dir():
+            path = _weights_in(path)
+        digest = _sha256(path)
+    except PermissionError as error:
+        raise UsageError(f"checkpoint={checkpoint} cannot be read: {error.strerror}") from error
+    try:
+        with safe_open(path, framework="pt") as file:
+            card = (file.metadata() or {}).get("softmoe")
+            weights = {key: file.get_tensor(key) for key in list(file.keys())}
+    except SafetensorError as error:
+        with path.open("rb") as raw:
+            pickled = raw.read(2) in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+        reason = (
+            "is a pickle, which can run code when opened; save its weights with safetensors first"
+            if pickled
+            else f"is no safetensors file, or is truncated or damaged ({error})"
+        )
+        raise UsageError(f"checkpoint={path} {reason}") from error
+    return Source(str(path), digest, weights, json.loads(card) if card else {})
+
+
+def _weights_in(folder: Path) -> Path:
+    """The weights file of a run or checkpoint folder, its checksum tested."""
+    if (folder / WEIGHTS).is_file():
+        candidates = [folder]
+    else:
+        candidates = sorted((folder / "checkpoints").glob("last-*"), reverse=True)
+    if not candidates:
+        raise UsageError(f"checkpoint={folder} holds no checkpoint: neither {WEIGHTS} nor checkpoints/last-*")
+    faults = []
+    for candidate in candidates:
+        fault = damage(candidate)
+        if fault is None:
+            return candidate / WEIGHTS
+        faults.append(f"{candidate.name}: {fault}")
+    raise UsageError(f"checkpoint={folder} holds no undamaged checkpoint ({'; '.join(faults)})")
+
+
+def random_state() -> dict[str, Tensor]:
+    """torch's random states, on the CPU and on every CUDA device: dropout, stochastic depth and router noise draw
+    from them. Order and augmentation are functions of seed and step and need no state."""
+    states = {"random.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states |= {f"random.cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    return states
+
+
+def set_random_state(states: dict[str, Tensor]) -> None:
+    torch.set_rng_state(states["random.cpu"])
+    if torch.cuda.is_available():
+        cuda = [states[key] for key in sorted(states) if key.startswith("random.cuda.")]
+        if len(cuda) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(cuda)

@@ -1,0 +1,80 @@
+"""What a run says: a header, progress, a line per evaluation, a closing table. Plain lines when not a terminal."""
+
+import time
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+PROGRESS_PERIOD_S = 0.2
+
+
+class Screen:
+    """Standard output during one run; errors go to standard error elsewhere."""
+
+    def __init__(self) -> None:
+        self.console = Console(highlight=False, soft_wrap=True)
+        self._progress = Progress(
+            TextColumn("{task.percentage:3.0f}%"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.description}"),
+            TextColumn("eta"),
+            TimeRemainingColumn(compact=True),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._progress.add_task("", total=1.0)
+        self._next = 0.0
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def say(self, text: str) -> None:
+        self.console.print(escape(text))
+
+    def table(self, title: str, rows: dict[str, str]) -> None:
+        """Two columns: a word and what it is."""
+        table = Table(title=escape(title), title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+        for key, value in rows.items():
+            table.add_row(f"[bold]{escape(key)}[/bold]", escape(value))
+        self.console.print(table)
+
+    def step(self, done: float, loss: float, lr: float, images_per_s: float) -> None:
+        """Moves the progress bar to the share `done`; cheap enough for every step."""
+        now = time.monotonic()
+        if now < self._next:
+            return
+        self._next = now + PROGRESS_PERIOD_S
+        self._progress.update(
+            self._task,
+            completed=done,
+            description=f"loss {loss:.4f}  lr {lr:.2e}  {images_per_s:,.0f} images/s",
+        )
+
+    def evaluation(self, row: dict[str, Any], note: str = "") -> None:
+        self.say(
+            f"{row['split']:<10}  step {row['step']:>7,}  epoch {row['epoch']:7.2f}  loss {row['loss']:.4f}  "
+            f"top-1 {row['top1_pct']:6.2f}%  {row['train_pflop']:.4g} PFLOP  {row['device_s']:.1f} s{note}"
+        )
+
+
+def count(number: float) -> str:
+    """1234567 -> 1.23M"""
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.4g}{letter}"
+    return f"{number:g}"
+
+
+def gibibytes(number: float) -> str:
+    return f"{number / 2**30:.2f} GiB"

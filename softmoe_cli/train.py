@@ -1,0 +1,581 @@
+"""The loop, told once, top to bottom. Finetuning is this with other numbers and given weights."""
+
+import math
+import os
+import platform
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypeVar
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from softmoe_cli import data, mirror
+from softmoe_cli.config import Config
+from softmoe_cli.cost import Cost, account
+from softmoe_cli.device import arithmetic, free_memory, hardware, prepare_attention
+from softmoe_cli.evaluate import classification_loss, evaluate, routing_statistics
+from softmoe_cli.models import LoadReport, build, load_weights
+from softmoe_cli.moe.layer import MoE
+from softmoe_cli.moe.routing import Routing, routings
+from softmoe_cli.optim import adamw, schedule, span
+from softmoe_cli.record import Checkpoint, Run, RunError, Source, random_state, set_random_state, signature
+from softmoe_cli.terminal import Screen, count, gibibytes
+
+T = TypeVar("T")
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the run to stop, and the rest of a sweep with it."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands: all of it is in every checkpoint, and nothing else is needed but tensors."""
+
+    step: int = 0
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("device", "eval", "save", "compile"), 0.0))
+    loss_sum: float = 0.0
+    aux_sum: float = 0.0
+    loss_steps: int = 0
+    logged: float = 0.0
+    evaluated: float = 0.0
+    best_step: int = 0
+    best_top1_pct: float = -1.0
+    validation: dict[str, Any] = field(default_factory=dict)
+
+    @contextmanager
+    def booked(self, what: str) -> Iterator[None]:
+        """Books the time spent inside under `what`, so that training time is training only."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[what] += time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long: in updates, or in seconds of training."""
+
+    steps: int | None
+    seconds: float | None
+
+    @classmethod
+    def of(cls, config: Config, train_images: int) -> "Budget":
+        t = config.train
+        if t.minutes is not None:
+            return cls(None, 60 * t.minutes)
+        images = t.images if t.images is not None else train_images * (t.epochs or 0)
+        return cls(t.steps if t.steps is not None else math.ceil(images / t.batch_size), None)
+
+    @property
+    def total(self) -> float:
+        return self.steps if self.steps is not None else self.seconds or 0.0
+
+    def position(self, progress: Progress) -> float:
+        """In the unit of `total`."""
+        return progress.step if self.steps is not None else progress.seconds["device"]
+
+    def passed(self, before: float, now: float, every: float) -> bool:
+        """Whether a multiple of the span `every`, or the end, lies in (before, now]."""
+        interval = span(every, self.total)
+        if self.steps is not None:
+            interval = max(1, round(interval))
+        return now // interval > before // interval or (before < self.total <= now)
+
+    def __str__(self) -> str:
+        return f"{self.steps:,} steps" if self.steps is not None else f"{self.total / 60:g} minutes"
+
+
+def train(config: Config, command: str, source: Source | None, screen: Screen) -> dict[str, Any]:
+    """Runs one configuration to its end, or from where it stopped, and returns its result row.
+
+    Raises:
+        UsageError: something in the configuration cannot work; nothing was written.
+        RunError: the run broke; its folder holds the last good state.
+        Interrupted: a signal asked to stop; the state is saved.
+    """
+    run = Run(_folder(config, command, source))
+    if run.result is not None:
+        screen.say(f"{run.folder} is finished; nothing to do")
+        screen.table("result", _shown(run.result))
+        return run.result
+
+    device, autocast = arithmetic(config.device, config.train.precision, config.threads)
+    splits = data.load(config.data)
+    classes = _num_classes(config, splits)
+    budget = Budget.of(config, len(splits.train))
+    learning_rate = schedule(config.optim, budget.total)
+    cost = account(
+        config.model, classes, batch=_part(config), recompute=config.train.recompute, ema=config.train.ema is not None
+    )
+    screen.table(command, _header(config, cost, splits, budget, device, run.folder))
+
+    torch.manual_seed(config.seed)
+    model = build(config.model, classes)
+    if source is not None:
+        _load_source(model, source, config, splits.classes, screen)
+    prepare_attention(model, device, config.train.precision)
+    model.set_grad_checkpointing(config.train.recompute)
+    model.to(device)
+    ema = ModelEmaV3(model, decay=config.train.ema) if config.train.ema is not None else None
+    optimizer = adamw(model, config.optim)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
+
+    run.open(config)
+    progress = _resume(run, model, ema, optimizer, scaler, screen)
+    batches = data.train_batches(
+        splits.train,
+        config.data,
+        config.augment,
+        image_size=config.model.image_size,
+        in_chans=config.model.in_chans,
+        num_classes=classes,
+        batch_size=config.train.batch_size,
+        label_smoothing=config.train.label_smoothing,
+        seed=config.seed,
+        first_step=progress.step,
+        device=device,
+    )
+    card = {"model": _portable(config, model), "data": asdict(config.data), "classes": splits.classes}
+    flop_per_image = cost.train_flop(config.train.recompute)
+    evaluated = ema.module if ema is not None else model
+    moe_blocks = [i for i, block in enumerate(model.blocks) if isinstance(block.mlp, MoE)]
+    wandb_run = mirror.Mirror(
+        mirror.resolve(config.tracking),
+        _wandb_settings(config, command, run),
+        run.folder,
+        run.rows("metrics.jsonl"),
+        screen.say,
+    )
+
+    def row(split: str, values: dict[str, float]) -> dict[str, Any]:
+        images = progress.step * config.train.batch_size
+        full = {"step": progress.step, "images": images, "epoch": images / len(splits.train), "split": split, **values}
+        full |= {"train_pflop": images * flop_per_image / 1e15}
+        full |= {f"{name}_s": seconds for name, seconds in progress.seconds.items()}
+        run.append("metrics.jsonl", full)
+        wandb_run.row(full)
+        return full
+
+    def held_out(images: data.ImageSet) -> Iterator[tuple[Tensor, Tensor]]:
+        return data.eval_batches(
+            images,
+            config.data,
+            image_size=config.model.image_size,
+            in_chans=config.model.in_chans,
+            batch_size=config.train.eval_batch_size,
+            device=device,
+        )
+
+    def look(split: str, images: data.ImageSet) -> dict[str, Any]:
+        with progress.booked("eval"):
+            batches = stop.watch(held_out(images))
+            values = dict(evaluate(evaluated, batches, loss=config.train.loss, autocast=autocast))
+        return row(split, values)
+
+    def record_routing() -> None:
+        """Statistics of every MoE layer on the first validation images, the same ones each time."""
+        with progress.booked("eval"):
+            statistics = routing_statistics(evaluated, next(held_out(splits.validation)), autocast)
+            for block, numbers in zip(moe_blocks, statistics, strict=True):
+                run.append("routing.jsonl", {"step": progress.step, "block": block, **numbers})
+
+    def save(kind: str) -> None:
+        with progress.booked("save"):
+            weights = {key: value.contiguous() for key, value in evaluated.state_dict().items()}
+            training = {} if kind == "best" else _training_state(model, ema, optimizer)
+            run.save(kind, progress.step, weights, training, asdict(progress) | {"scaler": scaler.state_dict()}, card)
+            if kind == "last":
+                run.prune()
+
+    forward = torch.compile(model) if config.train.compile else model
+    saved_at, save_took, first_step = time.monotonic(), 0.0, progress.step
+    with Stop() as stop, routings(model) as seen, screen:
+        try:
+            while True:
+                here = budget.position(progress)
+                if budget.passed(progress.evaluated, here, config.train.eval_every):
+                    seen_now = look("validation", splits.validation)
+                    record_routing()
+                    better = seen_now["top1_pct"] > progress.best_top1_pct
+                    screen.evaluation(seen_now, "  best so far" if better else "")
+                    progress.evaluated, progress.validation = here, seen_now
+                    if better:
+                        progress.best_step, progress.best_top1_pct = progress.step, seen_now["top1_pct"]
+                        save("best")
+                if here >= budget.total:
+                    break
+                stop.check()
+                if time.monotonic() - saved_at > max(config.train.save_seconds, 50 * save_took):
+                    start = time.monotonic()
+                    save("last")
+                    saved_at, save_took = time.monotonic(), time.monotonic() - start
+
+                with progress.booked("compile" if config.train.compile and progress.step == first_step else "device"):
+                    lr = learning_rate(here)
+                    x, targets = next(batches)
+                    loss, aux, norm = update(model, forward, x, targets, config, lr, optimizer, scaler, autocast, seen)
+                    if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
+                        raise RunError(_blame(model, x, targets, config, autocast, progress.step, loss, norm))
+                    if ema is not None:
+                        ema.update(model)
+                progress.step += 1
+                progress.loss_sum, progress.aux_sum = progress.loss_sum + loss, progress.aux_sum + aux
+                progress.loss_steps += 1
+                now = budget.position(progress)
+                images_per_s = progress.step * config.train.batch_size / max(progress.seconds["device"], 1e-9)
+                screen.step(now / budget.total, loss, lr, images_per_s)
+                if budget.passed(progress.logged, now, config.train.log_every):
+                    steps = progress.loss_steps
+                    means = {"loss": progress.loss_sum / steps, "aux_loss": progress.aux_sum / steps}
+                    row("train", means | {"lr": lr, "grad_norm": norm, "images_per_s": images_per_s})
+                    progress.logged, progress.loss_sum, progress.aux_sum, progress.loss_steps = now, 0.0, 0.0, 0
+            save("last")  # before the test row: should the run die in between, it is the only thing done again
+            test = look("test", splits.test)
+            screen.evaluation(test)
+        except Interrupted:
+            save("last")
+            wandb_run.close(None)
+            raise
+        except BaseException:
+            wandb_run.close(None)
+            raise
+    result = _result(config, command, run, source, cost, splits, test, progress, device)
+    run.finish(result)
+    wandb_run.close(result)
+    screen.table("result", _shown(result))
+    return result
+
+
+def update(
+    model: VisionTransformer,
+    forward: Callable[[Tensor], Tensor],
+    x: Tensor,
+    targets: Tensor,
+    config: Config,
+    lr: float,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    autocast: torch.autocast,
+    seen: list[Routing],
+) -> tuple[float, float, float]:
+    """One update on one batch, computed in `accumulate` equal parts whose gradients add up to the whole batch's.
+
+    Returns the mean loss over images without and the auxiliary loss, and the gradients' norm before clipping.
+    The weights stay as they were when loss or norm is not finite.
+    """
+    model.train()
+    optimizer.zero_grad(set_to_none=True)
+    parts = config.train.accumulate
+    total = torch.zeros(2, device=x.device)
+    for part_x, part_targets in zip(x.chunk(parts), targets.chunk(parts), strict=True):
+        seen.clear()
+        with autocast:
+            logits = forward(part_x)
+        loss = classification_loss(logits, part_targets, config.train.loss) / parts
+        aux = sum((routing.aux_loss for routing in seen), loss.new_zeros(())) / parts
+        total += torch.stack([loss.detach(), aux.detach()])
+        scaler.scale(loss + aux).backward()
+    seen.clear()
+    scaler.unscale_(optimizer)
+    clip = config.optim.clip_norm
+    if clip is None:
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    else:
+        norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
+    main, aux_loss, norm_value = torch.cat([total, norm.reshape(1)]).tolist()
+    if math.isfinite(main) and (math.isfinite(norm_value) or scaler.is_enabled()):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        scaler.step(optimizer)
+        scaler.update()
+    return main, aux_loss, norm_value
+
+
+class Stop:
+    """SIGTERM, SIGINT and SIGUSR1 ask the run to save and leave; a second SIGINT leaves at once."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+
+    def __enter__(self) -> "Stop":
+        self._before = {number: signal.signal(number, self._ask) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, _frame: FrameType | None) -> None:
+        if self.name is not None and number == signal.SIGINT:
+            os.write(2, b"\nleft at once; the last checkpoint is good\n")
+            os._exit(130)
+        self.name = signal.Signals(number).name
+        os.write(2, f"\n{self.name}: saving and leaving; press Ctrl-C again to leave at once\n".encode())
+
+    def check(self) -> None:
+        if self.name is not None:
+            raise Interrupted(self.name)
+
+    def watch(self, items: Iterable[T]) -> Iterator[T]:
+        for item in items:
+            self.check()
+            yield item
+
+
+def _part(config: Config) -> int:
+    return config.train.batch_size // config.train.accumulate
+
+
+def _folder(config: Config, command: str, source: Source | None) -> Path:
+    name = config.name or f"{config.model.name}-{config.data.name}"
+    mark = signature(config, command, source.digest if source else None)
+    return Path(config.output_root) / config.study / f"{name.replace('/', '_')}-{mark}"
+
+
+def _num_classes(config: Config, splits: data.Splits) -> int:
+    return config.data.num_classes or len(splits.classes)
+
+
+def _portable(config: Config, model: VisionTransformer) -> dict[str, Any]:
+    """The model's config as a checkpoint keeps it: routers with their slots fixed, for any number of tokens."""
+    portable = asdict(config.model)
+    for block in model.blocks:
+        if isinstance(block.mlp, MoE):
+            portable["router"] = {"_target_": config.model.router["_target_"], **block.mlp.router.options}
+    return portable
+
+
+def _load_source(
+    model: VisionTransformer, source: Source, config: Config, classes: list[str], screen: Screen
+) -> LoadReport:
+    report = load_weights(
+        model,
+        source.weights,
+        keep_head=source.card.get("classes") == classes,
+        allow_unexpected=config.allow_unexpected,
+    )
+    slots = {block.mlp.router.slots_per_expert for block in model.blocks if isinstance(block.mlp, MoE)}
+    rows = {"from": source.label, "loaded": f"{len(report.loaded)} tensors"}
+    rows |= {"resized": ", ".join(report.resized) or "none", "new": ", ".join(report.new) or "none"}
+    rows |= {"unexpected": ", ".join(report.unexpected) or "none"}
+    if slots:
+        rows["slots"] = f"{', '.join(map(str, slots))} per expert, as in the checkpoint"
+    screen.table("weights", rows)
+    return report
+
+
+def _training_state(model: nn.Module, ema: ModelEmaV3 | None, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What resuming needs beside the evaluated weights: optimizer moments by parameter name, random states, and
+    the weights themselves where an average of them is what is evaluated."""
+    tensors = random_state()
+    if ema is not None:
+        tensors |= {f"weights.{key}": value for key, value in model.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"optimizer.{name}.{key}"] = value
+    return tensors
+
+
+def _resume(
+    run: Run,
+    model: nn.Module,
+    ema: ModelEmaV3 | None,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    screen: Screen,
+) -> Progress:
+    """Puts everything back as the last good checkpoint has it; a fresh start where there is none."""
+    checkpoint, notes = run.load_last()
+    for note in notes:
+        screen.say(note)
+    run.rewind(checkpoint.state["sizes"] if checkpoint else {})
+    if checkpoint is None:
+        return Progress()
+    raw = {k.removeprefix("weights."): v for k, v in checkpoint.training.items() if k.startswith("weights.")}
+    model.load_state_dict(raw or checkpoint.weights)
+    if ema is not None:
+        ema.module.load_state_dict(checkpoint.weights)
+    _restore_moments(model, optimizer, checkpoint)
+    scaler.load_state_dict(checkpoint.state["scaler"])
+    set_random_state(checkpoint.training)
+    screen.say(f"going on from step {checkpoint.state['step']:,} ({checkpoint.path})")
+    fields = Progress.__dataclass_fields__
+    return Progress(**{key: value for key, value in checkpoint.state.items() if key in fields})
+
+
+def _restore_moments(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> None:
+    for name, parameter in model.named_parameters():
+        prefix = f"optimizer.{name}."
+        found = {k.removeprefix(prefix): v for k, v in checkpoint.training.items() if k.startswith(prefix)}
+        optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in found.items()}
+
+
+def _blame(
+    model: VisionTransformer,
+    x: Tensor,
+    targets: Tensor,
+    config: Config,
+    autocast: torch.autocast,
+    step: int,
+    loss: float,
+    norm: float,
+) -> str:
+    """Says where a loss or gradient first stopped being finite, by going through the same batch again."""
+    found: list[str] = []
+
+    def look(name: str) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and not output.isfinite().all():
+                found.append(name)
+
+        return hook
+
+    hooks = [m.register_forward_hook(look(name)) for name, m in model.named_modules() if not list(m.children())]
+    hooks += [m.register_forward_hook(look(name)) for name, m in model.named_modules() if isinstance(m, MoE)]
+    with torch.no_grad(), autocast:
+        model(x)
+    for hook in hooks:
+        hook.remove()
+    gradients = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    where = f"first in the output of {found[0]}" if found else f"in the gradient of {(gradients or ['the loss'])[-1]}"
+    images = step * config.train.batch_size
+    return (
+        f"loss {loss} and gradient norm {norm} at step {step:,} (batch of images {images:,} to "
+        f"{images + len(x) - 1:,} of the stream; input {'finite' if x.isfinite().all() else 'not finite'}): not finite "
+        f"{where}. The update was not made; lower optim.lr, or set optim.clip_norm or train.precision=fp32"
+    )
+
+
+def _wandb_settings(config: Config, command: str, run: Run) -> dict[str, Any]:
+    w = config.wandb
+    return {
+        "id": run.folder.name.rpartition("-")[2],
+        "project": w.project,
+        "entity": w.entity,
+        "group": w.group or config.study,
+        "job_type": command,
+        "tags": w.tags,
+        "name": w.name or run.folder.name,
+        "config": asdict(config),
+    }
+
+
+def _header(
+    config: Config, cost: Cost, splits: data.Splits, budget: Budget, device: torch.device, folder: Path
+) -> dict[str, str]:
+    m, t = config.model, config.train
+    router = m.router_name
+    if router != "dense":
+        options = ", ".join(f"{k}={v}" for k, v in m.router.items() if k != "_target_" and v is not None)
+        router += f" ({options}) in blocks {m.moe_blocks}"
+    active = cost.params  # soft and dense routers put every parameter to work on every image
+    sizes = f"{len(splits.train):,} train / {len(splits.validation):,} validation / {len(splits.test):,} test"
+    parts = f" in {t.accumulate} parts" if t.accumulate > 1 else ""
+    return {
+        "model": f"{m.backbone.name}, {m.image_size} px, {cost.tokens} tokens",
+        "router": router,
+        "parameters": f"{count(cost.params)} total, {count(active)} active per image",
+        "cost per image": f"{count(cost.forward_flop)}FLOP forward, {count(cost.train_flop(t.recompute))}FLOP training",
+        "data": f"{config.data.name}: {sizes} images, {len(splits.classes)} classes",
+        "budget": f"{budget}, {t.batch_size} images each{parts}; {config.optim.schedule}, lr {config.optim.lr:g}",
+        "memory": f"{gibibytes(cost.train_bytes)} (weights, gradients, AdamW {gibibytes(cost.state_bytes)}; "
+        f"activations {gibibytes(cost.activation_bytes)}) of {gibibytes(free_memory(device))} free",
+        "device": f"{hardware(device)}, {t.precision}{', compiled' if t.compile else ''}",
+        "folder": str(folder),
+    }
+
+
+def _result(
+    config: Config,
+    command: str,
+    run: Run,
+    source: Source | None,
+    cost: Cost,
+    splits: data.Splits,
+    test: dict[str, Any],
+    progress: Progress,
+    device: torch.device,
+) -> dict[str, Any]:
+    """One flat row: what it was, what it reached on the test images with its last weights, what it cost."""
+    m, images = config.model, progress.step * config.train.batch_size
+    return {
+        "name": run.folder.name,
+        "signature": run.folder.name.rpartition("-")[2],
+        "study": config.study,
+        "command": command,
+        "checkpoint": source.label if source else None,
+        "seed": config.seed,
+        "backbone": m.backbone.name,
+        "router": m.router_name,
+        "num_experts": m.router.get("num_experts"),
+        "slots_per_expert": m.router.get("slots_per_expert"),
+        "moe_blocks": ",".join(map(str, m.moe_blocks)),
+        "image_size": m.image_size,
+        "tokens": cost.tokens,
+        "data": config.data.name,
+        "train_images": len(splits.train),
+        "test_images": test["images_evaluated"],
+        "top1_pct": test["top1_pct"],
+        "top5_pct": test["top5_pct"],
+        "loss": test["loss"],
+        "validation_top1_pct": progress.validation["top1_pct"],
+        "validation_loss": progress.validation["loss"],
+        "best_validation_top1_pct": progress.best_top1_pct,
+        "best_step": progress.best_step,
+        "steps": progress.step,
+        "images": images,
+        "epochs": images / len(splits.train),
+        "batch_size": config.train.batch_size,
+        "lr": config.optim.lr,
+        "precision": config.train.precision,
+        "params_m": cost.params / 1e6,
+        "forward_gflop": cost.forward_flop / 1e9,
+        "train_pflop": images * cost.train_flop(config.train.recompute) / 1e15,
+        **{f"{name}_s": seconds for name, seconds in progress.seconds.items()},
+        "hardware": hardware(device),
+        "torch": torch.__version__,
+        "softmoe": version("softmoe-cli"),
+        "commit": _commit(),
+        "python": platform.python_version(),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of a checkout, marked when it had changes; None for an installed wheel."""
+    here = Path(__file__).resolve().parents[1]
+    if not (here / ".git").exists():
+        return None
+    told = subprocess.run(
+        ["git", "-C", str(here), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    )
+    return told.stdout.strip() or None
+
+
+def _shown(result: dict[str, Any]) -> dict[str, str]:
+    """The closing table."""
+    return {
+        "test top-1": f"{result['top1_pct']:.2f}%  ({result['test_images']:,} images, read once, last weights)",
+        "test top-5": f"{result['top5_pct']:.2f}%",
+        "test loss": f"{result['loss']:.4f}",
+        "validation top-1": f"{result['validation_top1_pct']:.2f}%  (best {result['best_validation_top1_pct']:.2f}% "
+        f"at step {result['best_step']:,})",
+        "trained on": f"{result['images']:,} images, {result['epochs']:.1f} epochs, {result['steps']:,} steps",
+        "training cost": f"{result['train_pflop']:.4g} PFLOP, {result['device_s']:.1f} s",
+        "beside it": f"evaluation {result['eval_s']:.1f} s, saving {result['save_s']:.1f} s, "
+        f"compilation {result['compile_s']:.1f} s",
+        "folder": f"{result['study']}/{result['name']}",
+    }
