@@ -186,13 +186,25 @@ def _hydra(command: str, arguments: list[str]) -> None:
     sys.argv = ["softmoe", *arguments]
     tasks: dict[str, Callable[[Any], None]] = {"train": _train, "finetune": _finetune, "evaluate": _evaluate}
 
+    failures: list[Exception] = []
+
     def task(config: DictConfig) -> None:
-        tasks[command](config)
+        """One job. A sweep goes on after a failure; the last failure is what the command ends with."""
+        from softmoe_cli.record import RunError
+
+        try:
+            tasks[command](config)
+        except (UsageError, RunError) as error:
+            if failures:
+                print(f"softmoe: {failures[-1]}", file=sys.stderr)
+            failures.append(error)
 
     try:
         hydra.main(version_base=None, config_path=str(conf_folder()), config_name=command)(task)()
     except (HydraException, OmegaConfBaseException) as error:
         raise UsageError(_explain(error, command, arguments)) from error
+    if failures:
+        raise failures[-1]
 
 
 def _explain(error: Exception, command: str, arguments: list[str]) -> str:

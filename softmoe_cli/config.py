@@ -80,6 +80,7 @@ class Backbone:
     )
     gelu: str | None = option("tanh approximation (official, JAX) or exact erf (timm)", choices=("tanh", "erf"))
     norm_eps: float | None = option("LayerNorm epsilon", above=0)
+    pos_std: float | None = option("standard deviation that the position table starts with (official 0.02)", above=0)
     layer_scale: float | None = option("initial LayerScale of both residual branches; null: none", above=0)
     drop_path: float | None = option("stochastic depth of the last block; earlier ones less", low=0, high=0.99)
     init: str | None = option(
@@ -126,7 +127,8 @@ class Model:
         if not isinstance(self.router, dict) or "_target_" not in self.router:
             raise UsageError(f"model.router={self.router}: choose one with model/router=NAME (softmoe list shows them)")
         if self.router["_target_"] is None:
-            self.moe_blocks = []  # so that a dense control is the same run whatever placement its rivals sweep over
+            # So that a dense control is the same run whatever placement and options its rivals sweep over.
+            self.moe_blocks, self.router = [], {"_target_": None}
         elif self.backbone.depth is not None:
             self.moe_blocks = placement(self.moe_blocks, self.backbone.depth)
             if not self.moe_blocks:

@@ -87,9 +87,7 @@ def load(data: Data) -> Splits:
 # --- splits -----------------------------------------------------------------------------------------------------------
 
 
-def hold_out(
-    labels: Int64[Tensor, " n"], fraction: float, seed: int, key: str
-) -> tuple[np.ndarray, np.ndarray]:
+def hold_out(labels: Int64[Tensor, " n"], fraction: float, seed: int, key: str) -> tuple[np.ndarray, np.ndarray]:
     """Indices (kept, held out), both ascending: of every class the share `fraction`, rounded, at least one image."""
     rng = np.random.default_rng(seed)
     kept, held = [], []
@@ -419,7 +417,7 @@ def eval_batches(
     mean, std = _statistics(data, device)
     indices = torch.arange(len(images)).split(batch_size)
     if images.images is not None:
-        raws = (images.images[index] for index in indices)
+        raws: Iterator[Tensor] = (images.images[index] for index in indices)
     else:
         raws = _decoded(images, iter(indices), data.workers)
     for index, raw in zip(indices, raws, strict=True):
@@ -434,8 +432,11 @@ def _statistics(data: Data, device: torch.device) -> tuple[Float[Tensor, " c"], 
 def _normalise(
     raw: UInt8[Tensor, "b c s s"], in_chans: int, mean: Float[Tensor, " m"], std: Float[Tensor, " m"]
 ) -> Float[Tensor, "b c2 s s"]:
-    x = raw.float().div_(255).sub_(mean.view(-1, 1, 1) if raw.shape[1] != 1 else mean[:1]).div_(
-        std.view(-1, 1, 1) if raw.shape[1] != 1 else std[:1]
+    x = (
+        raw.float()
+        .div_(255)
+        .sub_(mean.view(-1, 1, 1) if raw.shape[1] != 1 else mean[:1])
+        .div_(std.view(-1, 1, 1) if raw.shape[1] != 1 else std[:1])
     )
     return x if raw.shape[1] == in_chans else x.expand(-1, in_chans, -1, -1)
 
@@ -472,9 +473,7 @@ def boxes(count: int, area: float, rng: torch.Generator) -> Float[Tensor, "b 4"]
     return torch.stack([top * (1 - height), left * (1 - width), height, width], dim=1)
 
 
-def resized_crop(
-    x: Float[Tensor, "b c s s"], box: Float[Tensor, "b 4"], side: int
-) -> Float[Tensor, "b c t t"]:
+def resized_crop(x: Float[Tensor, "b c s s"], box: Float[Tensor, "b 4"], side: int) -> Float[Tensor, "b c t t"]:
     """Each image's box, bilinearly resized to `side` pixels in one pass."""
     top, left, height, width = box.unbind(1)
     theta = torch.zeros(len(x), 2, 3, device=x.device)

@@ -88,7 +88,8 @@ def count_tokens(vit: VisionTransformer) -> int:
 def _official_vit(model: Model, num_classes: int) -> VisionTransformer:
     """timm's ViT with the choices of the official Soft MoE configs, each of them an option of `Backbone`."""
     c = model.backbone
-    assert c.width is not None and c.heads is not None and c.mlp_width is not None and c.norm_eps is not None
+    assert c.width is not None and c.heads is not None and c.mlp_width is not None
+    assert c.norm_eps is not None and c.pos_std is not None
     norm = partial(nn.LayerNorm, eps=c.norm_eps)
     vit = VisionTransformer(
         img_size=model.image_size,
@@ -114,6 +115,7 @@ def _official_vit(model: Model, num_classes: int) -> VisionTransformer:
                 setattr(block.attn, name, norm(c.width // c.heads, bias=False))
     if c.init == "official":
         _init_official(vit)
+    nn.init.normal_(vit.pos_embed, std=c.pos_std)
     return vit
 
 
@@ -132,7 +134,6 @@ def _init_official(vit: VisionTransformer) -> None:
             nn.init.normal_(module.bias, std=1e-6 if ".mlp." in name else 0.0)
     if vit.cls_token is not None:
         nn.init.zeros_(vit.cls_token)
-    nn.init.normal_(vit.pos_embed, std=0.02)
     nn.init.zeros_(vit.head.weight)
     nn.init.constant_(vit.head.bias, -math.log(vit.num_classes))
 

@@ -16,7 +16,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import yaml
@@ -60,6 +60,7 @@ class Run:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.checkpoints = folder / "checkpoints"
+        self._lock: TextIO | None = None
 
     @property
     def result(self) -> dict[str, Any] | None:
@@ -88,6 +89,11 @@ class Run:
         except BlockingIOError as error:
             raise UsageError(f"{self.folder} is in use by another process that runs the same configuration") from error
         write_atomically(self.folder / "config.yaml", yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+
+    def close(self) -> None:
+        """Lets go of the folder."""
+        if self._lock is not None:
+            self._lock.close()
 
     def append(self, file: str, row: dict[str, Any]) -> None:
         """One row, in the file when this returns."""

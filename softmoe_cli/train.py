@@ -110,7 +110,14 @@ def train(config: Config, command: str, source: Source | None, screen: Screen) -
         screen.say(f"{run.folder} is finished; nothing to do")
         screen.table("result", _shown(run.result))
         return run.result
+    try:
+        return _train(run, config, command, source, screen)
+    finally:
+        run.close()
 
+
+def _train(run: Run, config: Config, command: str, source: Source | None, screen: Screen) -> dict[str, Any]:
+    """The loop: data, cost, model, weights, then steps, looks and checkpoints until the budget is used up."""
     device, autocast = arithmetic(config.device, config.train.precision, config.threads)
     splits = data.load(config.data)
     classes = _num_classes(config, splits)

@@ -174,7 +174,7 @@ def build_vit(config: dict[str, Any], encoder: dict[str, Any], moe: dict[str, An
         depth=encoder["num_layers"], heads=encoder["num_heads"], mlp_width=encoder["mlp_dim"],
         class_token=config["classifier"] == "token", pool="token" if config["classifier"] == "token" else "avg",
         norm_after_pool=False, qk_norm="scale" if encoder.get("attention_qk_norm") else "none", gelu="tanh",
-        norm_eps=1e-6, layer_scale=None, drop_path=0.0, init="official",
+        norm_eps=1e-6, pos_std=0.02, layer_scale=None, drop_path=0.0, init="official",
     )  # fmt: skip
     model = Model(backbone, router, config["image_size"], 3, list(moe.get("layers", [])), "identical")
     model.check()

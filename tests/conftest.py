@@ -1,0 +1,48 @@
+"""What every test shares: no network, one thread, a working folder of its own, and the command line in-process."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+torch.set_num_threads(1)  # tests are small: a second thread costs more than it brings
+
+
+class Answer(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Softmoe = Callable[..., Answer]
+
+
+@pytest.fixture
+def softmoe(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Softmoe:
+    """Runs a command line as `softmoe` would, in a fresh working folder; returns exit status and output."""
+    from softmoe_cli import cli
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> Answer:
+        monkeypatch.setattr(sys, "argv", ["softmoe", *arguments])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        out, err = capfd.readouterr()
+        return Answer(int(left.value.code or 0), out, err)
+
+    return run
+
+
+TINY = (
+    "tracking=off", "model.backbone.width=16", "model.backbone.depth=2", "model.backbone.heads=2",
+    "model.backbone.mlp_width=32", "model.router.num_experts=4", "model.moe_blocks=last_1",
+)  # fmt: skip
+"""Overrides that make the default experiment take a second."""

@@ -1,0 +1,106 @@
+"""Slow, plain float64 versions of the mathematics, written from the papers' formulas and sharing no code with the
+package; and the composition of a configuration, which several files need."""
+
+import copy
+import functools
+import math
+from dataclasses import dataclass
+
+from softmoe_cli.config import Config
+
+Vector = list[float]
+Matrix = list[Vector]
+Cube = list[Matrix]
+
+
+def softmax(values: Vector) -> Vector:
+    top = max(values)
+    powers = [math.exp(value - top) for value in values]
+    return [power / sum(powers) for power in powers]
+
+
+def unit(vector: Vector) -> Vector:
+    """v / sqrt(|v|^2 + 1e-6)."""
+    root = math.sqrt(sum(value * value for value in vector) + 1e-6)
+    return [value / root for value in vector]
+
+
+def gelu_tanh(v: float) -> float:
+    return 0.5 * v * (1 + math.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3)))
+
+
+def mlp(x: Vector, w1: Matrix, b1: Vector, w2: Matrix, b2: Vector) -> Vector:
+    """w1 is d h and w2 is h d; x @ w1 + b1, GELU, @ w2 + b2."""
+    hidden = [gelu_tanh(b1[j] + sum(x[i] * w1[i][j] for i in range(len(x)))) for j in range(len(b1))]
+    return [b2[j] + sum(hidden[i] * w2[i][j] for i in range(len(hidden))) for j in range(len(b2))]
+
+
+@dataclass
+class SoftMoE:
+    """What one image meets: dispatch[s][e][p], combine[s][e][p], slots[e][p], outputs[e][p] and y[s]."""
+
+    dispatch: Cube
+    combine: Cube
+    slots: Cube
+    outputs: Cube
+    y: Matrix
+
+
+def soft_moe(x: Matrix, phi: Cube, scale: float, w1: Cube, b1: Matrix, w2: Cube, b2: Matrix) -> SoftMoE:
+    """Soft MoE of one image: x[s][d], phi[d][e][p], and per expert w1[e][d][h], b1[e][h], w2[e][h][d], b2[e][d]."""
+    n, d, e, p = len(x), len(phi), len(phi[0]), len(phi[0][0])
+    tokens = [unit(token) for token in x]
+    where = [(i, j) for i in range(e) for j in range(p)]
+    slot_vectors = {(i, j): unit([phi[k][i][j] for k in range(d)]) for i, j in where}
+    logits = {
+        (s, i, j): scale * sum(a * b for a, b in zip(tokens[s], slot_vectors[i, j], strict=True))
+        for s in range(n)
+        for i, j in where
+    }
+    dispatch: Cube = [[[0.0] * p for _ in range(e)] for _ in range(n)]
+    combine: Cube = [[[0.0] * p for _ in range(e)] for _ in range(n)]
+    for i, j in where:
+        for s, share in enumerate(softmax([logits[s, i, j] for s in range(n)])):
+            dispatch[s][i][j] = share
+    for s in range(n):
+        for (i, j), share in zip(where, softmax([logits[s, i, j] for i, j in where]), strict=True):
+            combine[s][i][j] = share
+    slots: Cube = [
+        [[sum(dispatch[s][i][j] * x[s][k] for s in range(n)) for k in range(d)] for j in range(p)] for i in range(e)
+    ]
+    outputs: Cube = [[mlp(slots[i][j], w1[i], b1[i], w2[i], b2[i]) for j in range(p)] for i in range(e)]
+    y = [[sum(combine[s][i][j] * outputs[i][j][k] for i, j in where) for k in range(d)] for s in range(n)]
+    return SoftMoE(dispatch, combine, slots, outputs, y)
+
+
+def adamw(start: float, gradients: Vector, rates: Vector, *, decay: float, betas: Vector, eps: float) -> Vector:
+    """One weight under AdamW with decoupled decay (Loshchilov and Hutter, Algorithm 2): its value after each step."""
+    weight, first, second, path = start, 0.0, 0.0, []
+    for t, (g, lr) in enumerate(zip(gradients, rates, strict=True), start=1):
+        first = betas[0] * first + (1 - betas[0]) * g
+        second = betas[1] * second + (1 - betas[1]) * g * g
+        step = (first / (1 - betas[0] ** t)) / (math.sqrt(second / (1 - betas[1] ** t)) + eps)
+        weight = weight - lr * step - lr * decay * weight
+        path.append(weight)
+    return path
+
+
+def compose(*overrides: str) -> Config:
+    """The checked configuration that `softmoe train OVERRIDES` would run."""
+    return copy.deepcopy(_composed(overrides))
+
+
+@functools.cache
+def _composed(overrides: tuple[str, ...]) -> Config:
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
+
+    from softmoe_cli.cli import _door, conf_folder
+
+    ConfigStore.instance().store(name="schema", node=Config)
+    with initialize_config_dir(str(conf_folder()), version_base=None):
+        tree = OmegaConf.to_container(hydra_compose("train", list(overrides)), resolve=True)
+    assert isinstance(tree, dict)
+    return _door({str(key): value for key, value in tree.items()}, Config)

@@ -1,0 +1,325 @@
+"""The command line: what a user types, and one clear sentence with status 2 for what cannot work."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from tests.conftest import TINY, Softmoe
+
+DENSE = "model=vit_nano2_dense"
+
+WRONG_LINES = {
+    "command": ("trian", "Did you mean 'train'?"),
+    "list argument": ("list models", "takes no arguments"),
+    "top key": ("train sede=1", "Did you mean 'seed'?"),
+    "key of a section": ("train train.step=5", "Did you mean 'train.steps'?"),
+    "key in the wrong section": ("train model.num_experts=5", "Did you mean 'model.router.num_experts'?"),
+    "router key": ("train model.router.nmu_experts=5", "Did you mean 'model.router.num_experts'?"),
+    "appended key": ("train +sede=1", "Did you mean 'seed'?"),
+    "appended key in a section": ("train +train.speed=1", "there is no such key"),
+    "appended router key": ("train +model.router.num_expert=4", "Did you mean 'num_experts'?"),
+    "appended known key": ("train +seed=1", "leave out the +"),
+    "no equals sign": ("train seed", "KEY=VALUE"),
+    "choice of a group": ("train model=vit_s16_sotf", "Did you mean 'vit_s16_soft'?"),
+    "router choice": ("train model/router=sfot", "Did you mean 'soft'?"),
+    "data choice": ("train data=digit", "Did you mean 'digits'?"),
+    "recipe choice": ("train recipe=scrach", "Did you mean 'scratch'?"),
+    "experiment choice": ("train +experiment=nothing", "no such choice"),
+    "not an integer": ("train seed=many", "seed=many"),
+    "not a number": ("train optim.lr=fast", "optim.lr=fast"),
+    "not a boolean": ("train train.compile=perhaps", "train.compile=perhaps"),
+    "negative seed": ("train seed=-1", "it must be >= 0"),
+    "zero batch": ("train train.batch_size=0", "it must be >= 1"),
+    "zero learning rate": ("train optim.lr=0", "it must be > 0"),
+    "nan": ("train optim.lr=nan", "not a number"),
+    "smoothing": ("train train.label_smoothing=1.5", "it must be >= 0 and <= 0.99"),
+    "precision": ("train train.precision=bf61", "Did you mean 'bf16'?"),
+    "tracking": ("train tracking=onlin", "Did you mean 'online'?"),
+    "two budgets": ("train train.steps=5 train.epochs=2", "two budgets"),
+    "accumulation": ("train train.batch_size=32 train.accumulate=5", "does not divide"),
+    "odd mixup": ("train train.batch_size=31 augment.mixup=0.2", "must be even"),
+    "betas": ("train optim.betas=[0.9]", "needs two numbers"),
+    "idle cooldown": ("train optim.cooldown=0.1", "has no effect with optim.schedule=cosine"),
+    "rsqrt by time": ("train train.minutes=1 optim.schedule=rsqrt", "counts steps"),
+    "warmup by time": ("train train.minutes=1 optim.warmup=10", "counts steps"),
+    "warmup too long": ("train train.steps=5 optim.warmup=10", "do not fit a budget of 5"),
+    "randaugment": ("train augment.randaugment=[2]", "[operations, magnitude"),
+    "patch": ("train model.backbone.patch_size=3", "the nearest sizes that are: 6, 9"),
+    "heads": ("train model.backbone.heads=5", "does not divide model.backbone.width=64"),
+    "pool": ("train model.backbone.pool=token", "needs model.backbone.class_token=true"),
+    "block word": ("train model.moe_blocks=first_2", "last_N, every_N"),
+    "block number": ("train model.moe_blocks=[9]", "from 0 to 3"),
+    "router without blocks": ("train model.moe_blocks=[]", "use model/router=dense"),
+    "more experts than slots": (
+        "train model.router.num_experts=64 model.router.slots_per_expert=null model.router.capacity_factor=0.5",
+        "gives 0 slots per expert",
+    ),
+    "slots twice": ("train model.router.capacity_factor=1.0", "give one of them"),
+    "router value": ("train model.router.num_experts=many", "it must be int"),
+    "router class": ("train model.router._target_=os.system", "is not a subclass"),
+    "router module": ("train model.router._target_=no.such.Router", "cannot be imported"),
+    "timm beside sizes": ("train model.backbone.timm=vit_tiny_patch16_224", "brings its own"),
+    "timm name": ("train model/backbone=timm model.backbone.timm=vit_tinny_patch16_224 " + DENSE, "timm has no model"),
+    "channels": ("train model=vit_nano4_dense data.channels=3 model.in_chans=1", "set data.channels=1"),
+    "classes": ("train data.num_classes=5", "less than the 10 classes"),
+    "device": ("train device=cuda", "is not available"),
+    "study": ("train study=../elsewhere", "plain folder name"),
+    "missing value": ("train data=folder", "data.root has no default"),
+    "missing folder": ("train data=folder data.root=nowhere", "is not a folder"),
+    "train with a checkpoint": ("train checkpoint=x", "belongs to softmoe finetune"),
+    "finetune without": ("finetune", "needs checkpoint="),
+    "finetune from nothing": ("finetune checkpoint=nowhere", "does not exist"),
+    "finetune from timm": ("finetune checkpoint=timm:vit_tinny", "timm has no such model"),
+    "evaluate without": ("evaluate", "needs checkpoint="),
+    "evaluate nothing": ("evaluate checkpoint=nowhere", "does not exist"),
+    "sweep without -m": ("train seed=1,2", "--multirun"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG_LINES)
+def test_wrong_line(name: str, softmoe: Softmoe, tmp_path: Path) -> None:
+    if name == "device" and torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    line, words = WRONG_LINES[name]
+    answer = softmoe(*line.split())
+    assert answer.code == 2, answer
+    assert words in answer.err
+    assert "Traceback" not in answer.err
+    assert answer.err.startswith("softmoe: ")
+    assert list(tmp_path.iterdir()) == [], "nothing may be written"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a short finished run, made by the real command in its own process."""
+    folder = tmp_path_factory.mktemp("finished")
+    subprocess.run(
+        [sys.executable, "-m", "softmoe_cli", "train", *TINY, "train.steps=20", "threads=1"], cwd=folder, check=True
+    )
+    (run,) = (folder / "outputs" / "default").iterdir()
+    return run
+
+
+def weights_of(run: Path) -> Path:
+    return next((run / "checkpoints").glob("last-*")) / "model.safetensors"
+
+
+def wrong_checkpoint(kind: str, run: Path, folder: Path) -> tuple[Path, str]:
+    """A checkpoint that is wrong in one way, and the words that must say so."""
+    good, path = weights_of(run), folder / "wrong.safetensors"
+    weights, card = load_file(good), good.read_bytes()
+    if kind == "truncated":
+        path.write_bytes(card[: len(card) // 2])
+        return path, "truncated or damaged"
+    if kind == "empty":
+        path.write_bytes(b"")
+        return path, "truncated or damaged"
+    if kind == "text":
+        path.write_text("not weights at all, just a sentence that somebody wrote")
+        return path, "no safetensors file"
+    if kind == "pickle":
+        torch.save(weights, path)
+        return path, "is a pickle"
+    if kind == "no card":
+        save_file(weights, path)
+        return path, "does not say what model it is"
+    if kind == "empty folder":
+        (folder / "empty").mkdir()
+        return folder / "empty", "holds no checkpoint"
+    changed = {
+        "nan": ("norm.weight", weights["norm.weight"] * float("nan")),
+        "wrong shape": ("norm.weight", torch.ones(7)),
+        "unexpected": ("extra.weight", torch.ones(7)),
+        "missing": ("norm.weight", None),
+    }[kind]
+    weights.pop(changed[0], None)
+    if changed[1] is not None:
+        weights[changed[0]] = changed[1]
+    from safetensors import safe_open
+
+    with safe_open(good, framework="pt") as file:
+        save_file(weights, path, metadata=file.metadata())
+    words = {"nan": "not finite", "wrong shape": "another architecture", "missing": "it lacks norm.weight"}
+    return path, words.get(kind, "unexpected weights: extra.weight")
+
+
+KINDS = (
+    "truncated", "empty", "text", "pickle", "no card", "empty folder", "nan", "wrong shape", "unexpected", "missing",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ["finetune", "evaluate"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_wrong_checkpoint(kind: str, command: str, finished: Path, softmoe: Softmoe, tmp_path: Path) -> None:
+    path, words = wrong_checkpoint(kind, finished, tmp_path)
+    answer = softmoe(command, f"checkpoint={path}", *(["tracking=off"] if command == "finetune" else []))
+    assert answer.code == 2, answer
+    assert words in answer.err
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_an_unexpected_weight_may_be_allowed_by_name(finished: Path, softmoe: Softmoe, tmp_path: Path) -> None:
+    path, _ = wrong_checkpoint("unexpected", finished, tmp_path)
+    answer = softmoe("finetune", f"checkpoint={path}", "tracking=off", "train.steps=2", "allow_unexpected=['extra.*']")
+    assert answer.code == 0, answer
+    assert "extra.weight" in answer.out
+
+
+def test_checkpoint_of_another_architecture(finished: Path, softmoe: Softmoe, tmp_path: Path) -> None:
+    answer = softmoe("finetune", f"checkpoint={finished}", "model=vit_nano2_dense", "tracking=off")
+    assert answer.code == 2
+    assert "another architecture" in answer.err
+    assert not (tmp_path / "outputs").exists()
+
+
+def picture(path: Path, value: int, size: int = 12) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (size, size + 3), (value, 2 * value % 256, 90)).save(path)
+
+
+def tree(root: Path, parts: tuple[str, ...] = ("",), classes: str = "ab", count: int = 12) -> None:
+    for part in parts:
+        for c in classes:
+            for i in range(count):
+                picture(root / part / c / f"{i}.png", 10 * i + (100 if c == "b" else 0))
+
+
+def test_wrong_folders(softmoe: Softmoe, tmp_path: Path) -> None:
+    """Each wrong folder by its own sentence; the run's folder is never made."""
+
+    def answer(name: str) -> str:
+        got = softmoe("train", *TINY, "data=folder", f"data.root={name}", "data.image_size=8", "model.in_chans=3")
+        assert got.code == 2, got
+        assert not (tmp_path / "outputs").exists()
+        return got.err
+
+    (tmp_path / "flat").mkdir()
+    assert "has no class folders" in answer("flat")
+    tree(tmp_path / "empty_class")
+    (tmp_path / "empty_class" / "c").mkdir()
+    assert "empty_class/c holds no image" in answer("empty_class")
+    tree(tmp_path / "not_an_image")
+    (tmp_path / "not_an_image" / "a" / "x.png").write_text("hello")
+    assert "a/x.png is not an image" in answer("not_an_image")
+    tree(tmp_path / "cut")
+    whole = (tmp_path / "cut" / "a" / "0.png").read_bytes()
+    (tmp_path / "cut" / "a" / "0.png").write_bytes(whole[: len(whole) // 2])
+    assert "a/0.png is not an image" in answer("cut")
+    tree(tmp_path / "single", classes="a")
+    assert "one class folder only" in answer("single")
+    tree(tmp_path / "few", count=1)
+    assert "leaves no image of class" in answer("few")
+    tree(tmp_path / "train_only", parts=("train",))
+    assert "needs train and val" in answer("train_only")
+    tree(tmp_path / "other", parts=("train",))
+    tree(tmp_path / "other", parts=("val",), classes="ac")
+    assert "different classes: b, c" in answer("other")
+    (tmp_path / "file").write_text("")
+    assert "is not a folder" in answer("file")
+
+
+def test_read_only_output(softmoe: Softmoe, tmp_path: Path) -> None:
+    (tmp_path / "blocked").write_text("a file where a folder should be")
+    answer = softmoe("train", *TINY, "train.steps=2", "output_root=blocked")
+    assert answer.code == 2
+    assert "choose another output_root" in answer.err
+
+
+def test_train_finetune_evaluate(finished: Path, softmoe: Softmoe, tmp_path: Path) -> None:
+    """The main job: a run finetuned at another size and set of images, then evaluated from folder and from file."""
+    tree(tmp_path / "images", classes="abc")
+    tuned = softmoe(
+        "finetune", f"checkpoint={finished}", "data=folder", "data.root=images", "data.image_size=16",
+        "data.channels=1", "model.image_size=16", "train.steps=3", "tracking=off", "train.batch_size=4",
+    )  # fmt: skip
+    assert tuned.code == 0, tuned
+    assert "pos_embed 16 -> 64 positions" in tuned.out
+    assert "1 per expert, as in the checkpoint" in tuned.out
+    assert "head.weight, head.bias" in tuned.out
+    (run,) = (tmp_path / "outputs" / "default").iterdir()
+    row = json.loads((run / "result.json").read_text())
+    rows = []
+    for source in (run, weights_of(run)):
+        told = softmoe("evaluate", f"checkpoint={source}", "format=json", "batch_size=2")
+        assert told.code == 0, told
+        rows.append(json.loads(told.out))
+    assert rows[0]["top1_pct"] == rows[1]["top1_pct"] == row["top1_pct"]
+    assert rows[0]["loss"] == pytest.approx(row["loss"], rel=1e-5)
+    assert rows[0]["images"] == row["test_images"]
+    table = softmoe("evaluate", f"checkpoint={run}")
+    assert "top1_pct" in table.out and table.code == 0
+
+
+def test_evaluate_on_other_classes_is_refused(finished: Path, softmoe: Softmoe, tmp_path: Path) -> None:
+    tree(tmp_path / "images")
+    answer = softmoe("evaluate", f"checkpoint={finished}", "data=folder", "data.root=images", "data.channels=1")
+    assert answer.code == 2
+    assert "use softmoe finetune for other classes" in answer.err
+
+
+def test_head_is_kept_for_the_same_classes(finished: Path, softmoe: Softmoe) -> None:
+    answer = softmoe("finetune", f"checkpoint={finished}", "train.steps=2", "tracking=off")
+    assert answer.code == 0, answer
+    assert "resized none new none unexpected none" in " ".join(answer.out.split())
+
+
+def test_finetune_from_timm_without_its_weights(softmoe: Softmoe) -> None:
+    answer = softmoe("finetune", "checkpoint=timm:test_vit", "tracking=off")
+    assert answer.code == 2
+    assert "could not fetch its weights" in answer.err
+
+
+def test_finished_runs_are_not_repeated_and_sweeps_make_a_run_each(softmoe: Softmoe, tmp_path: Path) -> None:
+    line = ("train", "-m", *TINY, "train.steps=2", "seed=0,1")
+    assert softmoe(*line).code == 0
+    runs = sorted((tmp_path / "outputs" / "default").glob("*/result.json"))
+    assert len(runs) == 2
+    before = [run.stat().st_mtime_ns for run in runs]
+    again = softmoe(*line)
+    assert again.code == 0 and again.out.count("is finished") == 2
+    assert [run.stat().st_mtime_ns for run in runs] == before
+
+
+def test_hydra_as_users_know_it(softmoe: Softmoe, tmp_path: Path) -> None:
+    assert "num_experts: 16" in softmoe("train", "--cfg", "job").out
+    assert "softmoe-own" not in softmoe("train", "--info", "searchpath").out
+    own = tmp_path / "conf" / "experiment"
+    own.mkdir(parents=True)
+    (own / "mine.yaml").write_text("# @package _global_\n# mine\nseed: 7\ndefaults:\n  - override /recipe: finetune\n")
+    told = softmoe("train", "+experiment=mine", "--cfg", "job").out
+    assert "seed: 7" in told and "lr: 0.0001" in told
+    assert "mine" in softmoe("list").out
+    assert "softmoe-own" in softmoe("train", "--info", "searchpath").out
+
+
+def test_precedence_recipe_experiment_command_line(softmoe: Softmoe, tmp_path: Path) -> None:
+    own = tmp_path / "conf" / "experiment"
+    own.mkdir(parents=True)
+    (own / "mine.yaml").write_text("# @package _global_\noptim:\n  lr: 0.5\n")
+    assert "lr: 0.5" in softmoe("finetune", "+experiment=mine", "checkpoint=x", "--cfg", "job").out
+    assert "lr: 0.25" in softmoe("train", "+experiment=mine", "optim.lr=0.25", "--cfg", "job").out
+
+
+@pytest.mark.parametrize("line", ["--help", "train --help", "finetune --help", "evaluate --help", "list", "--version"])
+def test_help_returns_at_once(line: str) -> None:
+    """Help imports neither torch nor timm nor wandb nor Hydra's composition."""
+    code = (
+        f"import sys; sys.argv = ['softmoe', *{line.split()!r}]\n"
+        "from softmoe_cli.cli import main\n"
+        "try:\n    main()\n"
+        "finally:\n    print('HEAVY', [m for m in ('torch', 'timm', 'wandb') if m in sys.modules])"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "HEAVY []" in told.stdout
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    line = [sys.executable, "-m", "softmoe_cli", "finetune", "--debug"]
+    told = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert told.returncode != 0 and "Traceback" in told.stderr
