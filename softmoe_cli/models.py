@@ -15,7 +15,7 @@ from typing import Any, get_args, get_type_hints
 
 import timm
 import torch
-from timm.layers import Mlp, lecun_normal_, resample_abs_pos_embed
+from timm.layers import GELU, GELUTanh, Mlp, lecun_normal_, resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -107,7 +107,7 @@ def _official_vit(model: Model, num_classes: int) -> VisionTransformer:
         fc_norm=c.norm_after_pool,
         drop_path_rate=c.drop_path,
         norm_layer=norm,
-        act_layer="gelu_tanh" if c.gelu == "tanh" else "gelu",
+        act_layer=GELUTanh if c.gelu == "tanh" else nn.GELU,
     )
     if c.qk_norm == "scale":
         for block in vit.blocks:
@@ -158,7 +158,7 @@ def _plain_vit(name: str, vit: nn.Module) -> VisionTransformer:
 
 def _moe(mlp: nn.Module, model: Model, num_tokens: int) -> MoE:
     """Router and experts in the shape of the dense MLP that they replace."""
-    if not isinstance(mlp, Mlp) or not isinstance(mlp.act, nn.GELU | timm.layers.GELUTanh):
+    if not isinstance(mlp, Mlp) or not isinstance(mlp.act, nn.GELU | GELU | GELUTanh):
         raise UsageError(
             f"model.backbone.timm={model.backbone.timm} has {type(mlp).__name__} blocks; "
             "experts replace plain GELU MLPs"
@@ -171,7 +171,7 @@ def _moe(mlp: nn.Module, model: Model, num_tokens: int) -> MoE:
             router.num_experts,
             dim,
             hidden,
-            gelu="none" if type(mlp.act) is nn.GELU and mlp.act.approximate == "none" else "tanh",
+            gelu="tanh" if isinstance(mlp.act, GELUTanh) else "none",
             identical=model.expert_init == "identical",
         ),
     )

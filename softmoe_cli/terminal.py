@@ -7,7 +7,6 @@ from typing import Any, Self
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 PROGRESS_PERIOD_S = 0.2
 
@@ -43,11 +42,10 @@ class Screen:
         self.console.print(escape(text))
 
     def table(self, title: str, rows: dict[str, str]) -> None:
-        """Two columns: a word and what it is."""
-        table = Table(title=escape(title), title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+        """A line per word: wrapped by the terminal, whole in a file."""
+        self.console.print(f"[bold]{escape(title)}[/bold]")
         for key, value in rows.items():
-            table.add_row(f"[bold]{escape(key)}[/bold]", escape(value))
-        self.console.print(table)
+            self.console.print(f"  [bold]{escape(key):<17}[/bold]{escape(value)}")
 
     def step(self, done: float, loss: float, lr: float, images_per_s: float) -> None:
         """Moves the progress bar to the share `done`; cheap enough for every step."""

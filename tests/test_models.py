@@ -43,8 +43,10 @@ def compose_timm(name: str, *overrides: str, router: str = "dense") -> Config:
 
 @pytest.fixture(scope="module")
 def official() -> VisionTransformer:
-    torch.manual_seed(0)
-    return make("model=vit_nano2_soft", "data=cifar10", "model.backbone.width=192", "model.backbone.class_token=true")
+    return make(
+        "model=vit_ti16_soft", "data=cifar10", "model.image_size=256", "model.backbone.depth=3", "model.moe_blocks=[2]",
+        "model.router.num_experts=4", "model.backbone.class_token=true",
+    )  # fmt: skip
 
 
 def std(tensor: Tensor) -> float:
@@ -62,6 +64,8 @@ def test_class_token_starts_at_zero_and_positions_normal(official: VisionTransfo
     assert (official.cls_token == 0).all()
     assert official.pos_embed.shape == (1, 16 * 16 + 1, 192)
     assert std(official.pos_embed) == pytest.approx(0.02, rel=0.02)
+    assert std(make("model=vit_nano2_soft", "data=cifar10").pos_embed) == pytest.approx(1.0, rel=0.03)  # not official
+    assert std(make("model=vit_nano2_soft", "model.backbone.pos_std=0.3").pos_embed) == pytest.approx(0.3, rel=0.1)
 
 
 def test_attention_starts_xavier_per_square_matrix(official: VisionTransformer) -> None:
@@ -77,7 +81,7 @@ def test_attention_starts_xavier_per_square_matrix(official: VisionTransformer) 
 
 
 def test_dense_mlps_start_xavier_with_tiny_biases(official: VisionTransformer) -> None:
-    bound = math.sqrt(6 / (192 + 256))
+    bound = math.sqrt(6 / (192 + 768))
     for block in official.blocks[:2]:
         for layer in (block.mlp.fc1, block.mlp.fc2):
             assert 0.99 * bound < layer.weight.abs().max().item() <= bound
@@ -86,7 +90,7 @@ def test_dense_mlps_start_xavier_with_tiny_biases(official: VisionTransformer) -
 
 
 def test_patch_kernel_starts_lecun_normal_and_norms_at_one(official: VisionTransformer) -> None:
-    fan = 3 * 2 * 2
+    fan = 3 * 16 * 16
     kernel = official.patch_embed.proj.weight
     assert std(kernel) == pytest.approx(1 / math.sqrt(fan), rel=0.05)
     cut = 2 / math.sqrt(fan) / 0.87962566103423978
@@ -128,13 +132,15 @@ def test_experts_of_a_model_start_identical_or_not(identical: bool) -> None:
 
 def test_choices_of_the_backbone_reach_the_model() -> None:
     vit = make(
-        "model=vit_nano2_soft", "data=cifar10", "model.backbone.qk_norm=affine", "model.backbone.gelu=erf",
+        "model=vit_nano2_dense", "data=cifar10", "model.backbone.qk_norm=affine", "model.backbone.gelu=erf",
         "model.backbone.norm_after_pool=true", "model.backbone.layer_scale=0.1", "model.backbone.drop_path=0.3",
         "model.backbone.class_token=true", "model.backbone.pool=token", "model.backbone.norm_eps=1e-5",
         "model.backbone.init=timm",
     )  # fmt: skip
     assert vit.blocks[0].attn.q_norm.bias is not None
-    assert vit.blocks[-1].mlp.experts.gelu == "none"
+    x = torch.linspace(-3, 3, 50)
+    assert torch.equal(vit.blocks[0].mlp.act(x), nn.functional.gelu(x))
+    assert torch.equal(make("model=vit_nano2_dense").blocks[0].mlp.act(x), nn.functional.gelu(x, approximate="tanh"))
     assert isinstance(vit.norm, nn.Identity)
     assert isinstance(vit.fc_norm, nn.LayerNorm)
     assert vit.blocks[0].ls1.gamma.detach().unique().tolist() == pytest.approx([0.1])
@@ -143,6 +149,10 @@ def test_choices_of_the_backbone_reach_the_model() -> None:
     assert vit.fc_norm.eps == 1e-5
     assert not (vit.head.bias == -math.log(10)).any()
     assert isinstance(make("model.backbone.qk_norm=none").blocks[0].attn.q_norm, nn.Identity)
+
+
+def test_exact_gelu_reaches_the_experts() -> None:
+    assert make("model=vit_nano2_soft", "model.backbone.gelu=erf").blocks[-1].mlp.experts.gelu == "none"
 
 
 def test_a_seed_decides_the_weights() -> None:
@@ -193,8 +203,10 @@ def test_placement(words: str | list[int], blocks: list[int]) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("last_0", "N from 1 to 6"), ("last_7", "N from 1 to 6"), ("every_7", "N from 1 to 6"), ("first_2", "none of last_N"),
-        ("last_", "none of last_N"), ("last_-1", "none of last_N"), ("last_x", "none of last_N"), ("", "none of last_N"),
+        ("last_0", "N from 1 to 6"), ("last_7", "N from 1 to 6"), ("every_7", "N from 1 to 6"),
+        ("first_2", "none of last_N"),
+        ("last_", "none of last_N"), ("last_-1", "none of last_N"), ("last_x", "none of last_N"),
+        ("", "none of last_N"),
         ([6], "from 0 to 5"), ([-1], "from 0 to 5"), ([1, 1], "at most once"), ([True], "a list like"),
         ([1.0], "a list like"), (3, "a list like"), (None, "a list like"),
     ],
@@ -236,7 +248,10 @@ def test_whole_numbers_become_floats() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_expert": 4}, r"router\.num_expert: SoftRouter has no such option.*'num_experts'.*It has num_experts, slots"),
+        (
+            {"num_expert": 4},
+            r"router\.num_expert: SoftRouter has no such option.*'num_experts'.*It has num_experts, slots",
+        ),
         ({"dim": 4}, r"router\.dim: SoftRouter has no such option"),
         ({"num_tokens": 4}, r"router\.num_tokens: SoftRouter has no such option"),
         ({"num_experts": "four"}, r"router\.num_experts=four is of type str; it must be int"),
@@ -296,7 +311,11 @@ def test_experts_go_into_a_timm_backbone() -> None:
     [
         ("resnet18", ["model.image_size=32"], "resnet18"),
         ("swin_tiny_patch4_window7_224", ["model.image_size=224"], "swin_tiny.*not a plain VisionTransformer"),
-        ("vit_tinny_patch16_224", ["model.image_size=32"], "timm has no model 'vit_tinny_patch16_224'.*vit_tiny_patch16_224"),
+        (
+            "vit_tinny_patch16_224",
+            ["model.image_size=32"],
+            "timm has no model 'vit_tinny_patch16_224'.*vit_tiny_patch16_224",
+        ),
         ("vit_tiny_patch16_224", ["model.moe_blocks=last_13"], "moe_blocks=last_13.*N from 1 to 12"),
     ],
 )
@@ -375,7 +394,10 @@ def test_positions_of_no_square_grid_are_refused() -> None:
     ("overrides", "message"),
     [
         (["model.backbone.mlp_width=128"], r"fc1\.weight is \(128, 64\) there and \(256, 64\) in the model"),
-        (["model=vit_nano2_soft", "model.router.num_experts=4"], r"router\.phi is \(64, 4, 1\) there and \(64, 16, 1\)"),
+        (
+            ["model=vit_nano2_soft", "model.router.num_experts=4"],
+            r"router\.phi is \(64, 4, 1\) there and \(64, 16, 1\)",
+        ),
         (["model.in_chans=3"], r"patch_embed\.proj\.weight is .*\(its patch size, width or model\.in_chans\)"),
         (["model.backbone.width=32"], "another architecture"),
     ],
@@ -415,7 +437,9 @@ def test_unexpected_weights_may_be_allowed(allowed: list[str]) -> None:
 @pytest.mark.parametrize(("allowed", "count"), [([], 2), (["extra.weight"], 1), (["extra"], 2), (["*.weigh"], 2)])
 def test_unexpected_weights_are_refused(allowed: list[str], count: int) -> None:
     more = source() | {"extra.weight": torch.zeros(2), "extra.bias": torch.zeros(2)}
-    with pytest.raises(UsageError, match=rf"holds {count} unexpected weights: .*extra\.bias.*allow_unexpected=\['extra\."):
+    with pytest.raises(
+        UsageError, match=rf"holds {count} unexpected weights: .*extra\.bias.*allow_unexpected=\['extra\."
+    ):
         load(make("model=vit_nano2_soft"), more, *allowed)
 
 

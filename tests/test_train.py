@@ -1,0 +1,293 @@
+"""The loop through its real parts: processes, signals, files. Same configuration, same numbers, whatever happens."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import TINY, Softmoe
+
+CLOCKS = {"device_s", "eval_s", "save_s", "compile_s", "images_per_s"}
+
+
+def start(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen:
+    folder.mkdir(exist_ok=True)
+    line = [sys.executable, "-m", "softmoe_cli", "train", *TINY, "threads=1", *arguments]
+    return subprocess.Popen(
+        line, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | environment
+    )
+
+
+def finish(process: subprocess.Popen, code: int = 0) -> str:
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == code, out
+    return str(out)
+
+
+def the_run(folder: Path) -> Path:
+    (run,) = (folder / "outputs" / "default").iterdir()
+    return run
+
+
+def rows(run: Path, file: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (run / file).read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in CLOCKS} for row in found]
+
+
+def last(run: Path) -> Path:
+    return sorted((run / "checkpoints").glob("last-*"))[-1]
+
+
+def same(a: Path, b: Path) -> None:
+    """Every row, every weight and every optimizer moment, bit for bit; random states too."""
+    assert rows(a) == rows(b)
+    assert rows(a, "routing.jsonl") == rows(b, "routing.jsonl")
+    for file in ("model.safetensors", "training.safetensors"):
+        x, y = load_file(last(a) / file), load_file(last(b) / file)
+        assert x.keys() == y.keys()
+        assert [key for key in x if not torch.equal(x[key], y[key])] == []
+    x, y = (json.loads((run / "result.json").read_text()) for run in (a, b))
+    assert {k: v for k, v in x.items() if k not in CLOCKS} == {k: v for k, v in y.items() if k not in CLOCKS}
+
+
+def test_ten_kills_change_nothing(tmp_path: Path) -> None:
+    """SIGKILL at random moments, half of them while a checkpoint is being written."""
+    options = (
+        "train.steps=3000", "train.batch_size=8", "train.save_seconds=0", "train.ema=0.99", "augment.mixup=0.2",
+        "augment.crop=resized", "model.router.noise_std=0.1", "model.backbone.drop_path=0.1",
+    )  # fmt: skip
+    finish(start(tmp_path / "whole", *options))
+    rng, kills, saving = random.Random(0), 0, 0
+    while kills < 10:
+        process = start(tmp_path / "killed", *options)
+        in_write = kills % 2 == 1
+        began = set(tmp_path.glob("killed/outputs/*/*/checkpoints/last-*"))
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline:
+            if set(tmp_path.glob("killed/outputs/*/*/checkpoints/last-*")) - began:
+                break  # it got further than last time
+            time.sleep(0.005)
+        pause = time.monotonic() + rng.uniform(0, 0.6)
+        while process.poll() is None and time.monotonic() < pause + 20:
+            writing = list(tmp_path.glob("killed/outputs/*/*/checkpoints/.last-*"))
+            if (writing and in_write) or (not in_write and time.monotonic() > pause):
+                saving += bool(writing)
+                break
+        if process.poll() is not None:
+            break
+        process.kill()
+        process.communicate()
+        kills += 1
+    finish(start(tmp_path / "killed", *options))
+    assert kills == 10
+    assert saving >= 3, "too few kills met a checkpoint being written"
+    same(the_run(tmp_path / "whole"), the_run(tmp_path / "killed"))
+
+
+def test_signals_save_and_leave(tmp_path: Path) -> None:
+    """SIGTERM, then SIGINT, then SIGUSR1: the run saves and leaves each time, and ends as if it had never stopped."""
+    options = ("train.steps=1500", "train.batch_size=8", "train.log_every=10")
+    finish(start(tmp_path / "whole", *options))
+    before = 0
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+        process = start(tmp_path / "stopped", *options)
+        metrics = tmp_path / "stopped" / "outputs"
+        while sum(file.stat().st_size for file in metrics.glob("*/*/metrics.jsonl")) <= before:
+            time.sleep(0.005)
+        process.send_signal(getattr(signal, name))
+        assert f"stopped by {name}; type the same command to go on" in finish(process, 130)
+        assert not (the_run(tmp_path / "stopped") / "result.json").exists()
+        before = sum(file.stat().st_size for file in metrics.glob("*/*/metrics.jsonl"))
+    assert "going on from step" in finish(start(tmp_path / "stopped", *options))
+    same(the_run(tmp_path / "whole"), the_run(tmp_path / "stopped"))
+
+
+def test_a_second_interrupt_leaves_at_once(tmp_path: Path) -> None:
+    """Sent while the first one's save waits on a pipe that nobody reads from."""
+    code = (
+        "import os, signal, time\n"
+        "from softmoe_cli.train import Stop\n"
+        "with Stop():\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    time.sleep(60)\n"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50, check=False)
+    assert told.returncode == 130 and "left at once" in told.stderr
+
+
+def test_damaged_last_checkpoint(softmoe: Softmoe, tmp_path: Path) -> None:
+    """A flipped byte is noticed by its checksum, and the checkpoint before goes on to the same end."""
+    line = ("train", *TINY, "train.steps=60", "train.save_seconds=0")
+    assert softmoe(*line, "output_root=whole").code == 0
+    assert softmoe(*line, "output_root=damaged").code == 0
+    whole, damaged = (next((tmp_path / root / "default").iterdir()) for root in ("whole", "damaged"))
+    (damaged / "result.json").unlink()
+    newest, before = sorted((damaged / "checkpoints").glob("last-*"), reverse=True)
+    raw = bytearray((newest / "model.safetensors").read_bytes())
+    raw[-100] ^= 1
+    (newest / "model.safetensors").write_bytes(raw)
+    answer = softmoe(*line, "output_root=damaged")
+    assert answer.code == 0
+    assert f"{newest.name} is damaged (model.safetensors does not match its checksum)" in answer.out
+    assert f"({before.relative_to(tmp_path)})" in answer.out
+    same(whole, damaged)
+
+
+def test_a_folder_has_one_writer(tmp_path: Path) -> None:
+    process = start(tmp_path, "train.steps=5000")
+    while not list(tmp_path.glob("outputs/*/*/metrics.jsonl")):
+        time.sleep(0.01)
+    assert "in use by another process" in finish(start(tmp_path, "train.steps=5000"), 2)
+    process.kill()
+    process.communicate()
+
+
+def test_full_disk(tmp_path: Path) -> None:
+    """A file size limit stands for the disk: the failing checkpoint is one sentence, the one before stays good."""
+    options = ("train.steps=200", "train.save_seconds=0", "train.batch_size=8")
+    process = start(tmp_path, *options)
+    while not list(tmp_path.glob("outputs/*/*/checkpoints/last-*")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    finish(process, 130)
+    limit = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
+        f"sys.argv = ['softmoe', 'train', *{[*TINY, 'threads=1', *options]!r}]\n"
+        "from softmoe_cli.cli import main; main()"
+    )
+    told = subprocess.run([sys.executable, "-c", limit], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert told.returncode == 1, told
+    assert "cannot write a checkpoint" in told.stderr and "earlier checkpoints are untouched" in told.stderr
+    assert "Traceback" not in told.stderr
+    assert "going on from step" in finish(start(tmp_path, *options))
+
+
+def test_not_finite_stops_with_layer_step_and_batch(softmoe: Softmoe, tmp_path: Path) -> None:
+    answer = softmoe("train", *TINY, "optim.lr=1e30", "optim.clip_norm=null", "train.steps=20", "optim.warmup=0")
+    assert answer.code == 1, answer
+    assert "not finite first in the output of blocks." in answer.err or "in the gradient of" in answer.err
+    assert "at step " in answer.err and "batch of images" in answer.err
+    assert not list(tmp_path.glob("outputs/*/*/result.json"))
+
+
+def test_accumulation_gives_the_large_batch_update(softmoe: Softmoe, tmp_path: Path) -> None:
+    for parts in (1, 4):
+        line = ("train", *TINY, "train.steps=8", f"train.accumulate={parts}", f"study=parts{parts}")
+        assert softmoe(*line).code == 0
+    one, four = (next((tmp_path / "outputs" / f"parts{n}").iterdir()) for n in (1, 4))
+    x, y = (load_file(last(run) / "model.safetensors") for run in (one, four))
+    for key in x:
+        torch.testing.assert_close(x[key], y[key], atol=2e-4, rtol=1e-3)
+    first = [rows(run)[0]["loss"] for run in (one, four)]
+    assert first[0] == pytest.approx(first[1], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("train.precision=bf16",),
+        ("train.precision=fp16",),
+        ("train.recompute=true",),
+        ("train.loss=sigmoid", "optim.schedule=rsqrt", "optim.warmup=2", "optim.cooldown=2"),
+        ("recipe=strong",),
+        ("train.images=100", "augment.randaugment=[2,9]"),
+        ("train.epochs=0.1", "optim.schedule=constant"),
+        ("train.minutes=0.005", "optim.schedule=linear"),
+        ("model/router=dense", "model.backbone.class_token=true", "model.backbone.pool=token"),
+        ("model.backbone.qk_norm=affine", "model.backbone.gelu=erf", "model.backbone.init=timm"),
+        ("model.expert_init=independent", "model.backbone.layer_scale=0.1", "model.backbone.norm_after_pool=true"),
+    ],
+    ids=lambda options: options[0],
+)
+def test_options_run(options: tuple[str, ...], softmoe: Softmoe, tmp_path: Path) -> None:
+    budget = [] if any(o.startswith(("train.im", "train.ep", "train.min")) for o in options) else ["train.steps=6"]
+    answer = softmoe("train", *TINY, *options, *budget)
+    assert answer.code == 0, answer
+    row = json.loads((the_run(tmp_path) / "result.json").read_text())
+    assert np.isfinite(row["loss"]) and 0 <= row["top1_pct"] <= row["top5_pct"] <= 100
+    assert row["images"] == row["steps"] * row["batch_size"]
+
+
+def test_compile(tmp_path: Path) -> None:
+    """In a process of its own, where no shape checker is in the way; the losses are the eager ones."""
+    for flag in ("true", "false"):
+        finish(start(tmp_path / flag, "train.steps=5", f"train.compile={flag}"))
+    compiled, eager = (the_run(tmp_path / flag) for flag in ("true", "false"))
+    for x, y in zip(rows(compiled), rows(eager), strict=True):
+        assert x["loss"] == pytest.approx(y["loss"], rel=1e-4)
+    assert not any(key.startswith("_orig_mod") for key in load_file(last(compiled) / "model.safetensors"))
+
+
+def test_rows_and_result(softmoe: Softmoe, tmp_path: Path) -> None:
+    """Cost stands in every row and only grows; the result is the last of them and counts each test image once."""
+    assert softmoe("train", *TINY, "train.steps=50", "train.eval_batch_size=50", "seed=3").code == 0
+    run = the_run(tmp_path)
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for key in ("step", "images", "train_pflop", "device_s", "eval_s", "save_s"):
+        values = [row[key] for row in found]
+        assert values == sorted(values), key
+    assert [row["split"] for row in found].count("test") == 1 and found[-1]["split"] == "test"
+    result = json.loads((run / "result.json").read_text())
+    assert result["test_images"] == 359 and result["seed"] == 3
+    assert result["train_pflop"] == found[-1]["train_pflop"] == 50 * 32 * 3 * result["forward_gflop"] / 1e6
+    assert result["signature"] == run.name.rpartition("-")[2]
+    layers = {row["block"] for row in rows(run, "routing.jsonl")}
+    assert layers == {1}
+
+
+def test_signature_is_what_the_run_computes(softmoe: Softmoe, tmp_path: Path) -> None:
+    line = ("train", *TINY, "train.steps=2")
+    for other in ("seed=0", "output_root=other", "threads=1", "wandb.project=p", "train.eval_batch_size=7"):
+        assert softmoe(*line, other).code == 0
+    names = {path.parent.name for path in tmp_path.glob("*/default/*/result.json")}
+    assert len(names) == 1
+    assert softmoe(*line, "seed=1").code == 0
+    assert softmoe(*line, "optim.lr=0.1").code == 0
+    assert len({path.parent.name for path in tmp_path.glob("*/default/*/result.json")}) == 3
+
+
+def test_dense_control_is_one_run_whatever_the_rivals_sweep(softmoe: Softmoe, tmp_path: Path) -> None:
+    options = ("tracking=off", "train.steps=2", "model/router=dense", "model.backbone.width=16")
+    for other in ("model.moe_blocks=last_1", "model.moe_blocks=last_2"):
+        assert softmoe("train", *options, other).code == 0
+    the_run(tmp_path)
+
+
+def test_moved_checkpoints_do_not_need_their_run(softmoe: Softmoe, tmp_path: Path) -> None:
+    assert softmoe("train", *TINY, "train.steps=2").code == 0
+    shutil.copy(last(the_run(tmp_path)) / "model.safetensors", tmp_path / "alone.safetensors")
+    shutil.rmtree(tmp_path / "outputs")
+    assert softmoe("evaluate", "checkpoint=alone.safetensors").code == 0
+
+
+def test_wandb_offline_mirrors_the_run(tmp_path: Path) -> None:
+    """Group, job type, id, axes, every split and the final row are in W&B's own file; so are those after a kill."""
+    finish(start(tmp_path, "train.steps=30", "tracking=offline", "wandb.tags=[tagged]"))
+    run = the_run(tmp_path)
+    (file,) = (run / "wandb").glob(f"offline-run-*/run-{run.name.rpartition('-')[2]}.wandb")
+    recorded = file.read_bytes()
+    for word in ("validation/top1_pct", "test/top1_pct", "train/loss", "images", "train_pflop", "device_s", "tagged",
+                 "result/top1_pct", "default", "num_experts"):  # fmt: skip
+        assert word.encode() in recorded, word
+    assert recorded.count(b"validation/top1_pct") >= 10
+
+
+def test_unreachable_wandb_loses_nothing(tmp_path: Path) -> None:
+    environment = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "a" * 40, "WANDB_MODE": ""}
+    out = finish(start(tmp_path / "dark", "train.steps=30", "tracking=online", **environment))
+    assert "W&B" in out
+    finish(start(tmp_path / "off", "train.steps=30"))
+    same(the_run(tmp_path / "off"), the_run(tmp_path / "dark"))
