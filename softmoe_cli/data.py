@@ -8,6 +8,7 @@ import gzip
 import math
 import os
 import urllib.error
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -164,11 +165,13 @@ def read_idx(path: Path) -> np.ndarray:
     """
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UsageError(f"{path} cannot be read: {error}") from error
     if len(raw) < 4 or raw[:3] != b"\x00\x00\x08":
         raise UsageError(f"{path} is no idx file of bytes: it must begin with 00 00 08")
     head = 4 + 4 * raw[3]
+    if len(raw) < head:
+        raise UsageError(f"{path} is cut short: {len(raw)} bytes where its header alone has {head}")
     shape = np.frombuffer(raw[4:head], dtype=">u4").astype(int)
     if len(raw) != head + shape.prod():
         raise UsageError(f"{path} is cut short: {len(raw)} bytes where its header promises {head + shape.prod()}")
@@ -316,6 +319,7 @@ def _decoded(images: ImageSet, indices: Iterator[Int64[Tensor, " b"]], workers: 
         sampler=map(Tensor.tolist, indices),
         batch_size=None,
         num_workers=workers,
+        generator=torch.Generator(),  # or the loader would draw a seed from the model's random state
         worker_init_fn=lambda _: torch.set_num_threads(1),
     )
     for batch, fault in loader:

@@ -197,7 +197,9 @@ def make_router(options: dict[str, Any], dim: int, num_tokens: int) -> Router:
                 f"{nearest(key, known)} It has {', '.join(known)}"
             )
         kinds = get_args(known[key]) or (known[key],)
-        if not any(type(value) is kind or (kind is float and type(value) is int) for kind in kinds):
+        if type(value) is int and float in kinds and int not in kinds:
+            given[key] = float(value)
+        elif type(value) not in kinds:
             names = " or ".join("null" if kind is NoneType else kind.__name__ for kind in kinds)
             raise UsageError(f"model.router.{key}={value} is of type {type(value).__name__}; it must be {names}")
     missing = known.keys() - given.keys()

@@ -238,7 +238,6 @@ def test_make_router_passes_its_options_on() -> None:
     assert router.noise_std == 1
 
 
-@pytest.mark.xfail(strict=True, reason="make_router lets whole numbers through to float options without converting")
 def test_whole_numbers_become_floats() -> None:
     router = make_router(SOFT | {"slots_per_expert": None, "capacity_factor": 2, "noise_std": 1}, 6, 16)
     assert router.slots_per_expert == 8
