@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracles import compose
 from torch.utils.flop_counter import FlopCounterMode
 
 from softmoe_cli.config import Model, UsageError
@@ -12,6 +11,7 @@ from softmoe_cli.cost import Cost, account, forward_flop
 from softmoe_cli.models import build, count_tokens
 from softmoe_cli.moe.layer import MoE
 from softmoe_cli.moe.routers.soft import SoftRouter
+from tests.oracles import compose
 
 MODELS = sorted(path.stem for path in (Path(__file__).parent.parent / "conf/model").glob("[!_]*.yaml"))
 FEW_LAYERS = 4

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from oracles import compose
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -28,6 +27,7 @@ from softmoe_cli.data import (
     stream,
     train_batches,
 )
+from tests.oracles import compose
 
 CPU = torch.device("cpu")
 CLASSES = ("ant", "bee", "cat")

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import timm
 import torch
-from oracles import compose
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from softmoe_cli.cost import account
 from softmoe_cli.models import LoadReport, build, count_tokens, load_weights, make_router
 from softmoe_cli.moe.layer import Experts, MoE
 from softmoe_cli.moe.routers.soft import SoftRouter
+from tests.oracles import compose
 
 SOFT: dict[str, Any] = {
     "_target_": "softmoe_cli.moe.routers.soft.SoftRouter",

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from oracles import soft_moe
 from torch import Tensor, nn
 
 import softmoe_cli.moe.routers
@@ -19,6 +18,7 @@ from softmoe_cli.models import make_router
 from softmoe_cli.moe.layer import Experts, MoE
 from softmoe_cli.moe.routers.soft import SoftRouter
 from softmoe_cli.moe.routing import DenseRouting, Router, routings
+from tests.oracles import soft_moe
 
 ROOT = Path(__file__).parent.parent
 YAMLS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((ROOT / "conf/model/router").glob("*.yaml"))}

@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
-from oracles import adamw as adamw_oracle
-from oracles import compose
 from torch import nn
 
 from softmoe_cli.config import Optim, UsageError
 from softmoe_cli.models import build
 from softmoe_cli.optim import adamw, constant, cosine, decay_of, linear, rsqrt, schedule, span
+from tests.oracles import adamw as adamw_oracle
+from tests.oracles import compose
 
 
 def optim(**changes: object) -> Optim:
