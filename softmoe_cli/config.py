@@ -186,6 +186,7 @@ class Data:
     mean: list[float] = option("subtracted from pixels in [0, 1]: one number, or one per channel")
     std: list[float] = option("divides the pixels after that", above=0)
     hflip: float = option("how often a mirrored image would still be natural; recipes read it", low=0, high=1)
+    shift: float = option("how far, as a share of its side, an image may be moved; recipes read it", low=0, high=1)
     split_seed: int = option("seed of the split where the set brings none; not the run's seed", low=0)
     validation_fraction: float = option("share held out of the training images for choices", above=0, high=0.5)
     test_fraction: float = option("share held out as test where the set brings no test images", above=0, high=0.5)

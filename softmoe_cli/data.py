@@ -386,8 +386,8 @@ def train_batches(
         if augment.crop == "resized":
             x = resized_crop(x, boxes(len(x), augment.area, rng).to(device), image_size)
         else:
-            if augment.crop == "shift":
-                reach = round(augment.shift * x.shape[-1])
+            reach = round(augment.shift * x.shape[-1]) if augment.crop == "shift" else 0
+            if reach:
                 x = shift_crop(x, torch.randint(-reach, reach + 1, (2, len(x)), generator=rng).to(device), black)
             x = _resize(x, image_size)
         if augment.hflip:

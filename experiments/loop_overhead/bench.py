@@ -91,9 +91,8 @@ def main() -> None:
                     times[side] -= ours(composed(line, f"{root}/short", turn, 1))
             if turn >= 0:
                 ratios.append(times["softmoe"] / times["bare"])
-                print(
-                    f"round {turn}: softmoe {times['softmoe']:.3f} s, bare {times['bare']:.3f} s, ratio {ratios[-1]:.4f}"
-                )
+                told = ", ".join(f"{side} {seconds:.3f} s" for side, seconds in sorted(times.items()))
+                print(f"round {turn}: {told}, ratio {ratios[-1]:.4f}")
     print(f"{hardware(torch.device('cpu'))}, torch {torch.__version__}, n = {ROUNDS}")
     print(f"ratio: median {statistics.median(ratios):.4f}, range {min(ratios):.4f} to {max(ratios):.4f}")
 
