@@ -293,7 +293,7 @@ def test_hydra_as_users_know_it(softmoe: Softmoe, tmp_path: Path) -> None:
     own.mkdir(parents=True)
     (own / "mine.yaml").write_text("# @package _global_\n# mine\nseed: 7\ndefaults:\n  - override /recipe: finetune\n")
     told = softmoe("train", "+experiment=mine", "--cfg", "job").out
-    assert "seed: 7" in told and "lr: 0.0001" in told
+    assert "seed: 7" in told and "default_epochs: 20" in told
     assert "mine" in softmoe("list").out
     assert "softmoe-own" in softmoe("train", "--info", "searchpath").out
 
