@@ -10,7 +10,7 @@ from torch import nn
 from softmoe_cli.config import Optim, UsageError
 
 HEAD = re.compile(r"head\.weight")
-KERNELS = re.compile(r".*(experts\.w[12]|router\.scale|router\..*weight|router\.w[12]?)")
+KERNELS = re.compile(r".*(experts\.w[12]|router\.scale)")
 
 
 def decay_of(name: str, parameter: nn.Parameter, optim: Optim) -> float:

@@ -24,7 +24,7 @@ from softmoe_cli.config import Config
 from softmoe_cli.cost import Cost, account
 from softmoe_cli.device import arithmetic, free_memory, hardware, prepare_attention
 from softmoe_cli.evaluate import classification_loss, evaluate, routing_statistics
-from softmoe_cli.models import LoadReport, build, load_weights
+from softmoe_cli.models import build, load_weights
 from softmoe_cli.moe.layer import MoE
 from softmoe_cli.moe.routing import Routing, routings
 from softmoe_cli.optim import adamw, schedule, span
@@ -366,9 +366,7 @@ def _portable(config: Config, model: VisionTransformer) -> dict[str, Any]:
     return portable
 
 
-def _load_source(
-    model: VisionTransformer, source: Source, config: Config, classes: list[str], screen: Screen
-) -> LoadReport:
+def _load_source(model: VisionTransformer, source: Source, config: Config, classes: list[str], screen: Screen) -> None:
     report = load_weights(
         model,
         source.weights,
@@ -382,7 +380,6 @@ def _load_source(
     if slots:
         rows["slots"] = f"{', '.join(map(str, slots))} per expert, as in the checkpoint"
     screen.table("weights", rows)
-    return report
 
 
 def _training_state(model: nn.Module, ema: ModelEmaV3 | None, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -489,13 +486,13 @@ def _header(
     if router != "dense":
         options = ", ".join(f"{k}={v}" for k, v in m.router.items() if k != "_target_" and v is not None)
         router += f" ({options}) in blocks {m.moe_blocks}"
-    active = cost.params  # soft and dense routers put every parameter to work on every image
     sizes = f"{len(splits.train):,} train / {len(splits.validation):,} validation / {len(splits.test):,} test"
     parts = f" in {t.accumulate} parts" if t.accumulate > 1 else ""
     return {
         "model": f"{m.backbone.name}, {m.image_size} px, {cost.tokens} tokens",
         "router": router,
-        "parameters": f"{count(cost.params)} total, {count(active)} active per image",
+        # soft and dense routers put every parameter to work on every image
+        "parameters": f"{count(cost.params)} total, {count(cost.params)} active per image",
         "cost per image": f"{count(cost.forward_flop)}FLOP forward, {count(cost.train_flop(t.recompute))}FLOP training",
         "data": f"{config.data.name}: {sizes} images, {len(splits.classes)} classes",
         "budget": f"{budget}, {t.batch_size} images each{parts}; {config.optim.schedule}, lr {config.optim.lr:g}",
