@@ -1,11 +1,14 @@
 """Weights & Biases mirrors a run. It only ever reads rows that are on disk already, from a thread of its own:
 when it is slow, broken or unreachable the run neither waits nor loses anything."""
 
+import http.client
 import netrc
 import os
 import queue
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +16,7 @@ from urllib.parse import urlparse
 
 AXES = ("images", "step", "epoch", "train_pflop", "device_s", "eval_s", "save_s", "compile_s")
 INIT_TIMEOUT_S = 10
+LAST_WAIT_S = 30
 
 stuck = False
 """Whether some mirror gave up waiting; the process must then leave without W&B's own goodbye, which would wait."""
@@ -28,12 +32,15 @@ def resolve(tracking: str) -> str:
     return "online" if _has_key() else "offline"
 
 
+def _server() -> str:
+    return os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
+
+
 def _has_key() -> bool:
     if os.environ.get("WANDB_API_KEY"):
         return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(urlparse(_server()).hostname or "") is not None
     except (OSError, netrc.NetrcParseError):
         return False
 
@@ -68,15 +75,31 @@ class Mirror:
         self._queue.put(("row", row))
 
     def close(self, result: dict[str, Any] | None) -> None:
-        """Hands over the final row, if the run is done, and waits 5 seconds and a second per minute of the run."""
+        """Hands over the final row, if the run is done, and waits a second per minute of the run; longer only while
+        the server answers."""
         global stuck
         if self._mode == "off":
             return
         self._queue.put(("end", result or {}))
-        self._thread.join(5 + (time.monotonic() - self._started) / 60)
+        now = time.monotonic()
+        self._thread.join(max(1.0, (now - self._started) / 60))
+        while self._thread.is_alive() and time.monotonic() < now + LAST_WAIT_S and self._answers():
+            self._thread.join(1)  # slow is not broken: what is on its way arrives
         if self._thread.is_alive():
             stuck = True
             self._say(f"W&B has not taken every row; all are in {self._folder}/metrics.jsonl")
+
+    def _answers(self) -> bool:
+        """Whether the server speaks HTTP within a second and does not report a failure of its own; a disk does."""
+        if self._mode == "offline":
+            return True
+        try:
+            urllib.request.urlopen(_server(), timeout=1).close()
+        except urllib.error.HTTPError as error:
+            return error.code < 500
+        except (OSError, http.client.HTTPException, ValueError):
+            return False
+        return True
 
     def _work(self) -> None:
         try:

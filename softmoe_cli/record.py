@@ -40,8 +40,17 @@ def signature(config: Config, command: str, source_digest: str | None) -> str:
     for key in NOT_SCIENCE:
         section, _, leaf = key.rpartition(".")
         (science[section] if section else science).pop(leaf)
-    text = json.dumps([command, source_digest, science], sort_keys=True)
+    text = json.dumps([command, source_digest, _plain(science)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def _plain(value: Any) -> Any:
+    """With whole numbers as int: `capacity_factor=2` and `2.0` are one run."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ def train(config: Config, command: str, source: Source | None, screen: Screen) -
     run = Run(_folder(config, command, source))
     if run.result is not None:
         screen.say(f"{run.folder} is finished; nothing to do")
-        screen.table("result", _shown(run.result))
+        screen.table("result", _shown(run.result, run.folder))
         return run.result
     try:
         return _train(run, config, command, source, screen)
@@ -206,7 +206,7 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
             if kind == "last":
                 run.prune()
 
-    forward = torch.compile(model) if config.train.compile else model
+    forward = torch.compile(model.train()) if config.train.compile else model.train()
     saved_at, save_took, first_step = time.monotonic(), 0.0, progress.step
     with Stop() as stop, routings(model) as seen, screen:
         try:
@@ -221,6 +221,7 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
                     if better:
                         progress.best_step, progress.best_top1_pct = progress.step, seen_now["top1_pct"]
                         save("best")
+                    model.train()
                 if here >= budget.total:
                     break
                 stop.check()
@@ -255,13 +256,19 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
             save("last")
             wandb_run.close(None)
             raise
+        except torch.OutOfMemoryError as error:
+            wandb_run.close(None)
+            raise RunError(
+                f"out of memory at step {progress.step:,} ({str(error).splitlines()[0]}); lower train.batch_size, "
+                "raise train.accumulate or set train.recompute=true"
+            ) from error
         except BaseException:
             wandb_run.close(None)
             raise
-    result = _result(config, command, run, source, cost, splits, test, progress, device)
+    result = _result(config, command, run, source, cost, splits, test, progress, device, card["model"]["router"])
     run.finish(result)
     wandb_run.close(result)
-    screen.table("result", _shown(result))
+    screen.table("result", _shown(result, run.folder))
     return result
 
 
@@ -282,7 +289,6 @@ def update(
     Returns the mean loss over images without and the auxiliary loss, and the gradients' norm before clipping.
     The weights stay as they were when loss or norm is not finite.
     """
-    model.train()
     optimizer.zero_grad(set_to_none=True)
     parts = config.train.accumulate
     total = torch.zeros(2, device=x.device)
@@ -513,6 +519,7 @@ def _result(
     test: dict[str, Any],
     progress: Progress,
     device: torch.device,
+    router: dict[str, Any],
 ) -> dict[str, Any]:
     """One flat row: what it was, what it reached on the test images with its last weights, what it cost."""
     m, images = config.model, progress.step * config.train.batch_size
@@ -525,8 +532,8 @@ def _result(
         "seed": config.seed,
         "backbone": m.backbone.name,
         "router": m.router_name,
-        "num_experts": m.router.get("num_experts"),
-        "slots_per_expert": m.router.get("slots_per_expert"),
+        "num_experts": router.get("num_experts"),
+        "slots_per_expert": router.get("slots_per_expert"),
         "moe_blocks": ",".join(map(str, m.moe_blocks)),
         "image_size": m.image_size,
         "tokens": cost.tokens,
@@ -569,7 +576,7 @@ def _commit() -> str | None:
     return told.stdout.strip() or None
 
 
-def _shown(result: dict[str, Any]) -> dict[str, str]:
+def _shown(result: dict[str, Any], folder: Path) -> dict[str, str]:
     """The closing table."""
     return {
         "test top-1": f"{result['top1_pct']:.2f}%  ({result['test_images']:,} images, read once, last weights)",
@@ -581,5 +588,5 @@ def _shown(result: dict[str, Any]) -> dict[str, str]:
         "training cost": f"{result['train_pflop']:.4g} PFLOP, {result['device_s']:.1f} s",
         "beside it": f"evaluation {result['eval_s']:.1f} s, saving {result['save_s']:.1f} s, "
         f"compilation {result['compile_s']:.1f} s",
-        "folder": f"{result['study']}/{result['name']}",
+        "folder": str(folder),
     }

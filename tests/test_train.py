@@ -1,7 +1,6 @@
 """The loop through its real parts: processes, signals, files. Same configuration, same numbers, whatever happens."""
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -17,22 +16,19 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import TINY, Softmoe
+from tests.processes import Started
 
 CLOCKS = {"device_s", "eval_s", "save_s", "compile_s", "images_per_s"}
 
 
-def start(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen:
-    folder.mkdir(exist_ok=True)
-    line = [sys.executable, "-m", "softmoe_cli", "train", *TINY, "threads=1", *arguments]
-    return subprocess.Popen(
-        line, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | environment
-    )
+def start(folder: Path, *arguments: str, **environment: str) -> Started:
+    return Started(folder, ["train", *TINY, "threads=1", *arguments], environment)
 
 
-def finish(process: subprocess.Popen, code: int = 0) -> str:
-    out, _ = process.communicate(timeout=300)
-    assert process.returncode == code, out
-    return str(out)
+def finish(process: Started, code: int = 0) -> str:
+    left, out = process.wait()
+    assert left == code, out
+    return out
 
 
 def the_run(folder: Path) -> Path:
@@ -64,30 +60,25 @@ def same(a: Path, b: Path) -> None:
 def test_ten_kills_change_nothing(tmp_path: Path) -> None:
     """SIGKILL at random moments, half of them while a checkpoint is being written."""
     options = (
-        "train.steps=3000", "train.batch_size=8", "train.save_seconds=0", "train.ema=0.99", "augment.mixup=0.2",
+        "train.steps=1500", "train.batch_size=8", "train.save_seconds=0", "train.ema=0.99", "augment.mixup=0.2",
         "augment.crop=resized", "model.router.noise_std=0.1", "model.backbone.drop_path=0.1",
     )  # fmt: skip
     finish(start(tmp_path / "whole", *options))
     rng, kills, saving = random.Random(0), 0, 0
     while kills < 10:
         process = start(tmp_path / "killed", *options)
-        in_write = kills % 2 == 1
-        began = set(tmp_path.glob("killed/outputs/*/*/checkpoints/last-*"))
-        deadline = time.monotonic() + 60
-        while process.poll() is None and time.monotonic() < deadline:
-            if set(tmp_path.glob("killed/outputs/*/*/checkpoints/last-*")) - began:
-                break  # it got further than last time
-            time.sleep(0.005)
-        pause = time.monotonic() + rng.uniform(0, 0.6)
-        while process.poll() is None and time.monotonic() < pause + 20:
-            writing = list(tmp_path.glob("killed/outputs/*/*/checkpoints/.last-*"))
-            if (writing and in_write) or (not in_write and time.monotonic() > pause):
+        moment = None
+        while not process.ended:
+            writing = list(tmp_path.glob("killed/outputs/*/*/checkpoints/.last-*"))  # one comes with the first step
+            if writing and moment is None:
+                moment = time.monotonic() + rng.uniform(0, 0.4)
+            if moment is not None and (writing if kills % 2 else time.monotonic() > moment):
                 saving += bool(writing)
                 break
-        if process.poll() is not None:
-            break
-        process.kill()
-        process.communicate()
+            time.sleep(0.001)
+        assert not process.ended
+        process.send(signal.SIGKILL)
+        process.wait()
         kills += 1
     finish(start(tmp_path / "killed", *options))
     assert kills == 10
@@ -97,7 +88,7 @@ def test_ten_kills_change_nothing(tmp_path: Path) -> None:
 
 def test_signals_save_and_leave(tmp_path: Path) -> None:
     """SIGTERM, then SIGINT, then SIGUSR1: the run saves and leaves each time, and ends as if it had never stopped."""
-    options = ("train.steps=1500", "train.batch_size=8", "train.log_every=10")
+    options = ("train.steps=400", "train.batch_size=8", "train.log_every=10")
     finish(start(tmp_path / "whole", *options))
     before = 0
     for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
@@ -105,7 +96,7 @@ def test_signals_save_and_leave(tmp_path: Path) -> None:
         metrics = tmp_path / "stopped" / "outputs"
         while sum(file.stat().st_size for file in metrics.glob("*/*/metrics.jsonl")) <= before:
             time.sleep(0.005)
-        process.send_signal(getattr(signal, name))
+        process.send(getattr(signal, name))
         assert f"stopped by {name}; type the same command to go on" in finish(process, 130)
         assert not (the_run(tmp_path / "stopped") / "result.json").exists()
         before = sum(file.stat().st_size for file in metrics.glob("*/*/metrics.jsonl"))
@@ -150,8 +141,8 @@ def test_a_folder_has_one_writer(tmp_path: Path) -> None:
     while not list(tmp_path.glob("outputs/*/*/metrics.jsonl")):
         time.sleep(0.01)
     assert "in use by another process" in finish(start(tmp_path, "train.steps=5000"), 2)
-    process.kill()
-    process.communicate()
+    process.send(signal.SIGKILL)
+    process.wait()
 
 
 def test_full_disk(tmp_path: Path) -> None:
@@ -160,7 +151,7 @@ def test_full_disk(tmp_path: Path) -> None:
     process = start(tmp_path, *options)
     while not list(tmp_path.glob("outputs/*/*/checkpoints/last-*")):
         time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
+    process.send(signal.SIGTERM)
     finish(process, 130)
     limit = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"

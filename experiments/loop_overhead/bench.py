@@ -29,7 +29,7 @@ from softmoe_cli.optim import adamw, schedule
 from softmoe_cli.terminal import Screen
 from softmoe_cli.train import train
 
-ROUNDS, STEPS = 9, 150
+ROUNDS, STEPS = 5, 600
 
 
 def composed(overrides: list[str], root: str, turn: int, steps: int) -> Config:
