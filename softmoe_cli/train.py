@@ -154,7 +154,7 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
         first_step=progress.step,
         device=device,
     )
-    card = {"model": _portable(config, model), "data": asdict(config.data), "classes": splits.classes}
+    card: dict[str, Any] = {"model": _portable(config, model), "data": asdict(config.data), "classes": splits.classes}
     flop_per_image = cost.train_flop(config.train.recompute)
     evaluated = ema.module if ema is not None else model
     moe_blocks = [i for i, block in enumerate(model.blocks) if isinstance(block.mlp, MoE)]
