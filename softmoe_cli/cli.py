@@ -21,6 +21,7 @@ usage: softmoe COMMAND [ARGUMENTS]
   train      compose an experiment and train it            softmoe train model=vit_nano2_soft seed=1
   finetune   the same loop, from a checkpoint              softmoe finetune checkpoint=RUN data=digits
   evaluate   quality of a checkpoint on a data set         softmoe evaluate checkpoint=RUN
+  check      conformance report for a router               softmoe check soft
   list       models, routers, data sets, recipes, experiments
 
 softmoe COMMAND --help says more; --debug shows the traceback of an error."""
@@ -52,6 +53,14 @@ softmoe evaluate checkpoint=SOURCE [data=CHOICE] [KEY=VALUE]...   quality of a c
   softmoe evaluate checkpoint=weights.safetensors data=folder data.root=PATH split=test format=json
 
 Without data= the set that the checkpoint was trained on is read.""",
+    "check": """\
+softmoe check ROUTER [KEY=VALUE]...   what every router must keep, measured; exit status 1 if anything fails
+
+  softmoe check tokens_choice k=2 images_per_group=4
+  softmoe check my_router.py num_experts=8          a file of one's own with one subclass of Router
+
+ROUTER is a name from softmoe list, a name in your own conf/model/router, or a Python file. KEY=VALUE are its options.
+SOFTMOE_VECTORS names another folder of official numbers.""",
     "list": "softmoe list   models, routers, data sets, recipes and experiments, a line each",
 }
 
@@ -102,7 +111,7 @@ def _dispatch(arguments: list[str]) -> int:
         raise UsageError(f"there is no command '{command}'.{nearest(command, USAGE)} Commands: {', '.join(USAGE)}")
     if "-h" in rest or "--help" in rest:
         print(USAGE[command])
-        if command != "list":
+        if command not in ("check", "list"):
             print(_options(EvaluateConfig if command == "evaluate" else Config))
         return 0
     if command == "list":
@@ -110,6 +119,8 @@ def _dispatch(arguments: list[str]) -> int:
             raise UsageError(f"softmoe list takes no arguments, got {' '.join(rest)}")
         print(_list())
         return 0
+    if command == "check":
+        return _check(rest)
     _hydra(command, rest)
     return 0
 
@@ -158,6 +169,68 @@ def _list() -> str:
             comments = (line[2:] for line in file.read_text().splitlines() if line.startswith("# "))
             lines.append(f"  {name:<20} {next((c for c in comments if not c.startswith('@')), '')}")
     return "\n".join(lines).lstrip("\n")
+
+
+def _check(arguments: list[str]) -> int:
+    """`softmoe check`: prints the report; 1 if a check failed."""
+    names = [argument for argument in arguments if "=" not in argument]
+    if len(names) != 1:
+        raise UsageError(
+            f"softmoe check takes one router and its options as KEY=VALUE, got {' '.join(names) or 'none'}"
+        )
+    import yaml
+
+    options = _router_options(names[0])
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if equals:
+            try:
+                options[key] = yaml.safe_load(value)
+            except yaml.YAMLError as error:
+                raise UsageError(f"cannot read '{argument}': {str(error).splitlines()[0]}") from error
+    from softmoe_cli.check import check_router
+
+    outcomes = check_router(options)
+    for outcome in outcomes:
+        print(f"{outcome.verdict:<5} {outcome.name:<30} {outcome.figure}")
+    failed = sum(outcome.verdict == "fail" for outcome in outcomes)
+    passed = sum(outcome.verdict == "pass" for outcome in outcomes)
+    print(f"{names[0]}: {passed} passed, {failed} failed, {len(outcomes) - passed - failed} not applicable")
+    return 1 if failed else 0
+
+
+def _router_options(name: str) -> dict[str, Any]:
+    """The options in a router's yaml, or the target of a Python file's one router."""
+    import yaml
+
+    files = {f.stem: f for root in (conf_folder(), _own_conf()) if root for f in (root / "model/router").glob("*.yaml")}
+    if name in files:
+        options = dict(yaml.safe_load(files[name].read_text()))
+        if options.get("_target_") is None:
+            raise UsageError(f"{name} has no router to check")
+        return options
+    path = Path(name)
+    if path.suffix != ".py":
+        raise UsageError(f"there is no router '{name}'.{nearest(name, files)} Routers: {', '.join(sorted(files))}")
+    if not path.is_file():
+        raise UsageError(f"{name} does not exist")
+    sys.path.insert(0, str(path.resolve().parent))
+    import importlib
+    import inspect
+
+    from softmoe_cli.moe.routing import Router
+
+    module = importlib.import_module(path.stem)
+    own = [
+        each
+        for each in vars(module).values()
+        if isinstance(each, type) and issubclass(each, Router) and each.__module__ == path.stem
+    ]
+    concrete = [each for each in own if not inspect.isabstract(each)]
+    if len(concrete) != 1:
+        found = ", ".join(each.__name__ for each in concrete) or "none"
+        raise UsageError(f"{name} must define one subclass of softmoe_cli.moe.routing.Router; it has {found}")
+    return {"_target_": f"{path.stem}.{concrete[0].__name__}"}
 
 
 def _hydra(command: str, arguments: list[str]) -> None:

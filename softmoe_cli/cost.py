@@ -18,9 +18,16 @@ from softmoe_cli.moe.layer import MoE
 
 @dataclass(frozen=True)
 class Cost:
-    """One model on one image, and the memory of training it. `tokens` includes class token and registers."""
+    """One model on one image, and the memory of training it. `tokens` includes class token and registers.
+
+    `active_params` are those with a part in one token's way through the model, on average: of the routed experts as
+    many as the router lets work for a token. `slots_per_token` is the rows of all experts over the tokens, with empty
+    slots, in an MoE block: the capacity factor that is really paid for.
+    """
 
     params: int
+    active_params: float
+    slots_per_token: float | None
     params_by_part: dict[str, int]
     forward_flop: int
     tokens: int
@@ -50,18 +57,27 @@ def account(model: Model, num_classes: int, *, batch: int, recompute: bool, ema:
         part = _part(name)
         by_part[part] = by_part.get(part, 0) + parameter.numel()
     assert sum(by_part.values()) == params
+    layers = [block.mlp for block in vit.blocks if isinstance(block.mlp, MoE)]
+    idle = 0.0
+    for layer in layers:
+        routed = layer.router.experts_per_token - layer.router.shared_experts
+        experts = sum(p.numel() for p in layer.experts.parameters())
+        idle += experts * (1 - min(1.0, routed / layer.router.num_experts))
+    tokens = count_tokens(vit)
     return Cost(
         params=params,
+        active_params=params - idle,
+        slots_per_token=layers[0].router.rows(tokens) / tokens if layers else None,
         params_by_part=by_part,
         forward_flop=forward_flop(vit),
-        tokens=count_tokens(vit),
+        tokens=tokens,
         state_bytes=4 * params * (5 if ema else 4),
         activation_bytes=_activation_bytes(vit, batch, recompute),
     )
 
 
 def _part(name: str) -> str:
-    for mark in (".experts.", ".router.", ".mlp.", ".attn."):
+    for mark in (".experts.", ".shared.", ".router.", ".mlp.", ".attn."):
         if mark in name:
             return mark.strip(".")
     return "head" if name.startswith("head.") else "embedding and norms"
@@ -75,7 +91,7 @@ def forward_flop(vit: VisionTransformer) -> int:
         d, inner = block.attn.qkv.in_features, block.attn.proj.in_features
         total += 2 * n * d * 3 * inner + 2 * 2 * n * n * inner + 2 * n * inner * d
         if isinstance(block.mlp, MoE):
-            total += block.mlp.router.flop(n) + block.mlp.experts.flop(block.mlp.router.slots_per_expert)
+            total += block.mlp.flop(n)
         elif isinstance(block.mlp, Mlp):
             total += 2 * n * (block.mlp.fc1.weight.numel() + block.mlp.fc2.weight.numel())
         else:

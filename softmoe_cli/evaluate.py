@@ -13,7 +13,7 @@ from softmoe_cli import data
 from softmoe_cli.config import EvaluateConfig, Model, UsageError
 from softmoe_cli.device import arithmetic, hardware, prepare_attention
 from softmoe_cli.models import build, load_weights
-from softmoe_cli.moe.routing import routings
+from softmoe_cli.moe.routing import Router, routings
 from softmoe_cli.record import Source
 from softmoe_cli.terminal import Screen
 
@@ -59,7 +59,8 @@ def routing_statistics(model: nn.Module, batch: Batch, autocast: torch.autocast)
     model.eval()
     with routings(model) as seen, autocast:
         model(batch[0])
-    return [routing.statistics() for routing in seen]
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    return [routing.statistics() | router.statistics() for routing, router in zip(seen, routers, strict=True)]
 
 
 def evaluate_checkpoint(config: EvaluateConfig, model_config: Model, source: Source) -> None:

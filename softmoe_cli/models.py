@@ -165,15 +165,19 @@ def _moe(mlp: nn.Module, model: Model, num_tokens: int) -> MoE:
         )
     dim, hidden = mlp.fc1.in_features, mlp.fc1.out_features
     router = make_router(model.router, dim, num_tokens)
+    if router.needs_independent_experts and model.expert_init == "identical":
+        raise UsageError(
+            f"model.expert_init=identical: with router {model.router_name} experts that start equal stay equal; "
+            "set model.expert_init=independent"
+        )
+    gelu = "tanh" if isinstance(mlp.act, GELUTanh) else "none"
+    identical = model.expert_init == "identical"
+    shared = router.shared_experts
     return MoE(
         router,
-        Experts(
-            router.num_experts,
-            dim,
-            hidden,
-            gelu="tanh" if isinstance(mlp.act, GELUTanh) else "none",
-            identical=model.expert_init == "identical",
-        ),
+        Experts(router.num_experts, dim, hidden, gelu=gelu, identical=identical),
+        # Several shared experts are one of their summed width.
+        Experts(1, dim, shared * hidden, gelu=gelu, identical=True) if shared else None,
     )
 
 

@@ -10,11 +10,12 @@ from torch import nn
 from softmoe_cli.config import Optim, UsageError
 
 HEAD = re.compile(r"head\.weight")
-KERNELS = re.compile(r".*(experts\.w[12]|router\.scale)")
+KERNELS = re.compile(r".*((experts|shared)\.w[12]|router\.scale|router\.gate\.kernel)")
 
 
 def decay_of(name: str, parameter: nn.Parameter, optim: Optim) -> float:
-    """Weight decay of one parameter: of kernels, stacked or not, and of the soft router's scale.
+    """Weight decay of one parameter: of kernels, stacked or not, the sparse routers' gates among them, and of the
+    soft router's scale.
 
     Biases (stacked ones are 2-D), norms, position tables, tokens and slot parameters (`phi`) have none. These are
     the official patterns: `head/kernel`, any other `kernel`, `Moe/Router/scale`.

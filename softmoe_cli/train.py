@@ -26,7 +26,7 @@ from softmoe_cli.device import arithmetic, free_memory, hardware, prepare_attent
 from softmoe_cli.evaluate import classification_loss, evaluate, routing_statistics
 from softmoe_cli.models import build, load_weights
 from softmoe_cli.moe.layer import MoE
-from softmoe_cli.moe.routing import Routing, routings
+from softmoe_cli.moe.routing import Router, Routing, routings
 from softmoe_cli.optim import adamw, schedule, span
 from softmoe_cli.record import Checkpoint, Run, RunError, Source, random_state, set_random_state, signature
 from softmoe_cli.terminal import Screen, count, gibibytes
@@ -185,18 +185,21 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
             device=device,
         )
 
-    def look(split: str, images: data.ImageSet) -> dict[str, Any]:
+    def look(split: str, images: data.ImageSet, beside: dict[str, float]) -> dict[str, Any]:
         with progress.booked("eval"):
             batches = stop.watch(held_out(images))
             values = dict(evaluate(evaluated, batches, loss=config.train.loss, autocast=autocast))
-        return row(split, values)
+        return row(split, values | beside)
 
-    def record_routing() -> None:
-        """Statistics of every MoE layer on the first validation images, the same ones each time."""
+    def record_routing() -> dict[str, float]:
+        """Statistics of every MoE layer on the first validation images, the same ones each time; returns their means
+        over layers, which are few enough for the validation row and W&B."""
         with progress.booked("eval"):
             statistics = routing_statistics(evaluated, next(held_out(splits.validation)), autocast)
             for block, numbers in zip(moe_blocks, statistics, strict=True):
                 run.append("routing.jsonl", {"step": progress.step, "block": block, **numbers})
+        keys = statistics[0] if statistics else ()
+        return {f"routing_{key}": sum(layer[key] for layer in statistics) / len(statistics) for key in keys}
 
     def save(kind: str) -> None:
         with progress.booked("save"):
@@ -213,8 +216,7 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
             while True:
                 here = budget.position(progress)
                 if budget.passed(progress.evaluated, here, config.train.eval_every):
-                    seen_now = look("validation", splits.validation)
-                    record_routing()
+                    seen_now = look("validation", splits.validation, record_routing())
                     better = seen_now["top1_pct"] > progress.best_top1_pct
                     screen.evaluation(seen_now, "  best so far" if better else "")
                     progress.evaluated, progress.validation = here, seen_now
@@ -250,7 +252,7 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
                     row("train", means | {"lr": lr, "grad_norm": norm, "images_per_s": images_per_s})
                     progress.logged, progress.loss_sum, progress.aux_sum, progress.loss_steps = now, 0.0, 0.0, 0
             save("last")  # before the test row: should the run die in between, it is the only thing done again
-            test = look("test", splits.test)
+            test = look("test", splits.test, {})
             screen.evaluation(test)
         except Interrupted:
             save("last")
@@ -313,6 +315,8 @@ def update(
             group["lr"] = lr
         scaler.step(optimizer)
         scaler.update()
+        for router in (module for module in model.modules() if isinstance(module, Router)):
+            router.after_update()
     return main, aux_loss, norm_value
 
 
@@ -384,7 +388,7 @@ def _load_source(model: VisionTransformer, source: Source, config: Config, class
     rows |= {"resized": ", ".join(report.resized) or "none", "new": ", ".join(report.new) or "none"}
     rows |= {"unexpected": ", ".join(report.unexpected) or "none"}
     if slots:
-        rows["slots"] = f"{', '.join(map(str, slots))} per expert, as in the checkpoint"
+        rows["slots"] = f"{', '.join(str(p or 'any') for p in slots)} per expert, as in the checkpoint"
     screen.table("weights", rows)
 
 
@@ -491,14 +495,13 @@ def _header(
     router = m.router_name
     if router != "dense":
         options = ", ".join(f"{k}={v}" for k, v in m.router.items() if k != "_target_" and v is not None)
-        router += f" ({options}) in blocks {m.moe_blocks}"
+        router += f" ({options}) in blocks {m.moe_blocks}; {cost.slots_per_token:.2f} slots per token"
     sizes = f"{len(splits.train):,} train / {len(splits.validation):,} validation / {len(splits.test):,} test"
     parts = f" in {t.accumulate} parts" if t.accumulate > 1 else ""
     return {
         "model": f"{m.backbone.name}, {m.image_size} px, {cost.tokens} tokens",
         "router": router,
-        # soft and dense routers put every parameter to work on every image
-        "parameters": f"{count(cost.params)} total, {count(cost.params)} active per image",
+        "parameters": f"{count(cost.params)} total, {count(cost.active_params)} active per token",
         "cost per image": f"{count(cost.forward_flop)}FLOP forward, {count(cost.train_flop(t.recompute))}FLOP training",
         "data": f"{config.data.name}: {sizes} images, {len(splits.classes)} classes",
         "budget": f"{budget}, {t.batch_size} images each{parts}; {config.optim.schedule}, lr {config.optim.lr:g}",
@@ -534,6 +537,8 @@ def _result(
         "router": m.router_name,
         "num_experts": router.get("num_experts"),
         "slots_per_expert": router.get("slots_per_expert"),
+        "slots_per_token": cost.slots_per_token,
+        "images_per_group": router.get("images_per_group"),
         "moe_blocks": ",".join(map(str, m.moe_blocks)),
         "image_size": m.image_size,
         "tokens": cost.tokens,
@@ -554,6 +559,7 @@ def _result(
         "lr": config.optim.lr,
         "precision": config.train.precision,
         "params_m": cost.params / 1e6,
+        "active_params_m": cost.active_params / 1e6,
         "forward_gflop": cost.forward_flop / 1e9,
         "train_pflop": images * cost.train_flop(config.train.recompute) / 1e15,
         **{f"{name}_s": seconds for name, seconds in progress.seconds.items()},

@@ -1,7 +1,7 @@
 """The layer: MoE(x) = combine(experts(dispatch(x))), with the experts' weights stacked."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -9,7 +9,7 @@ from softmoe_cli.moe.routing import Router
 
 
 def experts(
-    slots: Float[Tensor, "e r d"],
+    rows: Float[Tensor, "e r d"],
     w1: Float[Tensor, "e d h"],
     b1: Float[Tensor, "e h"],
     w2: Float[Tensor, "e h d"],
@@ -20,8 +20,34 @@ def experts(
 
     `gelu` is `tanh` (the approximation that the official code uses) or `none` (exact).
     """
-    hidden = F.gelu(torch.baddbmm(b1[:, None], slots, w1), approximate=gelu)
+    hidden = F.gelu(torch.baddbmm(b1[:, None], rows, w1), approximate=gelu)
     return torch.baddbmm(b2[:, None], hidden, w2)
+
+
+def ragged_experts(
+    rows: Float[Tensor, "r d"],
+    offsets: Int[Tensor, " e"],
+    w1: Float[Tensor, "e d h"],
+    b1: Float[Tensor, "e h"],
+    w2: Float[Tensor, "e h d"],
+    b2: Float[Tensor, "e d"],
+    gelu: str,
+) -> Float[Tensor, "r d"]:
+    """Each expert's MLP on its run of rows, which ends at its offset: two grouped products."""
+    place = torch.arange(len(rows), device=rows.device, dtype=offsets.dtype)
+    expert = torch.searchsorted(offsets, place, right=True)
+    hidden = F.gelu(grouped(rows, w1, offsets) + b1[expert].to(rows.dtype), approximate=gelu)
+    return grouped(hidden, w2, offsets) + b2[expert].to(rows.dtype)
+
+
+def grouped(
+    rows: Float[Tensor, "r d"], weights: Float[Tensor, "e d h"], offsets: Int[Tensor, " e"]
+) -> Float[Tensor, "r h"]:
+    """rows[i] @ weights[expert of i]; `rows` are sorted by expert."""
+    if rows.dtype == torch.float64:  # which torch's grouped product lacks; only checks of the maths come here
+        sizes = offsets.diff(prepend=offsets.new_zeros(1)).tolist()
+        return torch.cat([part @ weight for part, weight in zip(rows.split(sizes), weights, strict=True)])
+    return F.grouped_mm(rows, weights.to(rows.dtype), offs=offsets)
 
 
 class Experts(nn.Module):
@@ -53,24 +79,40 @@ class Experts(nn.Module):
             if self.identical:
                 parameter[1:] = parameter[:1]
 
-    def flop(self, slots_per_expert: int) -> int:
-        """FLOPs per image of both products; a multiply-add counts as 2, biases and GELU as 0."""
-        num_experts, dim, hidden = self.w1.shape
-        return 2 * 2 * num_experts * slots_per_expert * dim * hidden
+    def flop(self, rows: float) -> int:
+        """FLOPs of both products on `rows` rows; a multiply-add counts as 2, biases and GELU as 0."""
+        _, dim, hidden = self.w1.shape
+        return round(rows * 2 * 2 * dim * hidden)
 
-    def forward(self, slots: Float[Tensor, "e r d"]) -> Float[Tensor, "e r d"]:
-        return experts(slots, self.w1, self.b1, self.w2, self.b2, self.gelu)
+    def forward(
+        self, rows: Float[Tensor, "*rows d"], offsets: Int[Tensor, " e"] | None = None
+    ) -> Float[Tensor, "*rows d"]:
+        if offsets is None:
+            return experts(rows, self.w1, self.b1, self.w2, self.b2, self.gelu)
+        return ragged_experts(rows, offsets, self.w1, self.b1, self.w2, self.b2, self.gelu)
 
 
 class MoE(nn.Module):
-    """A router and its experts, in the place of a block's MLP."""
+    """A router and its experts, in the place of a block's MLP. `shared` sees every token, whatever the router says
+    (DeepSeekMoE, Dai et al., 2024, Section 3.2)."""
 
-    def __init__(self, router: Router, experts: Experts) -> None:
+    def __init__(self, router: Router, experts: Experts, shared: Experts | None = None) -> None:
         super().__init__()
         self.router = router
         self.experts = experts
+        self.shared = shared
 
-    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        routing = self.router(x)
-        out: Tensor = routing.combine(self.experts(routing.dispatch(x)))
-        return out
+    def flop(self, num_tokens: int) -> int:
+        """FLOPs per image; a multiply-add counts as 2."""
+        shared = self.shared.flop(num_tokens) if self.shared is not None else 0
+        return self.router.flop(num_tokens) + self.experts.flop(self.router.rows(num_tokens)) + shared
+
+    def forward(self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b n d"]:
+        routing = self.router(x, keep)
+        device = x.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))  # once, before it is read again and again
+        y: Tensor = routing.combine(self.experts(routing.dispatch(x), routing.offsets))
+        if self.shared is not None:
+            y = y + self.shared(x.flatten(0, 1)[None]).view_as(x)
+        return y

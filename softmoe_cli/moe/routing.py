@@ -1,17 +1,18 @@
 """What a router is and what it returns: a router decides, a routing carries out.
 
-routing = router(x)                          x: b n d
-slots   = routing.dispatch(x)                e (b p) d
-y       = routing.combine(experts(slots))    b n d
+routing = router(x, keep)                             x: b n d, keep: b n, false for padding
+rows    = routing.dispatch(x)                         e r d, or r d with `routing.offsets`
+y       = routing.combine(experts(rows, offsets))     b n d
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 
@@ -19,13 +20,16 @@ class Routing(ABC):
     """One decision of one router about one batch."""
 
     aux_loss: Float[Tensor, ""]
+    offsets: Int[Tensor, " e"] | None
+    """Where each expert's rows end, when they are a single run of rows sorted by expert; None when every expert has
+    as many rows as the next."""
 
     @abstractmethod
-    def dispatch(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "e bp d"]:
-        """The rows that each expert processes: the slots of all images, image by image."""
+    def dispatch(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "*rows d"]:
+        """The rows that the experts process: e r d, image by image or group by group, or r d with `offsets`."""
 
     @abstractmethod
-    def combine(self, slots: Float[Tensor, "e bp d"]) -> Float[Tensor, "b n d"]:
+    def combine(self, rows: Float[Tensor, "*rows d"]) -> Float[Tensor, "b n d"]:
         """The tokens made from the rows that the experts returned."""
 
     @abstractmethod
@@ -37,16 +41,43 @@ class Router(nn.Module, ABC):
     """Constructed as `Router(dim, num_tokens, **options)`; the options, all without default, stand in its yaml."""
 
     num_experts: int
-    slots_per_expert: int
+    slots_per_expert: int | None
+    """p, slots of an expert in one group of images; None where nothing bounds an expert's rows."""
     options: dict[str, Any]
     """The options that rebuild this router for its weights at any number of tokens: what a checkpoint keeps."""
+    exempt: ClassVar[dict[str, str]] = {}
+    """Checks of `softmoe check` that this router's definition rules out, each with the reason."""
+    needs_independent_experts: ClassVar[bool] = False
+    """Whether experts that start equal would stay equal."""
+    images_per_group: int = 1
+    """Images whose tokens compete for the same slots: results depend on batch neighbours where it is not 1."""
+    shared_experts: int = 0
+    """Experts beside the routed ones that see every token."""
+
+    @property
+    @abstractmethod
+    def experts_per_token(self) -> float:
+        """How many experts have a part in one token's output, on average."""
+
+    @abstractmethod
+    def rows(self, num_tokens: int) -> float:
+        """Rows per image that the experts compute, empty ones included."""
 
     @abstractmethod
     def flop(self, num_tokens: int) -> int:
         """FLOPs per image of everything but the experts, on `num_tokens` tokens; a multiply-add counts as 2."""
 
     @abstractmethod
-    def forward(self, x: Float[Tensor, "b n d"]) -> Routing: ...
+    def forward(self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None = None) -> Routing:
+        """Decides about a batch. Tokens where `keep` is false are padding: they take no slot and get zero."""
+
+    def statistics(self) -> dict[str, float]:
+        """Plain numbers about the router's parameters."""
+        return {}
+
+    def after_update(self) -> None:
+        """Called once after each update of the weights, for what a router adjusts by other means than gradients."""
+        return
 
 
 class DenseRouting(Routing):
@@ -57,39 +88,160 @@ class DenseRouting(Routing):
         combine_weights: share of each slot in each token, float32.
     """
 
+    offsets = None
+
     def __init__(
         self,
         dispatch_weights: Float[Tensor, "b n e p"],
         combine_weights: Float[Tensor, "b n e p"],
         aux_loss: Float[Tensor, ""],
-        extra: dict[str, Tensor] | None = None,
     ) -> None:
         self.dispatch_weights = dispatch_weights
         self.combine_weights = combine_weights
         self.aux_loss = aux_loss
-        self.extra = extra or {}
 
     def dispatch(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "e bp d"]:
         b, n, e, p = self.dispatch_weights.shape
         slots = torch.bmm(self.dispatch_weights.reshape(b, n, e * p).mT.to(x.dtype), x)
-        return slots.reshape(b, e, p, -1).transpose(0, 1).reshape(e, b * p, -1)
+        return slots.reshape(b, e, p, -1).transpose(0, 1).reshape(e, b * p, -1)  # a view where p is 1
 
-    def combine(self, slots: Float[Tensor, "e bp d"]) -> Float[Tensor, "b n d"]:
+    def combine(self, rows: Float[Tensor, "e bp d"]) -> Float[Tensor, "b n d"]:
         b, n, e, p = self.combine_weights.shape
-        by_image = slots.reshape(e, b, p, -1).transpose(0, 1).reshape(b, e * p, -1)
-        return torch.bmm(self.combine_weights.reshape(b, n, e * p).to(slots.dtype), by_image)
+        by_image = rows.reshape(e, b, p, -1).transpose(0, 1).reshape(b, e * p, -1)
+        return torch.bmm(self.combine_weights.reshape(b, n, e * p).to(rows.dtype), by_image)
 
     @torch.no_grad()
     def statistics(self) -> dict[str, float]:
-        """Means over slots of the dispatch weights' extremes over tokens, and over tokens of the combine
-        weights' extremes over slots (the curves of the paper's Figures 13 and 14)."""
+        """Every slot is filled and no token dropped. `dispatch_max` and its like are means over slots of the dispatch
+        weights' extremes over tokens, and over tokens of the combine weights' extremes over slots (the curves
+        of the Soft MoE paper's Figures 13 and 14). An expert's load is its share of all combine weights."""
+        load = self.combine_weights.sum(dim=(0, 1, 3))
         numbers = {
             "dispatch_max": self.dispatch_weights.amax(dim=1).mean(),
             "dispatch_min": self.dispatch_weights.amin(dim=1).mean(),
             "combine_max": self.combine_weights.amax(dim=(2, 3)).mean(),
             "combine_min": self.combine_weights.amin(dim=(2, 3)).mean(),
         }
-        return {name: value.item() for name, value in (numbers | self.extra).items()}
+        values = {name: value.item() for name, value in numbers.items()}
+        return {"utilisation": 1.0, "dropped_share": 0.0} | load_statistics(load) | values
+
+
+class SparseRouting(Routing):
+    """Each row is one token, or nothing: a gather, and a sum of what was gathered.
+
+    Args:
+        token: for each row the token's number among the b n of the batch; b n for an empty row.
+        gate: what a row's result is multiplied by, float32; 0 for an empty row.
+        demand: how many tokens asked for each expert, whether they found a slot or not.
+        offsets: as in `Routing`.
+    """
+
+    def __init__(
+        self,
+        token: Int[Tensor, "*rows"],
+        gate: Float[Tensor, "*rows"],
+        aux_loss: Float[Tensor, ""],
+        demand: Int[Tensor, " e"],
+        shape: tuple[int, int],
+        offsets: Int[Tensor, " e"] | None = None,
+    ) -> None:
+        self.token, self.gate, self.aux_loss, self.demand, self.offsets = token, gate, aux_loss, demand, offsets
+        self.shape = shape
+
+    def dispatch(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "*rows d"]:
+        tokens = x.flatten(0, 1)
+        if self.offsets is None:
+            tokens = nn.functional.pad(tokens, (0, 0, 0, 1))  # an empty row is a row of zeros
+        return tokens.index_select(0, self.token.flatten()).view(*self.token.shape, -1)
+
+    def combine(self, rows: Float[Tensor, "*rows d"]) -> Float[Tensor, "b n d"]:
+        b, n = self.shape
+        weighted = rows.flatten(0, -2) * self.gate.flatten()[:, None].to(torch.promote_types(rows.dtype, torch.float32))
+        y = weighted.new_zeros(b * n + 1, rows.shape[-1]).index_add(0, self.token.flatten(), weighted)
+        return y[:-1].view(b, n, -1).to(rows.dtype)
+
+    @torch.no_grad()
+    def statistics(self) -> dict[str, float]:
+        """`utilisation`: share of rows that hold a token. `dropped_share`: share of tokens that no expert saw.
+        `gate_mean`: mean over tokens of the sum of their gates, which is how much of its experts a token gets."""
+        tokens = self.shape[0] * self.shape[1]
+        filled = self.token < tokens
+        seen = torch.zeros(tokens + 1, device=self.token.device).index_fill(0, self.token.flatten(), 1.0)[:-1]
+        return {
+            "utilisation": filled.float().mean().item(),
+            "dropped_share": 1 - seen.mean().item(),
+            **load_statistics(self.demand.double()),
+            "gate_mean": self.gate.sum().item() / tokens,
+        }
+
+
+def load_statistics(load: Float[Tensor, " e"]) -> dict[str, float]:
+    """How evenly experts are used.
+
+    dead_share: share of experts with less than a hundredth of the mean load. load_max: the largest load over the
+    mean. effective_experts_share: exp(entropy of the loads) / e, which is 1 when all are equal and 1/e when one
+    expert has everything.
+    """
+    share = load.double() / load.sum().clamp(min=1e-30)
+    e = len(load)
+    entropy = -(share * share.clamp(min=1e-30).log()).sum().item()
+    return {
+        "dead_share": (share < 0.01 / e).double().mean().item(),
+        "load_max": share.max().item() * e,
+        "effective_experts_share": math.exp(entropy) / e,
+    }
+
+
+def capacity(num_tokens: int, num_experts: int, factor: float, rounding: str, multiple: int) -> int:
+    """Slots per expert for `num_tokens` tokens to place (choices, where a token makes several).
+
+    num_tokens * factor / num_experts in double precision, rounded up (`ceil`) or half to even (`round`), then up to a
+    multiple (vmoe's compute_capacity: the product first, because that decides some cases).
+
+    Raises:
+        ValueError: less than one slot.
+    """
+    exact = num_tokens * factor / num_experts
+    slots = math.ceil(exact) if rounding == "ceil" else round(exact)
+    if slots < 1:
+        raise ValueError(
+            f"capacity_factor={factor:g} gives {slots} slots per expert for {num_tokens} tokens and "
+            f"num_experts={num_experts}; use at most {max(1, int(num_tokens * factor))} experts, a larger "
+            "capacity_factor, or set slots_per_expert and capacity_factor=null"
+        )
+    return -(-slots // multiple) * multiple
+
+
+def slots_of(
+    slots_per_expert: int | None,
+    capacity_factor: float | None,
+    num_tokens: int,
+    num_experts: int,
+    rounding: str,
+    multiple: int,
+) -> int:
+    """The one of the two ways to say how many slots an expert has that was chosen.
+
+    Raises:
+        ValueError: both or neither given, or not a positive number of experts and slots.
+    """
+    if num_experts < 1:
+        raise ValueError(f"num_experts={num_experts} must be at least 1")
+    if (slots_per_expert is None) == (capacity_factor is None):
+        raise ValueError(
+            f"slots_per_expert={slots_per_expert} and capacity_factor={capacity_factor}: "
+            "give one of them and set the other to null"
+        )
+    if rounding not in ("ceil", "round"):
+        raise ValueError(f"capacity_rounding={rounding} is not one of ceil, round")
+    if multiple < 1:
+        raise ValueError(f"capacity_multiple={multiple} must be at least 1")
+    if slots_per_expert is None:
+        assert capacity_factor is not None
+        return capacity(num_tokens, num_experts, capacity_factor, rounding, multiple)
+    if slots_per_expert < 1:
+        raise ValueError(f"slots_per_expert={slots_per_expert} must be at least 1")
+    return slots_per_expert
 
 
 def full_precision(x: Tensor) -> AbstractContextManager[object]:

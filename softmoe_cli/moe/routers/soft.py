@@ -7,13 +7,13 @@ starts truncated-normal with std 1/sqrt(d e) (Appendix E says Glorot).
 """
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from softmoe_cli.moe.routing import DenseRouting, Router, full_precision
+from softmoe_cli.moe.routing import DenseRouting, Router, full_precision, slots_of
 
 EPS = 1e-6
 
@@ -26,13 +26,28 @@ def l2_normalize(x: Float[Tensor, "..."], dim: int) -> Float[Tensor, "..."]:
 def soft_logits(
     x: Float[Tensor, "b n d"], phi: Float[Tensor, "d e p"], scale: Float[Tensor, ""]
 ) -> Float[Tensor, "b n e p"]:
-    """scale times the cosine of each token with each slot's parameters (Section 2.3)."""
-    return torch.einsum("bnd,dep->bnep", l2_normalize(x, dim=2), scale * l2_normalize(phi, dim=0))
+    """scale times the cosine of each token with each slot's parameters (Section 2.3).
+
+    Tokens are divided by their norms after the product, so that no normalised copy of them is made and kept.
+    """
+    length = (x.square().sum(dim=2, keepdim=True) + EPS).sqrt()
+    slots = (scale * l2_normalize(phi, dim=0)).flatten(1)
+    return ((x @ slots) / length).unflatten(2, phi.shape[1:])
 
 
-def soft_weights(logits: Float[Tensor, "b n e p"]) -> tuple[Float[Tensor, "b n e p"], Float[Tensor, "b n e p"]]:
-    """Dispatch weights, a softmax over tokens, and combine weights, a softmax over all slots (Section 2.1)."""
-    return logits.softmax(dim=1), logits.flatten(2).softmax(dim=2).view_as(logits)
+def soft_weights(
+    logits: Float[Tensor, "b n e p"], keep: Bool[Tensor, "b n"] | None = None
+) -> tuple[Float[Tensor, "b n e p"], Float[Tensor, "b n e p"]]:
+    """Dispatch weights, a softmax over tokens, and combine weights, a softmax over all slots (Section 2.1).
+
+    Padding has no part in any slot and no slot in it.
+    """
+    combine = logits.flatten(2).softmax(dim=2).view_as(logits)
+    if keep is None:
+        return logits.softmax(dim=1), combine
+    kept = keep[:, :, None, None]
+    dispatch = logits.masked_fill(~kept, torch.finfo(logits.dtype).min).softmax(dim=1)
+    return dispatch * kept, combine * kept
 
 
 class SoftRouter(Router):
@@ -51,6 +66,8 @@ class SoftRouter(Router):
         ValueError: when not exactly one of `slots_per_expert` and `capacity_factor` is given, or p would be 0.
     """
 
+    exempt: ClassVar[dict[str, str]] = {"one expert is the dense MLP": "its slots are mixtures of tokens"}
+
     def __init__(
         self,
         dim: int,
@@ -62,36 +79,19 @@ class SoftRouter(Router):
         noise_std: float,
     ) -> None:
         super().__init__()
-        if num_experts < 1:
-            raise ValueError(f"num_experts={num_experts} must be at least 1")
         if noise_std < 0:
             raise ValueError(f"noise_std={noise_std} must not be negative")
-        if (slots_per_expert is None) == (capacity_factor is None):
-            raise ValueError(
-                f"slots_per_expert={slots_per_expert} and capacity_factor={capacity_factor}: "
-                "give one of them and set the other to null"
-            )
-        if slots_per_expert is None:
-            assert capacity_factor is not None
-            slots_per_expert = round(num_tokens * capacity_factor / num_experts)
-            if slots_per_expert < 1:
-                raise ValueError(
-                    f"capacity_factor={capacity_factor} gives 0 slots per expert for {num_tokens} tokens and "
-                    f"num_experts={num_experts}; use at most {max(1, int(num_tokens * capacity_factor))} experts "
-                    "or set slots_per_expert=1 and capacity_factor=null"
-                )
-        if slots_per_expert < 1:
-            raise ValueError(f"slots_per_expert={slots_per_expert} must be at least 1")
+        slots = slots_of(slots_per_expert, capacity_factor, num_tokens, num_experts, "round", 1)
         self.num_experts = num_experts
-        self.slots_per_expert = slots_per_expert
+        self.slots_per_expert: int = slots
         self.noise_std = noise_std
         self.options: dict[str, Any] = {
             "num_experts": num_experts,
-            "slots_per_expert": slots_per_expert,
+            "slots_per_expert": slots,
             "capacity_factor": None,
             "noise_std": noise_std,
         }
-        self.phi = nn.Parameter(torch.empty(dim, num_experts, slots_per_expert))
+        self.phi = nn.Parameter(torch.empty(dim, num_experts, slots))
         self.scale = nn.Parameter(torch.ones(()))
         self.reset_parameters()
 
@@ -102,15 +102,41 @@ class SoftRouter(Router):
         nn.init.trunc_normal_(self.phi, std=std, a=-2 * std, b=2 * std)
         nn.init.ones_(self.scale)
 
+    @property
+    def experts_per_token(self) -> float:
+        return self.num_experts
+
+    def rows(self, num_tokens: int) -> float:
+        return self.num_experts * self.slots_per_expert
+
     def flop(self, num_tokens: int) -> int:
         """Logits, dispatch and combine: three products of n, e p and d."""
-        dim, num_experts, slots = self.phi.shape
-        return 3 * 2 * num_tokens * num_experts * slots * dim
+        return 3 * 2 * num_tokens * self.phi.numel()
 
-    def forward(self, x: Float[Tensor, "b n d"]) -> DenseRouting:
+    def forward(self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None = None) -> DenseRouting:
         with full_precision(x):
             logits = soft_logits(x.to(self.phi.dtype), self.phi, self.scale)
             if self.training and self.noise_std > 0:
                 logits = logits + self.noise_std * torch.randn_like(logits)
-            dispatch, combine = soft_weights(logits)
-        return DenseRouting(dispatch, combine, logits.new_zeros(()), {"scale": self.scale.detach()})
+            return DenseRouting(*soft_weights(logits, keep), logits.new_zeros(()))
+
+    @torch.no_grad()
+    def statistics(self) -> dict[str, float]:
+        """The scale, and how alike the slots' parameters are: cosines of all pairs."""
+        return {"scale": self.scale.item()} | cosines(l2_normalize(self.phi, dim=0).flatten(1).T)
+
+
+def cosines(vectors: Float[Tensor, "m d"]) -> dict[str, float]:
+    """Smallest, largest and mean cosine between two of m vectors, as the official metrics have them (1e-9 inside the
+    root; the mean takes a vector's cosine with itself as 1, also where it is zero); nothing where there is but one."""
+    m = len(vectors)
+    if m < 2:
+        return {}
+    unit = vectors / (vectors.square().sum(dim=1, keepdim=True) + 1e-9).sqrt()
+    matrix = unit @ unit.T
+    pairs = matrix[~torch.eye(m, dtype=torch.bool, device=vectors.device)]
+    return {
+        "slot_cosine_min": pairs.min().item(),
+        "slot_cosine_max": pairs.max().item(),
+        "slot_cosine_mean": (matrix.sum().item() - m) / (m * (m - 1)),
+    }

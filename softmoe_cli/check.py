@@ -1,0 +1,523 @@
+"""`softmoe check ROUTER`: what every router must keep, measured. The tests run the same checks."""
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from softmoe_cli.config import UsageError
+from softmoe_cli.models import make_router
+from softmoe_cli.moe.layer import Experts, MoE
+from softmoe_cli.moe.routers.experts_choice import ExpertsChoiceRouter
+from softmoe_cli.moe.routers.soft import SoftRouter
+from softmoe_cli.moe.routers.tokens_choice import TokensChoiceRouter
+from softmoe_cli.moe.routers.tokens_choice_bpr import TokensChoiceBPRRouter
+from softmoe_cli.moe.routing import Router, SparseRouting, routings
+
+DIM, HIDDEN, TOKENS, GROUPS = 16, 24, 16, 4
+EXACT = 1e-10
+"""What float64 may lose; all comparisons that need no other bound are in float64."""
+
+
+class NotApplicable(Exception):
+    """A check that says nothing about this router, with the reason."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a check found: `figure` is what was measured, or why it does not apply."""
+
+    name: str
+    verdict: str
+    figure: str
+
+
+class Subject:
+    """A router under test: its options, and layers built from them with weights that are all random."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.options = options
+        self.router_class = type(make_router(options, DIM, TOKENS))
+
+    def layer(self, dtype: torch.dtype = torch.float64, **changes: Any) -> MoE:
+        """An evaluating layer, always with the same weights; `changes` are router options, if it has them."""
+        known = {key: value for key, value in changes.items() if key in self.options}
+        torch.manual_seed(0)
+        router = make_router(self.options | known, DIM, TOKENS)
+        layer = MoE(router, Experts(router.num_experts, DIM, HIDDEN, gelu="tanh", identical=False))
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                if parameter.ndim:
+                    parameter.normal_(std=0.5)
+                else:
+                    parameter.fill_(3.0)
+        return layer.to(dtype).eval()
+
+    def batch(self, layer: MoE, dtype: torch.dtype = torch.float64) -> Tensor:
+        generator = torch.Generator().manual_seed(1)
+        images = GROUPS * layer.router.images_per_group
+        return torch.randn(images, TOKENS, DIM, dtype=torch.float64, generator=generator).to(dtype)
+
+
+def deviation(got: Tensor, want: Tensor) -> float:
+    return (got - want).abs().max().item() if got.numel() else 0.0
+
+
+Finding = tuple[bool, str]
+Check = Callable[[Subject], Finding]
+
+
+def bounded(value: float, bound: float, what: str) -> Finding:
+    return value <= bound, f"{what} {value:.1e}"
+
+
+def no_leakage(subject: Subject) -> Finding:
+    """The output of one group of images neither changes with other images nor has a gradient to them."""
+    layer = subject.layer()
+    x, size = subject.batch(layer), layer.router.images_per_group
+    other = x.clone()
+    other[size:] = other[size:].flip(0) * 2 + 1
+    moved = deviation(layer(other)[:size], layer(x)[:size])
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(layer(x)[:size].square().sum(), x)
+    return bounded(max(moved, deviation(gradient[size:], torch.zeros(()))), EXACT, "largest influence")
+
+
+def batch_independence(subject: Subject) -> Finding:
+    """Groups in another order, or one at a time, give the same."""
+    layer = subject.layer()
+    x, size = subject.batch(layer), layer.router.images_per_group
+    whole = layer(x)
+    order = torch.arange(len(x)).view(GROUPS, size)[[2, 0, 3, 1]].flatten()
+    moved = deviation(layer(x[order]), whole[order])
+    alone = torch.cat([layer(part) for part in x.split(size)])
+    return bounded(max(moved, deviation(alone, whole)), EXACT, "largest change")
+
+
+def token_permutation(subject: Subject) -> Finding:
+    """Permuted tokens give permuted outputs."""
+    layer = subject.layer()
+    x = subject.batch(layer)
+    order = torch.randperm(TOKENS, generator=torch.Generator().manual_seed(2))
+    return bounded(deviation(layer(x[:, order]), layer(x)[:, order]), EXACT, "largest change")
+
+
+def padding_is_neutral(subject: Subject) -> Finding:
+    """Tokens that `keep` calls padding change nothing, get zero, and have no gradient; so do images that lack to a
+    full group."""
+    layer = subject.layer()
+    x, size = subject.batch(layer), layer.router.images_per_group
+    padded = torch.cat([x, 100 * torch.ones(len(x), 3, DIM, dtype=x.dtype)], dim=1).requires_grad_()
+    keep = torch.arange(TOKENS + 3).expand(len(x), -1) < TOKENS
+    y = layer(padded, keep)
+    (gradient,) = torch.autograd.grad(y[:, :TOKENS].square().sum(), padded)
+    changes = [deviation(y[:, :TOKENS], layer(x)), deviation(y[:, TOKENS:], torch.zeros(()))]
+    changes += [deviation(gradient[:, TOKENS:], torch.zeros(()))]
+    if size > 1:
+        short = x[: size + 1]
+        full = torch.cat([short, x[: size - 1]])
+        images = torch.ones(2 * size, TOKENS, dtype=torch.bool)
+        images[size + 1 :] = False
+        changes.append(deviation(layer(short), layer(full, images)[: size + 1]))
+    return bounded(max(changes), EXACT, "largest change")
+
+
+def one_expert(subject: Subject) -> Finding:
+    """With one expert that has room for every token the layer is its MLP."""
+    if "num_experts" not in subject.options:
+        raise NotApplicable("its number of experts is fixed")
+    size = make_router(subject.options, DIM, TOKENS).images_per_group
+    layer = subject.layer(num_experts=1, k=1, slots_per_expert=TOKENS * size, capacity_factor=None, gate="softmax")
+    x = subject.batch(layer)
+    return bounded(deviation(layer(x), layer.experts(x.flatten(0, 1)[None]).view_as(x)), EXACT, "difference")
+
+
+def dispatch_law(subject: Subject) -> Finding:
+    """Rows are shares of raw tokens: linear in the tokens, and each row's shares add up to one, or to none."""
+    layer = subject.layer()
+    x = subject.batch(layer)
+    routing, other = layer.router(x), x.flip(0).square()
+    bent = deviation(routing.dispatch(2 * x + other), 2 * routing.dispatch(x) + routing.dispatch(other))
+    total = routing.dispatch(torch.ones_like(x))
+    stray = torch.minimum(total.abs(), (total - 1).abs()).max().item()
+    return bounded(max(bent, stray), EXACT, "largest departure")
+
+
+def combine_law(subject: Subject) -> Finding:
+    """Outputs are linear in the experts' rows, and a token's weights add up to between zero and what is allowed."""
+    layer = subject.layer()
+    x = subject.batch(layer)
+    routing = layer.router(x)
+    rows = routing.dispatch(x)
+    other = rows.square()
+    bent = deviation(routing.combine(2 * rows + other), 2 * routing.combine(rows) + routing.combine(other))
+    total = routing.combine(torch.ones_like(rows))
+    most = 1.0 if subject.options.get("gate", "softmax") == "softmax" else layer.router.experts_per_token
+    stray = max(0.0, -total.min().item(), total.max().item() - most)
+    lowest, highest = total.min().item(), total.max().item()
+    holds, figure = bounded(max(bent, stray), EXACT, "largest departure")
+    return holds, f"{figure}, a token's weights sum to {lowest:.2g} to {highest:.2g}"
+
+
+def finite_gradients(subject: Subject) -> Finding:
+    """In training every parameter gets a gradient, and none is infinite or NaN; not even on tokens that are zero."""
+    layer = subject.layer(torch.float32).train()
+    leaves = dict(layer.named_parameters())
+    for x in (subject.batch(layer, torch.float32), torch.zeros(layer.router.images_per_group, TOKENS, DIM)):
+        x.requires_grad_()
+        with routings(layer) as seen:
+            y = layer(x)
+        weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(3))
+        gradients = torch.autograd.grad((y * weights).sum() + seen[0].aux_loss, [x, *leaves.values()])
+        for name, gradient in zip(["the tokens", *leaves], gradients, strict=True):
+            if not gradient.isfinite().all():
+                return False, f"gradient of {name} is not finite"
+        if x.any():
+            sizes = {n: g.abs().max().item() for n, g in zip(["the tokens", *leaves], gradients, strict=True)}
+    least = min(sizes, key=lambda name: sizes[name])
+    return sizes[least] > 1e-9, f"smallest {sizes[least]:.1e}, of {least}"
+
+
+def float32_decisions(subject: Subject) -> Finding:
+    """Under bf16 autocast the routing is bit for bit what it is without, in float32."""
+    layer = subject.layer(torch.float32)
+    x = subject.batch(layer, torch.float32)
+    plain = layer.router(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        routing, y = layer.router(x), layer(x)
+    for name, value in vars(plain).items():  # whatever tensors a routing keeps are its decisions
+        if isinstance(value, Tensor):
+            got = getattr(routing, name)
+            if got.dtype != value.dtype or not torch.equal(got, value):
+                return (
+                    False,
+                    f"{name} is {got.dtype} and differs by up to {deviation(got.double(), value.double()):.1e}",
+                )
+    exact = layer(x)
+    error = ((y.float() - exact).norm() / exact.norm()).item()
+    return error < 0.03, f"decisions equal; output off by {100 * error:.2f}%"
+
+
+def auxiliary_losses(subject: Subject) -> Finding:
+    """A batch in two parts has the mean of their losses and the same gradient, and recomputed layers count once."""
+    layer = subject.layer(noise_std=0.0, load_weight=0.0).train()
+    x = subject.batch(layer)
+
+    def gradients(parts: int, recompute: bool) -> tuple[float, list[Tensor]]:
+        layer.zero_grad()
+        total = 0.0
+        for part in x.chunk(parts):
+            with routings(layer) as seen:
+                y = checkpoint(layer, part, use_reentrant=False) if recompute else layer(part)
+                aux = sum((routing.aux_loss for routing in seen), torch.zeros(())) / parts
+                (y.square().sum() + 10 * aux).backward()  # within routings: recomputation calls the router again
+            total += float(aux.detach())
+        return total, [p.grad.clone() for p in layer.parameters() if p.grad is not None]
+
+    loss, whole = gradients(1, False)
+    if loss == 0:
+        raise NotApplicable("it has no auxiliary loss")
+    worst = 0.0
+    for parts, recompute in ((2, False), (1, True)):
+        value, parted = gradients(parts, recompute)
+        worst = max(worst, abs(value - loss), *(deviation(a, b) for a, b in zip(parted, whole, strict=True)))
+    return bounded(worst, 1e-8, f"loss {loss:.3g}; largest difference")
+
+
+def cost_formula(subject: Subject) -> Finding:
+    """The FLOPs that the formula says are those that torch's counter sees."""
+    layer = subject.layer(torch.float32)
+    x = subject.batch(layer, torch.float32)
+    got, want = count_flop(layer, x), layer.flop(TOKENS) * len(x)
+    return got == want, f"counter {got:,}, formula {want:,}"
+
+
+def count_flop(layer: MoE, x: Tensor) -> int:
+    """torch's count, with the grouped product that it counts as 0."""
+
+    def grouped(rows: Any, weights: Any, *_: Any, **__: Any) -> int:
+        return 2 * rows[0] * rows[1] * weights[2]
+
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: grouped}) as counter:
+        layer(x)
+    return counter.get_total_flops()
+
+
+def rebuilt(subject: Subject) -> Finding:
+    """The options that a checkpoint keeps build the same router, for any number of tokens."""
+    layer = subject.layer()
+    again = make_router({"_target_": subject.options["_target_"]} | layer.router.options, DIM, 2 * TOKENS)
+    again.to(torch.float64).eval().load_state_dict(layer.router.state_dict())
+    x = subject.batch(layer)
+    same = make_router({"_target_": subject.options["_target_"]} | layer.router.options, DIM, TOKENS)
+    same.to(torch.float64).eval().load_state_dict(layer.router.state_dict())
+    if again.options != layer.router.options:
+        return False, f"{again.options} instead of {layer.router.options}"
+    return bounded(deviation(MoE(same, layer.experts)(x), layer(x)), 0.0, "difference")
+
+
+def statistics(subject: Subject) -> Finding:
+    """Statistics are plain finite numbers."""
+    layer = subject.layer(torch.float32)
+    numbers = layer.router(subject.batch(layer, torch.float32)).statistics() | layer.router.statistics()
+    bad = [name for name, value in numbers.items() if type(value) is not float or not math.isfinite(value)]
+    return not bad, f"{len(numbers)} of them" if not bad else f"{bad[0]} is {numbers[bad[0]]}"
+
+
+def compiles(subject: Subject) -> Finding:
+    """torch.compile takes the layer as one graph, forwards and backwards, with the same result."""
+    layer = subject.layer(torch.float32)
+    x = subject.batch(layer, torch.float32).requires_grad_()
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")  # Inductor makes code of the same graph
+    got, want = compiled(x), layer(x)
+    gradients = (torch.autograd.grad(y.square().sum(), x)[0] for y in (got, want))
+    return bounded(max(deviation(got, want), deviation(*gradients)), 1e-3, "one graph; difference")
+
+
+# --- the official numbers ---------------------------------------------------------------------------------------------
+
+Case = tuple[dict[str, Any], dict[str, np.ndarray]]
+KINDS: dict[type[Router], str] = {
+    SoftRouter: "soft_layer",
+    TokensChoiceRouter: "tc_layer",
+    TokensChoiceBPRRouter: "tc_layer",
+    ExpertsChoiceRouter: "ec_layer",
+}
+
+
+def vectors_folder() -> Path:
+    """SOFTMOE_VECTORS, or the checkout's copy."""
+    own = Path(__file__).resolve().parents[1] / "tests" / "vectors"
+    return Path(os.environ.get("SOFTMOE_VECTORS", own))
+
+
+def read_case(name: str) -> Case:
+    """A case's description and its arrays."""
+    folder = vectors_folder()
+    with np.load(folder / f"{name}.npz", allow_pickle=False) as arrays:
+        return json.loads((folder / f"{name}.json").read_text()), dict(arrays)
+
+
+def case_options(meta: dict[str, Any]) -> dict[str, Any]:
+    """The options of our router that are the official arguments of a layer case, its defaults included."""
+    config, router = meta["config"], meta["config"]["router"]
+    options: dict[str, Any] = {"num_experts": config["num_experts"], "noise_std": router.get("noise_std", 1.0)}
+    if meta["kind"] == "soft_layer":
+        slots = router["num_slots"]
+        return options | {"slots_per_expert": slots, "capacity_factor": None if slots else router["capacity_factor"]}
+    dispatcher = router["dispatcher"]
+    options |= {
+        "slots_per_expert": dispatcher.get("capacity"),
+        "capacity_factor": dispatcher.get("capacity_factor"),
+        "capacity_rounding": dispatcher.get("capacity_ceil_or_round", "ceil"),
+        "capacity_multiple": dispatcher.get("capacity_multiple_of", 4) or 1,
+    }
+    if meta["kind"] == "ec_layer":
+        return options
+    return options | {
+        "k": router.get("num_selected_experts", 1),
+        "gate": "softmax",
+        "importance_weight": router.get("importance_loss_weight", 1.0),
+        "load_weight": router.get("load_loss_weight", 1.0) if options["noise_std"] else 0.0,
+        "gshard_weight": router.get("gshard_loss_weight", 0.0),
+        "bias_rate": 0.0,
+        "shared_experts": 0,
+    }
+
+
+def is_case_of(router_class: type[Router], meta: dict[str, Any]) -> bool:
+    """Whether the official numbers of a case are for this router or what it descends from."""
+    kind = next((KINDS[ancestor] for ancestor in router_class.__mro__ if ancestor in KINDS), None)
+    if meta["kind"] != kind:
+        return False
+    first = meta["config"]["router"].get("dispatcher", {}).get("batch_priority", False)
+    return kind != "tc_layer" or first == issubclass(router_class, TokensChoiceBPRRouter)
+
+
+def case_layer(router_class: type[Router], meta: dict[str, Any], z: dict[str, np.ndarray], dtype: torch.dtype) -> MoE:
+    """The layer of a case, with its weights."""
+    config = meta["config"]
+    tokens = z["x_seqs"].shape[1] if "x_seqs" in z else config["tokens"]
+    options = case_options(meta)
+    if meta["kind"] != "soft_layer":
+        options["images_per_group"] = config["group_size"] // tokens
+    router = router_class(config["width"], tokens, **options)
+    layer = MoE(router, Experts(config["num_experts"], config["width"], config["mlp_dim"], gelu="tanh", identical=True))
+    layer.to(dtype).load_state_dict(layer_weights(z, "param/Mlp", "param/Router"))
+    return layer.train(not config.get("deterministic", "noise" not in z))
+
+
+def layer_weights(z: dict[str, np.ndarray], mlp: str, router: str) -> dict[str, Tensor]:
+    """Flax names to ours: an MoE layer's stacked weights have the same layout."""
+    names = {
+        "experts.w1": f"{mlp}/Dense_0/kernel", "experts.b1": f"{mlp}/Dense_0/bias",
+        "experts.w2": f"{mlp}/Dense_1/kernel", "experts.b2": f"{mlp}/Dense_1/bias",
+        "router.phi": f"{router}/mu", "router.scale": f"{router}/scale",
+        "router.gate.kernel": f"{router}/dense/kernel",
+    }  # fmt: skip
+    return {ours: torch.tensor(z[theirs]) for ours, theirs in names.items() if theirs in z}
+
+
+@contextlib.contextmanager
+def drawn(noise: np.ndarray | None) -> Iterator[None]:
+    """Inside, a normal draw is the one that the official code was given."""
+    if noise is None:
+        yield
+        return
+    draw = torch.tensor(noise)
+    with mock.patch("torch.randn_like", lambda like: draw.to(like.dtype).view_as(like)):
+        yield
+
+
+def compare_case(router_class: type[Router], name: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Yields (name, ours, official) of everything that a layer case knows; integers are to be equal, the rest close."""
+    meta, z = read_case(name)
+    layer = case_layer(router_class, meta, z, dtype)
+    x = torch.tensor(z["x_seqs"] if "x_seqs" in z else z["x"]).to(dtype).requires_grad_()
+    with drawn(z.get("noise")):
+        routing = layer.router(x)
+    rows = routing.dispatch(x)
+    outputs = layer.experts(rows)
+    y = routing.combine(outputs)
+    found = {"y_f32": y, "y_bf16": _rounded(layer, routing, x)}
+    e, slots = layer.router.num_experts, layer.router.slots_per_expert
+    assert slots is not None
+    found |= {
+        key: value.unflatten(1, (-1, slots)).transpose(0, 1)
+        for key, value in (("expert_inputs", rows), ("expert_outputs", outputs))
+    }
+    if isinstance(routing, SparseRouting):
+        g, s = z["x"].shape[:2]
+        token = torch.where(routing.token < g * s, routing.token % s, s).view(e, g, slots).transpose(0, 1)
+        group, expert, position = (token < s).nonzero(as_tuple=True)
+        found["kept"] = torch.stack([group, token[group, expert, position], expert, position], dim=1)
+        found["capacity"] = torch.tensor(slots)
+        dense = torch.zeros(g, s + 1, e, slots, dtype=routing.gate.dtype)
+        gate = routing.gate.view(e, g, slots).transpose(0, 1)
+        found["combine_weights"] = dense.scatter(1, token[:, None], gate[:, None])[:, :-1]
+        found["tokens_without_expert"] = (found["combine_weights"].flatten(2).count_nonzero(dim=2) == 0).sum(dim=1)
+    else:
+        found |= {"dispatch_weights": routing.dispatch_weights, "combine_weights": routing.combine_weights}
+        numbers = routing.statistics() | layer.router.statistics()
+        for ours, theirs in SOFT_METRICS.items():
+            if ours in numbers:
+                found[f"metric/{theirs}"] = torch.tensor(numbers[ours])
+    for key, value in found.items():
+        if f"out/{key}" in z:
+            yield key, value.detach(), torch.tensor(z[f"out/{key}"])
+    yield "auxiliary loss", routing.aux_loss.detach(), torch.tensor(z["out/metric/auxiliary_loss"]).mean()
+    if "loss_weight" in z:
+        loss = (torch.tensor(z["loss_weight"]) * y).sum() + routing.aux_loss
+        yield "loss", loss.detach(), torch.tensor(z["out/loss_f32"])
+        loss.backward()
+        assert x.grad is not None
+        yield "gradient of x", x.grad, torch.tensor(z.get("grad/x_seqs", z.get("grad/x")))
+        want = layer_weights({k.removeprefix("grad/"): v for k, v in z.items()}, "param/Mlp", "param/Router")
+        for key, parameter in layer.named_parameters():
+            got = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+            yield f"gradient of {key}", got, want[key]
+
+
+SOFT_METRICS = {
+    "dispatch_min": "dispatch_weights_min_mean", "dispatch_max": "dispatch_weights_max_mean",
+    "combine_min": "combine_weights_min_mean", "combine_max": "combine_weights_max_mean",
+    "slot_cosine_min": "mu_similarity_min", "slot_cosine_max": "mu_similarity_max",
+    "slot_cosine_mean": "mu_similarity_mean",
+}  # fmt: skip
+
+
+def _rounded(layer: MoE, routing: Any, x: Tensor) -> Tensor:
+    """The official bfloat16 path: tokens and the experts' rows rounded, everything else as it is."""
+    rows = layer.experts(routing.dispatch(x.bfloat16().to(x.dtype)))
+    out: Tensor = routing.combine(rows.bfloat16().to(x.dtype))
+    return out
+
+
+def tolerance(what: str, want: Tensor, dtype: torch.dtype) -> tuple[float, float]:
+    """(absolute, relative) as the vectors' README states them; float32 may lose 2e-6 of the largest gradient more."""
+    if not want.is_floating_point():
+        return 0.0, 0.0
+    if what.startswith("gradient"):
+        return 1e-5 + (2e-6 * want.abs().max().item() if dtype == torch.float32 else 0.0), 1e-4
+    return {"y_bf16": 5e-3, "loss": 5e-5}.get(what, 1e-5), 0.0
+
+
+def official_numbers(subject: Subject) -> Finding:
+    """Agreement with the numbers of the official code, in float32 and in float64."""
+    folder = vectors_folder()
+    names = sorted(path.stem for path in folder.glob("*.npz")) if folder.is_dir() else []
+    cases = [name for name in names if is_case_of(subject.router_class, read_case(name)[0])]
+    if not cases:
+        raise NotApplicable(f"there are none for it in {folder}")
+    worst = 0.0
+    for name in cases:
+        for dtype in (torch.float64, torch.float32):
+            for what, got, want in compare_case(subject.router_class, name, dtype):
+                absolute, relative = tolerance(what, want, dtype)
+                if got.shape != want.shape:
+                    return False, f"{name}: {what} is {tuple(got.shape)}, not {tuple(want.shape)}"
+                error = (got.double() - want.double()).abs()
+                if not bool((error <= absolute + relative * want.double().abs()).all()):
+                    return False, f"{name}: {what} is off by {error.max().item():.1e}"
+                if dtype == torch.float64 and what == "y_f32":
+                    worst = max(worst, error.max().item())
+    return True, f"{len(cases)} cases; outputs within {worst:.1e}"
+
+
+CHECKS: dict[str, Check] = {
+    "images do not see each other": no_leakage,
+    "batch order and size": batch_independence,
+    "token permutation": token_permutation,
+    "padding is neutral": padding_is_neutral,
+    "one expert is the dense MLP": one_expert,
+    "dispatch law": dispatch_law,
+    "combine law": combine_law,
+    "finite gradients": finite_gradients,
+    "float32 under bf16 autocast": float32_decisions,
+    "auxiliary losses": auxiliary_losses,
+    "cost formula": cost_formula,
+    "rebuilt from its options": rebuilt,
+    "statistics": statistics,
+    "official numbers": official_numbers,
+    "compiles in one graph": compiles,
+}
+
+
+def run_check(name: str, subject: Subject) -> Outcome:
+    """One check's verdict: pass, fail or n/a."""
+    if name in subject.router_class.exempt:
+        return Outcome(name, "n/a", subject.router_class.exempt[name])
+    try:
+        holds, figure = CHECKS[name](subject)
+    except NotApplicable as reason:
+        return Outcome(name, "n/a", str(reason))
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
+        first = (str(error).strip() or "no message").splitlines()[0]
+        return Outcome(name, "fail", f"{type(error).__name__}: {first}")
+    return Outcome(name, "pass" if holds else "fail", figure)
+
+
+def check_router(options: dict[str, Any]) -> list[Outcome]:
+    """Every check of one router.
+
+    Raises:
+        UsageError: the router cannot be built for the checks' sizes.
+    """
+    try:
+        subject = Subject(options)
+    except UsageError as error:
+        raise UsageError(f"{error} (the checks build it for {TOKENS} tokens of width {DIM})") from error
+    torch.set_num_threads(1)
+    return [run_check(name, subject) for name in CHECKS]

@@ -1,0 +1,103 @@
+"""Experts Choice: Mixture-of-Experts with Expert Choice Routing (Zhou et al., 2022), https://arxiv.org/abs/2202.09368
+
+As the Soft MoE paper's baseline is coded (google-research/vmoe, nn/routing.py): gates are a softmax over the experts
+for each token, each expert takes the tokens with the largest gates for it, and gates are not renormalised.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from softmoe_cli.moe.routers.tokens_choice import Gate, grouped_tokens
+from softmoe_cli.moe.routing import Router, SparseRouting, full_precision, slots_of
+
+
+def choose_tokens(gates: Float[Tensor, "g s e"], keep: Bool[Tensor, "g s"], slots: int) -> Int[Tensor, "g e p"]:
+    """Each expert's tokens with the largest gates, best first; of equal ones the lower token first; padding last."""
+    s = gates.shape[1]
+    # Gates are not negative, so their bits are ordered as they are; the token's number below them settles ties.
+    bits = gates.detach().float().view(torch.int32).long().masked_fill(~keep[:, :, None], -1)
+    key = (bits << 32) | (s - 1 - torch.arange(s, device=gates.device))[:, None]
+    return s - 1 - (key.mT.topk(slots, dim=2).values & 0xFFFFFFFF)
+
+
+class ExpertsChoiceRouter(Router):
+    """Each expert takes the p tokens of a group that like it best; a token may be taken by none or by many.
+
+    With groups of several images an image's result depends on its neighbours in the batch; a last group that
+    is not full keeps the full group's slots.
+
+    Args:
+        dim: d.
+        num_tokens: n, of which `capacity_factor` is a multiple.
+        num_experts: e.
+        slots_per_expert: p, tokens that an expert takes of a group; null to have it follow from `capacity_factor`.
+        capacity_factor: p = images_per_group * n * capacity_factor / e, rounded.
+        capacity_rounding: round, half to even (the official baseline), or ceil.
+        capacity_multiple: p is padded up to a multiple of this (the official baseline: 1).
+        images_per_group: images whose tokens compete (the official baseline: 1).
+        noise_std: the logits' noise in training has this over e as its standard deviation.
+
+    Raises:
+        ValueError: an impossible combination, such as more slots per expert than a group has tokens.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_tokens: int,
+        *,
+        num_experts: int,
+        slots_per_expert: int | None,
+        capacity_factor: float | None,
+        capacity_rounding: str,
+        capacity_multiple: int,
+        images_per_group: int,
+        noise_std: float,
+    ) -> None:
+        super().__init__()
+        if images_per_group < 1:
+            raise ValueError(f"images_per_group={images_per_group} must be at least 1")
+        group = images_per_group * num_tokens
+        slots = slots_of(slots_per_expert, capacity_factor, group, num_experts, capacity_rounding, capacity_multiple)
+        if slots > group:
+            raise ValueError(
+                f"an expert has {slots} slots, but a group has {group} tokens to choose from; lower "
+                "capacity_factor, slots_per_expert or capacity_multiple, or raise num_experts"
+            )
+        self.num_experts, self.images_per_group = num_experts, images_per_group
+        self.slots_per_expert: int = slots
+        self.group = group
+        self.gate = Gate(dim, num_experts, function="softmax", noise_std=noise_std)
+        self.options: dict[str, Any] = {
+            "num_experts": num_experts, "slots_per_expert": slots, "capacity_factor": None,
+            "capacity_rounding": capacity_rounding, "capacity_multiple": capacity_multiple,
+            "images_per_group": images_per_group, "noise_std": noise_std,
+        }  # fmt: skip
+
+    @property
+    def experts_per_token(self) -> float:
+        return self.num_experts * self.slots_per_expert / self.group
+
+    def rows(self, num_tokens: int) -> float:
+        return self.num_experts * self.slots_per_expert / self.images_per_group
+
+    def flop(self, num_tokens: int) -> int:
+        """The gate: one product of n, d and e."""
+        return 2 * num_tokens * self.gate.kernel.numel()
+
+    def forward(self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None = None) -> SparseRouting:
+        b, n, _ = x.shape
+        with full_precision(x):
+            tokens, kept = grouped_tokens(x, keep, self.images_per_group)
+            g, s, _ = tokens.shape
+            _, logits = self.gate(tokens)
+            gates = self.gate.activate(logits)
+            taken = choose_tokens(gates, kept, self.slots_per_expert)
+            gate = gates.mT.gather(2, taken)
+            real = kept.gather(1, taken.flatten(1)).view_as(taken)
+            token = torch.where(real, s * torch.arange(g, device=x.device)[:, None, None] + taken, b * n)
+            token, gate = (each.transpose(0, 1).flatten(1) for each in (token, gate * real))
+            return SparseRouting(token, gate, logits.new_zeros(()), real.sum(dim=(0, 2)), (b, n))

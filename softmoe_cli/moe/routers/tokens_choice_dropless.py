@@ -1,0 +1,99 @@
+"""Tokens Choice without capacity: MegaBlocks (Gale et al., 2022), https://arxiv.org/abs/2211.15841, Section 3.
+
+Every token gets its k experts and none is dropped. What MegaBlocks does with block-sparse products, this does with
+grouped ones on rows sorted by expert, which is also ScatterMoE's form (Tan et al., 2024).
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from softmoe_cli.moe.routers.tokens_choice import Balanced, Gate, check_choice, choose, grouped_tokens
+from softmoe_cli.moe.routing import Router, SparseRouting, full_precision
+
+
+class TokensChoiceDroplessRouter(Router):
+    """Each token takes its k best experts, which process however many tokens chose them.
+
+    Args:
+        dim: d.
+        num_tokens: n, unused: there is no capacity.
+        num_experts: e.
+        k: experts per token.
+        images_per_group: images over which the auxiliary losses are taken; the output does not depend on it.
+        gate, noise_std, importance_weight, load_weight, gshard_weight, bias_rate, shared_experts: as in
+            `TokensChoiceRouter`.
+
+    Raises:
+        ValueError: an impossible combination.
+    """
+
+    slots_per_expert = None
+
+    def __init__(
+        self,
+        dim: int,
+        num_tokens: int,
+        *,
+        num_experts: int,
+        k: int,
+        images_per_group: int,
+        gate: str,
+        noise_std: float,
+        importance_weight: float,
+        load_weight: float,
+        gshard_weight: float,
+        bias_rate: float,
+        shared_experts: int,
+    ) -> None:
+        super().__init__()
+        check_choice(k, num_experts, images_per_group, shared_experts)
+        self.num_experts, self.k, self.shared_experts = num_experts, k, shared_experts
+        self.loss_images = images_per_group
+        self.gate = Gate(dim, num_experts, function=gate, noise_std=noise_std)
+        self.balance = Balanced(
+            num_experts,
+            noise_std=noise_std,
+            importance_weight=importance_weight,
+            load_weight=load_weight,
+            gshard_weight=gshard_weight,
+            bias_rate=bias_rate,
+        )
+        self.options: dict[str, Any] = {
+            "num_experts": num_experts, "k": k, "images_per_group": images_per_group, "gate": gate,
+            "noise_std": noise_std, "importance_weight": importance_weight, "load_weight": load_weight,
+            "gshard_weight": gshard_weight, "bias_rate": bias_rate, "shared_experts": shared_experts,
+        }  # fmt: skip
+
+    @property
+    def experts_per_token(self) -> float:
+        return self.k + self.shared_experts
+
+    def rows(self, num_tokens: int) -> float:
+        return num_tokens * self.k
+
+    def flop(self, num_tokens: int) -> int:
+        """The gate: one product of n, d and e."""
+        return 2 * num_tokens * self.gate.kernel.numel()
+
+    def forward(self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None = None) -> SparseRouting:
+        b, n, _ = x.shape
+        with full_precision(x):
+            tokens, kept = grouped_tokens(x, keep, self.loss_images)
+            clean, noisy = self.gate(tokens)
+            gates = self.gate.activate(noisy)
+            aux_loss = self.balance.loss(self.gate, clean, noisy, gates, kept, self.k)
+            chosen = choose(self.balance.scores(gates), self.k)
+            # Padding is computed like any token, so that the number of rows is known; its gates are zero.
+            gate = (gates.gather(2, chosen) * kept[:, :, None]).flatten(0, 1)[: b * n].flatten()
+            expert = chosen.flatten(0, 1)[: b * n].flatten()
+            order = expert.argsort(stable=True)
+            sizes = expert.new_zeros(self.num_experts).scatter_add(0, expert, torch.ones_like(expert))
+            self.balance.count(sizes)
+            offsets = sizes.cumsum(dim=0).int()
+            return SparseRouting(order // self.k, gate[order], aux_loss, sizes, (b, n), offsets)
+
+    def after_update(self) -> None:
+        self.balance.settle()
