@@ -413,7 +413,9 @@ def compare_case(router_class: type[Router], name: str, dtype: torch.dtype) -> I
         numbers = routing.statistics() | layer.router.statistics()
         for ours, theirs in SOFT_METRICS.items():
             if ours in numbers:
-                found[f"metric/{theirs}"] = torch.tensor(numbers[ours])
+                # The official largest cosine is never below the 0 that it puts on the diagonal.
+                value = max(0.0, numbers[ours]) if ours == "slot_cosine_max" else numbers[ours]
+                found[f"metric/{theirs}"] = torch.tensor(value)
     for key, value in found.items():
         if f"out/{key}" in z:
             yield key, value.detach(), torch.tensor(z[f"out/{key}"])

@@ -1,9 +1,8 @@
 """Agreement with the official JAX code, on numbers it computed: every case in tests/vectors, found by its kind,
 or in the folder that SOFTMOE_VECTORS names. A case of a kind that nothing here handles is skipped by name."""
 
-import json
-import os
-from pathlib import Path
+from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,22 +11,27 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from softmoe_cli.check import (
+    KINDS,
+    case_layer,
+    case_options,
+    compare_case,
+    is_case_of,
+    read_case,
+    tolerance,
+    vectors_folder,
+)
 from softmoe_cli.config import Backbone, Model
 from softmoe_cli.models import build
-from softmoe_cli.moe.layer import Experts, MoE
-from softmoe_cli.moe.routers.soft import SoftRouter, l2_normalize, soft_logits, soft_weights
-from softmoe_cli.moe.routing import DenseRouting, routings
+from softmoe_cli.moe.routers.experts_choice import choose_tokens
+from softmoe_cli.moe.routers.tokens_choice import choose, place
+from softmoe_cli.moe.routers.tokens_choice_bpr import surest_first
+from softmoe_cli.moe.routing import DenseRouting, SparseRouting, capacity, routings
 from softmoe_cli.optim import linear, rsqrt
 
-FOLDER = Path(os.environ.get("SOFTMOE_VECTORS", Path(__file__).parent / "vectors"))
-Case = tuple[dict[str, Any], dict[str, np.ndarray]]
+FOLDER = vectors_folder()
 ROUNDING = {torch.float64: 0.0, torch.float32: 2e-6}
 """What float32 sums may lose of the largest gradient, on top of the stated tolerances, which float64 must meet."""
-
-
-def read(name: str) -> Case:
-    with np.load(FOLDER / f"{name}.npz", allow_pickle=False) as arrays:
-        return json.loads((FOLDER / f"{name}.json").read_text()), dict(arrays)
 
 
 def tensor(array: np.ndarray) -> Tensor:
@@ -37,7 +41,7 @@ def tensor(array: np.ndarray) -> Tensor:
 def close(got: Tensor, want: np.ndarray, what: str, *, atol: float, rtol: float = 0.0) -> None:
     torch.testing.assert_close(
         got.detach().reshape(want.shape).double(), tensor(want).double(), atol=atol, rtol=rtol,
-        msg=lambda text: f"{what}: {text}",
+        msg=told(what),
     )  # fmt: skip
 
 
@@ -46,83 +50,67 @@ def close_gradient(got: Tensor | None, want: np.ndarray, what: str, *, rtol: flo
     close(got, want, what, rtol=rtol, atol=1e-5 + ROUNDING[got.dtype] * float(np.abs(want).max()))
 
 
-def soft_layer(meta: dict[str, Any], z: dict[str, np.ndarray], dtype: torch.dtype) -> None:
-    """Section 4 of the vectors' README: logits, weights, slots, output, diagnostics and gradients."""
-    config, router = meta["config"], meta["config"]["router"]
-    dim, e = config["width"], config["num_experts"]
-    layer = MoE(
-        SoftRouter(
-            dim, config["tokens"], num_experts=e, slots_per_expert=router["num_slots"],
-            capacity_factor=None if router["num_slots"] else router["capacity_factor"], noise_std=router["noise_std"],
-        ),
-        Experts(e, dim, config["mlp_dim"], gelu="tanh", identical=True),
-    )  # fmt: skip
-    assert isinstance(layer.router, SoftRouter)
-    assert layer.router.slots_per_expert == config["slots_per_expert"]
-    layer.to(dtype).load_state_dict(moe_state(z, "param/Mlp", "param/Router"))
-    x = tensor(z["x"]).to(dtype).requires_grad_()
-
-    logits = soft_logits(x, layer.router.phi, layer.router.scale)
-    if "noise" in z:
-        logits = logits + router["noise_std"] * tensor(z["noise"])
-    routing = DenseRouting(*soft_weights(logits), logits.new_zeros(()))
-    if "noise" not in z:
-        own = layer.router(x)
-        torch.testing.assert_close(own.dispatch_weights, routing.dispatch_weights, atol=0, rtol=0)
-        torch.testing.assert_close(own.combine_weights, routing.combine_weights, atol=0, rtol=0)
-    slots = routing.dispatch(x)
-    outputs = layer.experts(slots)
-    y = routing.combine(outputs)
-
-    computed = {
-        "mu_unit": l2_normalize(layer.router.phi, dim=0),
-        "logits": logits,
-        "dispatch_weights": routing.dispatch_weights,
-        "combine_weights": routing.combine_weights,
-        "expert_inputs": by_group(slots, config),
-        "expert_outputs": by_group(outputs, config),
-    }
-    for name in computed.keys() & {key.removeprefix("out/") for key in z}:  # larger cases leave some out
-        close(computed[name], z[f"out/{name}"], name, atol=1e-5)
-    close(y, z["out/y_f32"], "y", atol=1e-5)
-    statistics = routing.statistics()
-    for side in ("dispatch", "combine"):
-        for end in ("min", "max"):
-            want = z[f"out/metric/{side}_weights_{end}_mean"]
-            close(torch.tensor(statistics[f"{side}_{end}"]), want, f"{side} {end}", atol=1e-5)
-    if "loss_weight" in z:
-        loss = (tensor(z["loss_weight"]) * y).sum()
-        close(loss, z["out/loss_f32"], "loss", atol=5e-5)
-        loss.backward()
-        close_gradient(x.grad, z["grad/x"], "gradient of x", rtol=1e-4)
-        gradients = moe_state({k.removeprefix("grad/"): v for k, v in z.items()}, "param/Mlp", "param/Router")
-        for name, parameter in layer.named_parameters():
-            close_gradient(parameter.grad, gradients[name].numpy(), f"gradient of {name}", rtol=1e-4)
+def told(what: str) -> Callable[[str], str]:
+    return lambda text: f"{what}: {text}"
 
 
-def by_group(rows: Tensor, config: dict[str, Any]) -> Tensor:
-    """e (b p) d -> b e p d"""
-    return rows.reshape(config["num_experts"], config["groups"], config["slots_per_expert"], -1).transpose(0, 1)
+def layer(meta: dict[str, Any], _z: dict[str, np.ndarray], dtype: torch.dtype) -> None:
+    """Sections 4 to 6 and 8: weights or slots, rows, output and its bfloat16 variant, losses, metrics, gradients."""
+    classes = [router for router in KINDS if is_case_of(router, meta)]
+    assert classes, f"no router of ours for {meta['case']}"
+    compared = 0
+    for what, got, want in compare_case(classes[0], meta["case"], dtype):
+        absolute, relative = tolerance(what, want, dtype)
+        assert got.shape == want.shape, what
+        torch.testing.assert_close(got.double(), want.double(), atol=absolute, rtol=relative, msg=told(what))
+        compared += 1
+    assert compared >= 4
 
 
-def moe_state(z: dict[str, np.ndarray], mlp: str, router: str) -> dict[str, Tensor]:
-    """Flax names to ours: an MoE layer's stacked weights have the same layout."""
-    names = {
-        "experts.w1": f"{mlp}/Dense_0/kernel", "experts.b1": f"{mlp}/Dense_0/bias",
-        "experts.w2": f"{mlp}/Dense_1/kernel", "experts.b2": f"{mlp}/Dense_1/bias",
-        "router.phi": f"{router}/mu", "router.scale": f"{router}/scale",
-    }  # fmt: skip
-    return {ours: tensor(z[theirs]) for ours, theirs in names.items() if theirs in z}
+def ties(meta: dict[str, Any], z: dict[str, np.ndarray], dtype: torch.dtype) -> None:
+    """Sections 5 and 6, bit for bit: equal gates, gates of exactly zero."""
+    gates, slots = tensor(z["gates"]).to(dtype), meta["config"]["capacity"]
+    g, s, e = gates.shape
+    keep = torch.ones(g, s, dtype=torch.bool)
+    if meta["kind"] == "ec_ties":
+        taken = choose_tokens(gates, keep, slots)
+        assert torch.equal(taken, tensor(z["out/slot_token"]).long())
+        rows = [[i, int(taken[i, j, q]), j, q] for i in range(g) for j in range(e) for q in range(slots)]
+        assert rows == z["out/kept"].tolist()
+        return
+    k = meta["config"]["num_selected_experts"]
+    chosen = choose(gates, k)
+    for name, order in (("vanilla", None), ("bpr", surest_first(gates))):
+        assert torch.equal(chosen, tensor(z[f"out/{name}/choice_expert"]).long())
+        routing = place(gates, chosen, keep, order, slots, gates.new_zeros(()), (g, s))
+        token = routing.token.view(e, g, slots).transpose(0, 1)
+        group, expert, position = (token < g * s).nonzero(as_tuple=True)
+        kept = torch.stack([group, token[group, expert, position] % s, expert, position], dim=1)
+        assert kept.tolist() == z[f"out/{name}/kept"].tolist()
+        weights = torch.zeros(g, s, e, slots, dtype=dtype)
+        weights[kept[:, 0], kept[:, 1], kept[:, 2], kept[:, 3]] = routing.gate.view(e, g, slots)[
+            expert, group, position
+        ]
+        assert torch.equal(weights, tensor(z[f"out/{name}/combine_weights"]).to(dtype))
+
+
+def capacities(_meta: dict[str, Any], z: dict[str, np.ndarray], _dtype: torch.dtype) -> None:
+    """Section 7: the whole table, errors included."""
+    columns = ("num_tokens", "num_experts", "capacity_factor_f64", "use_round", "multiple_of", "out/capacity")
+    for tokens, e, factor, rounds, multiple, want in zip(*(z[column].tolist() for column in columns), strict=True):
+        arguments = (tokens, e, factor, "round" if rounds else "ceil", multiple or 1)
+        if want == -1:
+            with pytest.raises(ValueError, match="slots per expert"):
+                capacity(*arguments)
+        else:
+            assert capacity(*arguments) == want, arguments
 
 
 def vit(meta: dict[str, Any], z: dict[str, np.ndarray], dtype: torch.dtype) -> None:
     """Section 9: the whole network with its activations, and gradients."""
     config = meta["config"]
     encoder, moe = config["encoder"], config["encoder"].get("moe") or {}
-    name = str(moe.get("router", {}).get("name", ""))
-    if moe.get("layers") and not name.endswith("SoftRouter"):
-        pytest.skip(f"{meta['case']}: no router of ours for {name}")
-    model = build_vit(config, encoder, moe)
+    model = build_vit(config, encoder, moe).eval()
     model.to(dtype).load_state_dict(vit_state(z, encoder, moe))
     images = tensor(z["images"]).to(dtype).permute(0, 3, 1, 2).requires_grad_()
     mid: dict[str, Tensor] = {}
@@ -140,9 +128,15 @@ def vit(meta: dict[str, Any], z: dict[str, np.ndarray], dtype: torch.dtype) -> N
     with routings(model) as seen:
         logits = model(images)
     for i, routing in zip(moe.get("layers", ()), seen, strict=True):
-        assert isinstance(routing, DenseRouting)
-        mid[f"encoderblock_{i}/dispatch"] = routing.dispatch_weights
-        mid[f"encoderblock_{i}/combine"] = routing.combine_weights
+        if isinstance(routing, DenseRouting):
+            dispatch, combine = routing.dispatch_weights, routing.combine_weights
+        else:
+            assert isinstance(routing, SparseRouting)
+            dispatch, combine = dense_form(routing, z[f"mid/encoderblock_{i}/combine"].shape)
+        mid |= {f"encoderblock_{i}/dispatch": dispatch, f"encoderblock_{i}/combine": combine}
+    if moe.get("layers"):
+        aux = torch.stack([routing.aux_loss for routing in seen]).sum()
+        close(aux, z["out/auxiliary_loss"].mean(), "auxiliary loss", atol=5e-5)
     for key in (k for k in z if k.startswith("mid/")):
         close(mid[key.removeprefix("mid/")], z[key], key, atol=5e-5)
     close(logits, z["out/logits_f32"], "logits", atol=5e-5)
@@ -159,16 +153,27 @@ def vit(meta: dict[str, Any], z: dict[str, np.ndarray], dtype: torch.dtype) -> N
         close(g.sum(), z["grad/param_sum"][i], f"sum of the gradient of {key}", rtol=1e-3, atol=1e-5 + 1e-6 * size)
 
 
+def dense_form(routing: SparseRouting, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Which token is in which slot, and with which gate: (G, S, E, C)."""
+    g, s, e, slots = shape
+    token = torch.where(routing.token < g * s, routing.token % s, s).view(e, g, slots).transpose(0, 1)[:, None]
+    gate = routing.gate.view(e, g, slots).transpose(0, 1)[:, None]
+    empty = gate.new_zeros(g, s + 1, e, slots)
+    return empty.scatter(1, token, torch.ones_like(gate))[:, :-1], empty.scatter(1, token, gate)[:, :-1]
+
+
 def build_vit(config: dict[str, Any], encoder: dict[str, Any], moe: dict[str, Any]) -> VisionTransformer:
     router: dict[str, Any] = {"_target_": None}
     if moe.get("layers"):
-        router = {
-            "_target_": "softmoe_cli.moe.routers.soft.SoftRouter",
-            "num_experts": moe["num_experts"],
-            "slots_per_expert": moe["router"]["num_slots"],
-            "capacity_factor": None,
-            "noise_std": 0.0,
-        }
+        official = moe["router"] | {"num_slots": moe["router"].get("num_slots")}
+        name = str(official.get("name", "NoisyTopExpertsPerItemRouter"))
+        kind = {"NoisyTopExpertsPerItemRouter": "tc_layer", "NoisyTopItemsPerExpertRouter": "ec_layer"}
+        case = {"kind": kind.get(name, "soft_layer"), "config": {"num_experts": moe["num_experts"], "router": official}}
+        router_class = next(router for router in KINDS if is_case_of(router, case))
+        tokens = (config["image_size"] // config["patch_size"][0]) ** 2 + (config["classifier"] == "token")
+        groups = {"images_per_group": moe["group_size"] // tokens} if case["kind"] != "soft_layer" else {}
+        target = f"{router_class.__module__}.{router_class.__name__}"
+        router = {"_target_": target, **case_options(case), **groups}
     backbone = Backbone(
         name="case", timm=None, patch_size=config["patch_size"][0], width=config["hidden_size"],
         depth=encoder["num_layers"], heads=encoder["num_heads"], mlp_width=encoder["mlp_dim"],
@@ -178,7 +183,12 @@ def build_vit(config: dict[str, Any], encoder: dict[str, Any], moe: dict[str, An
     )  # fmt: skip
     model = Model(backbone, router, config["image_size"], 3, list(moe.get("layers", [])), "identical")
     model.check()
-    return build(model, config["num_classes"])
+    vit = build(model, config["num_classes"])
+    if config.get("representation_size"):  # a layer between pooling and head that no Soft MoE model has
+        middle = torch.nn.Linear(config["hidden_size"], config["representation_size"])
+        vit.fc_norm = torch.nn.Sequential(OrderedDict(pre_logits=middle, tanh=torch.nn.Tanh()))
+        vit.head = torch.nn.Linear(config["representation_size"], config["num_classes"])
+    return vit
 
 
 def flax_names(layers: int) -> dict[str, str]:
@@ -188,6 +198,7 @@ def flax_names(layers: int) -> dict[str, str]:
         "pos_embed": "Encoder/posembed_input/pos_embedding", "cls_token": "cls",
         "norm.weight": "Encoder/encoder_norm/scale", "norm.bias": "Encoder/encoder_norm/bias",
         "head.weight": "head/kernel", "head.bias": "head/bias",
+        "fc_norm.pre_logits.weight": "pre_logits/kernel", "fc_norm.pre_logits.bias": "pre_logits/bias",
     }  # fmt: skip
     for i in range(layers):
         ours, theirs = f"blocks.{i}", f"Encoder/encoderblock_{i}"
@@ -203,6 +214,7 @@ def flax_names(layers: int) -> dict[str, str]:
             names[f"{ours}.mlp.experts.b{n + 1}"] = f"{theirs}/Moe/Mlp/Dense_{n}/bias"
         names |= {f"{ours}.mlp.router.phi": f"{theirs}/Moe/Router/mu"}
         names |= {f"{ours}.mlp.router.scale": f"{theirs}/Moe/Router/scale"}
+        names |= {f"{ours}.mlp.router.gate.kernel": f"{theirs}/Moe/Router/dense/kernel"}
         names |= {f"{ours}.attn.proj.weight": f"{theirs}/SelfAttention/out/kernel"}
         names |= {f"{ours}.attn.proj.bias": f"{theirs}/SelfAttention/out/bias"}
         names |= {f"{ours}.attn.{a}_norm.weight": f"{theirs}/SelfAttention/{b}_ln/scale" for a, b in QK.items()}
@@ -213,7 +225,7 @@ QK = {"q": "query", "k": "key"}
 
 
 def vit_state(z: dict[str, np.ndarray], encoder: dict[str, Any], moe: dict[str, Any]) -> dict[str, Tensor]:
-    width = z["param/head/kernel"].shape[0]
+    width = z["param/Encoder/encoder_norm/scale"].shape[0]
     state = {}
     for ours, theirs in flax_names(encoder["num_layers"]).items():
         if f"param/{theirs}" not in z:
@@ -262,18 +274,40 @@ def lr_schedule(meta: dict[str, Any], z: dict[str, np.ndarray], _dtype: torch.dt
         assert got == pytest.approx(want, abs=1e-6 * peak), f"step {step}"
 
 
-HANDLERS = {"soft_layer": soft_layer, "vit": vit, "lr_schedule": lr_schedule}
+HANDLERS = {
+    "soft_layer": layer, "tc_layer": layer, "ec_layer": layer, "tc_ties": ties, "ec_ties": ties, "capacity": capacities,
+    "vit": vit, "lr_schedule": lr_schedule,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", ROUNDING, ids=["float64", "float32"])
 @pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.npz")))
 def test_official_numbers(name: str, dtype: torch.dtype) -> None:
-    meta, arrays = read(name)
+    meta, arrays = read_case(name)
     if meta["kind"] not in HANDLERS:
         pytest.skip(f"{name}: nothing handles kind {meta['kind']} yet")
     HANDLERS[meta["kind"]](meta, arrays, dtype)
 
 
+LAYERS = [
+    name for name in (path.stem for path in sorted(FOLDER.glob("*.npz"))) if name.startswith(("soft", "tc", "ec"))
+]
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERS if "ties" not in name])
+def test_choices_under_bf16_autocast_are_those_of_float32(name: str) -> None:
+    meta, arrays = read_case(name)
+    router_class = next(router for router in KINDS if is_case_of(router, meta))
+    made = case_layer(router_class, meta, arrays, torch.float32).eval()
+    x = tensor(arrays["x_seqs"] if "x_seqs" in arrays else arrays["x"])
+    plain = made.router(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = made.router(x)
+    for key, value in vars(plain).items():
+        if isinstance(value, Tensor):
+            assert torch.equal(getattr(half, key), value), key
+
+
 def test_there_are_cases() -> None:
-    kinds = {read(path.stem)[0]["kind"] for path in FOLDER.glob("*.npz")}
+    kinds = {read_case(path.stem)[0]["kind"] for path in FOLDER.glob("*.npz")}
     assert kinds & set(HANDLERS), f"{FOLDER} holds no case of {', '.join(HANDLERS)}"

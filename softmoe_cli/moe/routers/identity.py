@@ -36,10 +36,10 @@ class IdentityRouter(Router):
 
     @property
     def experts_per_token(self) -> float:
-        return 1
+        return 1.0
 
     def rows(self, num_tokens: int) -> float:
-        return self.num_experts * -(-num_tokens // self.num_experts)
+        return float(self.num_experts * -(-num_tokens // self.num_experts))
 
     def flop(self, num_tokens: int) -> int:
         return 0

@@ -104,10 +104,10 @@ class SoftRouter(Router):
 
     @property
     def experts_per_token(self) -> float:
-        return self.num_experts
+        return float(self.num_experts)
 
     def rows(self, num_tokens: int) -> float:
-        return self.num_experts * self.slots_per_expert
+        return float(self.num_experts * self.slots_per_expert)
 
     def flop(self, num_tokens: int) -> int:
         """Logits, dispatch and combine: three products of n, e p and d."""

@@ -292,7 +292,7 @@ class TokensChoiceRouter(Router):
 
     @property
     def experts_per_token(self) -> float:
-        return self.k + self.shared_experts
+        return float(self.k + self.shared_experts)
 
     def rows(self, num_tokens: int) -> float:
         return self.num_experts * self.slots_per_expert / self.images_per_group

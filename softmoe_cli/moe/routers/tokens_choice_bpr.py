@@ -13,10 +13,15 @@ from torch import Tensor
 from softmoe_cli.moe.routers.tokens_choice import TokensChoiceRouter
 
 
+def surest_first(gates: Float[Tensor, "g s e"]) -> Int[Tensor, "g s"]:
+    """Tokens by their largest gate, descending; of equal ones the lower number first."""
+    return gates.detach().amax(dim=2).argsort(dim=1, descending=True, stable=True)
+
+
 class TokensChoiceBPRRouter(TokensChoiceRouter):
     """`TokensChoiceRouter`, but the tokens that are surest of their expert are served first."""
 
     exempt: ClassVar[dict[str, str]] = {}
 
     def priority(self, gates: Float[Tensor, "g s e"]) -> Int[Tensor, "g s"]:
-        return gates.detach().amax(dim=2).argsort(dim=1, descending=True, stable=True)
+        return surest_first(gates)

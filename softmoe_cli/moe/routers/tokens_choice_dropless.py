@@ -69,10 +69,10 @@ class TokensChoiceDroplessRouter(Router):
 
     @property
     def experts_per_token(self) -> float:
-        return self.k + self.shared_experts
+        return float(self.k + self.shared_experts)
 
     def rows(self, num_tokens: int) -> float:
-        return num_tokens * self.k
+        return float(num_tokens * self.k)
 
     def flop(self, num_tokens: int) -> int:
         """The gate: one product of n, d and e."""
