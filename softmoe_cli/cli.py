@@ -220,7 +220,10 @@ def _router_options(name: str) -> dict[str, Any]:
 
     from softmoe_cli.moe.routing import Router
 
-    module = importlib.import_module(path.stem)
+    try:
+        module = importlib.import_module(path.stem)
+    except (ImportError, SyntaxError, NameError, AttributeError, TypeError, ValueError) as error:
+        raise UsageError(f"{name} cannot be imported: {type(error).__name__}: {error}") from error
     own = [
         each
         for each in vars(module).values()

@@ -104,3 +104,72 @@ def _composed(overrides: tuple[str, ...]) -> Config:
         tree = OmegaConf.to_container(hydra_compose("train", list(overrides)), resolve=True)
     assert isinstance(tree, dict)
     return _door({str(key): value for key, value in tree.items()}, Config)
+
+
+@dataclass
+class Placed:
+    """One token in one slot: kept[(expert, position)] = (token, gate); demand counts askers, dropped ones included."""
+
+    kept: dict[tuple[int, int], tuple[int, float]]
+    demand: list[int]
+
+
+def tokens_choice(gates: Matrix, scores: Matrix, k: int, slots: int, *, surest_first: bool) -> Placed:
+    """V-MoE, Algorithms 1 and 2, for one group: gates[s][e] weigh, scores[s][e] choose."""
+    s, e = len(gates), len(gates[0])
+    choices = [sorted(range(e), key=lambda i: (-scores[t][i], i))[:k] for t in range(s)]
+    order = sorted(range(s), key=lambda t: (-max(gates[t]), t)) if surest_first else list(range(s))
+    placed = Placed({}, [0] * e)
+    for rank in range(k):
+        for t in order:
+            expert = choices[t][rank]
+            if placed.demand[expert] < slots:
+                placed.kept[expert, placed.demand[expert]] = (t, gates[t][expert])
+            placed.demand[expert] += 1
+    return placed
+
+
+def experts_choice(gates: Matrix, slots: int) -> Placed:
+    """Zhou et al., Section 3.2, for one group, with a softmax over experts and no renormalisation."""
+    s, e = len(gates), len(gates[0])
+    placed = Placed({}, [slots] * e)
+    for expert in range(e):
+        for position, t in enumerate(sorted(range(s), key=lambda t: (-gates[t][expert], t))[:slots]):
+            placed.kept[expert, position] = (t, gates[t][expert])
+    return placed
+
+
+def sparse_moe(x: Matrix, placed: Placed, w1: Cube, b1: Matrix, w2: Cube, b2: Matrix) -> Matrix:
+    """The outputs of one group's tokens: sums of gate times expert."""
+    y = [[0.0] * len(x[0]) for _ in x]
+    for (expert, _), (t, gate) in placed.kept.items():
+        out = mlp(x[t], w1[expert], b1[expert], w2[expert], b2[expert])
+        y[t] = [old + gate * new for old, new in zip(y[t], out, strict=True)]
+    return y
+
+
+def squared_variation(values: Vector) -> float:
+    """(population standard deviation / mean)^2"""
+    mean = sum(values) / len(values)
+    return sum((value - mean) ** 2 for value in values) / len(values) / mean**2
+
+
+def importance_loss(gates: Matrix) -> float:
+    """V-MoE, Appendix A.2, equation 6."""
+    return squared_variation([sum(column) for column in zip(*gates, strict=True)])
+
+
+def load_loss(clean: Matrix, noisy: Matrix, std: float, k: int) -> float:
+    """V-MoE, Appendix A.2, equations 7 to 9: the chance to be among the k best with the noise drawn again."""
+    chances = []
+    for quiet, loud in zip(clean, noisy, strict=True):
+        threshold = sorted(loud, reverse=True)[k - 1]
+        chances.append([0.5 * math.erfc((threshold - logit) / std / math.sqrt(2)) for logit in quiet])
+    return squared_variation([sum(column) / len(clean) for column in zip(*chances, strict=True)])
+
+
+def gshard_loss(gates: Matrix) -> float:
+    """GShard, Algorithm 1: e times the sum over experts of share of first choices times mean gate."""
+    s, e = len(gates), len(gates[0])
+    firsts = [max(range(e), key=lambda i: (row[i], -i)) for row in gates]
+    return e * sum(firsts.count(i) / s * sum(row[i] for row in gates) / s for i in range(e))

@@ -2,8 +2,6 @@
 
 import inspect
 import math
-import subprocess
-import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ import softmoe_cli.moe.routers
 from softmoe_cli.models import make_router
 from softmoe_cli.moe.layer import Experts, MoE
 from softmoe_cli.moe.routers.soft import SoftRouter
-from softmoe_cli.moe.routing import DenseRouting, Router, routings
+from softmoe_cli.moe.routing import DenseRouting, Router, load_statistics, routings
 from tests.oracles import soft_moe
 
 ROOT = Path(__file__).parent.parent
@@ -123,31 +121,6 @@ def test_weights_sum_to_one() -> None:
     torch.testing.assert_close(routing.combine_weights.sum(dim=(2, 3)), ones.expand(2, 6))
 
 
-def test_permuted_tokens_give_permuted_outputs() -> None:
-    layer = soft_layer(7, 4, 3, 3, 2)
-    x = torch.randn(2, 7, 4, dtype=torch.float64)
-    order = torch.tensor([3, 0, 6, 1, 5, 2, 4])
-    torch.testing.assert_close(layer(x[:, order]), layer(x)[:, order], atol=1e-13, rtol=0)
-    assert (layer(x[:, order]) - layer(x)).abs().max() > 1e-2
-
-
-def test_images_do_not_see_each_other() -> None:
-    layer = soft_layer(6, 4, 3, 3, 2)
-    x = torch.randn(3, 6, 4, dtype=torch.float64, requires_grad=True)
-    (gradient,) = torch.autograd.grad(layer(x)[0].square().sum(), x)
-    assert gradient[0].abs().min() > 0
-    assert (gradient[1:] == 0).all()
-
-
-def test_output_depends_on_neither_size_nor_order_of_the_batch() -> None:
-    layer = soft_layer(6, 4, 3, 3, 2)
-    x = torch.randn(5, 6, 4, dtype=torch.float64)
-    whole, order = layer(x), torch.tensor([4, 2, 0, 3, 1])
-    torch.testing.assert_close(layer(x[order]), whole[order], atol=1e-13, rtol=0)
-    for image in range(5):
-        torch.testing.assert_close(layer(x[image : image + 1]), whole[image : image + 1], atol=1e-13, rtol=0)
-
-
 def test_raw_tokens_are_dispatched() -> None:
     """Doubling long tokens leaves the weights, which see only directions, and doubles the slots."""
     layer = soft_layer(6, 4, 3, 3, 2)
@@ -182,14 +155,32 @@ def test_statistics_are_means_of_extremes() -> None:
     tokens = [[w for row in combine[b][s] for w in row] for b in range(2) for s in range(5)]
     assert routing.statistics() == pytest.approx(
         {
+            "utilisation": 1.0,
+            "dropped_share": 0.0,
             "dispatch_max": sum(map(max, slots)) / len(slots),
             "dispatch_min": sum(map(min, slots)) / len(slots),
             "combine_max": sum(map(max, tokens)) / len(tokens),
             "combine_min": sum(map(min, tokens)) / len(tokens),
-            "scale": 3.0,
+            **load_statistics(routing.combine_weights.sum(dim=(0, 1, 3))),
         },
         rel=1e-12,
     )
+    numbers = layer.router.statistics()
+    vectors = layer.router.get_parameter("phi").detach().flatten(1).T.tolist()
+    pairs = [cosine(v, w) for i, v in enumerate(vectors) for w in vectors[:i]]
+    assert numbers == pytest.approx(
+        {
+            "scale": 3.0,
+            "slot_cosine_min": min(pairs),
+            "slot_cosine_max": max(pairs),
+            "slot_cosine_mean": sum(pairs) / len(pairs),
+        },
+        abs=1e-5,
+    )
+
+
+def cosine(v: list[float], w: list[float]) -> float:
+    return sum(a * b for a, b in zip(v, w, strict=True)) / math.hypot(*v) / math.hypot(*w)
 
 
 @pytest.mark.parametrize(
@@ -243,20 +234,6 @@ def test_yaml_and_constructor_have_the_same_options(name: str) -> None:
 
 
 @every_router
-def test_every_parameter_gets_a_finite_gradient(options: dict[str, Any]) -> None:
-    layer = contract_layer(options)
-    x = torch.randn(IMAGES, TOKENS, DIM, requires_grad=True)
-    with routings(layer) as seen:
-        y = layer(x)
-    (y * torch.randn_like(y)).sum().add(seen[0].aux_loss).backward()
-    assert y.shape == x.shape
-    for name, tensor in {"x": x, **dict(layer.named_parameters())}.items():
-        assert tensor.grad is not None, name
-        assert tensor.grad.isfinite().all(), name
-        assert tensor.grad.abs().max() > 0, name
-
-
-@every_router
 def test_routings_sees_one_routing_and_leaves_no_hook(options: dict[str, Any]) -> None:
     layer = contract_layer(options)
     x = torch.randn(IMAGES, TOKENS, DIM)
@@ -271,34 +248,6 @@ def test_routings_sees_one_routing_and_leaves_no_hook(options: dict[str, Any]) -
     assert not layer.router._forward_hooks
     assert seen[0].aux_loss.shape == ()
     assert seen[0].aux_loss.isfinite()
-
-
-@every_router
-def test_statistics_are_plain_finite_numbers(options: dict[str, Any]) -> None:
-    statistics = contract_layer(options).router(torch.randn(IMAGES, TOKENS, DIM)).statistics()
-    assert statistics
-    for name, value in statistics.items():
-        assert type(name) is str
-        assert type(value) is float, name
-        assert math.isfinite(value), name
-
-
-@every_router
-def test_options_rebuild_the_router(options: dict[str, Any]) -> None:
-    layer = contract_layer(options).eval()
-    assert isinstance(layer.router, Router)
-    assert set(layer.router.options) == set(options) - {"_target_"}
-    for tokens in (TOKENS, 4 * TOKENS):
-        again = make_router({"_target_": options["_target_"]} | layer.router.options, DIM, tokens).eval()
-        again.load_state_dict(layer.router.state_dict())
-        assert again.options == layer.router.options
-        if tokens == TOKENS:
-            x = torch.randn(IMAGES, TOKENS, DIM)
-            assert (again.num_experts, again.slots_per_expert) == (
-                layer.router.num_experts, layer.router.slots_per_expert
-            )  # fmt: skip
-            assert again.flop(TOKENS) == layer.router.flop(TOKENS)
-            assert torch.equal(MoE(again, layer.experts)(x), layer(x))
 
 
 def test_options_of_a_soft_router_keep_its_slots_at_another_number_of_tokens() -> None:
@@ -318,27 +267,6 @@ def test_float64_goes_through(options: dict[str, Any]) -> None:
     assert double.router(x.double()).aux_loss.dtype == torch.float64
     torch.testing.assert_close(single(x).double(), y, atol=1e-5, rtol=1e-4)
     assert not torch.equal(single(x).double(), y)  # some arithmetic was really done in more digits
-
-
-@every_router
-def test_decisions_are_float32_under_autocast(options: dict[str, Any]) -> None:
-    layer = contract_layer(options).eval()
-    x = torch.randn(IMAGES, TOKENS, DIM)
-    plain = layer.router(x)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        routing = layer.router(x)
-        rows, y = routing.dispatch(x), layer(x)
-    assert y.dtype == rows.dtype == torch.bfloat16
-    assert routing.aux_loss.dtype == torch.float32
-    assert torch.equal(routing.aux_loss, plain.aux_loss)
-    assert routing.statistics() == plain.statistics()
-    torch.testing.assert_close(y.float(), layer(x), atol=0.05, rtol=0.05)
-    for name, value in vars(plain).items():  # whatever tensors a routing keeps are its decisions
-        if isinstance(value, Tensor):
-            got = getattr(routing, name)
-            assert got.dtype == value.dtype, name
-            assert got.dtype != torch.bfloat16, name
-            assert torch.equal(got, value), name
 
 
 def test_soft_weights_are_float32_of_half_precision_tokens_too() -> None:
@@ -391,37 +319,4 @@ def test_flops_count_the_matrix_products() -> None:
     layer = soft_layer(n, d, h, e, p)
     assert isinstance(layer.router, SoftRouter)
     assert layer.router.flop(n) == 3 * 2 * n * d * e * p
-    assert layer.experts.flop(p) == 2 * (e * p) * (2 * d * h)
-
-
-# --- compilation ------------------------------------------------------------------------------------------------------
-
-COMPILED = """
-import torch
-from softmoe_cli.moe.layer import Experts, MoE
-from softmoe_cli.moe.routers.soft import SoftRouter
-
-torch.manual_seed(0)
-router = SoftRouter(8, 6, num_experts=3, slots_per_expert=2, capacity_factor=None, noise_std=0.0)
-layer = MoE(router, Experts(3, 8, 12, gelu="tanh", identical=False))
-x = torch.randn(2, 6, 8, requires_grad=True)
-compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")  # Inductor takes a minute for the same graphs
-leaves = [x, *layer.parameters()]
-weight = torch.randn(2, 6, 8)
-wants = [layer(x), *torch.autograd.grad((layer(x) * weight).sum(), leaves)]
-y = compiled(x)
-gots = [y, *torch.autograd.grad((y * weight).sum(), leaves)]
-for want, got in zip(wants, gots, strict=True):
-    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
-assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-print("equal", len(gots))
-"""
-
-
-def test_compiled_layer_equals_eager() -> None:
-    """In a process of its own: the shape checks that the tests switch on are not to be compiled."""
-    run = subprocess.run(
-        [sys.executable, "-c", COMPILED], cwd=ROOT, capture_output=True, text=True, check=False, timeout=300
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == ["equal", "8"]
+    assert layer.experts.flop(float(e * p)) == 2 * (e * p) * (2 * d * h)

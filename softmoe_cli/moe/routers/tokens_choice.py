@@ -99,7 +99,7 @@ def gshard_loss(gates: Float[Tensor, "g s e"], keep: Bool[Tensor, "g s"]) -> Flo
     e = gates.shape[2]
     best = nn.functional.one_hot(gates.detach().argmax(dim=2), e) * keep[:, :, None]
     tokens = keep.sum(dim=1, keepdim=True)
-    return e * ((best.sum(dim=1) / tokens) * (gates.sum(dim=1) / tokens)).sum(dim=1)
+    return e * ((best.sum(dim=1).to(gates.dtype) / tokens) * (gates.sum(dim=1) / tokens)).sum(dim=1)
 
 
 def grouped_tokens(

@@ -1,0 +1,185 @@
+"""`softmoe check`: every shipped router passes every check; routers broken on purpose fail the right one."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from torch import Tensor
+
+from softmoe_cli.check import CHECKS, Outcome, Subject, run_check
+from softmoe_cli.moe.routers.soft import SoftRouter, l2_normalize, soft_logits, soft_weights
+from softmoe_cli.moe.routers.tokens_choice import TokensChoiceRouter
+from softmoe_cli.moe.routing import DenseRouting, SparseRouting, full_precision
+from tests.processes import Started
+
+ROOT = Path(__file__).parent.parent
+YAMLS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((ROOT / "conf/model/router").glob("*.yaml"))}
+ROUTERS = {name: options for name, options in YAMLS.items() if options["_target_"] is not None}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "two choices, groups of two images": ("tokens_choice", {"k": 2, "images_per_group": 2, "capacity_factor": 0.7}),
+    "two choices, surest first": ("tokens_choice_bpr", {"k": 2, "images_per_group": 2, "capacity_factor": 0.7}),
+    "sigmoid, bias, shared expert": ("tokens_choice", {"gate": "sigmoid", "bias_rate": 0.01, "shared_experts": 1}),
+    "dropless, two choices": ("tokens_choice_dropless", {"k": 2, "shared_experts": 2}),
+    "experts choose among two images": ("experts_choice", {"images_per_group": 2, "capacity_factor": 2.0}),
+    "soft with two slots": ("soft", {"slots_per_expert": 2}),
+}
+SUBJECTS = ROUTERS | {name: ROUTERS[router] | changes for name, (router, changes) in VARIANTS.items()}
+COMPILES = "compiles in one graph"
+
+
+@pytest.mark.parametrize("check", [name for name in CHECKS if name != COMPILES])
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_every_router_passes(name: str, check: str) -> None:
+    outcome = run_check(check, Subject(SUBJECTS[name]))
+    assert outcome.verdict != "fail", outcome.figure
+
+
+def test_every_router_compiles() -> None:
+    """In a process of its own, where no shape checker is in the graph."""
+    code = (
+        "import json, sys\n"
+        "from softmoe_cli.check import Subject, run_check\n"
+        "for name, options in json.load(sys.stdin).items():\n"
+        f"    print(name, run_check({COMPILES!r}, Subject(options)), sep=': ')\n"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", code], input=json.dumps(SUBJECTS), cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.count("verdict='pass'") == len(SUBJECTS), told.stdout
+
+
+def test_checks_apply_to_most() -> None:
+    """What does not apply says why, and is the exception."""
+    outcomes = [run_check(check, Subject(ROUTERS["tokens_choice_bpr"])) for check in CHECKS if check != COMPILES]
+    assert [outcome for outcome in outcomes if outcome.verdict == "n/a"] == []
+
+
+# --- broken on purpose ------------------------------------------------------------------------------------------------
+
+
+class SoftmaxOverTheBatch(SoftRouter):
+    """The dispatch softmax runs over images instead of tokens."""
+
+    def forward(self, x: Tensor, keep: Tensor | None = None) -> DenseRouting:
+        with full_precision(x):
+            logits = soft_logits(x.to(self.phi.dtype), self.phi, self.scale)
+            _, combine = soft_weights(logits, keep)
+            return DenseRouting(logits.softmax(dim=0), combine, logits.new_zeros(()))
+
+
+class _NormalisedTokens(DenseRouting):
+    def dispatch(self, x: Tensor) -> Tensor:
+        return super().dispatch(l2_normalize(x, dim=2))
+
+
+class NormalisedTokensDispatched(SoftRouter):
+    """The slots are mixtures of tokens of unit length."""
+
+    def forward(self, x: Tensor, keep: Tensor | None = None) -> DenseRouting:
+        routing = super().forward(x, keep)
+        return _NormalisedTokens(routing.dispatch_weights, routing.combine_weights, routing.aux_loss)
+
+
+class RenormalisedGates(TokensChoiceRouter):
+    """The gates of a token's chosen experts are divided by their sum."""
+
+    def forward(self, x: Tensor, keep: Tensor | None = None) -> SparseRouting:
+        routing = super().forward(x, keep)
+        total = routing.gate.new_zeros(x.shape[0] * x.shape[1] + 1)
+        total = total.index_add(0, routing.token.flatten(), routing.gate.flatten())
+        routing.gate = routing.gate / total[routing.token].clamp(min=1e-9)
+        return routing
+
+
+BROKEN: dict[type, tuple[str, set[str]]] = {
+    SoftmaxOverTheBatch: ("soft", {"images do not see each other", "dispatch law", "official numbers"}),
+    NormalisedTokensDispatched: ("soft", {"dispatch law", "official numbers"}),
+    RenormalisedGates: ("tokens_choice", {"official numbers"}),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_broken_routers_fail_for_the_right_reason(broken: type) -> None:
+    router, reasons = BROKEN[broken]
+    subject = Subject(ROUTERS[router] | {"_target_": f"{broken.__module__}.{broken.__name__}"})
+    outcomes = {name: run_check(name, subject) for name in CHECKS if name != COMPILES}
+    failed = {name for name, outcome in outcomes.items() if outcome.verdict == "fail"}
+    allowed = reasons | {"batch order and size", "padding is neutral"}  # which leaks and mixtures touch too
+    assert reasons <= failed <= allowed, outcomes
+
+
+def test_a_check_that_raises_is_a_failure() -> None:
+    subject = Subject(ROUTERS["tokens_choice"] | {"_target_": f"{__name__}.Raises"})
+    outcome = run_check("images do not see each other", subject)
+    assert outcome == Outcome("images do not see each other", "fail", "RuntimeError: it broke")
+
+
+class Raises(TokensChoiceRouter):
+    def forward(self, x: Tensor, keep: Tensor | None = None) -> SparseRouting:
+        raise RuntimeError("it broke")
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+OWN_ROUTER = """
+import torch
+from softmoe_cli.moe.routers.soft import SoftRouter
+
+class Mine(SoftRouter):
+    def forward(self, x, keep=None):
+        routing = super().forward(x, keep)
+        routing.combine_weights = {change}
+        return routing
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "words"),
+    [
+        ("routing.combine_weights", 0, "0 failed"),
+        ("2 * routing.combine_weights", 1, "fail  combine law"),
+    ],
+)
+def test_a_file_of_ones_own(change: str, code: int, words: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(OWN_ROUTER.format(change=change))
+    options = ("num_experts=4", "slots_per_expert=1", "capacity_factor=null", "noise_std=0.0")
+    left, out = Started(tmp_path, ["check", "mine.py", *options], {}).wait()
+    assert left == code, out
+    assert words in out
+    assert f"pass  {COMPILES}" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("tokens_chioce",), "Did you mean 'tokens_choice'?"),
+        ((), "takes one router"),
+        (("soft", "hard"), "takes one router"),
+        (("dense",), "has no router to check"),
+        (("absent.py",), "absent.py does not exist"),
+        (("soft", "slots=2"), "has no such option"),
+        (("tokens_choice", "k=9"), "k=9 experts per token must be from 1 to num_experts=8"),
+        (("soft", "num_experts=[1"), "cannot read 'num_experts=[1'"),
+        (("none.py",), "must define one subclass"),
+        (("syntax.py",), "syntax.py cannot be imported"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, tuple) else "",
+)
+def test_wrong_use(arguments: tuple[str, ...], words: str, softmoe: Any, tmp_path: Path) -> None:
+    (tmp_path / "none.py").write_text("x = 1\n")
+    (tmp_path / "syntax.py").write_text("def\n")
+    answer = softmoe("check", *arguments)
+    assert answer.code == 2, answer
+    assert words in answer.err
+    assert len(answer.err.strip().splitlines()) == 1
+
+
+def test_vectors_folder_may_be_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOFTMOE_VECTORS", str(tmp_path))
+    outcome = run_check("official numbers", Subject(ROUTERS["soft"]))
+    assert outcome.verdict == "n/a" and str(tmp_path) in outcome.figure
