@@ -39,14 +39,15 @@ def evaluate(
     model.eval()
     images = 0
     sums = torch.zeros(3, dtype=torch.float64)
-    for x, labels in batches:
-        with autocast:
-            logits = model(x)
-        targets = F.one_hot(labels, logits.shape[1]).float()
-        best = logits.float().topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-        means = [best[:, 0].float().mean(), best.any(dim=1).float().mean(), classification_loss(logits, targets, loss)]
-        sums += torch.stack(means).cpu().double() * len(labels)
-        images += len(labels)
+    with autocast:  # around all batches: a weight is cast once
+        for x, labels in batches:
+            logits = model(x).float()
+            targets = F.one_hot(labels, logits.shape[1]).float()
+            best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+            means = [best[:, 0].float().mean(), best.any(dim=1).float().mean()]
+            means.append(classification_loss(logits, targets, loss))
+            sums += torch.stack(means).cpu().double() * len(labels)
+            images += len(labels)
     yield "top1_pct", 100 * round(sums[0].item()) / images
     yield "top5_pct", 100 * round(sums[1].item()) / images
     yield "loss", sums[2].item() / images

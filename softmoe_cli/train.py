@@ -26,7 +26,7 @@ from softmoe_cli.device import arithmetic, free_memory, hardware, prepare_attent
 from softmoe_cli.evaluate import classification_loss, evaluate, routing_statistics
 from softmoe_cli.models import build, load_weights
 from softmoe_cli.moe.layer import MoE
-from softmoe_cli.moe.routing import Router, Routing, routings
+from softmoe_cli.moe.routing import Router, Routing, full_precision, routings
 from softmoe_cli.optim import adamw, schedule, span
 from softmoe_cli.record import Checkpoint, Run, RunError, Source, random_state, set_random_state, signature
 from softmoe_cli.terminal import Screen, count, gibibytes
@@ -294,14 +294,15 @@ def update(
     optimizer.zero_grad(set_to_none=True)
     parts = config.train.accumulate
     total = torch.zeros(2, device=x.device)
-    for part_x, part_targets in zip(x.chunk(parts), targets.chunk(parts), strict=True):
-        seen.clear()
-        with autocast:
+    with autocast:  # around all parts: a weight that it has cast once stays cast until the update
+        for part_x, part_targets in zip(x.chunk(parts), targets.chunk(parts), strict=True):
+            seen.clear()
             logits = forward(part_x)
-        loss = classification_loss(logits, part_targets, config.train.loss) / parts
-        aux = sum((routing.aux_loss for routing in seen), loss.new_zeros(())) / parts
-        total += torch.stack([loss.detach(), aux.detach()])
-        scaler.scale(loss + aux).backward()
+            with full_precision(x):
+                loss = classification_loss(logits, part_targets, config.train.loss) / parts
+                aux = sum((routing.aux_loss for routing in seen), loss.new_zeros(())) / parts
+                total += torch.stack([loss.detach(), aux.detach()])
+                scaler.scale(loss + aux).backward()
     seen.clear()
     scaler.unscale_(optimizer)
     clip = config.optim.clip_norm

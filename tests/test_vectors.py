@@ -26,7 +26,7 @@ from softmoe_cli.models import build
 from softmoe_cli.moe.routers.experts_choice import choose_tokens
 from softmoe_cli.moe.routers.tokens_choice import choose, place
 from softmoe_cli.moe.routers.tokens_choice_bpr import surest_first
-from softmoe_cli.moe.routing import DenseRouting, SparseRouting, capacity, routings
+from softmoe_cli.moe.routing import DenseRouting, Router, SparseRouting, capacity, routings
 from softmoe_cli.optim import linear, rsqrt
 
 FOLDER = vectors_folder()
@@ -65,6 +65,19 @@ def layer(meta: dict[str, Any], _z: dict[str, np.ndarray], dtype: torch.dtype) -
         torch.testing.assert_close(got.double(), want.double(), atol=absolute, rtol=relative, msg=told(what))
         compared += 1
     assert compared >= 4
+    if dtype == torch.float32:
+        decides_the_same_under_autocast(classes[0], meta, z)
+
+
+def decides_the_same_under_autocast(router: type[Router], meta: dict[str, Any], z: dict[str, np.ndarray]) -> None:
+    moe = case_layer(router, meta, z, torch.float32).eval()
+    x = tensor(z["x_seqs"] if "x_seqs" in z else z["x"])
+    plain = vars(moe.router(x))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = vars(moe.router(x))
+    for name, value in plain.items():
+        if isinstance(value, Tensor):
+            assert half[name].dtype == value.dtype and torch.equal(half[name], value), name
 
 
 def ties(meta: dict[str, Any], z: dict[str, np.ndarray], dtype: torch.dtype) -> None:

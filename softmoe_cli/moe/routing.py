@@ -101,14 +101,15 @@ class DenseRouting(Routing):
         self.aux_loss = aux_loss
 
     def dispatch(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "e bp d"]:
-        b, n, e, p = self.dispatch_weights.shape
-        slots = torch.bmm(self.dispatch_weights.reshape(b, n, e * p).mT.to(x.dtype), x)
-        return slots.reshape(b, e, p, -1).transpose(0, 1).reshape(e, b * p, -1)  # a view where p is 1
+        # Slots with the experts innermost: one expert's rows, image by image, then lie at equal distances.
+        b, _, e, p = self.dispatch_weights.shape
+        slots = torch.bmm(self.dispatch_weights.mT.flatten(2).mT.to(x.dtype), x)
+        return slots.view(b * p, e, -1).transpose(0, 1)
 
     def combine(self, rows: Float[Tensor, "e bp d"]) -> Float[Tensor, "b n d"]:
-        b, n, e, p = self.combine_weights.shape
-        by_image = rows.reshape(e, b, p, -1).transpose(0, 1).reshape(b, e * p, -1)
-        return torch.bmm(self.combine_weights.reshape(b, n, e * p).to(rows.dtype), by_image)
+        b, _, e, p = self.combine_weights.shape
+        by_image = rows.transpose(0, 1).reshape(b, p * e, -1)  # a view where p is 1
+        return torch.bmm(self.combine_weights.mT.flatten(2).to(rows.dtype), by_image)
 
     @torch.no_grad()
     def statistics(self) -> dict[str, float]:

@@ -20,7 +20,13 @@ EPS = 1e-6
 
 def l2_normalize(x: Float[Tensor, "..."], dim: int) -> Float[Tensor, "..."]:
     """x / sqrt(sum(x^2) + 1e-6) along `dim` (Algorithm 2, with the code's epsilon); a zero vector stays zero."""
-    return x / (x.square().sum(dim=dim, keepdim=True) + EPS).sqrt()
+    return x * inverse_length(x, dim)
+
+
+def inverse_length(x: Float[Tensor, "..."], dim: int) -> Float[Tensor, "..."]:
+    """1 / sqrt(sum(x^2) + 1e-6). `vector_norm` and products with an inverse pass over their operands fewer times,
+    forwards and backwards, than squares, sums and quotients."""
+    return torch.linalg.vector_norm(x, dim=dim, keepdim=True).square().add(EPS).rsqrt()
 
 
 def soft_logits(
@@ -28,11 +34,12 @@ def soft_logits(
 ) -> Float[Tensor, "b n e p"]:
     """scale times the cosine of each token with each slot's parameters (Section 2.3).
 
-    Tokens are divided by their norms after the product, so that no normalised copy of them is made and kept.
+    Tokens are brought to unit length after the product, so that no normalised copy of them is made and kept. In memory
+    the experts are innermost, which lets `DenseRouting.dispatch` hand out each expert's rows without a copy.
     """
-    length = (x.square().sum(dim=2, keepdim=True) + EPS).sqrt()
-    slots = (scale * l2_normalize(phi, dim=0)).flatten(1)
-    return ((x @ slots) / length).unflatten(2, phi.shape[1:])
+    _, e, p = phi.shape
+    slots = (scale * l2_normalize(phi, dim=0)).mT.flatten(1)
+    return (x @ slots * inverse_length(x, dim=2)).unflatten(2, (p, e)).mT
 
 
 def soft_weights(
@@ -42,12 +49,16 @@ def soft_weights(
 
     Padding has no part in any slot and no slot in it.
     """
-    combine = logits.flatten(2).softmax(dim=2).view_as(logits)
+    e, p = logits.shape[2:]
+    flat = logits.mT.flatten(2)  # as `soft_logits` lays them out: a view
+    combine = flat.softmax(dim=2)
     if keep is None:
-        return logits.softmax(dim=1), combine
-    kept = keep[:, :, None, None]
-    dispatch = logits.masked_fill(~kept, torch.finfo(logits.dtype).min).softmax(dim=1)
-    return dispatch * kept, combine * kept
+        dispatch = flat.softmax(dim=1)
+    else:
+        kept = keep[:, :, None]
+        dispatch = flat.masked_fill(~kept, torch.finfo(flat.dtype).min).softmax(dim=1) * kept
+        combine = combine * kept
+    return dispatch.unflatten(2, (p, e)).mT, combine.unflatten(2, (p, e)).mT
 
 
 class SoftRouter(Router):

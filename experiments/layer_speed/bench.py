@@ -1,0 +1,256 @@
+"""The MoE layer's time and memory beside the dense MLP's and the layers that others publish, in one process, in turns.
+
+pip install soft-moe-pytorch==0.1.9 soft-moe==0.0.1 soft-mixture-of-experts==0.2.0 mixture-of-experts==0.2.3 \\
+    st-moe-pytorch==0.1.8
+python experiments/layer_speed/bench.py results.csv dtype=fp32 width=192,384,768 experts=8,32,128,256 batch=8,32,128
+
+Every contender maps (batch, 196, width) to the same shape through experts of hidden width 4 x width, with as many slots
+as there are tokens, as near as whole slots per expert allow. All share one buffer of weights, so that all fit in memory
+and stay in it; values do not matter to the time. A round times each contender once, in an order that turns from round
+to round; ratios are taken within a round. A contender that took over three times as long as `soft` is timed once.
+Appends a row per contender to the file and prints it.
+"""
+
+import csv
+import itertools
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from softmoe_cli.device import hardware
+from softmoe_cli.models import make_router
+from softmoe_cli.moe.layer import Experts, MoE
+
+TOKENS, SECONDS, MOST, FEWEST = 196, 12.0, 9, 2
+OURS = ("soft", "tokens_choice", "tokens_choice_bpr", "experts_choice", "tokens_choice_dropless")
+ROUTERS = Path(__file__).parents[2] / "conf/model/router"
+FIELDS = (
+    "dtype", "width", "experts", "batch", "what", "contender", "slots", "ms", "ms_min", "ms_max", "over_soft",
+    "over_soft_min", "over_soft_max", "rounds", "peak_mib", "floor_ms", "gflop_per_s", "gb_per_s", "hardware", "torch",
+)  # fmt: skip
+
+
+class Mlp(nn.Sequential):
+    """The dense layer: what each expert is."""
+
+    def __init__(self, d: int) -> None:
+        super().__init__(nn.Linear(d, 4 * d), nn.GELU(approximate="tanh"), nn.Linear(4 * d, d))
+
+
+def ours(name: str, d: int, e: int) -> nn.Module:
+    options = yaml.safe_load((ROUTERS / f"{name}.yaml").read_text()) | {"num_experts": e}
+    if "slots_per_expert" in options:
+        options |= {"slots_per_expert": slots(e), "capacity_factor": None}
+    return MoE(make_router(options, d, TOKENS), Experts(e, d, 4 * d, gelu="tanh", identical=True))
+
+
+def slots(e: int) -> int:
+    return round(TOKENS / e)
+
+
+def soft_moe_pytorch(d: int, e: int) -> nn.Module:
+    from soft_moe_pytorch import SoftMoE
+
+    return SoftMoE(d, num_experts=e, num_slots=slots(e), expert_mult=4, offload_unused_experts_to_cpu=False)
+
+
+def soft_moe(d: int, e: int) -> nn.Module:
+    from soft_moe import SoftMoELayerWrapper
+
+    return SoftMoELayerWrapper(d, e, slots(e), Mlp, d=d)
+
+
+def soft_mixture_of_experts(d: int, e: int) -> nn.Module:
+    """Its layer is a single linear map; two of its stacked maps with a GELU between are an MLP."""
+    from soft_mixture_of_experts.multi_expert import MultiExpertLayer
+    from soft_mixture_of_experts.soft_moe import SoftMoE
+
+    layer = SoftMoE(d, d, e, slots(e))
+    gelu = nn.GELU(approximate="tanh")
+    layer.experts = nn.Sequential(MultiExpertLayer(d, 4 * d, e), gelu, MultiExpertLayer(4 * d, d, e))
+    return layer
+
+
+def mixture_of_experts(d: int, e: int) -> nn.Module:
+    """Two choices; at least four slots per expert."""
+    from mixture_of_experts import MoE as Theirs
+
+    class Gelu(nn.GELU):
+        def __init__(self) -> None:
+            super().__init__(approximate="tanh")
+
+    return Theirs(
+        d, e, hidden_dim=4 * d, activation=Gelu, capacity_factor_train=slots(e) * e / TOKENS, capacity_factor_eval=1.0
+    )
+
+
+def st_moe_pytorch(d: int, e: int) -> nn.Module:
+    """Two choices; at least four slots per expert."""
+    from st_moe_pytorch import MoE as Theirs
+
+    return Theirs(
+        d, e, experts=nn.ModuleList(Mlp(d) for _ in range(e)), gating_top_n=2,
+        capacity_factor_train=slots(e) * e / TOKENS, capacity_factor_eval=1.0,
+    )  # fmt: skip
+
+
+PEERS: tuple[Callable[[int, int], nn.Module], ...] = (
+    soft_moe_pytorch, soft_moe, soft_mixture_of_experts, mixture_of_experts, st_moe_pytorch,
+)  # fmt: skip
+
+
+def contenders(d: int, e: int) -> dict[str, nn.Module]:
+    made: dict[str, nn.Module] = {}
+    with torch.device("meta"):
+        made |= {name: ours(name, d, e) for name in OURS}
+        made["dense"] = Mlp(d)
+        made |= {peer.__name__: peer(d, e) for peer in PEERS}
+    size = max(sum(p.numel() for p in module.parameters()) for module in made.values())
+    buffer = torch.empty(size)
+    for piece in buffer.split(1 << 24):
+        piece.normal_(std=0.02)
+    for module in made.values():
+        share(module, buffer)
+    return made
+
+
+def share(module: nn.Module, buffer: Tensor) -> None:
+    """Gives a module without storage parameters that are parts of one buffer, one after the other."""
+    start = 0
+    for owner in module.modules():
+        for name, parameter in list(owner.named_parameters(recurse=False)):
+            part = buffer[start : start + parameter.numel()].view(parameter.shape)
+            setattr(owner, name, nn.Parameter(part))
+            start += parameter.numel()
+        for name, values in list(owner.named_buffers(recurse=False)):
+            owner.register_buffer(name, torch.zeros(values.shape, dtype=values.dtype))
+
+
+def output(module: nn.Module, x: Tensor) -> Tensor:
+    y = module(x)
+    return y if isinstance(y, Tensor) else y[0]
+
+
+def run(module: nn.Module, x: Tensor, half: bool, backward: bool) -> float:
+    """Seconds of one forward pass, or of one with its backward pass."""
+    start = time.perf_counter()
+    with torch.set_grad_enabled(backward), torch.autocast("cpu", torch.bfloat16, enabled=half):
+        y = output(module, x)
+    if backward:
+        y.backward(torch.ones_like(y))
+    seconds = time.perf_counter() - start
+    module.zero_grad(set_to_none=True)
+    x.grad = None
+    return seconds
+
+
+def peak_mib(module: nn.Module, x: Tensor, half: bool) -> float:
+    """The most that a forward and backward pass holds at once beside the weights, gradients included."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run(module, x, half, backward=True)
+    held = most = 0
+    assert profile.profiler is not None and profile.profiler.kineto_results is not None
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most / 2**20
+
+
+def rates() -> tuple[float, float]:
+    """FLOP/s of a large float32 product, and bytes/s of a copy, the best of five each."""
+    a, b, c = torch.randn(1536, 1536), torch.randn(1536, 1536), torch.empty(1536, 1536)
+    source, target = torch.randn(1 << 25), torch.empty(1 << 25)
+
+    def best(what: Callable[[], Any]) -> float:
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            what()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    return 2 * 1536**3 / best(lambda: torch.mm(a, b, out=c)), 8 * (1 << 25) / best(lambda: target.copy_(source))
+
+
+def floor_s(module: nn.Module, batch: int, d: int, backward: bool, flop_rate: float, byte_rate: float) -> float:
+    """The larger of arithmetic and memory traffic: weights read (twice and a gradient written with the backward pass),
+    tokens in and out, and with it the hidden activations written and read once."""
+    if isinstance(module, MoE):
+        flop, rows = batch * module.flop(TOKENS), batch * module.router.rows(TOKENS)
+    else:
+        rows = float(batch * TOKENS)
+        flop = round(rows * 16 * d * d)
+    weights = 4 * sum(p.numel() for p in module.parameters())
+    tokens = 4 * batch * TOKENS * d
+    traffic = 3 * weights + 4 * tokens + 2 * 4 * rows * 4 * d if backward else weights + 2 * tokens
+    return max((3 if backward else 1) * flop / flop_rate, traffic / byte_rate)
+
+
+def point(dtype: str, d: int, e: int, batch: int) -> list[dict[str, Any]]:
+    modules = contenders(d, e)
+    x = torch.randn(batch, TOKENS, d, requires_grad=True)
+    half = dtype == "bf16"
+    flop_rate, byte_rate = rates()
+    made = {"fp32": "float32", "bf16": "bfloat16"}[dtype]
+    print(f"\n{made}, width {d}, {e} experts, batch {batch}: {flop_rate / 1e9:.0f} GFLOP/s, {byte_rate / 1e9:.1f} GB/s")
+    peaks = {name: peak_mib(module, x, half) for name, module in modules.items()}  # which warms up, too
+    rows = []
+    for what in ("forward", "step"):
+        times: dict[str, list[float]] = {name: [] for name in modules}
+        order, began = list(modules), time.perf_counter()
+        for turn in range(MOST):
+            if turn >= FEWEST and time.perf_counter() - began > SECONDS:
+                break
+            for name in [*order[turn % len(order) :], *order[: turn % len(order)]]:
+                if turn == 0 or name == "soft" or times[name][0] < 3 * times["soft"][0]:
+                    times[name].append(run(modules[name], x, half, what == "step"))
+        for name, module in modules.items():
+            ratios = [mine / soft for mine, soft in zip(times[name], times["soft"], strict=False)]
+            floor = floor_s(module, batch, d, what == "step", flop_rate, byte_rate)
+            rows.append(
+                {
+                    "dtype": dtype, "width": d, "experts": e, "batch": batch, "what": what, "contender": name,
+                    "slots": TOKENS if name in ("dense", "tokens_choice_dropless") else slots(e) * e,
+                    "ms": 1e3 * statistics.median(times[name]), "ms_min": 1e3 * min(times[name]),
+                    "ms_max": 1e3 * max(times[name]), "over_soft": statistics.median(ratios),
+                    "over_soft_min": min(ratios), "over_soft_max": max(ratios), "rounds": len(times[name]),
+                    "peak_mib": peaks[name], "floor_ms": 1e3 * floor if name in ("dense", *OURS) else None,
+                    "gflop_per_s": flop_rate / 1e9, "gb_per_s": byte_rate / 1e9,
+                    "hardware": hardware(torch.device("cpu")), "torch": torch.__version__,
+                }
+            )  # fmt: skip
+            row = rows[-1]
+            above = f"{row['ms'] / row['floor_ms']:5.2f}x floor" if row["floor_ms"] else ""
+            spread = f"({row['over_soft_min']:.2f} to {row['over_soft_max']:.2f})"
+            print(
+                f"  {what:<8}{name:<24}{row['ms']:10.1f} ms {row['over_soft']:7.2f}x soft {spread:<16}"
+                f"{row['peak_mib']:9.0f} MiB {above}",
+                flush=True,
+            )
+    return rows
+
+
+def main() -> None:
+    file = Path(sys.argv[1])
+    grid = {key: values.split(",") for key, values in (argument.split("=") for argument in sys.argv[2:])}
+    new = not file.exists()
+    for dtype, d, e, batch in itertools.product(grid["dtype"], grid["width"], grid["experts"], grid["batch"]):
+        rows = point(dtype, int(d), int(e), int(batch))
+        with file.open("a", newline="") as out:
+            writer = csv.DictWriter(out, FIELDS)
+            if new:
+                writer.writeheader()
+            writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+        new = False
+
+
+if __name__ == "__main__":
+    main()
