@@ -54,7 +54,7 @@ def told(what: str) -> Callable[[str], str]:
     return lambda text: f"{what}: {text}"
 
 
-def layer(meta: dict[str, Any], _z: dict[str, np.ndarray], dtype: torch.dtype) -> None:
+def layer(meta: dict[str, Any], z: dict[str, np.ndarray], dtype: torch.dtype) -> None:
     """Sections 4 to 6 and 8: weights or slots, rows, output and its bfloat16 variant, losses, metrics, gradients."""
     classes = [router for router in KINDS if is_case_of(router, meta)]
     assert classes, f"no router of ours for {meta['case']}"
