@@ -289,9 +289,8 @@ def update(
     """One update on one batch, computed in `accumulate` equal parts whose gradients add up to the whole batch's.
 
     Returns the mean loss over images without and the auxiliary loss, and the gradients' norm before clipping.
-    The weights stay as they were when loss or norm is not finite.
+    The weights stay as they were, and the gradients can be looked at, when loss or norm is not finite.
     """
-    optimizer.zero_grad(set_to_none=True)
     parts = config.train.accumulate
     total = torch.zeros(2, device=x.device)
     with autocast:  # around all parts: a weight that it has cast once stays cast until the update
@@ -318,6 +317,7 @@ def update(
         scaler.update()
         for router in (module for module in model.modules() if isinstance(module, Router)):
             router.after_update()
+        optimizer.zero_grad(set_to_none=True)  # now, so that looks and checkpoints find their memory free
     return main, aux_loss, norm_value
 
 

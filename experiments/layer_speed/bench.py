@@ -8,7 +8,9 @@ Every contender maps (batch, 196, width) to the same shape through experts of hi
 as there are tokens, as near as whole slots per expert allow. All share one buffer of weights, so that all fit in memory
 and stay in it; values do not matter to the time. A round times each contender once, in an order that turns from round
 to round; ratios are taken within a round. A contender that took over three times as long as `soft` is timed once.
-Appends a row per contender to the file and prints it.
+Appends a row per contender to the file and prints it. Without a grid it sums up what the file holds:
+
+python experiments/layer_speed/bench.py results.csv
 """
 
 import csv
@@ -238,8 +240,49 @@ def point(dtype: str, d: int, e: int, batch: int) -> list[dict[str, Any]]:
     return rows
 
 
+SOFT_PEERS = ("soft_moe_pytorch", "soft_moe", "soft_mixture_of_experts")
+SPARSE_PEERS = ("mixture_of_experts", "st_moe_pytorch")
+
+
+def summary(file: Path) -> None:
+    """A Markdown row per grid point for training steps, and the medians over points."""
+    with file.open() as lines:
+        rows = list(csv.DictReader(lines))
+    keys = ("dtype", "width", "experts", "batch")
+    points = dict.fromkeys(tuple(row[key] for key in keys) for row in rows)
+    print(
+        "| | width | experts | batch | soft ms | over floor | MiB | dense | soft peers | tokens choice | sparse peers |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    against: dict[str, list[float]] = {"soft": [], "tokens_choice": []}
+    for where in points:
+        found = {
+            row["contender"]: row for row in rows if row["what"] == "step" and tuple(row[key] for key in keys) == where
+        }
+        soft, tokens_choice = found["soft"], float(found["tokens_choice"]["over_soft"])
+        ratio = {name: float(row["over_soft"]) for name, row in found.items()}
+        best_soft = min(SOFT_PEERS, key=lambda name: ratio[name])
+        best_sparse = min(SPARSE_PEERS, key=lambda name: ratio[name])
+        against["soft"].append(ratio[best_soft])
+        against["tokens_choice"].append(ratio[best_sparse] / tokens_choice)
+        over = float(soft["ms"]) / float(soft["floor_ms"])
+        print(
+            f"| {' | '.join(where)} | {float(soft['ms']):.0f} | {over:.2f} | {float(soft['peak_mib']):.0f} "
+            f"| {ratio['dense']:.2f} | {ratio[best_soft]:.2f} {best_soft} | {tokens_choice:.2f} "
+            f"| {ratio[best_sparse]:.2f} {best_sparse} |"
+        )
+    for name, ratios in against.items():
+        print(
+            f"{name}: its fastest peer takes {min(ratios):.2f} to {max(ratios):.2f} times as long, "
+            f"median {statistics.median(ratios):.2f}, over {len(ratios)} points"
+        )
+
+
 def main() -> None:
     file = Path(sys.argv[1])
+    if len(sys.argv) == 2:
+        summary(file)
+        return
     grid = {key: values.split(",") for key, values in (argument.split("=") for argument in sys.argv[2:])}
     new = not file.exists()
     for dtype, d, e, batch in itertools.product(grid["dtype"], grid["width"], grid["experts"], grid["batch"]):
