@@ -268,7 +268,7 @@ class Train:
     images: int | None = option("budget in images", low=1)
     minutes: float | None = option("budget in minutes of training, evaluation and saving not counted", above=0)
     default_epochs: float = option("the budget when none of the four above is given", above=0)
-    batch_size: int = option("images per update", low=1)
+    batch_size: Any = option("images per update; auto: the largest power of two that fits into memory", low=1)
     accumulate: int = option("parts that a batch is computed in, to save memory; the update stays the same", low=1)
     precision: str = option("arithmetic under autocast; weights stay fp32", choices=("fp32", "bf16", "fp16"))
     compile: bool = option("torch.compile the model")
@@ -294,6 +294,10 @@ class Train:
             )
         if not given:
             self.epochs = self.default_epochs
+        if self.batch_size == "auto":
+            return
+        if type(self.batch_size) is not int:
+            raise UsageError(f"train.batch_size={self.batch_size} is neither a whole number nor auto")
         if self.batch_size % self.accumulate:
             raise UsageError(f"train.accumulate={self.accumulate} does not divide train.batch_size={self.batch_size}")
 
@@ -353,7 +357,8 @@ class Config:
         _check(self)
         for section in (self.model, self.data, self.augment, self.optim, self.train, self.wandb):
             section.check()
-        if (self.augment.mixup or self.augment.cutmix) and self.train.batch_size % 2:
+        settled = self.train.batch_size != "auto"
+        if settled and (self.augment.mixup or self.augment.cutmix) and self.train.batch_size % 2:
             raise UsageError(
                 f"augment.mixup and augment.cutmix pair images: train.batch_size={self.train.batch_size} must be even"
             )
