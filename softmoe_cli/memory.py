@@ -7,7 +7,7 @@ step but for what single operations borrow inside. torch.compile usually needs l
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +58,10 @@ class Live(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 self._see(tensor)
         return out
+
+    def forget(self, tensors: Iterable[Tensor]) -> None:
+        """Tensors from before, which an operation may return again and which are not to be added."""
+        self._known |= {tensor.untyped_storage()._cdata for tensor in tensors}
 
     def _see(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
