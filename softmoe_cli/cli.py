@@ -1,5 +1,6 @@
 """The commands. Hydra begins and ends here; torch, timm and wandb are imported by the command that needs them."""
 
+import copy
 import dataclasses
 import os
 import re
@@ -9,9 +10,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from softmoe_cli.config import Config, EvaluateConfig, Model, UsageError, check_channels, nearest
+from softmoe_cli.config import (
+    Config,
+    CostConfig,
+    EvaluateConfig,
+    MatchConfig,
+    Model,
+    UsageError,
+    check_channels,
+    nearest,
+)
 
-T = typing.TypeVar("T", Config, EvaluateConfig, Model)
+T = typing.TypeVar("T", Config, EvaluateConfig, CostConfig, MatchConfig, Model)
+
+SCHEMAS: dict[str, type] = {
+    "train": Config, "finetune": Config, "evaluate": EvaluateConfig, "cost": CostConfig, "match": MatchConfig,
+}  # fmt: skip
 
 HELP = """\
 softmoe: train, cost and compare mixture-of-experts vision transformers
@@ -21,6 +35,8 @@ usage: softmoe COMMAND [ARGUMENTS]
   train      compose an experiment and train it            softmoe train model=vit_nano2_soft seed=1
   finetune   the same loop, from a checkpoint              softmoe finetune checkpoint=RUN data=digits
   evaluate   quality of a checkpoint on a data set         softmoe evaluate checkpoint=RUN
+  cost       parameters, FLOPs, memory, latency           softmoe cost model=vit_s16_soft
+  match      make one model cost what another does        softmoe match model=vit_s16_soft to=vit_s16_dense
   check      conformance report for a router               softmoe check soft
   list       models, routers, data sets, recipes, experiments
 
@@ -53,6 +69,24 @@ softmoe evaluate checkpoint=SOURCE [data=CHOICE] [KEY=VALUE]...   quality of a c
   softmoe evaluate checkpoint=weights.safetensors data=folder data.root=PATH split=test format=json
 
 Without data= the set that the checkpoint was trained on is read.""",
+    "cost": """\
+softmoe cost [GROUP=CHOICE | KEY=VALUE]...   parameters, FLOPs and memory of a model, by formula and by counter
+
+  softmoe cost model=vit_h14_soft data.num_classes=1000
+  softmoe cost model=vit_s16_soft batch_size=64 recompute=true precision=bf16
+  softmoe cost -m model=vit_s16_dense,vit_s16_soft format=csv      one table for many models
+  softmoe cost model=vit_nano2_soft clock=true threads=1           measured as well, on this machine
+
+A multiply-add is 2 FLOPs. No weights are allocated unless clock=true.""",
+    "match": """\
+softmoe match [GROUP=CHOICE | KEY=VALUE]... free=KEY to=MODEL by=COST   the value of KEY with which the costs are equal
+
+  softmoe match model=vit_s16_soft to=vit_s16_dense by=forward_gflop free=model.router.num_experts
+  softmoe match model=vit_nano2_soft to=vit_nano2_tokens_choice by=latency_ms free=model.router.slots_per_expert
+  softmoe match model=vit_s16_soft to=vit_s16_dense by=train_pflop steps=300000 free=train.steps
+
+Prints the overrides to use and how close they come. Where nothing comes within tolerance it names the nearest on both
+sides and the exit status is 1.""",
     "check": """\
 softmoe check ROUTER [KEY=VALUE]...   what every router must keep, measured; exit status 1 if anything fails
 
@@ -112,7 +146,7 @@ def _dispatch(arguments: list[str]) -> int:
     if "-h" in rest or "--help" in rest:
         print(USAGE[command])
         if command not in ("check", "list"):
-            print(_options(EvaluateConfig if command == "evaluate" else Config))
+            print(_options(SCHEMAS[command]))
         return 0
     if command == "list":
         if rest:
@@ -256,12 +290,19 @@ def _hydra(command: str, arguments: list[str]) -> None:
                 search_path.prepend("softmoe-own", f"file://{own}")
 
     ConfigStore.instance().store(name="schema", node=Config)
-    ConfigStore.instance().store(name="evaluate_schema", node=EvaluateConfig)
+    for name in ("evaluate", "cost", "match"):
+        ConfigStore.instance().store(name=f"{name}_schema", node=SCHEMAS[name])
     Plugins.instance().register(OwnConf)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing and leaving with status 1
     sys.argv = ["softmoe", *arguments]
-    tasks: dict[str, Callable[[Any], None]] = {"train": _train, "finetune": _finetune, "evaluate": _evaluate}
-
+    costed: list[CostConfig] = []
+    tasks: dict[str, Callable[[Any], None]] = {
+        "train": _train,
+        "finetune": _finetune,
+        "evaluate": _evaluate,
+        "cost": lambda config: costed.append(_door(_plain(config, CostConfig), CostConfig)),
+        "match": _match,
+    }
     failures: list[Exception] = []
 
     def task(config: DictConfig) -> None:
@@ -281,6 +322,11 @@ def _hydra(command: str, arguments: list[str]) -> None:
         raise UsageError(_explain(error, command, arguments)) from error
     if failures:
         raise failures[-1]
+    if costed:
+        from softmoe_cli.ledger import costs, show
+
+        many = any(argument in ("-m", "--multirun") for argument in arguments)
+        print(show(costs(costed), costed[0].format, many=many))
 
 
 def _explain(error: Exception, command: str, arguments: list[str]) -> str:
@@ -450,3 +496,26 @@ def _evaluate(config: Any) -> None:
     model = _door(source.card["model"], Model)
     check_channels(checked.data, model.in_chans)
     evaluate_checkpoint(checked, model, source)
+
+
+def _match(config: Any) -> None:
+    tree = _plain(config, MatchConfig)
+    checked = _door(tree, MatchConfig)
+    from hydra import compose
+    from hydra.core.hydra_config import HydraConfig
+
+    typed = HydraConfig.get().overrides.task
+    kept = [override for override in typed if re.split(r"[.=/@]", override.lstrip("+~"))[0] != "model"]
+    other = _door(_plain(compose("match", [*kept, f"model={checked.to}"]), MatchConfig), MatchConfig)
+    from softmoe_cli.match import match, show
+
+    def candidate(changes: dict[str, Any]) -> MatchConfig:
+        changed = copy.deepcopy(tree)
+        for key, value in changes.items():
+            node, (*sections, leaf) = changed, key.split(".")
+            for section in sections:
+                node = node[section]
+            node[leaf] = value
+        return _door(changed, MatchConfig)
+
+    print(show(match(checked, other, candidate), checked))

@@ -268,7 +268,7 @@ class Train:
     images: int | None = option("budget in images", low=1)
     minutes: float | None = option("budget in minutes of training, evaluation and saving not counted", above=0)
     default_epochs: float = option("the budget when none of the four above is given", above=0)
-    batch_size: int = option("images per update", low=1)
+    batch_size: Any = option("images per update; auto: the largest power of two that fits into memory", low=1)
     accumulate: int = option("parts that a batch is computed in, to save memory; the update stays the same", low=1)
     precision: str = option("arithmetic under autocast; weights stay fp32", choices=("fp32", "bf16", "fp16"))
     compile: bool = option("torch.compile the model")
@@ -294,6 +294,10 @@ class Train:
             )
         if not given:
             self.epochs = self.default_epochs
+        if self.batch_size == "auto":
+            return
+        if type(self.batch_size) is not int:
+            raise UsageError(f"train.batch_size={self.batch_size} is neither a whole number nor auto")
         if self.batch_size % self.accumulate:
             raise UsageError(f"train.accumulate={self.accumulate} does not divide train.batch_size={self.batch_size}")
 
@@ -353,7 +357,8 @@ class Config:
         _check(self)
         for section in (self.model, self.data, self.augment, self.optim, self.train, self.wandb):
             section.check()
-        if (self.augment.mixup or self.augment.cutmix) and self.train.batch_size % 2:
+        settled = self.train.batch_size != "auto"
+        if settled and (self.augment.mixup or self.augment.cutmix) and self.train.batch_size % 2:
             raise UsageError(
                 f"augment.mixup and augment.cutmix pair images: train.batch_size={self.train.batch_size} must be even"
             )
@@ -399,6 +404,79 @@ class EvaluateConfig:
     def check(self) -> None:
         _check(self)
         self.data.check()
+
+
+@dataclass
+class CostConfig:
+    """What `softmoe cost` composes."""
+
+    path: ClassVar[str] = ""
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    batch_size: int = option("images per update, for memory and clock", low=1)
+    accumulate: int = option("as in train.accumulate", low=1)
+    recompute: bool = option("as in train.recompute")
+    precision: str = option("as in train.precision", choices=("fp32", "bf16", "fp16"))
+    compile: bool = option("torch.compile the model that the clock measures")
+    clock: bool = option("measure latency, throughput and peak memory on this machine")
+    repeats: int = option("times that the clock measures each", low=3)
+    format: str = option("what is printed", choices=("table", "json", "csv", "markdown"))
+    device: str = option("auto: cuda, else mps, else cpu", choices=DEVICES)
+    threads: int | None = option("CPU threads; null: torch's choice", low=1)
+
+    def check(self) -> None:
+        _check(self)
+        self.model.check()
+        self.data.check()
+        _check_parts(self)
+
+
+FREE_KEYS = (
+    "model.router.num_experts", "model.router.slots_per_expert", "model.moe_blocks", "model.backbone.depth",
+    "model.backbone.width", "train.steps",
+)  # fmt: skip
+COSTS = (
+    "forward_gflop", "train_gflop", "train_pflop", "params_m", "active_params_m", "peak_mib", "latency_ms",
+    "train_step_ms",
+)  # fmt: skip
+
+
+@dataclass
+class MatchConfig:
+    """What `softmoe match` composes."""
+
+    path: ClassVar[str] = ""
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    free: str = option("the one setting to solve for", choices=FREE_KEYS)
+    to: str = option("the model whose cost is to be met, as in model=")
+    by: str = option("the cost that is to be the same", choices=COSTS)
+    tolerance: float = option("largest difference, as a share of the other's cost", above=0, high=1)
+    steps: int | None = option("by=train_pflop: updates that the other model is trained", low=1)
+    batch_size: int = option("images per update, for memory and clock", low=1)
+    accumulate: int = option("as in train.accumulate", low=1)
+    recompute: bool = option("as in train.recompute")
+    precision: str = option("as in train.precision", choices=("fp32", "bf16", "fp16"))
+    compile: bool = option("torch.compile the models that the clock measures")
+    repeats: int = option("times that the clock measures each", low=3)
+    format: str = option("what is printed", choices=("table", "json"))
+    device: str = option("auto: cuda, else mps, else cpu", choices=DEVICES)
+    threads: int | None = option("CPU threads; null: torch's choice", low=1)
+
+    def check(self) -> None:
+        _check(self)
+        self.model.check()
+        self.data.check()
+        _check_parts(self)
+        if (self.by == "train_pflop") != (self.steps is not None):
+            raise UsageError(f"by={self.by} and steps={self.steps}: steps belong to by=train_pflop, which needs them")
+        if self.free == "train.steps" and self.by != "train_pflop":
+            raise UsageError(f"free=train.steps changes no {self.by}; use by=train_pflop with steps=")
+
+
+def _check_parts(config: CostConfig | MatchConfig) -> None:
+    if config.batch_size % config.accumulate:
+        raise UsageError(f"accumulate={config.accumulate} does not divide batch_size={config.batch_size}")
 
 
 NOT_SCIENCE = (

@@ -1,118 +1,294 @@
-"""What a model costs: parameters, FLOPs by formula, memory, all without allocating a weight.
+"""What a model computes: parameters, and FLOPs by formula and by torch's counter, without allocating a weight.
 
-FLOPs count a multiply-add as 2 and cover matrix products only: norms, softmaxes, GELU and biases count as 0,
-as in torch's FlopCounterMode, with which a test holds the formula equal.
+Conventions. A multiply-add is 2 FLOPs. Only matrix products count: norms, softmaxes, GELU, biases, gathers, sorts and
+the optimizer count as 0. Attention counts as its two products, fused or not (a fused backward pass forms the scores
+once more, which is the kernel's choice and counts as 0). Training is the forward pass and one product for each operand
+that has a gradient, which pixels and fixed routing weights have not; recomputation repeats every block but its last
+product, whose result no gradient needs.
+
+The paper (Soft MoE, Puigcerver et al., 2023, Tables 1, 8 and 9) counts evaluation in this way but training with a
+multiply-add as 1 and a backward pass as twice the forward pass: its training FLOPs are 1.5 `forward_flop` an image.
 """
 
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from timm.layers import Mlp
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from softmoe_cli.config import Model, UsageError
 from softmoe_cli.models import build, count_tokens
 from softmoe_cli.moe.layer import MoE
 
+PARTS = ("embedding and norms", "attn", "mlp", "router", "experts", "shared", "head")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One kind of layer, summed over the blocks that have it; FLOPs per image. Router includes dispatch and combine."""
+
+    name: str
+    params: int
+    active_params: float
+    forward_flop: int
+    train_flop: float
+
 
 @dataclass(frozen=True)
 class Cost:
-    """One model on one image, and the memory of training it. `tokens` includes class token and registers.
+    """One model on one image. `tokens` includes class token and registers.
 
     `active_params` are those with a part in one token's way through the model, on average: of the routed experts as
     many as the router lets work for a token. `slots_per_token` is the rows of all experts over the tokens, with empty
-    slots, in an MoE block: the capacity factor that is really paid for.
+    slots, in an MoE block: the capacity factor that is really paid for. `train_flop` is not whole where a group of
+    images was not full.
     """
 
-    params: int
-    active_params: float
-    slots_per_token: float | None
-    params_by_part: dict[str, int]
-    forward_flop: int
+    parts: tuple[Part, ...]
     tokens: int
-    state_bytes: int
-    activation_bytes: int
-
-    def train_flop(self, recompute: bool) -> int:
-        """FLOPs per training image: the backward pass costs two forward passes, recomputation one more."""
-        return self.forward_flop * (4 if recompute else 3)
+    slots_per_token: float | None
 
     @property
-    def train_bytes(self) -> int:
-        return self.state_bytes + self.activation_bytes
+    def params(self) -> int:
+        return sum(part.params for part in self.parts)
+
+    @property
+    def active_params(self) -> float:
+        return sum(part.active_params for part in self.parts)
+
+    @property
+    def forward_flop(self) -> int:
+        return sum(part.forward_flop for part in self.parts)
+
+    @property
+    def train_flop(self) -> float:
+        return sum(part.train_flop for part in self.parts)
 
 
-def account(model: Model, num_classes: int, *, batch: int, recompute: bool, ema: bool) -> Cost:
-    """The cost of a config. `batch` images go through the model at once (a part, under accumulation).
+def account(model: Model, num_classes: int, *, batch: int | None = None, recompute: bool = False) -> Cost:
+    """The cost of a config by formula.
 
-    Memory is what training holds at its peak, in float32: weights, gradients, AdamW's two moments, an average
-    of the weights if asked for, and the activations kept for the backward pass.
+    Args:
+        batch: images that go through the model at once in training (a part, under accumulation): where groups of
+            images share slots, the last group's are paid for whether it is full or not. None: full groups.
+        recompute: whether training recomputes the blocks.
+
+    Raises:
+        UsageError: a model that cannot be built, or whose blocks have no formula.
     """
     with torch.device("meta"):
         vit = build(model, num_classes)
-    params = sum(p.numel() for p in vit.parameters())
-    by_part: dict[str, int] = {}
-    for name, parameter in vit.named_parameters():
-        part = _part(name)
-        by_part[part] = by_part.get(part, 0) + parameter.numel()
-    assert sum(by_part.values()) == params
-    layers = [block.mlp for block in vit.blocks if isinstance(block.mlp, MoE)]
-    idle = 0.0
-    for layer in layers:
-        routed = layer.router.experts_per_token - layer.router.shared_experts
-        experts = sum(p.numel() for p in layer.experts.parameters())
-        idle += experts * (1 - min(1.0, routed / layer.router.num_experts))
     tokens = count_tokens(vit)
+    layers = [block.mlp for block in vit.blocks if isinstance(block.mlp, MoE)]
     return Cost(
-        params=params,
-        active_params=params - idle,
-        slots_per_token=layers[0].router.rows(tokens) / tokens if layers else None,
-        params_by_part=by_part,
-        forward_flop=forward_flop(vit),
+        parts=tuple(_parts(vit, batch, recompute)),
         tokens=tokens,
-        state_bytes=4 * params * (5 if ema else 4),
-        activation_bytes=_activation_bytes(vit, batch, recompute),
+        slots_per_token=layers[0].router.rows(tokens) / tokens if layers else None,
     )
 
 
-def _part(name: str) -> str:
-    for mark in (".experts.", ".shared.", ".router.", ".mlp.", ".attn."):
-        if mark in name:
-            return mark.strip(".")
+def _part_of(name: str) -> str:
+    """The part that a parameter belongs to."""
+    for part in ("experts", "shared", "router", "mlp", "attn"):
+        if f".{part}." in name:
+            return part
     return "head" if name.startswith("head.") else "embedding and norms"
 
 
-def forward_flop(vit: VisionTransformer) -> int:
-    """FLOPs of one image's forward pass, from the shapes of the layers."""
-    n, patches, proj = count_tokens(vit), vit.patch_embed.num_patches, vit.patch_embed.proj
-    total = 2 * patches * proj.weight.numel()
+def _parts(vit: VisionTransformer, batch: int | None, recompute: bool) -> Iterator[Part]:
+    """Every part that the model has, in the order of PARTS."""
+    n = count_tokens(vit)
+    params, idle = dict.fromkeys(PARTS, 0), dict.fromkeys(PARTS, 0.0)
+    forward, train = dict.fromkeys(PARTS, 0), dict.fromkeys(PARTS, 0.0)
+    for name, parameter in vit.named_parameters():
+        params[_part_of(name)] += parameter.numel()
+    pixels = 2 * vit.patch_embed.num_patches * vit.patch_embed.proj.weight.numel()
+    forward["embedding and norms"], train["embedding and norms"] = pixels, 2 * pixels
     for block in vit.blocks:
+        if type(block) is not Block or not isinstance(block.mlp, Mlp | MoE):
+            kind = type(block if type(block) is not Block else block.mlp).__name__
+            raise UsageError(f"no FLOP formula for {kind} blocks; use a ViT with plain blocks and MLPs")
         d, inner = block.attn.qkv.in_features, block.attn.proj.in_features
-        total += 2 * n * d * 3 * inner + 2 * 2 * n * n * inner + 2 * n * inner * d
+        here = {"attn": 2 * n * d * 3 * inner + 2 * 2 * n * n * inner + 2 * n * inner * d}
+        here_train: dict[str, float] = {}
         if isinstance(block.mlp, MoE):
-            total += block.mlp.flop(n)
-        elif isinstance(block.mlp, Mlp):
-            total += 2 * n * (block.mlp.fc1.weight.numel() + block.mlp.fc2.weight.numel())
+            router, experts, shared = block.mlp.router, block.mlp.experts, block.mlp.shared
+            here |= {"router": router.flop(n), "experts": experts.flop(router.rows(n))}
+            group = router.images_per_group
+            filled = 1.0 if batch is None else -(-batch // group) * group / batch
+            here_train = {"router": filled * router.train_flop(n), "experts": filled * 3 * here["experts"]}
+            if shared is not None:
+                here["shared"] = shared.flop(n)
+            routed = router.experts_per_token - router.shared_experts
+            size = sum(p.numel() for p in experts.parameters())
+            idle["experts"] += size * (1 - min(1.0, routed / router.num_experts))
         else:
-            raise UsageError(f"no FLOP formula for {type(block.mlp).__name__} blocks; use a ViT with plain MLPs")
+            filled = 1.0
+            here["mlp"] = 2 * n * (block.mlp.fc1.weight.numel() + block.mlp.fc2.weight.numel())
+        again: dict[str, float] = {part: flop * (filled if part in here_train else 1) for part, flop in here.items()}
+        last, flop = _last_product(block, n)
+        again[last] -= flop * (filled if last in here_train else 1)
+        for part, flop in here.items():
+            forward[part] += flop
+            train[part] += here_train.get(part, 3 * flop) + (again[part] if recompute else 0)
     if isinstance(vit.head, nn.Linear):
-        total += 2 * vit.head.weight.numel()
-    return int(total)
+        forward["head"] = 2 * vit.head.weight.numel()
+        train["head"] = 3 * forward["head"]
+    for part in PARTS:
+        if params[part] or forward[part]:
+            yield Part(part, params[part], params[part] - idle[part], forward[part], train[part])
 
 
-def _activation_bytes(vit: VisionTransformer, batch: int, recompute: bool) -> int:
-    """Bytes of everything autograd keeps in a training forward pass, found by running one on the meta device."""
-    weights = {p.untyped_storage()._cdata for p in vit.parameters()}
-    kept: dict[int, Tensor] = {}  # holds the tensors, so that no storage's address is used twice
+def _last_product(block: Block, n: int) -> tuple[str, int]:
+    """(part, FLOPs) of a block's last product where no gradient needs its result: torch's checkpoint stops before it,
+    once it has all that the backward pass asks for. After LayerScale, stochastic depth or gates something does."""
+    mlp = block.mlp
+    needed = not isinstance(block.ls2, nn.Identity) or not isinstance(block.drop_path2, nn.Identity)
+    if isinstance(mlp, Mlp):
+        return "mlp", 0 if needed else 2 * n * mlp.fc2.weight.numel()
+    if mlp.shared is not None:
+        return "shared", 0 if needed else mlp.shared.flop(n) // 2
+    return "router", 0 if needed else mlp.router.combine_flop(n)
 
-    def keep(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage()._cdata not in weights:
-            kept[tensor.untyped_storage()._cdata] = tensor
-        return tensor
 
-    height, width = vit.patch_embed.img_size
+# --- the counter ------------------------------------------------------------------------------------------------------
+
+
+def _grouped_mm(a: Any, b: Any, *_: Any, **__: Any) -> int:
+    """Rows by runs times a matrix per run, or their transpose: each row of the longer side meets one matrix."""
+    return 2 * math.prod(a) * b[-1]
+
+
+def _matrix_vector(a: Any, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(a)
+
+
+aten = torch.ops.aten
+COUNTED: dict[Any, Callable[..., int]] = {
+    aten._grouped_mm: _grouped_mm,
+    aten.mv: _matrix_vector,
+    aten.dot: _matrix_vector,
+    aten.addmv: lambda _, a, *__, **___: _matrix_vector(a),
+}
+"""Products that torch's counter takes for nothing."""
+
+FREE = {
+    # norms, softmaxes and reductions
+    aten.native_layer_norm, aten.native_layer_norm_backward, aten._softmax, aten._softmax_backward_data,
+    aten._log_softmax, aten._log_softmax_backward_data, aten.mean, aten.sum, aten.var, aten.amax, aten.amin,
+    aten.argmax, aten.argmin, aten.topk, aten.sort, aten.cumsum, aten.max, aten.min, aten.any, aten.all, aten.prod,
+    aten.bincount, aten.histc, aten.norm, aten.linalg_vector_norm,
+    # shapes, copies and new tensors
+    aten.stack, aten.cat, aten.constant_pad_nd, aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty,
+    aten.new_empty_strided, aten.zeros, aten.zeros_like, aten.new_zeros, aten.ones, aten.ones_like, aten.new_ones,
+    aten.full, aten.full_like, aten.new_full, aten.arange, aten.scalar_tensor, aten._to_copy, aten._unsafe_view,
+    aten.slice_backward, aten.select_backward, aten.randn_like, aten.rand_like, aten.bernoulli, aten.bernoulli_,
+    aten.repeat, aten.flip, aten.roll, aten.eye, aten.tril, aten.triu, aten.lift_fresh, aten.copy_, aten.fill_,
+    aten.zero_, aten.resize_, aten.one_hot, aten.repeat_interleave, aten.split_with_sizes_copy, aten.embedding,
+    aten.embedding_dense_backward,
+    # looking up and adding up
+    aten.gather, aten.gather_backward, aten.scatter, aten.scatter_, aten.scatter_add, aten.scatter_add_,
+    aten.scatter_reduce, aten.index, aten.index_put, aten.index_put_, aten._unsafe_index_put, aten.index_select,
+    aten.index_select_backward, aten.index_add, aten.index_add_, aten.index_fill, aten.index_copy, aten.searchsorted,
+    aten.bucketize, aten.floor_divide, aten.masked_select, aten.nonzero, aten.segment_reduce,
+}  # fmt: skip
+"""Operations that count as 0 by convention, beside views and what torch calls pointwise."""
+
+
+class Uncounted(UsageError):
+    """An operation that nobody counts."""
+
+
+class _Watch(TorchDispatchMode):
+    """Raises at an operation that is neither counted nor free."""
+
+    def __init__(self, counted: Any) -> None:
+        super().__init__()
+        self.counted = counted
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        packet = func._overloadpacket
+        free = packet in FREE or func.is_view or torch.Tag.pointwise in func.tags or func.namespace == "prim"
+        if not free and packet not in self.counted:
+            raise Uncounted(
+                f"nobody counts the FLOPs of {func}: the cost of a model that uses it would be wrong; write it with "
+                "other operations, or add it to COUNTED or FREE in softmoe_cli/cost.py"
+            )
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def counter() -> Iterator[FlopCounterMode]:
+    """torch's counter, extended by COUNTED; `get_total_flops()` and `get_flop_counts()` tell what it saw.
+
+    Raises:
+        Uncounted: an operation that is neither in torch's table nor in COUNTED nor free.
+    """
+    mode = FlopCounterMode(display=False, custom_mapping=COUNTED)
+    with _Watch(mode.flop_registry), mode:  # the watch stands below: it sees what the counter has taken apart
+        yield mode
+
+
+@dataclass(frozen=True)
+class Count:
+    """What the counter saw on `images` images: in the forward pass by part, and in a training step."""
+
+    images: int
+    forward_by_part: dict[str, int]
+    train_flop: int
+
+    @property
+    def forward_flop(self) -> int:
+        return sum(self.forward_by_part.values())
+
+
+def count(model: Model, num_classes: int, *, batch: int | None = None, recompute: bool = False) -> Count:
+    """The FLOPs of a config by torch's counter, from a forward pass and a training step on the meta device.
+
+    Args:
+        batch: images of the training step; None: as many as make full groups, which the forward pass always has.
+
+    Raises:
+        UsageError: a model that cannot be built, or one with an operation that nobody counts.
+    """
+    with torch.device("meta"):
+        vit = build(model, num_classes)
+        for block in vit.blocks:
+            block.attn.fused_attn = False
+        group = math.lcm(*(block.mlp.router.images_per_group for block in vit.blocks if isinstance(block.mlp, MoE)))
+        shape = (model.in_chans, *vit.patch_embed.img_size)
+        full, images = torch.empty(group, *shape), torch.empty(batch or group, *shape)
+    with counter() as forward, torch.no_grad():
+        vit.eval()(full)
     vit.set_grad_checkpointing(recompute)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        vit.train()(torch.empty(batch, vit.in_chans, height, width, device="meta"))
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    with counter() as step:
+        # A loss without products; the auxiliary losses have none either.
+        vit.train()(images).sum().backward()
+    scale = len(images) / group
+    by_part = {part: round(scale * flop) for part, flop in _by_part(forward, type(vit).__name__).items()}
+    return Count(len(images), by_part, step.get_total_flops())
+
+
+def _by_part(mode: FlopCounterMode, root: str) -> dict[str, int]:
+    """The counter's figures by module, added up by part; a module's include its children's."""
+    total = {name: sum(ops.values()) for name, ops in mode.get_flop_counts().items()}
+    parts = dict.fromkeys(PARTS, 0)
+    for name, flop in total.items():
+        path = name.removeprefix(f"{root}.").split(".")
+        if path[0] == "blocks" and len(path) == 3 and path[2] in ("attn", "mlp"):
+            inner = {part: total.get(f"{name}.{part}", 0) for part in ("experts", "shared")}
+            routed = f"{name}.router" in total or f"{name}.experts" in total
+            parts["router" if routed else path[2]] += flop - sum(inner.values())
+            for part, own in inner.items():
+                parts[part] += own
+        elif path in (["head"],):
+            parts["head"] += flop
+    parts["embedding and norms"] = total.get("Global", 0) - sum(parts.values())
+    return parts

@@ -23,8 +23,13 @@ def arithmetic(name: str, precision: str, threads: int | None) -> tuple[torch.de
         raise UsageError(f"device={name} is not available; here: {', '.join(c for c, here in present.items() if here)}")
     if threads is not None:
         torch.set_num_threads(threads)
+    return torch.device(name), precision_context(name, precision)
+
+
+def precision_context(device: str, precision: str) -> torch.autocast:
+    """The autocast context of `train.precision=` on a kind of device."""
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-    return torch.device(name), torch.autocast(name, dtype=dtype, enabled=precision != "fp32")
+    return torch.autocast(device, dtype=dtype, enabled=precision != "fp32")
 
 
 def prepare_attention(model: VisionTransformer, device: torch.device, precision: str) -> None:
@@ -45,11 +50,35 @@ def hardware(device: torch.device) -> str:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes free on the device, or in the machine."""
+    """Bytes free on the device, or in the machine and in the control group that this process is held to."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if not meminfo.exists():
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
+    return min([int(lines["MemAvailable"].split()[0]) * 1024, *_control_group_free()])
+
+
+def _control_group_free(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[int]:
+    """Bytes that each control group above this process leaves: its limit less what it holds, file cache not counted."""
+    found = []
+    for line in own.read_text().splitlines() if own.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        if controllers == "":
+            base, names = root, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            base = root / "memory"
+        else:
+            continue
+        here = base / path.lstrip("/")
+        for folder in (here, *here.parents):
+            limit, used, stat = folder / names[0], folder / names[1], folder / "memory.stat"
+            if limit.exists() and used.exists() and limit.read_text().strip() != "max":
+                cache = dict(entry.split() for entry in stat.read_text().splitlines()) if stat.exists() else {}
+                held = int(used.read_text()) - int(cache.get(names[2], 0))
+                found.append(max(0, int(limit.read_text()) - held))
+            if folder == base:
+                break
+    return found

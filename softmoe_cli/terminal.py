@@ -76,3 +76,16 @@ def count(number: float) -> str:
 
 def gibibytes(number: float) -> str:
     return f"{number / 2**30:.2f} GiB"
+
+
+def aligned(rows: list[list[str]], markdown: bool) -> str:
+    """A table with its first column to the left and the others to the right; the first row is its head."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        [cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))]
+        for row in rows
+    ]  # fmt: skip
+    if not markdown:
+        return "\n".join("  ".join(line).rstrip() for line in lines)
+    rule = [("-" * width if i == 0 else "-" * (width - 1) + ":") for i, width in enumerate(widths)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], rule, *lines[1:]])

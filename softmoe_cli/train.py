@@ -8,7 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
@@ -24,6 +24,7 @@ from softmoe_cli.config import Config
 from softmoe_cli.cost import Cost, account
 from softmoe_cli.device import arithmetic, free_memory, hardware, prepare_attention
 from softmoe_cli.evaluate import classification_loss, evaluate, routing_statistics
+from softmoe_cli.memory import Memory, largest_batch, require_fit
 from softmoe_cli.models import build, load_weights
 from softmoe_cli.moe.layer import MoE
 from softmoe_cli.moe.routing import Router, Routing, full_precision, routings
@@ -32,6 +33,10 @@ from softmoe_cli.record import Checkpoint, Run, RunError, Source, random_state, 
 from softmoe_cli.terminal import Screen, count, gibibytes
 
 T = TypeVar("T")
+
+PACE_STEPS = (2, 10)
+"""The steps between which a run tells its pace: the first ones are slower than the rest."""
+PACED = PACE_STEPS[1] - PACE_STEPS[0]
 
 
 class Interrupted(KeyboardInterrupt):
@@ -105,6 +110,8 @@ def train(config: Config, command: str, source: Source | None, screen: Screen) -
         RunError: the run broke; its folder holds the last good state.
         Interrupted: a signal asked to stop; the state is saved.
     """
+    if config.train.batch_size == "auto":
+        config = _with_largest_batch(config, screen)
     run = Run(_folder(config, command, source))
     if run.result is not None:
         screen.say(f"{run.folder} is finished; nothing to do")
@@ -123,10 +130,9 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
     classes = _num_classes(config, splits)
     budget = Budget.of(config, len(splits.train))
     learning_rate = schedule(config.optim, budget.total)
-    cost = account(
-        config.model, classes, batch=_part(config), recompute=config.train.recompute, ema=config.train.ema is not None
-    )
-    screen.table(command, _header(config, cost, splits, budget, device, run.folder))
+    cost = account(config.model, classes, batch=_part(config), recompute=config.train.recompute)
+    memory = require_fit(config, classes, device)
+    screen.table(command, _header(config, cost, memory, splits, budget, device, run.folder))
 
     torch.manual_seed(config.seed)
     model = build(config.model, classes)
@@ -155,7 +161,6 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
         device=device,
     )
     card: dict[str, Any] = {"model": _portable(config, model), "data": asdict(config.data), "classes": splits.classes}
-    flop_per_image = cost.train_flop(config.train.recompute)
     evaluated = ema.module if ema is not None else model
     moe_blocks = [i for i, block in enumerate(model.blocks) if isinstance(block.mlp, MoE)]
     wandb_run = mirror.Mirror(
@@ -169,7 +174,7 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
     def row(split: str, values: dict[str, float]) -> dict[str, Any]:
         images = progress.step * config.train.batch_size
         full = {"step": progress.step, "images": images, "epoch": images / len(splits.train), "split": split, **values}
-        full |= {"train_pflop": images * flop_per_image / 1e15}
+        full |= {"train_pflop": images * cost.train_flop / 1e15}
         full |= {f"{name}_s": seconds for name, seconds in progress.seconds.items()}
         run.append("metrics.jsonl", full)
         wandb_run.row(full)
@@ -210,7 +215,7 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
                 run.prune()
 
     forward = torch.compile(model.train()) if config.train.compile else model.train()
-    saved_at, save_took, first_step = time.monotonic(), 0.0, progress.step
+    saved_at, save_took, first_step, pace_from = time.monotonic(), 0.0, progress.step, 0.0
     with Stop() as stop, routings(model) as seen, screen:
         try:
             while True:
@@ -241,6 +246,10 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
                     if ema is not None:
                         ema.update(model)
                 progress.step += 1
+                if progress.step == first_step + PACE_STEPS[0]:
+                    pace_from = progress.seconds["device"]
+                elif progress.step == first_step + PACE_STEPS[1]:
+                    screen.say(_pace(budget, progress, (progress.seconds["device"] - pace_from) / PACED))
                 progress.loss_sum, progress.aux_sum = progress.loss_sum + loss, progress.aux_sum + aux
                 progress.loss_steps += 1
                 now = budget.position(progress)
@@ -267,7 +276,7 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
         except BaseException:
             wandb_run.close(None)
             raise
-    result = _result(config, command, run, source, cost, splits, test, progress, device, card["model"]["router"])
+    result = _result(config, command, run, source, cost, memory, splits, test, progress, device, card["model"]["router"])
     run.finish(result)
     wandb_run.close(result)
     screen.table("result", _shown(result, run.folder))
@@ -352,6 +361,27 @@ class Stop:
         for item in items:
             self.check()
             yield item
+
+
+def _with_largest_batch(config: Config, screen: Screen) -> Config:
+    """The configuration with `train.batch_size=auto` settled, so that the signature knows the number."""
+    device, _ = arithmetic(config.device, config.train.precision, config.threads)
+    splits = data.load(config.data)
+    batch = largest_batch(config, _num_classes(config, splits), device, len(splits.train))
+    screen.say(f"train.batch_size=auto: {batch}; type train.batch_size={batch} to have the same run elsewhere")
+    settled = replace(config, train=replace(config.train, batch_size=batch))
+    settled.check()
+    return settled
+
+
+def _pace(budget: Budget, progress: Progress, step_s: float) -> str:
+    """What the first steps say about the whole budget."""
+    done = progress.seconds["device"]
+    if budget.steps is None:
+        left = max(0.0, budget.total - done) / step_s
+        return f"{1000 * step_s:.1f} ms a step: about {progress.step + left:,.0f} steps in {budget}"
+    left = (budget.steps - progress.step) * step_s
+    return f"{1000 * step_s:.1f} ms a step: about {(done + left) / 60:.1f} minutes of training for {budget}"
 
 
 def _part(config: Config) -> int:
@@ -490,7 +520,13 @@ def _wandb_settings(config: Config, command: str, run: Run) -> dict[str, Any]:
 
 
 def _header(
-    config: Config, cost: Cost, splits: data.Splits, budget: Budget, device: torch.device, folder: Path
+    config: Config,
+    cost: Cost,
+    memory: Memory,
+    splits: data.Splits,
+    budget: Budget,
+    device: torch.device,
+    folder: Path,
 ) -> dict[str, str]:
     m, t = config.model, config.train
     router = m.router_name
@@ -503,11 +539,11 @@ def _header(
         "model": f"{m.backbone.name}, {m.image_size} px, {cost.tokens} tokens",
         "router": router,
         "parameters": f"{count(cost.params)} total, {count(cost.active_params)} active per token",
-        "cost per image": f"{count(cost.forward_flop)}FLOP forward, {count(cost.train_flop(t.recompute))}FLOP training",
+        "cost per image": f"{count(cost.forward_flop)}FLOP forward, {count(cost.train_flop)}FLOP training",
         "data": f"{config.data.name}: {sizes} images, {len(splits.classes)} classes",
         "budget": f"{budget}, {t.batch_size} images each{parts}; {config.optim.schedule}, lr {config.optim.lr:g}",
-        "memory": f"{gibibytes(cost.train_bytes)} (weights, gradients, AdamW {gibibytes(cost.state_bytes)}; "
-        f"activations {gibibytes(cost.activation_bytes)}) of {gibibytes(free_memory(device))} free",
+        "memory": f"{gibibytes(memory.peak_bytes)} at the peak (weights, gradients, AdamW "
+        f"{gibibytes(memory.state_bytes)}; activations {gibibytes(memory.activation_bytes)}) of {gibibytes(free_memory(device))} free",
         "device": f"{hardware(device)}, {t.precision}{', compiled' if t.compile else ''}",
         "folder": str(folder),
     }
@@ -519,6 +555,7 @@ def _result(
     run: Run,
     source: Source | None,
     cost: Cost,
+    memory: Memory,
     splits: data.Splits,
     test: dict[str, Any],
     progress: Progress,
@@ -562,7 +599,9 @@ def _result(
         "params_m": cost.params / 1e6,
         "active_params_m": cost.active_params / 1e6,
         "forward_gflop": cost.forward_flop / 1e9,
-        "train_pflop": images * cost.train_flop(config.train.recompute) / 1e15,
+        "train_gflop": cost.train_flop / 1e9,
+        "peak_mib": memory.peak_bytes / 2**20,
+        "train_pflop": images * cost.train_flop / 1e15,
         **{f"{name}_s": seconds for name, seconds in progress.seconds.items()},
         "hardware": hardware(device),
         "torch": torch.__version__,

@@ -67,6 +67,15 @@ class Router(nn.Module, ABC):
     def flop(self, num_tokens: int) -> int:
         """FLOPs per image of everything but the experts, on `num_tokens` tokens; a multiply-add counts as 2."""
 
+    def train_flop(self, num_tokens: int) -> int:
+        """FLOPs per image of `flop`'s products and of their gradients: a product has two operands, and each that has
+        a gradient costs as much again. Routers with fixed weights have fewer."""
+        return 3 * self.flop(num_tokens)
+
+    def combine_flop(self, num_tokens: int) -> int:
+        """The part of `flop` that is the product which makes tokens of the experts' rows; 0 where rows are added up."""
+        return 0
+
     @abstractmethod
     def forward(self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None = None) -> Routing:
         """Decides about a batch. Tokens where `keep` is false are padding: they take no slot and get zero."""

@@ -124,6 +124,9 @@ class SoftRouter(Router):
         """Logits, dispatch and combine: three products of n, e p and d."""
         return 3 * 2 * num_tokens * self.phi.numel()
 
+    def combine_flop(self, num_tokens: int) -> int:
+        return 2 * num_tokens * self.phi.numel()
+
     def forward(self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None = None) -> DenseRouting:
         with full_precision(x):
             logits = soft_logits(x.to(self.phi.dtype), self.phi, self.scale)

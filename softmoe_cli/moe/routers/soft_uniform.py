@@ -17,6 +17,10 @@ class SoftUniformRouter(SoftRouter):
 
     exempt: ClassVar[dict[str, str]] = SoftRouter.exempt | {"official numbers": "no code of it was released"}
 
+    def train_flop(self, num_tokens: int) -> int:
+        """No gradient goes to the combine weights."""
+        return super().train_flop(num_tokens) - self.combine_flop(num_tokens)
+
     def forward(self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None = None) -> DenseRouting:
         routing = super().forward(x, keep)
         weights = routing.dispatch_weights

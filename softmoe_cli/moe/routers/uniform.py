@@ -46,6 +46,13 @@ class UniformRouter(Router):
         """Dispatch and combine: two products of n, e p and d."""
         return 2 * 2 * num_tokens * self.num_experts * self.slots_per_expert * self.dim
 
+    def train_flop(self, num_tokens: int) -> int:
+        """No gradient goes to the weights of either product."""
+        return 2 * self.flop(num_tokens)
+
+    def combine_flop(self, num_tokens: int) -> int:
+        return self.flop(num_tokens) // 2
+
     def forward(self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None = None) -> DenseRouting:
         with full_precision(x):
             dtype = torch.promote_types(x.dtype, torch.float32)

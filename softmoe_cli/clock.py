@@ -1,0 +1,160 @@
+"""What a model costs on this machine: latency, throughput and peak memory, by measuring them.
+
+Every workload is warmed up, then all take turns, so that a machine that slows down slows all of them. Times are medians
+with the distance between the quartiles. A figure says on what it was measured, and `rank` compares only like with like.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from softmoe_cli.config import CostConfig, MatchConfig, UsageError
+from softmoe_cli.device import arithmetic, free_memory, hardware, prepare_attention
+from softmoe_cli.memory import Live, predict
+from softmoe_cli.models import build
+from softmoe_cli.moe.routing import routings
+from softmoe_cli.terminal import gibibytes
+
+WARM_UP = 2
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Times of one batch; spreads are distances between the quartiles. `peak_bytes` is what a training step held at its
+    peak: the allocator's figure on CUDA, the live tensors' elsewhere, None where neither can be told (compiled)."""
+
+    latency_ms: float
+    latency_spread_ms: float
+    train_step_ms: float
+    train_step_spread_ms: float
+    peak_bytes: int | None
+    hardware: str
+
+
+def fingerprint(device: torch.device, precision: str, compiled: bool) -> str:
+    """What a time depends on beside the model: device, driver, threads, torch, precision, eager or compiled."""
+    driver = Path("/proc/driver/nvidia/version")
+    words = [hardware(device)]
+    if device.type == "cuda" and driver.exists():
+        words.append(next(f"driver {word}" for word in driver.read_text().split() if word[0].isdigit()))
+    return ", ".join([*words, f"torch {torch.__version__}", precision, "compiled" if compiled else "eager"])
+
+
+class Workload:
+    """A model with a batch of random pixels, and AdamW."""
+
+    def __init__(self, config: CostConfig | MatchConfig, num_classes: int) -> None:
+        self.device, self.autocast = arithmetic(config.device, config.precision, config.threads)
+        self.hardware = fingerprint(self.device, config.precision, config.compile)
+        self.compiled, self.accumulate = config.compile, config.accumulate
+        torch.manual_seed(0)
+        vit = build(config.model, num_classes)
+        prepare_attention(vit, self.device, config.precision)
+        vit.set_grad_checkpointing(config.recompute)
+        self.model = vit.to(self.device)
+        self.x = torch.randn(config.batch_size, config.model.in_chans, *vit.patch_embed.img_size, device=self.device)
+        self.targets = torch.randint(num_classes, (config.batch_size,), device=self.device)
+        self.optimizer = torch.optim.AdamW(vit.parameters(), fused=self.device.type in ("cpu", "cuda"))
+        self.call: Callable[[torch.Tensor], torch.Tensor] = torch.compile(vit) if config.compile else vit
+
+    def forward(self) -> None:
+        self.model.eval()
+        with torch.no_grad(), self.autocast:
+            self.call(self.x)
+
+    def step(self) -> None:
+        """One update, as training makes it, in as many parts."""
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        with routings(self.model) as seen:
+            for x, targets in zip(self.x.chunk(self.accumulate), self.targets.chunk(self.accumulate), strict=True):
+                seen.clear()
+                with self.autocast:
+                    logits = self.call(x)
+                loss = F.cross_entropy(logits.float(), targets)
+                (loss + sum((routing.aux_loss for routing in seen), loss.new_zeros(()))).backward()
+        self.optimizer.step()
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
+
+    def peak(self) -> int | None:
+        """Bytes that this workload holds at the peak of a step, others' left out."""
+        self.optimizer.zero_grad(set_to_none=True)
+        state = [*self.model.parameters(), *self.model.buffers(), self.x]
+        state += [t for moments in self.optimizer.state.values() for t in moments.values() if t.device == self.device]
+        held = sum(t.untyped_storage().nbytes() for t in state)
+        if self.device.type == "cuda":
+            before = torch.cuda.memory_allocated(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.step()
+            return held + torch.cuda.max_memory_allocated(self.device) - before
+        if self.compiled:
+            return None
+        with Live() as live:
+            live.forget(state)
+            self.step()
+        return held + live.peak
+
+
+def measure(configs: Sequence[CostConfig | MatchConfig], num_classes: int) -> list[Timing]:
+    """Times of every configuration, each measured `repeats` times in turn with the others.
+
+    Raises:
+        UsageError: they do not all fit into memory at once, or a device is not there.
+    """
+    device, _ = arithmetic(configs[0].device, configs[0].precision, configs[0].threads)
+    needed = sum(
+        predict(
+            c.model, num_classes, batch=c.batch_size, accumulate=c.accumulate, recompute=c.recompute, ema=False,
+            precision=c.precision, device=device,
+        ).peak_bytes
+        for c in configs
+    )  # fmt: skip
+    free = free_memory(device)
+    if needed > free:
+        raise UsageError(
+            f"clock=true: {' and '.join(c.model.name for c in configs)} need {gibibytes(needed)} and {device.type} has "
+            f"{gibibytes(free)} free; lower batch_size, measure fewer models at once, or leave clock=false"
+        )
+    loads = [Workload(config, num_classes) for config in configs]
+    times: dict[tuple[int, str], list[float]] = {}
+    for turn in range(-WARM_UP, max(config.repeats for config in configs)):
+        for index, load in enumerate(loads):
+            for kind, work in (("forward", load.forward), ("step", load.step)):
+                load.wait()
+                start = time.perf_counter()
+                work()
+                load.wait()
+                if turn >= 0:
+                    times.setdefault((index, kind), []).append(1000 * (time.perf_counter() - start))
+    found = []
+    for index, load in enumerate(loads):
+        forward, step = times[index, "forward"], times[index, "step"]
+        middle = (statistics.median(forward), _spread(forward), statistics.median(step), _spread(step))
+        found.append(Timing(*middle, load.peak(), load.hardware))
+    return found
+
+
+def _spread(values: list[float]) -> float:
+    """The distance between the quartiles."""
+    low, _, high = statistics.quantiles(values, n=4)
+    return high - low
+
+
+def rank(values: Sequence[tuple[float, str]]) -> list[int | None]:
+    """The place, from 1, of each (value, hardware) among the same hardware's, the smallest first; None where there is
+    nothing to compare with: figures of different hardware say nothing about each other."""
+    places: list[int | None] = []
+    for value, hardware in values:
+        rivals = [other for other, where in values if where == hardware]
+        places.append(sum(other < value for other in rivals) + 1 if len(rivals) > 1 else None)
+    return places

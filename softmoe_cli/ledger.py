@@ -1,0 +1,181 @@
+"""`softmoe cost`: formula, counter, memory and clock of models, as a table, JSON, CSV or Markdown."""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from softmoe_cli.clock import measure, rank
+from softmoe_cli.config import CostConfig, MatchConfig, UsageError
+from softmoe_cli.cost import account, count
+from softmoe_cli.device import arithmetic
+from softmoe_cli.memory import predict
+from softmoe_cli.terminal import aligned
+
+CONVENTION = (
+    "1 multiply-add = 2 FLOPs; matrix products only, router, dispatch and combine included; FLOPs are per image, "
+    "training is forward and backward; counter is torch's, on the meta device"
+)
+Row = dict[str, Any]
+
+
+def classes_of(config: CostConfig | MatchConfig) -> int:
+    """The width of the head.
+
+    Raises:
+        UsageError: a folder's number of classes, which only its files know.
+    """
+    if config.data.num_classes is None:
+        raise UsageError(f"data={config.data.name} does not say how many classes it has; give data.num_classes")
+    return config.data.num_classes
+
+
+def formula_row(config: CostConfig | MatchConfig) -> Row:
+    """Everything about a model that needs no counting and no measuring."""
+    classes, part = classes_of(config), config.batch_size // config.accumulate
+    device, _ = arithmetic(config.device, config.precision, config.threads)
+    cost = account(config.model, classes, batch=part, recompute=config.recompute)
+    memory = predict(
+        config.model, classes, batch=config.batch_size, accumulate=config.accumulate, recompute=config.recompute,
+        ema=False, precision=config.precision, device=device,
+    )  # fmt: skip
+    return {
+        "model": config.model.name,
+        "image_size": config.model.image_size,
+        "tokens": cost.tokens,
+        "slots_per_token": cost.slots_per_token,
+        "num_classes": classes,
+        "batch_size": config.batch_size,
+        "accumulate": config.accumulate,
+        "recompute": config.recompute,
+        "precision": config.precision,
+        "params_m": cost.params / 1e6,
+        "active_params_m": cost.active_params / 1e6,
+        "forward_gflop": cost.forward_flop / 1e9,
+        "train_gflop": cost.train_flop / 1e9,
+        "weight_mib": memory.weight_bytes / 2**20,
+        "gradient_mib": memory.gradient_bytes / 2**20,
+        "optimizer_mib": memory.optimizer_bytes / 2**20,
+        "activation_mib": memory.activation_bytes / 2**20,
+        "peak_mib": memory.peak_bytes / 2**20,
+        "parts": [
+            {
+                "part": part.name,
+                "params_m": part.params / 1e6,
+                "active_params_m": part.active_params / 1e6,
+                "forward_gflop": part.forward_flop / 1e9,
+                "train_gflop": part.train_flop / 1e9,
+            }
+            for part in cost.parts
+        ],
+    }
+
+
+def costs(configs: Sequence[CostConfig]) -> list[Row]:
+    """A row per model: formula, counter, and the clock where asked for.
+
+    Raises:
+        UsageError: a model that cannot be built, counted or measured here.
+    """
+    rows = []
+    for config in configs:
+        row, classes = formula_row(config), classes_of(config)
+        part = config.batch_size // config.accumulate
+        counted = count(config.model, classes, batch=part, recompute=config.recompute)
+        row["counter_forward_gflop"] = counted.forward_flop / counted.images / 1e9
+        row["counter_train_gflop"] = counted.train_flop / counted.images / 1e9
+        for each in row["parts"]:
+            each["counter_forward_gflop"] = counted.forward_by_part[each["part"]] / counted.images / 1e9
+        row |= dict.fromkeys(CLOCK)
+        rows.append(row)
+    by_classes: dict[int, list[int]] = {}
+    for index, config in enumerate(configs):
+        if config.clock:
+            by_classes.setdefault(classes_of(config), []).append(index)
+    for classes, indices in by_classes.items():
+        for index, timing in zip(indices, measure([configs[i] for i in indices], classes), strict=True):
+            batch = configs[index].batch_size
+            rows[index] |= {
+                "latency_ms": timing.latency_ms,
+                "latency_spread_ms": timing.latency_spread_ms,
+                "images_per_s": 1000 * batch / timing.latency_ms,
+                "train_step_ms": timing.train_step_ms,
+                "train_step_spread_ms": timing.train_step_spread_ms,
+                "train_images_per_s": 1000 * batch / timing.train_step_ms,
+                "measured_peak_mib": None if timing.peak_bytes is None else timing.peak_bytes / 2**20,
+                "hardware": timing.hardware,
+                "torch": torch.__version__,
+            }
+    timed = [row for row in rows if row["latency_ms"] is not None]
+    places = rank([(row["latency_ms"] / row["batch_size"], row["hardware"]) for row in timed])
+    for row, place in zip(timed, places, strict=True):
+        row["latency_rank"] = place
+    return rows
+
+
+CLOCK = (
+    "latency_ms", "latency_spread_ms", "images_per_s", "train_step_ms", "train_step_spread_ms", "train_images_per_s",
+    "measured_peak_mib", "latency_rank", "hardware", "torch",
+)  # fmt: skip
+"""Keys that only the clock fills."""
+
+TABLE = {
+    "params_m": "params M", "active_params_m": "active M", "forward_gflop": "forward GFLOP",
+    "counter_forward_gflop": "counter", "train_gflop": "training GFLOP", "counter_train_gflop": "counter",
+}  # fmt: skip
+"""The columns of a table, and their heads."""
+
+
+def show(rows: list[Row], form: str, *, many: bool) -> str:
+    """The rows as `form`: one model by part with a total, or a line per model."""
+    if form == "json":
+        return json.dumps([{"convention": CONVENTION, **row} for row in rows] if many else {
+            "convention": CONVENTION, **rows[0]
+        })  # fmt: skip
+    lines = [{key: value for key, value in row.items() if key != "parts"} for row in rows]
+    if not many:
+        lines = [*rows[0]["parts"], {"part": "total", **lines[0]}]
+    if form == "csv":
+        out = io.StringIO()
+        keys = list(dict.fromkeys(key for line in reversed(lines) for key in line))
+        writer = csv.DictWriter(out, keys, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+        return out.getvalue().rstrip("\n")
+    first = "model" if many else "part"
+    table = [[first, *TABLE.values()], *([line[first], *(_cell(line.get(key)) for key in TABLE)] for line in lines)]
+    total = ["model", "batch", "peak MiB", "measured", "latency ms", "spread", "images/s", "step ms", "spread",
+             "images/s", "rank"]  # fmt: skip
+    keys = ["peak_mib", "measured_peak_mib", "latency_ms", "latency_spread_ms", "images_per_s", "train_step_ms",
+            "train_step_spread_ms", "train_images_per_s", "latency_rank"]  # fmt: skip
+    measured = [total, *([row["model"], str(row["batch_size"]), *(_cell(row[key]) for key in keys)] for row in rows)]
+    where = dict.fromkeys(row["hardware"] for row in rows if row["hardware"])
+    notes = [CONVENTION, *(f"{rows[0]['model']}: {_about(rows[0])}" for _ in range(not many))]
+    body = [aligned(table, form == "markdown"), aligned(_filled(measured), form == "markdown")]
+    return "\n\n".join(["\n".join(notes), *body, *(["measured on " + "; ".join(where)] if where else [])])
+
+
+def _about(row: Row) -> str:
+    slots = "" if row["slots_per_token"] is None else f", {row['slots_per_token']:.2f} slots per token"
+    recompute = ", recomputed" if row["recompute"] else ""
+    return (
+        f"{row['image_size']} px, {row['tokens']} tokens{slots}; memory for {row['batch_size']} images in "
+        f"{row['accumulate']} part{'s' * (row['accumulate'] > 1)}{recompute}, {row['precision']}: weights "
+        f"{row['weight_mib']:,.1f} MiB, gradients {row['gradient_mib']:,.1f}, AdamW {row['optimizer_mib']:,.1f}, "
+        f"activations {row['activation_mib']:,.1f}"
+    )
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.4g}" if isinstance(value, float) and abs(value) < 1000 else f"{value:,.0f}"
+
+
+def _filled(table: list[list[str]]) -> list[list[str]]:
+    """Without the columns that nobody filled."""
+    keep = [i for i in range(len(table[0])) if any(row[i] for row in table[1:])]
+    return [[row[i] for i in keep] for row in table]
