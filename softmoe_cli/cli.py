@@ -109,6 +109,9 @@ def main() -> None:
         code = _failed(error, 2, debug)
     except KeyboardInterrupt as error:
         code = _failed(error, 130, debug)
+    except BrokenPipeError:  # `softmoe list | head`: nobody listens any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
     except RuntimeError as error:
         from softmoe_cli.record import RunError
 
@@ -335,11 +338,17 @@ def _explain(error: Exception, command: str, arguments: list[str]) -> str:
     from omegaconf.errors import ValidationError
 
     if isinstance(error, OverrideParseException):
-        return f"cannot read '{error.override}': {str(error.message).splitlines()[0]}; write KEY=VALUE"
+        return (
+            f"cannot read '{error.override}': {str(error.message).splitlines()[0]}; write KEY=VALUE, and values with "
+            "spaces or signs in quotes of their own, as in 'data.root=\"my folder\"'"
+        )
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         choices = [choice for choice in error.options if not choice.startswith("_")]
         return f"{group}={name}: no such choice.{nearest(name, choices)} Choices: {', '.join(choices)}"
+    removed = next((a for a in arguments if a.startswith("~")), None)
+    if removed is not None and removed in str(error):
+        return f"{removed}: an option cannot be taken away; give it a value"
     text = " ".join(str(error).split())
     refused = re.match(r"Could not (?:override|append to config|delete from config).*?'([^']+)'", text)
     cause: BaseException = error
@@ -353,6 +362,8 @@ def _explain(error: Exception, command: str, arguments: list[str]) -> str:
         key = refused[1].partition("@")[0].partition("=")[0]
         known = _known_keys(command)
         typed = next((a for a in arguments if a.lstrip("+~").partition("=")[0] == key), key)
+        if key == "experiment":
+            return f"{typed}: experiments are added to the rest; write +{typed}"
         if key in known and typed.startswith("+"):
             return f"{typed}: {key} exists already; leave out the +"
         section = key.rpartition(".")[0]
@@ -437,6 +448,26 @@ def _overlay(base: dict[str, Any], typed: Any) -> dict[str, Any]:
     return merged
 
 
+def compose(*overrides: str) -> Config:
+    """The checked configuration that `softmoe train OVERRIDES` would run, for use from Python.
+
+    Raises:
+        UsageError: a value that cannot work.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    ConfigStore.instance().store(name="schema", node=Config)
+    try:
+        with initialize_config_dir(str(conf_folder()), version_base=None):
+            return _door(_plain(hydra_compose("train", list(overrides)), Config), Config)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UsageError(_explain(error, "train", list(overrides))) from error
+
+
 def _typed(key: str) -> bool:
     from hydra.core.hydra_config import HydraConfig
 
@@ -471,15 +502,35 @@ def _inherit(tree: dict[str, Any], card: dict[str, Any], label: str) -> None:
     if "model" not in card and (not isinstance(tree["model"], dict) or tree["model"].get("image_size") == "???"):
         raise UsageError(f"checkpoint={label} does not say what model it is; name one with model=")
     tree["model"] = _overlay(card.get("model", {}), tree["model"])
+    _trust(tree["model"], card, label)
     for key in ("mean", "std"):
         if key in card.get("data", {}) and not _typed(f"data.{key}"):
             tree["data"][key] = card["data"][key]
+
+
+def _trust(model: dict[str, Any], card: dict[str, Any], label: str) -> None:
+    """Refuses a router that only a checkpoint's own words name: to import a module is to run it."""
+    target = model["router"].get("_target_") if isinstance(model.get("router"), dict) else None
+    if target is None or target != card.get("model", {}).get("router", {}).get("_target_"):
+        return
+    import yaml
+
+    own = _own_conf()
+    files = (own / "model/router").glob("*.yaml") if own else ()
+    known = [yaml.safe_load(file.read_text()).get("_target_") for file in files]
+    if not str(target).startswith("softmoe_cli.moe.routers.") and target not in known:
+        raise UsageError(
+            f"checkpoint={label} names the router {target}, which is not softmoe's; if you trust it, put its yaml into "
+            "conf/model/router where you type the command"
+        )
 
 
 def _evaluate(config: Any) -> None:
     tree = _plain(config, EvaluateConfig)
     if tree["checkpoint"] == "???":
         raise UsageError("softmoe evaluate needs checkpoint=: a run folder or a .safetensors file")
+    if tree["checkpoint"].startswith("timm:"):
+        raise UsageError(f"checkpoint={tree['checkpoint']} knows no classes of a data set here; use softmoe finetune")
     from softmoe_cli.evaluate import evaluate_checkpoint
     from softmoe_cli.models import read_checkpoint
 
@@ -492,6 +543,7 @@ def _evaluate(config: Any) -> None:
         for key in ("mean", "std"):
             if not _typed(f"data.{key}"):
                 tree["data"][key] = source.card["data"][key]
+    _trust(source.card["model"], source.card, source.label)
     checked = _door(tree, EvaluateConfig)
     model = _door(source.card["model"], Model)
     check_channels(checked.data, model.in_chans)

@@ -51,8 +51,8 @@ def _check(section: Any) -> None:
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, bool) or not isinstance(number, int | float):
                 continue
-            if math.isnan(number):
-                raise UsageError(f"{key}={value}: not a number")
+            if not math.isfinite(number):
+                raise UsageError(f"{key}={value} is not a finite number")
             if not (limits["low"] <= number <= limits["high"] and number > limits["above"]):
                 bounds = [f"> {limits['above']:g}"] * (limits["above"] > -math.inf)
                 bounds += [f">= {limits['low']:g}"] * (limits["low"] > -math.inf)
@@ -126,9 +126,14 @@ class Model:
         self.backbone.check()
         if not isinstance(self.router, dict) or "_target_" not in self.router:
             raise UsageError(f"model.router={self.router}: choose one with model/router=NAME (softmoe list shows them)")
+        if self.router["_target_"] is not None and str(self.router["_target_"]).count(".") < 1:
+            raise UsageError(
+                f"model.router._target_={self.router['_target_']} is not of the form module.Class; "
+                "choose a router with model/router=NAME"
+            )
         if self.router["_target_"] is None:
             # So that a dense control is the same run whatever placement and options its rivals sweep over.
-            self.moe_blocks, self.router = [], {"_target_": None}
+            self.moe_blocks, self.router, self.expert_init = [], {"_target_": None}, "identical"
         elif self.backbone.depth is not None:
             self.moe_blocks = placement(self.moe_blocks, self.backbone.depth)
             if not self.moe_blocks:
@@ -198,8 +203,8 @@ class Data:
         if self.channels == 2:
             raise UsageError("data.channels=2 is neither 1 (grey) nor 3 (colour)")
         for key in ("mean", "std"):
-            if len(getattr(self, key)) not in (1, self.channels):
-                raise UsageError(f"data.{key}={getattr(self, key)} needs 1 or {self.channels} numbers")
+            if len(getattr(self, key)) not in (1, 3):
+                raise UsageError(f"data.{key}={getattr(self, key)} needs 1 number, or 3 for three colours")
 
 
 @dataclass
@@ -276,7 +281,7 @@ class Train:
     loss: str = option("sigmoid is summed over classes (the paper's)", choices=("softmax", "sigmoid"))
     label_smoothing: float = option("share of the target spread over all classes", low=0, high=0.99)
     ema: float | None = option(
-        "decay of an average of the weights, which is then evaluated; null: none", above=0, high=1
+        "decay of an average of the weights, which is then evaluated; null: none", above=0, high=0.999999
     )
     log_every: float = option("steps (or, below 1, share of the budget) between training rows", above=0)
     eval_every: float = option(
@@ -324,6 +329,19 @@ def check_channels(data: Data, in_chans: int) -> None:
             f"model.in_chans={in_chans} cannot take data.channels={data.channels} of data={data.name}; "
             f"set data.channels={in_chans} to convert the images"
         )
+    for key in ("mean", "std"):
+        if len(getattr(data, key)) not in (1, in_chans):
+            raise UsageError(f"data.{key}={getattr(data, key)} needs 1 or model.in_chans={in_chans} numbers")
+
+
+def check_groups(key: str, images: int, router: dict[str, Any]) -> None:
+    """Evaluation in whole groups, so that its batch size does not show in the result."""
+    group = router.get("images_per_group", 1)
+    if isinstance(group, int) and group > 0 and images % group:
+        raise UsageError(
+            f"{key}={images} is not a multiple of model.router.images_per_group={group}, so that which images share "
+            f"slots would depend on it; use {max(1, images // group) * group}"
+        )
 
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -363,6 +381,7 @@ class Config:
                 f"augment.mixup and augment.cutmix pair images: train.batch_size={self.train.batch_size} must be even"
             )
         check_channels(self.data, self.model.in_chans)
+        check_groups("train.eval_batch_size", self.train.eval_batch_size, self.model.router)
         if self.train.minutes is not None:
             spans = {
                 "optim.warmup": self.optim.warmup,
@@ -395,8 +414,8 @@ class EvaluateConfig:
     data: Data = field(default_factory=Data)
     split: str = option("which images", choices=("test", "validation", "train"))
     batch_size: int = option("images per forward pass", low=1)
-    loss: str = option("as in train.loss", choices=("softmax", "sigmoid"))
-    precision: str = option("as in train.precision", choices=("fp32", "bf16", "fp16"))
+    loss: str | None = option("as in train.loss; null: the checkpoint's", choices=("softmax", "sigmoid"))
+    precision: str | None = option("as in train.precision; null: the checkpoint's", choices=("fp32", "bf16", "fp16"))
     format: str = option("what is printed", choices=("table", "json"))
     device: str = option("auto: cuda, else mps, else cpu", choices=DEVICES)
     threads: int | None = option("CPU threads; null: torch's choice", low=1)

@@ -5,8 +5,10 @@ resumed run therefore sees the same batches bit for bit, with no state saved and
 """
 
 import gzip
+import hashlib
 import math
 import os
+import signal
 import urllib.error
 import zlib
 from collections.abc import Iterator
@@ -25,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from softmoe_cli.config import Augment, Data, UsageError
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist
 FASHION_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
@@ -85,11 +87,30 @@ def load(data: Data) -> Splits:
     return splits
 
 
+def identity(data: Data) -> str | None:
+    """A digest of which files a folder holds and how large they are; None for the sets that are the same everywhere.
+
+    Raises:
+        UsageError: the folder cannot be used.
+    """
+    if data.name != "folder":
+        return None
+    digest, root = hashlib.sha256(), Path(data.root)
+    for tree in _trees(data).values():
+        for file in (file for files in tree.values() for file in files):
+            digest.update(f"{file.relative_to(root)}\0{file.stat().st_size}\0".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
 # --- splits -----------------------------------------------------------------------------------------------------------
 
 
 def hold_out(labels: Int64[Tensor, " n"], fraction: float, seed: int, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Indices (kept, held out), both ascending: of every class the share `fraction`, rounded, at least one image."""
+    """Indices (kept, held out), both ascending: of every class the share `fraction`, rounded, at least one image.
+
+    Raises:
+        UsageError: a class with no image left for training.
+    """
     rng = np.random.default_rng(seed)
     kept, held = [], []
     for label in labels.unique().tolist():
@@ -223,18 +244,8 @@ def _folder(data: Data) -> Splits:
     With test/, the three are taken as they are. With train/ and val/ alone, val/ is the test set, as ImageNet's
     is in practice, and validation images are held out of train/, so that nothing is chosen on what is reported.
     """
-    root = Path(data.root)
-    if not root.is_dir():
-        raise UsageError(f"data.root={data.root} is not a folder")
-    parts = [part for part in ("train", "val", "test") if (root / part).is_dir()]
-    if parts in (["train"], ["val"], ["test"], ["train", "test"], ["val", "test"]):
-        raise UsageError(f"data.root={data.root} has {' and '.join(parts)} only; it needs train and val, or classes")
-    trees = {part: _tree(root / part) for part in parts} if parts else {"": _tree(root)}
-    classes = list(next(iter(trees.values())))
-    for part, tree in trees.items():
-        odd = sorted(set(tree) ^ set(classes))
-        if odd:
-            raise UsageError(f"{root / part} and {root / parts[0]} have different classes: {', '.join(odd[:5])}")
+    trees = _trees(data)
+    parts, classes = list(trees), list(next(iter(trees.values())))
     total = sum(len(files) for tree in trees.values() for files in tree.values())
     in_memory = total * data.channels * data.image_size**2 <= data.memory_gib * 2**30
     sets = {part: _read_tree(tree, data, in_memory) for part, tree in trees.items()}
@@ -243,6 +254,27 @@ def _folder(data: Data) -> Splits:
     if parts == ["train", "val"]:
         return _with_validation(sets["train"], sets["val"], classes, data)
     return _with_test(sets[""], classes, data)
+
+
+def _trees(data: Data) -> dict[str, dict[str, list[Path]]]:
+    """Part (train, val, test, or "" for a single tree) -> class name -> image files."""
+    root = Path(data.root)
+    if not root.is_dir():
+        raise UsageError(f"data.root={data.root} is not a folder")
+    names = {path.name.lower(): path.name for path in root.iterdir() if path.is_dir()}
+    for part in ("train", "val", "test"):
+        if part in names and names[part] != part:
+            raise UsageError(f"{root / names[part]} must be called {part}, or it would be taken for a class")
+    parts = [part for part in ("train", "val", "test") if part in names]
+    if parts in (["train"], ["val"], ["test"], ["train", "test"], ["val", "test"]):
+        raise UsageError(f"data.root={data.root} has {' and '.join(parts)} only; it needs train and val, or classes")
+    trees = {part: _tree(root / part) for part in parts} if parts else {"": _tree(root)}
+    classes = list(next(iter(trees.values())))
+    for part, tree in trees.items():
+        odd = sorted(set(tree) ^ set(classes))
+        if odd:
+            raise UsageError(f"{root / part} and {root / parts[0]} have different classes: {', '.join(odd[:5])}")
+    return trees
 
 
 def _tree(root: Path) -> dict[str, list[Path]]:
@@ -263,7 +295,15 @@ def _tree(root: Path) -> dict[str, list[Path]]:
 
 
 def _images_in(folder: Path) -> list[Path]:
-    found = (Path(base) / name for base, _, names in os.walk(folder, onerror=_raise) for name in names)
+    """The images at any depth, links followed; a link that leads back up is followed once."""
+    found: list[Path] = []
+    seen: set[str] = set()
+    for base, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
+        if (real := os.path.realpath(base)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        found += [Path(base) / name for name in names]
     return sorted(path for path in found if path.suffix.lower() in IMAGE_ENDINGS and not path.name.startswith("."))
 
 
@@ -289,8 +329,10 @@ def decode(file: Path, side: int, channels: int) -> UInt8[Tensor, "c s s"]:
     """
     try:
         with Image.open(file) as image:
+            if image.mode.startswith(("I", "F")):
+                raise ValueError(f"{image.mode} pixels have more than 8 bits; convert it to 8 bits a channel first")
             converted = image.convert("L" if channels == 1 else "RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UsageError(f"{file} is not an image that can be read: {error}") from error
     width, height = converted.size
     cut = min(width, height)
@@ -313,6 +355,13 @@ class _Decoded(Dataset):
             return None, str(error)
 
 
+def _prepare_worker(_number: int) -> None:
+    """One thread; and signals to the whole process group are the main process's business."""
+    torch.set_num_threads(1)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _decoded(images: ImageSet, indices: Iterator[Int64[Tensor, " b"]], workers: int) -> Iterator[Tensor]:
     loader = DataLoader(
         _Decoded(images),
@@ -320,7 +369,7 @@ def _decoded(images: ImageSet, indices: Iterator[Int64[Tensor, " b"]], workers: 
         batch_size=None,
         num_workers=workers,
         generator=torch.Generator(),  # or the loader would draw a seed from the model's random state
-        worker_init_fn=lambda _: torch.set_num_threads(1),
+        worker_init_fn=_prepare_worker,
     )
     for batch, fault in loader:
         if fault:
@@ -436,13 +485,9 @@ def _statistics(data: Data, device: torch.device) -> tuple[Float[Tensor, " c"], 
 def _normalise(
     raw: UInt8[Tensor, "b c s s"], in_chans: int, mean: Float[Tensor, " m"], std: Float[Tensor, " m"]
 ) -> Float[Tensor, "b c2 s s"]:
-    x = (
-        raw.float()
-        .div_(255)
-        .sub_(mean.view(-1, 1, 1) if raw.shape[1] != 1 else mean[:1])
-        .div_(std.view(-1, 1, 1) if raw.shape[1] != 1 else std[:1])
-    )
-    return x if raw.shape[1] == in_chans else x.expand(-1, in_chans, -1, -1)
+    """Pixels as the model takes them; grey is repeated first, so that each channel has its own mean and deviation."""
+    x = raw.float().div_(255).expand(-1, in_chans, -1, -1)
+    return x.sub(mean.view(-1, 1, 1)).div_(std.view(-1, 1, 1))
 
 
 def _resize(x: Float[Tensor, "b c s s"], side: int) -> Float[Tensor, "b c t t"]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from softmoe_cli import data
-from softmoe_cli.config import EvaluateConfig, Model, UsageError
+from softmoe_cli.config import EvaluateConfig, Model, UsageError, check_groups
 from softmoe_cli.device import arithmetic, hardware, prepare_attention
 from softmoe_cli.models import build, load_weights
 from softmoe_cli.moe.routing import Router, routings
@@ -70,16 +70,20 @@ def evaluate_checkpoint(config: EvaluateConfig, model_config: Model, source: Sou
     Raises:
         UsageError: the data have other classes than the checkpoint.
     """
-    device, autocast = arithmetic(config.device, config.precision, config.threads)
+    loss, precision = config.loss or source.card["loss"], config.precision or source.card["precision"]
+    check_groups("batch_size", config.batch_size, model_config.router)
+    device, autocast = arithmetic(config.device, precision, config.threads)
     splits = data.load(config.data)
     if source.card["classes"] != splits.classes:
         raise UsageError(
             f"checkpoint={source.label} knows {_shortly(source.card['classes'])}, but data={config.data.name} has "
             f"{_shortly(splits.classes)}; use softmoe finetune for other classes"
         )
+    if "head.weight" not in source.weights:
+        raise UsageError(f"checkpoint={source.label} has no head; softmoe finetune gives it one")
     model = build(model_config, source.weights["head.weight"].shape[0])
     load_weights(model, source.weights, keep_head=True, allow_unexpected=[])
-    prepare_attention(model, device, config.precision)
+    prepare_attention(model, device, precision)
     images = {"train": splits.train, "validation": splits.validation, "test": splits.test}[config.split]
     batches = data.eval_batches(
         images,
@@ -90,7 +94,7 @@ def evaluate_checkpoint(config: EvaluateConfig, model_config: Model, source: Sou
         device=device,
     )
     start = time.perf_counter()
-    values = dict(evaluate(model.to(device), batches, loss=config.loss, autocast=autocast))
+    values = dict(evaluate(model.to(device), batches, loss=loss, autocast=autocast))
     row: dict[str, Any] = {"checkpoint": source.label, "data": config.data.name, "split": config.split}
     row |= {"top1_pct": values["top1_pct"], "top5_pct": values["top5_pct"], "loss": values["loss"]}
     row |= {"images": values["images_evaluated"], "eval_s": time.perf_counter() - start, "hardware": hardware(device)}

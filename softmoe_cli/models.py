@@ -15,8 +15,8 @@ from typing import Any, get_args, get_type_hints
 
 import timm
 import torch
-from timm.layers import GELU, GELUTanh, Mlp, lecun_normal_, resample_abs_pos_embed
-from timm.models.vision_transformer import VisionTransformer
+from timm.layers import GELU, Attention, GELUTanh, Mlp, lecun_normal_, resample_abs_pos_embed
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from softmoe_cli.config import Backbone, Model, UsageError, nearest, placement
@@ -34,6 +34,8 @@ def read_checkpoint(checkpoint: str) -> Source:
     if not checkpoint.startswith("timm:"):
         return read_source(checkpoint)
     name = checkpoint.removeprefix("timm:")
+    if timm.is_model(name) and "vit" not in name:
+        raise UsageError(f"{checkpoint} is not a ViT; see timm.list_models('*vit*')")
     if not timm.is_model(name):
         raise UsageError(
             f"{checkpoint}: timm has no such model.{nearest(name.split('.')[0], timm.list_models('*vit*'))}"
@@ -74,7 +76,10 @@ def build(model: Model, num_classes: int) -> VisionTransformer:
     else:
         vit = _timm_vit(model.backbone.timm, model, num_classes)
     if model.router["_target_"] is not None:
-        for index in placement(model.moe_blocks, len(vit.blocks)):
+        blocks = placement(model.moe_blocks, len(vit.blocks))
+        if not blocks:
+            raise UsageError(f"model.moe_blocks=[] leaves router {model.router_name} without a block; name some")
+        for index in blocks:
             block = vit.blocks[index]
             block.mlp = _moe(block.mlp, model, num_tokens=count_tokens(vit))
     return vit
@@ -145,15 +150,34 @@ def _timm_vit(name: str, model: Model, num_classes: int) -> VisionTransformer:
         vit = timm.create_model(
             name, img_size=model.image_size, in_chans=model.in_chans, num_classes=num_classes, pretrained=False
         )
-    except (TypeError, AssertionError) as error:
-        raise UsageError(f"timm's {name} cannot be built at {model.image_size} pixels: {error}") from error
-    return _plain_vit(name, vit)
+    except (TypeError, AssertionError, RuntimeError) as error:
+        first = str(error).splitlines()[0]
+        raise UsageError(f"timm's {name} cannot be built at model.image_size={model.image_size}: {first}") from error
+    vit = _plain_vit(name, vit)
+    patch = vit.patch_embed.patch_size[0]
+    if model.image_size % patch:
+        raise UsageError(
+            f"model.image_size={model.image_size} is not a multiple of {patch}, the patch of timm's {name}; "
+            f"the nearest sizes that are: {max(1, model.image_size // patch) * patch}, {(model.image_size // patch + 1) * patch}"
+        )
+    return vit
 
 
 def _plain_vit(name: str, vit: nn.Module) -> VisionTransformer:
+    """Only what the cost formula and the loading of weights know."""
     if not isinstance(vit, VisionTransformer):
         raise UsageError(f"timm's {name} is a {type(vit).__name__}, not a plain VisionTransformer")
+    strange = {type(block).__name__ for block in vit.blocks if type(block) is not Block}
+    strange |= {type(block.attn).__name__ for block in vit.blocks if type(block) is Block and not _plain(block.attn)}
+    if vit.attn_pool is not None:
+        strange.add(type(vit.attn_pool).__name__)
+    if strange:
+        raise UsageError(f"timm's {name} has {', '.join(sorted(strange))}; softmoe knows ViTs with plain blocks only")
     return vit
+
+
+def _plain(attention: nn.Module) -> bool:
+    return type(attention) is Attention
 
 
 def _moe(mlp: nn.Module, model: Model, num_tokens: int) -> MoE:
@@ -184,8 +208,9 @@ def _moe(mlp: nn.Module, model: Model, num_tokens: int) -> MoE:
 def make_router(options: dict[str, Any], dim: int, num_tokens: int) -> Router:
     """The router that a config's `_target_` names, with the other keys as its arguments.
 
-    The constructor's keyword-only arguments are the schema: unknown, missing and ill-typed keys are errors.
-    Only subclasses of `Router` are ever called, so a config that came with a checkpoint runs nothing else.
+    The constructor's keyword-only arguments are the schema: unknown, missing and ill-typed keys are errors. Only
+    subclasses of `Router` are ever called; but importing a module runs it, so what a checkpoint names is held against
+    the known routers before it comes here.
     """
     router_class = _router_class(str(options["_target_"]))
     given = {key: value for key, value in options.items() if key != "_target_"}

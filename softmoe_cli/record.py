@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,15 +33,19 @@ class RunError(RuntimeError):
 
 
 WEIGHTS, TRAINING, STATE, SUMS = "model.safetensors", "training.safetensors", "state.json", "SHA256SUMS"
+OURS = re.compile(r"\.?(last|best)-\d+")
+"""Checkpoints and unfinished ones: nothing else in their folder is ever removed."""
 
 
-def signature(config: Config, command: str, source_digest: str | None) -> str:
-    """Ten hex digits of what the run computes: its scientific config, the command and the weights it starts from."""
+def signature(config: Config, command: str, source_digest: str | None, data_digest: str | None) -> str:
+    """Ten hex digits of what the run computes: its scientific config, the command, the weights it starts from and, where
+    the config does not say it, which images it reads."""
     science = dataclasses.asdict(config)
     for key in NOT_SCIENCE:
         section, _, leaf = key.rpartition(".")
         (science[section] if section else science).pop(leaf)
-    text = json.dumps([command, source_digest, _plain(science)], sort_keys=True)
+    given = [digest for digest in (data_digest,) if digest]
+    text = json.dumps([command, source_digest, _plain(science), *given], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
@@ -81,7 +86,9 @@ class Run:
             row = json.loads(path.read_text())
         except ValueError as error:
             raise UsageError(f"{path} is damaged ({error}); remove it to run again") from error
-        return dict(row)
+        if not isinstance(row, dict) or "signature" not in row:
+            raise UsageError(f"{path} is no result of softmoe; remove it to run again")
+        return row
 
     def open(self, config: Config) -> None:
         """Makes the folder, locks it against a second process, and writes config.yaml."""
@@ -109,7 +116,7 @@ class Run:
         path = self.folder / file
         try:
             with path.open("a") as out:
-                out.write(json.dumps(row) + "\n")
+                out.write(json.dumps(row, allow_nan=False) + "\n")
         except OSError as error:
             raise _cannot_write(path, error) from error
 
@@ -132,8 +139,9 @@ class Run:
         evaluated and finetuned.
         """
         final = self.checkpoints / f"{kind}-{step:08d}"
-        if final.exists() and damage(final) is None:
-            return  # the same step was saved before a stop
+        broken = [key for key, value in weights.items() if not value.isfinite().all()]
+        if broken:
+            raise RunError(f"{broken[0]} is not finite at step {step:,}: not saved; the checkpoint before is good")
         temporary = self.checkpoints / f".{final.name}"
         shutil.rmtree(temporary, ignore_errors=True)
         state = state | {"sizes": {file: self._size(file) for file in ("metrics.jsonl", "routing.jsonl")}}
@@ -169,8 +177,8 @@ class Run:
                 best = json.loads((path / STATE).read_text())["best_step"]
                 keep.add(self.checkpoints / f"best-{best:08d}")
         for path in self.checkpoints.iterdir():
-            if path not in keep:
-                shutil.rmtree(path)
+            if path not in keep and OURS.fullmatch(path.name):
+                shutil.rmtree(path, ignore_errors=True)
 
     def load_last(self) -> tuple[Checkpoint | None, list[str]]:
         """The newest undamaged checkpoint, and a sentence for each damaged one that was passed over."""
@@ -180,8 +188,14 @@ class Run:
             if fault is None:
                 state = json.loads((path / STATE).read_text())
                 return Checkpoint(path, load_file(path / WEIGHTS), load_file(path / TRAINING), state), notes
-            notes.append(f"{path} is damaged ({fault}); going back to the checkpoint before")
-            shutil.rmtree(path)
+            aside = path.with_name(f"damaged-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            notes.append(
+                f"{path} is damaged ({fault}) and now called {aside.name}; going back to the checkpoint before"
+            )
+        if notes:
+            notes.append("no undamaged checkpoint is left: starting afresh")
         return None, notes
 
     def rewind(self, sizes: dict[str, int]) -> None:
@@ -194,7 +208,7 @@ class Run:
                 os.truncate(path, size)
 
     def finish(self, row: dict[str, Any]) -> None:
-        write_atomically(self.folder / "result.json", json.dumps(row, indent=1) + "\n")
+        write_atomically(self.folder / "result.json", json.dumps(row, indent=1, allow_nan=False) + "\n")
 
     def _size(self, file: str) -> int:
         path = self.folder / file
@@ -272,6 +286,8 @@ def read_source(checkpoint: str) -> Source:
             raise UsageError(f"checkpoint={checkpoint} does not exist")
         if path.is_dir():
             path = _weights_in(path)
+        if not path.is_file():
+            raise UsageError(f"checkpoint={checkpoint} is neither a file nor a folder")
         digest = _sha256(path)
     except PermissionError as error:
         raise UsageError(f"checkpoint={checkpoint} cannot be read: {error.strerror}") from error
@@ -288,7 +304,24 @@ def read_source(checkpoint: str) -> Source:
             else f"is no safetensors file, or is truncated or damaged ({error})"
         )
         raise UsageError(f"checkpoint={path} {reason}") from error
-    return Source(str(path), digest, weights, json.loads(card) if card else {})
+    return Source(str(path), digest, weights, _read_card(card, path) if card else {})
+
+
+def _read_card(text: str, path: Path) -> dict[str, Any]:
+    try:
+        card = json.loads(text)
+    except ValueError as error:
+        raise UsageError(f"checkpoint={path}: what it says of its model is no JSON ({error})") from error
+    lacks = [
+        key
+        for key in ("model", "data", "classes", "loss", "precision")
+        if not isinstance(card, dict) or key not in card
+    ]
+    if lacks:
+        raise UsageError(f"checkpoint={path}: what it says of its model lacks {lacks[0]}; softmoe saved no such file")
+    if "${" in text:
+        raise UsageError(f"checkpoint={path}: what it says of its model holds ${{…}}, which softmoe never writes")
+    return dict(card)
 
 
 def _weights_in(folder: Path) -> Path:

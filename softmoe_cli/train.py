@@ -3,6 +3,7 @@
 import math
 import os
 import platform
+import re
 import signal
 import subprocess
 import time
@@ -34,6 +35,9 @@ from softmoe_cli.terminal import Screen, count, gibibytes
 
 T = TypeVar("T")
 
+SMALLEST_SCALE = 2.0**-14
+"""fp16: gradients that are not finite even at this loss scale are not saved by a smaller one."""
+
 PACE_STEPS = (2, 10)
 """The steps between which a run tells its pace: the first ones are slower than the rest."""
 PACED = PACE_STEPS[1] - PACE_STEPS[0]
@@ -48,6 +52,7 @@ class Progress:
     """Where a run stands: all of it is in every checkpoint, and nothing else is needed but tensors."""
 
     step: int = 0
+    compiled_steps: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("device", "eval", "save", "compile"), 0.0))
     loss_sum: float = 0.0
     aux_sum: float = 0.0
@@ -161,6 +166,7 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
         device=device,
     )
     card: dict[str, Any] = {"model": _portable(config, model), "data": asdict(config.data), "classes": splits.classes}
+    card |= {"loss": config.train.loss, "precision": config.train.precision}
     evaluated = ema.module if ema is not None else model
     moe_blocks = [i for i, block in enumerate(model.blocks) if isinstance(block.mlp, MoE)]
     wandb_run = mirror.Mirror(
@@ -194,17 +200,24 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
         with progress.booked("eval"):
             batches = stop.watch(held_out(images))
             values = dict(evaluate(evaluated, batches, loss=config.train.loss, autocast=autocast))
+        if not math.isfinite(values["loss"]):
+            raise RunError(
+                f"{split} loss {values['loss']} at step {progress.step:,}: the last update left weights that are too "
+                "large or not finite; lower optim.lr or set optim.clip_norm, and type the command again"
+            )
         return row(split, values | beside)
 
-    def record_routing() -> dict[str, float]:
-        """Statistics of every MoE layer on the first validation images, the same ones each time; returns their means
-        over layers, which are few enough for the validation row and W&B."""
+    def look_at_validation() -> dict[str, Any]:
+        """Routing statistics of every MoE layer on the first images, the same ones each time, go into routing.jsonl;
+        their means over layers, which are few enough for W&B, into the validation row."""
         with progress.booked("eval"):
-            statistics = routing_statistics(evaluated, next(held_out(splits.validation)), autocast)
-            for block, numbers in zip(moe_blocks, statistics, strict=True):
-                run.append("routing.jsonl", {"step": progress.step, "block": block, **numbers})
-        keys = statistics[0] if statistics else ()
-        return {f"routing_{key}": sum(layer[key] for layer in statistics) / len(statistics) for key in keys}
+            layers = routing_statistics(evaluated, next(held_out(splits.validation)), autocast)
+        keys = layers[0] if layers else ()
+        means = {f"routing_{key}": sum(layer[key] for layer in layers) / len(layers) for key in keys}
+        validation = look("validation", splits.validation, means)
+        for block, numbers in zip(moe_blocks, layers, strict=True):  # last, so that a stop leaves all rows or none
+            run.append("routing.jsonl", {"step": progress.step, "block": block, **numbers})
+        return validation
 
     def save(kind: str) -> None:
         with progress.booked("save"):
@@ -221,7 +234,7 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
             while True:
                 here = budget.position(progress)
                 if budget.passed(progress.evaluated, here, config.train.eval_every):
-                    seen_now = look("validation", splits.validation, record_routing())
+                    seen_now = look_at_validation()
                     better = seen_now["top1_pct"] > progress.best_top1_pct
                     screen.evaluation(seen_now, "  best so far" if better else "")
                     progress.evaluated, progress.validation = here, seen_now
@@ -237,15 +250,18 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
                     save("last")
                     saved_at, save_took = time.monotonic(), time.monotonic() - start
 
-                with progress.booked("compile" if config.train.compile and progress.step == first_step else "device"):
+                compiles = config.train.compile and progress.step == first_step
+                with progress.booked("compile" if compiles else "device"):
                     lr = learning_rate(here)
                     x, targets = next(batches)
                     loss, aux, norm = update(model, forward, x, targets, config, lr, optimizer, scaler, autocast, seen)
-                    if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
+                    rescaling = scaler.is_enabled() and scaler.get_scale() > SMALLEST_SCALE
+                    if not math.isfinite(loss) or not (math.isfinite(norm) or rescaling):
                         raise RunError(_blame(model, x, targets, config, autocast, progress.step, loss, norm))
                     if ema is not None:
                         ema.update(model)
                 progress.step += 1
+                progress.compiled_steps += compiles
                 if progress.step == first_step + PACE_STEPS[0]:
                     pace_from = progress.seconds["device"]
                 elif progress.step == first_step + PACE_STEPS[1]:
@@ -253,7 +269,8 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
                 progress.loss_sum, progress.aux_sum = progress.loss_sum + loss, progress.aux_sum + aux
                 progress.loss_steps += 1
                 now = budget.position(progress)
-                images_per_s = progress.step * config.train.batch_size / max(progress.seconds["device"], 1e-9)
+                timed = progress.step - progress.compiled_steps
+                images_per_s = timed * config.train.batch_size / max(progress.seconds["device"], 1e-9)
                 screen.step(now / budget.total, loss, lr, images_per_s)
                 if budget.passed(progress.logged, now, config.train.log_every):
                     steps = progress.loss_steps
@@ -276,7 +293,9 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
         except BaseException:
             wandb_run.close(None)
             raise
-    result = _result(config, command, run, source, cost, memory, splits, test, progress, device, card["model"]["router"])
+    result = _result(
+        config, command, run, source, cost, memory, splits, test, progress, device, card["model"]["router"]
+    )
     run.finish(result)
     wandb_run.close(result)
     screen.table("result", _shown(result, run.folder))
@@ -390,7 +409,7 @@ def _part(config: Config) -> int:
 
 def _folder(config: Config, command: str, source: Source | None) -> Path:
     name = config.name or f"{config.model.name}-{config.data.name}"
-    mark = signature(config, command, source.digest if source else None)
+    mark = signature(config, command, source.digest if source else None, data.identity(config.data))
     return Path(config.output_root) / config.study / f"{name.replace('/', '_')}-{mark}"
 
 
@@ -411,16 +430,22 @@ def _load_source(model: VisionTransformer, source: Source, config: Config, class
     report = load_weights(
         model,
         source.weights,
-        keep_head=source.card.get("classes") == classes,
+        keep_head=source.card.get("classes") == classes
+        and getattr(source.weights.get("head.weight"), "shape", None) == model.head.weight.shape,
         allow_unexpected=config.allow_unexpected,
     )
     slots = {block.mlp.router.slots_per_expert for block in model.blocks if isinstance(block.mlp, MoE)}
-    rows = {"from": source.label, "loaded": f"{len(report.loaded)} tensors"}
+    rows = {"from": source.label, "loaded": f"{len(report.loaded)} tensors: {', '.join(_patterns(report.loaded))}"}
     rows |= {"resized": ", ".join(report.resized) or "none", "new": ", ".join(report.new) or "none"}
     rows |= {"unexpected": ", ".join(report.unexpected) or "none"}
     if slots:
         rows["slots"] = f"{', '.join(str(p or 'any') for p in slots)} per expert, as in the checkpoint"
     screen.table("weights", rows)
+
+
+def _patterns(keys: list[str]) -> dict[str, None]:
+    """Names in their order, with a * for the number of the block, each once."""
+    return dict.fromkeys(re.sub(r"\bblocks\.\d+\.", "blocks.*.", key) for key in keys)
 
 
 def _training_state(model: nn.Module, ema: ModelEmaV3 | None, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -616,9 +641,12 @@ def _commit() -> str | None:
     here = Path(__file__).resolve().parents[1]
     if not (here / ".git").exists():
         return None
-    told = subprocess.run(
-        ["git", "-C", str(here), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
+    try:
+        told = subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+        )
+    except OSError:  # a machine without git
+        return None
     return told.stdout.strip() or None
 
 

@@ -6,6 +6,7 @@ import functools
 import math
 from dataclasses import dataclass
 
+from softmoe_cli import cli
 from softmoe_cli.config import Config
 
 Vector = list[float]
@@ -87,23 +88,10 @@ def adamw(start: float, gradients: Vector, rates: Vector, *, decay: float, betas
 
 def compose(*overrides: str) -> Config:
     """The checked configuration that `softmoe train OVERRIDES` would run."""
-    return copy.deepcopy(_composed(overrides))
+    return copy.deepcopy(_composed(*overrides))
 
 
-@functools.cache
-def _composed(overrides: tuple[str, ...]) -> Config:
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
-    from hydra.core.config_store import ConfigStore
-    from omegaconf import OmegaConf
-
-    from softmoe_cli.cli import _door, conf_folder
-
-    ConfigStore.instance().store(name="schema", node=Config)
-    with initialize_config_dir(str(conf_folder()), version_base=None):
-        tree = OmegaConf.to_container(hydra_compose("train", list(overrides)), resolve=True)
-    assert isinstance(tree, dict)
-    return _door({str(key): value for key, value in tree.items()}, Config)
+_composed = functools.cache(cli.compose)
 
 
 @dataclass

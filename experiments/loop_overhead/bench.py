@@ -19,14 +19,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
 from scipy import stats
 
 from softmoe_cli import data
-from softmoe_cli.cli import conf_folder
-from softmoe_cli.config import Config
+from softmoe_cli.cli import compose
 from softmoe_cli.device import hardware
 from softmoe_cli.models import build
 from softmoe_cli.optim import adamw, schedule
@@ -34,15 +30,6 @@ from softmoe_cli.terminal import Screen
 from softmoe_cli.train import train
 
 STEPS, WARMUP, STRETCHES = 1020, 20, 20
-
-
-def composed(overrides: list[str]) -> Config:
-    ConfigStore.instance().store(name="schema", node=Config)
-    with initialize_config_dir(str(conf_folder()), version_base=None):
-        config = OmegaConf.to_object(compose("train", overrides))
-    assert isinstance(config, Config)
-    config.check()
-    return config
 
 
 def main() -> None:
@@ -73,8 +60,8 @@ def main() -> None:
 
     data.train_batches = in_turns
     with tempfile.TemporaryDirectory() as root:
-        config = composed(
-            [*sys.argv[1:], "tracking=off", f"output_root={root}", f"train.steps={STEPS}", "train.eval_every=1000000"]
+        config = compose(
+            *sys.argv[1:], "tracking=off", f"output_root={root}", f"train.steps={STEPS}", "train.eval_every=1000000"
         )
         with contextlib.redirect_stdout(io.StringIO()):
             train(config, "train", None, Screen())
