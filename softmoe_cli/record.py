@@ -38,8 +38,8 @@ OURS = re.compile(r"\.?(last|best)-\d+")
 
 
 def signature(config: Config, command: str, source_digest: str | None, data_digest: str | None) -> str:
-    """Ten hex digits of what the run computes: its scientific config, the command, the weights it starts from and, where
-    the config does not say it, which images it reads."""
+    """Ten hex digits of what the run computes: its scientific config, the command, the weights that it starts from and,
+    where the config does not say it, which images it reads."""
     science = dataclasses.asdict(config)
     for key in NOT_SCIENCE:
         section, _, leaf = key.rpartition(".")
@@ -312,16 +312,13 @@ def _read_card(text: str, path: Path) -> dict[str, Any]:
         card = json.loads(text)
     except ValueError as error:
         raise UsageError(f"checkpoint={path}: what it says of its model is no JSON ({error})") from error
-    lacks = [
-        key
-        for key in ("model", "data", "classes", "loss", "precision")
-        if not isinstance(card, dict) or key not in card
-    ]
+    said = card if isinstance(card, dict) else {}
+    lacks = [key for key in ("model", "data", "classes", "loss", "precision") if key not in said]
     if lacks:
         raise UsageError(f"checkpoint={path}: what it says of its model lacks {lacks[0]}; softmoe saved no such file")
     if "${" in text:
         raise UsageError(f"checkpoint={path}: what it says of its model holds ${{…}}, which softmoe never writes")
-    return dict(card)
+    return said
 
 
 def _weights_in(folder: Path) -> Path:

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from softmoe_cli.config import UsageError
 from tests.conftest import TINY, Softmoe
 
 DENSE = "model=vit_nano2_dense"
@@ -37,7 +38,7 @@ WRONG_LINES = {
     "negative seed": ("train seed=-1", "it must be >= 0"),
     "zero batch": ("train train.batch_size=0", "it must be >= 1"),
     "zero learning rate": ("train optim.lr=0", "it must be > 0"),
-    "nan": ("train optim.lr=nan", "not a number"),
+    "nan": ("train optim.lr=nan", "is not a finite number"),
     "smoothing": ("train train.label_smoothing=1.5", "it must be >= 0 and <= 0.99"),
     "precision": ("train train.precision=bf61", "Did you mean 'bf16'?"),
     "tracking": ("train tracking=onlin", "Did you mean 'online'?"),
@@ -79,6 +80,32 @@ WRONG_LINES = {
     "evaluate without": ("evaluate", "needs checkpoint="),
     "evaluate nothing": ("evaluate checkpoint=nowhere", "does not exist"),
     "sweep without -m": ("train seed=1,2", "--multirun"),
+    "infinite rate": ("train optim.lr=inf", "is not a finite number"),
+    "infinite epochs": ("train train.epochs=inf", "is not a finite number"),
+    "an average that never moves": ("train train.ema=1", "it must be"),
+    "router word": ("train model.router._target_=Soft", "is not of the form module.Class"),
+    "experiment without +": ("train experiment=fashion_first_look", "write +experiment=fashion_first_look"),
+    "a taken option": ("train ~optim.lr", "cannot be taken away"),
+    "brackets": ("train data.root=a(1)", "in quotes of their own"),
+    "groups in evaluation": (
+        "train model=vit_nano2_tokens_choice model.router.images_per_group=8 train.eval_batch_size=7", "use 8"
+    ),
+    "timm patch": (
+        "train model/backbone=timm model.backbone.timm=vit_tiny_patch16_224 model.image_size=30 " + DENSE,
+        "the nearest sizes that are: 16, 32",
+    ),
+    "timm without blocks": (
+        "train model/backbone=timm model.backbone.timm=vit_tiny_patch16_224 model.image_size=32 model.moe_blocks=[]",
+        "leaves router soft without a block",
+    ),
+    "timm with parallel blocks": (
+        "train model/backbone=timm model.backbone.timm=vit_small_patch16_18x2_224 model.image_size=32 " + DENSE,
+        "plain blocks only",
+    ),
+    "finetune from a convnet": ("finetune checkpoint=timm:resnet18", "is not a ViT"),
+    "evaluate timm": ("evaluate checkpoint=timm:test_vit", "use softmoe finetune"),
+    "means": ("train data.mean=[0.1,0.2]", "needs 1 number, or 3"),
+    "device file": ("evaluate checkpoint=/dev/null", "neither a file nor a folder"),
 }  # fmt: skip
 
 
@@ -222,6 +249,71 @@ def test_wrong_folders(softmoe: Softmoe, tmp_path: Path) -> None:
     assert "different classes: b, c" in answer("other")
     (tmp_path / "file").write_text("")
     assert "is not a folder" in answer("file")
+
+
+@pytest.mark.parametrize("kind", ["no JSON", "lacks classes", "interpolation", "somebody's router"])
+@pytest.mark.parametrize("command", ["finetune", "evaluate"])
+def test_wrong_card(kind: str, command: str, finished: Path, softmoe: Softmoe, tmp_path: Path) -> None:
+    """What a weights file says of its model is read, never run."""
+    from safetensors import safe_open
+
+    with safe_open(weights_of(finished), framework="pt") as file:
+        card = json.loads(file.metadata()["softmoe"])
+    (tmp_path / "payload.py").write_text("open('it_ran', 'w')\n")
+    if kind == "lacks classes":
+        del card["classes"]
+    elif kind == "interpolation":
+        card["data"]["root"] = "${oc.env:HOME}"
+    elif kind == "somebody's router":
+        card["model"]["router"]["_target_"] = "payload.Router"
+    text = "{" if kind == "no JSON" else json.dumps(card)
+    save_file(load_file(weights_of(finished)), tmp_path / "wrong.safetensors", metadata={"softmoe": text})
+    answer = softmoe(command, "checkpoint=wrong.safetensors")
+    assert answer.code == 2, answer
+    words = {"no JSON": "is no JSON", "lacks classes": "lacks classes", "interpolation": "holds ${"}
+    assert words.get(kind, "names the router payload.Router, which is not softmoe's") in answer.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["payload.py", "wrong.safetensors"]
+
+
+def test_colour_weights_take_grey_images(softmoe: Softmoe, tmp_path: Path) -> None:
+    """Means of three colours go on to grey images, which are repeated; so do a timm checkpoint's."""
+    tree(tmp_path / "images")
+    line = ("train", *TINY, "data=folder", "data.root=images", "data.image_size=8", "train.batch_size=4")
+    assert softmoe(*line, "train.steps=2", "data.mean=[0.4,0.5,0.6]", "data.std=[0.2,0.2,0.3]").code == 0
+    (run,) = (tmp_path / "outputs" / "default").iterdir()
+    answer = softmoe("finetune", f"checkpoint={run}", "train.steps=2", "tracking=off", "study=grey")
+    assert answer.code == 0, answer
+    assert "mean:\n  - 0.4\n  - 0.5\n  - 0.6" in next(tmp_path.glob("outputs/grey/*/config.yaml")).read_text()
+
+
+def test_a_wider_head_is_a_new_head(finished: Path, softmoe: Softmoe) -> None:
+    answer = softmoe("finetune", f"checkpoint={finished}", "train.steps=2", "tracking=off", "data.num_classes=20")
+    assert answer.code == 0, answer
+    assert "head.weight, head.bias" in answer.out
+
+
+def test_evaluation_has_the_loss_that_was_trained(softmoe: Softmoe, tmp_path: Path) -> None:
+    assert softmoe("train", *TINY, "train.steps=2", "train.loss=sigmoid").code == 0
+    (run,) = (tmp_path / "outputs" / "default").iterdir()
+    told = json.loads(softmoe("evaluate", f"checkpoint={run}", "format=json").out)
+    assert told["loss"] == pytest.approx(json.loads((run / "result.json").read_text())["loss"], rel=1e-5)
+
+
+def test_compose_is_what_the_command_would_run() -> None:
+    from softmoe_cli.cli import compose
+    from softmoe_cli.models import build
+
+    config = compose("model=vit_nano7_soft", "data=fashion_mnist", "model.router.num_experts=8")
+    assert build(config.model, num_classes=10).blocks[3].mlp.router.num_experts == 8
+    with pytest.raises(UsageError, match="Did you mean 'seed'"):
+        compose("sede=1")
+
+
+def test_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
+    told = subprocess.run(
+        f"{sys.executable} -m softmoe_cli list | head -1", shell=True, capture_output=True, text=True, check=True
+    )
+    assert told.stderr == ""
 
 
 def test_read_only_output(softmoe: Softmoe, tmp_path: Path) -> None:

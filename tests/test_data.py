@@ -20,6 +20,7 @@ from softmoe_cli.data import (
     decode,
     eval_batches,
     hold_out,
+    identity,
     load,
     read_idx,
     resized_crop,
@@ -215,6 +216,38 @@ def test_broken_image_in_a_lazy_folder(tmp_path: Path, workers: int) -> None:
         list(eval_batches(train, data, image_size=SIDE, in_chans=3, batch_size=4, device=CPU))
     with pytest.raises(UsageError, match=r"\.png is not an image that can be read"):
         list(itertools.islice(batches(train, data, augment()), 20))
+
+
+def test_images_of_more_than_eight_bits_are_refused(tmp_path: Path) -> None:
+    root = write_tree(tmp_path)
+    Image.fromarray(np.full((9, 9), 30000, np.uint16)).save(root / CLASSES[0] / "deep.png")
+    refused(folder(root), "more than 8 bits")
+
+
+def test_links_are_followed_once(tmp_path: Path) -> None:
+    root = write_tree(tmp_path / "real")
+    (tmp_path / "linked").mkdir()
+    for name in CLASSES:
+        (tmp_path / "linked" / name).mkdir()
+        (tmp_path / "linked" / name / "more").symlink_to(root / name)
+        (tmp_path / "linked" / name / "again").symlink_to(tmp_path / "linked" / name)
+    real, linked = (load(folder(path)).train for path in (root, tmp_path / "linked"))
+    assert torch.equal(real.labels, linked.labels) and torch.equal(pixels(real), pixels(linked))
+
+
+def test_parts_are_in_small_letters(tmp_path: Path) -> None:
+    for part in ("Train", "Val"):
+        write_tree(tmp_path / part)
+    refused(folder(tmp_path), "Train must be called train")
+
+
+def test_identity_is_what_the_folder_holds(tmp_path: Path) -> None:
+    a, b = write_tree(tmp_path / "a"), write_tree(tmp_path / "b")
+    before = identity(folder(a))
+    assert before == identity(folder(b))
+    (b / CLASSES[0] / "0.png").rename(b / CLASSES[0] / "another.png")
+    assert identity(folder(b)) != before == identity(folder(a))
+    assert identity(compose().data) is None
 
 
 def test_different_classes(tmp_path: Path) -> None:
@@ -419,6 +452,13 @@ def test_grey_images_are_repeated() -> None:
         grey, colour = (next(batches(images, data, change, in_chans=c))[0] for c in (1, 3))
         assert colour.shape == (4, 3, SIDE, SIDE)
         torch.testing.assert_close(colour, grey.expand(-1, 3, -1, -1), atol=0, rtol=0)
+    data = folder(Path(), mean=[0.1, 0.2, 0.3], std=[0.5, 0.6, 0.7])
+    (colour, _), *_ = eval_batches(images, data, image_size=SIDE, in_chans=3, batch_size=10, device=CPU)
+    assert images.images is not None
+    for channel in range(3):
+        want = (images.images[:, 0].float() / 255 - data.mean[channel]) / data.std[channel]
+        torch.testing.assert_close(colour[:, channel], want)
+    data = folder(Path(), mean=[0.3], std=[0.7])
     (colour, _), *_ = eval_batches(images, data, image_size=12, in_chans=3, batch_size=10, device=CPU)
     assert colour.shape == (10, 3, 12, 12)
     assert torch.equal(colour[:, 0], colour[:, 2])

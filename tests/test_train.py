@@ -1,6 +1,8 @@
 """The loop through its real parts: processes, signals, files. Same configuration, same numbers, whatever happens."""
 
 import json
+import math
+import os
 import random
 import shutil
 import signal
@@ -13,8 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
+from softmoe_cli.record import Run, RunError
+from softmoe_cli.train import Stop, _commit
 from tests.conftest import TINY, Softmoe
 from tests.processes import Started
 
@@ -143,6 +148,123 @@ def test_a_folder_has_one_writer(tmp_path: Path) -> None:
     assert "in use by another process" in finish(start(tmp_path, "train.steps=5000"), 2)
     process.send(signal.SIGKILL)
     process.wait()
+
+
+def test_the_images_are_part_of_what_a_run_is(softmoe: Softmoe, tmp_path: Path) -> None:
+    for name, change in (("a", 0), ("b", 1)):
+        for label, grey in (("x", 40), ("y", 200)):
+            (tmp_path / name / label).mkdir(parents=True)
+            for i in range(12):
+                Image.new("L", (8, 8 + change), grey + i).save(tmp_path / name / label / f"{i}{change}.png")
+    line = (
+        "train",
+        *TINY,
+        "data=folder",
+        "data.image_size=8",
+        "data.channels=1",
+        "train.steps=2",
+        "train.batch_size=4",
+    )
+    assert softmoe(*line, "data.root=a").code == 0
+    assert "is finished" not in softmoe(*line, "data.root=b").out
+    shutil.copytree(tmp_path / "a", tmp_path / "moved")
+    assert "is finished" in softmoe(*line, "data.root=moved").out
+    assert softmoe(*line, "data.root=nowhere").code == 2
+    assert len(list(tmp_path.glob("outputs/default/*/result.json"))) == 2
+
+
+def test_a_signal_to_the_whole_group_saves(tmp_path: Path) -> None:
+    """As Slurm and containers send it: the processes that decode images leave it to the one that trains."""
+    for label, grey in (("x", 40), ("y", 200)):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for i in range(12):
+            Image.new("L", (8, 8), grey + i).save(tmp_path / "images" / label / f"{i}.png")
+    line = [
+        sys.executable, "-m", "softmoe_cli", "train", *TINY, "threads=1", "data=folder", "data.root=images",
+        "data.image_size=8", "data.channels=1", "data.memory_gib=0", "data.workers=2", "train.steps=100000",
+        "train.batch_size=4", "train.log_every=2",
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        line, cwd=tmp_path, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    while not list(tmp_path.glob("outputs/*/*/metrics.jsonl")):
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    out, _ = process.communicate(timeout=100)
+    assert process.returncode == 130, out
+    assert "stopped by SIGTERM" in out and out.count("saving and leaving") == 1
+    assert last(the_run(tmp_path)).is_dir()
+
+
+def test_a_stop_during_validation_leaves_no_row(
+    softmoe: Softmoe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = ("train", *TINY, "train.steps=40", "train.eval_every=20", "train.log_every=10")
+    assert softmoe(*line, "output_root=whole").code == 0
+    watch, calls = Stop.watch, 0
+
+    def stopped(self: Stop, items: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:  # the validation at step 40
+            self.name = "SIGTERM"
+        return watch(self, items)
+
+    monkeypatch.setattr(Stop, "watch", stopped)
+    assert softmoe(*line, "output_root=stopped").code == 130
+    assert calls == 2
+    assert softmoe(*line, "output_root=stopped").code == 0
+    whole, resumed = (next((tmp_path / root / "default").iterdir()) for root in ("whole", "stopped"))
+    same(whole, resumed)
+    names = [sorted(path.name for path in (run / "checkpoints").iterdir()) for run in (whole, resumed)]
+    assert f"best-{json.loads((whole / 'result.json').read_text())['best_step']:08d}" in names[0]
+    assert set(names[0]) <= {*names[1], *[name for name in names[0] if name.startswith("last")]}
+
+
+def test_a_checkpoint_saved_again_is_the_new_one(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.checkpoints.mkdir()
+    for value in (1.0, 2.0):
+        run.save("best", 5, {"w": torch.tensor([value])}, {}, {"best_step": 5}, {})
+    assert load_file(run.checkpoints / "best-00000005" / "model.safetensors")["w"].item() == 2.0
+    with pytest.raises(RunError, match="w is not finite at step 6"):
+        run.save("last", 6, {"w": torch.tensor([math.nan])}, {}, {}, {})
+
+
+def test_what_is_not_ours_stays(softmoe: Softmoe, tmp_path: Path) -> None:
+    line = ("train", *TINY, "train.steps=10")
+    assert softmoe(*line).code == 0
+    run = the_run(tmp_path)
+    (run / "checkpoints" / "README").write_text("mine")
+    shutil.copytree(last(run), run / "checkpoints" / "keep-this")
+    (run / "result.json").unlink()
+    assert softmoe(*line).code == 0
+    assert (run / "checkpoints" / "README").exists() and (run / "checkpoints" / "keep-this").exists()
+
+
+def test_the_only_checkpoint_damaged(softmoe: Softmoe, tmp_path: Path) -> None:
+    line = ("train", *TINY, "train.steps=10")
+    assert softmoe(*line).code == 0
+    run = the_run(tmp_path)
+    (run / "result.json").unlink()
+    with (last(run) / "model.safetensors").open("ab") as file:
+        file.write(b"x")
+    answer = softmoe(*line)
+    assert answer.code == 0 and "no undamaged checkpoint is left: starting afresh" in answer.out
+    assert list((run / "checkpoints").glob("damaged-last-*"))
+
+
+def test_weights_that_explode_in_the_last_update_are_no_result(softmoe: Softmoe, tmp_path: Path) -> None:
+    answer = softmoe("train", *TINY, "train.steps=1", "optim.warmup=0", "optim.lr=1e38", "optim.clip_norm=null")
+    assert answer.code == 1, answer
+    assert "validation loss" in answer.err and "lower optim.lr" in answer.err
+    run = the_run(tmp_path)
+    assert not (run / "result.json").exists() and not list((run / "checkpoints").iterdir())
+
+
+def test_a_machine_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert _commit() is None
 
 
 def test_full_disk(tmp_path: Path) -> None:
