@@ -265,7 +265,7 @@ def _trees(data: Data) -> dict[str, dict[str, list[Path]]]:
     for part in ("train", "val", "test"):
         if part in names and names[part] != part:
             raise UsageError(f"{root / names[part]} must be called {part}, or it would be taken for a class")
-    parts = [part for part in ("train", "val", "test") if part in names]
+    parts: list[str] = [part for part in ("train", "val", "test") if part in names]
     if parts in (["train"], ["val"], ["test"], ["train", "test"], ["val", "test"]):
         raise UsageError(f"data.root={data.root} has {' and '.join(parts)} only; it needs train and val, or classes")
     trees = {part: _tree(root / part) for part in parts} if parts else {"": _tree(root)}

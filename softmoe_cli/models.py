@@ -158,7 +158,8 @@ def _timm_vit(name: str, model: Model, num_classes: int) -> VisionTransformer:
     if model.image_size % patch:
         raise UsageError(
             f"model.image_size={model.image_size} is not a multiple of {patch}, the patch of timm's {name}; "
-            f"the nearest sizes that are: {max(1, model.image_size // patch) * patch}, {(model.image_size // patch + 1) * patch}"
+            f"the nearest sizes that are: {max(1, model.image_size // patch) * patch}, "
+            f"{(model.image_size // patch + 1) * patch}"
         )
     return vit
 
