@@ -1,5 +1,6 @@
 """What every test shares: no network, one thread, a working folder of its own, and the command line in-process."""
 
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -33,8 +34,11 @@ def softmoe(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], 
     def run(*arguments: str) -> Answer:
         monkeypatch.setattr(sys, "argv", ["softmoe", *arguments])
         capfd.readouterr()
+        root = logging.getLogger()
+        handlers, level = root.handlers[:], root.level
         with pytest.raises(SystemExit) as left:
             cli.main()
+        root.handlers, root.level = handlers, level  # Hydra's --info logs to this test's output and never stops
         out, err = capfd.readouterr()
         return Answer(int(left.value.code or 0), out, err)
 
