@@ -123,6 +123,15 @@ def search(ratio: Callable[[int], float | None], neighbours: int) -> None:
             else:
                 low = middle
                 points.append((middle, found))
+    low, high = points[0][0] // 2 if points else 0, points[0][0] if points else 0
+    while high - low > 1:  # the smallest value that will do
+        middle = (low + high) // 2
+        found = ratio(middle)
+        if found is None:
+            low = middle
+        else:
+            high = middle
+            points.append((middle, found))
     points.sort()
     for (low, low_ratio), (high, high_ratio) in itertools.pairwise(points):
         if (low_ratio - 1) * (high_ratio - 1) > 0:
@@ -164,9 +173,9 @@ def changes_of(config: MatchConfig, value: int) -> dict[str, Any]:
         raise UsageError(f"free={config.free}: model.backbone.timm={backbone.timm} brings its own")
     if config.free == "model.backbone.depth":
         return {config.free: value}
-    # The number of heads stays and the MLP keeps its ratio. Heads of real models grow by 8, which suits matrix units.
+    # The number of heads stays and the MLP keeps its ratio; heads of an odd width are for toys.
     assert backbone.width is not None and backbone.heads is not None and backbone.mlp_width is not None
-    unit = backbone.heads * (8 if backbone.width // backbone.heads >= 32 else 1)
+    unit = backbone.heads * (2 if backbone.width // backbone.heads >= 32 else 1)
     mlp = round(value * unit * backbone.mlp_width / backbone.width)
     return {config.free: value * unit, "model.backbone.mlp_width": mlp}
 

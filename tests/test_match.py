@@ -1,12 +1,18 @@
 """`softmoe match`: requests land within tolerance when their overrides are costed again."""
 
+import functools
 import json
 
 import pytest
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
 
-from softmoe_cli.config import COSTS, FREE_KEYS
-from softmoe_cli.match import search
-from tests.test_ledger import softmoe
+from softmoe_cli.cli import _changed, _door, _other, _plain, conf_folder
+from softmoe_cli.config import COSTS, FREE_KEYS, MatchConfig
+from softmoe_cli.match import Trial, cost_of, match, search, show
+from softmoe_cli.record import RunError
+from tests.conftest import Softmoe
 
 REQUESTS = {
     "soft against dense FLOPs": "model=vit_s16_soft to=vit_s16_dense by=forward_gflop free=model.router.num_experts",
@@ -27,36 +33,39 @@ REQUESTS = {
 }  # fmt: skip
 
 
+def asked(words: list[str]) -> tuple[MatchConfig, MatchConfig, Trial]:
+    """What `softmoe match WORDS` composes and finds."""
+    ConfigStore.instance().store(name="match_schema", node=MatchConfig)
+    with initialize_config_dir(str(conf_folder()), version_base=None):
+        tree = _plain(hydra_compose("match", [*words, "device=cpu"]), MatchConfig)
+        config = _door(tree, MatchConfig)
+        other = _other(config.to, words)
+    best = match(config, other, functools.partial(_changed, tree))
+    return config, other, best
+
+
 @pytest.mark.parametrize("request_", REQUESTS.values(), ids=REQUESTS.keys())
 def test_requests_land_within_tolerance(request_: str) -> None:
+    """Their overrides, typed into the same request, cost what the other model does."""
     words = request_.split()
-    told = softmoe("match", *words, "format=json")
-    assert told.returncode == 0, told.stderr
-    row = json.loads(told.stdout)
-    by, (override, *rest) = row["by"], row["overrides"]
-    model = [w for w in words if w.startswith(("model=", "data=", "recompute="))]
-    costs = []
-    for setting in ([*model, *(o for o in (override, *rest) if not o.startswith("train."))],
-                    [f"model={row['to']}", *model[1:]]):  # fmt: skip
-        again = softmoe("cost", *setting, "format=json")
-        assert again.returncode == 0, again.stderr
-        costs.append(json.loads(again.stdout))
-    if by == "train_pflop":
-        mine, others = int(override.partition("=")[2]) * costs[0]["train_gflop"], 1000 * costs[1]["train_gflop"]
-    else:
-        mine, others = costs[0][by], costs[1][by]
-    assert abs(mine / others - 1) <= row["tolerance_pct"] / 100
-    assert 100 * (mine / others - 1) == pytest.approx(row["difference_pct"], abs=1e-6)
+    config, other, best = asked(words)
+    typed = [f"{key}={'null' if value is None else value}" for key, value in best.overrides.items()]
+    steps = [f"steps={word.removeprefix('train.steps=')}" for word in typed if word.startswith("train.steps=")]
+    with initialize_config_dir(str(conf_folder()), version_base=None):
+        kept = [word for word in words if not (steps and word.startswith("steps="))]
+        again = _door(_plain(hydra_compose("match", [*kept, *(steps or typed)]), MatchConfig), MatchConfig)
+    assert cost_of(again) == best.cost
+    assert cost_of(other) == best.other_cost
+    assert abs(cost_of(again) / cost_of(other) - 1) <= config.tolerance
+    assert typed[0] in show(best, config)
 
 
 def test_when_nothing_meets_it_both_sides_are_named() -> None:
-    told = softmoe(
-        "match", "model=vit_nano4_dense", "to=vit_nano4_soft", "data=fashion_mnist", "free=model.backbone.depth",
-        "tolerance=0.001",
-    )  # fmt: skip
-    assert told.returncode == 1
-    assert "nearest below: model.backbone.depth=3 (-" in told.stderr
-    assert "nearest above: model.backbone.depth=4 (+" in told.stderr
+    words = "model=vit_nano4_dense to=vit_nano4_soft data=fashion_mnist free=model.backbone.depth tolerance=0.001"
+    with pytest.raises(
+        RunError, match=r"nearest below: model\.backbone\.depth=3 \(-.*above: model\.backbone\.depth=4 \(\+"
+    ):
+        asked(words.split())
 
 
 @pytest.mark.parametrize(
@@ -71,11 +80,18 @@ def test_when_nothing_meets_it_both_sides_are_named() -> None:
         ("to=vit_nano2_dens", "Did you mean 'vit_nano2_dense'?"),
     ],
 )
-def test_errors_of_use(arguments: str, words: str) -> None:
+def test_errors_of_use(softmoe: Softmoe, arguments: str, words: str) -> None:
     told = softmoe("match", *arguments.split())
-    assert told.returncode == 2
-    assert words in told.stderr
-    assert len(told.stderr.splitlines()) == 1
+    assert told.code == 2
+    assert words in told.err
+    assert len(told.err.splitlines()) == 1
+
+
+def test_the_command_prints_what_to_type(softmoe: Softmoe) -> None:
+    words = "match model=vit_nano4_soft to=vit_nano4_dense data=fashion_mnist free=model.router.slots_per_expert"
+    told = softmoe(*words.split(), "format=json", "tolerance=0.1")
+    assert told.code == 0, told.err
+    assert json.loads(told.out)["overrides"][1:] == ["model.router.capacity_factor=null"]
 
 
 def test_the_search_tries_what_it_must() -> None:

@@ -127,7 +127,7 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would(monkeypatch: pytest.Mo
     need = predict_for(config, 10, CPU)
     with_free(monkeypatch, need.peak_bytes)
     assert require_fit(config, 10, CPU) == need
-    free = (need.peak_bytes + need.state_bytes) // 2
+    free = (4 * need.peak_bytes + need.state_bytes) // 5
     with_free(monkeypatch, free)
     with pytest.raises(UsageError) as refusal:
         require_fit(config, 10, CPU)
