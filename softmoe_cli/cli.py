@@ -2,11 +2,12 @@
 
 import copy
 import dataclasses
+import functools
 import os
 import re
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -553,21 +554,34 @@ def _evaluate(config: Any) -> None:
 def _match(config: Any) -> None:
     tree = _plain(config, MatchConfig)
     checked = _door(tree, MatchConfig)
-    from hydra import compose
     from hydra.core.hydra_config import HydraConfig
 
-    typed = HydraConfig.get().overrides.task
-    kept = [override for override in typed if re.split(r"[.=/@]", override.lstrip("+~"))[0] != "model"]
-    other = _door(_plain(compose("match", [*kept, f"model={checked.to}"]), MatchConfig), MatchConfig)
     from softmoe_cli.match import match, show
 
-    def candidate(changes: dict[str, Any]) -> MatchConfig:
-        changed = copy.deepcopy(tree)
-        for key, value in changes.items():
-            node, (*sections, leaf) = changed, key.split(".")
-            for section in sections:
-                node = node[section]
-            node[leaf] = value
-        return _door(changed, MatchConfig)
+    typed = HydraConfig.get().overrides.task
+    print(show(match(checked, _other(checked.to, typed), functools.partial(_changed, tree)), checked))
 
-    print(show(match(checked, other, candidate), checked))
+
+def _other(name: str, typed: Sequence[str]) -> MatchConfig:
+    """The model that is to be met, with everything else as typed."""
+    from hydra import compose
+    from hydra.errors import HydraException
+
+    kept = [override for override in typed if re.split(r"[.=/@]", override.lstrip("+~"))[0] != "model"]
+    try:
+        config = compose("match", [*kept, f"model={name}"])
+    except HydraException as error:
+        raise UsageError(f"to={name}: {_explain(error, 'match', []).partition(': ')[2]}") from error
+    return _door(_plain(config, MatchConfig), MatchConfig)
+
+
+def _changed(tree: dict[str, Any], changes: dict[str, Any]) -> MatchConfig:
+    """The configuration in `tree` with some keys changed."""
+    changed = copy.deepcopy(tree)
+    for key, value in changes.items():
+        *sections, leaf = key.split(".")
+        node = changed
+        for section in sections:
+            node = node[section]
+        node[leaf] = value
+    return _door(changed, MatchConfig)

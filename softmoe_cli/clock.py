@@ -154,7 +154,7 @@ def rank(values: Sequence[tuple[float, str]]) -> list[int | None]:
     """The place, from 1, of each (value, hardware) among the same hardware's, the smallest first; None where there is
     nothing to compare with: figures of different hardware say nothing about each other."""
     places: list[int | None] = []
-    for value, hardware in values:
-        rivals = [other for other, where in values if where == hardware]
+    for value, here in values:
+        rivals = [other for other, where in values if where == here]
         places.append(sum(other < value for other in rivals) + 1 if len(rivals) > 1 else None)
     return places

@@ -10,6 +10,7 @@ The paper (Soft MoE, Puigcerver et al., 2023, Tables 1, 8 and 9) counts evaluati
 multiply-add as 1 and a backward pass as twice the forward pass: its training FLOPs are 1.5 `forward_flop` an image.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from timm.layers import Mlp
 from timm.models.vision_transformer import Block, VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -125,7 +126,7 @@ def _parts(vit: VisionTransformer, batch: int | None, recompute: bool) -> Iterat
             filled = 1.0 if batch is None else -(-batch // group) * group / batch
             here_train = {"router": filled * router.train_flop(n), "experts": filled * 3 * here["experts"]}
             if shared is not None:
-                here["shared"] = shared.flop(n)
+                here["shared"] = shared.flop(float(n))
             routed = router.experts_per_token - router.shared_experts
             size = sum(p.numel() for p in experts.parameters())
             idle["experts"] += size * (1 - min(1.0, routed / router.num_experts))
@@ -154,7 +155,7 @@ def _last_product(block: Block, n: int) -> tuple[str, int]:
     if isinstance(mlp, Mlp):
         return "mlp", 0 if needed else 2 * n * mlp.fc2.weight.numel()
     if mlp.shared is not None:
-        return "shared", 0 if needed else mlp.shared.flop(n) // 2
+        return "shared", 0 if needed else mlp.shared.flop(float(n)) // 2
     return "router", 0 if needed else mlp.router.combine_flop(n)
 
 
@@ -206,6 +207,12 @@ class Uncounted(UsageError):
     """An operation that nobody counts."""
 
 
+@functools.cache
+def _free(func: Any) -> bool:
+    """Whether an operation counts as 0 by convention."""
+    return func._overloadpacket in FREE or func.is_view or torch.Tag.pointwise in func.tags or func.namespace == "prim"
+
+
 class _Watch(TorchDispatchMode):
     """Raises at an operation that is neither counted nor free."""
 
@@ -214,9 +221,7 @@ class _Watch(TorchDispatchMode):
         self.counted = counted
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        packet = func._overloadpacket
-        free = packet in FREE or func.is_view or torch.Tag.pointwise in func.tags or func.namespace == "prim"
-        if not free and packet not in self.counted:
+        if func._overloadpacket not in self.counted and not _free(func):
             raise Uncounted(
                 f"nobody counts the FLOPs of {func}: the cost of a model that uses it would be wrong; write it with "
                 "other operations, or add it to COUNTED or FREE in softmoe_cli/cost.py"
@@ -238,42 +243,43 @@ def counter() -> Iterator[FlopCounterMode]:
 
 @dataclass(frozen=True)
 class Count:
-    """What the counter saw on `images` images: in the forward pass by part, and in a training step."""
+    """What the counter saw on `images` images. It cannot tell the parts of a recomputed step from each other."""
 
     images: int
-    forward_by_part: dict[str, int]
-    train_flop: int
-
-    @property
-    def forward_flop(self) -> int:
-        return sum(self.forward_by_part.values())
+    flop: int
+    flop_by_part: dict[str, int] | None
 
 
-def count(model: Model, num_classes: int, *, batch: int | None = None, recompute: bool = False) -> Count:
-    """The FLOPs of a config by torch's counter, from a forward pass and a training step on the meta device.
-
-    Args:
-        batch: images of the training step; None: as many as make full groups, which the forward pass always has.
+def count_forward(model: Model, num_classes: int) -> Count:
+    """The FLOPs of a forward pass of one full group of images by torch's counter, on the meta device.
 
     Raises:
         UsageError: a model that cannot be built, or one with an operation that nobody counts.
     """
+    vit, images = _on_meta(model, num_classes, None)
+    with counter() as seen, torch.no_grad():
+        vit.eval()(images)
+    return Count(len(images), seen.get_total_flops(), _by_part(seen, type(vit).__name__))
+
+
+def count_step(model: Model, num_classes: int, *, batch: int | None = None, recompute: bool = False) -> Count:
+    """The FLOPs of a forward and a backward pass of `batch` images (None: one full group), as `count_forward`."""
+    vit, images = _on_meta(model, num_classes, batch)
+    vit.set_grad_checkpointing(recompute)
+    with counter() as seen:
+        vit.train()(images).sum().backward()  # losses, auxiliary ones included, have no products
+    by_part = None if recompute else _by_part(seen, type(vit).__name__)
+    return Count(len(images), seen.get_total_flops(), by_part)
+
+
+def _on_meta(model: Model, num_classes: int, batch: int | None) -> tuple[VisionTransformer, Tensor]:
+    """The model with attention as two products, and images for it."""
     with torch.device("meta"):
         vit = build(model, num_classes)
         for block in vit.blocks:
             block.attn.fused_attn = False
         group = math.lcm(*(block.mlp.router.images_per_group for block in vit.blocks if isinstance(block.mlp, MoE)))
-        shape = (model.in_chans, *vit.patch_embed.img_size)
-        full, images = torch.empty(group, *shape), torch.empty(batch or group, *shape)
-    with counter() as forward, torch.no_grad():
-        vit.eval()(full)
-    vit.set_grad_checkpointing(recompute)
-    with counter() as step:
-        # A loss without products; the auxiliary losses have none either.
-        vit.train()(images).sum().backward()
-    scale = len(images) / group
-    by_part = {part: round(scale * flop) for part, flop in _by_part(forward, type(vit).__name__).items()}
-    return Count(len(images), by_part, step.get_total_flops())
+        return vit, torch.empty(batch or group, model.in_chans, *vit.patch_embed.img_size)
 
 
 def _by_part(mode: FlopCounterMode, root: str) -> dict[str, int]:

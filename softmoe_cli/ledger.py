@@ -10,7 +10,7 @@ import torch
 
 from softmoe_cli.clock import measure, rank
 from softmoe_cli.config import CostConfig, MatchConfig, UsageError
-from softmoe_cli.cost import account, count
+from softmoe_cli.cost import account, count_forward, count_step
 from softmoe_cli.device import arithmetic
 from softmoe_cli.memory import predict
 from softmoe_cli.terminal import aligned
@@ -84,11 +84,13 @@ def costs(configs: Sequence[CostConfig]) -> list[Row]:
     for config in configs:
         row, classes = formula_row(config), classes_of(config)
         part = config.batch_size // config.accumulate
-        counted = count(config.model, classes, batch=part, recompute=config.recompute)
-        row["counter_forward_gflop"] = counted.forward_flop / counted.images / 1e9
-        row["counter_train_gflop"] = counted.train_flop / counted.images / 1e9
-        for each in row["parts"]:
-            each["counter_forward_gflop"] = counted.forward_by_part[each["part"]] / counted.images / 1e9
+        forward = count_forward(config.model, classes)
+        step = count_step(config.model, classes, batch=part, recompute=config.recompute)
+        for key, seen in (("counter_forward_gflop", forward), ("counter_train_gflop", step)):
+            row[key] = seen.flop / seen.images / 1e9
+            for each in row["parts"]:
+                own = seen.flop_by_part
+                each[key] = None if own is None else own[each["part"]] / seen.images / 1e9
         row |= dict.fromkeys(CLOCK)
         rows.append(row)
     by_classes: dict[int, list[int]] = {}

@@ -175,7 +175,7 @@ def largest_batch(config: Config, num_classes: int, device: torch.device, images
     found = _largest(config, num_classes, device, free, max(images, unit), unit)
     if not found:
         raise UsageError(
-            f"train.batch_size=auto: not even {unit} images fit into the {gibibytes(free)} that {device.type} has free; "
+            f"train.batch_size=auto: {unit} images do not fit into the {gibibytes(free)} that {device.type} has free; "
             "set train.recompute=true or choose a smaller model"
         )
     return unit * 2 ** ((found // unit).bit_length() - 1)

@@ -81,10 +81,7 @@ def gibibytes(number: float) -> str:
 def aligned(rows: list[list[str]], markdown: bool) -> str:
     """A table with its first column to the left and the others to the right; the first row is its head."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        [cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))]
-        for row in rows
-    ]  # fmt: skip
+    lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
     if not markdown:
         return "\n".join("  ".join(line).rstrip() for line in lines)
     rule = [("-" * width if i == 0 else "-" * (width - 1) + ":") for i, width in enumerate(widths)]

@@ -293,9 +293,8 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
         except BaseException:
             wandb_run.close(None)
             raise
-    result = _result(
-        config, command, run, source, cost, memory, splits, test, progress, device, card["model"]["router"]
-    )
+    router = card["model"]["router"]
+    result = _result(config, command, run, source, cost, memory, splits, test, progress, device, router)
     run.finish(result)
     wandb_run.close(result)
     screen.table("result", _shown(result, run.folder))
@@ -568,7 +567,8 @@ def _header(
         "data": f"{config.data.name}: {sizes} images, {len(splits.classes)} classes",
         "budget": f"{budget}, {t.batch_size} images each{parts}; {config.optim.schedule}, lr {config.optim.lr:g}",
         "memory": f"{gibibytes(memory.peak_bytes)} at the peak (weights, gradients, AdamW "
-        f"{gibibytes(memory.state_bytes)}; activations {gibibytes(memory.activation_bytes)}) of {gibibytes(free_memory(device))} free",
+        f"{gibibytes(memory.state_bytes)}; activations {gibibytes(memory.activation_bytes)}) of "
+        f"{gibibytes(free_memory(device))} free",
         "device": f"{hardware(device)}, {t.precision}{', compiled' if t.compile else ''}",
         "folder": str(folder),
     }

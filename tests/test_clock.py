@@ -1,0 +1,40 @@
+"""The clock measures real steps; its figures are only looked at for what they must have in common."""
+
+import pytest
+import torch
+
+from softmoe_cli.clock import Workload, fingerprint, measure, rank
+from softmoe_cli.config import UsageError
+from tests.test_ledger import costed
+
+
+def test_a_measurement() -> None:
+    timing, other = measure([costed(repeats=3, batch_size=4), costed("vit_nano4_dense", repeats=3, batch_size=4)], 10)
+    for each in (timing, other):
+        assert each.latency_ms > 0 < each.train_step_ms
+        assert each.latency_spread_ms >= 0 <= each.train_step_spread_ms
+        assert each.hardware == fingerprint(torch.device("cpu"), "fp32", False)
+    assert f"torch {torch.__version__}" in timing.hardware
+    assert "threads" in timing.hardware
+    assert timing.peak_bytes is not None
+
+
+def test_the_step_is_an_update() -> None:
+    load = Workload(costed("vit_nano4_tokens_choice", batch_size=4, accumulate=2), 10)
+    before = [parameter.clone() for parameter in load.model.parameters()]
+    load.forward()
+    assert all(torch.equal(a, b) for a, b in zip(before, load.model.parameters(), strict=True))
+    load.step()
+    assert not any(torch.equal(a, b) for a, b in zip(before, load.model.parameters(), strict=True) if b.ndim > 1)
+
+
+def test_what_does_not_fit_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("softmoe_cli.clock.free_memory", lambda device: 1000)
+    with pytest.raises(UsageError, match="lower batch_size"):
+        measure([costed()], 10)
+
+
+def test_only_like_is_ranked_with_like() -> None:
+    assert rank([(3.0, "a"), (1.0, "b"), (2.0, "a"), (9.0, "c"), (2.0, "b")]) == [2, 1, 1, None, 2]
+    settings = [("fp32", True), ("fp32", False), ("bf16", True), ("bf16", False)]
+    assert len({fingerprint(torch.device("cpu"), *setting) for setting in settings}) == 4

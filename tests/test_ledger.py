@@ -1,0 +1,103 @@
+"""`softmoe cost` through the real command: the same figures in every format."""
+
+import csv
+import io
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from softmoe_cli.config import CostConfig, UsageError
+from softmoe_cli.ledger import CONVENTION, costs, show
+from tests.conftest import Softmoe
+from tests.oracles import compose
+
+
+def costed(model: str = "vit_nano4_soft", **changes: Any) -> CostConfig:
+    config = compose(f"model={model}", "data=fashion_mnist")
+    options: dict[str, Any] = {
+        "batch_size": 8, "accumulate": 1, "recompute": False, "precision": "fp32", "compile": False, "clock": False,
+        "repeats": 3, "format": "table", "device": "cpu", "threads": 1,
+    }  # fmt: skip
+    return CostConfig(model=config.model, data=config.data, **(options | changes))
+
+
+def test_formula_counter_and_clock_stand_side_by_side() -> None:
+    (row,) = costs([costed(clock=True)])
+    for key in (
+        "params_m",
+        "active_params_m",
+        "forward_gflop",
+        "train_gflop",
+        "latency_ms",
+        "images_per_s",
+        "peak_mib",
+    ):
+        assert row[key] > 0
+    assert row["forward_gflop"] == row["counter_forward_gflop"] == sum(part["forward_gflop"] for part in row["parts"])
+    assert row["train_gflop"] == pytest.approx(row["counter_train_gflop"], rel=1e-12)
+    assert row["peak_mib"] == pytest.approx(row["measured_peak_mib"], rel=0.02)
+    assert row["images_per_s"] == pytest.approx(8 / row["latency_ms"] * 1000)
+    assert "eager" in row["hardware"]
+    assert row["latency_rank"] is None
+
+
+def test_formats_say_the_same() -> None:
+    rows = costs([costed(), costed("vit_nano4_dense", recompute=True)])
+    for many in (True, False):
+        here = rows if many else rows[:1]
+        loaded = json.loads(show(here, "json", many=many))
+        assert [each["params_m"] for each in (loaded if many else [loaded])] == [row["params_m"] for row in here]
+        lines = list(csv.DictReader(io.StringIO(show(here, "csv", many=many))))
+        assert [float(line["train_gflop"]) for line in lines if line["model"]] == [row["train_gflop"] for row in here]
+        table, markdown = (show(here, form, many=many) for form in ("table", "markdown"))
+        assert table.startswith(CONVENTION)
+        assert markdown.startswith(CONVENTION)
+        assert f"{rows[0]['params_m']:.4g}" in table
+        words = [line.split() for line in table.splitlines()]
+        assert [w for w in words if w] == [
+            line.replace("|", " ").split() for line in markdown.splitlines() if line and "---" not in line
+        ]
+        if not many:
+            assert [line["part"] for line in lines] == [*(part["part"] for part in rows[0]["parts"]), "total"]
+
+
+def test_a_folder_has_to_say_its_classes() -> None:
+    config = costed()
+    config.data.num_classes = None
+    with pytest.raises(UsageError, match=r"give data\.num_classes"):
+        costs([config])
+
+
+def test_one_table_for_many_models(softmoe: Softmoe) -> None:
+    told = softmoe("cost", "-m", "model=vit_nano4_dense,vit_nano4_soft", "data=fashion_mnist", "format=json")
+    assert told.code == 0, told.err
+    assert [row["model"] for row in json.loads(told.out)] == ["vit_nano4_dense", "vit_nano4_soft"]
+
+
+def test_the_largest_model_is_counted_and_not_allocated(tmp_path: Path) -> None:
+    """54 billion parameters: 202 GiB of weights that are never there. Peak memory is the child's largest so far."""
+    told = subprocess.run(
+        [sys.executable, "-m", "softmoe_cli", "cost", "model=vit_h14_soft", "format=json"],
+        capture_output=True, text=True, check=True, cwd=tmp_path,
+    )  # fmt: skip
+    row = json.loads(told.stdout)
+    assert row["params_m"] > 54_000
+    assert row["counter_train_gflop"] == pytest.approx(row["train_gflop"], rel=1e-12)
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 2 * 2**20
+
+
+def test_errors_of_use(softmoe: Softmoe) -> None:
+    for argument, words in {
+        "accumulate=3": "accumulate=3 does not divide batch_size=32",
+        "format=xml": "format=xml is not one of table, json, csv, markdown",
+        "batchsize=3": "Did you mean 'batch_size'?",
+    }.items():
+        told = softmoe("cost", argument)
+        assert told.code == 2
+        assert words in told.err
+        assert len(told.err.splitlines()) == 1
