@@ -17,7 +17,7 @@ from softmoe_cli.config import CostConfig, MatchConfig, UsageError
 from softmoe_cli.device import arithmetic, free_memory, hardware, prepare_attention
 from softmoe_cli.memory import Live, predict
 from softmoe_cli.models import build
-from softmoe_cli.moe.routing import routings
+from softmoe_cli.moe.routing import full_precision, routings
 from softmoe_cli.terminal import gibibytes
 
 WARM_UP = 2
@@ -71,13 +71,13 @@ class Workload:
         """One update, as training makes it, in as many parts."""
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        with routings(self.model) as seen:
+        with routings(self.model) as seen, self.autocast:
             for x, targets in zip(self.x.chunk(self.accumulate), self.targets.chunk(self.accumulate), strict=True):
                 seen.clear()
-                with self.autocast:
-                    logits = self.call(x)
-                loss = F.cross_entropy(logits.float(), targets)
-                (loss + sum((routing.aux_loss for routing in seen), loss.new_zeros(()))).backward()
+                logits = self.call(x)
+                with full_precision(x):
+                    loss = F.cross_entropy(logits.float(), targets)
+                    (loss + sum((routing.aux_loss for routing in seen), loss.new_zeros(()))).backward()
         self.optimizer.step()
 
     def wait(self) -> None:

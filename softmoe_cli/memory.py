@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from softmoe_cli.config import Config, Model, UsageError
 from softmoe_cli.device import free_memory, precision_context, prepare_attention
 from softmoe_cli.models import build
-from softmoe_cli.moe.routing import routings
+from softmoe_cli.moe.routing import full_precision, routings
 from softmoe_cli.terminal import gibibytes
 
 
@@ -106,14 +106,15 @@ def predict(
         x = torch.empty(batch, model.in_chans, *vit.patch_embed.img_size, device=device)
         targets = torch.empty(batch, num_classes, device=device)
         live.peak, kept = live.now, 0
-        for part_x, part_targets in zip(x.chunk(accumulate)[:2], targets.chunk(accumulate)[:2], strict=True):
-            seen.clear()  # a second part meets the gradients of the first, and later ones the same as it
-            with precision_context(device.type, precision):
+        with precision_context(device.type, precision):  # as in train.update, with what autocast keeps
+            for part_x, part_targets in zip(x.chunk(accumulate)[:2], targets.chunk(accumulate)[:2], strict=True):
+                seen.clear()  # a second part meets the gradients of the first, and later ones the same as it
                 logits = vit(part_x)
-            loss = F.cross_entropy(logits.float(), part_targets)
-            loss = loss + sum((routing.aux_loss for routing in seen), loss.new_zeros(()))
-            kept = kept or live.now - before
-            loss.backward()
+                with full_precision(x):
+                    loss = F.cross_entropy(logits.float(), part_targets)
+                    loss = loss + sum((routing.aux_loss for routing in seen), loss.new_zeros(()))
+                    kept = kept or live.now - before
+                    loss.backward()
         peak = live.peak
     optimizer, average = 2 * weights, weights if ema else 0
     return Memory(weights, weights, optimizer, average, kept, peak + optimizer + average)
