@@ -34,7 +34,15 @@ CASES = [
 
 def composed(router: str = "soft", *overrides: str) -> Config:
     options = [] if router == "dense" else ["model.router.num_experts=16", "model.expert_init=independent"]
-    return compose(f"model/router={router}", "data=fashion_mnist", "model/backbone=vit_nano4", *options, *overrides)
+    return compose(
+        f"model/router={router}",
+        "data=fashion_mnist",
+        "model/backbone=vit_nano4",
+        "model.backbone.depth=2",
+        "model.moe_blocks=last_1",
+        *options,
+        *overrides,
+    )
 
 
 def allocated_peak(config: Config) -> int:
@@ -123,7 +131,7 @@ def with_free(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
 
 
 def test_a_run_that_cannot_fit_is_refused_with_what_would(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = composed("soft", "train.batch_size=64")
+    config = composed("soft", "train.batch_size=64", "model.backbone.depth=4")
     need = predict_for(config, 10, CPU)
     with_free(monkeypatch, need.peak_bytes)
     assert require_fit(config, 10, CPU) == need
