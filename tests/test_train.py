@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from tests.conftest import TINY, Softmoe
@@ -102,6 +103,10 @@ def test_signals_save_and_leave(tmp_path: Path) -> None:
         before = sum(file.stat().st_size for file in metrics.glob("*/*/metrics.jsonl"))
     assert "going on from step" in finish(start(tmp_path / "stopped", *options))
     same(the_run(tmp_path / "whole"), the_run(tmp_path / "stopped"))
+    found = (the_run(tmp_path / "stopped") / "metrics.jsonl").read_text().splitlines()
+    for key in ("device_s", "eval_s", "save_s"):  # what was spent before a stop stays booked
+        spent = [json.loads(line)[key] for line in found]
+        assert spent == sorted(spent) and spent[-1] > 0, key
 
 
 def test_a_second_interrupt_leaves_at_once(tmp_path: Path) -> None:
@@ -240,6 +245,18 @@ def test_rows_and_result(softmoe: Softmoe, tmp_path: Path) -> None:
     assert result["signature"] == run.name.rpartition("-")[2]
     layers = {row["block"] for row in rows(run, "routing.jsonl")}
     assert layers == {1}
+
+
+def test_batch_size_auto_is_the_run_of_its_number(softmoe: Softmoe, tmp_path: Path) -> None:
+    """All 1,295 images fit here, so the largest power of two among them; the signature is that of the number."""
+    told = softmoe("train", *TINY, "train.steps=1", "train.batch_size=auto")
+    assert "train.batch_size=auto: 1024" in told.out
+    assert "is finished" in softmoe("train", *TINY, "train.steps=1", "train.batch_size=1024").out
+    assert yaml.safe_load((the_run(tmp_path) / "config.yaml").read_text())["train"]["batch_size"] == 1024
+
+
+def test_the_first_steps_tell_the_pace(softmoe: Softmoe) -> None:
+    assert "minutes of training for 20 steps" in softmoe("train", *TINY, "train.steps=20").out
 
 
 def test_signature_is_what_the_run_computes(softmoe: Softmoe, tmp_path: Path) -> None:
