@@ -84,8 +84,11 @@ def account(model: Model, num_classes: int, *, batch: int | None = None, recompu
     Raises:
         UsageError: a model that cannot be built, or whose blocks have no formula.
     """
-    with torch.device("meta"):
-        vit = build(model, num_classes)
+    return account_model(on_meta(model, num_classes), batch=batch, recompute=recompute)
+
+
+def account_model(vit: VisionTransformer, *, batch: int | None, recompute: bool) -> Cost:
+    """`account` of a model that is there."""
     tokens = count_tokens(vit)
     layers = [block.mlp for block in vit.blocks if isinstance(block.mlp, MoE)]
     return Cost(
@@ -93,6 +96,12 @@ def account(model: Model, num_classes: int, *, batch: int | None = None, recompu
         tokens=tokens,
         slots_per_token=layers[0].router.rows(tokens) / tokens if layers else None,
     )
+
+
+def on_meta(model: Model, num_classes: int) -> VisionTransformer:
+    """The model of a config with shapes and no weights, to be costed."""
+    with torch.device("meta"):
+        return build(model, num_classes)
 
 
 def _part_of(name: str) -> str:
@@ -250,21 +259,21 @@ class Count:
     flop_by_part: dict[str, int] | None
 
 
-def count_forward(model: Model, num_classes: int) -> Count:
-    """The FLOPs of a forward pass of one full group of images by torch's counter, on the meta device.
+def count_forward(vit: VisionTransformer) -> Count:
+    """The FLOPs of a forward pass of one full group of images by torch's counter. `vit` is on the meta device.
 
     Raises:
-        UsageError: a model that cannot be built, or one with an operation that nobody counts.
+        Uncounted: an operation that nobody counts.
     """
-    vit, images = _on_meta(model, num_classes, None)
+    images = _images(vit, None)
     with counter() as seen, torch.no_grad():
         vit.eval()(images)
     return Count(len(images), seen.get_total_flops(), _by_part(seen, type(vit).__name__))
 
 
-def count_step(model: Model, num_classes: int, *, batch: int | None = None, recompute: bool = False) -> Count:
+def count_step(vit: VisionTransformer, *, batch: int | None = None, recompute: bool = False) -> Count:
     """The FLOPs of a forward and a backward pass of `batch` images (None: one full group), as `count_forward`."""
-    vit, images = _on_meta(model, num_classes, batch)
+    images = _images(vit, batch)
     vit.set_grad_checkpointing(recompute)
     with counter() as seen:
         vit.train()(images).sum().backward()  # losses, auxiliary ones included, have no products
@@ -272,14 +281,12 @@ def count_step(model: Model, num_classes: int, *, batch: int | None = None, reco
     return Count(len(images), seen.get_total_flops(), by_part)
 
 
-def _on_meta(model: Model, num_classes: int, batch: int | None) -> tuple[VisionTransformer, Tensor]:
-    """The model with attention as two products, and images for it."""
-    with torch.device("meta"):
-        vit = build(model, num_classes)
-        for block in vit.blocks:
-            block.attn.fused_attn = False
-        group = math.lcm(*(block.mlp.router.images_per_group for block in vit.blocks if isinstance(block.mlp, MoE)))
-        return vit, torch.empty(batch or group, model.in_chans, *vit.patch_embed.img_size)
+def _images(vit: VisionTransformer, batch: int | None) -> Tensor:
+    """Images without contents; the model is told to compute attention as the two products that it counts as."""
+    for block in vit.blocks:
+        block.attn.fused_attn = False
+    group = math.lcm(*(block.mlp.router.images_per_group for block in vit.blocks if isinstance(block.mlp, MoE)))
+    return torch.empty(batch or group, vit.in_chans, *vit.patch_embed.img_size, device="meta")
 
 
 def _by_part(mode: FlopCounterMode, root: str) -> dict[str, int]:

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 
 from softmoe_cli.clock import measure, rank
 from softmoe_cli.config import CostConfig, MatchConfig, UsageError
-from softmoe_cli.cost import account, count_forward, count_step
+from softmoe_cli.cost import account_model, count_forward, count_step, on_meta
 from softmoe_cli.device import arithmetic
 from softmoe_cli.memory import predict
 from softmoe_cli.terminal import aligned
@@ -33,11 +34,11 @@ def classes_of(config: CostConfig | MatchConfig) -> int:
     return config.data.num_classes
 
 
-def formula_row(config: CostConfig | MatchConfig) -> Row:
-    """Everything about a model that needs no counting and no measuring."""
+def formula_row(config: CostConfig, vit: VisionTransformer) -> Row:
+    """Everything about a model that needs no counting and no measuring. `vit` is it, on the meta device."""
     classes, part = classes_of(config), config.batch_size // config.accumulate
     device, _ = arithmetic(config.device, config.precision, config.threads)
-    cost = account(config.model, classes, batch=part, recompute=config.recompute)
+    cost = account_model(vit, batch=part, recompute=config.recompute)
     memory = predict(
         config.model, classes, batch=config.batch_size, accumulate=config.accumulate, recompute=config.recompute,
         ema=False, precision=config.precision, device=device,
@@ -82,10 +83,9 @@ def costs(configs: Sequence[CostConfig]) -> list[Row]:
     """
     rows = []
     for config in configs:
-        row, classes = formula_row(config), classes_of(config)
-        part = config.batch_size // config.accumulate
-        forward = count_forward(config.model, classes)
-        step = count_step(config.model, classes, batch=part, recompute=config.recompute)
+        vit, part = on_meta(config.model, classes_of(config)), config.batch_size // config.accumulate
+        row = formula_row(config, vit)
+        forward, step = count_forward(vit), count_step(vit, batch=part, recompute=config.recompute)
         for key, seen in (("counter_forward_gflop", forward), ("counter_train_gflop", step)):
             row[key] = seen.flop / seen.images / 1e9
             for each in row["parts"]:

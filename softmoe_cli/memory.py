@@ -13,7 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -92,7 +96,7 @@ def predict(
     in float32.
 
     Raises:
-        UsageError: a model that cannot be built.
+        UsageError: a model that cannot be built, or whose sizes depend on the images.
     """
     device = torch.device("cpu" if device.type == "mps" else device.type)  # fake tensors know no mps
     with torch.device("meta"):
@@ -109,7 +113,13 @@ def predict(
         with precision_context(device.type, precision):  # as in train.update, with what autocast keeps
             for part_x, part_targets in zip(x.chunk(accumulate)[:2], targets.chunk(accumulate)[:2], strict=True):
                 seen.clear()  # a second part meets the gradients of the first, and later ones the same as it
-                logits = vit(part_x)
+                try:
+                    logits = vit(part_x)
+                except (DataDependentOutputException, DynamicOutputShapeException) as error:
+                    raise UsageError(
+                        f"{model.router_name} asks what numbers a tensor holds ({error.func}), so that its cost cannot "
+                        "be known before a run; write its forward pass with sizes that do not depend on the images"
+                    ) from error
                 with full_precision(x):
                     loss = F.cross_entropy(logits.float(), part_targets)
                     loss = loss + sum((routing.aux_loss for routing in seen), loss.new_zeros(()))

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from softmoe_cli.config import Model, UsageError
-from softmoe_cli.cost import PARTS, Cost, Uncounted, account, count_forward, count_step, counter
+from softmoe_cli.cost import PARTS, Cost, Uncounted, account, count_forward, count_step, counter, on_meta
 from softmoe_cli.models import build
 from softmoe_cli.moe.layer import MoE
 from softmoe_cli.moe.routers.soft import SoftRouter
@@ -27,7 +27,7 @@ def composed(name: str, *overrides: str) -> Model:
 
 def assert_forward_equal(model: Model, num_classes: int) -> None:
     """The formula's figures are the counter's, part by part and to the last FLOP."""
-    cost, seen = account(model, num_classes), count_forward(model, num_classes)
+    cost, seen = account(model, num_classes), count_forward(on_meta(model, num_classes))
     assert by_part({part.name: part.forward_flop for part in cost.parts}, seen.images) == seen.flop_by_part
     assert cost.forward_flop * seen.images == seen.flop > 0
 
@@ -35,7 +35,7 @@ def assert_forward_equal(model: Model, num_classes: int) -> None:
 def assert_step_equal(model: Model, num_classes: int, *, batch: int | None = None, recompute: bool = False) -> None:
     """The same for a training step."""
     cost = account(model, num_classes, batch=batch, recompute=recompute)
-    seen = count_step(model, num_classes, batch=batch, recompute=recompute)
+    seen = count_step(on_meta(model, num_classes), batch=batch, recompute=recompute)
     parts = by_part({part.name: part.train_flop for part in cost.parts}, seen.images)
     assert seen.flop_by_part == (None if recompute else parts)
     assert round(cost.train_flop * seen.images) == seen.flop > cost.forward_flop * seen.images

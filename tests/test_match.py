@@ -14,22 +14,26 @@ from softmoe_cli.match import Trial, cost_of, match, search, show
 from softmoe_cli.record import RunError
 from tests.conftest import Softmoe
 
+FASHION = "data=fashion_mnist"
 REQUESTS = {
-    "soft against dense FLOPs": "model=vit_s16_soft to=vit_s16_dense by=forward_gflop free=model.router.num_experts",
+    "soft against dense FLOPs": "model=vit_s32_soft to=vit_s32_dense by=forward_gflop free=model.router.num_experts",
     "soft against dense training FLOPs, recomputed":
-        "model=vit_b32_soft to=vit_b32_dense by=train_gflop free=model.router.num_experts recompute=true",
-    "slots": "model=vit_nano4_soft to=vit_nano4_dense data=fashion_mnist by=forward_gflop "
-        "free=model.router.slots_per_expert tolerance=0.05",
-    "blocks": "model=vit_s16_soft to=vit_s16_dense by=forward_gflop free=model.moe_blocks tolerance=0.05",
-    "depth": "model=vit_b32_dense to=vit_b32_soft by=forward_gflop free=model.backbone.depth tolerance=0.1",
-    "width": "model=vit_s16_dense to=vit_s16_soft by=forward_gflop free=model.backbone.width tolerance=0.07",
-    "parameters": "model=vit_nano4_soft to=vit_micro4_soft data=fashion_mnist by=params_m "
+        f"model=vit_nano2_soft to=vit_nano2_dense {FASHION} by=train_gflop recompute=true "
         "free=model.router.num_experts",
-    "active parameters": "model=vit_nano4_tokens_choice to=vit_micro4_dense data=fashion_mnist by=active_params_m "
-        "free=model.backbone.width tolerance=0.05",
-    "memory": "model=vit_nano4_dense to=vit_nano4_soft data=fashion_mnist by=peak_mib free=model.backbone.width "
+    "slots": f"model=vit_nano4_soft to=vit_nano4_dense {FASHION} by=forward_gflop free=model.router.slots_per_expert "
+        "tolerance=0.05",
+    "blocks": f"model=vit_micro2_soft to=vit_micro2_dense {FASHION} by=forward_gflop free=model.moe_blocks "
         "tolerance=0.1",
-    "steps": "model=vit_s16_soft to=vit_s16_dense by=train_pflop steps=1000 free=train.steps tolerance=0.001",
+    "depth": f"model=vit_micro4_dense to=vit_micro4_soft {FASHION} by=forward_gflop free=model.backbone.depth "
+        "tolerance=0.15",
+    "width": f"model=vit_nano2_dense to=vit_nano2_soft {FASHION} by=forward_gflop free=model.backbone.width "
+        "tolerance=0.05",
+    "parameters": f"model=vit_nano4_soft to=vit_micro4_soft {FASHION} by=params_m free=model.router.num_experts",
+    "active parameters": f"model=vit_nano4_tokens_choice to=vit_micro4_dense {FASHION} by=active_params_m "
+        "free=model.backbone.width tolerance=0.05",
+    "memory": f"model=vit_nano4_dense to=vit_nano4_soft {FASHION} by=peak_mib free=model.backbone.width tolerance=0.1",
+    "steps": f"model=vit_micro4_soft to=vit_micro4_dense {FASHION} by=train_pflop steps=1000 free=train.steps "
+        "tolerance=0.001",
 }  # fmt: skip
 
 

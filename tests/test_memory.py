@@ -12,6 +12,7 @@ from softmoe_cli.config import Config, UsageError
 from softmoe_cli.device import _control_group_free, precision_context, prepare_attention
 from softmoe_cli.memory import Live, Memory, largest_batch, last_within, predict_for, require_fit
 from softmoe_cli.models import build
+from softmoe_cli.moe.routers.soft import SoftRouter
 from softmoe_cli.moe.routing import routings
 from softmoe_cli.optim import adamw
 from softmoe_cli.train import update
@@ -34,7 +35,15 @@ CASES = [
 
 def composed(router: str = "soft", *overrides: str) -> Config:
     options = [] if router == "dense" else ["model.router.num_experts=16", "model.expert_init=independent"]
-    return compose(f"model/router={router}", "data=fashion_mnist", "model/backbone=vit_nano4", *options, *overrides)
+    return compose(
+        f"model/router={router}",
+        "data=fashion_mnist",
+        "model/backbone=vit_nano4",
+        "model.backbone.depth=2",
+        "model.moe_blocks=last_1",
+        *options,
+        *overrides,
+    )
 
 
 def allocated_peak(config: Config) -> int:
@@ -123,7 +132,7 @@ def with_free(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
 
 
 def test_a_run_that_cannot_fit_is_refused_with_what_would(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = composed("soft", "train.batch_size=64")
+    config = composed("soft", "train.batch_size=64", "model.backbone.depth=4")
     need = predict_for(config, 10, CPU)
     with_free(monkeypatch, need.peak_bytes)
     assert require_fit(config, 10, CPU) == need
@@ -157,6 +166,15 @@ def test_auto_is_the_largest_power_of_two_that_fits(monkeypatch: pytest.MonkeyPa
     with_free(monkeypatch, 1000)
     with pytest.raises(UsageError, match=r"train\.batch_size=auto: 1 images do not fit"):
         largest_batch(config, 10, CPU, 1000)
+
+
+def test_a_router_whose_sizes_depend_on_the_images_has_no_prediction(monkeypatch: pytest.MonkeyPatch) -> None:
+    def look(router: SoftRouter, x: torch.Tensor, keep: torch.Tensor | None = None) -> float:
+        return x.sum().item()
+
+    monkeypatch.setattr(SoftRouter, "forward", look)
+    with pytest.raises(UsageError, match="soft asks what numbers a tensor holds"):
+        predict_for(composed("soft", "train.batch_size=2"), 10, CPU)
 
 
 def test_memory_of_a_control_group(tmp_path: Path) -> None:

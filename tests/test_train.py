@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -107,6 +108,10 @@ def test_signals_save_and_leave(tmp_path: Path) -> None:
         before = sum(file.stat().st_size for file in metrics.glob("*/*/metrics.jsonl"))
     assert "going on from step" in finish(start(tmp_path / "stopped", *options))
     same(the_run(tmp_path / "whole"), the_run(tmp_path / "stopped"))
+    found = (the_run(tmp_path / "stopped") / "metrics.jsonl").read_text().splitlines()
+    for key in ("device_s", "eval_s", "save_s"):  # what was spent before a stop stays booked
+        spent = [json.loads(line)[key] for line in found]
+        assert spent == sorted(spent) and spent[-1] > 0, key
 
 
 def test_a_second_interrupt_leaves_at_once(tmp_path: Path) -> None:
@@ -355,10 +360,25 @@ def test_rows_and_result(softmoe: Softmoe, tmp_path: Path) -> None:
     assert [row["split"] for row in found].count("test") == 1 and found[-1]["split"] == "test"
     result = json.loads((run / "result.json").read_text())
     assert result["test_images"] == 359 and result["seed"] == 3
-    assert result["train_pflop"] == found[-1]["train_pflop"] == 50 * 32 * 3 * result["forward_gflop"] / 1e6
+    assert result["train_pflop"] == found[-1]["train_pflop"]
+    assert result["train_pflop"] == pytest.approx(50 * 32 * result["train_gflop"] / 1e6, rel=1e-12)
+    assert 2.9 < result["train_gflop"] / result["forward_gflop"] < 3  # pixels have no gradient
+    assert result["peak_mib"] > 16 * result["params_m"] * 1e6 / 2**20
     assert result["signature"] == run.name.rpartition("-")[2]
     layers = {row["block"] for row in rows(run, "routing.jsonl")}
     assert layers == {1}
+
+
+def test_batch_size_auto_is_the_run_of_its_number(softmoe: Softmoe, tmp_path: Path) -> None:
+    """All 1,295 images fit here, so the largest power of two among them; the signature is that of the number."""
+    told = softmoe("train", *TINY, "train.steps=1", "train.batch_size=auto")
+    assert "train.batch_size=auto: 1024" in told.out
+    assert "is finished" in softmoe("train", *TINY, "train.steps=1", "train.batch_size=1024").out
+    assert yaml.safe_load((the_run(tmp_path) / "config.yaml").read_text())["train"]["batch_size"] == 1024
+
+
+def test_the_first_steps_tell_the_pace(softmoe: Softmoe) -> None:
+    assert "minutes of training for 20 steps" in softmoe("train", *TINY, "train.steps=20").out
 
 
 def test_signature_is_what_the_run_computes(softmoe: Softmoe, tmp_path: Path) -> None:
