@@ -271,22 +271,29 @@ def count_forward(vit: VisionTransformer) -> Count:
     return Count(len(images), seen.get_total_flops(), _by_part(seen, type(vit).__name__))
 
 
-def count_step(vit: VisionTransformer, *, batch: int | None = None, recompute: bool = False) -> Count:
-    """The FLOPs of a forward and a backward pass of `batch` images (None: one full group), as `count_forward`."""
-    images = _images(vit, batch)
+def count(vit: VisionTransformer, *, batch: int | None = None, recompute: bool = False) -> tuple[Count, Count]:
+    """What `count_forward` says, and the FLOPs of a forward and a backward pass of `batch` images (None: one full
+    group), in one go where these are full groups."""
+    images, name = _images(vit, batch), type(vit).__name__
     vit.set_grad_checkpointing(recompute)
     with counter() as seen:
-        vit.train()(images).sum().backward()  # losses, auxiliary ones included, have no products
-    by_part = None if recompute else _by_part(seen, type(vit).__name__)
-    return Count(len(images), seen.get_total_flops(), by_part)
+        logits = vit.train()(images)
+        forward = Count(len(images), seen.get_total_flops(), _by_part(seen, name))
+        logits.sum().backward()  # losses, auxiliary ones included, have no products
+    step = Count(len(images), seen.get_total_flops(), None if recompute else _by_part(seen, name))
+    return forward if len(images) % _group(vit) == 0 else count_forward(vit), step
+
+
+def _group(vit: VisionTransformer) -> int:
+    """Images that make full groups for every router."""
+    return math.lcm(*(block.mlp.router.images_per_group for block in vit.blocks if isinstance(block.mlp, MoE)))
 
 
 def _images(vit: VisionTransformer, batch: int | None) -> Tensor:
     """Images without contents; the model is told to compute attention as the two products that it counts as."""
     for block in vit.blocks:
         block.attn.fused_attn = False
-    group = math.lcm(*(block.mlp.router.images_per_group for block in vit.blocks if isinstance(block.mlp, MoE)))
-    return torch.empty(batch or group, vit.in_chans, *vit.patch_embed.img_size, device="meta")
+    return torch.empty(batch or _group(vit), vit.in_chans, *vit.patch_embed.img_size, device="meta")
 
 
 def _by_part(mode: FlopCounterMode, root: str) -> dict[str, int]:

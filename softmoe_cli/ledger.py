@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from softmoe_cli.clock import measure, rank
 from softmoe_cli.config import CostConfig, MatchConfig, UsageError
-from softmoe_cli.cost import account_model, count_forward, count_step, on_meta
+from softmoe_cli.cost import account_model, count, on_meta
 from softmoe_cli.device import arithmetic
 from softmoe_cli.memory import predict
 from softmoe_cli.terminal import aligned
@@ -85,7 +85,7 @@ def costs(configs: Sequence[CostConfig]) -> list[Row]:
     for config in configs:
         vit, part = on_meta(config.model, classes_of(config)), config.batch_size // config.accumulate
         row = formula_row(config, vit)
-        forward, step = count_forward(vit), count_step(vit, batch=part, recompute=config.recompute)
+        forward, step = count(vit, batch=part, recompute=config.recompute)
         for key, seen in (("counter_forward_gflop", forward), ("counter_train_gflop", step)):
             row[key] = seen.flop / seen.images / 1e9
             for each in row["parts"]:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from softmoe_cli.config import Model, UsageError
-from softmoe_cli.cost import PARTS, Cost, Uncounted, account, count_forward, count_step, counter, on_meta
+from softmoe_cli.cost import PARTS, Cost, Uncounted, account, count, count_forward, counter, on_meta
 from softmoe_cli.models import build
 from softmoe_cli.moe.layer import MoE
 from softmoe_cli.moe.routers.soft import SoftRouter
@@ -35,7 +35,9 @@ def assert_forward_equal(model: Model, num_classes: int) -> None:
 def assert_step_equal(model: Model, num_classes: int, *, batch: int | None = None, recompute: bool = False) -> None:
     """The same for a training step."""
     cost = account(model, num_classes, batch=batch, recompute=recompute)
-    seen = count_step(on_meta(model, num_classes), batch=batch, recompute=recompute)
+    vit = on_meta(model, num_classes)
+    forward, seen = count(vit, batch=batch, recompute=recompute)
+    assert forward.flop == cost.forward_flop * forward.images
     parts = by_part({part.name: part.train_flop for part in cost.parts}, seen.images)
     assert seen.flop_by_part == (None if recompute else parts)
     assert round(cost.train_flop * seen.images) == seen.flop > cost.forward_flop * seen.images
