@@ -201,8 +201,8 @@ FREE = {
     aten.full, aten.full_like, aten.new_full, aten.arange, aten.scalar_tensor, aten._to_copy, aten._unsafe_view,
     aten.slice_backward, aten.select_backward, aten.randn_like, aten.rand_like, aten.bernoulli, aten.bernoulli_,
     aten.repeat, aten.flip, aten.roll, aten.eye, aten.tril, aten.triu, aten.lift_fresh, aten.copy_, aten.fill_,
-    aten.zero_, aten.resize_, aten.one_hot, aten.repeat_interleave, aten.split_with_sizes_copy, aten.embedding,
-    aten.embedding_dense_backward,
+    aten.zero_, aten.masked_fill_, aten.resize_, aten.one_hot, aten.repeat_interleave, aten.split_with_sizes_copy,
+    aten.embedding, aten.embedding_dense_backward,
     # looking up and adding up
     aten.gather, aten.gather_backward, aten.scatter, aten.scatter_, aten.scatter_add, aten.scatter_add_,
     aten.scatter_reduce, aten.index, aten.index_put, aten.index_put_, aten._unsafe_index_put, aten.index_select,

@@ -88,8 +88,7 @@ def test_formula_equals_torchs_counter_for_every_router(router: str) -> None:
 @pytest.mark.parametrize(
     ("name", "overrides"),
     [
-        ("vit_s16_soft", []),
-        ("vit_s16_dense", ["model.backbone.class_token=true", "model.backbone.pool=token"]),
+        ("vit_micro2_dense", ["model.backbone.class_token=true", "model.backbone.pool=token"]),
         ("vit_nano2_soft", ["model.moe_blocks=[1]", "model.router.num_experts=3", "model.router.slots_per_expert=5"]),
         ("vit_nano2_soft", ["model.router.slots_per_expert=null", "model.router.capacity_factor=2.0"]),
         ("vit_nano2_soft", ["model.backbone.mlp_width=100", "model.backbone.qk_norm=none", "model.in_chans=3"]),
