@@ -8,6 +8,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from softmoe_cli.config import UsageError
+from softmoe_cli.moe.layer import CPU_MULTIPLIES
 
 
 def arithmetic(name: str, precision: str, threads: int | None) -> tuple[torch.device, torch.autocast]:
@@ -30,6 +31,14 @@ def precision_context(device: str, precision: str) -> torch.autocast:
     """The autocast context of `train.precision=` on a kind of device."""
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     return torch.autocast(device, dtype=dtype, enabled=precision != "fp32")
+
+
+def slower(device: torch.device, precision: str) -> str:
+    """A warning for the header where a half precision costs time instead of saving it."""
+    if device.type != "cpu" or precision == "fp32":
+        return ""
+    fast = CPU_MULTIPLIES[torch.float16 if precision == "fp16" else torch.bfloat16]
+    return "" if fast else " (fp32 is faster: this CPU has no products of half precision)"
 
 
 def prepare_attention(model: VisionTransformer, device: torch.device, precision: str) -> None:

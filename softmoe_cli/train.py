@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from softmoe_cli import data, mirror
 from softmoe_cli.config import Config
 from softmoe_cli.cost import Cost, account
-from softmoe_cli.device import arithmetic, free_memory, hardware, prepare_attention
+from softmoe_cli.device import arithmetic, free_memory, hardware, prepare_attention, slower
 from softmoe_cli.evaluate import classification_loss, evaluate, routing_statistics
 from softmoe_cli.memory import Memory, largest_batch, require_fit
 from softmoe_cli.models import build, load_weights
@@ -569,7 +569,7 @@ def _header(
         "memory": f"{gibibytes(memory.peak_bytes)} at the peak (weights, gradients, AdamW "
         f"{gibibytes(memory.state_bytes)}; activations {gibibytes(memory.activation_bytes)}) of "
         f"{gibibytes(free_memory(device))} free",
-        "device": f"{hardware(device)}, {t.precision}{', compiled' if t.compile else ''}",
+        "device": f"{hardware(device)}, {t.precision}{slower(device, t.precision)}{', compiled' if t.compile else ''}",
         "folder": str(folder),
     }
 
