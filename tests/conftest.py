@@ -3,7 +3,7 @@
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,10 +25,8 @@ Softmoe = Callable[..., Answer]
 
 
 @pytest.fixture
-def softmoe(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Softmoe]:
+def softmoe(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Softmoe:
     """Runs a command line as `softmoe` would, in a fresh working folder; returns exit status and output."""
-    root = logging.getLogger()
-    before = root.level, root.handlers[:]
     from softmoe_cli import cli
 
     monkeypatch.chdir(tmp_path)
@@ -44,9 +42,7 @@ def softmoe(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], 
         out, err = capfd.readouterr()
         return Answer(int(left.value.code or 0), out, err)
 
-    yield run
-    root.setLevel(before[0])
-    root.handlers[:] = before[1]  # Hydra's --info leaves one that writes to this test's standard output
+    return run
 
 
 TINY = (
