@@ -45,7 +45,10 @@ class Screen:
         """A line per word: wrapped by the terminal, whole in a file."""
         self.console.print(f"[bold]{escape(title)}[/bold]")
         for key, value in rows.items():
-            self.console.print(f"  [bold]{escape(key):<17}[/bold]{escape(value)}")
+            self.row(key, value)
+
+    def row(self, key: str, value: str) -> None:
+        self.console.print(f"  [bold]{escape(key):<17}[/bold]{escape(value)}")
 
     def step(self, done: float, loss: float, lr: float, images_per_s: float) -> None:
         """Moves the progress bar to the share `done`; cheap enough for every step."""

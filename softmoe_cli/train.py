@@ -136,8 +136,9 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
     budget = Budget.of(config, len(splits.train))
     learning_rate = schedule(config.optim, budget.total)
     cost = account(config.model, classes, batch=_part(config), recompute=config.train.recompute)
+    screen.table(command, _header(config, cost, splits, budget, device, run.folder))
     memory = require_fit(config, classes, device)
-    screen.table(command, _header(config, cost, memory, splits, budget, device, run.folder))
+    screen.row("memory", _memory(memory, device))
 
     torch.manual_seed(config.seed)
     model = build(config.model, classes)
@@ -546,7 +547,6 @@ def _wandb_settings(config: Config, command: str, run: Run) -> dict[str, Any]:
 def _header(
     config: Config,
     cost: Cost,
-    memory: Memory,
     splits: data.Splits,
     budget: Budget,
     device: torch.device,
@@ -566,12 +566,16 @@ def _header(
         "cost per image": f"{count(cost.forward_flop)}FLOP forward, {count(cost.train_flop)}FLOP training",
         "data": f"{config.data.name}: {sizes} images, {len(splits.classes)} classes",
         "budget": f"{budget}, {t.batch_size} images each{parts}; {config.optim.schedule}, lr {config.optim.lr:g}",
-        "memory": f"{gibibytes(memory.peak_bytes)} at the peak (weights, gradients, AdamW "
-        f"{gibibytes(memory.state_bytes)}; activations {gibibytes(memory.activation_bytes)}) of "
-        f"{gibibytes(free_memory(device))} free",
         "device": f"{hardware(device)}, {t.precision}{slower(device, t.precision)}{', compiled' if t.compile else ''}",
         "folder": str(folder),
     }
+
+
+def _memory(memory: Memory, device: torch.device) -> str:
+    return (
+        f"{gibibytes(memory.peak_bytes)} at the peak (weights, gradients, AdamW {gibibytes(memory.state_bytes)}; "
+        f"activations {gibibytes(memory.activation_bytes)}) of {gibibytes(free_memory(device))} free"
+    )
 
 
 def _result(

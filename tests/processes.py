@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["softmoe_cli.train", "softmoe_cli.cli", "hydra", "sklearn.datasets"])
+_SERVER.set_forkserver_preload(["softmoe_cli.train", "softmoe_cli.cli", "hydra"])
 
 
 class Started:
