@@ -30,7 +30,7 @@ from softmoe_cli.device import hardware
 from softmoe_cli.models import make_router
 from softmoe_cli.moe.layer import Experts, MoE
 
-TOKENS, SECONDS, MOST, FEWEST = 196, 12.0, 9, 2
+TOKENS, SECONDS, MOST, FEWEST = 196, 6.0, 9, 3
 OURS = ("soft", "tokens_choice", "tokens_choice_bpr", "experts_choice", "tokens_choice_dropless")
 ROUTERS = Path(__file__).parents[2] / "conf/model/router"
 FIELDS = (
