@@ -28,7 +28,7 @@ from softmoe_cli.evaluate import classification_loss, evaluate, routing_statisti
 from softmoe_cli.memory import Memory, largest_batch, require_fit
 from softmoe_cli.models import build, load_weights
 from softmoe_cli.moe.layer import MoE
-from softmoe_cli.moe.routing import Router, Routing, full_precision, routings
+from softmoe_cli.moe.routing import Routing, full_precision, routings
 from softmoe_cli.optim import adamw, schedule, span
 from softmoe_cli.record import Checkpoint, Run, RunError, Source, random_state, set_random_state, signature
 from softmoe_cli.terminal import Screen, count, gibibytes
@@ -170,6 +170,7 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
     card |= {"loss": config.train.loss, "precision": config.train.precision}
     evaluated = ema.module if ema is not None else model
     moe_blocks = [i for i, block in enumerate(model.blocks) if isinstance(block.mlp, MoE)]
+    routers = [model.blocks[i].mlp.router for i in moe_blocks]
     wandb_run = mirror.Mirror(
         mirror.resolve(config.tracking),
         _wandb_settings(config, command, run),
@@ -259,6 +260,8 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
                     rescaling = scaler.is_enabled() and scaler.get_scale() > SMALLEST_SCALE
                     if not math.isfinite(loss) or not (math.isfinite(norm) or rescaling):
                         raise RunError(_blame(model, x, targets, config, autocast, progress.step, loss, norm))
+                    for router in routers:
+                        router.after_update()
                     if ema is not None:
                         ema.update(model)
                 progress.step += 1
@@ -343,8 +346,6 @@ def update(
             group["lr"] = lr
         scaler.step(optimizer)
         scaler.update()
-        for router in (module for module in model.modules() if isinstance(module, Router)):
-            router.after_update()
         optimizer.zero_grad(set_to_none=True)  # now, so that looks and checkpoints find their memory free
     return main, aux_loss, norm_value
 

@@ -45,13 +45,13 @@ def main() -> None:
             x, targets = next(batches)
             shared = time.perf_counter() - start
             start = time.perf_counter()
-            optimizer.zero_grad(set_to_none=True)
             loss = torch.nn.functional.cross_entropy(model(x), targets)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm or math.inf)
             for group in optimizer.param_groups:
                 group["lr"] = rate(step)
             optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
             loss.item()
             plain.append(time.perf_counter() - start + shared)
             start = time.perf_counter()
