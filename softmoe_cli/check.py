@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
 from softmoe_cli.config import UsageError
+from softmoe_cli.cost import counter
 from softmoe_cli.models import make_router
 from softmoe_cli.moe.layer import Experts, MoE
 from softmoe_cli.moe.routers.experts_choice import ExpertsChoiceRouter
@@ -239,19 +239,10 @@ def cost_formula(subject: Subject) -> Finding:
     """The FLOPs that the formula says are those that torch's counter sees."""
     layer = subject.layer(torch.float32)
     x = subject.batch(layer, torch.float32)
-    got, want = count_flop(layer, x), layer.flop(TOKENS) * len(x)
-    return got == want, f"counter {got:,}, formula {want:,}"
-
-
-def count_flop(layer: MoE, x: Tensor) -> int:
-    """torch's count, with the grouped product that it counts as 0."""
-
-    def grouped(rows: Any, weights: Any, *_: Any, **__: Any) -> int:
-        return 2 * rows[0] * rows[1] * weights[2]
-
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: grouped}) as counter:
+    with counter() as seen:
         layer(x)
-    return counter.get_total_flops()
+    got, want = seen.get_total_flops(), layer.flop(TOKENS) * len(x)
+    return got == want, f"counter {got:,}, formula {want:,}"
 
 
 def rebuilt(subject: Subject) -> Finding:
