@@ -1,10 +1,9 @@
-"""`softmoe compare`: finished runs, read from result.json and metrics.jsonl and nothing else, become a comparison."""
+"""`softmoe compare`: runs that may be compared become groups, and groups get intervals, verdicts and a front."""
 
 import json
 import math
-import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,59 +20,13 @@ from softmoe_cli.intervals import (
     on_front,
     verdicts,
 )
+from softmoe_cli.runs import AXES, CLOCK, COSTS, FINGERPRINT, QUALITIES, VERSION, Row, Run, number, read, single
 
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Quality:
-    """What tables call it, which way is up, and its name in the validation rows that curves are made of."""
-
-    head: str
-    higher_is_better: bool
-    curve: str
-
-
-QUALITIES = {
-    "top1_pct": Quality("test top-1, %", True, "top1_pct"),
-    "top5_pct": Quality("test top-5, %", True, "top5_pct"),
-    "loss": Quality("test loss", False, "loss"),
-    "validation_top1_pct": Quality("validation top-1, %", True, "top1_pct"),
-    "validation_loss": Quality("validation loss", False, "loss"),
-    "best_validation_top1_pct": Quality("best validation top-1, %", True, "top1_pct"),
-}
-COSTS = {
-    "train_pflop": "training PFLOP",
-    "device_s": "training s",
-    "forward_gflop": "forward GFLOP/image",
-    "train_gflop": "training GFLOP/image",
-    "params_m": "parameters, M",
-    "active_params_m": "active parameters, M",
-    "peak_mib": "peak memory, MiB",
-    "images": "training images",
-    "epochs": "epochs",
-    "steps": "updates",
-    "eval_s": "evaluation s",
-    "save_s": "saving s",
-    "compile_s": "compilation s",
-}
-AXES = ("train_pflop", "device_s", "images")
-"""Costs that validation rows hold as they grow."""
-CLOCK = ("device_s", "eval_s", "save_s", "compile_s")
-FINGERPRINT = ("hardware", "torch")
-"""Seconds are compared within one of these only."""
-VERSION = ("commit", "softmoe", "torch")
 EVALUATION = (
     "data", "data.identity", "test_images", "data.num_classes", "data.split_seed", "data.validation_fraction",
     "data.test_fraction",
 )  # fmt: skip
 """Qualities are compared only where all of these are equal: the same images, cut the same way."""
-EARLIER = (
-    "command", "checkpoint", "backbone", "router", "num_experts", "slots_per_expert", "images_per_group", "moe_blocks",
-    "image_size", "steps", "batch_size", "lr", "precision",
-)  # fmt: skip
-"""What rows without the whole configuration say of it."""
-
 ROUTED = (
     "model.moe_blocks", "model.expert_init", "router", "num_experts", "slots_per_expert", "images_per_group",
     "moe_blocks",
@@ -109,34 +62,6 @@ LABELS = {
     "checkpoint": "from {}",
 }
 """How a label tells a setting. These are told whenever they differ; others only where labels would be the same."""
-
-
-@dataclass
-class Run:
-    """A finished run: its result row and its validation rows."""
-
-    folder: Path
-    row: Row
-    looks: list[Row]
-
-    def settings(self) -> Row:
-        """What was chosen: everything but the seed. Choices that a dense model does not have are left out."""
-        row = self.row
-        if not self.complete:
-            return {key: row.get(key) for key in EARLIER}
-        chosen = {key: value for key, value in row.items() if "." in key and key != "data.identity"}
-        chosen |= {"command": row.get("command"), "model.router._target_": row["model.router._target_"] or "dense"}
-        if row["model.router._target_"] is None:
-            del chosen["model.moe_blocks"], chosen["model.expert_init"]
-        return chosen
-
-    @property
-    def complete(self) -> bool:
-        """Whether the row holds the whole configuration; rows of earlier versions do not."""
-        return {"model.router._target_", "model.moe_blocks", "model.expert_init"} <= self.row.keys()
-
-    def curve(self, axis: str, key: str) -> list[tuple[float, float]]:
-        return [(look[axis], look[key]) for look in self.looks if axis in look and key in look]
 
 
 @dataclass
@@ -250,8 +175,8 @@ def compare(folders: Sequence[Path], question: Question) -> Comparison:
         UsageError: folders, keys or a baseline that do not exist, or nothing left to compare.
     """
     question.check()
-    runs, left_out, notes = _read(folders)
-    runs, doubles = _single(runs, question.strict)
+    runs, left_out, notes = read(folders)
+    runs, doubles = single(runs, question.strict)
     left_out += doubles
     if not runs:
         raise UsageError(f"no finished run below {', '.join(map(str, folders))}{_first(left_out)}")
@@ -259,7 +184,7 @@ def compare(folders: Sequence[Path], question: Question) -> Comparison:
     runs = _where(runs, question.where, keys)
     kept = []
     for run in runs:
-        lacks = [key for key in (question.quality, question.cost) if not _number(run.row.get(key))]
+        lacks = [key for key in (question.quality, question.cost) if not number(run.row.get(key))]
         if lacks:
             left_out.append((str(run.folder), f"its result has no number {lacks[0]}"))
         else:
@@ -290,124 +215,16 @@ def compare(folders: Sequence[Path], question: Question) -> Comparison:
     return Comparison(question.quality, question.cost, columns, blocks, notes, left_out)
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------
+# --- what may be compared with what ----------------------------------------------------------------------------------
 
 
-def _read(folders: Sequence[Path]) -> tuple[list[Run], list[tuple[str, str]], list[str]]:
-    """Every run below the folders, sorted by path; (folder, reason) of what is none; notes."""
-    found: dict[Path, Path] = {}
-    for folder in folders:
-        if not folder.is_dir():
-            parent = folder.parent
-            siblings = [path.name for path in parent.iterdir() if path.is_dir()] if parent.is_dir() else []
-            raise UsageError(f"{folder} is no folder.{nearest(folder.name, siblings)}")
-        for path in _run_folders(folder):
-            found.setdefault(path.resolve(), path)
-    runs, left_out, notes = [], [], []
-    for path in sorted(found.values()):
-        row, reason = _result(path)
-        if row is None:
-            left_out.append((str(path), reason))
-            continue
-        looks, damage = _looks(path / "metrics.jsonl")
-        if damage:
-            notes.append(f"{path}: {damage}; it has no curve")
-        runs.append(Run(path, row, looks))
-    lacking = [run for run in runs if not run.complete]
-    if lacking:
-        notes.append(
-            f"{len(lacking)} of {len(runs)} results, {lacking[0].row['name']} first, do not hold the whole "
-            "configuration: an earlier version wrote them. They are kept apart, and settings that they do not tell may "
-            "differ within a group"
-        )
-    return runs, left_out, notes
-
-
-def _run_folders(top: Path) -> Iterator[Path]:
-    """Folders that hold a run or the beginning of one, and empty ones."""
-    for where, folders, files in os.walk(top):
-        if {"result.json", "metrics.jsonl", "config.yaml"} & set(files) or not (folders or files):
-            folders.clear()
-            yield Path(where)
-        folders[:] = [name for name in folders if not name.startswith(".") and name != "wandb"]
-
-
-def _result(folder: Path) -> tuple[Row | None, str]:
-    """The result row, or why there is none."""
-    path = folder / "result.json"
-    try:
-        text = path.read_text()
-    except FileNotFoundError:
-        if not any(folder.iterdir()):
-            return None, "empty"
-        looks, _ = _looks(folder / "metrics.jsonl")
-        return None, "unfinished: no result.json" + (f", last look at step {looks[-1]['step']:,}" if looks else "")
-    except (OSError, UnicodeDecodeError) as error:
-        return None, f"result.json cannot be read ({error})"
-    try:
-        row = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        return None, f"result.json is truncated or damaged ({error})" if text else "result.json is empty"
-    if not isinstance(row, dict):
-        return None, "foreign: result.json is no row of softmoe"
-    kinds = {"signature": str, "seed": int, "name": str, "data": str}
-    lacks = [key for key, kind in kinds.items() if not isinstance(row.get(key), kind)]
-    return (None, f"foreign: result.json has no {lacks[0]}") if lacks else (row, "")
-
-
-def _looks(path: Path) -> tuple[list[Row], str]:
-    """The validation rows, and what is wrong with the file; a damaged file gives none."""
-    try:
-        lines = path.read_text().splitlines()
-    except FileNotFoundError:
-        return [], "metrics.jsonl is missing"
-    except (OSError, UnicodeDecodeError) as error:
-        return [], f"metrics.jsonl cannot be read ({error})"
-    looks: list[Row] = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if not isinstance(row, dict):
-            return [], f"metrics.jsonl is damaged in line {number}"
-        if row.get("split") != "validation":
-            continue
-        if not _number(row.get("step")) or any(not _number(row.get(axis)) for axis in AXES):
-            return [], f"metrics.jsonl lacks a number in line {number}"
-        if looks and any(row[axis] <= looks[-1][axis] for axis in AXES):
-            return [], f"metrics.jsonl goes back in line {number}"
-        looks.append({key: value for key, value in row.items() if _number(value)})
-    return looks, ("" if looks else "metrics.jsonl has no validation row")
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _single(runs: list[Run], strict: bool) -> tuple[list[Run], list[tuple[str, str]]]:
-    """One run per signature (and code version, if those are kept apart): the first by path."""
-    first: dict[Any, Run] = {}
-    doubles = []
-    for run in runs:
-        kept = first.setdefault((run.row["signature"], *(run.row.get(key) for key in VERSION if strict)), run)
-        if kept is not run:
-            same = all(kept.row.get(key) == run.row.get(key) for key in QUALITIES)
-            reason = f"the same run as {kept.folder}, " + ("equal in quality" if same else "with OTHER quality")
-            doubles.append((str(run.folder), reason))
-    return list(first.values()), doubles
+APART = (*EVALUATION, "train.loss", "configuration", *FINGERPRINT, *VERSION)
 
 
 def _first(left_out: list[tuple[str, str]]) -> str:
     if not left_out:
         return "; give the folder of a study, such as outputs/default"
     return f"; left out are {len(left_out)}, first {left_out[0][0]}: {left_out[0][1]}"
-
-
-# --- what may be compared with what ----------------------------------------------------------------------------------
-
-
-APART = (*EVALUATION, "train.loss", "configuration", *FINGERPRINT, *VERSION)
 
 
 def _apart(run: Run, question: Question) -> tuple[str, ...]:
@@ -499,7 +316,7 @@ def _block(title: str, runs: list[Run], by: list[str], columns: list[str], quest
             continue
         for group in groups:
             numbers = [run.row.get(key) for run in group.runs]
-            whole = all(map(_number, numbers)) and not (key in CLOCK and len(fingerprints) > 1)
+            whole = all(map(number, numbers)) and not (key in CLOCK and len(fingerprints) > 1)
             group.figures[key] = mean_interval([float(n) for n in numbers if n is not None]) if whole else None
         if key in CLOCK and len(fingerprints) > 1:
             told = "; ".join(f"{count} on {name}" for name, count in sorted(fingerprints.items()))
@@ -709,7 +526,7 @@ def _sort(block: Block, question: Question, keys: Iterable[str]) -> None:
         if key == "label":
             return (group.label,)
         values = [run.row.get(key) for run in group.runs]
-        numbers = [float(value) for value in values if value is not None and _number(value)]
+        numbers = [float(value) for value in values if value is not None and number(value)]
         if len(numbers) < len(values):
             return (1, _said(values[0]), group.label)
         sign = -1 if key in QUALITIES and QUALITIES[key].higher_is_better else 1

@@ -9,8 +9,9 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from softmoe_cli.compare import AXES, COSTS, QUALITIES, Block, Comparison, Group
+from softmoe_cli.compare import Block, Comparison, Group
 from softmoe_cli.intervals import Interval, at_budget
+from softmoe_cli.runs import AXES, COSTS, QUALITIES
 
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe and Ito, Color Universal Design (2008), without the yellow that white paper swallows."""
@@ -20,7 +21,7 @@ GREY = "#767676"
 RECIPE: Any = {
     "svg.hashsalt": "softmoe", "pdf.fonttype": 42, "font.size": 10, "axes.spines.top": False,
     "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False,
-    "axes.formatter.useoffset": False, "axes.formatter.limits": (-3, 5), "axes.formatter.use_mathtext": True,
+    "axes.formatter.useoffset": False, "axes.formatter.limits": (-3, 5),
 }  # fmt: skip
 
 
@@ -43,10 +44,12 @@ def figures(comparison: Comparison) -> dict[str, bytes]:
         mpl.rcParams.update(RECIPE)
         for name, draw in (("pareto", _pareto), ("curves", _curves)):
             figure = _panels(comparison, draw, apart=name == "pareto")
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")  # the places are found: once is enough for three formats
             for form in FORMATS:
                 out = io.BytesIO()
                 dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}[form]
-                figure.savefig(out, format=form, dpi=200, bbox_inches="tight", metadata=dates)
+                figure.savefig(out, format=form, dpi=200, metadata=dates)
                 files[f"{name}.{form}"] = out.getvalue()
     return files
 
@@ -55,7 +58,7 @@ def _panels(comparison: Comparison, draw: Callable[[Axes, Comparison, Block], No
     """A panel per block, below each other, each with its legend at its side, where it covers nothing."""
     other = apart and bool(comparison.reference) and not same_axes(comparison)
     count = len(comparison.blocks) + other
-    figure = Figure(figsize=(6.4, 4.2 * count), layout="constrained")
+    figure = Figure(figsize=(8, 4.2 * count), layout="constrained")
     panels = figure.subplots(count, 1, squeeze=False)[:, 0]
     for axes, block in zip(panels, comparison.blocks, strict=False):
         draw(axes, comparison, block)
@@ -131,6 +134,7 @@ def _scale(axes: Axes, x: Sequence[float]) -> None:
     """Logarithmic where costs span more than a factor of ten."""
     if min(x) > 0 and max(x) > 10 * min(x):
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
 
 
 def curve_axis(comparison: Comparison) -> str:
@@ -205,7 +209,7 @@ def _published(axes: Axes, comparison: Comparison) -> None:
         if mine:
             handles += axes.plot(*zip(*mine, strict=True), marker, color=colour, markersize=4, markerfacecolor="none")
             labels.append(f"{name}, the paper's")
-    axes.set_xscale("log")
+    _scale(axes, [x for x, _, _ in points])
     axes.set_xlabel("training exaFLOP, the paper's convention")
     axes.set_ylabel("JFT-4B precision@1, %")
     axes.set_title(safe(f"Reference, not ours: {comparison.reference_name}"), loc="left", fontsize=10)

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from softmoe_cli.compare import AXES, COSTS, QUALITIES, Comparison, Question, compare
+from softmoe_cli.compare import Comparison, Question, compare
 from softmoe_cli.config import UsageError, nearest
+from softmoe_cli.runs import AXES, COSTS, QUALITIES
 from softmoe_cli.tables import comma_separated, json_text, latex, markdown, terminal
 
 OPTIONS: dict[str, tuple[str, str]] = {
@@ -135,14 +136,17 @@ def write(comparison: Comparison, out: Path) -> list[str]:
         UsageError: the folder cannot be written.
     """
     from softmoe_cli.figures import figures
+    from softmoe_cli.page import page
 
+    drawn = figures(comparison)
     texts = {
         "table.md": markdown(comparison),
         "table.tex": latex(comparison),
         "table.csv": comma_separated(comparison),
         "table.json": json_text(comparison),
+        "index.html": page(comparison, drawn),
     }
-    files = {name: text.encode() for name, text in texts.items()} | figures(comparison)
+    files = {name: text.encode() for name, text in texts.items()} | drawn
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():

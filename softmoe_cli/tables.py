@@ -6,8 +6,9 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from softmoe_cli.compare import COSTS, QUALITIES, Block, Comparison, Group, setting
+from softmoe_cli.compare import Block, Comparison, Group, setting
 from softmoe_cli.intervals import Interval
+from softmoe_cli.runs import COSTS, QUALITIES
 from softmoe_cli.terminal import aligned
 
 LEGEND = (
