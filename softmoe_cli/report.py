@@ -3,6 +3,9 @@
 import argparse
 import csv
 import dataclasses
+import hashlib
+import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -10,7 +13,7 @@ from typing import Any, NoReturn
 from softmoe_cli.compare import Comparison, Question, compare
 from softmoe_cli.config import UsageError, nearest
 from softmoe_cli.runs import AXES, COSTS, QUALITIES
-from softmoe_cli.tables import comma_separated, json_text, latex, markdown, terminal
+from softmoe_cli.tables import comma_separated, flat_rows, json_text, latex, markdown, terminal
 
 OPTIONS: dict[str, tuple[str, str]] = {
     "quality": ("KEY", f"what is better or worse: {', '.join(QUALITIES)}"),
@@ -54,6 +57,7 @@ def run(arguments: Sequence[str]) -> int:
     fields = {f.name for f in dataclasses.fields(Question)}
     question = Question(**{key: value for key, value in vars(chosen).items() if key in fields and value is not None})
     reference = _reference(chosen.reference, question) if chosen.reference is not None else None
+    mode = _tracking() if chosen.wandb else "off"
     comparison = compare(chosen.folders, question)
     if reference is not None:
         comparison.reference_name, comparison.reference = reference
@@ -61,7 +65,37 @@ def run(arguments: Sequence[str]) -> int:
     files = write(comparison, out)
     print(terminal(comparison))
     print(f"\nfiles in {out}: {', '.join(files)}")
+    if mode != "off":
+        from softmoe_cli.mirror import publish
+
+        axes = (f"{comparison.cost}_mean", f"{comparison.quality}_mean")
+        publish(mode, _settings(comparison, question, chosen.project), out, flat_rows(comparison), axes, files, print)
     return 0
+
+
+def _tracking() -> str:
+    """online or offline, as `tracking=auto` would be."""
+    from softmoe_cli.mirror import resolve
+
+    mode = resolve("auto")
+    if mode == "off":
+        raise UsageError(f"--wandb has no effect with WANDB_MODE={os.environ.get('WANDB_MODE')}; unset one of them")
+    return mode
+
+
+def _settings(comparison: Comparison, question: Question, project: str | None) -> dict[str, Any]:
+    """Of wandb.init. Its id is made of studies and question: asked again, with more seeds, it is the same run."""
+    studies = sorted({str(run.row.get("study")) for group in comparison.groups for run in group.runs})
+    asked = dataclasses.asdict(question)
+    mark = hashlib.sha256(json.dumps([studies, asked], sort_keys=True).encode()).hexdigest()[:10]
+    return {
+        "id": f"compare-{mark}",
+        "project": project or "softmoe",
+        "group": "+".join(studies),
+        "job_type": "compare",
+        "name": f"compare {comparison.quality} by {comparison.cost}",
+        "config": asked | {"signatures": [run.row["signature"] for g in comparison.groups for run in g.runs]},
+    }
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
