@@ -175,7 +175,7 @@ def compare(folders: Sequence[Path], question: Question) -> Comparison:
         UsageError: folders, keys or a baseline that do not exist, or nothing left to compare.
     """
     question.check()
-    runs, left_out, notes = read(folders)
+    runs, left_out = read(folders)
     runs, doubles = single(runs, question.strict)
     left_out += doubles
     if not runs:
@@ -196,7 +196,7 @@ def compare(folders: Sequence[Path], question: Question) -> Comparison:
     by = [_key("by", key, keys) for key in question.by]
     columns = [_key("columns", key, [*keys, *COSTS, *QUALITIES]) for key in question.columns]
     columns = columns or [key for key in ("forward_gflop", "params_m", "device_s") if key != question.cost]
-    notes += _version_notes(kept, question.strict)
+    notes = [*_lack_notes(kept), *_version_notes(kept, question.strict)]
     apart = defaultdict(list)
     for run in kept:
         apart[_apart(run, question)].append(run)
@@ -238,6 +238,19 @@ def _apart(run: Run, question: Question) -> tuple[str, ...]:
         *(_said(row.get(key)) if seconds else "" for key in FINGERPRINT),
         *(_said(row.get(key)) if question.strict else "" for key in VERSION),
     )
+
+
+def _lack_notes(runs: list[Run]) -> list[str]:
+    """Runs without a curve, and runs whose rows do not hold the whole configuration."""
+    notes = [f"{run.folder}: {run.damage}; it has no curve" for run in runs if run.damage]
+    lacking = [run for run in runs if not run.complete]
+    if lacking:
+        notes.append(
+            f"{len(lacking)} of {len(runs)} results, {lacking[0].row['name']} first, do not hold the whole "
+            "configuration: an earlier version wrote them. They are kept apart, and settings that they do not tell may "
+            "differ within a group"
+        )
+    return notes
 
 
 def _version_notes(runs: list[Run], strict: bool) -> list[str]:

@@ -60,11 +60,12 @@ EARLIER = (
 
 @dataclass
 class Run:
-    """A finished run: its result row and its validation rows."""
+    """A finished run: its result row, its validation rows, and why there are none."""
 
     folder: Path
     row: Row
     looks: list[Row]
+    damage: str
 
     def settings(self) -> Row:
         """What was chosen: everything but the seed. Choices that a dense model does not have are left out."""
@@ -86,8 +87,12 @@ class Run:
         return [(look[axis], look[key]) for look in self.looks if axis in look and key in look]
 
 
-def read(folders: Sequence[Path]) -> tuple[list[Run], list[tuple[str, str]], list[str]]:
-    """Every run below the folders, sorted by path; (folder, reason) of what is none; notes."""
+def read(folders: Sequence[Path]) -> tuple[list[Run], list[tuple[str, str]]]:
+    """Every run below the folders, sorted by path, and (folder, reason) of what is none.
+
+    Raises:
+        UsageError: a folder that does not exist.
+    """
     found: dict[Path, Path] = {}
     for folder in folders:
         if not folder.is_dir():
@@ -96,24 +101,14 @@ def read(folders: Sequence[Path]) -> tuple[list[Run], list[tuple[str, str]], lis
             raise UsageError(f"{folder} is no folder.{nearest(folder.name, siblings)}")
         for path in _run_folders(folder):
             found.setdefault(path.resolve(), path)
-    runs, left_out, notes = [], [], []
+    runs, left_out = [], []
     for path in sorted(found.values()):
         row, reason = _result(path)
         if row is None:
             left_out.append((str(path), reason))
-            continue
-        looks, damage = _looks(path / "metrics.jsonl")
-        if damage:
-            notes.append(f"{path}: {damage}; it has no curve")
-        runs.append(Run(path, row, looks))
-    lacking = [run for run in runs if not run.complete]
-    if lacking:
-        notes.append(
-            f"{len(lacking)} of {len(runs)} results, {lacking[0].row['name']} first, do not hold the whole "
-            "configuration: an earlier version wrote them. They are kept apart, and settings that they do not tell may "
-            "differ within a group"
-        )
-    return runs, left_out, notes
+        else:
+            runs.append(Run(path, row, *_looks(path / "metrics.jsonl")))
+    return runs, left_out
 
 
 def _run_folders(top: Path) -> Iterator[Path]:
