@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -537,15 +538,21 @@ def _sort(block: Block, question: Question, keys: Iterable[str]) -> None:
 
     def place(group: Group) -> tuple[Any, ...]:
         if key == "label":
-            return (group.label,)
+            return natural(group.label)
         values = [run.row.get(key) for run in group.runs]
         numbers = [float(value) for value in values if value is not None and number(value)]
         if len(numbers) < len(values):
-            return (1, _said(values[0]), group.label)
+            return (1, *natural(_said(values[0])), group.label)
         sign = -1 if key in QUALITIES and QUALITIES[key].higher_is_better else 1
         return (0, sign * math.fsum(numbers) / len(numbers), group.label)
 
     block.groups.sort(key=place)
+
+
+def natural(label: str) -> tuple[Any, ...]:
+    """To sort by: 2 experts come before 16 experts."""
+    parts = re.split(r"(\d+(?:\.\d+)?)", label)
+    return (*((part, 0.0) if i % 2 == 0 else ("", float(part)) for i, part in enumerate(parts)), label)
 
 
 def setting(group: Group, key: str) -> str:

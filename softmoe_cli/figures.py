@@ -7,9 +7,10 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
-from softmoe_cli.compare import Block, Comparison, Group
+from softmoe_cli.compare import Block, Comparison, Group, natural
 from softmoe_cli.intervals import Interval, at_budget
 from softmoe_cli.runs import AXES, COSTS, QUALITIES
 
@@ -18,6 +19,8 @@ COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#5
 MARKERS = "osD^vPX*"
 FORMATS = ("svg", "pdf", "png")
 GREY = "#767676"
+LEFT, PLOT_WIDTH, PLOT_HEIGHT, ABOVE, BETWEEN = 0.8, 5.2, 3.2, 0.35, 1.15
+"""Inches. Places are counted, not searched for: matplotlib's layout engine takes as long as the drawing."""
 RECIPE: Any = {
     "svg.hashsalt": "softmoe", "pdf.fonttype": 42, "font.size": 10, "axes.spines.top": False,
     "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False,
@@ -25,15 +28,20 @@ RECIPE: Any = {
 }  # fmt: skip
 
 
-def styles(groups: Iterable[Group]) -> dict[str, tuple[str, str]]:
-    """Colour and marker by label, the same in every figure; what others are measured against comes first, in black."""
+def styles(groups: Iterable[Group]) -> dict[str, tuple[int, str]]:
+    """Number of the colour and marker by label, the same in every figure; what others are measured against comes first,
+    in black. Labels that begin alike (mostly a router) share a colour where that leaves no two groups alike."""
     groups = list(groups)
     baselines = {group.baseline for group in groups}
-    labels = sorted({group.label for group in groups}, key=lambda label: (label not in baselines, label))
-    return {
-        label: (COLOURS[i % len(COLOURS)], MARKERS[(i + i // len(COLOURS)) % len(MARKERS)])
-        for i, label in enumerate(labels)
-    }
+    labels = sorted({group.label for group in groups}, key=lambda label: (label not in baselines, natural(label)))
+    families: dict[str, list[str]] = {}
+    for label in labels:
+        families.setdefault(label.partition(",")[0], []).append(label)
+    if 1 < len(families) <= len(COLOURS) and max(map(len, families.values())) <= len(MARKERS):
+        at = {label: (c, (c + m) % len(MARKERS)) for c, f in enumerate(families.values()) for m, label in enumerate(f)}
+    else:
+        at = {label: (i % len(COLOURS), (i + 2 * (i // len(COLOURS))) % len(MARKERS)) for i, label in enumerate(labels)}
+    return {label: (colour, MARKERS[marker]) for label, (colour, marker) in at.items()}
 
 
 def figures(comparison: Comparison) -> dict[str, bytes]:
@@ -44,12 +52,10 @@ def figures(comparison: Comparison) -> dict[str, bytes]:
         mpl.rcParams.update(RECIPE)
         for name, draw in (("pareto", _pareto), ("curves", _curves)):
             figure = _panels(comparison, draw, apart=name == "pareto")
-            figure.draw_without_rendering()
-            figure.set_layout_engine("none")  # the places are found: once is enough for three formats
             for form in FORMATS:
                 out = io.BytesIO()
                 dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}[form]
-                figure.savefig(out, format=form, dpi=200, metadata=dates)
+                figure.savefig(out, format=form, dpi=160, metadata=dates)
                 files[f"{name}.{form}"] = out.getvalue()
     return files
 
@@ -58,13 +64,24 @@ def _panels(comparison: Comparison, draw: Callable[[Axes, Comparison, Block], No
     """A panel per block, below each other, each with its legend at its side, where it covers nothing."""
     other = apart and bool(comparison.reference) and not same_axes(comparison)
     count = len(comparison.blocks) + other
-    figure = Figure(figsize=(8, 4.2 * count), layout="constrained")
+    figure = Figure()
     panels = figure.subplots(count, 1, squeeze=False)[:, 0]
     for axes, block in zip(panels, comparison.blocks, strict=False):
         draw(axes, comparison, block)
         axes.set_title(safe(block.title), loc="left", fontsize=10)
     if other:
         _published(panels[-1], comparison)
+    words = [each.get_window_extent().width / figure.dpi for axes in panels for each in (axes.title, axes.get_legend())]
+    width = LEFT + PLOT_WIDTH + 0.3 + max(words[1::2])
+    width, height = max(width, LEFT + 0.2 + max(words[::2])), count * (PLOT_HEIGHT + BETWEEN)
+    figure.set_size_inches(width, height)
+    figure.subplots_adjust(
+        left=LEFT / width,
+        right=(LEFT + PLOT_WIDTH) / width,
+        top=1 - ABOVE / height,
+        bottom=(BETWEEN - ABOVE) / height,
+        hspace=BETWEEN / PLOT_HEIGHT,
+    )
     return figure
 
 
@@ -75,7 +92,7 @@ def safe(text: str) -> str:
 
 
 def _legend(axes: Axes, handles: Sequence[Any], labels: Sequence[str]) -> None:
-    columns = 1 + len(labels) // 20
+    columns = math.ceil(len(labels) / 15)
     axes.legend(handles, [safe(label) for label in labels], loc="upper left", bbox_to_anchor=(1.02, 1), ncols=columns)
 
 
@@ -91,7 +108,7 @@ def _pareto(axes: Axes, comparison: Comparison, block: Block) -> None:
     front = sorted(_point(group, comparison) for group in block.groups if group.front)
     (line,) = axes.plot(*zip(*front, strict=True), "--", color=GREY, linewidth=1, zorder=2, drawstyle="steps-post")
     for group in sorted(block.groups, key=lambda group: list(look).index(group.label)):
-        colour, marker = look[group.label]
+        colour, marker = COLOURS[look[group.label][0]], look[group.label][1]
         x, y = _point(group, comparison)
         handles.append(
             axes.errorbar(
@@ -147,10 +164,9 @@ def _curves(axes: Axes, comparison: Comparison, block: Block) -> None:
     look = styles(comparison.groups)
     handles, labels = [], []
     for group in sorted(block.groups, key=lambda group: list(look).index(group.label)):
-        colour, marker = look[group.label]
+        colour, marker = COLOURS[look[group.label][0]], look[group.label][1]
         curves = [curve for run in group.runs if (curve := run.curve(axis, key))]
-        for curve in curves:
-            axes.plot(*zip(*curve, strict=True), color=colour, linewidth=0.6, alpha=0.35)
+        axes.add_collection(LineCollection(curves, colors=colour, linewidths=0.6, alpha=0.35))
         mean = mean_curve(curves)
         if mean:
             handles += axes.plot(
@@ -160,8 +176,8 @@ def _curves(axes: Axes, comparison: Comparison, block: Block) -> None:
             labels.append(f"{group.label} (n={len(curves)})")
     axes.set_xlabel(COSTS[axis])
     axes.set_ylabel("validation " + {"top1_pct": "top-1, %", "top5_pct": "top-5, %", "loss": "loss"}[key])
-    if labels:
-        _legend(axes, handles, labels)
+    axes.autoscale_view()
+    _legend(axes, handles, labels)
     axes.annotate("thin: each seed; thick: their mean", (1, -0.17), xycoords="axes fraction", ha="right", va="top",
                   fontsize=8, color=GREY)  # fmt: skip
 

@@ -96,7 +96,6 @@ def _details(table: Table) -> str:
 def _data(comparison: Comparison) -> dict[str, Any]:
     """What the charts draw."""
     look = styles(comparison.groups)
-    order = list(look)
     data: dict[str, Any] = {
         "quality": QUALITIES[comparison.quality].head,
         "cost": COSTS[comparison.cost],
@@ -104,7 +103,12 @@ def _data(comparison: Comparison) -> dict[str, Any]:
         "axis": comparison.cost if comparison.cost in AXES else AXES[0],
         "curve": QUALITIES[comparison.quality].curve,
         "blocks": [
-            sorted((_drawn(comparison, group, order.index(group.label)) for group in block.groups), key=_style)
+            [
+                _drawn(comparison, group, *look[group.label])
+                for label in look
+                for group in block.groups
+                if group.label == label
+            ]
             for block in comparison.blocks
         ],
         "reference": [],
@@ -117,17 +121,14 @@ def _data(comparison: Comparison) -> dict[str, Any]:
     return data
 
 
-def _style(drawn: dict[str, Any]) -> int:
-    return int(drawn["style"])
-
-
-def _drawn(comparison: Comparison, group: Group, style: int) -> dict[str, Any]:
+def _drawn(comparison: Comparison, group: Group, colour: int, marker: str) -> dict[str, Any]:
     ys = dict.fromkeys(key for run in group.runs for look in run.looks for key in look)
     names = {key: CURVE_NAMES.get(key, key.replace("routing_", "routing: ")) for key in ys}
     kept = [key for key in names if key in CURVE_NAMES or key.startswith("routing_")]
     return {
         "label": group.label,
-        "style": style,
+        "colour": colour,
+        "marker": marker,
         "n": len(group.runs),
         "x": _ends(group.figures[comparison.cost]),
         "y": _ends(group.figures[comparison.quality]),
@@ -215,7 +216,7 @@ SCRIPT = r"""
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
 const escaped = s => String(s).replace(/[&<>"']/g, c => "&#" + c.charCodeAt(0) + ";");
-const colour = i => `var(--c${i % 7})`;
+const colour = g => `var(--c${g.colour})`;
 const unit = {
   o: null, s: [[-.85, -.85], [.85, -.85], [.85, .85], [-.85, .85]], D: [[0, -1.2], [1.2, 0], [0, 1.2], [-1.2, 0]],
   "^": [[0, -1.15], [1.1, .9], [-1.1, .9]], v: [[0, 1.15], [1.1, -.9], [-1.1, -.9]],
@@ -226,11 +227,9 @@ const unit = {
   "*": [...Array(10).keys()].map(i => { const r = i % 2 ? .55 : 1.3, a = Math.PI * (i / 5 - .5);
     return [r * Math.cos(a), r * Math.sin(a)]; }),
 };
-const marks = Object.keys(unit);
-function mark(style, x, y, r, filled) {
-  const shape = unit[marks[(style + Math.floor(style / 7)) % marks.length]];
-  const fill = filled ? colour(style) : "var(--paper)";
-  const look = `class="mark" stroke="${colour(style)}" stroke-width="2" fill="${fill}"`;
+function mark(g, x, y, r, filled) {
+  const shape = unit[g.marker], fill = filled ? colour(g) : "var(--paper)";
+  const look = `class="mark" stroke="${colour(g)}" stroke-width="2" fill="${fill}"`;
   if (!shape) return `<circle cx="${x}" cy="${y}" r="${r}" ${look}/>`;
   return `<polygon points="${shape.map(p => (x + r * p[0]) + "," + (y + r * p[1])).join(" ")}" ${look}/>`;
 }
@@ -269,10 +268,10 @@ const area = width => ({ left: 56, right: width - 16, top: 30, bottom: (width < 
 function legend(place, groups, hidden, redraw, extra) {
   const box = document.createElement("div"); box.className = "legend";
   for (const g of groups) {
-    const b = document.createElement("button"); b.type = "button"; b.setAttribute("aria-pressed", !hidden.has(g.style));
-    b.innerHTML = `<svg width="18" height="16" style="width:18px">${mark(g.style, 9, 8, 5, extra && g.front)}</svg>` +
+    const b = document.createElement("button"); b.type = "button"; b.setAttribute("aria-pressed", !hidden.has(g.label));
+    b.innerHTML = `<svg width="18" height="16" style="width:18px">${mark(g, 9, 8, 5, extra && g.front)}</svg>` +
       `<span>${escaped(g.label)}${g.n ? ` (n=${g.n})` : ""}</span>`;
-    b.onclick = () => { hidden.has(g.style) ? hidden.delete(g.style) : hidden.add(g.style); redraw(); };
+    b.onclick = () => { hidden.has(g.label) ? hidden.delete(g.label) : hidden.add(g.label); redraw(); };
     box.append(b);
   }
   const told = document.createElement("span"); told.style.fontSize = ".85rem"; told.textContent = extra;
@@ -297,7 +296,7 @@ function pareto(place, groups) {
   const hidden = new Set();
   const draw = () => {
     place.textContent = "";
-    const width = place.clientWidth, a = area(width), seen = groups.filter(g => !hidden.has(g.style));
+    const width = place.clientWidth, a = area(width), seen = groups.filter(g => !hidden.has(g.label));
     const behind = data.behind ? data.reference : [];
     const all = (k, i) => seen.flatMap(g => g[k].filter(v => v !== null)).concat(behind.map(p => p[i]));
     const xs = all("x", 0), ys = all("y", 1);
@@ -316,10 +315,10 @@ function pareto(place, groups) {
       if (g.verdict) tip.push(`against ${g.baseline}: ${g.verdict}`);
       tip.push((g.front ? "on the front" : "not on the front") +
         (g.chance === null ? "" : `, probability ${Math.round(100 * g.chance)}%`));
-      s += `<g class="point" tabindex="0" data-tip="${escaped(tip.join("\n"))}" stroke="${colour(g.style)}">`;
+      s += `<g class="point" tabindex="0" data-tip="${escaped(tip.join("\n"))}" stroke="${colour(g)}">`;
       if (g.y[1] !== null) s += `<line x1="${px}" x2="${px}" y1="${y.at(g.y[1])}" y2="${y.at(g.y[2])}"/>`;
       if (g.x[1] !== null) s += `<line y1="${py}" y2="${py}" x1="${x.at(g.x[1])}" x2="${x.at(g.x[2])}"/>`;
-      s += mark(g.style, px, py, 6.5, g.front) + "</g>";
+      s += mark(g, px, py, 6.5, g.front) + "</g>";
     }
     place.innerHTML = `<svg viewBox="0 0 ${width} ${a.height}" height="${a.height}" role="img"
       aria-label="${escaped(data.quality)} against ${escaped(data.cost)}; the table has the numbers">${s}</svg>`;
@@ -353,7 +352,7 @@ function curves(place, groups) {
     place.textContent = "";
     if (!key) { place.textContent = "No run has a curve."; return; }
     const width = place.clientWidth, a = area(width);
-    const lines = groups.filter(g => !hidden.has(g.style)).map(g => [g, g.runs.map(r => {
+    const lines = groups.filter(g => !hidden.has(g.label)).map(g => [g, g.runs.map(r => {
       const kept = (r[key] || []).map((v, i) => v !== null ? i : -1).filter(i => i >= 0);
       return [kept.map(i => r[axis][i]), kept.map(i => r[key][i])]; }).filter(c => c[0].length)]);
     const xs = lines.flatMap(l => l[1].flatMap(c => c[0])), ys = lines.flatMap(l => l[1].flatMap(c => c[1]));
@@ -364,13 +363,13 @@ function curves(place, groups) {
       const path = c => "M" + c[0].map((v, i) => point(v, c[1][i])).join("L");
       s = frame(width, a.height, x, y, data.axes[axis], names[key]);
       for (const [g, cs] of lines) {
-        for (const c of cs) s += `<path d="${path(c)}" fill="none" stroke="${colour(g.style)}" opacity=".35"/>`;
+        for (const c of cs) s += `<path d="${path(c)}" fill="none" stroke="${colour(g)}" opacity=".35"/>`;
         if (!cs.length) continue;
         const m = mean(cs), every = Math.max(1, Math.ceil(m[0].length / 8));
-        s += `<path d="${path(m)}" fill="none" stroke="${colour(g.style)}" stroke-width="2.5"/>`;
+        s += `<path d="${path(m)}" fill="none" stroke="${colour(g)}" stroke-width="2.5"/>`;
         m[0].forEach((v, i) => { if (i % every === 0 || i === m[0].length - 1) {
           const tip = `${g.label}, n = ${cs.length}\n${names[key]}: ${shown(m[1][i])}\n${data.axes[axis]}: ${shown(v)}`;
-          const shape = mark(g.style, x.at(v), y.at(m[1][i]), 4, false);
+          const shape = mark(g, x.at(v), y.at(m[1][i]), 4, false);
           s += `<g class="point" data-tip="${escaped(tip)}">${shape}</g>`; } });
       }
     }
@@ -386,7 +385,8 @@ function curves(place, groups) {
   return draw;
 }
 function reference(place) {
-  const kinds = Object.keys(data.kinds || {});
+  const kinds = Object.fromEntries(Object.entries(data.kinds || {}).map(([kind, name], i) =>
+    [kind, { label: name + ", the paper's", colour: i, marker: "osD^"[i] }]));
   return () => {
     place.textContent = "";
     if (data.behind) return;
@@ -396,11 +396,10 @@ function reference(place) {
     const names = ["training exaFLOP, the paper's convention", "JFT-4B precision@1, % (the paper's)"];
     let s = frame(width, a.height, x, y, ...names);
     for (const p of data.reference) s += `<g class="point" data-tip="${escaped(p[2])}: ${p[1]}% at ${p[0]} exaFLOP">` +
-      mark(kinds.indexOf(p[2]), x.at(p[0]), y.at(p[1]), 3.5, false) + "</g>";
+      mark(kinds[p[2]], x.at(p[0]), y.at(p[1]), 3.5, false) + "</g>";
     place.innerHTML = `<svg viewBox="0 0 ${width} ${a.height}" height="${a.height}" role="img"
       aria-label="the paper's own figures">${s}</svg>`;
-    legend(place, kinds.map((kind, style) => ({ label: data.kinds[kind] + ", the paper's", style })), new Set(),
-      () => {}, "");
+    legend(place, Object.values(kinds), new Set(), () => {}, "");
     tips(place);
   };
 }
