@@ -12,8 +12,8 @@ FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
 
 def recorded(folder: Path, wait_s: float = 30) -> tuple[Path, list[Any]]:
-    """The one .wandb file below `folder` and its records. W&B writes it in a process of its own, which may take a moment
-    longer than the run's."""
+    """The one .wandb file below `folder` and its records. W&B writes it in a process of its own, which may take longer
+    than the run's."""
     until = time.monotonic() + wait_s
     while True:
         files = list(folder.glob("wandb/offline-run-*/run-*.wandb"))
