@@ -24,7 +24,7 @@ from softmoe_cli.train import Stop, _commit
 from tests.conftest import TINY, Softmoe
 from tests.processes import Started
 
-CLOCKS = {"device_s", "eval_s", "save_s", "compile_s", "images_per_s"}
+CLOCKS = {"device_s", "eval_s", "save_s", "compile_s", "images_per_s", "energy_kj"}
 
 
 def start(folder: Path, *arguments: str, **environment: str) -> Started:
