@@ -22,6 +22,7 @@ from timm.layers import Mlp
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from softmoe_cli.config import Model, UsageError
@@ -222,12 +223,35 @@ def _free(func: Any) -> bool:
     return func._overloadpacket in FREE or func.is_view or torch.Tag.pointwise in func.tags or func.namespace == "prim"
 
 
+def _shapes(value: Any) -> Any:
+    """What an operation on the meta device can know of its arguments, to look it up by."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype
+    return tuple(map(_shapes, value)) if isinstance(value, list | tuple) else (type(value), value)
+
+
+def _like(made: Tensor) -> Tensor:
+    return torch.empty_strided(made.shape, made.stride(), dtype=made.dtype, device=made.device)
+
+
+@functools.cache
+def _makes_new(func: Any) -> bool:
+    """Whether an operation neither changes its arguments nor returns parts of them."""
+    returned = any(each.alias_info is not None for each in func._schema.returns)
+    return not (func.is_view or func._schema.is_mutable or returned)
+
+
 class _Watch(TorchDispatchMode):
-    """Raises at an operation that is neither counted nor free."""
+    """Raises at an operation that is neither counted nor free.
+
+    torch works out the shapes of most results in Python. An operation that makes new tensors is asked once for each
+    set of shapes: a model's blocks repeat themselves.
+    """
 
     def __init__(self, counted: Any) -> None:
         super().__init__()
         self.counted = counted
+        self._known: dict[Any, Any] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func._overloadpacket not in self.counted and not _free(func):
@@ -235,7 +259,13 @@ class _Watch(TorchDispatchMode):
                 f"nobody counts the FLOPs of {func}: the cost of a model that uses it would be wrong; write it with "
                 "other operations, or add it to COUNTED or FREE in softmoe_cli/cost.py"
             )
-        return func(*args, **(kwargs or {}))
+        if kwargs or not _makes_new(func):
+            return func(*args, **(kwargs or {}))
+        key = func, _shapes(args)
+        if key not in self._known:
+            self._known[key] = func(*args)
+            return self._known[key]
+        return tree_map_only(Tensor, _like, self._known[key])
 
 
 @contextmanager

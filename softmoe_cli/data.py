@@ -425,8 +425,6 @@ def train_batches(
     if augment.mixup or augment.cutmix:
         mixup = Mixup(augment.mixup, augment.cutmix, label_smoothing=label_smoothing, num_classes=num_classes)
     off = label_smoothing / num_classes
-    table = torch.full((num_classes, num_classes), off, device=device)
-    table.fill_diagonal_(1 - label_smoothing + off)
     labels = images.labels.to(device)
     mean, std = _statistics(data, device)
     black = (-mean / std).expand(in_chans)
@@ -446,7 +444,8 @@ def train_batches(
             flip = (torch.rand(len(x), generator=rng) < augment.hflip).to(device)
             x = torch.where(flip.view(-1, 1, 1, 1), x.flip(3), x)
         if mixup is None:
-            yield x, table[labels[index]]
+            targets = torch.full((batch_size, num_classes), off, device=device)
+            yield x, targets.scatter_(1, labels[index].unsqueeze(1), 1 - label_smoothing + off)
         else:
             yield _mixed(mixup, x, labels[index], _seed(seed, MIX, step))
 

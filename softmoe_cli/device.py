@@ -3,7 +3,9 @@
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
+import pynvml
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
@@ -56,6 +58,50 @@ def hardware(device: torch.device) -> str:
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     name = names[0] if names else platform.machine()
     return f"{name}, {'mps' if device.type == 'mps' else f'{torch.get_num_threads()} threads'}"
+
+
+class Energy:
+    """Reads what a device says of the energy it uses: NVIDIA's GPUs through NVML, CPUs through Linux's RAPL zones,
+    which count for the whole device, other programs included. Many machines keep it to themselves."""
+
+    def __init__(self, device: torch.device, zones: Path = Path("/sys/class/powercap")) -> None:
+        self._gpu = _nvml_handle(device) if device.type == "cuda" else None
+        packages = sorted(zones.glob("intel-rapl:[0-9]*")) if device.type == "cpu" else []  # AMD's bear the name too
+        self._packages = [zone for zone in packages if zone.name.count(":") == 1]
+        self._before = self._counters()
+
+    def used(self) -> float | None:
+        """Joules since the last call, or since this was made; None where the device does not tell."""
+        now, before = self._counters(), self._before
+        self._before = now
+        if now is None or before is None:
+            return None
+        return sum((count - past) % span for (count, span), (past, _) in zip(now, before, strict=True)) / 1e6
+
+    def _counters(self) -> list[tuple[int, int]] | None:
+        """Microjoules of each counter, and where it starts again at zero."""
+        if self._gpu is not None:
+            try:
+                return [(1000 * pynvml.nvmlDeviceGetTotalEnergyConsumption(self._gpu), 1000 * 2**64)]
+            except pynvml.NVMLError:  # a GPU from before Volta, or a part of one
+                return None
+        try:
+            counters = [
+                (int((zone / "energy_uj").read_text()), int((zone / "max_energy_range_uj").read_text()) + 1)
+                for zone in self._packages
+            ]
+        except OSError:  # root's alone, as is usual
+            return None
+        return counters or None
+
+
+def _nvml_handle(device: torch.device) -> Any:
+    """NVML's handle of a CUDA device, whose number may be another there; None where there is no NVML."""
+    try:
+        pynvml.nvmlInit()
+        return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+    except pynvml.NVMLError:
+        return None
 
 
 def free_memory(device: torch.device) -> int:

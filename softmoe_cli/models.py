@@ -96,6 +96,7 @@ def _official_vit(model: Model, num_classes: int) -> VisionTransformer:
     assert c.width is not None and c.heads is not None and c.mlp_width is not None
     assert c.norm_eps is not None and c.pos_std is not None
     norm = partial(nn.LayerNorm, eps=c.norm_eps)
+    abstract = torch.get_default_device().type == "meta"  # nothing to initialise, and it takes its time
     vit = VisionTransformer(
         img_size=model.image_size,
         patch_size=c.patch_size,
@@ -113,12 +114,13 @@ def _official_vit(model: Model, num_classes: int) -> VisionTransformer:
         drop_path_rate=c.drop_path,
         norm_layer=norm,
         act_layer=GELUTanh if c.gelu == "tanh" else nn.GELU,
+        weight_init="skip" if abstract else "",
     )
     if c.qk_norm == "scale":
         for block in vit.blocks:
             for name in ("q_norm", "k_norm"):
                 setattr(block.attn, name, norm(c.width // c.heads, bias=False))
-    if c.init == "official":
+    if c.init == "official" and not abstract:
         _init_official(vit)
     nn.init.normal_(vit.pos_embed, std=c.pos_std)
     return vit

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from softmoe_cli import data, mirror
 from softmoe_cli.config import Config
 from softmoe_cli.cost import Cost, account
-from softmoe_cli.device import arithmetic, free_memory, hardware, prepare_attention, slower
+from softmoe_cli.device import Energy, arithmetic, free_memory, hardware, prepare_attention, slower
 from softmoe_cli.evaluate import classification_loss, evaluate, routing_statistics
 from softmoe_cli.memory import Memory, largest_batch, require_fit
 from softmoe_cli.models import build, load_weights
@@ -63,6 +63,7 @@ class Progress:
     step: int = 0
     compiled_steps: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("device", "eval", "save", "compile"), 0.0))
+    energy_j: float | None = 0.0
     loss_sum: float = 0.0
     aux_sum: float = 0.0
     loss_steps: int = 0
@@ -71,6 +72,16 @@ class Progress:
     best_step: int = 0
     best_top1_pct: float = -1.0
     validation: dict[str, Any] = field(default_factory=dict)
+
+    def used(self, energy: float | None) -> None:
+        """Adds the joules of a stretch; a stretch that no one measured leaves the sum unknown."""
+        self.energy_j = None if energy is None or self.energy_j is None else self.energy_j + energy
+
+    @property
+    def spent(self) -> dict[str, float]:
+        """Seconds by what they went into, and energy where the device tells."""
+        energy = {} if self.energy_j is None else {"energy_kj": self.energy_j / 1000}
+        return {f"{name}_s": seconds for name, seconds in self.seconds.items()} | energy
 
     @contextmanager
     def booked(self, what: str) -> Iterator[None]:
@@ -161,7 +172,7 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
     scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
 
     run.open(config)
-    progress = _resume(run, model, ema, optimizer, scaler, screen)
+    progress, energy = _resume(run, model, ema, optimizer, scaler, screen), Energy(device)
     batches = data.train_batches(
         splits.train,
         config.data,
@@ -191,8 +202,8 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
     def row(split: str, values: dict[str, float]) -> dict[str, Any]:
         images = progress.step * config.train.batch_size
         full = {"step": progress.step, "images": images, "epoch": images / len(splits.train), "split": split, **values}
-        full |= {"train_pflop": images * cost.train_flop / 1e15}
-        full |= {f"{name}_s": seconds for name, seconds in progress.seconds.items()}
+        progress.used(energy.used())
+        full |= {"train_pflop": images * cost.train_flop / 1e15, **progress.spent}
         run.append("metrics.jsonl", full)
         wandb_run.row(full)
         return full
@@ -232,6 +243,7 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
 
     def save(kind: str) -> None:
         with progress.booked("save"):
+            progress.used(energy.used())
             weights = {key: value.contiguous() for key, value in evaluated.state_dict().items()}
             training = {} if kind == "best" else _training_state(model, ema, optimizer)
             run.save(kind, progress.step, weights, training, asdict(progress) | {"scaler": scaler.state_dict()}, card)
@@ -643,7 +655,7 @@ def _result(
         "train_gflop": cost.train_flop / 1e9,
         "peak_mib": memory.peak_bytes / 2**20,
         "train_pflop": images * cost.train_flop / 1e15,
-        **{f"{name}_s": seconds for name, seconds in progress.seconds.items()},
+        **progress.spent,
         "hardware": hardware(device),
         "torch": torch.__version__,
         "softmoe": version("softmoe-cli"),
@@ -677,7 +689,8 @@ def _shown(result: dict[str, Any], folder: Path) -> dict[str, str]:
         "validation top-1": f"{result['validation_top1_pct']:.2f}%  (best {result['best_validation_top1_pct']:.2f}% "
         f"at step {result['best_step']:,})",
         "trained on": f"{result['images']:,} images, {result['epochs']:.1f} epochs, {result['steps']:,} steps",
-        "training cost": f"{result['train_pflop']:.4g} PFLOP, {result['device_s']:.1f} s",
+        "training cost": f"{result['train_pflop']:.4g} PFLOP, {result['device_s']:.1f} s"
+        + (f"; {result['energy_kj']:.4g} kJ in all" if "energy_kj" in result else ""),
         "beside it": f"evaluation {result['eval_s']:.1f} s, saving {result['save_s']:.1f} s, "
         f"compilation {result['compile_s']:.1f} s",
         "folder": str(folder),

@@ -25,7 +25,7 @@ from tests.conftest import TINY, Softmoe
 from tests.processes import Started
 from tests.wandb_file import recorded
 
-CLOCKS = {"device_s", "eval_s", "save_s", "compile_s", "images_per_s"}
+CLOCKS = {"device_s", "eval_s", "save_s", "compile_s", "images_per_s", "energy_kj"}
 
 
 def start(folder: Path, *arguments: str, **environment: str) -> Started:

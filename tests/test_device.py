@@ -1,0 +1,68 @@
+"""Energy by the device's own counters: files of the kernel, and NVML's call where there is a GPU."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pynvml
+import pytest
+import torch
+
+from softmoe_cli import device
+from softmoe_cli.device import Energy
+from softmoe_cli.train import Progress
+
+CPU = torch.device("cpu")
+
+
+def zone(root: Path, name: str, joules: float, span: float = 1000) -> None:
+    folder = root / name
+    folder.mkdir(exist_ok=True)
+    (folder / "energy_uj").write_text(f"{round(1e6 * joules)}\n")
+    (folder / "max_energy_range_uj").write_text(f"{round(1e6 * span) - 1}\n")
+
+
+def test_packages_add_up_parts_do_not_and_counters_start_again(tmp_path: Path) -> None:
+    zone(tmp_path, "intel-rapl:0", 10)
+    zone(tmp_path, "intel-rapl:1", 990)
+    zone(tmp_path, "intel-rapl:0:0", 1)  # the cores of package 0, which counts them too
+    energy = Energy(CPU, tmp_path)
+    zone(tmp_path, "intel-rapl:0", 14)
+    zone(tmp_path, "intel-rapl:1", 5)
+    zone(tmp_path, "intel-rapl:0:0", 3)
+    assert energy.used() == pytest.approx(4 + 15)
+    assert energy.used() == 0
+
+
+def test_a_machine_that_does_not_tell(tmp_path: Path) -> None:
+    assert Energy(CPU, tmp_path).used() is None
+    zone(tmp_path, "intel-rapl:0", 10)
+    energy = Energy(CPU, tmp_path)
+    (tmp_path / "intel-rapl:0/energy_uj").unlink()
+    assert energy.used() is None
+
+
+def test_nvml_counts_in_millijoules(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = iter([5_000, 7_500])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="1-2"))
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", lambda name: {"GPU-1-2": "handle"}[name])
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetTotalEnergyConsumption", lambda handle: next(counts))
+    assert Energy(torch.device("cuda")).used() == pytest.approx(2.5)
+
+
+def test_without_nvml_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+
+    monkeypatch.setattr(pynvml, "nvmlInit", refuse)
+    assert device._nvml_handle(torch.device("cuda")) is None
+
+
+def test_a_stretch_that_no_one_measured_leaves_the_sum_unknown() -> None:
+    progress = Progress()
+    progress.used(1500)
+    progress.used(500)
+    assert progress.spent["energy_kj"] == 2
+    progress.used(None)
+    progress.used(500)
+    assert "energy_kj" not in progress.spent
