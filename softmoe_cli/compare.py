@@ -334,7 +334,7 @@ def _block(title: str, runs: list[Run], by: list[str], columns: list[str], quest
             group.figures[key] = mean_interval([float(n) for n in numbers if n is not None]) if whole else None
         if key in CLOCK and len(fingerprints) > 1:
             told = "; ".join(f"{count} on {name}" for name, count in sorted(fingerprints.items()))
-            notes.append(f"{key} is blank: its seconds are of different machines ({told}); --cost {key} separates them")
+            notes.append(f"{key} is blank: it was measured on different machines ({told}); --cost {key} separates them")
     _fronts(groups, question)
     _budgets(groups, question, notes)
     few = [group.label for group in groups if len(group.runs) == 1]

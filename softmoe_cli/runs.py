@@ -44,12 +44,13 @@ COSTS = {
     "eval_s": "evaluation s",
     "save_s": "saving s",
     "compile_s": "compilation s",
+    "energy_kj": "energy, kJ",
 }
 AXES = ("train_pflop", "device_s", "images")
 """Costs that validation rows hold as they grow."""
-CLOCK = ("device_s", "eval_s", "save_s", "compile_s")
+CLOCK = ("device_s", "eval_s", "save_s", "compile_s", "energy_kj")
 FINGERPRINT = ("hardware", "torch")
-"""Seconds are compared within one of these only."""
+"""Seconds and joules are compared within one of these only."""
 VERSION = ("commit", "softmoe", "torch")
 EARLIER = (
     "command", "checkpoint", "backbone", "router", "num_experts", "slots_per_expert", "images_per_group", "moe_blocks",

@@ -166,23 +166,26 @@ TEX = {
 
 
 def latex(comparison: Comparison) -> str:
-    """booktabs tables to \\input; a document of their own needs \\usepackage{booktabs} and T1 fonts."""
-    parts = ["% \\usepackage[T1]{fontenc} \\usepackage{booktabs}"]
+    """booktabs tables to \\input. One that is wider than the text is shrunk to it."""
+    parts = [r"% \usepackage[T1]{fontenc} \usepackage{booktabs} \usepackage{graphicx}"]
     for table in tables(comparison):
         rows = [" & ".join(map(_tex, row)) + r" \\" for row in table.rows]
         parts += [
-            r"\begin{table}", r"\centering", r"\footnotesize", r"\setlength{\tabcolsep}{3pt}",
+            r"\begin{table}", r"\centering", r"\footnotesize", r"\setlength{\tabcolsep}{4pt}",
             rf"\caption{{{_tex(table.title)}. {_tex(table.note)}.}}",
-            rf"\begin{{tabular}}{{l{'r' * (len(table.head) - 1)}}}", r"\toprule",
-            " & ".join(map(_tex, table.head)) + r" \\", r"\midrule", *rows, r"\bottomrule", r"\end{tabular}",
-            r"\end{table}", "",
+            rf"\setbox0=\hbox{{\begin{{tabular}}{{l{'r' * (len(table.head) - 1)}}}", r"\toprule",
+            " & ".join(map(_tex, table.head)) + r" \\", r"\midrule", *rows, r"\bottomrule", r"\end{tabular}}%",
+            r"\ifdim\wd0>\linewidth\resizebox{\linewidth}{!}{\box0}\else\box0\fi", r"\end{table}", "",
         ]  # fmt: skip
     return "\n".join(parts)
 
 
 def _tex(text: str) -> str:
-    """Characters that TeX takes as its own, and those that its fonts lack, as question marks."""
-    return "".join(TEX.get(c, c if c.isascii() and c.isprintable() else "?") for c in " ".join(text.split()))
+    """Characters that TeX takes as its own are named; those that its fonts may lack are question marks."""
+    return "".join(
+        TEX.get(c, c if (c.isascii() and c.isprintable()) or ("À" <= c <= "ÿ" and c.isalpha()) else "?")
+        for c in " ".join(text.split())
+    )
 
 
 def flat_rows(comparison: Comparison) -> list[dict[str, Any]]:
