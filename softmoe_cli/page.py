@@ -9,7 +9,7 @@ from typing import Any
 from softmoe_cli.compare import Block, Comparison, Group
 from softmoe_cli.figures import KINDS, reference_points, same_axes, styles
 from softmoe_cli.intervals import Interval
-from softmoe_cli.runs import AXES, COSTS, QUALITIES
+from softmoe_cli.runs import AXES, CLOCK, COSTS, FINGERPRINT, QUALITIES
 from softmoe_cli.tables import CURVES, LEGEND, Table, reference_tables, remarks, tables
 
 CURVE_NAMES = {"top1_pct": "validation top-1, %", "top5_pct": "validation top-5, %", "loss": "validation loss"}
@@ -99,7 +99,7 @@ def _data(comparison: Comparison) -> dict[str, Any]:
     data: dict[str, Any] = {
         "quality": QUALITIES[comparison.quality].head,
         "cost": COSTS[comparison.cost],
-        "axes": {axis: COSTS[axis] for axis in AXES},
+        "axes": [_axes(block) for block in comparison.blocks],
         "axis": comparison.cost if comparison.cost in AXES else AXES[0],
         "curve": QUALITIES[comparison.quality].curve,
         "blocks": [
@@ -119,6 +119,12 @@ def _data(comparison: Comparison) -> dict[str, Any]:
         data["behind"] = same_axes(comparison)
         data["reference_name"] = comparison.reference_name
     return data
+
+
+def _axes(block: Block) -> dict[str, str]:
+    """What curves can be drawn against: seconds only where all are of one machine."""
+    machines = {tuple(run.row.get(key) for key in FINGERPRINT) for group in block.groups for run in group.runs}
+    return {axis: COSTS[axis] for axis in AXES if axis not in CLOCK or len(machines) == 1}
 
 
 def _drawn(comparison: Comparison, group: Group, colour: int, marker: str) -> dict[str, Any]:
@@ -338,7 +344,7 @@ function mean(curves) {
   const xs = curves[0][0].filter(v => v >= low && v <= high);
   return [xs, xs.map(v => curves.reduce((sum, c) => sum + at(c[0], c[1], v), 0) / curves.length)];
 }
-function curves(place, groups) {
+function curves(place, groups, axes) {
   const hidden = new Set(), names = Object.assign({}, ...groups.map(g => g.names));
   let axis = data.axis, key = names[data.curve] ? data.curve : Object.keys(names)[0];
   const choose = (label, choices, value, change) => {
@@ -361,23 +367,23 @@ function curves(place, groups) {
       const x = scale(xs, a.left, a.right, false), y = scale(ys, a.bottom, a.top, false);
       const point = (v, w) => x.at(v).toFixed(1) + "," + y.at(w).toFixed(1);
       const path = c => "M" + c[0].map((v, i) => point(v, c[1][i])).join("L");
-      s = frame(width, a.height, x, y, data.axes[axis], names[key]);
+      s = frame(width, a.height, x, y, axes[axis], names[key]);
       for (const [g, cs] of lines) {
         for (const c of cs) s += `<path d="${path(c)}" fill="none" stroke="${colour(g)}" opacity=".35"/>`;
         if (!cs.length) continue;
         const m = mean(cs), every = Math.max(1, Math.ceil(m[0].length / 8));
         s += `<path d="${path(m)}" fill="none" stroke="${colour(g)}" stroke-width="2.5"/>`;
         m[0].forEach((v, i) => { if (i % every === 0 || i === m[0].length - 1) {
-          const tip = `${g.label}, n = ${cs.length}\n${names[key]}: ${shown(m[1][i])}\n${data.axes[axis]}: ${shown(v)}`;
+          const tip = `${g.label}, n = ${cs.length}\n${names[key]}: ${shown(m[1][i])}\n${axes[axis]}: ${shown(v)}`;
           const shape = mark(g, x.at(v), y.at(m[1][i]), 4, false);
           s += `<g class="point" data-tip="${escaped(tip)}">${shape}</g>`; } });
       }
     }
     place.innerHTML = `<svg viewBox="0 0 ${width} ${a.height}" height="${a.height}" role="img"
-      aria-label="${escaped(names[key])} against ${escaped(data.axes[axis])}">${s}</svg>`;
+      aria-label="${escaped(names[key])} against ${escaped(axes[axis])}">${s}</svg>`;
     const box = document.createElement("div"); box.className = "choose";
     box.append(choose("show", names, key, v => { key = v; draw(); }),
-      choose("against", data.axes, axis, v => { axis = v; draw(); }));
+      choose("against", axes, axis, v => { axis = v; draw(); }));
     place.prepend(box);
     legend(place, groups, hidden, draw, "");
     tips(place);
@@ -406,8 +412,9 @@ function reference(place) {
 const drawings = [];
 for (const place of document.querySelectorAll(".chart")) {
   const d = place.dataset;
-  drawings.push(d.pareto ? pareto(place, data.blocks[d.pareto]) : d.curves ? curves(place, data.blocks[d.curves])
-    : reference(place));
+  if (d.pareto) drawings.push(pareto(place, data.blocks[d.pareto]));
+  else if (d.curves) drawings.push(curves(place, data.blocks[d.curves], data.axes[d.curves]));
+  else drawings.push(reference(place));
 }
 const drawAll = () => drawings.forEach(draw => draw());
 drawAll();

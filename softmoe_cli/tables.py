@@ -172,7 +172,7 @@ def latex(comparison: Comparison) -> str:
         rows = [" & ".join(map(_tex, row)) + r" \\" for row in table.rows]
         parts += [
             r"\begin{table}", r"\centering", r"\footnotesize", r"\setlength{\tabcolsep}{4pt}",
-            rf"\caption{{{_tex(table.title)}. {_tex(table.note)}.}}",
+            rf"\caption{{{_tex(table.title)}. {_tex(table.note)}.}}", r"\medskip",
             rf"\setbox0=\hbox{{\begin{{tabular}}{{l{'r' * (len(table.head) - 1)}}}", r"\toprule",
             " & ".join(map(_tex, table.head)) + r" \\", r"\midrule", *rows, r"\bottomrule", r"\end{tabular}}%",
             r"\ifdim\wd0>\linewidth\resizebox{\linewidth}{!}{\box0}\else\box0\fi", r"\end{table}", "",

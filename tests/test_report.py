@@ -104,6 +104,19 @@ def test_latex(which: str, request: pytest.FixtureRequest, tmp_path: Path) -> No
     assert "undefined" not in told.stdout and "Overfull" not in told.stdout
 
 
+def test_page_draws_seconds_of_one_machine_only(tmp_path: Path) -> None:
+    from softmoe_cli.page import page
+
+    def axes() -> list[str]:
+        text = page(compare([study_folder], Question()), {"pareto.svg": b"", "curves.svg": b""})
+        return list(json.loads(text.partition('id="data">')[2].partition("</script>")[0])["axes"][0])
+
+    study_folder = study(tmp_path / "runs")
+    assert axes() == ["train_pflop", "device_s", "images"]
+    write(study_folder, row(seed=5, hardware="NVIDIA H100"))
+    assert axes() == ["train_pflop", "images"]
+
+
 class Reader(HTMLParser):
     """Checks that what opens closes, and gathers attributes, data and words."""
 
