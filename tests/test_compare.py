@@ -43,7 +43,7 @@ def test_groups_means_differences_and_verdicts(tmp_path: Path) -> None:
 
 def test_lower_is_better_for_a_loss(tmp_path: Path) -> None:
     comparison = asked(study(tmp_path), quality="loss")
-    assert [each.label for each in comparison.groups][0] == "soft"
+    assert comparison.groups[0].label == "soft"
     assert group(comparison, "soft").verdict == "better"
     assert group(comparison, "soft").front
     worse = asked(tmp_path, quality="loss", baseline="soft")
@@ -252,7 +252,7 @@ def test_by_where_sort_and_columns(tmp_path: Path) -> None:
         "dense",
         "soft",
     ]
-    assert [each.label for each in asked(tmp_path, sort="label").groups][0] == "dense, lr 0.001"
+    assert asked(tmp_path, sort="label").groups[0].label == "dense, lr 0.001"
     shown = asked(tmp_path, columns=("peak_mib", "num_experts"))
     assert shown.columns == ["peak_mib", "num_experts"]
     assert shown.groups[0].figures["peak_mib"] is not None
@@ -284,10 +284,10 @@ def test_errors_name_key_value_and_the_way_out(tmp_path: Path, question: dict[st
 
 def test_errors_of_folders(tmp_path: Path) -> None:
     study(tmp_path / "outputs")
-    with pytest.raises(UsageError, match="outputz is no folder. Did you mean 'outputs'"):
+    with pytest.raises(UsageError, match=r"outputz is no folder. Did you mean 'outputs'"):
         asked(tmp_path / "outputz")
     (tmp_path / "none").mkdir()
-    with pytest.raises(UsageError, match="no finished run below .*none; left out are 1, first .*none: empty"):
+    with pytest.raises(UsageError, match=r"no finished run below .*none; left out are 1, first .*none: empty"):
         asked(tmp_path / "none")
 
 
