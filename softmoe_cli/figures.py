@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from softmoe_cli.compare import Block, Comparison, Group, natural
 from softmoe_cli.intervals import Interval, at_budget
-from softmoe_cli.runs import AXES, COSTS, QUALITIES
+from softmoe_cli.runs import AXES, COSTS, CURVES, QUALITIES
 
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe and Ito, Color Universal Design (2008), without the yellow that white paper swallows."""
@@ -176,7 +176,7 @@ def _curves(axes: Axes, comparison: Comparison, block: Block) -> None:
             )  # fmt: skip
             labels.append(f"{group.label} (n={len(curves)})")
     axes.set_xlabel(COSTS[axis])
-    axes.set_ylabel("validation " + {"top1_pct": "top-1, %", "top5_pct": "top-5, %", "loss": "loss"}[key])
+    axes.set_ylabel(CURVES[key])
     axes.autoscale_view()
     _legend(axes, handles, labels)
     axes.annotate("thin: each seed; thick: their mean", (1, -0.17), xycoords="axes fraction", ha="right", va="top",

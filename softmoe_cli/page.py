@@ -9,10 +9,8 @@ from typing import Any
 from softmoe_cli.compare import Block, Comparison, Group
 from softmoe_cli.figures import KINDS, reference_points, same_axes, styles
 from softmoe_cli.intervals import Interval
-from softmoe_cli.runs import AXES, CLOCK, COSTS, FINGERPRINT, QUALITIES
-from softmoe_cli.tables import CURVES, LEGEND, Table, reference_tables, remarks, tables
-
-CURVE_NAMES = {"top1_pct": "validation top-1, %", "top5_pct": "validation top-5, %", "loss": "validation loss"}
+from softmoe_cli.runs import AXES, CLOCK, COSTS, CURVES, FINGERPRINT, QUALITIES
+from softmoe_cli.tables import CURVE_NOTE, LEGEND, Table, reference_tables, remarks, tables
 
 
 def page(comparison: Comparison, figures: dict[str, bytes]) -> str:
@@ -29,7 +27,7 @@ def page(comparison: Comparison, figures: dict[str, bytes]) -> str:
     if comparison.reference:
         body.append('<div class="chart" data-reference="1"></div>')
     notes = "".join(f"<li>{escape(note)}</li>" for note in remarks(comparison))
-    body.append(f"<h2>Notes</h2><ul>{notes}<li>{escape(CURVES)}</li></ul>")
+    body.append(f"<h2>Notes</h2><ul>{notes}<li>{escape(CURVE_NOTE)}</li></ul>")
     images = "".join(
         f'<img alt="{name}" src="data:image/svg+xml;base64,{base64.b64encode(figures[f"{name}.svg"]).decode()}">'
         for name in ("pareto", "curves")
@@ -123,14 +121,14 @@ def _data(comparison: Comparison) -> dict[str, Any]:
 
 def _axes(block: Block) -> dict[str, str]:
     """What curves can be drawn against: seconds only where all are of one machine."""
-    machines = {tuple(run.row.get(key) for key in FINGERPRINT) for group in block.groups for run in group.runs}
+    machines = {tuple(str(run.row.get(key)) for key in FINGERPRINT) for group in block.groups for run in group.runs}
     return {axis: COSTS[axis] for axis in AXES if axis not in CLOCK or len(machines) == 1}
 
 
 def _drawn(comparison: Comparison, group: Group, colour: int, marker: str) -> dict[str, Any]:
     ys = dict.fromkeys(key for run in group.runs for look in run.looks for key in look)
-    names = {key: CURVE_NAMES.get(key, key.replace("routing_", "routing: ")) for key in ys}
-    kept = [key for key in names if key in CURVE_NAMES or key.startswith("routing_")]
+    names = {key: CURVES.get(key, key.replace("routing_", "routing: ")) for key in ys}
+    kept = [key for key in names if key in CURVES or key.startswith("routing_")]
     return {
         "label": group.label,
         "colour": colour,

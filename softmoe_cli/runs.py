@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,8 @@ COSTS = {
     "compile_s": "compilation s",
     "energy_kj": "energy, kJ",
 }
+CURVES = {"top1_pct": "validation top-1, %", "top5_pct": "validation top-5, %", "loss": "validation loss"}
+"""Qualities in validation rows."""
 AXES = ("train_pflop", "device_s", "images")
 """Costs that validation rows hold as they grow."""
 CLOCK = ("device_s", "eval_s", "save_s", "compile_s", "energy_kj")
@@ -134,14 +137,29 @@ def _result(folder: Path) -> tuple[Row | None, str]:
     except (OSError, UnicodeDecodeError) as error:
         return None, f"result.json cannot be read ({error})"
     try:
-        row = json.loads(text)
+        row = json.loads(text, parse_float=_finite, parse_constant=_finite)
+        json.dumps(row, ensure_ascii=False).encode()  # fails on half a character, which nothing could print
     except (ValueError, RecursionError) as error:
         return None, f"result.json is truncated or damaged ({error})" if text else "result.json is empty"
     if not isinstance(row, dict):
         return None, "foreign: result.json is no row of softmoe"
     kinds = {"signature": str, "seed": int, "name": str, "data": str}
     lacks = [key for key, kind in kinds.items() if not isinstance(row.get(key), kind)]
-    return (None, f"foreign: result.json has no {lacks[0]}") if lacks else (row, "")
+    if lacks:
+        return None, f"foreign: result.json has no {lacks[0]}"
+    return {key: _printable(value) if isinstance(value, str) else value for key, value in row.items()}, ""
+
+
+def _finite(text: str) -> float:
+    """What softmoe writes is finite: anything else is damage."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is no finite number")
+    return value
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _looks(path: Path) -> tuple[list[Row], str]:
@@ -171,7 +189,7 @@ def _looks(path: Path) -> tuple[list[Row], str]:
 
 
 def number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def single(runs: list[Run], strict: bool) -> tuple[list[Run], list[tuple[str, str]]]:
@@ -179,7 +197,7 @@ def single(runs: list[Run], strict: bool) -> tuple[list[Run], list[tuple[str, st
     first: dict[Any, Run] = {}
     doubles = []
     for run in runs:
-        kept = first.setdefault((run.row["signature"], *(run.row.get(key) for key in VERSION if strict)), run)
+        kept = first.setdefault((run.row["signature"], *(str(run.row.get(key)) for key in VERSION if strict)), run)
         if kept is not run:
             same = all(kept.row.get(key) == run.row.get(key) for key in QUALITIES)
             reason = f"the same run as {kept.folder}, " + ("equal in quality" if same else "with OTHER quality")

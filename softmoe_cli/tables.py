@@ -8,14 +8,14 @@ from typing import Any
 
 from softmoe_cli.compare import Block, Comparison, Group, setting
 from softmoe_cli.intervals import Interval
-from softmoe_cli.runs import COSTS, QUALITIES
+from softmoe_cli.runs import COSTS, CURVES, QUALITIES
 from softmoe_cli.terminal import aligned
 
 LEGEND = (
     "± is half a 95% t-interval over n seeds; on the front: nothing is at least as good at no more cost; P(front): how "
     "often the group is there when its means are drawn anew given their seeds"
 )
-CURVES = (
+CURVE_NOTE = (
     "Quality on the validation images, each run's curve interpolated linearly and never extrapolated; a point inside a "
     "curve was reached under a schedule made for the whole run"
 )
@@ -77,8 +77,6 @@ def _budgets(comparison: Comparison, block: Block) -> list[Table]:
     """A table per axis: groups down, budgets across."""
     found = []
     key = QUALITIES[comparison.quality].curve
-    head = next(each.head for name, each in QUALITIES.items() if name == f"validation_{key}" or name == key)
-    head = head.replace("test", "validation")
     for axis in dict.fromkeys(each.axis for each in block.groups[0].budgets):
         places = [i for i, each in enumerate(block.groups[0].budgets) if each.axis == axis]
         titles = [f"at {block.groups[0].budgets[i].budget:,.6g}" for i in places]
@@ -86,8 +84,8 @@ def _budgets(comparison: Comparison, block: Block) -> list[Table]:
         for group in block.groups:
             cells = [group.budgets[i] for i in places]
             rows.append([group.label, str(len(group.runs)), *(_at(key, each) for each in cells)])
-        title = f"{block.title}: {head} at equal {COSTS[axis]}"
-        found.append(Table(title, CURVES, ["group", "n", *titles], rows))
+        title = f"{block.title}: {CURVES[key]} at equal {COSTS[axis]}"
+        found.append(Table(title, CURVE_NOTE, ["group", "n", *titles], rows))
     return found
 
 
@@ -137,7 +135,7 @@ def terminal(comparison: Comparison) -> str:
         parts.append(
             f"{len(comparison.reference)} rows of reference, not ours, are in the files: {comparison.reference_name}"
         )
-    parts.append("\n".join(f"- {note}" for note in [LEGEND, CURVES, *remarks(comparison)]))
+    parts.append("\n".join(f"- {note}" for note in [LEGEND, CURVE_NOTE, *remarks(comparison)]))
     return "\n\n".join(parts)
 
 

@@ -155,6 +155,7 @@ def test_what_cannot_be_read_is_named_with_the_reason(tmp_path: Path) -> None:
     spoilt = {
         "truncated": whole[:200], "foreign": '{"accuracy": 0.9}', "list": "[1]", "deep": "[" * 100_000, "blank": "",
         "nan": json.dumps(json.loads(whole) | {"top1_pct": float("nan"), "signature": "x"}),
+        "half": whole.replace('"made_up"', '"\\ud800"'),
         "lacking": json.dumps({k: v for k, v in json.loads(whole).items() if k != "top1_pct"} | {"signature": "y"}),
     }  # fmt: skip
     for name, text in spoilt.items():
@@ -175,7 +176,8 @@ def test_what_cannot_be_read_is_named_with_the_reason(tmp_path: Path) -> None:
     assert sum(len(each.runs) for each in comparison.groups) == 9
     assert {name: reason[:18] for name, reason in reasons.items() if name != "zcopy"} == {
         "truncated": "result.json is tru", "foreign": "foreign: result.js", "list": "foreign: result.js",
-        "deep": "result.json is tru", "blank": "result.json is emp", "nan": "its result has no ",
+        "deep": "result.json is tru", "blank": "result.json is emp", "nan": "result.json is tru",
+        "half": "result.json is tru",
         "lacking": "its result has no ", "bytes": "result.json cannot", "empty": "empty",
         "unfinished": "unfinished: no res",
     }  # fmt: skip
