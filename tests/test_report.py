@@ -104,6 +104,18 @@ def test_latex(which: str, request: pytest.FixtureRequest, tmp_path: Path) -> No
     assert "undefined" not in told.stdout and "Overfull" not in told.stdout
 
 
+def test_page_has_a_section_for_each_block(tmp_path: Path) -> None:
+    from softmoe_cli.page import page
+
+    study(tmp_path)
+    for hardware in ("AMD: one", "AMD: two"):
+        write(tmp_path / hardware, row(seed=7, hardware=hardware, train__minutes=5))
+        write(tmp_path / hardware, row(seed=len(hardware) + ord(hardware[-1]), hardware=hardware, train__minutes=5))
+    comparison = compare([tmp_path], Question())
+    sections = page(comparison, {"pareto.svg": b"", "curves.svg": b""}).split("<section>")[1:]
+    assert [each.partition("</section>")[0].count("<table>") for each in sections] == [3, 3, 3]
+
+
 def test_page_draws_seconds_of_one_machine_only(tmp_path: Path) -> None:
     from softmoe_cli.page import page
 
