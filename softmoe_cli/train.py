@@ -110,8 +110,6 @@ class Budget:
     def passed(self, before: float, now: float, every: float) -> bool:
         """Whether a multiple of the span `every`, or the end, lies in (before, now]."""
         interval = span(every, self.total)
-        if self.steps is not None:
-            interval = max(1, round(interval))
         return now // interval > before // interval or (before < self.total <= now)
 
     def __str__(self) -> str:
