@@ -25,7 +25,7 @@ from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol, Self, TextIO
+from typing import Any, Protocol, Self
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.utils import JobReturn, JobStatus
@@ -343,9 +343,8 @@ class Ray:
         import ray
 
         own: dict[str, Any] = {"include_dashboard": False, "_temp_dir": tempfile.mkdtemp(prefix="ray-")}
-        ray.init(
-            address=options.address, log_to_driver=False, configure_logging=False, **({} if options.address else own)
-        )
+        quiet: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
+        ray.init(address=options.address, **quiet, **({} if options.address else own))
         self._task = ray.remote(max_calls=1, max_retries=0, num_cpus=options.cpus, num_gpus=options.gpus)(_in_worker)
 
     def start(self, order: Order) -> Attempt:
@@ -461,7 +460,6 @@ class Sweep:
         study = Path(config.output_root) / config.study
         self._folder = study / f"sweep-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
         self._entries: list[Entry] = []
-        self._lock: TextIO | None = None
         self._place: Place | None = None
         self._console = Console(highlight=False, soft_wrap=True)
         failures.clear()
@@ -501,13 +499,14 @@ class Sweep:
         if self._options.plan:
             print(_plan(list(dict.fromkeys(entries)), len(slots)))
             return [JobReturn(status=JobStatus.COMPLETED) for _ in jobs]
-        self._write_down()
-        for entry in entries:
-            if entry.finished:
-                entry.word = entry.word or "done before"
-            elif self._excess(entry.job) > 1:
-                entry.word = "over the limit"
-        self._work_off([entry for entry in dict.fromkeys(entries) if not entry.word], slots)
+        with self._held():
+            self._write_down()
+            for entry in entries:
+                if entry.finished:
+                    entry.word = entry.word or "done before"
+                elif self._excess(entry.job) > 1:
+                    entry.word = "over the limit"
+            self._work_off([entry for entry in dict.fromkeys(entries) if not entry.word], slots)
         return [self._return(overrides, entry) for overrides, entry in zip(job_overrides, entries, strict=True)]
 
     def _ask(self, job_overrides: Sequence[Sequence[str]]) -> tuple[list[Job], list[str]]:
@@ -554,20 +553,26 @@ class Sweep:
             entries.append(entry)
         return entries
 
-    def _write_down(self) -> None:
-        """Makes the sweep's folder, which one launcher holds at a time."""
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        """The sweep's folder, made where there is none, and held against a second launcher."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            if self._lock is None:
-                self._lock = (self._folder / ".lock").open("w")
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UsageError(f"the same sweep is running already: softmoe status {self._folder}") from error
+            lock = (self._folder / ".lock").open("w")
         except OSError as error:
             raise UsageError(
                 f"cannot write to output_root={self._config.output_root}: {error.strerror}: {error.filename}; "
                 "choose another output_root"
             ) from error
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UsageError(f"the same sweep is running already: softmoe status {self._folder}") from error
+            yield
+
+    def _write_down(self) -> None:
+        """Says in the sweep's folder what its jobs are."""
         rows = [
             {"run": e.job.run, "overrides": e.job.overrides, "folder": os.path.relpath(e.job.folder, self._folder)}
             for e in self._entries
