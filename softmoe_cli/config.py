@@ -505,6 +505,23 @@ PRICES = ("train_pflop", "forward_gflop", "train_gflop", "params_m", "active_par
 
 
 @dataclass
+class Limit:
+    """The most that a job of a search may cost; known before it runs."""
+
+    path: ClassVar[str] = "hydra.launcher.limit"
+    train_pflop: float | None = option("search: most that a job may cost, or it is not trained", above=0)
+    forward_gflop: float | None = option("as train_pflop, an image's forward pass", above=0)
+    train_gflop: float | None = option("as train_pflop, an image's training", above=0)
+    params_m: float | None = option("as train_pflop, millions of parameters", above=0)
+    active_params_m: float | None = option("as train_pflop, millions that a token meets", above=0)
+    peak_mib: float | None = option("as train_pflop, predicted memory", above=0)
+
+    @property
+    def given(self) -> dict[str, float]:
+        return {key: getattr(self, key) for key in PRICES if getattr(self, key) is not None}
+
+
+@dataclass
 class Launcher:
     """Where and how the jobs of `softmoe train -m` run: hydra.launcher of any place."""
 
@@ -515,20 +532,16 @@ class Launcher:
     objective: list[str] = option(
         "what a searching sweeper (hydra/sweeper=optuna) is told of each job", choices=(*QUALITIES, *PRICES)
     )
-    limit: dict[str, float] = option(f"most that a searched job may cost, as {{train_pflop: 0.01}}; of {PRICES}")
+    limit: Limit = field(default_factory=Limit)
     plan: bool = option("list the jobs with their cost and stop; --plan sets it")
 
     def check(self) -> None:
         _check(self)
-        unknown = [key for key in self.limit if key not in PRICES]
-        if unknown:
+        _check(self.limit)
+        if self.limit.given and (len(self.objective) != 1 or self.objective[0] not in QUALITIES):
             raise UsageError(
-                f"hydra.launcher.limit: {unknown[0]} is not one of {', '.join(PRICES)}.{nearest(unknown[0], PRICES)}"
-            )
-        if self.limit and (len(self.objective) != 1 or self.objective[0] not in QUALITIES):
-            raise UsageError(
-                f"hydra.launcher.limit={self.limit} goes with one quality as objective, such as "
-                f"hydra.launcher.objective=[{QUALITIES[0]}], not with {self.objective}"
+                f"hydra.launcher.limit={self.limit.given} goes with one quality as hydra.launcher.objective, such as "
+                f"[{QUALITIES[0]}], not with {self.objective}; add +search=quality"
             )
 
 

@@ -105,7 +105,7 @@ class Run:
             self._lock = None
             raise UsageError(f"{self.folder} is in use by another process that runs the same configuration")
         self._lock.truncate(0)
-        self._lock.write(platform.node())  # whose process it is, for who looks from another machine
+        self._lock.write(f"{platform.node()} {os.getpid()}")  # whose process it is, for who looks from another machine
         self._lock.flush()
         write_atomically(self.folder / "config.yaml", yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
 

@@ -118,7 +118,7 @@ def _holder(lock: Path) -> str | None:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
                 return platform.node()
-            name = file.read()
+            name = file.read().partition(" ")[0]
     except FileNotFoundError:
         return None
     return name if name and name != platform.node() else None

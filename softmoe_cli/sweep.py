@@ -5,6 +5,7 @@ at once; whatever needs a model beforehand (signatures, costs) is worked out in 
 """
 
 import argparse
+import atexit
 import contextlib
 import fcntl
 import hashlib
@@ -14,6 +15,7 @@ import math
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import secrets
 import signal
 import sys
 import tempfile
@@ -177,8 +179,8 @@ def _answer(question: Question, sender: Connection) -> None:
                 config = replace(config, threads=threads)
                 settled.append(f"threads={threads}")
             folder = run_folder(config, question.command, source)
-            cost = _costs(config, times=options.plan) if options.plan or options.limit else {}
-            unknown = [key for key in options.limit if math.isnan(cost[key])]
+            cost = _costs(config, times=options.plan) if options.plan or options.limit.given else {}
+            unknown = [key for key in options.limit.given if math.isnan(cost[key])]
             if unknown:
                 raise UsageError(f"hydra.launcher.limit: train.minutes leaves {unknown[0]} open; give train.steps")
             answers.append(Job(name, [*overrides, *settled], folder, cost))
@@ -339,16 +341,29 @@ class Ray:
     """A Ray, here or running on several machines that share a file system."""
 
     def __init__(self, options: RayLauncher, folder: Path) -> None:
-        os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # gpus=0 hides none: device= decides
+        own: dict[str, Any] = {}
+        self._files: tempfile.TemporaryDirectory[str] | None = None
+        if options.address is None:
+            os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # kept in no file
+            self._files = tempfile.TemporaryDirectory(prefix="ray-")
+            own = {"include_dashboard": False, "_temp_dir": self._files.name}
         import ray
 
-        own: dict[str, Any] = {"include_dashboard": False, "_temp_dir": tempfile.mkdtemp(prefix="ray-")}
-        quiet: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
-        ray.init(address=options.address, **quiet, **({} if options.address else own))
+        ray.init(address=options.address, log_to_driver=False, configure_logging=False, **own)
+        atexit.register(self._close)
         self._task = ray.remote(max_calls=1, max_retries=0, num_cpus=options.cpus, num_gpus=options.gpus)(_in_worker)
 
     def start(self, order: Order) -> Attempt:
         return Task(self._task.remote(order))
+
+    def _close(self) -> None:
+        import ray
+
+        ray.shutdown()
+        if self._files is not None:
+            self._files.cleanup()
 
 
 class Task:
@@ -442,9 +457,10 @@ class Sweep:
     def __init__(self, config_loader: ConfigLoader, config: DictConfig) -> None:
         from softmoe_cli.cli import LAUNCHERS
 
-        tree = OmegaConf.to_container(config.hydra.launcher, resolve=True)
-        assert isinstance(tree, dict)
-        self._options: Launcher = LAUNCHERS[tree["where"]](**{str(key): value for key, value in tree.items()})
+        launcher = LAUNCHERS[config.hydra.launcher.where]
+        options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(launcher), config.hydra.launcher))
+        assert isinstance(options, Launcher)
+        self._options = options
         self._options.check()
         self._local = self._options.where == "local"
         needs = {"slurm": "submitit", "ray": "ray"}.get(self._options.where)
@@ -471,10 +487,10 @@ class Sweep:
         sweeper = self._config.hydra.sweeper
         wanted = ["maximize" if key in QUALITIES else "minimize" for key in self._options.objective]
         if "direction" not in sweeper:
-            if wanted or self._options.limit:
+            if wanted or self._options.limit.given:
                 raise UsageError(
-                    f"hydra.launcher.objective={self._options.objective} and limit={self._options.limit} have no "
-                    "effect without a sweeper that searches; add +search=quality or +search=pareto"
+                    f"hydra.launcher.objective={self._options.objective} has no effect without a sweeper that "
+                    "searches; add +search=quality or +search=pareto"
                 )
             return
         if self._options.plan:
@@ -681,7 +697,7 @@ class Sweep:
         return f"{aligned(rows, markdown=False)}\n{count(states)}"
 
     def _excess(self, job: Job) -> float:
-        return max((job.cost[key] / most for key, most in self._options.limit.items()), default=0.0)
+        return max((job.cost[key] / most for key, most in self._options.limit.given.items()), default=0.0)
 
     def _return(self, overrides: Sequence[str], entry: Entry) -> JobReturn:
         """What a searching sweeper is told: the objective, or how far over the limit, below any quality there is."""
