@@ -1,5 +1,6 @@
 """The commands. Hydra begins and ends here; torch, timm and wandb are imported by the command that needs them."""
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -345,15 +346,8 @@ def _hydra(command: str, arguments: list[str]) -> None:
     Plugins.instance().register(OwnConf)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing and leaving with status 1
     many = any(argument in ("-m", "--multirun") for argument in arguments)
-    nowhere = tempfile.TemporaryDirectory()
-    if "--plan" in arguments:
-        if command not in ("train", "finetune") or not many:
-            raise UsageError(
-                "--plan lists the jobs of a sweep: softmoe train -m … --plan or softmoe finetune -m … --plan"
-            )
-        arguments = [argument for argument in arguments if argument != "--plan"]
-        arguments += ["hydra.launcher.plan=true", f"hydra.sweep.dir={nowhere.name}"]  # Hydra's files go nowhere
-    sys.argv = ["softmoe", *arguments]
+    if "--plan" in arguments and (command not in ("train", "finetune") or not many):
+        raise UsageError("--plan lists the jobs of a sweep: softmoe train -m … --plan or softmoe finetune -m … --plan")
     costed: list[CostConfig] = []
     tasks: dict[str, Callable[[Any], None]] = {
         "train": functools.partial(_train, "train"),
@@ -374,7 +368,12 @@ def _hydra(command: str, arguments: list[str]) -> None:
             failures.append(error)
 
     try:
-        with nowhere:
+        with contextlib.ExitStack() as nowhere:
+            if "--plan" in arguments:  # and Hydra's own files go nowhere
+                folder = nowhere.enter_context(tempfile.TemporaryDirectory())
+                arguments = [argument for argument in arguments if argument != "--plan"]
+                arguments += ["hydra.launcher.plan=true", f"hydra.sweep.dir={folder}"]
+            sys.argv = ["softmoe", *arguments]
             hydra.main(version_base=None, config_path=str(conf_folder()), config_name=command)(task)()
     except (HydraException, OmegaConfBaseException) as error:
         raise UsageError(_explain(error, command, arguments)) from error

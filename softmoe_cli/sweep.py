@@ -530,11 +530,14 @@ class Sweep:
         from softmoe_cli import cli
 
         jobs, errors = [], []
+        typed = {word.partition("=")[0]: word for word in self._typed}
         for overrides in job_overrides:
             config = self._loader.load_sweep_config(self._config, list(overrides))
             with read_write(config), open_dict(config):
                 del config["hydra"]
-            name = " ".join(each for each in overrides if each not in self._typed) or " ".join(overrides)
+            name = " ".join(each for each in overrides if typed.get(each.partition("=")[0]) != each) or " ".join(
+                overrides
+            )
             try:
                 jobs.append((name, list(overrides), cli.plain(config, Config)))
             except UsageError as error:
