@@ -50,6 +50,7 @@ usage: softmoe COMMAND [ARGUMENTS]
   evaluate   quality of a checkpoint on a data set         softmoe evaluate checkpoint=RUN
   cost       parameters, FLOPs, memory, latency           softmoe cost model=vit_s16_soft
   match      make one model cost what another does        softmoe match model=vit_s16_soft to=vit_s16_dense
+  compare    runs to tables, verdicts, Pareto front, plots softmoe compare outputs/default
   check      conformance report for a router               softmoe check soft
   status     what a sweep's runs are doing, from files     softmoe status outputs/default
   list       models, routers, data sets, recipes, experiments
@@ -103,6 +104,17 @@ softmoe match [GROUP=CHOICE | KEY=VALUE]... free=KEY to=MODEL by=COST   the valu
 
 Prints the overrides to use and how close they come. Where nothing comes within tolerance it names the nearest on both
 sides and the exit status is 1.""",
+    "compare": """\
+softmoe compare FOLDER... [--OPTION VALUE]...   finished runs to tables, verdicts, a Pareto front and plots
+
+  softmoe compare outputs/expert_count
+  softmoe compare outputs/expert_count --quality loss --cost device_s --columns num_experts,peak_mib --sort num_experts
+  softmoe compare outputs/a outputs/b --where router=soft,dense --by router,num_experts --baseline num_experts=8
+  softmoe compare outputs/expert_count --at train_pflop=0.002,0.004 --at device_s --reference pareto --wandb
+
+Reads result.json and metrics.jsonl of every run below the folders. Runs that differ in nothing but the seed are a
+group: mean, 95% interval and n; difference from the baseline and whether it is distinguishable; quality at equal cost;
+the Pareto front and how sure it is. Runs on other images are kept apart; what cannot be read is named and left out.""",
     "check": """\
 softmoe check ROUTER [KEY=VALUE]...   what every router must keep, measured; exit status 1 if anything fails
 
@@ -177,12 +189,20 @@ def _dispatch(arguments: list[str]) -> int:
         raise UsageError(f"there is no command '{command}'.{nearest(command, USAGE)} Commands: {', '.join(USAGE)}")
     if "-h" in rest or "--help" in rest:
         print(USAGE[command])
-        if command in SCHEMAS:
+        if command == "compare":
+            from softmoe_cli.report import options
+
+            print(options())
+        elif command in SCHEMAS:
             print(_options(SCHEMAS[command]))
         if command in ("train", "finetune"):
             for name, launcher in LAUNCHERS.items():
                 print(_options(launcher, "hydra.launcher.", f"with -m, hydra/launcher={name}"))
         return 0
+    if command == "compare":
+        from softmoe_cli.report import run
+
+        return run(rest)
     if command == "list":
         if rest:
             raise UsageError(f"softmoe list takes no arguments, got {' '.join(rest)}")

@@ -15,6 +15,10 @@ from typing import Any, Literal
 from urllib.parse import urlparse
 
 AXES = ("images", "step", "epoch", "train_pflop", "device_s", "eval_s", "save_s", "compile_s")
+QUALITY = ("top1_pct", "top5_pct", "loss")
+OTHER_AXES = ("train_pflop", "device_s")
+"""A W&B metric has one x axis of its own: `images`. Validation quality is sent again under by_AXIS/ for each of these,
+so that W&B's charts show it against all three at once."""
 INIT_TIMEOUT_S = 10
 LAST_WAIT_S = 30
 
@@ -77,29 +81,11 @@ class Mirror:
     def close(self, result: dict[str, Any] | None) -> None:
         """Hands over the final row, if the run is done, and waits a second per minute of the run; longer only while
         the server answers."""
-        global stuck
         if self._mode == "off":
             return
         self._queue.put(("end", result or {}))
-        now = time.monotonic()
-        self._thread.join(max(1.0, (now - self._started) / 60))
-        while self._thread.is_alive() and time.monotonic() < now + LAST_WAIT_S and self._answers():
-            self._thread.join(1)  # slow is not broken: what is on its way arrives
-        if self._thread.is_alive():
-            stuck = True
+        if not _ends(self._thread, max(1.0, (time.monotonic() - self._started) / 60), self._mode):
             self._say(f"W&B has not taken every row; all are in {self._folder}/metrics.jsonl")
-
-    def _answers(self) -> bool:
-        """Whether the server speaks HTTP within a second and does not report a failure of its own; a disk does."""
-        if self._mode == "offline":
-            return True
-        try:
-            urllib.request.urlopen(_server(), timeout=1).close()
-        except urllib.error.HTTPError as error:
-            return error.code < 500
-        except (OSError, http.client.HTTPException, ValueError):
-            return False
-        return True
 
     def _work(self) -> None:
         try:
@@ -108,8 +94,11 @@ class Mirror:
             self._say(f"W&B stopped mirroring ({type(error).__name__}: {str(error).splitlines()[0]}); the run goes on")
 
     def _send(self) -> None:
-        run = self._init()
+        run = _init(self._mode, self._settings, self._folder, self._say)
         run.define_metric("*", step_metric="images")
+        for axis in OTHER_AXES:  # by their full names, which go before the *
+            for key in QUALITY:
+                run.define_metric(f"by_{axis}/{key}", step_metric=axis)
         for row in self._earlier[run.step :]:
             run.log(_named(row))
         while True:
@@ -120,34 +109,115 @@ class Mirror:
                 return
             run.log(_named(row))
 
-    def _init(self) -> Any:
-        import wandb
 
-        def init(mode: Literal["online", "offline"]) -> Any:
-            return wandb.init(
-                **self._settings,
-                mode=mode,
-                dir=self._folder,
-                resume="allow" if mode == "online" else None,
-                reinit="finish_previous",
-                settings=wandb.Settings(init_timeout=INIT_TIMEOUT_S, silent=True, console="off"),
+def _ends(thread: threading.Thread, patience_s: float, mode: str) -> bool:
+    """Waits for W&B for so long, and up to LAST_WAIT_S while its server answers; says whether it is done."""
+    global stuck
+    start = time.monotonic()
+    thread.join(patience_s)
+    while thread.is_alive() and time.monotonic() < start + LAST_WAIT_S and _answers(mode):
+        thread.join(1)  # slow is not broken: what is on its way arrives
+    stuck = stuck or thread.is_alive()
+    return not thread.is_alive()
+
+
+def _answers(mode: str) -> bool:
+    """Whether the server speaks HTTP within a second and does not report a failure of its own; a disk does."""
+    if mode == "offline":
+        return True
+    try:
+        urllib.request.urlopen(_server(), timeout=1).close()
+    except urllib.error.HTTPError as error:
+        return error.code < 500
+    except (OSError, http.client.HTTPException, ValueError):
+        return False
+    return True
+
+
+def _init(mode: str, settings: dict[str, Any], folder: Path, say: Callable[[str], None]) -> Any:
+    """A W&B run in `folder`; offline where the server cannot be reached."""
+    import wandb
+
+    def init(mode: Literal["online", "offline"]) -> Any:
+        return wandb.init(
+            **settings,
+            mode=mode,
+            dir=folder,
+            resume="allow" if mode == "online" else None,
+            reinit="finish_previous",
+            settings=wandb.Settings(init_timeout=INIT_TIMEOUT_S, silent=True, console="off"),
+        )
+
+    if mode == "online":
+        try:
+            return init("online")
+        except wandb.Error as error:
+            say(
+                f"W&B is not reachable ({str(error).splitlines()[0]}); recording offline, "
+                f"'wandb sync' sends {folder}/wandb later"
             )
-
-        if self._mode == "online":
-            try:
-                return init("online")
-            except wandb.Error as error:
-                self._say(
-                    f"W&B is not reachable ({str(error).splitlines()[0]}); recording offline, "
-                    f"'wandb sync' sends {self._folder}/wandb later"
-                )
-        return init("offline")
+    return init("offline")
 
 
 def _named(row: dict[str, Any]) -> dict[str, Any]:
-    """A row as W&B names it: train/loss, validation/top1_pct, and the shared axes bare."""
-    return {
+    """A row as W&B names it: train/loss, validation/top1_pct, by_device_s/top1_pct, and the shared axes bare."""
+    named = {
         key if key in AXES else f"{row['split']}/{key}": value
         for key, value in row.items()
         if key != "split" and value is not None
     }
+    if row["split"] == "validation":
+        named |= {f"by_{axis}/{key}": row[key] for axis in OTHER_AXES for key in QUALITY}
+    return named
+
+
+def publish(
+    mode: str,
+    settings: dict[str, Any],
+    folder: Path,
+    rows: list[dict[str, Any]],
+    axes: tuple[str, str],
+    files: list[str],
+    say: Callable[[str], None],
+) -> None:
+    """Sends a comparison as one W&B run: `rows` as a table with a scatter plot of `axes`, the figures, the page, and
+    all `files` of `folder` as an artifact."""
+    failures: list[Exception] = []
+
+    def work() -> None:
+        try:
+            _publish(_init(mode, settings, folder, say), folder, rows, axes, files)
+        except Exception as error:  # whatever W&B raises: the files are written, and the reader is told
+            failures.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    if not _ends(thread, INIT_TIMEOUT_S, mode):
+        say(f"W&B has not taken everything; all files are in {folder}")
+    elif failures:
+        say(
+            f"W&B refused ({type(failures[0]).__name__}: {str(failures[0]).splitlines()[0]}); all files are in {folder}"
+        )
+    else:
+        where = f"offline in {folder}/wandb; 'wandb sync' sends it" if mode == "offline" else "sent"
+        say(f"W&B: run {settings['name']} of group {settings['group']}, {where}")
+
+
+def _publish(run: Any, folder: Path, rows: list[dict[str, Any]], axes: tuple[str, str], files: list[str]) -> None:
+    import wandb
+
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [[row.get(column) for column in columns] for row in rows]
+    table = wandb.Table(columns=columns, data=cells, allow_mixed_types=True)
+    logged = {"table": table, "scatter": wandb.plot.scatter(table, *axes, title=" against ".join(axes[::-1]))}
+    for path in (folder / file for file in files):
+        if path.suffix == ".png":
+            logged[path.stem] = wandb.Image(str(path))
+        elif path.suffix == ".html":
+            logged["page"] = wandb.Html(path.read_text(), inject=False)
+    run.log({f"compare/{name}": value for name, value in logged.items()})
+    artifact = wandb.Artifact(run.id, type="comparison")
+    for file in files:
+        artifact.add_file(str(folder / file))
+    run.log_artifact(artifact)
+    run.finish()

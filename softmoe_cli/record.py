@@ -17,6 +17,7 @@ import platform
 import re
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -40,13 +41,30 @@ OURS = re.compile(r"\.?(last|best)-\d+")
 def signature(config: Config, command: str, source_digest: str | None, data_digest: str | None) -> str:
     """Ten hex digits of what the run computes: its scientific config, the command, the weights that it starts from and,
     where the config does not say it, which images it reads."""
+    given = [digest for digest in (data_digest,) if digest]
+    text = json.dumps([command, source_digest, _science(config), *given], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def _science(config: Config) -> dict[str, Any]:
     science = dataclasses.asdict(config)
     for key in NOT_SCIENCE:
         section, _, leaf = key.rpartition(".")
         (science[section] if section else science).pop(leaf)
-    given = [digest for digest in (data_digest,) if digest]
-    text = json.dumps([command, source_digest, _plain(science), *given], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:10]
+    return _plain(science)
+
+
+def flat_science(config: Config) -> dict[str, Any]:
+    """What the signature is made of, as `section.key`: a result row tells with it which runs differ in what."""
+
+    def walk(node: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for key, value in node.items():
+            if isinstance(value, dict):
+                yield from walk(value, f"{prefix}{key}.")
+            else:
+                yield f"{prefix}{key}", value
+
+    return dict(walk(_science(config), ""))
 
 
 def _plain(value: Any) -> Any:

@@ -30,7 +30,16 @@ from softmoe_cli.models import build, load_weights
 from softmoe_cli.moe.layer import MoE
 from softmoe_cli.moe.routing import Routing, full_precision, routings
 from softmoe_cli.optim import adamw, schedule, span
-from softmoe_cli.record import Checkpoint, Run, RunError, Source, random_state, set_random_state, signature
+from softmoe_cli.record import (
+    Checkpoint,
+    Run,
+    RunError,
+    Source,
+    flat_science,
+    random_state,
+    set_random_state,
+    signature,
+)
 from softmoe_cli.terminal import Screen, count, gibibytes
 
 T = TypeVar("T")
@@ -140,7 +149,7 @@ def train(config: Config, command: str, source: Source | None, screen: Screen) -
 def _train(run: Run, config: Config, command: str, source: Source | None, screen: Screen) -> dict[str, Any]:
     """The loop: data, cost, model, weights, then steps, looks and checkpoints until the budget is used up."""
     device, autocast = arithmetic(config.device, config.train.precision, config.threads)
-    splits = data.load(config.data)
+    splits, images_digest = data.load(config.data), data.identity(config.data)
     classes = _num_classes(config, splits)
     budget = Budget.of(config, len(splits.train))
     learning_rate = schedule(config.optim, budget.total)
@@ -309,6 +318,7 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
             raise
     router = card["model"]["router"]
     result = _result(config, command, run, source, cost, memory, splits, test, progress, device, router)
+    result["data.identity"] = images_digest
     run.finish(result)
     wandb_run.close(result)
     screen.table("result", _shown(result, run.folder))
@@ -602,7 +612,8 @@ def _result(
     device: torch.device,
     router: dict[str, Any],
 ) -> dict[str, Any]:
-    """One flat row: what it was, what it reached on the test images with its last weights, what it cost."""
+    """One flat row: what it was, what it reached on the test images with its last weights, what it cost, and every
+    scientific setting as `section.key`, so that rows alone tell which runs differ in what."""
     m, images = config.model, progress.step * config.train.batch_size
     return {
         "name": run.folder.name,
@@ -648,6 +659,8 @@ def _result(
         "softmoe": version("softmoe-cli"),
         "commit": _commit(),
         "python": platform.python_version(),
+        "checkpoint.digest": source.digest if source else None,
+        **flat_science(config),
     }
 
 

@@ -23,6 +23,7 @@ from softmoe_cli.record import Run, RunError
 from softmoe_cli.train import Stop, _commit
 from tests.conftest import TINY, Softmoe
 from tests.processes import Started
+from tests.wandb_file import recorded
 
 CLOCKS = {"device_s", "eval_s", "save_s", "compile_s", "images_per_s", "energy_kj"}
 
@@ -407,15 +408,27 @@ def test_moved_checkpoints_do_not_need_their_run(softmoe: Softmoe, tmp_path: Pat
 
 
 def test_wandb_offline_mirrors_the_run(tmp_path: Path) -> None:
-    """Group, job type, id, axes, every split and the final row are in W&B's own file; so are those after a kill."""
+    """Group, id, every split, the final row, and quality against images, FLOPs and seconds are in W&B's own file."""
     finish(start(tmp_path, "train.steps=30", "tracking=offline", "wandb.tags=[tagged]"))
     run = the_run(tmp_path)
-    (file,) = (run / "wandb").glob(f"offline-run-*/run-{run.name.rpartition('-')[2]}.wandb")
-    recorded = file.read_bytes()
-    for word in ("validation/top1_pct", "test/top1_pct", "train/loss", "images", "train_pflop", "device_s", "tagged",
-                 "result/top1_pct", "default", "num_experts"):  # fmt: skip
-        assert word.encode() in recorded, word
-    assert recorded.count(b"validation/top1_pct") >= 10
+    file, kept = recorded(run)
+    assert file.name == f"run-{run.name.rpartition('-')[2]}.wandb"
+    content = file.read_bytes()
+    for word in ("train/loss", "tagged", "result/top1_pct", "default", "num_experts"):
+        assert word.encode() in content, word
+    history = [
+        {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in each.history.item}
+        for each in kept
+        if each.WhichOneof("record_type") == "history"
+    ]
+    looks = [row for row in history if "validation/top1_pct" in row]
+    assert len(looks) >= 10 and sum("test/top1_pct" in row for row in history) == 1
+    steps = {each.metric.name: each.metric.step_metric for each in kept if each.WhichOneof("record_type") == "metric"}
+    for key in ("top1_pct", "top5_pct", "loss"):
+        for axis in ("train_pflop", "device_s"):
+            assert steps[f"by_{axis}/{key}"] == axis
+            assert all(row[f"by_{axis}/{key}"] == row[f"validation/{key}"] for row in looks)
+    assert all({"images", "train_pflop", "device_s"} <= row.keys() for row in looks)
 
 
 def test_unreachable_wandb_loses_nothing(tmp_path: Path) -> None:

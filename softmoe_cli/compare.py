@@ -1,0 +1,561 @@
+"""`softmoe compare`: runs that may be compared become groups, and groups get intervals, verdicts and a front."""
+
+import json
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from softmoe_cli.config import UsageError, nearest
+from softmoe_cli.intervals import (
+    Difference,
+    Interval,
+    at_budget,
+    budgets,
+    difference,
+    front_probability,
+    mean_interval,
+    on_front,
+    verdicts,
+)
+from softmoe_cli.runs import AXES, CLOCK, COSTS, FINGERPRINT, QUALITIES, VERSION, Row, Run, number, read, single
+
+EVALUATION = (
+    "data", "data.identity", "test_images", "data.num_classes", "data.split_seed", "data.validation_fraction",
+    "data.test_fraction",
+)  # fmt: skip
+"""Qualities are compared only where all of these are equal: the same images, cut the same way."""
+ROUTED = (
+    "model.moe_blocks", "model.expert_init", "router", "num_experts", "slots_per_expert", "images_per_group",
+    "moe_blocks",
+)  # fmt: skip
+"""Settings, beside model.router.*, that come with a router and say nothing of which dense control is its own."""
+
+LABELS = {
+    "model.backbone.name": "{}",
+    "backbone": "{}",
+    "model.router._target_": "{}",
+    "router": "{}",
+    "model.router.num_experts": "{} experts",
+    "num_experts": "{} experts",
+    "model.router.slots_per_expert": "{} slots/expert",
+    "slots_per_expert": "{} slots/expert",
+    "model.router.k": "k={}",
+    "model.router.capacity_factor": "capacity factor {}",
+    "model.moe_blocks": "blocks {}",
+    "moe_blocks": "blocks {}",
+    "model.image_size": "{} px",
+    "image_size": "{} px",
+    "train.steps": "{} updates",
+    "steps": "{} updates",
+    "train.epochs": "{} epochs",
+    "train.images": "{} training images",
+    "train.minutes": "{} minutes",
+    "train.batch_size": "{} images/update",
+    "batch_size": "{} images/update",
+    "optim.lr": "lr {}",
+    "lr": "lr {}",
+    "command": "{}",
+    "checkpoint.digest": "from {}",
+    "checkpoint": "from {}",
+}
+"""How a label tells a setting. These are told whenever they differ; others only where labels would be the same."""
+
+
+@dataclass
+class Budgeted:
+    """Validation quality at one budget: an interval, or the reason why there is none."""
+
+    axis: str
+    budget: float
+    values: list[tuple[int, float]]
+    interval: Interval | None
+    reason: str
+    difference: Difference | None = None
+    verdict: str | None = None
+
+
+@dataclass
+class Group:
+    """Runs that differ in nothing but their seed (or in nothing that --by names)."""
+
+    settings: Row
+    runs: list[Run]
+    label: str = ""
+    figures: dict[str, Interval | None] = field(default_factory=dict)
+    baseline: str | None = None
+    difference: Difference | None = None
+    verdict: str | None = None
+    p_holm: float | None = None
+    front: bool = False
+    front_probability: float | None = None
+    budgets: list[Budgeted] = field(default_factory=list)
+
+    def values(self, key: str) -> list[tuple[int, float]]:
+        return [(run.row["seed"], run.row[key]) for run in self.runs]
+
+
+@dataclass
+class Block:
+    """Groups whose figures may be compared with each other."""
+
+    title: str
+    groups: list[Group]
+    notes: list[str]
+
+
+@dataclass
+class Comparison:
+    quality: str
+    cost: str
+    columns: list[str]
+    blocks: list[Block]
+    notes: list[str]
+    left_out: list[tuple[str, str]]
+    reference: list[dict[str, str]] = field(default_factory=list)
+    reference_name: str = ""
+
+    @property
+    def groups(self) -> list[Group]:
+        return [group for block in self.blocks for group in block.groups]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of the runs; the command line's options."""
+
+    quality: str = "top1_pct"
+    cost: str = "train_pflop"
+    by: tuple[str, ...] = ()
+    where: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
+    sort: str | None = None
+    baseline: str | None = None
+    at: tuple[str, ...] = ()
+    strict: bool = False
+
+    def check(self) -> None:
+        """Raises UsageError for a figure that does not exist."""
+        for option, key, known in (("quality", self.quality, QUALITIES), ("cost", self.cost, COSTS)):
+            if key not in known:
+                raise UsageError(f"--{option} {key}: no such figure.{nearest(key, known)} Choices: {', '.join(known)}")
+        for each in self.at:
+            self._budgets(each)
+
+    def _budgets(self, text: str) -> tuple[str, list[float] | None]:
+        axis, equals, values = text.partition("=")
+        if axis not in AXES:
+            raise UsageError(f"--at {text}: no such axis.{nearest(axis, AXES)} Choices: {', '.join(AXES)}")
+        if not equals:
+            return axis, None
+        try:
+            numbers = [float(value) for value in values.split(",")]
+        except ValueError:
+            numbers = []
+        if not numbers or not all(math.isfinite(number) and number > 0 for number in numbers):
+            raise UsageError(f"--at {text}: write {axis}=BUDGET,BUDGET with numbers above 0, or {axis} alone")
+        return axis, numbers
+
+    @property
+    def budgets(self) -> list[tuple[str, list[float] | None]]:
+        """(axis, budgets); None: a few that every run covers."""
+        return [self._budgets(text) for text in self.at or ([self.cost] if self.cost in AXES else ["train_pflop"])]
+
+    @property
+    def clocked(self) -> bool:
+        return self.cost in CLOCK or any(axis in CLOCK for axis, _ in self.budgets)
+
+
+def compare(folders: Sequence[Path], question: Question) -> Comparison:
+    """Reads, filters, keeps apart, groups and judges.
+
+    Raises:
+        UsageError: folders, keys or a baseline that do not exist, or nothing left to compare.
+    """
+    question.check()
+    runs, left_out = read(folders)
+    runs, doubles = single(runs, question.strict)
+    left_out += doubles
+    if not runs:
+        raise UsageError(f"no finished run below {', '.join(map(str, folders))}{_first(left_out)}")
+    keys = list(dict.fromkeys(key for run in runs for key in run.row))
+    runs = _where(runs, question.where, keys)
+    kept = []
+    for run in runs:
+        lacks = [key for key in (question.quality, question.cost) if not number(run.row.get(key))]
+        if lacks:
+            left_out.append((str(run.folder), f"its result has no number {lacks[0]}"))
+        else:
+            kept.append(run)
+    if not kept:
+        raise UsageError(
+            f"no run has both {question.quality} and {question.cost}; choose others with --quality and --cost"
+        )
+    by = [_key("by", key, keys) for key in question.by]
+    columns = [_key("columns", key, [*keys, *COSTS, *QUALITIES]) for key in question.columns]
+    columns = columns or [key for key in ("forward_gflop", "params_m", "device_s") if key != question.cost]
+    notes = [*_lack_notes(kept), *_version_notes(kept, question.strict)]
+    apart = defaultdict(list)
+    for run in kept:
+        apart[_apart(run, question)].append(run)
+    varying = [i for i, values in enumerate(zip(*apart, strict=True)) if len(set(values)) > 1]
+    blocks = []
+    for key in sorted(apart):
+        title = f"{key[0]}, {apart[key][0].row.get('test_images', '?')} test images"
+        told = [f"{APART[i]} {key[i]}" for i in varying if APART[i] not in ("data", "test_images") and key[i]]
+        blocks.append(_block("; ".join([title, *told]), apart[key], by, columns, question))
+    if len(blocks) > 1:
+        what = ", ".join(dict.fromkeys(APART[i] for i in varying))
+        notes.append(f"runs that differ in {what} are kept apart: {len(blocks)} tables")
+    _judge(blocks, question)
+    for block in blocks:
+        _sort(block, question, keys)
+    return Comparison(question.quality, question.cost, columns, blocks, notes, left_out)
+
+
+# --- what may be compared with what ----------------------------------------------------------------------------------
+
+
+APART = (*EVALUATION, "train.loss", "configuration", *FINGERPRINT, *VERSION)
+
+
+def _first(left_out: list[tuple[str, str]]) -> str:
+    if not left_out:
+        return "; give the folder of a study, such as outputs/default"
+    return f"; left out are {len(left_out)}, first {left_out[0][0]}: {left_out[0][1]}"
+
+
+def _apart(run: Run, question: Question) -> tuple[str, ...]:
+    """What must be equal for two runs to stand in one table; "" where it need not be."""
+    row = run.row
+    seconds = question.clocked or row.get("train.minutes") is not None  # such a budget buys more on better hardware
+    return (
+        *(_said(row.get(key)) for key in EVALUATION),
+        _said(row.get("train.loss")) if QUALITIES[question.quality].curve == "loss" else "",
+        "whole" if run.complete else "partial",
+        *(_said(row.get(key)) if seconds else "" for key in FINGERPRINT),
+        *(_said(row.get(key)) if question.strict else "" for key in VERSION),
+    )
+
+
+def _lack_notes(runs: list[Run]) -> list[str]:
+    """Runs without a curve, and runs whose rows do not hold the whole configuration."""
+    notes = [f"{run.folder}: {run.damage}; it has no curve" for run in runs if run.damage]
+    lacking = [run for run in runs if not run.complete]
+    if lacking:
+        notes.append(
+            f"{len(lacking)} of {len(runs)} results, {lacking[0].row['name']} first, do not hold the whole "
+            "configuration: an earlier version wrote them. They are kept apart, and settings that they do not tell may "
+            "differ within a group"
+        )
+    return notes
+
+
+def _version_notes(runs: list[Run], strict: bool) -> list[str]:
+    versions = Counter(
+        f"commit {run.row.get('commit')}, softmoe {run.row.get('softmoe')}, torch {run.row.get('torch')}"
+        for run in runs
+    )
+    notes = []
+    if len(versions) > 1 and not strict:
+        told = "; ".join(f"{count} of {version}" for version, count in sorted(versions.items()))
+        notes.append(f"runs of {len(versions)} code versions stand together ({told}); --strict keeps them apart")
+    dirty = sum(str(run.row.get("commit")).endswith("-dirty") for run in runs)
+    if dirty:
+        notes.append(f"{dirty} of {len(runs)} runs were made from a checkout with uncommitted changes (-dirty)")
+    return notes
+
+
+def _where(runs: list[Run], conditions: Sequence[str], keys: list[str]) -> list[Run]:
+    for condition in conditions:
+        name, equals, values = condition.partition("=")
+        if not equals:
+            raise UsageError(f"--where {condition}: write KEY=VALUE or KEY=VALUE,VALUE")
+        key = _key("where", name, keys)
+        wanted = [_said(value) for value in ([values] if values.startswith("[") else values.split(","))]
+        there = sorted({_said(run.row.get(key)) for run in runs})
+        runs = [run for run in runs if _said(run.row.get(key)) in wanted]
+        if not runs:
+            raise UsageError(f"--where {condition}: no run has that. {key} is {' or '.join(there)}")
+    return runs
+
+
+def _said(value: Any) -> str:
+    """A value as people type it: null, true, 0.001, [1,3]."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return str(value)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return json.dumps(value, separators=(",", ":")) if not isinstance(value, str) else value
+
+
+def _key(option: str, key: str, keys: Iterable[str]) -> str:
+    """A key of the rows by its name or by the unique end of its name."""
+    keys = list(keys)
+    if key in keys:
+        return key
+    ends = [each for each in keys if each.endswith(f".{key}")]
+    if len(ends) == 1:
+        return ends[0]
+    hint = f" It could be {' or '.join(ends)}." if ends else nearest(key, keys) or _by_leaf(key, keys)
+    raise UsageError(f"--{option} {key}: no run's result has such a key.{hint}")
+
+
+def _by_leaf(key: str, keys: list[str]) -> str:
+    leaves = {each.rpartition(".")[2]: each for each in keys}
+    close = nearest(key.rpartition(".")[2], leaves)
+    return next((f" Did you mean '{full}'?" for leaf, full in leaves.items() if close.endswith(f" '{leaf}'?")), "")
+
+
+# --- groups -----------------------------------------------------------------------------------------------------------
+
+
+def _block(title: str, runs: list[Run], by: list[str], columns: list[str], question: Question) -> Block:
+    gathered: dict[str, Group] = {}
+    for run in sorted(runs, key=lambda run: (run.row["seed"], run.row["signature"])):
+        settings = {key: run.row.get(key) for key in by} if by else run.settings()
+        gathered.setdefault(json.dumps(settings, sort_keys=True), Group(settings, [])).runs.append(run)
+    groups = [gathered[key] for key in sorted(gathered)]
+    _name(groups)
+    notes = _mixed_notes(groups) if by else []
+    fingerprints = Counter(" with torch ".join(str(run.row.get(key)) for key in FINGERPRINT) for run in runs)
+    for key in dict.fromkeys([question.quality, question.cost, *columns]):
+        if key not in COSTS and key not in QUALITIES:
+            continue
+        for group in groups:
+            numbers = [run.row.get(key) for run in group.runs]
+            whole = all(map(number, numbers)) and not (key in CLOCK and len(fingerprints) > 1)
+            group.figures[key] = mean_interval([float(n) for n in numbers if n is not None]) if whole else None
+        if key in CLOCK and len(fingerprints) > 1:
+            told = "; ".join(f"{count} on {name}" for name, count in sorted(fingerprints.items()))
+            notes.append(f"{key} is blank: it was measured on different machines ({told}); --cost {key} separates them")
+    _fronts(groups, question)
+    _budgets(groups, question, notes)
+    few = [group.label for group in groups if len(group.runs) == 1]
+    if few:
+        notes.append(f"one seed only, and so no interval: {', '.join(few)}")
+    return Block(title, groups, notes)
+
+
+def _name(groups: list[Group]) -> None:
+    """Labels of what differs between groups: the well-known settings, then others until no two labels are the same."""
+
+    def distinct(key: str) -> int:
+        return len({_said(group.settings[key]) for group in groups if group.settings.get(key) is not None})
+
+    chosen = [key for key in LABELS if distinct(key) > 1]
+    others = sorted({key for group in groups for key in group.settings} - set(chosen))
+
+    def labels() -> list[str]:
+        return [", ".join(filter(None, (_part(group, key) for key in chosen))) for group in groups]
+
+    for key in others:
+        told = labels()
+        alike = defaultdict(set)
+        for label, group in zip(told, groups, strict=True):
+            alike[label].add(_said(group.settings[key]) if key in group.settings else None)
+        if any(len(values) > 1 for values in alike.values()):
+            chosen.append(key)
+    for group, label in zip(groups, labels(), strict=True):
+        group.label = label or group.runs[0].row.get("router") or group.runs[0].row["name"]
+
+
+def _part(group: Group, key: str) -> str:
+    """One setting as a label tells it; nothing where the group has none."""
+    value, row = group.settings.get(key), group.runs[0].row
+    if value is None:
+        return ""
+    if key == "model.router._target_":
+        value = row.get("router", value)
+    if key == "checkpoint.digest":
+        value = Path(str(row.get("checkpoint") or value)).name
+    text = ",".join(map(str, value)) if isinstance(value, list) else _said(value)
+    told = LABELS.get(key, f"{key.rpartition('.')[2]} {{}}").format(text)
+    return told.replace("experts", "expert").replace("slots/", "slot/") if text == "1" else told
+
+
+def _mixed_notes(groups: list[Group]) -> list[str]:
+    """What else differs within the groups that --by makes."""
+    mixed = set()
+    for group in groups:
+        settings = [run.settings() for run in group.runs]
+        for key in set().union(*settings):
+            if key not in group.settings and len({_said(each.get(key)) for each in settings}) > 1:
+                mixed.add(key)
+    return [f"--by puts runs together that differ in {', '.join(sorted(mixed))}"] if mixed else []
+
+
+def _fronts(groups: list[Group], question: Question) -> None:
+    sign = 1 if QUALITIES[question.quality].higher_is_better else -1
+    means = [[mean_interval([v for _, v in g.values(key)]).mean for g in groups] for key in _plane(question)]
+    chances = front_probability(
+        [([v for _, v in g.values(question.cost)], [sign * v for _, v in g.values(question.quality)]) for g in groups]
+    )
+    for group, front, chance in zip(groups, on_front(means[1], [sign * q for q in means[0]]), chances, strict=True):
+        group.front = bool(front)
+        group.front_probability = chance if len(group.runs) > 1 else None
+
+
+def _plane(question: Question) -> tuple[str, str]:
+    return question.quality, question.cost
+
+
+def _budgets(groups: list[Group], question: Question, notes: list[str]) -> None:
+    """Validation quality of every run at common budgets; a group's cell is filled only if all its runs reach it."""
+    key = QUALITIES[question.quality].curve
+    for axis, given in question.budgets:
+        curves = {id(run): run.curve(axis, key) for group in groups for run in group.runs}
+        wanted = given or budgets([curve for curve in curves.values() if curve])
+        if not wanted:
+            notes.append(f"no common {axis}: no part of it is covered by every run's curve")
+        for budget in wanted:
+            for group in groups:
+                reached = [(run.row["seed"], at_budget(curves[id(run)], budget)) for run in group.runs]
+                values = [(seed, value) for seed, value in reached if value is not None]
+                reason = ""
+                if len(values) < len(reached):
+                    reason = _unreached([curves[id(run)] for run in group.runs], budget)
+                interval = None if reason else mean_interval([value for _, value in values])
+                group.budgets.append(Budgeted(axis, budget, values, interval, reason))
+
+
+def _unreached(curves: list[list[tuple[float, float]]], budget: float) -> str:
+    if not all(curves):
+        return "no curve"
+    early = sum(curve[-1][0] < budget for curve in curves)
+    if early:
+        return f"{early} of {len(curves)} end before, the first at {min(curve[-1][0] for curve in curves):.4g}"
+    return f"first look at {max(curve[0][0] for curve in curves):.4g}"
+
+
+# --- verdicts ---------------------------------------------------------------------------------------------------------
+
+
+def _judge(blocks: list[Block], question: Question) -> None:
+    """Every group against its baseline, at the end and at the budgets: two families per table, Holm's correction in
+    each."""
+    higher = QUALITIES[question.quality].higher_is_better
+    matched = 0
+    for block in blocks:
+        candidates = _candidates(block.groups, question.baseline)
+        matched += len(candidates)
+        ends: dict[int, Difference] = {}
+        common: dict[tuple[int, int], Difference] = {}
+        for index, group in enumerate(block.groups):
+            if group in candidates:
+                continue
+            baseline = _nearest_group(group, candidates)
+            if baseline is None:
+                continue
+            group.baseline = baseline.label
+            group.difference = ends[index] = difference(
+                group.values(question.quality), baseline.values(question.quality)
+            )
+            for place, (ours, theirs) in enumerate(zip(group.budgets, baseline.budgets, strict=True)):
+                if ours.interval and theirs.interval:
+                    ours.difference = common[index, place] = difference(ours.values, theirs.values)
+        for index, (verdict, p) in verdicts(ends, higher_is_better=higher).items():
+            block.groups[index].verdict, block.groups[index].p_holm = verdict, p
+        for (index, place), (verdict, _) in verdicts(common, higher_is_better=higher).items():
+            block.groups[index].budgets[place].verdict = verdict
+        _judge_notes(block, candidates)
+    if question.baseline is not None and not matched:
+        labels = [group.label for block in blocks for group in block.groups]
+        raise UsageError(
+            f"--baseline {question.baseline}: no group is called or has that.{nearest(question.baseline, labels)} "
+            f"Groups: {'; '.join(labels)}"
+        )
+
+
+def _candidates(groups: list[Group], baseline: str | None) -> list[Group]:
+    """The groups that others may be measured against: by label, by KEY=VALUE, else the dense ones."""
+    if baseline is None:
+        return [group for group in groups if all(run.row.get("router") == "dense" for run in group.runs)]
+    named = [group for group in groups if group.label == baseline]
+    key, equals, value = baseline.partition("=")
+    if named or not equals:
+        return named
+    keys = dict.fromkeys(key for group in groups for run in group.runs for key in run.row)
+    full = _key("baseline", key, keys)
+    return [group for group in groups if all(_said(run.row.get(full)) == _said(value) for run in group.runs)]
+
+
+def _nearest_group(group: Group, candidates: list[Group]) -> Group | None:
+    """The one candidate that differs from the group in the fewest settings other than the router's; None in a tie."""
+
+    def apart(other: Group) -> int:
+        mine, its = group.runs[0].settings(), other.runs[0].settings()
+        keys = {key for key in {*mine, *its} if not key.startswith("model.router.") and key not in ROUTED}
+        return sum(mine.get(key) != its.get(key) for key in keys)
+
+    ranked = sorted(candidates, key=apart)
+    if not ranked or (len(ranked) > 1 and apart(ranked[0]) == apart(ranked[1])):
+        return None
+    return ranked[0]
+
+
+def _judge_notes(block: Block, candidates: list[Group]) -> None:
+    judged = [group for group in block.groups if group.difference]
+    if not candidates and len(block.groups) > 1:
+        block.notes.append("no dense control here, and so no differences; --baseline KEY=VALUE or LABEL names another")
+    unmatched = [g.label for g in block.groups if candidates and g not in candidates and g.baseline is None]
+    if unmatched:
+        block.notes.append(f"several baselines are equally near to {'; '.join(unmatched)}: --baseline chooses")
+    methods = sorted({group.difference.method for group in judged if group.difference})
+    if methods:
+        tests = {"paired": "paired by seed (Student's t)", "Welch": "of unpaired seeds (Welch's t)"}
+        told = " and ".join(tests[method] for method in methods)
+        holm = (
+            f"; verdicts hold for all {len(judged)} comparisons at once (Holm), intervals each for itself"
+            if len(judged) > 1
+            else ""
+        )
+        block.notes.append(f"differences are {told}, intervals 95%{holm}")
+    for group in judged:
+        assert group.difference is not None
+        if group.difference.method == "Welch" and len(methods) > 1:
+            block.notes.append(f"{group.label} shares too few seeds with {group.baseline}: Welch's t")
+        if group.difference.unpaired_seeds:
+            seeds = ", ".join(map(str, group.difference.unpaired_seeds))
+            block.notes.append(f"{group.label} against {group.baseline}: seeds {seeds} have no partner")
+        if group.difference.interval.n > 1 and group.difference.p is None:
+            block.notes.append(
+                f"{group.label} against {group.baseline}: the differences are all the same, so that their spread, and "
+                "with it an interval, cannot be told"
+            )
+
+
+def _sort(block: Block, question: Question, keys: Iterable[str]) -> None:
+    """Best quality first; other figures and settings ascending; the same order wherever values are equal."""
+    key = "label" if question.sort == "label" else question.sort and _key("sort", question.sort, keys)
+    key = key or question.quality
+
+    def place(group: Group) -> tuple[Any, ...]:
+        if key == "label":
+            return natural(group.label)
+        values = [run.row.get(key) for run in group.runs]
+        numbers = [float(value) for value in values if value is not None and number(value)]
+        if len(numbers) < len(values):
+            return (1, *natural(_said(values[0])), group.label)
+        sign = -1 if key in QUALITIES and QUALITIES[key].higher_is_better else 1
+        return (0, sign * math.fsum(numbers) / len(numbers), group.label)
+
+    block.groups.sort(key=place)
+
+
+def natural(label: str) -> tuple[Any, ...]:
+    """To sort by: 2 experts come before 16 experts."""
+    parts = re.split(r"(\d+(?:\.\d+)?)", label)
+    return (*((part, 0.0) if i % 2 == 0 else ("", float(part)) for i, part in enumerate(parts)), label)
+
+
+def setting(group: Group, key: str) -> str:
+    """A setting that --columns names, as a cell: the value that all runs of the group have."""
+    values = {_said(run.row.get(key)) for run in group.runs}
+    return values.pop() if len(values) == 1 else "mixed"

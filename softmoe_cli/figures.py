@@ -1,0 +1,234 @@
+"""A comparison as figures: the Pareto plot and the curves, as SVG, PDF and PNG whose bytes depend on the input only."""
+
+import io
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+
+from softmoe_cli.compare import Block, Comparison, Group, natural
+from softmoe_cli.intervals import Interval, at_budget
+from softmoe_cli.runs import AXES, COSTS, CURVES, QUALITIES
+
+COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+"""Okabe and Ito, Color Universal Design (2008), without the yellow that white paper swallows."""
+MARKERS = "osD^vPX*"
+FORMATS = ("svg", "pdf", "png")
+GREY = "#767676"
+LEFT, PLOT_WIDTH, PLOT_HEIGHT, ABOVE, BETWEEN = 0.8, 5.2, 3.2, 0.35, 1.15
+"""Inches. Places are counted, not searched for: matplotlib's layout engine takes as long as the drawing."""
+RECIPE: Any = {
+    "font.family": "STIXGeneral", "mathtext.fontset": "stix", "font.size": 12, "pdf.fonttype": 42,
+    "svg.hashsalt": "softmoe", "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+    "grid.alpha": 0.25, "legend.frameon": False, "axes.formatter.useoffset": False, "axes.formatter.limits": (-3, 5),
+}  # fmt: skip
+"""Fonts are embedded as TrueType, which journals ask for; STIX comes with matplotlib and is embedded fastest."""
+
+
+def styles(groups: Iterable[Group]) -> dict[str, tuple[int, str]]:
+    """Number of the colour and marker by label, the same in every figure; what others are measured against comes first,
+    in black. Labels that begin alike (mostly a router) share a colour where that leaves no two groups alike."""
+    groups = list(groups)
+    baselines = {group.baseline for group in groups}
+    labels = sorted({group.label for group in groups}, key=lambda label: (label not in baselines, natural(label)))
+    families: dict[str, list[str]] = {}
+    for label in labels:
+        families.setdefault(label.partition(",")[0], []).append(label)
+    if 1 < len(families) <= len(COLOURS) and max(map(len, families.values())) <= len(MARKERS):
+        at = {label: (c, (c + m) % len(MARKERS)) for c, f in enumerate(families.values()) for m, label in enumerate(f)}
+    else:
+        at = {label: (i % len(COLOURS), (i + 2 * (i // len(COLOURS))) % len(MARKERS)) for i, label in enumerate(labels)}
+    return {label: (colour, MARKERS[marker]) for label, (colour, marker) in at.items()}
+
+
+def figures(comparison: Comparison) -> dict[str, bytes]:
+    """File name to content."""
+    files = {}
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        mpl.rcParams.update(RECIPE)
+        for name, draw in (("pareto", _pareto), ("curves", _curves)):
+            figure = _panels(comparison, draw, apart=name == "pareto")
+            for form in FORMATS:
+                out = io.BytesIO()
+                dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}[form]
+                figure.savefig(out, format=form, dpi=160, metadata=dates)
+                files[f"{name}.{form}"] = out.getvalue()
+    return files
+
+
+def _panels(comparison: Comparison, draw: Callable[[Axes, Comparison, Block], None], *, apart: bool) -> Figure:
+    """A panel per block, below each other, each with its legend at its side, where it covers nothing."""
+    other = apart and bool(comparison.reference) and not same_axes(comparison)
+    count = len(comparison.blocks) + other
+    figure = Figure()
+    panels = figure.subplots(count, 1, squeeze=False)[:, 0]
+    for axes, block in zip(panels, comparison.blocks, strict=False):
+        draw(axes, comparison, block)
+        axes.set_title(safe(block.title), loc="left", fontsize=12)
+    if other:
+        _published(panels[-1], comparison)
+    words = [each.get_window_extent().width / figure.dpi for axes in panels for each in (axes.title, axes.get_legend())]
+    width = LEFT + PLOT_WIDTH + 0.3 + max(words[1::2])
+    width, height = max(width, LEFT + 0.2 + max(words[::2])), count * (PLOT_HEIGHT + BETWEEN)
+    figure.set_size_inches(width, height)
+    figure.subplots_adjust(
+        left=LEFT / width,
+        right=(LEFT + PLOT_WIDTH) / width,
+        top=1 - ABOVE / height,
+        bottom=(BETWEEN - ABOVE) / height,
+        hspace=BETWEEN / PLOT_HEIGHT,
+    )
+    return figure
+
+
+def safe(text: str) -> str:
+    """Without what matplotlib would read as mathematics or has no letter for."""
+    shown = "".join(c if c.isprintable() and ord(c) < 0x250 else "?" for c in text).replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown
+
+
+def _legend(axes: Axes, handles: Sequence[Any], labels: Sequence[str]) -> None:
+    columns = math.ceil(len(labels) / 15)
+    axes.legend(handles, [safe(label) for label in labels], loc="upper left", bbox_to_anchor=(1.02, 1), ncols=columns)
+
+
+def _pareto(axes: Axes, comparison: Comparison, block: Block) -> None:
+    quality, cost = comparison.quality, comparison.cost
+    look = styles(comparison.groups)
+    handles: list[Any] = []
+    labels: list[str] = []
+    if comparison.reference and same_axes(comparison):
+        points = reference_points(comparison)
+        (handle,) = axes.plot([x for x, _, _ in points], [y for _, y, _ in points], ".", color="#BBBBBB", zorder=1)
+        handles, labels = [handle], [f"reference, not ours: {comparison.reference_name}"]
+    front = sorted(_point(group, comparison) for group in block.groups if group.front)
+    (line,) = axes.plot(*zip(*front, strict=True), "--", color=GREY, linewidth=1, zorder=2, drawstyle="steps-post")
+    for group in sorted(block.groups, key=lambda group: list(look).index(group.label)):
+        colour, marker = COLOURS[look[group.label][0]], look[group.label][1]
+        x, y = _point(group, comparison)
+        handles.append(
+            axes.errorbar(
+                x,
+                y,
+                xerr=half(group.figures[cost]),
+                yerr=half(group.figures[quality]),
+                fmt=marker,
+                color=colour,
+                markersize=8,
+                markerfacecolor=colour if group.front else "white",
+                capsize=3,
+                linewidth=1.2,
+                zorder=3,
+            )
+        )
+        labels.append(f"{group.label} (n={len(group.runs)})")
+    _scale(axes, [_point(group, comparison)[0] for group in block.groups])
+    axes.set_xlabel(COSTS[cost])
+    axes.set_ylabel(QUALITIES[quality].head)
+    _legend(axes, [*handles, line], [*labels, "Pareto front (filled)"])
+    axes.annotate("bars: 95% t-intervals over seeds", (1, -0.17), xycoords="axes fraction", ha="right", va="top",
+                  fontsize=10, color=GREY)  # fmt: skip
+
+
+def _point(group: Group, comparison: Comparison) -> tuple[float, float]:
+    cost, quality = group.figures[comparison.cost], group.figures[comparison.quality]
+    assert cost is not None and quality is not None
+    return cost.mean, quality.mean
+
+
+def half(interval: Interval | None) -> float | None:
+    """Half the interval's width: what an error bar shows; nothing where it cannot be told or there is no spread."""
+    if interval is None or interval.high is None or interval.high == interval.mean:
+        return None
+    return interval.high - interval.mean
+
+
+def _scale(axes: Axes, x: Sequence[float]) -> None:
+    """Logarithmic where costs span more than a factor of ten."""
+    if min(x) > 0 and max(x) > 10 * min(x):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+
+
+def curve_axis(comparison: Comparison) -> str:
+    return comparison.cost if comparison.cost in AXES else AXES[0]
+
+
+def _curves(axes: Axes, comparison: Comparison, block: Block) -> None:
+    """A thin line per seed and the mean of a group's seeds where all of them have been looked at."""
+    key, axis = QUALITIES[comparison.quality].curve, curve_axis(comparison)
+    look = styles(comparison.groups)
+    handles, labels = [], []
+    for group in sorted(block.groups, key=lambda group: list(look).index(group.label)):
+        colour, marker = COLOURS[look[group.label][0]], look[group.label][1]
+        curves = [curve for run in group.runs if (curve := run.curve(axis, key))]
+        axes.add_collection(LineCollection(curves, colors=colour, linewidths=0.6, alpha=0.35))
+        mean = mean_curve(curves)
+        if mean:
+            handles += axes.plot(
+                *zip(*mean, strict=True), color=colour, marker=marker, linewidth=1.8, markersize=5,
+                markevery=max(1, len(mean) // 8), markerfacecolor="white", zorder=2 if look[group.label][0] else 4,
+            )  # fmt: skip
+            labels.append(f"{group.label} (n={len(curves)})")
+    axes.set_xlabel(COSTS[axis])
+    axes.set_ylabel(CURVES[key])
+    axes.autoscale_view()
+    _legend(axes, handles, labels)
+    axes.annotate("thin: each seed; thick: their mean", (1, -0.17), xycoords="axes fraction", ha="right", va="top",
+                  fontsize=10, color=GREY)  # fmt: skip
+
+
+def mean_curve(curves: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:
+    """The mean of curves at the first one's points, in the range that all of them cover."""
+    if not curves:
+        return []
+    low, high = max(curve[0][0] for curve in curves), min(curve[-1][0] for curve in curves)
+    x = [point for point, _ in curves[0] if low <= point <= high]
+    reached = [[value for curve in curves if (value := at_budget(curve, point)) is not None] for point in x]
+    return [(point, math.fsum(values) / len(curves)) for point, values in zip(x, reached, strict=True)]
+
+
+# --- reference --------------------------------------------------------------------------------------------------------
+
+PUBLISHED = ("train_exaflop", "jft_prec1_pct")
+"""The paper's own cost and quality."""
+
+
+def same_axes(comparison: Comparison) -> bool:
+    """Whether the reference has our cost and quality and can lie behind our points."""
+    return bool(comparison.reference) and {comparison.quality, comparison.cost} <= comparison.reference[0].keys()
+
+
+def reference_points(comparison: Comparison) -> list[tuple[float, float, str]]:
+    """(cost, quality, kind) of the rows that have both."""
+    x, y = (comparison.cost, comparison.quality) if same_axes(comparison) else PUBLISHED
+    points = []
+    for row in comparison.reference:
+        kind = row.get("routing") or ("Soft" if "Soft" in row.get("model", "") else "Dense")
+        if row[x] and row[y]:
+            points.append((float(row[x]), float(row[y]), kind))
+    return points
+
+
+KINDS = {"Dense": "Dense", "Soft": "Soft MoE", "EC": "Experts Choice", "TC": "Tokens Choice"}
+
+
+def _published(axes: Axes, comparison: Comparison) -> None:
+    points = reference_points(comparison)
+    handles, labels = [], []
+    for (kind, name), colour, marker in zip(KINDS.items(), ("#000000", *COLOURS[1:4]), "osD^", strict=True):
+        mine = [(x, y) for x, y, each in points if each == kind]
+        if mine:
+            handles += axes.plot(*zip(*mine, strict=True), marker, color=colour, markersize=4, markerfacecolor="none")
+            labels.append(f"{name}, the paper's")
+    _scale(axes, [x for x, _, _ in points])
+    axes.set_xlabel("training exaFLOP, the paper's convention")
+    axes.set_ylabel("JFT-4B precision@1, %")
+    axes.set_title(safe(f"Reference, not ours: {comparison.reference_name}"), loc="left", fontsize=12)
+    axes.set_facecolor("#F4F4F4")
+    _legend(axes, handles, labels)

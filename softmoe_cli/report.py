@@ -1,0 +1,190 @@
+"""`softmoe compare`: its options, what it prints, and the files that it writes."""
+
+import argparse
+import csv
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from softmoe_cli.compare import Comparison, Question, compare
+from softmoe_cli.config import UsageError, nearest
+from softmoe_cli.runs import AXES, COSTS, QUALITIES
+from softmoe_cli.tables import comma_separated, flat_rows, json_text, latex, markdown, terminal
+
+OPTIONS: dict[str, tuple[str, str]] = {
+    "quality": ("KEY", f"what is better or worse: {', '.join(QUALITIES)}"),
+    "cost": ("KEY", f"what it takes: {', '.join(COSTS)}"),
+    "by": ("KEY,KEY", "put runs together that agree in these keys, instead of in everything but the seed"),
+    "where": ("KEY=VALUE,VALUE", "only runs that have this; may be given several times"),
+    "columns": ("KEY,KEY", "other columns: figures, or any key of a result"),
+    "sort": ("KEY", "label, a figure or any key; without it the best quality comes first"),
+    "baseline": ("LABEL | KEY=VALUE", "what others are measured against; without it the dense control"),
+    "at": ("AXIS=BUDGET,BUDGET", f"quality at equal {', '.join(AXES)}; AXIS alone chooses budgets that all runs reach"),
+    "strict": ("", "keep runs of different commits and versions apart"),
+    "reference": ("NAME | FILE.csv", "lay the paper's tables (pareto, long_runs) or a CSV beside ours"),
+    "out": ("FOLDER", "where the files go; without it compare/ in the first folder"),
+    "wandb": ("", "send table, figures and files to Weights & Biases as a run of the study's group"),
+    "project": ("NAME", "with --wandb: its project; without it softmoe"),
+}
+LISTS = ("by", "columns")
+REPEATED = ("where", "at")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; softmoe compare --help shows the options")
+
+
+def options() -> str:
+    """Every option with its meaning, as `softmoe compare --help` lists them."""
+    lines = ["", "options"]
+    for name, (value, meaning) in OPTIONS.items():
+        lines.append(f"  {f'--{name} {value}':<30} {meaning}")
+    return "\n".join(lines)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Compares, writes and prints.
+
+    Raises:
+        UsageError: an option, a folder or a key that cannot work.
+    """
+    chosen = _parse(arguments)
+    fields = {f.name for f in dataclasses.fields(Question)}
+    question = Question(**{key: value for key, value in vars(chosen).items() if key in fields and value is not None})
+    reference = _reference(chosen.reference, question) if chosen.reference is not None else None
+    mode = _tracking() if chosen.wandb else "off"
+    comparison = compare(chosen.folders, question)
+    if reference is not None:
+        comparison.reference_name, comparison.reference = reference
+    out = chosen.out or chosen.folders[0] / "compare"
+    files = write(comparison, out)
+    print(terminal(comparison))
+    print(f"\nfiles in {out}: {', '.join(files)}")
+    if mode != "off":
+        from softmoe_cli.mirror import publish
+
+        axes = (f"{comparison.cost}_mean", f"{comparison.quality}_mean")
+        publish(mode, _settings(comparison, question, chosen.project), out, flat_rows(comparison), axes, files, print)
+    return 0
+
+
+def _tracking() -> str:
+    """online or offline, as `tracking=auto` would be."""
+    from softmoe_cli.mirror import resolve
+
+    mode = resolve("auto")
+    if mode == "off":
+        raise UsageError(f"--wandb has no effect with WANDB_MODE={os.environ.get('WANDB_MODE')}; unset one of them")
+    return mode
+
+
+def _settings(comparison: Comparison, question: Question, project: str | None) -> dict[str, Any]:
+    """Of wandb.init. Its id is made of studies and question: asked again, with more seeds, it is the same run."""
+    studies = sorted({str(run.row.get("study")) for group in comparison.groups for run in group.runs})
+    asked = dataclasses.asdict(question)
+    mark = hashlib.sha256(json.dumps([studies, asked], sort_keys=True).encode()).hexdigest()[:10]
+    return {
+        "id": f"compare-{mark}",
+        "project": project or "softmoe",
+        "group": "+".join(studies),
+        "job_type": "compare",
+        "name": f"compare {comparison.quality} by {comparison.cost}",
+        "config": asked | {"signatures": [run.row["signature"] for g in comparison.groups for run in g.runs]},
+    }
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(prog="softmoe compare", add_help=False, allow_abbrev=False)
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
+    for name, (value, _) in OPTIONS.items():
+        extra: dict[str, Any] = {}
+        if not value:
+            extra = {"action": "store_true"}
+        elif name in REPEATED:
+            extra = {"action": "append"}
+        elif name == "out":
+            extra = {"type": Path}
+        elif name in LISTS:
+            extra = {"type": lambda text: tuple(filter(None, text.split(",")))}
+        parser.add_argument(f"--{name}", **extra)
+    chosen, unknown = parser.parse_known_intermixed_args(arguments)
+    if unknown:
+        known = [f"--{name}" for name in OPTIONS]
+        option = unknown[0].partition("=")[0]
+        raise UsageError(f"{unknown[0]}: there is no such option.{nearest(option, known)} Options: {', '.join(known)}")
+    for name in REPEATED:
+        setattr(chosen, name, tuple(getattr(chosen, name) or ()))
+    if chosen.project is not None and not chosen.wandb:
+        raise UsageError(f"--project {chosen.project} has no effect without --wandb")
+    return chosen
+
+
+def _reference(name: str, question: Question) -> tuple[str, list[dict[str, str]]]:
+    """What to call it, and its rows.
+
+    Raises:
+        UsageError: no such file, or one that can be laid neither behind nor beside a plot of ours.
+    """
+    from softmoe_cli.figures import PUBLISHED
+
+    paper = Path(__file__).resolve().parents[1] / "experiments" / "paper"
+    names = {path.stem: path for path in paper.glob("*.csv")}
+    path = names.get(name) or Path(name)
+    if not path.is_file():
+        raise UsageError(
+            f"--reference {name}: no such file.{nearest(name, names)} Names, from a checkout: pareto, long_runs"
+        )
+    try:
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file, restval=""))
+    except (OSError, ValueError, csv.Error) as error:
+        raise UsageError(f"--reference {name} cannot be read: {error}") from error
+    if not rows or None in rows[0]:
+        raise UsageError(f"--reference {name} holds no rows under a head")
+    ours = (question.cost, question.quality)
+    axes = next((pair for pair in (ours, PUBLISHED) if set(pair) <= rows[0].keys()), None)
+    if axes is None:
+        raise UsageError(
+            f"--reference {name} has neither the columns {' and '.join(ours)} nor {' and '.join(PUBLISHED)}"
+        )
+    for number, row in enumerate(rows, 2):
+        for key in axes:
+            try:
+                float(row[key] or 0)
+            except ValueError as error:
+                raise UsageError(f"--reference {name}, line {number}: {key} '{row[key]}' is no number") from error
+    title = "Soft MoE (Puigcerver et al., 2023), " if path.parent == paper else ""
+    table = {"pareto": "Table 9", "long_runs": "Table 8"}.get(path.stem, path.name) if title else path.name
+    return title + table, rows
+
+
+def write(comparison: Comparison, out: Path) -> list[str]:
+    """Writes every file into `out` and returns their names.
+
+    Raises:
+        UsageError: the folder cannot be written.
+    """
+    from softmoe_cli.figures import figures
+    from softmoe_cli.page import page
+
+    drawn = figures(comparison)
+    texts = {
+        "table.md": markdown(comparison),
+        "table.tex": latex(comparison),
+        "table.csv": comma_separated(comparison),
+        "table.json": json_text(comparison),
+        "index.html": page(comparison, drawn),
+    }
+    files = {name: text.encode() for name, text in texts.items()} | drawn
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            (out / name).write_bytes(content)
+    except OSError as error:
+        raise UsageError(f"--out {out} cannot be written: {error.strerror}: {error.filename}") from error
+    return list(files)

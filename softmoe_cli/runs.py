@@ -1,0 +1,205 @@
+"""Finished runs as `softmoe compare` reads them: from result.json and metrics.jsonl and nothing else, offline."""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from softmoe_cli.config import UsageError, nearest
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What tables call it, which way is up, and its name in the validation rows that curves are made of."""
+
+    head: str
+    higher_is_better: bool
+    curve: str
+
+
+QUALITIES = {
+    "top1_pct": Quality("test top-1, %", True, "top1_pct"),
+    "top5_pct": Quality("test top-5, %", True, "top5_pct"),
+    "loss": Quality("test loss", False, "loss"),
+    "validation_top1_pct": Quality("validation top-1, %", True, "top1_pct"),
+    "validation_loss": Quality("validation loss", False, "loss"),
+    "best_validation_top1_pct": Quality("best validation top-1, %", True, "top1_pct"),
+}
+COSTS = {
+    "train_pflop": "training PFLOP",
+    "device_s": "training s",
+    "forward_gflop": "forward GFLOP/image",
+    "train_gflop": "training GFLOP/image",
+    "params_m": "parameters, M",
+    "active_params_m": "active parameters, M",
+    "peak_mib": "peak memory, MiB",
+    "images": "training images",
+    "epochs": "epochs",
+    "steps": "updates",
+    "eval_s": "evaluation s",
+    "save_s": "saving s",
+    "compile_s": "compilation s",
+    "energy_kj": "energy, kJ",
+}
+CURVES = {"top1_pct": "validation top-1, %", "top5_pct": "validation top-5, %", "loss": "validation loss"}
+"""Qualities in validation rows."""
+AXES = ("train_pflop", "device_s", "images")
+"""Costs that validation rows hold as they grow."""
+CLOCK = ("device_s", "eval_s", "save_s", "compile_s", "energy_kj")
+FINGERPRINT = ("hardware", "torch")
+"""Seconds and joules are compared within one of these only."""
+VERSION = ("commit", "softmoe", "torch")
+EARLIER = (
+    "command", "checkpoint", "backbone", "router", "num_experts", "slots_per_expert", "images_per_group", "moe_blocks",
+    "image_size", "steps", "batch_size", "lr", "precision",
+)  # fmt: skip
+"""What rows without the whole configuration say of it."""
+
+
+@dataclass
+class Run:
+    """A finished run: its result row, its validation rows, and why there are none."""
+
+    folder: Path
+    row: Row
+    looks: list[Row]
+    damage: str
+
+    def settings(self) -> Row:
+        """What was chosen: everything but the seed. Choices that a dense model does not have are left out."""
+        row = self.row
+        if not self.complete:
+            return {key: row.get(key) for key in EARLIER}
+        chosen = {key: value for key, value in row.items() if "." in key and key != "data.identity"}
+        chosen |= {"command": row.get("command"), "model.router._target_": row["model.router._target_"] or "dense"}
+        if row["model.router._target_"] is None:
+            del chosen["model.moe_blocks"], chosen["model.expert_init"]
+        return chosen
+
+    @property
+    def complete(self) -> bool:
+        """Whether the row holds the whole configuration; rows of earlier versions do not."""
+        return {"model.router._target_", "model.moe_blocks", "model.expert_init"} <= self.row.keys()
+
+    def curve(self, axis: str, key: str) -> list[tuple[float, float]]:
+        return [(look[axis], look[key]) for look in self.looks if axis in look and key in look]
+
+
+def read(folders: Sequence[Path]) -> tuple[list[Run], list[tuple[str, str]]]:
+    """Every run below the folders, sorted by path, and (folder, reason) of what is none.
+
+    Raises:
+        UsageError: a folder that does not exist.
+    """
+    found: dict[Path, Path] = {}
+    for folder in folders:
+        if not folder.is_dir():
+            parent = folder.parent
+            siblings = [path.name for path in parent.iterdir() if path.is_dir()] if parent.is_dir() else []
+            raise UsageError(f"{folder} is no folder.{nearest(folder.name, siblings)}")
+        for path in _run_folders(folder):
+            found.setdefault(path.resolve(), path)
+    runs, left_out = [], []
+    for path in sorted(found.values()):
+        row, reason = _result(path)
+        if row is None:
+            left_out.append((str(path), reason))
+        else:
+            runs.append(Run(path, row, *_looks(path / "metrics.jsonl")))
+    return runs, left_out
+
+
+def _run_folders(top: Path) -> Iterator[Path]:
+    """Folders that hold a run or the beginning of one, and empty ones."""
+    for where, folders, files in os.walk(top):
+        if {"result.json", "metrics.jsonl", "config.yaml"} & set(files) or not (folders or files):
+            folders.clear()
+            yield Path(where)
+        folders[:] = [name for name in folders if not name.startswith(".") and name != "wandb"]
+
+
+def _result(folder: Path) -> tuple[Row | None, str]:
+    """The result row, or why there is none."""
+    path = folder / "result.json"
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        if not any(folder.iterdir()):
+            return None, "empty"
+        looks, _ = _looks(folder / "metrics.jsonl")
+        return None, "unfinished: no result.json" + (f", last look at step {looks[-1]['step']:,}" if looks else "")
+    except (OSError, UnicodeDecodeError) as error:
+        return None, f"result.json cannot be read ({error})"
+    try:
+        row = json.loads(text, parse_float=_finite, parse_constant=_finite)
+        json.dumps(row, ensure_ascii=False).encode()  # fails on half a character, which nothing could print
+    except (ValueError, RecursionError) as error:
+        return None, f"result.json is truncated or damaged ({error})" if text else "result.json is empty"
+    if not isinstance(row, dict):
+        return None, "foreign: result.json is no row of softmoe"
+    kinds = {"signature": str, "seed": int, "name": str, "data": str}
+    lacks = [key for key, kind in kinds.items() if not isinstance(row.get(key), kind)]
+    if lacks:
+        return None, f"foreign: result.json has no {lacks[0]}"
+    return {key: _printable(value) if isinstance(value, str) else value for key, value in row.items()}, ""
+
+
+def _finite(text: str) -> float:
+    """What softmoe writes is finite: anything else is damage."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is no finite number")
+    return value
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def _looks(path: Path) -> tuple[list[Row], str]:
+    """The validation rows, and what is wrong with the file; a damaged file gives none."""
+    try:
+        lines = path.read_text().splitlines()
+    except FileNotFoundError:
+        return [], "metrics.jsonl is missing"
+    except (OSError, UnicodeDecodeError) as error:
+        return [], f"metrics.jsonl cannot be read ({error})"
+    looks: list[Row] = []
+    for place, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict):
+            return [], f"metrics.jsonl is damaged in line {place}"
+        if row.get("split") != "validation":
+            continue
+        if not number(row.get("step")) or any(not number(row.get(axis)) for axis in AXES):
+            return [], f"metrics.jsonl lacks a number in line {place}"
+        if looks and any(row[axis] <= looks[-1][axis] for axis in AXES):
+            return [], f"metrics.jsonl goes back in line {place}"
+        looks.append({key: value for key, value in row.items() if number(value)})
+    return looks, ("" if looks else "metrics.jsonl has no validation row")
+
+
+def number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def single(runs: list[Run], strict: bool) -> tuple[list[Run], list[tuple[str, str]]]:
+    """One run per signature (and code version, if those are kept apart): the first by path."""
+    first: dict[Any, Run] = {}
+    doubles = []
+    for run in runs:
+        kept = first.setdefault((run.row["signature"], *(str(run.row.get(key)) for key in VERSION if strict)), run)
+        if kept is not run:
+            same = all(kept.row.get(key) == run.row.get(key) for key in QUALITIES)
+            reason = f"the same run as {kept.folder}, " + ("equal in quality" if same else "with OTHER quality")
+            doubles.append((str(run.folder), reason))
+    return list(first.values()), doubles

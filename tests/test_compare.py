@@ -1,0 +1,320 @@
+"""What is read, left out, kept apart, grouped and judged."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from scipy import stats
+
+from softmoe_cli.compare import Comparison, Group, Question, compare
+from softmoe_cli.config import UsageError
+from tests.synthetic import looks, row, study, write
+
+
+def asked(*folders: Path, **question: object) -> Comparison:
+    return compare(folders, Question(**question))  # type: ignore[arg-type]
+
+
+def group(comparison: Comparison, label: str) -> Group:
+    (found,) = [each for each in comparison.groups if each.label == label]
+    return found
+
+
+def test_groups_means_differences_and_verdicts(tmp_path: Path) -> None:
+    comparison = asked(study(tmp_path))
+    assert [each.label for each in comparison.groups] == ["soft", "tokens_choice", "dense"], "best first"
+    soft, near, dense = comparison.groups
+    assert (soft.verdict, near.verdict, dense.verdict) == ("better", "not distinguishable", None)
+    assert soft.baseline == near.baseline == "dense"
+    x, y = [93, 94.1, 94.925], [90, 91, 92]
+    assert soft.difference is not None
+    told = stats.ttest_rel(x, y)
+    assert soft.difference.p == pytest.approx(told.pvalue)
+    assert soft.difference.interval.low == pytest.approx(told.confidence_interval(0.95).low)
+    assert soft.p_holm == pytest.approx(2 * told.pvalue)
+    quality = soft.figures["top1_pct"]
+    assert quality is not None
+    assert quality.n == 3
+    assert quality.mean == pytest.approx(sum(x) / 3)
+    assert quality.low == pytest.approx(stats.t.interval(0.95, 2, sum(x) / 3, stats.sem(x))[0])
+    assert [each.front for each in comparison.groups] == [True, False, True]
+
+
+def test_lower_is_better_for_a_loss(tmp_path: Path) -> None:
+    comparison = asked(study(tmp_path), quality="loss")
+    assert comparison.groups[0].label == "soft"
+    assert group(comparison, "soft").verdict == "better"
+    assert group(comparison, "soft").front
+    worse = asked(tmp_path, quality="loss", baseline="soft")
+    assert group(worse, "dense").verdict == "worse"
+
+
+def test_labels_tell_what_differs(tmp_path: Path) -> None:
+    for seed in range(2):
+        write(tmp_path, row(router="dense", seed=seed))
+        for experts in (1, 16):
+            write(tmp_path, row(seed=seed, model__router__num_experts=experts))
+        write(tmp_path, row(seed=seed, model__router__num_experts=16, optim__lr=0.001))
+        write(tmp_path, row(seed=seed, model__router__num_experts=16, model__backbone__width=32))
+    labels = {each.label for each in asked(tmp_path).groups}
+    assert labels == {
+        "dense, lr 0.003, width 64", "soft, 1 expert, lr 0.003, width 64", "soft, 16 experts, lr 0.003, width 64",
+        "soft, 16 experts, lr 0.001, width 64", "soft, 16 experts, lr 0.003, width 32",
+    }  # fmt: skip
+    assert all(len(each.runs) == 2 for each in asked(tmp_path).groups)
+
+
+def test_every_setting_separates_groups(tmp_path: Path) -> None:
+    """Whatever key differs, the runs are not one group: also one that nobody thought of."""
+    write(tmp_path, row())
+    write(tmp_path, row(seed=1, optim__betas=[0.9, 0.95]))
+    write(tmp_path, row(seed=2, augment__invented=1))
+    assert sorted(len(each.runs) for each in asked(tmp_path).groups) == [1, 1, 1]
+
+
+def test_a_dense_control_is_found_for_each_size(tmp_path: Path) -> None:
+    for seed in range(3):
+        for width in (32, 64):
+            write(tmp_path, row(router="dense", seed=seed, top1_pct=width + seed, model__backbone__width=width))
+            write(tmp_path, row(seed=seed, top1_pct=width + 1 + 1.1 * seed, model__backbone__width=width))
+    comparison = asked(tmp_path)
+    assert {each.label: each.baseline for each in comparison.groups} == {
+        "dense, width 32": None, "dense, width 64": None, "soft, width 32": "dense, width 32",
+        "soft, width 64": "dense, width 64",
+    }  # fmt: skip
+    for seed in range(3):
+        write(tmp_path, row(seed=seed, model__backbone__width=48, top1_pct=50))
+    comparison = asked(tmp_path)
+    assert group(comparison, "soft, width 48").baseline is None
+    assert "equally near" in " ".join(comparison.blocks[0].notes)
+
+
+def test_other_images_stand_in_tables_of_their_own(tmp_path: Path) -> None:
+    study(tmp_path)
+    write(tmp_path, row(seed=0, data="cifar10", data__name="cifar10", test_images=10000))
+    write(tmp_path, row(seed=0, data__split_seed=5))
+    write(tmp_path, row(seed=0, data__identity="abc"))
+    comparison = asked(tmp_path)
+    assert [sum(len(each.runs) for each in block.groups) for block in comparison.blocks] == [1, 1, 9, 1]
+    assert any("kept apart" in note and "data.split_seed" in note for note in comparison.notes)
+    assert len({block.title for block in comparison.blocks}) == 4
+
+
+def test_seconds_of_other_machines_are_never_mixed(tmp_path: Path) -> None:
+    study(tmp_path)
+    for seed in (3, 4):
+        write(tmp_path, row(router="dense", seed=seed, hardware="NVIDIA H100"))
+    comparison = asked(tmp_path)
+    assert group(comparison, "dense").figures["device_s"] is None
+    assert any("device_s is blank" in note for note in comparison.blocks[0].notes)
+    apart = asked(tmp_path, cost="device_s")
+    assert [len(block.groups) for block in apart.blocks] == [3, 1]
+    assert all(each.figures["device_s"] for each in apart.groups)
+    assert [len(block.groups) for block in asked(tmp_path, at=("device_s",)).blocks] == [3, 1]
+
+
+def test_budgets_in_minutes_are_compared_on_one_machine_only(tmp_path: Path) -> None:
+    for hardware in ("A", "B"):
+        write(tmp_path / hardware, row(train__minutes=5, train__steps=None, seed=len(hardware), hardware=hardware))
+    assert len(asked(tmp_path / "A", tmp_path / "B").blocks) == 1, "the second is a duplicate"
+    write(tmp_path / "B", row(train__minutes=5, train__steps=None, seed=9, hardware="B"))
+    assert len(asked(tmp_path).blocks) == 2
+
+
+def test_code_versions_are_named_or_kept_apart(tmp_path: Path) -> None:
+    study(tmp_path)
+    write(tmp_path, row(router="dense", seed=7, commit="abc1234-dirty"))
+    comparison = asked(tmp_path)
+    assert len(comparison.blocks) == 1
+    assert any("9 of commit 7d27ecc" in note and "--strict" in note for note in comparison.notes)
+    assert any("uncommitted" in note for note in comparison.notes)
+    assert len(asked(tmp_path, strict=True).blocks) == 2
+
+
+def test_rows_of_earlier_versions_are_read_and_kept_apart(tmp_path: Path) -> None:
+    study(tmp_path)
+    for seed in range(3):
+        run = write(tmp_path / "old", row(seed=seed, router="experts_choice"))
+        short = {key: value for key, value in row(seed=seed, router="experts_choice").items() if "." not in key}
+        (run / "result.json").write_text(json.dumps(short))
+    comparison = asked(tmp_path)
+    assert [[each.label for each in block.groups] for block in comparison.blocks] == [
+        ["soft", "tokens_choice", "dense"], ["experts_choice"],
+    ]  # fmt: skip
+    assert any("3 of 12 results" in note and "earlier version" in note for note in comparison.notes)
+
+
+def test_what_cannot_be_read_is_named_with_the_reason(tmp_path: Path) -> None:
+    study(tmp_path / "runs")
+    runs = sorted((tmp_path / "runs").iterdir())
+    whole = (runs[0] / "result.json").read_text()
+    shutil.copytree(runs[1], tmp_path / "zcopy" / runs[1].name)
+    other = shutil.copytree(runs[2], tmp_path / "zcopy" / runs[2].name)
+    (other / "result.json").write_text(json.dumps(json.loads((other / "result.json").read_text()) | {"top1_pct": 1.0}))
+    spoilt = {
+        "truncated": whole[:200], "foreign": '{"accuracy": 0.9}', "list": "[1]", "deep": "[" * 100_000, "blank": "",
+        "nan": json.dumps(json.loads(whole) | {"top1_pct": float("nan"), "signature": "x"}),
+        "half": whole.replace('"made_up"', '"\\ud800"'),
+        "lacking": json.dumps({k: v for k, v in json.loads(whole).items() if k != "top1_pct"} | {"signature": "y"}),
+    }  # fmt: skip
+    for name, text in spoilt.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result.json").write_text(text)
+    (tmp_path / "bytes").mkdir()
+    (tmp_path / "bytes" / "result.json").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "empty").mkdir()
+    unfinished = shutil.copytree(runs[3], tmp_path / "unfinished")
+    (unfinished / "result.json").unlink()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "readme.txt").write_text("no run, and none begun")
+    (runs[4] / "metrics.jsonl").write_text((runs[4] / "metrics.jsonl").read_text()[:-20])
+    (runs[5] / "metrics.jsonl").unlink()
+
+    comparison = asked(tmp_path)
+    reasons = {Path(folder).relative_to(tmp_path).parts[0]: reason for folder, reason in comparison.left_out}
+    assert sum(len(each.runs) for each in comparison.groups) == 9
+    assert {name: reason[:18] for name, reason in reasons.items() if name != "zcopy"} == {
+        "truncated": "result.json is tru", "foreign": "foreign: result.js", "list": "foreign: result.js",
+        "deep": "result.json is tru", "blank": "result.json is emp", "nan": "result.json is tru",
+        "half": "result.json is tru",
+        "lacking": "its result has no ", "bytes": "result.json cannot", "empty": "empty",
+        "unfinished": "unfinished: no res",
+    }  # fmt: skip
+    assert "last look at step 200" in reasons["unfinished"]
+    doubles = [reason for folder, reason in comparison.left_out if "zcopy" in folder]
+    assert sorted(reason.rpartition(", ")[2] for reason in doubles) == ["equal in quality", "with OTHER quality"]
+    assert sum("it has no curve" in note for note in comparison.notes) == 2
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda rows: rows[:4] + rows[2:], "goes back in line 6"),
+        (lambda rows: [{k: v for k, v in each.items() if k != "images"} for each in rows], "lacks a number in line 2"),
+        (lambda rows: rows[:1], "has no validation row"),
+        (lambda rows: [*rows, 3], "is damaged in line 18"),
+    ],
+)
+def test_a_damaged_curve_is_no_curve(tmp_path: Path, spoil, reason: str) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001
+    run = write(tmp_path, row())
+    (run / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in spoil(looks(row()))))
+    comparison = asked(tmp_path)
+    assert any(reason in note for note in comparison.notes)
+    assert comparison.groups[0].runs[0].looks == []
+
+
+def test_quality_at_equal_cost(tmp_path: Path) -> None:
+    """Against a ruler laid on the rows; blank with the reason where a run does not reach."""
+    study(tmp_path)
+    comparison = asked(tmp_path, at=("images=3000,6400", "train_pflop"))
+    dense, soft = group(comparison, "dense"), group(comparison, "soft")
+    for each in (dense, soft):
+        for at in each.budgets:
+            assert at.interval is not None, at.reason
+            for (seed, value), run in zip(at.values, each.runs, strict=True):
+                rows = [look for look in looks(run.row) if look["split"] == "validation"]
+                i = next(i for i, look in enumerate(rows) if look[at.axis] >= at.budget)
+                low, high = rows[i - 1], rows[i]
+                share = (at.budget - low[at.axis]) / (high[at.axis] - low[at.axis])
+                assert value == pytest.approx(low["top1_pct"] + share * (high["top1_pct"] - low["top1_pct"]))
+                assert seed == run.row["seed"]
+    assert [at.axis for at in soft.budgets] == ["images"] * 2 + ["train_pflop"] * 3
+    assert soft.budgets[0].verdict == "better"
+    far = asked(tmp_path, at=("train_pflop=0.000001,0.00013",))
+    assert [at.reason for at in group(far, "dense").budgets] == [
+        "first look at 1.6e-05",
+        "3 of 3 end before, the first at 0.000128",
+    ]
+    assert [at.reason for at in group(far, "soft").budgets][1] == ""
+    assert all(at.interval is None for at in group(far, "dense").budgets)
+
+
+def test_one_run_that_ends_early_blanks_its_group(tmp_path: Path) -> None:
+    study(tmp_path)
+    run = next(run for run in sorted(tmp_path.iterdir()) if "soft" in run.name)
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_text("\n".join(lines[:-3]) + "\n")
+    comparison = asked(tmp_path, at=("images=6400",))
+    assert group(comparison, "soft").budgets[0].reason == "1 of 3 end before, the first at 5600"
+    assert group(comparison, "dense").budgets[0].interval is not None
+
+
+def test_by_where_sort_and_columns(tmp_path: Path) -> None:
+    for seed in range(3):
+        for lr in (0.001, 0.003):
+            write(tmp_path, row(router="dense", seed=seed, top1_pct=90 + seed, optim__lr=lr, lr=lr))
+            write(tmp_path, row(seed=seed, top1_pct=95 - seed + 100 * lr, optim__lr=lr, lr=lr))
+    by = asked(tmp_path, by=("router",))
+    assert {each.label: len(each.runs) for each in by.groups} == {"soft": 6, "dense": 6}
+    assert any("differ in optim.lr" in note for note in by.blocks[0].notes)
+    assert group(by, "soft").difference.method == "Welch"  # type: ignore[union-attr]
+    assert [each.label for each in asked(tmp_path, where=("lr=0.001", "router=soft,dense")).groups] == ["soft", "dense"]
+    assert [each.label for each in asked(tmp_path, where=("optim.lr=1e-3",), sort="train_pflop").groups] == [
+        "dense",
+        "soft",
+    ]
+    assert asked(tmp_path, sort="label").groups[0].label == "dense, lr 0.001"
+    shown = asked(tmp_path, columns=("peak_mib", "num_experts"))
+    assert shown.columns == ["peak_mib", "num_experts"]
+    assert shown.groups[0].figures["peak_mib"] is not None
+
+
+@pytest.mark.parametrize(
+    ("question", "told"),
+    [
+        ({"quality": "lss"}, "Did you mean 'loss'"),
+        ({"cost": "devices"}, "Did you mean 'device_s'"),
+        ({"by": ("rooter",)}, "Did you mean 'router'"),
+        ({"by": ("num_exprts",)}, "Did you mean 'num_experts'"),
+        ({"by": ("split_sed",)}, "Did you mean 'data.split_seed'"),
+        ({"where": ("router",)}, "write KEY=VALUE"),
+        ({"where": ("router=sof",)}, "router is dense or soft or tokens_choice"),
+        ({"at": ("epochs",)}, "Choices: train_pflop, device_s, images"),
+        ({"at": ("images=few",)}, "numbers above 0"),
+        ({"at": ("images=-1",)}, "numbers above 0"),
+        ({"baseline": "sofd"}, "Did you mean 'soft'"),
+        ({"sort": "lable"}, "no run's result has such a key"),
+        ({"cost": "epochs", "where": ("seed=0",), "columns": ("nothing",)}, "--columns nothing"),
+    ],
+)
+def test_errors_name_key_value_and_the_way_out(tmp_path: Path, question: dict[str, object], told: str) -> None:
+    with pytest.raises(UsageError) as error:
+        asked(study(tmp_path), **question)
+    assert told in str(error.value)
+
+
+def test_errors_of_folders(tmp_path: Path) -> None:
+    study(tmp_path / "outputs")
+    with pytest.raises(UsageError, match=r"outputz is no folder. Did you mean 'outputs'"):
+        asked(tmp_path / "outputz")
+    (tmp_path / "none").mkdir()
+    with pytest.raises(UsageError, match=r"no finished run below .*none; left out are 1, first .*none: empty"):
+        asked(tmp_path / "none")
+
+
+def test_baseline_by_label_and_by_key(tmp_path: Path) -> None:
+    study(tmp_path)
+    for baseline in ("soft", "router=soft", "num_experts=16"):
+        if baseline == "num_experts=16":
+            with_two = asked(tmp_path, baseline=baseline)
+            assert "equally near" in " ".join(with_two.blocks[0].notes)
+            continue
+        comparison = asked(tmp_path, baseline=baseline)
+        assert {each.baseline for each in comparison.groups if each.label != "soft"} == {"soft"}
+    nothing = asked(tmp_path, where=("router=soft,tokens_choice",))
+    assert "no dense control" in " ".join(nothing.blocks[0].notes)
+
+
+def test_one_seed_says_so(tmp_path: Path) -> None:
+    comparison = asked(study(tmp_path, seeds=1))
+    soft = group(comparison, "soft")
+    assert (soft.verdict, soft.front_probability) == ("too few seeds", None)
+    assert any("one seed only" in note for note in comparison.blocks[0].notes)
+
+
+def test_order_of_folders_changes_nothing(tmp_path: Path) -> None:
+    a, b = study(tmp_path / "a"), tmp_path / "b"
+    for seed in range(3):
+        write(b, row(router="experts_choice", seed=seed, top1_pct=91 + seed * 0.5))
+    assert [vars(each) for each in asked(a, b).groups] == [vars(each) for each in asked(b, a, a).groups]

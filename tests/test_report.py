@@ -1,0 +1,325 @@
+"""The files that `softmoe compare` writes, read back; the command itself, on runs made up and on runs trained."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from softmoe_cli.compare import Comparison, Question, compare
+from softmoe_cli.figures import reference_points, styles
+from softmoe_cli.report import _reference, _settings
+from softmoe_cli.tables import comma_separated, flat_rows, json_text, latex, markdown, tables, terminal
+from tests.conftest import TINY, Softmoe
+from tests.synthetic import row, study, write
+from tests.wandb_file import recorded
+
+NASTY = "</script><b>&\"'|`*_x_* ~^#$%{}\\ é [l](u) $\\alpha$"
+PAPER = Path(__file__).resolve().parents[1] / "experiments" / "paper"
+
+
+@pytest.fixture
+def compared(tmp_path: Path) -> Comparison:
+    return compare([study(tmp_path / "made_up")], Question())
+
+
+@pytest.fixture
+def nasty(tmp_path: Path) -> Comparison:
+    """Words that every format takes for its own, in every place that files can put words into."""
+    for seed in range(3):
+        for kind in ("", NASTY):
+            write(
+                tmp_path / "runs", row(seed=seed, top1_pct=90 + seed, study=NASTY, model__backbone__name=f"net{kind}")
+            )
+    (tmp_path / "runs" / "<i>empty").mkdir()
+    return compare([tmp_path / "runs"], Question(columns=("study",)))
+
+
+def test_csv_reads_back_to_the_same_numbers(compared: Comparison) -> None:
+    back = list(csv.DictReader(comma_separated(compared).splitlines()))
+    assert len(back) == 3
+    for read, wrote in zip(back, flat_rows(compared), strict=True):
+        for key, value in wrote.items():
+            kept = read[key]
+            assert (
+                (float(kept) == value) if isinstance(value, float) else (kept == ("" if value is None else str(value)))
+            )
+    dense = next(each for each in back if each["group"] == "dense")
+    assert float(dense["top1_pct_mean"]) == 91
+    assert dense["seeds"] == "0 1 2"
+    assert float(dense["top1_pct_at_train_pflop_0.000128_mean"]) == pytest.approx(92)
+
+
+def test_json_holds_everything(compared: Comparison) -> None:
+    back = json.loads(json_text(compared))
+    soft = back["blocks"][0]["groups"][0]
+    assert (soft["label"], soft["verdict"], soft["baseline"]) == ("soft", "better", "dense")
+    assert soft["figures"]["top1_pct"]["mean"] == compared.groups[0].figures["top1_pct"].mean  # type: ignore[union-attr]
+    assert [run["top1_pct"] for run in soft["runs"]] == [run.row["top1_pct"] for run in compared.groups[0].runs]
+    assert len(soft["budgets"][0]["values"]) == 3
+
+
+@pytest.mark.parametrize("which", ["compared", "nasty"])
+def test_markdown_tables_have_as_many_cells_as_heads(which: str, request: pytest.FixtureRequest) -> None:
+    comparison = request.getfixturevalue(which)
+    text = markdown(comparison)
+    bodies = [part.split("\n\n")[1].splitlines() for part in text.split("## ")[1:] if "\n\n| " in part]
+    assert len(bodies) == len(tables(comparison))
+    for lines, table in zip(bodies, tables(comparison), strict=True):
+        cells = [line.replace("\\|", "").strip("| ").split("|") for line in lines]
+        assert {len(each) for each in cells} == {len(table.head)}
+        assert all(set(rule.strip()) <= set("-:") and "-" in rule for rule in cells[1])
+        assert len(lines) == 2 + len(table.rows)
+    assert "<b>" not in text.replace("\\<b\\>", "")
+
+
+@pytest.mark.parametrize("which", ["compared", "nasty"])
+def test_latex(which: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """Compiles, where there is a TeX; nothing in it is left to TeX's own reading."""
+    text = latex(request.getfixturevalue(which))
+    bare = text.replace("\\&", "").replace("\\%", "").replace("\\#", "").replace("\\_", "").replace("\\$", "")
+    rows = [line for line in bare.splitlines() if line.endswith(r" \\")]
+    assert len({line.count("&") for line in rows}) == 2, "two tables"
+    for line in rows:
+        assert not set("%#_~^") & set(line)
+    assert text.count("\\toprule") == text.count("\\bottomrule") == 2
+    if shutil.which("pdflatex") is None:
+        pytest.skip("no pdflatex here: escapes only")
+    (tmp_path / "table.tex").write_text(text)
+    (tmp_path / "doc.tex").write_text(
+        r"\documentclass{article}\usepackage[T1]{fontenc}\usepackage{booktabs}\usepackage{graphicx}\begin{document}\input{table.tex}\end{document}"
+    )
+    told = subprocess.run(
+        ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "doc.tex"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert told.returncode == 0, told.stdout[-2000:]
+    assert "undefined" not in told.stdout and "Overfull" not in told.stdout
+
+
+def test_page_draws_seconds_of_one_machine_only(tmp_path: Path) -> None:
+    from softmoe_cli.page import page
+
+    def axes() -> list[str]:
+        text = page(compare([study_folder], Question()), {"pareto.svg": b"", "curves.svg": b""})
+        return list(json.loads(text.partition('id="data">')[2].partition("</script>")[0])["axes"][0])
+
+    study_folder = study(tmp_path / "runs")
+    assert axes() == ["train_pflop", "device_s", "images"]
+    write(study_folder, row(seed=5, hardware="NVIDIA H100"))
+    assert axes() == ["train_pflop", "images"]
+
+
+class Reader(HTMLParser):
+    """Checks that what opens closes, and gathers attributes, data and words."""
+
+    VOID = ("meta", "img", "br", "!doctype")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.words: dict[str, list[str]] = {}
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += attrs
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.setdefault(self.open[-1] if self.open else "", []).append(data)
+
+
+@pytest.mark.parametrize("which", ["compared", "nasty"])
+def test_page_stands_alone(which: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    from softmoe_cli.page import page
+
+    comparison = request.getfixturevalue(which)
+    text = page(comparison, {"pareto.svg": b"<svg/>", "curves.svg": b"<svg/>"})
+    reader = Reader()
+    reader.feed(text)
+    reader.close()
+    assert reader.open == []
+    assert "http:" not in text and "https:" not in text and "@import" not in text and "url(" not in text
+    assert all((value or "").startswith("data:") for name, value in reader.attributes if name in ("src", "href"))
+    data, _ = reader.words["script"]
+    told = json.loads(data)
+    labels = {each["label"] for each in told["blocks"][0]}
+    assert labels == {group.label for group in comparison.groups}
+    assert "routing_utilisation" in next(each for each in told["blocks"][0] if each["label"] != "dense")["names"]
+    assert "b" not in reader.words, "no tag that a run's name brought along"
+    assert any("utilisation" in word for word in reader.words["button"])
+    assert labels <= set(reader.words["th"])
+
+
+def test_the_same_bytes_again_and_without_torch(softmoe: Softmoe, tmp_path: Path) -> None:
+    """All files, in another process and under other settings of matplotlib."""
+    study(tmp_path / "runs")
+    assert softmoe("compare", "runs", "--out", "a").code == 0
+    (tmp_path / "matplotlibrc").write_text("font.size: 30\nsvg.hashsalt: other\n")
+    code = """
+import sys
+sys.argv = ["softmoe", "compare", "runs", "--out", "b"]
+from softmoe_cli.cli import main
+try:
+    main()
+finally:
+    print("HEAVY", [name for name in ("torch", "timm", "wandb", "hydra") if name in sys.modules])"""
+    told = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "HEAVY []" in told.stdout
+    forms = {"table": ("md", "tex", "csv", "json"), "pareto": ("svg", "pdf", "png"), "curves": ("svg", "pdf", "png")}
+    files = sorted(["index.html", *(f"{name}.{form}" for name in forms for form in forms[name])])
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == files
+    for file in files:
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
+    for name in ("pareto", "curves"):
+        drawn = (tmp_path / "a" / f"{name}.svg").read_text()
+        ET.fromstring(drawn)
+        assert "<!-- soft (n=3) -->" in drawn
+        assert (tmp_path / "a" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert (tmp_path / "a" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_every_group_has_a_look_of_its_own(tmp_path: Path) -> None:
+    for experts in range(1, 30):
+        write(tmp_path, row(model__router__num_experts=experts, top1_pct=80 + experts / 10))
+    write(tmp_path, row(router="dense"))
+    look = styles(compare([tmp_path], Question()).groups)
+    assert len(set(look.values())) == 30
+    assert look["dense"] == (0, "o")
+
+
+def test_names_that_figures_cannot_draw(nasty: Comparison) -> None:
+    from softmoe_cli.figures import figures
+
+    assert all(figures(nasty).values())
+
+
+def test_the_papers_tables_beside_ours(softmoe: Softmoe, tmp_path: Path, compared: Comparison) -> None:
+    with (PAPER / "pareto.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    answer = softmoe("compare", "made_up", "--reference", "pareto")
+    assert f"{len(rows)} rows of reference, not ours" in answer.out
+    out = tmp_path / "made_up" / "compare"
+    assert "Reference, not ours: Soft MoE (Puigcerver et al., 2023), Table 9" in (out / "index.html").read_text()
+    assert json.loads((out / "table.json").read_text())["reference"] == rows
+    assert "Reference, not ours" in (out / "pareto.svg").read_text()
+    compared.reference_name, compared.reference = _reference("long_runs", Question())
+    assert "Table 8" in markdown(compared) and "Soft H/14 256E" in markdown(compared)
+    assert len(reference_points(compared)) == 17
+
+
+def test_a_csv_of_ours_lies_behind_the_plot(softmoe: Softmoe, tmp_path: Path) -> None:
+    study(tmp_path / "runs")
+    (tmp_path / "old.csv").write_text("name,train_pflop,top1_pct\na,0.0001,88\nb,0.00012,\n")
+    assert softmoe("compare", "runs", "--reference", "old.csv").code == 0
+    data = (tmp_path / "runs" / "compare" / "index.html").read_text()
+    assert '"reference":[[0.0001,88.0,"Dense"]],"kinds"' in data and '"behind":true' in data
+    for text, told in [("a,b\n1,2\n", "has neither the columns"), ("", "no rows"),
+                       ("train_pflop,top1_pct\n1,x\n", "line 2: top1_pct 'x' is no number")]:  # fmt: skip
+        (tmp_path / "bad.csv").write_text(text)
+        answer = softmoe("compare", "runs", "--reference", "bad.csv")
+        assert answer.code == 2 and told in answer.err
+
+
+def test_two_hundred_folders(softmoe: Softmoe, tmp_path: Path) -> None:
+    """Whole, truncated, foreign, duplicate and empty ones: each that is left out is named, none is counted."""
+    made = 0
+    for experts in range(1, 31):
+        for seed in range(6):
+            result = row(seed=seed, model__router__num_experts=experts, top1_pct=90 + experts / 10 + seed / 7)
+            run = write(tmp_path / "runs", result)
+            made += 1
+            if made % 45 == 0:
+                (run / "result.json").write_text((run / "result.json").read_text()[:300])
+            if made % 20 == 0 and made % 45:
+                shutil.copytree(run, tmp_path / "runs" / f"x{made}")
+    for i in range(6):
+        (tmp_path / "runs" / f"empty{i}").mkdir()
+        foreign = tmp_path / "runs" / f"foreign{i}"
+        foreign.mkdir()
+        (foreign / "result.json").write_text('{"accuracy": 1}')
+    answer = softmoe("compare", "runs")
+    assert answer.code == 0
+    out = [line for line in answer.out.splitlines() if line.startswith("- left out: ")]
+    assert len(list((tmp_path / "runs").iterdir())) - 1 == 200
+    assert len(out) == 4 + 8 + 6 + 6
+    for word, count in (("truncated", 4), ("the same run as", 8), ("empty", 6), ("foreign: ", 6)):
+        assert sum(word in line.rpartition(": ")[2] or word in line.partition(": ")[2] for line in out) >= count
+    told = json.loads((tmp_path / "runs" / "compare" / "table.json").read_text())
+    assert sum(len(each["runs"]) for each in told["blocks"][0]["groups"]) == 176
+    assert terminal(compare([Path("runs")], Question())) in answer.out, "its own files are no runs"
+
+
+def test_wandb_offline_holds_group_table_and_artifact(softmoe: Softmoe, tmp_path: Path) -> None:
+    study(tmp_path / "runs")
+    answer = softmoe("compare", "runs", "--wandb", "--project", "mine")
+    assert answer.code == 0 and "W&B: run compare top1_pct by train_pflop of group made_up, offline" in answer.out
+    file, kept = recorded(tmp_path / "runs" / "compare")
+    run = next(each.run for each in kept if each.WhichOneof("record_type") == "run")
+    assert (run.run_group, run.job_type, run.project) == ("made_up", "compare", "mine")
+    artifact = next(each.artifact for each in kept if each.artifact.type == "comparison")
+    assert {each.path for each in artifact.manifest.contents} >= {"table.csv", "table.tex", "index.html", "pareto.pdf"}
+    media = {path.name.split("_0_")[0] for path in (file.parent / "files" / "media").rglob("*") if path.is_file()}
+    assert media == {"table", "pareto", "curves", "page"}
+    table = json.loads(next((file.parent / "files" / "media").rglob("*.table.json")).read_text())
+    assert len(table["data"]) == 3
+    assert table["data"][0][table["columns"].index("group")] == "soft"
+    write(tmp_path / "runs", row(router="dense", seed=9))
+    again = _settings(compare([tmp_path / "runs"], Question()), Question(), "mine")
+    assert again["id"] == run.run_id, "asked again, with more seeds, it is the same run"
+
+
+def test_wandb_switched_off_or_out_of_reach(softmoe: Softmoe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study(tmp_path / "runs")
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    answer = softmoe("compare", "runs", "--wandb")
+    assert answer.code == 2 and "--wandb has no effect with WANDB_MODE=disabled" in answer.err
+    assert softmoe("compare", "runs", "--project", "x").err == "softmoe: --project x has no effect without --wandb\n"
+
+
+def test_command_line(softmoe: Softmoe, tmp_path: Path) -> None:
+    study(tmp_path / "runs")
+    answer = softmoe("compare", "--quality", "loss", "runs", "--sort=label", "--at", "images=3200", "--at", "device_s")
+    assert answer.code == 0
+    assert "validation loss at equal training images" in answer.out
+    assert [line.split()[0] for line in answer.out.splitlines()[2:5]] == ["dense", "soft", "tokens_choice"]
+    for arguments, told in [
+        ((), "the following arguments are required: FOLDER"),
+        (("runs", "--qualty", "loss"), "--qualty: there is no such option. Did you mean '--quality'?"),
+        (("runs", "--cost"), "argument --cost: expected one argument"),
+        (("runs", "--out", "runs/compare/table.md/x"), "--out runs/compare/table.md/x cannot be written"),
+        (("runs", "--reference", "paretoo"), "Did you mean 'pareto'"),
+    ]:
+        answer = softmoe("compare", *arguments)
+        assert (answer.code, told in answer.err, "Traceback" in answer.err) == (2, True, False), answer.err
+    assert "--quality KEY" in softmoe("compare", "--help").out
+
+
+def test_two_real_runs(softmoe: Softmoe, tmp_path: Path) -> None:
+    """From training to a verdict: rows of the loop are all that compare needs."""
+    for router in ("dense", "soft"):
+        own = [each for each in TINY if router == "soft" or "num_experts" not in each]
+        trained = softmoe("train", *own, "threads=1", "train.steps=30", "study=two", f"model/router={router}")
+        assert trained.code == 0, trained.err
+    answer = softmoe("compare", "outputs/two", "--at", "images")
+    assert answer.code == 0, answer.err
+    told = json.loads((tmp_path / "outputs" / "two" / "compare" / "table.json").read_text())
+    (block,) = told["blocks"]
+    assert {each["label"] for each in block["groups"]} == {"dense", "soft"}
+    soft = next(each for each in block["groups"] if each["label"] == "soft")
+    assert (soft["baseline"], soft["verdict"]) == ("dense", "too few seeds")
+    assert soft["settings"]["model.router.num_experts"] == 4 and soft["settings"]["optim.lr"] == 0.003
+    assert [each["budget"] for each in soft["budgets"]] == [240, 480, 960]
+    assert "earlier version" not in answer.out
+    assert terminal(compare([Path("outputs/two")], Question(at=("images",)))) in answer.out
