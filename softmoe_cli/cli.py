@@ -1,11 +1,14 @@
 """The commands. Hydra begins and ends here; torch, timm and wandb are imported by the command that needs them."""
 
+import contextlib
 import copy
 import dataclasses
 import functools
+import json
 import os
 import re
 import sys
+import tempfile
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,18 +18,27 @@ from softmoe_cli.config import (
     Config,
     CostConfig,
     EvaluateConfig,
+    LocalLauncher,
     MatchConfig,
     Model,
+    RayLauncher,
+    SlurmLauncher,
     UsageError,
     check_channels,
     nearest,
 )
+from softmoe_cli.files import RunError
+
+if typing.TYPE_CHECKING:
+    from softmoe_cli.record import Source
 
 T = typing.TypeVar("T", Config, EvaluateConfig, CostConfig, MatchConfig, Model)
 
 SCHEMAS: dict[str, type] = {
     "train": Config, "finetune": Config, "evaluate": EvaluateConfig, "cost": CostConfig, "match": MatchConfig,
 }  # fmt: skip
+
+LAUNCHERS = {"local": LocalLauncher, "slurm": SlurmLauncher, "ray": RayLauncher}
 
 HELP = """\
 softmoe: train, cost and compare mixture-of-experts vision transformers
@@ -40,6 +52,7 @@ usage: softmoe COMMAND [ARGUMENTS]
   match      make one model cost what another does        softmoe match model=vit_s16_soft to=vit_s16_dense
   compare    runs to tables, verdicts, Pareto front, plots softmoe compare outputs/default
   check      conformance report for a router               softmoe check soft
+  status     what a sweep's runs are doing, from files     softmoe status outputs/default
   list       models, routers, data sets, recipes, experiments
 
 softmoe COMMAND --help says more; --debug shows the traceback of an error."""
@@ -52,6 +65,8 @@ softmoe train [GROUP=CHOICE | KEY=VALUE]...   compose an experiment and train it
   softmoe train model=vit_s16_soft data=folder data.root=PATH
   softmoe train model/backbone=vit_nano4 model/router=dense data=fashion_mnist train.minutes=5
   softmoe train -m model.router.num_experts=8,16,32 seed=0,1,2      a sweep: every combination
+  softmoe train -m seed=0,1,2 --plan                   list its jobs with cost and time, and stop
+  softmoe train -m seed=0,1,2 hydra/launcher=slurm hydra.launcher.partition=gpu hydra.launcher.gpus=1
   softmoe train --cfg job                              print the composed configuration and stop
 
 The same configuration is the same folder: finished runs are not repeated, stopped ones go on.""",
@@ -108,43 +123,56 @@ softmoe check ROUTER [KEY=VALUE]...   what every router must keep, measured; exi
 
 ROUTER is a name from softmoe list, a name in your own conf/model/router, or a Python file. KEY=VALUE are its options.
 SOFTMOE_VECTORS names another folder of official numbers.""",
+    "status": """\
+softmoe status FOLDER... [--json]   what runs are doing, from their files alone, here or on another machine
+
+  softmoe status outputs/expert_count          a study, a sweep-* folder in it, all of outputs, or one run
+
+done; running; stopped (the same command goes on); failed, with the reason; waiting. Runs of another machine that have
+neither ended nor stopped are "running or killed": the age of the last row tells which.""",
     "list": "softmoe list   models, routers, data sets, recipes and experiments, a line each",
 }
 
 
 def main() -> None:
     """The entry point: runs sys.argv and exits with 0, 1 (a run failed), 2 (cannot work) or 130 (interrupted)."""
-    arguments = sys.argv[1:]
+    code, text = run(sys.argv[1:])
+    if text:
+        print(f"softmoe: {text}", file=sys.stderr)
+    leave(code)
+
+
+def run(arguments: Sequence[str]) -> tuple[int, str]:
+    """Runs a command line; returns its exit status and, where that is not 0, the sentence that says why."""
     debug = "--debug" in arguments
     try:
-        code = _dispatch([argument for argument in arguments if argument != "--debug"])
+        return _dispatch([argument for argument in arguments if argument != "--debug"]), ""
     except UsageError as error:
-        code = _failed(error, 2, debug)
+        return _failed(error, 2, debug)
     except KeyboardInterrupt as error:
-        code = _failed(error, 130, debug)
+        return _failed(error, 130, debug)
     except BrokenPipeError:  # `softmoe list | head`: nobody listens any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
-    except RuntimeError as error:
-        from softmoe_cli.record import RunError
+        return 1, ""
+    except RunError as error:
+        return _failed(error, 1, debug)
 
-        if not isinstance(error, RunError):
-            raise
-        code = _failed(error, 1, debug)
+
+def leave(code: int) -> typing.NoReturn:
+    """Ends the process."""
     sys.stdout.flush()
     if "softmoe_cli.mirror" in sys.modules and sys.modules["softmoe_cli.mirror"].stuck:
         os._exit(code)  # W&B's own goodbye would wait for a server that does not answer
     sys.exit(code)
 
 
-def _failed(error: BaseException, code: int, debug: bool) -> int:
+def _failed(error: BaseException, code: int, debug: bool) -> tuple[int, str]:
     if debug:
         raise error
     text = str(error)
     if isinstance(error, KeyboardInterrupt):
         text = f"stopped by {text or 'SIGINT'}; type the same command to go on"
-    print(f"softmoe: {text}", file=sys.stderr)
-    return code
+    return code, text
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -167,6 +195,9 @@ def _dispatch(arguments: list[str]) -> int:
             print(options())
         elif command in SCHEMAS:
             print(_options(SCHEMAS[command]))
+        if command in ("train", "finetune"):
+            for name, launcher in LAUNCHERS.items():
+                print(_options(launcher, "hydra.launcher.", f"with -m, hydra/launcher={name}"))
         return 0
     if command == "compare":
         from softmoe_cli.report import run
@@ -179,18 +210,20 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     if command == "check":
         return _check(rest)
+    if command == "status":
+        return _status(rest)
     _hydra(command, rest)
     return 0
 
 
-def _options(section: type, prefix: str = "") -> str:
+def _options(section: type, prefix: str = "", title: str = "options (defaults: --cfg job)") -> str:
     """Every option of a config dataclass: key, choices and meaning."""
-    lines = [] if prefix else ["", "options (defaults: --cfg job)"]
+    lines = ["", title] if title else []
     hints = typing.get_type_hints(section)
     for f in dataclasses.fields(section):
         if dataclasses.is_dataclass(hints[f.name]):
-            lines.append(_options(typing.cast(type, hints[f.name]), f"{prefix}{f.name}."))
-        else:
+            lines.append(_options(typing.cast(type, hints[f.name]), f"{prefix}{f.name}.", ""))
+        elif f.metadata:
             choices = f" [{'|'.join(f.metadata['choices'])}]" if f.metadata["choices"] else ""
             lines.append(f"  {prefix}{f.name:<{max(1, 30 - len(prefix))}} {f.metadata['meaning']}{choices}")
     return "\n".join(lines)
@@ -217,6 +250,8 @@ def _list() -> str:
         "data": "data sets, data=",
         "recipe": "recipes, recipe=",
         "experiment": "experiments, +experiment=",
+        "search": "searches with Optuna, -m +search=",
+        "hydra/launcher": "where a sweep's jobs run, -m hydra/launcher=",
     }
     lines = []
     for group, title in groups.items():
@@ -255,6 +290,21 @@ def _check(arguments: list[str]) -> int:
     passed = sum(outcome.verdict == "pass" for outcome in outcomes)
     print(f"{names[0]}: {passed} passed, {failed} failed, {len(outcomes) - passed - failed} not applicable")
     return 1 if failed else 0
+
+
+def _status(arguments: list[str]) -> int:
+    """`softmoe status`: prints the table, or JSON."""
+    unknown = [a for a in arguments if a.startswith("-") and a != "--json"]
+    folders = [Path(a) for a in arguments if not a.startswith("-")]
+    if unknown:
+        raise UsageError(f"softmoe status has no option {unknown[0]}; it has --json")
+    if not folders:
+        raise UsageError("softmoe status needs a folder: a study such as outputs/default, a sweep, a run or outputs")
+    from softmoe_cli.status import read, show
+
+    states = read(folders)
+    print(json.dumps([dataclasses.asdict(state) for state in states]) if "--json" in arguments else show(states))
+    return 0
 
 
 def _router_options(name: str) -> dict[str, Any]:
@@ -298,7 +348,6 @@ def _hydra(command: str, arguments: list[str]) -> None:
     """Composes with Hydra and runs the command for each job; Hydra's own errors become one sentence."""
     import hydra
     from hydra.core.config_search_path import ConfigSearchPath
-    from hydra.core.config_store import ConfigStore
     from hydra.core.plugins import Plugins
     from hydra.errors import HydraException
     from hydra.plugins.search_path_plugin import SearchPathPlugin
@@ -313,26 +362,24 @@ def _hydra(command: str, arguments: list[str]) -> None:
             if own is not None:
                 search_path.prepend("softmoe-own", f"file://{own}")
 
-    ConfigStore.instance().store(name="schema", node=Config)
-    for name in ("evaluate", "cost", "match"):
-        ConfigStore.instance().store(name=f"{name}_schema", node=SCHEMAS[name])
+    _store_schemas()
     Plugins.instance().register(OwnConf)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing and leaving with status 1
-    sys.argv = ["softmoe", *arguments]
+    many = any(argument in ("-m", "--multirun") for argument in arguments)
+    if "--plan" in arguments and (command not in ("train", "finetune") or not many):
+        raise UsageError("--plan lists the jobs of a sweep: softmoe train -m … --plan or softmoe finetune -m … --plan")
     costed: list[CostConfig] = []
     tasks: dict[str, Callable[[Any], None]] = {
-        "train": _train,
-        "finetune": _finetune,
+        "train": functools.partial(_train, "train"),
+        "finetune": functools.partial(_train, "finetune"),
         "evaluate": _evaluate,
-        "cost": lambda config: costed.append(_door(_plain(config, CostConfig), CostConfig)),
+        "cost": lambda config: costed.append(_door(plain(config, CostConfig), CostConfig)),
         "match": _match,
     }
     failures: list[Exception] = []
 
     def task(config: DictConfig) -> None:
         """One job. A sweep goes on after a failure; the last failure is what the command ends with."""
-        from softmoe_cli.record import RunError
-
         try:
             tasks[command](config)
         except (UsageError, RunError) as error:
@@ -341,16 +388,37 @@ def _hydra(command: str, arguments: list[str]) -> None:
             failures.append(error)
 
     try:
-        hydra.main(version_base=None, config_path=str(conf_folder()), config_name=command)(task)()
+        with contextlib.ExitStack() as nowhere:
+            if "--plan" in arguments:  # and Hydra's own files go nowhere
+                folder = nowhere.enter_context(tempfile.TemporaryDirectory())
+                arguments = [argument for argument in arguments if argument != "--plan"]
+                arguments += ["hydra.launcher.plan=true", f"hydra.sweep.dir={folder}"]
+            sys.argv = ["softmoe", *arguments]
+            hydra.main(version_base=None, config_path=str(conf_folder()), config_name=command)(task)()
     except (HydraException, OmegaConfBaseException) as error:
         raise UsageError(_explain(error, command, arguments)) from error
+    if many and command in ("train", "finetune"):
+        from softmoe_cli.sweep import report
+
+        report()
     if failures:
         raise failures[-1]
     if costed:
         from softmoe_cli.ledger import costs, show
 
-        many = any(argument in ("-m", "--multirun") for argument in arguments)
         print(show(costs(costed), costed[0].format, many=many))
+
+
+def _store_schemas() -> None:
+    """Tells Hydra the schemas that the yaml files in conf/ start from."""
+    from hydra.core.config_store import ConfigStore
+
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    for name in ("evaluate", "cost", "match"):
+        store.store(name=f"{name}_schema", node=SCHEMAS[name])
+    for name, launcher in LAUNCHERS.items():
+        store.store(group="hydra/launcher", name=f"_{name}", node=launcher)
 
 
 def _explain(error: Exception, command: str, arguments: list[str]) -> str:
@@ -413,7 +481,9 @@ def _known_keys(command: str) -> list[str]:
             keys += [f"{prefix}{key}"] + (walk(value, f"{prefix}{key}.") if isinstance(value, dict) else [])
         return keys
 
-    return [*walk(tree, ""), "recipe", "model/backbone", "model/router", "experiment"]
+    launchers = [f for launcher in LAUNCHERS.values() for f in dataclasses.fields(launcher) if f.metadata]
+    places = dict.fromkeys(f"hydra.launcher.{f.name}" for f in launchers)
+    return [*walk(tree, ""), *places, "recipe", "model/backbone", "model/router", "experiment", "search"]
 
 
 def _refuse_unknown(node: Any, section: type, prefix: str = "") -> None:
@@ -426,7 +496,7 @@ def _refuse_unknown(node: Any, section: type, prefix: str = "") -> None:
             _refuse_unknown(node[key], typing.cast(type, hints[key]), f"{prefix}{key}.")
 
 
-def _plain(config: Any, section: type) -> dict[str, Any]:
+def plain(config: Any, section: type) -> dict[str, Any]:
     """The composed configuration as plain containers, unresolved, with unknown keys refused."""
     from omegaconf import OmegaConf
 
@@ -477,55 +547,66 @@ def compose(*overrides: str) -> Config:
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
-    from hydra.core.config_store import ConfigStore
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    ConfigStore.instance().store(name="schema", node=Config)
+    _store_schemas()
     try:
         with initialize_config_dir(str(conf_folder()), version_base=None):
-            return _door(_plain(hydra_compose("train", list(overrides)), Config), Config)
+            return _door(plain(hydra_compose("train", list(overrides)), Config), Config)
     except (HydraException, OmegaConfBaseException) as error:
         raise UsageError(_explain(error, "train", list(overrides))) from error
 
 
-def _typed(key: str) -> bool:
+def _typed() -> list[str]:
+    """What was typed, as Hydra took it."""
     from hydra.core.hydra_config import HydraConfig
 
-    return any(override.partition("=")[0] == key for override in HydraConfig.get().overrides.task)
+    return list(HydraConfig.get().overrides.task)
 
 
-def _train(config: Any) -> None:
-    checked = _door(_plain(config, Config), Config)
-    if checked.checkpoint is not None:
-        raise UsageError(f"checkpoint={checked.checkpoint} belongs to softmoe finetune; softmoe train starts afresh")
-    from softmoe_cli.terminal import Screen
-    from softmoe_cli.train import train
-
-    train(checked, "train", None, Screen())
+def _names(key: str, typed: Sequence[str]) -> bool:
+    return any(override.partition("=")[0] == key for override in typed)
 
 
-def _finetune(config: Any) -> None:
-    tree = _plain(config, Config)
+def settle(command: str, tree: dict[str, Any], typed: Sequence[str]) -> "tuple[Config, Source | None]":
+    """What `softmoe train` or `finetune` would run: the checked configuration and the weights to start from.
+
+    Raises:
+        UsageError: it cannot work.
+    """
+    if command == "train":
+        checked = _door(tree, Config)
+        if checked.checkpoint is not None:
+            raise UsageError(
+                f"checkpoint={checked.checkpoint} belongs to softmoe finetune; softmoe train starts afresh"
+            )
+        return checked, None
     if not tree["checkpoint"]:
         raise UsageError("softmoe finetune needs checkpoint=: a run folder, a .safetensors file or timm:NAME")
     from softmoe_cli.models import read_checkpoint
+
+    source = read_checkpoint(tree["checkpoint"])
+    _inherit(tree, source.card, source.label, typed)
+    return _door(tree, Config), source
+
+
+def _train(command: str, config: Any) -> None:
+    checked, source = settle(command, plain(config, Config), _typed())
     from softmoe_cli.terminal import Screen
     from softmoe_cli.train import train
 
-    source = read_checkpoint(tree["checkpoint"])
-    _inherit(tree, source.card, source.label)
-    train(_door(tree, Config), "finetune", source, Screen())
+    train(checked, command, source, Screen())
 
 
-def _inherit(tree: dict[str, Any], card: dict[str, Any], label: str) -> None:
+def _inherit(tree: dict[str, Any], card: dict[str, Any], label: str, typed: Sequence[str]) -> None:
     """Model and pixel normalisation are the checkpoint's, but for what was typed."""
     if "model" not in card and (not isinstance(tree["model"], dict) or tree["model"].get("image_size") == "???"):
         raise UsageError(f"checkpoint={label} does not say what model it is; name one with model=")
     tree["model"] = _overlay(card.get("model", {}), tree["model"])
     _trust(tree["model"], card, label)
     for key in ("mean", "std"):
-        if key in card.get("data", {}) and not _typed(f"data.{key}"):
+        if key in card.get("data", {}) and not _names(f"data.{key}", typed):
             tree["data"][key] = card["data"][key]
 
 
@@ -547,7 +628,7 @@ def _trust(model: dict[str, Any], card: dict[str, Any], label: str) -> None:
 
 
 def _evaluate(config: Any) -> None:
-    tree = _plain(config, EvaluateConfig)
+    tree = plain(config, EvaluateConfig)
     if tree["checkpoint"] == "???":
         raise UsageError("softmoe evaluate needs checkpoint=: a run folder or a .safetensors file")
     if tree["checkpoint"].startswith("timm:"):
@@ -562,7 +643,7 @@ def _evaluate(config: Any) -> None:
     tree["data"] = _overlay(source.card["data"], tree["data"])
     if named:
         for key in ("mean", "std"):
-            if not _typed(f"data.{key}"):
+            if not _names(f"data.{key}", _typed()):
                 tree["data"][key] = source.card["data"][key]
     _trust(source.card["model"], source.card, source.label)
     checked = _door(tree, EvaluateConfig)
@@ -572,14 +653,11 @@ def _evaluate(config: Any) -> None:
 
 
 def _match(config: Any) -> None:
-    tree = _plain(config, MatchConfig)
+    tree = plain(config, MatchConfig)
     checked = _door(tree, MatchConfig)
-    from hydra.core.hydra_config import HydraConfig
-
     from softmoe_cli.match import match, show
 
-    typed = HydraConfig.get().overrides.task
-    print(show(match(checked, _other(checked.to, typed), functools.partial(_changed, tree)), checked))
+    print(show(match(checked, _other(checked.to, _typed()), functools.partial(_changed, tree)), checked))
 
 
 def _other(name: str, typed: Sequence[str]) -> MatchConfig:
@@ -592,7 +670,7 @@ def _other(name: str, typed: Sequence[str]) -> MatchConfig:
         config = compose("match", [*kept, f"model={name}"])
     except HydraException as error:
         raise UsageError(f"to={name}: {_explain(error, 'match', []).partition(': ')[2]}") from error
-    return _door(_plain(config, MatchConfig), MatchConfig)
+    return _door(plain(config, MatchConfig), MatchConfig)
 
 
 def _changed(tree: dict[str, Any], changes: dict[str, Any]) -> MatchConfig:

@@ -44,10 +44,11 @@ def _check(section: Any) -> None:
         key = ".".join(filter(None, [section.path, f.name]))
         if value is None or not limits:
             continue
-        if limits["choices"] and value not in limits["choices"]:
-            raise UsageError(
-                f"{key}={value} is not one of {', '.join(limits['choices'])}.{nearest(str(value), limits['choices'])}"
-            )
+        for word in value if isinstance(value, list) else [value]:
+            if limits["choices"] and word not in limits["choices"]:
+                raise UsageError(
+                    f"{key}={word} is not one of {', '.join(limits['choices'])}.{nearest(str(word), limits['choices'])}"
+                )
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, bool) or not isinstance(number, int | float):
                 continue
@@ -496,6 +497,84 @@ class MatchConfig:
 def _check_parts(config: CostConfig | MatchConfig) -> None:
     if config.batch_size % config.accumulate:
         raise UsageError(f"accumulate={config.accumulate} does not divide batch_size={config.batch_size}")
+
+
+QUALITIES = ("validation_top1_pct", "best_validation_top1_pct")
+PRICES = ("train_pflop", "forward_gflop", "train_gflop", "params_m", "active_params_m", "peak_mib")
+"""What a search may look at: never the test images."""
+
+
+@dataclass
+class Limit:
+    """The most that a job of a search may cost; known before it runs."""
+
+    path: ClassVar[str] = "hydra.launcher.limit"
+    train_pflop: float | None = option("search: most that a job may cost, or it is not trained", above=0)
+    forward_gflop: float | None = option("as train_pflop, an image's forward pass", above=0)
+    train_gflop: float | None = option("as train_pflop, an image's training", above=0)
+    params_m: float | None = option("as train_pflop, millions of parameters", above=0)
+    active_params_m: float | None = option("as train_pflop, millions that a token meets", above=0)
+    peak_mib: float | None = option("as train_pflop, predicted memory", above=0)
+
+    @property
+    def given(self) -> dict[str, float]:
+        return {key: getattr(self, key) for key in PRICES if getattr(self, key) is not None}
+
+
+@dataclass
+class Launcher:
+    """Where and how the jobs of `softmoe train -m` run: hydra.launcher of any place."""
+
+    path: ClassVar[str] = "hydra.launcher"
+    _target_: str = MISSING
+    where: str = MISSING
+    jobs: int | None = option("jobs at a time; null: one per GPU, or one per core; on a cluster: all", low=1)
+    objective: list[str] = option(
+        "what a searching sweeper (hydra/sweeper=optuna) is told of each job", choices=(*QUALITIES, *PRICES)
+    )
+    limit: Limit = field(default_factory=Limit)
+    plan: bool = option("list the jobs with their cost and stop; --plan sets it")
+
+    def check(self) -> None:
+        _check(self)
+        _check(self.limit)
+        if self.limit.given and (len(self.objective) != 1 or self.objective[0] not in QUALITIES):
+            raise UsageError(
+                f"hydra.launcher.limit={self.limit.given} goes with one quality as hydra.launcher.objective, such as "
+                f"[{QUALITIES[0]}], not with {self.objective}; add +search=quality"
+            )
+
+
+@dataclass
+class LocalLauncher(Launcher):
+    """Processes of this machine."""
+
+
+@dataclass
+class SlurmLauncher(Launcher):
+    """Jobs of Slurm, through submitit."""
+
+    cluster: str = option("local: submitit's own processes on this machine, to try it", choices=("slurm", "local"))
+    partition: str | None = option("Slurm's partition; null: its default")
+    account: str | None = option("Slurm's account; null: your default")
+    gpus: int = option("GPUs of a job", low=0)
+    cpus: int = option("CPU cores, and threads, of a job", low=1)
+    memory_gib: int = option("memory of a job", low=1)
+    timeout_min: int = option("minutes after which Slurm ends a job; it saves before that", low=2)
+
+    def check(self) -> None:
+        super().check()
+        if self.cluster == "local" and (self.partition or self.account):
+            raise UsageError("hydra.launcher.cluster=local has neither partition nor account; leave them null")
+
+
+@dataclass
+class RayLauncher(Launcher):
+    """Tasks of Ray, each in a worker process of its own."""
+
+    address: str | None = option("of a running Ray, or auto; null: a Ray on this machine for this sweep only")
+    gpus: float = option("GPUs of a job; a fraction shares one", low=0)
+    cpus: int = option("CPU cores, and threads, of a job", low=1)
 
 
 NOT_SCIENCE = (

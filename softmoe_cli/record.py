@@ -13,8 +13,10 @@ import fcntl
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,11 +29,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from softmoe_cli.config import NOT_SCIENCE, Config, UsageError
-
-
-class RunError(RuntimeError):
-    """A run that cannot go on; the message says why and what is safe."""
-
+from softmoe_cli.files import RunError as RunError
+from softmoe_cli.files import cannot_write, sync
+from softmoe_cli.files import write_atomically as write_atomically
 
 WEIGHTS, TRAINING, STATE, SUMS = "model.safetensors", "training.safetensors", "state.json", "SHA256SUMS"
 OURS = re.compile(r"\.?(last|best)-\d+")
@@ -112,21 +112,25 @@ class Run:
         """Makes the folder, locks it against a second process, and writes config.yaml."""
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.folder / ".lock").open("w")
+            self._lock = (self.folder / ".lock").open("a")
         except OSError as error:
             raise UsageError(
                 f"cannot write to output_root={config.output_root}: {error.strerror}: {error.filename}; "
                 "choose another output_root"
             ) from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UsageError(f"{self.folder} is in use by another process that runs the same configuration") from error
+        if not _locked(self._lock):
+            self._lock.close()
+            self._lock = None
+            raise UsageError(f"{self.folder} is in use by another process that runs the same configuration")
+        self._lock.truncate(0)
+        self._lock.write(f"{platform.node()} {os.getpid()}")  # whose process it is, for who looks from another machine
+        self._lock.flush()
         write_atomically(self.folder / "config.yaml", yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
 
     def close(self) -> None:
-        """Lets go of the folder."""
+        """Lets go of the folder, and says so to other machines."""
         if self._lock is not None:
+            self._lock.truncate(0)
             self._lock.close()
 
     def append(self, file: str, row: dict[str, Any]) -> None:
@@ -136,7 +140,7 @@ class Run:
             with path.open("a") as out:
                 out.write(json.dumps(row, allow_nan=False) + "\n")
         except OSError as error:
-            raise _cannot_write(path, error) from error
+            raise cannot_write(path, error) from error
 
     def rows(self, file: str) -> list[dict[str, Any]]:
         path = self.folder / file
@@ -172,13 +176,13 @@ class Run:
             files = [file for file in (WEIGHTS, TRAINING, STATE) if (temporary / file).exists()]
             (temporary / SUMS).write_text("".join(f"{_sha256(temporary / file)}  {file}\n" for file in files))
             for file in [*files, SUMS]:
-                _sync(temporary / file)
+                sync(temporary / file)
             for file in ("metrics.jsonl", "routing.jsonl"):
                 if (self.folder / file).exists():
-                    _sync(self.folder / file)  # the checkpoint vouches for these rows
+                    sync(self.folder / file)  # the checkpoint vouches for these rows
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
-            _sync(self.checkpoints)
+            sync(self.checkpoints)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise RunError(
@@ -237,20 +241,16 @@ class Run:
         return sorted(self.checkpoints.glob(f"{kind}-*"), reverse=True)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """The file holds the old text or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}")
-    try:
-        temporary.write_text(text)
-        _sync(temporary)
-        temporary.replace(path)
-        _sync(path.parent)
-    except OSError as error:
-        raise _cannot_write(path, error) from error
-
-
-def _cannot_write(path: Path, error: OSError) -> RunError:
-    return RunError(f"cannot write {path}: {error.strerror}; make room and type the same command to go on")
+def _locked(file: TextIO) -> bool:
+    """Locks a file. Half a second's patience, because softmoe status tries locks for a moment."""
+    for _ in range(10):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.05)
+        else:
+            return True
+    return False
 
 
 def damage(checkpoint: Path, files: tuple[str, ...] = (WEIGHTS, TRAINING, STATE)) -> str | None:
@@ -272,14 +272,6 @@ def damage(checkpoint: Path, files: tuple[str, ...] = (WEIGHTS, TRAINING, STATE)
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @dataclass(frozen=True)

@@ -119,8 +119,6 @@ class Budget:
     def passed(self, before: float, now: float, every: float) -> bool:
         """Whether a multiple of the span `every`, or the end, lies in (before, now]."""
         interval = span(every, self.total)
-        if self.steps is not None:
-            interval = max(1, round(interval))
         return now // interval > before // interval or (before < self.total <= now)
 
     def __str__(self) -> str:
@@ -136,8 +134,8 @@ def train(config: Config, command: str, source: Source | None, screen: Screen) -
         Interrupted: a signal asked to stop; the state is saved.
     """
     if config.train.batch_size == "auto":
-        config = _with_largest_batch(config, screen)
-    run = Run(_folder(config, command, source))
+        config = with_largest_batch(config, screen.say)
+    run = Run(run_folder(config, command, source))
     if run.result is not None:
         screen.say(f"{run.folder} is finished; nothing to do")
         screen.table("result", _shown(run.result, run.folder))
@@ -405,12 +403,12 @@ class Stop:
             yield item
 
 
-def _with_largest_batch(config: Config, screen: Screen) -> Config:
+def with_largest_batch(config: Config, say: Callable[[str], None]) -> Config:
     """The configuration with `train.batch_size=auto` settled, so that the signature knows the number."""
     device, _ = arithmetic(config.device, config.train.precision, config.threads)
     splits = data.load(config.data)
     batch = largest_batch(config, _num_classes(config, splits), device, len(splits.train))
-    screen.say(f"train.batch_size=auto: {batch}; type train.batch_size={batch} to have the same run elsewhere")
+    say(f"train.batch_size=auto: {batch}; type train.batch_size={batch} to have the same run elsewhere")
     settled = replace(config, train=replace(config.train, batch_size=batch))
     settled.check()
     return settled
@@ -430,7 +428,7 @@ def _part(config: Config) -> int:
     return config.train.batch_size // config.train.accumulate
 
 
-def _folder(config: Config, command: str, source: Source | None) -> Path:
+def run_folder(config: Config, command: str, source: Source | None) -> Path:
     name = config.name or f"{config.model.name}-{config.data.name}"
     mark = signature(config, command, source.digest if source else None, data.identity(config.data))
     return Path(config.output_root) / config.study / f"{name.replace('/', '_')}-{mark}"

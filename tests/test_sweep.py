@@ -1,0 +1,331 @@
+"""Sweeps through real processes and signals: what is lost is one job, and the others are what they are alone."""
+
+import fcntl
+import json
+import os
+import platform
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from softmoe_cli import status
+from tests.conftest import TINY, Softmoe
+from tests.processes import Started
+from tests.test_train import same
+
+LINE = (*TINY, "threads=1", "train.batch_size=8")
+
+
+def launch(folder: Path, *arguments: str) -> Started:
+    return Started(folder, ["train", "-m", *LINE, *arguments], {})
+
+
+def finish(process: Started, code: int = 0) -> str:
+    left, out = process.wait()
+    assert left == code, out
+    return out
+
+
+def until(happens: Callable[[], Any], seconds: float = 100) -> Any:
+    end = time.monotonic() + seconds
+    while not (found := happens()):
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
+    return found
+
+
+def runs(folder: Path) -> dict[str, Path]:
+    """Run folders by the name of their job."""
+    (jobs,) = folder.glob("outputs/*/sweep-*/jobs.json")
+    return {job["run"]: jobs.parent / job["folder"] for job in json.loads(jobs.read_text())["jobs"]}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The run of `softmoe train` with one seed and 30 steps, made once."""
+    made: dict[str, Path] = {}
+
+    def run(seed: str) -> Path:
+        if seed not in made:
+            folder = tmp_path_factory.mktemp("alone")
+            finish(Started(folder, ["train", *LINE, "train.steps=30", seed], {}))
+            (made[seed],) = (path.parent for path in folder.glob("outputs/default/*/result.json"))
+        return made[seed]
+
+    return run
+
+
+def test_twelve_jobs_with_a_raise_a_kill_too_little_memory_and_a_killed_launcher(tmp_path: Path) -> None:
+    """The same command again ends the sweep: the others as if alone, none twice, and the right list of failures."""
+    jobs: dict[str, dict[str, Any]] = {f"ok{i}": {"seed": i, "train": {"steps": 20}} for i in range(9)}
+    jobs["long"] = {"train": {"steps": 300}}
+    jobs["raises"] = {"train": {"steps": 1}, "optim": {"warmup": 0, "lr": 1e38, "clip_norm": None}}
+    jobs["large"] = {"model": {"backbone": {"mlp_width": 2**27}}}
+    order = ["long", "raises", "large", *(f"ok{i}" for i in range(9))]
+    for name in ("sweep", "alone"):
+        (tmp_path / name / "conf" / "experiment").mkdir(parents=True)
+        for job, values in jobs.items():
+            text = "# @package _global_\n" + yaml.safe_dump(values)
+            (tmp_path / name / "conf" / "experiment" / f"{job}.yaml").write_text(text)
+    line = ("hydra.launcher.jobs=2", f"+experiment={','.join(order)}")
+    without_large_width = [word for word in LINE if not word.startswith("model.backbone.mlp_width")]
+
+    first = subprocess.Popen(
+        [sys.executable, "-m", "softmoe_cli", "train", "-m", *without_large_width, *line],
+        cwd=tmp_path / "sweep", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    study = tmp_path / "sweep" / "outputs" / "default"
+    until(lambda: list(study.glob("sweep-*/jobs.json")))
+    folders = {name.removeprefix("+experiment="): folder for name, folder in runs(tmp_path / "sweep").items()}
+    until((folders["long"] / "metrics.jsonl").exists)
+    os.kill(int((folders["long"] / ".lock").read_text().split()[1]), signal.SIGKILL)
+    until(lambda: len(list(study.glob("*/result.json"))) >= 4 and any(map(status.held, folders.values())))
+    first.kill()
+    out, _ = first.communicate()
+    assert "failed   +experiment=long: killed by SIGKILL" in out
+    done = {name: (folder / "result.json").stat().st_mtime_ns for name, folder in folders.items() if finished(folder)}
+    assert 4 <= len(done) < 9
+
+    second = Started(tmp_path / "sweep", ["train", "-m", *without_large_width, *line], {})
+    out = finish(second, 1)
+    assert "2 jobs failed; type the same command to try again\n  +experiment=raises: validation loss" in out
+    assert "\n  +experiment=large: training " in out and "choose a smaller model" in out
+    assert "2 failed, " in out and f"{len(done)} done before" in out
+    assert {name: (folders[name] / "result.json").stat().st_mtime_ns for name in done} == done
+    good = [name for name in order if name not in ("raises", "large")]
+    line = ("hydra/launcher=basic", f"+experiment={','.join(good)}")  # one after the other, without our launcher
+    finish(Started(tmp_path / "alone", ["train", "-m", *without_large_width, *line], {}))
+    for name in good:
+        same(tmp_path / "alone" / "outputs" / "default" / folders[name].name, folders[name])
+    assert not finished(folders["raises"]) and not finished(folders["large"])
+    logs = {log.stem: log.read_text() for log in study.glob("sweep-*/*.log")}
+    assert all(logs[f"{i:02}"].count("test top-1") == 1 for i in (0, *range(3, 12)))
+    states = {each.run.removeprefix("+experiment="): each.state for each in status.read([study])}
+    assert states == {name: "failed" if name in ("raises", "large") else "done" for name in order}
+
+
+def finished(folder: Path) -> bool:
+    return (folder / "result.json").exists()
+
+
+PLACES = {
+    "submitit": ("slurm", "hydra.launcher.cluster=local", "hydra.launcher.gpus=0", "hydra.launcher.cpus=1"),
+    "ray": ("ray", "hydra.launcher.cpus=1"),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_other_places_give_the_same_results(place: str, tmp_path: Path, alone: Callable[[str], Path]) -> None:
+    line = ("train.steps=30", "seed=0,1,2,3", "hydra.launcher.jobs=2", f"hydra/launcher={PLACES[place][0]}")
+    out = finish(launch(tmp_path, *line, *PLACES[place][1:]))
+    assert out.splitlines()[-1] == "4 done"
+    for seed, folder in runs(tmp_path).items():
+        same(alone(seed), folder)
+
+
+def test_an_interrupt_saves_every_job(tmp_path: Path) -> None:
+    """Meanwhile a second command for the same sweep is refused."""
+    line = ("train.steps=100000", "seed=0,1,2", "hydra.launcher.jobs=2")
+    process = launch(tmp_path, *line)
+    study = tmp_path / "outputs" / "default"
+    until(lambda: len([file for file in study.glob("*/metrics.jsonl") if file.stat().st_size]) == 2)
+    assert "the same sweep is running already" in finish(launch(tmp_path, *line), 2)
+    assert [each.state for each in status.read([study])] == ["running", "running", "waiting"]
+    process.send(signal.SIGINT)
+    out = finish(process, 130)
+    assert "SIGINT: 2 jobs save and leave" in out
+    assert out.rstrip().endswith("softmoe: stopped by SIGINT; type the same command to go on")
+    assert len(list(study.glob("*/checkpoints/last-*"))) == 2
+    assert [each.state for each in status.read([study])] == ["stopped", "stopped", "waiting"]
+
+
+def test_a_terminal_shows_a_table_and_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    line = [sys.executable, "-m", "softmoe_cli", "train", "-m", *LINE, "train.steps=100000", "seed=0,1,2"]
+    environment = os.environ | {"COLUMNS": "120", "LINES": "20", "TERM": "xterm"}
+    process = subprocess.Popen(line, cwd=tmp_path, stdout=theirs, stderr=theirs, env=environment, close_fds=True)
+    os.close(theirs)
+    shown = b""
+
+    def table() -> bool:
+        nonlocal shown
+        if select.select([ours], [], [], 0)[0]:
+            shown += os.read(ours, 65536)
+        return re.search(rb"seed=0 +running +[0-9]+%", shown) is not None and b"eta" in shown
+
+    until(table)
+    until(lambda: table() and list(tmp_path.glob("outputs/*/*/metrics.jsonl")))
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
+    until(lambda: table() and process.poll() is not None)
+    os.close(ours)
+    assert process.returncode == 130
+    assert not any(status.held(file.parent) for file in tmp_path.glob("outputs/*/*/.lock"))
+
+
+def test_a_search_under_a_limit_and_a_front(tmp_path: Path) -> None:
+    """Optuna is told validation accuracy, or how far over the limit a job is, which is then not trained."""
+    line = ("train.steps=10", "hydra.sweeper.n_trials=4", "hydra.launcher.jobs=2")
+    space = ("model.router.num_experts=choice(4,512)", "optim.lr=tag(log,interval(1e-4,1e-2))")
+    words = [word for word in LINE if not word.startswith("model.router")]
+    limited = ["train", "-m", "+search=quality", *words, *line, *space, "hydra.launcher.limit.params_m=0.05"]
+    out = finish(Started(tmp_path, limited, {}))
+    assert "over the limit" in out
+    best = yaml.safe_load((tmp_path / "outputs/default/optimization_results.yaml").read_text())
+    assert best["best_params"]["model.router.num_experts"] == 4
+    results = [json.loads(file.read_text()) for file in tmp_path.glob("outputs/default/*/result.json")]
+    assert max(row["best_validation_top1_pct"] for row in results) == best["best_value"]
+    assert all(row["params_m"] <= 0.05 for row in results) and 1 <= len(results) < 4
+    assert "done before" in finish(Started(tmp_path, limited, {})), "the same command asks for the same jobs"
+
+    front = ["train", "-m", "+search=pareto", *words, *line, "study=front", "model.router.num_experts=choice(4,8)"]
+    finish(Started(tmp_path, front, {}))
+    solutions = yaml.safe_load((tmp_path / "outputs/front/optimization_results.yaml").read_text())["solutions"]
+    told = {(row["best_validation_top1_pct"], row["train_pflop"]) for row in rows_of(tmp_path / "outputs/front")}
+    assert solutions and all(tuple(each["values"]) in told for each in solutions)
+
+
+def rows_of(study: Path) -> list[dict[str, Any]]:
+    return [json.loads(file.read_text()) for file in study.glob("*/result.json")]
+
+
+def test_a_plan_writes_nothing(softmoe: Softmoe, tmp_path: Path) -> None:
+    answer = softmoe("train", "-m", *LINE, "train.steps=100", "seed=0,1", "data.hflip=0,0.5", "--plan")
+    assert answer.code == 0, answer
+    assert "seed=1 data.hflip=0.5" in answer.out or "data.hflip=0.5" in answer.out
+    lines = answer.out.splitlines()
+    assert lines[-1].startswith("4 jobs, 4 to do: 1.412e-06 PFLOP, ") and "at a time" in lines[-1]
+    assert all("waiting" in line and "outputs/default/vit_nano2_soft-digits-" in line for line in lines[1:5])
+    assert list(tmp_path.iterdir()) == []
+
+
+WRONG = {
+    "every job": (("train.batch_size=8", "seed=0,-1", "model.backbone.heads=2,3"), "3 of 4 jobs cannot work"),
+    "unknown key": (("+nix=1,2",), "nix: there is no such key"),
+    "launcher option": (("seed=0,1", "hydra.launcher.jbos=2"), "Did you mean 'hydra.launcher.jobs'?"),
+    "launcher value": (("seed=0,1", "hydra.launcher.jobs=0"), "must be >= 1"),
+    "launcher": (("seed=0,1", "hydra/launcher=lokal"), "Did you mean 'local'?"),
+    "objective alone": (("seed=0,1", "hydra.launcher.objective=[validation_top1_pct]"), "without a sweeper"),
+    "test quality": (("seed=0,1", "hydra.launcher.objective=[top1_pct]"), "is not one of"),
+    "limit alone": (("seed=0,1", "hydra.launcher.limit.params_m=1"), "goes with one quality"),
+    "auto on a cluster": (("hydra/launcher=ray", "train.batch_size=auto", "seed=0,1"), "give a number"),
+    "queue of submitit": (("hydra/launcher=slurm", "hydra.launcher.cluster=local", "hydra.launcher.partition=gpu"),
+                          "neither partition nor account"),
+}  # fmt: skip
+
+
+WRONG_SEARCH = {
+    "which needs ['maximize']": ("seed=choice(0,1)", "hydra.sweeper.direction=minimize"),
+    "cannot know the jobs of a search": ("seed=choice(0,1)", "--plan"),
+    "train.minutes leaves train_pflop open": (
+        "seed=choice(0,1)", "hydra.launcher.limit.train_pflop=1", "train.minutes=1", "optim.schedule=cosine",
+        "optim.cooldown=0",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", WRONG_SEARCH)
+def test_wrong_search(words: str, tmp_path: Path) -> None:
+    out = finish(Started(tmp_path, ["train", "-m", *TINY, "+search=quality", *WRONG_SEARCH[words]], {}), 2)
+    assert words in out and "Traceback" not in out
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_sweep(name: str, softmoe: Softmoe, tmp_path: Path) -> None:
+    arguments, words = WRONG[name]
+    answer = softmoe("train", "-m", *TINY, *arguments)
+    assert answer.code == 2, answer
+    assert words in answer.err and answer.err.startswith("softmoe: ") and "Traceback" not in answer.err
+    assert not list(tmp_path.glob("outputs/*/*/*.json")), "no job may be started"
+
+
+def test_a_plan_is_of_a_sweep(softmoe: Softmoe) -> None:
+    for line in (("train", "--plan"), ("cost", "-m", "--plan")):
+        answer = softmoe(*line)
+        assert answer.code == 2 and "--plan lists the jobs of a sweep" in answer.err
+
+
+def test_the_same_run_twice_is_run_once(softmoe: Softmoe, tmp_path: Path) -> None:
+    answer = softmoe("train", "-m", *LINE, "train.steps=2", "model.moe_blocks=last_1,[1]", "hydra.launcher.jobs=1")
+    assert answer.code == 0, answer
+    assert "model.moe_blocks=[1] is the same run as model.moe_blocks=last_1" in answer.out
+    assert len(list(tmp_path.glob("outputs/default/*/result.json"))) == 1
+
+
+def made(run: Path, rows: Sequence[dict[str, Any]], lock: str = "") -> None:
+    """A run's folder as far as status reads it."""
+    run.mkdir(parents=True)
+    budgets = {"steps": 100, "epochs": None, "images": None, "minutes": None}
+    (run / "config.yaml").write_text(yaml.safe_dump({"train": budgets}))
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 99, "spl')
+    (run / ".lock").write_text(lock)
+
+
+def test_status_from_files_alone(softmoe: Softmoe, tmp_path: Path) -> None:
+    rows = [{"step": 50, "epoch": 1, "images": 400, "device_s": 1.0, "split": "validation", "top1_pct": 91.5}]
+    rows += [{"step": step, "epoch": 1, "images": 8 * step, "device_s": 1.0, "split": "train"} for step in (51, 60)]
+    study = tmp_path / "outputs" / "mine"
+    for name, lock in {"a-stopped": "", "b-elsewhere": "another-machine 7", "c-killed": f"{platform.node()} 7"}.items():
+        made(study / name, rows, lock)
+    made(study / "d-held", rows)
+    made(study / "e-done", rows)
+    (study / "e-done" / "result.json").write_text('{"validation_top1_pct": 93.25}')
+    sweep = study / "sweep-0123abcd"
+    sweep.mkdir()
+    jobs = [{"run": f"seed={i}", "folder": f"../{name}"} for i, name in enumerate(("e-done", "f-failed", "g-waiting"))]
+    (sweep / "jobs.json").write_text(json.dumps({"jobs": jobs}))
+    (sweep / "01.json").write_text('{"reason": "out of memory at step 3"}')
+    (sweep / "01.log").write_text("")
+    with (study / "d-held" / ".lock").open() as lock_file:
+        fcntl.flock(lock_file, fcntl.LOCK_EX)
+        told = {each["run"]: each for each in json.loads(softmoe("status", "outputs", "--json").out)}
+        table = softmoe("status", "outputs/mine")
+    assert {name: each["state"] for name, each in told.items()} == {
+        "a-stopped": "stopped", "b-elsewhere": "running or killed", "c-killed": "stopped", "d-held": "running",
+        "seed=0": "done", "seed=1": "failed", "seed=2": "waiting",
+    }  # fmt: skip
+    assert (told["a-stopped"]["progress"], told["a-stopped"]["top1_pct"]) == (0.6, 91.5)
+    assert told["seed=0"]["top1_pct"] == 93.25 and told["seed=1"]["log"] == "outputs/mine/sweep-0123abcd/01.log"
+    assert 0 <= told["b-elsewhere"]["age_s"] < 100
+    assert "failed: seed=1: out of memory at step 3" in table.out and "1 running, 1 running or killed" in table.out
+    assert "stopped" in softmoe("status", "outputs/mine/a-stopped").out
+    (tmp_path / "empty").mkdir()
+    wrong = {
+        (): "needs a folder",
+        ("nix",): "nix is not a folder",
+        ("empty",): "holds neither",
+        ("outputs", "--jsno"): "--json",
+    }
+    for arguments, words in wrong.items():
+        answer = softmoe("status", *arguments)
+        assert answer.code == 2 and words in answer.err
+    (sweep / "jobs.json").write_text("{")
+    assert "jobs.json is damaged" in softmoe("status", "outputs").err
+
+
+def test_status_of_many_runs_is_quick(tmp_path: Path) -> None:
+    """Two hundred runs, none done, in less processor time than torch takes to import."""
+    row = {"step": 50, "epoch": 1, "images": 400, "device_s": 1.0, "split": "validation", "top1_pct": 91.5}
+    for number in range(200):
+        made(tmp_path / "outputs" / "mine" / f"run-{number}", [row] * 100)
+    code = (
+        "import sys, time; sys.argv = ['softmoe', 'status', 'outputs']\n"
+        "from softmoe_cli.cli import main\n"
+        "try:\n    main()\n"
+        "finally:\n    print('TORCH', 'torch' in sys.modules, time.process_time())"
+    )
+    told = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    heavy, seconds = told.stdout.split("TORCH ")[1].split()
+    assert "200 stopped" in told.stdout
+    assert heavy == "False" and float(seconds) < 1.0
