@@ -535,9 +535,8 @@ class Sweep:
             config = self._loader.load_sweep_config(self._config, list(overrides))
             with read_write(config), open_dict(config):
                 del config["hydra"]
-            name = " ".join(each for each in overrides if typed.get(each.partition("=")[0]) != each) or " ".join(
-                overrides
-            )
+            varied = [each for each in overrides if typed.get(each.partition("=")[0]) != each]
+            name = " ".join(varied or overrides)
             try:
                 jobs.append((name, list(overrides), cli.plain(config, Config)))
             except UsageError as error:
