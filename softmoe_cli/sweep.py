@@ -620,6 +620,7 @@ class Sweep:
                     for entry in running:
                         assert entry.attempt is not None
                         entry.attempt.stop(now=signals.now)
+                    signals.now = False
                 for entry in list(waiting):
                     entry.word = "held" if self._local and held(entry.job.folder) else ""
                     if not entry.word and slots:
