@@ -71,6 +71,7 @@ class Job:
     run: str
     overrides: list[str]
     folder: Path
+    threads: int | None
     cost: dict[str, float] = field(default_factory=dict)
 
 
@@ -183,7 +184,7 @@ def _answer(question: Question, sender: Connection) -> None:
             unknown = [key for key in options.limit.given if math.isnan(cost[key])]
             if unknown:
                 raise UsageError(f"hydra.launcher.limit: train.minutes leaves {unknown[0]} open; give train.steps")
-            answers.append(Job(name, [*overrides, *settled], folder, cost))
+            answers.append(Job(name, [*overrides, *settled], folder, config.threads, cost))
         except UsageError as error:
             answers.append(str(error))
     sender.send((answers, slots))
@@ -645,9 +646,10 @@ class Sweep:
         self._line("started", entry, "")
 
     def _order(self, entry: Entry) -> Order:
-        threads = next(word.partition("=")[2] for word in reversed(entry.job.overrides) if word.startswith("threads="))
         environment = dict(os.environ) if self._local else {"OMP_WAIT_POLICY": "passive"}
-        environment |= {"OMP_NUM_THREADS": threads} | ({"CUDA_VISIBLE_DEVICES": entry.slot} if entry.slot else {})
+        environment["OMP_NUM_THREADS"] = str(entry.job.threads)
+        if entry.slot:
+            environment["CUDA_VISIBLE_DEVICES"] = entry.slot
         arguments = [self._command, *_flags(self._config), *entry.job.overrides]
         return Order(arguments, os.getcwd(), environment, entry.log.absolute())
 
