@@ -96,7 +96,7 @@ def state(folder: Path, name: str, log: Path | None) -> State:
 
     result, metrics = folder / "result.json", folder / "metrics.jsonl"
     if result.exists():
-        return told("done", 1.0, _fields(result).get("validation_top1_pct"), result)
+        return told("done", 1.0, _fields(result.read_bytes()).get("validation_top1_pct"), result)
     last, top1_pct = _last_rows(metrics)
     progress = _progress(folder / "config.yaml", last) if last else 0.0
     holder = _holder(folder / ".lock")
@@ -104,7 +104,7 @@ def state(folder: Path, name: str, log: Path | None) -> State:
         return told("running", progress, top1_pct, metrics)
     failure = log.with_suffix(".json") if log is not None else None
     if failure is not None and failure.exists():
-        return told("failed", progress, top1_pct, metrics, str(_fields(failure).get("reason")))
+        return told("failed", progress, top1_pct, metrics, str(_fields(failure.read_bytes()).get("reason")))
     if holder is not None:
         return told("running or killed", progress, top1_pct, metrics)
     return told("stopped" if (folder / "config.yaml").exists() else "waiting", progress, top1_pct, metrics)
@@ -130,10 +130,10 @@ def held(folder: Path) -> bool:
     return _holder(folder / ".lock") == platform.node()
 
 
-def _fields(file: Path) -> dict[str, Any]:
-    """A JSON object; empty when the file is damaged, which the run itself will complain of."""
+def _fields(text: str | bytes) -> dict[str, Any]:
+    """A JSON object; empty when it is damaged, which the run itself will complain of."""
     try:
-        row = json.loads(file.read_text())
+        row = json.loads(text)
     except ValueError:
         return {}
     return row if isinstance(row, dict) else {}
@@ -150,9 +150,9 @@ def _last_rows(metrics: Path) -> tuple[dict[str, Any] | None, float | None]:
             file.seek(start)
             lines = file.read().split(b"\n")[1 if start else 0 : -1]  # whole lines only: the rest is being written
         for line in reversed(lines):
-            row = json.loads(line)
-            last = last or row
-            if row["split"] == "validation":
+            row = _fields(line)
+            last = last or row or None
+            if row.get("split") == "validation":
                 return last, row["top1_pct"]
     return last, None
 

@@ -621,6 +621,8 @@ class Sweep:
                     for entry in running:
                         assert entry.attempt is not None
                         entry.attempt.stop(now=signals.now)
+                    if signals.now and not self._local:
+                        break  # whether a cluster has heard is not waited for
                     signals.now = False
                 for entry in list(waiting):
                     entry.word = "held" if self._local and held(entry.job.folder) else ""
