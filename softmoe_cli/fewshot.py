@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -22,7 +23,7 @@ BIAS = 100.0
 EPS = 1e-5
 
 
-def draws(labels: Tensor, seed: int) -> list[np.ndarray]:
+def draws(labels: Int64[Tensor, " n"], seed: int) -> list[np.ndarray]:
     """For each class, ascending, the numbers of its images in a random order: the first k of each are the k shots."""
     rng = np.random.default_rng(seed)
     return [rng.permutation((labels == label).nonzero().flatten().numpy()) for label in labels.unique().tolist()]
@@ -33,26 +34,23 @@ def take(orders: Sequence[np.ndarray], shots: int) -> np.ndarray:
     return np.concatenate([order[:shots] for order in orders])
 
 
-def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and population standard deviation + 1e-5 of each feature; x is r d, both are d."""
+def statistics(x: Float[Tensor, "r d"]) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"]]:
+    """Mean and population standard deviation + 1e-5 of each feature."""
     return x.mean(dim=0), x.std(dim=0, correction=0) + EPS
 
 
-def whiten(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Features with the mean and deviation of those fitted to, and the constant one behind them: m d to m (d + 1)."""
+def whiten(x: Float[Tensor, "m d"], mean: Float[Tensor, " d"], std: Float[Tensor, " d"]) -> Float[Tensor, "m d+1"]:
+    """Features with the mean and deviation of those fitted to, and the constant one behind them."""
     return F.pad((x - mean) / std, (0, 1), value=BIAS)
 
 
-def ridge(x: Tensor, labels: Tensor, classes: int, l2: Tensor) -> Tensor:
+def ridge(
+    x: Float[Tensor, "r d"], labels: Int64[Tensor, " r"], classes: int, l2: Float[Tensor, " l"]
+) -> Float[Tensor, "l d c"]:
     """w = (X^T X + l2 I)^-1 X^T Y for every l2, with Y = 1 for an image's class and -1 for the others.
 
     By an eigendecomposition of whichever of X^T X and X X^T is smaller: once for all l2.
-
-    Args:
-        x: r (d + 1), whitened; `labels`: r.
-
-    Returns:
-        Weights l (d + 1) c.
+    `x` is whitened and has its constant feature.
     """
     y = 2 * F.one_hot(labels, classes).to(x.dtype) - 1
     wide = x.shape[0] < x.shape[1]
@@ -63,9 +61,9 @@ def ridge(x: Tensor, labels: Tensor, classes: int, l2: Tensor) -> Tensor:
 
 
 def accuracies(
-    fitted: tuple[Tensor, Tensor], scored: tuple[Tensor, Tensor], classes: int, l2: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Share of right predictions for every l2 (l), and the predictions (l m), from features and labels of both."""
+    fitted: tuple[Tensor, Tensor], scored: tuple[Tensor, Tensor], classes: int, l2: Float[Tensor, " l"]
+) -> tuple[Float[Tensor, " l"], Int64[Tensor, "l m"]]:
+    """Share of right predictions for every l2, and the predictions, from features (r d, m d) and labels of both."""
     mean, std = statistics(fitted[0])
     weights = ridge(whiten(fitted[0], mean, std), fitted[1], classes, l2)
     predicted = (whiten(scored[0], mean, std) @ weights).argmax(dim=2)

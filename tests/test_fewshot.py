@@ -32,8 +32,9 @@ def test_ridge_is_the_solution_of_its_equations(images: int, width: int) -> None
 def test_scale_and_shift_of_features_do_not_matter() -> None:
     fitted, scored = clouds(20, 6, 4), clouds(30, 6, 4, seed=1)
     scale, shift = torch.linspace(0.5, 300, 6), torch.linspace(-50, 50, 6)
-    changed = [(x * scale + shift, labels) for x, labels in (fitted, scored)]
-    (share, predicted), (again, same) = accuracies(fitted, scored, 4, GRID), accuracies(*changed, 4, GRID)
+    moved_fitted, moved_scored = ((x * scale + shift, labels) for x, labels in (fitted, scored))
+    share, predicted = accuracies(fitted, scored, 4, GRID)
+    again, same = accuracies(moved_fitted, moved_scored, 4, GRID)
     assert torch.equal(share, again) and torch.equal(predicted, same)
     assert share.max() > 0.6
 
