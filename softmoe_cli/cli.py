@@ -636,14 +636,16 @@ def _evaluate(config: Any) -> None:
     if tree["checkpoint"] == "???":
         raise UsageError("softmoe evaluate needs checkpoint=: a run folder or a .safetensors file, or a list of them")
     names = tree["checkpoint"] if isinstance(tree["checkpoint"], list) else [tree["checkpoint"]]
-    for name in map(str, names):
+    if not names or not all(isinstance(name, str) for name in names):
+        raise UsageError(f"checkpoint={tree['checkpoint']} is neither a path nor a list of paths")
+    for name in names:
         if name.startswith("timm:"):
             raise UsageError(f"checkpoint={name} knows no classes of a data set here; use softmoe finetune")
     from softmoe_cli.models import read_checkpoint
     from softmoe_cli.scorecard import evaluate_checkpoint
     from softmoe_cli.soup import check_alike
 
-    sources = [read_checkpoint(name) for name in map(str, names)]
+    sources = [read_checkpoint(name) for name in names]
     for source in sources:
         if "model" not in source.card:
             raise UsageError(f"checkpoint={source.label} does not say what model it is; softmoe saved no such file")

@@ -445,21 +445,15 @@ class EvaluateConfig:
     def check(self) -> None:
         _check(self)
         self.data.check()
-        if not (isinstance(self.checkpoint, str) or (self.checkpoint and isinstance(self.checkpoint, list))):
-            raise UsageError(f"checkpoint={self.checkpoint} is neither a path nor a list of paths")
         idle = {
-            "soup=greedy": self.soup == "greedy" and len(self.checkpoints) < 2,
+            "soup=greedy": self.soup == "greedy" and not isinstance(self.checkpoint, list),
             f"audit_images={self.audit_images}": self.audit_images is not None and not self.audit,
             f"fewshot_l2={self.fewshot_l2}": self.fewshot_l2 == "scored" and not self.fewshot,
         }
-        needs = dict(zip(idle, ("several checkpoints", "audit", "fewshot"), strict=True))
+        needs = dict(zip(idle, ("a list of checkpoints", "audit", "fewshot"), strict=True))
         for word, is_idle in idle.items():
             if is_idle:
                 raise UsageError(f"{word} has no effect without {needs[word]}")
-
-    @property
-    def checkpoints(self) -> list[str]:
-        return self.checkpoint if isinstance(self.checkpoint, list) else [self.checkpoint]
 
 
 @dataclass

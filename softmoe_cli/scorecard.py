@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import json
+import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -91,7 +92,7 @@ def evaluate_checkpoint(config: EvaluateConfig, model_config: Model, sources: li
     if config.fewshot:
         prepare_attention(model.to(device), device, precision)
         chooser = splits.validation if config.fewshot_l2 == "validation" else None
-        row["fewshot_l2_chosen_on"] = "validation" if chooser is not None else f"{config.split}, which is scored"
+        row["fewshot_l2_chosen_on"] = "validation" if chooser is not None else f"the scored {config.split}"
         row |= dict(
             fewshot(
                 lambda some: features(model, batches(some), autocast),
@@ -174,7 +175,9 @@ def _show(row: dict[str, Any], findings: list[Finding]) -> None:
     """The row as a table; classes and confusion as the class that is worst, experts in turn as mean and worst."""
     shown = {}
     for key, value in row.items():
-        if key in ("audit", "not_applicable", "confusion"):
+        if key in ("audit", "not_applicable", "confusion", "fewshot_l2_chosen_on") or re.fullmatch(
+            r"fewshot_\d+_.*", key
+        ):
             continue
         if key == "per_class":
             worst = min(value, key=lambda each: each["top1_pct"])
@@ -185,6 +188,15 @@ def _show(row: dict[str, Any], findings: list[Finding]) -> None:
             shown[key] = f"{value:.4f}" if isinstance(value, float) else str(value)
     screen = Screen()
     screen.table("evaluate", shown)
+    shots = [key.split("_")[1] for key in row if re.fullmatch(r"fewshot_\d+_l2", key)]
+    if shots:
+        head = ["shots per class", "images", "l2", "top-1, %"]
+        cells = [
+            [k, str(row[f"fewshot_{k}_images"]), f"{row[f'fewshot_{k}_l2']:g}", f"{row[f'fewshot_{k}_top1_pct']:.2f}"]
+            for k in shots
+        ]
+        screen.say(aligned([head, *cells], markdown=False))
+        screen.say(f"ridge regression on the frozen features; l2 chosen on {row['fewshot_l2_chosen_on']} images")
     for part, reason in row.get("not_applicable", {}).items():
         screen.say(f"audit of {part}: {reason}")
     if findings:

@@ -185,3 +185,15 @@ def ridge(x: Matrix, labels: list[int], classes: int, l2: float) -> Matrix:
         y = [1.0 if label == c else -1.0 for label in labels]
         columns.append(solve(square, [sum(row[i] * v for row, v in zip(x, y, strict=True)) for i in range(d)]))
     return [list(row) for row in zip(*columns, strict=True)]
+
+
+def calibration_error(probabilities: Vector, right: list[bool], bins: int) -> float:
+    """Guo et al., 2017, equation 3: bins ((m - 1) / bins, m / bins], each weighted with its share of images."""
+    error = 0.0
+    for m in range(bins):
+        members = [i for i, p in enumerate(probabilities) if m / bins < p <= (m + 1) / bins]
+        if members:
+            accuracy = sum(right[i] for i in members) / len(members)
+            confidence = sum(probabilities[i] for i in members) / len(members)
+            error += len(members) / len(probabilities) * abs(accuracy - confidence)
+    return error
