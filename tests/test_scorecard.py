@@ -1,6 +1,7 @@
 """`softmoe evaluate` as a user types it."""
 
 import csv
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,10 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
+from softmoe_cli.config import EvaluateConfig, UsageError
+from softmoe_cli.models import build
 from tests import oracles
 from tests.conftest import TINY, Softmoe
 
@@ -19,6 +23,18 @@ def train(softmoe: Softmoe, tmp_path: Path, *overrides: str, study: str = "defau
     assert softmoe("train", *SHORT, f"study={study}", *overrides).code == 0
     (run,) = (tmp_path / "outputs" / study).iterdir()
     return run
+
+
+def saved(path: Path, seed: int, *overrides: str) -> Path:
+    """A checkpoint file with weights that nobody trained."""
+    config = oracles.compose(*TINY, *overrides)
+    torch.manual_seed(seed)
+    weights = build(config.model, 10).state_dict()
+    torch.nn.init.normal_(weights["head.weight"])
+    card = {"model": dataclasses.asdict(config.model), "data": dataclasses.asdict(config.data), "loss": "softmax"}
+    card |= {"precision": "fp32", "classes": [str(i) for i in range(10)]}
+    save_file(weights, path, metadata={"softmoe": json.dumps(card)})
+    return path
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
@@ -57,7 +73,7 @@ def test_everything_that_is_told_of_a_checkpoint(softmoe: Softmoe, tmp_path: Pat
 
 
 def test_features_serve_other_classes(softmoe: Softmoe, tmp_path: Path) -> None:
-    run = train(softmoe, tmp_path)
+    run = saved(tmp_path / "given.safetensors", 0)
     for name, grey in (("dark", 30), ("light", 220)):
         (tmp_path / "images" / name).mkdir(parents=True)
         for i in range(12):
@@ -93,8 +109,8 @@ def test_few_shots_while_training_change_nothing_else(softmoe: Softmoe, tmp_path
 
 
 def test_averages_of_checkpoints(softmoe: Softmoe, tmp_path: Path) -> None:
-    one, two = (train(softmoe, tmp_path, f"seed={seed}", "train.steps=2", study=f"s{seed}") for seed in (0, 1))
-    other = train(softmoe, tmp_path, "model.router.num_experts=8", "train.steps=1", study="wide")
+    one, two = (saved(tmp_path / f"{seed}.safetensors", seed) for seed in (0, 1))
+    other = saved(tmp_path / "wide.safetensors", 0, "model.router.num_experts=8")
 
     def told(checkpoint: str, *arguments: str) -> dict[str, float]:
         answer = softmoe("evaluate", "format=json", "split=validation", f"checkpoint={checkpoint}", *arguments)
@@ -109,15 +125,30 @@ def test_averages_of_checkpoints(softmoe: Softmoe, tmp_path: Path) -> None:
     assert told(f"[{one},{two}]", "soup=greedy")["top1_pct"] >= best
     refused = softmoe("evaluate", f"checkpoint=[{one},{other}]")
     assert refused.code == 2 and "differ in model; only checkpoints of the same architecture" in refused.err
-    for line, words in (
-        (("soup=greedy",), "soup=greedy has no effect without a list of checkpoints"),
-        (("audit_images=5",), "audit_images=5 has no effect without audit"),
-        (("fewshot_l2=scored",), "has no effect without fewshot"),
-        (("audit=[neighbors]",), "Did you mean 'neighbours'?"),
-        (("fewshot=[0]",), "fewshot=[0] is out of range"),
-        (("predictions=nowhere/said.csv",), "nowhere is no folder"),
-        (("calibration_bins=0",), "calibration_bins=0 is out of range"),
-    ):
-        answer = softmoe("evaluate", f"checkpoint={one}", *line)
-        assert answer.code == 2 and words in answer.err, answer
+    refused = softmoe("evaluate", f"checkpoint={one}", "predictions=nowhere/said.csv")
+    assert refused.code == 2 and "nowhere is no folder" in refused.err
     assert "neither a path nor a list" in softmoe("evaluate", "checkpoint=[]").err
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"soup": "greedy"}, "soup=greedy has no effect without a list of checkpoints"),
+        ({"audit_images": 5}, "audit_images=5 has no effect without audit"),
+        ({"fewshot_l2": "scored"}, "fewshot_l2=scored has no effect without fewshot"),
+        ({"audit": ["neighbors"]}, "Did you mean 'neighbours'?"),
+        ({"fewshot": [0]}, "is out of range"),
+        ({"calibration_bins": 0}, "calibration_bins=0 is out of range"),
+    ],
+)
+def test_options_that_cannot_work(wrong: dict[str, Any], words: str) -> None:
+    settings: dict[str, Any] = {
+        "checkpoint": "run", "soup": "uniform", "data": oracles.compose().data, "split": "test", "batch_size": 8,
+        "loss": None, "precision": None, "calibration_bins": 15, "predictions": None, "confusion": None, "fewshot": [],
+        "fewshot_l2": "validation", "fewshot_seed": 0, "audit": [], "audit_images": None, "format": "table",
+        "device": "cpu", "threads": None,
+    }  # fmt: skip
+    EvaluateConfig(**settings).check()
+    with pytest.raises(UsageError) as told:
+        EvaluateConfig(**settings | wrong).check()
+    assert words in str(told.value)
