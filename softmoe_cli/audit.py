@@ -120,7 +120,7 @@ class Audit:
     def _capacity(self) -> Iterator[Finding]:
         """Fewer and more slots per expert than it was trained with, up to one for every token of a group."""
         router = self.config.router
-        slots, tokens = router["slots_per_expert"], router["images_per_group"] * count_tokens(self.model)
+        slots, tokens = router["slots_per_expert"], router.get("images_per_group", 1) * count_tokens(self.model)
         steps = {min(tokens, max(1, round(slots * step))) for step in CAPACITY_STEPS}
         for p in sorted(steps - {slots}):
             factor = p * router["num_experts"] / (tokens * router.get("k", 1))
@@ -142,7 +142,7 @@ class Audit:
                 with silenced(layer.experts, [expert]):
                     now = self.said(self.model, self.images, self.batch_size)
                 yield self._finding("experts", f"without expert {expert}", now, block=block)
-        count = self.config.router["num_experts"]
+        count = next(iter(self.layers.values())).router.num_experts
         for dropped in sorted({round(share * count) for share in DROPPED_SHARES} - {0, count}):
             for draw in range(DRAWS):
                 rng = np.random.default_rng(draw)

@@ -78,6 +78,8 @@ def evaluate_checkpoint(config: EvaluateConfig, model_config: Model, sources: li
     images = {"train": splits.train, "validation": splits.validation, "test": splits.test}[config.split]
 
     row: dict[str, Any] = {"checkpoint": labels[0] if len(labels) == 1 else labels}
+    if len(sources) > 1:
+        row["soup"] = f"{config.soup}, {len(kept)} of {len(sources)}"
     row |= {"data": config.data.name, "split": config.split}
     start = time.perf_counter()
     if knows:
@@ -85,13 +87,14 @@ def evaluate_checkpoint(config: EvaluateConfig, model_config: Model, sources: li
         row |= {key: value for key, value in qualities(result) if key != "images_evaluated"}
         row["ece_pct"] = 100 * calibration_error(result.probability, result.right, config.calibration_bins)
         row |= _by_class(result, splits.classes)
-        _write(config, result, splits.classes)
+        _write(config, result, images, splits.classes)
     else:
         row["head"] = f"not scored: it knows {_shortly(card['classes'])}, the data have {_shortly(splits.classes)}"
     row |= {"images": len(images), "eval_s": time.perf_counter() - start, "hardware": hardware(device)}
     if config.fewshot:
         prepare_attention(model.to(device), device, precision)
-        chooser = splits.validation if config.fewshot_l2 == "validation" else None
+        apart = config.fewshot_l2 == "validation" and config.split != "validation"
+        chooser = splits.validation if apart else None
         row["fewshot_l2_chosen_on"] = "validation" if chooser is not None else f"the scored {config.split}"
         row |= dict(
             fewshot(
@@ -150,14 +153,14 @@ def _by_class(said: Outcomes, classes: list[str]) -> dict[str, Any]:
     return {"per_class": rows, "confusion": counts.tolist()}
 
 
-def _write(config: EvaluateConfig, said: Outcomes, classes: list[str]) -> None:
+def _write(config: EvaluateConfig, said: Outcomes, images: data.ImageSet, classes: list[str]) -> None:
     """The files of `predictions=` and `confusion=`. Floats are written in full: what is computed from them is exact."""
     if config.predictions is not None:
         head = ["label", "prediction", "probability", "label_probability"]
-        columns = [getattr(said, name).tolist() for name in head]
-        write_atomically(
-            Path(config.predictions), _csv([["index", *head], *zip(range(len(said.label)), *columns, strict=True)])
-        )
+        columns: dict[str, Sequence[Any]] = {"index": range(len(images))}
+        columns |= {name: getattr(said, name).tolist() for name in head}
+        columns |= {"file": images.files} if images.files else {}
+        write_atomically(Path(config.predictions), _csv([list(columns), *zip(*columns.values(), strict=True)]))
     if config.confusion is not None:
         names = [*classes, *(f"output {i}" for i in range(len(classes), said.classes))]
         counts = said.confusion.tolist()[: len(classes)]

@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from softmoe_cli.config import EvaluateConfig, UsageError
+from softmoe_cli.mirror import _named
 from softmoe_cli.models import build
 from tests import oracles
 from tests.conftest import TINY, Softmoe
@@ -81,7 +82,7 @@ def test_features_serve_other_classes(softmoe: Softmoe, tmp_path: Path) -> None:
     line = ("evaluate", f"checkpoint={run}", "data=folder", "data.root=images", "data.channels=1", "format=json")
     answer = softmoe(*line, "fewshot=[2]")
     assert answer.code == 0, answer
-    row = json.loads(answer.out)
+    row: dict[str, Any] = json.loads(answer.out)
     assert row["fewshot_2_top1_pct"] == 100 and row["fewshot_2_images"] == 4
     assert "top1_pct" not in row and "not scored" in row["head"]
     refused = softmoe(*line, "fewshot=[2]", "audit=[experts]")
@@ -100,6 +101,7 @@ def test_few_shots_while_training_change_nothing_else(softmoe: Softmoe, tmp_path
     result = json.loads((run / "result.json").read_text())
     last = [row for row in shot if row["split"] == "validation"][-1]
     assert all(result[f"validation_{key}"] == last[key] for key in added)
+    assert {f"validation/{key}" for key in added} <= _named(last).keys()  # W&B
     row = json.loads(
         softmoe(
             "evaluate", f"checkpoint={run}", "split=validation", "fewshot=[1,5]", "fewshot_l2=scored", "format=json"
@@ -122,7 +124,8 @@ def test_averages_of_checkpoints(softmoe: Softmoe, tmp_path: Path) -> None:
     assert told(f"[{one},{one}]")["loss"] == alone[0]["loss"]
     assert told(f"[{one},{two}]")["loss"] not in [row["loss"] for row in alone]
     best = max(row["top1_pct"] for row in alone)
-    assert told(f"[{one},{two}]", "soup=greedy")["top1_pct"] >= best
+    greedy = told(f"[{one},{two},{one}]", "soup=greedy")
+    assert greedy["top1_pct"] >= best and str(greedy["soup"]).endswith(" of 3")
     refused = softmoe("evaluate", f"checkpoint=[{one},{other}]")
     assert refused.code == 2 and "differ in model; only checkpoints of the same architecture" in refused.err
     refused = softmoe("evaluate", f"checkpoint={one}", "predictions=nowhere/said.csv")
@@ -152,3 +155,15 @@ def test_options_that_cannot_work(wrong: dict[str, Any], words: str) -> None:
     with pytest.raises(UsageError) as told:
         EvaluateConfig(**settings | wrong).check()
     assert words in str(told.value)
+
+
+def test_predictions_of_a_folder_name_its_files(softmoe: Softmoe, tmp_path: Path) -> None:
+    for name in map(str, range(10)):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(4):
+            Image.new("L", (8, 8), 25 * int(name) + i).save(tmp_path / "images" / name / f"{i}.png")
+    line = ("data=folder", "data.root=images", "data.channels=1", "predictions=said.csv")
+    answer = softmoe("evaluate", f"checkpoint={saved(tmp_path / 'given.safetensors', 0)}", *line)
+    assert answer.code == 0, answer
+    with (tmp_path / "said.csv").open() as file:
+        assert all(Path(each["file"]).parent.name == each["label"] for each in csv.DictReader(file))
