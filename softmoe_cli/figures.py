@@ -25,8 +25,10 @@ RECIPE: Any = {
     "font.family": "STIXGeneral", "mathtext.fontset": "stix", "font.size": 12, "pdf.fonttype": 42,
     "svg.hashsalt": "softmoe", "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
     "grid.alpha": 0.25, "legend.frameon": False, "axes.formatter.useoffset": False, "axes.formatter.limits": (-3, 5),
+    "axes.unicode_minus": False,
 }  # fmt: skip
-"""Fonts are embedded as TrueType, which journals ask for; STIX comes with matplotlib and is embedded fastest."""
+"""Fonts are embedded as TrueType, which journals ask for; STIX comes with matplotlib and is embedded fastest, once
+without the minus sign that is not ASCII."""
 
 
 def styles(groups: Iterable[Group]) -> dict[str, tuple[int, str]]:
@@ -111,21 +113,20 @@ def _pareto(axes: Axes, comparison: Comparison, block: Block) -> None:
     for group in sorted(block.groups, key=lambda group: list(look).index(group.label)):
         colour, marker = COLOURS[look[group.label][0]], look[group.label][1]
         x, y = _point(group, comparison)
-        handles.append(
-            axes.errorbar(
-                x,
-                y,
-                xerr=half(group.figures[cost]),
-                yerr=half(group.figures[quality]),
-                fmt=marker,
-                color=colour,
-                markersize=8,
-                markerfacecolor=colour if group.front else "white",
-                capsize=3,
-                linewidth=1.2,
-                zorder=3,
-            )
+        drawn = axes.errorbar(
+            x,
+            y,
+            xerr=half(group.figures[cost]),
+            yerr=half(group.figures[quality]),
+            fmt=marker,
+            color=colour,
+            markersize=8,
+            markerfacecolor=colour if group.front else "white",
+            capsize=3,
+            linewidth=1.2,
+            zorder=3,
         )
+        handles.append(drawn.lines[0])
         labels.append(f"{group.label} (n={len(group.runs)})")
     _scale(axes, [_point(group, comparison)[0] for group in block.groups])
     axes.set_xlabel(COSTS[cost])

@@ -21,7 +21,7 @@ def page(comparison: Comparison, figures: dict[str, bytes]) -> str:
     body = [f"<h1>{escape(title)}</h1>", f"<p>{len(groups)} groups, {runs} finished runs. {escape(LEGEND)}.</p>"]
     found = tables(comparison)
     for index, block in enumerate(comparison.blocks):
-        mine = [table for table in found if table.title.partition(": ")[0] == block.title.partition(": ")[0]]
+        mine = [table for table in found if table.block == block.title]
         body.append(_section(index, block, mine))
     body += [_details(table) for table in reference_tables(comparison)]
     if comparison.reference:

@@ -8,12 +8,13 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from softmoe_cli.compare import Comparison, Question, compare
 from softmoe_cli.config import UsageError, nearest
 from softmoe_cli.runs import AXES, COSTS, QUALITIES
-from softmoe_cli.tables import comma_separated, flat_rows, json_text, latex, markdown, terminal
+
+if TYPE_CHECKING:  # numpy, scipy and matplotlib are imported when there is something to compare
+    from softmoe_cli.compare import Comparison, Question
 
 OPTIONS: dict[str, tuple[str, str]] = {
     "quality": ("KEY", f"what is better or worse: {', '.join(QUALITIES)}"),
@@ -54,6 +55,9 @@ def run(arguments: Sequence[str]) -> int:
         UsageError: an option, a folder or a key that cannot work.
     """
     chosen = _parse(arguments)
+    from softmoe_cli.compare import Question, compare
+    from softmoe_cli.tables import flat_rows, terminal
+
     fields = {f.name for f in dataclasses.fields(Question)}
     question = Question(**{key: value for key, value in vars(chosen).items() if key in fields and value is not None})
     reference = _reference(chosen.reference, question) if chosen.reference is not None else None
@@ -83,7 +87,7 @@ def _tracking() -> str:
     return mode
 
 
-def _settings(comparison: Comparison, question: Question, project: str | None) -> dict[str, Any]:
+def _settings(comparison: "Comparison", question: "Question", project: str | None) -> dict[str, Any]:
     """Of wandb.init. Its id is made of studies and question: asked again, with more seeds, it is the same run."""
     studies = sorted({str(run.row.get("study")) for group in comparison.groups for run in group.runs})
     asked = dataclasses.asdict(question)
@@ -124,7 +128,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     return chosen
 
 
-def _reference(name: str, question: Question) -> tuple[str, list[dict[str, str]]]:
+def _reference(name: str, question: "Question") -> tuple[str, list[dict[str, str]]]:
     """What to call it, and its rows.
 
     Raises:
@@ -163,7 +167,7 @@ def _reference(name: str, question: Question) -> tuple[str, list[dict[str, str]]
     return title + table, rows
 
 
-def write(comparison: Comparison, out: Path) -> list[str]:
+def write(comparison: "Comparison", out: Path) -> list[str]:
     """Writes every file into `out` and returns their names.
 
     Raises:
@@ -171,6 +175,7 @@ def write(comparison: Comparison, out: Path) -> list[str]:
     """
     from softmoe_cli.figures import figures
     from softmoe_cli.page import page
+    from softmoe_cli.tables import comma_separated, json_text, latex, markdown
 
     drawn = figures(comparison)
     texts = {

@@ -6,6 +6,7 @@ last row how far it is. A sweep adds a folder sweep-ID beside its runs, with wha
   jobs.json      the jobs: overrides and run folder
   NN.log         what job NN printed, in all its attempts
   NN.json        why job NN failed; gone when it starts again
+  NN.slurm       under which number Slurm has job NN; submitit/ is submitit's own
   multirun.yaml  Hydra's record of the command
 """
 

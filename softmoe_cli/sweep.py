@@ -71,6 +71,7 @@ class Job:
     run: str
     overrides: list[str]
     folder: Path
+    threads: int | None
     cost: dict[str, float] = field(default_factory=dict)
 
 
@@ -183,7 +184,7 @@ def _answer(question: Question, sender: Connection) -> None:
             unknown = [key for key in options.limit.given if math.isnan(cost[key])]
             if unknown:
                 raise UsageError(f"hydra.launcher.limit: train.minutes leaves {unknown[0]} open; give train.steps")
-            answers.append(Job(name, [*overrides, *settled], folder, cost))
+            answers.append(Job(name, [*overrides, *settled], folder, config.threads, cost))
         except UsageError as error:
             answers.append(str(error))
     sender.send((answers, slots))
@@ -535,9 +536,8 @@ class Sweep:
             config = self._loader.load_sweep_config(self._config, list(overrides))
             with read_write(config), open_dict(config):
                 del config["hydra"]
-            name = " ".join(each for each in overrides if typed.get(each.partition("=")[0]) != each) or " ".join(
-                overrides
-            )
+            varied = [each for each in overrides if typed.get(each.partition("=")[0]) != each]
+            name = " ".join(varied or overrides)
             try:
                 jobs.append((name, list(overrides), cli.plain(config, Config)))
             except UsageError as error:
@@ -621,6 +621,7 @@ class Sweep:
                     for entry in running:
                         assert entry.attempt is not None
                         entry.attempt.stop(now=signals.now)
+                    signals.now = False
                 for entry in list(waiting):
                     entry.word = "held" if self._local and held(entry.job.folder) else ""
                     if not entry.word and slots:
@@ -645,9 +646,10 @@ class Sweep:
         self._line("started", entry, "")
 
     def _order(self, entry: Entry) -> Order:
-        threads = next(word.partition("=")[2] for word in reversed(entry.job.overrides) if word.startswith("threads="))
         environment = dict(os.environ) if self._local else {"OMP_WAIT_POLICY": "passive"}
-        environment |= {"OMP_NUM_THREADS": threads} | ({"CUDA_VISIBLE_DEVICES": entry.slot} if entry.slot else {})
+        environment["OMP_NUM_THREADS"] = str(entry.job.threads)
+        if entry.slot:
+            environment["CUDA_VISIBLE_DEVICES"] = entry.slot
         arguments = [self._command, *_flags(self._config), *entry.job.overrides]
         return Order(arguments, os.getcwd(), environment, entry.log.absolute())
 

@@ -24,12 +24,13 @@ REFERENCE = "Published or given figures as they are: other runs, perhaps other d
 
 @dataclass(frozen=True)
 class Table:
-    """A head and rows of cells, the first column being words."""
+    """A head and rows of cells, the first column being words; `block` is the title of the block that it tells of."""
 
     title: str
     note: str
     head: list[str]
     rows: list[list[str]]
+    block: str = ""
 
 
 def tables(comparison: Comparison) -> list[Table]:
@@ -70,7 +71,7 @@ def _groups(comparison: Comparison, block: Block) -> Table:
         row += [cell(cost, group.figures[cost]), "yes" if group.front else "", chance]
         row += [cell(key, group.figures[key]) if key in group.figures else setting(group, key) for key in columns]
         rows.append(row)
-    return Table(block.title, LEGEND, head, rows)
+    return Table(block.title, LEGEND, head, rows, block.title)
 
 
 def _budgets(comparison: Comparison, block: Block) -> list[Table]:
@@ -85,7 +86,7 @@ def _budgets(comparison: Comparison, block: Block) -> list[Table]:
             cells = [group.budgets[i] for i in places]
             rows.append([group.label, str(len(group.runs)), *(_at(key, each) for each in cells)])
         title = f"{block.title}: {CURVES[key]} at equal {COSTS[axis]}"
-        found.append(Table(title, CURVE_NOTE, ["group", "n", *titles], rows))
+        found.append(Table(title, CURVE_NOTE, ["group", "n", *titles], rows, block.title))
     return found
 
 

@@ -16,6 +16,7 @@ from softmoe_cli.figures import reference_points, styles
 from softmoe_cli.report import _reference, _settings
 from softmoe_cli.tables import comma_separated, flat_rows, json_text, latex, markdown, tables, terminal
 from tests.conftest import TINY, Softmoe
+from tests.processes import Started
 from tests.synthetic import row, study, write
 from tests.wandb_file import recorded
 
@@ -102,6 +103,18 @@ def test_latex(which: str, request: pytest.FixtureRequest, tmp_path: Path) -> No
     )
     assert told.returncode == 0, told.stdout[-2000:]
     assert "undefined" not in told.stdout and "Overfull" not in told.stdout
+
+
+def test_page_has_a_section_for_each_block(tmp_path: Path) -> None:
+    from softmoe_cli.page import page
+
+    study(tmp_path)
+    for hardware in ("AMD: one", "AMD: two"):
+        write(tmp_path / hardware, row(seed=7, hardware=hardware, train__minutes=5))
+        write(tmp_path / hardware, row(seed=len(hardware) + ord(hardware[-1]), hardware=hardware, train__minutes=5))
+    comparison = compare([tmp_path], Question())
+    sections = page(comparison, {"pareto.svg": b"", "curves.svg": b""}).split("<section>")[1:]
+    assert [each.partition("</section>")[0].count("<table>") for each in sections] == [3, 3, 3]
 
 
 def test_page_draws_seconds_of_one_machine_only(tmp_path: Path) -> None:
@@ -261,10 +274,12 @@ def test_two_hundred_folders(softmoe: Softmoe, tmp_path: Path) -> None:
     assert terminal(compare([Path("runs")], Question())) in answer.out, "its own files are no runs"
 
 
-def test_wandb_offline_holds_group_table_and_artifact(softmoe: Softmoe, tmp_path: Path) -> None:
+def test_wandb_offline_holds_group_table_and_artifact(tmp_path: Path) -> None:
+    """In a process of its own: what W&B leaves in the environment would reach the processes of other tests."""
     study(tmp_path / "runs")
-    answer = softmoe("compare", "runs", "--wandb", "--project", "mine")
-    assert answer.code == 0 and "W&B: run compare top1_pct by train_pflop of group made_up, offline" in answer.out
+    code, out = Started(tmp_path, ["compare", "runs", "--wandb", "--project", "mine"], {}).wait()
+    assert code == 0, out
+    assert "W&B: run compare top1_pct by train_pflop of group made_up, offline" in out
     file, kept = recorded(tmp_path / "runs" / "compare")
     run = next(each.run for each in kept if each.WhichOneof("record_type") == "run")
     assert (run.run_group, run.job_type, run.project) == ("made_up", "compare", "mine")

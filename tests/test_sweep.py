@@ -329,3 +329,23 @@ def test_status_of_many_runs_is_quick(tmp_path: Path) -> None:
     heavy, seconds = told.stdout.split("TORCH ")[1].split()
     assert "200 stopped" in told.stdout
     assert heavy == "False" and float(seconds) < 1.0
+
+
+def test_the_sweep_of_wandb(softmoe: Softmoe) -> None:
+    """What an agent of W&B would type for the first choice of every parameter works as it is."""
+    import wandb.sdk.launch.sweeps.utils as agent
+
+    text = (Path(__file__).parents[1] / "experiments/wandb_sweep/sweep.yaml").read_text()
+    asked = yaml.safe_load(text)
+    drawn = {
+        key: {"value": told.get("value", told.get("min", (told.get("values") or [0])[0]))}
+        for key, told in asked["parameters"].items()
+    }
+    flags = agent.create_sweep_command_args({"args": drawn})["args_no_hyphens"]
+    line = [word for part in asked["command"] for word in (flags if part == "${args_no_hyphens}" else [part])]
+    readme = (Path(__file__).parents[1] / "experiments/wandb_sweep/README.md").read_text()
+    assert " ".join(line) in readme
+    assert line[:2] == ["softmoe", "train"]
+    answer = softmoe(*line[1:], "train.epochs=null", "train.steps=2", "tracking=off")
+    assert answer.code == 0, answer
+    assert asked["metric"]["name"] == "validation/top1_pct", "a row's key, as the mirror names it"
