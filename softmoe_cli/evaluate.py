@@ -68,24 +68,25 @@ def _share_pct(right: Bool[Tensor, " n"]) -> float:
 
 @torch.no_grad()
 def outcomes(model: nn.Module, batches: Iterable[Batch], *, loss: str, autocast: torch.autocast) -> Outcomes:
-    """Every batch once through the model. Sums are float64, so that the batch size does not show."""
+    """Every batch once through the model; what it said is fetched from its device at the end. Sums are float64, so that
+    the batch size does not show."""
     model.eval()
-    integers, numbers, losses, classes = [], [], 0.0, 0
+    integers, numbers, losses, sizes, classes = [], [], [], [], 0
     with autocast:  # around all batches: a weight is cast once
         for x, labels in batches:
             logits = model(x).float()
             classes = logits.shape[1]
             best = logits.topk(min(5, classes), dim=1).indices
             hit = (best == labels[:, None]).any(dim=1)
-            integers.append(torch.stack([labels, best[:, 0], hit.long()]).cpu())
+            integers.append(torch.stack([labels, best[:, 0], hit.long()]))
             chances = logits.softmax(dim=1)
             known = [chances.gather(1, which[:, None])[:, 0] for which in (best[:, 0], labels)]
-            numbers.append(torch.stack([*known, F.cross_entropy(logits, labels, reduction="none")]).cpu().double())
-            targets = F.one_hot(labels, classes).float()
-            losses += classification_loss(logits, targets, loss).item() * len(labels)
-    label, prediction, hit = torch.cat(integers, dim=1)
-    probability, label_probability, nll = torch.cat(numbers, dim=1)
-    mean = losses / len(label)
+            numbers.append(torch.stack([*known, F.cross_entropy(logits, labels, reduction="none")]))
+            losses.append(classification_loss(logits, F.one_hot(labels, classes).float(), loss))
+            sizes.append(len(labels))
+    label, prediction, hit = torch.cat(integers, dim=1).cpu()
+    probability, label_probability, nll = torch.cat(numbers, dim=1).cpu().double()
+    mean = (torch.stack(losses).cpu().double() @ torch.tensor(sizes).double()).item() / len(label)
     return Outcomes(label, prediction, probability, label_probability, hit.bool(), nll.mean().item(), mean, classes)
 
 
@@ -125,8 +126,8 @@ def features(model: VisionTransformer, batches: Iterable[Batch], autocast: torch
     """What the head would see of every image (pooled, after the last norm), float32, on the CPU."""
     model.eval()
     with autocast:
-        seen = [model.forward_head(model.forward_features(x), pre_logits=True).float().cpu() for x, _ in batches]
-    return torch.cat(seen)
+        seen = [model.forward_head(model.forward_features(x), pre_logits=True).float() for x, _ in batches]
+    return torch.cat(seen).cpu()
 
 
 @torch.no_grad()
