@@ -66,7 +66,8 @@ def accuracies(
     """Share of right predictions for every l2, and the predictions, from features (r d, m d) and labels of both."""
     mean, std = statistics(fitted[0])
     weights = ridge(whiten(fitted[0], mean, std), fitted[1], classes, l2)
-    predicted = (whiten(scored[0], mean, std) @ weights).argmax(dim=2)
+    seen = whiten(scored[0], mean, std)
+    predicted = torch.stack([(seen @ w).argmax(dim=1) for w in weights])  # in turn: m c numbers at a time
     return (predicted == scored[1]).double().mean(dim=1), predicted
 
 
