@@ -84,8 +84,12 @@ softmoe evaluate checkpoint=SOURCE [data=CHOICE] [KEY=VALUE]...   quality of a c
 
   softmoe evaluate checkpoint=outputs/default/RUN
   softmoe evaluate checkpoint=weights.safetensors data=folder data.root=PATH split=test format=json
+  softmoe evaluate checkpoint=RUN predictions=predictions.csv confusion=confusion.csv
+  softmoe evaluate checkpoint=RUN data=digits 'fewshot=[1,5,10,25]'      ridge regression on frozen features
+  softmoe evaluate checkpoint=RUN 'audit=[neighbours,capacity,slots,experts]'
+  softmoe evaluate 'checkpoint=[RUN,RUN]' soup=greedy                    average of weights
 
-Without data= the set that the checkpoint was trained on is read.""",
+Without data= the set that the checkpoint was trained on is read. Few-shot quality needs no common classes.""",
     "cost": """\
 softmoe cost [GROUP=CHOICE | KEY=VALUE]...   parameters, FLOPs and memory of a model, by formula and by counter
 
@@ -630,15 +634,23 @@ def _trust(model: dict[str, Any], card: dict[str, Any], label: str) -> None:
 def _evaluate(config: Any) -> None:
     tree = plain(config, EvaluateConfig)
     if tree["checkpoint"] == "???":
-        raise UsageError("softmoe evaluate needs checkpoint=: a run folder or a .safetensors file")
-    if tree["checkpoint"].startswith("timm:"):
-        raise UsageError(f"checkpoint={tree['checkpoint']} knows no classes of a data set here; use softmoe finetune")
-    from softmoe_cli.evaluate import evaluate_checkpoint
+        raise UsageError("softmoe evaluate needs checkpoint=: a run folder or a .safetensors file, or a list of them")
+    names = tree["checkpoint"] if isinstance(tree["checkpoint"], list) else [tree["checkpoint"]]
+    if not names or not all(isinstance(name, str) for name in names):
+        raise UsageError(f"checkpoint={tree['checkpoint']} is neither a path nor a list of paths")
+    for name in names:
+        if name.startswith("timm:"):
+            raise UsageError(f"checkpoint={name} knows no classes of a data set here; use softmoe finetune")
     from softmoe_cli.models import read_checkpoint
+    from softmoe_cli.scorecard import evaluate_checkpoint
+    from softmoe_cli.soup import check_alike
 
-    source = read_checkpoint(tree["checkpoint"])
-    if "model" not in source.card:
-        raise UsageError(f"checkpoint={source.label} does not say what model it is; softmoe saved no such file")
+    sources = [read_checkpoint(name) for name in names]
+    for source in sources:
+        if "model" not in source.card:
+            raise UsageError(f"checkpoint={source.label} does not say what model it is; softmoe saved no such file")
+    check_alike(sources)
+    source = sources[0]
     named = isinstance(tree["data"], dict) and tree["data"].get("name") != "???"
     tree["data"] = _overlay(source.card["data"], tree["data"])
     if named:
@@ -649,7 +661,7 @@ def _evaluate(config: Any) -> None:
     checked = _door(tree, EvaluateConfig)
     model = _door(source.card["model"], Model)
     check_channels(checked.data, model.in_chans)
-    evaluate_checkpoint(checked, model, source)
+    evaluate_checkpoint(checked, model, sources)
 
 
 def _match(config: Any) -> None:

@@ -289,6 +289,11 @@ class Train:
         "steps (or, below 1, share of the budget) between looks at the validation images", above=0
     )
     eval_batch_size: int = option("images per forward pass in evaluation", low=1)
+    fewshot: list[int] = option(
+        "shots per class from the training images for few-shot quality at each look; l2 is chosen on the validation "
+        "images that are scored (the paper's rule)",
+        low=1,
+    )
     save_seconds: float = option("shortest time between checkpoints; saving never takes over 2% of the time", low=0)
 
     def check(self) -> None:
@@ -406,17 +411,33 @@ class Config:
                 raise UsageError(f"{key}={text!r} must be a plain folder name")
 
 
+AUDITS = ("neighbours", "capacity", "slots", "experts")
+
+
 @dataclass
 class EvaluateConfig:
     """What `softmoe evaluate` composes."""
 
     path: ClassVar[str] = ""
-    checkpoint: str = option("a run folder or a .safetensors file")
+    checkpoint: Any = option("a run folder or a .safetensors file; a list of them: the average of their weights")
+    soup: str = option(
+        "a list of checkpoints: all of them, or those that do not lower validation top-1", choices=("uniform", "greedy")
+    )
     data: Data = field(default_factory=Data)
     split: str = option("which images", choices=("test", "validation", "train"))
     batch_size: int = option("images per forward pass", low=1)
     loss: str | None = option("as in train.loss; null: the checkpoint's", choices=("softmax", "sigmoid"))
     precision: str | None = option("as in train.precision; null: the checkpoint's", choices=("fp32", "bf16", "fp16"))
+    calibration_bins: int = option("bins of equal width of the expected calibration error", low=1)
+    predictions: str | None = option("a CSV file for what the model said of each image")
+    confusion: str | None = option("a CSV file for the images by label and prediction")
+    fewshot: list[int] = option("shots per class from the training images, for few-shot quality of the features", low=1)
+    fewshot_l2: str = option(
+        "which images choose the ridge's l2; scored, the paper's rule, is optimistic", choices=("validation", "scored")
+    )
+    fewshot_seed: int = option("of the draw of the shots", low=0)
+    audit: list[str] = option("what predictions are held against changes of", choices=AUDITS)
+    audit_images: int | None = option("look at so many images, evenly spread over the split; null: all", low=1)
     format: str = option("what is printed", choices=("table", "json"))
     device: str = option("auto: cuda, else mps, else cpu", choices=DEVICES)
     threads: int | None = option("CPU threads; null: torch's choice", low=1)
@@ -424,6 +445,15 @@ class EvaluateConfig:
     def check(self) -> None:
         _check(self)
         self.data.check()
+        idle = {
+            "soup=greedy": self.soup == "greedy" and not isinstance(self.checkpoint, list),
+            f"audit_images={self.audit_images}": self.audit_images is not None and not self.audit,
+            f"fewshot_l2={self.fewshot_l2}": self.fewshot_l2 == "scored" and not self.fewshot,
+        }
+        needs = dict(zip(idle, ("a list of checkpoints", "audit", "fewshot"), strict=True))
+        for word, is_idle in idle.items():
+            if is_idle:
+                raise UsageError(f"{word} has no effect without {needs[word]}")
 
 
 @dataclass
@@ -580,6 +610,6 @@ class RayLauncher(Launcher):
 NOT_SCIENCE = (
     "output_root", "study", "name", "tracking", "wandb", "device", "threads", "checkpoint", "data.root",
     "data.workers", "data.memory_gib", "train.default_epochs", "train.log_every", "train.eval_batch_size",
-    "train.save_seconds",
+    "train.fewshot", "train.save_seconds",
 )  # fmt: skip
 """Keys that change where, when or how fast, never which numbers come out: left out of the signature."""

@@ -1,23 +1,19 @@
 """Quality of a model on a set of images, each counted exactly once: an iterator of (name, value)."""
 
-import json
-import time
 from collections.abc import Iterable, Iterator
-from typing import Any
+from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool, Float, Float64, Int64
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from softmoe_cli import data
-from softmoe_cli.config import EvaluateConfig, Model, UsageError, check_groups
-from softmoe_cli.device import arithmetic, hardware, prepare_attention
-from softmoe_cli.models import build, load_weights
 from softmoe_cli.moe.routing import Router, routings
-from softmoe_cli.record import Source
-from softmoe_cli.terminal import Screen
 
 Batch = tuple[Tensor, Tensor]
+CALIBRATION_BINS = 15
+"""As in Guo et al., 2017."""
 
 
 def classification_loss(logits: Tensor, targets: Tensor, kind: str) -> Tensor:
@@ -31,27 +27,107 @@ def classification_loss(logits: Tensor, targets: Tensor, kind: str) -> Tensor:
     return F.cross_entropy(logits, targets)
 
 
+@dataclass(frozen=True)
+class Outcomes:
+    """What a model said of n images, in their order, on the CPU.
+
+    Probabilities are the softmax of the logits. That holds for the sigmoid loss too: its classes are independent yes or
+    no with odds e^logit, and given that exactly one of them is true, which is what single labels say, the softmax is
+    their distribution.
+    """
+
+    label: Int64[Tensor, " n"]
+    prediction: Int64[Tensor, " n"]
+    probability: Float64[Tensor, " n"]
+    """Of the prediction."""
+    label_probability: Float64[Tensor, " n"]
+    in_top5: Bool[Tensor, " n"]
+    nll: float
+    """Mean over images of -ln(probability of the label)."""
+    loss: float
+    classes: int
+
+    @property
+    def right(self) -> Bool[Tensor, " n"]:
+        return self.prediction == self.label
+
+    @property
+    def top1_pct(self) -> float:
+        return _share_pct(self.right)
+
+    @property
+    def confusion(self) -> Int64[Tensor, "c c"]:
+        """Images by label (row) and prediction (column)."""
+        pairs = torch.bincount(self.label * self.classes + self.prediction, minlength=self.classes**2)
+        return pairs.view(self.classes, self.classes)
+
+
+def _share_pct(right: Bool[Tensor, " n"]) -> float:
+    return 100 * int(right.sum()) / len(right)
+
+
 @torch.no_grad()
-def evaluate(
-    model: nn.Module, batches: Iterable[Batch], *, loss: str, autocast: torch.autocast
-) -> Iterator[tuple[str, float]]:
-    """Yields top1_pct, top5_pct, loss and images_evaluated. Sums are float64, so that the batch size does not show."""
+def outcomes(model: nn.Module, batches: Iterable[Batch], *, loss: str, autocast: torch.autocast) -> Outcomes:
+    """Every batch once through the model; what it said is fetched from its device at the end. Sums are float64, so that
+    the batch size does not show."""
     model.eval()
-    images = 0
-    sums = torch.zeros(3, dtype=torch.float64)
+    integers, numbers, losses, sizes, classes = [], [], [], [], 0
     with autocast:  # around all batches: a weight is cast once
         for x, labels in batches:
             logits = model(x).float()
-            targets = F.one_hot(labels, logits.shape[1]).float()
-            best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-            means = [best[:, 0].float().mean(), best.any(dim=1).float().mean()]
-            means.append(classification_loss(logits, targets, loss))
-            sums += torch.stack(means).cpu().double() * len(labels)
-            images += len(labels)
-    yield "top1_pct", 100 * round(sums[0].item()) / images
-    yield "top5_pct", 100 * round(sums[1].item()) / images
-    yield "loss", sums[2].item() / images
-    yield "images_evaluated", images
+            classes = logits.shape[1]
+            best = logits.topk(min(5, classes), dim=1).indices
+            hit = (best == labels[:, None]).any(dim=1)
+            integers.append(torch.stack([labels, best[:, 0], hit.long()]))
+            chances = logits.softmax(dim=1)
+            known = [chances.gather(1, which[:, None])[:, 0] for which in (best[:, 0], labels)]
+            numbers.append(torch.stack([*known, F.cross_entropy(logits, labels, reduction="none")]))
+            losses.append(classification_loss(logits, F.one_hot(labels, classes).float(), loss))
+            sizes.append(len(labels))
+    label, prediction, hit = torch.cat(integers, dim=1).cpu()
+    probability, label_probability, nll = torch.cat(numbers, dim=1).cpu().double()
+    mean = (torch.stack(losses).cpu().double() @ torch.tensor(sizes).double()).item() / len(label)
+    return Outcomes(label, prediction, probability, label_probability, hit.bool(), nll.mean().item(), mean, classes)
+
+
+def calibration_error(
+    probability: Float64[Tensor, " n"], right: Bool[Tensor, " n"], bins: int = CALIBRATION_BINS
+) -> float:
+    """Expected calibration error (Guo et al., 2017, equation 3, https://arxiv.org/abs/1706.04599), from 0 to 1.
+
+    Images fall into bins of equal width by the probability of their prediction, ((m - 1) / bins, m / bins]; the error
+    is the mean over images of |share that is right - mean probability| of their bin.
+    """
+    edges = torch.arange(1, bins + 1, dtype=torch.float64) / bins
+    place = torch.bucketize(probability, edges).clamp(max=bins - 1)  # a softmax may round to a little over 1
+    excess = torch.zeros(bins, dtype=torch.float64).index_add(0, place, right.double() - probability)
+    return excess.abs().sum().item() / len(probability)
+
+
+def qualities(said: Outcomes) -> Iterator[tuple[str, float]]:
+    """Yields top1_pct, top5_pct, loss, nll, ece_pct and images_evaluated."""
+    yield "top1_pct", said.top1_pct
+    yield "top5_pct", _share_pct(said.in_top5)
+    yield "loss", said.loss
+    yield "nll", said.nll
+    yield "ece_pct", 100 * calibration_error(said.probability, said.right)
+    yield "images_evaluated", len(said.label)
+
+
+def evaluate(
+    model: nn.Module, batches: Iterable[Batch], *, loss: str, autocast: torch.autocast
+) -> Iterator[tuple[str, float]]:
+    """The `qualities` of a model on labelled images."""
+    return qualities(outcomes(model, batches, loss=loss, autocast=autocast))
+
+
+@torch.no_grad()
+def features(model: VisionTransformer, batches: Iterable[Batch], autocast: torch.autocast) -> Float[Tensor, "n d"]:
+    """What the head would see of every image (pooled, after the last norm), float32, on the CPU."""
+    model.eval()
+    with autocast:
+        seen = [model.forward_head(model.forward_features(x), pre_logits=True).float() for x, _ in batches]
+    return torch.cat(seen).cpu()
 
 
 @torch.no_grad()
@@ -62,49 +138,3 @@ def routing_statistics(model: nn.Module, batch: Batch, autocast: torch.autocast)
         model(batch[0])
     routers = [module for module in model.modules() if isinstance(module, Router)]
     return [routing.statistics() | router.statistics() for routing, router in zip(seen, routers, strict=True)]
-
-
-def evaluate_checkpoint(config: EvaluateConfig, model_config: Model, source: Source) -> None:
-    """`softmoe evaluate`: prints top-1, top-5, loss, images and seconds of a checkpoint, as a table or as JSON.
-
-    Raises:
-        UsageError: the data have other classes than the checkpoint.
-    """
-    loss, precision = config.loss or source.card["loss"], config.precision or source.card["precision"]
-    check_groups("batch_size", config.batch_size, model_config.router)
-    device, autocast = arithmetic(config.device, precision, config.threads)
-    splits = data.load(config.data)
-    if source.card["classes"] != splits.classes:
-        raise UsageError(
-            f"checkpoint={source.label} knows {_shortly(source.card['classes'])}, but data={config.data.name} has "
-            f"{_shortly(splits.classes)}; use softmoe finetune for other classes"
-        )
-    if "head.weight" not in source.weights:
-        raise UsageError(f"checkpoint={source.label} has no head; softmoe finetune gives it one")
-    model = build(model_config, source.weights["head.weight"].shape[0])
-    load_weights(model, source.weights, keep_head=True, allow_unexpected=[])
-    prepare_attention(model, device, precision)
-    images = {"train": splits.train, "validation": splits.validation, "test": splits.test}[config.split]
-    batches = data.eval_batches(
-        images,
-        config.data,
-        image_size=model_config.image_size,
-        in_chans=model_config.in_chans,
-        batch_size=config.batch_size,
-        device=device,
-    )
-    start = time.perf_counter()
-    values = dict(evaluate(model.to(device), batches, loss=loss, autocast=autocast))
-    row: dict[str, Any] = {"checkpoint": source.label, "data": config.data.name, "split": config.split}
-    row |= {"top1_pct": values["top1_pct"], "top5_pct": values["top5_pct"], "loss": values["loss"]}
-    row |= {"images": values["images_evaluated"], "eval_s": time.perf_counter() - start, "hardware": hardware(device)}
-    if config.format == "json":
-        print(json.dumps(row))
-        return
-    shown = {key: f"{value:.4f}" if isinstance(value, float) else str(value) for key, value in row.items()}
-    Screen().table("evaluate", shown)
-
-
-def _shortly(classes: list[str]) -> str:
-    """`10 classes (0, 1, 2, …)`"""
-    return f"{len(classes)} classes ({', '.join(classes[:3])}{', …' if len(classes) > 3 else ''})"

@@ -27,6 +27,8 @@ QUALITIES = {
     "top1_pct": Quality("test top-1, %", True, "top1_pct"),
     "top5_pct": Quality("test top-5, %", True, "top5_pct"),
     "loss": Quality("test loss", False, "loss"),
+    "nll": Quality("test NLL", False, "nll"),
+    "ece_pct": Quality("test calibration error, %", False, "ece_pct"),
     "validation_top1_pct": Quality("validation top-1, %", True, "top1_pct"),
     "validation_loss": Quality("validation loss", False, "loss"),
     "best_validation_top1_pct": Quality("best validation top-1, %", True, "top1_pct"),
@@ -47,7 +49,13 @@ COSTS = {
     "compile_s": "compilation s",
     "energy_kj": "energy, kJ",
 }
-CURVES = {"top1_pct": "validation top-1, %", "top5_pct": "validation top-5, %", "loss": "validation loss"}
+CURVES = {
+    "top1_pct": "validation top-1, %",
+    "top5_pct": "validation top-5, %",
+    "loss": "validation loss",
+    "nll": "validation NLL",
+    "ece_pct": "validation calibration error, %",
+}
 """Qualities in validation rows."""
 AXES = ("train_pflop", "device_s", "images")
 """Costs that validation rows hold as they grow."""

@@ -24,7 +24,8 @@ from softmoe_cli import data, mirror
 from softmoe_cli.config import Config
 from softmoe_cli.cost import Cost, account
 from softmoe_cli.device import Energy, arithmetic, free_memory, hardware, prepare_attention, slower
-from softmoe_cli.evaluate import classification_loss, evaluate, routing_statistics
+from softmoe_cli.evaluate import classification_loss, evaluate, features, routing_statistics
+from softmoe_cli.fewshot import fewshot
 from softmoe_cli.memory import Memory, largest_batch, require_fit
 from softmoe_cli.models import build, load_weights
 from softmoe_cli.moe.layer import MoE
@@ -227,14 +228,27 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
             )
         return row(split, values | beside)
 
+    def few_shots() -> dict[str, float]:
+        """Of shots drawn with the seed of the data's cut, so that every run of a study has the same."""
+
+        def seen_by_head(images: data.ImageSet) -> Tensor:
+            return features(evaluated, stop.watch(held_out(images)), autocast)
+
+        numbers = fewshot(
+            seen_by_head, config.train.fewshot, splits.train, splits.validation, None, len(splits.classes),
+            config.data.split_seed,
+        )  # fmt: skip
+        return {key: value for key, value in numbers if key.endswith("top1_pct")}
+
     def look_at_validation() -> dict[str, Any]:
         """Routing statistics of every MoE layer on the first images, the same ones each time, go into routing.jsonl;
-        their means over layers, which are few enough for W&B, into the validation row."""
+        their means over layers, which are few enough for W&B, into the validation row, beside few-shot quality."""
         with progress.booked("eval"):
             layers = routing_statistics(evaluated, next(held_out(splits.validation)), autocast)
+            shots = few_shots() if config.train.fewshot else {}
         keys = layers[0] if layers else ()
         means = {f"routing_{key}": sum(layer[key] for layer in layers) / len(layers) for key in keys}
-        validation = look("validation", splits.validation, means)
+        validation = look("validation", splits.validation, means | shots)
         for block, numbers in zip(moe_blocks, layers, strict=True):  # last, so that a stop leaves all rows or none
             run.append("routing.jsonl", {"step": progress.step, "block": block, **numbers})
         return validation
@@ -637,8 +651,11 @@ def _result(
         "top1_pct": test["top1_pct"],
         "top5_pct": test["top5_pct"],
         "loss": test["loss"],
+        "nll": test["nll"],
+        "ece_pct": test["ece_pct"],
         "validation_top1_pct": progress.validation["top1_pct"],
         "validation_loss": progress.validation["loss"],
+        **{f"validation_{key}": value for key, value in progress.validation.items() if key.startswith("fewshot_")},
         "best_validation_top1_pct": progress.best_top1_pct,
         "best_step": progress.best_step,
         "steps": progress.step,

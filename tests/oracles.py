@@ -161,3 +161,39 @@ def gshard_loss(gates: Matrix) -> float:
     s, e = len(gates), len(gates[0])
     firsts = [max(range(e), key=lambda i: (row[i], -i)) for row in gates]
     return e * sum(firsts.count(i) / s * sum(row[i] for row in gates) / s for i in range(e))
+
+
+def solve(matrix: Matrix, right: Vector) -> Vector:
+    """Gauss-Jordan elimination with the largest pivot."""
+    rows = [[*row, value] for row, value in zip(matrix, right, strict=True)]
+    for i in range(len(rows)):
+        pivot = max(range(i, len(rows)), key=lambda r: abs(rows[r][i]))
+        rows[i], rows[pivot] = rows[pivot], rows[i]
+        rows[i] = [value / rows[i][i] for value in rows[i]]
+        for r in range(len(rows)):
+            if r != i:
+                rows[r] = [a - rows[r][i] * b for a, b in zip(rows[r], rows[i], strict=True)]
+    return [row[-1] for row in rows]
+
+
+def ridge(x: Matrix, labels: list[int], classes: int, l2: float) -> Matrix:
+    """Weights [d][c] of (X^T X + l2 I) w = X^T y, with y 1 for an image's class and -1 for the others."""
+    d = len(x[0])
+    square = [[sum(row[i] * row[j] for row in x) + l2 * (i == j) for j in range(d)] for i in range(d)]
+    columns = []
+    for c in range(classes):
+        y = [1.0 if label == c else -1.0 for label in labels]
+        columns.append(solve(square, [sum(row[i] * v for row, v in zip(x, y, strict=True)) for i in range(d)]))
+    return [list(row) for row in zip(*columns, strict=True)]
+
+
+def calibration_error(probabilities: Vector, right: list[bool], bins: int) -> float:
+    """Guo et al., 2017, equation 3: bins ((m - 1) / bins, m / bins], each weighted with its share of images."""
+    error = 0.0
+    for m in range(bins):
+        members = [i for i, p in enumerate(probabilities) if m / bins < p <= (m + 1) / bins]
+        if members:
+            accuracy = sum(right[i] for i in members) / len(members)
+            confidence = sum(probabilities[i] for i in members) / len(members)
+            error += len(members) / len(probabilities) * abs(accuracy - confidence)
+    return error

@@ -22,6 +22,7 @@ from softmoe_cli.check import (
     vectors_folder,
 )
 from softmoe_cli.config import Backbone, Model
+from softmoe_cli.fewshot import accuracies, best_l2, draws, ridge, statistics, take, whiten
 from softmoe_cli.models import build
 from softmoe_cli.moe.routers.experts_choice import choose_tokens
 from softmoe_cli.moe.routers.tokens_choice import choose, place
@@ -287,9 +288,38 @@ def lr_schedule(meta: dict[str, Any], z: dict[str, np.ndarray], _dtype: torch.dt
         assert got == pytest.approx(want, abs=1e-6 * peak), f"step {step}"
 
 
+def fewshot(meta: dict[str, Any], z: dict[str, np.ndarray], dtype: torch.dtype) -> None:
+    """Section 10: shots, whitening, weights for every l2, predictions, and the l2 chosen over all data sets."""
+    l2, sets = tensor(z["l2_regs"]).double(), sum(key.endswith("/tr_x") for key in z)
+    for i, k in enumerate(z["shots"].tolist()):
+        accuracy = []
+        for name in (f"dataset{j}" for j in range(sets)):
+            x, y, test_x, test_y = (tensor(z[f"{name}/{part}"]) for part in ("tr_x", "tr_y", "te_x", "te_y"))
+            x, test_x, y, test_y = x.to(dtype).double(), test_x.to(dtype).double(), y.long(), test_y.long()
+            want = {key: z[f"out/{name}/shot{k}/{key}"] for key in ("index", "mean", "std", "w", "w_f64", "pred")}
+            index = take(draws(y, meta["config"]["permutation_seed"]), k)
+            assert index.tolist() == want["index"].tolist()
+            mean, std = statistics(x[index])
+            close(mean, want["mean"], "mean", atol=1e-5)
+            close(std, want["std"], "std", atol=1e-5)
+            classes = want["w"].shape[2]
+            w = ridge(whiten(x[index], mean, std), y[index], classes, l2)
+            close(w, want["w_f64"], "weights", atol=1e-9 * np.abs(want["w_f64"]).max(), rtol=1e-6)
+            for strength, got, official in zip(l2.tolist(), w, want["w"], strict=True):
+                rtol = 1e-2 if strength < 1000 else 1e-4
+                close(got, official, f"official weights, l2={strength}", atol=rtol * np.abs(official).max(), rtol=rtol)
+            share, predicted = accuracies((x[index], y[index]), (test_x, test_y), classes, l2)
+            assert predicted.tolist() == want["pred"].tolist()
+            close(share, z[f"out/{name}/accuracy"][i], "accuracy", atol=1e-6)
+            accuracy.append(share.numpy())
+        best = best_l2(np.stack(accuracy))
+        assert best == z["out/best_l2_index"][i]
+        close(tensor(np.stack(accuracy)[:, best]), z["out/best_accuracy"][i], "best accuracy", atol=1e-6)
+
+
 HANDLERS = {
     "soft_layer": layer, "tc_layer": layer, "ec_layer": layer, "tc_ties": ties, "ec_ties": ties, "capacity": capacities,
-    "vit": vit, "lr_schedule": lr_schedule,
+    "vit": vit, "lr_schedule": lr_schedule, "fewshot": fewshot,
 }  # fmt: skip
 
 

@@ -1,0 +1,212 @@
+"""`softmoe evaluate`: everything that is told of a checkpoint, or of an average of several."""
+
+import csv
+import dataclasses
+import io
+import json
+import re
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from softmoe_cli import data, soup
+from softmoe_cli.audit import Audit, Finding, summary
+from softmoe_cli.config import EvaluateConfig, Model, UsageError, check_groups
+from softmoe_cli.device import arithmetic, hardware, prepare_attention
+from softmoe_cli.evaluate import Batch, Outcomes, calibration_error, features, outcomes, qualities
+from softmoe_cli.fewshot import fewshot
+from softmoe_cli.files import write_atomically
+from softmoe_cli.models import build, load_weights
+from softmoe_cli.record import Source
+from softmoe_cli.terminal import Screen, aligned
+
+
+def evaluate_checkpoint(config: EvaluateConfig, model_config: Model, sources: list[Source]) -> None:
+    """Prints quality, calibration and, where asked for, few-shot quality and the audit, as a table or as JSON.
+
+    Args:
+        model_config: the model of all `sources`, which are averaged.
+
+    Raises:
+        UsageError: the data have other classes than the checkpoint, or a file cannot be written.
+    """
+    card = sources[0].card
+    loss, precision = config.loss or card["loss"], config.precision or card["precision"]
+    check_groups("batch_size", config.batch_size, model_config.router)
+    for key in ("predictions", "confusion"):
+        if getattr(config, key) is not None and not Path(getattr(config, key)).parent.is_dir():
+            raise UsageError(f"{key}={getattr(config, key)}: {Path(getattr(config, key)).parent} is no folder")
+    device, autocast = arithmetic(config.device, precision, config.threads)
+    splits = data.load(config.data)
+    knows = card["classes"] == splits.classes
+    if not knows:
+        _check_foreign(config, sources[0], splits.classes)
+    for source in sources:
+        if "head.weight" not in source.weights:
+            raise UsageError(f"checkpoint={source.label} has no head; softmoe finetune gives it one")
+
+    def batches(images: data.ImageSet, batch_size: int = config.batch_size) -> Iterator[Batch]:
+        return data.eval_batches(
+            images,
+            config.data,
+            image_size=model_config.image_size,
+            in_chans=model_config.in_chans,
+            batch_size=batch_size,
+            device=device,
+        )
+
+    def said(model: VisionTransformer, images: data.ImageSet, batch_size: int) -> Outcomes:
+        prepare_attention(model, device, precision)
+        return outcomes(model.to(device), batches(images, batch_size), loss=loss, autocast=autocast)
+
+    def built(weights: dict[str, Tensor]) -> VisionTransformer:
+        model = build(model_config, weights["head.weight"].shape[0])
+        load_weights(model, weights, keep_head=True, allow_unexpected=[])
+        return model
+
+    states, kept = [source.weights for source in sources], list(range(len(sources)))
+    if config.soup == "greedy":
+        kept = soup.greedy(states, lambda w: said(built(w), splits.validation, config.batch_size).top1_pct)
+    weights = soup.average([states[i] for i in kept]) if len(kept) > 1 else states[kept[0]]
+    labels = [sources[i].label for i in kept]
+    model = built(weights)
+    images = {"train": splits.train, "validation": splits.validation, "test": splits.test}[config.split]
+
+    row: dict[str, Any] = {"checkpoint": labels[0] if len(labels) == 1 else labels}
+    if len(sources) > 1:
+        row["soup"] = f"{config.soup}, {len(kept)} of {len(sources)}"
+    row |= {"data": config.data.name, "split": config.split}
+    start = time.perf_counter()
+    if knows:
+        result = said(model, images, config.batch_size)
+        row |= {key: value for key, value in qualities(result) if key != "images_evaluated"}
+        row["ece_pct"] = 100 * calibration_error(result.probability, result.right, config.calibration_bins)
+        row |= _by_class(result, splits.classes)
+        _write(config, result, images, splits.classes)
+    else:
+        row["head"] = f"not scored: it knows {_shortly(card['classes'])}, the data have {_shortly(splits.classes)}"
+    row |= {"images": len(images), "eval_s": time.perf_counter() - start, "hardware": hardware(device)}
+    if config.fewshot:
+        prepare_attention(model.to(device), device, precision)
+        apart = config.fewshot_l2 == "validation" and config.split != "validation"
+        chooser = splits.validation if apart else None
+        row["fewshot_l2_chosen_on"] = "validation" if chooser is not None else f"the scored {config.split}"
+        row |= dict(
+            fewshot(
+                lambda some: features(model, batches(some), autocast),
+                config.fewshot,
+                splits.train,
+                images,
+                chooser,
+                len(splits.classes),
+                config.fewshot_seed,
+            )
+        )
+    findings: list[Finding] = []
+    if config.audit:
+        some = images
+        if config.audit_images is not None:
+            spread = np.linspace(0, len(images) - 1, min(config.audit_images, len(images)))
+            some = images.subset(spread.round().astype(np.int64))
+        audit = Audit(model_config, weights, said, some, config.batch_size)
+        row["audit_images"] = len(some)
+        row["audit_reference_top1_pct"] = audit.reference.top1_pct
+        reasons = {part: audit.not_applicable(part) for part in config.audit}
+        findings = [each for part in config.audit if reasons[part] is None for each in audit.findings(part)]
+        row["not_applicable"] = {part: reason for part, reason in reasons.items() if reason is not None}
+        row["audit"] = [dataclasses.asdict(finding) for finding in findings]
+    print(json.dumps(row)) if config.format == "json" else _show(row, findings)
+
+
+def _check_foreign(config: EvaluateConfig, source: Source, classes: list[str]) -> None:
+    """Without common classes there is few-shot quality and nothing else."""
+    asks = {"audit": config.audit, "predictions": config.predictions, "confusion": config.confusion}
+    asked = [key for key, value in asks.items() if value] + ["soup=greedy"] * (config.soup == "greedy")
+    if config.fewshot and not asked:
+        return
+    raise UsageError(
+        f"checkpoint={source.label} knows {_shortly(source.card['classes'])}, but data={config.data.name} has "
+        f"{_shortly(classes)}"
+        + (f", which {asked[0]} cannot do with" if config.fewshot else "")
+        + "; use softmoe finetune for other classes, or fewshot=[1,5,10,25] alone for the features"
+    )
+
+
+def _shortly(classes: list[str]) -> str:
+    """`10 classes (0, 1, 2, …)`"""
+    return f"{len(classes)} classes ({', '.join(classes[:3])}{', …' if len(classes) > 3 else ''})"
+
+
+def _by_class(said: Outcomes, classes: list[str]) -> dict[str, Any]:
+    """Accuracy of each class that the images have, and the confusion of labels (rows) with predictions (columns)."""
+    counts = said.confusion
+    rows = [
+        {"class": name, "images": total, "top1_pct": 100 * int(counts[i, i]) / total}
+        for i, name in enumerate(classes)
+        if (total := int(counts[i].sum()))
+    ]
+    return {"per_class": rows, "confusion": counts.tolist()}
+
+
+def _write(config: EvaluateConfig, said: Outcomes, images: data.ImageSet, classes: list[str]) -> None:
+    """The files of `predictions=` and `confusion=`. Floats are written in full: what is computed from them is exact."""
+    if config.predictions is not None:
+        head = ["label", "prediction", "probability", "label_probability"]
+        columns: dict[str, Sequence[Any]] = {"index": range(len(images))}
+        columns |= {name: getattr(said, name).tolist() for name in head}
+        columns |= {"file": images.files} if images.files else {}
+        write_atomically(Path(config.predictions), _csv([list(columns), *zip(*columns.values(), strict=True)]))
+    if config.confusion is not None:
+        names = [*classes, *(f"output {i}" for i in range(len(classes), said.classes))]
+        counts = said.confusion.tolist()[: len(classes)]
+        lines = ([name, *row] for name, row in zip(classes, counts, strict=True))
+        write_atomically(Path(config.confusion), _csv([["label \\ prediction", *names], *lines]))
+
+
+def _csv(rows: Iterable[Sequence[Any]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def _show(row: dict[str, Any], findings: list[Finding]) -> None:
+    """The row as a table; classes and confusion as the class that is worst, experts in turn as mean and worst."""
+    shown = {}
+    for key, value in row.items():
+        if key in ("audit", "not_applicable", "confusion", "fewshot_l2_chosen_on") or re.fullmatch(
+            r"fewshot_\d+_.*", key
+        ):
+            continue
+        if key == "per_class":
+            worst = min(value, key=lambda each: each["top1_pct"])
+            shown["worst_class"] = f"{worst['class']}, {worst['top1_pct']:.2f}% of {worst['images']}"
+        elif isinstance(value, list):
+            shown[key] = f"the average of {len(value)}: {', '.join(value)}"
+        else:
+            shown[key] = f"{value:.4f}" if isinstance(value, float) else str(value)
+    screen = Screen()
+    screen.table("evaluate", shown)
+    shots = [key.split("_")[1] for key in row if re.fullmatch(r"fewshot_\d+_l2", key)]
+    if shots:
+        head = ["shots per class", "images", "l2", "top-1, %"]
+        cells = [
+            [k, str(row[f"fewshot_{k}_images"]), f"{row[f'fewshot_{k}_l2']:g}", f"{row[f'fewshot_{k}_top1_pct']:.2f}"]
+            for k in shots
+        ]
+        screen.say(aligned([head, *cells], markdown=False))
+        screen.say(f"ridge regression on the frozen features; l2 chosen on {row['fewshot_l2_chosen_on']} images")
+    for part, reason in row.get("not_applicable", {}).items():
+        screen.say(f"audit of {part}: {reason}")
+    if findings:
+        head = ["audit", "top-1, %", "change, points", "predictions changed, %", "largest change of a probability"]
+        cells = [
+            [f"{each.part}: {each.setting}", f"{each.top1_pct:.2f}", f"{each.top1_change_pct:+.2f}",
+             f"{each.changed_pct:.2f}", f"{each.probability_change_max:.1e}"]
+            for each in summary(findings)
+        ]  # fmt: skip
+        screen.say(aligned([head, *cells], markdown=False))

@@ -1,0 +1,169 @@
+"""`softmoe evaluate` as a user types it."""
+
+import csv
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from softmoe_cli.config import EvaluateConfig, UsageError
+from softmoe_cli.mirror import _named
+from softmoe_cli.models import build
+from tests import oracles
+from tests.conftest import TINY, Softmoe
+
+SHORT = (*TINY, "train.steps=12", "train.batch_size=16")
+
+
+def train(softmoe: Softmoe, tmp_path: Path, *overrides: str, study: str = "default") -> Path:
+    assert softmoe("train", *SHORT, f"study={study}", *overrides).code == 0
+    (run,) = (tmp_path / "outputs" / study).iterdir()
+    return run
+
+
+def saved(path: Path, seed: int, *overrides: str) -> Path:
+    """A checkpoint file with weights that nobody trained."""
+    config = oracles.compose(*TINY, *overrides)
+    torch.manual_seed(seed)
+    weights = build(config.model, 10).state_dict()
+    torch.nn.init.normal_(weights["head.weight"])
+    card = {"model": dataclasses.asdict(config.model), "data": dataclasses.asdict(config.data), "loss": "softmax"}
+    card |= {"precision": "fp32", "classes": [str(i) for i in range(10)]}
+    save_file(weights, path, metadata={"softmoe": json.dumps(card)})
+    return path
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_everything_that_is_told_of_a_checkpoint(softmoe: Softmoe, tmp_path: Path) -> None:
+    run = train(softmoe, tmp_path)
+    answer = softmoe(
+        "evaluate", f"checkpoint={run}", "format=json", "predictions=said.csv", "confusion=confusion.csv",
+        "fewshot=[1,5]", "audit=[neighbours,capacity,slots,experts]", "audit_images=40",
+    )  # fmt: skip
+    assert answer.code == 0, answer
+    row, result = json.loads(answer.out), json.loads((run / "result.json").read_text())
+    for key in ("top1_pct", "top5_pct", "loss", "nll", "ece_pct"):
+        assert row[key] == pytest.approx(result[key], rel=1e-5), key
+    with (tmp_path / "said.csv").open() as file:
+        said = list(csv.DictReader(file))
+    right = [each["label"] == each["prediction"] for each in said]
+    assert [int(each["index"]) for each in said] == list(range(row["images"]))
+    assert 100 * sum(right) / len(right) == row["top1_pct"]
+    error = oracles.calibration_error([float(each["probability"]) for each in said], right, 15)
+    assert row["ece_pct"] == pytest.approx(100 * error, abs=1e-11)
+    counts = torch.tensor(row["confusion"])
+    with (tmp_path / "confusion.csv").open() as file:
+        assert [line[1:] for line in csv.reader(file)][1:] == [[str(c) for c in each] for each in row["confusion"]]
+    assert counts.sum() == row["images"] == sum(each["images"] for each in row["per_class"])
+    assert row["fewshot_l2_chosen_on"] == "validation" and row["fewshot_5_images"] == 50
+    assert 10 < row["fewshot_5_top1_pct"] <= 100
+    parts = {finding["part"] for finding in row["audit"]}
+    assert parts == {"neighbours", "experts"} and set(row["not_applicable"]) == {"capacity", "slots"}
+    assert all(f["changed_pct"] == 0 for f in row["audit"] if f["part"] == "neighbours")
+    table = softmoe("evaluate", f"checkpoint={run}", "fewshot=[5]", "fewshot_l2=scored", "audit=[slots,neighbours]")
+    assert "l2 chosen on the scored test images" in table.out and "worst_class" in table.out
+    assert "audit of slots: an expert has one slot" in table.out and "neighbours: batches of 1 " in table.out
+
+
+def test_features_serve_other_classes(softmoe: Softmoe, tmp_path: Path) -> None:
+    run = saved(tmp_path / "given.safetensors", 0)
+    for name, grey in (("dark", 30), ("light", 220)):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(12):
+            Image.new("L", (8, 8), grey + i).save(tmp_path / "images" / name / f"{i}.png")
+    line = ("evaluate", f"checkpoint={run}", "data=folder", "data.root=images", "data.channels=1", "format=json")
+    answer = softmoe(*line, "fewshot=[2]")
+    assert answer.code == 0, answer
+    row: dict[str, Any] = json.loads(answer.out)
+    assert row["fewshot_2_top1_pct"] == 100 and row["fewshot_2_images"] == 4
+    assert "top1_pct" not in row and "not scored" in row["head"]
+    refused = softmoe(*line, "fewshot=[2]", "audit=[experts]")
+    assert refused.code == 2 and "which audit cannot do with" in refused.err
+
+
+def test_few_shots_while_training_change_nothing_else(softmoe: Softmoe, tmp_path: Path) -> None:
+    plain = lines(train(softmoe, tmp_path, "model.router.noise_std=0.1"))
+    run = train(softmoe, tmp_path, "model.router.noise_std=0.1", "train.fewshot=[1,5]", study="looked")
+    shot = lines(run)
+    added = {"fewshot_1_top1_pct", "fewshot_5_top1_pct"}
+    clocks = {"device_s", "eval_s", "save_s", "compile_s", "images_per_s", "energy_kj"}
+    for before, after in zip(plain, shot, strict=True):
+        assert after.keys() - before.keys() == (added if after["split"] == "validation" else set())
+        assert all(after[key] == before[key] for key in before.keys() - clocks)
+    result = json.loads((run / "result.json").read_text())
+    last = [row for row in shot if row["split"] == "validation"][-1]
+    assert all(result[f"validation_{key}"] == last[key] for key in added)
+    assert {f"validation/{key}" for key in added} <= _named(last).keys()  # W&B
+    row = json.loads(
+        softmoe(
+            "evaluate", f"checkpoint={run}", "split=validation", "fewshot=[1,5]", "fewshot_l2=scored", "format=json"
+        ).out
+    )
+    assert all(row[key] == last[key] for key in added)
+
+
+def test_averages_of_checkpoints(softmoe: Softmoe, tmp_path: Path) -> None:
+    one, two = (saved(tmp_path / f"{seed}.safetensors", seed) for seed in (0, 1))
+    other = saved(tmp_path / "wide.safetensors", 0, "model.router.num_experts=8")
+
+    def told(checkpoint: str, *arguments: str) -> dict[str, float]:
+        answer = softmoe("evaluate", "format=json", "split=validation", f"checkpoint={checkpoint}", *arguments)
+        assert answer.code == 0, answer
+        row: dict[str, float] = json.loads(answer.out)
+        return row
+
+    alone = [told(str(run)) for run in (one, two)]
+    assert told(f"[{one},{one}]")["loss"] == alone[0]["loss"]
+    assert told(f"[{one},{two}]")["loss"] not in [row["loss"] for row in alone]
+    best = max(row["top1_pct"] for row in alone)
+    greedy = told(f"[{one},{two},{one}]", "soup=greedy")
+    assert greedy["top1_pct"] >= best and str(greedy["soup"]).endswith(" of 3")
+    refused = softmoe("evaluate", f"checkpoint=[{one},{other}]")
+    assert refused.code == 2 and "differ in model; only checkpoints of the same architecture" in refused.err
+    refused = softmoe("evaluate", f"checkpoint={one}", "predictions=nowhere/said.csv")
+    assert refused.code == 2 and "nowhere is no folder" in refused.err
+    assert "neither a path nor a list" in softmoe("evaluate", "checkpoint=[]").err
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"soup": "greedy"}, "soup=greedy has no effect without a list of checkpoints"),
+        ({"audit_images": 5}, "audit_images=5 has no effect without audit"),
+        ({"fewshot_l2": "scored"}, "fewshot_l2=scored has no effect without fewshot"),
+        ({"audit": ["neighbors"]}, "Did you mean 'neighbours'?"),
+        ({"fewshot": [0]}, "is out of range"),
+        ({"calibration_bins": 0}, "calibration_bins=0 is out of range"),
+    ],
+)
+def test_options_that_cannot_work(wrong: dict[str, Any], words: str) -> None:
+    settings: dict[str, Any] = {
+        "checkpoint": "run", "soup": "uniform", "data": oracles.compose().data, "split": "test", "batch_size": 8,
+        "loss": None, "precision": None, "calibration_bins": 15, "predictions": None, "confusion": None, "fewshot": [],
+        "fewshot_l2": "validation", "fewshot_seed": 0, "audit": [], "audit_images": None, "format": "table",
+        "device": "cpu", "threads": None,
+    }  # fmt: skip
+    EvaluateConfig(**settings).check()
+    with pytest.raises(UsageError) as told:
+        EvaluateConfig(**settings | wrong).check()
+    assert words in str(told.value)
+
+
+def test_predictions_of_a_folder_name_its_files(softmoe: Softmoe, tmp_path: Path) -> None:
+    for name in map(str, range(10)):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(4):
+            Image.new("L", (8, 8), 25 * int(name) + i).save(tmp_path / "images" / name / f"{i}.png")
+    line = ("data=folder", "data.root=images", "data.channels=1", "predictions=said.csv")
+    answer = softmoe("evaluate", f"checkpoint={saved(tmp_path / 'given.safetensors', 0)}", *line)
+    assert answer.code == 0, answer
+    with (tmp_path / "said.csv").open() as file:
+        assert all(Path(each["file"]).parent.name == each["label"] for each in csv.DictReader(file))
