@@ -118,10 +118,10 @@ class Model:
     image_size: int = option("pixels on the side of the square that the model sees", low=1)
     in_chans: int = option("colour channels of its input; grey images are repeated", low=1)
     moe_blocks: Any = option("last_N, every_N (every Nth block, from the Nth), or a list of block numbers from 0")
-    expert_width: int | None = option("hidden width of an expert; null: that of the MLP it replaces", low=1)
     expert_init: str = option(
         "identical: all experts of a layer start equal (official)", choices=("identical", "independent")
     )
+    expert_width: int | None = option("hidden width of an expert; null: that of the MLP it replaces", low=1)
 
     def check(self) -> None:
         _check(self)

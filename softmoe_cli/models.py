@@ -180,7 +180,8 @@ def _timm_vit(name: str, model: Model, num_classes: int) -> VisionTransformer:
 
 def _plain_vit(name: str, vit: nn.Module) -> VisionTransformer:
     """Only what the cost formula and the loading of weights know."""
-    if type(vit) is not VisionTransformer:  # DeiT's second head, for one, has neither formula nor classes
+    # Subclasses have more: DeiT's second head, for one, is in no formula and knows no other classes.
+    if not isinstance(vit, VisionTransformer) or type(vit) is not VisionTransformer:
         raise UsageError(f"timm's {name} is a {type(vit).__name__}, not a plain VisionTransformer")
     strange = {type(block).__name__ for block in vit.blocks if type(block) is not Block}
     strange |= {type(block.attn).__name__ for block in vit.blocks if type(block) is Block and not _plain(block.attn)}

@@ -144,7 +144,7 @@ def transplant(
             group_router(moe.router, parts)
             if noise:
                 for parameter in moe.experts.parameters():
-                    parameter += noise * parameter.std() * torch.randn_like(parameter)
+                    parameter.add_(noise * parameter.std() * torch.randn_like(parameter))
             if redraw:
                 redraw_units(moe.experts, redraw)
             for name in moe.state_dict():
