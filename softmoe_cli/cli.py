@@ -705,8 +705,8 @@ def _take_backbone(model: dict[str, Any], source: "Source", typed: Sequence[str]
     if own is None:
         if model["image_size"] == "???":
             raise UsageError(
-                f"checkpoint={source.label} does not say what model it is; name timm's with model.backbone.timm=NAME, or "
-                "one of ours with model="
+                f"checkpoint={source.label} does not say what model it is; name timm's with "
+                "model.backbone.timm=NAME, or one of ours with model="
             )
         return
     if own["router"]["_target_"] is not None:

@@ -34,7 +34,7 @@ from softmoe_cli.moe.routers.tokens_choice import Gate, TokensChoiceRouter
 from softmoe_cli.moe.routers.tokens_choice_dropless import TokensChoiceDroplessRouter
 from softmoe_cli.moe.routers.uniform import UniformRouter
 from softmoe_cli.moe.routing import Router
-from softmoe_cli.record import Source, damage, digest_of, write_checkpoint
+from softmoe_cli.record import WEIGHTS, Source, damage, digest_of, write_checkpoint
 from softmoe_cli.terminal import Screen, count
 
 RECEIPT = "receipt.json"
@@ -85,11 +85,12 @@ def upcycle(config: UpcycleConfig, source: Source) -> dict[str, Any]:
         )
     )
     loss = source.card.get("loss", "softmax")
-    changes = compare(old, new, images, labels, keep_head=keep_head, loss=loss, exact=config.preserve)
+    changes = measure(old, new, images, labels, keep_head=keep_head, loss=loss, exact=config.preserve)
     weights = {key: value.contiguous() for key, value in new.state_dict().items()}
     receipt: dict[str, Any] = {"source": {"checkpoint": source.label, "digest": source.digest}, "settings": settings}
     receipt |= {"result": {"digest": digest_of(weights)}, "images": len(images), **changes}
     receipt |= {"cost": {when: _figures(cost) for when, cost in costs.items()}, "keys": keys}
+    receipt["unused"] = report.unexpected
     card = {"model": portable(model, new), "data": asdict(config.data), "classes": splits.classes, "loss": loss}
     card |= {"precision": source.card.get("precision", "fp32"), "receipt": receipt}
     _write(folder, weights, card, receipt)
@@ -227,7 +228,7 @@ def obstacle(router: Router, num_tokens: int, parts: int) -> str | None:
 
 
 @torch.no_grad()
-def compare(
+def measure(
     old: VisionTransformer,
     new: VisionTransformer,
     images: Float[Tensor, "b c s s"],
@@ -237,7 +238,7 @@ def compare(
     loss: str,
     exact: bool,
 ) -> dict[str, Any]:
-    """Outputs of both models on one batch: logits, or the features before a head that is new.
+    """Both models' outputs on one batch: logits, or the features before a head that is new; and their losses.
 
     Raises:
         RunError: `exact`, and the outputs differ.
@@ -336,7 +337,7 @@ def _found(folder: Path, source: Source, settings: dict[str, Any]) -> dict[str, 
     """
     if not folder.exists():
         return None
-    fault = damage(folder) if folder.is_dir() else "it is a file"
+    fault = damage(folder, (WEIGHTS, RECEIPT)) if folder.is_dir() else "it is a file"
     receipt = json.loads((folder / RECEIPT).read_text()) if fault is None and (folder / RECEIPT).is_file() else {}
     if receipt.get("settings") != json.loads(json.dumps(settings)) or receipt["source"]["digest"] != source.digest:
         raise UsageError(
