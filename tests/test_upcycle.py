@@ -233,7 +233,7 @@ def test_a_preserving_start_goes_on(source: Path, softmoe: Softmoe, tmp_path: Pa
     rows = [json.loads(softmoe("evaluate", f"checkpoint={c}", "format=json").out) for c in (source, "up")]
     assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=1e-5)
     assert rows[0]["top1_pct"] == rows[1]["top1_pct"]
-    tune = ("finetune", "checkpoint=up", "train.steps=3", "tracking=off")
+    tune = ("finetune", "checkpoint=up", "train.steps=2", "train.eval_every=1.0", "tracking=off")
     answer = softmoe(*tune)
     assert answer.code == 0, answer
     assert "resized none new none unexpected none" in " ".join(answer.out.split())
