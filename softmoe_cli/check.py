@@ -163,7 +163,7 @@ def combine_law(subject: Subject) -> Finding:
     other = rows.square()
     bent = deviation(routing.combine(2 * rows + other), 2 * routing.combine(rows) + routing.combine(other))
     total = routing.combine(torch.ones_like(rows))
-    most = 1.0 if subject.options.get("gate", "softmax") == "softmax" else layer.router.experts_per_token
+    most = layer.router.experts_per_token if subject.options.get("gate") == "sigmoid" else 1.0
     stray = max(0.0, -total.min().item(), total.max().item() - most)
     lowest, highest = total.min().item(), total.max().item()
     holds, figure = bounded(max(bent, stray), EXACT, "largest departure")
@@ -239,8 +239,8 @@ def cost_formula(subject: Subject) -> Finding:
     """The FLOPs that the formula says are those that torch's counter sees."""
     layer = subject.layer(torch.float32)
     x = subject.batch(layer, torch.float32)
-    with counter() as seen:
-        layer(x)
+    with counter() as seen:  # which remembers shapes, not values
+        layer.to("meta")(x.to("meta"))
     got, want = seen.get_total_flops(), layer.flop(TOKENS) * len(x)
     return got == want, f"counter {got:,}, formula {want:,}"
 

@@ -23,6 +23,7 @@ from softmoe_cli.config import (
     Model,
     RayLauncher,
     SlurmLauncher,
+    UpcycleConfig,
     UsageError,
     check_channels,
     nearest,
@@ -32,10 +33,11 @@ from softmoe_cli.files import RunError
 if typing.TYPE_CHECKING:
     from softmoe_cli.record import Source
 
-T = typing.TypeVar("T", Config, EvaluateConfig, CostConfig, MatchConfig, Model)
+T = typing.TypeVar("T", Config, EvaluateConfig, CostConfig, MatchConfig, UpcycleConfig, Model)
 
 SCHEMAS: dict[str, type] = {
     "train": Config, "finetune": Config, "evaluate": EvaluateConfig, "cost": CostConfig, "match": MatchConfig,
+    "upcycle": UpcycleConfig,
 }  # fmt: skip
 
 LAUNCHERS = {"local": LocalLauncher, "slurm": SlurmLauncher, "ray": RayLauncher}
@@ -47,6 +49,7 @@ usage: softmoe COMMAND [ARGUMENTS]
 
   train      compose an experiment and train it            softmoe train model=vit_nano2_soft seed=1
   finetune   the same loop, from a checkpoint              softmoe finetune checkpoint=RUN data=digits
+  upcycle    a dense checkpoint into a mixture of experts  softmoe upcycle checkpoint=RUN model/router=soft
   evaluate   quality of a checkpoint on a data set         softmoe evaluate checkpoint=RUN
   cost       parameters, FLOPs, memory, latency           softmoe cost model=vit_s16_soft
   match      make one model cost what another does        softmoe match model=vit_s16_soft to=vit_s16_dense
@@ -79,6 +82,21 @@ softmoe finetune checkpoint=SOURCE [GROUP=CHOICE | KEY=VALUE]...   the same loop
 
 SOURCE is a run folder, a .safetensors file or timm:NAME. The model is the checkpoint's; the head is kept only
 when the classes are the same. model.image_size resamples the position table and keeps the slots.""",
+    "upcycle": """\
+softmoe upcycle checkpoint=SOURCE [GROUP=CHOICE | KEY=VALUE]...   a dense checkpoint into a mixture of experts
+
+  softmoe upcycle checkpoint=outputs/default/RUN model/router=soft model.router.num_experts=16 model.moe_blocks=last_2
+  softmoe upcycle checkpoint=RUN model=vit_micro7_experts_choice folder=upcycled      a named point with RUN's backbone
+  softmoe upcycle checkpoint=timm:vit_tiny_patch16_224 data=cifar10 model/router=soft model.moe_blocks=[6,8,10]
+  softmoe upcycle checkpoint=timm_weights.safetensors model.backbone.timm=vit_tiny_patch16_224 data=cifar10 ...
+  softmoe upcycle checkpoint=RUN model/router=tokens_choice_dropless model.router.k=2 \\
+    model.router.gate=softmax_chosen model.moe_blocks=every_2 preserve=true
+  softmoe finetune checkpoint=FOLDER data=...          goes on from there
+
+SOURCE is what softmoe finetune takes. The backbone and, unless data= is given, the images are SOURCE's. Every expert
+starts as a copy of the MLP that it replaces or, with a smaller model.expert_width, as a part of one; the router starts
+afresh. receipt.json, and the header of the weights, say where every weight comes from, how much the outputs changed,
+loss and cost before and after.""",
     "evaluate": """\
 softmoe evaluate checkpoint=SOURCE [data=CHOICE] [KEY=VALUE]...   quality of a checkpoint on a data set
 
@@ -379,6 +397,7 @@ def _hydra(command: str, arguments: list[str]) -> None:
         "evaluate": _evaluate,
         "cost": lambda config: costed.append(_door(plain(config, CostConfig), CostConfig)),
         "match": _match,
+        "upcycle": _upcycle,
     }
     failures: list[Exception] = []
 
@@ -419,7 +438,7 @@ def _store_schemas() -> None:
 
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
-    for name in ("evaluate", "cost", "match"):
+    for name in ("evaluate", "cost", "match", "upcycle"):
         store.store(name=f"{name}_schema", node=SCHEMAS[name])
     for name, launcher in LAUNCHERS.items():
         store.store(group="hydra/launcher", name=f"_{name}", node=launcher)
@@ -662,6 +681,63 @@ def _evaluate(config: Any) -> None:
     model = _door(source.card["model"], Model)
     check_channels(checked.data, model.in_chans)
     evaluate_checkpoint(checked, model, sources)
+
+
+def _upcycle(config: Any) -> None:
+    tree = plain(config, UpcycleConfig)
+    if tree["checkpoint"] == "???":
+        raise UsageError("softmoe upcycle needs checkpoint=: a dense run's folder, a .safetensors file or timm:NAME")
+    from softmoe_cli.models import read_checkpoint, timm_card
+    from softmoe_cli.upcycle import show, upcycle
+
+    source = read_checkpoint(tree["checkpoint"])
+    name = tree["model"]["backbone"]["timm"]
+    if "model" not in source.card and name not in (None, "???"):
+        source = dataclasses.replace(source, card=timm_card(name))
+    _take_backbone(tree["model"], source, _typed())
+    tree["data"] = _overlay(source.card.get("data", {}), tree["data"])
+    _inherit(tree, source.card, source.label, _typed())
+    if tree["data"].get("name", "???") == "???":
+        raise UsageError(f"checkpoint={source.label} names no images; choose some with data=, for the receipt")
+    if tree["model"]["router"] == "???" or tree["model"]["router"]["_target_"] is None:
+        raise UsageError(
+            "softmoe upcycle needs a router: model/router=NAME with model.moe_blocks=last_N, or a named point as model="
+        )
+    checked = _door(tree, UpcycleConfig)
+    show(upcycle(checked, source), checked.format)
+
+
+def _take_backbone(model: dict[str, Any], source: "Source", typed: Sequence[str]) -> None:
+    """Everything but router, placement and experts is the checkpoint's; what was typed may not say otherwise."""
+    if _names("model.expert_init", typed):
+        raise UsageError(
+            "model.expert_init has no effect here: experts start as copies; see expert_noise, expert_redraw"
+        )
+    own = source.card.get("model")
+    if own is None:
+        if model["image_size"] == "???":
+            raise UsageError(
+                f"checkpoint={source.label} does not say what model it is; name timm's with "
+                "model.backbone.timm=NAME, or one of ours with model="
+            )
+        return
+    if own["router"]["_target_"] is not None:
+        raise UsageError(
+            f"checkpoint={source.label} has a router already ({own['router']['_target_']}); use a dense one"
+        )
+    chosen = model["backbone"]
+    free = ("name", "drop_path", "pos_std", "init")  # what says nothing of trained weights
+    for key, value in own["backbone"].items():
+        if key not in free and chosen[key] not in ("???", value):
+            raise UsageError(
+                f"the backbone chosen has {key}={chosen[key]}, but checkpoint={source.label} has {key}={value} "
+                f"({own['backbone']['name']}); choose only model/router=, model.moe_blocks= and the router's options"
+            )
+        if key == "name":
+            chosen[key] = value
+    if not _names("model.image_size", typed):
+        model["image_size"] = own["image_size"]
+    model["in_chans"] = own["in_chans"]
 
 
 def _match(config: Any) -> None:

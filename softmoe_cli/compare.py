@@ -29,8 +29,8 @@ EVALUATION = (
 )  # fmt: skip
 """Qualities are compared only where all of these are equal: the same images, cut the same way."""
 ROUTED = (
-    "model.moe_blocks", "model.expert_init", "router", "num_experts", "slots_per_expert", "images_per_group",
-    "moe_blocks",
+    "model.moe_blocks", "model.expert_init", "model.expert_width", "router", "num_experts", "slots_per_expert",
+    "images_per_group", "moe_blocks",
 )  # fmt: skip
 """Settings, beside model.router.*, that come with a router and say nothing of which dense control is its own."""
 
@@ -44,6 +44,7 @@ LABELS = {
     "model.router.slots_per_expert": "{} slots/expert",
     "slots_per_expert": "{} slots/expert",
     "model.router.k": "k={}",
+    "model.expert_width": "experts of width {}",
     "model.router.capacity_factor": "capacity factor {}",
     "model.moe_blocks": "blocks {}",
     "moe_blocks": "blocks {}",

@@ -121,6 +121,7 @@ class Model:
     expert_init: str = option(
         "identical: all experts of a layer start equal (official)", choices=("identical", "independent")
     )
+    expert_width: int | None = option("hidden width of an expert; null: that of the MLP it replaces", low=1)
 
     def check(self) -> None:
         _check(self)
@@ -135,6 +136,7 @@ class Model:
         if self.router["_target_"] is None:
             # So that a dense control is the same run whatever placement and options its rivals sweep over.
             self.moe_blocks, self.router, self.expert_init = [], {"_target_": None}, "identical"
+            self.expert_width = None
         elif self.backbone.depth is not None:
             self.moe_blocks = placement(self.moe_blocks, self.backbone.depth)
             if not self.moe_blocks:
@@ -454,6 +456,40 @@ class EvaluateConfig:
         for word, is_idle in idle.items():
             if is_idle:
                 raise UsageError(f"{word} has no effect without {needs[word]}")
+
+
+@dataclass
+class UpcycleConfig:
+    """What `softmoe upcycle` composes."""
+
+    path: ClassVar[str] = ""
+    checkpoint: str = option("a dense model: a run folder, a .safetensors file or timm:NAME")
+    allow_unexpected: list[str] = option("weights that may be left unused, by name or by pattern (*)")
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    expert_noise: float = option("noise on the copies, as a share of each tensor's standard deviation", low=0)
+    expert_redraw: float = option(
+        "share of each expert's hidden units that are drawn again (Drop-Upcycling)", low=0, high=1
+    )
+    preserve: bool = option("an error unless the new model computes what the old one did; measured in float64")
+    seed: int = option("of the router, the noise and what is drawn again", low=0, high=2**31 - 1)
+    images: int = option("validation images, the first ones, on which the receipt compares both models", low=1)
+    folder: str | None = option("where the checkpoint goes; null: output_root/upcycled/NAME-SIGNATURE")
+    output_root: str = option("the folder of all studies")
+    format: str = option("what is printed", choices=("table", "json"))
+    threads: int | None = option("CPU threads; null: torch's choice", low=1)
+
+    def check(self) -> None:
+        _check(self)
+        self.model.check()
+        self.data.check()
+        check_channels(self.data, self.model.in_chans)
+        check_groups("images", self.images, self.model.router)
+        if self.preserve and (self.expert_noise or self.expert_redraw):
+            raise UsageError(
+                f"preserve=true cannot hold with expert_noise={self.expert_noise:g} and "
+                f"expert_redraw={self.expert_redraw:g}: experts must stay copies; set both to 0"
+            )
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 import dataclasses
 import fnmatch
-import hashlib
 import inspect
 import math
 import sys
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from softmoe_cli.config import Backbone, Model, UsageError, nearest, placement
 from softmoe_cli.moe.layer import Experts, MoE
 from softmoe_cli.moe.routing import Router
-from softmoe_cli.record import Source, read_source
+from softmoe_cli.record import Source, digest_of, read_source
 
 
 def read_checkpoint(checkpoint: str) -> Source:
@@ -45,24 +44,28 @@ def read_checkpoint(checkpoint: str) -> Source:
     except (OSError, RuntimeError) as error:  # hub errors are OSErrors; timm raises RuntimeError without weights
         raise UsageError(f"{checkpoint}: timm could not fetch its weights ({str(error).splitlines()[0]})") from error
     _plain_vit(name, vit)
-    about = vit.pretrained_cfg
     weights = {key: value.contiguous() for key, value in vit.state_dict().items()}
+    return Source(checkpoint, digest_of(weights), weights, timm_card(name))
+
+
+def timm_card(name: str) -> dict[str, Any]:
+    """What a checkpoint of ours would say of a timm model's pretrained weights: its model and its pixels."""
+    about = timm.get_pretrained_cfg(name)
+    if about is None:
+        raise UsageError(f"timm has no model '{name}'.{nearest(name.split('.')[0], timm.list_models('*vit*'))}")
     backbone: dict[str, Any] = dict.fromkeys(f.name for f in dataclasses.fields(Backbone))
-    card = {
+    return {
         "model": {
             "backbone": backbone | {"name": name, "timm": name},
             "router": {"_target_": None},
-            "image_size": about["input_size"][-1],
-            "in_chans": about["input_size"][0],
+            "image_size": about.input_size[-1],
+            "in_chans": about.input_size[0],
             "moe_blocks": [],
+            "expert_width": None,
             "expert_init": "identical",
         },
-        "data": {"mean": list(about["mean"]), "std": list(about["std"])},
+        "data": {"mean": list(about.mean), "std": list(about.std)},
     }
-    digest = hashlib.sha256()
-    for key in sorted(weights):
-        digest.update(key.encode() + weights[key].numpy().tobytes())
-    return Source(checkpoint, digest.hexdigest(), weights, card)
 
 
 def build(model: Model, num_classes: int) -> VisionTransformer:
@@ -83,6 +86,15 @@ def build(model: Model, num_classes: int) -> VisionTransformer:
             block = vit.blocks[index]
             block.mlp = _moe(block.mlp, model, num_tokens=count_tokens(vit))
     return vit
+
+
+def portable(model: Model, vit: VisionTransformer) -> dict[str, Any]:
+    """The model's config as a checkpoint keeps it: routers with their slots fixed, for any number of tokens."""
+    kept = dataclasses.asdict(model)
+    for block in vit.blocks:
+        if isinstance(block.mlp, MoE):
+            kept["router"] = {"_target_": model.router["_target_"], **block.mlp.router.options}
+    return kept
 
 
 def count_tokens(vit: VisionTransformer) -> int:
@@ -168,7 +180,8 @@ def _timm_vit(name: str, model: Model, num_classes: int) -> VisionTransformer:
 
 def _plain_vit(name: str, vit: nn.Module) -> VisionTransformer:
     """Only what the cost formula and the loading of weights know."""
-    if not isinstance(vit, VisionTransformer):
+    # Subclasses have more: DeiT's second head, for one, is in no formula and knows no other classes.
+    if not isinstance(vit, VisionTransformer) or type(vit) is not VisionTransformer:
         raise UsageError(f"timm's {name} is a {type(vit).__name__}, not a plain VisionTransformer")
     strange = {type(block).__name__ for block in vit.blocks if type(block) is not Block}
     strange |= {type(block.attn).__name__ for block in vit.blocks if type(block) is Block and not _plain(block.attn)}
@@ -185,12 +198,18 @@ def _plain(attention: nn.Module) -> bool:
 
 def _moe(mlp: nn.Module, model: Model, num_tokens: int) -> MoE:
     """Router and experts in the shape of the dense MLP that they replace."""
-    if not isinstance(mlp, Mlp) or not isinstance(mlp.act, nn.GELU | GELU | GELUTanh):
+    if (
+        not isinstance(mlp, Mlp)
+        or not isinstance(mlp.act, nn.GELU | GELU | GELUTanh)
+        or not isinstance(mlp.norm, nn.Identity)
+    ):
+        plumbing = (nn.Linear, nn.Dropout, nn.Identity)
+        inside = ", ".join(type(part).__name__ for part in mlp.children() if not isinstance(part, plumbing))
         raise UsageError(
-            f"model.backbone.timm={model.backbone.timm} has {type(mlp).__name__} blocks; "
+            f"model.backbone.timm={model.backbone.timm} has {type(mlp).__name__} blocks with {inside}; "
             "experts replace plain GELU MLPs"
         )
-    dim, hidden = mlp.fc1.in_features, mlp.fc1.out_features
+    dim, hidden = mlp.fc1.in_features, model.expert_width or mlp.fc1.out_features
     router = make_router(model.router, dim, num_tokens)
     if router.needs_independent_experts and model.expert_init == "identical":
         raise UsageError(

@@ -48,6 +48,8 @@ def signature(config: Config, command: str, source_digest: str | None, data_dige
 
 def _science(config: Config) -> dict[str, Any]:
     science = dataclasses.asdict(config)
+    if config.model.expert_width is None:  # a run is what it was before there was a choice
+        del science["model"]["expert_width"]
     for key in NOT_SCIENCE:
         section, _, leaf = key.rpartition(".")
         (science[section] if section else science).pop(leaf)
@@ -168,15 +170,7 @@ class Run:
         shutil.rmtree(temporary, ignore_errors=True)
         state = state | {"sizes": {file: self._size(file) for file in ("metrics.jsonl", "routing.jsonl")}}
         try:
-            temporary.mkdir()
-            save_file(weights, temporary / WEIGHTS, metadata={"format": "pt", "softmoe": json.dumps(card)})
-            if training:
-                save_file(training, temporary / TRAINING)
-            (temporary / STATE).write_text(json.dumps(state))
-            files = [file for file in (WEIGHTS, TRAINING, STATE) if (temporary / file).exists()]
-            (temporary / SUMS).write_text("".join(f"{_sha256(temporary / file)}  {file}\n" for file in files))
-            for file in [*files, SUMS]:
-                sync(temporary / file)
+            write_checkpoint(temporary, weights, card, training, {STATE: json.dumps(state)})
             for file in ("metrics.jsonl", "routing.jsonl"):
                 if (self.folder / file).exists():
                     sync(self.folder / file)  # the checkpoint vouches for these rows
@@ -239,6 +233,32 @@ class Run:
     def _found(self, kind: str) -> list[Path]:
         """Checkpoints of a kind, newest first."""
         return sorted(self.checkpoints.glob(f"{kind}-*"), reverse=True)
+
+
+def write_checkpoint(
+    folder: Path, weights: dict[str, Tensor], card: dict[str, Any], training: dict[str, Tensor], texts: dict[str, str]
+) -> None:
+    """Makes the folder of a checkpoint: weights with their card, training tensors if any, other files by name, and the
+    checksums of them all; on disk when this returns. The same contents give the same bytes: safetensors writes a
+    header's entries in any order, so there is one."""
+    folder.mkdir(parents=True)
+    save_file(weights, folder / WEIGHTS, metadata={"softmoe": json.dumps(card)})
+    if training:
+        save_file(training, folder / TRAINING)
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    files = [WEIGHTS, *([TRAINING] if training else []), *texts]
+    (folder / SUMS).write_text("".join(f"{_sha256(folder / file)}  {file}\n" for file in files))
+    for file in [*files, SUMS]:
+        sync(folder / file)
+
+
+def digest_of(weights: dict[str, Tensor]) -> str:
+    """SHA-256 of names and values, whatever file they stand in."""
+    digest = hashlib.sha256()
+    for key in sorted(weights):
+        digest.update(key.encode() + weights[key].numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _locked(file: TextIO) -> bool:
@@ -328,6 +348,7 @@ def _read_card(text: str, path: Path) -> dict[str, Any]:
         raise UsageError(f"checkpoint={path}: what it says of its model lacks {lacks[0]}; softmoe saved no such file")
     if "${" in text:
         raise UsageError(f"checkpoint={path}: what it says of its model holds ${{…}}, which softmoe never writes")
+    said["model"].setdefault("expert_width", None)  # saved before there was a choice
     return said
 
 

@@ -27,7 +27,7 @@ from softmoe_cli.device import Energy, arithmetic, free_memory, hardware, prepar
 from softmoe_cli.evaluate import classification_loss, evaluate, features, routing_statistics
 from softmoe_cli.fewshot import fewshot
 from softmoe_cli.memory import Memory, largest_batch, require_fit
-from softmoe_cli.models import build, load_weights
+from softmoe_cli.models import build, load_weights, portable
 from softmoe_cli.moe.layer import MoE
 from softmoe_cli.moe.routing import Routing, full_precision, routings
 from softmoe_cli.optim import adamw, schedule, span
@@ -185,7 +185,11 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
         first_step=progress.step,
         device=device,
     )
-    card: dict[str, Any] = {"model": _portable(config, model), "data": asdict(config.data), "classes": splits.classes}
+    card: dict[str, Any] = {
+        "model": portable(config.model, model),
+        "data": asdict(config.data),
+        "classes": splits.classes,
+    }
     card |= {"loss": config.train.loss, "precision": config.train.precision}
     evaluated = ema.module if ema is not None else model
     moe_blocks = [i for i, block in enumerate(model.blocks) if isinstance(block.mlp, MoE)]
@@ -450,15 +454,6 @@ def run_folder(config: Config, command: str, source: Source | None) -> Path:
 
 def _num_classes(config: Config, splits: data.Splits) -> int:
     return config.data.num_classes or len(splits.classes)
-
-
-def _portable(config: Config, model: VisionTransformer) -> dict[str, Any]:
-    """The model's config as a checkpoint keeps it: routers with their slots fixed, for any number of tokens."""
-    portable = asdict(config.model)
-    for block in model.blocks:
-        if isinstance(block.mlp, MoE):
-            portable["router"] = {"_target_": config.model.router["_target_"], **block.mlp.router.options}
-    return portable
 
 
 def _load_source(model: VisionTransformer, source: Source, config: Config, classes: list[str], screen: Screen) -> None:

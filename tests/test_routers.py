@@ -43,7 +43,7 @@ def sparse(router: Router, x: Tensor) -> SparseRouting:
 
 def gates_of(moe: MoE, x: Tensor, function: str = "softmax") -> list[list[float]]:
     logits = (x @ moe.router.get_parameter("gate.kernel")).tolist()
-    if function == "sigmoid":
+    if function.startswith("sigmoid"):
         return [[1 / (1 + math.exp(-value)) for value in row] for row in logits]
     return [oracles.softmax(row) for row in logits]
 
@@ -57,9 +57,15 @@ def close(got: Tensor, want: Any) -> None:
 
 
 @pytest.mark.parametrize("router", ["tokens_choice", "tokens_choice_bpr"])
-@pytest.mark.parametrize(("k", "slots"), [(1, 1), (1, 2), (2, 3), (3, 2), (2, 30)])
+@pytest.mark.parametrize(
+    ("k", "slots", "gate"),
+    [
+        (k, slots, gate)
+        for k, slots in ((1, 1), (1, 2), (2, 3), (3, 2), (2, 30))
+        for gate in ("softmax", "sigmoid", "softmax_chosen", "sigmoid_chosen")[: 2 if k == 1 else 4]
+    ],
+)
 @pytest.mark.parametrize("images", [1, 2])
-@pytest.mark.parametrize("gate", ["softmax", "sigmoid"])
 def test_tokens_choice(router: str, k: int, slots: int, images: int, gate: str) -> None:
     options = {"k": k, "slots_per_expert": slots, "capacity_factor": None, "images_per_group": images, "gate": gate}
     moe, x = layer(router, **options, **QUIET), tokens()
@@ -68,6 +74,8 @@ def test_tokens_choice(router: str, k: int, slots: int, images: int, gate: str) 
     for group, out in zip(x.view(-1, images * TOKENS, DIM), y.view(-1, images * TOKENS, DIM), strict=True):
         gates = gates_of(moe, group, gate)
         placed = oracles.tokens_choice(gates, gates, k, slots, surest_first=router.endswith("bpr"))
+        if gate.endswith("_chosen"):
+            placed.kept = {place: (t, value / sum(sorted(gates[t])[-k:])) for place, (t, value) in placed.kept.items()}
         close(out, oracles.sparse_moe(group.tolist(), placed, *expert_weights(moe)))
         dropped += images * TOKENS - len({token for token, _ in placed.kept.values()})
         demand = [a + b for a, b in zip(demand, placed.demand, strict=True)]
@@ -237,6 +245,7 @@ def test_sparse_statistics_by_hand() -> None:
         ("tokens_choice", {"k": 4}, "k=4 experts per token"),
         ("tokens_choice", {"images_per_group": 0}, "images_per_group=0 must be at least 1"),
         ("tokens_choice", {"gate": "tanh"}, "gate=tanh is not one of softmax, sigmoid"),
+        ("tokens_choice", {"gate": "softmax_chosen"}, "with k=1 makes every gate 1"),
         ("tokens_choice", {"noise_std": 0.0}, "load_weight=0.005 has no effect with noise_std=0"),
         ("tokens_choice", {"bias_rate": -1.0}, "bias_rate=-1.0 must not be negative"),
         ("tokens_choice", {"shared_experts": -1}, "shared_experts=-1 must not be negative"),

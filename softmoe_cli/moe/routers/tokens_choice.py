@@ -1,8 +1,8 @@
 """Tokens Choice, the router of V-MoE: Scaling Vision with Sparse Mixture of Experts (Riquelme et al., 2021),
 https://arxiv.org/abs/2106.05974, as in its official code (google-research/vmoe, nn/routing.py and moe.py).
 
-The paper's letters: N tokens of a group are our s, E experts our e, C buffer positions our p. Gates are never
-renormalised over the chosen experts (equation 3 of the paper and the code), overflow is dropped.
+The paper's letters: N tokens of a group are our s, E experts our e, C buffer positions our p. Overflow is dropped.
+Gates are not renormalised over the chosen experts (equation 3 of the paper and the code) unless `gate` says so.
 """
 
 import math
@@ -116,13 +116,21 @@ def grouped_tokens(
     return x.reshape(-1, images * n, d), keep.reshape(-1, images * n)
 
 
+GATES = ("softmax", "sigmoid", "softmax_chosen", "sigmoid_chosen")
+
+
 class Gate(nn.Module):
-    """Logits and gates of the sparse routers: a linear map without bias, and softmax or sigmoid."""
+    """Logits and gates of the sparse routers: a linear map without bias, and softmax or sigmoid.
+
+    With `_chosen` a token's gates are divided by their sum over its k experts, so that they add up to one: V-MoE's
+    vision models after upcycling (Sparse Upcycling, Komatsuzaki et al., 2023) and, with sigmoid, DeepSeek-V3 (2024).
+    Choosing, serving order and auxiliary losses see the gates before that.
+    """
 
     def __init__(self, dim: int, num_experts: int, *, function: str, noise_std: float) -> None:
         super().__init__()
-        if function not in ("softmax", "sigmoid"):
-            raise ValueError(f"gate={function} is not one of softmax, sigmoid")
+        if function not in GATES:
+            raise ValueError(f"gate={function} is not one of {', '.join(GATES)}")
         if noise_std < 0:
             raise ValueError(f"noise_std={noise_std} must not be negative")
         self.function, self.std = function, noise_std / num_experts
@@ -134,7 +142,11 @@ class Gate(nn.Module):
         nn.init.trunc_normal_(self.kernel, std=std, a=-2 * std, b=2 * std)
 
     def activate(self, logits: Float[Tensor, "g s e"]) -> Float[Tensor, "g s e"]:
-        return logits.sigmoid() if self.function == "sigmoid" else logits.softmax(dim=2)
+        return logits.sigmoid() if self.function.startswith("sigmoid") else logits.softmax(dim=2)
+
+    def weigh(self, gates: Float[Tensor, "g s e"], chosen: Int[Tensor, "g s k"]) -> Float[Tensor, "g s e"]:
+        """What outputs are multiplied by: the gates, or their share in the sum over the chosen experts."""
+        return gates / gates.gather(2, chosen).sum(dim=2, keepdim=True) if self.function.endswith("_chosen") else gates
 
     def forward(self, x: Float[Tensor, "g s d"]) -> tuple[Float[Tensor, "g s e"], Float[Tensor, "g s e"]]:
         """Logits without noise, and those to use: in training with noise of std noise_std / e."""
@@ -232,7 +244,8 @@ class TokensChoiceRouter(Router):
         capacity_rounding: ceil (V-MoE) or round, half to even (fair: as the soft router rounds).
         capacity_multiple: p is padded up to a multiple of this (V-MoE 4; fair: 1).
         images_per_group: images whose tokens compete for the same slots (V-MoE: 8).
-        gate: softmax (the paper) or sigmoid, each expert for itself.
+        gate: softmax (the paper) or sigmoid, each expert for itself; softmax_chosen and sigmoid_chosen divide by the
+            sum over the chosen experts.
         noise_std: the logits' noise in training has this over e as its standard deviation.
         importance_weight, load_weight, gshard_weight: of the auxiliary losses; 0: none.
         bias_rate: step of the balancing bias after each update; 0: none.
@@ -265,7 +278,7 @@ class TokensChoiceRouter(Router):
         shared_experts: int,
     ) -> None:
         super().__init__()
-        check_choice(k, num_experts, images_per_group, shared_experts)
+        check_choice(k, num_experts, images_per_group, shared_experts, gate)
         slots = slots_of(
             slots_per_expert, capacity_factor, images_per_group * num_tokens * k, num_experts, capacity_rounding,
             capacity_multiple,
@@ -313,7 +326,8 @@ class TokensChoiceRouter(Router):
             aux_loss = self.balance.loss(self.gate, clean, noisy, gates, kept, self.k)
             chosen = choose(self.balance.scores(gates), self.k)
             order = self.priority(gates)
-            routing = place(gates, chosen, kept, order, self.slots_per_expert, aux_loss, (x.shape[0], x.shape[1]))
+            weights, shape = self.gate.weigh(gates, chosen), (x.shape[0], x.shape[1])
+            routing = place(weights, chosen, kept, order, self.slots_per_expert, aux_loss, shape)
             self.balance.count(routing.demand)
             return routing
 
@@ -321,10 +335,12 @@ class TokensChoiceRouter(Router):
         self.balance.settle()
 
 
-def check_choice(k: int, num_experts: int, images_per_group: int, shared_experts: int) -> None:
+def check_choice(k: int, num_experts: int, images_per_group: int, shared_experts: int, gate: str) -> None:
     if not 1 <= k <= num_experts:
         raise ValueError(f"k={k} experts per token must be from 1 to num_experts={num_experts}")
     if images_per_group < 1:
         raise ValueError(f"images_per_group={images_per_group} must be at least 1")
     if shared_experts < 0:
         raise ValueError(f"shared_experts={shared_experts} must not be negative")
+    if k == 1 < num_experts and gate.endswith("_chosen"):
+        raise ValueError(f"gate={gate} with k=1 makes every gate 1, which teaches the router nothing; use k=2 or more")

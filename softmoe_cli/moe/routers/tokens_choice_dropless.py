@@ -49,7 +49,7 @@ class TokensChoiceDroplessRouter(Router):
         shared_experts: int,
     ) -> None:
         super().__init__()
-        check_choice(k, num_experts, images_per_group, shared_experts)
+        check_choice(k, num_experts, images_per_group, shared_experts, gate)
         self.num_experts, self.k, self.shared_experts = num_experts, k, shared_experts
         self.loss_images = images_per_group
         self.gate = Gate(dim, num_experts, function=gate, noise_std=noise_std)
@@ -87,7 +87,8 @@ class TokensChoiceDroplessRouter(Router):
             aux_loss = self.balance.loss(self.gate, clean, noisy, gates, kept, self.k)
             chosen = choose(self.balance.scores(gates), self.k)
             # Padding is computed like any token, so that the number of rows is known; its gates are zero.
-            gate = (gates.gather(2, chosen) * kept[:, :, None]).flatten(0, 1)[: b * n].flatten()
+            weights = self.gate.weigh(gates, chosen).gather(2, chosen) * kept[:, :, None]
+            gate = weights.flatten(0, 1)[: b * n].flatten()
             expert = chosen.flatten(0, 1)[: b * n].flatten()
             order = expert.argsort(stable=True)
             sizes = expert.new_zeros(self.num_experts).scatter_add(0, expert, torch.ones_like(expert))

@@ -1,0 +1,368 @@
+"""A dense ViT becomes a mixture of experts: experts from its MLPs, a new router, and a receipt of what that changed.
+
+Sparse Upcycling: Training Mixture-of-Experts from Dense Checkpoints (Komatsuzaki et al., 2023, Section 3),
+https://arxiv.org/abs/2212.05055: every expert starts as a copy of the MLP, the router afresh, all else is kept.
+"""
+
+import hashlib
+import json
+import math
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from timm.layers import Mlp
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+from torch.nn import functional as F
+
+from softmoe_cli import data
+from softmoe_cli.config import Model, UpcycleConfig, UsageError
+from softmoe_cli.cost import Cost, account_model, on_meta
+from softmoe_cli.evaluate import classification_loss
+from softmoe_cli.files import RunError, sync
+from softmoe_cli.models import LoadReport, build, count_tokens, load_weights, portable
+from softmoe_cli.moe.layer import Experts, MoE
+from softmoe_cli.moe.routers.experts_choice import ExpertsChoiceRouter
+from softmoe_cli.moe.routers.identity import IdentityRouter
+from softmoe_cli.moe.routers.soft import SoftRouter
+from softmoe_cli.moe.routers.tokens_choice import Gate, TokensChoiceRouter
+from softmoe_cli.moe.routers.tokens_choice_dropless import TokensChoiceDroplessRouter
+from softmoe_cli.moe.routers.uniform import UniformRouter
+from softmoe_cli.moe.routing import Router
+from softmoe_cli.record import WEIGHTS, Source, damage, digest_of, write_checkpoint
+from softmoe_cli.terminal import Screen, count
+
+RECEIPT = "receipt.json"
+EXACT = 1e-9
+"""What a whole model in float64 may lose where the maths says that nothing changes."""
+
+
+def upcycle(config: UpcycleConfig, source: Source) -> dict[str, Any]:
+    """Writes the checkpoint of the upcycled model and returns its receipt, with the folder it lies in.
+
+    Raises:
+        UsageError: a source, target or combination that cannot work; nothing was written.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    splits = data.load(config.data)
+    classes = config.data.num_classes or len(splits.classes)
+    model = replace(config.model, expert_init="independent")
+    dense = replace(model, router={"_target_": None}, moe_blocks=[], expert_width=None, expert_init="identical")
+    without, planned = on_meta(dense, classes), on_meta(model, classes)
+    costs = {"before": account_model(without, batch=None, recompute=False)}
+    costs["after"] = account_model(planned, batch=None, recompute=False)
+    _check(config, without, planned)
+    if not (config.expert_noise or config.expert_redraw or model.expert_width):
+        model = replace(model, expert_init="identical")
+    settings = _settings(config, model, data.identity(config.data))
+    folder = _folder(config, model, source, settings)
+    if (found := _found(folder, source, settings)) is not None:
+        Screen().say(f"{folder} holds this already; nothing to do")
+        return found | {"folder": str(folder)}
+
+    torch.manual_seed(config.seed)
+    old = build(dense, classes)
+    keep_head = source.card.get("classes") == splits.classes and _head(source.weights) == old.head.weight.shape
+    report = load_weights(old, source.weights, keep_head=keep_head, allow_unexpected=config.allow_unexpected)
+    torch.manual_seed(config.seed)
+    new = build(model, classes)
+    keys = transplant(old, new, report, noise=config.expert_noise, redraw=config.expert_redraw)
+
+    images, labels = next(
+        data.eval_batches(
+            splits.validation,
+            config.data,
+            image_size=model.image_size,
+            in_chans=model.in_chans,
+            batch_size=config.images,
+            device=torch.device("cpu"),
+        )
+    )
+    loss = source.card.get("loss", "softmax")
+    changes = measure(old, new, images, labels, keep_head=keep_head, loss=loss, exact=config.preserve)
+    weights = {key: value.contiguous() for key, value in new.state_dict().items()}
+    receipt: dict[str, Any] = {"source": {"checkpoint": source.label, "digest": source.digest}, "settings": settings}
+    receipt |= {"result": {"digest": digest_of(weights)}, "images": len(images), **changes}
+    receipt |= {"cost": {when: _figures(cost) for when, cost in costs.items()}, "keys": keys}
+    receipt["unused"] = report.unexpected
+    card = {"model": portable(model, new), "data": asdict(config.data), "classes": splits.classes, "loss": loss}
+    card |= {"precision": source.card.get("precision", "fp32"), "receipt": receipt}
+    _write(folder, weights, card, receipt)
+    return receipt | {"folder": str(folder)}
+
+
+def show(receipt: dict[str, Any], form: str) -> None:
+    """Prints a receipt as a table or, without its key map, as JSON."""
+    if form == "json":
+        print(json.dumps({key: value for key, value in receipt.items() if key != "keys"}))
+        return
+    before, after = receipt["cost"]["before"], receipt["cost"]["after"]
+    fates: dict[str, int] = {}
+    for fate in receipt["keys"].values():
+        kind = "new" if fate["from"] is None else "copied" if fate["how"] == "copied" else "made from MLPs"
+        fates[kind] = fates.get(kind, 0) + 1
+    losses = "none: the head is new"
+    if receipt["loss_before"] is not None:
+        losses = f"{receipt['loss_before']:.4f} before, {receipt['loss_after']:.4f} after"
+    rows = {
+        "from": receipt["source"]["checkpoint"],
+        "weights": ", ".join(f"{number} {kind}" for kind, number in fates.items()),
+        "change": f"mean {receipt['mean_change']:.3g}, largest {receipt['max_change']:.3g}, in {receipt['outputs']} of "
+        f"mean size {receipt['mean_size']:.3g} ({receipt['images']} images, {receipt['precision']})",
+        "loss": losses,
+        "parameters": f"{count(before['params'])} before, {count(after['params'])} after, "
+        f"{count(after['active_params'])} of them active per token",
+        "cost per image": f"{count(before['forward_flop'])}FLOP forward before, {count(after['forward_flop'])} after",
+        "folder": receipt["folder"],
+    }
+    Screen().table("upcycle", rows)
+
+
+@torch.no_grad()
+def transplant(
+    old: VisionTransformer, new: VisionTransformer, report: LoadReport, *, noise: float, redraw: float
+) -> dict[str, dict[str, str | None]]:
+    """Fills `new` from `old` and returns its key map: for each weight where it is `from`, and `how`."""
+    source, target = old.state_dict(), new.state_dict()
+    fresh = set(report.new)
+    resized = {line.split()[0] for line in report.resized}
+    keys: dict[str, dict[str, str | None]] = {}
+    for key, value in target.items():
+        if key in source:
+            value.copy_(source[key])
+            how = "new" if key in fresh else "positions resampled" if key in resized else "copied"
+            keys[key] = {"from": None if key in fresh else key, "how": how}
+    for index, block in enumerate(new.blocks):
+        if isinstance(block.mlp, MoE):
+            place, moe = f"blocks.{index}.mlp", block.mlp
+            parts = fill_experts(moe, old.blocks[index].mlp)
+            group_router(moe.router, parts)
+            if noise:
+                for parameter in moe.experts.parameters():
+                    parameter.add_(noise * parameter.std() * torch.randn_like(parameter))
+            if redraw:
+                redraw_units(moe.experts, redraw)
+            for name in moe.state_dict():
+                keys[f"{place}.{name}"] = _fate(place, name, moe, parts, noise, redraw)
+    return keys
+
+
+def fill_experts(moe: MoE, mlp: Mlp) -> int:
+    """Experts, and shared ones, from a dense MLP; returns g, the parts that its hidden units are cut into.
+
+    Expert i holds part i mod g of the hidden units: Upcycling Large Language Models into Mixture of Experts (He et al.,
+    2024, Section 3.2), https://arxiv.org/abs/2410.07524. A sum of the g parts, each weighed 1/g (as gates that add up
+    to one do), is the MLP again when the parts' output kernels are multiplied by g and their output bias is not. With
+    s copies of the MLP as shared experts every copy counts 1/(1 + s).
+    """
+    experts, hidden = moe.experts, mlp.fc1.out_features
+    e, d, width = experts.w1.shape
+    g = hidden // width
+    copies = 1 + moe.router.shared_experts // g
+    w1, w2 = mlp.fc1.weight.T, mlp.fc2.weight.T / copies
+    b1 = mlp.fc1.bias if mlp.fc1.bias is not None else w1.new_zeros(hidden)
+    b2 = (mlp.fc2.bias if mlp.fc2.bias is not None else w2.new_zeros(d)) / copies
+    part = torch.arange(e) % g
+    experts.w1.copy_(w1.view(d, g, width).transpose(0, 1)[part])
+    experts.b1.copy_(b1.view(g, width)[part])
+    experts.w2.copy_(g * w2.view(g, width, d)[part])
+    experts.b2.copy_(b2.expand(e, d))
+    if moe.shared is not None:
+        moe.shared.w1.copy_(w1.repeat(1, copies - 1)[None])
+        moe.shared.b1.copy_(b1.repeat(copies - 1)[None])
+        moe.shared.w2.copy_(w2.repeat(copies - 1, 1)[None])
+        moe.shared.b2.copy_((copies - 1) * b2[None])
+    return g
+
+
+def group_router(router: Router, parts: int) -> None:
+    """The g parts of one copy start with equal gates, so that a token that chooses one of them chooses all (He et al.,
+    2024, Section 3.2: virtual groups)."""
+    first = torch.arange(router.num_experts) // parts * parts
+    for module in router.modules():
+        if isinstance(module, Gate):
+            module.kernel.copy_(module.kernel[:, first])
+        elif isinstance(module, SoftRouter):
+            module.phi.copy_(module.phi[:, first])
+
+
+def redraw_units(experts: Experts, share: float) -> None:
+    """Draws `share` of each expert's hidden units again, normal with mean and standard deviation of what they replace:
+    Drop-Upcycling (Nakamura et al., 2025, Section 3), https://arxiv.org/abs/2502.19261."""
+    width = experts.w1.shape[2]
+    for w1, b1, w2 in zip(experts.w1, experts.b1, experts.w2, strict=True):
+        units = torch.randperm(width)[: math.ceil(share * width)]
+        for rows in (w1.T, b1, w2):
+            dropped = rows[units]
+            rows[units] = dropped.mean() + dropped.std(correction=0) * torch.randn_like(dropped)
+
+
+def obstacle(router: Router, num_tokens: int, parts: int) -> str | None:
+    """Why a layer of copies, in evaluation, is not the MLP; None where it is: every token's weights must add up to one
+    over experts that see that token alone and, with g parts, be equal among the parts of a copy."""
+    room = f"model.router.slots_per_expert={router.images_per_group * num_tokens} model.router.capacity_factor=null"
+    if isinstance(router, TokensChoiceRouter | TokensChoiceDroplessRouter):
+        whole = router.k == router.num_experts and router.gate.function == "softmax"
+        if not router.gate.function.endswith("_chosen") and not whole:
+            return f"its gates ({router.gate.function}) do not add up to one; set model.router.gate=softmax_chosen"
+        if router.k % parts:
+            return f"its k={router.k} does not hold whole copies of {parts} parts; set model.router.k to a multiple"
+        if isinstance(router, TokensChoiceRouter) and router.slots_per_expert < router.images_per_group * num_tokens:
+            return f"its experts have {router.slots_per_expert} slots, and what overflows is dropped; set {room}"
+        return None
+    if isinstance(router, ExpertsChoiceRouter):
+        full = router.slots_per_expert == router.group
+        return None if full else f"a token gets only the gates of experts that took it; set {room}"
+    if isinstance(router, IdentityRouter):
+        return None if parts == 1 else "a token meets one part of the MLP only; set model.expert_width=null"
+    if isinstance(router, SoftRouter | UniformRouter):
+        mixed = f"its slots are mixtures of {num_tokens} tokens, and an MLP of a mixture is no mixture of MLPs"
+        return None if num_tokens == 1 else f"{mixed}; choose a router whose experts see single tokens"
+    return "softmoe does not know whether its weights add up to one; leave preserve=false"
+
+
+@torch.no_grad()
+def measure(
+    old: VisionTransformer,
+    new: VisionTransformer,
+    images: Float[Tensor, "b c s s"],
+    labels: Tensor,
+    *,
+    keep_head: bool,
+    loss: str,
+    exact: bool,
+) -> dict[str, Any]:
+    """Both models' outputs on one batch: logits, or the features before a head that is new; and their losses.
+
+    Raises:
+        RunError: `exact`, and the outputs differ.
+    """
+    dtype = torch.float64 if exact else torch.float32
+
+    def outputs(vit: VisionTransformer) -> Tensor:
+        vit.eval().to(dtype)
+        out: Tensor = vit.forward_head(vit.forward_features(images.to(dtype)), pre_logits=not keep_head)
+        vit.float()
+        return out
+
+    before, after = outputs(old), outputs(new)
+    change = (after - before).abs()
+    if exact and not change.max().item() <= EXACT:
+        raise RunError(f"preserve=true, but an output changes by {change.max().item():.2g}: an error of softmoe's")
+    row = {"outputs": "logits" if keep_head else "features", "precision": str(dtype).removeprefix("torch.")}
+    numbers: dict[str, float | None] = {"mean_size": before.abs().mean().item(), "mean_change": change.mean().item()}
+    numbers |= {"max_change": change.max().item(), "loss_before": None, "loss_after": None}
+    if keep_head:
+        targets = F.one_hot(labels, before.shape[1]).float()
+        numbers["loss_before"] = classification_loss(before, targets, loss).item()
+        numbers["loss_after"] = classification_loss(after, targets, loss).item()
+    return row | numbers
+
+
+def _head(weights: dict[str, Tensor]) -> torch.Size | None:
+    return weights["head.weight"].shape if "head.weight" in weights else None
+
+
+def _check(config: UpcycleConfig, old: VisionTransformer, new: VisionTransformer) -> None:
+    """Refuses what cannot work before anything is allocated: `old` and `new` are on the meta device."""
+    for before, after in zip(old.blocks, new.blocks, strict=True):
+        if not isinstance(after.mlp, MoE):
+            continue
+        router, width, hidden = after.mlp.router, after.mlp.experts.w1.shape[2], before.mlp.fc1.out_features
+        e, shared, parts, name = router.num_experts, router.shared_experts, hidden // width, config.model.router_name
+        if hidden % width:
+            raise UsageError(f"model.expert_width={width} does not divide the MLPs' {hidden} hidden units")
+        if e % parts or shared % parts:
+            raise UsageError(
+                f"model.expert_width={width} cuts an MLP into {parts} parts: model.router.num_experts={e} and "
+                f"shared_experts={shared} must be multiples of that"
+            )
+        if (
+            router.needs_independent_experts
+            and (e > parts or e == 1)
+            and not (config.expert_noise or config.expert_redraw)
+        ):
+            raise UsageError(
+                f"with model/router={name} experts that start equal stay equal; set expert_noise or expert_redraw"
+            )
+        reason = obstacle(router, count_tokens(new), parts) if config.preserve else None
+        if reason is not None:
+            raise UsageError(f"preserve=true cannot hold with model/router={name}: {reason}")
+
+
+def _fate(place: str, name: str, moe: MoE, parts: int, noise: float, redraw: float) -> dict[str, str | None]:
+    part, _, leaf = name.partition(".")
+    if part == "router":
+        return {"from": None, "how": f"new, equal for the {parts} parts of a copy" if parts > 1 else "new"}
+    layer = {"w1": "fc1.weight", "b1": "fc1.bias", "w2": "fc2.weight", "b2": "fc2.bias"}[leaf]
+    copies = 1 + moe.router.shared_experts // parts
+    if part == "shared":
+        steps, factor = [f"{copies - 1} side by side"], {"w2": 1 / copies, "b2": 1 - 1 / copies}.get(leaf, 1)
+    else:
+        steps, factor = (
+            [f"{moe.router.num_experts // parts} copies"],
+            {"w2": parts / copies, "b2": 1 / copies}.get(leaf, 1),
+        )
+        steps += [f"in {parts} parts"] * (parts > 1 and leaf != "b2") + [f"noise {noise:g}"] * (noise > 0)
+        steps += [f"{redraw:g} of the units redrawn"] * (redraw > 0 and leaf != "b2")
+    steps += ["transposed"] * (leaf in ("w1", "w2")) + [f"times {factor:g}"] * (factor != 1)
+    return {"from": f"{place}.{layer}", "how": ", ".join(steps)}
+
+
+def _settings(config: UpcycleConfig, model: Model, identity: str | None) -> dict[str, Any]:
+    """What decides the result, beside the source."""
+    images = {k: v for k, v in asdict(config.data).items() if k not in ("root", "workers", "memory_gib")}
+    chosen = {key: getattr(config, key) for key in ("expert_noise", "expert_redraw", "preserve", "seed", "images")}
+    return {"model": asdict(model), "data": images | {"identity": identity}, **chosen}
+
+
+def _folder(config: UpcycleConfig, model: Model, source: Source, settings: dict[str, Any]) -> Path:
+    if config.folder is not None:
+        return Path(config.folder)
+    mark = hashlib.sha256(json.dumps([source.digest, settings], sort_keys=True).encode()).hexdigest()[:10]
+    return Path(config.output_root) / "upcycled" / f"{model.name.replace('/', '_')}-{mark}"
+
+
+def _found(folder: Path, source: Source, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The receipt of the same upcycling done before.
+
+    Raises:
+        UsageError: the folder holds something else.
+    """
+    if not folder.exists():
+        return None
+    fault = damage(folder, (WEIGHTS, RECEIPT)) if folder.is_dir() else "it is a file"
+    receipt = json.loads((folder / RECEIPT).read_text()) if fault is None and (folder / RECEIPT).is_file() else {}
+    if receipt.get("settings") != json.loads(json.dumps(settings)) or receipt["source"]["digest"] != source.digest:
+        raise UsageError(
+            f"folder={folder} holds something else{f' ({fault})' if fault else ''}; choose another folder or remove it"
+        )
+    return receipt
+
+
+def _figures(cost: Cost) -> dict[str, float]:
+    return {
+        "params": cost.params,
+        "active_params": cost.active_params,
+        "forward_flop": cost.forward_flop,
+        "train_flop": cost.train_flop,
+    }
+
+
+def _write(folder: Path, weights: dict[str, Tensor], card: dict[str, Any], receipt: dict[str, Any]) -> None:
+    temporary = folder.with_name(f".{folder.name}")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        text = json.dumps(receipt, indent=1) + "\n"
+        write_checkpoint(temporary, weights, card, {}, {RECEIPT: text})
+        temporary.rename(folder)
+        sync(folder.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise RunError(f"cannot write {folder}: {error}; make room or choose another folder") from error

@@ -1,0 +1,370 @@
+"""Upcycling: experts as slow loops make them, functions that are preserved and those that are not, receipts, timm."""
+
+import copy
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from timm.layers import Mlp
+from torch import Tensor, nn
+
+from softmoe_cli import data
+from softmoe_cli.models import build, make_router
+from softmoe_cli.moe.layer import Experts, MoE
+from softmoe_cli.record import damage, digest_of
+from softmoe_cli.upcycle import fill_experts, group_router, obstacle, redraw_units
+from tests.conftest import Softmoe
+from tests.oracles import compose
+from tests.test_check import ROUTERS
+
+DIM, HIDDEN, TOKENS, IMAGES = 6, 8, 5, 4
+QUIET = {"importance_weight": 0.0, "load_weight": 0.0, "noise_std": 0.0}
+
+
+@pytest.fixture(scope="module")
+def mlp() -> Mlp:
+    torch.manual_seed(0)
+    dense = Mlp(DIM, HIDDEN).double()
+    for parameter in dense.parameters():
+        nn.init.normal_(parameter)
+    return dense
+
+
+def layer(mlp: Mlp, name: str, parts: int = 1, tokens: int = TOKENS, **changes: Any) -> MoE:
+    """An evaluating layer made from `mlp`."""
+    torch.manual_seed(1)
+    options = ROUTERS[name] | {"num_experts": 4}
+    options |= {key: value for key, value in (QUIET | changes).items() if key in options}
+    router = make_router(options, DIM, tokens)
+    shared, width = router.shared_experts, HIDDEN // parts
+    extra = Experts(1, DIM, shared * width, gelu="none", identical=True) if shared else None
+    moe = MoE(router, Experts(router.num_experts, DIM, width, gelu="none", identical=True), extra).double()
+    with torch.no_grad():
+        assert fill_experts(moe, mlp) == parts
+        group_router(moe.router, parts)
+    return moe.eval()
+
+
+def tokens(n: int = TOKENS) -> Tensor:
+    return torch.randn(IMAGES, n, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+
+def test_experts_as_slow_loops_make_them(mlp: Mlp) -> None:
+    """Two parts and one shared copy, so that each of both counts a half: every number looked up by hand."""
+    g, width, copies = 2, HIDDEN // 2, 2
+    moe = layer(mlp, "tokens_choice", parts=g, shared_experts=2)
+    for expert in range(4):
+        for unit in range(width):
+            there = (expert % g) * width + unit
+            assert moe.experts.b1[expert, unit] == mlp.fc1.bias[there]
+            for d in range(DIM):
+                assert moe.experts.w1[expert, d, unit] == mlp.fc1.weight[there, d]
+                assert moe.experts.w2[expert, unit, d] == g * mlp.fc2.weight[d, there] / copies
+        assert all(moe.experts.b2[expert, d] == mlp.fc2.bias[d] / copies for d in range(DIM))
+    assert moe.shared is not None
+    for unit in range(HIDDEN):
+        assert moe.shared.b1[0, unit] == mlp.fc1.bias[unit]
+        for d in range(DIM):
+            assert moe.shared.w1[0, d, unit] == mlp.fc1.weight[unit, d]
+            assert moe.shared.w2[0, unit, d] == mlp.fc2.weight[d, unit] / copies
+    assert all(moe.shared.b2[0, d] == mlp.fc2.bias[d] / copies for d in range(DIM))
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_parts_weighed_alike_sum_to_the_mlp(mlp: Mlp, parts: int) -> None:
+    x = tokens().flatten(0, 1)
+    outputs = layer(mlp, "soft", parts=parts).experts(x.expand(4, -1, -1))
+    assert (outputs.mean(dim=0) - mlp(x)).abs().max() < 1e-12
+
+
+ROOM = {"slots_per_expert": TOKENS, "capacity_factor": None}
+PRESERVING: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "tokens choice": ("tokens_choice", 1, {"k": 2, "gate": "softmax_chosen", **ROOM}),
+    "sigmoid gates": ("tokens_choice", 1, {"k": 3, "gate": "sigmoid_chosen", **ROOM}),
+    "all experts": ("tokens_choice", 1, {"k": 4, **ROOM}),
+    "groups of two images": (
+        "tokens_choice", 1, {"k": 2, "gate": "softmax_chosen", "images_per_group": 2, **ROOM, "slots_per_expert": 10}
+    ),
+    "in parts": ("tokens_choice", 2, {"k": 2, "gate": "softmax_chosen", **ROOM}),
+    "with shared experts": ("tokens_choice", 1, {"k": 2, "gate": "softmax_chosen", "shared_experts": 3, **ROOM}),
+    "surest first": ("tokens_choice_bpr", 1, {"k": 2, "gate": "softmax_chosen", **ROOM}),
+    "dropless": ("tokens_choice_dropless", 1, {"k": 2, "gate": "softmax_chosen"}),
+    "dropless in parts, shared": (
+        "tokens_choice_dropless", 2, {"k": 2, "gate": "sigmoid_chosen", "shared_experts": 2}
+    ),
+    "experts choice with room for all": ("experts_choice", 1, ROOM),
+    "experts choice in parts": ("experts_choice", 2, ROOM),
+    "identity": ("identity", 1, {}),
+}  # fmt: skip
+OTHER: dict[str, tuple[str, int, dict[str, Any], str]] = {
+    "gates as they are": ("tokens_choice", 1, {"k": 2, **ROOM}, "do not add up to one"),
+    "sigmoid, all experts": ("tokens_choice", 1, {"k": 4, "gate": "sigmoid", **ROOM}, "do not add up to one"),
+    "overflow": ("tokens_choice", 1, {"k": 2, "gate": "softmax_chosen"}, "set model.router.slots_per_expert=5"),
+    "half a copy": ("tokens_choice", 4, {"k": 2, "gate": "softmax_chosen", **ROOM}, "a multiple"),
+    "dropless": ("tokens_choice_dropless", 1, {"k": 2}, "do not add up to one"),
+    "experts choice": ("experts_choice", 1, {}, "set model.router.slots_per_expert=5"),
+    "identity in parts": ("identity", 2, {}, "one part of the MLP only"),
+    "soft": ("soft", 1, {}, "mixtures of 5 tokens"),
+    "uniform": ("uniform", 1, {}, "mixtures of 5 tokens"),
+}
+
+
+@pytest.mark.parametrize("name", PRESERVING)
+def test_function_is_preserved(mlp: Mlp, name: str) -> None:
+    router, parts, options = PRESERVING[name]
+    moe, x = layer(mlp, router, parts, **options), tokens()
+    assert obstacle(moe.router, TOKENS, parts) is None
+    assert (moe(x) - mlp(x)).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_function_is_not_preserved(mlp: Mlp, name: str) -> None:
+    router, parts, options, words = OTHER[name]
+    moe, x = layer(mlp, router, parts, **options), tokens()
+    assert words in str(obstacle(moe.router, TOKENS, parts))
+    assert (moe(x) - mlp(x)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["soft", "soft_uniform", "uniform_soft", "uniform"])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_mixtures_of_a_single_token_are_that_token(mlp: Mlp, name: str, parts: int) -> None:
+    moe, x = layer(mlp, name, parts, tokens=1), tokens(1)
+    assert obstacle(moe.router, 1, parts) is None
+    assert (moe(x) - mlp(x)).abs().max() < 1e-12
+
+
+def test_soft_experts_in_parts_are_soft_experts_whole(mlp: Mlp) -> None:
+    """Virtual groups: the parts of a copy share their slot, so four halves are two experts."""
+    parts, whole, x = layer(mlp, "soft", 2), layer(mlp, "soft", 1, num_experts=2), tokens()
+    with torch.no_grad():
+        whole.router.get_parameter("phi").copy_(parts.router.get_parameter("phi")[:, ::2])
+    assert (parts(x) - whole(x)).abs().max() < 1e-12
+
+
+def test_redrawn_units_are_new_and_others_are_not(mlp: Mlp) -> None:
+    moe = layer(mlp, "soft", num_experts=4)
+    before = copy.deepcopy(moe.experts)
+    with torch.no_grad():
+        redraw_units(moe.experts, 0.5)
+    for e in range(4):
+        moved = (moe.experts.w1[e] != before.w1[e]).all(dim=0)
+        assert moved.sum() == HIDDEN // 2
+        assert torch.equal(moved, (moe.experts.w1[e] != before.w1[e]).any(dim=0))
+        assert torch.equal(moved, moe.experts.b1[e] != before.b1[e])
+        assert torch.equal(moved, (moe.experts.w2[e] != before.w2[e]).all(dim=1))
+    assert not torch.equal(moe.experts.w1[0], moe.experts.w1[1])
+    assert torch.equal(moe.experts.b2, before.b2)
+
+
+def test_redrawn_units_have_the_statistics_of_what_they_replace() -> None:
+    torch.manual_seed(0)
+    experts = Experts(1, 200, 400, gelu="none", identical=True)
+    with torch.no_grad():
+        experts.w1.normal_(mean=0.7, std=0.2)
+        redraw_units(experts, 1.0)
+    assert experts.w1.mean().item() == pytest.approx(0.7, abs=0.01)
+    assert experts.w1.std().item() == pytest.approx(0.2, rel=0.02)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+TINY = (
+    "model=vit_nano2_dense", "model.backbone.width=16", "model.backbone.depth=2", "model.backbone.heads=2",
+    "model.backbone.mlp_width=32",
+)  # fmt: skip
+BLOCKS = ("model.moe_blocks=last_1",)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense model's weights, as one of our runs would save them."""
+    config = compose(*TINY)
+    torch.manual_seed(0)
+    vit = build(config.model, 10)
+    nn.init.normal_(vit.head.weight)
+    card = {"model": asdict(config.model), "data": asdict(config.data), "classes": data.load(config.data).classes}
+    path = tmp_path_factory.mktemp("dense") / "dense.safetensors"
+    save_file(vit.state_dict(), path, metadata={"softmoe": json.dumps(card | {"loss": "softmax", "precision": "fp32"})})
+    return path
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_every_router(name: str, source: Path, softmoe: Softmoe) -> None:
+    noise = ["expert_noise=0.1"] if name.startswith("uniform") else []
+    answer = softmoe(
+        "upcycle", f"checkpoint={source}", f"model/router={name}", *BLOCKS, *noise, "folder=up", "images=8"
+    )
+    assert answer.code == 0, answer
+    up, receipt = Path("up"), json.loads(Path("up/receipt.json").read_text())
+    weights = load_file(up / "model.safetensors")
+    with safe_open(up / "model.safetensors", framework="pt") as file:
+        card = json.loads(file.metadata()["softmoe"])
+    assert damage(up, files=("model.safetensors", "receipt.json")) is None
+    assert card["receipt"] == receipt
+    assert receipt["keys"].keys() == weights.keys()
+    assert receipt["result"]["digest"] == digest_of(weights)
+    old = load_file(source)
+    for key, fate in receipt["keys"].items():
+        if fate["how"] == "copied":
+            assert torch.equal(weights[key], old[key])
+        assert fate["from"] is None or fate["from"] in old
+    assert {fate["from"] for fate in receipt["keys"].values()} - {None} == old.keys()
+    assert receipt["cost"]["after"]["params"] == sum(value.numel() for value in weights.values())
+    told = softmoe("evaluate", "checkpoint=up", "format=json", "split=validation")
+    assert told.code == 0, told
+
+
+def test_a_preserving_start_goes_on(source: Path, softmoe: Softmoe, tmp_path: Path) -> None:
+    """Nothing changes but the cost; the result is evaluated like its source, and finetuned with its head."""
+    line = (
+        "upcycle", f"checkpoint={source}", "model/router=tokens_choice_dropless", "model.router.k=2",
+        "model.router.gate=softmax_chosen", "model.moe_blocks=every_1", "folder=up", "preserve=true",
+    )  # fmt: skip
+    assert softmoe(*line).code == 0
+    receipt = json.loads((tmp_path / "up/receipt.json").read_text())
+    assert receipt["max_change"] < 1e-12 and receipt["precision"] == "float64"
+    assert receipt["loss_after"] == pytest.approx(receipt["loss_before"], abs=1e-6)
+    rows = [json.loads(softmoe("evaluate", f"checkpoint={c}", "format=json").out) for c in (source, "up")]
+    assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=1e-5)
+    assert rows[0]["top1_pct"] == rows[1]["top1_pct"]
+    tune = ("finetune", "checkpoint=up", "train.steps=2", "train.eval_every=1.0", "tracking=off")
+    answer = softmoe(*tune)
+    assert answer.code == 0, answer
+    assert "resized none new none unexpected none" in " ".join(answer.out.split())
+    assert "is finished; nothing to do" in softmoe(*tune).out
+    again = softmoe(*line)
+    assert again.code == 0 and "holds this already" in again.out
+    other = softmoe(*line, "seed=1")
+    assert other.code == 2 and "folder=up holds something else" in other.err
+
+
+def test_same_inputs_give_same_bytes_and_a_seed_others(source: Path, softmoe: Softmoe, tmp_path: Path) -> None:
+    line = (
+        "upcycle", f"checkpoint={source}", "model/router=soft", *BLOCKS, "expert_noise=0.5", "expert_redraw=0.25",
+        "model.expert_width=16",
+    )  # fmt: skip
+    for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
+        assert softmoe(*line, f"folder={folder}", f"seed={seed}").code == 0
+    for file in ("model.safetensors", "receipt.json", "SHA256SUMS"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    one, two = (load_file(tmp_path / folder / "model.safetensors") for folder in "ac")
+    for name in ("experts.w1", "experts.w2", "router.phi"):
+        assert not torch.equal(one[f"blocks.1.mlp.{name}"], two[f"blocks.1.mlp.{name}"])
+    assert torch.equal(one["blocks.0.mlp.fc1.weight"], two["blocks.0.mlp.fc1.weight"])
+    assert one["blocks.1.mlp.experts.w1"].shape == (8, 16, 16)
+    assert softmoe("evaluate", "checkpoint=a").code == 0
+    receipt = json.loads((tmp_path / "a/receipt.json").read_text())
+    how = "4 copies, in 2 parts, noise 0.5, 0.25 of the units redrawn, transposed, times 2"
+    assert receipt["keys"]["blocks.1.mlp.experts.w2"] == {"from": "blocks.1.mlp.fc2.weight", "how": how}
+
+
+def test_noise_is_relative(source: Path, softmoe: Softmoe, tmp_path: Path) -> None:
+    line = ("upcycle", f"checkpoint={source}", "model/router=soft", "model.router.num_experts=64", *BLOCKS)
+    assert softmoe(*line, "expert_noise=0.5", "folder=up").code == 0
+    old, new = load_file(source), load_file(tmp_path / "up/model.safetensors")
+    dense = old["blocks.1.mlp.fc1.weight"].T
+    spread = (new["blocks.1.mlp.experts.w1"] - dense).std().item()
+    assert spread == pytest.approx(0.5 * dense.std().item(), rel=0.05)
+
+
+def test_a_named_point_and_other_images(source: Path, softmoe: Softmoe, tmp_path: Path) -> None:
+    """A named point whose backbone agrees, and images of other classes: the head is new, the features are compared."""
+    point = [word for word in TINY if word.startswith("model.")]
+    answer = softmoe(
+        "upcycle", f"checkpoint={source}", "model=vit_nano2_soft", *point, *BLOCKS, "data.num_classes=12", "folder=up"
+    )
+    assert answer.code == 0, answer
+    receipt = json.loads((tmp_path / "up/receipt.json").read_text())
+    assert receipt["outputs"] == "features" and receipt["loss_before"] is None
+    assert receipt["keys"]["head.weight"] == {"from": None, "how": "new"}
+
+
+WRONG = {
+    "without a checkpoint": ("model/router=soft", "needs checkpoint="),
+    "no such file": ("checkpoint=nowhere model/router=soft", "does not exist"),
+    "without a router": ("checkpoint=SOURCE", "needs a router"),
+    "dense": ("checkpoint=SOURCE model/router=dense", "needs a router"),
+    "without blocks": ("checkpoint=SOURCE model/router=soft", "model.moe_blocks=[]"),
+    "another backbone": ("checkpoint=SOURCE model=vit_nano2_soft", "has width=64, but"),
+    "a key of it": ("checkpoint=SOURCE model/router=soft model.backbone.gelu=erf", "has gelu=erf, but"),
+    "expert_init": ("checkpoint=SOURCE model/router=soft model.expert_init=independent", "has no effect here"),
+    "uniform": ("checkpoint=SOURCE model/router=uniform model.moe_blocks=[1]", "stay equal; set expert_noise"),
+    "width": ("checkpoint=SOURCE model/router=soft model.moe_blocks=[1] model.expert_width=5", "does not divide"),
+    "parts": (
+        "checkpoint=SOURCE model/router=soft model.moe_blocks=[1] model.expert_width=8 model.router.num_experts=6",
+        "cuts an MLP into 4 parts",
+    ),
+    "soft cannot preserve": (
+        "checkpoint=SOURCE model/router=soft model.moe_blocks=[1] preserve=true", "mixtures of 16 tokens"
+    ),
+    "noise cannot preserve": (
+        "checkpoint=SOURCE model/router=identity model.moe_blocks=[1] preserve=true expert_noise=0.1", "set both to 0"
+    ),
+    "groups": (
+        "checkpoint=SOURCE model/router=tokens_choice model.moe_blocks=[1] model.router.images_per_group=3",
+        "images=64 is not a multiple",
+    ),
+    "a key": ("checkpoint=SOURCE model/router=soft expert_nose=1", "Did you mean 'expert_noise'?"),
+    "timm offline": ("checkpoint=timm:test_vit model/router=soft model.moe_blocks=[1] data=digits", "could not fetch"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_line(name: str, source: Path, softmoe: Softmoe, tmp_path: Path) -> None:
+    line, words = WRONG[name]
+    answer = softmoe("upcycle", *line.replace("SOURCE", str(source)).split())
+    assert answer.code == 2, answer
+    assert words in answer.err
+    assert list(tmp_path.iterdir()) == [], "nothing may be written"
+
+
+def test_what_has_a_router_is_refused(source: Path, softmoe: Softmoe) -> None:
+    line = ("upcycle", "model/router=soft", *BLOCKS)
+    assert softmoe(*line, f"checkpoint={source}", "folder=up").code == 0
+    assert "has a router already" in softmoe(*line, "checkpoint=up").err
+
+
+# --- timm -------------------------------------------------------------------------------------------------------------
+
+ARCHITECTURES = {
+    "plain": ("vit_tiny_patch16_224", 32, ""),
+    "CLIP's norm before the blocks": ("vit_xsmall_patch16_clip_224", 32, ""),
+    "DeiT's distillation token": ("deit_tiny_distilled_patch16_224", 32, "VisionTransformerDistilled"),
+    "registers and LayerScale": ("test_vit2", 32, ""),
+    "SwiGLU": ("vit_giant_patch14_dinov2", 28, "GluMlp blocks with SiLU; experts replace plain GELU MLPs"),
+    "another GELU": ("vit_base_patch32_clip_quickgelu_224", 32, "Mlp blocks with QuickGELU; experts replace"),
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_timm(architecture: str, softmoe: Softmoe, tmp_path: Path) -> None:
+    """From a file of random weights and timm's name: a function-preserving checkpoint that can be read back, or a
+    sentence, said before a giant is allocated."""
+    name, size, refusal = ARCHITECTURES[architecture]
+    state = {} if refusal else timm.create_model(name, img_size=size).state_dict()
+    save_file(state or {"none": torch.zeros(1)}, "timm.safetensors")
+    answer = softmoe(
+        "upcycle", "checkpoint=timm.safetensors", f"model.backbone.timm={name}", f"model.image_size={size}",
+        "data=digits", "model/router=tokens_choice_dropless", "model.router.k=2", "model.router.num_experts=2",
+        "model.router.gate=softmax_chosen", "model.moe_blocks=last_1", "images=2", "preserve=true", "folder=up",
+    )  # fmt: skip
+    if refusal:
+        assert answer.code == 2 and refusal in answer.err, answer
+        assert not (tmp_path / "up").exists()
+        return
+    assert answer.code == 0, answer
+    receipt = json.loads((tmp_path / "up/receipt.json").read_text())
+    assert receipt["outputs"] == "features" and receipt["max_change"] < 1e-12
+    new = {key for key, fate in receipt["keys"].items() if fate["from"] is None}
+    assert len(new) == 3 and all(key.startswith("head.") or key.endswith("mlp.router.gate.kernel") for key in new)
+    weights = load_file(tmp_path / "up/model.safetensors")
+    assert all(torch.equal(weights[key], state[key]) for key in state.keys() & weights.keys() - new)
+    assert state.keys() - weights.keys() == {key for key in state if ".mlp." in key and key not in weights}
+    told = softmoe("evaluate", "checkpoint=up", "split=validation", "format=json")
+    assert told.code == 0, told
