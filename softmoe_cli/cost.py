@@ -22,7 +22,7 @@ from timm.layers import Mlp
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from softmoe_cli.config import Model, UsageError
@@ -262,10 +262,12 @@ class _Watch(TorchDispatchMode):
         if kwargs or not _makes_new(func):
             return func(*args, **(kwargs or {}))
         key = func, _shapes(args)
-        if key not in self._known:
-            self._known[key] = func(*args)
-            return self._known[key]
-        return tree_map_only(Tensor, _like, self._known[key])
+        if key in self._known:
+            return tree_map_only(Tensor, _like, self._known[key])
+        out = func(*args)
+        if all(made.is_meta for made in tree_leaves(out) if isinstance(made, Tensor)):  # others have contents
+            self._known[key] = out
+        return out
 
 
 @contextmanager
