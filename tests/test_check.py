@@ -38,6 +38,7 @@ def test_every_router_passes(name: str, check: str) -> None:
     assert outcome.verdict != "fail", outcome.figure
 
 
+@pytest.mark.long
 def test_every_router_compiles() -> None:
     """In a process of its own, where no shape checker is in the graph."""
     code = (

@@ -64,6 +64,7 @@ def same(a: Path, b: Path) -> None:
     assert {k: v for k, v in x.items() if k not in CLOCKS} == {k: v for k, v in y.items() if k not in CLOCKS}
 
 
+@pytest.mark.long
 def test_ten_kills_change_nothing(tmp_path: Path) -> None:
     """SIGKILL at random moments, half of them while a checkpoint is being written."""
     options = (
@@ -93,6 +94,7 @@ def test_ten_kills_change_nothing(tmp_path: Path) -> None:
     same(the_run(tmp_path / "whole"), the_run(tmp_path / "killed"))
 
 
+@pytest.mark.long
 def test_signals_save_and_leave(tmp_path: Path) -> None:
     """SIGTERM, then SIGINT, then SIGUSR1: the run saves and leaves each time, and ends as if it had never stopped."""
     options = ("train.steps=400", "train.batch_size=8", "train.log_every=10")
@@ -340,6 +342,7 @@ def test_options_run(options: tuple[str, ...], softmoe: Softmoe, tmp_path: Path)
     assert row["images"] == row["steps"] * row["batch_size"]
 
 
+@pytest.mark.long
 def test_compile(tmp_path: Path) -> None:
     """In a process of its own, where no shape checker is in the way; the losses are the eager ones."""
     for flag in ("true", "false"):
