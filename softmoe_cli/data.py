@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from PIL import Image, UnidentifiedImageError
 from timm.data import Mixup
+from timm.data.mixup import one_hot
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
@@ -444,8 +445,7 @@ def train_batches(
             flip = (torch.rand(len(x), generator=rng) < augment.hflip).to(device)
             x = torch.where(flip.view(-1, 1, 1, 1), x.flip(3), x)
         if mixup is None:
-            targets = torch.full((batch_size, num_classes), off, device=device)
-            yield x, targets.scatter_(1, labels[index].unsqueeze(1), 1 - label_smoothing + off)
+            yield x, one_hot(labels[index], num_classes, 1 - label_smoothing + off, off)
         else:
             yield _mixed(mixup, x, labels[index], _seed(seed, MIX, step))
 

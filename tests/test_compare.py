@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from scipy import stats
@@ -12,8 +14,8 @@ from softmoe_cli.config import UsageError
 from tests.synthetic import looks, row, study, write
 
 
-def asked(*folders: Path, **question: object) -> Comparison:
-    return compare(folders, Question(**question))  # type: ignore[arg-type]
+def asked(*folders: Path, **question: Any) -> Comparison:
+    return compare(folders, Question(**question))
 
 
 def group(comparison: Comparison, label: str) -> Group:
@@ -196,7 +198,7 @@ def test_what_cannot_be_read_is_named_with_the_reason(tmp_path: Path) -> None:
         (lambda rows: [*rows, 3], "is damaged in line 18"),
     ],
 )
-def test_a_damaged_curve_is_no_curve(tmp_path: Path, spoil, reason: str) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001
+def test_a_damaged_curve_is_no_curve(tmp_path: Path, spoil: Callable[[list[Any]], list[Any]], reason: str) -> None:
     run = write(tmp_path, row())
     (run / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in spoil(looks(row()))))
     comparison = asked(tmp_path)
@@ -248,7 +250,8 @@ def test_by_where_sort_and_columns(tmp_path: Path) -> None:
     by = asked(tmp_path, by=("router",))
     assert {each.label: len(each.runs) for each in by.groups} == {"soft": 6, "dense": 6}
     assert any("differ in optim.lr" in note for note in by.blocks[0].notes)
-    assert group(by, "soft").difference.method == "Welch"  # type: ignore[union-attr]
+    told = group(by, "soft").difference
+    assert told is not None and told.method == "Welch"
     assert [each.label for each in asked(tmp_path, where=("lr=0.001", "router=soft,dense")).groups] == ["soft", "dense"]
     assert [each.label for each in asked(tmp_path, where=("optim.lr=1e-3",), sort="train_pflop").groups] == [
         "dense",

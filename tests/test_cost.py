@@ -259,3 +259,11 @@ def test_counting_leaves_no_trace() -> None:
     before = torch.get_rng_state()
     account(composed("vit_nano2_soft"), 10)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_counter_leaves_contents_alone() -> None:
+    """Shapes that it has seen are looked up on the meta device only."""
+    x = torch.randn(2, 3)
+    with counter():
+        first, again = x * 2, x * 2
+    assert torch.equal(first, 2 * x) and torch.equal(again, first)
