@@ -45,7 +45,7 @@ class Started:
 
 
 def _forkserver() -> Any:
-    return multiprocessing.forkserver._forkserver  # type: ignore[attr-defined]
+    return multiprocessing.forkserver._forkserver
 
 
 def _main(folder: Path, arguments: list[str], environment: dict[str, str], out: Path, address: str) -> None:
@@ -58,7 +58,7 @@ def _main(folder: Path, arguments: list[str], environment: dict[str, str], out: 
     # A sweep's own server would import everything once more: its jobs fork from the one that this process came from.
     vars(_forkserver()).update(_forkserver_address=address, ensure_running=lambda: None)
     multiprocessing.forkserver.ensure_running = lambda: None
-    sweep.SERVER = _Same()
+    sweep.SERVER = _Same()  # type: ignore[assignment]
     from softmoe_cli.cli import main
 
     main()
