@@ -304,6 +304,16 @@ class Source:
     card: dict[str, Any]
 
 
+def origin(command: str, settings: dict[str, Any], source: Source | None) -> str:
+    """Ten hex digits that weights made alike have in common: with the same settings but for the seed, from weights
+    with a common origin. What they differ in is chance, so that comparisons may group what was finetuned from them."""
+    start = source.card.get("origin", source.digest) if source else None
+    text = json.dumps(
+        [command, start, {key: value for key, value in settings.items() if key != "seed"}], sort_keys=True
+    )
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
 def read_source(checkpoint: str) -> Source:
     """Reads `checkpoint=`: a run folder (its newest undamaged checkpoint), a checkpoint folder, or a file.
 

@@ -37,6 +37,7 @@ from softmoe_cli.record import (
     RunError,
     Source,
     flat_science,
+    origin,
     random_state,
     set_random_state,
     signature,
@@ -191,6 +192,7 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
         "classes": splits.classes,
     }
     card |= {"loss": config.train.loss, "precision": config.train.precision}
+    made = origin(command, flat_science(config) | {"data.identity": images_digest}, source)
     evaluated = ema.module if ema is not None else model
     moe_blocks = [i for i, block in enumerate(model.blocks) if isinstance(block.mlp, MoE)]
     routers = [model.blocks[i].mlp.router for i in moe_blocks]
@@ -262,7 +264,14 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
             progress.used(energy.used())
             weights = {key: value.contiguous() for key, value in evaluated.state_dict().items()}
             training = {} if kind == "best" else _training_state(model, ema, optimizer)
-            run.save(kind, progress.step, weights, training, asdict(progress) | {"scaler": scaler.state_dict()}, card)
+            run.save(
+                kind,
+                progress.step,
+                weights,
+                training,
+                asdict(progress) | {"scaler": scaler.state_dict()},
+                card | {"origin": f"{made}-{progress.step}"},
+            )
             if kind == "last":
                 run.prune()
 
@@ -672,6 +681,7 @@ def _result(
         "commit": _commit(),
         "python": platform.python_version(),
         "checkpoint.digest": source.digest if source else None,
+        "checkpoint.origin": source.card.get("origin", source.digest) if source else None,
         **flat_science(config),
     }
 

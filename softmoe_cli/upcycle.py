@@ -34,7 +34,7 @@ from softmoe_cli.moe.routers.tokens_choice import Gate, TokensChoiceRouter
 from softmoe_cli.moe.routers.tokens_choice_dropless import TokensChoiceDroplessRouter
 from softmoe_cli.moe.routers.uniform import UniformRouter
 from softmoe_cli.moe.routing import Router
-from softmoe_cli.record import WEIGHTS, Source, damage, digest_of, write_checkpoint
+from softmoe_cli.record import WEIGHTS, Source, damage, digest_of, origin, write_checkpoint
 from softmoe_cli.terminal import Screen, count
 
 RECEIPT = "receipt.json"
@@ -92,7 +92,11 @@ def upcycle(config: UpcycleConfig, source: Source) -> dict[str, Any]:
     receipt |= {"cost": {when: _figures(cost) for when, cost in costs.items()}, "keys": keys}
     receipt["unused"] = report.unexpected
     card = {"model": portable(model, new), "data": asdict(config.data), "classes": splits.classes, "loss": loss}
-    card |= {"precision": source.card.get("precision", "fp32"), "receipt": receipt}
+    card |= {
+        "precision": source.card.get("precision", "fp32"),
+        "receipt": receipt,
+        "origin": origin("upcycle", settings, source),
+    }
     _write(folder, weights, card, receipt)
     return receipt | {"folder": str(folder)}
 
