@@ -14,7 +14,7 @@ from softmoe_cli.memory import Live, Memory, largest_batch, last_within, predict
 from softmoe_cli.models import build
 from softmoe_cli.moe.routers.soft import SoftRouter
 from softmoe_cli.moe.routing import routings
-from softmoe_cli.optim import adamw
+from softmoe_cli.optim import optimizer_of
 from softmoe_cli.train import update
 from tests.oracles import compose
 
@@ -52,7 +52,7 @@ def allocated_peak(config: Config) -> int:
     model = build(config.model, 10).train()
     prepare_attention(model, CPU, t.precision)
     model.set_grad_checkpointing(t.recompute)
-    optimizer, scaler = adamw(model, config.optim), torch.amp.GradScaler("cpu", enabled=False)
+    optimizer, scaler = optimizer_of(model, config.optim), torch.amp.GradScaler("cpu", enabled=False)
     x, targets = torch.randn(t.batch_size, 1, 28, 28), torch.rand(t.batch_size, 10)
     with routings(model) as seen:
 

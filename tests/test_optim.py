@@ -8,7 +8,7 @@ from torch import nn
 
 from softmoe_cli.config import Optim, UsageError
 from softmoe_cli.models import build
-from softmoe_cli.optim import adamw, constant, cosine, decay_of, linear, rsqrt, schedule, span
+from softmoe_cli.optim import constant, cosine, decay_of, linear, optimizer_of, rsqrt, schedule, span
 from tests.oracles import adamw as adamw_oracle
 from tests.oracles import compose
 
@@ -139,7 +139,7 @@ def test_who_decays() -> None:
 def test_groups_hold_every_parameter_once_with_its_decay(decays: tuple[float, float]) -> None:
     config = optim(weight_decay=decays[0], head_weight_decay=decays[1], lr=0.5, betas=[0.8, 0.7], eps=1e-3)
     vit = build(compose().model, 10)
-    optimizer = adamw(vit, config)
+    optimizer = optimizer_of(vit, config)
     names = {id(parameter): name for name, parameter in vit.named_parameters()}
     found = [(names[id(p)], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]]
     assert len(found) == len(names)
@@ -157,7 +157,7 @@ def test_adamw_equals_plain_arithmetic() -> None:
     gradients = [{name: torch.randn_like(value) for name, value in start.items()} for _ in range(6)]
     rates = [0.1, 0.2, 0.0, 0.05, 0.3, 0.1]
     decays = {"head.weight": 2.0, "body.weight": 0.3, "head.bias": 0.0, "body.bias": 0.0}
-    optimizer = adamw(model, config)
+    optimizer = optimizer_of(model, config)
     paths: list[dict[str, torch.Tensor]] = []
     for step, lr in zip(gradients, rates, strict=True):
         for name, parameter in model.named_parameters():
