@@ -598,7 +598,7 @@ def _typed() -> list[str]:
 
 
 def _names(key: str, typed: Sequence[str]) -> bool:
-    return any(override.partition("=")[0] == key for override in typed)
+    return any(override.partition("=")[0].lstrip("+") == key for override in typed)
 
 
 def settle(command: str, tree: dict[str, Any], typed: Sequence[str]) -> "tuple[Config, Source | None]":

@@ -231,7 +231,7 @@ def carried_moments(
                 value = stacked(leaf, value, len(parameter), value.numel() // parameter[0].numel())
             elif key != "step" and place.endswith(".shared"):
                 value = side_by_side(leaf, value, parameter.numel() // value.numel())
-            found[f"optimizer.{name}.{key}"] = value.contiguous()
+            found[f"optimizer.{name}.{key}"] = value.clone(memory_format=torch.contiguous_format)
     return found
 
 
