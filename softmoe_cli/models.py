@@ -379,7 +379,9 @@ def proportional_slots(before: Model, after: Model) -> int:
             "it takes the same on both sides, and one that has slots per expert"
         )
     with torch.device("meta"):
-        old, new = (count_tokens(build(model, 2)) for model in (before, after))
+        old, new = (
+            count_tokens(build(model, 2)) * model.router.get("images_per_group", 1) for model in (before, after)
+        )
     return max(1, round(slots * new / old))
 
 

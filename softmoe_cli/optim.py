@@ -120,11 +120,9 @@ def table(model: nn.Module, optim: Optim) -> str:
     ]
     trained = [row for row in rows if not row.frozen]
     groups = len({(row.weight_decay, row.lr_scale) for row in trained})
-    numbers = sum(row.parameter.numel() for row in trained), sum(row.parameter.numel() for row in rows)
-    return (
-        f"{aligned([head, *lines], False)}\n\n{optim.name} trains {numbers[0]:,} of {numbers[1]:,} parameters in "
-        + (f"{groups} groups")
-    )
+    some, every = (sum(row.parameter.numel() for row in part) for part in (trained, rows))
+    end = f"{optim.name} trains {some:,} of {every:,} parameters in {groups} group{'s' * (groups != 1)}"
+    return f"{aligned([head, *lines], False)}\n\n{end}"
 
 
 def moments(optim: Optim) -> int:
