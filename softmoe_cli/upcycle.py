@@ -1,8 +1,8 @@
 """A dense ViT becomes a mixture of experts: experts from its MLPs, a new router, and a receipt of what that changed.
 
 Sparse Upcycling: Training Mixture-of-Experts from Dense Checkpoints (Komatsuzaki et al., 2023, Section 3),
-https://arxiv.org/abs/2212.05055: every expert starts as a copy of the MLP, the router afresh, all else is kept; so is
-the optimizer's state, which helped their vision models.
+https://arxiv.org/abs/2212.05055: every expert starts as a copy of the MLP, the router afresh, all else is kept, for
+vision models the optimizer's state too.
 """
 
 import hashlib
