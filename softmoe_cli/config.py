@@ -492,6 +492,29 @@ class UpcycleConfig:
             )
 
 
+FORMATS = ("torch_export", "onnx")
+
+
+@dataclass
+class ExportConfig:
+    """What `softmoe export` composes."""
+
+    path: ClassVar[str] = ""
+    checkpoint: str = option("a run folder, a checkpoint folder or a .safetensors file")
+    data: Data = field(default_factory=Data)
+    formats: list[str] = option("programs beside the weights, each held against the model on images", choices=FORMATS)
+    images: int = option("validation images, the first ones, on which outputs are compared", low=1)
+    push: str | None = option("OWNER/NAME on the Hugging Face hub, where the folder is copied to; made private if new")
+    folder: str | None = option("where everything goes; null: output_root/exported/NAME-SIGNATURE")
+    output_root: str = option("the folder of all studies")
+    format: str = option("what is printed", choices=("table", "json"))
+    threads: int | None = option("CPU threads; null: torch's choice", low=1)
+
+    def check(self) -> None:
+        _check(self)
+        self.data.check()
+
+
 @dataclass
 class CostConfig:
     """What `softmoe cost` composes."""

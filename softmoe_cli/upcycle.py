@@ -4,17 +4,14 @@ Sparse Upcycling: Training Mixture-of-Experts from Dense Checkpoints (Komatsuzak
 https://arxiv.org/abs/2212.05055: every expert starts as a copy of the MLP, the router afresh, all else is kept.
 """
 
-import hashlib
 import json
 import math
-import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
 from timm.layers import Mlp
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
@@ -24,7 +21,7 @@ from softmoe_cli import data
 from softmoe_cli.config import Model, UpcycleConfig, UsageError
 from softmoe_cli.cost import Cost, account_model, on_meta
 from softmoe_cli.evaluate import classification_loss
-from softmoe_cli.files import RunError, sync
+from softmoe_cli.files import RunError
 from softmoe_cli.models import LoadReport, build, count_tokens, load_weights, portable
 from softmoe_cli.moe.layer import Experts, MoE
 from softmoe_cli.moe.routers.experts_choice import ExpertsChoiceRouter
@@ -34,10 +31,9 @@ from softmoe_cli.moe.routers.tokens_choice import Gate, TokensChoiceRouter
 from softmoe_cli.moe.routers.tokens_choice_dropless import TokensChoiceDroplessRouter
 from softmoe_cli.moe.routers.uniform import UniformRouter
 from softmoe_cli.moe.routing import Router
-from softmoe_cli.record import WEIGHTS, Source, damage, digest_of, write_checkpoint
+from softmoe_cli.record import RECEIPT, Source, digest_of, made_from, publish, published, write_checkpoint
 from softmoe_cli.terminal import Screen, count
 
-RECEIPT = "receipt.json"
 EXACT = 1e-9
 """What a whole model in float64 may lose where the maths says that nothing changes."""
 
@@ -62,7 +58,7 @@ def upcycle(config: UpcycleConfig, source: Source) -> dict[str, Any]:
         model = replace(model, expert_init="identical")
     settings = _settings(config, model, data.identity(config.data))
     folder = _folder(config, model, source, settings)
-    if (found := _found(folder, source, settings)) is not None:
+    if (found := published(folder, source, settings)) is not None:
         Screen().say(f"{folder} holds this already; nothing to do")
         return found | {"folder": str(folder)}
 
@@ -93,7 +89,8 @@ def upcycle(config: UpcycleConfig, source: Source) -> dict[str, Any]:
     receipt["unused"] = report.unexpected
     card = {"model": portable(model, new), "data": asdict(config.data), "classes": splits.classes, "loss": loss}
     card |= {"precision": source.card.get("precision", "fp32"), "receipt": receipt}
-    _write(folder, weights, card, receipt)
+    texts = {RECEIPT: json.dumps(receipt, indent=1) + "\n"}
+    publish(folder, lambda temporary: write_checkpoint(temporary, weights, card, {}, texts))
     return receipt | {"folder": str(folder)}
 
 
@@ -325,25 +322,7 @@ def _settings(config: UpcycleConfig, model: Model, identity: str | None) -> dict
 def _folder(config: UpcycleConfig, model: Model, source: Source, settings: dict[str, Any]) -> Path:
     if config.folder is not None:
         return Path(config.folder)
-    mark = hashlib.sha256(json.dumps([source.digest, settings], sort_keys=True).encode()).hexdigest()[:10]
-    return Path(config.output_root) / "upcycled" / f"{model.name.replace('/', '_')}-{mark}"
-
-
-def _found(folder: Path, source: Source, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The receipt of the same upcycling done before.
-
-    Raises:
-        UsageError: the folder holds something else.
-    """
-    if not folder.exists():
-        return None
-    fault = damage(folder, (WEIGHTS, RECEIPT)) if folder.is_dir() else "it is a file"
-    receipt = json.loads((folder / RECEIPT).read_text()) if fault is None and (folder / RECEIPT).is_file() else {}
-    if receipt.get("settings") != json.loads(json.dumps(settings)) or receipt["source"]["digest"] != source.digest:
-        raise UsageError(
-            f"folder={folder} holds something else{f' ({fault})' if fault else ''}; choose another folder or remove it"
-        )
-    return receipt
+    return Path(config.output_root) / "upcycled" / f"{model.name.replace('/', '_')}-{made_from(source, settings)}"
 
 
 def _figures(cost: Cost) -> dict[str, float]:
@@ -353,16 +332,3 @@ def _figures(cost: Cost) -> dict[str, float]:
         "forward_flop": cost.forward_flop,
         "train_flop": cost.train_flop,
     }
-
-
-def _write(folder: Path, weights: dict[str, Tensor], card: dict[str, Any], receipt: dict[str, Any]) -> None:
-    temporary = folder.with_name(f".{folder.name}")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        text = json.dumps(receipt, indent=1) + "\n"
-        write_checkpoint(temporary, weights, card, {}, {RECEIPT: text})
-        temporary.rename(folder)
-        sync(folder.parent)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise RunError(f"cannot write {folder}: {error}; make room or choose another folder") from error

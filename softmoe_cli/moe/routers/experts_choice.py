@@ -16,6 +16,9 @@ from softmoe_cli.moe.routing import Router, SparseRouting, full_precision, slots
 
 def choose_tokens(gates: Float[Tensor, "g s e"], keep: Bool[Tensor, "g s"], slots: int) -> Int[Tensor, "g e p"]:
     """Each expert's tokens with the largest gates, best first; of equal ones the lower token first; padding last."""
+    if torch.compiler.is_exporting():  # the same order in operators that other formats have
+        order = gates.float().masked_fill(~keep[:, :, None], -1).mT.argsort(dim=2, descending=True, stable=True)
+        return order[:, :, :slots]
     s = gates.shape[1]
     # Gates are not negative, so their bits are ordered as they are; the token's number below them settles ties.
     bits = gates.detach().float().view(torch.int32).long().masked_fill(~keep[:, :, None], -1)
