@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from softmoe_cli import data
@@ -105,7 +105,7 @@ def _fill(config: ExportConfig, model: Model, source: Source, receipt: dict[str,
 
 
 def difference(
-    name: str, program: Program, images: Float[Tensor, "b c s s"], expected: Float[Tensor, "b k"], batch: int | None
+    name: str, program: Program, images: Tensor, expected: Float[Tensor, "b k"], batch: int | None
 ) -> dict[str, float]:
     """How far a program's outputs are from `expected`: all images at once, and the first one alone, or `batch` at a
     time.
@@ -127,7 +127,7 @@ def difference(
     return {"max_difference": off.max().item(), "same_top1": int(same.sum())}
 
 
-def trace(vit: VisionTransformer, example: Float[Tensor, "b c s s"], batch: int | None, router: str) -> ExportedProgram:
+def trace(model: nn.Module, example: Tensor, batch: int | None, router: str) -> ExportedProgram:
     """The model as a graph, for any number of images unless `batch` says how many there must be.
 
     Raises:
@@ -135,7 +135,7 @@ def trace(vit: VisionTransformer, example: Float[Tensor, "b c s s"], batch: int 
     """
     free = {0: Dim("batch", min=1)} if batch is None else {}
     try:
-        return torch.export.export(vit, (example,), dynamic_shapes=(free,))
+        return torch.export.export(model, (example,), dynamic_shapes=(free,))
     except RuntimeError as error:  # all of torch.export's own are
         raise UsageError(
             f"torch.export cannot follow router {router} ({str(error).splitlines()[0]}); leave formats=[]"

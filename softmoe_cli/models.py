@@ -392,13 +392,17 @@ def softmoe_vit(pretrained: bool = False, *, softmoe: dict[str, Any], **argument
     return vit
 
 
-def _adapted(model: Model, num_classes: int, img_size: int | Sequence[int], in_chans: int) -> VisionTransformer:
+def _adapted(
+    model: Model, num_classes: int, img_size: int | Sequence[int], in_chans: int, global_pool: str | None = None
+) -> VisionTransformer:
     sides = {img_size} if isinstance(img_size, int) else set(img_size)
     if len(sides) != 1:
         raise UsageError(f"img_size={img_size}: images of softmoe's models are square")
     asked = replace(model, image_size=sides.pop(), in_chans=in_chans)
     asked.check()
     vit = build(asked, num_classes or 1)
+    if global_pool not in (None, vit.global_pool):
+        raise UsageError(f"global_pool={global_pool}: this model was trained with {vit.global_pool}")
     if not num_classes:
         vit.reset_classifier(0)
     return vit

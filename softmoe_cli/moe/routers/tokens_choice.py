@@ -49,7 +49,7 @@ def place(
     order: Int[Tensor, "g s"] | None,
     slots: int,
     aux_loss: Float[Tensor, ""],
-    shape: tuple[int, int],
+    shape: tuple[int | torch.SymInt, int],
 ) -> SparseRouting:
     """Gives out the slots of every group: all first choices before any second, tokens in `order` (None: as they come).
 
