@@ -52,6 +52,8 @@ def _science(config: Config) -> dict[str, Any]:
     science = dataclasses.asdict(config)
     if config.model.expert_width is None:  # a run is what it was before there was a choice
         del science["model"]["expert_width"]
+    if config.model.router_name == "experts_choice" and science["model"]["router"].get("gate") == "softmax":
+        del science["model"]["router"]["gate"]
     for key in NOT_SCIENCE:
         section, _, leaf = key.rpartition(".")
         (science[section] if section else science).pop(leaf)
@@ -396,7 +398,9 @@ def _read_card(text: str, path: Path) -> dict[str, Any]:
         raise UsageError(f"checkpoint={path}: what it says of its model lacks {lacks[0]}; softmoe saved no such file")
     if "${" in text:
         raise UsageError(f"checkpoint={path}: what it says of its model holds ${{…}}, which softmoe never writes")
-    said["model"].setdefault("expert_width", None)  # saved before there was a choice
+    said["model"].setdefault("expert_width", None)  # saved before there was a choice, as the next
+    if said["model"]["router"]["_target_"] == "softmoe_cli.moe.routers.experts_choice.ExpertsChoiceRouter":
+        said["model"]["router"].setdefault("gate", "softmax")
     return said
 
 

@@ -214,8 +214,11 @@ def obstacle(router: Router, num_tokens: int, parts: int) -> str | None:
             return f"its experts have {router.slots_per_expert} slots, and what overflows is dropped; set {room}"
         return None
     if isinstance(router, ExpertsChoiceRouter):
-        full = router.slots_per_expert == router.group
-        return None if full else f"a token gets only the gates of experts that took it; set {room}"
+        if router.slots_per_expert == router.group:
+            return None
+        if router.gate.function == "softmax_chosen":
+            return f"a token that no expert takes gets nothing, whatever the gates of the others add up to; set {room}"
+        return f"a token gets only the gates of experts that took it; set {room}"
     if isinstance(router, IdentityRouter):
         return None if parts == 1 else "a token meets one part of the MLP only; set model.expert_width=null"
     if isinstance(router, SoftRouter | UniformRouter):
