@@ -82,8 +82,8 @@ softmoe finetune checkpoint=SOURCE [GROUP=CHOICE | KEY=VALUE]...   the same loop
   softmoe finetune checkpoint=weights.safetensors data=cifar10 model.image_size=64
   softmoe finetune checkpoint=timm:vit_tiny_patch16_224 data=folder data.root=PATH
 
-SOURCE is a run folder, a .safetensors file or timm:NAME. The model is the checkpoint's; the head is kept only
-when the classes are the same. model.image_size resamples the position table and keeps the slots.""",
+SOURCE is a run folder, a .safetensors file, hf-hub:OWNER/NAME or timm:NAME. The model is the checkpoint's; the head is
+kept only when the classes are the same. model.image_size resamples the position table and keeps the slots.""",
     "upcycle": """\
 softmoe upcycle checkpoint=SOURCE [GROUP=CHOICE | KEY=VALUE]...   a dense checkpoint into a mixture of experts
 

@@ -370,7 +370,7 @@ class Config:
     study: str = option("the folder that a run's folder stands in")
     name: str | None = option("what the run's folder is called before its signature; null: model-data")
     output_root: str = option("the folder of all studies")
-    checkpoint: str | None = option("finetune: a run folder, a .safetensors file or timm:NAME")
+    checkpoint: str | None = option("finetune: a run folder, a .safetensors file, hf-hub:OWNER/NAME or timm:NAME")
     allow_unexpected: list[str] = option("finetune: weights that may be left unused, by name or by pattern (*)")
     tracking: str = option(
         "Weights & Biases; auto: online when a key is configured", choices=("auto", "online", "offline", "off")
@@ -463,7 +463,7 @@ class UpcycleConfig:
     """What `softmoe upcycle` composes."""
 
     path: ClassVar[str] = ""
-    checkpoint: str = option("a dense model: a run folder, a .safetensors file or timm:NAME")
+    checkpoint: str = option("a dense model: a run folder, a .safetensors file, hf-hub:OWNER/NAME or timm:NAME")
     allow_unexpected: list[str] = option("weights that may be left unused, by name or by pattern (*)")
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
