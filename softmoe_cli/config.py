@@ -181,28 +181,59 @@ def placement(moe_blocks: Any, depth: int) -> list[int]:
     return sorted(moe_blocks)
 
 
+KNOWN_SETS = ("digits", "fashion_mnist", "cifar10", "cifar100")
+FORMATS = ("folder", "webdataset", "tfds", "arrow")
+
+
 @dataclass
 class Data:
     """A set of images with labels, cut into training, validation and test images once and for all."""
 
     path: ClassVar[str] = "data"
-    name: str = option("which set", choices=("digits", "fashion_mnist", "cifar10", "cifar100", "folder"))
+    name: str = option("which set; of your own files, what tables call it")
+    format: str | None = option("how your own files are stored; null: a set that softmoe knows", choices=FORMATS)
     root: str = option("where its files are, or are downloaded to; unused by digits")
-    num_classes: int | None = option("classes, and width of the model's head; null: as many as a folder has", low=1)
-    image_size: int = option("pixels on the side of a decoded image; folder images are resized and cut to it", low=1)
+    label: str | None = option("archives: the field, feature or column with the labels; null: cls or label")
+    num_classes: int | None = option("classes, and width of the model's head; null: as many as the files have", low=1)
+    image_size: int = option("pixels on the side of a decoded image; files are resized and cut to it", low=1)
+    crop_pct: float | None = option(
+        "share of a file's shorter side that the centre square keeps, as in timm; null: all", above=0, high=1
+    )
+    from_file: bool = option(
+        "resize every file once, to model.image_size and with timm's transforms, instead of going through image_size"
+    )
     channels: int = option("1 for grey, 3 for colour", low=1, high=3)
     mean: list[float] = option("subtracted from pixels in [0, 1]: one number, or one per channel")
     std: list[float] = option("divides the pixels after that", above=0)
     hflip: float = option("how often a mirrored image would still be natural; recipes read it", low=0, high=1)
     shift: float = option("how far, as a share of its side, an image may be moved; recipes read it", low=0, high=1)
+    crop: str = option("which augment.crop suits it; recipes read it", choices=("none", "shift", "resized"))
+    area: float = option("which augment.area suits it; recipes read it", above=0, high=1)
     split_seed: int = option("seed of the split where the set brings none; not the run's seed", low=0)
     validation_fraction: float = option("share held out of the training images for choices", above=0, high=0.5)
-    test_fraction: float = option("share held out as test where the set brings no test images", above=0, high=0.5)
-    workers: int = option("processes that decode a folder too large for memory", low=0)
-    memory_gib: float = option("a folder that decodes to more than this is read from disk as it goes", low=0)
+    test_fraction: float = option(
+        "share held out as test where the set brings no test images; 1: all are, for evaluation only", above=0, high=1
+    )
+    workers: int = option("processes that decode files that are not in memory", low=0)
+    prefetch: int = option("batches that each of these processes decodes ahead", low=1)
+    memory_gib: float = option("files that decode to more than this are read from disk as it goes", low=0)
 
     def check(self) -> None:
         _check(self)
+        if self.format is None:
+            if self.name not in KNOWN_SETS:
+                raise UsageError(
+                    f"data.name={self.name} is not one of {', '.join(KNOWN_SETS)}.{nearest(self.name, KNOWN_SETS)} "
+                    f"For files of your own set data.format: {', '.join(FORMATS)}"
+                )
+            given = {"label": self.label, "crop_pct": self.crop_pct, "from_file": self.from_file or None}
+            for key, value in given.items():
+                if value is not None:
+                    raise UsageError(f"data.{key}={value} has no effect on data={self.name}, which has no files")
+        if self.format == "folder" and self.label is not None:
+            raise UsageError(f"data.label={self.label} has no effect with data.format=folder: folders are the labels")
+        if 0.5 < self.test_fraction < 1:
+            raise UsageError(f"data.test_fraction={self.test_fraction:g} is neither at most 0.5 nor 1")
         if self.channels == 2:
             raise UsageError("data.channels=2 is neither 1 (grey) nor 3 (colour)")
         for key in ("mean", "std"):
@@ -645,7 +676,8 @@ class RayLauncher(Launcher):
 
 NOT_SCIENCE = (
     "output_root", "study", "name", "tracking", "wandb", "device", "threads", "checkpoint", "data.root",
-    "data.workers", "data.memory_gib", "train.default_epochs", "train.log_every", "train.eval_batch_size",
-    "train.fewshot", "train.save_seconds",
+    "data.workers", "data.prefetch", "data.memory_gib", "data.crop", "data.area", "train.default_epochs",
+    "train.log_every", "train.eval_batch_size", "train.fewshot", "train.save_seconds",
 )  # fmt: skip
-"""Keys that change where, when or how fast, never which numbers come out: left out of the signature."""
+"""Keys that change where, when or how fast, never which numbers come out, or that only others read: left out of the
+signature."""

@@ -34,6 +34,8 @@ from softmoe_cli.files import cannot_write, sync
 from softmoe_cli.files import write_atomically as write_atomically
 
 WEIGHTS, TRAINING, STATE, SUMS = "model.safetensors", "training.safetensors", "state.json", "SHA256SUMS"
+SINCE = {"model.expert_width": None, "data.label": None, "data.crop_pct": None, "data.from_file": False}
+"""Choices that came later, and what holds where they are not made."""
 OURS = re.compile(r"\.?(last|best)-\d+")
 """Checkpoints and unfinished ones: nothing else in their folder is ever removed."""
 
@@ -48,8 +50,12 @@ def signature(config: Config, command: str, source_digest: str | None, data_dige
 
 def _science(config: Config) -> dict[str, Any]:
     science = dataclasses.asdict(config)
-    if config.model.expert_width is None:  # a run is what it was before there was a choice
-        del science["model"]["expert_width"]
+    for key, before in SINCE.items():  # a run is what it was before there was a choice
+        section, _, leaf = key.partition(".")
+        if science[section][leaf] == before:
+            del science[section][leaf]
+    if config.data.format in (None, config.data.name):
+        del science["data"]["format"]
     for key in NOT_SCIENCE:
         section, _, leaf = key.rpartition(".")
         (science[section] if section else science).pop(leaf)
@@ -348,7 +354,11 @@ def _read_card(text: str, path: Path) -> dict[str, Any]:
         raise UsageError(f"checkpoint={path}: what it says of its model lacks {lacks[0]}; softmoe saved no such file")
     if "${" in text:
         raise UsageError(f"checkpoint={path}: what it says of its model holds ${{…}}, which softmoe never writes")
-    said["model"].setdefault("expert_width", None)  # saved before there was a choice
+    kind = "folder" if said["data"].get("name") == "folder" else None
+    unsaid = {"data.format": kind, "data.prefetch": 2, "data.crop": "shift", "data.area": 0.05}
+    for key, before in {**SINCE, **unsaid}.items():  # saved before there was a choice
+        section, _, leaf = key.partition(".")
+        said[section].setdefault(leaf, before)
     return said
 
 

@@ -159,7 +159,7 @@ def _write(config: EvaluateConfig, said: Outcomes, images: data.ImageSet, classe
         head = ["label", "prediction", "probability", "label_probability"]
         columns: dict[str, Sequence[Any]] = {"index": range(len(images))}
         columns |= {name: getattr(said, name).tolist() for name in head}
-        columns |= {"file": images.files} if images.files else {}
+        columns |= {"file": images.files.places} if images.files is not None else {}
         write_atomically(Path(config.predictions), _csv([list(columns), *zip(*columns.values(), strict=True)]))
     if config.confusion is not None:
         names = [*classes, *(f"output {i}" for i in range(len(classes), said.classes))]
