@@ -319,7 +319,5 @@ def arrow(path: Path, image: str, label: str) -> Labelled:
                 ]
                 labels += numbers
     except (pa.ArrowException, KeyError, OSError, AttributeError) as error:
-        raise UsageError(
-            f"{path} is no Arrow file with images in `{image}` and labels in `{label}`: {error}"
-        ) from error
+        raise UsageError(f"{path} is no Arrow file with images in {image} and labels in {label}: {error}") from error
     return images, labels

@@ -92,27 +92,22 @@ def load(data: Data) -> Splits:
 
 
 def identity(data: Data) -> str | None:
-    """A digest of which files and archives there are and how large they are; None for the sets that are the same
-    everywhere.
+    """A digest of which files there are and how large they are, and of what archives hold where, under which label;
+    None for the sets that are the same everywhere.
 
     Raises:
         UsageError: the files cannot be used.
     """
     if data.format is None:
         return None
-    digest, root = hashlib.sha256(), Path(data.root)
-    for stored, _ in _listed(data).parts.values():
-        for holder in stored.holders:
-            if holder.is_file():
-                digest.update(_entry(os.fsencode(holder.relative_to(root)), holder.stat().st_size))
-        for name, offset in zip(stored.name.tolist(), stored.offset.tolist(), strict=True):
-            if offset < 0:
-                digest.update(_entry(name, os.stat(os.path.join(os.fsencode(root), name)).st_size))
+    digest, root = hashlib.sha256(), os.fsencode(data.root)
+    for stored, labels in _listed(data).parts.values():
+        for name in stored.name[stored.offset < 0].tolist():
+            digest.update(name + b"\0%d\0" % os.stat(os.path.join(root, name)).st_size)
+        inside = stored.offset >= 0
+        for column in (stored.name, stored.offset, stored.size, labels):
+            digest.update(column[inside].tobytes())
     return digest.hexdigest()
-
-
-def _entry(name: bytes, size: int) -> bytes:
-    return name + b"\0%d\0" % size
 
 
 # --- splits -----------------------------------------------------------------------------------------------------------
@@ -312,7 +307,7 @@ def centre(image: Image.Image, side: int, crop_pct: float | None) -> UInt8[Tenso
     """The centre square of an image, `side` pixels large (bicubic, antialiased).
 
     With crop_pct, timm's evaluation transform: the shorter side becomes floor(side / crop_pct) pixels, and of that the
-    centre is kept. Only what is kept is resized.
+    centre is kept.
     """
     width, height = image.size
     if crop_pct is None:
@@ -321,9 +316,8 @@ def centre(image: Image.Image, side: int, crop_pct: float | None) -> UInt8[Tenso
         return _pixels(image.resize((side, side), Image.Resampling.BICUBIC, box=(left, top, left + cut, top + cut)))
     shorter = math.floor(side / crop_pct)
     w, h = (int(shorter * length / min(width, height)) for length in (width, height))
-    left, top = round((w - side) / 2), round((h - side) / 2)
-    box = (left * width / w, top * height / h, (left + side) * width / w, (top + side) * height / h)
-    return _pixels(image.resize((side, side), Image.Resampling.BICUBIC, box=box))
+    x, y = round((w - side) / 2), round((h - side) / 2)
+    return _pixels(image.resize((w, h), Image.Resampling.BICUBIC).crop((x, y, x + side, y + side)))
 
 
 def random_square(image: Image.Image, side: int, area: float, hflip: float) -> UInt8[Tensor, "c s s"]:
