@@ -194,6 +194,9 @@ class Data:
     format: str | None = option("how your own files are stored; null: a set that softmoe knows", choices=FORMATS)
     root: str = option("where its files are, or are downloaded to; unused by digits")
     label: str | None = option("archives: the field, feature or column with the labels; null: cls or label")
+    class_numbers: bool = option(
+        "evaluation: classes are called by their numbers among the checkpoint's, as in ImageNet-V2"
+    )
     num_classes: int | None = option("classes, and width of the model's head; null: as many as the files have", low=1)
     image_size: int = option("pixels on the side of a decoded image; files are resized and cut to it", low=1)
     crop_pct: float | None = option(
@@ -214,7 +217,9 @@ class Data:
     test_fraction: float = option(
         "share held out as test where the set brings no test images; 1: all are, for evaluation only", above=0, high=1
     )
-    workers: int = option("processes that decode files that are not in memory", low=0)
+    workers: int | None = option(
+        "processes that decode files that are not in memory; null: one per CPU core; 0: the run's own", low=0
+    )
     prefetch: int = option("batches that each of these processes decodes ahead", low=1)
     memory_gib: float = option("files that decode to more than this are read from disk as it goes", low=0)
 
@@ -232,6 +237,8 @@ class Data:
                     raise UsageError(f"data.{key}={value} has no effect on data={self.name}, which has no files")
         if self.format == "folder" and self.label is not None:
             raise UsageError(f"data.label={self.label} has no effect with data.format=folder: folders are the labels")
+        if self.class_numbers and self.test_fraction != 1:
+            raise UsageError("data.class_numbers=true is for evaluation only, with data.test_fraction=1")
         if 0.5 < self.test_fraction < 1:
             raise UsageError(f"data.test_fraction={self.test_fraction:g} is neither at most 0.5 nor 1")
         if self.channels == 2:
@@ -414,6 +421,10 @@ class Config:
         _check(self)
         for section in (self.model, self.data, self.augment, self.optim, self.train, self.wandb):
             section.check()
+        if self.data.test_fraction == 1:
+            raise UsageError(
+                f"data={self.data.name} has data.test_fraction=1: its images are for softmoe evaluate only"
+            )
         settled = self.train.batch_size != "auto"
         if settled and (self.augment.mixup or self.augment.cutmix) and self.train.batch_size % 2:
             raise UsageError(
@@ -444,6 +455,19 @@ class Config:
                 raise UsageError(f"{key}={text!r} must be a plain folder name")
 
 
+@dataclass
+class DataCheckConfig:
+    """What `softmoe data check` composes."""
+
+    path: ClassVar[str] = ""
+    data: Data = field(default_factory=Data)
+    format: str = option("what is printed", choices=("table", "json"))
+
+    def check(self) -> None:
+        _check(self)
+        self.data.check()
+
+
 AUDITS = ("neighbours", "capacity", "slots", "experts")
 
 
@@ -462,6 +486,9 @@ class EvaluateConfig:
     loss: str | None = option("as in train.loss; null: the checkpoint's", choices=("softmax", "sigmoid"))
     precision: str | None = option("as in train.precision; null: the checkpoint's", choices=("fp32", "bf16", "fp16"))
     calibration_bins: int = option("bins of equal width of the expected calibration error", low=1)
+    real: str | None = option(
+        "ImageNet's validation images: top-1 by ReaL labels too; a JSON file of theirs, or timm, which brings it"
+    )
     predictions: str | None = option("a CSV file for what the model said of each image")
     confusion: str | None = option("a CSV file for the images by label and prediction")
     fewshot: list[int] = option("shots per class from the training images, for few-shot quality of the features", low=1)

@@ -75,7 +75,7 @@ class Splits:
         """Raises UsageError when a part has no images, as those have that are for evaluation only."""
         for part in parts:
             if not len(getattr(self, part)):
-                raise UsageError(f"there are no {part} images: with data.test_fraction=1 all are for softmoe evaluate")
+                raise UsageError(f"there are no {part} images: with data.test_fraction=1 all are test images")
 
 
 def load(data: Data) -> Splits:
@@ -261,11 +261,20 @@ def _stored(data: Data) -> Splits:
     total = sum(len(labels) for _, labels in listed.parts.values())
     in_memory = not data.from_file and total * data.channels * data.image_size**2 <= data.memory_gib * 2**30
     sets = {part: _image_set(stored, labels, data, in_memory) for part, (stored, labels) in listed.parts.items()}
+    return split(sets, listed.classes, data)
+
+
+def split(sets: dict[str, ImageSet], classes: list[str], data: Data) -> Splits:
+    """Parts as they lie on disk -> those of a run.
+
+    Raises:
+        UsageError: a class with no image left for training.
+    """
     if list(sets) == ["train", "val", "test"]:
-        return Splits(sets["train"], sets["val"], sets["test"], listed.classes)
+        return Splits(sets["train"], sets["val"], sets["test"], classes)
     if list(sets) == ["train", "val"]:
-        return _with_validation(sets["train"], sets["val"], listed.classes, data)
-    return _with_test(sets[""], listed.classes, data)
+        return _with_validation(sets["train"], sets["val"], classes, data)
+    return _with_test(next(iter(sets.values())), classes, data)
 
 
 def _listed(data: Data) -> Listing:
@@ -374,25 +383,31 @@ def _cuts_files(augment: Augment, from_file: bool) -> bool:
     return from_file and augment.crop == "resized"
 
 
-def _prepare_worker(_number: int) -> None:
+def prepare_worker(_number: int) -> None:
     """One thread; and signals to the whole process group are the main process's business."""
     torch.set_num_threads(1)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _decoded(
     decoded: _Decoded, steps: Iterator[tuple[int, Int64[Tensor, " b"]]], data: Data, device: torch.device
 ) -> Iterator[Tensor]:
+    workers = cores() if data.workers is None else data.workers
     loader = DataLoader(
         decoded,
         sampler=((step, index.tolist()) for step, index in steps),
         batch_size=None,
-        num_workers=data.workers,
-        prefetch_factor=data.prefetch if data.workers else None,
+        num_workers=workers,
+        prefetch_factor=data.prefetch if workers else None,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # or the loader would draw a seed from the model's random state
-        worker_init_fn=_prepare_worker,
+        worker_init_fn=prepare_worker,
     )
     for batch, fault in loader:
         if fault:

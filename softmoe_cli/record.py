@@ -34,7 +34,10 @@ from softmoe_cli.files import cannot_write, sync
 from softmoe_cli.files import write_atomically as write_atomically
 
 WEIGHTS, TRAINING, STATE, SUMS = "model.safetensors", "training.safetensors", "state.json", "SHA256SUMS"
-SINCE = {"model.expert_width": None, "data.label": None, "data.crop_pct": None, "data.from_file": False}
+SINCE = {
+    "model.expert_width": None, "data.label": None, "data.class_numbers": False, "data.crop_pct": None,
+    "data.from_file": False,
+}  # fmt: skip
 """Choices that came later, and what holds where they are not made."""
 OURS = re.compile(r"\.?(last|best)-\d+")
 """Checkpoints and unfinished ones: nothing else in their folder is ever removed."""
