@@ -340,8 +340,7 @@ def random_square(image: Image.Image, side: int, area: float, hflip: float) -> U
 
 
 def _pixels(image: Image.Image) -> UInt8[Tensor, "c s s"]:
-    array = np.asarray(image)
-    return torch.from_numpy(array.reshape(*array.shape[:2], -1).transpose(2, 0, 1).copy())
+    return torch.from_numpy(np.array(image)).view(image.height, image.width, -1).permute(2, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -366,14 +365,16 @@ class _Decoded(Dataset):
     def _batch(self, step: int, index: list[int]) -> UInt8[Tensor, "b c s s"]:
         files, change = self.images.files, self.augment
         assert files is not None
-        pictures = (opened(files, i, self.images.channels) for i in index)
+        batch = torch.empty(len(index), self.images.channels, self.side, self.side, dtype=torch.uint8)
+        pictures = ((place, opened(files, i, self.images.channels)) for place, i in zip(batch, index, strict=True))
         if change is None or not _cuts_files(change, self.from_file):
-            batch = torch.stack([centre(picture, self.side, self.crop_pct) for picture in pictures])
+            for place, picture in pictures:
+                place.copy_(centre(picture, self.side, self.crop_pct))
         else:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(_seed(self.seed, CUT, step))
-                squares = [random_square(picture, self.side, change.area, change.hflip) for picture in pictures]
-            batch = torch.stack(squares)
+                for place, picture in pictures:
+                    place.copy_(random_square(picture, self.side, change.area, change.hflip))
         if change is not None and change.randaugment is not None:
             batch = _randaugment(batch, change.randaugment, _generator(self.seed, step))
         return batch
@@ -423,6 +424,9 @@ def _seed(seed: int, purpose: int, number: int) -> int:
 
 
 ORDER, CHANGE, MIX, CUT = range(4)
+
+CACHED = 2**18
+"""Numbers that a CPU's cache holds, so that pixels stay in it from one operation to the next."""
 
 
 def _generator(seed: int, step: int) -> torch.Generator:
@@ -536,8 +540,11 @@ def _normalise(
     raw: UInt8[Tensor, "b c s s"], in_chans: int, mean: Float[Tensor, " m"], std: Float[Tensor, " m"]
 ) -> Float[Tensor, "b c2 s s"]:
     """Pixels as the model takes them; grey is repeated first, so that each channel has its own mean and deviation."""
-    x = raw.float().div_(255).expand(-1, in_chans, -1, -1)
-    return x.sub(mean.view(-1, 1, 1)).div_(std.view(-1, 1, 1))
+    x = torch.empty(len(raw), in_chans, *raw.shape[2:], device=raw.device)
+    at_once = len(raw) if raw.is_cuda else max(1, CACHED // x[0].numel())
+    for part, source in zip(x.split(at_once), raw.split(at_once), strict=True):
+        part.copy_(source).div_(255).sub_(mean.view(-1, 1, 1)).div_(std.view(-1, 1, 1))
+    return x
 
 
 def _resize(x: Float[Tensor, "b c s s"], side: int) -> Float[Tensor, "b c t t"]:
