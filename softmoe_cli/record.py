@@ -28,17 +28,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from softmoe_cli.config import NOT_SCIENCE, Config, UsageError
+from softmoe_cli.config import LATER, NOT_SCIENCE, Config, UsageError
 from softmoe_cli.files import RunError as RunError
 from softmoe_cli.files import cannot_write, sync
 from softmoe_cli.files import write_atomically as write_atomically
 
 WEIGHTS, TRAINING, STATE, SUMS = "model.safetensors", "training.safetensors", "state.json", "SHA256SUMS"
-SINCE = {
-    "model.expert_width": None, "data.label": None, "data.class_numbers": False, "data.crop_pct": None,
-    "data.from_file": False,
-}  # fmt: skip
-"""Choices that came later, and what holds where they are not made."""
 OURS = re.compile(r"\.?(last|best)-\d+")
 """Checkpoints and unfinished ones: nothing else in their folder is ever removed."""
 
@@ -53,15 +48,13 @@ def signature(config: Config, command: str, source_digest: str | None, data_dige
 
 def _science(config: Config) -> dict[str, Any]:
     science = dataclasses.asdict(config)
-    for key, before in SINCE.items():  # a run is what it was before there was a choice
-        section, _, leaf = key.partition(".")
-        if science[section][leaf] == before:
-            del science[section][leaf]
-    if config.data.format in (None, config.data.name):
-        del science["data"]["format"]
-    for key in NOT_SCIENCE:
+    for key in (*NOT_SCIENCE, *LATER):
         section, _, leaf = key.rpartition(".")
-        (science[section] if section else science).pop(leaf)
+        node = science[section] if section else science
+        if key not in LATER or node[leaf] == LATER[key]:
+            del node[leaf]
+    if config.data.format in (None, config.data.name):  # said by the name, as it always was
+        del science["data"]["format"]
     return _plain(science)
 
 
@@ -313,6 +306,16 @@ class Source:
     card: dict[str, Any]
 
 
+def origin(command: str, settings: dict[str, Any], source: Source | None) -> str:
+    """Ten hex digits that weights made alike have in common: with the same settings but for the seed, from weights
+    with a common origin. What they differ in is chance, so that comparisons may group what was finetuned from them."""
+    start = source.card.get("origin", source.digest) if source else None
+    text = json.dumps(
+        [command, start, {key: value for key, value in settings.items() if key != "seed"}], sort_keys=True
+    )
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
 def read_source(checkpoint: str) -> Source:
     """Reads `checkpoint=`: a run folder (its newest undamaged checkpoint), a checkpoint folder, or a file.
 
@@ -346,6 +349,32 @@ def read_source(checkpoint: str) -> Source:
     return Source(str(path), digest, weights, _read_card(card, path) if card else {})
 
 
+def read_moments(source: Source, digest: str | None = None) -> dict[str, dict[str, Tensor]]:
+    """AdamW's state (`exp_avg`, `exp_avg_sq`, `step`) of each parameter, from the training tensors beside a
+    checkpoint's weights; nothing where there are none. With `digest` they must be the tensors of that digest.
+
+    Raises:
+        UsageError: they are damaged, or not the ones that the weights speak of.
+    """
+    folder, tensors = Path(source.label).parent, {}
+    if Path(source.label).name == WEIGHTS and (folder / TRAINING).is_file():
+        fault = damage(folder)
+        if fault is not None:
+            raise UsageError(f"checkpoint={folder}: {fault}")
+        tensors = load_file(folder / TRAINING)
+    tensors = {key: value for key, value in tensors.items() if key.startswith("optimizer.")}
+    if digest is not None and digest_of(tensors) != digest:
+        raise UsageError(
+            f"checkpoint={source.label} was upcycled with optimizer moments, and {folder / TRAINING} does not hold "
+            "them; name the whole folder, or upcycle with carry_optimizer=false"
+        )
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        name, _, kind = key.removeprefix("optimizer.").rpartition(".")
+        found.setdefault(name, {})[kind] = value
+    return {name: state for name, state in found.items() if state.keys() == {"exp_avg", "exp_avg_sq", "step"}}
+
+
 def _read_card(text: str, path: Path) -> dict[str, Any]:
     try:
         card = json.loads(text)
@@ -359,9 +388,10 @@ def _read_card(text: str, path: Path) -> dict[str, Any]:
         raise UsageError(f"checkpoint={path}: what it says of its model holds ${{…}}, which softmoe never writes")
     kind = "folder" if said["data"].get("name") == "folder" else None
     unsaid = {"data.format": kind, "data.prefetch": 2, "data.crop": "shift", "data.area": 0.05}
-    for key, before in {**SINCE, **unsaid}.items():  # saved before there was a choice
+    for key, before in {**LATER, **unsaid}.items():  # saved before there was a choice
         section, _, leaf = key.partition(".")
-        said[section].setdefault(leaf, before)
+        if section in ("model", "data"):
+            said[section].setdefault(leaf, before)
     return said
 
 

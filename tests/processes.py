@@ -1,12 +1,19 @@
 """`softmoe` in real processes that start at once: forked from one that has imported torch and timm already."""
 
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import sys
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
+
+from softmoe_cli import sweep
 
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["softmoe_cli.train", "softmoe_cli.cli", "hydra"])
+_SERVER.set_forkserver_preload(["softmoe_cli.train", "softmoe_cli.cli", "softmoe_cli.sweep", "hydra"])
 
 
 class Started:
@@ -16,7 +23,10 @@ class Started:
         folder.mkdir(parents=True, exist_ok=True)
         self._out = folder / "stdout.txt"
         self._out.write_text("")
-        self._process = _SERVER.Process(target=_main, args=(folder, arguments, os.environ | environment, self._out))
+        multiprocessing.forkserver.ensure_running()
+        address = vars(_forkserver())["_forkserver_address"]
+        order = (folder, arguments, os.environ | environment, self._out, address)
+        self._process = _SERVER.Process(target=_main, args=order)
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
@@ -34,13 +44,40 @@ class Started:
         return self._process.exitcode, self._out.read_text()
 
 
-def _main(folder: Path, arguments: list[str], environment: dict[str, str], out: Path) -> None:
+def _forkserver() -> Any:
+    return multiprocessing.forkserver._forkserver
+
+
+def _main(folder: Path, arguments: list[str], environment: dict[str, str], out: Path, address: str) -> None:
     os.chdir(folder)
     os.environ.update(environment)
     with out.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.argv = ["softmoe", *arguments]
+    # A sweep's own server would import everything once more: its jobs fork from the one that this process came from.
+    vars(_forkserver()).update(_forkserver_address=address, ensure_running=lambda: None)
+    multiprocessing.forkserver.ensure_running = lambda: None
+    sweep.SERVER = _Same()  # type: ignore[assignment]
     from softmoe_cli.cli import main
 
     main()
+
+
+class _Same:
+    """The server of all tests as a sweep's own one, which has the folder and environment of its sweep."""
+
+    def set_forkserver_preload(self, _modules: list[str]) -> None:
+        """They are loaded."""
+
+    def Pipe(self, duplex: bool) -> tuple[Connection, Connection]:
+        return _SERVER.Pipe(duplex)
+
+    def Process(self, target: Callable[..., None], args: Sequence[Any]) -> ForkServerProcess:
+        return _SERVER.Process(target=_job, args=(os.getcwd(), dict(os.environ), target, args))
+
+
+def _job(folder: str, environment: dict[str, str], target: Callable[..., None], args: Sequence[Any]) -> None:
+    os.chdir(folder)
+    os.environ.update(environment)
+    target(*args)
