@@ -17,6 +17,7 @@ from typing import Any
 from softmoe_cli.config import (
     Config,
     CostConfig,
+    DataCheckConfig,
     EvaluateConfig,
     ExportConfig,
     LocalLauncher,
@@ -34,11 +35,13 @@ from softmoe_cli.files import RunError
 if typing.TYPE_CHECKING:
     from softmoe_cli.record import Source
 
-T = typing.TypeVar("T", Config, EvaluateConfig, ExportConfig, CostConfig, MatchConfig, UpcycleConfig, Model)
+T = typing.TypeVar(
+    "T", Config, EvaluateConfig, ExportConfig, CostConfig, MatchConfig, UpcycleConfig, DataCheckConfig, Model
+)
 
 SCHEMAS: dict[str, type] = {
     "train": Config, "finetune": Config, "evaluate": EvaluateConfig, "cost": CostConfig, "match": MatchConfig,
-    "upcycle": UpcycleConfig, "export": ExportConfig,
+    "upcycle": UpcycleConfig, "export": ExportConfig, "data": DataCheckConfig,
 }  # fmt: skip
 
 LAUNCHERS = {"local": LocalLauncher, "slurm": SlurmLauncher, "ray": RayLauncher}
@@ -57,6 +60,7 @@ usage: softmoe COMMAND [ARGUMENTS]
   match      make one model cost what another does        softmoe match model=vit_s16_soft to=vit_s16_dense
   compare    runs to tables, verdicts, Pareto front, plots softmoe compare outputs/default
   check      conformance report for a router               softmoe check soft
+  data check read a data set before a long run does        softmoe data check data=folder data.root=PATH
   status     what a sweep's runs are doing, from files     softmoe status outputs/default
   list       models, routers, data sets, recipes, experiments
 
@@ -170,6 +174,14 @@ softmoe check ROUTER [KEY=VALUE]...   what every router must keep, measured; exi
 
 ROUTER is a name from softmoe list, a name in your own conf/model/router, or a Python file. KEY=VALUE are its options.
 SOFTMOE_VECTORS names another folder of official numbers.""",
+    "data": """\
+softmoe data check [data=CHOICE] [KEY=VALUE]...   reads a data set before a long run does; exit status 1 if it is faulty
+
+  softmoe data check data=folder data.root=PATH
+  softmoe data check data=webdataset data.root=PATH data.workers=8 format=json
+
+Faults: files that cannot be read, empty classes, classes that not every part has, the same pixels in two of train,
+validation and test or under two labels. It counts images by class, sizes, and repetitions in a part.""",
     "status": """\
 softmoe status FOLDER... [--json]   what runs are doing, from their files alone, here or on another machine
 
@@ -259,8 +271,11 @@ def _dispatch(arguments: list[str]) -> int:
         return _check(rest)
     if command == "status":
         return _status(rest)
-    _hydra(command, rest)
-    return 0
+    if command == "data":
+        if rest[:1] != ["check"]:
+            raise UsageError(f"softmoe data takes the word check, as in softmoe data check data=folder, got {rest[:1]}")
+        return _hydra("data_check", rest[1:])
+    return _hydra(command, rest)
 
 
 def _options(section: type, prefix: str = "", title: str = "options (defaults: --cfg job)") -> str:
@@ -391,8 +406,9 @@ def _router_options(name: str) -> dict[str, Any]:
     return {"_target_": f"{path.stem}.{concrete[0].__name__}"}
 
 
-def _hydra(command: str, arguments: list[str]) -> None:
-    """Composes with Hydra and runs the command for each job; Hydra's own errors become one sentence."""
+def _hydra(command: str, arguments: list[str]) -> int:
+    """Composes with Hydra and runs the command for each job; Hydra's own errors become one sentence. Returns the exit
+    status."""
     import hydra
     from hydra.core.config_search_path import ConfigSearchPath
     from hydra.core.plugins import Plugins
@@ -428,8 +444,10 @@ def _hydra(command: str, arguments: list[str]) -> None:
         "match": _match,
         "upcycle": _upcycle,
         "export": _export,
+        "data_check": lambda config: faulty.append(_data_check(config)),
     }
     failures: list[Exception] = []
+    faulty: list[int] = []
 
     def task(config: DictConfig) -> None:
         """One job. A sweep goes on after a failure; the last failure is what the command ends with."""
@@ -460,6 +478,7 @@ def _hydra(command: str, arguments: list[str]) -> None:
         from softmoe_cli.ledger import costs, show
 
         print(show(costs(costed), costed[0].format, many=many))
+    return max(faulty, default=0)
 
 
 def _store_schemas() -> None:
@@ -470,6 +489,7 @@ def _store_schemas() -> None:
     store.store(name="schema", node=Config)
     for name in ("evaluate", "cost", "match", "upcycle", "export"):
         store.store(name=f"{name}_schema", node=SCHEMAS[name])
+    store.store(name="data_check_schema", node=DataCheckConfig)
     for name, launcher in LAUNCHERS.items():
         store.store(group="hydra/launcher", name=f"_{name}", node=launcher)
 
@@ -816,6 +836,13 @@ def _take_backbone(model: dict[str, Any], source: "Source", typed: Sequence[str]
     if not _names("model.image_size", typed):
         model["image_size"] = own["image_size"]
     model["in_chans"] = own["in_chans"]
+
+
+def _data_check(config: Any) -> int:
+    checked = _door(plain(config, DataCheckConfig), DataCheckConfig)
+    from softmoe_cli.data_check import check
+
+    return check(checked)
 
 
 def _match(config: Any) -> None:

@@ -183,28 +183,66 @@ def placement(moe_blocks: Any, depth: int) -> list[int]:
     return sorted(moe_blocks)
 
 
+KNOWN_SETS = ("digits", "fashion_mnist", "cifar10", "cifar100")
+FORMATS = ("folder", "webdataset", "tfds", "arrow")
+
+
 @dataclass
 class Data:
     """A set of images with labels, cut into training, validation and test images once and for all."""
 
     path: ClassVar[str] = "data"
-    name: str = option("which set", choices=("digits", "fashion_mnist", "cifar10", "cifar100", "folder"))
+    name: str = option("which set; of your own files, what tables call it")
+    format: str | None = option("how your own files are stored; null: a set that softmoe knows", choices=FORMATS)
     root: str = option("where its files are, or are downloaded to; unused by digits")
-    num_classes: int | None = option("classes, and width of the model's head; null: as many as a folder has", low=1)
-    image_size: int = option("pixels on the side of a decoded image; folder images are resized and cut to it", low=1)
+    label: str | None = option("archives: the field, feature or column with the labels; null: cls or label")
+    class_numbers: bool = option(
+        "evaluation: classes are called by their numbers among the checkpoint's, as in ImageNet-V2"
+    )
+    num_classes: int | None = option("classes, and width of the model's head; null: as many as the files have", low=1)
+    image_size: int = option("pixels on the side of a decoded image; files are resized and cut to it", low=1)
+    crop_pct: float | None = option(
+        "share of a file's shorter side that the centre square keeps, as in timm; null: all", above=0, high=1
+    )
+    from_file: bool = option(
+        "resize every file once, to model.image_size and with timm's transforms, instead of going through image_size"
+    )
     channels: int = option("1 for grey, 3 for colour", low=1, high=3)
     mean: list[float] = option("subtracted from pixels in [0, 1]: one number, or one per channel")
     std: list[float] = option("divides the pixels after that", above=0)
     hflip: float = option("how often a mirrored image would still be natural; recipes read it", low=0, high=1)
     shift: float = option("how far, as a share of its side, an image may be moved; recipes read it", low=0, high=1)
+    crop: str = option("which augment.crop suits it; recipes read it", choices=("none", "shift", "resized"))
+    area: float = option("which augment.area suits it; recipes read it", above=0, high=1)
     split_seed: int = option("seed of the split where the set brings none; not the run's seed", low=0)
     validation_fraction: float = option("share held out of the training images for choices", above=0, high=0.5)
-    test_fraction: float = option("share held out as test where the set brings no test images", above=0, high=0.5)
-    workers: int = option("processes that decode a folder too large for memory", low=0)
-    memory_gib: float = option("a folder that decodes to more than this is read from disk as it goes", low=0)
+    test_fraction: float = option(
+        "share held out as test where the set brings no test images; 1: all are, for evaluation only", above=0, high=1
+    )
+    workers: int | None = option(
+        "processes that decode files that are not in memory; null: one per CPU core; 0: the run's own", low=0
+    )
+    prefetch: int = option("batches that each of these processes decodes ahead", low=1)
+    memory_gib: float = option("files that decode to more than this are read from disk as it goes", low=0)
 
     def check(self) -> None:
         _check(self)
+        if self.format is None:
+            if self.name not in KNOWN_SETS:
+                raise UsageError(
+                    f"data.name={self.name} is not one of {', '.join(KNOWN_SETS)}.{nearest(self.name, KNOWN_SETS)} "
+                    f"For files of your own set data.format: {', '.join(FORMATS)}"
+                )
+            given = {"label": self.label, "crop_pct": self.crop_pct, "from_file": self.from_file or None}
+            for key, value in given.items():
+                if value is not None:
+                    raise UsageError(f"data.{key}={value} has no effect on data={self.name}, which has no files")
+        if self.format == "folder" and self.label is not None:
+            raise UsageError(f"data.label={self.label} has no effect with data.format=folder: folders are the labels")
+        if self.class_numbers and self.test_fraction != 1:
+            raise UsageError("data.class_numbers=true is for evaluation only, with data.test_fraction=1")
+        if 0.5 < self.test_fraction < 1:
+            raise UsageError(f"data.test_fraction={self.test_fraction:g} is neither at most 0.5 nor 1")
         if self.channels == 2:
             raise UsageError("data.channels=2 is neither 1 (grey) nor 3 (colour)")
         for key in ("mean", "std"):
@@ -402,6 +440,10 @@ class Config:
         _check(self)
         for section in (self.model, self.data, self.augment, self.optim, self.train, self.wandb):
             section.check()
+        if self.data.test_fraction == 1:
+            raise UsageError(
+                f"data={self.data.name} has data.test_fraction=1: its images are for softmoe evaluate only"
+            )
         settled = self.train.batch_size != "auto"
         if settled and (self.augment.mixup or self.augment.cutmix) and self.train.batch_size % 2:
             raise UsageError(
@@ -432,6 +474,19 @@ class Config:
                 raise UsageError(f"{key}={text!r} must be a plain folder name")
 
 
+@dataclass
+class DataCheckConfig:
+    """What `softmoe data check` composes."""
+
+    path: ClassVar[str] = ""
+    data: Data = field(default_factory=Data)
+    format: str = option("what is printed", choices=("table", "json"))
+
+    def check(self) -> None:
+        _check(self)
+        self.data.check()
+
+
 AUDITS = ("neighbours", "capacity", "slots", "experts")
 
 
@@ -450,6 +505,9 @@ class EvaluateConfig:
     loss: str | None = option("as in train.loss; null: the checkpoint's", choices=("softmax", "sigmoid"))
     precision: str | None = option("as in train.precision; null: the checkpoint's", choices=("fp32", "bf16", "fp16"))
     calibration_bins: int = option("bins of equal width of the expected calibration error", low=1)
+    real: str | None = option(
+        "ImageNet's validation images: top-1 by ReaL labels too; a JSON file of theirs, or timm, which brings it"
+    )
     predictions: str | None = option("a CSV file for what the model said of each image")
     confusion: str | None = option("a CSV file for the images by label and prediction")
     fewshot: list[int] = option("shots per class from the training images, for few-shot quality of the features", low=1)
@@ -512,7 +570,7 @@ class UpcycleConfig:
             )
 
 
-FORMATS = ("torch_export", "onnx")
+PROGRAMS = ("torch_export", "onnx")
 
 
 @dataclass
@@ -522,7 +580,7 @@ class ExportConfig:
     path: ClassVar[str] = ""
     checkpoint: str = option("a run folder, a checkpoint folder or a .safetensors file")
     data: Data = field(default_factory=Data)
-    formats: list[str] = option("programs beside the weights, each held against the model on images", choices=FORMATS)
+    formats: list[str] = option("programs beside the weights, each held against the model on images", choices=PROGRAMS)
     images: int = option("validation images, the first ones, on which outputs are compared", low=1)
     push: str | None = option("OWNER/NAME on the Hugging Face hub, where the folder is copied to; made private if new")
     folder: str | None = option("where everything goes; null: output_root/exported/NAME-SIGNATURE")
@@ -688,15 +746,16 @@ class RayLauncher(Launcher):
 
 NOT_SCIENCE = (
     "output_root", "study", "name", "tracking", "wandb", "device", "threads", "checkpoint", "data.root",
-    "data.workers", "data.memory_gib", "train.default_epochs", "train.log_every", "train.eval_batch_size",
-    "train.fewshot", "train.save_seconds", "slots",
+    "data.workers", "data.prefetch", "data.memory_gib", "data.crop", "data.area", "train.default_epochs",
+    "train.log_every", "train.eval_batch_size", "train.fewshot", "train.save_seconds", "slots",
 )  # fmt: skip
-"""Keys that change where, when or how fast, never which numbers come out: left out of the signature. (The number that
-`slots` comes to stands in model.router.)"""
+"""Keys that change where, when or how fast, never which numbers come out, or that only others read: left out of the
+signature. (The number that `slots` comes to stands in model.router.)"""
 
 LATER: dict[str, Any] = {
     "model.expert_width": None, "augment.erase": 0, "optim.name": "adamw", "optim.momentum": None,
-    "optim.layer_decay": None, "optim.freeze": [],
+    "optim.layer_decay": None, "optim.freeze": [], "data.label": None, "data.class_numbers": False,
+    "data.crop_pct": None, "data.from_file": False,
 }  # fmt: skip
 """Options that came later, and where they do nothing: a run that leaves them there is what it was before there was a
 choice, so they are left out of its signature."""

@@ -1,4 +1,4 @@
-"""Images and labels: embedded, from torchvision, from a folder; what is done to them on the way to the model.
+"""Images and labels: embedded, from torchvision, from files; what is done to them on the way to the model.
 
 Everything random about a training batch is a function of (seed, step): order, crop, flip, RandAugment, erasing, mixup.
 A resumed run therefore sees the same batches bit for bit, with no state saved and any number of workers.
@@ -6,6 +6,7 @@ A resumed run therefore sees the same batches bit for bit, with no state saved a
 
 import gzip
 import hashlib
+import io
 import math
 import os
 import random
@@ -14,7 +15,7 @@ import urllib.error
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -27,11 +28,13 @@ from timm.data.mixup import one_hot
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
+from torchvision.transforms import RandomResizedCrop
 
+from softmoe_cli.archives import Stored
 from softmoe_cli.config import Augment, Data, UsageError
+from softmoe_cli.listing import Listing, listing
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist
 FASHION_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
@@ -49,7 +52,7 @@ class ImageSet:
     images: UInt8[Tensor, "n c s s"] | None
     side: int
     channels: int
-    files: list[Path] = field(default_factory=list)
+    files: Stored | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -57,9 +60,8 @@ class ImageSet:
     def subset(self, index: np.ndarray) -> "ImageSet":
         chosen = torch.as_tensor(index)
         images = None if self.images is None else self.images[chosen]
-        return ImageSet(
-            self.labels[chosen], images, self.side, self.channels, [self.files[i] for i in index if self.files]
-        )
+        files = None if self.files is None else self.files.subset(index)
+        return ImageSet(self.labels[chosen], images, self.side, self.channels, files)
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,12 @@ class Splits:
     test: ImageSet
     classes: list[str]
 
+    def need(self, *parts: str) -> None:
+        """Raises UsageError when a part has no images, as those have that are for evaluation only."""
+        for part in parts:
+            if not len(getattr(self, part)):
+                raise UsageError(f"there are no {part} images: with data.test_fraction=1 all are test images")
+
 
 def load(data: Data) -> Splits:
     """Reads the set that `data` names and cuts it.
@@ -78,31 +86,29 @@ def load(data: Data) -> Splits:
     Raises:
         UsageError: files that are missing, unreadable or damaged, or too few of them; the message names them.
     """
-    readers = {
-        "digits": _digits,
-        "fashion_mnist": _fashion_mnist,
-        "cifar10": _cifar,
-        "cifar100": _cifar,
-        "folder": _folder,
-    }
-    splits = readers[data.name](data)
+    readers = {"digits": _digits, "fashion_mnist": _fashion_mnist, "cifar10": _cifar, "cifar100": _cifar}
+    splits = _stored(data) if data.format is not None else readers[data.name](data)
     if data.num_classes is not None and data.num_classes < len(splits.classes):
         raise UsageError(f"data.num_classes={data.num_classes} is less than the {len(splits.classes)} classes found")
     return splits
 
 
 def identity(data: Data) -> str | None:
-    """A digest of which files a folder holds and how large they are; None for the sets that are the same everywhere.
+    """A digest of which files there are and how large they are, and of what archives hold where, under which label;
+    None for the sets that are the same everywhere.
 
     Raises:
-        UsageError: the folder cannot be used.
+        UsageError: the files cannot be used.
     """
-    if data.name != "folder":
+    if data.format is None:
         return None
-    digest, root = hashlib.sha256(), Path(data.root)
-    for tree in _trees(data).values():
-        for file in (file for files in tree.values() for file in files):
-            digest.update(f"{file.relative_to(root)}\0{file.stat().st_size}\0".encode(errors="surrogateescape"))
+    digest, root = hashlib.sha256(), os.fsencode(data.root)
+    for stored, labels in _listed(data).parts.values():
+        for name in stored.name[stored.offset < 0].tolist():
+            digest.update(name + b"\0%d\0" % os.stat(os.path.join(root, name)).st_size)
+        inside = stored.offset >= 0
+        for column in (stored.name, stored.offset, stored.size, labels):
+            digest.update(column[inside].tobytes())
     return digest.hexdigest()
 
 
@@ -135,6 +141,9 @@ def _with_validation(train: ImageSet, test: ImageSet, classes: list[str], data: 
 
 
 def _with_test(everything: ImageSet, classes: list[str], data: Data) -> Splits:
+    if data.test_fraction == 1:
+        nothing = everything.subset(np.arange(0))
+        return Splits(nothing, nothing, everything, classes)
     kept, held = hold_out(everything.labels, data.test_fraction, data.split_seed, "test_fraction")
     return _with_validation(everything.subset(kept), everything.subset(held), classes, data)
 
@@ -241,146 +250,170 @@ def _download(kind: str, data: Data, expected: str) -> None:
         ) from error
 
 
-# --- folders ----------------------------------------------------------------------------------------------------------
+# --- files ------------------------------------------------------------------------------------------------------------
 
 
-def _folder(data: Data) -> Splits:
-    """train/ and val/ (and test/) with a folder per class, or one tree that is split.
+def _stored(data: Data) -> Splits:
+    """train, val and test as they are; or train and val; or one set, which is split.
 
-    With test/, the three are taken as they are. With train/ and val/ alone, val/ is the test set, as ImageNet's
-    is in practice, and validation images are held out of train/, so that nothing is chosen on what is reported.
+    With train and val alone, val is the test set, as ImageNet's is in practice, and validation images are held out of
+    train, so that nothing is chosen on what is reported.
     """
-    trees = _trees(data)
-    parts, classes = list(trees), list(next(iter(trees.values())))
-    total = sum(len(files) for tree in trees.values() for files in tree.values())
-    in_memory = total * data.channels * data.image_size**2 <= data.memory_gib * 2**30
-    sets = {part: _read_tree(tree, data, in_memory) for part, tree in trees.items()}
-    if parts == ["train", "val", "test"]:
+    listed = _listed(data)
+    total = sum(len(labels) for _, labels in listed.parts.values())
+    in_memory = not data.from_file and total * data.channels * data.image_size**2 <= data.memory_gib * 2**30
+    sets = {part: _image_set(stored, labels, data, in_memory) for part, (stored, labels) in listed.parts.items()}
+    return split(sets, listed.classes, data)
+
+
+def split(sets: dict[str, ImageSet], classes: list[str], data: Data) -> Splits:
+    """Parts as they lie on disk -> those of a run.
+
+    Raises:
+        UsageError: a class with no image left for training.
+    """
+    if list(sets) == ["train", "val", "test"]:
         return Splits(sets["train"], sets["val"], sets["test"], classes)
-    if parts == ["train", "val"]:
+    if list(sets) == ["train", "val"]:
         return _with_validation(sets["train"], sets["val"], classes, data)
-    return _with_test(sets[""], classes, data)
+    return _with_test(next(iter(sets.values())), classes, data)
 
 
-def _trees(data: Data) -> dict[str, dict[str, list[Path]]]:
-    """Part (train, val, test, or "" for a single tree) -> class name -> image files."""
-    root = Path(data.root)
-    if not root.is_dir():
-        raise UsageError(f"data.root={data.root} is not a folder")
-    names = {path.name.lower(): path.name for path in root.iterdir() if path.is_dir()}
-    for part in ("train", "val", "test"):
-        if part in names and names[part] != part:
-            raise UsageError(f"{root / names[part]} must be called {part}, or it would be taken for a class")
-    parts: list[str] = [part for part in ("train", "val", "test") if part in names]
-    if parts in (["train"], ["val"], ["test"], ["train", "test"], ["val", "test"]):
-        raise UsageError(f"data.root={data.root} has {' and '.join(parts)} only; it needs train and val, or classes")
-    trees = {part: _tree(root / part) for part in parts} if parts else {"": _tree(root)}
-    classes = list(next(iter(trees.values())))
-    for part, tree in trees.items():
-        odd = sorted(set(tree) ^ set(classes))
-        if odd:
-            raise UsageError(f"{root / part} and {root / parts[0]} have different classes: {', '.join(odd[:5])}")
-    return trees
+def _listed(data: Data) -> Listing:
+    found = listing(data)
+    if found.faults:
+        raise UsageError(found.faults[0])
+    return found
 
 
-def _tree(root: Path) -> dict[str, list[Path]]:
-    """Class name -> its image files, both sorted."""
-    try:
-        folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-        tree = {folder.name: _images_in(folder) for folder in folders}
-    except PermissionError as error:
-        raise UsageError(f"{error.filename} cannot be read: no permission") from error
-    if not tree:
-        raise UsageError(f"{root} has no class folders; it needs one folder of images per class")
-    empty = [name for name, files in tree.items() if not files]
-    if empty:
-        raise UsageError(f"class folder {root / empty[0]} holds no image ({', '.join(IMAGE_ENDINGS)})")
-    if len(tree) < 2:
-        raise UsageError(f"{root} has one class folder only, {next(iter(tree))}; there is nothing to tell apart")
-    return tree
-
-
-def _images_in(folder: Path) -> list[Path]:
-    """The images at any depth, links followed; a link that leads back up is followed once."""
-    found: list[Path] = []
-    seen: set[str] = set()
-    for base, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
-        if (real := os.path.realpath(base)) in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        found += [Path(base) / name for name in names]
-    return sorted(path for path in found if path.suffix.lower() in IMAGE_ENDINGS and not path.name.startswith("."))
-
-
-def _raise(error: OSError) -> None:
-    raise error
-
-
-def _read_tree(tree: dict[str, list[Path]], data: Data, in_memory: bool) -> ImageSet:
-    files = [file for members in tree.values() for file in members]
-    labels = torch.tensor([label for label, members in enumerate(tree.values()) for _ in members])
+def _image_set(stored: Stored, labels: np.ndarray, data: Data, in_memory: bool) -> ImageSet:
     images = None
     if in_memory:
         with ThreadPoolExecutor() as pool:  # PIL decodes outside Python's lock
-            images = torch.stack(list(pool.map(lambda file: decode(file, data.image_size, data.channels), files)))
-    return ImageSet(labels, images, data.image_size, data.channels, files)
+            decoded = pool.map(
+                lambda i: centre(opened(stored, i, data.channels), data.image_size, data.crop_pct), range(len(stored))
+            )
+            images = torch.stack(list(decoded))
+    return ImageSet(torch.from_numpy(labels), images, data.image_size, data.channels, stored)
 
 
-def decode(file: Path, side: int, channels: int) -> UInt8[Tensor, "c s s"]:
-    """The centre square of an image whose shorter side is resized to `side` (bicubic, antialiased).
+def opened(stored: Stored, i: int, channels: int) -> Image.Image:
+    """Image i, decoded, grey or RGB.
 
     Raises:
-        UsageError: a file that is no image, is cut short, or cannot be read.
+        UsageError: it is no image, is cut short, or cannot be read.
     """
     try:
-        with Image.open(file) as image:
+        with Image.open(io.BytesIO(stored.read(i))) as image:
             if image.mode.startswith(("I", "F")):
                 raise ValueError(f"{image.mode} pixels have more than 8 bits; convert it to 8 bits a channel first")
-            converted = image.convert("L" if channels == 1 else "RGB")
+            mode = "L" if channels == 1 else "RGB"
+            image.load()
+            return image if image.mode == mode else image.convert(mode)
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UsageError(f"{file} is not an image that can be read: {error}") from error
-    width, height = converted.size
-    cut = min(width, height)
-    left, top = (width - cut) / 2, (height - cut) / 2
-    square = converted.resize((side, side), Image.Resampling.BICUBIC, box=(left, top, left + cut, top + cut))
-    return torch.from_numpy(np.array(square)).view(side, side, channels).permute(2, 0, 1).contiguous()
+        raise UsageError(f"{stored.place(i)} is not an image that can be read: {error}") from error
 
 
+def centre(image: Image.Image, side: int, crop_pct: float | None) -> UInt8[Tensor, "c s s"]:
+    """The centre square of an image, `side` pixels large (bicubic, antialiased).
+
+    With crop_pct, timm's evaluation transform: the shorter side becomes floor(side / crop_pct) pixels, and of that the
+    centre is kept.
+    """
+    width, height = image.size
+    if crop_pct is None:
+        cut = min(width, height)
+        left, top = (width - cut) / 2, (height - cut) / 2
+        return _pixels(image.resize((side, side), Image.Resampling.BICUBIC, box=(left, top, left + cut, top + cut)))
+    shorter = math.floor(side / crop_pct)
+    w, h = (int(shorter * length / min(width, height)) for length in (width, height))
+    x, y = round((w - side) / 2), round((h - side) / 2)
+    return _pixels(image.resize((w, h), Image.Resampling.BICUBIC).crop((x, y, x + side, y + side)))
+
+
+def random_square(image: Image.Image, side: int, area: float, hflip: float) -> UInt8[Tensor, "c s s"]:
+    """timm's training transform: a random part of random area and aspect, resized (bicubic, antialiased), perhaps
+    mirrored. It draws from torch's own random state."""
+    top, left, height, width = RandomResizedCrop.get_params(image, [area, 1.0], [3 / 4, 4 / 3])
+    square = image.crop((left, top, left + width, top + height)).resize((side, side), Image.Resampling.BICUBIC)
+    if hflip and float(torch.rand(())) < hflip:
+        square = square.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return _pixels(square)
+
+
+def _pixels(image: Image.Image) -> UInt8[Tensor, "c s s"]:
+    return torch.from_numpy(np.array(image)).view(image.height, image.width, -1).permute(2, 0, 1)
+
+
+@dataclass(frozen=True)
 class _Decoded(Dataset):
-    """Lists of indices -> decoded batches, in the worker that is asked."""
+    """(step, list of indices) -> a decoded batch, in the worker that is asked."""
 
-    def __init__(self, images: ImageSet) -> None:
-        self.images = images
+    images: ImageSet
+    side: int
+    crop_pct: float | None
+    augment: Augment | None = None
+    """What is done to training images here, and not to whole batches."""
+    from_file: bool = False
+    seed: int = 0
 
-    def __getitem__(self, index: list[int]) -> tuple[Tensor | None, str]:
+    def __getitem__(self, asked: tuple[int, list[int]]) -> tuple[Tensor | None, str]:
+        step, index = asked
         try:
-            one = self.images
-            return torch.stack([decode(one.files[i], one.side, one.channels) for i in index]), ""
+            return self._batch(step, index), ""
         except UsageError as error:  # as text: an exception would lose its meaning between processes
             return None, str(error)
 
+    def _batch(self, step: int, index: list[int]) -> UInt8[Tensor, "b c s s"]:
+        files, change = self.images.files, self.augment
+        assert files is not None
+        pictures = (opened(files, i, self.images.channels) for i in index)
+        if change is None or not _cuts_files(change, self.from_file):
+            squares = [centre(picture, self.side, self.crop_pct) for picture in pictures]
+        else:
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(_seed(self.seed, CUT, step))
+                squares = [random_square(picture, self.side, change.area, change.hflip) for picture in pictures]
+        batch: Tensor = default_collate(squares)  # in a worker: straight into memory that the run shares
+        if change is not None and change.randaugment is not None:
+            batch = _randaugment(batch, change.randaugment, _generator(self.seed, step))
+        return batch
 
-def _prepare_worker(_number: int) -> None:
+
+def _cuts_files(augment: Augment, from_file: bool) -> bool:
+    return from_file and augment.crop == "resized"
+
+
+def prepare_worker(_number: int) -> None:
     """One thread; and signals to the whole process group are the main process's business."""
     torch.set_num_threads(1)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 
-def _decoded(images: ImageSet, indices: Iterator[Int64[Tensor, " b"]], workers: int) -> Iterator[Tensor]:
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _decoded(
+    decoded: _Decoded, steps: Iterator[tuple[int, Int64[Tensor, " b"]]], data: Data, device: torch.device
+) -> Iterator[Tensor]:
+    workers = cores() if data.workers is None else data.workers
     loader = DataLoader(
-        _Decoded(images),
-        sampler=map(Tensor.tolist, indices),
+        decoded,
+        sampler=((step, index.tolist()) for step, index in steps),
         batch_size=None,
         num_workers=workers,
+        prefetch_factor=data.prefetch if workers else None,
+        pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # or the loader would draw a seed from the model's random state
-        worker_init_fn=_prepare_worker,
+        worker_init_fn=prepare_worker,
     )
     for batch, fault in loader:
         if fault:
             raise UsageError(fault)
-        yield batch
+        yield batch.to(device, non_blocking=True)
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------
@@ -390,7 +423,15 @@ def _seed(seed: int, purpose: int, number: int) -> int:
     return int(np.random.SeedSequence((seed, purpose, number)).generate_state(1, np.uint64)[0]) >> 1
 
 
-ORDER, CHANGE, MIX, ERASE = range(4)
+ORDER, CHANGE, MIX, ERASE, CUT = range(5)
+
+CACHED = 2**18
+"""Numbers that a CPU's cache holds, so that pixels stay in it from one operation to the next."""
+
+
+def _generator(seed: int, step: int) -> torch.Generator:
+    """What the changes of a batch are drawn from."""
+    return torch.Generator().manual_seed(_seed(seed, CHANGE, step))
 
 
 def stream(length: int, batch_size: int, seed: int, first_step: int) -> Iterator[Int64[Tensor, " b"]]:
@@ -431,19 +472,26 @@ def train_batches(
     labels = images.labels.to(device)
     mean, std = _statistics(data, device)
     black = (-mean / std).expand(in_chans)
-    for step, (index, raw) in enumerate(_raw(images, data, batch_size, seed, first_step, device), start=first_step):
-        rng = torch.Generator().manual_seed(_seed(seed, CHANGE, step))
+    side = image_size if data.from_file else images.side
+    decoded = _Decoded(images, side, data.crop_pct, augment, data.from_file, seed)
+    for step, (index, raw) in enumerate(_raw(decoded, data, batch_size, first_step, device), start=first_step):
+        rng = _generator(seed, step)
         if augment.randaugment is not None:
-            raw = _randaugment(raw, augment.randaugment, rng)
+            if images.images is not None:
+                raw = _randaugment(raw, augment.randaugment, rng)
+            else:  # done where it was decoded, with the same draw
+                _draw(rng)
         x = _normalise(raw, in_chans, mean, std)
-        if augment.crop == "resized":
+        if _cuts_files(augment, data.from_file):
+            pass  # cut and mirrored where it was decoded
+        elif augment.crop == "resized":
             x = resized_crop(x, boxes(len(x), augment.area, rng).to(device), image_size)
         else:
             reach = round(augment.shift * x.shape[-1]) if augment.crop == "shift" else 0
             if reach:
                 x = shift_crop(x, torch.randint(-reach, reach + 1, (2, len(x)), generator=rng).to(device), black)
             x = _resize(x, image_size)
-        if augment.hflip:
+        if augment.hflip and not _cuts_files(augment, data.from_file):
             flip = (torch.rand(len(x), generator=rng) < augment.hflip).to(device)
             x = torch.where(flip.view(-1, 1, 1, 1), x.flip(3), x)
         if augment.erase:
@@ -455,18 +503,19 @@ def train_batches(
 
 
 def _raw(
-    images: ImageSet, data: Data, batch_size: int, seed: int, first_step: int, device: torch.device
+    decoded: _Decoded, data: Data, batch_size: int, first_step: int, device: torch.device
 ) -> Iterator[tuple[Int64[Tensor, " b"], UInt8[Tensor, "b c s s"]]]:
-    order = stream(len(images), batch_size, seed, first_step)
+    images = decoded.images
+    order = stream(len(images), batch_size, decoded.seed, first_step)
     if images.images is not None:
         pixels = images.images.to(device)
         for index in order:
             moved = index.to(device)
             yield moved, pixels[moved]
     else:
-        again = stream(len(images), batch_size, seed, first_step)
-        for index, batch in zip(order, _decoded(images, again, data.workers), strict=False):
-            yield index.to(device), batch.to(device)
+        ahead = enumerate(stream(len(images), batch_size, decoded.seed, first_step), start=first_step)
+        for index, batch in zip(order, _decoded(decoded, ahead, data, device), strict=False):
+            yield index.to(device), batch
 
 
 def eval_batches(
@@ -478,7 +527,8 @@ def eval_batches(
     if images.images is not None:
         raws: Iterator[Tensor] = (images.images[index] for index in indices)
     else:
-        raws = _decoded(images, iter(indices), data.workers)
+        side = image_size if data.from_file else images.side
+        raws = _decoded(_Decoded(images, side, data.crop_pct), enumerate(indices), data, device)
     for index, raw in zip(indices, raws, strict=True):
         x = _resize(_normalise(raw.to(device), in_chans, mean, std), image_size)
         yield x, images.labels[index].to(device)
@@ -492,8 +542,11 @@ def _normalise(
     raw: UInt8[Tensor, "b c s s"], in_chans: int, mean: Float[Tensor, " m"], std: Float[Tensor, " m"]
 ) -> Float[Tensor, "b c2 s s"]:
     """Pixels as the model takes them; grey is repeated first, so that each channel has its own mean and deviation."""
-    x = raw.float().div_(255).expand(-1, in_chans, -1, -1)
-    return x.sub(mean.view(-1, 1, 1)).div_(std.view(-1, 1, 1))
+    x = torch.empty(len(raw), in_chans, *raw.shape[2:], device=raw.device)
+    at_once = len(raw) if raw.is_cuda else max(1, CACHED // x[0].numel())
+    for part, source in zip(x.split(at_once), raw.split(at_once), strict=True):
+        part.copy_(source).div_(255).sub_(mean.view(-1, 1, 1)).div_(std.view(-1, 1, 1))
+    return x
 
 
 def _resize(x: Float[Tensor, "b c s s"], side: int) -> Float[Tensor, "b c t t"]:
@@ -546,8 +599,12 @@ def _randaugment(
 
     change = RandAugment(num_ops=operations[0], magnitude=operations[1])
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(int(torch.randint(2**62, (), generator=rng)))
+        torch.default_generator.manual_seed(_draw(rng))
         return torch.stack([change(image) for image in raw])
+
+
+def _draw(rng: torch.Generator) -> int:
+    return int(torch.randint(2**62, (), generator=rng))
 
 
 def _erased(probability: float, x: Float[Tensor, "b c s s"], seed: int) -> Float[Tensor, "b c s s"]:

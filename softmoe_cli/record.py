@@ -57,6 +57,8 @@ def _science(config: Config) -> dict[str, Any]:
         node = science[section] if section else science
         if key not in LATER or node[leaf] == LATER[key]:
             del node[leaf]
+    if config.data.format in (None, config.data.name):  # said by the name, as it always was
+        del science["data"]["format"]
     return _plain(science)
 
 
@@ -434,7 +436,12 @@ def _read_card(text: str, path: Path) -> dict[str, Any]:
         raise UsageError(f"checkpoint={path}: what it says of its model lacks {lacks[0]}; softmoe saved no such file")
     if "${" in text:
         raise UsageError(f"checkpoint={path}: what it says of its model holds ${{…}}, which softmoe never writes")
-    said["model"].setdefault("expert_width", None)  # saved before there was a choice, as the next
+    kind = "folder" if said["data"].get("name") == "folder" else None
+    unsaid = {"data.format": kind, "data.prefetch": 2, "data.crop": "shift", "data.area": 0.05}
+    for key, before in {**LATER, **unsaid}.items():  # saved before there was a choice
+        section, _, leaf = key.partition(".")
+        if section in ("model", "data"):
+            said[section].setdefault(leaf, before)
     if said["model"]["router"]["_target_"] == "softmoe_cli.moe.routers.experts_choice.ExpertsChoiceRouter":
         said["model"]["router"].setdefault("gate", "softmax")
     return said

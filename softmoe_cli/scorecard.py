@@ -7,12 +7,15 @@ import json
 import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from jaxtyping import Int64
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from softmoe_cli import data, soup
 from softmoe_cli.audit import Audit, Finding, summary
@@ -43,8 +46,10 @@ def evaluate_checkpoint(config: EvaluateConfig, model_config: Model, sources: li
             raise UsageError(f"{key}={getattr(config, key)}: {Path(getattr(config, key)).parent} is no folder")
     device, autocast = arithmetic(config.device, precision, config.threads)
     splits = data.load(config.data)
-    knows = card["classes"] == splits.classes
-    if not knows:
+    shots = ["train"] + ["validation"] * (config.fewshot_l2 == "validation") if config.fewshot else []
+    splits.need(config.split, *shots, *["validation"] * (config.soup == "greedy"))
+    outputs = _outputs(card["classes"], splits.classes, config.data.class_numbers)
+    if outputs is None:
         _check_foreign(config, sources[0], splits.classes)
     for source in sources:
         if "head.weight" not in source.weights:
@@ -62,7 +67,9 @@ def evaluate_checkpoint(config: EvaluateConfig, model_config: Model, sources: li
 
     def said(model: VisionTransformer, images: data.ImageSet, batch_size: int) -> Outcomes:
         prepare_attention(model, device, precision)
-        return outcomes(model.to(device), batches(images, batch_size), loss=loss, autocast=autocast)
+        all_of_them = outputs == list(range(len(card["classes"])))
+        seen = model.to(device) if all_of_them else Among(model.to(device), outputs or [])
+        return outcomes(seen, batches(images, batch_size), loss=loss, autocast=autocast)
 
     def built(weights: dict[str, Tensor]) -> VisionTransformer:
         model = build(model_config, weights["head.weight"].shape[0])
@@ -77,15 +84,21 @@ def evaluate_checkpoint(config: EvaluateConfig, model_config: Model, sources: li
     model = built(weights)
     images = {"train": splits.train, "validation": splits.validation, "test": splits.test}[config.split]
 
+    right = real_labels(config.real, images, len(card["classes"])) if config.real is not None else []
+
     row: dict[str, Any] = {"checkpoint": labels[0] if len(labels) == 1 else labels}
     if len(sources) > 1:
         row["soup"] = f"{config.soup}, {len(kept)} of {len(sources)}"
     row |= {"data": config.data.name, "split": config.split}
     start = time.perf_counter()
-    if knows:
+    if outputs is not None:
+        if len(outputs) < len(card["classes"]):
+            row["among"] = f"{len(outputs)} of the {len(card['classes'])} classes that the checkpoint knows"
         result = said(model, images, config.batch_size)
         row |= {key: value for key, value in qualities(result) if key != "images_evaluated"}
         row["ece_pct"] = 100 * calibration_error(result.probability, result.right, config.calibration_bins)
+        if config.real is not None:
+            row |= real_qualities(torch.tensor(outputs)[result.prediction], right)
         row |= _by_class(result, splits.classes)
         _write(config, result, images, splits.classes)
     else:
@@ -123,9 +136,69 @@ def evaluate_checkpoint(config: EvaluateConfig, model_config: Model, sources: li
     print(json.dumps(row)) if config.format == "json" else _show(row, findings)
 
 
+class Among(nn.Module):
+    """A model's logits of some of its classes only: the others are no possible answer."""
+
+    def __init__(self, model: nn.Module, outputs: list[int]) -> None:
+        super().__init__()
+        self.model, self.outputs = model, outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)[:, self.outputs]
+
+
+def _outputs(known: list[str], found: list[str], by_number: bool) -> list[int] | None:
+    """Which of the head's outputs the classes of the data are, by name or by number; None: some are not among them."""
+    place = {str(i) if by_number else name: i for i, name in enumerate(known)}
+    return [place[name] for name in found] if set(found) <= set(place) else None
+
+
+REAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.\w+")
+
+
+def real_labels(real: str, images: data.ImageSet, classes: int) -> list[set[int]]:
+    """The classes that are right for each image, by ImageNet's number in its name; an empty set where raters saw none.
+
+    Are we done with ImageNet? (Beyer et al., 2020), https://arxiv.org/abs/2006.07159.
+
+    Raises:
+        UsageError: not ReaL's file, or images that are not ImageNet's validation images.
+    """
+    path = resources.files("timm.data") / "_info" / "imagenet_real_labels.json" if real == "timm" else Path(real)
+    try:
+        labels = [{int(label) for label in each} for each in json.loads(path.read_text())]
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(f"real={real} is not a JSON list with a list of labels per image: {error}") from error
+    if any(not 0 <= label < classes for each in labels for label in each):
+        raise UsageError(f"real={real} has labels beyond the {classes} classes that the checkpoint knows")
+    places = images.files.places if images.files is not None else [Path("images without names")]
+    found = [(place, REAL_NAME.fullmatch(place.name)) for place in places]
+    odd = [place for place, number in found if number is None or not 1 <= int(number[1]) <= len(labels)]
+    if odd:
+        raise UsageError(f"real={real} has no labels for {odd[0]}: it must be called ILSVRC2012_val_NUMBER")
+    return [labels[int(number[1]) - 1] for _, number in found if number is not None]
+
+
+def real_qualities(prediction: Int64[Tensor, " n"], labels: list[set[int]]) -> dict[str, Any]:
+    """Share of predictions that are one of an image's labels; images without any do not count.
+
+    Raises:
+        UsageError: no image has any.
+    """
+    right = [guess in these for guess, these in zip(prediction.tolist(), labels, strict=True) if these]
+    if not right:
+        raise UsageError("real= has no label for any of these images")
+    return {"real_top1_pct": 100 * sum(right) / len(right), "real_images": len(right)}
+
+
 def _check_foreign(config: EvaluateConfig, source: Source, classes: list[str]) -> None:
     """Without common classes there is few-shot quality and nothing else."""
-    asks = {"audit": config.audit, "predictions": config.predictions, "confusion": config.confusion}
+    asks = {
+        "audit": config.audit,
+        "real": config.real,
+        "predictions": config.predictions,
+        "confusion": config.confusion,
+    }
     asked = [key for key, value in asks.items() if value] + ["soup=greedy"] * (config.soup == "greedy")
     if config.fewshot and not asked:
         return
@@ -159,7 +232,7 @@ def _write(config: EvaluateConfig, said: Outcomes, images: data.ImageSet, classe
         head = ["label", "prediction", "probability", "label_probability"]
         columns: dict[str, Sequence[Any]] = {"index": range(len(images))}
         columns |= {name: getattr(said, name).tolist() for name in head}
-        columns |= {"file": images.files} if images.files else {}
+        columns |= {"file": images.files.places} if images.files is not None else {}
         write_atomically(Path(config.predictions), _csv([list(columns), *zip(*columns.values(), strict=True)]))
     if config.confusion is not None:
         names = [*classes, *(f"output {i}" for i in range(len(classes), said.classes))]

@@ -58,6 +58,7 @@ def upcycle(config: UpcycleConfig, source: Source) -> dict[str, Any]:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     splits = data.load(config.data)
+    splits.need("validation")
     classes = config.data.num_classes or len(splits.classes)
     model = replace(config.model, expert_init="independent")
     dense = replace(model, router={"_target_": None}, moe_blocks=[], expert_width=None, expert_init="identical")

@@ -113,6 +113,12 @@ WRONG_LINES = {
     ),
     "finetune from a convnet": ("finetune checkpoint=timm:resnet18", "is not a ViT"),
     "evaluate timm": ("evaluate checkpoint=timm:test_vit", "use softmoe finetune"),
+    "set": ("train data.name=digit", "Did you mean 'digits'? For files of your own set data.format: folder"),
+    "format": ("train data=folder data.root=x data.format=tar", "is not one of folder, webdataset, tfds, arrow"),
+    "crop without files": ("train data.crop_pct=0.9", "has no effect on data=digits, which has no files"),
+    "label of folders": ("train data=folder data.root=x data.label=y", "folders are the labels"),
+    "most as test": ("train data.test_fraction=0.7", "neither at most 0.5 nor 1"),
+    "class numbers": ("train data.class_numbers=true", "is for evaluation only"),
     "means": ("train data.mean=[0.1,0.2]", "needs 1 number, or 3"),
     "device file": ("evaluate checkpoint=/dev/null", "neither a file nor a folder"),
 }  # fmt: skip

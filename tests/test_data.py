@@ -13,16 +13,18 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from softmoe_cli.archives import Stored
 from softmoe_cli.config import Augment, Data, UsageError
 from softmoe_cli.data import (
     ImageSet,
     Splits,
     boxes,
-    decode,
+    centre,
     eval_batches,
     hold_out,
     identity,
     load,
+    opened,
     read_idx,
     resized_crop,
     shift_crop,
@@ -94,14 +96,24 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def same(a: Splits, b: Splits) -> bool:
     pairs = [(getattr(a, part), getattr(b, part)) for part in ("train", "validation", "test")]
     return a.classes == b.classes and all(
-        torch.equal(x.labels, y.labels) and x.files == y.files and torch.equal(pixels(x), pixels(y)) for x, y in pairs
+        torch.equal(x.labels, y.labels) and files(x) == files(y) and torch.equal(pixels(x), pixels(y)) for x, y in pairs
     )
 
 
 def pixels(images: ImageSet) -> Tensor:
     if images.images is not None:
         return images.images
-    return torch.stack([decode(file, images.side, images.channels) for file in images.files])
+    stored = images.files
+    assert stored is not None
+    return torch.stack([centre(opened(stored, i, images.channels), images.side, None) for i in range(len(images))])
+
+
+def files(images: ImageSet) -> list[Path]:
+    return [] if images.files is None else images.files.places
+
+
+def decode(file: Path, side: int, channels: int) -> Tensor:
+    return centre(opened(Stored.files(file.parent, [file.name]), 0, channels), side, None)
 
 
 # --- splits -----------------------------------------------------------------------------------------------------------
@@ -151,11 +163,11 @@ def test_digits_are_split_once_and_for_all() -> None:
 def test_a_single_tree_is_split(tree: Path) -> None:
     splits = load(folder(tree, validation_fraction=0.2, test_fraction=0.3))
     sets = [splits.train, splits.validation, splits.test]
-    assert sorted(file for one in sets for file in one.files) == sorted(tree.rglob("*.png"))
+    assert sorted(file for one in sets for file in files(one)) == sorted(tree.rglob("*.png"))
     assert [one.labels.bincount().tolist() for one in sets] == [[3] * 3, [1] * 3, [2] * 3]
     assert splits.classes == list(CLASSES)
     for one in sets:
-        assert [CLASSES[label] for label in one.labels.tolist()] == [file.parent.name for file in one.files]
+        assert [CLASSES[label] for label in one.labels.tolist()] == [file.parent.name for file in files(one)]
         assert pixels(one).shape == (len(one), 3, SIDE, SIDE)
     assert same(splits, load(folder(tree, validation_fraction=0.2, test_fraction=0.3)))
 
@@ -165,12 +177,12 @@ def test_val_is_the_test_set_unless_there_is_one(tmp_path: Path) -> None:
     write_tree(tmp_path / "val", 2, seed=1)
     two = load(folder(tmp_path, validation_fraction=0.2))
     assert [len(two.train), len(two.validation), len(two.test)] == [12, 3, 6]
-    assert {file.parts[-3] for file in two.train.files + two.validation.files} == {"train"}
-    assert {file.parts[-3] for file in two.test.files} == {"val"}
+    assert {file.parts[-3] for file in files(two.train) + files(two.validation)} == {"train"}
+    assert {file.parts[-3] for file in files(two.test)} == {"val"}
     write_tree(tmp_path / "test", 1, seed=2)
     three = load(folder(tmp_path))
     assert [len(three.train), len(three.validation), len(three.test)] == [15, 6, 3]
-    assert {file.parts[-3] for file in three.validation.files} == {"val"}
+    assert {file.parts[-3] for file in files(three.validation)} == {"val"}
 
 
 # --- folders that cannot work -----------------------------------------------------------------------------------------
@@ -212,7 +224,7 @@ def test_broken_image_in_a_lazy_folder(tmp_path: Path, workers: int) -> None:
     write_tree(tmp_path)
     data = folder(tmp_path, memory_gib=0, workers=workers)
     train = load(data).train
-    train.files[0].write_bytes(b"not an image")
+    files(train)[0].write_bytes(b"not an image")
     with pytest.raises(UsageError, match=r"\.png is not an image that can be read"):
         list(eval_batches(train, data, image_size=SIDE, in_chans=3, batch_size=4, device=CPU))
     with pytest.raises(UsageError, match=r"\.png is not an image that can be read"):

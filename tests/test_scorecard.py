@@ -167,3 +167,119 @@ def test_predictions_of_a_folder_name_its_files(softmoe: Softmoe, tmp_path: Path
     assert answer.code == 0, answer
     with (tmp_path / "said.csv").open() as file:
         assert all(Path(each["file"]).parent.name == each["label"] for each in csv.DictReader(file))
+
+
+# --- ImageNet's other test sets ---------------------------------------------------------------------------------------
+
+WNIDS = ("n01", "n02", "n03", "n04")
+GREYS = (20, 90, 160, 230)
+
+
+def greys(root: Path, classes: dict[str, list[int]], name: str = "{}_{}.png") -> Path:
+    """Class folder -> images of one grey each."""
+    for label, values in classes.items():
+        (root / label).mkdir(parents=True)
+        for i, grey in enumerate(values):
+            Image.new("RGB", (12, 10), (grey,) * 3).save(root / label / name.format(label, i))
+    return root
+
+
+@pytest.fixture
+def four(tmp_path: Path) -> Path:
+    """A checkpoint for four classes that nobody trained."""
+    config = oracles.compose(*TINY, "data=imagenet", "data.root=x", "model.in_chans=3")
+    torch.manual_seed(0)
+    weights = build(config.model, 4).state_dict()
+    torch.nn.init.normal_(weights["head.weight"], std=3.0)
+    card = {"model": dataclasses.asdict(config.model), "data": dataclasses.asdict(config.data), "loss": "softmax"}
+    card |= {"precision": "fp32", "classes": list(WNIDS)}
+    save_file(weights, tmp_path / "four.safetensors", metadata={"softmoe": json.dumps(card)})
+    return tmp_path / "four.safetensors"
+
+
+def logits(checkpoint: Path, images: list[int]) -> torch.Tensor:
+    """By the model itself, on squares of one grey each, normalised by hand."""
+    from softmoe_cli.models import load_weights, read_checkpoint
+
+    source = read_checkpoint(str(checkpoint))
+    config = oracles.compose(*TINY, "data=imagenet", "data.root=x", "model.in_chans=3")
+    model = build(config.model, 4)
+    load_weights(model, source.weights, keep_head=True, allow_unexpected=[])
+    size = config.model.image_size
+    mean, std = (torch.tensor(source.card["data"][key]).view(3, 1, 1) for key in ("mean", "std"))
+    x = torch.stack([(torch.full((3, size, size), grey / 255) - mean) / std for grey in images])
+    with torch.no_grad():
+        found: torch.Tensor = model.eval()(x)
+    return found
+
+
+def test_subsets_of_classes_by_name_and_by_number(softmoe: Softmoe, four: Path, tmp_path: Path) -> None:
+    """As ImageNet-A and R (some of the classes) and V2 (all, called by number): the others are no possible answer."""
+    values = [*GREYS, 60, 200]
+    greys(tmp_path / "some", {"n04": values, "n02": values})
+    greys(tmp_path / "numbered", {str(i): values for i in range(4)})
+    scores = logits(four, values)
+    for name, data, among in (("some", "imagenet_r", [1, 3]), ("numbered", "imagenet_v2", [0, 1, 2, 3])):
+        answer = softmoe(
+            "evaluate", f"checkpoint={four}", f"data={data}", f"data.root={name}", "data.workers=0", "format=json",
+            "predictions=said.csv",
+        )  # fmt: skip
+        assert answer.code == 0, answer
+        row = json.loads(answer.out)
+        best = [among[i] for i in scores[:, among].argmax(dim=1).tolist()]
+        assert row["images"] == len(values) * len(among) and row["data"] == data
+        assert row["top1_pct"] == pytest.approx(100 * sum(best.count(label) for label in among) / row["images"])
+        with (tmp_path / "said.csv").open() as file:
+            said = [among[int(each["prediction"])] for each in csv.DictReader(file)]
+        assert said == best * len(among)
+        assert ("among" in row) == (len(among) < 4)
+        chance = scores[:, among].double().softmax(1)
+        assert row["nll"] == pytest.approx(-chance.log().mean().item(), rel=1e-5)
+    assert len({*logits(four, values).argmax(1).tolist()}) > 1
+
+
+def test_real_labels(softmoe: Softmoe, four: Path, tmp_path: Path) -> None:
+    """Any of an image's labels is right; images without labels do not count."""
+    numbers = {"n01": [0, 1], "n02": [2], "n03": [3], "n04": [4, 5]}
+    for label, several in numbers.items():
+        (tmp_path / "val" / label).mkdir(parents=True)
+        for i in several:
+            name = f"ILSVRC2012_val_{i + 1:08d}.png"
+            Image.new("RGB", (12, 10), (40 * i,) * 3).save(tmp_path / "val" / label / name)
+    guess = logits(four, [40 * i for i in range(6)]).argmax(dim=1).tolist()
+    other = [(each + 1) % 4 for each in guess]
+    sets = [[guess[0]], [other[1]], [], [guess[3], other[3]], [other[4]], [other[5], guess[5]]]
+    (tmp_path / "real.json").write_text(json.dumps(sets))
+    line = (
+        "evaluate",
+        f"checkpoint={four}",
+        "data=imagenet",
+        "data.root=val",
+        "data.test_fraction=1",
+        "format=json",
+    )
+    answer = softmoe(*line, "real=real.json")
+    assert answer.code == 0, answer
+    row = json.loads(answer.out)
+    assert (row["real_images"], row["real_top1_pct"]) == (5, 60.0)
+    for content, words in {
+        "{": "is not a JSON list",
+        "[[9]]": "labels beyond the 4",
+        "[[0]]": "has no labels for",
+    }.items():
+        (tmp_path / "real.json").write_text(content)
+        answer = softmoe(*line, "real=real.json")
+        assert answer.code == 2 and words in answer.err, answer
+    (tmp_path / "real.json").write_text("[[],[],[],[],[],[]]")
+    assert "has no label for any" in softmoe(*line, "real=real.json").err
+    timm = softmoe(*line, "real=timm")
+    assert timm.code == 2 and "labels beyond the 4 classes" in timm.err
+
+
+def test_sets_for_evaluation_are_for_nothing_else(softmoe: Softmoe, four: Path, tmp_path: Path) -> None:
+    greys(tmp_path / "some", {"n04": [1, 2], "n02": [3, 4], "n05": [5, 6]})
+    data = ("data=imagenet_a", "data.root=some", "data.workers=0")
+    assert "are for softmoe evaluate only" in softmoe("train", *data).err
+    assert "there are no validation images" in softmoe("evaluate", f"checkpoint={four}", *data, "split=validation").err
+    assert "there are no train images" in softmoe("evaluate", f"checkpoint={four}", *data, "fewshot=[1]").err
+    assert "knows 4 classes" in softmoe("evaluate", f"checkpoint={four}", *data).err
