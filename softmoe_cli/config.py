@@ -377,6 +377,9 @@ class Config:
     )
     device: str = option("auto: cuda, else mps, else cpu", choices=DEVICES)
     threads: int | None = option("CPU threads; null: torch's choice", low=1)
+    devices: int = option("processes that train together, each on a device of its own, on this machine", low=1)
+    parallel: str = option("ddp: every device holds the whole model", choices=("ddp",))
+    restarts: int = option("devices: times that a failure restarts all from the last checkpoint", low=0)
 
     def check(self) -> None:
         """Raises UsageError for the first value or combination that cannot work; settles what others imply."""
@@ -644,7 +647,8 @@ class RayLauncher(Launcher):
 
 
 NOT_SCIENCE = (
-    "output_root", "study", "name", "tracking", "wandb", "device", "threads", "checkpoint", "data.root",
+    "output_root", "study", "name", "tracking", "wandb", "device", "threads", "devices", "parallel", "restarts",
+    "checkpoint", "data.root",
     "data.workers", "data.memory_gib", "train.default_epochs", "train.log_every", "train.eval_batch_size",
     "train.fewshot", "train.save_seconds",
 )  # fmt: skip

@@ -11,7 +11,7 @@ import os
 import signal
 import urllib.error
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -420,57 +420,95 @@ def train_batches(
     seed: int,
     first_step: int,
     device: torch.device,
-) -> Iterator[tuple[Float[Tensor, "b c s s"], Float[Tensor, "b classes"]]]:
-    """Endless batches of augmented, normalised images and the shares of each class in their targets."""
+    rows: Int64[Tensor, " r"] | slice = slice(None),
+) -> Iterator[tuple[Float[Tensor, "r c s s"], Float[Tensor, "r classes"]]]:
+    """Endless batches of augmented, normalised images and the shares of each class in their targets.
+
+    `rows` are the positions in a batch of the images that are wanted, ascending: no others are read, but for those that
+    are mixed with them. What is done to an image does not depend on them.
+    """
     mixup = None
+    made: Int64[Tensor, " m"] | slice = rows
+    kept: Int64[Tensor, " r"] | slice = slice(None)
     if augment.mixup or augment.cutmix:
         mixup = Mixup(augment.mixup, augment.cutmix, label_smoothing=label_smoothing, num_classes=num_classes)
+        made, kept = _with_partners(rows, batch_size)
     off = label_smoothing / num_classes
     labels = images.labels.to(device)
     mean, std = _statistics(data, device)
     black = (-mean / std).expand(in_chans)
-    for step, (index, raw) in enumerate(_raw(images, data, batch_size, seed, first_step, device), start=first_step):
+    raws = _raw(images, data, batch_size, seed, first_step, device, made)
+    for step, (index, raw) in enumerate(raws, start=first_step):
         rng = torch.Generator().manual_seed(_seed(seed, CHANGE, step))
         if augment.randaugment is not None:
-            raw = _randaugment(raw, augment.randaugment, rng)
+            raw = _randaugment(raw, augment.randaugment, torch.randint(2**62, (batch_size,), generator=rng)[made])
         x = _normalise(raw, in_chans, mean, std)
         if augment.crop == "resized":
-            x = resized_crop(x, boxes(len(x), augment.area, rng).to(device), image_size)
+            x = resized_crop(x, boxes(batch_size, augment.area, rng)[made].to(device), image_size)
         else:
             reach = round(augment.shift * x.shape[-1]) if augment.crop == "shift" else 0
             if reach:
-                x = shift_crop(x, torch.randint(-reach, reach + 1, (2, len(x)), generator=rng).to(device), black)
+                shift = torch.randint(-reach, reach + 1, (2, batch_size), generator=rng)[:, made]
+                x = shift_crop(x, shift.to(device), black)
             x = _resize(x, image_size)
         if augment.hflip:
-            flip = (torch.rand(len(x), generator=rng) < augment.hflip).to(device)
+            flip = (torch.rand(batch_size, generator=rng) < augment.hflip)[made].to(device)
             x = torch.where(flip.view(-1, 1, 1, 1), x.flip(3), x)
         if mixup is None:
             yield x, one_hot(labels[index], num_classes, 1 - label_smoothing + off, off)
         else:
-            yield _mixed(mixup, x, labels[index], _seed(seed, MIX, step))
+            mixed, targets = _mixed(mixup, x, labels[index], _seed(seed, MIX, step))
+            yield mixed[kept], targets[kept]
+
+
+def _with_partners(
+    rows: Int64[Tensor, " r"] | slice, batch_size: int
+) -> tuple[Int64[Tensor, " m"] | slice, Int64[Tensor, " r"] | slice]:
+    """Rows and those that timm's mixup mixes them with, and which of these are the rows. Image i meets image
+    b - 1 - i, so that rows with their partners, in their order, are mixed among themselves as the whole batch is."""
+    if isinstance(rows, slice):
+        return rows, slice(None)
+    both = torch.cat([rows, batch_size - 1 - rows]).unique()
+    return both, torch.searchsorted(both, rows)
 
 
 def _raw(
-    images: ImageSet, data: Data, batch_size: int, seed: int, first_step: int, device: torch.device
-) -> Iterator[tuple[Int64[Tensor, " b"], UInt8[Tensor, "b c s s"]]]:
-    order = stream(len(images), batch_size, seed, first_step)
+    images: ImageSet,
+    data: Data,
+    batch_size: int,
+    seed: int,
+    first_step: int,
+    device: torch.device,
+    rows: Int64[Tensor, " r"] | slice,
+) -> Iterator[tuple[Int64[Tensor, " r"], UInt8[Tensor, "r c s s"]]]:
+    order = (index[rows] for index in stream(len(images), batch_size, seed, first_step))
     if images.images is not None:
         pixels = images.images.to(device)
         for index in order:
             moved = index.to(device)
             yield moved, pixels[moved]
     else:
-        again = stream(len(images), batch_size, seed, first_step)
+        again = (index[rows] for index in stream(len(images), batch_size, seed, first_step))
         for index, batch in zip(order, _decoded(images, again, data.workers), strict=False):
             yield index.to(device), batch.to(device)
 
 
 def eval_batches(
-    images: ImageSet, data: Data, *, image_size: int, in_chans: int, batch_size: int, device: torch.device
+    images: ImageSet,
+    data: Data,
+    *,
+    image_size: int,
+    in_chans: int,
+    batch_size: int,
+    device: torch.device,
+    turns: Sequence[int] | None = None,
 ) -> Iterator[tuple[Float[Tensor, "b c s s"], Int64[Tensor, " b"]]]:
-    """Every image exactly once, in order, as it is; the last batch is short where the sizes do not divide."""
+    """Every image exactly once, in order, as it is; the last batch is short where the sizes do not divide. `turns`:
+    only the batches of these numbers."""
     mean, std = _statistics(data, device)
     indices = torch.arange(len(images)).split(batch_size)
+    if turns is not None:
+        indices = tuple(indices[turn] for turn in turns)
     if images.images is not None:
         raws: Iterator[Tensor] = (images.images[index] for index in indices)
     else:
@@ -488,7 +526,7 @@ def _normalise(
     raw: UInt8[Tensor, "b c s s"], in_chans: int, mean: Float[Tensor, " m"], std: Float[Tensor, " m"]
 ) -> Float[Tensor, "b c2 s s"]:
     """Pixels as the model takes them; grey is repeated first, so that each channel has its own mean and deviation."""
-    x = raw.float().div_(255).expand(-1, in_chans, -1, -1)
+    x = raw.to(mean.dtype).div_(255).expand(-1, in_chans, -1, -1)
     return x.sub(mean.view(-1, 1, 1)).div_(std.view(-1, 1, 1))
 
 
@@ -535,15 +573,18 @@ def resized_crop(x: Float[Tensor, "b c s s"], box: Float[Tensor, "b 4"], side: i
 
 
 def _randaugment(
-    raw: UInt8[Tensor, "b c s s"], operations: list[int], rng: torch.Generator
+    raw: UInt8[Tensor, "b c s s"], operations: list[int], seeds: Int64[Tensor, " b"]
 ) -> UInt8[Tensor, "b c s s"]:
     """torchvision's RandAugment, image by image; it draws from torch's own random state, which is put back."""
     from torchvision.transforms.v2 import RandAugment
 
     change = RandAugment(num_ops=operations[0], magnitude=operations[1])
+    changed = []
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(torch.randint(2**62, (), generator=rng)))
-        return torch.stack([change(image) for image in raw])
+        for image, seed in zip(raw, seeds.tolist(), strict=True):
+            torch.default_generator.manual_seed(seed)
+            changed.append(change(image))
+    return torch.stack(changed)
 
 
 def _mixed(
@@ -554,4 +595,4 @@ def _mixed(
     np.random.seed(seed % 2**32)
     mixed: tuple[Tensor, Tensor] = mixup(x.contiguous(), labels)
     np.random.set_state(before)
-    return mixed[0], mixed[1].float()
+    return mixed[0], mixed[1].to(x.dtype)

@@ -194,18 +194,19 @@ def _share(options: Launcher, devices: set[str]) -> tuple[list[str], int]:
     """A word for each job that may run at a time (its GPU, or nothing), and every job's threads."""
     import torch
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    from softmoe_cli.device import cores
+
     if isinstance(options, SlurmLauncher | RayLauncher):
         here = isinstance(options, SlurmLauncher) and options.cluster == "local"
-        return [""] * (options.jobs or (max(1, cores // options.cpus) if here else MANY)), options.cpus
-    slots = [""] * (options.jobs or cores)
+        return [""] * (options.jobs or (max(1, cores() // options.cpus) if here else MANY)), options.cpus
+    slots = [""] * (options.jobs or cores())
     if devices & {"auto", "cuda"} and torch.cuda.is_available():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
         slots = [gpus[i % len(gpus)] for i in range(options.jobs or len(gpus))]
     elif devices & {"auto", "mps"} and torch.backends.mps.is_available():
         slots = [""] * (options.jobs or 1)
-    return slots, max(1, cores // len(slots))
+    return slots, max(1, cores() // len(slots))
 
 
 _loaded: dict[str, Any] = {}

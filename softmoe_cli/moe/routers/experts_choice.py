@@ -93,7 +93,7 @@ class ExpertsChoiceRouter(Router):
         with full_precision(x):
             tokens, kept = grouped_tokens(x, keep, self.images_per_group)
             g, s, _ = tokens.shape
-            _, logits = self.gate(tokens)
+            _, logits = self.gate(tokens, self.images_per_group)
             gates = self.gate.activate(logits)
             taken = choose_tokens(gates, kept, self.slots_per_expert)
             gate = gates.mT.gather(2, taken)
