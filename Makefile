@@ -3,7 +3,9 @@
 # make clean  remove the environment and what the two above made
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
+VENV = $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("softmoe needs Python 3.11 or newer; say make PYTHON=python3.11")' && $(PYTHON) -m venv .venv
+# --no-compile: Python compiles on its first import what is used, a small part of what is installed
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint .ci/constraints.txt
 
 demo: .venv/demo
 	$(BIN)/softmoe train
@@ -15,14 +17,14 @@ test: .venv/test
 	$(BIN)/python -m pytest
 
 .venv/demo: pyproject.toml .ci/constraints.txt
-	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("softmoe needs Python 3.11 or newer; say make PYTHON=python3.11")'
-	$(PYTHON) -m venv .venv
+	$(VENV)
 	$(PIP) --editable .
 	touch $@
 
-.venv/test: .venv/demo
+.venv/test: pyproject.toml .ci/constraints.txt
+	$(VENV)
 	$(PIP) --editable '.[dev]'
-	touch $@
+	touch .venv/demo $@
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache outputs

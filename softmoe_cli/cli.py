@@ -71,6 +71,7 @@ softmoe train [GROUP=CHOICE | KEY=VALUE]...   compose an experiment and train it
   softmoe train -m seed=0,1,2 --plan                   list its jobs with cost and time, and stop
   softmoe train -m seed=0,1,2 hydra/launcher=slurm hydra.launcher.partition=gpu hydra.launcher.gpus=1
   softmoe train --cfg job                              print the composed configuration and stop
+  softmoe train optim.layer_decay=0.7 --groups         each parameter's learning rate and decay, and stop
 
 The same configuration is the same folder: finished runs are not repeated, stopped ones go on.""",
     "finetune": """\
@@ -79,9 +80,13 @@ softmoe finetune checkpoint=SOURCE [GROUP=CHOICE | KEY=VALUE]...   the same loop
   softmoe finetune checkpoint=outputs/default/RUN data=digits
   softmoe finetune checkpoint=weights.safetensors data=cifar10 model.image_size=64
   softmoe finetune checkpoint=timm:vit_tiny_patch16_224 data=folder data.root=PATH
+  softmoe finetune checkpoint=RUN data=cifar10 recipe=finetune_adamw model.image_size=64 slots=proportional
+  softmoe finetune checkpoint=RUN data=cifar10 'optim.freeze=[patch_embed.*,blocks.0.*]' --groups
 
 SOURCE is a run folder, a .safetensors file or timm:NAME. The model is the checkpoint's; the head is kept only
-when the classes are the same. model.image_size resamples the position table and keeps the slots.""",
+when the classes are the same. model.image_size resamples the position table and keeps the slots per expert;
+slots=proportional lets them grow with the tokens. --groups lists each parameter's learning rate and decay, and stops.
+What softmoe upcycle carried over of an optimizer's state is where the new one starts.""",
     "upcycle": """\
 softmoe upcycle checkpoint=SOURCE [GROUP=CHOICE | KEY=VALUE]...   a dense checkpoint into a mixture of experts
 
@@ -390,10 +395,14 @@ def _hydra(command: str, arguments: list[str]) -> None:
     many = any(argument in ("-m", "--multirun") for argument in arguments)
     if "--plan" in arguments and (command not in ("train", "finetune") or not many):
         raise UsageError("--plan lists the jobs of a sweep: softmoe train -m … --plan or softmoe finetune -m … --plan")
+    if "--groups" in arguments and (command not in ("train", "finetune") or many):
+        raise UsageError("--groups lists the parameters of one run: softmoe train … --groups, without -m")
+    learn = functools.partial(_groups if "--groups" in arguments else _train, command)
+    arguments = [argument for argument in arguments if argument != "--groups"]
     costed: list[CostConfig] = []
     tasks: dict[str, Callable[[Any], None]] = {
-        "train": functools.partial(_train, "train"),
-        "finetune": functools.partial(_train, "finetune"),
+        "train": learn,
+        "finetune": learn,
         "evaluate": _evaluate,
         "cost": lambda config: costed.append(_door(plain(config, CostConfig), CostConfig)),
         "match": _match,
@@ -589,7 +598,7 @@ def _typed() -> list[str]:
 
 
 def _names(key: str, typed: Sequence[str]) -> bool:
-    return any(override.partition("=")[0] == key for override in typed)
+    return any(override.partition("=")[0].lstrip("+") == key for override in typed)
 
 
 def settle(command: str, tree: dict[str, Any], typed: Sequence[str]) -> "tuple[Config, Source | None]":
@@ -600,6 +609,8 @@ def settle(command: str, tree: dict[str, Any], typed: Sequence[str]) -> "tuple[C
     """
     if command == "train":
         checked = _door(tree, Config)
+        if checked.slots != "kept":
+            raise UsageError(f"slots={checked.slots} belongs to softmoe finetune: there is no checkpoint to keep to")
         if checked.checkpoint is not None:
             raise UsageError(
                 f"checkpoint={checked.checkpoint} belongs to softmoe finetune; softmoe train starts afresh"
@@ -607,11 +618,20 @@ def settle(command: str, tree: dict[str, Any], typed: Sequence[str]) -> "tuple[C
         return checked, None
     if not tree["checkpoint"]:
         raise UsageError("softmoe finetune needs checkpoint=: a run folder, a .safetensors file or timm:NAME")
-    from softmoe_cli.models import read_checkpoint
+    from softmoe_cli.models import proportional_slots, read_checkpoint
 
     source = read_checkpoint(tree["checkpoint"])
     _inherit(tree, source.card, source.label, typed)
-    return _door(tree, Config), source
+    checked = _door(tree, Config)
+    if checked.slots == "proportional":
+        for key in ("model.router.slots_per_expert", "model.router.capacity_factor"):
+            if _names(key, typed):
+                raise UsageError(f"slots=proportional and {key} both say how many slots there are; leave one out")
+        if "model" not in source.card:
+            raise UsageError(f"slots=proportional: checkpoint={source.label} does not say how many slots it has")
+        kept = _door(source.card["model"], Model)
+        checked.model.router |= {"slots_per_expert": proportional_slots(kept, checked.model)}
+    return checked, source
 
 
 def _train(command: str, config: Any) -> None:
@@ -625,6 +645,18 @@ def _train(command: str, config: Any) -> None:
     from softmoe_cli.train import train
 
     train(checked, command, source, Screen())
+
+
+def _groups(command: str, config: Any) -> None:
+    """`--groups`: what the optimizer would do with each parameter."""
+    checked, _ = settle(command, plain(config, Config), _typed())
+    from softmoe_cli import data
+    from softmoe_cli.cost import on_meta
+    from softmoe_cli.optim import freeze, table
+
+    vit = on_meta(checked.model, checked.data.num_classes or len(data.load(checked.data).classes))
+    freeze(vit, checked.optim.freeze)
+    print(table(vit, checked.optim))
 
 
 def _inherit(tree: dict[str, Any], card: dict[str, Any], label: str, typed: Sequence[str]) -> None:

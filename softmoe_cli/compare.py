@@ -60,6 +60,7 @@ LABELS = {
     "optim.lr": "lr {}",
     "lr": "lr {}",
     "command": "{}",
+    "checkpoint.origin": "from {}",
     "checkpoint.digest": "from {}",
     "checkpoint": "from {}",
 }
@@ -374,7 +375,7 @@ def _part(group: Group, key: str) -> str:
         return ""
     if key == "model.router._target_":
         value = row.get("router", value)
-    if key == "checkpoint.digest":
+    if key in ("checkpoint.origin", "checkpoint.digest"):
         value = Path(str(row.get("checkpoint") or value)).name
     text = ",".join(map(str, value)) if isinstance(value, list) else _said(value)
     told = LABELS.get(key, f"{key.rpartition('.')[2]} {{}}").format(text)

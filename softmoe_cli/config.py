@@ -67,7 +67,7 @@ class Backbone:
 
     path: ClassVar[str] = "model.backbone"
     name: str = option("what tables call it, such as vit_s16")
-    timm: str | None = option("a timm ViT by name; every choice below is then timm's and stays null")
+    timm: str | None = option("a timm ViT by name; every choice below but drop_path is then timm's and stays null")
     patch_size: int | None = option("pixels on a patch's side", low=1)
     width: int | None = option("d, numbers per token", low=1)
     depth: int | None = option("blocks", low=1)
@@ -83,7 +83,9 @@ class Backbone:
     norm_eps: float | None = option("LayerNorm epsilon", above=0)
     pos_std: float | None = option("standard deviation that the position table starts with (official 0.02)", above=0)
     layer_scale: float | None = option("initial LayerScale of both residual branches; null: none", above=0)
-    drop_path: float | None = option("stochastic depth of the last block; earlier ones less", low=0, high=0.99)
+    drop_path: float | None = option(
+        "stochastic depth: chance of the last block to be left out; earlier ones less", low=0, high=0.99
+    )
     init: str | None = option(
         "official: Xavier kernels, zero head, bias -ln(classes); timm: timm's", choices=("official", "timm")
     )
@@ -92,7 +94,7 @@ class Backbone:
         _check(self)
         chosen = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("name", "timm")}
         if self.timm is not None:
-            extra = [name for name, value in chosen.items() if value is not None]
+            extra = [name for name, value in chosen.items() if value is not None and name != "drop_path"]
             if extra:
                 raise UsageError(
                     f"model.backbone.timm={self.timm} brings its own {extra[0]}; leave model.backbone.{extra[0]} null"
@@ -224,6 +226,7 @@ class Augment:
     randaugment: list[int] | None = option("[operations, magnitude] of RandAugment, such as [2,10]; null: none", low=0)
     mixup: float = option("alpha of mixup; 0: none", low=0)
     cutmix: float = option("alpha of cutmix; 0: none. With both, each batch tosses a coin", low=0)
+    erase: float = option("probability that a box of an image becomes noise (random erasing)", low=0, high=1)
 
     def check(self) -> None:
         _check(self)
@@ -235,14 +238,22 @@ class Augment:
 
 @dataclass
 class Optim:
-    """AdamW and its schedule. Spans below 1 are shares of the budget, others steps."""
+    """The optimizer, what it trains, and its schedule. Spans below 1 are shares of the budget, others steps."""
 
     path: ClassVar[str] = "optim"
+    name: str = option("the optimizer; sgd adds the weight decay to the gradient", choices=("adamw", "sgd"))
     lr: float = option("peak learning rate", above=0)
-    betas: list[float] = option("decay of the two moments", low=0, high=0.99999)
-    eps: float = option("added to the root of the second moment", above=0)
+    betas: list[float] = option("adamw: decay of the two moments", low=0, high=0.99999)
+    eps: float = option("adamw: added to the root of the second moment", above=0)
+    momentum: float | None = option("sgd: share of the last update that stays; null with adamw", low=0, high=0.99999)
     weight_decay: float = option("of kernels and of the soft router's scale, multiplied by the learning rate", low=0)
     head_weight_decay: float = option("of the head's kernel", low=0)
+    layer_decay: float | None = option(
+        "the learning rate of each layer as a share of the next one's, the head's being lr; null: all alike",
+        above=0,
+        high=1,
+    )
+    freeze: list[str] = option("parameters that stay as they are, by name or by pattern (*), such as [blocks.0.*]")
     schedule: str = option("after the warmup", choices=("rsqrt", "cosine", "linear", "constant"))
     warmup: float = option("linear from 0 to lr over this span", low=0)
     cooldown: float = option("rsqrt and constant: linear to 0 over this last span", low=0)
@@ -254,6 +265,10 @@ class Optim:
         _check(self)
         if len(self.betas) != 2:
             raise UsageError(f"optim.betas={self.betas} needs two numbers")
+        if (self.name == "sgd") != (self.momentum is not None):
+            way = "give it, such as 0.9" if self.name == "sgd" else "set it to null, or optim.name=sgd"
+            has = "needs a momentum" if self.name == "sgd" else f"has no use for optim.momentum={self.momentum:g}"
+            raise UsageError(f"optim.name={self.name} {has}; {way}")
         idle = {"cosine": "cooldown", "linear": "cooldown", "rsqrt": "final_lr", "constant": "final_lr"}[self.schedule]
         if getattr(self, idle):
             raise UsageError(
@@ -372,6 +387,10 @@ class Config:
     output_root: str = option("the folder of all studies")
     checkpoint: str | None = option("finetune: a run folder, a .safetensors file or timm:NAME")
     allow_unexpected: list[str] = option("finetune: weights that may be left unused, by name or by pattern (*)")
+    slots: str = option(
+        "finetune: slots per expert as in the checkpoint, or in proportion to the tokens",
+        choices=("kept", "proportional"),
+    )
     tracking: str = option(
         "Weights & Biases; auto: online when a key is configured", choices=("auto", "online", "offline", "off")
     )
@@ -474,6 +493,7 @@ class UpcycleConfig:
     expert_redraw: float = option(
         "share of each expert's hidden units that are drawn again (Drop-Upcycling)", low=0, high=1
     )
+    carry_optimizer: bool = option("start a finetuning from AdamW's moments too, where the checkpoint has them")
     preserve: bool = option("an error unless the new model computes what the old one did; measured in float64")
     seed: int = option("of the router, the noise and what is drawn again", low=0, high=2**31 - 1)
     images: int = option("validation images, the first ones, on which the receipt compares both models", low=1)
@@ -650,6 +670,14 @@ NOT_SCIENCE = (
     "output_root", "study", "name", "tracking", "wandb", "device", "threads", "devices", "parallel", "restarts",
     "checkpoint", "data.root",
     "data.workers", "data.memory_gib", "train.default_epochs", "train.log_every", "train.eval_batch_size",
-    "train.fewshot", "train.save_seconds",
+    "train.fewshot", "train.save_seconds", "slots",
 )  # fmt: skip
-"""Keys that change where, when or how fast, never which numbers come out: left out of the signature."""
+"""Keys that change where, when or how fast, never which numbers come out: left out of the signature. (The number that
+`slots` comes to stands in model.router.)"""
+
+LATER: dict[str, Any] = {
+    "model.expert_width": None, "augment.erase": 0, "optim.name": "adamw", "optim.momentum": None,
+    "optim.layer_decay": None, "optim.freeze": [],
+}  # fmt: skip
+"""Options that came later, and where they do nothing: a run that leaves them there is what it was before there was a
+choice, so they are left out of its signature."""

@@ -12,9 +12,9 @@ multiply-add as 1 and a backward pass as twice the forward pass: its training FL
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from softmoe_cli.config import Model, UsageError
 from softmoe_cli.models import build, count_tokens
 from softmoe_cli.moe.layer import MoE
+from softmoe_cli.optim import freeze
 
 PARTS = ("embedding and norms", "attn", "mlp", "router", "experts", "shared", "head")
 
@@ -56,6 +57,9 @@ class Cost:
     parts: tuple[Part, ...]
     tokens: int
     slots_per_token: float | None
+    frozen_params: int = 0
+    counted_train_flop: float | None = None
+    """Of a model with frozen parameters, whose training is below the sum of its parts'."""
 
     @property
     def params(self) -> int:
@@ -71,21 +75,39 @@ class Cost:
 
     @property
     def train_flop(self) -> float:
-        return sum(part.train_flop for part in self.parts)
+        return (
+            sum(part.train_flop for part in self.parts) if self.counted_train_flop is None else self.counted_train_flop
+        )
 
 
-def account(model: Model, num_classes: int, *, batch: int | None = None, recompute: bool = False) -> Cost:
-    """The cost of a config by formula.
+def account(
+    model: Model,
+    num_classes: int,
+    *,
+    batch: int | None = None,
+    recompute: bool = False,
+    frozen: Sequence[str] = (),
+) -> Cost:
+    """The cost of a config by formula; training with frozen parameters by the counter, because what needs no gradient
+    depends on where they are.
 
     Args:
         batch: images that go through the model at once in training (a part, under accumulation): where groups of
             images share slots, the last group's are paid for whether it is full or not. None: full groups.
         recompute: whether training recomputes the blocks.
+        frozen: patterns as in optim.freeze.
 
     Raises:
-        UsageError: a model that cannot be built, or whose blocks have no formula.
+        UsageError: a model that cannot be built, whose blocks have no formula, or of which nothing is left to train.
     """
-    return account_model(on_meta(model, num_classes), batch=batch, recompute=recompute)
+    vit = on_meta(model, num_classes)
+    cost = account_model(vit, batch=batch, recompute=recompute)
+    if not frozen:
+        return cost
+    freeze(vit, frozen)
+    _, step = count(vit, batch=batch, recompute=recompute)
+    still = sum(p.numel() for p in vit.parameters() if not p.requires_grad)
+    return replace(cost, frozen_params=still, counted_train_flop=step.flop / step.images)
 
 
 def account_model(vit: VisionTransformer, *, batch: int | None, recompute: bool) -> Cost:

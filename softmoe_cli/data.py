@@ -1,13 +1,14 @@
 """Images and labels: embedded, from torchvision, from a folder; what is done to them on the way to the model.
 
-Everything random about a training batch is a function of (seed, step): order, crop, flip, RandAugment, mixup. A
-resumed run therefore sees the same batches bit for bit, with no state saved and any number of workers.
+Everything random about a training batch is a function of (seed, step): order, crop, flip, RandAugment, erasing, mixup.
+A resumed run therefore sees the same batches bit for bit, with no state saved and any number of workers.
 """
 
 import gzip
 import hashlib
 import math
 import os
+import random
 import signal
 import urllib.error
 import zlib
@@ -23,6 +24,7 @@ from jaxtyping import Float, Int64, UInt8
 from PIL import Image, UnidentifiedImageError
 from timm.data import Mixup
 from timm.data.mixup import one_hot
+from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
@@ -388,7 +390,7 @@ def _seed(seed: int, purpose: int, number: int) -> int:
     return int(np.random.SeedSequence((seed, purpose, number)).generate_state(1, np.uint64)[0]) >> 1
 
 
-ORDER, CHANGE, MIX = range(3)
+ORDER, CHANGE, MIX, ERASE = range(4)
 
 
 def stream(length: int, batch_size: int, seed: int, first_step: int) -> Iterator[Int64[Tensor, " b"]]:
@@ -454,6 +456,9 @@ def train_batches(
         if augment.hflip:
             flip = (torch.rand(batch_size, generator=rng) < augment.hflip)[made].to(device)
             x = torch.where(flip.view(-1, 1, 1, 1), x.flip(3), x)
+        if augment.erase:
+            rng = torch.Generator().manual_seed(_seed(seed, ERASE, step))
+            x = _erased(augment.erase, x, torch.randint(2**62, (batch_size,), generator=rng)[made])
         if mixup is None:
             yield x, one_hot(labels[index], num_classes, 1 - label_smoothing + off, off)
         else:
@@ -585,6 +590,20 @@ def _randaugment(
             torch.default_generator.manual_seed(seed)
             changed.append(change(image))
     return torch.stack(changed)
+
+
+def _erased(probability: float, x: Float[Tensor, "b c s s"], seeds: Int64[Tensor, " b"]) -> Float[Tensor, "b c s s"]:
+    """timm's random erasing with noise, of 2% to 33% of an image's area, image by image. It draws boxes from Python's and noise from
+    torch's random state; both are put back. Noise is drawn on the CPU: the same on every device."""
+    erase = RandomErasing(probability, mode="pixel", device="cpu")
+    before = random.getstate()
+    with torch.random.fork_rng(devices=[]):
+        for image, seed in zip(x := x.contiguous(), seeds.tolist(), strict=True):
+            random.seed(seed)
+            torch.default_generator.manual_seed(seed)
+            erase(image)  # in place
+    random.setstate(before)
+    return x
 
 
 def _mixed(

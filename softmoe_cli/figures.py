@@ -7,8 +7,10 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from softmoe_cli.compare import Block, Comparison, Group, natural
 from softmoe_cli.intervals import Interval, at_budget
@@ -63,20 +65,21 @@ def figures(comparison: Comparison) -> dict[str, bytes]:
     return files
 
 
-def _panels(comparison: Comparison, draw: Callable[[Axes, Comparison, Block], None], *, apart: bool) -> Figure:
+def _panels(comparison: Comparison, draw: Callable[[Axes, Comparison, Block], float], *, apart: bool) -> Figure:
     """A panel per block, below each other, each with its legend at its side, where it covers nothing."""
     other = apart and bool(comparison.reference) and not same_axes(comparison)
     count = len(comparison.blocks) + other
     figure = Figure()
     panels = figure.subplots(count, 1, squeeze=False)[:, 0]
+    beside = []
     for axes, block in zip(panels, comparison.blocks, strict=False):
-        draw(axes, comparison, block)
+        beside.append(draw(axes, comparison, block))
         axes.set_title(safe(block.title), loc="left", fontsize=12)
     if other:
-        _published(panels[-1], comparison)
-    words = [each.get_window_extent().width / figure.dpi for axes in panels for each in (axes.title, axes.get_legend())]
-    width = LEFT + PLOT_WIDTH + 0.3 + max(words[1::2])
-    width, height = max(width, LEFT + 0.2 + max(words[::2])), count * (PLOT_HEIGHT + BETWEEN)
+        beside.append(_published(panels[-1], comparison))
+    title = max(axes.title.get_window_extent().width for axes in panels) / figure.dpi
+    width = max(LEFT + PLOT_WIDTH + max(beside), LEFT + 0.2 + title)
+    height = count * (PLOT_HEIGHT + BETWEEN)
     figure.set_size_inches(width, height)
     figure.subplots_adjust(
         left=LEFT / width,
@@ -94,12 +97,35 @@ def safe(text: str) -> str:
     return f" {shown}" if shown.startswith("_") else shown
 
 
-def _legend(axes: Axes, handles: Sequence[Any], labels: Sequence[str]) -> None:
-    columns = math.ceil(len(labels) / 15)
-    axes.legend(handles, [safe(label) for label in labels], loc="upper left", bbox_to_anchor=(1.02, 1), ncols=columns)
+def _legend(axes: Axes, handles: Sequence[Line2D], labels: Sequence[str]) -> float:
+    """Each line's look and name at the panel's side, in columns; returns the inches that they need.
+
+    Not matplotlib's own legend, which lays itself out anew for each format and then takes as long as all the rest.
+    """
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    rows = max(1, math.ceil(len(labels) / max(1, math.ceil(len(labels) / 15))))
+    x = 0.15
+    for first in range(0, len(labels), rows):
+        widths = []
+        for row, (handle, label) in enumerate(
+            zip(handles[first : first + rows], labels[first : first + rows], strict=True)
+        ):
+            ends, y = [1 + (x + i) / PLOT_WIDTH for i in (0, 0.15, 0.3)], 1 - (0.1 + 0.205 * row) / PLOT_HEIGHT
+            sample = Line2D(ends, [y] * 3)
+            sample.update_from(handle)
+            sample.set(transform=axes.transAxes, clip_on=False, markevery=[1])
+            axes.add_artist(sample)
+            text = axes.text(
+                1 + (x + 0.42) / PLOT_WIDTH, y, safe(label), transform=axes.transAxes, va="center_baseline"
+            )
+            widths.append(text.get_window_extent(renderer).width / figure.dpi)
+        x += 0.42 + max(widths) + 0.2
+    return x
 
 
-def _pareto(axes: Axes, comparison: Comparison, block: Block) -> None:
+def _pareto(axes: Axes, comparison: Comparison, block: Block) -> float:
     quality, cost = comparison.quality, comparison.cost
     look = styles(comparison.groups)
     handles: list[Any] = []
@@ -131,9 +157,9 @@ def _pareto(axes: Axes, comparison: Comparison, block: Block) -> None:
     _scale(axes, [_point(group, comparison)[0] for group in block.groups])
     axes.set_xlabel(COSTS[cost])
     axes.set_ylabel(QUALITIES[quality].head)
-    _legend(axes, [*handles, line], [*labels, "Pareto front (filled)"])
     axes.annotate("bars: 95% t-intervals over seeds", (1, -0.17), xycoords="axes fraction", ha="right", va="top",
                   fontsize=10, color=GREY)  # fmt: skip
+    return _legend(axes, [*handles, line], [*labels, "Pareto front (filled)"])
 
 
 def _point(group: Group, comparison: Comparison) -> tuple[float, float]:
@@ -160,7 +186,7 @@ def curve_axis(comparison: Comparison) -> str:
     return comparison.cost if comparison.cost in AXES else AXES[0]
 
 
-def _curves(axes: Axes, comparison: Comparison, block: Block) -> None:
+def _curves(axes: Axes, comparison: Comparison, block: Block) -> float:
     """A thin line per seed and the mean of a group's seeds where all of them have been looked at."""
     key, axis = QUALITIES[comparison.quality].curve, curve_axis(comparison)
     look = styles(comparison.groups)
@@ -179,9 +205,9 @@ def _curves(axes: Axes, comparison: Comparison, block: Block) -> None:
     axes.set_xlabel(COSTS[axis])
     axes.set_ylabel(CURVES[key])
     axes.autoscale_view()
-    _legend(axes, handles, labels)
     axes.annotate("thin: each seed; thick: their mean", (1, -0.17), xycoords="axes fraction", ha="right", va="top",
                   fontsize=10, color=GREY)  # fmt: skip
+    return _legend(axes, handles, labels)
 
 
 def mean_curve(curves: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:
@@ -219,7 +245,7 @@ def reference_points(comparison: Comparison) -> list[tuple[float, float, str]]:
 KINDS = {"Dense": "Dense", "Soft": "Soft MoE", "EC": "Experts Choice", "TC": "Tokens Choice"}
 
 
-def _published(axes: Axes, comparison: Comparison) -> None:
+def _published(axes: Axes, comparison: Comparison) -> float:
     points = reference_points(comparison)
     handles, labels = [], []
     for (kind, name), colour, marker in zip(KINDS.items(), ("#000000", *COLOURS[1:4]), "osD^", strict=True):
@@ -232,4 +258,4 @@ def _published(axes: Axes, comparison: Comparison) -> None:
     axes.set_ylabel("JFT-4B precision@1, %")
     axes.set_title(safe(f"Reference, not ours: {comparison.reference_name}"), loc="left", fontsize=12)
     axes.set_facecolor("#F4F4F4")
-    _legend(axes, handles, labels)
+    return _legend(axes, handles, labels)

@@ -22,10 +22,11 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from softmoe_cli.config import Config, Model, UsageError
+from softmoe_cli.config import Config, Model, Optim, UsageError
 from softmoe_cli.device import free_memory, precision_context, prepare_attention
 from softmoe_cli.models import build
 from softmoe_cli.moe.routing import full_precision, routings
+from softmoe_cli.optim import freeze, moments
 from softmoe_cli.parallel import largest_share
 from softmoe_cli.terminal import gibibytes
 
@@ -45,7 +46,7 @@ class Memory:
 
     @property
     def state_bytes(self) -> int:
-        """Weights, gradients, AdamW's two moments and an average of the weights: what no batch size changes."""
+        """Weights, gradients, the optimizer's moments and an average of the weights: what no batch size changes."""
         return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes + self.average_bytes
 
 
@@ -94,9 +95,10 @@ def predict(
     ema: bool,
     precision: str,
     device: torch.device,
+    optim: Optim | None = None,
 ) -> Memory:
-    """The memory of training a config with batches of `batch` images in `accumulate` parts, weights and AdamW's moments
-    in float32.
+    """The memory of training a config with batches of `batch` images in `accumulate` parts, weights and moments in
+    float32. Without `optim` AdamW trains all of it.
 
     Raises:
         UsageError: a model that cannot be built, or whose sizes depend on the images.
@@ -108,7 +110,10 @@ def predict(
         vit._apply(lambda shape: torch.empty(shape.shape, dtype=shape.dtype, device=device)).train()  # to_empty, faster
         prepare_attention(vit, device, precision)
         vit.set_grad_checkpointing(recompute)
+        if optim is not None:
+            freeze(vit, optim.freeze)
         weights = sum(p.numel() * p.element_size() for p in vit.parameters())
+        trained = sum(p.numel() * p.element_size() for p in vit.parameters() if p.requires_grad)
         before = live.now
         x = torch.empty(batch, model.in_chans, *vit.patch_embed.img_size, device=device)
         targets = torch.empty(batch, num_classes, device=device)
@@ -129,8 +134,8 @@ def predict(
                     kept = kept or live.now - before
                     loss.backward()
         peak = live.peak
-    optimizer, average = 2 * weights, weights if ema else 0
-    return Memory(weights, weights, optimizer, average, kept, peak + optimizer + average)
+    optimizer, average = trained * (2 if optim is None else moments(optim)), weights if ema else 0
+    return Memory(weights, trained, optimizer, average, kept, peak + optimizer + average)
 
 
 def predict_for(config: Config, num_classes: int, device: torch.device, processes: int = 1, **changes: Any) -> Memory:
@@ -140,7 +145,8 @@ def predict_for(config: Config, num_classes: int, device: torch.device, processe
     setting: dict[str, Any] = {"batch": t.batch_size, "accumulate": t.accumulate, "recompute": t.recompute} | changes
     part = setting["batch"] // setting["accumulate"]
     setting["batch"] = largest_share(part, config.model.router, processes) * setting["accumulate"]
-    return predict(config.model, num_classes, ema=t.ema is not None, precision=t.precision, device=device, **setting)
+    setting |= {"ema": t.ema is not None, "precision": t.precision, "device": device, "optim": config.optim}
+    return predict(config.model, num_classes, **setting)
 
 
 def require_fit(
@@ -165,7 +171,7 @@ def require_fit(
     have = f"needs {gibibytes(needed)} at its peak and {device.type} has {gibibytes(free)} free{each}"
     if memory.state_bytes > free:
         raise UsageError(
-            f"training {config.model.name} {have}; weights, gradients and AdamW's moments alone take "
+            f"training {config.model.name} {have}; weights, gradients and the optimizer's moments alone take "
             f"{gibibytes(memory.state_bytes)}, so choose a smaller model, fewer experts or fewer MoE blocks"
         )
     divisors = (parts for parts in range(t.accumulate + 1, t.batch_size + 1) if t.batch_size % parts == 0)

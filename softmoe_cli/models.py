@@ -4,6 +4,7 @@ import dataclasses
 import fnmatch
 import inspect
 import math
+import re
 import sys
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,6 +15,7 @@ from typing import Any, get_args, get_type_hints
 
 import timm
 import torch
+from jaxtyping import Float
 from timm.layers import GELU, Attention, GELUTanh, Mlp, lecun_normal_, resample_abs_pos_embed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
@@ -162,7 +164,12 @@ def _timm_vit(name: str, model: Model, num_classes: int) -> VisionTransformer:
         raise UsageError(f"timm has no model '{name}'.{nearest(name.split('.')[0], timm.list_models('*vit*'))}")
     try:
         vit = timm.create_model(
-            name, img_size=model.image_size, in_chans=model.in_chans, num_classes=num_classes, pretrained=False
+            name,
+            img_size=model.image_size,
+            in_chans=model.in_chans,
+            num_classes=num_classes,
+            drop_path_rate=model.backbone.drop_path or 0.0,
+            pretrained=False,
         )
     except (TypeError, AssertionError, RuntimeError) as error:
         first = str(error).splitlines()[0]
@@ -285,10 +292,21 @@ class LoadReport:
     unexpected: list[str] = field(default_factory=list)
 
 
+def patterns(keys: list[str]) -> dict[str, None]:
+    """Names in their order, with a * for the number of the block, each once."""
+    return dict.fromkeys(re.sub(r"\bblocks\.\d+\.", "blocks.*.", key) for key in keys)
+
+
 def load_weights(
-    vit: VisionTransformer, state: dict[str, Tensor], *, keep_head: bool, allow_unexpected: list[str]
+    vit: VisionTransformer,
+    state: dict[str, Tensor],
+    *,
+    keep_head: bool,
+    allow_unexpected: list[str],
+    resize_slots: bool = False,
 ) -> LoadReport:
-    """Copies `state` into `vit`: position table resampled by timm, head kept or left new, all else exact.
+    """Copies `state` into `vit`: position table resampled by timm, head kept or left new, the soft routers' slots made
+    more or fewer with `resize_slots`, all else exact.
 
     Raises:
         UsageError: a weight that is missing, of another shape, not finite, or unexpected and not allowed
@@ -305,6 +323,9 @@ def load_weights(
         elif key == "pos_embed" and value.shape != own[key].shape:
             incoming[key] = _resample(vit, value)
             report.resized.append(f"{key} {value.shape[1]} -> {own[key].shape[1]} positions")
+        elif resize_slots and key.endswith(".router.phi") and value.shape[:2] == own[key].shape[:2]:
+            incoming[key] = resized_slots(value, own[key].shape[2])
+            report.resized.append(f"{key} {value.shape[2]} -> {own[key].shape[2]} slots per expert")
         elif value.shape != own[key].shape:
             raise UsageError(
                 f"the checkpoint is of another architecture: {key} is {tuple(value.shape)} there and "
@@ -331,6 +352,37 @@ def load_weights(
 
 
 _PATCH_HINT = "the model (its patch size, width or model.in_chans)"
+
+
+SLOT_NOISE = 0.1
+"""Noise on slots that are copies, as a share of the parameters' standard deviation: equal slots would stay equal."""
+
+
+def resized_slots(phi: Float[Tensor, "d e p"], slots: int) -> Float[Tensor, "d e q"]:
+    """Slot j of an expert's `slots` becomes its old slot floor(j p / slots), so that experts keep their shares of a
+    token. The first copy of a slot is exact, the others get SLOT_NOISE, from torch's random state."""
+    old = torch.arange(slots) * phi.shape[2] // slots
+    again = torch.cat([torch.zeros(1, dtype=torch.bool), old[1:] == old[:-1]])
+    return phi[:, :, old] + SLOT_NOISE * phi.std() * again * torch.randn(*phi.shape[:2], slots)
+
+
+def proportional_slots(before: Model, after: Model) -> int:
+    """Slots per expert that are to `after`'s tokens what `before`'s are to its own, rounded, at least one.
+
+    Raises:
+        UsageError: there are none to keep in proportion.
+    """
+    slots = before.router.get("slots_per_expert")
+    if slots is None or before.router_name != after.router_name:
+        raise UsageError(
+            f"slots=proportional: the checkpoint's router is {before.router_name} and the model's {after.router_name}; "
+            "it takes the same on both sides, and one that has slots per expert"
+        )
+    with torch.device("meta"):
+        old, new = (
+            count_tokens(build(model, 2)) * model.router.get("images_per_group", 1) for model in (before, after)
+        )
+    return max(1, round(slots * new / old))
 
 
 def _resample(vit: VisionTransformer, table: Tensor) -> Tensor:

@@ -1,15 +1,20 @@
 """Parameter groups that know experts, and schedules as functions of the step."""
 
+import difflib
+import fnmatch
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from softmoe_cli.config import Optim, UsageError
+from softmoe_cli.terminal import aligned
 
 HEAD = re.compile(r"head\.weight")
+STEM = ("patch_embed.", "pos_embed", "cls_token", "reg_token", "norm_pre.")
 KERNELS = re.compile(r".*((experts|shared)\.w[12]|router\.scale|router\.gate\.kernel)")
 
 
@@ -27,19 +32,102 @@ def decay_of(name: str, parameter: nn.Parameter, optim: Optim) -> float:
     return 0.0
 
 
-def adamw(model: nn.Module, optim: Optim) -> torch.optim.AdamW:
-    """AdamW over one group per weight decay; decay is decoupled and multiplied by the learning rate."""
-    groups: dict[float, list[nn.Parameter]] = {}
+def layer_of(name: str, depth: int) -> int:
+    """0 for what makes tokens (patches, positions, class token, registers), i + 1 for block i, depth + 1 for the rest:
+    the final norm and the head. As in BEiT (Bao et al., 2022); timm counts the final norm to the last block."""
+    if name.startswith(STEM):
+        return 0
+    return 1 + int(name.split(".")[1]) if name.startswith("blocks.") else depth + 1
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What an optimizer does with one parameter."""
+
+    name: str
+    parameter: nn.Parameter
+    layer: int
+    lr_scale: float
+    weight_decay: float
+
+    @property
+    def frozen(self) -> bool:
+        return not self.parameter.requires_grad
+
+
+def settings(model: nn.Module, optim: Optim) -> list[Setting]:
+    """A row for every parameter. Stacked experts are in their block's layer, with the decay of the matrices and biases
+    that they are stacks of; what is frozen has neither rate nor decay."""
+    depth = len({name.split(".")[1] for name, _ in model.named_parameters() if name.startswith("blocks.")})
+    rows = []
     for name, parameter in model.named_parameters():
-        groups.setdefault(decay_of(name, parameter, optim), []).append(parameter)
+        layer, trained = layer_of(name, depth), parameter.requires_grad
+        scale = 1.0 if optim.layer_decay is None else optim.layer_decay ** (depth + 1 - layer)
+        decay = decay_of(name, parameter, optim)
+        rows.append(Setting(name, parameter, layer, scale if trained else 0.0, decay if trained else 0.0))
+    return rows
+
+
+def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Parameters whose names match one of the shell patterns get no gradient any more.
+
+    Raises:
+        UsageError: a pattern that matches nothing, or nothing that is left to train.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            places = {f"{name[:i]}.*" for name in names for i, letter in enumerate(name) if letter == "."}
+            near = difflib.get_close_matches(pattern, [*names, *sorted(places)], n=3, cutoff=0.4)
+            some = near or sorted({place for place in places if place.count(".") == 1})
+            raise UsageError(f"optim.freeze: '{pattern}' matches no parameter; there are {', '.join(some)}")
+    for name, parameter in model.named_parameters():
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UsageError(f"optim.freeze={list(patterns)} leaves nothing to train; take a pattern away")
+
+
+def optimizer_of(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
+    """The optimizer of what is not frozen, with one group per weight decay and share of the learning rate (`lr_scale`,
+    for who sets the rate). AdamW's decay is decoupled and multiplied by the learning rate; SGD's is a part of the
+    gradient. SGD's momentum is a plain sum of gradients, as in optax: buffer = momentum * buffer + gradient."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for row in settings(model, optim):
+        if not row.frozen:
+            groups.setdefault((row.weight_decay, row.lr_scale), []).append(row.parameter)
     device = next(model.parameters()).device
-    return torch.optim.AdamW(
-        [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()],
-        lr=optim.lr,
-        betas=(optim.betas[0], optim.betas[1]),
-        eps=optim.eps,
-        fused=device.type in ("cpu", "cuda"),  # the unfused update makes temporaries as large as the weights
-    )
+    fused = device.type in ("cpu", "cuda")  # the unfused update makes temporaries as large as the weights
+    params = [
+        {"params": parameters, "weight_decay": decay, "lr_scale": scale}
+        for (decay, scale), parameters in groups.items()
+    ]
+    if optim.name == "sgd":
+        assert optim.momentum is not None
+        return torch.optim.SGD(params, lr=optim.lr, momentum=optim.momentum, fused=fused)
+    betas = (optim.betas[0], optim.betas[1])
+    return torch.optim.AdamW(params, lr=optim.lr, betas=betas, eps=optim.eps, fused=fused)
+
+
+def table(model: nn.Module, optim: Optim) -> str:
+    """A line for each parameter: shape, layer, share of the learning rate, weight decay; and what they add up to."""
+    head = ["parameter", "shape", "layer", "lr scale", "weight decay"]
+    rows = settings(model, optim)
+    lines = [
+        [row.name, "x".join(map(str, row.parameter.shape)) or "1", str(row.layer)]
+        + (["frozen", ""] if row.frozen else [f"{row.lr_scale:.4g}", f"{row.weight_decay:g}"])
+        for row in rows
+    ]
+    trained = [row for row in rows if not row.frozen]
+    groups = len({(row.weight_decay, row.lr_scale) for row in trained})
+    some, every = (sum(row.parameter.numel() for row in part) for part in (trained, rows))
+    end = f"{optim.name} trains {some:,} of {every:,} parameters in {groups} group{'s' * (groups != 1)}"
+    return f"{aligned([head, *lines], False)}\n\n{end}"
+
+
+def moments(optim: Optim) -> int:
+    """Numbers that the optimizer keeps for each that it trains."""
+    return 2 if optim.name == "adamw" else int(bool(optim.momentum))
 
 
 def span(value: float, total: float) -> float:

@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from softmoe_cli.config import NOT_SCIENCE, Config, UsageError
+from softmoe_cli.config import LATER, NOT_SCIENCE, Config, UsageError
 from softmoe_cli.files import RunError as RunError
 from softmoe_cli.files import cannot_write, sync
 from softmoe_cli.files import write_atomically as write_atomically
@@ -48,11 +48,11 @@ def signature(config: Config, command: str, source_digest: str | None, data_dige
 
 def _science(config: Config) -> dict[str, Any]:
     science = dataclasses.asdict(config)
-    if config.model.expert_width is None:  # a run is what it was before there was a choice
-        del science["model"]["expert_width"]
-    for key in NOT_SCIENCE:
+    for key in (*NOT_SCIENCE, *LATER):
         section, _, leaf = key.rpartition(".")
-        (science[section] if section else science).pop(leaf)
+        node = science[section] if section else science
+        if key not in LATER or node[leaf] == LATER[key]:
+            del node[leaf]
     return _plain(science)
 
 
@@ -321,6 +321,16 @@ class Source:
     card: dict[str, Any]
 
 
+def origin(command: str, settings: dict[str, Any], source: Source | None) -> str:
+    """Ten hex digits that weights made alike have in common: with the same settings but for the seed, from weights
+    with a common origin. What they differ in is chance, so that comparisons may group what was finetuned from them."""
+    start = source.card.get("origin", source.digest) if source else None
+    text = json.dumps(
+        [command, start, {key: value for key, value in settings.items() if key != "seed"}], sort_keys=True
+    )
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
 def read_source(checkpoint: str) -> Source:
     """Reads `checkpoint=`: a run folder (its newest undamaged checkpoint), a checkpoint folder, or a file.
 
@@ -352,6 +362,32 @@ def read_source(checkpoint: str) -> Source:
         )
         raise UsageError(f"checkpoint={path} {reason}") from error
     return Source(str(path), digest, weights, _read_card(card, path) if card else {})
+
+
+def read_moments(source: Source, digest: str | None = None) -> dict[str, dict[str, Tensor]]:
+    """AdamW's state (`exp_avg`, `exp_avg_sq`, `step`) of each parameter, from the training tensors beside a
+    checkpoint's weights; nothing where there are none. With `digest` they must be the tensors of that digest.
+
+    Raises:
+        UsageError: they are damaged, or not the ones that the weights speak of.
+    """
+    folder, tensors = Path(source.label).parent, {}
+    if Path(source.label).name == WEIGHTS and (folder / TRAINING).is_file():
+        fault = damage(folder)
+        if fault is not None:
+            raise UsageError(f"checkpoint={folder}: {fault}")
+        tensors = load_file(folder / TRAINING)
+    tensors = {key: value for key, value in tensors.items() if key.startswith("optimizer.")}
+    if digest is not None and digest_of(tensors) != digest:
+        raise UsageError(
+            f"checkpoint={source.label} was upcycled with optimizer moments, and {folder / TRAINING} does not hold "
+            "them; name the whole folder, or upcycle with carry_optimizer=false"
+        )
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        name, _, kind = key.removeprefix("optimizer.").rpartition(".")
+        found.setdefault(name, {})[kind] = value
+    return {name: state for name, state in found.items() if state.keys() == {"exp_avg", "exp_avg_sq", "step"}}
 
 
 def _read_card(text: str, path: Path) -> dict[str, Any]:

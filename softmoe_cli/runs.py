@@ -80,12 +80,14 @@ class Run:
     damage: str
 
     def settings(self) -> Row:
-        """What was chosen: everything but the seed. Choices that a dense model does not have are left out."""
+        """What was chosen: everything but seeds. Choices that a dense model does not have are left out."""
         row = self.row
         if not self.complete:
             return {key: row.get(key) for key in EARLIER}
         chosen = {key: value for key, value in row.items() if "." in key and key != "data.identity"}
         chosen |= {"command": row.get("command"), "model.router._target_": row["model.router._target_"] or "dense"}
+        if "checkpoint.origin" in chosen:  # checkpoints that differ by chance only are one choice
+            del chosen["checkpoint.digest"]
         if row["model.router._target_"] is None:
             del chosen["model.moe_blocks"], chosen["model.expert_init"]
         return chosen

@@ -230,7 +230,9 @@ def _costs(config: Config, *, times: bool) -> dict[str, float]:
         _loaded[key] = config.data.num_classes or len(splits.classes), len(splits.train)
     classes, images = _loaded[key]
     device, _ = arithmetic(config.device, t.precision, config.threads)
-    cost = account(config.model, classes, batch=t.batch_size // t.accumulate, recompute=t.recompute)
+    cost = account(
+        config.model, classes, batch=t.batch_size // t.accumulate, recompute=t.recompute, frozen=config.optim.freeze
+    )
     peak = predict_for(config, classes, device).peak_bytes
     budget = Budget.of(config, images)
     step_s = math.nan

@@ -3,7 +3,6 @@
 import math
 import os
 import platform
-import re
 import signal
 import subprocess
 import time
@@ -27,10 +26,10 @@ from softmoe_cli.device import Energy, arithmetic, free_memory, hardware, prepar
 from softmoe_cli.evaluate import classification_loss, evaluate, features, routing_statistics
 from softmoe_cli.fewshot import fewshot
 from softmoe_cli.memory import Memory, largest_batch, require_fit
-from softmoe_cli.models import build, load_weights, portable
+from softmoe_cli.models import LoadReport, build, load_weights, patterns, portable
 from softmoe_cli.moe.layer import MoE
 from softmoe_cli.moe.routing import Routing, full_precision, routings
-from softmoe_cli.optim import adamw, schedule, span
+from softmoe_cli.optim import freeze, optimizer_of, schedule, span
 from softmoe_cli.parallel import ALONE, Crew
 from softmoe_cli.record import (
     Checkpoint,
@@ -38,8 +37,10 @@ from softmoe_cli.record import (
     RunError,
     Source,
     flat_science,
+    origin,
     random_state,
     read_checkpoint,
+    read_moments,
     set_random_state,
     signature,
 )
@@ -171,20 +172,24 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
     classes = _num_classes(config, splits)
     budget = Budget.of(config, len(splits.train))
     learning_rate = schedule(config.optim, budget.total)
-    cost = account(config.model, classes, batch=_part(config), recompute=config.train.recompute)
+    cost = account(
+        config.model, classes, batch=_part(config), recompute=config.train.recompute, frozen=config.optim.freeze
+    )
     screen.table(command, _header(config, cost, splits, budget, device, run.folder, crew))
     memory = require_fit(config, classes, device, crew.size, crew.local_size)
     screen.row("memory", _memory(memory, device))
 
     torch.manual_seed(config.seed)
     model = build(config.model, classes)
-    if source is not None:
-        _load_source(model, source, config, splits.classes, screen)
+    freeze(model, config.optim.freeze)
+    loaded = _load_source(model, source, config, splits.classes, screen) if source is not None else LoadReport()
     prepare_attention(model, device, config.train.precision)
     model.set_grad_checkpointing(config.train.recompute)
     model.to(device)
     ema = ModelEmaV3(model, decay=config.train.ema) if config.train.ema is not None else None
-    optimizer = adamw(model, config.optim)
+    optimizer = optimizer_of(model, config.optim)
+    if source is not None:
+        _carry_moments(model, optimizer, source, loaded, config, screen)
     scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
 
     run.open(config)
@@ -209,9 +214,11 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
         "classes": splits.classes,
     }
     card |= {"loss": config.train.loss, "precision": config.train.precision}
+    made = origin(command, flat_science(config) | {"data.identity": images_digest}, source)
     evaluated = ema.module if ema is not None else model
     moe_blocks = [i for i, block in enumerate(model.blocks) if isinstance(block.mlp, MoE)]
     routers = [model.blocks[i].mlp.router for i in moe_blocks]
+    settling = [router for router in routers if any(p.requires_grad for p in router.parameters())]  # others are frozen
     wandb_run = mirror.Mirror(
         mirror.resolve(config.tracking) if crew.first else "off",
         _wandb_settings(config, command, run),
@@ -288,7 +295,14 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
             progress.used(crew.joules(energy.used(), device))
             weights = {key: value.contiguous() for key, value in evaluated.state_dict().items()}
             training = {} if kind == "best" else _training_state(model, ema, optimizer)
-            run.save(kind, progress.step, weights, training, asdict(progress) | {"scaler": scaler.state_dict()}, card)
+            run.save(
+                kind,
+                progress.step,
+                weights,
+                training,
+                asdict(progress) | {"scaler": scaler.state_dict()},
+                card | {"origin": f"{made}-{progress.step}"},
+            )
             if kind == "last":
                 run.prune()
 
@@ -327,7 +341,7 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
                     rescaling = scaler.is_enabled() and scaler.get_scale() > SMALLEST_SCALE
                     if not math.isfinite(loss) or not (math.isfinite(norm) or rescaling):
                         raise RunError(_blame(model, x, targets, config, autocast, progress.step, loss, norm))
-                    for router in routers:
+                    for router in settling:
                         for numbers in router.counted():
                             crew.add(numbers)
                         router.after_update()
@@ -419,7 +433,7 @@ def update(
     main, aux_loss, norm_value = torch.cat([total, norm.reshape(1)]).tolist()
     if math.isfinite(main) and (math.isfinite(norm_value) or scaler.is_enabled()):
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)  # now, so that looks and checkpoints find their memory free
@@ -497,26 +511,59 @@ def _num_classes(config: Config, splits: data.Splits) -> int:
     return config.data.num_classes or len(splits.classes)
 
 
-def _load_source(model: VisionTransformer, source: Source, config: Config, classes: list[str], screen: Screen) -> None:
+def _load_source(
+    model: VisionTransformer, source: Source, config: Config, classes: list[str], screen: Screen
+) -> LoadReport:
     report = load_weights(
         model,
         source.weights,
         keep_head=source.card.get("classes") == classes
         and getattr(source.weights.get("head.weight"), "shape", None) == model.head.weight.shape,
         allow_unexpected=config.allow_unexpected,
+        resize_slots=config.slots == "proportional",
     )
     slots = {block.mlp.router.slots_per_expert for block in model.blocks if isinstance(block.mlp, MoE)}
-    rows = {"from": source.label, "loaded": f"{len(report.loaded)} tensors: {', '.join(_patterns(report.loaded))}"}
+    before = source.card.get("model", {}).get("router", {}).get("slots_per_expert")
+    rows = {"from": source.label, "loaded": f"{len(report.loaded)} tensors: {', '.join(patterns(report.loaded))}"}
     rows |= {"resized": ", ".join(report.resized) or "none", "new": ", ".join(report.new) or "none"}
     rows |= {"unexpected": ", ".join(report.unexpected) or "none"}
     if slots:
-        rows["slots"] = f"{', '.join(str(p or 'any') for p in slots)} per expert, as in the checkpoint"
+        where = ", as in the checkpoint"
+        if before and slots != {before}:
+            why = " in proportion to the tokens" if config.slots == "proportional" else ""
+            where = f"{why}; {before} in the checkpoint"
+        rows["slots"] = f"{', '.join(str(p or 'any') for p in slots)} per expert{where}"
     screen.table("weights", rows)
+    return report
 
 
-def _patterns(keys: list[str]) -> dict[str, None]:
-    """Names in their order, with a * for the number of the block, each once."""
-    return dict.fromkeys(re.sub(r"\bblocks\.\d+\.", "blocks.*.", key) for key in keys)
+def _carry_moments(
+    model: VisionTransformer,
+    optimizer: torch.optim.Optimizer,
+    source: Source,
+    report: LoadReport,
+    config: Config,
+    screen: Screen,
+) -> None:
+    """Starts the optimizer where softmoe upcycle says that the source's stood: for every trained weight that was taken
+    as it is, its moments and its count of steps."""
+    carried = source.card.get("receipt", {}).get("optimizer")
+    if carried is None:
+        return
+    if config.optim.name != "adamw":
+        screen.row("optimizer", f"starts afresh: the checkpoint's moments are AdamW's, not {config.optim.name}'s")
+        return
+    found = read_moments(source, carried["digest"])
+    fresh = []
+    for name, parameter in model.named_parameters():
+        state = found.get(name, {}) if name in report.loaded else {}
+        if parameter.requires_grad and state:
+            optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
+        elif parameter.requires_grad:
+            fresh.append(name)
+    steps = max((int(state["step"]) for state in optimizer.state.values()), default=0)
+    begin = f"; {', '.join(patterns(fresh))} start at zero" if fresh else ""
+    screen.row("optimizer", f"goes on: moments of {len(optimizer.state)} tensors after {steps:,} steps{begin}")
 
 
 def _training_state(model: nn.Module, ema: ModelEmaV3 | None, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -526,7 +573,7 @@ def _training_state(model: nn.Module, ema: ModelEmaV3 | None, optimizer: torch.o
     if ema is not None:
         tensors |= {f"weights.{key}": value for key, value in model.state_dict().items()}
     for name, parameter in model.named_parameters():
-        for key, value in optimizer.state[parameter].items():
+        for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{name}.{key}"] = value
     return tensors
 
@@ -563,7 +610,9 @@ def _restore_moments(model: nn.Module, optimizer: torch.optim.Optimizer, checkpo
     for name, parameter in model.named_parameters():
         prefix = f"optimizer.{name}."
         found = {k.removeprefix(prefix): v for k, v in checkpoint.training.items() if k.startswith(prefix)}
-        optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in found.items()}
+        optimizer.state.pop(parameter, None)
+        if found:
+            optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in found.items()}
 
 
 def _blame(
@@ -633,13 +682,16 @@ def _header(
     sizes = f"{len(splits.train):,} train / {len(splits.validation):,} validation / {len(splits.test):,} test"
     parts = f" in {t.accumulate} parts" if t.accumulate > 1 else ""
     compiled = ", compiled" if t.compile else ""
+    frozen = f", {count(cost.frozen_params)} frozen" if cost.frozen_params else ""
+    extra = {"optimizer": _optimizer(config), "regularised by": _regularisation(config)}
     return {
         "model": f"{m.backbone.name}, {m.image_size} px, {cost.tokens} tokens",
         "router": router,
-        "parameters": f"{count(cost.params)} total, {count(cost.active_params)} active per token",
+        "parameters": f"{count(cost.params)} total, {count(cost.active_params)} active per token{frozen}",
         "cost per image": f"{count(cost.forward_flop)}FLOP forward, {count(cost.train_flop)}FLOP training",
         "data": f"{config.data.name}: {sizes} images, {len(splits.classes)} classes",
         "budget": f"{budget}, {t.batch_size} images each{parts}; {config.optim.schedule}, lr {config.optim.lr:g}",
+        **{key: value for key, value in extra.items() if value},
         "device": f"{_hardware(device, crew)}, {t.precision}{slower(device, t.precision)}{compiled}",
         **({"processes": crew.describe(config)} if crew.size > 1 else {}),
         "folder": str(folder),
@@ -650,9 +702,31 @@ def _hardware(device: torch.device, crew: Crew) -> str:
     return f"{crew.size} x {hardware(device)}" if crew.size > 1 else hardware(device)
 
 
+def _optimizer(config: Config) -> str:
+    """What is not AdamW on everything alike."""
+    o = config.optim
+    words = []
+    if o.name == "sgd":
+        words.append(f"SGD with momentum {o.momentum:g}")
+    if o.layer_decay is not None:
+        words.append(f"learning rate times {o.layer_decay:g} from layer to layer, towards the patches")
+    if o.freeze:
+        words.append(f"frozen: {', '.join(o.freeze)} (no gradient, no decay, no moments)")
+    return "; ".join(words)
+
+
+def _regularisation(config: Config) -> str:
+    a, t = config.augment, config.train
+    given = {
+        "drop path": config.model.backbone.drop_path, "RandAugment": a.randaugment, "erasing": a.erase,
+        "mixup": a.mixup, "cutmix": a.cutmix, "label smoothing": t.label_smoothing, "averaged weights": t.ema,
+    }  # fmt: skip
+    return ", ".join(f"{key} {value}" for key, value in given.items() if value)
+
+
 def _memory(memory: Memory, device: torch.device) -> str:
     return (
-        f"{gibibytes(memory.peak_bytes)} at the peak (weights, gradients, AdamW {gibibytes(memory.state_bytes)}; "
+        f"{gibibytes(memory.peak_bytes)} at the peak (weights, gradients, moments {gibibytes(memory.state_bytes)}; "
         f"activations {gibibytes(memory.activation_bytes)}) of {gibibytes(free_memory(device))} free"
     )
 
@@ -724,6 +798,7 @@ def _result(
         "commit": _commit(),
         "python": platform.python_version(),
         "checkpoint.digest": source.digest if source else None,
+        "checkpoint.origin": source.card.get("origin", source.digest) if source else None,
         **flat_science(config),
     }
 

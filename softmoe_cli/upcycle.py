@@ -1,7 +1,8 @@
 """A dense ViT becomes a mixture of experts: experts from its MLPs, a new router, and a receipt of what that changed.
 
 Sparse Upcycling: Training Mixture-of-Experts from Dense Checkpoints (Komatsuzaki et al., 2023, Section 3),
-https://arxiv.org/abs/2212.05055: every expert starts as a copy of the MLP, the router afresh, all else is kept.
+https://arxiv.org/abs/2212.05055: every expert starts as a copy of the MLP, the router afresh, all else is kept, for
+vision models the optimizer's state too.
 """
 
 import hashlib
@@ -25,7 +26,7 @@ from softmoe_cli.config import Model, UpcycleConfig, UsageError
 from softmoe_cli.cost import Cost, account_model, on_meta
 from softmoe_cli.evaluate import classification_loss
 from softmoe_cli.files import RunError, sync
-from softmoe_cli.models import LoadReport, build, count_tokens, load_weights, portable
+from softmoe_cli.models import LoadReport, build, count_tokens, load_weights, patterns, portable
 from softmoe_cli.moe.layer import Experts, MoE
 from softmoe_cli.moe.routers.experts_choice import ExpertsChoiceRouter
 from softmoe_cli.moe.routers.identity import IdentityRouter
@@ -34,7 +35,7 @@ from softmoe_cli.moe.routers.tokens_choice import Gate, TokensChoiceRouter
 from softmoe_cli.moe.routers.tokens_choice_dropless import TokensChoiceDroplessRouter
 from softmoe_cli.moe.routers.uniform import UniformRouter
 from softmoe_cli.moe.routing import Router
-from softmoe_cli.record import WEIGHTS, Source, damage, digest_of, write_checkpoint
+from softmoe_cli.record import TRAINING, WEIGHTS, Source, damage, digest_of, origin, read_moments, write_checkpoint
 from softmoe_cli.terminal import Screen, count
 
 RECEIPT = "receipt.json"
@@ -60,7 +61,8 @@ def upcycle(config: UpcycleConfig, source: Source) -> dict[str, Any]:
     _check(config, without, planned)
     if not (config.expert_noise or config.expert_redraw or model.expert_width):
         model = replace(model, expert_init="identical")
-    settings = _settings(config, model, data.identity(config.data))
+    moments = read_moments(source) if config.carry_optimizer else {}
+    settings = _settings(config, model, data.identity(config.data), moments)
     folder = _folder(config, model, source, settings)
     if (found := _found(folder, source, settings)) is not None:
         Screen().say(f"{folder} holds this already; nothing to do")
@@ -84,6 +86,7 @@ def upcycle(config: UpcycleConfig, source: Source) -> dict[str, Any]:
             device=torch.device("cpu"),
         )
     )
+    training = carried_moments(moments, new, keys)
     loss = source.card.get("loss", "softmax")
     changes = measure(old, new, images, labels, keep_head=keep_head, loss=loss, exact=config.preserve)
     weights = {key: value.contiguous() for key, value in new.state_dict().items()}
@@ -91,9 +94,14 @@ def upcycle(config: UpcycleConfig, source: Source) -> dict[str, Any]:
     receipt |= {"result": {"digest": digest_of(weights)}, "images": len(images), **changes}
     receipt |= {"cost": {when: _figures(cost) for when, cost in costs.items()}, "keys": keys}
     receipt["unused"] = report.unexpected
+    receipt["optimizer"] = _carried(training, new) if training else None
     card = {"model": portable(model, new), "data": asdict(config.data), "classes": splits.classes, "loss": loss}
-    card |= {"precision": source.card.get("precision", "fp32"), "receipt": receipt}
-    _write(folder, weights, card, receipt)
+    card |= {
+        "precision": source.card.get("precision", "fp32"),
+        "receipt": receipt,
+        "origin": origin("upcycle", settings, source),
+    }
+    _write(folder, weights, card, training, receipt)
     return receipt | {"folder": str(folder)}
 
 
@@ -116,11 +124,15 @@ def show(receipt: dict[str, Any], form: str) -> None:
         "change": f"mean {receipt['mean_change']:.3g}, largest {receipt['max_change']:.3g}, in {receipt['outputs']} of "
         f"mean size {receipt['mean_size']:.3g} ({receipt['images']} images, {receipt['precision']})",
         "loss": losses,
+        "optimizer": "starts afresh",
         "parameters": f"{count(before['params'])} before, {count(after['params'])} after, "
         f"{count(after['active_params'])} of them active per token",
         "cost per image": f"{count(before['forward_flop'])}FLOP forward before, {count(after['forward_flop'])} after",
         "folder": receipt["folder"],
     }
+    if carried := receipt.get("optimizer"):
+        fresh = f"; {', '.join(patterns(carried['fresh']))} start at zero" if carried["fresh"] else ""
+        rows["optimizer"] = f"moments of {carried['tensors']} tensors after {carried['steps']:,} steps carried{fresh}"
     Screen().table("upcycle", rows)
 
 
@@ -161,24 +173,70 @@ def fill_experts(moe: MoE, mlp: Mlp) -> int:
     to one do), is the MLP again when the parts' output kernels are multiplied by g and their output bias is not. With
     s copies of the MLP as shared experts every copy counts 1/(1 + s).
     """
-    experts, hidden = moe.experts, mlp.fc1.out_features
-    e, d, width = experts.w1.shape
+    hidden, (e, d, width) = mlp.fc1.out_features, moe.experts.w1.shape
     g = hidden // width
     copies = 1 + moe.router.shared_experts // g
-    w1, w2 = mlp.fc1.weight.T, mlp.fc2.weight.T / copies
+    w1, w2 = mlp.fc1.weight, mlp.fc2.weight / copies
     b1 = mlp.fc1.bias if mlp.fc1.bias is not None else w1.new_zeros(hidden)
     b2 = (mlp.fc2.bias if mlp.fc2.bias is not None else w2.new_zeros(d)) / copies
-    part = torch.arange(e) % g
-    experts.w1.copy_(w1.view(d, g, width).transpose(0, 1)[part])
-    experts.b1.copy_(b1.view(g, width)[part])
-    experts.w2.copy_(g * w2.view(g, width, d)[part])
-    experts.b2.copy_(b2.expand(e, d))
-    if moe.shared is not None:
-        moe.shared.w1.copy_(w1.repeat(1, copies - 1)[None])
-        moe.shared.b1.copy_(b1.repeat(copies - 1)[None])
-        moe.shared.w2.copy_(w2.repeat(copies - 1, 1)[None])
-        moe.shared.b2.copy_((copies - 1) * b2[None])
+    for leaf, value in {"w1": w1, "b1": b1, "w2": w2, "b2": b2}.items():
+        moe.experts.get_parameter(leaf).copy_(stacked(leaf, value, e, g) * (g if leaf == "w2" else 1))
+        if moe.shared is not None:
+            times = copies - 1 if leaf == "b2" else 1
+            moe.shared.get_parameter(leaf).copy_(side_by_side(leaf, value, copies - 1) * times)
     return g
+
+
+LAYERS = {"w1": "fc1.weight", "b1": "fc1.bias", "w2": "fc2.weight", "b2": "fc2.bias"}
+"""Where in an MLP the tensors of its experts come from."""
+
+
+def stacked(leaf: str, value: Tensor, experts: int, parts: int) -> Float[Tensor, "e ..."]:
+    """A tensor of an MLP as its experts' tensor `leaf`: expert i has part i mod `parts` of the hidden units."""
+    match leaf:
+        case "w1":
+            cut = value.T.unflatten(1, (parts, -1)).transpose(0, 1)
+        case "b1":
+            cut = value.unflatten(0, (parts, -1))
+        case "w2":
+            cut = value.T.unflatten(0, (parts, -1))
+        case _:
+            cut = value.expand(parts, -1)
+    return cut[torch.arange(experts) % parts]
+
+
+def side_by_side(leaf: str, value: Tensor, copies: int) -> Float[Tensor, "1 ..."]:
+    """A tensor of an MLP as the tensor `leaf` of one expert with the hidden units of `copies` of it."""
+    match leaf:
+        case "w1":
+            return value.T.repeat(1, copies)[None]
+        case "b1":
+            return value.repeat(copies)[None]
+        case "w2":
+            return value.T.repeat(copies, 1)[None]
+        case _:
+            return value[None]
+
+
+def carried_moments(
+    moments: dict[str, dict[str, Tensor]], new: VisionTransformer, keys: dict[str, dict[str, str | None]]
+) -> dict[str, Tensor]:
+    """AdamW's state for the parameters of `new` that come from ones that have it, as `optimizer.NAME.KEY`. Each expert
+    has that of the units that it was made from, unscaled: AdamW's step does not depend on a gradient's scale. What is
+    new, resampled or drawn again has none and starts at zero, with a count of steps of its own."""
+    found: dict[str, Tensor] = {}
+    for name, parameter in new.named_parameters():
+        origin, how = keys[name]["from"], keys[name]["how"] or ""
+        if origin is None or "resampled" in how or "redrawn" in how:
+            continue
+        place, _, leaf = name.rpartition(".")
+        for key, value in moments.get(origin, {}).items():
+            if key != "step" and place.endswith(".experts"):
+                value = stacked(leaf, value, len(parameter), value.numel() // parameter[0].numel())
+            elif key != "step" and place.endswith(".shared"):
+                value = side_by_side(leaf, value, parameter.numel() // value.numel())
+            found[f"optimizer.{name}.{key}"] = value.clone(memory_format=torch.contiguous_format)
+    return found
 
 
 def group_router(router: Router, parts: int) -> None:
@@ -300,7 +358,6 @@ def _fate(place: str, name: str, moe: MoE, parts: int, noise: float, redraw: flo
     part, _, leaf = name.partition(".")
     if part == "router":
         return {"from": None, "how": f"new, equal for the {parts} parts of a copy" if parts > 1 else "new"}
-    layer = {"w1": "fc1.weight", "b1": "fc1.bias", "w2": "fc2.weight", "b2": "fc2.bias"}[leaf]
     copies = 1 + moe.router.shared_experts // parts
     if part == "shared":
         steps, factor = [f"{copies - 1} side by side"], {"w2": 1 / copies, "b2": 1 - 1 / copies}.get(leaf, 1)
@@ -312,14 +369,26 @@ def _fate(place: str, name: str, moe: MoE, parts: int, noise: float, redraw: flo
         steps += [f"in {parts} parts"] * (parts > 1 and leaf != "b2") + [f"noise {noise:g}"] * (noise > 0)
         steps += [f"{redraw:g} of the units redrawn"] * (redraw > 0 and leaf != "b2")
     steps += ["transposed"] * (leaf in ("w1", "w2")) + [f"times {factor:g}"] * (factor != 1)
-    return {"from": f"{place}.{layer}", "how": ", ".join(steps)}
+    return {"from": f"{place}.{LAYERS[leaf]}", "how": ", ".join(steps)}
 
 
-def _settings(config: UpcycleConfig, model: Model, identity: str | None) -> dict[str, Any]:
-    """What decides the result, beside the source."""
+def _carried(training: dict[str, Tensor], new: VisionTransformer) -> dict[str, Any]:
+    """What a receipt says of moments, and by which digest a finetuning knows them again."""
+    fresh = [name for name, _ in new.named_parameters() if f"optimizer.{name}.step" not in training]
+    steps = max(int(value) for key, value in training.items() if key.endswith(".step"))
+    tensors = sum(key.endswith(".step") for key in training)
+    return {"tensors": tensors, "steps": steps, "fresh": fresh, "digest": digest_of(training)}
+
+
+def _settings(
+    config: UpcycleConfig, model: Model, identity: str | None, moments: dict[str, dict[str, Tensor]]
+) -> dict[str, Any]:
+    """What decides the result, beside the source's weights."""
     images = {k: v for k, v in asdict(config.data).items() if k not in ("root", "workers", "memory_gib")}
     chosen = {key: getattr(config, key) for key in ("expert_noise", "expert_redraw", "preserve", "seed", "images")}
-    return {"model": asdict(model), "data": images | {"identity": identity}, **chosen}
+    return {"model": asdict(model), "data": images | {"identity": identity}, **chosen} | (
+        {"carry_optimizer": True} if moments else {}
+    )
 
 
 def _folder(config: UpcycleConfig, model: Model, source: Source, settings: dict[str, Any]) -> Path:
@@ -337,7 +406,7 @@ def _found(folder: Path, source: Source, settings: dict[str, Any]) -> dict[str, 
     """
     if not folder.exists():
         return None
-    fault = damage(folder, (WEIGHTS, RECEIPT)) if folder.is_dir() else "it is a file"
+    fault = damage(folder, (WEIGHTS, TRAINING, RECEIPT)) if folder.is_dir() else "it is a file"
     receipt = json.loads((folder / RECEIPT).read_text()) if fault is None and (folder / RECEIPT).is_file() else {}
     if receipt.get("settings") != json.loads(json.dumps(settings)) or receipt["source"]["digest"] != source.digest:
         raise UsageError(
@@ -355,12 +424,14 @@ def _figures(cost: Cost) -> dict[str, float]:
     }
 
 
-def _write(folder: Path, weights: dict[str, Tensor], card: dict[str, Any], receipt: dict[str, Any]) -> None:
+def _write(
+    folder: Path, weights: dict[str, Tensor], card: dict[str, Any], training: dict[str, Tensor], receipt: dict[str, Any]
+) -> None:
     temporary = folder.with_name(f".{folder.name}")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         text = json.dumps(receipt, indent=1) + "\n"
-        write_checkpoint(temporary, weights, card, {}, {RECEIPT: text})
+        write_checkpoint(temporary, weights, card, training, {RECEIPT: text})
         temporary.rename(folder)
         sync(folder.parent)
     except (OSError, SafetensorError) as error:

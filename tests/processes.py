@@ -1,26 +1,43 @@
 """`softmoe` in real processes that start at once: forked from one that has imported torch and timm already."""
 
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import sys
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
+
+import torch
+
+from softmoe_cli import sweep
 
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["softmoe_cli.train", "softmoe_cli.cli", "hydra"])
+_SERVER.set_forkserver_preload(["softmoe_cli.train", "softmoe_cli.cli", "softmoe_cli.sweep", "hydra"])
 
 
 class Started:
     """A running command: a process of its own, with its own signals, folder and output. What torch makes without being
-    told a type is of `dtype`."""
+    told a type is of `dtype`. With `own_server` what it forks, it forks from a server of its own, with its own output."""
 
     def __init__(
-        self, folder: Path, arguments: list[str], environment: dict[str, str], out: str = "stdout.txt", dtype: str = ""
+        self,
+        folder: Path,
+        arguments: list[str],
+        environment: dict[str, str],
+        out: str = "stdout.txt",
+        dtype: str = "",
+        own_server: bool = False,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._out = folder / out
         self._out.write_text("")
-        words = (folder, arguments, os.environ | environment, self._out, dtype)
-        self._process = _SERVER.Process(target=_main, args=words)
+        multiprocessing.forkserver.ensure_running()
+        address = None if own_server else vars(_forkserver())["_forkserver_address"]
+        order = (folder, arguments, os.environ | environment, self._out, dtype, address)
+        self._process = _SERVER.Process(target=_main, args=order)
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
@@ -38,7 +55,13 @@ class Started:
         return self._process.exitcode, self._out.read_text()
 
 
-def _main(folder: Path, arguments: list[str], environment: dict[str, str], out: Path, dtype: str) -> None:
+def _forkserver() -> Any:
+    return multiprocessing.forkserver._forkserver
+
+
+def _main(
+    folder: Path, arguments: list[str], environment: dict[str, str], out: Path, dtype: str, address: str | None
+) -> None:
     os.chdir(folder)
     os.environ.update(environment)
     with out.open("w") as file:
@@ -46,9 +69,31 @@ def _main(folder: Path, arguments: list[str], environment: dict[str, str], out: 
         os.dup2(file.fileno(), 2)
     sys.argv = ["softmoe", *arguments]
     if dtype:
-        import torch
-
         torch.set_default_dtype(getattr(torch, dtype))
+    if address is not None:
+        # A sweep's own server would import everything once more: its jobs fork from the one that this process came from.
+        vars(_forkserver()).update(_forkserver_address=address, ensure_running=lambda: None)
+        multiprocessing.forkserver.ensure_running = lambda: None
+        sweep.SERVER = _Same()  # type: ignore[assignment]
     from softmoe_cli.cli import main
 
     main()
+
+
+class _Same:
+    """The server of all tests as a sweep's own one, which has the folder and environment of its sweep."""
+
+    def set_forkserver_preload(self, _modules: list[str]) -> None:
+        """They are loaded."""
+
+    def Pipe(self, duplex: bool) -> tuple[Connection, Connection]:
+        return _SERVER.Pipe(duplex)
+
+    def Process(self, target: Callable[..., None], args: Sequence[Any]) -> ForkServerProcess:
+        return _SERVER.Process(target=_job, args=(os.getcwd(), dict(os.environ), target, args))
+
+
+def _job(folder: str, environment: dict[str, str], target: Callable[..., None], args: Sequence[Any]) -> None:
+    os.chdir(folder)
+    os.environ.update(environment)
+    target(*args)

@@ -20,7 +20,7 @@ def row(*, router: str = "soft", seed: int = 0, top1_pct: float = 90.0, **change
         "data.name": "digits", "data.num_classes": 10, "data.split_seed": 0, "data.validation_fraction": 0.1,
         "data.test_fraction": 0.2, "data.identity": None, "optim.lr": 0.003, "optim.betas": [0.9, 0.999],
         "train.steps": 200, "train.minutes": None, "train.batch_size": 32, "train.loss": "softmax",
-        "checkpoint.digest": None,
+        "checkpoint.digest": None, "checkpoint.origin": None,
     }  # fmt: skip
     settings |= {key: value for key, value in changes.items() if key in settings or key.startswith("model.router.")}
     mark = hashlib.sha256(json.dumps([settings, seed, changes.get("command")]).encode()).hexdigest()[:10]

@@ -11,7 +11,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from softmoe_cli.config import UsageError
+from softmoe_cli.optim import span
 from tests.conftest import TINY, Softmoe
+from tests.oracles import compose
 
 DENSE = "model=vit_nano2_dense"
 
@@ -47,6 +49,10 @@ WRONG_LINES = {
     "tracking": ("train tracking=onlin", "Did you mean 'online'?"),
     "two budgets": ("train train.steps=5 train.epochs=2", "two budgets"),
     "accumulation": ("train train.batch_size=32 train.accumulate=5", "does not divide"),
+    "sgd without momentum": ("train optim.name=sgd", "optim.name=sgd needs a momentum; give it, such as 0.9"),
+    "frozen nothing": ("train optim.freeze=[blcks.0.*]", "'blcks.0.*' matches no parameter; there are blocks.0.*"),
+    "slots of no checkpoint": ("train slots=proportional", "belongs to softmoe finetune"),
+    "groups of a sweep": ("train -m seed=0,1 --groups", "--groups lists the parameters of one run"),
     "odd mixup": ("train train.batch_size=31 augment.mixup=0.2", "must be even"),
     "betas": ("train optim.betas=[0.9]", "needs two numbers"),
     "idle cooldown": ("train optim.cooldown=0.1", "has no effect with optim.schedule=cosine"),
@@ -418,3 +424,45 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     line = [sys.executable, "-m", "softmoe_cli", "finetune", "--debug"]
     told = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert told.returncode != 0 and "Traceback" in told.stderr
+
+
+def test_groups(softmoe: Softmoe, tmp_path: Path) -> None:
+    answer = softmoe("train", *TINY, "optim.layer_decay=0.5", "optim.freeze=[blocks.0.attn.*]", "--groups")
+    assert answer.code == 0, answer
+    lines = {line.split()[0]: line.split()[1:] for line in answer.out.splitlines() if line}
+    assert lines["pos_embed"] == ["1x16x16", "0", "0.125", "0"]
+    assert lines["blocks.1.mlp.experts.w1"] == ["4x16x32", "2", "0.5", "0.05"]
+    assert lines["blocks.1.mlp.experts.b1"] == ["4x32", "2", "0.5", "0"]
+    assert lines["blocks.0.attn.qkv.weight"] == ["48x16", "1", "frozen"]
+    assert "adamw trains 7,195 of 8,299 parameters in 8 groups" in answer.out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_sgd_recipe_is_the_published_one() -> None:
+    """google-research/vmoe, configs/vmoe_paper/*_ft_ilsvrc2012.py."""
+    config = compose("recipe=finetune_sgd", "data=folder", "data.root=x", "data.num_classes=1000")
+    o, t, a = config.optim, config.train, config.augment
+    assert (o.name, o.momentum, o.lr, o.final_lr, o.schedule, o.clip_norm) == ("sgd", 0.9, 0.003, 1e-5, "cosine", 10)
+    assert (t.steps, t.batch_size, t.loss, t.label_smoothing, t.ema) == (10_000, 1024, "softmax", 0, None)
+    assert (span(o.warmup, 10_000), o.weight_decay, o.head_weight_decay, o.layer_decay) == (500, 0, 0, None)
+    assert (a.crop, a.area, a.hflip, a.mixup, a.cutmix, a.randaugment, a.erase) == ("resized", 0.05, 0.5, 0, 0, None, 0)
+
+
+def test_finetune_at_a_higher_resolution(finished: Path, softmoe: Softmoe) -> None:
+    """Slots are kept, or grow with the tokens; the header says which, and a recipe can be frozen in parts."""
+    line = (
+        "finetune", f"checkpoint={finished}", "tracking=off", "train.steps=1", "train.batch_size=8",
+        "model.image_size=16", "train.eval_every=1.0",
+    )  # fmt: skip
+    kept = softmoe(*line, "recipe=finetune_sgd")
+    assert kept.code == 0, kept
+    assert "slots            1 per expert, as in the checkpoint" in kept.out
+    assert "optimizer        SGD with momentum 0.9" in kept.out
+    grown = softmoe(*line, "recipe=finetune_adamw", "slots=proportional", "optim.freeze=[patch_embed.*]")
+    assert grown.code == 0, grown
+    assert "slots            4 per expert in proportion to the tokens; 1 in the checkpoint" in grown.out
+    assert "blocks.1.mlp.router.phi 1 -> 4 slots per expert, pos_embed 16 -> 64 positions" in grown.out
+    assert "regularised by   drop path 0.1, RandAugment [2, 9], erasing 0.25, mixup 0.8, cutmix 1.0" in grown.out
+    assert "learning rate times 0.65 from layer to layer" in grown.out and "80 frozen" in grown.out
+    both = softmoe(*line, "slots=proportional", "+model.router.slots_per_expert=2")
+    assert both.code == 2 and "both say how many slots there are" in both.err

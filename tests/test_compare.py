@@ -11,6 +11,7 @@ from scipy import stats
 
 from softmoe_cli.compare import Comparison, Group, Question, compare
 from softmoe_cli.config import UsageError
+from softmoe_cli.record import Source, origin
 from tests.synthetic import looks, row, study, write
 
 
@@ -73,6 +74,32 @@ def test_every_setting_separates_groups(tmp_path: Path) -> None:
     write(tmp_path, row(seed=1, optim__betas=[0.9, 0.95]))
     write(tmp_path, row(seed=2, augment__invented=1))
     assert sorted(len(each.runs) for each in asked(tmp_path).groups) == [1, 1, 1]
+
+
+def test_finetunes_of_checkpoints_that_differ_by_chance_are_one_group(tmp_path: Path) -> None:
+    """Other origins are other groups; a row without one is told by its weights."""
+    for seed in range(3):
+        for made in ("1f", "2e"):
+            digest = f"{made}{seed}"
+            write(tmp_path, row(seed=seed, command="finetune", checkpoint__digest=digest, checkpoint__origin=made))
+    assert sorted(len(group.runs) for group in compare([tmp_path], Question()).groups) == [3, 3]
+    before = row(seed=3, command="finetune", checkpoint__digest="1f0")
+    del before["checkpoint.origin"]
+    write(tmp_path, before)
+    assert sorted(len(group.runs) for group in compare([tmp_path], Question()).groups) == [1, 3, 3]
+
+
+def test_an_origin_is_what_chance_leaves_alike() -> None:
+    def made(settings: dict[str, Any], *, before: str | None = None, digest: str = "a", command: str = "train") -> str:
+        source = Source("file", digest, {}, {"origin": before} if before else {})
+        return origin(command, settings, source)
+
+    first = made({"seed": 0, "optim.lr": 1}, before="x")
+    assert first == made({"optim.lr": 1, "seed": 7}, before="x", digest="b")
+    assert len({first, made({"optim.lr": 2}, before="x"), made({"optim.lr": 1}, before="y"),
+                made({"optim.lr": 1}, before="x", command="finetune")}) == 4  # fmt: skip
+    assert made({"seed": 0}) != made({"seed": 0}, digest="b"), "weights of elsewhere are told by their contents"
+    assert origin("train", {"seed": 0}, None) == origin("train", {"seed": 1}, None)
 
 
 def test_a_dense_control_is_found_for_each_size(tmp_path: Path) -> None:

@@ -267,3 +267,37 @@ def test_the_counter_leaves_contents_alone() -> None:
     with counter():
         first, again = x * 2, x * 2
     assert torch.equal(first, 2 * x) and torch.equal(again, first)
+
+
+# --- frozen parameters ------------------------------------------------------------------------------------------------
+
+STEM = ["patch_embed.*", "pos_embed"]
+
+
+@pytest.mark.parametrize(("name", "recompute"), [("vit_nano2_soft", True), ("vit_nano2_tokens_choice", False)])
+def test_frozen_early_blocks_cost_their_forward_pass(name: str, recompute: bool) -> None:
+    """By hand: no gradient goes below the first trained block, and nothing there is recomputed."""
+    model = composed(name)
+    n, d, h = 196, 64, 256
+    block = 2 * n * d * 3 * d + 2 * 2 * n * n * d + 2 * n * d * d + 2 * 2 * n * d * h
+    pixels = 2 * n * d * 4
+    full = account(model, 10, recompute=recompute)
+    frozen = account(model, 10, recompute=recompute, frozen=[*STEM, "blocks.0.*", "blocks.1.*"])
+    again = 2 * (block - 2 * n * d * h) if recompute else 0  # all but the last product of a dense block
+    assert full.train_flop - frozen.train_flop == pixels + 2 * 2 * block + again
+    assert frozen.forward_flop == full.forward_flop
+    per_block = 2 * d * h + h + d + 4 * d * d + 4 * d + 4 * d + 2 * d // 4
+    assert frozen.frozen_params == n * d + 5 * d + 2 * per_block
+
+
+def test_a_linear_probe_costs_the_forward_pass_and_the_heads_gradient() -> None:
+    cost = account(composed("vit_nano2_soft"), 10, frozen=[*STEM, "blocks.*", "norm.*"])
+    assert cost.train_flop == cost.forward_flop + 2 * 64 * 10
+    assert cost.params - cost.frozen_params == 64 * 10 + 10
+
+
+def test_frozen_experts_pass_gradients_on() -> None:
+    """Of three products each, that of the weights' gradient is saved."""
+    full, frozen = (account(composed("vit_nano2_soft"), 10, frozen=f) for f in ([], ["*.experts.*"]))
+    experts = next(part.forward_flop for part in full.parts if part.name == "experts")
+    assert full.train_flop - frozen.train_flop == experts

@@ -1,5 +1,6 @@
 """Predicted memory against what the allocator hands out, and the refusals and choices made of it."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from softmoe_cli.memory import Live, Memory, largest_batch, last_within, predict
 from softmoe_cli.models import build
 from softmoe_cli.moe.routers.soft import SoftRouter
 from softmoe_cli.moe.routing import routings
-from softmoe_cli.optim import adamw
+from softmoe_cli.optim import freeze, optimizer_of
 from softmoe_cli.train import update
 from tests.oracles import compose
 
@@ -52,7 +53,8 @@ def allocated_peak(config: Config) -> int:
     model = build(config.model, 10).train()
     prepare_attention(model, CPU, t.precision)
     model.set_grad_checkpointing(t.recompute)
-    optimizer, scaler = adamw(model, config.optim), torch.amp.GradScaler("cpu", enabled=False)
+    freeze(model, config.optim.freeze)
+    optimizer, scaler = optimizer_of(model, config.optim), torch.amp.GradScaler("cpu", enabled=False)
     x, targets = torch.randn(t.batch_size, 1, 28, 28), torch.rand(t.batch_size, 10)
     with routings(model) as seen:
 
@@ -72,7 +74,8 @@ def allocated_peak(config: Config) -> int:
         now += event.nbytes()
         peak = max(peak, now)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    return 3 * weights + peak + x.nbytes + targets.nbytes  # weights and two moments were there before
+    kept = sum(value.nbytes for state in optimizer.state.values() for value in state.values() if value.ndim)
+    return weights + kept + peak + x.nbytes + targets.nbytes  # weights and moments were there before
 
 
 @pytest.mark.parametrize(("router", "precision", "accumulate", "recompute"), CASES)
@@ -82,6 +85,20 @@ def test_predicted_peak_is_the_allocators(router: str, precision: str, accumulat
         f"train.recompute={str(recompute).lower()}",
     )  # fmt: skip
     assert predict_for(config, 10, CPU).peak_bytes == pytest.approx(allocated_peak(config), rel=0.02)
+
+
+def test_what_is_frozen_has_neither_gradient_nor_moments() -> None:
+    frozen = ("train.batch_size=32", "optim.freeze=[patch_embed.*,pos_embed,blocks.0.*,*.experts.*]")
+    sgd = composed("soft", *frozen, "optim.name=sgd", "optim.momentum=0.9")
+    adamw = replace(sgd, optim=replace(sgd.optim, name="adamw", momentum=None))
+    vit = build(sgd.model, 10)
+    freeze(vit, sgd.optim.freeze)
+    trained = 4 * sum(p.numel() for p in vit.parameters() if p.requires_grad)
+    for config, moments in ((adamw, 2), (sgd, 1)):
+        memory = predict_for(config, 10, CPU)
+        assert 0 < trained < memory.weight_bytes / 2
+        assert (memory.gradient_bytes, memory.optimizer_bytes) == (trained, moments * trained)
+    assert memory.peak_bytes == pytest.approx(allocated_peak(sgd), rel=0.03)  # what operations borrow is more of less
 
 
 def test_the_parts_of_memory() -> None:

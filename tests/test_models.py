@@ -1,6 +1,7 @@
 """Models: official initialisation, published sizes, placement, routers by name, timm backbones, loading weights."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,15 @@ from torch import Tensor, nn
 
 from softmoe_cli.config import Config, UsageError, placement
 from softmoe_cli.cost import account
-from softmoe_cli.models import LoadReport, build, count_tokens, load_weights, make_router
+from softmoe_cli.models import (
+    LoadReport,
+    build,
+    count_tokens,
+    load_weights,
+    make_router,
+    proportional_slots,
+    resized_slots,
+)
 from softmoe_cli.moe.layer import Experts, MoE
 from softmoe_cli.moe.routers.soft import SoftRouter
 from tests.oracles import compose
@@ -454,3 +463,62 @@ def test_experts_of_a_checkpoint_do_not_load_into_a_dense_model() -> None:
     with pytest.raises(UsageError, match=r"it lacks blocks\.2\.mlp\.fc1"):
         load(make("model=vit_nano2_dense"), source())
     assert isinstance(make("model=vit_nano2_soft").blocks[2].mlp.experts, Experts)
+
+
+# --- slots ------------------------------------------------------------------------------------------------------------
+
+
+def test_more_slots_that_are_copies_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without their noise: each expert's slots are as many times there, so that its share of every token stays."""
+    torch.manual_seed(0)
+    few, many = (
+        SoftRouter(8, 5, num_experts=3, slots_per_expert=p, capacity_factor=None, noise_std=0.0).double()
+        for p in (2, 6)
+    )
+    experts = Experts(3, 8, 4, gelu="tanh", identical=False).double()
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    with torch.no_grad():
+        monkeypatch.setattr("softmoe_cli.models.SLOT_NOISE", 0.0)
+        many.phi.copy_(resized_slots(few.phi, 6))
+        many.scale.copy_(few.scale.fill_(20.0))
+        assert (MoE(many, experts)(x) - MoE(few, experts)(x)).abs().max() < 1e-12
+
+
+def test_slots_are_the_nearest_old_ones_and_copies_differ_a_little() -> None:
+    torch.manual_seed(0)
+    phi = torch.randn(200, 4, 3)
+    assert torch.equal(resized_slots(phi, 3), phi)
+    assert torch.equal(resized_slots(phi, 2), phi[:, :, [0, 1]])
+    more = resized_slots(phi, 7)  # floor(3 j / 7) = 0 0 0 1 1 2 2
+    assert torch.equal(more[:, :, [0, 3, 5]], phi)
+    change = more - phi[:, :, [0, 0, 0, 1, 1, 2, 2]]
+    copies = change[:, :, [1, 2, 4, 6]]
+    assert copies.std().item() == pytest.approx(0.1, rel=0.1)
+
+
+def test_slots_are_resized_only_when_asked() -> None:
+    state = source()
+    vit = make("model=vit_nano2_soft", "model.router.slots_per_expert=3")
+    with pytest.raises(UsageError, match=r"router\.phi is \(64, 16, 1\) there"):
+        load(vit, state)
+    report = load_weights(vit, state, keep_head=True, allow_unexpected=[], resize_slots=True)
+    assert report.resized == [f"blocks.{i}.mlp.router.phi 1 -> 3 slots per expert" for i in (2, 3)]
+    assert torch.equal(vit.blocks[2].mlp.router.phi[:, :, 0].detach(), state["blocks.2.mlp.router.phi"][:, :, 0])
+
+
+def test_proportional_slots() -> None:
+    """16 tokens at 8 pixels and patches of 2; rounded: 3 * 36 / 16 = 6.75 and 3 * 4 / 16 = 0.75; at least one."""
+    model = compose("model=vit_nano2_soft", "model.router.slots_per_expert=3").model
+    sizes = {8: 3, 12: 7, 16: 12, 4: 1, 2: 1}
+    assert {size: proportional_slots(model, replace(model, image_size=size)) for size in sizes} == sizes
+    other = compose("model/router=dense").model
+    for before, after in ((other, other), (model, other), (other, model)):
+        with pytest.raises(UsageError, match=r"slots=proportional: the checkpoint's router is (soft|dense) and the"):
+            proportional_slots(before, after)
+
+
+def test_timms_models_have_stochastic_depth_too() -> None:
+    config = compose_timm("test_vit", "model.backbone.drop_path=0.3", "model.image_size=32")
+    vit = build(config.model, 10)
+    rates = [getattr(block.drop_path2, "drop_prob", 0.0) for block in vit.blocks]
+    assert rates[0] == 0 and rates[-1] == pytest.approx(0.3) and rates == sorted(rates)

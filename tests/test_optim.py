@@ -1,4 +1,4 @@
-"""Schedules at their corners, who decays, and AdamW against plain arithmetic."""
+"""Schedules at their corners, who decays, who is frozen, and optimizers against plain arithmetic."""
 
 import math
 
@@ -7,8 +7,23 @@ import torch
 from torch import nn
 
 from softmoe_cli.config import Optim, UsageError
+from softmoe_cli.evaluate import classification_loss
 from softmoe_cli.models import build
-from softmoe_cli.optim import adamw, constant, cosine, decay_of, linear, rsqrt, schedule, span
+from softmoe_cli.moe.routing import routings
+from softmoe_cli.optim import (
+    constant,
+    cosine,
+    decay_of,
+    freeze,
+    linear,
+    optimizer_of,
+    rsqrt,
+    schedule,
+    settings,
+    span,
+    table,
+)
+from softmoe_cli.train import update
 from tests.oracles import adamw as adamw_oracle
 from tests.oracles import compose
 
@@ -139,7 +154,7 @@ def test_who_decays() -> None:
 def test_groups_hold_every_parameter_once_with_its_decay(decays: tuple[float, float]) -> None:
     config = optim(weight_decay=decays[0], head_weight_decay=decays[1], lr=0.5, betas=[0.8, 0.7], eps=1e-3)
     vit = build(compose().model, 10)
-    optimizer = adamw(vit, config)
+    optimizer = optimizer_of(vit, config)
     names = {id(parameter): name for name, parameter in vit.named_parameters()}
     found = [(names[id(p)], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]]
     assert len(found) == len(names)
@@ -157,7 +172,7 @@ def test_adamw_equals_plain_arithmetic() -> None:
     gradients = [{name: torch.randn_like(value) for name, value in start.items()} for _ in range(6)]
     rates = [0.1, 0.2, 0.0, 0.05, 0.3, 0.1]
     decays = {"head.weight": 2.0, "body.weight": 0.3, "head.bias": 0.0, "body.bias": 0.0}
-    optimizer = adamw(model, config)
+    optimizer = optimizer_of(model, config)
     paths: list[dict[str, torch.Tensor]] = []
     for step, lr in zip(gradients, rates, strict=True):
         for name, parameter in model.named_parameters():
@@ -173,3 +188,125 @@ def test_adamw_equals_plain_arithmetic() -> None:
                 decay=decays.get(name, 0.0), betas=config.betas, eps=config.eps,
             )  # fmt: skip
             assert [path[name].flatten()[i].item() for path in paths] == pytest.approx(want, rel=0, abs=1e-12), name
+
+
+def test_sgd_equals_plain_arithmetic() -> None:
+    """buffer = 0.9 buffer + (gradient + decay weight); weight = weight - lr buffer."""
+    config = optim(name="sgd", momentum=0.9, weight_decay=0.3, head_weight_decay=2.0)
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"head": nn.Linear(2, 3), "body": nn.Linear(3, 2)}).double()
+    decays = {"head.weight": 2.0, "body.weight": 0.3, "head.bias": 0.0, "body.bias": 0.0}
+    want = {name: parameter.flatten().tolist() for name, parameter in model.named_parameters()}
+    buffers = {name: [0.0] * len(values) for name, values in want.items()}
+    optimizer = optimizer_of(model, config)
+    for lr in (0.1, 0.2, 0.05):
+        for name, parameter in model.named_parameters():
+            parameter.grad = torch.randn_like(parameter)
+            for i, gradient in enumerate(parameter.grad.flatten().tolist()):
+                buffers[name][i] = 0.9 * buffers[name][i] + gradient + decays[name] * want[name][i]
+                want[name][i] -= lr * buffers[name][i]
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    for name, parameter in model.named_parameters():
+        assert parameter.flatten().tolist() == pytest.approx(want[name], rel=0, abs=1e-12), name
+
+
+# --- layers -----------------------------------------------------------------------------------------------------------
+
+TWO_BLOCKS = ("model.backbone.depth=2", "model.moe_blocks=[1]", "model.backbone.class_token=true")
+BY_HAND = {
+    "cls_token": (0, 0.125, 0.0), "pos_embed": (0, 0.125, 0.0),
+    "patch_embed.proj.weight": (0, 0.125, 0.05), "patch_embed.proj.bias": (0, 0.125, 0.0),
+    **{
+        f"blocks.{i}.{name}": (i + 1, 0.25 * 2**i, decay)
+        for i in (0, 1)
+        for name, decay in {
+            "norm1.weight": 0.0, "norm1.bias": 0.0, "attn.qkv.weight": 0.05, "attn.qkv.bias": 0.0,
+            "attn.q_norm.weight": 0.0, "attn.k_norm.weight": 0.0, "attn.proj.weight": 0.05, "attn.proj.bias": 0.0,
+            "norm2.weight": 0.0, "norm2.bias": 0.0,
+        }.items()
+    },
+    "blocks.0.mlp.fc1.weight": (1, 0.25, 0.05), "blocks.0.mlp.fc1.bias": (1, 0.25, 0.0),
+    "blocks.0.mlp.fc2.weight": (1, 0.25, 0.05), "blocks.0.mlp.fc2.bias": (1, 0.25, 0.0),
+    "blocks.1.mlp.router.phi": (2, 0.5, 0.0), "blocks.1.mlp.router.scale": (2, 0.5, 0.05),
+    "blocks.1.mlp.experts.w1": (2, 0.5, 0.05), "blocks.1.mlp.experts.b1": (2, 0.5, 0.0),
+    "blocks.1.mlp.experts.w2": (2, 0.5, 0.05), "blocks.1.mlp.experts.b2": (2, 0.5, 0.0),
+    "norm.weight": (3, 1.0, 0.0), "norm.bias": (3, 1.0, 0.0), "head.weight": (3, 1.0, 3.0), "head.bias": (3, 1.0, 0.0),
+}  # fmt: skip
+
+
+def test_layers_of_a_model_of_two_blocks_by_hand() -> None:
+    config = optim(layer_decay=0.5, weight_decay=0.05, head_weight_decay=3.0)
+    vit = build(compose(*TWO_BLOCKS).model, 10)
+    rows = settings(vit, config)
+    assert {row.name: (row.layer, row.lr_scale, row.weight_decay) for row in rows} == BY_HAND
+    groups = optimizer_of(vit, config).param_groups
+    names = {id(parameter): name for name, parameter in vit.named_parameters()}
+    found = [(names[id(p)], (group["lr_scale"], group["weight_decay"])) for group in groups for p in group["params"]]
+    assert sorted(found) == sorted((name, numbers[1:]) for name, numbers in BY_HAND.items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"name": "sgd"}, "needs a momentum; give it"),
+        ({"momentum": 0.9}, "optim.name=adamw has no use for optim.momentum=0.9; set it to null, or optim.name=sgd"),
+        ({"layer_decay": 1.5}, "it must be > 0 and <= 1"),
+    ],
+)
+def test_what_an_optimizer_has_no_use_for(changes: dict[str, object], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        optim(**changes).check()
+
+
+def test_an_update_moves_each_layer_by_its_share_and_what_is_frozen_not_at_all() -> None:
+    """Without momentum and decay: weight - lr * share * gradient."""
+    config = compose(
+        *TWO_BLOCKS, "optim.name=sgd", "optim.momentum=0", "optim.weight_decay=0", "optim.head_weight_decay=0",
+        "optim.layer_decay=0.5", "optim.clip_norm=null", "optim.freeze=[blocks.0.*,*.phi]",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    vit = build(config.model, 10)
+    nn.init.normal_(vit.head.weight)
+    freeze(vit, config.optim.freeze)
+    x, targets = torch.randn(4, 1, 8, 8), torch.eye(10)[:4]
+    before = {name: parameter.detach().clone() for name, parameter in vit.named_parameters()}
+    classification_loss(vit(x), targets, "softmax").backward()
+    gradients = {name: parameter.grad for name, parameter in vit.named_parameters()}
+    vit.zero_grad(set_to_none=True)
+    optimizer, scaler = optimizer_of(vit, config.optim), torch.amp.GradScaler("cpu", enabled=False)
+    with routings(vit) as seen:
+        update(vit, vit, x, targets, config, 0.1, optimizer, scaler, torch.autocast("cpu", enabled=False), seen)
+    for name, parameter in vit.named_parameters():
+        gradient = gradients[name]
+        if name.startswith("blocks.0.") or name.endswith(".phi"):
+            assert gradient is None and torch.equal(parameter, before[name])
+        else:
+            assert gradient is not None and gradient.abs().max() > 0
+            want = before[name] - 0.1 * BY_HAND[name][1] * gradient
+            torch.testing.assert_close(parameter.detach(), want, rtol=0, atol=1e-6)
+    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {
+        id(p) for p in vit.parameters() if p.requires_grad
+    }
+    told = table(vit, config.optim).splitlines()
+    frozen = {line.split()[0] for line in told if "frozen" in line}
+    assert frozen == {name for name, gradient in gradients.items() if gradient is None}
+    assert f"of {sum(p.numel() for p in vit.parameters()):,} parameters in 3 groups" in told[-1]
+
+
+@pytest.mark.parametrize(
+    ("patterns", "words"),
+    [
+        (["block.0.*"], r"'block\.0\.\*' matches no parameter; there are blocks\.0\.\*"),
+        (["blocks.0"], r"there are blocks\.0\.\*"),
+        (["head.*", "blocks.*.mlp.expert.w1"], r"'blocks\.\*\.mlp\.expert\.w1' .* blocks\.1\.mlp\.experts\.w1"),
+        (["xyz"], r"there are blocks\.\*, head\.\*, norm\.\*, patch_embed\.\*"),
+        (["*"], r"leaves nothing to train"),
+    ],
+)
+def test_freezing_what_is_not_there_or_all_there_is(patterns: list[str], words: str) -> None:
+    with torch.device("meta"):
+        vit = build(compose(*TWO_BLOCKS).model, 10)
+    with pytest.raises(UsageError, match=words):
+        freeze(vit, patterns)

@@ -30,7 +30,7 @@ HOW = {"devices", "parallel", "hardware", "peak_mib"}
 """What a result says of how it came about."""
 EVERYTHING = (
     "train.steps=50", "train.batch_size=20", "train.accumulate=2", "train.eval_batch_size=48", "train.ema=0.9",
-    "train.fewshot=[1]", "augment.mixup=0.2", "augment.crop=resized", "augment.randaugment=[1,5]",
+    "train.fewshot=[1]", "augment.mixup=0.2", "augment.crop=resized", "augment.randaugment=[1,5]", "augment.erase=0.3",
     "model.backbone.drop_path=0.2", "train.log_every=1",
 )  # fmt: skip
 """All that is random, parts that no number of processes divides, and evaluations whose last batch is short."""
@@ -150,7 +150,9 @@ def test_a_killed_process(tmp_path: Path) -> None:
     command, with one process, ends as if nothing had been."""
     line = ("train.steps=200", "train.save_seconds=0", "train.log_every=1", "model.router.noise_std=0.1")
     alone = start(tmp_path / "alone", 1, *line, dtype="")
-    launcher = Started(tmp_path / "killed", ["train", *TINY, "threads=1", *line, "devices=2", "restarts=1"], {})
+    launcher = Started(
+        tmp_path / "killed", ["train", *TINY, "threads=1", *line, "devices=2", "restarts=1"], {}, own_server=True
+    )
     seen = 0
     for _ in range(2):
         rows_file = tmp_path / "killed" / "outputs"
@@ -217,8 +219,8 @@ def test_words_of_torchrun(softmoe: Any, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_rows_of_a_batch_are_those_of_the_whole(mixup: float) -> None:
     """Order, crop, flip, RandAugment and mixup of an image do not depend on which others are made."""
     config = compose(
-        "augment.crop=resized", "augment.hflip=0.5", "augment.randaugment=[2,10]", f"augment.mixup={mixup}",
-        f"augment.cutmix={mixup}",
+        "augment.crop=resized", "augment.hflip=0.5", "augment.randaugment=[2,10]", "augment.erase=0.5",
+        f"augment.mixup={mixup}", f"augment.cutmix={mixup}",
     )  # fmt: skip
     images = data.load(config.data).train.subset(np.arange(40))
 

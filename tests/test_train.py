@@ -19,9 +19,11 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from softmoe_cli.record import Run, RunError
-from softmoe_cli.train import Stop, _commit
+from softmoe_cli.config import LATER
+from softmoe_cli.record import Run, RunError, flat_science
+from softmoe_cli.train import Stop, _commit, run_folder
 from tests.conftest import TINY, Softmoe
+from tests.oracles import compose
 from tests.processes import Started
 from tests.wandb_file import recorded
 
@@ -147,6 +149,37 @@ def test_damaged_last_checkpoint(softmoe: Softmoe, tmp_path: Path) -> None:
     assert f"{newest.name} is damaged (model.safetensors does not match its checksum)" in answer.out
     assert f"({before.relative_to(tmp_path)})" in answer.out
     same(whole, damaged)
+
+
+HARD = {
+    "adamw": (
+        "optim.layer_decay=0.7", "optim.freeze=[blocks.0.*,*.scale]", "augment.erase=0.5", "augment.randaugment=[1,5]",
+        "augment.mixup=0.4", "model.backbone.drop_path=0.3", "train.ema=0.9", "train.recompute=true",
+    ),
+    "sgd": ("optim.name=sgd", "optim.momentum=0.9", "optim.layer_decay=0.7", "augment.erase=0.5"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_finetune_options_resume_to_the_same_bits(name: str, softmoe: Softmoe, tmp_path: Path) -> None:
+    """From the checkpoint before the last, in the middle of the run."""
+    line = ("train", *TINY, "train.steps=6", "train.batch_size=8", "train.save_seconds=0", "train.eval_every=3",
+            *HARD[name])  # fmt: skip
+    assert softmoe(*line, "output_root=whole").code == 0
+    whole = next((tmp_path / "whole" / "default").iterdir())
+    shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
+    stopped = next((tmp_path / "stopped" / "default").iterdir())
+    (stopped / "result.json").unlink()
+    shutil.rmtree(last(stopped))
+    before = load_file(last(stopped) / "model.safetensors")
+    answer = softmoe(*line, "output_root=stopped")
+    assert answer.code == 0 and "going on from step" in answer.out, answer
+    same(whole, stopped)
+    kept, end = load_file(last(whole) / "training.safetensors"), load_file(last(whole) / "model.safetensors")
+    moments = {key.split(".", 1)[1].rpartition(".")[0] for key in kept if key.startswith("optimizer.")}
+    frozen = {key for key in end if name == "adamw" and (key.startswith("blocks.0.") or key.endswith(".scale"))}
+    assert moments == end.keys() - frozen
+    assert {key for key, value in end.items() if torch.equal(before[key], value)} == frozen
 
 
 def test_a_folder_has_one_writer(tmp_path: Path) -> None:
@@ -383,6 +416,14 @@ def test_batch_size_auto_is_the_run_of_its_number(softmoe: Softmoe, tmp_path: Pa
 
 def test_the_first_steps_tell_the_pace(softmoe: Softmoe) -> None:
     assert "minutes of training for 20 steps" in softmoe("train", *TINY, "train.steps=20").out
+
+
+def test_options_that_came_later_leave_old_runs_what_they_were() -> None:
+    before, after = compose(), compose("optim.layer_decay=0.5", "augment.erase=0.1", "optim.freeze=[head.*]")
+    assert not flat_science(before).keys() & LATER.keys()
+    assert flat_science(after).keys() & LATER.keys() == {"optim.layer_decay", "augment.erase", "optim.freeze"}
+    assert run_folder(before, "train", None).name == "vit_nano2_soft-digits-2529f07262"  # as the README has it
+    assert run_folder(after, "train", None).name != run_folder(before, "train", None).name
 
 
 def test_signature_is_what_the_run_computes(softmoe: Softmoe, tmp_path: Path) -> None:

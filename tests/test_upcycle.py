@@ -18,6 +18,8 @@ from softmoe_cli import data
 from softmoe_cli.models import build, make_router
 from softmoe_cli.moe.layer import Experts, MoE
 from softmoe_cli.record import damage, digest_of
+from softmoe_cli.terminal import Screen
+from softmoe_cli.train import train
 from softmoe_cli.upcycle import fill_experts, group_router, obstacle, redraw_units
 from tests.conftest import Softmoe
 from tests.oracles import compose
@@ -368,3 +370,91 @@ def test_timm(architecture: str, softmoe: Softmoe, tmp_path: Path) -> None:
     assert state.keys() - weights.keys() == {key for key in state if ".mlp." in key and key not in weights}
     told = softmoe("evaluate", "checkpoint=up", "split=validation", "format=json")
     assert told.code == 0, told
+
+
+# --- moments ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense run's checkpoint, with moments."""
+    folder = tmp_path_factory.mktemp("trained")
+    train(compose(*TINY, "tracking=off", f"output_root={folder}", "train.steps=20"), "train", None, Screen())
+    return next(folder.glob("*/*/checkpoints/last-*"))
+
+
+def moments_of(folder: Path) -> dict[str, Tensor]:
+    tensors = load_file(folder / "training.safetensors")
+    return {key: value for key, value in tensors.items() if key.startswith("optimizer.")}
+
+
+def test_moments_of_experts_as_slow_loops_make_them(trained: Path, softmoe: Softmoe) -> None:
+    """Halves of an MLP and a shared copy: every expert has the moments of the units that it was made from."""
+    answer = softmoe(
+        "upcycle", f"checkpoint={trained}", "model/router=tokens_choice", "model.router.num_experts=4", *BLOCKS,
+        "model.router.shared_experts=4", "model.expert_width=16", "folder=up",
+    )  # fmt: skip
+    assert answer.code == 0, answer
+    assert "moments of 39 tensors after 20 steps carried; blocks.*.mlp.router.gate.kernel start at zero" in answer.out
+    old, new = moments_of(trained), moments_of(Path("up"))
+    for kind in ("exp_avg", "exp_avg_sq"):
+        dense, experts, shared = (
+            {key.split(".")[-2]: value for key, value in tensors.items() if place in key and key.endswith(f".{kind}")}
+            for tensors, place in ((old, "blocks.1.mlp.fc"), (new, ".experts."), (new, ".shared."))
+        )
+        w1, b1, w2, b2 = (old[f"optimizer.blocks.1.mlp.{name}.{kind}"] for name in
+                          ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"))  # fmt: skip
+        assert w1.any() and dense
+        for expert in range(4):
+            for unit in range(16):
+                there = (expert % 2) * 16 + unit
+                assert experts["b1"][expert, unit] == b1[there]
+                assert torch.equal(experts["w1"][expert, :, unit], w1[there])
+                assert torch.equal(experts["w2"][expert, unit], w2[:, there])
+            assert torch.equal(experts["b2"][expert], b2)
+        for unit in range(64):
+            assert shared["b1"][0, unit] == b1[unit % 32]
+            assert torch.equal(shared["w1"][0, :, unit], w1[unit % 32])
+            assert torch.equal(shared["w2"][0, unit], w2[:, unit % 32])
+        assert torch.equal(shared["b2"][0], b2)
+    others = {key for key in old if ".1.mlp." not in key}
+    assert others == {key for key in new if ".1.mlp." not in key}
+    assert all(torch.equal(old[key], new[key]) for key in others)
+    assert {value.item() for key, value in new.items() if key.endswith(".step")} == {20.0}
+
+
+def test_a_finetuning_starts_from_carried_moments(trained: Path, softmoe: Softmoe, tmp_path: Path) -> None:
+    """One step with them and one without, on the same gradients: the moments differ by what the old ones decayed to."""
+    line = ("upcycle", f"checkpoint={trained}", "model/router=soft", *BLOCKS, "model.router.num_experts=4")
+    assert softmoe(*line, "folder=with").code == 0
+    without = softmoe(*line, "folder=without", "carry_optimizer=false")
+    assert without.code == 0 and "optimizer        starts afresh" in without.out
+    assert not (tmp_path / "without/training.safetensors").exists()
+    tune = ("finetune", "tracking=off", "train.steps=1", "train.eval_every=1.0", "optim.warmup=0")
+    lasts = {}
+    for name in ("with", "without"):
+        answer = softmoe(*tune, f"checkpoint={name}", f"study={name}")
+        assert answer.code == 0, answer
+        told = "goes on: moments of 35 tensors after 20 steps; blocks.*.mlp.router.phi, blocks.*.mlp.router.scale"
+        assert (told in answer.out) == (name == "with")
+        lasts[name] = moments_of(next(tmp_path.glob(f"outputs/{name}/*/checkpoints/last-*")))
+    carried = moments_of(tmp_path / "with")
+    assert lasts["with"].keys() == lasts["without"].keys() > carried.keys()
+    for key, fresh in lasts["without"].items():
+        kind = key.rpartition(".")[2]
+        decay = {"exp_avg": 0.9, "exp_avg_sq": 0.999, "step": 1.0}[kind]
+        old = carried.get(key, torch.zeros_like(fresh))
+        torch.testing.assert_close(lasts["with"][key], fresh + decay * old, rtol=1e-5, atol=1e-9)
+    other = softmoe(*tune, "checkpoint=with", "optim.name=sgd", "optim.momentum=0.9", "study=sgd")
+    assert other.code == 0 and "starts afresh: the checkpoint's moments are AdamW's, not sgd's" in other.out
+    (tmp_path / "alone.safetensors").write_bytes((tmp_path / "with/model.safetensors").read_bytes())
+    lost = softmoe(*tune, "checkpoint=alone.safetensors", "study=alone")
+    assert lost.code == 2 and "upcycle with carry_optimizer=false" in lost.err
+
+
+def test_units_that_are_drawn_again_have_no_moments(trained: Path, softmoe: Softmoe) -> None:
+    line = ("upcycle", f"checkpoint={trained}", "model/router=soft", *BLOCKS, "model.router.num_experts=4")
+    answer = softmoe(*line, "expert_redraw=0.5", "folder=up")
+    assert answer.code == 0, answer
+    kept = {key.split(".")[5] for key in moments_of(Path("up")) if ".experts." in key}
+    assert kept == {"b2"}

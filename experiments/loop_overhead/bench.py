@@ -25,7 +25,7 @@ from softmoe_cli import data
 from softmoe_cli.cli import compose
 from softmoe_cli.device import hardware
 from softmoe_cli.models import build
-from softmoe_cli.optim import adamw, schedule
+from softmoe_cli.optim import optimizer_of, schedule
 from softmoe_cli.terminal import Screen
 from softmoe_cli.train import train
 
@@ -39,7 +39,7 @@ def main() -> None:
     def in_turns(*args: Any, **kwargs: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         batches = make_batches(*args, **kwargs)
         model = build(config.model, kwargs["num_classes"]).train()
-        optimizer, rate = adamw(model, config.optim), schedule(config.optim, STEPS)
+        optimizer, rate = optimizer_of(model, config.optim), schedule(config.optim, STEPS)
         for step in range(STEPS):
             start = time.perf_counter()
             x, targets = next(batches)
