@@ -396,15 +396,18 @@ class Config:
     )
     device: str = option("auto: cuda, else mps, else cpu", choices=DEVICES)
     threads: int | None = option("CPU threads; null: torch's choice", low=1)
-    devices: int = option("processes that train together, each on a device of its own, on this machine", low=1)
-    parallel: str = option("ddp: every device holds the whole model", choices=("ddp",))
-    restarts: int = option("devices: times that a failure restarts all from the last checkpoint", low=0)
+    devices: int = option("devices of this machine that share each batch, a process and the whole model on each", low=1)
+    restarts: int = option("with devices: how often a failure restarts all of them from the last checkpoint", low=0)
 
     def check(self) -> None:
         """Raises UsageError for the first value or combination that cannot work; settles what others imply."""
         _check(self)
         for section in (self.model, self.data, self.augment, self.optim, self.train, self.wandb):
             section.check()
+        if self.restarts and self.devices == 1:
+            raise UsageError(
+                f"restarts={self.restarts} has no effect with devices=1; torchrun has --max-restarts of its own"
+            )
         settled = self.train.batch_size != "auto"
         if settled and (self.augment.mixup or self.augment.cutmix) and self.train.batch_size % 2:
             raise UsageError(
@@ -667,7 +670,7 @@ class RayLauncher(Launcher):
 
 
 NOT_SCIENCE = (
-    "output_root", "study", "name", "tracking", "wandb", "device", "threads", "devices", "parallel", "restarts",
+    "output_root", "study", "name", "tracking", "wandb", "device", "threads", "devices", "restarts",
     "checkpoint", "data.root",
     "data.workers", "data.memory_gib", "train.default_epochs", "train.log_every", "train.eval_batch_size",
     "train.fewshot", "train.save_seconds", "slots",

@@ -593,8 +593,8 @@ def _randaugment(
 
 
 def _erased(probability: float, x: Float[Tensor, "b c s s"], seeds: Int64[Tensor, " b"]) -> Float[Tensor, "b c s s"]:
-    """timm's random erasing with noise, of 2% to 33% of an image's area, image by image. It draws boxes from Python's and noise from
-    torch's random state; both are put back. Noise is drawn on the CPU: the same on every device."""
+    """timm's random erasing with noise, of 2% to 33% of an image's area, image by image. It draws boxes from Python's
+    and noise from torch's random state; both are put back. Noise is drawn on the CPU: the same on every device."""
     erase = RandomErasing(probability, mode="pixel", device="cpu")
     before = random.getstate()
     with torch.random.fork_rng(devices=[]):

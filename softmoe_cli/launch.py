@@ -48,7 +48,8 @@ def launch(config: Config, command: str) -> None:
         UsageError, RunError: what the first process that failed has said, or how it was ended.
         KeyboardInterrupt: a signal asked to stop; the state is saved.
     """
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what matters is said here
+    for engine in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):  # what matters is said here
+        logging.getLogger(engine).setLevel(logging.CRITICAL)
     multiprocessing.get_context("forkserver").set_forkserver_preload(["softmoe_cli.train", "softmoe_cli.cli"])
     with tempfile.TemporaryDirectory(prefix="softmoe-") as folder:
         elastic = LaunchConfig(

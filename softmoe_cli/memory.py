@@ -96,9 +96,11 @@ def predict(
     precision: str,
     device: torch.device,
     optim: Optim | None = None,
+    gradients_kept: bool = False,
 ) -> Memory:
     """The memory of training a config with batches of `batch` images in `accumulate` parts, weights and moments in
-    float32. Without `optim` AdamW trains all of it.
+    float32. Without `optim` AdamW trains all of it. `gradients_kept`: as with DistributedDataParallel, whose memory
+    for gradients is taken all the time, and beside it that of parts whose gradients are not exchanged yet.
 
     Raises:
         UsageError: a model that cannot be built, or whose sizes depend on the images.
@@ -119,8 +121,10 @@ def predict(
         targets = torch.empty(batch, num_classes, device=device)
         live.peak, kept = live.now, 0
         with precision_context(device.type, precision):  # as in train.update, with what autocast keeps
-            for part_x, part_targets in zip(x.chunk(accumulate)[:2], targets.chunk(accumulate)[:2], strict=True):
-                seen.clear()  # a second part meets the gradients of the first, and later ones the same as it
+            parts = list(zip(x.chunk(accumulate), targets.chunk(accumulate), strict=True))
+            # A second part meets the gradients of the first, and later ones the same as it.
+            for part_x, part_targets in (parts[0], parts[-1]) if accumulate > 1 or gradients_kept else parts:
+                seen.clear()
                 try:
                     logits = vit(part_x)
                 except (DataDependentOutputException, DynamicOutputShapeException) as error:
@@ -133,7 +137,7 @@ def predict(
                     loss = loss + sum((routing.aux_loss for routing in seen), loss.new_zeros(()))
                     kept = kept or live.now - before
                     loss.backward()
-        peak = live.peak
+        peak = live.peak + trained * (gradients_kept and accumulate > 1)
     optimizer, average = trained * (2 if optim is None else moments(optim)), weights if ema else 0
     return Memory(weights, trained, optimizer, average, kept, peak + optimizer + average)
 
@@ -146,6 +150,7 @@ def predict_for(config: Config, num_classes: int, device: torch.device, processe
     part = setting["batch"] // setting["accumulate"]
     setting["batch"] = largest_share(part, config.model.router, processes) * setting["accumulate"]
     setting |= {"ema": t.ema is not None, "precision": t.precision, "device": device, "optim": config.optim}
+    setting["gradients_kept"] = processes > 1
     return predict(config.model, num_classes, **setting)
 
 

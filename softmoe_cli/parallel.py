@@ -120,8 +120,10 @@ class Crew:
     def describe(self, config: Config) -> str:
         """What each does, for the header."""
         share = self.share(config)
+        machines = self.size // self.local_size
+        where = f" on {machines} machines" if machines > 1 else ""
         own = f"{share.last - share.first} of {share.total} images"
-        return f"{self.size} on {self.size // self.local_size} machines, data parallel: each has the whole model, {own}"
+        return f"{self.size}{where}, data parallel (ddp): each has the whole model; this one takes {own} at a time"
 
     def turns(self, images: int, batch_size: int) -> Turns:
         return Turns(-(-images // batch_size), self)

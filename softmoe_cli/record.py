@@ -87,6 +87,12 @@ class Checkpoint:
     training: dict[str, Tensor]
     state: dict[str, Any]
 
+    @classmethod
+    def read(cls, path: Path) -> "Checkpoint":
+        """The one that `Run.newest` has found."""
+        state = json.loads((path / STATE).read_text())
+        return cls(path, load_file(path / WEIGHTS), load_file(path / TRAINING), state)
+
 
 class Run:
     """A run's folder, held by one process at a time. Of several that train together one writes; the others read."""
@@ -244,12 +250,6 @@ class Run:
     def _found(self, kind: str) -> list[Path]:
         """Checkpoints of a kind, newest first."""
         return sorted(self.checkpoints.glob(f"{kind}-*"), reverse=True)
-
-
-def read_checkpoint(path: Path) -> Checkpoint:
-    """A checkpoint that `Run.newest` has found."""
-    state = json.loads((path / STATE).read_text())
-    return Checkpoint(path, load_file(path / WEIGHTS), load_file(path / TRAINING), state)
 
 
 def write_checkpoint(

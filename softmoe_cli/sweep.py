@@ -176,9 +176,15 @@ def _answer(question: Question, sender: Connection) -> None:
                     )
                 config = with_largest_batch(config, lambda _: None)
                 settled.append(f"train.batch_size={config.train.batch_size}")
+            if config.devices > 1 and options.where != "slurm":
+                raise UsageError(
+                    f"devices={config.devices}: the jobs of a sweep have one device each; give them more with "
+                    f"hydra/launcher=slurm hydra.launcher.gpus={config.devices}, or leave out -m"
+                )
             if config.threads is None:
-                config = replace(config, threads=threads)
-                settled.append(f"threads={threads}")
+                own = max(1, threads // config.devices)
+                config = replace(config, threads=own)
+                settled.append(f"threads={own}")
             folder = run_folder(config, question.command, source)
             cost = _costs(config, times=options.plan) if options.plan or options.limit.given else {}
             unknown = [key for key in options.limit.given if math.isnan(cost[key])]

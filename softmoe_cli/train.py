@@ -39,7 +39,6 @@ from softmoe_cli.record import (
     flat_science,
     origin,
     random_state,
-    read_checkpoint,
     read_moments,
     set_random_state,
     signature,
@@ -591,7 +590,7 @@ def _resume(
     path, notes = crew.ask_first(run.newest)
     for note in notes:
         screen.say(note)
-    checkpoint = read_checkpoint(path) if path is not None else None
+    checkpoint = Checkpoint.read(path) if path is not None else None
     run.rewind(checkpoint.state["sizes"] if checkpoint else {})
     if checkpoint is None:
         return Progress()
@@ -791,7 +790,7 @@ def _result(
         "train_pflop": images * cost.train_flop / 1e15,
         **progress.spent,
         "devices": crew.size,
-        "parallel": config.parallel if crew.size > 1 else None,
+        "parallel": "ddp" if crew.size > 1 else None,
         "hardware": _hardware(device, crew),
         "torch": torch.__version__,
         "softmoe": version("softmoe-cli"),

@@ -20,7 +20,7 @@ _SERVER.set_forkserver_preload(["softmoe_cli.train", "softmoe_cli.cli", "softmoe
 
 class Started:
     """A running command: a process of its own, with its own signals, folder and output. What torch makes without being
-    told a type is of `dtype`. With `own_server` what it forks, it forks from a server of its own, with its own output."""
+    told a type is of `dtype`. With `own_server` what it forks comes from a server of its own, with its own output."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ def _main(
     if dtype:
         torch.set_default_dtype(getattr(torch, dtype))
     if address is not None:
-        # A sweep's own server would import everything once more: its jobs fork from the one that this process came from.
+        # A sweep's own server would import everything once more: its jobs fork from the one that this one came from.
         vars(_forkserver()).update(_forkserver_address=address, ensure_running=lambda: None)
         multiprocessing.forkserver.ensure_running = lambda: None
         sweep.SERVER = _Same()  # type: ignore[assignment]

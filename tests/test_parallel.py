@@ -5,7 +5,7 @@ import os
 import signal
 import socket
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from softmoe_cli import data
 from softmoe_cli.config import Config, UsageError
 from softmoe_cli.launch import Note, cause
+from softmoe_cli.memory import predict_for
 from softmoe_cli.moe.routing import noise_like, whole_batch
 from softmoe_cli.parallel import Crew, Turns, WholeBatchDropPath, largest_share
 from tests.conftest import TINY
@@ -167,11 +168,23 @@ def test_a_killed_process(tmp_path: Path) -> None:
         seen = sum(file.stat().st_size for file in rows_file.glob("*/*/metrics.jsonl")) + 500
     code, out = launcher.wait(60)
     assert code == 1 and "restart 1 of 1" in out and "going on from step" in out, out
-    assert "process 1 of 2 was killed by SIGKILL" in out and "type the same command to go on" in out, out
+    assert "process 1 of 2 was killed" in out and "type the same command to go on" in out, out
     assert not any(Path(f"/proc/{pid}").exists() for pid in victims)
     finish(start(tmp_path / "killed", 1, *line, dtype=""))
     finish(alone)
     alike(the_run(tmp_path / "alone"), the_run(tmp_path / "killed"), 1e-4)
+
+
+def test_memory_of_each_of_several_processes() -> None:
+    """A quarter of the batch's activations; gradients are there from the start, and twice while parts add up."""
+    whole = compose("model/backbone=vit_nano4", "data=fashion_mnist", "train.batch_size=64")
+    quarter = compose("model/backbone=vit_nano4", "data=fashion_mnist", "train.batch_size=16")
+    own, alone = predict_for(whole, 10, CPU, 4), predict_for(quarter, 10, CPU)
+    assert (own.state_bytes, own.activation_bytes) == (alone.state_bytes, alone.activation_bytes)
+    assert alone.peak_bytes < own.peak_bytes <= alone.peak_bytes + own.gradient_bytes
+    parts = replace(whole, train=replace(whole.train, accumulate=2))
+    in_parts, one_in_parts = predict_for(parts, 10, CPU, 4), predict_for(parts, 10, CPU)
+    assert in_parts.peak_bytes - in_parts.gradient_bytes < one_in_parts.peak_bytes
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
