@@ -315,11 +315,11 @@ def case_options(meta: dict[str, Any]) -> dict[str, Any]:
         "capacity_rounding": dispatcher.get("capacity_ceil_or_round", "ceil"),
         "capacity_multiple": dispatcher.get("capacity_multiple_of", 4) or 1,
     }
+    options["gate"] = "softmax"
     if meta["kind"] == "ec_layer":
         return options
     return options | {
         "k": router.get("num_selected_experts", 1),
-        "gate": "softmax",
         "importance_weight": router.get("importance_loss_weight", 1.0),
         "load_weight": router.get("load_loss_weight", 1.0) if options["noise_std"] else 0.0,
         "gshard_weight": router.get("gshard_loss_weight", 0.0),

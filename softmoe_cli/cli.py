@@ -18,6 +18,7 @@ from softmoe_cli.config import (
     Config,
     CostConfig,
     EvaluateConfig,
+    ExportConfig,
     LocalLauncher,
     MatchConfig,
     Model,
@@ -33,11 +34,11 @@ from softmoe_cli.files import RunError
 if typing.TYPE_CHECKING:
     from softmoe_cli.record import Source
 
-T = typing.TypeVar("T", Config, EvaluateConfig, CostConfig, MatchConfig, UpcycleConfig, Model)
+T = typing.TypeVar("T", Config, EvaluateConfig, ExportConfig, CostConfig, MatchConfig, UpcycleConfig, Model)
 
 SCHEMAS: dict[str, type] = {
     "train": Config, "finetune": Config, "evaluate": EvaluateConfig, "cost": CostConfig, "match": MatchConfig,
-    "upcycle": UpcycleConfig,
+    "upcycle": UpcycleConfig, "export": ExportConfig,
 }  # fmt: skip
 
 LAUNCHERS = {"local": LocalLauncher, "slurm": SlurmLauncher, "ray": RayLauncher}
@@ -51,6 +52,7 @@ usage: softmoe COMMAND [ARGUMENTS]
   finetune   the same loop, from a checkpoint              softmoe finetune checkpoint=RUN data=digits
   upcycle    a dense checkpoint into a mixture of experts  softmoe upcycle checkpoint=RUN model/router=soft
   evaluate   quality of a checkpoint on a data set         softmoe evaluate checkpoint=RUN
+  export     for timm, torch.export, ONNX and the hub     softmoe export checkpoint=RUN formats=[onnx]
   cost       parameters, FLOPs, memory, latency           softmoe cost model=vit_s16_soft
   match      make one model cost what another does        softmoe match model=vit_s16_soft to=vit_s16_dense
   compare    runs to tables, verdicts, Pareto front, plots softmoe compare outputs/default
@@ -83,8 +85,8 @@ softmoe finetune checkpoint=SOURCE [GROUP=CHOICE | KEY=VALUE]...   the same loop
   softmoe finetune checkpoint=RUN data=cifar10 recipe=finetune_adamw model.image_size=64 slots=proportional
   softmoe finetune checkpoint=RUN data=cifar10 'optim.freeze=[patch_embed.*,blocks.0.*]' --groups
 
-SOURCE is a run folder, a .safetensors file or timm:NAME. The model is the checkpoint's; the head is kept only
-when the classes are the same. model.image_size resamples the position table and keeps the slots per expert;
+SOURCE is a run folder, a .safetensors file, hf-hub:OWNER/NAME or timm:NAME. The model is the checkpoint's; the head is
+kept only when the classes are the same. model.image_size resamples the position table and keeps the slots per expert;
 slots=proportional lets them grow with the tokens. --groups lists each parameter's learning rate and decay, and stops.
 What softmoe upcycle carried over of an optimizer's state is where the new one starts.""",
     "upcycle": """\
@@ -113,6 +115,24 @@ softmoe evaluate checkpoint=SOURCE [data=CHOICE] [KEY=VALUE]...   quality of a c
   softmoe evaluate 'checkpoint=[RUN,RUN]' soup=greedy                    average of weights
 
 Without data= the set that the checkpoint was trained on is read. Few-shot quality needs no common classes.""",
+    "export": """\
+softmoe export checkpoint=SOURCE [formats=[torch_export,onnx]] [KEY=VALUE]...   a folder that other programs load
+
+  softmoe export checkpoint=outputs/default/RUN folder=exported
+  softmoe export checkpoint=RUN 'formats=[torch_export,onnx]' folder=exported
+  softmoe export checkpoint=RUN push=OWNER/NAME        to the Hugging Face hub; hf auth login comes first
+  softmoe evaluate checkpoint=exported                 the folder, or hf-hub:OWNER/NAME, is a checkpoint
+
+The folder has the weights (model.safetensors), the hub's config.json for timm, and the programs asked for: model.pt2
+(torch.export) and model.onnx, for any number of images. From Python, with timm and softmoe_cli installed:
+
+  import timm, softmoe_cli.models
+  model = timm.create_model("local-dir:exported", pretrained=True).eval()     # or "hf-hub:OWNER/NAME"
+  logits = model(images)                                                      # b c s s, normalised
+
+What is written is read back and run on validation images; an output that differs by more than 1e-4, or 1e-4 of the
+largest where outputs are above 1, is an error and leaves nothing behind. receipt.json has the figures. Precision is
+fp32. ONNX needs pip install 'softmoe-cli[onnx]'.""",
     "cost": """\
 softmoe cost [GROUP=CHOICE | KEY=VALUE]...   parameters, FLOPs and memory of a model, by formula and by counter
 
@@ -407,6 +427,7 @@ def _hydra(command: str, arguments: list[str]) -> None:
         "cost": lambda config: costed.append(_door(plain(config, CostConfig), CostConfig)),
         "match": _match,
         "upcycle": _upcycle,
+        "export": _export,
     }
     failures: list[Exception] = []
 
@@ -447,7 +468,7 @@ def _store_schemas() -> None:
 
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
-    for name in ("evaluate", "cost", "match", "upcycle"):
+    for name in ("evaluate", "cost", "match", "upcycle", "export"):
         store.store(name=f"{name}_schema", node=SCHEMAS[name])
     for name, launcher in LAUNCHERS.items():
         store.store(group="hydra/launcher", name=f"_{name}", node=launcher)
@@ -702,22 +723,47 @@ def _evaluate(config: Any) -> None:
     from softmoe_cli.soup import check_alike
 
     sources = [read_checkpoint(name) for name in names]
-    for source in sources:
-        if "model" not in source.card:
-            raise UsageError(f"checkpoint={source.label} does not say what model it is; softmoe saved no such file")
+    model, *_ = [_model_of(source) for source in sources]
     check_alike(sources)
-    source = sources[0]
+    _take_data(tree, sources[0])
+    checked = _door(tree, EvaluateConfig)
+    check_channels(checked.data, model.in_chans)
+    evaluate_checkpoint(checked, model, sources)
+
+
+def _model_of(source: "Source") -> Model:
+    """The model that a checkpoint says it is."""
+    if "model" not in source.card:
+        raise UsageError(f"checkpoint={source.label} does not say what model it is; softmoe saved no such file")
+    _trust(source.card["model"], source.card, source.label)
+    return _door(source.card["model"], Model)
+
+
+def _take_data(tree: dict[str, Any], source: "Source") -> None:
+    """The data are the checkpoint's unless some were named, and then at least the pixels' mean and deviation."""
     named = isinstance(tree["data"], dict) and tree["data"].get("name") != "???"
     tree["data"] = _overlay(source.card["data"], tree["data"])
     if named:
         for key in ("mean", "std"):
             if not _names(f"data.{key}", _typed()):
                 tree["data"][key] = source.card["data"][key]
-    _trust(source.card["model"], source.card, source.label)
-    checked = _door(tree, EvaluateConfig)
-    model = _door(source.card["model"], Model)
+
+
+def _export(config: Any) -> None:
+    tree = plain(config, ExportConfig)
+    if tree["checkpoint"] == "???":
+        raise UsageError("softmoe export needs checkpoint=: a run folder, a checkpoint folder or a .safetensors file")
+    if tree["checkpoint"].startswith("timm:"):
+        raise UsageError(f"checkpoint={tree['checkpoint']} is timm's own; softmoe export is for what softmoe trained")
+    from softmoe_cli.export import export, show
+    from softmoe_cli.models import read_checkpoint
+
+    source = read_checkpoint(tree["checkpoint"])
+    model = _model_of(source)
+    _take_data(tree, source)
+    checked = _door(tree, ExportConfig)
     check_channels(checked.data, model.in_chans)
-    evaluate_checkpoint(checked, model, sources)
+    show(export(checked, model, source), checked.format)
 
 
 def _upcycle(config: Any) -> None:

@@ -385,7 +385,7 @@ class Config:
     study: str = option("the folder that a run's folder stands in")
     name: str | None = option("what the run's folder is called before its signature; null: model-data")
     output_root: str = option("the folder of all studies")
-    checkpoint: str | None = option("finetune: a run folder, a .safetensors file or timm:NAME")
+    checkpoint: str | None = option("finetune: a run folder, a .safetensors file, hf-hub:OWNER/NAME or timm:NAME")
     allow_unexpected: list[str] = option("finetune: weights that may be left unused, by name or by pattern (*)")
     slots: str = option(
         "finetune: slots per expert as in the checkpoint, or in proportion to the tokens",
@@ -488,7 +488,7 @@ class UpcycleConfig:
     """What `softmoe upcycle` composes."""
 
     path: ClassVar[str] = ""
-    checkpoint: str = option("a dense model: a run folder, a .safetensors file or timm:NAME")
+    checkpoint: str = option("a dense model: a run folder, a .safetensors file, hf-hub:OWNER/NAME or timm:NAME")
     allow_unexpected: list[str] = option("weights that may be left unused, by name or by pattern (*)")
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
@@ -516,6 +516,29 @@ class UpcycleConfig:
                 f"preserve=true cannot hold with expert_noise={self.expert_noise:g} and "
                 f"expert_redraw={self.expert_redraw:g}: experts must stay copies; set both to 0"
             )
+
+
+FORMATS = ("torch_export", "onnx")
+
+
+@dataclass
+class ExportConfig:
+    """What `softmoe export` composes."""
+
+    path: ClassVar[str] = ""
+    checkpoint: str = option("a run folder, a checkpoint folder or a .safetensors file")
+    data: Data = field(default_factory=Data)
+    formats: list[str] = option("programs beside the weights, each held against the model on images", choices=FORMATS)
+    images: int = option("validation images, the first ones, on which outputs are compared", low=1)
+    push: str | None = option("OWNER/NAME on the Hugging Face hub, where the folder is copied to; made private if new")
+    folder: str | None = option("where everything goes; null: output_root/exported/NAME-SIGNATURE")
+    output_root: str = option("the folder of all studies")
+    format: str = option("what is printed", choices=("table", "json"))
+    threads: int | None = option("CPU threads; null: torch's choice", low=1)
+
+    def check(self) -> None:
+        _check(self)
+        self.data.check()
 
 
 @dataclass

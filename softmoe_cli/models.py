@@ -6,7 +6,8 @@ import inspect
 import math
 import re
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -17,7 +18,8 @@ import timm
 import torch
 from jaxtyping import Float
 from timm.layers import GELU, Attention, GELUTanh, Mlp, lecun_normal_, resample_abs_pos_embed
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models import build_model_with_cfg, register_model
+from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
 from softmoe_cli.config import Backbone, Model, UsageError, nearest, placement
@@ -27,11 +29,14 @@ from softmoe_cli.record import Source, digest_of, read_source
 
 
 def read_checkpoint(checkpoint: str) -> Source:
-    """The weights that `checkpoint=` names: what `record.read_source` reads, or `timm:NAME`, a pretrained dense ViT.
+    """The weights that `checkpoint=` names: what `record.read_source` reads, `hf-hub:OWNER/NAME`, a folder that softmoe
+    export made and pushed, or `timm:NAME`, a pretrained dense ViT.
 
     Raises:
         UsageError: nothing usable there.
     """
+    if checkpoint.startswith("hf-hub:"):
+        return replace(read_source(_pulled(checkpoint)), label=checkpoint)
     if not checkpoint.startswith("timm:"):
         return read_source(checkpoint)
     name = checkpoint.removeprefix("timm:")
@@ -48,6 +53,21 @@ def read_checkpoint(checkpoint: str) -> Source:
     _plain_vit(name, vit)
     weights = {key: value.contiguous() for key, value in vit.state_dict().items()}
     return Source(checkpoint, digest_of(weights), weights, timm_card(name))
+
+
+def _pulled(checkpoint: str) -> str:
+    """The folder of `hf-hub:OWNER/NAME[@REVISION]` in the Hugging Face cache, fetched where it is not there yet."""
+    from huggingface_hub import errors, snapshot_download
+
+    name, _, revision = checkpoint.removeprefix("hf-hub:").partition("@")
+    try:
+        return snapshot_download(name, revision=revision or None)
+    except errors.HFValidationError as error:
+        raise UsageError(f"checkpoint={checkpoint} is not of the form hf-hub:OWNER/NAME[@REVISION]") from error
+    except (OSError, errors.HTTPError) as error:
+        raise UsageError(
+            f"checkpoint={checkpoint} could not be fetched ({str(error).splitlines()[0]}); to log in: hf auth login"
+        ) from error
 
 
 def timm_card(name: str) -> dict[str, Any]:
@@ -398,3 +418,46 @@ def _resample(vit: VisionTransformer, table: Tensor) -> Tensor:
         table, new_size=list(vit.patch_embed.grid_size), old_size=[side, side], num_prefix_tokens=prefix
     )
     return resized
+
+
+def softmoe_vit(pretrained: bool = False, *, softmoe: dict[str, Any], **arguments: Any) -> VisionTransformer:
+    """timm's entry point to what softmoe trained: the architecture in the config.json of folders from softmoe export.
+
+    `timm.create_model("local-dir:FOLDER", pretrained=True)` comes here once this module is imported; num_classes,
+    in_chans and img_size may be asked for as with timm's own models.
+
+    Args:
+        softmoe: the model's config, as a checkpoint keeps it.
+
+    Raises:
+        UsageError: a model that cannot be built, or with a router that is not softmoe's and not imported yet.
+    """
+    model = Model(**softmoe | {"backbone": Backbone(**softmoe["backbone"])})
+    target = str(model.router["_target_"])
+    if target != "None" and not target.startswith("softmoe_cli.moe.routers."):
+        module = target.rpartition(".")[0]
+        if module not in sys.modules:  # to import a module is to run it, and a file may name any
+            raise UsageError(f"the router {target} is not softmoe's; if you trust it, import {module} first")
+    vit: VisionTransformer = build_model_with_cfg(
+        partial(_adapted, model), "softmoe_vit", pretrained, pretrained_filter_fn=checkpoint_filter_fn, **arguments
+    )
+    return vit
+
+
+def _adapted(
+    model: Model, num_classes: int, img_size: int | Sequence[int], in_chans: int, global_pool: str | None = None
+) -> VisionTransformer:
+    sides = {img_size} if isinstance(img_size, int) else set(img_size)
+    if len(sides) != 1:
+        raise UsageError(f"img_size={img_size}: images of softmoe's models are square")
+    asked = replace(model, image_size=sides.pop(), in_chans=in_chans)
+    asked.check()
+    vit = build(asked, num_classes or 1)
+    if global_pool not in (None, vit.global_pool):
+        raise UsageError(f"global_pool={global_pool}: this model was trained with {vit.global_pool}")
+    if not num_classes:
+        vit.reset_classifier(0)
+    return vit
+
+
+register_model(softmoe_vit)

@@ -17,7 +17,7 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -34,6 +34,8 @@ from softmoe_cli.files import cannot_write, sync
 from softmoe_cli.files import write_atomically as write_atomically
 
 WEIGHTS, TRAINING, STATE, SUMS = "model.safetensors", "training.safetensors", "state.json", "SHA256SUMS"
+RECEIPT = "receipt.json"
+"""In folders that are made from a checkpoint: from what, how, and what came out."""
 OURS = re.compile(r"\.?(last|best)-\d+")
 """Checkpoints and unfinished ones: nothing else in their folder is ever removed."""
 
@@ -48,6 +50,8 @@ def signature(config: Config, command: str, source_digest: str | None, data_dige
 
 def _science(config: Config) -> dict[str, Any]:
     science = dataclasses.asdict(config)
+    if config.model.router_name == "experts_choice" and science["model"]["router"].get("gate") == "softmax":
+        del science["model"]["router"]["gate"]
     for key in (*NOT_SCIENCE, *LATER):
         section, _, leaf = key.rpartition(".")
         node = science[section] if section else science
@@ -264,10 +268,55 @@ def write_checkpoint(
         save_file(training, folder / TRAINING)
     for name, text in texts.items():
         (folder / name).write_text(text)
-    files = [WEIGHTS, *([TRAINING] if training else []), *texts]
+    seal(folder)
+
+
+def seal(folder: Path) -> None:
+    """Writes the checksums of all files in a folder; on disk when this returns."""
+    files = sorted(file.name for file in folder.iterdir())
     (folder / SUMS).write_text("".join(f"{_sha256(folder / file)}  {file}\n" for file in files))
     for file in [*files, SUMS]:
         sync(folder / file)
+
+
+def publish(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Makes a folder whole or not at all: `fill` makes it under another name.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    temporary = folder.with_name(f".{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        fill(temporary)
+        temporary.rename(folder)
+        sync(folder.parent)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"cannot write {folder}: {error}; make room or choose another folder") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def published(folder: Path, source: "Source", settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The receipt of a folder that was made before from the same source with the same settings.
+
+    Raises:
+        UsageError: the folder holds something else.
+    """
+    if not folder.exists():
+        return None
+    fault = damage(folder, files=None) if folder.is_dir() else "it is a file"
+    receipt = json.loads((folder / RECEIPT).read_text()) if fault is None and (folder / RECEIPT).is_file() else {}
+    if receipt.get("settings") != json.loads(json.dumps(settings)) or receipt["source"]["digest"] != source.digest:
+        raise UsageError(
+            f"folder={folder} holds something else{f' ({fault})' if fault else ''}; choose another folder or remove it"
+        )
+    return receipt
+
+
+def made_from(source: "Source", settings: dict[str, Any]) -> str:
+    """Ten hex digits of what a folder is made from and how: part of its name where none is chosen."""
+    return hashlib.sha256(json.dumps([source.digest, settings], sort_keys=True).encode()).hexdigest()[:10]
 
 
 def digest_of(weights: dict[str, Tensor]) -> str:
@@ -290,8 +339,9 @@ def _locked(file: TextIO) -> bool:
     return False
 
 
-def damage(checkpoint: Path, files: tuple[str, ...] = (WEIGHTS, TRAINING, STATE)) -> str | None:
-    """What is wrong with a checkpoint folder, or None when the files it lists match their checksums."""
+def damage(checkpoint: Path, files: tuple[str, ...] | None = (WEIGHTS, TRAINING, STATE)) -> str | None:
+    """What is wrong with a checkpoint folder, or None when all files that it lists are there and `files` (None: all)
+    match their checksums."""
     sums = checkpoint / SUMS
     if not sums.exists():
         return f"{SUMS} is missing"
@@ -301,7 +351,7 @@ def damage(checkpoint: Path, files: tuple[str, ...] = (WEIGHTS, TRAINING, STATE)
     for digest, file in lines:
         if Path(file).name != file or not (checkpoint / file).is_file():
             return f"{file} is missing"
-        if file in files and _sha256(checkpoint / file) != digest:
+        if (files is None or file in files) and _sha256(checkpoint / file) != digest:
             return f"{file} does not match its checksum"
     return None
 
@@ -401,7 +451,9 @@ def _read_card(text: str, path: Path) -> dict[str, Any]:
         raise UsageError(f"checkpoint={path}: what it says of its model lacks {lacks[0]}; softmoe saved no such file")
     if "${" in text:
         raise UsageError(f"checkpoint={path}: what it says of its model holds ${{…}}, which softmoe never writes")
-    said["model"].setdefault("expert_width", None)  # saved before there was a choice
+    said["model"].setdefault("expert_width", None)  # saved before there was a choice, as the next
+    if said["model"]["router"]["_target_"] == "softmoe_cli.moe.routers.experts_choice.ExpertsChoiceRouter":
+        said["model"]["router"].setdefault("gate", "softmax")
     return said
 
 

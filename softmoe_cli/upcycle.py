@@ -5,17 +5,14 @@ https://arxiv.org/abs/2212.05055: every expert starts as a copy of the MLP, the 
 vision models the optimizer's state too.
 """
 
-import hashlib
 import json
 import math
-import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
 from timm.layers import Mlp
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
@@ -25,7 +22,7 @@ from softmoe_cli import data
 from softmoe_cli.config import Model, UpcycleConfig, UsageError
 from softmoe_cli.cost import Cost, account_model, on_meta
 from softmoe_cli.evaluate import classification_loss
-from softmoe_cli.files import RunError, sync
+from softmoe_cli.files import RunError
 from softmoe_cli.models import LoadReport, build, count_tokens, load_weights, patterns, portable
 from softmoe_cli.moe.layer import Experts, MoE
 from softmoe_cli.moe.routers.experts_choice import ExpertsChoiceRouter
@@ -35,10 +32,19 @@ from softmoe_cli.moe.routers.tokens_choice import Gate, TokensChoiceRouter
 from softmoe_cli.moe.routers.tokens_choice_dropless import TokensChoiceDroplessRouter
 from softmoe_cli.moe.routers.uniform import UniformRouter
 from softmoe_cli.moe.routing import Router
-from softmoe_cli.record import TRAINING, WEIGHTS, Source, damage, digest_of, origin, read_moments, write_checkpoint
+from softmoe_cli.record import (
+    RECEIPT,
+    Source,
+    digest_of,
+    made_from,
+    origin,
+    publish,
+    published,
+    read_moments,
+    write_checkpoint,
+)
 from softmoe_cli.terminal import Screen, count
 
-RECEIPT = "receipt.json"
 EXACT = 1e-9
 """What a whole model in float64 may lose where the maths says that nothing changes."""
 
@@ -64,7 +70,7 @@ def upcycle(config: UpcycleConfig, source: Source) -> dict[str, Any]:
     moments = read_moments(source) if config.carry_optimizer else {}
     settings = _settings(config, model, data.identity(config.data), moments)
     folder = _folder(config, model, source, settings)
-    if (found := _found(folder, source, settings)) is not None:
+    if (found := published(folder, source, settings)) is not None:
         Screen().say(f"{folder} holds this already; nothing to do")
         return found | {"folder": str(folder)}
 
@@ -101,7 +107,8 @@ def upcycle(config: UpcycleConfig, source: Source) -> dict[str, Any]:
         "receipt": receipt,
         "origin": origin("upcycle", settings, source),
     }
-    _write(folder, weights, card, training, receipt)
+    texts = {RECEIPT: json.dumps(receipt, indent=1) + "\n"}
+    publish(folder, lambda temporary: write_checkpoint(temporary, weights, card, training, texts))
     return receipt | {"folder": str(folder)}
 
 
@@ -275,8 +282,11 @@ def obstacle(router: Router, num_tokens: int, parts: int) -> str | None:
             return f"its experts have {router.slots_per_expert} slots, and what overflows is dropped; set {room}"
         return None
     if isinstance(router, ExpertsChoiceRouter):
-        full = router.slots_per_expert == router.group
-        return None if full else f"a token gets only the gates of experts that took it; set {room}"
+        if router.slots_per_expert == router.group:
+            return None
+        if router.gate.function == "softmax_chosen":
+            return f"a token that no expert takes gets nothing, whatever the gates of the others add up to; set {room}"
+        return f"a token gets only the gates of experts that took it; set {room}"
     if isinstance(router, IdentityRouter):
         return None if parts == 1 else "a token meets one part of the MLP only; set model.expert_width=null"
     if isinstance(router, SoftRouter | UniformRouter):
@@ -394,25 +404,7 @@ def _settings(
 def _folder(config: UpcycleConfig, model: Model, source: Source, settings: dict[str, Any]) -> Path:
     if config.folder is not None:
         return Path(config.folder)
-    mark = hashlib.sha256(json.dumps([source.digest, settings], sort_keys=True).encode()).hexdigest()[:10]
-    return Path(config.output_root) / "upcycled" / f"{model.name.replace('/', '_')}-{mark}"
-
-
-def _found(folder: Path, source: Source, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The receipt of the same upcycling done before.
-
-    Raises:
-        UsageError: the folder holds something else.
-    """
-    if not folder.exists():
-        return None
-    fault = damage(folder, (WEIGHTS, TRAINING, RECEIPT)) if folder.is_dir() else "it is a file"
-    receipt = json.loads((folder / RECEIPT).read_text()) if fault is None and (folder / RECEIPT).is_file() else {}
-    if receipt.get("settings") != json.loads(json.dumps(settings)) or receipt["source"]["digest"] != source.digest:
-        raise UsageError(
-            f"folder={folder} holds something else{f' ({fault})' if fault else ''}; choose another folder or remove it"
-        )
-    return receipt
+    return Path(config.output_root) / "upcycled" / f"{model.name.replace('/', '_')}-{made_from(source, settings)}"
 
 
 def _figures(cost: Cost) -> dict[str, float]:
@@ -422,18 +414,3 @@ def _figures(cost: Cost) -> dict[str, float]:
         "forward_flop": cost.forward_flop,
         "train_flop": cost.train_flop,
     }
-
-
-def _write(
-    folder: Path, weights: dict[str, Tensor], card: dict[str, Any], training: dict[str, Tensor], receipt: dict[str, Any]
-) -> None:
-    temporary = folder.with_name(f".{folder.name}")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        text = json.dumps(receipt, indent=1) + "\n"
-        write_checkpoint(temporary, weights, card, training, {RECEIPT: text})
-        temporary.rename(folder)
-        sync(folder.parent)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise RunError(f"cannot write {folder}: {error}; make room or choose another folder") from error

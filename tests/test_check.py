@@ -25,6 +25,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "sigmoid, bias, shared expert": ("tokens_choice", {"gate": "sigmoid", "bias_rate": 0.01, "shared_experts": 1}),
     "dropless, two choices": ("tokens_choice_dropless", {"k": 2, "shared_experts": 2}),
     "experts choose among two images": ("experts_choice", {"images_per_group": 2, "capacity_factor": 2.0}),
+    "experts choose, gates add up to one": ("experts_choice", {"gate": "softmax_chosen"}),
     "soft with two slots": ("soft", {"slots_per_expert": 2}),
 }
 SUBJECTS = ROUTERS | {name: ROUTERS[router] | changes for name, (router, changes) in VARIANTS.items()}

@@ -96,15 +96,17 @@ def test_dropless_is_tokens_choice_with_room_for_all() -> None:
     assert sparse(moe.router, x).statistics()["dropped_share"] == 0
 
 
+@pytest.mark.parametrize("gate", ["softmax", "softmax_chosen"])
 @pytest.mark.parametrize(("slots", "images"), [(1, 1), (3, 1), (7, 1), (4, 2), (14, 2)])
-def test_experts_choice(slots: int, images: int) -> None:
-    moe = layer(
-        "experts_choice", slots_per_expert=slots, capacity_factor=None, images_per_group=images, noise_std=0.0
-    )  # fmt: skip
-    x = tokens()
+def test_experts_choice(slots: int, images: int, gate: str) -> None:
+    options = {"slots_per_expert": slots, "capacity_factor": None, "images_per_group": images, "gate": gate}
+    moe, x = layer("experts_choice", **options, noise_std=0.0), tokens()
     y = moe(x)
     for group, out in zip(x.view(-1, images * TOKENS, DIM), y.view(-1, images * TOKENS, DIM), strict=True):
         placed = oracles.experts_choice(gates_of(moe, group), slots)
+        if gate == "softmax_chosen":
+            total = [sum(g for token, g in placed.kept.values() if token == t) for t in range(images * TOKENS)]
+            placed.kept = {place: (t, g / total[t]) for place, (t, g) in placed.kept.items()}
         close(out, oracles.sparse_moe(group.tolist(), placed, *expert_weights(moe)))
 
 
@@ -253,6 +255,7 @@ def test_sparse_statistics_by_hand() -> None:
         ("tokens_choice", {"capacity_factor": 0.01}, "gives 0 slots per expert"),
         ("experts_choice", {"slots_per_expert": 8, "capacity_factor": None}, "a group has 7 tokens to choose from"),
         ("experts_choice", {"slots_per_expert": 2}, "give one of them"),
+        ("experts_choice", {"gate": "sigmoid"}, "gate=sigmoid is not one of softmax, softmax_chosen"),
         ("identity", {"num_experts": 8}, "num_experts=8 must be from 1 to the 7 tokens"),
         ("uniform", {"slots_per_expert": 0}, "must be at least 1"),
     ],

@@ -102,6 +102,7 @@ PRESERVING: dict[str, tuple[str, int, dict[str, Any]]] = {
     ),
     "experts choice with room for all": ("experts_choice", 1, ROOM),
     "experts choice in parts": ("experts_choice", 2, ROOM),
+    "experts choice, gates add up to one": ("experts_choice", 1, {"gate": "softmax_chosen", **ROOM}),
     "identity": ("identity", 1, {}),
 }  # fmt: skip
 OTHER: dict[str, tuple[str, int, dict[str, Any], str]] = {
@@ -111,6 +112,12 @@ OTHER: dict[str, tuple[str, int, dict[str, Any], str]] = {
     "half a copy": ("tokens_choice", 4, {"k": 2, "gate": "softmax_chosen", **ROOM}, "a multiple"),
     "dropless": ("tokens_choice_dropless", 1, {"k": 2}, "do not add up to one"),
     "experts choice": ("experts_choice", 1, {}, "set model.router.slots_per_expert=5"),
+    "experts choice, gates add up to one": (
+        "experts_choice",
+        1,
+        {"gate": "softmax_chosen"},
+        "a token that no expert takes gets nothing",
+    ),
     "identity in parts": ("identity", 2, {}, "one part of the MLP only"),
     "soft": ("soft", 1, {}, "mixtures of 5 tokens"),
     "uniform": ("uniform", 1, {}, "mixtures of 5 tokens"),

@@ -42,7 +42,7 @@ def ragged_experts(
     gelu: str,
 ) -> Float[Tensor, "r d"]:
     """Each expert's MLP on its run of rows, which ends at its offset: two grouped products."""
-    place = torch.arange(len(rows), device=rows.device, dtype=offsets.dtype)
+    place = torch.arange(rows.shape[0], device=rows.device, dtype=offsets.dtype)
     expert = torch.searchsorted(offsets, place, right=True)
     hidden = F.gelu(grouped(rows, w1, offsets) + b1.to(rows.dtype).index_select(0, expert), approximate=gelu)
     return grouped(hidden, w2, offsets) + b2.to(rows.dtype).index_select(0, expert)

@@ -147,6 +147,7 @@ class SparseRouting(Routing):
         token: for each row the token's number among the b n of the batch; b n for an empty row.
         gate: what a row's result is multiplied by, float32; 0 for an empty row.
         demand: how many tokens asked for each expert, whether they found a slot or not.
+        shape: images (a symbol while torch.export traces) and tokens of the batch.
         offsets: as in `Routing`.
     """
 
@@ -156,7 +157,7 @@ class SparseRouting(Routing):
         gate: Float[Tensor, "*rows"],
         aux_loss: Float[Tensor, ""],
         demand: Int[Tensor, " e"],
-        shape: tuple[int, int],
+        shape: tuple[int | torch.SymInt, int],
         offsets: Int[Tensor, " e"] | None = None,
     ) -> None:
         self.token, self.gate, self.aux_loss, self.demand, self.offsets = token, gate, aux_loss, demand, offsets
@@ -178,7 +179,7 @@ class SparseRouting(Routing):
     def statistics(self) -> dict[str, float]:
         """`utilisation`: share of rows that hold a token. `dropped_share`: share of tokens that no expert saw.
         `gate_mean`: mean over tokens of the sum of their gates, which is how much of its experts a token gets."""
-        tokens = self.shape[0] * self.shape[1]
+        tokens = int(self.shape[0]) * self.shape[1]
         filled = self.token < tokens
         seen = torch.zeros(tokens + 1, device=self.token.device).index_fill(0, self.token.flatten(), 1.0)[:-1]
         return {

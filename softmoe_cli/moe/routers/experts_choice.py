@@ -1,7 +1,8 @@
 """Experts Choice: Mixture-of-Experts with Expert Choice Routing (Zhou et al., 2022), https://arxiv.org/abs/2202.09368
 
 As the Soft MoE paper's baseline is coded (google-research/vmoe, nn/routing.py): gates are a softmax over the experts
-for each token, each expert takes the tokens with the largest gates for it, and gates are not renormalised.
+for each token, each expert takes the tokens with the largest gates for it, and gates are not renormalised unless `gate`
+says so.
 """
 
 from typing import Any
@@ -16,11 +17,25 @@ from softmoe_cli.moe.routing import Router, SparseRouting, full_precision, slots
 
 def choose_tokens(gates: Float[Tensor, "g s e"], keep: Bool[Tensor, "g s"], slots: int) -> Int[Tensor, "g e p"]:
     """Each expert's tokens with the largest gates, best first; of equal ones the lower token first; padding last."""
+    if torch.compiler.is_exporting():  # the same order in operators that other formats have
+        order = gates.float().masked_fill(~keep[:, :, None], -1).mT.argsort(dim=2, descending=True, stable=True)
+        return order[:, :, :slots]
     s = gates.shape[1]
     # Gates are not negative, so their bits are ordered as they are; the token's number below them settles ties.
     bits = gates.detach().float().view(torch.int32).long().masked_fill(~keep[:, :, None], -1)
     key = (bits << 32) | (s - 1 - torch.arange(s, device=gates.device))[:, None]
     return s - 1 - (key.mT.topk(slots, dim=2).values & 0xFFFFFFFF)
+
+
+def renormalise(gate: Float[Tensor, "g e p"], taken: Int[Tensor, "g e p"], num_tokens: int) -> Float[Tensor, "g e p"]:
+    """Gates as shares of their token's sum over the experts that took it: the vision models of Sparse Upcycling
+    (Komatsuzaki et al., 2023), https://arxiv.org/abs/2212.05055. Padding, whose gates are zero, keeps them."""
+    flat = taken.flatten(1)
+    total = gate.new_zeros(gate.shape[0], num_tokens).scatter_add(1, flat, gate.flatten(1))
+    return gate / total.gather(1, flat).view_as(gate).clamp(min=torch.finfo(gate.dtype).tiny)
+
+
+GATES = ("softmax", "softmax_chosen")
 
 
 class ExpertsChoiceRouter(Router):
@@ -38,6 +53,8 @@ class ExpertsChoiceRouter(Router):
         capacity_rounding: round, half to even (the official baseline), or ceil.
         capacity_multiple: p is padded up to a multiple of this (the official baseline: 1).
         images_per_group: images whose tokens compete (the official baseline: 1).
+        gate: softmax (the official baseline) or softmax_chosen, whose gates add up to one over the experts that took a
+            token; choices are the same.
         noise_std: the logits' noise in training has this over e as its standard deviation.
 
     Raises:
@@ -55,9 +72,12 @@ class ExpertsChoiceRouter(Router):
         capacity_rounding: str,
         capacity_multiple: int,
         images_per_group: int,
+        gate: str,
         noise_std: float,
     ) -> None:
         super().__init__()
+        if gate not in GATES:
+            raise ValueError(f"gate={gate} is not one of {', '.join(GATES)}")
         if images_per_group < 1:
             raise ValueError(f"images_per_group={images_per_group} must be at least 1")
         group = images_per_group * num_tokens
@@ -70,11 +90,11 @@ class ExpertsChoiceRouter(Router):
         self.num_experts, self.images_per_group = num_experts, images_per_group
         self.slots_per_expert: int = slots
         self.group = group
-        self.gate = Gate(dim, num_experts, function="softmax", noise_std=noise_std)
+        self.gate = Gate(dim, num_experts, function=gate, noise_std=noise_std)
         self.options: dict[str, Any] = {
             "num_experts": num_experts, "slots_per_expert": slots, "capacity_factor": None,
             "capacity_rounding": capacity_rounding, "capacity_multiple": capacity_multiple,
-            "images_per_group": images_per_group, "noise_std": noise_std,
+            "images_per_group": images_per_group, "gate": gate, "noise_std": noise_std,
         }  # fmt: skip
 
     @property
@@ -96,8 +116,10 @@ class ExpertsChoiceRouter(Router):
             _, logits = self.gate(tokens, self.images_per_group)
             gates = self.gate.activate(logits)
             taken = choose_tokens(gates, kept, self.slots_per_expert)
-            gate = gates.mT.gather(2, taken)
             real = kept.gather(1, taken.flatten(1)).view_as(taken)
+            gate = gates.mT.gather(2, taken) * real
+            if self.gate.function == "softmax_chosen":
+                gate = renormalise(gate, taken, s)
             token = torch.where(real, s * torch.arange(g, device=x.device)[:, None, None] + taken, b * n)
-            token, gate = (each.transpose(0, 1).flatten(1) for each in (token, gate * real))
+            token, gate = (each.transpose(0, 1).flatten(1) for each in (token, gate))
             return SparseRouting(token, gate, logits.new_zeros(()), real.sum(dim=(0, 2)), (b, n))

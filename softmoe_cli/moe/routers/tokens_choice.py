@@ -49,7 +49,7 @@ def place(
     order: Int[Tensor, "g s"] | None,
     slots: int,
     aux_loss: Float[Tensor, ""],
-    shape: tuple[int, int],
+    shape: tuple[int | torch.SymInt, int],
 ) -> SparseRouting:
     """Gives out the slots of every group: all first choices before any second, tokens in `order` (None: as they come).
 
@@ -196,10 +196,10 @@ class Balanced(nn.Module):
         """What experts are chosen by."""
         return gates + self.bias if self.bias_rate else gates
 
-    @torch.no_grad()
     def count(self, demand: Int[Tensor, " e"]) -> None:
         if self.bias_rate and self.training:
-            self.demand += demand
+            with torch.no_grad():  # in here: torch.export cannot tell of a block in which nothing happens
+                self.demand += demand
 
     def counted(self) -> list[Tensor]:
         return [self.demand] if self.bias_rate else []
@@ -222,7 +222,7 @@ class Balanced(nn.Module):
     ) -> Float[Tensor, ""]:
         """The weighted sum of the losses with a weight, as the mean over groups. The load loss exists only with noise:
         without it there is no chance to speak of."""
-        total = gates.new_zeros(len(gates))
+        total = gates.new_zeros(gates.shape[0])
         kept = keep[:, :, None]
         if self.importance_weight:
             unmoved = gates if noisy is clean else gate.activate(clean)
