@@ -4,6 +4,7 @@ When one goes wrong all end, and the launcher says what the first one said; or a
 where `restarts=` asks for it. Where torchrun has started the processes none of this is needed.
 """
 
+import contextlib
 import json
 import logging
 import multiprocessing
@@ -18,6 +19,7 @@ import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -27,6 +29,8 @@ from softmoe_cli.files import RunError, write_atomically
 
 GRACE_S = 120
 """How long processes that were asked to save and leave have for it before they are ended."""
+TAKEN_S = 3
+"""How long a process that has saved waits for the launcher to take its word."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,9 @@ def launch(config: Config, command: str) -> None:
         UsageError, RunError: what the first process that failed has said, or how it was ended.
         KeyboardInterrupt: a signal asked to stop; the state is saved.
     """
-    for engine in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):  # what matters is said here
-        logging.getLogger(engine).setLevel(logging.CRITICAL)
+    for engine in logging.root.manager.loggerDict:
+        if engine.startswith(("torch.distributed.elastic", "torch.multiprocessing")):
+            logging.getLogger(engine).setLevel(logging.CRITICAL)  # what matters is said here
     multiprocessing.get_context("forkserver").set_forkserver_preload(["softmoe_cli.train", "softmoe_cli.cli"])
     with tempfile.TemporaryDirectory(prefix="softmoe-") as folder:
         elastic = LaunchConfig(
@@ -72,6 +77,8 @@ def launch(config: Config, command: str) -> None:
             raise KeyboardInterrupt(error.sigval.name) from error
         except ChildFailedError as error:
             code, text = cause(Path(folder), config.devices, {r: f.exitcode for r, f in error.failures.items()})
+            if code == 130:
+                raise KeyboardInterrupt(notes(Path(folder))[0].text) from error
             raise UsageError(text) if code == 2 else RunError(f"{text}; type the same command to go on") from error
         finally:
             for process in multiprocessing.active_children():  # a second Ctrl-C leaves them to us
@@ -135,6 +142,12 @@ def _process(config: Config, command: str, directory: str, environment: dict[str
         train(config, command, read_checkpoint(config.checkpoint) if config.checkpoint else None, screen)
     except KeyboardInterrupt as error:
         leave(130, str(error))
+        with contextlib.suppress(RuntimeError):
+            dist.barrier()  # the first one may still be saving
+        # The launcher takes our word at once, unless it was told to stop itself, or is gone.
+        ending = threading.Timer(TAKEN_S, os._exit, (130,))
+        ending.daemon = True
+        ending.start()
         return 130
     except (UsageError, RunError) as error:
         leave(2 if isinstance(error, UsageError) else 1, str(error), isinstance(error, Lost))

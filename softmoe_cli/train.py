@@ -462,7 +462,8 @@ class Stop:
             os.write(2, b"\nleft at once; the last checkpoint is good\n")
             os._exit(130)
         self.name = signal.Signals(number).name
-        os.write(2, f"\n{self.name}: saving and leaving; press Ctrl-C again to leave at once\n".encode())
+        if self._crew.first:
+            os.write(2, f"\n{self.name}: saving and leaving; press Ctrl-C again to leave at once\n".encode())
 
     def check(self) -> None:
         number = self._crew.most(signal.Signals[self.name] if self.name is not None else 0)
