@@ -32,7 +32,7 @@ HOW = {"devices", "parallel", "hardware", "peak_mib"}
 EVERYTHING = (
     "train.steps=50", "train.batch_size=20", "train.accumulate=2", "train.eval_batch_size=48", "train.ema=0.9",
     "train.fewshot=[1]", "augment.mixup=0.2", "augment.crop=resized", "augment.randaugment=[1,5]", "augment.erase=0.3",
-    "model.backbone.drop_path=0.2", "train.log_every=1",
+    "model.backbone.drop_path=0.2", "train.log_every=1", "train.eval_every=25",
 )  # fmt: skip
 """All that is random, parts that no number of processes divides, and evaluations whose last batch is short."""
 CPU = torch.device("cpu")
