@@ -677,6 +677,11 @@ def settle(command: str, tree: dict[str, Any], typed: Sequence[str]) -> "tuple[C
 
 def _train(command: str, config: Any) -> None:
     checked, source = settle(command, plain(config, Config), _typed())
+    if checked.devices > 1 and "RANK" not in os.environ:
+        from softmoe_cli.launch import launch
+
+        launch(checked, command)
+        return
     from softmoe_cli.terminal import Screen
     from softmoe_cli.train import train
 

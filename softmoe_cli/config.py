@@ -434,6 +434,8 @@ class Config:
     )
     device: str = option("auto: cuda, else mps, else cpu", choices=DEVICES)
     threads: int | None = option("CPU threads; null: torch's choice", low=1)
+    devices: int = option("devices of this machine that share each batch, a process and the whole model on each", low=1)
+    restarts: int = option("with devices: how often a failure restarts all of them from the last checkpoint", low=0)
 
     def check(self) -> None:
         """Raises UsageError for the first value or combination that cannot work; settles what others imply."""
@@ -443,6 +445,10 @@ class Config:
         if self.data.test_fraction == 1:
             raise UsageError(
                 f"data={self.data.name} has data.test_fraction=1: its images are for softmoe evaluate only"
+            )
+        if self.restarts and self.devices == 1:
+            raise UsageError(
+                f"restarts={self.restarts} has no effect with devices=1; torchrun has --max-restarts of its own"
             )
         settled = self.train.batch_size != "auto"
         if settled and (self.augment.mixup or self.augment.cutmix) and self.train.batch_size % 2:
@@ -745,8 +751,8 @@ class RayLauncher(Launcher):
 
 
 NOT_SCIENCE = (
-    "output_root", "study", "name", "tracking", "wandb", "device", "threads", "checkpoint", "data.root",
-    "data.workers", "data.prefetch", "data.memory_gib", "data.crop", "data.area", "train.default_epochs",
+    "output_root", "study", "name", "tracking", "wandb", "device", "threads", "devices", "restarts", "checkpoint",
+    "data.root", "data.workers", "data.prefetch", "data.memory_gib", "data.crop", "data.area", "train.default_epochs",
     "train.log_every", "train.eval_batch_size", "train.fewshot", "train.save_seconds", "slots",
 )  # fmt: skip
 """Keys that change where, when or how fast, never which numbers come out, or that only others read: left out of the

@@ -13,7 +13,7 @@ import random
 import signal
 import urllib.error
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -33,6 +33,7 @@ from torchvision.transforms import RandomResizedCrop
 
 from softmoe_cli.archives import Stored
 from softmoe_cli.config import Augment, Data, UsageError
+from softmoe_cli.device import cores
 from softmoe_cli.listing import Listing, listing
 
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist
@@ -356,6 +357,9 @@ class _Decoded(Dataset):
     """What is done to training images here, and not to whole batches."""
     from_file: bool = False
     seed: int = 0
+    batch_size: int = 0
+    """Of the whole batch, of which the images are `rows`: seeds are drawn for all of it."""
+    rows: Int64[Tensor, " r"] | slice = slice(None)
 
     def __getitem__(self, asked: tuple[int, list[int]]) -> tuple[Tensor | None, str]:
         step, index = asked
@@ -371,12 +375,16 @@ class _Decoded(Dataset):
         if change is None or not _cuts_files(change, self.from_file):
             squares = [centre(picture, self.side, self.crop_pct) for picture in pictures]
         else:
+            squares = []
             with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(_seed(self.seed, CUT, step))
-                squares = [random_square(picture, self.side, change.area, change.hflip) for picture in pictures]
+                seeds = _seeds(self.batch_size, self.rows, _generator(self.seed, step, CUT))
+                for picture, seed in zip(pictures, seeds.tolist(), strict=True):
+                    torch.default_generator.manual_seed(seed)
+                    squares.append(random_square(picture, self.side, change.area, change.hflip))
         batch: Tensor = default_collate(squares)  # in a worker: straight into memory that the run shares
         if change is not None and change.randaugment is not None:
-            batch = _randaugment(batch, change.randaugment, _generator(self.seed, step))
+            seeds = _seeds(self.batch_size, self.rows, _generator(self.seed, step))
+            batch = _randaugment(batch, change.randaugment, seeds)
         return batch
 
 
@@ -389,11 +397,6 @@ def prepare_worker(_number: int) -> None:
     torch.set_num_threads(1)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _decoded(
@@ -429,9 +432,14 @@ CACHED = 2**18
 """Numbers that a CPU's cache holds, so that pixels stay in it from one operation to the next."""
 
 
-def _generator(seed: int, step: int) -> torch.Generator:
+def _generator(seed: int, step: int, purpose: int = CHANGE) -> torch.Generator:
     """What the changes of a batch are drawn from."""
-    return torch.Generator().manual_seed(_seed(seed, CHANGE, step))
+    return torch.Generator().manual_seed(_seed(seed, purpose, step))
+
+
+def _seeds(batch_size: int, rows: Int64[Tensor, " r"] | slice, rng: torch.Generator) -> Int64[Tensor, " r"]:
+    """A seed for each image of a batch, of which those of `rows` are wanted: an image's own does not depend on them."""
+    return torch.randint(2**62, (batch_size,), generator=rng)[rows]
 
 
 def stream(length: int, batch_size: int, seed: int, first_step: int) -> Iterator[Int64[Tensor, " b"]]:
@@ -463,67 +471,99 @@ def train_batches(
     seed: int,
     first_step: int,
     device: torch.device,
-) -> Iterator[tuple[Float[Tensor, "b c s s"], Float[Tensor, "b classes"]]]:
-    """Endless batches of augmented, normalised images and the shares of each class in their targets."""
+    rows: Int64[Tensor, " r"] | slice = slice(None),
+) -> Iterator[tuple[Float[Tensor, "r c s s"], Float[Tensor, "r classes"]]]:
+    """Endless batches of augmented, normalised images and the shares of each class in their targets.
+
+    `rows` are the positions in a batch of the images that are wanted, ascending: no others are read, but for those that
+    are mixed with them. What is done to an image does not depend on them.
+    """
     mixup = None
+    made: Int64[Tensor, " m"] | slice = rows
+    kept: Int64[Tensor, " r"] | slice = slice(None)
     if augment.mixup or augment.cutmix:
         mixup = Mixup(augment.mixup, augment.cutmix, label_smoothing=label_smoothing, num_classes=num_classes)
+        made, kept = _with_partners(rows, batch_size)
     off = label_smoothing / num_classes
     labels = images.labels.to(device)
     mean, std = _statistics(data, device)
     black = (-mean / std).expand(in_chans)
     side = image_size if data.from_file else images.side
-    decoded = _Decoded(images, side, data.crop_pct, augment, data.from_file, seed)
-    for step, (index, raw) in enumerate(_raw(decoded, data, batch_size, first_step, device), start=first_step):
+    decoded = _Decoded(images, side, data.crop_pct, augment, data.from_file, seed, batch_size, made)
+    for step, (index, raw) in enumerate(_raw(decoded, data, first_step, device), start=first_step):
         rng = _generator(seed, step)
         if augment.randaugment is not None:
-            if images.images is not None:
-                raw = _randaugment(raw, augment.randaugment, rng)
-            else:  # done where it was decoded, with the same draw
-                _draw(rng)
+            seeds = _seeds(batch_size, made, rng)
+            if images.images is not None:  # else done where it was decoded, with the same seeds
+                raw = _randaugment(raw, augment.randaugment, seeds)
         x = _normalise(raw, in_chans, mean, std)
         if _cuts_files(augment, data.from_file):
             pass  # cut and mirrored where it was decoded
         elif augment.crop == "resized":
-            x = resized_crop(x, boxes(len(x), augment.area, rng).to(device), image_size)
+            x = resized_crop(x, boxes(batch_size, augment.area, rng)[made].to(device), image_size)
         else:
             reach = round(augment.shift * x.shape[-1]) if augment.crop == "shift" else 0
             if reach:
-                x = shift_crop(x, torch.randint(-reach, reach + 1, (2, len(x)), generator=rng).to(device), black)
+                shift = torch.randint(-reach, reach + 1, (2, batch_size), generator=rng)[:, made]
+                x = shift_crop(x, shift.to(device), black)
             x = _resize(x, image_size)
         if augment.hflip and not _cuts_files(augment, data.from_file):
-            flip = (torch.rand(len(x), generator=rng) < augment.hflip).to(device)
+            flip = (torch.rand(batch_size, generator=rng) < augment.hflip)[made].to(device)
             x = torch.where(flip.view(-1, 1, 1, 1), x.flip(3), x)
         if augment.erase:
-            x = _erased(augment.erase, x, _seed(seed, ERASE, step))
+            x = _erased(augment.erase, x, _seeds(batch_size, made, _generator(seed, step, ERASE)))
         if mixup is None:
             yield x, one_hot(labels[index], num_classes, 1 - label_smoothing + off, off)
         else:
-            yield _mixed(mixup, x, labels[index], _seed(seed, MIX, step))
+            mixed, targets = _mixed(mixup, x, labels[index], _seed(seed, MIX, step))
+            yield mixed[kept], targets[kept]
+
+
+def _with_partners(
+    rows: Int64[Tensor, " r"] | slice, batch_size: int
+) -> tuple[Int64[Tensor, " m"] | slice, Int64[Tensor, " r"] | slice]:
+    """Rows and those that timm's mixup mixes them with, and which of these are the rows. Image i meets image
+    b - 1 - i, so that rows with their partners, in their order, are mixed among themselves as the whole batch is."""
+    if isinstance(rows, slice):
+        return rows, slice(None)
+    both = torch.cat([rows, batch_size - 1 - rows]).unique()
+    return both, torch.searchsorted(both, rows)
 
 
 def _raw(
-    decoded: _Decoded, data: Data, batch_size: int, first_step: int, device: torch.device
-) -> Iterator[tuple[Int64[Tensor, " b"], UInt8[Tensor, "b c s s"]]]:
-    images = decoded.images
-    order = stream(len(images), batch_size, decoded.seed, first_step)
+    decoded: _Decoded, data: Data, first_step: int, device: torch.device
+) -> Iterator[tuple[Int64[Tensor, " r"], UInt8[Tensor, "r c s s"]]]:
+    images, seed = decoded.images, decoded.seed
+    order = (index[decoded.rows] for index in stream(len(images), decoded.batch_size, seed, first_step))
     if images.images is not None:
         pixels = images.images.to(device)
         for index in order:
             moved = index.to(device)
             yield moved, pixels[moved]
     else:
-        ahead = enumerate(stream(len(images), batch_size, decoded.seed, first_step), start=first_step)
-        for index, batch in zip(order, _decoded(decoded, ahead, data, device), strict=False):
+        again = (index[decoded.rows] for index in stream(len(images), decoded.batch_size, seed, first_step))
+        for index, batch in zip(
+            order, _decoded(decoded, enumerate(again, start=first_step), data, device), strict=False
+        ):
             yield index.to(device), batch
 
 
 def eval_batches(
-    images: ImageSet, data: Data, *, image_size: int, in_chans: int, batch_size: int, device: torch.device
+    images: ImageSet,
+    data: Data,
+    *,
+    image_size: int,
+    in_chans: int,
+    batch_size: int,
+    device: torch.device,
+    turns: Sequence[int] | None = None,
 ) -> Iterator[tuple[Float[Tensor, "b c s s"], Int64[Tensor, " b"]]]:
-    """Every image exactly once, in order, as it is; the last batch is short where the sizes do not divide."""
+    """Every image exactly once, in order, as it is; the last batch is short where the sizes do not divide. `turns`:
+    only the batches of these numbers."""
     mean, std = _statistics(data, device)
     indices = torch.arange(len(images)).split(batch_size)
+    if turns is not None:
+        indices = tuple(indices[turn] for turn in turns)
     if images.images is not None:
         raws: Iterator[Tensor] = (images.images[index] for index in indices)
     else:
@@ -592,32 +632,32 @@ def resized_crop(x: Float[Tensor, "b c s s"], box: Float[Tensor, "b 4"], side: i
 
 
 def _randaugment(
-    raw: UInt8[Tensor, "b c s s"], operations: list[int], rng: torch.Generator
+    raw: UInt8[Tensor, "b c s s"], operations: list[int], seeds: Int64[Tensor, " b"]
 ) -> UInt8[Tensor, "b c s s"]:
     """torchvision's RandAugment, image by image; it draws from torch's own random state, which is put back."""
     from torchvision.transforms.v2 import RandAugment
 
     change = RandAugment(num_ops=operations[0], magnitude=operations[1])
+    changed = []
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(_draw(rng))
-        return torch.stack([change(image) for image in raw])
+        for image, seed in zip(raw, seeds.tolist(), strict=True):
+            torch.default_generator.manual_seed(seed)
+            changed.append(change(image))
+    return torch.stack(changed)
 
 
-def _draw(rng: torch.Generator) -> int:
-    return int(torch.randint(2**62, (), generator=rng))
-
-
-def _erased(probability: float, x: Float[Tensor, "b c s s"], seed: int) -> Float[Tensor, "b c s s"]:
-    """timm's random erasing with noise, of 2% to 33% of an image's area. It draws boxes from Python's and noise from
-    torch's random state; both are put back. Noise is drawn on the CPU: the same on every device."""
+def _erased(probability: float, x: Float[Tensor, "b c s s"], seeds: Int64[Tensor, " b"]) -> Float[Tensor, "b c s s"]:
+    """timm's random erasing with noise, of 2% to 33% of an image's area, image by image. It draws boxes from Python's
+    and noise from torch's random state; both are put back. Noise is drawn on the CPU: the same on every device."""
     erase = RandomErasing(probability, mode="pixel", device="cpu")
     before = random.getstate()
-    random.seed(seed)
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        erased: Tensor = erase(x.contiguous())
+        for image, seed in zip(x := x.contiguous(), seeds.tolist(), strict=True):
+            random.seed(seed)
+            torch.default_generator.manual_seed(seed)
+            erase(image)  # in place
     random.setstate(before)
-    return erased
+    return x
 
 
 def _mixed(
@@ -628,4 +668,4 @@ def _mixed(
     np.random.seed(seed % 2**32)
     mixed: tuple[Tensor, Tensor] = mixup(x.contiguous(), labels)
     np.random.set_state(before)
-    return mixed[0], mixed[1].float()
+    return mixed[0], mixed[1].to(x.dtype)

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from softmoe_cli import data
 from softmoe_cli.archives import Stored
 from softmoe_cli.config import DataCheckConfig, UsageError
+from softmoe_cli.device import cores
 from softmoe_cli.listing import Listing, listing
 from softmoe_cli.terminal import Screen, aligned, gibibytes
 
@@ -121,7 +122,7 @@ def _look(images: data.ImageSet, settings: Any) -> Iterator[Seen]:
             yield Seen(images.side, images.side, "L" if images.channels == 1 else "RGB", image.numel(), digest)
         return
     assert images.files is not None
-    workers = data.cores() if settings.workers is None else settings.workers
+    workers = cores() if settings.workers is None else settings.workers
     yield from DataLoader(
         _Files(images.files, images.channels),
         batch_size=None,

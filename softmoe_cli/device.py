@@ -29,6 +29,11 @@ def arithmetic(name: str, precision: str, threads: int | None) -> tuple[torch.de
     return torch.device(name), precision_context(name, precision)
 
 
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def precision_context(device: str, precision: str) -> torch.autocast:
     """The autocast context of `train.precision=` on a kind of device."""
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16

@@ -1,7 +1,8 @@
 """Quality of a model on a set of images, each counted exactly once: an iterator of (name, value)."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int64
@@ -17,11 +18,11 @@ CALIBRATION_BINS = 15
 
 
 def classification_loss(logits: Tensor, targets: Tensor, kind: str) -> Tensor:
-    """Mean over images, float32. `targets` (b, classes) are shares of each class.
+    """Mean over images, in float32 or better. `targets` (b, classes) are shares of each class.
 
     softmax: cross-entropy. sigmoid: binary cross-entropy summed over classes (the official pretraining loss).
     """
-    logits = logits.float()
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if kind == "sigmoid":
         return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(dim=1).mean()
     return F.cross_entropy(logits, targets)
@@ -66,27 +67,40 @@ def _share_pct(right: Bool[Tensor, " n"]) -> float:
     return 100 * int(right.sum()) / len(right)
 
 
+Collect = Callable[[list[Any]], list[Any]]
+"""What was found on every batch, in order, from what was found on those that this process has seen."""
+
+
+def _seen_all(found: list[Any]) -> list[Any]:
+    return found
+
+
 @torch.no_grad()
-def outcomes(model: nn.Module, batches: Iterable[Batch], *, loss: str, autocast: torch.autocast) -> Outcomes:
+def outcomes(
+    model: nn.Module, batches: Iterable[Batch], *, loss: str, autocast: torch.autocast, collect: Collect = _seen_all
+) -> Outcomes:
     """Every batch once through the model; what it said is fetched from its device at the end. Sums are float64, so that
     the batch size does not show."""
     model.eval()
-    integers, numbers, losses, sizes, classes = [], [], [], [], 0
+    said, classes = [], 0
     with autocast:  # around all batches: a weight is cast once
         for x, labels in batches:
-            logits = model(x).float()
+            logits = model(x)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             classes = logits.shape[1]
             best = logits.topk(min(5, classes), dim=1).indices
             hit = (best == labels[:, None]).any(dim=1)
-            integers.append(torch.stack([labels, best[:, 0], hit.long()]))
+            integers = torch.stack([labels, best[:, 0], hit.long()])
             chances = logits.softmax(dim=1)
             known = [chances.gather(1, which[:, None])[:, 0] for which in (best[:, 0], labels)]
-            numbers.append(torch.stack([*known, F.cross_entropy(logits, labels, reduction="none")]))
-            losses.append(classification_loss(logits, F.one_hot(labels, classes).float(), loss))
-            sizes.append(len(labels))
-    label, prediction, hit = torch.cat(integers, dim=1).cpu()
-    probability, label_probability, nll = torch.cat(numbers, dim=1).cpu().double()
-    mean = (torch.stack(losses).cpu().double() @ torch.tensor(sizes).double()).item() / len(label)
+            numbers = torch.stack([*known, F.cross_entropy(logits, labels, reduction="none")])
+            mean_loss = classification_loss(logits, F.one_hot(labels, classes).to(logits.dtype), loss)
+            said.append((integers, numbers, mean_loss, len(labels)))
+    said = collect(said)
+    label, prediction, hit = torch.cat([each[0] for each in said], dim=1).cpu()
+    probability, label_probability, nll = torch.cat([each[1] for each in said], dim=1).cpu().double()
+    sizes = torch.tensor([each[3] for each in said], dtype=torch.float64)
+    mean = (torch.stack([each[2] for each in said]).cpu().double() @ sizes).item() / len(label)
     return Outcomes(label, prediction, probability, label_probability, hit.bool(), nll.mean().item(), mean, classes)
 
 
@@ -115,19 +129,21 @@ def qualities(said: Outcomes) -> Iterator[tuple[str, float]]:
 
 
 def evaluate(
-    model: nn.Module, batches: Iterable[Batch], *, loss: str, autocast: torch.autocast
+    model: nn.Module, batches: Iterable[Batch], *, loss: str, autocast: torch.autocast, collect: Collect = _seen_all
 ) -> Iterator[tuple[str, float]]:
     """The `qualities` of a model on labelled images."""
-    return qualities(outcomes(model, batches, loss=loss, autocast=autocast))
+    return qualities(outcomes(model, batches, loss=loss, autocast=autocast, collect=collect))
 
 
 @torch.no_grad()
-def features(model: VisionTransformer, batches: Iterable[Batch], autocast: torch.autocast) -> Float[Tensor, "n d"]:
+def features(
+    model: VisionTransformer, batches: Iterable[Batch], autocast: torch.autocast, collect: Collect = _seen_all
+) -> Float[Tensor, "n d"]:
     """What the head would see of every image (pooled, after the last norm), float32, on the CPU."""
     model.eval()
     with autocast:
         seen = [model.forward_head(model.forward_features(x), pre_logits=True).float() for x, _ in batches]
-    return torch.cat(seen).cpu()
+    return torch.cat(collect(seen)).cpu()
 
 
 @torch.no_grad()

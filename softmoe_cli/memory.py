@@ -27,6 +27,7 @@ from softmoe_cli.device import free_memory, precision_context, prepare_attention
 from softmoe_cli.models import build
 from softmoe_cli.moe.routing import full_precision, routings
 from softmoe_cli.optim import freeze, moments
+from softmoe_cli.parallel import largest_share
 from softmoe_cli.terminal import gibibytes
 
 
@@ -95,9 +96,11 @@ def predict(
     precision: str,
     device: torch.device,
     optim: Optim | None = None,
+    gradients_kept: bool = False,
 ) -> Memory:
     """The memory of training a config with batches of `batch` images in `accumulate` parts, weights and moments in
-    float32. Without `optim` AdamW trains all of it.
+    float32. Without `optim` AdamW trains all of it. `gradients_kept`: as with DistributedDataParallel, whose memory
+    for gradients is taken all the time, and beside it that of parts whose gradients are not exchanged yet.
 
     Raises:
         UsageError: a model that cannot be built, or whose sizes depend on the images.
@@ -118,8 +121,10 @@ def predict(
         targets = torch.empty(batch, num_classes, device=device)
         live.peak, kept = live.now, 0
         with precision_context(device.type, precision):  # as in train.update, with what autocast keeps
-            for part_x, part_targets in zip(x.chunk(accumulate)[:2], targets.chunk(accumulate)[:2], strict=True):
-                seen.clear()  # a second part meets the gradients of the first, and later ones the same as it
+            parts = list(zip(x.chunk(accumulate), targets.chunk(accumulate), strict=True))
+            # A second part meets the gradients of the first, and later ones the same as it.
+            for part_x, part_targets in (parts[0], parts[-1]) if accumulate > 1 or gradients_kept else parts:
+                seen.clear()
                 try:
                     logits = vit(part_x)
                 except (DataDependentOutputException, DynamicOutputShapeException) as error:
@@ -132,33 +137,43 @@ def predict(
                     loss = loss + sum((routing.aux_loss for routing in seen), loss.new_zeros(()))
                     kept = kept or live.now - before
                     loss.backward()
-        peak = live.peak
+        peak = live.peak + trained * (gradients_kept and accumulate > 1)
     optimizer, average = trained * (2 if optim is None else moments(optim)), weights if ema else 0
     return Memory(weights, trained, optimizer, average, kept, peak + optimizer + average)
 
 
-def predict_for(config: Config, num_classes: int, device: torch.device, **changes: Any) -> Memory:
-    """The memory of a configuration's training, with `changes` to its batch, accumulate or recompute."""
+def predict_for(config: Config, num_classes: int, device: torch.device, processes: int = 1, **changes: Any) -> Memory:
+    """The memory of a configuration's training, with `changes` to its batch, accumulate or recompute; of each of
+    several processes that share its batch, of the one with the largest share."""
     t = config.train
     setting: dict[str, Any] = {"batch": t.batch_size, "accumulate": t.accumulate, "recompute": t.recompute} | changes
+    part = setting["batch"] // setting["accumulate"]
+    setting["batch"] = largest_share(part, config.model.router, processes) * setting["accumulate"]
     setting |= {"ema": t.ema is not None, "precision": t.precision, "device": device, "optim": config.optim}
+    setting["gradients_kept"] = processes > 1
     return predict(config.model, num_classes, **setting)
 
 
-def require_fit(config: Config, num_classes: int, device: torch.device) -> Memory:
-    """What training will hold, or the refusal of what the device has no room for.
+def require_fit(
+    config: Config, num_classes: int, device: torch.device, processes: int = 1, local_processes: int = 1
+) -> Memory:
+    """What training will hold on each device, or the refusal of what the device has no room for. Processes of one
+    machine share its memory where the device is its CPU.
 
     Raises:
         UsageError: it cannot fit; the message says what would.
     """
-    memory, free = predict_for(config, num_classes, device), free_memory(device)
+    memory, free = predict_for(config, num_classes, device, processes), free_memory(device)
+    if device.type == "cpu":
+        free //= local_processes
     # Uncompiled memory is an upper bound of compiled memory, so only what nothing can save refuses a compiled run.
     needed = memory.state_bytes if config.train.compile else memory.peak_bytes
     if needed <= free:
         return memory
     t = config.train
     ways: list[str] = []
-    have = f"needs {gibibytes(needed)} at its peak and {device.type} has {gibibytes(free)} free"
+    each = " for each process" if processes > 1 else ""
+    have = f"needs {gibibytes(needed)} at its peak and {device.type} has {gibibytes(free)} free{each}"
     if memory.state_bytes > free:
         raise UsageError(
             f"training {config.model.name} {have}; weights, gradients and the optimizer's moments alone take "
@@ -166,13 +181,14 @@ def require_fit(config: Config, num_classes: int, device: torch.device) -> Memor
         )
     divisors = (parts for parts in range(t.accumulate + 1, t.batch_size + 1) if t.batch_size % parts == 0)
     parts = next(
-        (n for n in divisors if predict_for(config, num_classes, device, accumulate=n).peak_bytes <= free), None
+        (n for n in divisors if predict_for(config, num_classes, device, processes, accumulate=n).peak_bytes <= free),
+        None,
     )
     if parts is not None:
         ways.append(f"train.accumulate={parts}")
-    if not t.recompute and predict_for(config, num_classes, device, recompute=True).peak_bytes <= free:
+    if not t.recompute and predict_for(config, num_classes, device, processes, recompute=True).peak_bytes <= free:
         ways.append("train.recompute=true")
-    batch = _largest(config, num_classes, device, free, t.batch_size - 1)
+    batch = _largest(config, num_classes, device, free, t.batch_size - 1, processes=processes)
     if batch:
         ways.append(f"train.batch_size={batch}, the largest that fits as it is")
     if not ways:
@@ -201,13 +217,19 @@ def largest_batch(config: Config, num_classes: int, device: torch.device, images
 
 
 def _largest(
-    config: Config, num_classes: int, device: torch.device, free: int, top: int, unit: int | None = None
+    config: Config,
+    num_classes: int,
+    device: torch.device,
+    free: int,
+    top: int,
+    unit: int | None = None,
+    processes: int = 1,
 ) -> int:
     """The largest multiple of `unit` up to `top` whose peak is within `free` bytes; 0 if there is none."""
     unit = unit or config.train.accumulate
 
     def peak(units: int) -> int:
-        return predict_for(config, num_classes, device, batch=units * unit).peak_bytes
+        return predict_for(config, num_classes, device, processes, batch=units * unit).peak_bytes
 
     return unit * last_within(peak, free, top // unit)
 

@@ -93,12 +93,19 @@ class Checkpoint:
     training: dict[str, Tensor]
     state: dict[str, Any]
 
+    @classmethod
+    def read(cls, path: Path) -> "Checkpoint":
+        """The one that `Run.newest` has found."""
+        state = json.loads((path / STATE).read_text())
+        return cls(path, load_file(path / WEIGHTS), load_file(path / TRAINING), state)
+
 
 class Run:
-    """A run's folder, held by one process at a time."""
+    """A run's folder, held by one process at a time. Of several that train together one writes; the others read."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, writes: bool = True) -> None:
         self.folder = folder
+        self._writes = writes
         self.checkpoints = folder / "checkpoints"
         self._lock: TextIO | None = None
 
@@ -118,6 +125,8 @@ class Run:
 
     def open(self, config: Config) -> None:
         """Makes the folder, locks it against a second process, and writes config.yaml."""
+        if not self._writes:
+            return
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self._lock = (self.folder / ".lock").open("a")
@@ -143,6 +152,8 @@ class Run:
 
     def append(self, file: str, row: dict[str, Any]) -> None:
         """One row, in the file when this returns."""
+        if not self._writes:
+            return
         path = self.folder / file
         try:
             with path.open("a") as out:
@@ -168,6 +179,8 @@ class Run:
         `card` (the model's config and classes) travels inside the weights file, so that the file alone can be
         evaluated and finetuned.
         """
+        if not self._writes:
+            return
         final = self.checkpoints / f"{kind}-{step:08d}"
         broken = [key for key, value in weights.items() if not value.isfinite().all()]
         if broken:
@@ -192,6 +205,8 @@ class Run:
 
     def prune(self) -> None:
         """Keeps two `last` checkpoints and every `best` that they speak of."""
+        if not self._writes:
+            return
         lasts = self._found("last")
         keep = set(lasts[:2])
         for path in lasts[:2]:
@@ -202,14 +217,13 @@ class Run:
             if path not in keep and OURS.fullmatch(path.name):
                 shutil.rmtree(path, ignore_errors=True)
 
-    def load_last(self) -> tuple[Checkpoint | None, list[str]]:
+    def newest(self) -> tuple[Path | None, list[str]]:
         """The newest undamaged checkpoint, and a sentence for each damaged one that was passed over."""
         notes: list[str] = []
         for path in self._found("last"):
             fault = damage(path)
             if fault is None:
-                state = json.loads((path / STATE).read_text())
-                return Checkpoint(path, load_file(path / WEIGHTS), load_file(path / TRAINING), state), notes
+                return path, notes
             aside = path.with_name(f"damaged-{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
@@ -222,6 +236,8 @@ class Run:
 
     def rewind(self, sizes: dict[str, int]) -> None:
         """Cuts the rows back to what a checkpoint vouches for; later ones will be written again."""
+        if not self._writes:
+            return
         for file in ("metrics.jsonl", "routing.jsonl"):
             path, size = self.folder / file, sizes.get(file, 0)
             if self._size(file) < size:
@@ -230,7 +246,8 @@ class Run:
                 os.truncate(path, size)
 
     def finish(self, row: dict[str, Any]) -> None:
-        write_atomically(self.folder / "result.json", json.dumps(row, indent=1, allow_nan=False) + "\n")
+        if self._writes:
+            write_atomically(self.folder / "result.json", json.dumps(row, indent=1, allow_nan=False) + "\n")
 
     def _size(self, file: str) -> int:
         path = self.folder / file
@@ -465,17 +482,15 @@ def _weights_in(folder: Path) -> Path:
 
 
 def random_state() -> dict[str, Tensor]:
-    """torch's random states, on the CPU and on every CUDA device: dropout, stochastic depth and router noise draw
+    """torch's random states, on the CPU and on the CUDA device: dropout, stochastic depth and router noise draw
     from them. Order and augmentation are functions of seed and step and need no state."""
     states = {"random.cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
-        states |= {f"random.cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+        states["random.cuda.0"] = torch.cuda.get_rng_state()
     return states
 
 
 def set_random_state(states: dict[str, Tensor]) -> None:
     torch.set_rng_state(states["random.cpu"])
-    if torch.cuda.is_available():
-        cuda = [states[key] for key in sorted(states) if key.startswith("random.cuda.")]
-        if len(cuda) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(cuda)
+    if torch.cuda.is_available() and "random.cuda.0" in states:
+        torch.cuda.set_rng_state(states["random.cuda.0"])

@@ -176,9 +176,15 @@ def _answer(question: Question, sender: Connection) -> None:
                     )
                 config = with_largest_batch(config, lambda _: None)
                 settled.append(f"train.batch_size={config.train.batch_size}")
+            if config.devices > 1 and options.where != "slurm":
+                raise UsageError(
+                    f"devices={config.devices}: the jobs of a sweep have one device each; give them more with "
+                    f"hydra/launcher=slurm hydra.launcher.gpus={config.devices}, or leave out -m"
+                )
             if config.threads is None:
-                config = replace(config, threads=threads)
-                settled.append(f"threads={threads}")
+                own = max(1, threads // config.devices)
+                config = replace(config, threads=own)
+                settled.append(f"threads={own}")
             folder = run_folder(config, question.command, source)
             cost = _costs(config, times=options.plan) if options.plan or options.limit.given else {}
             unknown = [key for key in options.limit.given if math.isnan(cost[key])]
@@ -194,18 +200,19 @@ def _share(options: Launcher, devices: set[str]) -> tuple[list[str], int]:
     """A word for each job that may run at a time (its GPU, or nothing), and every job's threads."""
     import torch
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    from softmoe_cli.device import cores
+
     if isinstance(options, SlurmLauncher | RayLauncher):
         here = isinstance(options, SlurmLauncher) and options.cluster == "local"
-        return [""] * (options.jobs or (max(1, cores // options.cpus) if here else MANY)), options.cpus
-    slots = [""] * (options.jobs or cores)
+        return [""] * (options.jobs or (max(1, cores() // options.cpus) if here else MANY)), options.cpus
+    slots = [""] * (options.jobs or cores())
     if devices & {"auto", "cuda"} and torch.cuda.is_available():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
         slots = [gpus[i % len(gpus)] for i in range(options.jobs or len(gpus))]
     elif devices & {"auto", "mps"} and torch.backends.mps.is_available():
         slots = [""] * (options.jobs or 1)
-    return slots, max(1, cores // len(slots))
+    return slots, max(1, cores() // len(slots))
 
 
 _loaded: dict[str, Any] = {}

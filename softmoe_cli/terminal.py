@@ -12,10 +12,10 @@ PROGRESS_PERIOD_S = 0.2
 
 
 class Screen:
-    """Standard output during one run; errors go to standard error elsewhere."""
+    """Standard output during one run; errors go to standard error elsewhere. A quiet one says nothing."""
 
-    def __init__(self) -> None:
-        self.console = Console(highlight=False, soft_wrap=True)
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.console = Console(highlight=False, soft_wrap=True, quiet=quiet)
         self._progress = Progress(
             TextColumn("{task.percentage:3.0f}%"),
             BarColumn(bar_width=24),
@@ -24,7 +24,7 @@ class Screen:
             TimeRemainingColumn(compact=True),
             console=self.console,
             transient=True,
-            disable=not self.console.is_terminal,
+            disable=quiet or not self.console.is_terminal,
         )
         self._task = self._progress.add_task("", total=1.0)
         self._next = 0.0

@@ -19,7 +19,7 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from softmoe_cli import data, mirror
+from softmoe_cli import data, mirror, parallel
 from softmoe_cli.config import Config
 from softmoe_cli.cost import Cost, account
 from softmoe_cli.device import Energy, arithmetic, free_memory, hardware, prepare_attention, slower
@@ -30,6 +30,7 @@ from softmoe_cli.models import LoadReport, build, load_weights, patterns, portab
 from softmoe_cli.moe.layer import MoE
 from softmoe_cli.moe.routing import Routing, full_precision, routings
 from softmoe_cli.optim import freeze, optimizer_of, schedule, span
+from softmoe_cli.parallel import ALONE, Crew
 from softmoe_cli.record import (
     Checkpoint,
     Run,
@@ -65,6 +66,8 @@ class Progress:
     step: int = 0
     compiled_steps: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("device", "eval", "save", "compile"), 0.0))
+    device_s: float = 0.0
+    """Seconds of training, summed over the devices."""
     energy_j: float | None = 0.0
     loss_sum: float = 0.0
     aux_sum: float = 0.0
@@ -83,16 +86,24 @@ class Progress:
     def spent(self) -> dict[str, float]:
         """Seconds by what they went into, and energy where the device tells."""
         energy = {} if self.energy_j is None else {"energy_kj": self.energy_j / 1000}
-        return {f"{name}_s": seconds for name, seconds in self.seconds.items()} | energy
+        return {f"{name}_s": s for name, s in (self.seconds | {"device": self.device_s}).items()} | energy
 
     @contextmanager
-    def booked(self, what: str) -> Iterator[None]:
+    def booked(self, what: str, devices: int = 1) -> Iterator[None]:
         """Books the time spent inside under `what`, so that training time is training only."""
         start = time.perf_counter()
         try:
             yield
         finally:
-            self.seconds[what] += time.perf_counter() - start
+            took = time.perf_counter() - start
+            self.seconds[what] += took
+            self.device_s += took * devices * (what == "device")
+
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> "Progress":
+        """As a checkpoint has it; one from before there were several devices speaks of one."""
+        known = {key: value for key, value in state.items() if key in cls.__dataclass_fields__}
+        return cls(**{"device_s": state["seconds"]["device"]} | known)
 
 
 @dataclass(frozen=True)
@@ -135,31 +146,36 @@ def train(config: Config, command: str, source: Source | None, screen: Screen) -
         RunError: the run broke; its folder holds the last good state.
         Interrupted: a signal asked to stop; the state is saved.
     """
-    if config.train.batch_size == "auto":
-        config = with_largest_batch(config, screen.say)
-    run = Run(run_folder(config, command, source))
-    if run.result is not None:
-        screen.say(f"{run.folder} is finished; nothing to do")
-        screen.table("result", _shown(run.result, run.folder))
-        return run.result
-    try:
-        return _train(run, config, command, source, screen)
-    finally:
-        run.close()
+    with parallel.joined(config) as crew:
+        if not crew.first:
+            screen = Screen(quiet=True)
+        if config.train.batch_size == "auto":
+            config = with_largest_batch(config, screen.say)
+        run = Run(run_folder(config, command, source), writes=crew.first)
+        if run.result is not None:
+            screen.say(f"{run.folder} is finished; nothing to do")
+            screen.table("result", _shown(run.result, run.folder))
+            return run.result
+        try:
+            return _train(run, config, command, source, screen, crew)
+        finally:
+            run.close()
 
 
-def _train(run: Run, config: Config, command: str, source: Source | None, screen: Screen) -> dict[str, Any]:
+def _train(run: Run, config: Config, command: str, source: Source | None, screen: Screen, crew: Crew) -> dict[str, Any]:
     """The loop: data, cost, model, weights, then steps, looks and checkpoints until the budget is used up."""
     device, autocast = arithmetic(config.device, config.train.precision, config.threads)
-    splits, images_digest = data.load(config.data), data.identity(config.data)
+    share = crew.share(config)
+    with crew.in_turn():
+        splits, images_digest = data.load(config.data), data.identity(config.data)
     classes = _num_classes(config, splits)
     budget = Budget.of(config, len(splits.train))
     learning_rate = schedule(config.optim, budget.total)
     cost = account(
         config.model, classes, batch=_part(config), recompute=config.train.recompute, frozen=config.optim.freeze
     )
-    screen.table(command, _header(config, cost, splits, budget, device, run.folder))
-    memory = require_fit(config, classes, device)
+    screen.table(command, _header(config, cost, splits, budget, device, run.folder, crew))
+    memory = require_fit(config, classes, device, crew.size, crew.local_size)
     screen.row("memory", _memory(memory, device))
 
     torch.manual_seed(config.seed)
@@ -176,7 +192,7 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
     scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
 
     run.open(config)
-    progress, energy = _resume(run, model, ema, optimizer, scaler, screen), Energy(device)
+    progress, energy = _resume(run, model, ema, optimizer, scaler, screen, crew), Energy(device)
     batches = data.train_batches(
         splits.train,
         config.data,
@@ -189,6 +205,7 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
         seed=config.seed,
         first_step=progress.step,
         device=device,
+        rows=share.rows(config.train.accumulate),
     )
     card: dict[str, Any] = {
         "model": portable(config.model, model),
@@ -202,23 +219,26 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
     routers = [model.blocks[i].mlp.router for i in moe_blocks]
     settling = [router for router in routers if any(p.requires_grad for p in router.parameters())]  # others are frozen
     wandb_run = mirror.Mirror(
-        mirror.resolve(config.tracking),
+        mirror.resolve(config.tracking) if crew.first else "off",
         _wandb_settings(config, command, run),
         run.folder,
-        run.rows("metrics.jsonl"),
+        run.rows("metrics.jsonl") if crew.first else [],
         screen.say,
     )
 
     def row(split: str, values: dict[str, float]) -> dict[str, Any]:
         images = progress.step * config.train.batch_size
         full = {"step": progress.step, "images": images, "epoch": images / len(splits.train), "split": split, **values}
-        progress.used(energy.used())
+        progress.used(crew.joules(energy.used(), device))
         full |= {"train_pflop": images * cost.train_flop / 1e15, **progress.spent}
         run.append("metrics.jsonl", full)
         wandb_run.row(full)
         return full
 
-    def held_out(images: data.ImageSet) -> Iterator[tuple[Tensor, Tensor]]:
+    def turns_of(images: data.ImageSet) -> parallel.Turns:
+        return crew.turns(len(images), config.train.eval_batch_size)
+
+    def held_out(images: data.ImageSet, turns: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
         return data.eval_batches(
             images,
             config.data,
@@ -226,12 +246,16 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
             in_chans=config.model.in_chans,
             batch_size=config.train.eval_batch_size,
             device=device,
+            turns=turns,
         )
 
     def look(split: str, images: data.ImageSet, beside: dict[str, float]) -> dict[str, Any]:
         with progress.booked("eval"):
-            batches = stop.watch(held_out(images))
-            values = dict(evaluate(evaluated, batches, loss=config.train.loss, autocast=autocast))
+            turns = turns_of(images)
+            batches = stop.watch(held_out(images, turns.own))
+            values = dict(
+                evaluate(evaluated, batches, loss=config.train.loss, autocast=autocast, collect=turns.collect)
+            )
         if not math.isfinite(values["loss"]):
             raise RunError(
                 f"{split} loss {values['loss']} at step {progress.step:,}: the last update left weights that are too "
@@ -243,7 +267,8 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
         """Of shots drawn with the seed of the data's cut, so that every run of a study has the same."""
 
         def seen_by_head(images: data.ImageSet) -> Tensor:
-            return features(evaluated, stop.watch(held_out(images)), autocast)
+            turns = turns_of(images)
+            return features(evaluated, stop.watch(held_out(images, turns.own)), autocast, turns.collect)
 
         numbers = fewshot(
             seen_by_head, config.train.fewshot, splits.train, splits.validation, None, len(splits.classes),
@@ -255,7 +280,7 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
         """Routing statistics of every MoE layer on the first images, the same ones each time, go into routing.jsonl;
         their means over layers, which are few enough for W&B, into the validation row, beside few-shot quality."""
         with progress.booked("eval"):
-            layers = routing_statistics(evaluated, next(held_out(splits.validation)), autocast)
+            layers = routing_statistics(evaluated, next(held_out(splits.validation, [0])), autocast)
             shots = few_shots() if config.train.fewshot else {}
         keys = layers[0] if layers else ()
         means = {f"routing_{key}": sum(layer[key] for layer in layers) / len(layers) for key in keys}
@@ -266,7 +291,7 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
 
     def save(kind: str) -> None:
         with progress.booked("save"):
-            progress.used(energy.used())
+            progress.used(crew.joules(energy.used(), device))
             weights = {key: value.contiguous() for key, value in evaluated.state_dict().items()}
             training = {} if kind == "best" else _training_state(model, ema, optimizer)
             run.save(
@@ -280,9 +305,11 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
             if kind == "last":
                 run.prune()
 
-    forward = torch.compile(model.train()) if config.train.compile else model.train()
+    forward = crew.prepare(model.train())
+    if config.train.compile:
+        forward = torch.compile(forward)
     saved_at, save_took, first_step, pace_from = time.monotonic(), 0.0, progress.step, 0.0
-    with Stop() as stop, routings(model) as seen, screen:
+    with Stop(crew) as stop, routings(model) as seen, screen:
         try:
             while True:
                 here = budget.position(progress)
@@ -298,23 +325,29 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
                 if here >= budget.total:
                     break
                 stop.check()
-                if time.monotonic() - saved_at > max(config.train.save_seconds, 50 * save_took):
+                if crew.most(time.monotonic() - saved_at - max(config.train.save_seconds, 50 * save_took)) > 0:
                     start = time.monotonic()
                     save("last")
                     saved_at, save_took = time.monotonic(), time.monotonic() - start
 
                 compiles = config.train.compile and progress.step == first_step
-                with progress.booked("compile" if compiles else "device"):
+                with progress.booked("compile" if compiles else "device", crew.size):
                     lr = learning_rate(here)
                     x, targets = next(batches)
-                    loss, aux, norm = update(model, forward, x, targets, config, lr, optimizer, scaler, autocast, seen)
+                    loss, aux, norm = update(
+                        model, forward, x, targets, config, lr, optimizer, scaler, autocast, seen, crew
+                    )
                     rescaling = scaler.is_enabled() and scaler.get_scale() > SMALLEST_SCALE
                     if not math.isfinite(loss) or not (math.isfinite(norm) or rescaling):
                         raise RunError(_blame(model, x, targets, config, autocast, progress.step, loss, norm))
                     for router in settling:
+                        for numbers in router.counted():
+                            crew.add(numbers)
                         router.after_update()
                     if ema is not None:
                         ema.update(model)
+                if budget.steps is None:
+                    progress.seconds["device"] = crew.most(progress.seconds["device"])
                 progress.step += 1
                 progress.compiled_steps += compiles
                 if progress.step == first_step + PACE_STEPS[0]:
@@ -349,7 +382,7 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
             wandb_run.close(None)
             raise
     router = card["model"]["router"]
-    result = _result(config, command, run, source, cost, memory, splits, test, progress, device, router)
+    result = _result(config, command, run, source, cost, memory, splits, test, progress, device, router, crew)
     result["data.identity"] = images_digest
     run.finish(result)
     wandb_run.close(result)
@@ -368,24 +401,28 @@ def update(
     scaler: torch.amp.GradScaler,
     autocast: torch.autocast,
     seen: list[Routing],
+    crew: Crew = ALONE,
 ) -> tuple[float, float, float]:
-    """One update on one batch, computed in `accumulate` equal parts whose gradients add up to the whole batch's.
+    """One update on one batch, computed in `accumulate` equal parts whose gradients add up to the whole batch's; of
+    several processes each has its share of every part.
 
     Returns the mean loss over images without and the auxiliary loss, and the gradients' norm before clipping.
     The weights stay as they were, and the gradients can be looked at, when loss or norm is not finite.
     """
-    parts = config.train.accumulate
+    parts, share = config.train.accumulate, crew.share(config)
     total = torch.zeros(2, device=x.device)
     with autocast:  # around all parts: a weight that it has cast once stays cast until the update
-        for part_x, part_targets in zip(x.chunk(parts), targets.chunk(parts), strict=True):
+        for part, (part_x, part_targets) in enumerate(zip(x.chunk(parts), targets.chunk(parts), strict=True), start=1):
             seen.clear()
-            logits = forward(part_x)
-            with full_precision(x):
-                loss = classification_loss(logits, part_targets, config.train.loss) / parts
-                aux = sum((routing.aux_loss for routing in seen), loss.new_zeros(())) / parts
-                total += torch.stack([loss.detach(), aux.detach()])
-                scaler.scale(loss + aux).backward()
+            with crew.passing(forward, share, last=part == parts):
+                logits = forward(part_x)
+                with full_precision(x):
+                    loss = classification_loss(logits, part_targets, config.train.loss) * share.of_images / parts
+                    aux = sum((routing.aux_loss for routing in seen), loss.new_zeros(())) * share.of_groups / parts
+                    total += torch.stack([loss.detach(), aux.detach()])
+                    scaler.scale(loss + aux).backward()
     seen.clear()
+    crew.add(total)
     scaler.unscale_(optimizer)
     clip = config.optim.clip_norm
     if clip is None:
@@ -403,12 +440,14 @@ def update(
 
 
 class Stop:
-    """SIGTERM, SIGINT and SIGUSR1 ask the run to save and leave; a second SIGINT leaves at once."""
+    """SIGTERM, SIGINT and SIGUSR1 ask the run to save and leave, whichever process they reach; a second SIGINT leaves
+    at once."""
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
-    def __init__(self) -> None:
+    def __init__(self, crew: Crew = ALONE) -> None:
         self.name: str | None = None
+        self._crew = crew
 
     def __enter__(self) -> "Stop":
         self._before = {number: signal.signal(number, self._ask) for number in self.SIGNALS}
@@ -423,11 +462,13 @@ class Stop:
             os.write(2, b"\nleft at once; the last checkpoint is good\n")
             os._exit(130)
         self.name = signal.Signals(number).name
-        os.write(2, f"\n{self.name}: saving and leaving; press Ctrl-C again to leave at once\n".encode())
+        if self._crew.first:
+            os.write(2, f"\n{self.name}: saving and leaving; press Ctrl-C again to leave at once\n".encode())
 
     def check(self) -> None:
-        if self.name is not None:
-            raise Interrupted(self.name)
+        number = self._crew.most(signal.Signals[self.name] if self.name is not None else 0)
+        if number:
+            raise Interrupted(signal.Signals(int(number)).name)
 
     def watch(self, items: Iterable[T]) -> Iterator[T]:
         for item in items:
@@ -544,11 +585,13 @@ def _resume(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     screen: Screen,
+    crew: Crew,
 ) -> Progress:
     """Puts everything back as the last good checkpoint has it; a fresh start where there is none."""
-    checkpoint, notes = run.load_last()
+    path, notes = crew.ask_first(run.newest)
     for note in notes:
         screen.say(note)
+    checkpoint = Checkpoint.read(path) if path is not None else None
     run.rewind(checkpoint.state["sizes"] if checkpoint else {})
     if checkpoint is None:
         return Progress()
@@ -560,8 +603,7 @@ def _resume(
     scaler.load_state_dict(checkpoint.state["scaler"])
     set_random_state(checkpoint.training)
     screen.say(f"going on from step {checkpoint.state['step']:,} ({checkpoint.path})")
-    fields = Progress.__dataclass_fields__
-    return Progress(**{key: value for key, value in checkpoint.state.items() if key in fields})
+    return Progress.of(checkpoint.state)
 
 
 def _restore_moments(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> None:
@@ -630,6 +672,7 @@ def _header(
     budget: Budget,
     device: torch.device,
     folder: Path,
+    crew: Crew,
 ) -> dict[str, str]:
     m, t = config.model, config.train
     router = m.router_name
@@ -638,6 +681,7 @@ def _header(
         router += f" ({options}) in blocks {m.moe_blocks}; {cost.slots_per_token:.2f} slots per token"
     sizes = f"{len(splits.train):,} train / {len(splits.validation):,} validation / {len(splits.test):,} test"
     parts = f" in {t.accumulate} parts" if t.accumulate > 1 else ""
+    compiled = ", compiled" if t.compile else ""
     frozen = f", {count(cost.frozen_params)} frozen" if cost.frozen_params else ""
     extra = {"optimizer": _optimizer(config), "regularised by": _regularisation(config)}
     return {
@@ -648,9 +692,14 @@ def _header(
         "data": f"{config.data.name}: {sizes} images, {len(splits.classes)} classes",
         "budget": f"{budget}, {t.batch_size} images each{parts}; {config.optim.schedule}, lr {config.optim.lr:g}",
         **{key: value for key, value in extra.items() if value},
-        "device": f"{hardware(device)}, {t.precision}{slower(device, t.precision)}{', compiled' if t.compile else ''}",
+        "device": f"{_hardware(device, crew)}, {t.precision}{slower(device, t.precision)}{compiled}",
+        **({"processes": crew.describe(config)} if crew.size > 1 else {}),
         "folder": str(folder),
     }
+
+
+def _hardware(device: torch.device, crew: Crew) -> str:
+    return f"{crew.size} x {hardware(device)}" if crew.size > 1 else hardware(device)
 
 
 def _optimizer(config: Config) -> str:
@@ -694,6 +743,7 @@ def _result(
     progress: Progress,
     device: torch.device,
     router: dict[str, Any],
+    crew: Crew,
 ) -> dict[str, Any]:
     """One flat row: what it was, what it reached on the test images with its last weights, what it cost, and every
     scientific setting as `section.key`, so that rows alone tell which runs differ in what."""
@@ -740,7 +790,9 @@ def _result(
         "peak_mib": memory.peak_bytes / 2**20,
         "train_pflop": images * cost.train_flop / 1e15,
         **progress.spent,
-        "hardware": hardware(device),
+        "devices": crew.size,
+        "parallel": "ddp" if crew.size > 1 else None,
+        "hardware": _hardware(device, crew),
         "torch": torch.__version__,
         "softmoe": version("softmoe-cli"),
         "commit": _commit(),

@@ -10,6 +10,8 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from softmoe_cli import sweep
 
 _SERVER = multiprocessing.get_context("forkserver")
@@ -17,15 +19,24 @@ _SERVER.set_forkserver_preload(["softmoe_cli.train", "softmoe_cli.cli", "softmoe
 
 
 class Started:
-    """A running command: a process of its own, with its own signals, folder and output."""
+    """A running command: a process of its own, with its own signals, folder and output. What torch makes without being
+    told a type is of `dtype`. With `own_server` what it forks comes from a server of its own, with its own output."""
 
-    def __init__(self, folder: Path, arguments: list[str], environment: dict[str, str]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        arguments: list[str],
+        environment: dict[str, str],
+        out: str = "stdout.txt",
+        dtype: str = "",
+        own_server: bool = False,
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._out = folder / "stdout.txt"
+        self._out = folder / out
         self._out.write_text("")
         multiprocessing.forkserver.ensure_running()
-        address = vars(_forkserver())["_forkserver_address"]
-        order = (folder, arguments, os.environ | environment, self._out, address)
+        address = None if own_server else vars(_forkserver())["_forkserver_address"]
+        order = (folder, arguments, os.environ | environment, self._out, dtype, address)
         self._process = _SERVER.Process(target=_main, args=order)
         self._process.start()
         assert self._process.pid is not None
@@ -48,17 +59,22 @@ def _forkserver() -> Any:
     return multiprocessing.forkserver._forkserver
 
 
-def _main(folder: Path, arguments: list[str], environment: dict[str, str], out: Path, address: str) -> None:
+def _main(
+    folder: Path, arguments: list[str], environment: dict[str, str], out: Path, dtype: str, address: str | None
+) -> None:
     os.chdir(folder)
     os.environ.update(environment)
     with out.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.argv = ["softmoe", *arguments]
-    # A sweep's own server would import everything once more: its jobs fork from the one that this process came from.
-    vars(_forkserver()).update(_forkserver_address=address, ensure_running=lambda: None)
-    multiprocessing.forkserver.ensure_running = lambda: None
-    sweep.SERVER = _Same()  # type: ignore[assignment]
+    if dtype:
+        torch.set_default_dtype(getattr(torch, dtype))
+    if address is not None:
+        # A sweep's own server would import everything once more: its jobs fork from the one that this one came from.
+        vars(_forkserver()).update(_forkserver_address=address, ensure_running=lambda: None)
+        multiprocessing.forkserver.ensure_running = lambda: None
+        sweep.SERVER = _Same()  # type: ignore[assignment]
     from softmoe_cli.cli import main
 
     main()

@@ -419,7 +419,7 @@ def test_evaluation_sees_what_timm_shows(tmp_path: Path, size: tuple[int, int], 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_training_sees_what_timm_shows(tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Crop, resizing and mirroring to the bit, with torchvision's draws of the same law instead of timm's."""
-    from softmoe_cli.data import CUT, _seed
+    from softmoe_cli.data import CUT, _generator, _seeds
 
     write(tmp_path, {f"{name}/0.jpg": picture(i, (90, 70), "JPEG") for i, name in enumerate(CLASSES)})
     data = settings("folder", tmp_path, from_file=True, test_fraction=1, mean=[0.4], std=[0.2], workers=workers)
@@ -433,19 +433,25 @@ def test_training_sees_what_timm_shows(tmp_path: Path, workers: int, monkeypatch
     assert (tuple(crop.scale), crop.ratio) == ((0.08, 1.0), (3 / 4, 4 / 3))
     images, size = load(data).test, 5
 
-    def ours(first_step: int) -> list[Tensor]:
+    def ours(first_step: int, rows: Any = slice(None)) -> list[Tensor]:
         found = train_batches(
             images, data, change, image_size=64, in_chans=3, num_classes=3, batch_size=size, label_smoothing=0.0,
-            seed=3, first_step=first_step, device=CPU,
+            seed=3, first_step=first_step, device=CPU, rows=rows,
         )  # fmt: skip
         return [x for x, _ in itertools.islice(found, 4 - first_step)]
 
     whole = ours(0)
     for step, index in zip(range(4), stream(3, size, 3, 0), strict=False):
-        torch.manual_seed(_seed(3, CUT, step))
-        want = [timm(Image.open(tmp_path / CLASSES[i] / "0.jpg")) for i in index.tolist()]
+        want = []
+        for i, seed in zip(index.tolist(), _seeds(size, slice(None), _generator(3, step, CUT)).tolist(), strict=True):
+            torch.manual_seed(seed)
+            want.append(timm(Image.open(tmp_path / CLASSES[i] / "0.jpg")))
         torch.testing.assert_close(whole[step], torch.stack(want), atol=1e-6, rtol=1e-6)
     assert all(torch.equal(a, b) for a, b in zip(ours(2), whole[2:], strict=True))
+    own = torch.tensor([1, 4])
+    assert all(torch.equal(a, b[own]) for a, b in zip(ours(0, own), whole, strict=True)), (
+        "as each process reads its own"
+    )
 
 
 # --- exact resumption -------------------------------------------------------------------------------------------------

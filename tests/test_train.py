@@ -156,7 +156,7 @@ HARD = {
         "optim.layer_decay=0.7", "optim.freeze=[blocks.0.*,*.scale]", "augment.erase=0.5", "augment.randaugment=[1,5]",
         "augment.mixup=0.4", "model.backbone.drop_path=0.3", "train.ema=0.9", "train.recompute=true",
     ),
-    "sgd": ("optim.name=sgd", "optim.momentum=0.9", "optim.layer_decay=0.7", "augment.erase=0.5"),
+    "sgd": ("optim.name=sgd", "optim.momentum=0.9", "optim.layer_decay=0.7", "augment.erase=0.5", "optim.lr=0.1"),
 }  # fmt: skip
 
 

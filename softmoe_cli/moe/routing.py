@@ -7,7 +7,7 @@ y       = routing.combine(experts(rows, offsets))     b n d
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar
 
@@ -83,6 +83,10 @@ class Router(nn.Module, ABC):
     def statistics(self) -> dict[str, float]:
         """Plain numbers about the router's parameters."""
         return {}
+
+    def counted(self) -> list[Tensor]:
+        """What forward passes have added up for `after_update`; processes that share a batch add theirs together."""
+        return []
 
     def after_update(self) -> None:
         """Called once after each update of the weights, for what a router adjusts by other means than gradients."""
@@ -259,6 +263,39 @@ def full_precision(x: Tensor) -> AbstractContextManager[object]:
     """No autocast on the device of `x`: logits, softmaxes and losses stay in the parameters' precision, float32."""
     device = x.device.type
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
+_whole: tuple[int, int] | None = None
+
+
+@contextmanager
+def whole_batch(first: int, images: int) -> Iterator[None]:
+    """Inside, a batch is a run of a larger one of `images` images, from its image `first`."""
+    global _whole
+    before, _whole = _whole, (first, images)
+    try:
+        yield
+    finally:
+        _whole = before
+
+
+def of_whole_batch(like: Float[Tensor, "..."], draw: Callable[[Tensor], Tensor], images: int = 1) -> Tensor:
+    """Random numbers in the shape of `like`, each row for a group of `images` images: `draw` fills a tensor in place.
+
+    Inside `whole_batch` those of the larger batch are drawn, and the rows that are this one's are kept. So it gets what
+    it would get as a part of the larger batch, and the random state moves on by as much.
+    """
+    if _whole is None:
+        return draw(torch.empty_like(like))
+    first, total = _whole
+    size = (-(-total // images), *like.shape[1:])
+    start = first // images
+    return draw(torch.empty_strided(size, like.stride(), dtype=like.dtype, device=like.device))[start:][: len(like)]
+
+
+def noise_like(like: Float[Tensor, "..."], images: int = 1) -> Tensor:
+    """Standard normal noise, as `of_whole_batch`."""
+    return torch.randn_like(like) if _whole is None else of_whole_batch(like, Tensor.normal_, images)
 
 
 @contextmanager

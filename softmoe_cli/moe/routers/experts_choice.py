@@ -113,7 +113,7 @@ class ExpertsChoiceRouter(Router):
         with full_precision(x):
             tokens, kept = grouped_tokens(x, keep, self.images_per_group)
             g, s, _ = tokens.shape
-            _, logits = self.gate(tokens)
+            _, logits = self.gate(tokens, self.images_per_group)
             gates = self.gate.activate(logits)
             taken = choose_tokens(gates, kept, self.slots_per_expert)
             real = kept.gather(1, taken.flatten(1)).view_as(taken)

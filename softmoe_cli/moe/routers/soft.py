@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from softmoe_cli.moe.routing import DenseRouting, Router, full_precision, slots_of
+from softmoe_cli.moe.routing import DenseRouting, Router, full_precision, noise_like, slots_of
 
 EPS = 1e-6
 
@@ -131,7 +131,7 @@ class SoftRouter(Router):
         with full_precision(x):
             logits = soft_logits(x.to(self.phi.dtype), self.phi, self.scale)
             if self.training and self.noise_std > 0:
-                logits = logits + self.noise_std * torch.randn_like(logits)
+                logits = logits + self.noise_std * noise_like(logits)
             return DenseRouting(*soft_weights(logits, keep), logits.new_zeros(()))
 
     @torch.no_grad()

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from softmoe_cli.moe.routing import Router, SparseRouting, full_precision, slots_of
+from softmoe_cli.moe.routing import Router, SparseRouting, full_precision, noise_like, slots_of
 
 
 def choose(scores: Float[Tensor, "*t e"], k: int) -> Int[Tensor, "*t k"]:
@@ -148,10 +148,13 @@ class Gate(nn.Module):
         """What outputs are multiplied by: the gates, or their share in the sum over the chosen experts."""
         return gates / gates.gather(2, chosen).sum(dim=2, keepdim=True) if self.function.endswith("_chosen") else gates
 
-    def forward(self, x: Float[Tensor, "g s d"]) -> tuple[Float[Tensor, "g s e"], Float[Tensor, "g s e"]]:
-        """Logits without noise, and those to use: in training with noise of std noise_std / e."""
+    def forward(
+        self, x: Float[Tensor, "g s d"], images: int = 1
+    ) -> tuple[Float[Tensor, "g s e"], Float[Tensor, "g s e"]]:
+        """Logits without noise, and those to use: in training with noise of std noise_std / e. A group is so many
+        images."""
         clean = x.to(self.kernel.dtype) @ self.kernel
-        noisy = clean + self.std * torch.randn_like(clean) if self.training and self.std > 0 else clean
+        noisy = clean + self.std * noise_like(clean, images) if self.training and self.std > 0 else clean
         return clean, noisy
 
 
@@ -197,6 +200,9 @@ class Balanced(nn.Module):
         if self.bias_rate and self.training:
             with torch.no_grad():  # in here: torch.export cannot tell of a block in which nothing happens
                 self.demand += demand
+
+    def counted(self) -> list[Tensor]:
+        return [self.demand] if self.bias_rate else []
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -321,7 +327,7 @@ class TokensChoiceRouter(Router):
     def forward(self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None = None) -> SparseRouting:
         with full_precision(x):
             tokens, kept = grouped_tokens(x, keep, self.images_per_group)
-            clean, noisy = self.gate(tokens)
+            clean, noisy = self.gate(tokens, self.images_per_group)
             gates = self.gate.activate(noisy)
             aux_loss = self.balance.loss(self.gate, clean, noisy, gates, kept, self.k)
             chosen = choose(self.balance.scores(gates), self.k)
@@ -330,6 +336,9 @@ class TokensChoiceRouter(Router):
             routing = place(weights, chosen, kept, order, self.slots_per_expert, aux_loss, shape)
             self.balance.count(routing.demand)
             return routing
+
+    def counted(self) -> list[Tensor]:
+        return self.balance.counted()
 
     def after_update(self) -> None:
         self.balance.settle()

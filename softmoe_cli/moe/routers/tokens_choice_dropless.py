@@ -82,7 +82,7 @@ class TokensChoiceDroplessRouter(Router):
         b, n, _ = x.shape
         with full_precision(x):
             tokens, kept = grouped_tokens(x, keep, self.loss_images)
-            clean, noisy = self.gate(tokens)
+            clean, noisy = self.gate(tokens, self.loss_images)
             gates = self.gate.activate(noisy)
             aux_loss = self.balance.loss(self.gate, clean, noisy, gates, kept, self.k)
             chosen = choose(self.balance.scores(gates), self.k)
@@ -95,6 +95,9 @@ class TokensChoiceDroplessRouter(Router):
             self.balance.count(sizes)
             offsets = sizes.cumsum(dim=0).int()
             return SparseRouting(order // self.k, gate[order], aux_loss, sizes, (b, n), offsets)
+
+    def counted(self) -> list[Tensor]:
+        return self.balance.counted()
 
     def after_update(self) -> None:
         self.balance.settle()

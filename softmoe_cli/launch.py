@@ -1,0 +1,159 @@
+"""`devices=N`: starts N processes of this machine that train together, through torch's elastic launcher.
+
+When one goes wrong all end, and the launcher says what the first one said; or all start again from the last checkpoint,
+where `restarts=` asks for it. Where torchrun has started the processes none of this is needed.
+"""
+
+import contextlib
+import json
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import uuid
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from softmoe_cli.config import Config, UsageError
+from softmoe_cli.files import RunError, write_atomically
+
+GRACE_S = 120
+"""How long processes that were asked to save and leave have for it before they are ended."""
+TAKEN_S = 3
+"""How long a process that has saved waits for the launcher to take its word."""
+
+
+@dataclass(frozen=True)
+class Note:
+    """What a process left behind that did not get to its end."""
+
+    rank: int
+    time: float
+    code: int
+    text: str
+    lost: bool
+    """Whether all it knew was that another one is gone."""
+
+
+def launch(config: Config, command: str) -> None:
+    """Trains in `config.devices` processes until all are done.
+
+    Raises:
+        UsageError, RunError: what the first process that failed has said, or how it was ended.
+        KeyboardInterrupt: a signal asked to stop; the state is saved.
+    """
+    for engine in logging.root.manager.loggerDict:
+        if engine.startswith(("torch.distributed.elastic", "torch.multiprocessing")):
+            logging.getLogger(engine).setLevel(logging.CRITICAL)  # what matters is said here
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["softmoe_cli.train", "softmoe_cli.cli"])
+    with tempfile.TemporaryDirectory(prefix="softmoe-") as folder:
+        elastic = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=config.devices,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            local_addr="localhost",
+            max_restarts=config.restarts,
+            start_method="forkserver",
+            signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+            shutdown_timeout=GRACE_S,
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
+        )
+        try:
+            codes = elastic_launch(elastic, _process)(config, command, os.getcwd(), dict(os.environ), folder)
+        except SignalException as error:
+            raise KeyboardInterrupt(error.sigval.name) from error
+        except ChildFailedError as error:
+            code, text = cause(Path(folder), config.devices, {r: f.exitcode for r, f in error.failures.items()})
+            if code == 130:
+                raise KeyboardInterrupt(notes(Path(folder))[0].text) from error
+            raise UsageError(text) if code == 2 else RunError(f"{text}; type the same command to go on") from error
+        finally:
+            for process in multiprocessing.active_children():  # a second Ctrl-C leaves them to us
+                process.kill()
+        if any(codes.values()):
+            raise KeyboardInterrupt(notes(Path(folder))[0].text)
+
+
+def notes(folder: Path) -> list[Note]:
+    """Those of the last attempt, the earliest first."""
+    found = [Note(**json.loads(path.read_text())) for path in folder.glob("note-*.json")]
+    return sorted(found, key=lambda note: note.time)
+
+
+def cause(folder: Path, devices: int, exits: dict[int, int]) -> tuple[int, str]:
+    """Exit status and the sentence that says why `devices` processes ended: the first error that is not about another
+    process; or else the process that said nothing, because something ended it. `exits` are the statuses known."""
+    found = notes(folder)
+    for note in found:
+        if not note.lost:
+            return note.code, f"process {note.rank} of {devices}: {note.text}"
+    silent = sorted({*range(devices)} - {note.rank for note in found}) or sorted(exits)
+    killed = [rank for rank in silent if exits.get(rank, 0) < 0] or silent
+    by = f" by {signal.Signals(-exits[killed[0]]).name}" if exits.get(killed[0], 0) < 0 else ""
+    which = " or ".join(map(str, killed))
+    return 1, f"process {which} of {devices} was killed{by}, which is what the system does when memory runs out"
+
+
+def _process(config: Config, command: str, directory: str, environment: dict[str, str], folder: str) -> int:
+    """One of the processes: 0 when the run is done, 130 when all have saved and leave. It is in a process group of its
+    own, so that a Ctrl-C reaches the launcher alone, and is asked to leave when the launcher is gone."""
+    os.setpgid(0, 0)
+    os.chdir(directory)
+    os.environ.update(environment)
+    launcher = multiprocessing.parent_process()
+    assert launcher is not None
+
+    def watch() -> None:
+        launcher.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+    from softmoe_cli.models import read_checkpoint
+    from softmoe_cli.parallel import ATTEMPT, Lost
+    from softmoe_cli.terminal import Screen
+    from softmoe_cli.train import train
+
+    rank, attempt, screen = int(os.environ["RANK"]), int(os.environ[ATTEMPT]), Screen()
+    if attempt and rank == 0:
+        screen.say(f"{cause(Path(folder), config.devices, {})[1]}; restart {attempt} of {config.restarts}")
+        for path in Path(folder).glob(f"note-{attempt - 1}-*.json"):
+            path.unlink()
+
+    def leave(code: int, text: str, lost: bool = False) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher ends the others when one has ended
+        note = Note(rank, time.time(), code, text, lost)
+        write_atomically(Path(folder) / f"note-{attempt}-{rank}.json", json.dumps(asdict(note)))
+        sys.stdout.flush()
+
+    try:
+        train(config, command, read_checkpoint(config.checkpoint) if config.checkpoint else None, screen)
+    except KeyboardInterrupt as error:
+        leave(130, str(error))
+        with contextlib.suppress(RuntimeError):
+            dist.barrier()  # the first one may still be saving
+        # The launcher takes our word at once, unless it was told to stop itself, or is gone.
+        ending = threading.Timer(TAKEN_S, os._exit, (130,))
+        ending.daemon = True
+        ending.start()
+        return 130
+    except (UsageError, RunError) as error:
+        leave(2 if isinstance(error, UsageError) else 1, str(error), isinstance(error, Lost))
+        os._exit(1)
+    except Exception as error:  # a defect: its traceback is what there is to say
+        traceback.print_exc()
+        leave(1, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+        os._exit(1)
+    return 0

@@ -1,0 +1,289 @@
+"""Several processes that train one model: who does what, and what they tell each other.
+
+Every process goes through the same loop. Of each part of a batch it takes a run of whole routing groups; what it adds
+up, the others add theirs to; what only one can do (files, W&B, the terminal), the first process does. So that the
+numbers do not depend on how many there are, noise is drawn for a whole batch by every process, which keeps its rows.
+"""
+
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from timm.layers import DropPath
+from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
+
+from softmoe_cli.config import Config, UsageError
+from softmoe_cli.device import cores
+from softmoe_cli.files import RunError
+from softmoe_cli.moe.routing import of_whole_batch, whole_batch
+
+T = TypeVar("T")
+
+TOLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun says to each process that it starts."""
+ATTEMPT = "TORCHELASTIC_RESTART_COUNT"
+"""How often the processes of this run were started again."""
+PATIENCE = timedelta(minutes=30)
+"""How long a process waits for another one, which may be writing a checkpoint."""
+
+
+class Lost(RunError):
+    """Another process is gone; why, that one says."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which images of each part of a batch are a process's own: `first` up to, not including, `last` of `total`."""
+
+    first: int
+    last: int
+    total: int
+    of_groups: float
+    """Its share of the part's routing groups, over which auxiliary losses are means."""
+
+    @property
+    def of_images(self) -> float:
+        return (self.last - self.first) / self.total
+
+    def rows(self, parts: int) -> Tensor | slice:
+        """The positions of its images in a batch of `parts` parts."""
+        if self.last - self.first == self.total:
+            return slice(None)
+        own = torch.arange(self.first, self.last)
+        return torch.cat([own + self.total * part for part in range(parts)])
+
+
+@dataclass(frozen=True)
+class Turns:
+    """Which batches of an evaluation are a process's own, and how what all found comes together."""
+
+    batches: int
+    crew: "Crew"
+
+    @property
+    def own(self) -> list[int]:
+        """Every process has as many, because a model whose weights are spread needs all at each of its turns; what is
+        too much, the first batch once more, is not counted."""
+        rounds = -(-self.batches // self.crew.size)
+        turns = range(self.crew.rank, rounds * self.crew.size, self.crew.size)
+        return [turn if turn < self.batches else 0 for turn in turns]
+
+    def collect(self, found: list[T]) -> list[T]:
+        """What was found on each batch, in the order of the batches, from what was found on one's own."""
+        if self.crew.size == 1:
+            return found
+        everyones = self.crew.gather(tree_map_only(Tensor, Tensor.cpu, found))
+        return [item for items in zip(*everyones, strict=True) for item in items][: self.batches]
+
+
+class Crew:
+    """The processes of one run as one of them sees them; alone, everything is at once what it asks for."""
+
+    def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, local_size: int = 1) -> None:
+        self.rank, self.size, self.local_rank, self.local_size = rank, size, local_rank, local_size
+
+    @property
+    def first(self) -> bool:
+        """Whether it is this process that writes and speaks."""
+        return self.rank == 0
+
+    def share(self, config: Config) -> Share:
+        """Its own images of each part of a batch: whole routing groups, as evenly as they go.
+
+        Raises:
+            UsageError: too few groups for so many processes.
+        """
+        images = config.train.batch_size // config.train.accumulate
+        group = config.model.router.get("images_per_group", 1)
+        groups = -(-images // group)
+        if groups < self.size:
+            kind = f"groups of model.router.images_per_group={group} images" if group > 1 else "images"
+            raise UsageError(
+                f"{self.size} processes cannot divide {groups} {kind}, which is what each of "
+                f"train.accumulate={config.train.accumulate} parts of train.batch_size={config.train.batch_size} has; "
+                f"use at most {groups} devices, a larger batch or fewer parts"
+            )
+        start, end = (groups * place // self.size for place in (self.rank, self.rank + 1))
+        return Share(start * group, min(end * group, images), images, (end - start) / groups)
+
+    def describe(self, config: Config) -> str:
+        """What each does, for the header."""
+        share = self.share(config)
+        machines = self.size // self.local_size
+        where = f" on {machines} machines" if machines > 1 else ""
+        own = f"{share.last - share.first} of {share.total} images"
+        return f"{self.size}{where}, data parallel (ddp): each has the whole model; this one takes {own} at a time"
+
+    def turns(self, images: int, batch_size: int) -> Turns:
+        return Turns(-(-images // batch_size), self)
+
+    def add(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes, in place."""
+        if self.size > 1:
+            with _contact():
+                dist.all_reduce(tensor)
+        return tensor
+
+    def most(self, number: float) -> float:
+        """The largest of all processes' numbers: what they decide by must be the same to all."""
+        if self.size == 1:
+            return number
+        known = torch.tensor([number], dtype=torch.float64)
+        with _contact():
+            dist.all_reduce(known, dist.ReduceOp.MAX)
+        return known.item()
+
+    def ask_first(self, question: Callable[[], T]) -> T:
+        """The first process's answer; no other one is asked."""
+        if self.size == 1:
+            return question()
+        box: list[Any] = [question() if self.first else None]
+        with _contact():
+            dist.broadcast_object_list(box)
+        return box[0]
+
+    def gather(self, items: T) -> list[T]:
+        """Everyone's, by rank."""
+        if self.size == 1:
+            return [items]
+        everyones: list[Any] = [None] * self.size
+        with _contact():
+            dist.all_gather_object(everyones, items)
+        return everyones
+
+    @contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """The first process of each machine goes first, the others when it is done: for what is fetched to a disk."""
+        if self.size > 1 and self.local_rank:
+            self._wait()
+        yield
+        if self.size > 1 and not self.local_rank:
+            self._wait()
+
+    def _wait(self) -> None:
+        with _contact():
+            dist.barrier()
+
+    def joules(self, own: float | None, device: torch.device) -> float | None:
+        """What all devices used; a CPU is counted once, by its first process. None where one does not tell."""
+        if self.size == 1:
+            return own
+        counted = math.nan if own is None else own if device.type != "cpu" or self.local_rank == 0 else 0.0
+        total = self.add(torch.tensor(counted, dtype=torch.float64)).item()
+        return None if math.isnan(total) else total
+
+    def prepare(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
+        """The forward pass whose gradients are everyone's, added up while they come (DistributedDataParallel)."""
+        if self.size == 1:
+            return model
+        for module in list(model.modules()):
+            for name, child in module.named_children():
+                if type(child) is DropPath:
+                    setattr(module, name, WholeBatchDropPath(child.drop_prob, child.scale_by_keep))
+        own = [name for name, _ in model.named_buffers()]  # equal by themselves, or counted by each for itself
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, own)
+        with _contact():
+            parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        parallel.register_comm_hook(None, _add_up)
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view")  # phi's, which are small
+        return parallel
+
+    def passing(self, forward: Callable[[Tensor], Tensor], share: Share, *, last: bool) -> AbstractContextManager[Any]:
+        """Around one part of a batch, forwards and backwards; gradients are exchanged with the last one."""
+        if self.size == 1:
+            return nullcontext()
+        return self._passing(forward, share, last)
+
+    @contextmanager
+    def _passing(self, forward: Any, share: Share, last: bool) -> Iterator[None]:
+        held_back = nullcontext() if last else forward.no_sync()
+        with _contact(), whole_batch(share.first, share.total), held_back:
+            yield
+
+
+ALONE = Crew()
+
+
+def largest_share(images: int, router: dict[str, Any], size: int) -> int:
+    """The images of a part of `images` images that the busiest of `size` processes has."""
+    group = router.get("images_per_group", 1)
+    groups = -(-images // group)
+    return min(-(-groups // size) * group, images)
+
+
+def _add_up(_state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
+    """Gradients are added: each process's loss is weighted with its share of the images already."""
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    assert work is not None
+    done: torch.futures.Future[Tensor] = work.get_future().then(lambda future: future.value()[0])
+    return done
+
+
+class WholeBatchDropPath(DropPath):
+    """timm's stochastic depth with the draws of the whole batch, of which a process keeps its images'."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.drop_prob == 0.0 or not self.training:
+            return x
+        keep = 1 - self.drop_prob
+        drawn = of_whole_batch(x.new_empty(len(x), *[1] * (x.ndim - 1)), lambda whole: whole.bernoulli_(keep))
+        return x * (drawn / keep if self.scale_by_keep else drawn)
+
+
+@contextmanager
+def joined(config: Config) -> Iterator[Crew]:
+    """Joins the processes that torchrun, or `devices=`, has started for this run; alone where nobody has.
+
+    Raises:
+        UsageError: torchrun's words are incomplete, or there are fewer devices than processes.
+    """
+    if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
+        yield ALONE
+        return
+    missing = [name for name in TOLD if name not in os.environ]
+    if missing:
+        raise UsageError(f"RANK={os.environ['RANK']} says that torchrun started this, but {missing[0]} is not set")
+    rank, size, local_rank, local_size = (int(os.environ[name]) for name in TOLD[:4])
+    if config.device == "mps":
+        raise UsageError(f"device=mps is one device: {size} processes cannot share it; use device=cpu")
+    if config.devices not in (1, size):
+        raise UsageError(f"devices={config.devices}, but torchrun has started {size} processes; leave devices out")
+    if config.train.batch_size == "auto":
+        raise UsageError(f"train.batch_size=auto knows one device, and there are {size}; give a number")
+    cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+    if cuda:
+        if local_size > torch.cuda.device_count():
+            raise UsageError(f"{local_size} processes on a machine with {torch.cuda.device_count()} CUDA devices")
+        torch.cuda.set_device(local_rank)
+    elif config.threads is None:
+        torch.set_num_threads(max(1, cores() // local_size))  # or each process would take them all
+    with _contact():
+        store, *_ = next(rendezvous("env://", timeout=PATIENCE))
+        # The launcher's store outlives a restart, and with it the addresses of processes that are gone.
+        store = PrefixStore(f"attempt {os.environ.get(ATTEMPT, 0)}", store)
+        kinds = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(kinds, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+    yield Crew(rank, size, local_rank, local_size)
+    dist.destroy_process_group()  # not after an error: others may never come
+
+
+@contextmanager
+def _contact() -> Iterator[None]:
+    """Turns the engine's word for a process that is gone into ours."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error):
+            raise Lost(f"lost contact with another process ({str(error).splitlines()[0]})") from error
+        raise

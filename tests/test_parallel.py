@@ -1,0 +1,303 @@
+"""Several processes train the model that one would: the same batches, numbers and files."""
+
+import json
+import os
+import signal
+import socket
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from timm.layers import DropPath
+from torch import Tensor
+
+from softmoe_cli import data
+from softmoe_cli.config import Config, UsageError
+from softmoe_cli.launch import Note, cause
+from softmoe_cli.memory import predict_for
+from softmoe_cli.moe.routing import noise_like, whole_batch
+from softmoe_cli.parallel import Crew, Turns, WholeBatchDropPath, largest_share
+from tests.conftest import TINY
+from tests.oracles import compose
+from tests.processes import Started
+from tests.test_train import CLOCKS, last, rows, the_run
+
+HOW = {"devices", "parallel", "hardware", "peak_mib"}
+"""What a result says of how it came about."""
+EVERYTHING = (
+    "train.steps=50", "train.batch_size=20", "train.accumulate=2", "train.eval_batch_size=48", "train.ema=0.9",
+    "train.fewshot=[1]", "augment.mixup=0.2", "augment.crop=resized", "augment.randaugment=[1,5]", "augment.erase=0.3",
+    "model.backbone.drop_path=0.2", "train.log_every=1", "train.eval_every=25",
+)  # fmt: skip
+"""All that is random, parts that no number of processes divides, and evaluations whose last batch is short."""
+CPU = torch.device("cpu")
+
+
+def start(folder: Path, size: int, *arguments: str, dtype: str = "float64") -> list[Started]:
+    """The processes that `torchrun --nproc-per-node=SIZE -m softmoe_cli train ARGUMENTS` would start."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    told = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    return [
+        Started(
+            folder,
+            ["train", *TINY, "threads=1", *arguments],
+            {key: str(value) for key, value in (told | {"RANK": rank, "LOCAL_RANK": rank}).items()},
+            f"{rank}.txt",
+            dtype,
+        )
+        for rank in range(size)
+    ]
+
+
+def finish(processes: list[Started], code: int = 0) -> list[str]:
+    ended = [process.wait() for process in processes]
+    assert [left for left, _ in ended] == [code] * len(ended), "\n".join(out for _, out in ended)
+    return [out for _, out in ended]
+
+
+def split(row: dict[str, Any]) -> tuple[dict[str, float], dict[str, Any]]:
+    """The numbers of a row, and the rest; seconds, and how many processes there were, are left out."""
+    kept = {key: value for key, value in row.items() if key not in CLOCKS | HOW}
+    numbers = {key: value for key, value in kept.items() if isinstance(value, int | float)}
+    return numbers, {key: value for key, value in kept.items() if key not in numbers}
+
+
+def alike(a: Path, b: Path, tolerance: float) -> None:
+    """Every row, weight, moment and random state."""
+    results = [[json.loads((run / "result.json").read_text())] for run in (a, b)]
+    files = [[rows(run, path.name) for run in (a, b)] for path in sorted(a.glob("*.jsonl"))]
+    for these, those in [results, *files]:
+        for x, y in zip(these, those, strict=True):
+            (numbers, rest), (expected, other) = split(x), split(y)
+            assert numbers == pytest.approx(expected, rel=tolerance, abs=tolerance)
+            assert rest == other
+    for file in ("model.safetensors", "training.safetensors"):
+        found, wanted = (load_file(last(run) / file) for run in (a, b))
+        assert found.keys() == wanted.keys()
+        for key, value in found.items():
+            torch.testing.assert_close(value, wanted[key], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("router", "size", "options"),
+    [
+        ("dense", 2, ()),
+        ("experts_choice", 2, ("model.router.noise_std=1",)),
+        (
+            "tokens_choice",
+            4,
+            ("model.router.noise_std=1", "model.router.images_per_group=2", "model.router.bias_rate=0.01"),
+        ),
+    ],
+)
+def test_the_numbers_do_not_depend_on_the_number_of_processes(
+    tmp_path: Path, router: str, size: int, options: tuple[str, ...]
+) -> None:
+    line = (*EVERYTHING, f"model/router={router}", *options)
+    alone, together = start(tmp_path / "alone", 1, *line), start(tmp_path / "together", size, *line)
+    finish(alone)
+    outs = finish(together)
+    assert [bool(out) for out in outs] == [True, *[False] * (size - 1)], "only the first one speaks"
+    alike(the_run(tmp_path / "alone"), the_run(tmp_path / "together"), 1e-10)
+    result = json.loads((the_run(tmp_path / "together") / "result.json").read_text())
+    assert result["devices"] == size and result["parallel"] == "ddp" and result["hardware"].startswith(f"{size} x ")
+
+
+@pytest.mark.long
+def test_four_stop_two_go_on_one_ends(tmp_path: Path) -> None:
+    """A signal to any one of them stops all at the same step."""
+    line = (*EVERYTHING, "model.router.noise_std=0.5")
+    whole = start(tmp_path / "whole", 1, *line)
+    seen = 0
+    for size, asked in ((4, 3), (2, 0)):
+        processes = start(tmp_path / "parts", size, *line)
+        while sum(file.stat().st_size for file in tmp_path.glob("parts/outputs/*/*/metrics.jsonl")) <= seen:
+            assert not processes[0].ended
+            time.sleep(0.01)
+        processes[asked].send(signal.SIGTERM)
+        assert "stopped by SIGTERM" in finish(processes, 130)[0]
+        seen = (the_run(tmp_path / "parts") / "metrics.jsonl").stat().st_size
+    assert "going on from step" in finish(start(tmp_path / "parts", 1, *line))[0]
+    finish(whole)
+    alike(the_run(tmp_path / "whole"), the_run(tmp_path / "parts"), 1e-10)
+
+
+def workers(launcher: int) -> list[int]:
+    """The processes that train: descendants, each at the head of a process group."""
+    parents: dict[int, int] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+        except OSError:  # it has just ended
+            continue
+
+    def below(pid: int) -> bool:
+        return pid in parents and (parents[pid] == launcher or below(parents[pid]))
+
+    return sorted(pid for pid in parents if below(pid) and os.getpgid(pid) == pid)
+
+
+@pytest.mark.long
+def test_a_killed_process(tmp_path: Path) -> None:
+    """`devices=2`: killed once, all start again from the last checkpoint; killed again, all end and say so. The same
+    command, with one process, ends as if nothing had been."""
+    line = ("train.steps=200", "train.save_seconds=0", "train.log_every=1", "model.router.noise_std=0.1")
+    alone = start(tmp_path / "alone", 1, *line, dtype="")
+    launcher = Started(
+        tmp_path / "killed", ["train", *TINY, "threads=1", *line, "devices=2", "restarts=1"], {}, own_server=True
+    )
+    seen = 0
+    for _ in range(2):
+        rows_file = tmp_path / "killed" / "outputs"
+        while sum(file.stat().st_size for file in rows_file.glob("*/*/metrics.jsonl")) <= seen:
+            assert not launcher.ended, launcher.wait()[1]
+            time.sleep(0.01)
+        victims = workers(launcher.pid)
+        assert len(victims) == 2
+        os.kill(victims[1], signal.SIGKILL)
+        while victims[1] in workers(launcher.pid):
+            time.sleep(0.01)
+        seen = sum(file.stat().st_size for file in rows_file.glob("*/*/metrics.jsonl")) + 500
+    code, out = launcher.wait(60)
+    assert code == 1 and "restart 1 of 1" in out and "going on from step" in out, out
+    assert "process 1 of 2 was killed" in out and "type the same command to go on" in out, out
+    assert not any(Path(f"/proc/{pid}").exists() for pid in victims)
+    finish(start(tmp_path / "killed", 1, *line, dtype=""))
+    finish(alone)
+    alike(the_run(tmp_path / "alone"), the_run(tmp_path / "killed"), 1e-4)
+
+
+def test_memory_of_each_of_several_processes() -> None:
+    """A quarter of the batch's activations; gradients are there from the start, and twice while parts add up."""
+    whole = compose("model/backbone=vit_nano4", "data=fashion_mnist", "train.batch_size=64")
+    quarter = compose("model/backbone=vit_nano4", "data=fashion_mnist", "train.batch_size=16")
+    own, alone = predict_for(whole, 10, CPU, 4), predict_for(quarter, 10, CPU)
+    assert (own.state_bytes, own.activation_bytes) == (alone.state_bytes, alone.activation_bytes)
+    assert alone.peak_bytes < own.peak_bytes <= alone.peak_bytes + own.gradient_bytes
+    parts = replace(whole, train=replace(whole.train, accumulate=2))
+    in_parts, one_in_parts = predict_for(parts, 10, CPU, 4), predict_for(parts, 10, CPU)
+    assert in_parts.peak_bytes - in_parts.gradient_bytes < one_in_parts.peak_bytes
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize(("batch", "parts", "group"), [(24, 2, 1), (20, 1, 4), (36, 2, 4)])
+def test_shares_are_whole_groups_and_make_the_batch(size: int, batch: int, parts: int, group: int) -> None:
+    config = sized(batch, parts, group)
+    shares = [Crew(rank, size).share(config) for rank in range(size)]
+    assert [share.first for share in shares] == [0, *[share.last for share in shares[:-1]]]
+    assert shares[-1].last == shares[0].total == batch // parts
+    assert all(share.first % group == 0 for share in shares)
+    assert sum(share.of_images for share in shares) == pytest.approx(1)
+    assert sum(share.of_groups for share in shares) == pytest.approx(1)
+    busiest = max(share.last - share.first for share in shares)
+    assert busiest <= largest_share(batch // parts, config.model.router, size) < busiest + group
+    positions = torch.arange(batch)
+    assert sorted(torch.cat([positions[share.rows(parts)] for share in shares]).tolist()) == positions.tolist()
+
+
+def sized(batch: int, parts: int, group: int) -> Config:
+    return compose(
+        "model/router=tokens_choice",
+        f"model.router.images_per_group={group}",
+        f"train.batch_size={batch}",
+        f"train.accumulate={parts}",
+    )
+
+
+def test_too_many_processes_for_the_groups() -> None:
+    with pytest.raises(UsageError, match="5 processes cannot divide 4 groups of"):
+        Crew(0, 5).share(sized(32, 2, 4))
+
+
+def test_words_of_torchrun(softmoe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "LOCAL_RANK is not set" in softmoe("train", *TINY).err
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+    assert "torchrun has started 2 processes" in softmoe("train", *TINY, "devices=3").err
+    assert "train.batch_size=auto knows one device" in softmoe("train", *TINY, "train.batch_size=auto").err
+    assert "device=mps is one device" in softmoe("train", *TINY, "device=mps").err
+
+
+@pytest.mark.parametrize("mixup", [0.0, 0.5])
+def test_rows_of_a_batch_are_those_of_the_whole(mixup: float) -> None:
+    """Order, crop, flip, RandAugment and mixup of an image do not depend on which others are made."""
+    config = compose(
+        "augment.crop=resized", "augment.hflip=0.5", "augment.randaugment=[2,10]", "augment.erase=0.5",
+        f"augment.mixup={mixup}", f"augment.cutmix={mixup}",
+    )  # fmt: skip
+    images = data.load(config.data).train.subset(np.arange(40))
+
+    def batches(chosen: Tensor | slice) -> list[tuple[Tensor, Tensor]]:
+        made = data.train_batches(
+            images, config.data, config.augment, image_size=8, in_chans=1, num_classes=10, batch_size=10,
+            label_smoothing=0.1, seed=3, first_step=0, device=CPU, rows=chosen,
+        )  # fmt: skip
+        return [next(made) for _ in range(3)]
+
+    chosen = torch.tensor([0, 1, 4, 7])
+    for (x, targets), (whole, all_targets) in zip(batches(chosen), batches(slice(None)), strict=True):
+        assert torch.equal(x, whole[chosen]) and torch.equal(targets, all_targets[chosen])
+
+
+def test_noise_is_that_of_the_whole_batch() -> None:
+    """And the random state moves on as if the whole had been there."""
+    x = torch.empty(12, 3, 4)
+    torch.manual_seed(0)
+    whole, after = noise_like(x), torch.rand(())
+    for first, end in ((0, 4), (4, 12)):
+        torch.manual_seed(0)
+        with whole_batch(first, 12):
+            assert torch.equal(noise_like(x[first:end]), whole[first:end])
+        assert torch.rand(()) == after
+    torch.manual_seed(0)
+    groups = noise_like(torch.empty(6, 3, 4))
+    torch.manual_seed(0)
+    with whole_batch(6, 12):
+        assert torch.equal(noise_like(torch.empty(3, 3, 4), images=2), groups[3:])
+
+
+def test_dropped_paths_are_those_of_the_whole_batch() -> None:
+    x = torch.randn(24, 5, 3)
+    torch.manual_seed(0)
+    expected = DropPath(0.4).train()(x)
+    torch.manual_seed(0)
+    with whole_batch(8, 24):
+        assert torch.equal(WholeBatchDropPath(0.4).train()(x[8:20]), expected[8:20])
+    assert WholeBatchDropPath(0.4).eval()(x) is x
+
+
+@pytest.mark.parametrize(("batches", "size"), [(7, 3), (2, 4), (1, 1)])
+def test_every_batch_is_counted_once(batches: int, size: int) -> None:
+    owns = [Turns(batches, Crew(rank, size)).own for rank in range(size)]
+    assert len({len(own) for own in owns}) == 1, "all take as many turns"
+
+    class Told(Crew):
+        def gather(self, items: Any) -> list[Any]:
+            return owns
+
+    assert Turns(batches, Told(0, size)).collect(owns[0]) == list(range(batches))
+
+
+def test_what_ended_a_run(tmp_path: Path) -> None:
+    """The first error that is not about another process; or else the one that had no time to say anything."""
+
+    def note(rank: int, moment: float, text: str, lost: bool) -> None:
+        written = asdict(Note(rank, moment, 1, text, lost))
+        (tmp_path / f"note-0-{rank}.json").write_text(json.dumps(written))
+
+    note(0, 1.0, "lost contact", True)
+    note(2, 2.0, "lost contact", True)
+    assert cause(tmp_path, 3, {0: 1})[1].startswith("process 1 of 3 was killed,")
+    assert cause(tmp_path, 3, {1: -9})[1].startswith("process 1 of 3 was killed by SIGKILL,")
+    note(1, 3.0, "no room", False)
+    assert cause(tmp_path, 3, {0: 1}) == (1, "process 1 of 3: no room")
