@@ -15,7 +15,7 @@ import urllib.error
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -359,7 +359,7 @@ class _Decoded(Dataset):
     seed: int = 0
     batch_size: int = 0
     """Of the whole batch, of which the images are `rows`: seeds are drawn for all of it."""
-    rows: Int64[Tensor, " r"] | slice = slice(None)
+    rows: Int64[Tensor, " r"] | slice = field(default_factory=lambda: slice(None))
 
     def __getitem__(self, asked: tuple[int, list[int]]) -> tuple[Tensor | None, str]:
         step, index = asked

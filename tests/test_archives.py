@@ -433,7 +433,7 @@ def test_training_sees_what_timm_shows(tmp_path: Path, workers: int, monkeypatch
     assert (tuple(crop.scale), crop.ratio) == ((0.08, 1.0), (3 / 4, 4 / 3))
     images, size = load(data).test, 5
 
-    def ours(first_step: int, rows: Any = slice(None)) -> list[Tensor]:
+    def ours(first_step: int, rows: Tensor | slice = slice(None)) -> list[Tensor]:
         found = train_batches(
             images, data, change, image_size=64, in_chans=3, num_classes=3, batch_size=size, label_smoothing=0.0,
             seed=3, first_step=first_step, device=CPU, rows=rows,
