@@ -321,7 +321,8 @@ def _by_leaf(key: str, keys: list[str]) -> str:
 def _block(title: str, runs: list[Run], by: list[str], columns: list[str], question: Question) -> Block:
     gathered: dict[str, Group] = {}
     for run in sorted(runs, key=lambda run: (run.row["seed"], run.row["signature"])):
-        settings = {key: run.row.get(key) for key in by} if by else run.settings()
+        settings = run.settings()
+        settings = {key: settings.get(key, run.row.get(key)) for key in by} if by else settings
         gathered.setdefault(json.dumps(settings, sort_keys=True), Group(settings, [])).runs.append(run)
     groups = [gathered[key] for key in sorted(gathered)]
     _name(groups)
@@ -376,10 +377,18 @@ def _part(group: Group, key: str) -> str:
     if key == "model.router._target_":
         value = row.get("router", value)
     if key in ("checkpoint.origin", "checkpoint.digest"):
-        value = Path(str(row.get("checkpoint") or value)).name
+        value = _source_name(Path(str(row.get("checkpoint") or value)))
     text = ",".join(map(str, value)) if isinstance(value, list) else _said(value)
     told = LABELS.get(key, f"{key.rpartition('.')[2]} {{}}").format(text)
     return told.replace("experts", "expert").replace("slots/", "slot/") if text == "1" else told
+
+
+def _source_name(weights: Path) -> str:
+    """The run's name, or the folder's, where that says more than the file's."""
+    if weights.name != "model.safetensors":
+        return weights.name
+    folder = weights.parent
+    return (folder.parents[1] if folder.parent.name == "checkpoints" else folder).name or str(weights)
 
 
 def _mixed_notes(groups: list[Group]) -> list[str]:

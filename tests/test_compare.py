@@ -89,6 +89,17 @@ def test_finetunes_of_checkpoints_that_differ_by_chance_are_one_group(tmp_path: 
     assert sorted(len(group.runs) for group in compare([tmp_path], Question()).groups) == [1, 3, 3]
 
 
+@pytest.mark.parametrize(
+    ("weights", "name"),
+    [("out/RUN/checkpoints/last-00000020/model.safetensors", "RUN"), ("up/soft/model.safetensors", "soft"),
+     ("a/b.safetensors", "b.safetensors"), ("model.safetensors", "model.safetensors"), ("timm:vit", "timm:vit")],
+)  # fmt: skip
+def test_where_weights_come_from_is_told_by_what_says_most(tmp_path: Path, weights: str, name: str) -> None:
+    for origin_, checkpoint in (("1f", weights), ("2e", "other")):
+        write(tmp_path, row(command="finetune", checkpoint__origin=origin_, checkpoint=checkpoint))
+    assert f"from {name}" in {group.label for group in compare([tmp_path], Question()).groups}
+
+
 def test_an_origin_is_what_chance_leaves_alike() -> None:
     def made(settings: dict[str, Any], *, before: str | None = None, digest: str = "a", command: str = "train") -> str:
         source = Source("file", digest, {}, {"origin": before} if before else {})
@@ -277,6 +288,8 @@ def test_by_where_sort_and_columns(tmp_path: Path) -> None:
     by = asked(tmp_path, by=("router",))
     assert {each.label: len(each.runs) for each in by.groups} == {"soft": 6, "dense": 6}
     assert any("differ in optim.lr" in note for note in by.blocks[0].notes)
+    key = "model.router._target_"
+    assert {each.label for each in asked(tmp_path, by=(key, "optim.lr")).groups} >= {"dense, lr 0.001", "soft, lr 0.003"}
     told = group(by, "soft").difference
     assert told is not None and told.method == "Welch"
     assert [each.label for each in asked(tmp_path, where=("lr=0.001", "router=soft,dense")).groups] == ["soft", "dense"]
