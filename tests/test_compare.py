@@ -288,8 +288,8 @@ def test_by_where_sort_and_columns(tmp_path: Path) -> None:
     by = asked(tmp_path, by=("router",))
     assert {each.label: len(each.runs) for each in by.groups} == {"soft": 6, "dense": 6}
     assert any("differ in optim.lr" in note for note in by.blocks[0].notes)
-    key = "model.router._target_"
-    assert {each.label for each in asked(tmp_path, by=(key, "optim.lr")).groups} >= {"dense, lr 0.001", "soft, lr 0.003"}
+    both = asked(tmp_path, by=("model.router._target_", "optim.lr"))
+    assert {each.label for each in both.groups} >= {"dense, lr 0.001", "soft, lr 0.003"}
     told = group(by, "soft").difference
     assert told is not None and told.method == "Welch"
     assert [each.label for each in asked(tmp_path, where=("lr=0.001", "router=soft,dense")).groups] == ["soft", "dense"]
