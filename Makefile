@@ -4,8 +4,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 VENV = $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("softmoe needs Python 3.11 or newer; say make PYTHON=python3.11")' && $(PYTHON) -m venv .venv
-# --no-compile: Python compiles on its first import what is used, a small part of what is installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint .ci/constraints.txt
+# pip compiles on one core; some packages hold files that are no Python of this version, which it passes over too
+COMPILE := $(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 
 demo: .venv/demo
 	$(BIN)/softmoe train
@@ -19,11 +20,13 @@ test: .venv/test
 .venv/demo: pyproject.toml .ci/constraints.txt
 	$(VENV)
 	$(PIP) --editable .
+	$(COMPILE)
 	touch $@
 
 .venv/test: pyproject.toml .ci/constraints.txt
 	$(VENV)
 	$(PIP) --editable '.[dev]'
+	$(COMPILE)
 	touch .venv/demo $@
 
 clean:
