@@ -187,7 +187,7 @@ def greys(root: Path, classes: dict[str, list[int]], name: str = "{}_{}.png") ->
 @pytest.fixture
 def four(tmp_path: Path) -> Path:
     """A checkpoint for four classes that nobody trained."""
-    config = oracles.compose(*TINY, "data=imagenet", "data.root=x", "model.in_chans=3")
+    config = oracles.compose(*TINY, "data=imagenet", "data.root=x", "model.in_chans=3", "data.image_size=16")
     torch.manual_seed(0)
     weights = build(config.model, 4).state_dict()
     torch.nn.init.normal_(weights["head.weight"], std=3.0)
@@ -202,7 +202,7 @@ def logits(checkpoint: Path, images: list[int]) -> torch.Tensor:
     from softmoe_cli.models import load_weights, read_checkpoint
 
     source = read_checkpoint(str(checkpoint))
-    config = oracles.compose(*TINY, "data=imagenet", "data.root=x", "model.in_chans=3")
+    config = oracles.compose(*TINY, "data=imagenet", "data.root=x", "model.in_chans=3", "data.image_size=16")
     model = build(config.model, 4)
     load_weights(model, source.weights, keep_head=True, allow_unexpected=[])
     size = config.model.image_size
