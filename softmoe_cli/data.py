@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import RandomResizedCrop
 
 from softmoe_cli.archives import Stored
-from softmoe_cli.config import Augment, Data, UsageError
+from softmoe_cli.config import Augment, Data, Model, UsageError
 from softmoe_cli.device import cores
 from softmoe_cli.listing import Listing, listing
 
@@ -572,6 +572,15 @@ def eval_batches(
     for index, raw in zip(indices, raws, strict=True):
         x = _resize(_normalise(raw.to(device), in_chans, mean, std), image_size)
         yield x, images.labels[index].to(device)
+
+
+def first_images(
+    images: ImageSet, data: Data, model: Model, count: int
+) -> tuple[Float[Tensor, "b c s s"], Int64[Tensor, " b"]]:
+    """The first `count` images, or all where there are fewer, as a model sees them in evaluation; and their labels."""
+    size, channels = model.image_size, model.in_chans
+    cpu = torch.device("cpu")
+    return next(eval_batches(images, data, image_size=size, in_chans=channels, batch_size=count, device=cpu))
 
 
 def _statistics(data: Data, device: torch.device) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:

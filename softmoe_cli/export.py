@@ -72,16 +72,7 @@ def _fill(config: ExportConfig, model: Model, source: Source, receipt: dict[str,
     vit = build(model, source.weights["head.weight"].shape[0]).eval()
     load_weights(vit, source.weights, keep_head=True, allow_unexpected=[])
     splits = data.load(config.data)
-    images, _ = next(
-        data.eval_batches(
-            splits.validation,
-            config.data,
-            image_size=model.image_size,
-            in_chans=model.in_chans,
-            batch_size=config.images,
-            device=torch.device("cpu"),
-        )
-    )
+    images, _ = data.first_images(splits.validation, config.data, model, config.images)
     group = model.router.get("images_per_group", 1)
     batch = None if group == 1 else group
 

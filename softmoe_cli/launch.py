@@ -26,6 +26,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from softmoe_cli.config import Config, UsageError
 from softmoe_cli.files import RunError, write_atomically
+from softmoe_cli.sweep import follow_launcher
 
 GRACE_S = 120
 """How long processes that were asked to save and leave have for it before they are ended."""
@@ -108,19 +109,10 @@ def cause(folder: Path, devices: int, exits: dict[int, int]) -> tuple[int, str]:
 
 
 def _process(config: Config, command: str, directory: str, environment: dict[str, str], folder: str) -> int:
-    """One of the processes: 0 when the run is done, 130 when all have saved and leave. It is in a process group of its
-    own, so that a Ctrl-C reaches the launcher alone, and is asked to leave when the launcher is gone."""
-    os.setpgid(0, 0)
+    """One of the processes: 0 when the run is done, 130 when all have saved and leave."""
+    follow_launcher()
     os.chdir(directory)
     os.environ.update(environment)
-    launcher = multiprocessing.parent_process()
-    assert launcher is not None
-
-    def watch() -> None:
-        launcher.join()
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, daemon=True).start()
     from softmoe_cli.models import read_checkpoint
     from softmoe_cli.parallel import ATTEMPT, Lost
     from softmoe_cli.terminal import Screen

@@ -117,9 +117,9 @@ def note(order: Order, reason: str) -> None:
     write_atomically(order.failure, json.dumps({"reason": reason}) + "\n")
 
 
-def _in_process(order: Order) -> None:
-    """A forked job: in a process group of its own, so that a Ctrl-C reaches the launcher alone, and asked to save and
-    leave when the launcher is gone, so that nothing goes on unseen."""
+def follow_launcher() -> None:
+    """Puts a process that a launcher started into a process group of its own, so that a Ctrl-C reaches the launcher
+    alone, and has it asked to save and leave when the launcher is gone, so that nothing goes on unseen."""
     os.setpgid(0, 0)
     launcher = multiprocessing.parent_process()
     assert launcher is not None
@@ -129,6 +129,11 @@ def _in_process(order: Order) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _in_process(order: Order) -> None:
+    """A forked job."""
+    follow_launcher()
     from softmoe_cli.cli import leave
 
     leave(perform(order))

@@ -83,16 +83,7 @@ def upcycle(config: UpcycleConfig, source: Source) -> dict[str, Any]:
     new = build(model, classes)
     keys = transplant(old, new, report, noise=config.expert_noise, redraw=config.expert_redraw)
 
-    images, labels = next(
-        data.eval_batches(
-            splits.validation,
-            config.data,
-            image_size=model.image_size,
-            in_chans=model.in_chans,
-            batch_size=config.images,
-            device=torch.device("cpu"),
-        )
-    )
+    images, labels = data.first_images(splits.validation, config.data, model, config.images)
     training = carried_moments(moments, new, keys)
     loss = source.card.get("loss", "softmax")
     changes = measure(old, new, images, labels, keep_head=keep_head, loss=loss, exact=config.preserve)
