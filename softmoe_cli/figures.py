@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
@@ -49,19 +50,18 @@ def styles(groups: Iterable[Group]) -> dict[str, tuple[int, str]]:
     return {label: (colour, MARKERS[marker]) for label, (colour, marker) in at.items()}
 
 
-def figures(comparison: Comparison) -> dict[str, bytes]:
-    """File name to content."""
+def figure(comparison: Comparison, name: str) -> dict[str, bytes]:
+    """`pareto` or `curves`: file name to content."""
     files = {}
     with mpl.rc_context():
         mpl.rcdefaults()
         mpl.rcParams.update(RECIPE)
-        for name, draw in (("pareto", _pareto), ("curves", _curves)):
-            figure = _panels(comparison, draw, apart=name == "pareto")
-            for form in FORMATS:
-                out = io.BytesIO()
-                dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}[form]
-                figure.savefig(out, format=form, dpi=160, metadata=dates)
-                files[f"{name}.{form}"] = out.getvalue()
+        drawn = _panels(comparison, {"pareto": _pareto, "curves": _curves}[name], apart=name == "pareto")
+        for form in FORMATS:
+            out = io.BytesIO()
+            dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}[form]
+            drawn.savefig(out, format=form, dpi=160, metadata=dates)
+            files[f"{name}.{form}"] = out.getvalue()
     return files
 
 
@@ -136,23 +136,17 @@ def _pareto(axes: Axes, comparison: Comparison, block: Block) -> float:
         handles, labels = [handle], [f"reference, not ours: {comparison.reference_name}"]
     front = sorted(_point(group, comparison) for group in block.groups if group.front)
     (line,) = axes.plot(*zip(*front, strict=True), "--", color=GREY, linewidth=1, zorder=2, drawstyle="steps-post")
-    for group in sorted(block.groups, key=lambda group: list(look).index(group.label)):
-        colour, marker = COLOURS[look[group.label][0]], look[group.label][1]
-        x, y = _point(group, comparison)
-        drawn = axes.errorbar(
-            x,
-            y,
-            xerr=half(group.figures[cost]),
-            yerr=half(group.figures[quality]),
-            fmt=marker,
-            color=colour,
-            markersize=8,
-            markerfacecolor=colour if group.front else "white",
-            capsize=3,
-            linewidth=1.2,
-            zorder=3,
-        )
-        handles.append(drawn.lines[0])
+    groups = sorted(block.groups, key=lambda group: list(look).index(group.label))
+    colours = [COLOURS[look[group.label][0]] for group in groups]
+    x, y = np.array([_point(group, comparison) for group in groups]).T
+    x_half, y_half = np.array([[half(group.figures[key]) or 0 for group in groups] for key in (cost, quality)])
+    # All bars at once: a call for each group makes as many lines as all the rest of the figure.
+    axes.hlines(y, x - x_half, x + x_half, colours, linewidth=1.2, zorder=3)
+    axes.vlines(x, y - y_half, y + y_half, colours, linewidth=1.2, zorder=3)
+    for i, group in enumerate(groups):
+        face = colours[i] if group.front else "white"
+        style: Any = {"color": colours[i], "markerfacecolor": face, "markersize": 8, "zorder": 3}
+        handles += axes.plot(x[i], y[i], look[group.label][1], **style)
         labels.append(f"{group.label} (n={len(group.runs)})")
     _scale(axes, [_point(group, comparison)[0] for group in block.groups])
     axes.set_xlabel(COSTS[cost])

@@ -1,16 +1,21 @@
 """`softmoe compare`: its options, what it prints, and the files that it writes."""
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import hashlib
 import json
+import multiprocessing
 import os
+import sys
 from collections.abc import Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from softmoe_cli.config import UsageError, nearest
+from softmoe_cli.files import RunError
 from softmoe_cli.runs import AXES, COSTS, QUALITIES
 
 if TYPE_CHECKING:  # numpy, scipy and matplotlib are imported when there is something to compare
@@ -62,11 +67,12 @@ def run(arguments: Sequence[str]) -> int:
     question = Question(**{key: value for key, value in vars(chosen).items() if key in fields and value is not None})
     reference = _reference(chosen.reference, question) if chosen.reference is not None else None
     mode = _tracking() if chosen.wandb else "off"
+    painter = _second_process()
     comparison = compare(chosen.folders, question)
     if reference is not None:
         comparison.reference_name, comparison.reference = reference
     out = chosen.out or chosen.folders[0] / "compare"
-    files = write(comparison, out)
+    files = write(comparison, out, painter)
     print(terminal(comparison))
     print(f"\nfiles in {out}: {', '.join(files)}")
     if mode != "off":
@@ -167,17 +173,44 @@ def _reference(name: str, question: "Question") -> tuple[str, list[dict[str, str
     return title + table, rows
 
 
-def write(comparison: "Comparison", out: Path) -> list[str]:
-    """Writes every file into `out` and returns their names.
+def _second_process() -> Connection | None:
+    """A process that imports matplotlib meanwhile and then draws one of the two figures, which together take most of
+    the time; none where matplotlib is imported already or there is one core. It ends with this one."""
+    if "matplotlib" in sys.modules or (os.cpu_count() or 1) < 2:
+        return None
+    context = multiprocessing.get_context("spawn")
+    ours, its = context.Pipe()
+    context.Process(target=_paint, args=(its,), daemon=True).start()
+    its.close()  # so that its end is the end of the line
+    return ours
+
+
+def _paint(questioner: Connection) -> None:
+    from softmoe_cli.figures import figure
+
+    with contextlib.suppress(EOFError):  # nothing to compare
+        questioner.send(figure(*questioner.recv()))
+
+
+def write(comparison: "Comparison", out: Path, painter: Connection | None = None) -> list[str]:
+    """Writes every file into `out` and returns their names; a `painter` draws the Pareto plot meanwhile.
 
     Raises:
         UsageError: the folder cannot be written.
+        RunError: the painter is gone.
     """
-    from softmoe_cli.figures import figures
+    from softmoe_cli.figures import figure
     from softmoe_cli.page import page
     from softmoe_cli.tables import comma_separated, json_text, latex, markdown
 
-    drawn = figures(comparison)
+    if painter is not None:
+        painter.send((comparison, "pareto"))
+    curves = figure(comparison, "curves")
+    try:
+        pareto = figure(comparison, "pareto") if painter is None else painter.recv()
+    except EOFError as error:
+        raise RunError("the process that drew the Pareto plot is gone; type the command again") from error
+    drawn = pareto | curves
     texts = {
         "table.md": markdown(comparison),
         "table.tex": latex(comparison),

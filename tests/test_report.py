@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from softmoe_cli.compare import Comparison, Question, compare
-from softmoe_cli.figures import reference_points, styles
+from softmoe_cli.figures import figure, reference_points, styles
 from softmoe_cli.report import _reference, _settings
 from softmoe_cli.tables import comma_separated, flat_rows, json_text, latex, markdown, tables, terminal
 from tests.conftest import TINY, Softmoe
@@ -214,9 +214,7 @@ def test_every_group_has_a_look_of_its_own(tmp_path: Path) -> None:
 
 
 def test_names_that_figures_cannot_draw(nasty: Comparison) -> None:
-    from softmoe_cli.figures import figures
-
-    assert all(figures(nasty).values())
+    assert all(figure(nasty, "pareto").values()) and all(figure(nasty, "curves").values())
 
 
 def test_the_papers_tables_beside_ours(softmoe: Softmoe, tmp_path: Path, compared: Comparison) -> None:
