@@ -5,8 +5,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 VENV = $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("softmoe needs Python 3.11 or newer; say make PYTHON=python3.11")' && $(PYTHON) -m venv .venv
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint .ci/constraints.txt
-# pip compiles on one core; some packages hold files that are no Python of this version, which it passes over too
-COMPILE := $(BIN)/python -m compileall -qq -j 0 .venv/lib || true
+# pip would compile all of it, for most of a minute; Python compiles what is imported, when it is, and keeps that
+export PYTHONDONTWRITEBYTECODE =
 
 demo: .venv/demo
 	$(BIN)/softmoe train
@@ -20,16 +20,15 @@ test: .venv/test
 .venv/demo: pyproject.toml .ci/constraints.txt
 	$(VENV)
 	$(PIP) --editable .
-	$(COMPILE)
 	touch $@
 
 .venv/test: pyproject.toml .ci/constraints.txt
 	$(VENV)
 	$(PIP) --editable '.[dev]'
-	$(COMPILE)
 	touch .venv/demo $@
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache outputs
+	find . -name __pycache__ -prune -exec rm -rf {} +
 
 .PHONY: demo test clean
