@@ -82,6 +82,7 @@ WRONG_LINES = {
     "study": ("train study=../elsewhere", "plain folder name"),
     "missing value": ("train data=folder", "data.root has no default"),
     "missing folder": ("train data=folder data.root=nowhere", "is not a folder"),
+    "address": ("train data=webdataset data.root=https://a.example/x.tar", "download the set and name its folder"),
     "train with a checkpoint": ("train checkpoint=x", "belongs to softmoe finetune"),
     "finetune without": ("finetune", "needs checkpoint="),
     "finetune from nothing": ("finetune checkpoint=nowhere", "does not exist"),
