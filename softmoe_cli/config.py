@@ -227,6 +227,11 @@ class Data:
 
     def check(self) -> None:
         _check(self)
+        if "://" in self.root:
+            raise UsageError(
+                f"data.root={self.root} is an address; a run must find each image again at any time, so download the "
+                "set and name its folder"
+            )
         if self.format is None:
             if self.name not in KNOWN_SETS:
                 raise UsageError(
