@@ -481,8 +481,9 @@ def _hydra(command: str, arguments: list[str]) -> int:
     return max(faulty, default=0)
 
 
+@functools.cache
 def _store_schemas() -> None:
-    """Tells Hydra the schemas that the yaml files in conf/ start from."""
+    """Tells Hydra the schemas that the yaml files in conf/ start from, once."""
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()
