@@ -18,6 +18,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -29,11 +30,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from softmoe_cli.config import LATER, NOT_SCIENCE, Config, UsageError
+from softmoe_cli.device import free_memory
 from softmoe_cli.files import RunError as RunError
 from softmoe_cli.files import cannot_write, sync
 from softmoe_cli.files import write_atomically as write_atomically
 
 WEIGHTS, TRAINING, STATE, SUMS = "model.safetensors", "training.safetensors", "state.json", "SHA256SUMS"
+ROWS = ("metrics.jsonl", "routing.jsonl")
 RECEIPT = "receipt.json"
 """In folders that are made from a checkpoint: from what, how, and what came out."""
 OURS = re.compile(r"\.?(last|best)-\d+")
@@ -101,13 +104,19 @@ class Checkpoint:
 
 
 class Run:
-    """A run's folder, held by one process at a time. Of several that train together one writes; the others read."""
+    """A run's folder, held by one process at a time. Of several that train together one writes; the others read.
+
+    Training does not wait for the disk: it goes on when a checkpoint is copied to memory, and a thread writes the copy.
+    One is written at a time.
+    """
 
     def __init__(self, folder: Path, *, writes: bool = True) -> None:
         self.folder = folder
         self._writes = writes
         self.checkpoints = folder / "checkpoints"
         self._lock: TextIO | None = None
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
 
     @property
     def result(self) -> dict[str, Any] | None:
@@ -145,7 +154,8 @@ class Run:
         write_atomically(self.folder / "config.yaml", yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
 
     def close(self) -> None:
-        """Lets go of the folder, and says so to other machines."""
+        """Lets the checkpoint that is being written be whole, lets go of the folder, and says so to other machines."""
+        self._writer.shutdown()
         if self._lock is not None:
             self._lock.truncate(0)
             self._lock.close()
@@ -174,23 +184,64 @@ class Run:
         state: dict[str, Any],
         card: dict[str, Any],
     ) -> None:
-        """Writes `<kind>-<step>`: to a temporary name, synced, renamed; older ones go only afterwards.
+        """Copies `<kind>-<step>` and has it written, when the one before is on disk.
 
         `card` (the model's config and classes) travels inside the weights file, so that the file alone can be
         evaluated and finetuned.
+
+        Raises:
+            RunError: weights that are not finite; or the one before could not be written.
         """
         if not self._writes:
             return
-        final = self.checkpoints / f"{kind}-{step:08d}"
-        broken = [key for key, value in weights.items() if not value.isfinite().all()]
+        finite = torch.stack([value.isfinite().all() for value in weights.values()]).tolist()
+        broken = [key for key, fine in zip(weights, finite, strict=True) if not fine]
         if broken:
             raise RunError(f"{broken[0]} is not finite at step {step:,}: not saved; the checkpoint before is good")
-        temporary = self.checkpoints / f".{final.name}"
+        self.settle()
+        state = state | {"sizes": {file: self._size(file) for file in ROWS}}
+        name, texts = f"{kind}-{step:08d}", {STATE: json.dumps(state)}
+        if _room_beside([*weights.values(), *training.values()]):
+            copies = _copied(weights), _copied(training)
+            self._writing = self._writer.submit(self._write, name, copies[0], copies[1], texts, card)
+        else:
+            self._write(name, weights, training, texts, card)
+
+    @property
+    def idle(self) -> bool:
+        """Whether no checkpoint is being written.
+
+        Raises:
+            RunError: the last one could not be.
+        """
+        if self._writing is not None and self._writing.done():
+            self.settle()
+        return self._writing is None
+
+    def settle(self) -> None:
+        """Waits until the last checkpoint is on disk.
+
+        Raises:
+            RunError: it could not be written.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _write(
+        self,
+        name: str,
+        weights: dict[str, Tensor],
+        training: dict[str, Tensor],
+        texts: dict[str, str],
+        card: dict[str, Any],
+    ) -> None:
+        """To a temporary name, synced, renamed; older ones go only afterwards."""
+        final, temporary = self.checkpoints / name, self.checkpoints / f".{name}"
         shutil.rmtree(temporary, ignore_errors=True)
-        state = state | {"sizes": {file: self._size(file) for file in ("metrics.jsonl", "routing.jsonl")}}
         try:
-            write_checkpoint(temporary, weights, card, training, {STATE: json.dumps(state)})
-            for file in ("metrics.jsonl", "routing.jsonl"):
+            write_checkpoint(temporary, weights, card, training, texts)
+            for file in ROWS:
                 if (self.folder / file).exists():
                     sync(self.folder / file)  # the checkpoint vouches for these rows
             shutil.rmtree(final, ignore_errors=True)
@@ -202,11 +253,11 @@ class Run:
                 f"cannot write a checkpoint to {self.checkpoints}: {error}; earlier checkpoints are untouched, "
                 "so make room and type the same command to go on"
             ) from error
+        if name.startswith("last"):
+            self._prune()
 
-    def prune(self) -> None:
+    def _prune(self) -> None:
         """Keeps two `last` checkpoints and every `best` that they speak of."""
-        if not self._writes:
-            return
         lasts = self._found("last")
         keep = set(lasts[:2])
         for path in lasts[:2]:
@@ -238,7 +289,7 @@ class Run:
         """Cuts the rows back to what a checkpoint vouches for; later ones will be written again."""
         if not self._writes:
             return
-        for file in ("metrics.jsonl", "routing.jsonl"):
+        for file in ROWS:
             path, size = self.folder / file, sizes.get(file, 0)
             if self._size(file) < size:
                 raise RunError(f"{path} is shorter than its checkpoint says; restore it or remove {self.folder}")
@@ -256,6 +307,24 @@ class Run:
     def _found(self, kind: str) -> list[Path]:
         """Checkpoints of a kind, newest first."""
         return sorted(self.checkpoints.glob(f"{kind}-*"), reverse=True)
+
+
+def _room_beside(tensors: list[Tensor]) -> bool:
+    """Whether a copy leaves training its memory: a device's own is not touched, a CPU's must have four times as much
+    free."""
+    beside = sum(tensor.nbytes for tensor in tensors if tensor.device.type == "cpu")
+    return 4 * beside <= free_memory(torch.device("cpu"))
+
+
+def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """In memory that nobody writes to; from CUDA through pinned memory, all at once."""
+    copies = {
+        key: value.to("cpu", copy=True, non_blocking=value.is_cuda, memory_format=torch.contiguous_format)
+        for key, value in tensors.items()
+    }
+    if any(value.is_cuda for value in tensors.values()):
+        torch.cuda.synchronize()
+    return copies
 
 
 def write_checkpoint(

@@ -302,8 +302,6 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
                 asdict(progress) | {"scaler": scaler.state_dict()},
                 card | {"origin": f"{made}-{progress.step}"},
             )
-            if kind == "last":
-                run.prune()
 
     forward = crew.prepare(model.train())
     if config.train.compile:
@@ -325,7 +323,8 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
                 if here >= budget.total:
                     break
                 stop.check()
-                if crew.most(time.monotonic() - saved_at - max(config.train.save_seconds, 50 * save_took)) > 0:
+                rest = max(config.train.save_seconds, 50 * save_took) - (time.monotonic() - saved_at)
+                if crew.most(rest if run.idle else math.inf) < 0:
                     start = time.monotonic()
                     save("last")
                     saved_at, save_took = time.monotonic(), time.monotonic() - start
@@ -368,8 +367,11 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
             save("last")  # before the test row: should the run die in between, it is the only thing done again
             test = look("test", splits.test, {})
             screen.evaluation(test)
+            with progress.booked("save"):
+                run.settle()
         except Interrupted:
             save("last")
+            run.settle()
             wandb_run.close(None)
             raise
         except torch.OutOfMemoryError as error:
