@@ -349,7 +349,9 @@ class Train:
         "images that are scored (the paper's rule)",
         low=1,
     )
-    save_seconds: float = option("shortest time between checkpoints; saving never takes over 2% of the time", low=0)
+    save_seconds: float = option(
+        "shortest time between checkpoints; training waits for them 2% of the time at most", low=0
+    )
 
     def check(self) -> None:
         _check(self)

@@ -151,7 +151,7 @@ def train(config: Config, command: str, source: Source | None, screen: Screen) -
             screen = Screen(quiet=True)
         if config.train.batch_size == "auto":
             config = with_largest_batch(config, screen.say)
-        run = Run(run_folder(config, command, source), writes=crew.first)
+        run = Run(run_folder(config, command, source), crew)
         if run.result is not None:
             screen.say(f"{run.folder} is finished; nothing to do")
             screen.table("result", _shown(run.result, run.folder))
@@ -289,7 +289,7 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
             run.append("routing.jsonl", {"step": progress.step, "block": block, **numbers})
         return validation
 
-    def save(kind: str) -> None:
+    def save(kind: str, *, end: bool = False) -> None:
         with progress.booked("save"):
             progress.used(crew.joules(energy.used(), device))
             weights = {key: value.contiguous() for key, value in evaluated.state_dict().items()}
@@ -301,6 +301,7 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
                 training,
                 asdict(progress) | {"scaler": scaler.state_dict()},
                 card | {"origin": f"{made}-{progress.step}"},
+                end=end,
             )
 
     forward = crew.prepare(model.train())
@@ -364,7 +365,7 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
                     means = {"loss": progress.loss_sum / steps, "aux_loss": progress.aux_sum / steps}
                     row("train", means | {"lr": lr, "grad_norm": norm, "images_per_s": images_per_s})
                     progress.logged, progress.loss_sum, progress.aux_sum, progress.loss_steps = now, 0.0, 0.0, 0
-            save("last")  # before the test row: should the run die in between, it is the only thing done again
+            save("last", end=True)  # before the test row: should the run die in between, that alone is done again
             test = look("test", splits.test, {})
             screen.evaluation(test)
             with progress.booked("save"):
