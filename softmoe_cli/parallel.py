@@ -92,6 +92,8 @@ class Crew:
 
     def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, local_size: int = 1) -> None:
         self.rank, self.size, self.local_rank, self.local_size = rank, size, local_rank, local_size
+        self.way = "ddp"
+        """What each has of the model: one of `config.WAYS`, settled once at the start."""
 
     @property
     def first(self) -> bool:
@@ -249,12 +251,16 @@ def joined(config: Config) -> Iterator[Crew]:
         UsageError: torchrun's words are incomplete, or there are fewer devices than processes.
     """
     if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
+        if config.parallel != "auto":
+            raise UsageError(f"parallel={config.parallel} has no effect in one process; set devices, or leave it out")
         yield ALONE
         return
     missing = [name for name in TOLD if name not in os.environ]
     if missing:
         raise UsageError(f"RANK={os.environ['RANK']} says that torchrun started this, but {missing[0]} is not set")
     rank, size, local_rank, local_size = (int(os.environ[name]) for name in TOLD[:4])
+    if config.parallel not in ("auto", "ddp"):
+        raise UsageError(f"parallel={config.parallel} is not there yet; use ddp")
     if config.device == "mps":
         raise UsageError(f"device=mps is one device: {size} processes cannot share it; use device=cpu")
     if config.devices not in (1, size):
