@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from timm.layers import DropPath
 from torch import Tensor
 
-from softmoe_cli import data
+from softmoe_cli import data, shards
 from softmoe_cli.config import Config, UsageError
 from softmoe_cli.launch import Note, cause
 from softmoe_cli.memory import predict_for
@@ -136,6 +136,7 @@ def test_four_stop_two_go_on_one_ends(tmp_path: Path) -> None:
             time.sleep(0.01)
         processes[asked].send(signal.SIGTERM)
         assert "stopped by SIGTERM" in finish(processes, 130)[0]
+        assert len(shards.files(last(the_run(tmp_path / "parts")) / "model.safetensors")) == size
         seen = (the_run(tmp_path / "parts") / "metrics.jsonl").stat().st_size
     assert "going on from step" in finish(start(tmp_path / "parts", 1, *line))[0]
     finish(whole)
