@@ -354,7 +354,9 @@ class Train:
         "images that are scored (the paper's rule)",
         low=1,
     )
-    save_seconds: float = option("shortest time between checkpoints; saving never takes over 2% of the time", low=0)
+    save_seconds: float = option(
+        "shortest time between checkpoints; training waits for them 2% of the time at most", low=0
+    )
 
     def check(self) -> None:
         _check(self)
@@ -411,6 +413,8 @@ def check_groups(key: str, images: int, router: dict[str, Any]) -> None:
 
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
+WAYS = ("ddp", "fsdp", "expert")
+"""How several processes train one model, in the order in which `parallel=auto` tries them."""
 
 
 @dataclass
@@ -439,7 +443,12 @@ class Config:
     )
     device: str = option("auto: cuda, else mps, else cpu", choices=DEVICES)
     threads: int | None = option("CPU threads; null: torch's choice", low=1)
-    devices: int = option("devices of this machine that share each batch, a process and the whole model on each", low=1)
+    devices: int = option("devices of this machine that share each batch, a process on each", low=1)
+    parallel: str = option(
+        "what each of several processes has: ddp: the whole model; fsdp: a share of every weight; expert: some experts "
+        "of each layer, and a share of all else; auto: the first of these that fits",
+        choices=("auto", *WAYS),
+    )
     restarts: int = option("with devices: how often a failure restarts all of them from the last checkpoint", low=0)
 
     def check(self) -> None:
@@ -756,9 +765,9 @@ class RayLauncher(Launcher):
 
 
 NOT_SCIENCE = (
-    "output_root", "study", "name", "tracking", "wandb", "device", "threads", "devices", "restarts", "checkpoint",
-    "data.root", "data.workers", "data.prefetch", "data.memory_gib", "data.crop", "data.area", "train.default_epochs",
-    "train.log_every", "train.eval_batch_size", "train.fewshot", "train.save_seconds", "slots",
+    "output_root", "study", "name", "tracking", "wandb", "device", "threads", "devices", "parallel", "restarts",
+    "checkpoint", "data.root", "data.workers", "data.prefetch", "data.memory_gib", "data.crop", "data.area",
+    "train.default_epochs", "train.log_every", "train.eval_batch_size", "train.fewshot", "train.save_seconds", "slots",
 )  # fmt: skip
 """Keys that change where, when or how fast, never which numbers come out, or that only others read: left out of the
 signature. (The number that `slots` comes to stands in model.router.)"""

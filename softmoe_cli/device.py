@@ -34,10 +34,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def precision_context(device: str, precision: str) -> torch.autocast:
-    """The autocast context of `train.precision=` on a kind of device."""
+def precision_context(device: str, precision: str, cached: bool = True) -> torch.autocast:
+    """The autocast context of `train.precision=` on a kind of device. `cached`: a weight is cast once, and its copy
+    kept until the context ends."""
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-    return torch.autocast(device, dtype=dtype, enabled=precision != "fp32")
+    return torch.autocast(device, dtype=dtype, enabled=precision != "fp32", cache_enabled=cached)
 
 
 def slower(device: torch.device, precision: str) -> str:

@@ -10,7 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from softmoe_cli.moe.routing import Router, routings
+from softmoe_cli.moe.routing import Router, Routing, full_precision
 
 Batch = tuple[Tensor, Tensor]
 CALIBRATION_BINS = 15
@@ -141,8 +141,12 @@ def features(
 ) -> Float[Tensor, "n d"]:
     """What the head would see of every image (pooled, after the last norm), float32, on the CPU."""
     model.eval()
+    seen: list[Tensor] = []
+    hook = model.head.register_forward_pre_hook(lambda _head, inputs: seen.append(inputs[0].float()))
     with autocast:
-        seen = [model.forward_head(model.forward_features(x), pre_logits=True).float() for x, _ in batches]
+        for x, _ in batches:
+            model(x)  # as a whole: what is divided among processes comes together around a module's call
+    hook.remove()
     return torch.cat(collect(seen)).cpu()
 
 
@@ -150,7 +154,16 @@ def features(
 def routing_statistics(model: nn.Module, batch: Batch, autocast: torch.autocast) -> list[dict[str, float]]:
     """One row of statistics per MoE layer, in the order of the blocks, on one batch."""
     model.eval()
-    with routings(model) as seen, autocast:
-        model(batch[0])
+    found: list[dict[str, float]] = []
+
+    def look(router: Router, _inputs: object, routing: Routing) -> None:
+        with full_precision(batch[0]):  # now, when the router's weights are whole
+            found.append(routing.statistics() | router.statistics())
+
     routers = [module for module in model.modules() if isinstance(module, Router)]
-    return [routing.statistics() | router.statistics() for routing, router in zip(seen, routers, strict=True)]
+    hooks = [router.register_forward_hook(look) for router in routers]
+    with autocast:
+        model(batch[0])
+    for hook in hooks:
+        hook.remove()
+    return found

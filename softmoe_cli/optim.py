@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from softmoe_cli.config import Optim, UsageError
 from softmoe_cli.terminal import aligned
@@ -92,19 +92,21 @@ def optimizer_of(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
     """The optimizer of what is not frozen, with one group per weight decay and share of the learning rate (`lr_scale`,
     for who sets the rate). AdamW's decay is decoupled and multiplied by the learning rate; SGD's is a part of the
     gradient. SGD's momentum is a plain sum of gradients, as in optax: buffer = momentum * buffer + gradient."""
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float, type[Tensor]], list[nn.Parameter]] = {}
     for row in settings(model, optim):
         if not row.frozen:
-            groups.setdefault((row.weight_decay, row.lr_scale), []).append(row.parameter)
+            kind = type(row.parameter.data)  # parts of divided weights are updated apart from whole ones
+            groups.setdefault((row.weight_decay, row.lr_scale, kind), []).append(row.parameter)
     device = next(model.parameters()).device
     fused = device.type in ("cpu", "cuda")  # the unfused update makes temporaries as large as the weights
     params = [
         {"params": parameters, "weight_decay": decay, "lr_scale": scale}
-        for (decay, scale), parameters in groups.items()
+        for (decay, scale, _), parameters in groups.items()
     ]
     if optim.name == "sgd":
         assert optim.momentum is not None
-        return torch.optim.SGD(params, lr=optim.lr, momentum=optim.momentum, fused=fused)
+        whole = all(kind is Tensor for *_, kind in groups)  # torch has no fused update of parts
+        return torch.optim.SGD(params, lr=optim.lr, momentum=optim.momentum, fused=fused and whole)
     betas = (optim.betas[0], optim.betas[1])
     return torch.optim.AdamW(params, lr=optim.lr, betas=betas, eps=optim.eps, fused=fused)
 

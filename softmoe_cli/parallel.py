@@ -1,8 +1,11 @@
-"""Several processes that train one model: who does what, and what they tell each other.
+"""Several processes that train one model: who does what, who has what, and what they tell each other.
 
 Every process goes through the same loop. Of each part of a batch it takes a run of whole routing groups; what it adds
 up, the others add theirs to; what only one can do (files, W&B, the terminal), the first process does. So that the
 numbers do not depend on how many there are, noise is drawn for a whole batch by every process, which keeps its rows.
+
+Of the model each has all (ddp), a part of every weight (fsdp), or some experts of each layer and a part of all other
+weights (expert). Parts are DTensors; gradients, moments and averages are divided as the weights are.
 """
 
 import math
@@ -12,20 +15,28 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from timm.layers import DropPath
+from timm.models.vision_transformer import VisionTransformer
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
 from softmoe_cli.config import Config, UsageError
 from softmoe_cli.device import cores
 from softmoe_cli.files import RunError
+from softmoe_cli.moe.divided import DividedExperts
+from softmoe_cli.moe.layer import MoE
 from softmoe_cli.moe.routing import of_whole_batch, whole_batch
 
 T = TypeVar("T")
@@ -92,6 +103,10 @@ class Crew:
 
     def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, local_size: int = 1) -> None:
         self.rank, self.size, self.local_rank, self.local_size = rank, size, local_rank, local_size
+        self._aside: Any = dist.new_group(backend="gloo", timeout=PATIENCE) if dist.is_initialized() else None
+        self.way, self.why = "ddp", ""
+        """What each has of the model, one of `config.WAYS`, and why: settled once, at the start."""
+        self._undivided: list[nn.Parameter] = []
 
     @property
     def first(self) -> bool:
@@ -104,6 +119,14 @@ class Crew:
         Raises:
             UsageError: too few groups for so many processes.
         """
+        ends = self._ends(config)
+        images = config.train.batch_size // config.train.accumulate
+        group = config.model.router.get("images_per_group", 1)
+        start, end = ends[self.rank : self.rank + 2]
+        return Share(start * group, min(end * group, images), images, (end - start) / ends[-1])
+
+    def _ends(self, config: Config) -> list[int]:
+        """Where everyone's routing groups of each part of a batch end, from 0."""
         images = config.train.batch_size // config.train.accumulate
         group = config.model.router.get("images_per_group", 1)
         groups = -(-images // group)
@@ -114,16 +137,21 @@ class Crew:
                 f"train.accumulate={config.train.accumulate} parts of train.batch_size={config.train.batch_size} has; "
                 f"use at most {groups} devices, a larger batch or fewer parts"
             )
-        start, end = (groups * place // self.size for place in (self.rank, self.rank + 1))
-        return Share(start * group, min(end * group, images), images, (end - start) / groups)
+        return [groups * place // self.size for place in range(self.size + 1)]
 
     def describe(self, config: Config) -> str:
         """What each does, for the header."""
         share = self.share(config)
         machines = self.size // self.local_size
         where = f" on {machines} machines" if machines > 1 else ""
+        has = {
+            "ddp": "data parallel (ddp): each has the whole model",
+            "fsdp": f"fully sharded (fsdp): each has 1/{self.size} of every weight and gathers a block's to compute it",
+            "expert": f"expert parallel (expert): each has 1/{self.size} of a layer's experts, to which all send their "
+            "rows, and of all other weights",
+        }[self.way]
         own = f"{share.last - share.first} of {share.total} images"
-        return f"{self.size}{where}, data parallel (ddp): each has the whole model; this one takes {own} at a time"
+        return f"{self.size}{where}, {has} ({self.why}); this one takes {own} at a time"
 
     def turns(self, images: int, batch_size: int) -> Turns:
         return Turns(-(-images // batch_size), self)
@@ -131,8 +159,7 @@ class Crew:
     def add(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, in place."""
         if self.size > 1:
-            with _contact():
-                dist.all_reduce(tensor)
+            dist.all_reduce(tensor)
         return tensor
 
     def most(self, number: float) -> float:
@@ -140,8 +167,7 @@ class Crew:
         if self.size == 1:
             return number
         known = torch.tensor([number], dtype=torch.float64)
-        with _contact():
-            dist.all_reduce(known, dist.ReduceOp.MAX)
+        dist.all_reduce(known, dist.ReduceOp.MAX)
         return known.item()
 
     def ask_first(self, question: Callable[[], T]) -> T:
@@ -149,8 +175,7 @@ class Crew:
         if self.size == 1:
             return question()
         box: list[Any] = [question() if self.first else None]
-        with _contact():
-            dist.broadcast_object_list(box)
+        dist.broadcast_object_list(box)
         return box[0]
 
     def gather(self, items: T) -> list[T]:
@@ -158,21 +183,33 @@ class Crew:
         if self.size == 1:
             return [items]
         everyones: list[Any] = [None] * self.size
-        with _contact():
-            dist.all_gather_object(everyones, items)
+        dist.all_gather_object(everyones, items)
+        return everyones
+
+    def gather_aside(self, items: T) -> list[T]:
+        """`gather` between the threads that write checkpoints, which does not meet what the loops say to each other."""
+        everyones: list[Any] = [None] * self.size
+        dist.all_gather_object(everyones, items, group=self._aside)
         return everyones
 
     @contextmanager
     def in_turn(self) -> Iterator[None]:
         """The first process of each machine goes first, the others when it is done: for what is fetched to a disk."""
         if self.size > 1 and self.local_rank:
-            self._wait()
+            dist.barrier()
         yield
         if self.size > 1 and not self.local_rank:
-            self._wait()
+            dist.barrier()
 
-    def _wait(self) -> None:
-        with _contact():
+    @contextmanager
+    def one_by_one(self) -> Iterator[None]:
+        """The processes of a machine one after the other, where they divide what is whole only in here."""
+        turns = int(self.most(self.local_size)) if self.way != "ddp" else 0
+        before = min(self.local_rank, turns)
+        for _ in range(before):
+            dist.barrier()
+        yield
+        for _ in range(turns - before):
             dist.barrier()
 
     def joules(self, own: float | None, device: torch.device) -> float | None:
@@ -183,18 +220,48 @@ class Crew:
         total = self.add(torch.tensor(counted, dtype=torch.float64)).item()
         return None if math.isnan(total) else total
 
+    def spread(self, model: VisionTransformer, config: Config, device: torch.device) -> None:
+        """Moves to the device what this process has of a model; the rest is let go, block by block."""
+        if self.way == "ddp":
+            model.to(device)
+            return
+        assert dist.group.WORLD is not None
+        mesh = DeviceMesh.from_group(dist.group.WORLD, device.type)
+        apart = {parameter for parameter in model.parameters() if parameter.ndim == 0}  # a number has no parts
+        for number in apart:
+            number.data = number.data.to(device)
+        groups = [end - start for start, end in pairwise(self._ends(config))]
+        for block in model.blocks:
+            if self.way == "expert" and isinstance(block.mlp, MoE):
+                block.mlp.experts = DividedExperts(block.mlp.experts, mesh, groups)
+                apart |= set(block.mlp.experts.parameters())
+        for module in [*model.blocks, model]:
+            # The root too gives back what it gathered: an evaluation, and what follows it, must not meet old weights.
+            fully_shard(
+                module, mesh=mesh, reshard_after_forward=True, shard_placement_fn=self._axis, ignored_params=apart
+            )
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+    def _axis(self, parameter: nn.Parameter) -> Shard:
+        """The first axis that can be cut evenly, or else the first one."""
+        return Shard(next((axis for axis, length in enumerate(parameter.shape) if length % self.size == 0), 0))
+
     def prepare(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
-        """The forward pass whose gradients are everyone's, added up while they come (DistributedDataParallel)."""
+        """The forward pass whose gradients are everyone's, added up while they come."""
         if self.size == 1:
             return model
         for module in list(model.modules()):
             for name, child in module.named_children():
                 if type(child) is DropPath:
                     setattr(module, name, WholeBatchDropPath(child.drop_prob, child.scale_by_keep))
+        if self.way != "ddp":
+            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            self._undivided = [parameter for parameter in trained if not isinstance(parameter, DTensor)]
+            return model
         own = [name for name, _ in model.named_buffers()]  # equal by themselves, or counted by each for itself
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, own)
-        with _contact():
-            parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
         parallel.register_comm_hook(None, _add_up)
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view")  # phi's, which are small
         return parallel
@@ -207,12 +274,63 @@ class Crew:
 
     @contextmanager
     def _passing(self, forward: Any, share: Share, last: bool) -> Iterator[None]:
-        held_back = nullcontext() if last else forward.no_sync()
-        with _contact(), whole_batch(share.first, share.total), held_back:
+        # Divided gradients are added up with every part: kept whole until the last one, they would fill the memory that
+        # dividing them has freed.
+        held_back = forward.no_sync() if self.way == "ddp" and not last else nullcontext()
+        with whole_batch(share.first, share.total), held_back:
             yield
+        gradients = [parameter.grad for parameter in self._undivided if parameter.grad is not None]
+        if last and gradients:
+            torch._foreach_copy_(gradients, list(self.add(torch.stack(gradients))))
+
+    def norm(self, model: nn.Module) -> Tensor:
+        """Of all gradients, 0-dim."""
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        parts = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
+        if not parts:
+            return nn.utils.get_total_norm(gradients)
+        whole = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+        own, undivided = nn.utils.get_total_norm([own_part(part) for part in parts]), nn.utils.get_total_norm(whole)
+        return (self.add(own.double().square()) + undivided.double().square()).sqrt().to(own.dtype)
 
 
 ALONE = Crew()
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """What this process has of it, sharing its memory."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def part_of(whole: Tensor, like: Tensor) -> Tensor:
+    """What a process has of a whole tensor if of another one it has `like`, on the same device."""
+    if not isinstance(like, DTensor) or whole.ndim == 0:
+        return whole.to(like.device)
+    axis = _axis_of(like)
+    first, last = span(whole.shape[axis], like.device_mesh.size(), like.device_mesh.get_local_rank())
+    own = whole.narrow(axis, first, last - first).clone(memory_format=torch.contiguous_format).to(like.device)
+    return DTensor.from_local(
+        own, like.device_mesh, like.placements, run_check=False, shape=whole.shape, stride=whole.stride()
+    )
+
+
+def span(length: int, size: int, place: int) -> tuple[int, int]:
+    """Where a process's part of an axis begins and ends, in DTensor's way: all have as much, the last ones the rest."""
+    each = -(-length // size)
+    return min(each * place, length), min(each * (place + 1), length)
+
+
+def _axis_of(tensor: DTensor) -> int:
+    (placement,) = tensor.placements
+    assert isinstance(placement, Shard)
+    return placement.dim
+
+
+class Average(ModelEmaV3):
+    """timm's average of a model's weights, of which each process averages its part."""
+
+    def _foreach_lerp_(self, ema_values: list[Tensor], model_values: list[Tensor], weight: float) -> None:
+        super()._foreach_lerp_([own_part(v) for v in ema_values], [own_part(v) for v in model_values], weight)
 
 
 def largest_share(images: int, router: dict[str, Any], size: int) -> int:
@@ -249,6 +367,8 @@ def joined(config: Config) -> Iterator[Crew]:
         UsageError: torchrun's words are incomplete, or there are fewer devices than processes.
     """
     if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
+        if config.parallel != "auto":
+            raise UsageError(f"parallel={config.parallel} has no effect in one process; set devices, or leave it out")
         yield ALONE
         return
     missing = [name for name in TOLD if name not in os.environ]
@@ -274,7 +394,7 @@ def joined(config: Config) -> Iterator[Crew]:
         store = PrefixStore(f"attempt {os.environ.get(ATTEMPT, 0)}", store)
         kinds = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(kinds, store=store, rank=rank, world_size=size, timeout=PATIENCE)
-    yield Crew(rank, size, local_rank, local_size)
+        yield Crew(rank, size, local_rank, local_size)
     dist.destroy_process_group()  # not after an error: others may never come
 
 

@@ -4,7 +4,8 @@ outputs/<study>/<name>-<signature>/
   config.yaml      fully resolved
   metrics.jsonl    a row per event, on disk when it happens
   routing.jsonl    per-layer routing statistics, at evaluation
-  checkpoints/     last-STEP (two of them) and best-STEP, each a folder with SHA256SUMS
+  checkpoints/     last-STEP (two of them) and best-STEP, each a folder with SHA256SUMS; in pieces (shards.py) while
+                   processes train that have divided the weights
   result.json      one flat row; written last and atomically: its existence means done
 """
 
@@ -18,6 +19,8 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -25,15 +28,21 @@ from typing import Any, TextIO
 import torch
 import yaml
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from softmoe_cli import shards
 from softmoe_cli.config import LATER, NOT_SCIENCE, Config, UsageError
+from softmoe_cli.device import free_memory
 from softmoe_cli.files import RunError as RunError
 from softmoe_cli.files import cannot_write, sync
 from softmoe_cli.files import write_atomically as write_atomically
+from softmoe_cli.parallel import ALONE, Crew
+from softmoe_cli.shards import Piece
 
 WEIGHTS, TRAINING, STATE, SUMS = "model.safetensors", "training.safetensors", "state.json", "SHA256SUMS"
+ROWS = ("metrics.jsonl", "routing.jsonl")
 RECEIPT = "receipt.json"
 """In folders that are made from a checkpoint: from what, how, and what came out."""
 OURS = re.compile(r"\.?(last|best)-\d+")
@@ -101,13 +110,20 @@ class Checkpoint:
 
 
 class Run:
-    """A run's folder, held by one process at a time. Of several that train together one writes; the others read."""
+    """A run's folder, held by one process at a time. Of several that train together the first writes; the others read,
+    and write their pieces of weights that all have divided.
 
-    def __init__(self, folder: Path, *, writes: bool = True) -> None:
+    Training does not wait for the disk: it goes on when a checkpoint is copied to memory, and a thread writes the copy.
+    One is written at a time.
+    """
+
+    def __init__(self, folder: Path, crew: Crew = ALONE) -> None:
         self.folder = folder
-        self._writes = writes
+        self._crew, self._writes = crew, crew.first
         self.checkpoints = folder / "checkpoints"
         self._lock: TextIO | None = None
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
 
     @property
     def result(self) -> dict[str, Any] | None:
@@ -145,7 +161,8 @@ class Run:
         write_atomically(self.folder / "config.yaml", yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
 
     def close(self) -> None:
-        """Lets go of the folder, and says so to other machines."""
+        """Lets the checkpoint that is being written be whole, lets go of the folder, and says so to other machines."""
+        self._writer.shutdown()
         if self._lock is not None:
             self._lock.truncate(0)
             self._lock.close()
@@ -173,37 +190,166 @@ class Run:
         training: dict[str, Tensor],
         state: dict[str, Any],
         card: dict[str, Any],
+        *,
+        end: bool = False,
     ) -> None:
-        """Writes `<kind>-<step>`: to a temporary name, synced, renamed; older ones go only afterwards.
+        """Copies `<kind>-<step>` and has it written, when the one before is on disk.
 
         `card` (the model's config and classes) travels inside the weights file, so that the file alone can be
-        evaluated and finetuned.
+        evaluated and finetuned. With `end` no checkpoint stays in pieces.
+
+        Raises:
+            RunError: weights that are not finite; or the one before could not be written.
         """
-        if not self._writes:
+        divided = any(isinstance(value, DTensor) for value in weights.values())
+        if not self._writes and not divided:
             return
-        final = self.checkpoints / f"{kind}-{step:08d}"
-        broken = [key for key, value in weights.items() if not value.isfinite().all()]
+        given = [_own(weights, self._writes), _own(training, self._writes)]
+        finite = [piece.tensor.isfinite().all() for piece in given[0].values()]
+        answers = torch.stack(finite).tolist() if finite else []
+        broken = [key for key, fine in zip(given[0], answers, strict=True) if not fine]
         if broken:
             raise RunError(f"{broken[0]} is not finite at step {step:,}: not saved; the checkpoint before is good")
-        temporary = self.checkpoints / f".{final.name}"
-        shutil.rmtree(temporary, ignore_errors=True)
-        state = state | {"sizes": {file: self._size(file) for file in ("metrics.jsonl", "routing.jsonl")}}
+        self.settle()
+        state = state | {"sizes": {file: self._size(file) for file in ROWS}}
+        name, texts = f"{kind}-{step:08d}", {STATE: json.dumps(state)}
+        copied = _room_beside([piece.tensor for pieces in given for piece in pieces.values()])
+        if copied:
+            given = [_copied(pieces) for pieces in given]
+
+        def write() -> None:
+            if divided:
+                self._write_pieces(name, given[0], given[1], texts, card, end=end)
+            else:
+                held = [{key: piece.tensor for key, piece in pieces.items()} for pieces in given]
+                self._write(name, held[0], held[1], texts, card)
+
+        if copied:
+            self._writing = self._writer.submit(write)
+        else:
+            write()
+
+    @property
+    def idle(self) -> bool:
+        """Whether no checkpoint is being written.
+
+        Raises:
+            RunError: the last one could not be.
+        """
+        if self._writing is not None and self._writing.done():
+            self.settle()
+        return self._writing is None
+
+    def settle(self) -> None:
+        """Waits until the last checkpoint is on disk.
+
+        Raises:
+            RunError: it could not be written.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    @contextmanager
+    def _taken(self, name: str) -> Iterator[Path]:
+        """Another name for a checkpoint, which gets its own when all is well inside; older ones go only afterwards."""
+        final, temporary = self.checkpoints / name, self.checkpoints / f".{name}"
+        if self._writes:
+            shutil.rmtree(temporary, ignore_errors=True)
         try:
-            write_checkpoint(temporary, weights, card, training, {STATE: json.dumps(state)})
-            for file in ("metrics.jsonl", "routing.jsonl"):
+            yield temporary
+            if not self._writes:
+                return
+            for file in ROWS:
                 if (self.folder / file).exists():
                     sync(self.folder / file)  # the checkpoint vouches for these rows
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
             sync(self.checkpoints)
         except (OSError, SafetensorError) as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise RunError(
-                f"cannot write a checkpoint to {self.checkpoints}: {error}; earlier checkpoints are untouched, "
-                "so make room and type the same command to go on"
-            ) from error
+            if self._writes:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise self._unwritten(error) from error
+        if name.startswith("last"):
+            self._prune()
 
-    def prune(self) -> None:
+    def _write(
+        self,
+        name: str,
+        weights: dict[str, Tensor],
+        training: dict[str, Tensor],
+        texts: dict[str, str],
+        card: dict[str, Any],
+    ) -> None:
+        with self._taken(name) as folder:
+            write_checkpoint(folder, weights, card, training, texts)
+
+    def _write_pieces(
+        self,
+        name: str,
+        weights: dict[str, Piece],
+        training: dict[str, Piece],
+        texts: dict[str, str],
+        card: dict[str, Any],
+        *,
+        end: bool,
+    ) -> None:
+        """Each process its own pieces; the first, when all have done so, the rest."""
+        crew, fault, sums = self._crew, "", {}
+        with self._taken(name) as folder:
+            crew.gather_aside(None)  # now there is nothing left of an earlier one
+            try:
+                folder.mkdir(exist_ok=True)
+                for whole, pieces, text in ((WEIGHTS, weights, json.dumps(card)), (TRAINING, training, "")):
+                    if pieces:
+                        file = folder / shards.file_of(whole, crew.rank, crew.size)
+                        shards.write(file, pieces, text)
+                        sums[file.name] = _sha256(file)
+                        sync(file)
+            except (OSError, SafetensorError) as error:
+                fault = f"process {crew.rank}: {error}"
+            everyones = crew.gather_aside((fault, sums))
+            faults = [fault for fault, _ in everyones if fault]
+            if faults:
+                raise OSError(faults[0])
+            if self._writes:
+                for file_name, text in texts.items():
+                    (folder / file_name).write_text(text)
+                seal(folder, {file: digest for _, those in everyones for file, digest in those.items()})
+        if end and self._writes:
+            for path in self._found("last") + self._found("best"):
+                self._join(path)
+
+    def _join(self, path: Path) -> None:
+        """Puts whole files in the place of pieces; until their checksums are there, the pieces count."""
+        if f"  {WEIGHTS}\n" in (path / SUMS).read_text():
+            return
+        weights, card = shards.joined(path / WEIGHTS)
+        training = shards.joined(path / TRAINING)[0] if shards.files(path / TRAINING) else {}
+        pieces = [file for name in (WEIGHTS, TRAINING) for file in shards.files(path / name)]
+        temporary = path.with_name(f".{path.name}")
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            write_checkpoint(temporary, weights, json.loads(card), training, {STATE: (path / STATE).read_text()})
+            for name in (WEIGHTS, TRAINING) if training else (WEIGHTS,):
+                (temporary / name).replace(path / name)
+            sync(path)
+            (temporary / SUMS).replace(path / SUMS)
+            sync(path)
+        except (OSError, SafetensorError) as error:
+            raise self._unwritten(error) from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        for file in pieces:
+            file.unlink()
+
+    def _unwritten(self, error: Exception) -> RunError:
+        return RunError(
+            f"cannot write a checkpoint to {self.checkpoints}: {error}; earlier checkpoints are untouched, "
+            "so make room and type the same command to go on"
+        )
+
+    def _prune(self) -> None:
         """Keeps two `last` checkpoints and every `best` that they speak of."""
         if not self._writes:
             return
@@ -218,11 +364,13 @@ class Run:
                 shutil.rmtree(path, ignore_errors=True)
 
     def newest(self) -> tuple[Path | None, list[str]]:
-        """The newest undamaged checkpoint, and a sentence for each damaged one that was passed over."""
+        """The newest undamaged checkpoint, whose pieces are joined now, and a sentence for each damaged one that was
+        passed over."""
         notes: list[str] = []
         for path in self._found("last"):
             fault = damage(path)
             if fault is None:
+                self._join(path)
                 return path, notes
             aside = path.with_name(f"damaged-{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
@@ -238,7 +386,7 @@ class Run:
         """Cuts the rows back to what a checkpoint vouches for; later ones will be written again."""
         if not self._writes:
             return
-        for file in ("metrics.jsonl", "routing.jsonl"):
+        for file in ROWS:
             path, size = self.folder / file, sizes.get(file, 0)
             if self._size(file) < size:
                 raise RunError(f"{path} is shorter than its checkpoint says; restore it or remove {self.folder}")
@@ -258,6 +406,31 @@ class Run:
         return sorted(self.checkpoints.glob(f"{kind}-*"), reverse=True)
 
 
+def _room_beside(tensors: list[Tensor]) -> bool:
+    """Whether a copy leaves training its memory: a device's own is not touched, a CPU's must have four times as much
+    free."""
+    beside = sum(tensor.nbytes for tensor in tensors if tensor.device.type == "cpu")
+    return 4 * beside <= free_memory(torch.device("cpu"))
+
+
+def _own(tensors: dict[str, Tensor], first: bool) -> dict[str, Piece]:
+    """What this process writes of them."""
+    found = {key: shards.own(value, first=first) for key, value in tensors.items()}
+    return {key: piece for key, piece in found.items() if piece is not None}
+
+
+def _copied(pieces: dict[str, Piece]) -> dict[str, Piece]:
+    """In memory that nobody writes to; from CUDA through pinned memory, all at once."""
+    copies: dict[str, Piece] = {}
+    for key, piece in pieces.items():
+        value = piece.tensor
+        copy = value.to("cpu", copy=True, non_blocking=value.is_cuda, memory_format=torch.contiguous_format)
+        copies[key] = piece._replace(tensor=copy)
+    if any(piece.tensor.is_cuda for piece in pieces.values()):
+        torch.cuda.synchronize()
+    return copies
+
+
 def write_checkpoint(
     folder: Path, weights: dict[str, Tensor], card: dict[str, Any], training: dict[str, Tensor], texts: dict[str, str]
 ) -> None:
@@ -273,10 +446,16 @@ def write_checkpoint(
     seal(folder)
 
 
-def seal(folder: Path) -> None:
-    """Writes the checksums of all files in a folder; on disk when this returns."""
-    files = sorted(file.name for file in folder.iterdir())
-    (folder / SUMS).write_text("".join(f"{_sha256(folder / file)}  {file}\n" for file in files))
+def seal(folder: Path, known: dict[str, str] | None = None) -> None:
+    """Writes the checksums of all files in a folder, of which some may be `known`; on disk when this returns.
+
+    Raises:
+        OSError: one that is known is not there.
+    """
+    known = known or {}
+    files = sorted({file.name for file in folder.iterdir()} | known.keys())
+    digests = {file: known.get(file) or _sha256(folder / file) for file in files}
+    (folder / SUMS).write_text("".join(f"{digest}  {file}\n" for file, digest in digests.items()))
     for file in [*files, SUMS]:
         sync(folder / file)
 
@@ -342,8 +521,8 @@ def _locked(file: TextIO) -> bool:
 
 
 def damage(checkpoint: Path, files: tuple[str, ...] | None = (WEIGHTS, TRAINING, STATE)) -> str | None:
-    """What is wrong with a checkpoint folder, or None when all files that it lists are there and `files` (None: all)
-    match their checksums."""
+    """What is wrong with a checkpoint folder, or None when all files that it lists are there and `files` (None: all),
+    whole or in pieces, match their checksums."""
     sums = checkpoint / SUMS
     if not sums.exists():
         return f"{SUMS} is missing"
@@ -353,7 +532,7 @@ def damage(checkpoint: Path, files: tuple[str, ...] | None = (WEIGHTS, TRAINING,
     for digest, file in lines:
         if Path(file).name != file or not (checkpoint / file).is_file():
             return f"{file} is missing"
-        if (files is None or file in files) and _sha256(checkpoint / file) != digest:
+        if (files is None or shards.whole_of(file) in files) and _sha256(checkpoint / file) != digest:
             return f"{file} does not match its checksum"
     return None
 
@@ -395,6 +574,8 @@ def read_source(checkpoint: str) -> Source:
             raise UsageError(f"checkpoint={checkpoint} does not exist")
         if path.is_dir():
             path = _weights_in(path)
+            if not path.exists():
+                return _joined_source(path)
         if not path.is_file():
             raise UsageError(f"checkpoint={checkpoint} is neither a file nor a folder")
         digest = _sha256(path)
@@ -416,6 +597,13 @@ def read_source(checkpoint: str) -> Source:
     return Source(str(path), digest, weights, _read_card(card, path) if card else {})
 
 
+def _joined_source(path: Path) -> Source:
+    """Of weights in pieces: as if `path` had been written, which is what it will be when the run ends."""
+    weights, text = shards.joined(path)
+    digest = hashlib.sha256(save(weights, metadata={"softmoe": text})).hexdigest()
+    return Source(str(path), digest, weights, _read_card(text, path))
+
+
 def read_moments(source: Source, digest: str | None = None) -> dict[str, dict[str, Tensor]]:
     """AdamW's state (`exp_avg`, `exp_avg_sq`, `step`) of each parameter, from the training tensors beside a
     checkpoint's weights; nothing where there are none. With `digest` they must be the tensors of that digest.
@@ -424,11 +612,11 @@ def read_moments(source: Source, digest: str | None = None) -> dict[str, dict[st
         UsageError: they are damaged, or not the ones that the weights speak of.
     """
     folder, tensors = Path(source.label).parent, {}
-    if Path(source.label).name == WEIGHTS and (folder / TRAINING).is_file():
+    if Path(source.label).name == WEIGHTS and ((folder / TRAINING).is_file() or shards.files(folder / TRAINING)):
         fault = damage(folder)
         if fault is not None:
             raise UsageError(f"checkpoint={folder}: {fault}")
-        tensors = load_file(folder / TRAINING)
+        tensors = shards.read(folder / TRAINING)
     tensors = {key: value for key, value in tensors.items() if key.startswith("optimizer.")}
     if digest is not None and digest_of(tensors) != digest:
         raise UsageError(
@@ -466,7 +654,7 @@ def _read_card(text: str, path: Path) -> dict[str, Any]:
 
 def _weights_in(folder: Path) -> Path:
     """The weights file of a run or checkpoint folder, its checksum tested."""
-    if (folder / WEIGHTS).is_file():
+    if (folder / WEIGHTS).is_file() or shards.files(folder / WEIGHTS):
         candidates = [folder]
     else:
         candidates = sorted((folder / "checkpoints").glob("last-*"), reverse=True)

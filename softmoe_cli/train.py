@@ -16,13 +16,20 @@ from typing import Any, TypeVar
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from softmoe_cli import data, mirror, parallel
-from softmoe_cli.config import Config
-from softmoe_cli.cost import Cost, account
-from softmoe_cli.device import Energy, arithmetic, free_memory, hardware, prepare_attention, slower
+from softmoe_cli.config import Config, UsageError
+from softmoe_cli.cost import Cost, account, on_meta
+from softmoe_cli.device import (
+    Energy,
+    arithmetic,
+    free_memory,
+    hardware,
+    precision_context,
+    prepare_attention,
+    slower,
+)
 from softmoe_cli.evaluate import classification_loss, evaluate, features, routing_statistics
 from softmoe_cli.fewshot import fewshot
 from softmoe_cli.memory import Memory, largest_batch, require_fit
@@ -30,7 +37,7 @@ from softmoe_cli.models import LoadReport, build, load_weights, patterns, portab
 from softmoe_cli.moe.layer import MoE
 from softmoe_cli.moe.routing import Routing, full_precision, routings
 from softmoe_cli.optim import freeze, optimizer_of, schedule, span
-from softmoe_cli.parallel import ALONE, Crew
+from softmoe_cli.parallel import ALONE, Average, Crew, own_part, part_of
 from softmoe_cli.record import (
     Checkpoint,
     Run,
@@ -151,7 +158,7 @@ def train(config: Config, command: str, source: Source | None, screen: Screen) -
             screen = Screen(quiet=True)
         if config.train.batch_size == "auto":
             config = with_largest_batch(config, screen.say)
-        run = Run(run_folder(config, command, source), writes=crew.first)
+        run = Run(run_folder(config, command, source), crew)
         if run.result is not None:
             screen.say(f"{run.folder} is finished; nothing to do")
             screen.table("result", _shown(run.result, run.folder))
@@ -171,6 +178,9 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
     classes = _num_classes(config, splits)
     budget = Budget.of(config, len(splits.train))
     learning_rate = schedule(config.optim, budget.total)
+    crew.way, crew.why = _way(config, classes, device, crew)
+    if crew.way != "ddp":
+        autocast = precision_context(device.type, config.train.precision, cached=False)
     cost = account(
         config.model, classes, batch=_part(config), recompute=config.train.recompute, frozen=config.optim.freeze
     )
@@ -178,14 +188,16 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
     memory = require_fit(config, classes, device, crew.size, crew.local_size)
     screen.row("memory", _memory(memory, device))
 
-    torch.manual_seed(config.seed)
-    model = build(config.model, classes)
-    freeze(model, config.optim.freeze)
-    loaded = _load_source(model, source, config, splits.classes, screen) if source is not None else LoadReport()
-    prepare_attention(model, device, config.train.precision)
-    model.set_grad_checkpointing(config.train.recompute)
-    model.to(device)
-    ema = ModelEmaV3(model, decay=config.train.ema) if config.train.ema is not None else None
+    with crew.one_by_one():
+        torch.manual_seed(config.seed)
+        model = build(config.model, classes)
+        freeze(model, config.optim.freeze)
+        loaded = _load_source(model, source, config, splits.classes, screen) if source is not None else LoadReport()
+        prepare_attention(model, device, config.train.precision)
+        model.set_grad_checkpointing(config.train.recompute)
+        ema = Average(model, decay=config.train.ema) if config.train.ema is not None else None
+        for each in (model, ema.module) if ema is not None else (model,):
+            crew.spread(each, config, device)
     optimizer = optimizer_of(model, config.optim)
     if source is not None:
         _carry_moments(model, optimizer, source, loaded, config, screen)
@@ -289,7 +301,7 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
             run.append("routing.jsonl", {"step": progress.step, "block": block, **numbers})
         return validation
 
-    def save(kind: str) -> None:
+    def save(kind: str, *, end: bool = False) -> None:
         with progress.booked("save"):
             progress.used(crew.joules(energy.used(), device))
             weights = {key: value.contiguous() for key, value in evaluated.state_dict().items()}
@@ -301,9 +313,8 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
                 training,
                 asdict(progress) | {"scaler": scaler.state_dict()},
                 card | {"origin": f"{made}-{progress.step}"},
+                end=end,
             )
-            if kind == "last":
-                run.prune()
 
     forward = crew.prepare(model.train())
     if config.train.compile:
@@ -325,7 +336,8 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
                 if here >= budget.total:
                     break
                 stop.check()
-                if crew.most(time.monotonic() - saved_at - max(config.train.save_seconds, 50 * save_took)) > 0:
+                rest = max(config.train.save_seconds, 50 * save_took) - (time.monotonic() - saved_at)
+                if crew.most(rest if run.idle else math.inf) < 0:
                     start = time.monotonic()
                     save("last")
                     saved_at, save_took = time.monotonic(), time.monotonic() - start
@@ -365,11 +377,14 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
                     means = {"loss": progress.loss_sum / steps, "aux_loss": progress.aux_sum / steps}
                     row("train", means | {"lr": lr, "grad_norm": norm, "images_per_s": images_per_s})
                     progress.logged, progress.loss_sum, progress.aux_sum, progress.loss_steps = now, 0.0, 0.0, 0
-            save("last")  # before the test row: should the run die in between, it is the only thing done again
+            save("last", end=True)  # before the test row: should the run die in between, that alone is done again
             test = look("test", splits.test, {})
             screen.evaluation(test)
+            with progress.booked("save"):
+                run.settle()
         except Interrupted:
             save("last")
+            run.settle()
             wandb_run.close(None)
             raise
         except torch.OutOfMemoryError as error:
@@ -424,11 +439,10 @@ def update(
     seen.clear()
     crew.add(total)
     scaler.unscale_(optimizer)
-    clip = config.optim.clip_norm
-    if clip is None:
-        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    else:
-        norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
+    norm = crew.norm(model)
+    if config.optim.clip_norm is not None:
+        gradients = [own_part(p.grad) for p in model.parameters() if p.grad is not None]
+        torch._foreach_mul_(gradients, (config.optim.clip_norm / (norm + 1e-6)).clamp(max=1.0))
     main, aux_loss, norm_value = torch.cat([total, norm.reshape(1)]).tolist()
     if math.isfinite(main) and (math.isfinite(norm_value) or scaler.is_enabled()):
         for group in optimizer.param_groups:
@@ -497,6 +511,36 @@ def _pace(budget: Budget, progress: Progress, step_s: float) -> str:
     return f"{1000 * step_s:.1f} ms a step: about {(done + left) / 60:.1f} minutes of training for {budget}"
 
 
+def _way(config: Config, classes: int, device: torch.device, crew: Crew) -> tuple[str, str]:
+    """What each process shall have of the model (one of `config.WAYS`), and why.
+
+    Raises:
+        UsageError: it cannot be as the configuration has it.
+    """
+    if crew.size == 1 or config.parallel == "auto":
+        return "ddp", ""
+    if (fault := _obstacle(config.parallel, config, classes, crew)) is not None:
+        raise UsageError(f"parallel={config.parallel} {fault}")
+    return config.parallel, f"parallel={config.parallel}"
+
+
+def _obstacle(way: str, config: Config, classes: int, crew: Crew) -> str | None:
+    """Why a run cannot go that way, if it cannot."""
+    if way == "ddp":
+        return None
+    if config.train.precision == "fp16":
+        return "has no loss scale for train.precision=fp16; use bf16 or parallel=ddp"
+    if way == "fsdp":
+        return None
+    layers = [module for module in on_meta(config.model, classes).modules() if isinstance(module, MoE)]
+    if not layers:
+        return "divides the experts, and model/router=dense has none; use parallel=fsdp"
+    experts = layers[0].router.num_experts
+    if experts < crew.size:
+        return f"cannot divide {experts} experts over {crew.size} processes; use parallel=fsdp or fewer devices"
+    return None
+
+
 def _part(config: Config) -> int:
     return config.train.batch_size // config.train.accumulate
 
@@ -558,7 +602,7 @@ def _carry_moments(
     for name, parameter in model.named_parameters():
         state = found.get(name, {}) if name in report.loaded else {}
         if parameter.requires_grad and state:
-            optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
+            optimizer.state[parameter] = {key: part_of(value, parameter) for key, value in state.items()}
         elif parameter.requires_grad:
             fresh.append(name)
     steps = max((int(state["step"]) for state in optimizer.state.values()), default=0)
@@ -566,7 +610,7 @@ def _carry_moments(
     screen.row("optimizer", f"goes on: moments of {len(optimizer.state)} tensors after {steps:,} steps{begin}")
 
 
-def _training_state(model: nn.Module, ema: ModelEmaV3 | None, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _training_state(model: nn.Module, ema: Average | None, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """What resuming needs beside the evaluated weights: optimizer moments by parameter name, random states, and
     the weights themselves where an average of them is what is evaluated."""
     tensors = random_state()
@@ -581,7 +625,7 @@ def _training_state(model: nn.Module, ema: ModelEmaV3 | None, optimizer: torch.o
 def _resume(
     run: Run,
     model: nn.Module,
-    ema: ModelEmaV3 | None,
+    ema: Average | None,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     screen: Screen,
@@ -596,14 +640,19 @@ def _resume(
     if checkpoint is None:
         return Progress()
     raw = {k.removeprefix("weights."): v for k, v in checkpoint.training.items() if k.startswith("weights.")}
-    model.load_state_dict(raw or checkpoint.weights)
+    _restore_weights(model, raw or checkpoint.weights)
     if ema is not None:
-        ema.module.load_state_dict(checkpoint.weights)
+        _restore_weights(ema.module, checkpoint.weights)
     _restore_moments(model, optimizer, checkpoint)
     scaler.load_state_dict(checkpoint.state["scaler"])
     set_random_state(checkpoint.training)
     screen.say(f"going on from step {checkpoint.state['step']:,} ({checkpoint.path})")
     return Progress.of(checkpoint.state)
+
+
+def _restore_weights(model: nn.Module, whole: dict[str, Tensor]) -> None:
+    own = model.state_dict()
+    model.load_state_dict({key: part_of(value, own[key]) for key, value in whole.items()})
 
 
 def _restore_moments(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> None:
@@ -612,7 +661,7 @@ def _restore_moments(model: nn.Module, optimizer: torch.optim.Optimizer, checkpo
         found = {k.removeprefix(prefix): v for k, v in checkpoint.training.items() if k.startswith(prefix)}
         optimizer.state.pop(parameter, None)
         if found:
-            optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in found.items()}
+            optimizer.state[parameter] = {key: part_of(value, parameter) for key, value in found.items()}
 
 
 def _blame(
@@ -641,7 +690,7 @@ def _blame(
         model(x)
     for hook in hooks:
         hook.remove()
-    gradients = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    gradients = [n for n, p in model.named_parameters() if p.grad is not None and not own_part(p.grad).isfinite().all()]
     where = f"first in the output of {found[0]}" if found else f"in the gradient of {(gradients or ['the loss'])[-1]}"
     images = step * config.train.batch_size
     return (
@@ -791,7 +840,7 @@ def _result(
         "train_pflop": images * cost.train_flop / 1e15,
         **progress.spent,
         "devices": crew.size,
-        "parallel": "ddp" if crew.size > 1 else None,
+        "parallel": crew.way if crew.size > 1 else None,
         "hardware": _hardware(device, crew),
         "torch": torch.__version__,
         "softmoe": version("softmoe-cli"),

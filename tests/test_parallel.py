@@ -16,12 +16,13 @@ from safetensors.torch import load_file
 from timm.layers import DropPath
 from torch import Tensor
 
-from softmoe_cli import data
+from softmoe_cli import data, shards
 from softmoe_cli.config import Config, UsageError
 from softmoe_cli.launch import Note, cause
 from softmoe_cli.memory import predict_for
 from softmoe_cli.moe.routing import noise_like, whole_batch
-from softmoe_cli.parallel import Crew, Turns, WholeBatchDropPath, largest_share
+from softmoe_cli.parallel import Crew, Turns, WholeBatchDropPath, largest_share, span
+from softmoe_cli.train import _obstacle
 from tests.conftest import TINY
 from tests.oracles import compose
 from tests.processes import Started
@@ -87,43 +88,55 @@ def alike(a: Path, b: Path, tolerance: float) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("router", "size", "options"),
+    ("router", "size", "ways", "options"),
     [
-        ("dense", 2, ()),
-        ("experts_choice", 2, ("model.router.noise_std=1",)),
+        ("dense", 2, ("ddp", "fsdp"), ()),
+        ("soft", 2, ("fsdp", "expert"), ("train.recompute=true", "optim.freeze=[blocks.0.*]")),
+        ("experts_choice", 2, ("ddp", "expert"), ("model.router.noise_std=1",)),
         (
             "tokens_choice",
             4,
-            ("model.router.noise_std=1", "model.router.images_per_group=2", "model.router.bias_rate=0.01"),
+            ("ddp", "expert"),
+            (
+                "model.router.noise_std=1", "model.router.images_per_group=2", "model.router.bias_rate=0.01",
+                "model.router.num_experts=6",
+            ),
         ),
+        ("tokens_choice_dropless", 2, ("expert",), ("train.steps=5", "model.router.num_experts=3")),
     ],
-)
+)  # fmt: skip
 def test_the_numbers_do_not_depend_on_the_number_of_processes(
-    tmp_path: Path, router: str, size: int, options: tuple[str, ...]
+    tmp_path: Path, router: str, size: int, ways: tuple[str, ...], options: tuple[str, ...]
 ) -> None:
     line = (*EVERYTHING, f"model/router={router}", *options)
-    alone, together = start(tmp_path / "alone", 1, *line), start(tmp_path / "together", size, *line)
+    dtype, tolerance = ("", 1e-5) if router == "tokens_choice_dropless" else ("float64", 1e-10)
+    alone = start(tmp_path / "alone", 1, *line, dtype=dtype)
+    for way in ways:
+        together = start(tmp_path / way, size, *line, f"parallel={way}", dtype=dtype)
+        outs = finish(together)
+        assert [bool(out) for out in outs] == [True, *[False] * (size - 1)], "only the first one speaks"
+        assert f"({way})" in outs[0]
     finish(alone)
-    outs = finish(together)
-    assert [bool(out) for out in outs] == [True, *[False] * (size - 1)], "only the first one speaks"
-    alike(the_run(tmp_path / "alone"), the_run(tmp_path / "together"), 1e-10)
-    result = json.loads((the_run(tmp_path / "together") / "result.json").read_text())
-    assert result["devices"] == size and result["parallel"] == "ddp" and result["hardware"].startswith(f"{size} x ")
+    for way in ways:
+        alike(the_run(tmp_path / "alone"), the_run(tmp_path / way), tolerance)
+        result = json.loads((the_run(tmp_path / way) / "result.json").read_text())
+        assert (result["devices"], result["parallel"]) == (size, way) and result["hardware"].startswith(f"{size} x ")
 
 
 @pytest.mark.long
 def test_four_stop_two_go_on_one_ends(tmp_path: Path) -> None:
-    """A signal to any one of them stops all at the same step."""
+    """A signal to any one of them stops all at the same step; what each had of the model does not matter."""
     line = (*EVERYTHING, "model.router.noise_std=0.5")
     whole = start(tmp_path / "whole", 1, *line)
     seen = 0
-    for size, asked in ((4, 3), (2, 0)):
-        processes = start(tmp_path / "parts", size, *line)
+    for size, asked, way in ((4, 3, "fsdp"), (2, 0, "expert")):
+        processes = start(tmp_path / "parts", size, *line, f"parallel={way}")
         while sum(file.stat().st_size for file in tmp_path.glob("parts/outputs/*/*/metrics.jsonl")) <= seen:
             assert not processes[0].ended
             time.sleep(0.01)
         processes[asked].send(signal.SIGTERM)
         assert "stopped by SIGTERM" in finish(processes, 130)[0]
+        assert len(shards.files(last(the_run(tmp_path / "parts")) / "model.safetensors")) == size
         seen = (the_run(tmp_path / "parts") / "metrics.jsonl").stat().st_size
     assert "going on from step" in finish(start(tmp_path / "parts", 1, *line))[0]
     finish(whole)
@@ -226,6 +239,22 @@ def test_words_of_torchrun(softmoe: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "torchrun has started 2 processes" in softmoe("train", *TINY, "devices=3").err
     assert "train.batch_size=auto knows one device" in softmoe("train", *TINY, "train.batch_size=auto").err
     assert "device=mps is one device" in softmoe("train", *TINY, "device=mps").err
+
+
+def test_what_cannot_be_divided(softmoe: Any) -> None:
+    assert "parallel=fsdp has no effect in one process" in softmoe("train", *TINY, "parallel=fsdp").err
+    crew, config = Crew(size=8), compose("model.router.num_experts=4")
+    assert "cannot divide 4 experts over 8 processes" in (_obstacle("expert", config, 10, crew) or "")
+    assert "dense has none" in (_obstacle("expert", compose("model/router=dense"), 10, crew) or "")
+    assert "no loss scale" in (_obstacle("fsdp", compose("train.precision=fp16"), 10, crew) or "")
+    assert _obstacle("fsdp", config, 10, crew) is None
+
+
+@pytest.mark.parametrize(("length", "size"), [(8, 4), (6, 4), (3, 4)])
+def test_spans_are_those_of_dtensor(length: int, size: int) -> None:
+    chunks = torch.arange(length).chunk(size)
+    expected = [chunk.tolist() for chunk in chunks] + [[]] * (size - len(chunks))
+    assert [list(range(*span(length, size, place))) for place in range(size)] == expected
 
 
 @pytest.mark.parametrize("mixup", [0.0, 0.5])

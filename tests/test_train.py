@@ -1,5 +1,6 @@
 """The loop through its real parts: processes, signals, files. Same configuration, same numbers, whatever happens."""
 
+import errno
 import json
 import math
 import os
@@ -8,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,9 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
+from softmoe_cli import record
 from softmoe_cli.config import LATER
-from softmoe_cli.record import Run, RunError, flat_science
+from softmoe_cli.record import Checkpoint, Run, RunError, flat_science
 from softmoe_cli.train import Stop, _commit, run_folder
 from tests.conftest import TINY, Softmoe
 from tests.oracles import compose
@@ -267,9 +270,102 @@ def test_a_checkpoint_saved_again_is_the_new_one(tmp_path: Path) -> None:
     run.checkpoints.mkdir()
     for value in (1.0, 2.0):
         run.save("best", 5, {"w": torch.tensor([value])}, {}, {"best_step": 5}, {})
+    run.settle()
     assert load_file(run.checkpoints / "best-00000005" / "model.safetensors")["w"].item() == 2.0
     with pytest.raises(RunError, match="w is not finite at step 6"):
         run.save("last", 6, {"w": torch.tensor([math.nan])}, {}, {}, {})
+
+
+SAVED: tuple[Any, ...] = ({"best_step": 5}, {})
+
+
+class Disk:
+    """Takes a checkpoint when it is ready, and then may have been too small for it."""
+
+    def __init__(self) -> None:
+        self.ready, self.full = threading.Event(), False
+        self.writers: list[threading.Thread] = []
+        self._write = record.write_checkpoint
+
+    def __call__(self, *given: Any) -> None:
+        self.writers.append(threading.current_thread())
+        self.ready.wait(60)
+        self._write(*given)
+        if self.full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def opened(folder: Path, monkeypatch: pytest.MonkeyPatch, disk: Disk) -> Run:
+    monkeypatch.setattr(record, "write_checkpoint", disk)
+    run = Run(folder)
+    run.checkpoints.mkdir()
+    return run
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written is the moment of the save: its weights, its moments, its rows."""
+    disk = Disk()
+    run = opened(tmp_path, monkeypatch, disk)
+    weight, moment = torch.tensor([1.0]), torch.tensor([2.0])
+    run.append("metrics.jsonl", {"step": 5})
+    run.save("last", 5, {"w": weight}, {"m": moment}, *SAVED)
+    weight.add_(10)
+    moment.add_(10)
+    run.append("metrics.jsonl", {"step": 6})
+    assert not run.idle and run.newest() == (None, [])
+    disk.ready.set()
+    run.settle()
+    path, _ = run.newest()
+    assert run.idle and path is not None
+    found = Checkpoint.read(path)
+    assert (found.weights["w"].item(), found.training["m"].item()) == (1.0, 2.0)
+    run.rewind(found.state["sizes"])
+    assert run.rows("metrics.jsonl") == [{"step": 5}]
+
+
+def test_a_run_that_ends_waits_for_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = Disk()
+    run = opened(tmp_path, monkeypatch, disk)
+    run.save("last", 5, {"w": torch.ones(1)}, {}, *SAVED)
+    threading.Timer(0.05, disk.ready.set).start()
+    run.close()
+    assert run.newest()[0] is not None
+
+
+def test_without_room_for_a_copy_training_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = Disk()
+    disk.ready.set()
+    run = opened(tmp_path, monkeypatch, disk)
+    for step, free in ((5, 16), (6, 15)):
+        monkeypatch.setattr(record, "free_memory", lambda device, free=free: free)
+        run.save("last", step, {"w": torch.ones(1)}, {}, *SAVED)
+        run.settle()
+    assert disk.writers[0] is not disk.writers[1] is threading.current_thread()
+    assert len(list(run.checkpoints.glob("last-*"))) == 2
+
+
+@pytest.mark.parametrize("asked", ["idle", "settle", "save"])
+def test_a_failed_write_is_told_when_asked_for(asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As what it is; the checkpoint before is there, and nothing else."""
+    disk = Disk()
+    disk.ready.set()
+    run = opened(tmp_path, monkeypatch, disk)
+    run.save("last", 5, {"w": torch.ones(1)}, {}, *SAVED)
+    run.settle()
+
+    def until_idle() -> None:
+        while not run.idle:
+            time.sleep(0.001)
+
+    def save_again() -> None:
+        run.save("best", 7, {"w": torch.ones(1)}, {}, *SAVED)
+
+    ask = {"idle": until_idle, "settle": run.settle, "save": save_again}
+    disk.full = True
+    run.save("last", 6, {"w": torch.ones(1)}, {}, *SAVED)
+    with pytest.raises(RunError, match="No space left on device; earlier checkpoints are untouched"):
+        ask[asked]()
+    assert [path.name for path in run.checkpoints.iterdir()] == ["last-00000005"]
 
 
 def test_what_is_not_ours_stays(softmoe: Softmoe, tmp_path: Path) -> None:
