@@ -107,8 +107,8 @@ def of_way(way: str, router: str, precision: str, accumulate: int, recompute: bo
 
 
 def unhurried(collective: Callable[..., Any]) -> Callable[..., Any]:
-    """gloo's own thread lets go of a tensor a moment after the collective; what it frees itself the profiler misses, and
-    sees a peak that is too large."""
+    """gloo's own thread lets go of a tensor a moment after the collective. What it frees itself the profiler misses,
+    and sees a peak that is too large."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         out = collective(*args, **kwargs)
