@@ -185,7 +185,7 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
         config.model, classes, batch=_part(config), recompute=config.train.recompute, frozen=config.optim.freeze
     )
     screen.table(command, _header(config, cost, splits, budget, device, run.folder, crew))
-    memory = require_fit(config, classes, device, crew.size, crew.local_size)
+    memory = require_fit(config, classes, device, crew.size, crew.local_size, crew.way)
     screen.row("memory", _memory(memory, device))
 
     with crew.one_by_one():
