@@ -30,8 +30,9 @@ def arithmetic(name: str, precision: str, threads: int | None) -> tuple[torch.de
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """CPU cores that this process may use: its share, where torchrun's words tell of more of them on this machine."""
+    all_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, all_cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def precision_context(device: str, precision: str, cached: bool = True) -> torch.autocast:

@@ -391,7 +391,7 @@ def joined(config: Config) -> Iterator[Crew]:
             raise UsageError(f"{local_size} processes on a machine with {torch.cuda.device_count()} CUDA devices")
         torch.cuda.set_device(local_rank)
     elif config.threads is None:
-        torch.set_num_threads(max(1, cores() // local_size))  # or each process would take them all
+        torch.set_num_threads(cores())  # or each process would take them all
     with _contact():
         store, *_ = next(rendezvous("env://", timeout=PATIENCE))
         # The launcher's store outlives a restart, and with it the addresses of processes that are gone.

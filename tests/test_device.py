@@ -1,5 +1,6 @@
-"""Energy by the device's own counters: files of the kernel, and NVML's call where there is a GPU."""
+"""What the device is asked: energy by its own counters (files of the kernel, NVML where there is a GPU), and cores."""
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from softmoe_cli import device
-from softmoe_cli.device import Energy
+from softmoe_cli.device import Energy, cores
 from softmoe_cli.train import Progress
 
 CPU = torch.device("cpu")
@@ -66,3 +67,12 @@ def test_a_stretch_that_no_one_measured_leaves_the_sum_unknown() -> None:
     progress.used(None)
     progress.used(500)
     assert "energy_kj" not in progress.spent
+
+
+def test_processes_of_a_run_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _process: set(range(7)), raising=False)
+    shares = []
+    for processes in ("1", "2", "16"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        shares.append(cores())
+    assert shares == [7, 3, 1]
