@@ -617,6 +617,8 @@ class CostConfig:
     accumulate: int = option("as in train.accumulate", low=1)
     recompute: bool = option("as in train.recompute")
     precision: str = option("as in train.precision", choices=("fp32", "bf16", "fp16"))
+    devices: int = option("devices that share each batch, here or elsewhere: memory is that of each", low=1)
+    parallel: str = option("as in softmoe train: what each of several devices has of the model", choices=WAYS)
     compile: bool = option("torch.compile the model that the clock measures")
     clock: bool = option("measure latency, throughput and peak memory on this machine")
     repeats: int = option("times that the clock measures each", low=3)
@@ -629,6 +631,13 @@ class CostConfig:
         self.model.check()
         self.data.check()
         _check_parts(self)
+        if self.devices == 1 and self.parallel != "ddp":
+            raise UsageError(f"parallel={self.parallel} has no effect with devices=1")
+        if self.devices > 1 and self.clock:
+            raise UsageError(f"clock=true measures one device; leave out devices={self.devices}")
+        images = self.batch_size // self.accumulate
+        if images < self.devices:
+            raise UsageError(f"devices={self.devices} cannot divide {images} images; use a larger batch_size")
 
 
 FREE_KEYS = (

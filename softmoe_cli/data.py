@@ -395,7 +395,7 @@ def _cuts_files(augment: Augment, from_file: bool) -> bool:
 def prepare_worker(_number: int) -> None:
     """One thread; and signals to the whole process group are the main process's business."""
     torch.set_num_threads(1)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
 
 

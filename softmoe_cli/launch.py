@@ -8,6 +8,7 @@ import contextlib
 import json
 import logging
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import signal
 import sys
@@ -57,6 +58,10 @@ def launch(config: Config, command: str) -> None:
         if engine.startswith(("torch.distributed.elastic", "torch.multiprocessing")):
             logging.getLogger(engine).setLevel(logging.CRITICAL)  # what matters is said here
     multiprocessing.get_context("forkserver").set_forkserver_preload(["softmoe_cli.train", "softmoe_cli.cli"])
+    # Slurm may tell every process of a job that its time is near; the one that takes it passes it on as SIGTERM.
+    handler = signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    multiprocessing.forkserver.ensure_running()
+    signal.signal(signal.SIGUSR2, handler)
     with tempfile.TemporaryDirectory(prefix="softmoe-") as folder:
         elastic = LaunchConfig(
             min_nodes=1,

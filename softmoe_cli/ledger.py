@@ -41,7 +41,7 @@ def formula_row(config: CostConfig, vit: VisionTransformer) -> Row:
     cost = account_model(vit, batch=part, recompute=config.recompute)
     memory = predict(
         config.model, classes, batch=config.batch_size, accumulate=config.accumulate, recompute=config.recompute,
-        ema=False, precision=config.precision, device=device,
+        ema=False, precision=config.precision, device=device, processes=config.devices, way=config.parallel,
     )  # fmt: skip
     return {
         "model": config.model.name,
@@ -53,6 +53,8 @@ def formula_row(config: CostConfig, vit: VisionTransformer) -> Row:
         "accumulate": config.accumulate,
         "recompute": config.recompute,
         "precision": config.precision,
+        "devices": config.devices,
+        "parallel": config.parallel if config.devices > 1 else None,
         "params_m": cost.params / 1e6,
         "active_params_m": cost.active_params / 1e6,
         "forward_gflop": cost.forward_flop / 1e9,
@@ -149,11 +151,14 @@ def show(rows: list[Row], form: str, *, many: bool) -> str:
         return out.getvalue().rstrip("\n")
     first = "model" if many else "part"
     table = [[first, *TABLE.values()], *([line[first], *(_cell(line.get(key)) for key in TABLE)] for line in lines)]
-    total = ["model", "batch", "peak MiB", "measured", "latency ms", "spread", "images/s", "step ms", "spread",
-             "images/s", "rank"]  # fmt: skip
+    total = ["model", "batch", "devices", "peak MiB", "measured", "latency ms", "spread", "images/s", "step ms",
+             "spread", "images/s", "rank"]  # fmt: skip
     keys = ["peak_mib", "measured_peak_mib", "latency_ms", "latency_spread_ms", "images_per_s", "train_step_ms",
             "train_step_spread_ms", "train_images_per_s", "latency_rank"]  # fmt: skip
-    measured = [total, *([row["model"], str(row["batch_size"]), *(_cell(row[key]) for key in keys)] for row in rows)]
+    measured = [total]
+    for row in rows:
+        several = f"{row['devices']} {row['parallel']}" if row["devices"] > 1 else ""
+        measured.append([row["model"], str(row["batch_size"]), several, *(_cell(row[key]) for key in keys)])
     where = dict.fromkeys(row["hardware"] for row in rows if row["hardware"])
     notes = [CONVENTION, *(f"{rows[0]['model']}: {_about(rows[0])}" for _ in range(not many))]
     body = [aligned(table, form == "markdown"), aligned(_filled(measured), form == "markdown")]
@@ -163,9 +168,10 @@ def show(rows: list[Row], form: str, *, many: bool) -> str:
 def _about(row: Row) -> str:
     slots = "" if row["slots_per_token"] is None else f", {row['slots_per_token']:.2f} slots per token"
     recompute = ", recomputed" if row["recompute"] else ""
+    each = f" on each of {row['devices']} devices, {row['parallel']}" if row["devices"] > 1 else ""
     return (
         f"{row['image_size']} px, {row['tokens']} tokens{slots}; memory for {row['batch_size']} images in "
-        f"{row['accumulate']} part{'s' * (row['accumulate'] > 1)}{recompute}, {row['precision']}: weights "
+        f"{row['accumulate']} part{'s' * (row['accumulate'] > 1)}{recompute}, {row['precision']}{each}: weights "
         f"{row['weight_mib']:,.1f} MiB, gradients {row['gradient_mib']:,.1f}, AdamW {row['optimizer_mib']:,.1f}, "
         f"activations {row['activation_mib']:,.1f}"
     )

@@ -9,10 +9,13 @@ step but for what single operations borrow inside. torch.compile usually needs l
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -22,20 +25,22 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from softmoe_cli.config import Config, Model, Optim, UsageError
+from softmoe_cli.config import WAYS, Config, Model, Optim, UsageError
 from softmoe_cli.device import free_memory, precision_context, prepare_attention
 from softmoe_cli.models import build
+from softmoe_cli.moe.divided import DividedExperts
+from softmoe_cli.moe.layer import Experts, MoE, ragged_experts
 from softmoe_cli.moe.routing import full_precision, routings
 from softmoe_cli.optim import freeze, moments
-from softmoe_cli.parallel import largest_share
+from softmoe_cli.parallel import cut_axis, largest_share, span
 from softmoe_cli.terminal import gibibytes
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of training, uncompiled. `activation_bytes` is what the forward pass of one part of a batch keeps for the
-    backward pass. `peak_bytes` is the most that is alive at once; it can be less than the sum, because activations go
-    while gradients come."""
+    """Bytes of training on one device, uncompiled. `activation_bytes` is what the forward pass of one part of a batch
+    keeps for the backward pass. `peak_bytes` is the most that is alive at once; it can be less than the sum, because
+    activations go while gradients come, and more, because divided weights are gathered to be computed with."""
 
     weight_bytes: int
     gradient_bytes: int
@@ -43,6 +48,8 @@ class Memory:
     average_bytes: int
     activation_bytes: int
     peak_bytes: int
+    saving_bytes: int
+    """Of what is divided, put together to be saved, in the memory of the first process's machine."""
 
     @property
     def state_bytes(self) -> int:
@@ -85,6 +92,161 @@ class Live(TorchDispatchMode):
         self.now -= size
 
 
+def divides(router: dict[str, Any], processes: int) -> bool:
+    """Whether each of so many processes can have some experts of every MoE layer."""
+    return (router.get("num_experts") or 0) >= processes
+
+
+class _Sent(torch.autograd.Function):
+    """Rows that others get, and as many as come from them, there and back: memory without a message."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, arriving: int) -> Tensor:
+        ctx.leaving = len(rows)
+        return rows.new_empty(arriving, rows.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        sent = gradients[0].contiguous()
+        return sent.new_empty(ctx.leaving, sent.shape[1]), None
+
+
+class _FirstExperts(DividedExperts):
+    """What the first of several processes has of a layer's experts, and alone."""
+
+    def __init__(self, whole: Experts, processes: int, groups: list[int]) -> None:
+        nn.Module.__init__(self)
+        self.gelu, self._groups = whole.gelu, groups
+        ends = [span(len(whole.w1), processes, place) for place in range(processes)]
+        self._counts = [end - start for start, end in ends]
+        self._mesh: Any = SimpleNamespace(get_local_rank=lambda: 0)
+        for name, parameter in whole.named_parameters():
+            self.register_parameter(name, nn.Parameter(parameter[: self._counts[0]].detach()))
+
+    def _weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.w1, self.b1, self.w2, self.b2
+
+    def _exchange(self, rows: Tensor, there: list[int], back: list[int]) -> Tensor:
+        arrived: Tensor = _Sent.apply(rows.contiguous(), sum(back))
+        return arrived
+
+    def _ragged(self, rows: Tensor, offsets: Tensor) -> Tensor:
+        """As if all experts had as many rows: which have more, only the images know."""
+        turned = torch.cat(self._exchange(rows, [], [len(rows)]).split(1 + len(rows) // 2))
+        made = ragged_experts(turned, offsets[: self._counts[0]], *self._weights(), self.gelu)
+        return self._exchange(torch.cat(made.split(1 + len(rows) // 2)), [], [len(rows)])
+
+
+class _Spread:
+    """What torch's fully_shard holds on a process beside what a step holds anyway: memory taken and let go where it
+    does that. The model under it stays whole; its weights are not to be counted.
+
+    The weights of a block, or of what lies outside of all blocks, are gathered before it computes, forwards and
+    backwards, through a buffer of their size that stays until the next block's is there; on the way back that is before
+    the block is done. Its gradients are whole until a second buffer has been filled with them to be added up, and that
+    buffer stays until the next block's.
+    """
+
+    def __init__(self, vit: VisionTransformer, processes: int, apart: Iterable[nn.Parameter]) -> None:
+        """`apart` are the parameters that are not divided, beside those that are single numbers."""
+        self._processes = processes
+        self._apart = {*apart, *(parameter for parameter in vit.parameters() if not parameter.ndim)}
+        blocks = [list(block.parameters()) for block in vit.blocks]
+        inside = {parameter for block in blocks for parameter in block}
+        outside = [parameter for parameter in vit.parameters() if parameter not in inside]
+        self._groups = [[p for p in group if p not in self._apart] for group in (*blocks, outside)]
+        self._outside = len(blocks)
+        self._device = next(vit.parameters()).device
+        self._whole: dict[int, Tensor] = {}
+        self._summed: dict[int, Tensor] = {}
+        self._waiting = set(range(len(self._groups)))
+        self._buffer: Tensor | None = None
+        self._sums: Tensor | None = None
+        self._on_the_way_back = False
+        vit.register_forward_pre_hook(lambda _module, _inputs: self._gather(self._outside))
+        for group, block in enumerate(vit.blocks):
+            block.register_forward_pre_hook(lambda _module, inputs, group=group: self._before(group, inputs[0]))
+            block.register_forward_hook(lambda _module, _inputs, out, group=group: self._after(group, out))
+        vit.register_forward_hook(lambda _module, _inputs, out: self._turn(out))
+
+    def own_bytes(self, parameter: nn.Parameter) -> int:
+        """Of the process with the largest piece."""
+        if parameter in self._apart:
+            return parameter.nbytes
+        length = parameter.shape[cut_axis(parameter.shape, self._processes)]
+        return parameter.numel() // length * -(-length // self._processes) * parameter.element_size()
+
+    def _take(self, parameters: Iterable[nn.Parameter], pieces: int) -> Tensor:
+        size = sum(map(self.own_bytes, parameters)) * pieces
+        return torch.empty(size, dtype=torch.uint8, device=self._device)
+
+    def _all_of(self, group: int) -> Tensor:
+        return self._take(self._groups[group], self._processes)
+
+    def _copy_out(self, group: int) -> None:
+        """Out of the buffer; what was not cut along its first axis is put together on the way."""
+        self._whole[group] = self._all_of(group)
+        self._take((p for p in self._groups[group] if cut_axis(p.shape, self._processes)), self._processes)
+
+    def _gather(self, group: int) -> None:
+        self._buffer = self._all_of(group)  # while the one before is still there
+        self._copy_out(group)
+
+    def _before(self, group: int, x: Tensor) -> None:
+        if self._on_the_way_back:  # recomputation
+            return
+        self._gather(group)
+
+        def back(_gradient: Tensor) -> None:
+            self._leave(group)
+            if group:
+                self._enter(group - 1)
+
+        if x.requires_grad:
+            x.register_hook(back)
+
+    def _after(self, group: int, out: Tensor) -> None:
+        if self._on_the_way_back:
+            return
+        del self._whole[group]
+        if group == self._outside - 1 and out.requires_grad:
+            out.register_hook(lambda _gradient: self._enter(group))
+
+    def _turn(self, out: Tensor) -> None:
+        self._buffer, self._on_the_way_back = None, True
+        self._waiting = set(range(len(self._groups)))
+        del self._whole[self._outside]
+
+        def back(_gradient: Tensor) -> None:
+            self._buffer = self._all_of(self._outside)
+            self._enter(self._outside)
+
+        out.register_hook(back)
+
+    def _enter(self, group: int) -> None:
+        self._copy_out(group)
+        self._buffer = None
+        if group:
+            self._buffer = self._all_of(group - 1)
+
+    def _leave(self, group: int) -> None:
+        self._whole.pop(group, None)
+        self._waiting.discard(group)
+        self._sums = None
+        trained = [parameter for parameter in self._groups[group] if parameter.grad is not None]
+        self._sums = self._take(trained, self._processes)
+        for parameter in trained:
+            parameter.grad = None
+        self._summed.setdefault(group, self._take(trained, 1))  # a later part's is added to the first's and goes
+
+    def finish(self) -> None:
+        """The end of a backward pass."""
+        for group in sorted(self._waiting):
+            self._leave(group)
+        self._sums = self._buffer = None
+        self._on_the_way_back = False
+
+
 def predict(
     model: Model,
     num_classes: int,
@@ -96,34 +258,58 @@ def predict(
     precision: str,
     device: torch.device,
     optim: Optim | None = None,
-    gradients_kept: bool = False,
+    processes: int = 1,
+    way: str = "ddp",
 ) -> Memory:
     """The memory of training a config with batches of `batch` images in `accumulate` parts, weights and moments in
-    float32. Without `optim` AdamW trains all of it. `gradients_kept`: as with DistributedDataParallel, whose memory
-    for gradients is taken all the time, and beside it that of parts whose gradients are not exchanged yet.
+    float32. Without `optim` AdamW trains all of it. Of `processes` that share the batch it is that of the one with the
+    largest share.
+
+    `way` is how they do that. DistributedDataParallel (`ddp`) takes its memory for gradients for all the time, and
+    beside it that of parts whose gradients are not exchanged yet. With `fsdp` weights, gradients, moments and average
+    are divided, with `expert` they are too, but a process has its experts whole and the slots of all images for them.
 
     Raises:
         UsageError: a model that cannot be built, or whose sizes depend on the images.
     """
+    if processes > 1 and way == "expert" and not divides(model.router, processes):
+        experts = model.router.get("num_experts") or "no"
+        raise UsageError(
+            f"parallel=expert cannot divide {experts} experts over {processes} devices; use parallel=fsdp or fewer "
+            "devices"
+        )
     device = torch.device("cpu" if device.type == "mps" else device.type)  # fake tensors know no mps
+    ddp, divided = processes > 1 and way == "ddp", processes > 1 and way != "ddp"
+    part = batch // accumulate
+    groups = -(-part // model.router.get("images_per_group", 1))
+    ends = [groups * place // processes for place in range(processes + 1)]
+    everyones = sorted((end - start for start, end in pairwise(ends)), reverse=True)
+    batch = largest_share(part, model.router, processes) * accumulate
     with torch.device("meta"):
         vit = build(model, num_classes)
+    layers = [block.mlp for block in vit.blocks if isinstance(block.mlp, MoE)] if divided and way == "expert" else []
+    for layer in layers:
+        layer.experts = _FirstExperts(layer.experts, processes, everyones)
     with FakeTensorMode(allow_non_fake_inputs=True), Live() as live, routings(vit) as seen:
         vit._apply(lambda shape: torch.empty(shape.shape, dtype=shape.dtype, device=device)).train()  # to_empty, faster
         prepare_attention(vit, device, precision)
         vit.set_grad_checkpointing(recompute)
         if optim is not None:
             freeze(vit, optim.freeze)
-        weights = sum(p.numel() * p.element_size() for p in vit.parameters())
-        trained = sum(p.numel() * p.element_size() for p in vit.parameters() if p.requires_grad)
+        apart = [parameter for layer in layers for parameter in layer.experts.parameters()]
+        spread = _Spread(vit, processes, apart) if divided else None
+        whole = {parameter: parameter.nbytes for parameter in vit.parameters()}
+        own = {parameter: spread.own_bytes(parameter) if spread else size for parameter, size in whole.items()}
+        weights = sum(own.values())
+        trained = sum(size for parameter, size in own.items() if parameter.requires_grad)
         before = live.now
         x = torch.empty(batch, model.in_chans, *vit.patch_embed.img_size, device=device)
         targets = torch.empty(batch, num_classes, device=device)
         live.peak, kept = live.now, 0
-        with precision_context(device.type, precision):  # as in train.update, with what autocast keeps
+        with precision_context(device.type, precision, cached=not divided):  # as in train.update, with what it keeps
             parts = list(zip(x.chunk(accumulate), targets.chunk(accumulate), strict=True))
             # A second part meets the gradients of the first, and later ones the same as it.
-            for part_x, part_targets in (parts[0], parts[-1]) if accumulate > 1 or gradients_kept else parts:
+            for part_x, part_targets in (parts[0], parts[-1]) if accumulate > 1 or ddp else parts:
                 seen.clear()
                 try:
                     logits = vit(part_x)
@@ -137,25 +323,32 @@ def predict(
                     loss = loss + sum((routing.aux_loss for routing in seen), loss.new_zeros(()))
                     kept = kept or live.now - before
                     loss.backward()
-        peak = live.peak + trained * (gradients_kept and accumulate > 1)
+                if spread is not None:
+                    spread.finish()
+        peak = live.peak - sum(whole.values()) + weights + trained * (ddp and accumulate > 1)
     optimizer, average = trained * (2 if optim is None else moments(optim)), weights if ema else 0
-    return Memory(weights, trained, optimizer, average, kept, peak + optimizer + average)
+    saving = (weights + optimizer + average) * processes * divided
+    return Memory(weights, trained, optimizer, average, kept, peak + optimizer + average, saving)
 
 
-def predict_for(config: Config, num_classes: int, device: torch.device, processes: int = 1, **changes: Any) -> Memory:
-    """The memory of a configuration's training, with `changes` to its batch, accumulate or recompute; of each of
-    several processes that share its batch, of the one with the largest share."""
+def predict_for(
+    config: Config, num_classes: int, device: torch.device, processes: int = 1, way: str = "ddp", **changes: Any
+) -> Memory:
+    """The memory of a configuration's training, with `changes` to its batch, accumulate or recompute, on each of
+    `processes` that share its batch in this way."""
     t = config.train
     setting: dict[str, Any] = {"batch": t.batch_size, "accumulate": t.accumulate, "recompute": t.recompute} | changes
-    part = setting["batch"] // setting["accumulate"]
-    setting["batch"] = largest_share(part, config.model.router, processes) * setting["accumulate"]
     setting |= {"ema": t.ema is not None, "precision": t.precision, "device": device, "optim": config.optim}
-    setting["gradients_kept"] = processes > 1
-    return predict(config.model, num_classes, **setting)
+    return predict(config.model, num_classes, processes=processes, way=way, **setting)
 
 
 def require_fit(
-    config: Config, num_classes: int, device: torch.device, processes: int = 1, local_processes: int = 1
+    config: Config,
+    num_classes: int,
+    device: torch.device,
+    processes: int = 1,
+    local_processes: int = 1,
+    way: str = "ddp",
 ) -> Memory:
     """What training will hold on each device, or the refusal of what the device has no room for. Processes of one
     machine share its memory where the device is its CPU.
@@ -163,37 +356,72 @@ def require_fit(
     Raises:
         UsageError: it cannot fit; the message says what would.
     """
-    memory, free = predict_for(config, num_classes, device, processes), free_memory(device)
+    memory, free = predict_for(config, num_classes, device, processes, way), free_memory(device)
     if device.type == "cpu":
         free //= local_processes
+    beside = (memory.state_bytes - memory.gradient_bytes) * local_processes if device.type == "cpu" else 0
+    if memory.saving_bytes and memory.saving_bytes + beside > (room := free_memory(torch.device("cpu"))):
+        raise UsageError(
+            f"parallel={way} puts {gibibytes(memory.saving_bytes)} of weights and moments together in the first "
+            f"process's memory to save them, and its machine has {gibibytes(room)} free; choose a machine with more "
+            "memory, a smaller model or fewer experts"
+        )
     # Uncompiled memory is an upper bound of compiled memory, so only what nothing can save refuses a compiled run.
     needed = memory.state_bytes if config.train.compile else memory.peak_bytes
     if needed <= free:
         return memory
     t = config.train
-    ways: list[str] = []
-    each = " for each process" if processes > 1 else ""
+    each = f" for each process with parallel={way}" if processes > 1 else ""
     have = f"needs {gibibytes(needed)} at its peak and {device.type} has {gibibytes(free)} free{each}"
+
+    def peak(**changes: int) -> int:
+        return predict_for(config, num_classes, device, processes, way, **changes).peak_bytes
+
+    ways = _divided(config, num_classes, device, free, memory, processes, way)
     if memory.state_bytes > free:
+        smaller = "choose a smaller model, fewer experts or fewer MoE blocks"
         raise UsageError(
             f"training {config.model.name} {have}; weights, gradients and the optimizer's moments alone take "
-            f"{gibibytes(memory.state_bytes)}, so choose a smaller model, fewer experts or fewer MoE blocks"
+            f"{gibibytes(memory.state_bytes)}, so {' or '.join([*(f'set {each}' for each in ways), smaller])}"
         )
     divisors = (parts for parts in range(t.accumulate + 1, t.batch_size + 1) if t.batch_size % parts == 0)
-    parts = next(
-        (n for n in divisors if predict_for(config, num_classes, device, processes, accumulate=n).peak_bytes <= free),
-        None,
-    )
+    parts = next((n for n in divisors if peak(accumulate=n) <= free), None)
     if parts is not None:
         ways.append(f"train.accumulate={parts}")
-    if not t.recompute and predict_for(config, num_classes, device, processes, recompute=True).peak_bytes <= free:
+    if not t.recompute and peak(recompute=True) <= free:
         ways.append("train.recompute=true")
-    batch = _largest(config, num_classes, device, free, t.batch_size - 1, processes=processes)
+    batch = _largest(config, num_classes, device, free, t.batch_size - 1, processes=processes, way=way)
     if batch:
         ways.append(f"train.batch_size={batch}, the largest that fits as it is")
     if not ways:
         ways.append("a smaller model or fewer experts: nothing else fits")
     raise UsageError(f"train.batch_size={t.batch_size} {have}; set {' or '.join(ways)}")
+
+
+MOST_DEVICES = 1024
+"""Nobody is told to take more."""
+
+
+def _divided(
+    config: Config, num_classes: int, device: torch.device, free: int, memory: Memory, processes: int, way: str
+) -> list[str]:
+    """Other ways to share the training among processes, as many as there are or more, that fit into `free` bytes. More
+    processes bring no memory where the device is the machine's CPU."""
+    router, found = config.model.router, []
+    state = memory.state_bytes * (1 if way == "ddp" else processes)
+    groups = config.train.batch_size // config.train.accumulate // router.get("images_per_group", 1)
+    most = min(groups, MOST_DEVICES if device.type == "cuda" else processes)
+    if config.train.precision == "fp16":  # gradients that are divided are not scaled
+        return []
+    for other in WAYS[max(1, WAYS.index(way)) :]:
+        size = 2 * processes if other == way else max(2, processes)
+        while size <= most:
+            possible = state <= size * free and (other != "expert" or divides(router, size))  # a quick look first
+            if possible and predict_for(config, num_classes, device, size, other).peak_bytes <= free:
+                found.append(f"parallel={other}" + f" on {size} devices" * (size > processes))
+                break
+            size *= 2
+    return found
 
 
 def largest_batch(config: Config, num_classes: int, device: torch.device, images: int) -> int:
@@ -224,12 +452,13 @@ def _largest(
     top: int,
     unit: int | None = None,
     processes: int = 1,
+    way: str = "ddp",
 ) -> int:
     """The largest multiple of `unit` up to `top` whose peak is within `free` bytes; 0 if there is none."""
     unit = unit or config.train.accumulate
 
     def peak(units: int) -> int:
-        return predict_for(config, num_classes, device, processes, batch=units * unit).peak_bytes
+        return predict_for(config, num_classes, device, processes, way, batch=units * unit).peak_bytes
 
     return unit * last_within(peak, free, top // unit)
 

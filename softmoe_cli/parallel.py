@@ -11,7 +11,7 @@ weights (expert). Parts are DTensors; gradients, moments and averages are divide
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -237,8 +237,7 @@ class Crew:
             module.set_force_sum_reduction_for_comms(True)
 
     def _axis(self, parameter: nn.Parameter) -> Shard:
-        """The first axis that can be cut evenly, or else the first one."""
-        return Shard(next((axis for axis, length in enumerate(parameter.shape) if length % self.size == 0), 0))
+        return Shard(cut_axis(parameter.shape, self.size))
 
     def prepare(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
         """The forward pass whose gradients are everyone's, added up while they come."""
@@ -331,6 +330,11 @@ def part_of(whole: Tensor, like: Tensor) -> Tensor:
     return DTensor.from_local(
         own, like.device_mesh, like.placements, run_check=False, shape=whole.shape, stride=whole.stride()
     )
+
+
+def cut_axis(shape: Sequence[int], size: int) -> int:
+    """The first axis that `size` processes can cut evenly, or else the first one."""
+    return next((axis for axis, length in enumerate(shape) if length % size == 0), 0)
 
 
 def span(length: int, size: int, place: int) -> tuple[int, int]:

@@ -17,6 +17,7 @@ import multiprocessing.forkserver
 import os
 import secrets
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -44,6 +45,8 @@ from softmoe_cli.terminal import aligned
 PERIOD_S = 0.25
 MANY = 10_000
 """Jobs at a time where a cluster does the queueing."""
+GONE_S = 300
+"""How long a job that is queued again waits to be ended."""
 SERVER = multiprocessing.get_context("forkserver")
 
 failures: list[str] = []
@@ -141,10 +144,32 @@ def _in_process(order: Order) -> None:
 
 def _in_worker(order: Order) -> int:
     """A job in a worker of submitit or Ray, whose own handlers make way: SIGUSR2 is submitit's word for a time limit
-    that is near."""
+    or a preemption that is near. The job then saves, leaves and is queued again."""
+    told: list[int] = []
+
+    def save(number: int, _frame: FrameType | None) -> None:
+        told.append(number)
+        os.kill(os.getpid(), signal.SIGTERM)
+
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGUSR2, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    return perform(order)
+    signal.signal(signal.SIGUSR2, save)
+    code = perform(order)
+    if code == 130 and told:
+        _queue_again()
+    return code
+
+
+def _queue_again() -> None:
+    """Asks submitit for another run of this job; comes back only if there will be none."""
+    import submitit
+
+    print("the job is queued again")
+    try:
+        submitit.JobEnvironment()._requeue(0)  # what submitit does after a checkpoint of its own kind
+    except (OSError, subprocess.SubprocessError) as error:
+        print(f"it is not: {error}")
+    else:
+        time.sleep(GONE_S)
 
 
 # --- before the first job ---------------------------------------------------------------------------------------------
@@ -244,14 +269,15 @@ def _costs(config: Config, *, times: bool) -> dict[str, float]:
     cost = account(
         config.model, classes, batch=t.batch_size // t.accumulate, recompute=t.recompute, frozen=config.optim.freeze
     )
-    peak = predict_for(config, classes, device).peak_bytes
+    way = "ddp" if config.parallel == "auto" else config.parallel
+    peak = predict_for(config, classes, device, config.devices, way).peak_bytes
     budget = Budget.of(config, images)
     step_s = math.nan
     if times and peak <= free_memory(device):
         load = CostConfig(
             model=config.model, data=config.data, batch_size=t.batch_size, accumulate=t.accumulate,
-            recompute=t.recompute, precision=t.precision, compile=t.compile, clock=True, repeats=3, format="table",
-            device=config.device, threads=config.threads,
+            recompute=t.recompute, precision=t.precision, devices=1, parallel="ddp", compile=t.compile, clock=True,
+            repeats=3, format="table", device=config.device, threads=config.threads,
         )  # fmt: skip
         key = repr((config.model, classes, t.batch_size, t.accumulate, t.recompute, t.precision, t.compile))
         if key not in _timed:

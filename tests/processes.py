@@ -3,9 +3,10 @@
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import socket
 import sys
 from collections.abc import Callable, Sequence
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,26 @@ class Started:
         """Exit status (minus the signal's number where one ended it) and output."""
         self._process.join(timeout)
         return self._process.exitcode, self._out.read_text()
+
+
+def together(size: int, work: Callable[..., None], *arguments: Any) -> None:
+    """Calls `work` in so many processes at once, each with the environment that torchrun would give it."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    told = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    multiprocessing.forkserver.ensure_running()
+    processes = []
+    for rank in range(size):
+        environment = {key: str(value) for key, value in (told | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+        processes.append(_SERVER.Process(target=_job, args=(os.getcwd(), environment, work, arguments)))
+        processes[-1].start()
+    while any(process.is_alive() for process in processes):
+        wait([process.sentinel for process in processes if process.is_alive()])
+        if any(process.exitcode for process in processes):  # the others would wait for it
+            for process in processes:
+                process.kill()
+    assert not any(process.exitcode for process in processes)
 
 
 def _forkserver() -> Any:

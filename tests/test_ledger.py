@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from softmoe_cli.config import CostConfig, UsageError
+from softmoe_cli.config import WAYS, CostConfig, UsageError
 from softmoe_cli.ledger import CONVENTION, costs, show
+from softmoe_cli.memory import predict_for
 from tests.conftest import Softmoe
 from tests.oracles import compose
 
@@ -21,7 +23,7 @@ def costed(model: str = "vit_nano4_soft", **changes: Any) -> CostConfig:
     config = compose(f"model={model}", "data=fashion_mnist")
     options: dict[str, Any] = {
         "batch_size": 8, "accumulate": 1, "recompute": False, "precision": "fp32", "compile": False, "clock": False,
-        "repeats": 3, "format": "table", "device": "cpu", "threads": 1,
+        "repeats": 3, "format": "table", "device": "cpu", "threads": 1, "devices": 1, "parallel": "ddp",
     }  # fmt: skip
     return CostConfig(model=config.model, data=config.data, **(options | changes))
 
@@ -101,3 +103,31 @@ def test_errors_of_use(softmoe: Softmoe) -> None:
         assert told.code == 2
         assert words in told.err
         assert len(told.err.splitlines()) == 1
+
+
+def test_memory_of_each_of_several_devices(softmoe: Softmoe) -> None:
+    """As training predicts it; FLOPs of an image are what they were."""
+    line = ("cost", "model=vit_nano4_soft", "data=fashion_mnist", "batch_size=32", "devices=4")
+    config = compose("model=vit_nano4_soft", "data=fashion_mnist", "train.batch_size=32")
+    fsdp, expert = (predict_for(config, 10, torch.device("cpu"), 4, way).peak_bytes / 2**20 for way in WAYS[1:])
+    told = softmoe(*line, "parallel=fsdp", "format=json")
+    assert told.code == 0, told.err
+    row = json.loads(told.out)
+    assert (row["devices"], row["parallel"], row["peak_mib"]) == (4, "fsdp", fsdp)
+    assert row["forward_gflop"] == costs([costed()])[0]["forward_gflop"]
+    table = softmoe(*line, "parallel=expert").out
+    assert "on each of 4 devices, expert" in table and f"{expert:,.4g}" in table.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        ("parallel=fsdp", "parallel=fsdp has no effect with devices=1"),
+        ("devices=4 clock=true", "clock=true measures one device"),
+        ("devices=64", "devices=64 cannot divide 32 images"),
+        ("devices=2 parallel=expert model=vit_nano4_dense", "cannot divide no experts"),
+    ],
+)
+def test_devices_that_cost_cannot_take(softmoe: Softmoe, words: str, why: str) -> None:
+    told = softmoe("cost", "data=fashion_mnist", "model=vit_nano4_soft", *words.split())
+    assert told.code == 2 and why in told.err

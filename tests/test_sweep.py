@@ -136,6 +136,37 @@ def test_other_places_give_the_same_results(place: str, tmp_path: Path, alone: C
         same(alone(seed), folder)
 
 
+def below(pid: int) -> list[int]:
+    """A process's children, and theirs."""
+    found: list[int] = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has just ended
+            if int(path.read_text().rpartition(")")[2].split()[1]) == pid:
+                found += [int(path.parent.name), *below(int(path.parent.name))]
+    return found
+
+
+@pytest.mark.long
+def test_a_job_of_two_processes_whose_end_is_near_is_queued_again(tmp_path: Path) -> None:
+    """submitit's signal reaches all that the job has started, as it may under Slurm."""
+    line = ("train.steps=2000", "train.log_every=1", "devices=2", "hydra/launcher=slurm", *PLACES["submitit"][1:])
+    process = launch(tmp_path, *line)
+    rows = until(lambda: next(tmp_path.glob("outputs/default/*/metrics.jsonl"), None))
+    until(lambda: rows.stat().st_size)
+    (task,) = [
+        pid for pid in below(process.pid) if b"submitit.core._submit" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+    for pid in [*below(task), task]:
+        os.kill(pid, signal.SIGUSR2)
+    (log,) = tmp_path.glob("outputs/default/sweep-*/00.log")
+    until(lambda: "going on from step" in log.read_text())
+    process.send(signal.SIGINT)
+    out = finish(process, 130)
+    assert "failed" not in out
+    told = log.read_text()
+    assert told.count("the job is queued again") == 1 and "was killed" not in told
+
+
 @pytest.mark.long
 def test_an_interrupt_saves_every_job(tmp_path: Path) -> None:
     """Meanwhile a second command for the same sweep is refused."""
