@@ -19,7 +19,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from softmoe_cli import data, mirror, parallel
-from softmoe_cli.config import Config, UsageError
+from softmoe_cli.config import WAYS, Config, UsageError
 from softmoe_cli.cost import Cost, account, on_meta
 from softmoe_cli.device import (
     Energy,
@@ -32,7 +32,7 @@ from softmoe_cli.device import (
 )
 from softmoe_cli.evaluate import classification_loss, evaluate, features, routing_statistics
 from softmoe_cli.fewshot import fewshot
-from softmoe_cli.memory import Memory, largest_batch, require_fit
+from softmoe_cli.memory import Memory, largest_batch, predict_for, require_fit
 from softmoe_cli.models import LoadReport, build, load_weights, patterns, portable
 from softmoe_cli.moe.layer import MoE
 from softmoe_cli.moe.routing import Routing, full_precision, routings
@@ -512,16 +512,29 @@ def _pace(budget: Budget, progress: Progress, step_s: float) -> str:
 
 
 def _way(config: Config, classes: int, device: torch.device, crew: Crew) -> tuple[str, str]:
-    """What each process shall have of the model (one of `config.WAYS`), and why.
+    """What each process shall have of the model (one of `config.WAYS`), and why: as the configuration says, or the
+    first way that fits on every device; where none does, the one that needs least.
 
     Raises:
         UsageError: it cannot be as the configuration has it.
     """
-    if crew.size == 1 or config.parallel == "auto":
+    if crew.size == 1:
         return "ddp", ""
-    if (fault := _obstacle(config.parallel, config, classes, crew)) is not None:
-        raise UsageError(f"parallel={config.parallel} {fault}")
-    return config.parallel, f"parallel={config.parallel}"
+    if config.parallel != "auto":
+        if (fault := _obstacle(config.parallel, config, classes, crew)) is not None:
+            raise UsageError(f"parallel={config.parallel} {fault}")
+        return config.parallel, f"parallel={config.parallel}"
+    free = free_memory(device) // (crew.local_size if device.type == "cpu" else 1)
+    tried: dict[str, int] = {}
+    for way in WAYS:
+        if _obstacle(way, config, classes, crew) is None:
+            memory = predict_for(config, classes, device, crew.size, way)
+            tried[way] = memory.state_bytes if config.train.compile else memory.peak_bytes
+            if crew.most(tried[way] - free) <= 0:
+                break
+    way = min(tried, key=lambda way: tried[way])
+    others = [f"{other} needs {gibibytes(needed)}" for other, needed in tried.items() if other != way]
+    return way, f"auto: {', '.join(others) or 'it fits'}"
 
 
 def _obstacle(way: str, config: Config, classes: int, crew: Crew) -> str | None:

@@ -175,19 +175,22 @@ def test_a_checkpoint_that_has_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_refusal_names_ways_to_divide(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = composed("soft", "train.batch_size=32")
+    config, cuda = composed("soft", "train.batch_size=4"), torch.device("cuda")
     fsdp, expert = (predict_for(config, 10, CPU, 4, way).peak_bytes for way in ("fsdp", "expert"))
-    with_free(monkeypatch, 4 * fsdp)
-    with pytest.raises(UsageError, match="set parallel=fsdp or parallel=expert"):
-        require_fit(config, 10, CPU, 4, 4)
-    with_free(monkeypatch, 4 * expert)
-    with pytest.raises(UsageError, match=r"with parallel=fsdp.* set parallel=expert"):
-        require_fit(config, 10, CPU, 4, 4, "fsdp")
-    assert require_fit(config, 10, CPU, 4, 4, "expert").peak_bytes == expert
-    with_free(monkeypatch, expert)
     monkeypatch.setattr(memory, "predict_for", lambda c, n, _cuda, *rest, **more: predict_for(c, n, CPU, *rest, **more))
-    with pytest.raises(UsageError, match=r"set parallel=fsdp on \d+ devices or set parallel=expert on 4"):
-        require_fit(config, 10, torch.device("cuda"))
+
+    def have(free: int) -> None:
+        monkeypatch.setattr(memory, "free_memory", lambda device: free if device.type == "cuda" else 2**60)
+
+    have(fsdp)
+    with pytest.raises(UsageError, match=r"set parallel=fsdp or (set )?parallel=expert"):
+        require_fit(config, 10, cuda, 4, 4)
+    have(expert)
+    with pytest.raises(UsageError, match=r"with parallel=fsdp.* set parallel=expert"):
+        require_fit(config, 10, cuda, 4, 4, "fsdp")
+    assert require_fit(config, 10, cuda, 4, 4, "expert").peak_bytes == expert
+    with pytest.raises(UsageError, match="set parallel=expert on 4 devices or choose a smaller"):
+        require_fit(config, 10, cuda)
 
 
 def test_what_is_frozen_has_neither_gradient_nor_moments() -> None:

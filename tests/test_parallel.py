@@ -7,6 +7,7 @@ import socket
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,12 @@ from safetensors.torch import load_file
 from timm.layers import DropPath
 from torch import Tensor
 
-from softmoe_cli import data, shards
-from softmoe_cli.config import Config, UsageError
+from softmoe_cli import data, shards, train
+from softmoe_cli.config import WAYS, Config, UsageError
 from softmoe_cli.launch import Note, cause
 from softmoe_cli.memory import predict_for
 from softmoe_cli.moe.routing import noise_like, whole_batch
 from softmoe_cli.parallel import Crew, Turns, WholeBatchDropPath, largest_share, span
-from softmoe_cli.train import _obstacle
 from tests.conftest import TINY
 from tests.oracles import compose
 from tests.processes import Started
@@ -91,15 +91,14 @@ def alike(a: Path, b: Path, tolerance: float) -> None:
     ("router", "size", "ways", "options"),
     [
         ("dense", 2, ("ddp", "fsdp"), ()),
-        ("soft", 2, ("fsdp", "expert"), ("train.recompute=true", "optim.freeze=[blocks.0.*]")),
-        ("experts_choice", 2, ("ddp", "expert"), ("model.router.noise_std=1",)),
+        ("experts_choice", 2, ("ddp", "expert"), ("model.router.noise_std=1", "optim.freeze=[blocks.0.*]")),
         (
             "tokens_choice",
             4,
             ("ddp", "expert"),
             (
                 "model.router.noise_std=1", "model.router.images_per_group=2", "model.router.bias_rate=0.01",
-                "model.router.num_experts=6",
+                "model.router.num_experts=6", "train.recompute=true",
             ),
         ),
         ("tokens_choice_dropless", 2, ("expert",), ("train.steps=5", "model.router.num_experts=3")),
@@ -244,10 +243,39 @@ def test_words_of_torchrun(softmoe: Any, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_what_cannot_be_divided(softmoe: Any) -> None:
     assert "parallel=fsdp has no effect in one process" in softmoe("train", *TINY, "parallel=fsdp").err
     crew, config = Crew(size=8), compose("model.router.num_experts=4")
-    assert "cannot divide 4 experts over 8 processes" in (_obstacle("expert", config, 10, crew) or "")
-    assert "dense has none" in (_obstacle("expert", compose("model/router=dense"), 10, crew) or "")
-    assert "no loss scale" in (_obstacle("fsdp", compose("train.precision=fp16"), 10, crew) or "")
-    assert _obstacle("fsdp", config, 10, crew) is None
+    assert "cannot divide 4 experts over 8 processes" in (train._obstacle("expert", config, 10, crew) or "")
+    assert "dense has none" in (train._obstacle("expert", compose("model/router=dense"), 10, crew) or "")
+    assert "no loss scale" in (train._obstacle("fsdp", compose("train.precision=fp16"), 10, crew) or "")
+    assert train._obstacle("fsdp", config, 10, crew) is None
+
+
+@pytest.mark.parametrize(
+    ("needed", "expected"),
+    [
+        ((90, 50, 40), ("ddp", "it fits")),
+        ((110, 90, 40), ("fsdp", "ddp needs")),
+        ((130, 120, 40), ("expert", "fsdp needs")),
+        ((130, 120, 110), ("expert", "fsdp needs")),
+        ((130, 120, None), ("fsdp", "ddp needs")),
+    ],
+)
+def test_auto_takes_the_first_way_that_fits(
+    needed: tuple[int | None, ...], expected: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 100 bytes free on this device, when another process has 95; None: there are no experts to divide."""
+
+    class Tight(Crew):
+        def most(self, number: float) -> float:
+            return number + 5
+
+    def predicted(_config: Config, _classes: int, _device: torch.device, _size: int, way: str) -> SimpleNamespace:
+        return SimpleNamespace(peak_bytes=needed[WAYS.index(way)])
+
+    monkeypatch.setattr(train, "predict_for", predicted)
+    monkeypatch.setattr(train, "free_memory", lambda _device: 100)
+    config = compose() if needed[2] is not None else compose("model/router=dense")
+    way, why = train._way(config, 10, CPU, Tight(size=2))
+    assert way == expected[0] and expected[1] in why
 
 
 @pytest.mark.parametrize(("length", "size"), [(8, 4), (6, 4), (3, 4)])
