@@ -213,7 +213,9 @@ class Run:
         self.settle()
         state = state | {"sizes": {file: self._size(file) for file in ROWS}}
         name, texts = f"{kind}-{step:08d}", {STATE: json.dumps(state)}
-        copied = _room_beside([piece.tensor for pieces in given for piece in pieces.values()])
+        tensors = [piece.tensor for pieces in given for piece in pieces.values()]
+        beside = sum(tensor.nbytes for tensor in tensors if tensor.device.type == "cpu")  # a device's is not touched
+        copied = room_beside(beside, free_memory(torch.device("cpu")))
         if copied:
             given = [_copied(pieces) for pieces in given]
 
@@ -406,11 +408,9 @@ class Run:
         return sorted(self.checkpoints.glob(f"{kind}-*"), reverse=True)
 
 
-def _room_beside(tensors: list[Tensor]) -> bool:
-    """Whether a copy leaves training its memory: a device's own is not touched, a CPU's must have four times as much
-    free."""
-    beside = sum(tensor.nbytes for tensor in tensors if tensor.device.type == "cpu")
-    return 4 * beside <= free_memory(torch.device("cpu"))
+def room_beside(copy: int, free: int) -> bool:
+    """Whether a copy of so many bytes of a CPU's memory leaves training enough of what is free."""
+    return 4 * copy <= free
 
 
 def _own(tensors: dict[str, Tensor], first: bool) -> dict[str, Piece]:

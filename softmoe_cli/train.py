@@ -47,6 +47,7 @@ from softmoe_cli.record import (
     origin,
     random_state,
     read_moments,
+    room_beside,
     set_random_state,
     signature,
 )
@@ -787,9 +788,13 @@ def _regularisation(config: Config) -> str:
 
 
 def _memory(memory: Memory, device: torch.device) -> str:
+    free, copy = free_memory(device), memory.state_bytes - memory.gradient_bytes
+    copied = device.type == "cpu" and room_beside(copy, free - memory.peak_bytes)
     return (
         f"{gibibytes(memory.peak_bytes)} at the peak (weights, gradients, moments {gibibytes(memory.state_bytes)}; "
-        f"activations {gibibytes(memory.activation_bytes)}) of {gibibytes(free_memory(device))} free"
+        f"activations {gibibytes(memory.activation_bytes)}) of {gibibytes(free)} free"
+        + f"; {gibibytes(copy)} more while a checkpoint is written"
+        * copied
     )
 
 
