@@ -151,20 +151,25 @@ def test_a_job_of_two_processes_whose_end_is_near_is_queued_again(tmp_path: Path
     """submitit's signal reaches all that the job has started, as it may under Slurm."""
     line = ("train.steps=2000", "train.log_every=1", "devices=2", "hydra/launcher=slurm", *PLACES["submitit"][1:])
     process = launch(tmp_path, *line)
+
+    def task() -> int | None:
+        for pid in below(process.pid):
+            with contextlib.suppress(OSError):
+                if b"submitit.core._submit" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    return pid
+        return None
+
     rows = until(lambda: next(tmp_path.glob("outputs/default/*/metrics.jsonl"), None))
     until(lambda: rows.stat().st_size)
-    (task,) = [
-        pid for pid in below(process.pid) if b"submitit.core._submit" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    ]
-    for pid in [*below(task), task]:
+    first = until(task)
+    for pid in [*below(first), first]:
         os.kill(pid, signal.SIGUSR2)
-    (log,) = tmp_path.glob("outputs/default/sweep-*/00.log")
-    until(lambda: "going on from step" in log.read_text())
+    until(lambda: task() not in (None, first))
     process.send(signal.SIGINT)
-    out = finish(process, 130)
-    assert "failed" not in out
-    told = log.read_text()
+    assert "failed" not in finish(process, 130)
+    told = next(tmp_path.glob("outputs/default/sweep-*/00.log")).read_text()
     assert told.count("the job is queued again") == 1 and "was killed" not in told
+    assert list(rows.parent.glob("checkpoints/last-*"))
 
 
 @pytest.mark.long
