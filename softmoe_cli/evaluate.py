@@ -143,10 +143,9 @@ def features(
     model.eval()
     seen: list[Tensor] = []
     hook = model.head.register_forward_pre_hook(lambda _head, inputs: seen.append(inputs[0].float()))
-    with autocast:
+    with hook, autocast:
         for x, _ in batches:
             model(x)  # as a whole: what is divided among processes comes together around a module's call
-    hook.remove()
     return torch.cat(collect(seen)).cpu()
 
 

@@ -67,7 +67,7 @@ class DividedExperts(Experts):
         ends = mine.sum(dim=0).cumsum(0).int().to(rows.device)
         if len(ends):
             made = ragged_experts(arrived, ends, *self._weights(), self.gelu)
-        else:
+        else:  # nothing, but with a gradient: all processes keep moments of the same weights
             made = experts(arrived[None][:0], *self._weights(), self.gelu).flatten(0, 1)
         return self._exchange(_turned(made, mine.T), back, there)
 
