@@ -49,7 +49,7 @@ class Memory:
     activation_bytes: int
     peak_bytes: int
     saving_bytes: int
-    """Of what is divided, put together to be saved, in the memory of the first process's machine."""
+    """Of what is divided, joined at the end in the memory of the first process's machine."""
 
     @property
     def state_bytes(self) -> int:
@@ -362,8 +362,8 @@ def require_fit(
     beside = (memory.state_bytes - memory.gradient_bytes) * local_processes if device.type == "cpu" else 0
     if memory.saving_bytes and memory.saving_bytes + beside > (room := free_memory(torch.device("cpu"))):
         raise UsageError(
-            f"parallel={way} puts {gibibytes(memory.saving_bytes)} of weights and moments together in the first "
-            f"process's memory to save them, and its machine has {gibibytes(room)} free; choose a machine with more "
+            f"parallel={way} joins {gibibytes(memory.saving_bytes)} of weights and moments in the first process's "
+            f"memory at the end, and its machine has {gibibytes(room)} free; choose a machine with more "
             "memory, a smaller model or fewer experts"
         )
     # Uncompiled memory is an upper bound of compiled memory, so only what nothing can save refuses a compiled run.
