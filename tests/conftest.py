@@ -15,11 +15,6 @@ os.environ["WANDB_MODE"] = "offline"
 torch.set_num_threads(1)  # tests are small: a second thread costs more than it brings
 
 
-def pytest_xdist_auto_num_workers() -> int:
-    """One more than there are cores: many tests wait for other processes, or for the disk."""
-    return (os.cpu_count() or 1) + 1
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The long ones first: no worker is left alone with one at the end."""
     items.sort(key=lambda item: item.get_closest_marker("long") is None)

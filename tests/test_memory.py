@@ -170,7 +170,7 @@ def test_a_checkpoint_that_has_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
     assert part.saving_bytes == pytest.approx(predict_for(config, 10, CPU).state_bytes * 4 / 5, rel=0.01)
     assert predict_for(config, 10, CPU, 4).saving_bytes == 0
     with_free(monkeypatch, part.saving_bytes)
-    with pytest.raises(UsageError, match="of weights and moments together in the first process's memory"):
+    with pytest.raises(UsageError, match="of weights and moments in the first process's memory"):
         require_fit(config, 10, CPU, 4, 4, "fsdp")
 
 

@@ -90,12 +90,11 @@ def alike(a: Path, b: Path, tolerance: float) -> None:
 @pytest.mark.parametrize(
     ("router", "size", "ways", "options"),
     [
-        ("dense", 2, ("ddp", "fsdp"), ()),
-        ("experts_choice", 2, ("ddp", "expert"), ("model.router.noise_std=1", "optim.freeze=[blocks.0.*]")),
+        ("experts_choice", 2, ("ddp", "fsdp"), ("model.router.noise_std=1", "optim.freeze=[blocks.0.*]")),
         (
             "tokens_choice",
             4,
-            ("ddp", "expert"),
+            ("expert",),
             (
                 "model.router.noise_std=1", "model.router.images_per_group=2", "model.router.bias_rate=0.01",
                 "model.router.num_experts=6", "train.recompute=true",

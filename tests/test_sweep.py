@@ -242,7 +242,8 @@ def test_a_search_under_a_limit_and_a_front(tmp_path: Path) -> None:
     assert all(row["params_m"] <= 0.05 for row in results) and 1 <= len(results) < 4
     assert "done before" in finish(Started(tmp_path, limited, {})), "the same command asks for the same jobs"
 
-    front = ["train", "-m", "+search=pareto", *words, *line, "study=front", "model.router.num_experts=choice(4,8)"]
+    other = ("hydra.sweeper.n_trials=2", "study=front", "model.router.num_experts=choice(4,8)")
+    front = ["train", "-m", "+search=pareto", *words, *line, *other]
     finish(Started(tmp_path, front, {}))
     solutions = yaml.safe_load((tmp_path / "outputs/front/optimization_results.yaml").read_text())["solutions"]
     told = {(row["best_validation_top1_pct"], row["train_pflop"]) for row in rows_of(tmp_path / "outputs/front")}
