@@ -28,11 +28,11 @@ from torch.utils._pytree import tree_leaves
 from softmoe_cli.config import WAYS, Config, Model, Optim, UsageError
 from softmoe_cli.device import free_memory, precision_context, prepare_attention
 from softmoe_cli.models import build
-from softmoe_cli.moe.divided import DividedExperts
+from softmoe_cli.moe.divided import DividedExperts, span
 from softmoe_cli.moe.layer import Experts, MoE, ragged_experts
 from softmoe_cli.moe.routing import full_precision, routings
 from softmoe_cli.optim import freeze, moments
-from softmoe_cli.parallel import cut_axis, largest_share, span
+from softmoe_cli.parallel import cut_axis, largest_share
 from softmoe_cli.terminal import gibibytes
 
 

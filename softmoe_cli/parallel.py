@@ -35,7 +35,7 @@ from torch.utils._pytree import tree_map_only
 from softmoe_cli.config import Config, UsageError
 from softmoe_cli.device import cores
 from softmoe_cli.files import RunError
-from softmoe_cli.moe.divided import DividedExperts
+from softmoe_cli.moe.divided import DividedExperts, span
 from softmoe_cli.moe.layer import MoE
 from softmoe_cli.moe.routing import of_whole_batch, whole_batch
 
@@ -316,12 +316,6 @@ def part_of(whole: Tensor, like: Tensor) -> Tensor:
 def cut_axis(shape: Sequence[int], size: int) -> int:
     """The first axis that `size` processes can cut evenly, or else the first one."""
     return next((axis for axis, length in enumerate(shape) if length % size == 0), 0)
-
-
-def span(length: int, size: int, place: int) -> tuple[int, int]:
-    """Where a process's part of an axis begins and ends, in DTensor's way: all have as much, the last ones the rest."""
-    each = -(-length // size)
-    return min(each * place, length), min(each * (place + 1), length)
 
 
 def _axis_of(tensor: DTensor) -> int:

@@ -224,7 +224,8 @@ class Run:
                 self._write_pieces(name, given[0], given[1], texts, card, end=end)
             else:
                 held = [{key: piece.tensor for key, piece in pieces.items()} for pieces in given]
-                self._write(name, held[0], held[1], texts, card)
+                with self._taken(name) as folder:
+                    write_checkpoint(folder, held[0], card, held[1], texts)
 
         if copied:
             self._writing = self._writer.submit(write)
@@ -274,17 +275,6 @@ class Run:
             raise self._unwritten(error) from error
         if name.startswith("last"):
             self._prune()
-
-    def _write(
-        self,
-        name: str,
-        weights: dict[str, Tensor],
-        training: dict[str, Tensor],
-        texts: dict[str, str],
-        card: dict[str, Any],
-    ) -> None:
-        with self._taken(name) as folder:
-            write_checkpoint(folder, weights, card, training, texts)
 
     def _write_pieces(
         self,

@@ -8,6 +8,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
@@ -186,6 +187,7 @@ def _second_process() -> Connection | None:
 
 
 def _paint(questioner: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process takes it, and this one ends with it
     from softmoe_cli.figures import figure
 
     with contextlib.suppress(EOFError):  # nothing to compare
@@ -203,12 +205,12 @@ def write(comparison: "Comparison", out: Path, painter: Connection | None = None
     from softmoe_cli.page import page
     from softmoe_cli.tables import comma_separated, json_text, latex, markdown
 
-    if painter is not None:
-        painter.send((comparison, "pareto"))
-    curves = figure(comparison, "curves")
     try:
+        if painter is not None:
+            painter.send((comparison, "pareto"))
+        curves = figure(comparison, "curves")
         pareto = figure(comparison, "pareto") if painter is None else painter.recv()
-    except EOFError as error:
+    except (EOFError, BrokenPipeError) as error:
         raise RunError("the process that drew the Pareto plot is gone; type the command again") from error
     drawn = pareto | curves
     texts = {

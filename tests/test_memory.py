@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
-from softmoe_cli import memory
+from softmoe_cli import memory, train
 from softmoe_cli.config import Config, UsageError
 from softmoe_cli.device import _control_group_free, precision_context, prepare_attention
 from softmoe_cli.memory import Live, Memory, largest_batch, last_within, predict_for, require_fit
@@ -21,6 +21,7 @@ from softmoe_cli.moe.routers.soft import SoftRouter
 from softmoe_cli.moe.routing import routings
 from softmoe_cli.optim import freeze, optimizer_of
 from softmoe_cli.parallel import ALONE, Crew, joined, own_part
+from softmoe_cli.terminal import gibibytes
 from softmoe_cli.train import update
 from tests.oracles import compose
 from tests.processes import together
@@ -313,3 +314,13 @@ def test_memory_of_a_control_group(tmp_path: Path) -> None:
     own.write_text("0::/a/b\n")
     assert _control_group_free(tmp_path, own) == [500]
     assert _control_group_free(tmp_path, tmp_path / "missing") == []
+
+
+def test_the_header_tells_of_a_checkpoints_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights, moments and average, where four times that is free beside the peak."""
+    held = predict_for(composed("soft", "train.batch_size=4", "train.ema=0.9"), 10, CPU)
+    copy = held.weight_bytes + held.optimizer_bytes + held.average_bytes
+    for free, told in ((held.peak_bytes + 4 * copy, True), (held.peak_bytes + 4 * copy - 1, False)):
+        monkeypatch.setattr(train, "free_memory", lambda _device, free=free: free)
+        assert (f"; {gibibytes(copy)} more while" in train._memory(held, CPU)) == told
+    assert "more while" not in train._memory(held, torch.device("cuda"))

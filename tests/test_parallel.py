@@ -21,8 +21,9 @@ from softmoe_cli import data, shards, train
 from softmoe_cli.config import WAYS, Config, UsageError
 from softmoe_cli.launch import Note, cause
 from softmoe_cli.memory import predict_for
+from softmoe_cli.moe.divided import span
 from softmoe_cli.moe.routing import noise_like, whole_batch
-from softmoe_cli.parallel import Crew, Turns, WholeBatchDropPath, largest_share, span
+from softmoe_cli.parallel import Crew, Turns, WholeBatchDropPath, largest_share
 from tests.conftest import TINY
 from tests.oracles import compose
 from tests.processes import Started

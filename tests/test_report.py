@@ -2,6 +2,7 @@
 
 import csv
 import json
+import multiprocessing
 import shutil
 import subprocess
 import sys
@@ -11,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from softmoe_cli import report
 from softmoe_cli.compare import Comparison, Question, compare
 from softmoe_cli.figures import figure, reference_points, styles
+from softmoe_cli.files import RunError
 from softmoe_cli.report import _reference, _settings
 from softmoe_cli.tables import comma_separated, flat_rows, json_text, latex, markdown, tables, terminal
 from tests.conftest import TINY, Softmoe
@@ -211,6 +214,14 @@ def test_every_group_has_a_look_of_its_own(tmp_path: Path) -> None:
     look = styles(compare([tmp_path], Question()).groups)
     assert len(set(look.values())) == 30
     assert look["dense"] == (0, "o")
+
+
+def test_a_painter_that_is_gone(tmp_path: Path, compared: Comparison) -> None:
+    ours, its = multiprocessing.Pipe()
+    its.close()
+    with pytest.raises(RunError, match="is gone; type the command again"):
+        report.write(compared, tmp_path / "out", ours)
+    assert not (tmp_path / "out").exists()
 
 
 def test_names_that_figures_cannot_draw(nasty: Comparison) -> None:

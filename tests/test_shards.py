@@ -80,17 +80,17 @@ class Threads:
         self.crews = [self._crew(rank, size) for rank in range(size)]
 
     def _crew(self, rank: int, size: int) -> Crew:
-        crew = Crew(rank, size)
+        meeting, told = self._meeting, self._told
 
-        def gather_aside(items: Any) -> list[Any]:
-            self._told[rank] = items
-            self._meeting.wait(60)
-            everyones = list(self._told)
-            self._meeting.wait(60)
-            return everyones
+        class Thread(Crew):
+            def gather_aside(self, items: Any) -> list[Any]:
+                told[rank] = items
+                meeting.wait(60)
+                everyones = list(told)
+                meeting.wait(60)
+                return everyones
 
-        crew.gather_aside = gather_aside  # type: ignore[method-assign]
-        return crew
+        return Thread(rank, size)
 
 
 def save_together(folder: Path, step: int, *, end: bool) -> list[str]:

@@ -5,7 +5,6 @@ computes its experts' rows of everyone's images, its experts' gradients are whol
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -16,6 +15,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from softmoe_cli.moe.layer import Experts, experts, ragged_experts
+
+
+def span(length: int, size: int, place: int) -> tuple[int, int]:
+    """Where a process's part of an axis begins and ends, in DTensor's way: all have as much, the last ones the rest."""
+    each = -(-length // size)
+    return min(each * place, length), min(each * (place + 1), length)
 
 
 class DividedExperts(Experts):
@@ -34,9 +39,8 @@ class DividedExperts(Experts):
         for name, parameter in whole.named_parameters():
             own = distribute_tensor(parameter.detach(), mesh, [Shard(0)], src_data_rank=None)
             self.register_parameter(name, nn.Parameter(own, requires_grad=parameter.requires_grad))
-        each = -(-len(whole.w1) // mesh.size())
-        self._ends = [min(each * place, len(whole.w1)) for place in range(mesh.size() + 1)]
-        self._counts = [end - start for start, end in pairwise(self._ends)]
+        self._spans = [span(len(whole.w1), mesh.size(), place) for place in range(mesh.size())]
+        self._counts = [end - start for start, end in self._spans]
 
     def forward(
         self, rows: Float[Tensor, "*rows d"], offsets: Int[Tensor, " e"] | None = None
@@ -61,7 +65,7 @@ class DividedExperts(Experts):
         sizes[rank] = offsets.diff(prepend=offsets.new_zeros(1)).cpu()
         dist.all_reduce(sizes)
         there = [int(part.sum()) for part in sizes[rank].split(self._counts)]
-        mine = sizes[:, self._ends[rank] : self._ends[rank + 1]]
+        mine = sizes[:, slice(*self._spans[rank])]
         back = mine.sum(dim=1).tolist()
         arrived = _turned(self._exchange(rows, there, back), mine)
         ends = mine.sum(dim=0).cumsum(0).int().to(rows.device)
