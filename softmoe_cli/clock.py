@@ -18,7 +18,7 @@ from softmoe_cli.device import arithmetic, free_memory, hardware, prepare_attent
 from softmoe_cli.memory import Live, predict
 from softmoe_cli.models import build
 from softmoe_cli.moe.routing import full_precision, routings
-from softmoe_cli.terminal import gibibytes
+from softmoe_cli.text import gibibytes
 
 WARM_UP = 2
 

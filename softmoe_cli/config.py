@@ -9,9 +9,11 @@ import difflib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any, ClassVar
 
-from omegaconf import MISSING
+MISSING: Any = "???"
+"""omegaconf's mark of a value that `conf/` must give; importing omegaconf takes a tenth of a second."""
 
 
 class UsageError(ValueError):
@@ -289,6 +291,10 @@ class Optim:
     betas: list[float] = option("adamw: decay of the two moments", low=0, high=0.99999)
     eps: float = option("adamw: added to the root of the second moment", above=0)
     momentum: float | None = option("sgd: share of the last update that stays; null with adamw", low=0, high=0.99999)
+    moments: str = option(
+        "adamw's: fp32, 4 bytes a number; 8bit, 1 byte; offload, fp32 in the machine's memory instead of the GPU's",
+        choices=("fp32", "8bit", "offload"),
+    )
     weight_decay: float = option("of kernels and of the soft router's scale, multiplied by the learning rate", low=0)
     head_weight_decay: float = option("of the head's kernel", low=0)
     layer_decay: float | None = option(
@@ -312,6 +318,12 @@ class Optim:
             way = "give it, such as 0.9" if self.name == "sgd" else "set it to null, or optim.name=sgd"
             has = "needs a momentum" if self.name == "sgd" else f"has no use for optim.momentum={self.momentum:g}"
             raise UsageError(f"optim.name={self.name} {has}; {way}")
+        if self.name != "adamw" and self.moments != "fp32":
+            raise UsageError(
+                f"optim.moments={self.moments} is a way to keep adamw's moments; set it to fp32, or optim.name=adamw"
+            )
+        if self.moments == "8bit" and find_spec("bitsandbytes") is None:
+            raise UsageError("optim.moments=8bit needs bitsandbytes: pip install 'softmoe-cli[8bit]'")
         idle = {"cosine": "cooldown", "linear": "cooldown", "rsqrt": "final_lr", "constant": "final_lr"}[self.schedule]
         if getattr(self, idle):
             raise UsageError(
@@ -783,8 +795,8 @@ signature. (The number that `slots` comes to stands in model.router.)"""
 
 LATER: dict[str, Any] = {
     "model.expert_width": None, "augment.erase": 0, "optim.name": "adamw", "optim.momentum": None,
-    "optim.layer_decay": None, "optim.freeze": [], "data.label": None, "data.class_numbers": False,
-    "data.crop_pct": None, "data.from_file": False,
+    "optim.moments": "fp32", "optim.layer_decay": None, "optim.freeze": [], "data.label": None,
+    "data.class_numbers": False, "data.crop_pct": None, "data.from_file": False,
 }  # fmt: skip
 """Options that came later, and where they do nothing: a run that leaves them there is what it was before there was a
 choice, so they are left out of its signature."""

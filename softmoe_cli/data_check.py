@@ -16,7 +16,8 @@ from softmoe_cli.archives import Stored
 from softmoe_cli.config import DataCheckConfig, UsageError
 from softmoe_cli.device import cores
 from softmoe_cli.listing import Listing, listing
-from softmoe_cli.terminal import Screen, aligned, gibibytes
+from softmoe_cli.terminal import Screen
+from softmoe_cli.text import aligned, gibibytes
 
 SHOWN = 10
 """Examples of each kind of fault that the table names; JSON has all."""

@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -13,13 +13,11 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from softmoe_cli.compare import Block, Comparison, Group, natural
+from softmoe_cli.compare import Block, Comparison, Group
 from softmoe_cli.intervals import Interval, at_budget
+from softmoe_cli.looks import COLOURS, KINDS, reference_points, same_axes, styles
 from softmoe_cli.runs import AXES, COSTS, CURVES, QUALITIES
 
-COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-"""Okabe and Ito, Color Universal Design (2008), without the yellow that white paper swallows."""
-MARKERS = "osD^vPX*"
 FORMATS = ("svg", "pdf", "png")
 GREY = "#767676"
 LEFT, PLOT_WIDTH, PLOT_HEIGHT, ABOVE, BETWEEN = 0.8, 5.2, 3.2, 0.35, 1.15
@@ -34,22 +32,6 @@ RECIPE: Any = {
 without the minus sign that is not ASCII."""
 
 
-def styles(groups: Iterable[Group]) -> dict[str, tuple[int, str]]:
-    """Number of the colour and marker by label, the same in every figure; what others are measured against comes first,
-    in black. Labels that begin alike (mostly a router) share a colour where that leaves no two groups alike."""
-    groups = list(groups)
-    baselines = {group.baseline for group in groups}
-    labels = sorted({group.label for group in groups}, key=lambda label: (label not in baselines, natural(label)))
-    families: dict[str, list[str]] = {}
-    for label in labels:
-        families.setdefault(label.partition(",")[0], []).append(label)
-    if 1 < len(families) <= len(COLOURS) and max(map(len, families.values())) <= len(MARKERS):
-        at = {label: (c, (c + m) % len(MARKERS)) for c, f in enumerate(families.values()) for m, label in enumerate(f)}
-    else:
-        at = {label: (i % len(COLOURS), (i + 2 * (i // len(COLOURS))) % len(MARKERS)) for i, label in enumerate(labels)}
-    return {label: (colour, MARKERS[marker]) for label, (colour, marker) in at.items()}
-
-
 def figure(comparison: Comparison, name: str) -> dict[str, bytes]:
     """`pareto` or `curves`: file name to content."""
     files = {}
@@ -60,7 +42,10 @@ def figure(comparison: Comparison, name: str) -> dict[str, bytes]:
         for form in FORMATS:
             out = io.BytesIO()
             dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}[form]
-            drawn.savefig(out, format=form, dpi=160, metadata=dates)
+            how: Any = {"png": {"pil_kwargs": {"compress_level": 3}}}.get(
+                form, {}
+            )  # in less time as small as by default
+            drawn.savefig(out, format=form, dpi=160, metadata=dates, **how)
             files[f"{name}.{form}"] = out.getvalue()
     return files
 
@@ -173,7 +158,7 @@ def _scale(axes: Axes, x: Sequence[float]) -> None:
     """Logarithmic where costs span more than a factor of ten."""
     if min(x) > 0 and max(x) > 10 * min(x):
         axes.set_xscale("log")
-        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_major_formatter(lambda x, _place: f"{x:g}")
 
 
 def curve_axis(comparison: Comparison) -> str:
@@ -185,10 +170,11 @@ def _curves(axes: Axes, comparison: Comparison, block: Block) -> float:
     key, axis = QUALITIES[comparison.quality].curve, curve_axis(comparison)
     look = styles(comparison.groups)
     handles, labels = [], []
+    thin: list[tuple[Any, str]] = []  # drawn as one, in a fraction of the time
     for group in sorted(block.groups, key=lambda group: list(look).index(group.label)):
         colour, marker = COLOURS[look[group.label][0]], look[group.label][1]
         curves = [curve for run in group.runs if (curve := run.curve(axis, key))]
-        axes.add_collection(LineCollection(curves, colors=colour, linewidths=0.6, alpha=0.35))
+        thin += [(curve, colour) for curve in curves]
         mean = mean_curve(curves)
         if mean:
             handles += axes.plot(
@@ -196,6 +182,8 @@ def _curves(axes: Axes, comparison: Comparison, block: Block) -> float:
                 markevery=max(1, len(mean) // 8), markerfacecolor="white", zorder=2 if look[group.label][0] else 4,
             )  # fmt: skip
             labels.append(f"{group.label} (n={len(curves)})")
+    lines, colours = zip(*thin, strict=True) if thin else ((), ())
+    axes.add_collection(LineCollection(lines, colors=colours, linewidths=0.6, alpha=0.35, zorder=1.9))
     axes.set_xlabel(COSTS[axis])
     axes.set_ylabel(CURVES[key])
     axes.autoscale_view()
@@ -212,31 +200,6 @@ def mean_curve(curves: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[fl
     x = [point for point, _ in curves[0] if low <= point <= high]
     reached = [[value for curve in curves if (value := at_budget(curve, point)) is not None] for point in x]
     return [(point, math.fsum(values) / len(curves)) for point, values in zip(x, reached, strict=True)]
-
-
-# --- reference --------------------------------------------------------------------------------------------------------
-
-PUBLISHED = ("train_exaflop", "jft_prec1_pct")
-"""The paper's own cost and quality."""
-
-
-def same_axes(comparison: Comparison) -> bool:
-    """Whether the reference has our cost and quality and can lie behind our points."""
-    return bool(comparison.reference) and {comparison.quality, comparison.cost} <= comparison.reference[0].keys()
-
-
-def reference_points(comparison: Comparison) -> list[tuple[float, float, str]]:
-    """(cost, quality, kind) of the rows that have both."""
-    x, y = (comparison.cost, comparison.quality) if same_axes(comparison) else PUBLISHED
-    points = []
-    for row in comparison.reference:
-        kind = row.get("routing") or ("Soft" if "Soft" in row.get("model", "") else "Dense")
-        if row[x] and row[y]:
-            points.append((float(row[x]), float(row[y]), kind))
-    return points
-
-
-KINDS = {"Dense": "Dense", "Soft": "Soft MoE", "EC": "Experts Choice", "TC": "Tokens Choice"}
 
 
 def _published(axes: Axes, comparison: Comparison) -> float:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.special import stdtr, stdtrit
 
 LEVEL = 0.95
 MIN_SEEDS = 3
@@ -29,8 +28,15 @@ def mean_interval(values: Sequence[float]) -> Interval:
     n, mean = len(values), math.fsum(values) / len(values)
     if n < 2:
         return Interval(mean, None, None, n)
-    half = float(stdtrit(n - 1, (1 + LEVEL) / 2)) * _standard_error(values)
+    half = _student(n - 1) * _standard_error(values)
     return Interval(mean, mean - half, mean + half, n)
+
+
+def _student(freedom: float) -> float:
+    """Half the width of the interval of Student's t, in standard errors."""
+    from scipy.special import stdtrit  # here, so that what draws intervals need not import scipy
+
+    return float(stdtrit(freedom, (1 + LEVEL) / 2))
 
 
 def _standard_error(values: Sequence[float]) -> float:
@@ -75,7 +81,9 @@ def difference(ours: Sequence[tuple[int, float]], theirs: Sequence[tuple[int, fl
             freedom = sum(parts) ** 2 / sum(part**2 / (len(v) - 1) for part, v in zip(parts, (x, y), strict=True))
     if n < 2 or error == 0:
         return Difference(Interval(mean, None, None, n), None, method, alone)
-    half = float(stdtrit(freedom, (1 + LEVEL) / 2)) * error
+    from scipy.special import stdtr
+
+    half = _student(freedom) * error
     p = 2 * float(stdtr(freedom, -abs(mean) / error))
     return Difference(Interval(mean, mean - half, mean + half, n), p, method, alone)
 

@@ -14,7 +14,7 @@ from softmoe_cli.config import CostConfig, MatchConfig, UsageError
 from softmoe_cli.cost import account_model, count, on_meta
 from softmoe_cli.device import arithmetic
 from softmoe_cli.memory import predict
-from softmoe_cli.terminal import aligned
+from softmoe_cli.text import aligned
 
 CONVENTION = (
     "1 multiply-add = 2 FLOPs; matrix products only, router, dispatch and combine included; FLOPs are per image, "

@@ -8,7 +8,7 @@ step but for what single operations borrow inside. torch.compile usually needs l
 
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -31,9 +31,9 @@ from softmoe_cli.models import build
 from softmoe_cli.moe.divided import DividedExperts, span
 from softmoe_cli.moe.layer import Experts, MoE, ragged_experts
 from softmoe_cli.moe.routing import full_precision, routings
-from softmoe_cli.optim import freeze, moments
+from softmoe_cli.optim import freeze, moment_bytes
 from softmoe_cli.parallel import cut_axis, largest_share
-from softmoe_cli.terminal import gibibytes
+from softmoe_cli.text import gibibytes
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ class Memory:
     peak_bytes: int
     saving_bytes: int
     """Of what is divided, joined at the end in the memory of the first process's machine."""
+    beside_bytes: int = 0
+    """Of moments that are kept in the machine's memory instead of the device's."""
 
     @property
     def state_bytes(self) -> int:
@@ -326,20 +328,26 @@ def predict(
                 if spread is not None:
                     spread.finish()
         peak = live.peak - sum(whole.values()) + weights + trained * (ddp and accumulate > 1)
-    optimizer, average = trained * (2 if optim is None else moments(optim)), weights if ema else 0
-    saving = (weights + optimizer + average) * processes * divided
-    return Memory(weights, trained, optimizer, average, kept, peak + optimizer + average, saving)
+    numbers = [size // 4 for parameter, size in own.items() if parameter.requires_grad]
+    every, average = sum(moment_bytes(optim, count) for count in numbers), weights if ema else 0
+    kept_as = "fp32" if optim is None else optim.moments
+    beside = every * (kept_as == "offload")
+    optimizer = every - beside
+    if kept_as == "8bit" and device.type == "cpu":  # the update unpacks a whole parameter's moments
+        peak = max(peak, weights + trained + UNPACKED_8BIT * 4 * max(numbers))
+    saving = (weights + every + average) * processes * divided
+    return Memory(weights, trained, optimizer, average, kept, peak + optimizer + average, saving, beside)
 
 
 def predict_for(
     config: Config, num_classes: int, device: torch.device, processes: int = 1, way: str = "ddp", **changes: Any
 ) -> Memory:
-    """The memory of a configuration's training, with `changes` to its batch, accumulate or recompute, on each of
+    """The memory of a configuration's training, with `changes` to what `predict` is told, on each of
     `processes` that share its batch in this way."""
     t = config.train
-    setting: dict[str, Any] = {"batch": t.batch_size, "accumulate": t.accumulate, "recompute": t.recompute} | changes
+    setting: dict[str, Any] = {"batch": t.batch_size, "accumulate": t.accumulate, "recompute": t.recompute}
     setting |= {"ema": t.ema is not None, "precision": t.precision, "device": device, "optim": config.optim}
-    return predict(config.model, num_classes, processes=processes, way=way, **setting)
+    return predict(config.model, num_classes, processes=processes, way=way, **setting | changes)
 
 
 def require_fit(
@@ -356,9 +364,25 @@ def require_fit(
     Raises:
         UsageError: it cannot fit; the message says what would.
     """
+    if config.optim.moments == "offload":
+        if device.type != "cuda":
+            raise UsageError(
+                f"optim.moments=offload has no effect with device={device.type}, whose memory is the machine's; set it "
+                "to fp32"
+            )
+        if processes > 1:
+            raise UsageError(
+                f"optim.moments=offload is for one device, and there are {processes}; set it to fp32, and "
+                "parallel=fsdp to divide the moments"
+            )
     memory, free = predict_for(config, num_classes, device, processes, way), free_memory(device)
     if device.type == "cpu":
         free //= local_processes
+    if memory.beside_bytes and memory.beside_bytes > (room := free_memory(torch.device("cpu"))):
+        raise UsageError(
+            f"optim.moments=offload keeps {gibibytes(memory.beside_bytes)} in the machine's memory, which has "
+            f"{gibibytes(room)} free; set optim.moments=8bit or choose a smaller model"
+        )
     beside = (memory.state_bytes - memory.gradient_bytes) * local_processes if device.type == "cpu" else 0
     if memory.saving_bytes and memory.saving_bytes + beside > (room := free_memory(torch.device("cpu"))):
         raise UsageError(
@@ -374,10 +398,14 @@ def require_fit(
     each = f" for each process with parallel={way}" if processes > 1 else ""
     have = f"needs {gibibytes(needed)} at its peak and {device.type} has {gibibytes(free)} free{each}"
 
-    def peak(**changes: int) -> int:
+    def peak(**changes: Any) -> int:
         return predict_for(config, num_classes, device, processes, way, **changes).peak_bytes
 
     ways = _divided(config, num_classes, device, free, memory, processes, way)
+    if config.optim.name == "adamw" and config.optim.moments == "fp32" and way == "ddp":
+        others = ["8bit", *["offload"] * (device.type == "cuda" and processes == 1)]
+        fitting = [kind for kind in others if peak(optim=replace(config.optim, moments=kind)) <= free]
+        ways += [f"optim.moments={kind}" for kind in fitting]
     if memory.state_bytes > free:
         smaller = "choose a smaller model, fewer experts or fewer MoE blocks"
         raise UsageError(
@@ -398,6 +426,8 @@ def require_fit(
     raise UsageError(f"train.batch_size={t.batch_size} {have}; set {' or '.join(ways)}")
 
 
+UNPACKED_8BIT = 5
+"""Float32 tensors of a parameter's size that bitsandbytes makes on a CPU to update it."""
 MOST_DEVICES = 1024
 """Nobody is told to take more."""
 
@@ -411,7 +441,7 @@ def _divided(
     state = memory.state_bytes * (1 if way == "ddp" else processes)
     groups = config.train.batch_size // config.train.accumulate // router.get("images_per_group", 1)
     most = min(groups, MOST_DEVICES if device.type == "cuda" else processes)
-    if config.train.precision == "fp16":  # gradients that are divided are not scaled
+    if config.train.precision == "fp16" or config.optim.moments != "fp32":  # what is divided has neither
         return []
     for other in WAYS[max(1, WAYS.index(way)) :]:
         size = 2 * processes if other == way else max(2, processes)

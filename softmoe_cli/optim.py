@@ -6,15 +6,20 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from softmoe_cli.config import Optim, UsageError
-from softmoe_cli.terminal import aligned
+from softmoe_cli.parallel import part_of
+from softmoe_cli.text import aligned
 
 HEAD = re.compile(r"head\.weight")
 STEM = ("patch_embed.", "pos_embed", "cls_token", "reg_token", "norm_pre.")
+FEWEST_8BIT, BLOCK_8BIT = 4096, 256
+"""bitsandbytes: parameters of fewer numbers keep fp32 moments; others share a float32 scale in runs of so many."""
 KERNELS = re.compile(r".*((experts|shared)\.w[12]|router\.scale|router\.gate\.kernel)")
 
 
@@ -108,7 +113,60 @@ def optimizer_of(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
         whole = all(kind is Tensor for *_, kind in groups)  # torch has no fused update of parts
         return torch.optim.SGD(params, lr=optim.lr, momentum=optim.momentum, fused=fused and whole)
     betas = (optim.betas[0], optim.betas[1])
+    if optim.moments == "8bit":
+        import bitsandbytes  # an extra, which takes seconds to import
+
+        return bitsandbytes.optim.AdamW8bit(params, lr=optim.lr, betas=betas, eps=optim.eps)
+    if optim.moments == "offload":
+        return OffloadedAdamW(params, lr=optim.lr, betas=betas, eps=optim.eps, fused=False)
     return torch.optim.AdamW(params, lr=optim.lr, betas=betas, eps=optim.eps, fused=fused)
+
+
+class OffloadedAdamW(torch.optim.AdamW):
+    """AdamW with its moments in the machine's memory, where it computes: of each parameter the weight and the gradient
+    go there, and the weight comes back. (As ZeRO-Offload, Ren et al., 2021, but one after the other.)"""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            rates = {key: group[key] for key in ("lr", "weight_decay", "eps")}
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["step"] = torch.zeros(())
+                    state |= {key: torch.zeros_like(parameter, device="cpu") for key in ("exp_avg", "exp_avg_sq")}
+                weight = parameter.cpu()
+                beta1, beta2 = group["betas"]
+                adamw(
+                    [weight], [parameter.grad.cpu()], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]],
+                    fused=True, amsgrad=False, maximize=False, beta1=beta1, beta2=beta2, **rates,
+                )  # fmt: skip
+                parameter.copy_(weight)
+
+
+def state_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """What the optimizer keeps of a parameter; empty before its first update."""
+    state = optimizer.state.get(parameter, {})
+    return {key: torch.as_tensor(value) for key, value in state.items() if not key.startswith("qmap")}  # a constant
+
+
+def restore(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:
+    """Lets the optimizer go on from what `state_of` has given, or afresh from nothing."""
+    optimizer.state.pop(parameter, None)
+    if isinstance(optimizer, OffloadedAdamW) and state:
+        optimizer.state[parameter] = dict(state)
+    elif "state1" in state:  # bitsandbytes
+        kept: dict[str, Any] = {key: value.to(parameter.device) for key, value in state.items()}
+        kept["step"] = int(state["step"])
+        if "absmax1" in kept:
+            codes = {"qmap1": "dynamic", "qmap2": "udynamic"}
+            maps = vars(optimizer)["name2qmap"]
+            kept |= {key: maps[code].to(parameter.device) for key, code in codes.items()}
+        optimizer.state[parameter] = kept
+    elif state:
+        optimizer.state[parameter] = {key: part_of(value, parameter) for key, value in state.items()}
 
 
 def table(model: nn.Module, optim: Optim) -> str:
@@ -127,9 +185,13 @@ def table(model: nn.Module, optim: Optim) -> str:
     return f"{aligned([head, *lines], False)}\n\n{end}"
 
 
-def moments(optim: Optim) -> int:
-    """Numbers that the optimizer keeps for each that it trains."""
-    return 2 if optim.name == "adamw" else int(bool(optim.momentum))
+def moment_bytes(optim: Optim | None, numbers: int) -> int:
+    """Of the moments of a parameter of so many numbers; without `optim`, of AdamW's in float32."""
+    if optim is not None and optim.name == "sgd":
+        return 4 * numbers * bool(optim.momentum)
+    if optim is not None and optim.moments == "8bit" and numbers >= FEWEST_8BIT:
+        return 2 * (numbers + 4 * math.ceil(numbers / BLOCK_8BIT))
+    return 8 * numbers
 
 
 def span(value: float, total: float) -> float:

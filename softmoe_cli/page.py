@@ -7,8 +7,8 @@ from html import escape
 from typing import Any
 
 from softmoe_cli.compare import Block, Comparison, Group
-from softmoe_cli.figures import KINDS, reference_points, same_axes, styles
 from softmoe_cli.intervals import Interval
+from softmoe_cli.looks import KINDS, reference_points, same_axes, styles
 from softmoe_cli.runs import AXES, CLOCK, COSTS, CURVES, FINGERPRINT, QUALITIES
 from softmoe_cli.tables import CURVE_NOTE, LEGEND, Table, reference_tables, remarks, tables
 

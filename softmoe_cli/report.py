@@ -1,17 +1,18 @@
 """`softmoe compare`: its options, what it prints, and the files that it writes."""
 
 import argparse
-import contextlib
 import csv
 import dataclasses
 import hashlib
 import json
-import multiprocessing
+import multiprocessing.forkserver
 import os
 import signal
 import sys
 from collections.abc import Sequence
-from multiprocessing.connection import Connection
+from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -61,6 +62,7 @@ def run(arguments: Sequence[str]) -> int:
         UsageError: an option, a folder or a key that cannot work.
     """
     chosen = _parse(arguments)
+    painters = _painters()
     from softmoe_cli.compare import Question, compare
     from softmoe_cli.tables import flat_rows, terminal
 
@@ -68,12 +70,11 @@ def run(arguments: Sequence[str]) -> int:
     question = Question(**{key: value for key, value in vars(chosen).items() if key in fields and value is not None})
     reference = _reference(chosen.reference, question) if chosen.reference is not None else None
     mode = _tracking() if chosen.wandb else "off"
-    painter = _second_process()
     comparison = compare(chosen.folders, question)
     if reference is not None:
         comparison.reference_name, comparison.reference = reference
     out = chosen.out or chosen.folders[0] / "compare"
-    files = write(comparison, out, painter)
+    files = write(comparison, out, painters)
     print(terminal(comparison))
     print(f"\nfiles in {out}: {', '.join(files)}")
     if mode != "off":
@@ -141,7 +142,7 @@ def _reference(name: str, question: "Question") -> tuple[str, list[dict[str, str
     Raises:
         UsageError: no such file, or one that can be laid neither behind nor beside a plot of ours.
     """
-    from softmoe_cli.figures import PUBLISHED
+    from softmoe_cli.looks import PUBLISHED
 
     paper = Path(__file__).resolve().parents[1] / "experiments" / "paper"
     names = {path.stem: path for path in paper.glob("*.csv")}
@@ -174,52 +175,49 @@ def _reference(name: str, question: "Question") -> tuple[str, list[dict[str, str
     return title + table, rows
 
 
-def _second_process() -> Connection | None:
-    """A process that imports matplotlib meanwhile and then draws one of the two figures, which together take most of
-    the time; none where matplotlib is imported already or there is one core. It ends with this one."""
-    if "matplotlib" in sys.modules or (os.cpu_count() or 1) < 2:
+def _painters() -> ProcessPoolExecutor | None:
+    """Two processes, forked when they are needed from one that imports matplotlib meanwhile: figures take most of the
+    time. None where this one has matplotlib already."""
+    if "matplotlib" in sys.modules:
         return None
-    context = multiprocessing.get_context("spawn")
-    ours, its = context.Pipe()
-    context.Process(target=_paint, args=(its,), daemon=True).start()
-    its.close()  # so that its end is the end of the line
-    return ours
+    context = multiprocessing.get_context("forkserver")
+    backends = (f"matplotlib.backends.backend_{form}" for form in ("svg", "pdf"))
+    context.set_forkserver_preload(["softmoe_cli.figures", *backends, "fontTools.subset"])
+    multiprocessing.forkserver.ensure_running()
+    # An interrupt reaches them too: it is for this process, and they end with it.
+    return ProcessPoolExecutor(2, context, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
 
 
-def _paint(questioner: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process takes it, and this one ends with it
+def _drawn(name: str, comparison: "Comparison") -> dict[str, bytes]:
     from softmoe_cli.figures import figure
 
-    with contextlib.suppress(EOFError):  # nothing to compare
-        questioner.send(figure(*questioner.recv()))
+    return figure(comparison, name)
 
 
-def write(comparison: "Comparison", out: Path, painter: Connection | None = None) -> list[str]:
-    """Writes every file into `out` and returns their names; a `painter` draws the Pareto plot meanwhile.
+def write(comparison: "Comparison", out: Path, painters: ProcessPoolExecutor | None = None) -> list[str]:
+    """Writes every file into `out` and returns their names; `painters` draw meanwhile.
 
     Raises:
         UsageError: the folder cannot be written.
-        RunError: the painter is gone.
+        RunError: a painter is gone.
     """
-    from softmoe_cli.figures import figure
     from softmoe_cli.page import page
     from softmoe_cli.tables import comma_separated, json_text, latex, markdown
 
+    draw = partial(_drawn, comparison=comparison)
     try:
-        if painter is not None:
-            painter.send((comparison, "pareto"))
-        curves = figure(comparison, "curves")
-        pareto = figure(comparison, "pareto") if painter is None else painter.recv()
-    except (EOFError, BrokenPipeError) as error:
-        raise RunError("the process that drew the Pareto plot is gone; type the command again") from error
-    drawn = pareto | curves
-    texts = {
-        "table.md": markdown(comparison),
-        "table.tex": latex(comparison),
-        "table.csv": comma_separated(comparison),
-        "table.json": json_text(comparison),
-        "index.html": page(comparison, drawn),
-    }
+        with nullcontext() if painters is None else painters:
+            figures = (map if painters is None else painters.map)(draw, ("curves", "pareto"))
+            texts = {
+                "table.md": markdown(comparison),
+                "table.tex": latex(comparison),
+                "table.csv": comma_separated(comparison),
+                "table.json": json_text(comparison),
+            }
+            drawn = {name: content for files in figures for name, content in files.items()}
+    except BrokenProcessPool as error:
+        raise RunError("a process that drew a figure is gone; type the command again") from error
+    texts["index.html"] = page(comparison, drawn)
     files = {name: text.encode() for name, text in texts.items()} | drawn
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,8 @@ from softmoe_cli.fewshot import fewshot
 from softmoe_cli.files import write_atomically
 from softmoe_cli.models import build, load_weights
 from softmoe_cli.record import Source
-from softmoe_cli.terminal import Screen, aligned
+from softmoe_cli.terminal import Screen
+from softmoe_cli.text import aligned
 
 
 def evaluate_checkpoint(config: EvaluateConfig, model_config: Model, sources: list[Source]) -> None:

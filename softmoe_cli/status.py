@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 
 from softmoe_cli.config import BUDGETS, UsageError
-from softmoe_cli.terminal import aligned
+from softmoe_cli.text import aligned
 
 TAIL_BYTES = 32768
 STATES = (

@@ -40,7 +40,7 @@ from rich.text import Text
 from softmoe_cli.config import QUALITIES, Config, Launcher, RayLauncher, SlurmLauncher, UsageError
 from softmoe_cli.files import RunError, write_atomically
 from softmoe_cli.status import State, count, duration, figures, held, state
-from softmoe_cli.terminal import aligned
+from softmoe_cli.text import aligned
 
 PERIOD_S = 0.25
 MANY = 10_000

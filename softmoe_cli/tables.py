@@ -9,7 +9,7 @@ from typing import Any
 from softmoe_cli.compare import Block, Comparison, Group, setting
 from softmoe_cli.intervals import Interval
 from softmoe_cli.runs import COSTS, CURVES, QUALITIES
-from softmoe_cli.terminal import aligned
+from softmoe_cli.text import aligned
 
 LEGEND = (
     "± is half a 95% t-interval over n seeds; on the front: nothing is at least as good at no more cost; P(front): how "

@@ -36,7 +36,7 @@ from softmoe_cli.memory import Memory, largest_batch, predict_for, require_fit
 from softmoe_cli.models import LoadReport, build, load_weights, patterns, portable
 from softmoe_cli.moe.layer import MoE
 from softmoe_cli.moe.routing import Routing, full_precision, routings
-from softmoe_cli.optim import freeze, optimizer_of, schedule, span
+from softmoe_cli.optim import freeze, optimizer_of, restore, schedule, span, state_of
 from softmoe_cli.parallel import ALONE, Average, Crew, own_part, part_of
 from softmoe_cli.record import (
     Checkpoint,
@@ -51,7 +51,8 @@ from softmoe_cli.record import (
     set_random_state,
     signature,
 )
-from softmoe_cli.terminal import Screen, count, gibibytes
+from softmoe_cli.terminal import Screen
+from softmoe_cli.text import count, gibibytes
 
 T = TypeVar("T")
 
@@ -544,6 +545,8 @@ def _obstacle(way: str, config: Config, classes: int, crew: Crew) -> str | None:
         return None
     if config.train.precision == "fp16":
         return "has no loss scale for train.precision=fp16; use bf16 or parallel=ddp"
+    if config.optim.moments == "8bit":
+        return "divides moments in fp32, not with optim.moments=8bit; set that to fp32, or parallel=ddp"
     if way == "fsdp":
         return None
     layers = [module for module in on_meta(config.model, classes).modules() if isinstance(module, MoE)]
@@ -608,15 +611,16 @@ def _carry_moments(
     carried = source.card.get("receipt", {}).get("optimizer")
     if carried is None:
         return
-    if config.optim.name != "adamw":
-        screen.row("optimizer", f"starts afresh: the checkpoint's moments are AdamW's, not {config.optim.name}'s")
+    if config.optim.name != "adamw" or config.optim.moments == "8bit":
+        other = "8-bit ones" if config.optim.name == "adamw" else f"{config.optim.name}'s"
+        screen.row("optimizer", f"starts afresh: the checkpoint's moments are AdamW's in fp32, not {other}")
         return
     found = read_moments(source, carried["digest"])
     fresh = []
     for name, parameter in model.named_parameters():
         state = found.get(name, {}) if name in report.loaded else {}
         if parameter.requires_grad and state:
-            optimizer.state[parameter] = {key: part_of(value, parameter) for key, value in state.items()}
+            restore(optimizer, parameter, state)
         elif parameter.requires_grad:
             fresh.append(name)
     steps = max((int(state["step"]) for state in optimizer.state.values()), default=0)
@@ -631,7 +635,7 @@ def _training_state(model: nn.Module, ema: Average | None, optimizer: torch.opti
     if ema is not None:
         tensors |= {f"weights.{key}": value for key, value in model.state_dict().items()}
     for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
+        for key, value in state_of(optimizer, parameter).items():
             tensors[f"optimizer.{name}.{key}"] = value
     return tensors
 
@@ -673,9 +677,7 @@ def _restore_moments(model: nn.Module, optimizer: torch.optim.Optimizer, checkpo
     for name, parameter in model.named_parameters():
         prefix = f"optimizer.{name}."
         found = {k.removeprefix(prefix): v for k, v in checkpoint.training.items() if k.startswith(prefix)}
-        optimizer.state.pop(parameter, None)
-        if found:
-            optimizer.state[parameter] = {key: part_of(value, parameter) for key, value in found.items()}
+        restore(optimizer, parameter, found)
 
 
 def _blame(
@@ -771,6 +773,8 @@ def _optimizer(config: Config) -> str:
     words = []
     if o.name == "sgd":
         words.append(f"SGD with momentum {o.momentum:g}")
+    if o.moments != "fp32":
+        words.append({"8bit": "AdamW with 8-bit moments", "offload": "AdamW in the machine's memory"}[o.moments])
     if o.layer_decay is not None:
         words.append(f"learning rate times {o.layer_decay:g} from layer to layer, towards the patches")
     if o.freeze:
@@ -793,8 +797,8 @@ def _memory(memory: Memory, device: torch.device) -> str:
     return (
         f"{gibibytes(memory.peak_bytes)} at the peak (weights, gradients, moments {gibibytes(memory.state_bytes)}; "
         f"activations {gibibytes(memory.activation_bytes)}) of {gibibytes(free)} free"
-        + f"; {gibibytes(copy)} more while a checkpoint is written"
-        * copied
+        + f"; {gibibytes(memory.beside_bytes)} of moments in the machine's memory" * bool(memory.beside_bytes)
+        + f"; {gibibytes(copy)} more while a checkpoint is written" * copied
     )
 
 

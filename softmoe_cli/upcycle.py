@@ -43,7 +43,8 @@ from softmoe_cli.record import (
     read_moments,
     write_checkpoint,
 )
-from softmoe_cli.terminal import Screen, count
+from softmoe_cli.terminal import Screen
+from softmoe_cli.text import count
 
 EXACT = 1e-9
 """What a whole model in float64 may lose where the maths says that nothing changes."""

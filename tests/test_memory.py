@@ -19,9 +19,9 @@ from softmoe_cli.memory import Live, Memory, largest_batch, last_within, predict
 from softmoe_cli.models import build
 from softmoe_cli.moe.routers.soft import SoftRouter
 from softmoe_cli.moe.routing import routings
-from softmoe_cli.optim import freeze, optimizer_of
+from softmoe_cli.optim import freeze, optimizer_of, state_of
 from softmoe_cli.parallel import ALONE, Crew, joined, own_part
-from softmoe_cli.terminal import gibibytes
+from softmoe_cli.text import gibibytes
 from softmoe_cli.train import update
 from tests.oracles import compose
 from tests.processes import together
@@ -84,7 +84,8 @@ def allocated_peak(config: Config, crew: Crew = ALONE) -> int:
         now += event.nbytes()
         peak = max(peak, now)
     weights = sum(own_part(p).nbytes for p in model.parameters())
-    kept = sum(own_part(value).nbytes for state in optimizer.state.values() for value in state.values() if value.ndim)
+    moments = [state_of(optimizer, parameter).values() for parameter in model.parameters()]
+    kept = sum(own_part(value).nbytes for values in moments for value in values if value.ndim)
     return weights + kept + peak + x.nbytes + targets.nbytes  # weights and moments were there before
 
 
@@ -206,6 +207,41 @@ def test_what_is_frozen_has_neither_gradient_nor_moments() -> None:
         assert 0 < trained < memory.weight_bytes / 2
         assert (memory.gradient_bytes, memory.optimizer_bytes) == (trained, moments * trained)
     assert memory.peak_bytes == pytest.approx(allocated_peak(sgd), rel=0.03)  # what operations borrow is more of less
+
+
+def test_moments_in_8_bits() -> None:
+    """What is kept, and what an update on a CPU takes when little else does."""
+    config = composed("soft", "train.batch_size=1", "optim.moments=8bit", "model.router.num_experts=64")
+    found = predict_for(config, 10, CPU)
+    vit = build(config.model, 10)
+    optimizer = optimizer_of(vit, config.optim)
+    for parameter in vit.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    kept = [state_of(optimizer, parameter) for parameter in vit.parameters()]
+    moments = sum(value.nbytes for state in kept for key, value in state.items() if key != "step")
+    assert found.optimizer_bytes == moments < found.weight_bytes
+    assert found.peak_bytes == pytest.approx(allocated_peak(config), rel=0.02)
+
+
+def test_moments_in_the_machines_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, cuda = composed("soft", "train.batch_size=4", "optim.moments=offload"), torch.device("cuda")
+    plain, found = predict_for(composed("soft", "train.batch_size=4"), 10, CPU), predict_for(config, 10, CPU)
+    assert (found.optimizer_bytes, found.beside_bytes) == (0, plain.optimizer_bytes)
+    assert found.peak_bytes == plain.peak_bytes - plain.optimizer_bytes
+    monkeypatch.setattr(memory, "predict_for", lambda c, n, _cuda, *rest, **more: predict_for(c, n, CPU, *rest, **more))
+    with pytest.raises(UsageError, match="no effect with device=cpu, whose memory is the machine's; set it to fp32"):
+        require_fit(config, 10, CPU)
+    with pytest.raises(UsageError, match="is for one device, and there are 2; set it to fp32, and parallel=fsdp"):
+        require_fit(config, 10, cuda, 2, 2)
+    free = {"cuda": found.peak_bytes, "cpu": found.beside_bytes}
+    monkeypatch.setattr(memory, "free_memory", lambda device: free[device.type])
+    assert require_fit(config, 10, cuda) == found
+    with pytest.raises(UsageError, match=r"optim\.moments=offload or choose a smaller"):
+        require_fit(replace(config, optim=replace(config.optim, moments="fp32")), 10, cuda)
+    free["cpu"] -= 1
+    with pytest.raises(UsageError, match=r"in the machine's memory, which has .* set optim.moments=8bit"):
+        require_fit(config, 10, cuda)
 
 
 def test_the_parts_of_memory() -> None:

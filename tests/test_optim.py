@@ -1,6 +1,8 @@
 """Schedules at their corners, who decays, who is frozen, and optimizers against plain arithmetic."""
 
+import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,10 +19,12 @@ from softmoe_cli.optim import (
     freeze,
     linear,
     optimizer_of,
+    restore,
     rsqrt,
     schedule,
     settings,
     span,
+    state_of,
     table,
 )
 from softmoe_cli.train import update
@@ -163,9 +167,10 @@ def test_groups_hold_every_parameter_once_with_its_decay(decays: tuple[float, fl
         assert (group["lr"], group["betas"], group["eps"]) == (0.5, (0.8, 0.7), 1e-3)
 
 
-def test_adamw_equals_plain_arithmetic() -> None:
+@pytest.mark.parametrize("moments", ["fp32", "offload"])
+def test_adamw_equals_plain_arithmetic(moments: str) -> None:
     """Every number of a small model, with a rate that changes from step to step."""
-    config = optim(lr=0.1, weight_decay=0.3, head_weight_decay=2.0, betas=[0.8, 0.95], eps=1e-2)
+    config = optim(moments=moments, lr=0.1, weight_decay=0.3, head_weight_decay=2.0, betas=[0.8, 0.95], eps=1e-2)
     torch.manual_seed(0)
     model = nn.ModuleDict({"head": nn.Linear(2, 3), "body": nn.Linear(3, 2), "norm": nn.LayerNorm(2)}).double()
     start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -188,6 +193,35 @@ def test_adamw_equals_plain_arithmetic() -> None:
                 decay=decays.get(name, 0.0), betas=config.betas, eps=config.eps,
             )  # fmt: skip
             assert [path[name].flatten()[i].item() for path in paths] == pytest.approx(want, rel=0, abs=1e-12), name
+
+
+def test_moments_of_8_bits() -> None:
+    """Are of whole weights only: small ones have AdamW's updates, others nearly, and the first one to the digit."""
+    torch.manual_seed(0)
+    body = nn.Linear(64, 65)
+    model = nn.ModuleDict({"head": nn.Linear(64, 4), "body": body})
+    twin = copy.deepcopy(model)
+    config = optim(lr=0.01, weight_decay=0.3, head_weight_decay=2.0)
+    pairs = list(zip(model.parameters(), twin.parameters(), strict=True))
+    eight, plain = optimizer_of(model, replace(config, moments="8bit")), optimizer_of(twin, config)
+    for step in range(10):
+        for ours, theirs in pairs:
+            ours.grad = torch.randn_like(ours)
+            theirs.grad = ours.grad.clone()
+        before = [parameter.detach().clone() for parameter in (body.weight, pairs[2][1])]
+        eight.step()
+        plain.step()
+        whole = {name: state_of(eight, p)["state1"].dtype == torch.float32 for name, p in model.named_parameters()}
+        assert whole == {"head.weight": True, "head.bias": True, "body.weight": False, "body.bias": True}
+        for (name, ours), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
+            if whole[name] or step == 0:
+                torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+        went, should = body.weight - before[0], pairs[2][1] - before[1]
+        assert (went - should).norm() < 0.1 * should.norm()
+    again = optimizer_of(model, replace(config, moments="8bit"))
+    for parameter in model.parameters():
+        restore(again, parameter, state_of(eight, parameter))
+        assert again.state[parameter].keys() == eight.state[parameter].keys()
 
 
 def test_sgd_equals_plain_arithmetic() -> None:
@@ -253,6 +287,7 @@ def test_layers_of_a_model_of_two_blocks_by_hand() -> None:
         ({"name": "sgd"}, "needs a momentum; give it"),
         ({"momentum": 0.9}, "optim.name=adamw has no use for optim.momentum=0.9; set it to null, or optim.name=sgd"),
         ({"layer_decay": 1.5}, "it must be > 0 and <= 1"),
+        ({"name": "sgd", "momentum": 0.9, "moments": "8bit"}, "is a way to keep adamw's moments; set it to fp32"),
     ],
 )
 def test_what_an_optimizer_has_no_use_for(changes: dict[str, object], words: str) -> None:

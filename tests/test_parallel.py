@@ -246,6 +246,7 @@ def test_what_cannot_be_divided(softmoe: Any) -> None:
     assert "cannot divide 4 experts over 8 processes" in (train._obstacle("expert", config, 10, crew) or "")
     assert "dense has none" in (train._obstacle("expert", compose("model/router=dense"), 10, crew) or "")
     assert "no loss scale" in (train._obstacle("fsdp", compose("train.precision=fp16"), 10, crew) or "")
+    assert "optim.moments=8bit; set that to" in (train._obstacle("fsdp", compose("optim.moments=8bit"), 10, crew) or "")
     assert train._obstacle("fsdp", config, 10, crew) is None
 
 

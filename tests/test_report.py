@@ -3,10 +3,12 @@
 import csv
 import json
 import multiprocessing
+import os
 import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from concurrent.futures import ProcessPoolExecutor
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,8 +16,9 @@ import pytest
 
 from softmoe_cli import report
 from softmoe_cli.compare import Comparison, Question, compare
-from softmoe_cli.figures import figure, reference_points, styles
+from softmoe_cli.figures import figure
 from softmoe_cli.files import RunError
+from softmoe_cli.looks import reference_points, styles
 from softmoe_cli.report import _reference, _settings
 from softmoe_cli.tables import comma_separated, flat_rows, json_text, latex, markdown, tables, terminal
 from tests.conftest import TINY, Softmoe
@@ -217,10 +220,10 @@ def test_every_group_has_a_look_of_its_own(tmp_path: Path) -> None:
 
 
 def test_a_painter_that_is_gone(tmp_path: Path, compared: Comparison) -> None:
-    ours, its = multiprocessing.Pipe()
-    its.close()
+    painters = ProcessPoolExecutor(1, multiprocessing.get_context("forkserver"))
+    painters.submit(os._exit, 1)
     with pytest.raises(RunError, match="is gone; type the command again"):
-        report.write(compared, tmp_path / "out", ours)
+        report.write(compared, tmp_path / "out", painters)
     assert not (tmp_path / "out").exists()
 
 

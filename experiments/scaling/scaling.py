@@ -24,7 +24,7 @@ from softmoe_cli.config import WAYS, Model
 from softmoe_cli.cost import account, on_meta
 from softmoe_cli.moe import layer
 from softmoe_cli.moe.layer import MoE
-from softmoe_cli.terminal import aligned
+from softmoe_cli.text import aligned
 
 CLASSES, MOST = 1000, 512
 MODELS = {
