@@ -33,7 +33,9 @@ Softmoe = Callable[..., Answer]
 def softmoe(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Softmoe:
     """Runs a command line as `softmoe` would, in a fresh working folder; returns exit status and output."""
     from softmoe_cli import cli
+    from tests.processes import compose_once
 
+    compose_once()
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str) -> Answer:

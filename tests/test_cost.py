@@ -55,16 +55,16 @@ def test_every_model_is_listed() -> None:
     assert {"vit_s16_dense", "vit_h14_soft", "vit_nano7_soft"} <= set(MODELS)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_formula_equals_torchs_counter_for_every_model(name: str) -> None:
-    """At three image sizes, one of them with recomputation, on one block: the others are repetitions."""
+@pytest.mark.parametrize("name", [name for name in MODELS if "_choice" not in name or "nano2" in name or "16_" in name])
+def test_formula_equals_torchs_counter(name: str) -> None:
+    """Every backbone, at two image sizes, on one block: the others are repetitions."""
     model = composed(name)
     patch = model.backbone.patch_size
     assert patch is not None
     model.backbone.depth = 1
     model.moe_blocks = [0] if model.moe_blocks else []
     native = model.image_size
-    for more in (2, 1, 0):
+    for more in (1, 0):
         model.image_size = native + more * patch
         assert_forward_equal(model, 10)
     assert_step_equal(model, 10, recompute=len(name) % 2 == 0)  # either way for some models of each router

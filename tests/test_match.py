@@ -16,7 +16,6 @@ from tests.conftest import Softmoe
 
 FASHION = "data=fashion_mnist"
 REQUESTS = {
-    "soft against dense FLOPs": "model=vit_s32_soft to=vit_s32_dense by=forward_gflop free=model.router.num_experts",
     "soft against dense training FLOPs, recomputed":
         f"model=vit_nano2_soft to=vit_nano2_dense {FASHION} by=train_gflop recompute=true "
         "free=model.router.num_experts",
@@ -24,11 +23,8 @@ REQUESTS = {
         "tolerance=0.05",
     "blocks": f"model=vit_micro2_soft to=vit_micro2_dense {FASHION} by=forward_gflop free=model.moe_blocks "
         "tolerance=0.1",
-    "depth": f"model=vit_micro4_dense to=vit_micro4_soft {FASHION} by=forward_gflop free=model.backbone.depth "
-        "tolerance=0.15",
     "width": f"model=vit_nano2_dense to=vit_nano2_soft {FASHION} by=forward_gflop free=model.backbone.width "
         "tolerance=0.05",
-    "parameters": f"model=vit_nano4_soft to=vit_micro4_soft {FASHION} by=params_m free=model.router.num_experts",
     "active parameters": f"model=vit_nano4_tokens_choice to=vit_micro4_dense {FASHION} by=active_params_m "
         "free=model.backbone.width tolerance=0.05",
     "memory": f"model=vit_nano4_dense to=vit_nano4_soft {FASHION} by=peak_mib free=model.backbone.width tolerance=0.1",

@@ -33,11 +33,8 @@ CASES = [
     ("soft", "fp32", 1, False),
     ("soft", "bf16", 1, True),
     ("tokens_choice", "fp32", 4, True),
-    ("tokens_choice_bpr", "bf16", 1, False),
     ("tokens_choice_dropless", "fp32", 2, False),
     ("experts_choice", "fp32", 1, True),
-    ("identity", "fp32", 2, False),
-    ("uniform", "fp32", 1, False),
 ]
 
 

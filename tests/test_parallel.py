@@ -107,7 +107,7 @@ def alike(a: Path, b: Path, tolerance: float) -> None:
 def test_the_numbers_do_not_depend_on_the_number_of_processes(
     tmp_path: Path, router: str, size: int, ways: tuple[str, ...], options: tuple[str, ...]
 ) -> None:
-    line = (*EVERYTHING, "train.steps=20", "train.eval_every=10", f"model/router={router}", *options)
+    line = (*EVERYTHING, "train.steps=12", "train.eval_every=6", f"model/router={router}", *options)
     dtype, tolerance = ("", 1e-5) if router == "tokens_choice_dropless" else ("float64", 1e-10)
     alone = start(tmp_path / "alone", 1, *line, dtype=dtype)
     for way in ways:

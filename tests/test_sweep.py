@@ -104,7 +104,7 @@ def test_twelve_jobs_with_a_raise_a_kill_too_little_memory_and_a_killed_launcher
     assert "\n  +experiment=large: training " in out and "choose a smaller model" in out
     assert "2 failed, " in out and f"{len(done)} done before" in out
     assert {name: (folders[name] / "result.json").stat().st_mtime_ns for name in done} == done
-    good = [name for name in order if name not in ("raises", "large")]
+    good = ["long", "ok0", "ok4", "ok8"]  # the first ones, one that the restart met, the last one
     line = ("hydra/launcher=basic", f"+experiment={','.join(good)}")  # one after the other, without our launcher
     finish(Started(tmp_path / "alone", ["train", "-m", *without_large_width, *line], {}))
     for name in good:
