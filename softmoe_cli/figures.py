@@ -18,7 +18,11 @@ from softmoe_cli.intervals import Interval, at_budget
 from softmoe_cli.looks import COLOURS, KINDS, reference_points, same_axes, styles
 from softmoe_cli.runs import AXES, COSTS, CURVES, QUALITIES
 
-FORMATS = ("svg", "pdf", "png")
+FORMATS: dict[str, Any] = {
+    "svg": {"metadata": {"Date": None}},
+    "pdf": {"metadata": {"CreationDate": None}},
+    "png": {"pil_kwargs": {"compress_level": 3}},  # as small as by default, in less time
+}
 GREY = "#767676"
 LEFT, PLOT_WIDTH, PLOT_HEIGHT, ABOVE, BETWEEN = 0.8, 5.2, 3.2, 0.35, 1.15
 """Inches. Places are counted, not searched for: matplotlib's layout engine takes as long as the drawing."""
@@ -39,13 +43,9 @@ def figure(comparison: Comparison, name: str) -> dict[str, bytes]:
         mpl.rcdefaults()
         mpl.rcParams.update(RECIPE)
         drawn = _panels(comparison, {"pareto": _pareto, "curves": _curves}[name], apart=name == "pareto")
-        for form in FORMATS:
+        for form, how in FORMATS.items():
             out = io.BytesIO()
-            dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}[form]
-            how: Any = {"png": {"pil_kwargs": {"compress_level": 3}}}.get(
-                form, {}
-            )  # in less time as small as by default
-            drawn.savefig(out, format=form, dpi=160, metadata=dates, **how)
+            drawn.savefig(out, format=form, dpi=160, **how)
             files[f"{name}.{form}"] = out.getvalue()
     return files
 
@@ -158,6 +158,7 @@ def _scale(axes: Axes, x: Sequence[float]) -> None:
     """Logarithmic where costs span more than a factor of ten."""
     if min(x) > 0 and max(x) > 10 * min(x):
         axes.set_xscale("log")
+        # Not "{x:g}": matplotlib would give it a minus that is not ASCII, and embed a second font for that one.
         axes.xaxis.set_major_formatter(lambda x, _place: f"{x:g}")
 
 

@@ -6,6 +6,7 @@ a shape and a lifetime but no storage. What is alive at once is added up, so the
 step but for what single operations borrow inside. torch.compile usually needs less.
 """
 
+import contextlib
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -350,6 +351,24 @@ def predict_for(
     return predict(config.model, num_classes, processes=processes, way=way, **setting | changes)
 
 
+def require_place(optim: Optim, device: torch.device, processes: int = 1) -> None:
+    """Raises:
+    UsageError: the moments cannot be kept so on this device, or on so many.
+    """
+    if optim.moments == "offload" and device.type != "cuda":
+        raise UsageError(
+            f"optim.moments=offload has no effect with device={device.type}, whose memory is the machine's; set it to "
+            "fp32"
+        )
+    if optim.moments == "offload" and processes > 1:
+        raise UsageError(
+            f"optim.moments=offload is for one device, and there are {processes}; set it to fp32, which parallel=fsdp "
+            "divides"
+        )
+    if optim.moments == "8bit" and device.type not in PLACES_8BIT:
+        raise UsageError(f"optim.moments=8bit is for {' and '.join(PLACES_8BIT)}, not {device.type}; set it to fp32")
+
+
 def require_fit(
     config: Config,
     num_classes: int,
@@ -364,48 +383,46 @@ def require_fit(
     Raises:
         UsageError: it cannot fit; the message says what would.
     """
-    if config.optim.moments == "offload":
-        if device.type != "cuda":
-            raise UsageError(
-                f"optim.moments=offload has no effect with device={device.type}, whose memory is the machine's; set it "
-                "to fp32"
-            )
-        if processes > 1:
-            raise UsageError(
-                f"optim.moments=offload is for one device, and there are {processes}; set it to fp32, and "
-                "parallel=fsdp to divide the moments"
-            )
     memory, free = predict_for(config, num_classes, device, processes, way), free_memory(device)
     if device.type == "cpu":
         free //= local_processes
-    if memory.beside_bytes and memory.beside_bytes > (room := free_memory(torch.device("cpu"))):
+    machine = free_memory(torch.device("cpu"))
+    if memory.beside_bytes > machine:
         raise UsageError(
             f"optim.moments=offload keeps {gibibytes(memory.beside_bytes)} in the machine's memory, which has "
-            f"{gibibytes(room)} free; set optim.moments=8bit or choose a smaller model"
+            f"{gibibytes(machine)} free; choose a machine with more memory, a smaller model or fewer experts"
         )
     beside = (memory.state_bytes - memory.gradient_bytes) * local_processes if device.type == "cpu" else 0
-    if memory.saving_bytes and memory.saving_bytes + beside > (room := free_memory(torch.device("cpu"))):
+    if memory.saving_bytes and memory.saving_bytes + beside > machine:
         raise UsageError(
             f"parallel={way} joins {gibibytes(memory.saving_bytes)} of weights and moments in the first process's "
-            f"memory at the end, and its machine has {gibibytes(room)} free; choose a machine with more "
+            f"memory at the end, and its machine has {gibibytes(machine)} free; choose a machine with more "
             "memory, a smaller model or fewer experts"
         )
-    # Uncompiled memory is an upper bound of compiled memory, so only what nothing can save refuses a compiled run.
-    needed = memory.state_bytes if config.train.compile else memory.peak_bytes
+
+    def needs(memory: Memory) -> int:
+        # Uncompiled memory is an upper bound of compiled memory, so only what nothing can save refuses a compiled run.
+        return memory.state_bytes if config.train.compile else memory.peak_bytes
+
+    needed = needs(memory)
     if needed <= free:
         return memory
     t = config.train
     each = f" for each process with parallel={way}" if processes > 1 else ""
     have = f"needs {gibibytes(needed)} at its peak and {device.type} has {gibibytes(free)} free{each}"
 
-    def peak(**changes: Any) -> int:
+    def peak(**changes: int) -> int:
         return predict_for(config, num_classes, device, processes, way, **changes).peak_bytes
 
     ways = _divided(config, num_classes, device, free, memory, processes, way)
     if config.optim.name == "adamw" and config.optim.moments == "fp32" and way == "ddp":
-        others = ["8bit", *["offload"] * (device.type == "cuda" and processes == 1)]
-        fitting = [kind for kind in others if peak(optim=replace(config.optim, moments=kind)) <= free]
-        ways += [f"optim.moments={kind}" for kind in fitting]
+        for moments in ("8bit", "offload"):
+            with contextlib.suppress(UsageError):
+                other = replace(config.optim, moments=moments)
+                require_place(other, device, processes)
+                held = predict_for(config, num_classes, device, processes, way, optim=other)
+                if needs(held) <= free and held.beside_bytes <= machine:
+                    ways.append(f"optim.moments={moments}")
     if memory.state_bytes > free:
         smaller = "choose a smaller model, fewer experts or fewer MoE blocks"
         raise UsageError(
@@ -426,6 +443,8 @@ def require_fit(
     raise UsageError(f"train.batch_size={t.batch_size} {have}; set {' or '.join(ways)}")
 
 
+PLACES_8BIT = ("cpu", "cuda")
+"""Where bitsandbytes has AdamW."""
 UNPACKED_8BIT = 5
 """Float32 tensors of a parameter's size that bitsandbytes makes on a CPU to update it."""
 MOST_DEVICES = 1024

@@ -116,7 +116,7 @@ def optimizer_of(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
     if optim.moments == "8bit":
         import bitsandbytes  # an extra, which takes seconds to import
 
-        return bitsandbytes.optim.AdamW8bit(params, lr=optim.lr, betas=betas, eps=optim.eps)
+        return bitsandbytes.optim.AdamW8bit(params, lr=optim.lr, betas=betas, eps=optim.eps, min_8bit_size=FEWEST_8BIT)
     if optim.moments == "offload":
         return OffloadedAdamW(params, lr=optim.lr, betas=betas, eps=optim.eps, fused=False)
     return torch.optim.AdamW(params, lr=optim.lr, betas=betas, eps=optim.eps, fused=fused)
@@ -135,7 +135,7 @@ class OffloadedAdamW(torch.optim.AdamW):
                     continue
                 state = self.state[parameter]
                 if not state:
-                    state["step"] = torch.zeros(())
+                    state["step"] = torch.zeros((), dtype=torch.float32)
                     state |= {key: torch.zeros_like(parameter, device="cpu") for key in ("exp_avg", "exp_avg_sq")}
                 weight = parameter.cpu()
                 beta1, beta2 = group["betas"]

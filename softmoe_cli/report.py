@@ -1,6 +1,7 @@
 """`softmoe compare`: its options, what it prints, and the files that it writes."""
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import hashlib
@@ -10,9 +11,8 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
-from contextlib import nullcontext
-from functools import partial
+from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext, ForkServerContext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -38,6 +38,7 @@ OPTIONS: dict[str, tuple[str, str]] = {
     "wandb": ("", "send table, figures and files to Weights & Biases as a run of the study's group"),
     "project": ("NAME", "with --wandb: its project; without it softmoe"),
 }
+FIGURES = ("curves", "pareto")
 LISTS = ("by", "columns")
 REPEATED = ("where", "at")
 
@@ -175,26 +176,37 @@ def _reference(name: str, question: "Question") -> tuple[str, list[dict[str, str
     return title + table, rows
 
 
-def _painters() -> ProcessPoolExecutor | None:
-    """Two processes, forked when they are needed from one that imports matplotlib meanwhile: figures take most of the
-    time. None where this one has matplotlib already."""
+def _painters() -> ForkServerContext | None:
+    """What starts processes that can draw at once, because the one that they are forked from imports matplotlib
+    meanwhile: figures take most of the time. None where this process has it already, as in a test or a notebook."""
     if "matplotlib" in sys.modules:
         return None
     context = multiprocessing.get_context("forkserver")
     backends = (f"matplotlib.backends.backend_{form}" for form in ("svg", "pdf"))
     context.set_forkserver_preload(["softmoe_cli.figures", *backends, "fontTools.subset"])
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for this process; the others end with it
     multiprocessing.forkserver.ensure_running()
-    # An interrupt reaches them too: it is for this process, and they end with it.
-    return ProcessPoolExecutor(2, context, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    signal.signal(signal.SIGINT, handler)
+    return context
 
 
-def _drawn(name: str, comparison: "Comparison") -> dict[str, bytes]:
+def _begin(painters: BaseContext, comparison: "Comparison", name: str) -> Connection:
+    """A process that draws; the other end of the line to it is the answer's, or ends with the process."""
+    ours, its = painters.Pipe(duplex=False)
+    process = painters.Process(target=_paint, args=(its, comparison, name), daemon=True)  # type: ignore[attr-defined]
+    process.start()
+    its.close()
+    return ours
+
+
+def _paint(answer: Connection, comparison: "Comparison", name: str) -> None:
     from softmoe_cli.figures import figure
 
-    return figure(comparison, name)
+    with contextlib.suppress(BrokenPipeError):  # who asked is gone
+        answer.send(figure(comparison, name))
 
 
-def write(comparison: "Comparison", out: Path, painters: ProcessPoolExecutor | None = None) -> list[str]:
+def write(comparison: "Comparison", out: Path, painters: BaseContext | None = None) -> list[str]:
     """Writes every file into `out` and returns their names; `painters` draw meanwhile.
 
     Raises:
@@ -204,19 +216,21 @@ def write(comparison: "Comparison", out: Path, painters: ProcessPoolExecutor | N
     from softmoe_cli.page import page
     from softmoe_cli.tables import comma_separated, json_text, latex, markdown
 
-    draw = partial(_drawn, comparison=comparison)
     try:
-        with nullcontext() if painters is None else painters:
-            figures = (map if painters is None else painters.map)(draw, ("curves", "pareto"))
-            texts = {
-                "table.md": markdown(comparison),
-                "table.tex": latex(comparison),
-                "table.csv": comma_separated(comparison),
-                "table.json": json_text(comparison),
-            }
-            drawn = {name: content for files in figures for name, content in files.items()}
-    except BrokenProcessPool as error:
+        drawing = [_begin(painters, comparison, name) for name in FIGURES] if painters is not None else []
+        texts = {
+            "table.md": markdown(comparison),
+            "table.tex": latex(comparison),
+            "table.csv": comma_separated(comparison),
+            "table.json": json_text(comparison),
+        }
+        drawn = {name: content for painter in drawing for name, content in painter.recv().items()}
+    except (EOFError, ConnectionError) as error:
         raise RunError("a process that drew a figure is gone; type the command again") from error
+    if painters is None:
+        from softmoe_cli.figures import figure
+
+        drawn = {name: content for each in FIGURES for name, content in figure(comparison, each).items()}
     texts["index.html"] = page(comparison, drawn)
     files = {name: text.encode() for name, text in texts.items()} | drawn
     try:

@@ -256,7 +256,7 @@ def _costs(config: Config, *, times: bool) -> dict[str, float]:
     from softmoe_cli.config import CostConfig
     from softmoe_cli.cost import account
     from softmoe_cli.device import arithmetic, free_memory
-    from softmoe_cli.memory import predict_for
+    from softmoe_cli.memory import predict_for, require_place
     from softmoe_cli.train import Budget
 
     t = config.train
@@ -266,6 +266,7 @@ def _costs(config: Config, *, times: bool) -> dict[str, float]:
         _loaded[key] = config.data.num_classes or len(splits.classes), len(splits.train)
     classes, images = _loaded[key]
     device, _ = arithmetic(config.device, t.precision, config.threads)
+    require_place(config.optim, device, config.devices)
     cost = account(
         config.model, classes, batch=t.batch_size // t.accumulate, recompute=t.recompute, frozen=config.optim.freeze
     )
@@ -273,7 +274,7 @@ def _costs(config: Config, *, times: bool) -> dict[str, float]:
     peak = predict_for(config, classes, device, config.devices, way).peak_bytes
     budget = Budget.of(config, images)
     step_s = math.nan
-    if times and peak <= free_memory(device):
+    if times and peak <= free_memory(device) and config.optim.moments == "fp32":  # the clock knows no others
         load = CostConfig(
             model=config.model, data=config.data, batch_size=t.batch_size, accumulate=t.accumulate,
             recompute=t.recompute, precision=t.precision, devices=1, parallel="ddp", compile=t.compile, clock=True,

@@ -32,7 +32,7 @@ from softmoe_cli.device import (
 )
 from softmoe_cli.evaluate import classification_loss, evaluate, features, routing_statistics
 from softmoe_cli.fewshot import fewshot
-from softmoe_cli.memory import Memory, largest_batch, predict_for, require_fit
+from softmoe_cli.memory import Memory, largest_batch, predict_for, require_fit, require_place
 from softmoe_cli.models import LoadReport, build, load_weights, patterns, portable
 from softmoe_cli.moe.layer import MoE
 from softmoe_cli.moe.routing import Routing, full_precision, routings
@@ -174,6 +174,7 @@ def train(config: Config, command: str, source: Source | None, screen: Screen) -
 def _train(run: Run, config: Config, command: str, source: Source | None, screen: Screen, crew: Crew) -> dict[str, Any]:
     """The loop: data, cost, model, weights, then steps, looks and checkpoints until the budget is used up."""
     device, autocast = arithmetic(config.device, config.train.precision, config.threads)
+    require_place(config.optim, device, crew.size)
     share = crew.share(config)
     with crew.in_turn():
         splits, images_digest = data.load(config.data), data.identity(config.data)
@@ -495,6 +496,7 @@ class Stop:
 def with_largest_batch(config: Config, say: Callable[[str], None]) -> Config:
     """The configuration with `train.batch_size=auto` settled, so that the signature knows the number."""
     device, _ = arithmetic(config.device, config.train.precision, config.threads)
+    require_place(config.optim, device)
     splits = data.load(config.data)
     batch = largest_batch(config, _num_classes(config, splits), device, len(splits.train))
     say(f"train.batch_size=auto: {batch}; type train.batch_size={batch} to have the same run elsewhere")
@@ -797,8 +799,8 @@ def _memory(memory: Memory, device: torch.device) -> str:
     return (
         f"{gibibytes(memory.peak_bytes)} at the peak (weights, gradients, moments {gibibytes(memory.state_bytes)}; "
         f"activations {gibibytes(memory.activation_bytes)}) of {gibibytes(free)} free"
-        + f"; {gibibytes(memory.beside_bytes)} of moments in the machine's memory" * bool(memory.beside_bytes)
-        + f"; {gibibytes(copy)} more while a checkpoint is written" * copied
+        + f"; {gibibytes(memory.beside_bytes)} of moments in the machine's memory, up to twice that while a checkpoint "
+        "is written" * bool(memory.beside_bytes) + f"; {gibibytes(copy)} more while a checkpoint is written" * copied
     )
 
 

@@ -69,6 +69,9 @@ def forked(out: Path, work: Callable[..., None], *arguments: Any, timeout: float
     process = _SERVER.Process(target=_told, args=(out, work, arguments))
     process.start()
     process.join(timeout)
+    if process.is_alive():
+        process.kill()
+        process.join()
     return process.exitcode
 
 

@@ -479,8 +479,8 @@ def twenty_thousand(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 LINE = (
     "train", *TINY, "threads=1", "data=webdataset", "data.image_size=8", "data.channels=1", "data.memory_gib=0",
-    "data.hflip=0", "data.shift=0", "train.batch_size=25", "train.steps=240", "train.log_every=1",
-    "train.eval_every=240", "data.validation_fraction=0.01", "data.test_fraction=0.01", "train.eval_batch_size=200",
+    "data.hflip=0", "data.shift=0", "train.batch_size=25", "train.steps=120", "train.log_every=1",
+    "train.eval_every=120", "data.validation_fraction=0.01", "data.test_fraction=0.01", "train.eval_batch_size=200",
     "train.save_seconds=0", "optim.lr=1e-3",
 )  # fmt: skip
 
@@ -499,18 +499,18 @@ def test_a_kill_in_the_middle_of_a_shard_resumes_at_the_exact_sample(twenty_thou
     line = [*LINE, f"data.root={twenty_thousand}"]
     alone = Started(tmp_path / "whole", [*line, "data.workers=0"], {})
     killed = Started(tmp_path / "killed", [*line, "data.workers=0"], {})
-    while not list(tmp_path.glob("killed/outputs/*/*/checkpoints/last-*")) or len(rows(tmp_path / "killed")) < 60:
+    while not list(tmp_path.glob("killed/outputs/*/*/checkpoints/last-*")) or len(rows(tmp_path / "killed")) < 40:
         assert not killed.ended, killed.wait()
         time.sleep(0.02)
     os.kill(killed.pid, signal.SIGKILL)
     assert killed.wait()[0] == -signal.SIGKILL
     stopped = len(rows(tmp_path / "killed"))
-    assert stopped < 240
+    assert stopped < 120
     code, out = Started(tmp_path / "killed", [*line, "data.workers=1"], {}).wait()
     assert code == 0 and "going on from step" in out, out
     assert alone.wait()[0] == 0
     whole, resumed = ([untimed(row) for row in rows(tmp_path / name)] for name in ("whole", "killed"))
-    assert resumed == whole and len(whole) == 240 + 2
+    assert resumed == whole and len(whole) == 120 + 2
 
 
 def test_which_samples_a_step_consumes_is_a_function_of_seed_and_step(twenty_thousand: Path) -> None:

@@ -40,7 +40,7 @@ def test_every_router_passes(name: str, check: str) -> None:
 def test_every_router_compiles(tmp_path: Path) -> None:
     """In a process of its own, where no shape checker is in the graph."""
     told = tmp_path / "told.txt"
-    assert forked(told, compile_all) == 0, told.read_text()
+    assert forked(told, compile_all, timeout=600) == 0, told.read_text()
     assert told.read_text().count("verdict='pass'") == len(ROUTERS), told.read_text()
 
 

@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from softmoe_cli import memory, train
 from softmoe_cli.config import Config, UsageError
 from softmoe_cli.device import _control_group_free, precision_context, prepare_attention
-from softmoe_cli.memory import Live, Memory, largest_batch, last_within, predict_for, require_fit
+from softmoe_cli.memory import Live, Memory, largest_batch, last_within, predict_for, require_fit, require_place
 from softmoe_cli.models import build
 from softmoe_cli.moe.routers.soft import SoftRouter
 from softmoe_cli.moe.routing import routings
@@ -228,17 +228,25 @@ def test_moments_in_the_machines_memory(monkeypatch: pytest.MonkeyPatch) -> None
     assert found.peak_bytes == plain.peak_bytes - plain.optimizer_bytes
     monkeypatch.setattr(memory, "predict_for", lambda c, n, _cuda, *rest, **more: predict_for(c, n, CPU, *rest, **more))
     with pytest.raises(UsageError, match="no effect with device=cpu, whose memory is the machine's; set it to fp32"):
-        require_fit(config, 10, CPU)
-    with pytest.raises(UsageError, match="is for one device, and there are 2; set it to fp32, and parallel=fsdp"):
-        require_fit(config, 10, cuda, 2, 2)
+        require_place(config.optim, CPU)
+    with pytest.raises(UsageError, match="is for one device, and there are 2; set it to fp32, which parallel=fsdp"):
+        require_place(config.optim, cuda, 2)
+    with pytest.raises(UsageError, match="8bit is for cpu and cuda, not mps; set it to fp32"):
+        require_place(replace(config.optim, moments="8bit"), torch.device("mps"))
+    for moments in ("fp32", "8bit"):
+        require_place(replace(config.optim, moments=moments), CPU, 2)
     free = {"cuda": found.peak_bytes, "cpu": found.beside_bytes}
     monkeypatch.setattr(memory, "free_memory", lambda device: free[device.type])
     assert require_fit(config, 10, cuda) == found
+    ordinary = replace(config, optim=replace(config.optim, moments="fp32"))
     with pytest.raises(UsageError, match=r"optim\.moments=offload or choose a smaller"):
-        require_fit(replace(config, optim=replace(config.optim, moments="fp32")), 10, cuda)
+        require_fit(ordinary, 10, cuda)
     free["cpu"] -= 1
-    with pytest.raises(UsageError, match=r"in the machine's memory, which has .* set optim.moments=8bit"):
+    with pytest.raises(UsageError, match=r"in the machine's memory, which has .* free; choose a machine with more"):
         require_fit(config, 10, cuda)
+    with pytest.raises(UsageError) as refusal:
+        require_fit(ordinary, 10, cuda)
+    assert "offload" not in str(refusal.value), "it has no room either"
 
 
 def test_the_parts_of_memory() -> None:
@@ -289,7 +297,7 @@ def with_free(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
 
 
 def test_a_run_that_cannot_fit_is_refused_with_what_would(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = composed("soft", "train.batch_size=64", "model.backbone.depth=4")
+    config = composed("soft", "train.batch_size=16", "model.backbone.depth=3")
     need = predict_for(config, 10, CPU)
     with_free(monkeypatch, need.peak_bytes)
     assert require_fit(config, 10, CPU) == need
@@ -298,18 +306,19 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would(monkeypatch: pytest.Mo
     with pytest.raises(UsageError) as refusal:
         require_fit(config, 10, CPU)
     text = str(refusal.value)
-    assert "train.batch_size=64 needs" in text
+    assert "train.batch_size=16 needs" in text
     assert "\n" not in text
     fits: dict[str, Memory] = {}
     for way in text.partition("; set ")[2].split(" or "):
         key, _, value = way.partition(",")[0].partition("=")
         change: dict[str, Any] = {"batch": int(value)} if "batch" in key else {}
         change |= {"accumulate": int(value)} if "acc" in key else {}
+        change |= {"optim": replace(config.optim, moments=value)} if "moments" in key else {}
         fits[key] = predict_for(config, 10, CPU, **(change or {"recompute": True}))
         assert fits[key].peak_bytes <= free
         if "batch" in key:
             assert predict_for(config, 10, CPU, batch=int(value) + 1).peak_bytes > free
-    assert set(fits) == {"train.accumulate", "train.recompute", "train.batch_size"}
+    assert set(fits) == {"optim.moments", "train.accumulate", "train.recompute", "train.batch_size"}
     with_free(monkeypatch, need.state_bytes - 1)
     with pytest.raises(UsageError, match="choose a smaller model, fewer experts"):
         require_fit(config, 10, CPU)

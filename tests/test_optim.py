@@ -196,7 +196,7 @@ def test_adamw_equals_plain_arithmetic(moments: str) -> None:
 
 
 def test_moments_of_8_bits() -> None:
-    """Are of whole weights only: small ones have AdamW's updates, others nearly, and the first one to the digit."""
+    """Only large weights have them: small ones are updated as by AdamW, others nearly, at first to the digit."""
     torch.manual_seed(0)
     body = nn.Linear(64, 65)
     model = nn.ModuleDict({"head": nn.Linear(64, 4), "body": body})
@@ -211,17 +211,48 @@ def test_moments_of_8_bits() -> None:
         before = [parameter.detach().clone() for parameter in (body.weight, pairs[2][1])]
         eight.step()
         plain.step()
-        whole = {name: state_of(eight, p)["state1"].dtype == torch.float32 for name, p in model.named_parameters()}
-        assert whole == {"head.weight": True, "head.bias": True, "body.weight": False, "body.bias": True}
+        exact = {name: state_of(eight, p)["state1"].dtype == torch.float32 for name, p in model.named_parameters()}
+        assert exact == {"head.weight": True, "head.bias": True, "body.weight": False, "body.bias": True}
         for (name, ours), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
-            if whole[name] or step == 0:
+            if exact[name] or step == 0:
                 torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
         went, should = body.weight - before[0], pairs[2][1] - before[1]
         assert (went - should).norm() < 0.1 * should.norm()
-    again = optimizer_of(model, replace(config, moments="8bit"))
-    for parameter in model.parameters():
-        restore(again, parameter, state_of(eight, parameter))
-        assert again.state[parameter].keys() == eight.state[parameter].keys()
+
+
+@pytest.mark.parametrize("moments", ["fp32", "8bit", "offload"])
+def test_an_optimizer_goes_on_where_another_one_was(moments: str) -> None:
+    """To the same bits; and an update that the loss scaler refuses moves nothing."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"head": nn.Linear(64, 4), "body": nn.Linear(64, 65)})
+    config = optim(moments=moments, lr=0.01, weight_decay=0.3, head_weight_decay=2.0)
+    first = optimizer_of(model, config)
+    gradients = [[torch.randn_like(parameter) for parameter in model.parameters()] for _ in range(5)]
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer, gradients: list[torch.Tensor]) -> None:
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            parameter.grad = gradient.clone()
+        optimizer.step()
+
+    for each in gradients[:3]:
+        step(model, first, each)
+    twin = copy.deepcopy(model)
+    second = optimizer_of(twin, config)
+    for parameter, other in zip(model.parameters(), twin.parameters(), strict=True):
+        restore(second, other, {key: value.clone() for key, value in state_of(first, parameter).items()})
+    for each in gradients[3:]:
+        step(model, first, each)
+        step(twin, second, each)
+    pairs = list(zip(model.parameters(), twin.parameters(), strict=True))
+    assert all(torch.equal(one, other) for one, other in pairs)
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for one, _ in pairs:
+        one.grad = torch.full_like(one, torch.inf)
+    scaler.scale(torch.ones(()))  # makes its scale
+    scaler.unscale_(first)
+    scaler.step(first)
+    assert all(torch.equal(one, other) for one, other in pairs)
 
 
 def test_sgd_equals_plain_arithmetic() -> None:

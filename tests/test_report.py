@@ -3,13 +3,12 @@
 import csv
 import json
 import multiprocessing
-import os
 import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
-from concurrent.futures import ProcessPoolExecutor
 from html.parser import HTMLParser
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -219,11 +218,15 @@ def test_every_group_has_a_look_of_its_own(tmp_path: Path) -> None:
     assert look["dense"] == (0, "o")
 
 
-def test_a_painter_that_is_gone(tmp_path: Path, compared: Comparison) -> None:
-    painters = ProcessPoolExecutor(1, multiprocessing.get_context("forkserver"))
-    painters.submit(os._exit, 1)
+def test_a_painter_that_is_gone(tmp_path: Path, compared: Comparison, monkeypatch: pytest.MonkeyPatch) -> None:
+    def begin(_painters: object, _comparison: Comparison, _name: str) -> Connection:
+        ours, its = multiprocessing.Pipe(duplex=False)
+        its.close()
+        return ours
+
+    monkeypatch.setattr(report, "_begin", begin)
     with pytest.raises(RunError, match="is gone; type the command again"):
-        report.write(compared, tmp_path / "out", painters)
+        report.write(compared, tmp_path / "out", multiprocessing.get_context("forkserver"))
     assert not (tmp_path / "out").exists()
 
 

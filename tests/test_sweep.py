@@ -21,9 +21,11 @@ import yaml
 
 from softmoe_cli import status
 from tests.conftest import TINY, Softmoe
+from tests.oracles import compose
 from tests.processes import Started
 from tests.test_train import same
 
+ROOT = Path(__file__).resolve().parents[1]
 LINE = (*TINY, "threads=1", "train.batch_size=8")
 
 
@@ -70,7 +72,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def test_twelve_jobs_with_a_raise_a_kill_too_little_memory_and_a_killed_launcher(tmp_path: Path) -> None:
     """The same command again ends the sweep: the others as if alone, none twice, and the right list of failures."""
     jobs: dict[str, dict[str, Any]] = {f"ok{i}": {"seed": i, "train": {"steps": 20}} for i in range(9)}
-    jobs["long"] = {"train": {"steps": 300}}
+    jobs["long"] = {"train": {"steps": 100}}
     jobs["raises"] = {"train": {"steps": 1}, "optim": {"warmup": 0, "lr": 1e38, "clip_norm": None}}
     jobs["large"] = {"model": {"backbone": {"mlp_width": 2**27}}}
     order = ["long", "raises", "large", *(f"ok{i}" for i in range(9))]
@@ -82,23 +84,21 @@ def test_twelve_jobs_with_a_raise_a_kill_too_little_memory_and_a_killed_launcher
     line = ("hydra.launcher.jobs=2", f"+experiment={','.join(order)}")
     without_large_width = [word for word in LINE if not word.startswith("model.backbone.mlp_width")]
 
-    first = subprocess.Popen(
-        [sys.executable, "-m", "softmoe_cli", "train", "-m", *without_large_width, *line],
-        cwd=tmp_path / "sweep", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+    command = ["train", "-m", *without_large_width, *line]
+    first = Started(tmp_path / "sweep", command, {}, out="first.txt", own_server=True)
     study = tmp_path / "sweep" / "outputs" / "default"
     until(lambda: list(study.glob("sweep-*/jobs.json")))
     folders = {name.removeprefix("+experiment="): folder for name, folder in runs(tmp_path / "sweep").items()}
     until((folders["long"] / "metrics.jsonl").exists)
     os.kill(int((folders["long"] / ".lock").read_text().split()[1]), signal.SIGKILL)
     until(lambda: len(list(study.glob("*/result.json"))) >= 4 and any(map(status.held, folders.values())))
-    first.kill()
-    out, _ = first.communicate()
+    first.send(signal.SIGKILL)
+    _, out = first.wait()
     assert "failed   +experiment=long: killed by SIGKILL" in out
     done = {name: (folder / "result.json").stat().st_mtime_ns for name, folder in folders.items() if finished(folder)}
     assert 4 <= len(done) < 9
 
-    second = Started(tmp_path / "sweep", ["train", "-m", *without_large_width, *line], {})
+    second = Started(tmp_path / "sweep", command, {})
     out = finish(second, 1)
     assert "2 jobs failed; type the same command to try again\n  +experiment=raises: validation loss" in out
     assert "\n  +experiment=large: training " in out and "choose a smaller model" in out
@@ -170,6 +170,44 @@ def test_a_job_of_two_processes_whose_end_is_near_is_queued_again(tmp_path: Path
     told = next(tmp_path.glob("outputs/default/sweep-*/00.log")).read_text()
     assert told.count("the job is queued again") == 1 and "was killed" not in told
     assert list(rows.parent.glob("checkpoints/last-*"))
+
+
+STUB = """#!/bin/bash
+trap 'echo saved >> "$LOG"; exit 143' TERM
+echo "{name} $*" >> "$LOG"
+case "{name} $1" in
+  "scontrol show") echo node7 ;;
+  "srun torchrun") {work} ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("ends_by_itself", [True, False])
+def test_the_readmes_batch_script(ends_by_itself: bool, tmp_path: Path) -> None:
+    """Run by bash with stand-ins for Slurm: told that its time is over, it has the run saved, then queues it again."""
+    (script,) = re.findall(r"^```\n(#!/bin/bash\n.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    work = ":" if ends_by_itself else "while :; do sleep 0.05; done"
+    for name in ("srun", "scontrol"):
+        (tmp_path / name).write_text(STUB.format(name=name, work=work))
+        (tmp_path / name).chmod(0o755)
+    log = tmp_path / "log"
+    slurm = {"SLURM_JOB_ID": "41", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[7-8]", "LOG": str(log)}
+    environment = os.environ | slurm | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    with subprocess.Popen(["bash", "-c", script], env=environment, start_new_session=True) as job:
+        try:
+            if not ends_by_itself:
+                until(lambda: log.exists() and "srun" in log.read_text())
+                job.send_signal(signal.SIGUSR1)
+            job.wait(30)
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # as it should be
+                os.killpg(job.pid, signal.SIGKILL)
+    told = log.read_text().splitlines()
+    command = next(line for line in told if line.startswith("srun "))
+    assert "--nnodes=2" in command and "--rdzv-endpoint=node7:29500" in command and "--rdzv-id=41" in command
+    program, _, overrides = command.partition(" -m softmoe_cli train ")
+    assert program.startswith("srun torchrun ") and compose(*overrides.split()).model.name == "vit_b16_soft"
+    assert told[2:] == ([] if ends_by_itself else ["saved", "scontrol requeue 41"])
 
 
 @pytest.mark.long

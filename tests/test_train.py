@@ -474,8 +474,10 @@ def test_options_run(options: tuple[str, ...], softmoe: Softmoe, tmp_path: Path)
 @pytest.mark.long
 def test_compile(tmp_path: Path) -> None:
     """In a process of its own, where no shape checker is in the way; the losses are the eager ones."""
+    alone = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # each process that it would have help from imports torch first
     for flag in ("true", "false"):
-        finish(start(tmp_path / flag, "train.steps=5", "model.backbone.depth=1", f"train.compile={flag}"))
+        options = ("train.steps=5", "model.backbone.depth=1", f"train.compile={flag}")
+        finish(start(tmp_path / flag, *options, **alone))
     compiled, eager = (the_run(tmp_path / flag) for flag in ("true", "false"))
     for x, y in zip(rows(compiled), rows(eager), strict=True):
         assert x["loss"] == pytest.approx(y["loss"], rel=1e-4)

@@ -453,7 +453,7 @@ def test_a_finetuning_starts_from_carried_moments(trained: Path, softmoe: Softmo
         old = carried.get(key, torch.zeros_like(fresh))
         torch.testing.assert_close(lasts["with"][key], fresh + decay * old, rtol=1e-5, atol=1e-9)
     other = softmoe(*tune, "checkpoint=with", "optim.name=sgd", "optim.momentum=0.9", "study=sgd")
-    assert other.code == 0 and "starts afresh: the checkpoint's moments are AdamW's, not sgd's" in other.out
+    assert other.code == 0 and "starts afresh: the checkpoint's moments are AdamW's in fp32, not sgd's" in other.out
     (tmp_path / "alone.safetensors").write_bytes((tmp_path / "with/model.safetensors").read_bytes())
     lost = softmoe(*tune, "checkpoint=alone.safetensors", "study=alone")
     assert lost.code == 2 and "upcycle with carry_optimizer=false" in lost.err

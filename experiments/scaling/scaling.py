@@ -82,15 +82,15 @@ class Traffic:
         return Traffic(self.nvlink + other.nvlink, self.infiniband + other.infiniband)
 
 
-def peak(model: Model, load: Load, gpus: int, way: str) -> int:
-    """Bytes on each GPU with AdamW. The fake step runs as on a CPU, because torch's backward pass wants a GPU that is
+def predicted(model: Model, load: Load, gpus: int, way: str) -> memory.Memory:
+    """What each GPU holds with AdamW. The fake step runs as on a CPU, because torch's backward pass wants a GPU that is
     there, but with what a GPU has: fused attention and products in half precision."""
     memory.prepare_attention = lambda *_: None  # type: ignore[assignment]
     layer.CPU_MULTIPLIES[torch.bfloat16] = True
     return memory.predict(
         model, CLASSES, batch=load.images * gpus, accumulate=1, recompute=bool(load.recompute), ema=False,
         precision=load.precision, device=torch.device("cpu"), processes=gpus, way=way,
-    ).peak_bytes  # fmt: skip
+    )  # fmt: skip
 
 
 def possible(model: Model, gpus: int, way: str) -> bool:
@@ -102,7 +102,7 @@ def fewest(model: Model, load: Load, room: float, way: str) -> int | None:
     so that more of them bring nothing."""
     gpus, most = (1, 1) if way == "ddp" else (2, MOST)
     while gpus <= most:
-        if possible(model, gpus, way) and peak(model, load, gpus, way) <= room:
+        if possible(model, gpus, way) and predicted(model, load, gpus, way).peak_bytes <= room:
             return gpus
         gpus *= 2
     return None
@@ -113,7 +113,8 @@ def devices(machine: Machine, load: Load) -> list[dict[str, Any]]:
     for name, (file, *experts) in MODELS.items():
         model = compose(f"model={file}", *experts).model
         row = {"model": name, "parameters, M": account(model, CLASSES).params / 1e6}
-        row |= {"all on one, GB": peak(model, load, 1, "ddp") / 1e9}
+        alone = predicted(model, load, 1, "ddp")
+        row |= {"all on one, GB": alone.peak_bytes / 1e9, "of it moments, GB": alone.optimizer_bytes / 1e9}
         rows.append(row | {way: fewest(model, load, machine.gpu_gb * 1e9, way) for way in WAYS})
     return rows
 
@@ -168,7 +169,7 @@ def steps(machine: Machine, load: Load) -> list[dict[str, Any]]:
             if not possible(model, gpus, way):
                 continue
             comes = traffic(way, size, load.images, gpus, machine, recompute)
-            held = peak(model, load, gpus, way) / 1e9
+            held = predicted(model, load, gpus, way).peak_bytes / 1e9
             seconds = {
                 "compute": compute,
                 "NVLink": comes.nvlink / (machine.nvlink_gb_s * 1e9),
