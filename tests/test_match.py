@@ -27,8 +27,7 @@ REQUESTS = {
         "tolerance=0.05",
     "active parameters": f"model=vit_nano4_tokens_choice to=vit_micro4_dense {FASHION} by=active_params_m "
         "free=model.backbone.width tolerance=0.05",
-    "memory": f"model=vit_micro4_dense to=vit_micro4_soft {FASHION} by=peak_mib free=model.backbone.depth "
-        "tolerance=0.5",
+    "memory": f"model=vit_nano4_soft to=vit_nano4_dense {FASHION} by=peak_mib free=model.moe_blocks tolerance=0.9",
     "steps": f"model=vit_micro4_soft to=vit_micro4_dense {FASHION} by=train_pflop steps=1000 free=train.steps "
         "tolerance=0.001",
 }  # fmt: skip

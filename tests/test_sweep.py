@@ -104,7 +104,7 @@ def test_twelve_jobs_with_a_raise_a_kill_too_little_memory_and_a_killed_launcher
     assert "\n  +experiment=large: training " in out and "choose a smaller model" in out
     assert "2 failed, " in out and f"{len(done)} done before" in out
     assert {name: (folders[name] / "result.json").stat().st_mtime_ns for name in done} == done
-    good = ["long", "ok0", "ok4", "ok8"]  # the first ones, one that the restart met, the last one
+    good = ["long", "ok3", "ok8"]  # killed, perhaps met by the restart, last
     line = ("hydra/launcher=basic", f"+experiment={','.join(good)}")  # one after the other, without our launcher
     finish(Started(tmp_path / "alone", ["train", "-m", *without_large_width, *line], {}))
     for name in good:
@@ -267,7 +267,7 @@ def test_a_terminal_shows_a_table_and_a_second_interrupt_ends_at_once(tmp_path: 
 @pytest.mark.long
 def test_a_search_under_a_limit_and_a_front(tmp_path: Path) -> None:
     """Optuna is told validation accuracy, or how far over the limit a job is, which is then not trained."""
-    line = ("train.steps=10", "hydra.sweeper.n_trials=4", "hydra.launcher.jobs=2")
+    line = ("train.steps=10", "hydra.sweeper.n_trials=3", "hydra.launcher.jobs=2")
     space = ("model.router.num_experts=choice(4,512)", "optim.lr=tag(log,interval(1e-4,1e-2))")
     words = [word for word in LINE if not word.startswith("model.router")]
     limited = ["train", "-m", "+search=quality", *words, *line, *space, "hydra.launcher.limit.params_m=0.05"]
@@ -277,7 +277,7 @@ def test_a_search_under_a_limit_and_a_front(tmp_path: Path) -> None:
     assert best["best_params"]["model.router.num_experts"] == 4
     results = [json.loads(file.read_text()) for file in tmp_path.glob("outputs/default/*/result.json")]
     assert max(row["best_validation_top1_pct"] for row in results) == best["best_value"]
-    assert all(row["params_m"] <= 0.05 for row in results) and 1 <= len(results) < 4
+    assert all(row["params_m"] <= 0.05 for row in results) and 1 <= len(results) < 3
     assert "done before" in finish(Started(tmp_path, limited, {})), "the same command asks for the same jobs"
 
     other = ("hydra.sweeper.n_trials=2", "study=front", "model.router.num_experts=choice(4,8)")
