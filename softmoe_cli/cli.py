@@ -210,8 +210,8 @@ def run(arguments: Sequence[str]) -> tuple[int, str]:
         return _failed(error, 2, debug)
     except KeyboardInterrupt as error:
         return _failed(error, 130, debug)
-    except BrokenPipeError:  # `softmoe list | head`: nobody listens any more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        _nobody_listens()
         return 1, ""
     except RunError as error:
         return _failed(error, 1, debug)
@@ -219,10 +219,19 @@ def run(arguments: Sequence[str]) -> tuple[int, str]:
 
 def leave(code: int) -> typing.NoReturn:
     """Ends the process."""
-    sys.stdout.flush()
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _nobody_listens()
+        code = code or 1
     if "softmoe_cli.mirror" in sys.modules and sys.modules["softmoe_cli.mirror"].stuck:
         os._exit(code)  # W&B's own goodbye would wait for a server that does not answer
     sys.exit(code)
+
+
+def _nobody_listens() -> None:
+    """`softmoe list | head`: what is still to be said meets no closed pipe."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _failed(error: BaseException, code: int, debug: bool) -> tuple[int, str]:

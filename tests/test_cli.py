@@ -1,6 +1,7 @@
 """The command line: what a user types, and one clear sentence with status 2 for what cannot work."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -330,6 +331,17 @@ def test_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
         f"{sys.executable} -m softmoe_cli list | head -1", shell=True, capture_output=True, text=True, check=True
     )
     assert told.stderr == ""
+    reader, writer = os.pipe()
+    os.close(reader)  # and few words are written only when all is said
+    told = subprocess.run(
+        [sys.executable, "-m", "softmoe_cli", "--version"],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(writer)
+    assert (told.returncode, told.stderr) == (1, "")
 
 
 def test_read_only_output(softmoe: Softmoe, tmp_path: Path) -> None:
