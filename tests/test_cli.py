@@ -339,6 +339,7 @@ def test_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
         check=False,
+        env=os.environ | {"PYTHONUNBUFFERED": ""},
     )
     os.close(writer)
     assert (told.returncode, told.stderr) == (1, "")
