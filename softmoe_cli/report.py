@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import csv
 import dataclasses
+import gc
 import hashlib
 import json
 import multiprocessing.forkserver
@@ -200,6 +201,7 @@ def _begin(painters: BaseContext, comparison: "Comparison", name: str) -> Connec
 
 
 def _paint(answer: Connection, comparison: "Comparison", name: str) -> None:
+    gc.disable()  # this process ends before it pays
     from softmoe_cli.figures import figure
 
     with contextlib.suppress(BrokenPipeError):  # who asked is gone
