@@ -13,7 +13,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
-from multiprocessing.context import BaseContext, ForkServerContext
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -203,11 +203,10 @@ def _painters() -> ForkServerContext | None:
     return context
 
 
-def _begin(painters: BaseContext, comparison: "Comparison", name: str) -> Connection:
+def _begin(painters: ForkServerContext, comparison: "Comparison", name: str) -> Connection:
     """A process that draws; the other end of the line to it is the answer's, or ends with the process."""
     ours, its = painters.Pipe(duplex=False)
-    process = painters.Process(target=_paint, args=(its, comparison, name), daemon=True)  # type: ignore[attr-defined]
-    process.start()
+    painters.Process(target=_paint, args=(its, comparison, name), daemon=True).start()
     its.close()
     return ours
 
@@ -219,7 +218,7 @@ def _paint(answer: Connection, comparison: "Comparison", name: str) -> None:
         answer.send(figure(comparison, name))
 
 
-def write(comparison: "Comparison", out: Path, painters: BaseContext | None = None) -> list[str]:
+def write(comparison: "Comparison", out: Path, painters: ForkServerContext | None = None) -> list[str]:
     """Writes every file into `out` and returns their names; `painters` draw meanwhile.
 
     Raises:
