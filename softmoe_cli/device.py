@@ -1,7 +1,9 @@
 """Where the arithmetic happens and in which precision."""
 
+import ctypes
 import os
 import platform
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,18 @@ def arithmetic(name: str, precision: str, threads: int | None) -> tuple[torch.de
         raise UsageError(f"device={name} is not available; here: {', '.join(c for c, here in present.items() if here)}")
     if threads is not None:
         torch.set_num_threads(threads)
+    if name == "cpu":
+        keep_freed_memory()
     return torch.device(name), precision_context(name, precision)
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep what is freed for what is allocated next. Left alone it gives blocks of 32 MiB and more back to
+    the system, which hands them out again zeroed, page by page (what that costs: experiments/layer_speed)."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(-4, 0)  # M_MMAP_MAX: no blocks of their own
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing given back
 
 
 def cores() -> int:

@@ -1,6 +1,9 @@
 """What the device is asked: energy by its own counters (files of the kernel, NVML where there is a GPU), and cores."""
 
+import json
 import os
+import platform
+import resource
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,8 +12,9 @@ import pytest
 import torch
 
 from softmoe_cli import device
-from softmoe_cli.device import Energy, cores
+from softmoe_cli.device import Energy, arithmetic, cores
 from softmoe_cli.train import Progress
+from tests.processes import forked
 
 CPU = torch.device("cpu")
 
@@ -76,3 +80,25 @@ def test_processes_of_a_run_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
         shares.append(cores())
     assert shares == [7, 3, 1]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have rules of their own")
+def test_freed_memory_is_used_again(tmp_path: Path) -> None:
+    assert forked(tmp_path / "out.txt", page_faults) == 0
+    default, kept = json.loads((tmp_path / "out.txt").read_text())
+    assert kept < default / 2
+
+
+def page_faults() -> None:
+    """Prints the page faults of 64 MiB five times, each freed before the next: as glibc has it, then as
+    `device=cpu` has it."""
+    faults = []
+    for _ in range(2):
+        torch.ones(1 << 24)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(5):
+            torch.ones(1 << 24)
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+        arithmetic("cpu", "fp32", None)
+        torch.ones(1 << 24)
+    print(json.dumps(faults))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import softmoe_cli.moe.routers
 from softmoe_cli.models import make_router
 from softmoe_cli.moe.layer import Experts, MoE
-from softmoe_cli.moe.routers.soft import SoftRouter
+from softmoe_cli.moe.routers.soft import SoftRouter, soft_logits
 from softmoe_cli.moe.routing import DenseRouting, Router, load_statistics, routings
 from tests.oracles import soft_moe
 
@@ -98,6 +98,16 @@ def test_epsilon_is_inside_the_root(size: float) -> None:
     )  # fmt: skip
     got = soft_routing(layer.router, x).combine_weights[0].detach()
     torch.testing.assert_close(got, torch.tensor(want.combine, dtype=torch.float64), atol=1e-13, rtol=1e-12)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-3, 1.0])
+@pytest.mark.parametrize("learned", ["tokens", "slots", "both"])
+def test_gradients_of_the_logits(size: float, learned: str) -> None:
+    torch.manual_seed(0)
+    x = (size * torch.randn(2, 3, 4, dtype=torch.float64)).requires_grad_(learned != "slots")
+    phi = torch.randn(4, 2, 3, dtype=torch.float64).requires_grad_(learned != "tokens")
+    scale = torch.tensor(1.3, dtype=torch.float64).requires_grad_(learned != "tokens")
+    assert torch.autograd.gradcheck(soft_logits, (x, phi, scale), eps=1e-7)
 
 
 def test_exact_gelu_is_another_function_than_the_tanh_approximation() -> None:
