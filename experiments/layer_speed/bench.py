@@ -7,8 +7,8 @@ python experiments/layer_speed/bench.py results.csv dtype=fp32 width=192,384,768
 Every contender maps (batch, 196, width) to the same shape through experts of hidden width 4 x width, with as many slots
 as there are tokens, as near as whole slots per expert allow, and with the exact GELU, which not all of them let go of.
 Freed memory is kept, for all alike, as `softmoe` has it on a CPU. All share one buffer of weights, so that all fit in
-memory and stay in it; values do not matter to the time. A round times each contender once, in an order that turns from round
-to round; ratios are taken within a round. A contender that took over three times as long as `soft` is timed once.
+memory and stay in it; values do not matter to the time. A round times each contender once, in an order that turns from
+round to round; ratios are taken within a round. A contender that took over three times as long as `soft` is timed once.
 Appends a row per contender to the file and prints it. Without a grid it sums up what the file holds:
 
 python experiments/layer_speed/bench.py results.csv
