@@ -7,15 +7,17 @@ python experiments/layer_speed/bench.py results.csv dtype=fp32 width=192,384,768
 Every contender maps (batch, 196, width) to the same shape through experts of hidden width 4 x width, with as many slots
 as there are tokens, as near as whole slots per expert allow, and with the exact GELU, which not all of them let go of.
 Freed memory is kept, for all alike, as `softmoe` has it on a CPU. All share one buffer of weights, so that all fit in
-memory and stay in it; values do not matter to the time. A round times each contender once, in an order that turns from
-round to round; ratios are taken within a round. A contender that took over three times as long as `soft` is timed once.
-Appends a row per contender to the file and prints it. Without a grid it sums up what the file holds:
+memory and stay in it; values do not matter to the time. A round times each contender once, in an order drawn anew;
+ratios are taken within a round, and their median's 95% interval from their order statistics (of fewer than six rounds
+it is the whole spread, and less sure). A contender that took over three times as long as `soft` is timed once. Appends
+a row per contender to the file and prints it. Without a grid it sums up what the file holds:
 
 python experiments/layer_speed/bench.py results.csv
 """
 
 import csv
 import itertools
+import random
 import statistics
 import sys
 import time
@@ -25,18 +27,19 @@ from typing import Any
 
 import torch
 import yaml
+from scipy.stats import binom
 from torch import Tensor, nn
 
 from softmoe_cli.device import arithmetic, hardware
 from softmoe_cli.models import make_router
 from softmoe_cli.moe.layer import Experts, MoE
 
-TOKENS, SECONDS, MOST, FEWEST = 196, 8.0, 15, 3
+TOKENS, SECONDS, MOST, FEWEST = 196, 10.0, 41, 3
 OURS = ("soft", "tokens_choice", "tokens_choice_bpr", "experts_choice", "tokens_choice_dropless")
 ROUTERS = Path(__file__).parents[2] / "conf/model/router"
 FIELDS = (
     "dtype", "width", "experts", "batch", "what", "contender", "slots", "ms", "ms_min", "ms_max", "over_soft",
-    "over_soft_min", "over_soft_max", "rounds", "peak_mib", "floor_ms", "gflop_per_s", "gb_per_s", "hardware", "torch",
+    "over_soft_low", "over_soft_high", "rounds", "peak_mib", "floor_ms", "gflop_per_s", "gb_per_s", "hardware", "torch",
 )  # fmt: skip
 
 
@@ -205,14 +208,17 @@ def point(dtype: str, d: int, e: int, batch: int) -> list[dict[str, Any]]:
     for what in ("forward", "step"):
         times: dict[str, list[float]] = {name: [] for name in modules}
         order, began = list(modules), time.perf_counter()
+        drawn = random.Random(0)
         for turn in range(MOST):
             if turn >= FEWEST and time.perf_counter() - began > SECONDS:
                 break
-            for name in [*order[turn % len(order) :], *order[: turn % len(order)]]:
+            drawn.shuffle(order)
+            for name in order:
                 if turn == 0 or name == "soft" or times[name][0] < 3 * times["soft"][0]:
                     times[name].append(run(modules[name], x, half, what == "step"))
         for name, module in modules.items():
-            ratios = [mine / soft for mine, soft in zip(times[name], times["soft"], strict=False)]
+            ratios = sorted(mine / soft for mine, soft in zip(times[name], times["soft"], strict=False))
+            out = max(0, int(binom.ppf(0.025, len(ratios), 0.5)) - 1)
             floor = floor_s(module, batch, d, what == "step", flop_rate, byte_rate)
             rows.append(
                 {
@@ -220,7 +226,7 @@ def point(dtype: str, d: int, e: int, batch: int) -> list[dict[str, Any]]:
                     "slots": TOKENS if name in ("dense", "tokens_choice_dropless") else slots(e) * e,
                     "ms": 1e3 * statistics.median(times[name]), "ms_min": 1e3 * min(times[name]),
                     "ms_max": 1e3 * max(times[name]), "over_soft": statistics.median(ratios),
-                    "over_soft_min": min(ratios), "over_soft_max": max(ratios), "rounds": len(times[name]),
+                    "over_soft_low": ratios[out], "over_soft_high": ratios[-1 - out], "rounds": len(times[name]),
                     "peak_mib": peaks[name], "floor_ms": 1e3 * floor if name in ("dense", *OURS) else None,
                     "gflop_per_s": flop_rate / 1e9, "gb_per_s": byte_rate / 1e9,
                     "hardware": hardware(torch.device("cpu")), "torch": torch.__version__,
@@ -228,7 +234,7 @@ def point(dtype: str, d: int, e: int, batch: int) -> list[dict[str, Any]]:
             )  # fmt: skip
             row = rows[-1]
             above = f"{row['ms'] / row['floor_ms']:5.2f}x floor" if row["floor_ms"] else ""
-            spread = f"({row['over_soft_min']:.2f} to {row['over_soft_max']:.2f})"
+            spread = f"({row['over_soft_low']:.2f} to {row['over_soft_high']:.2f})"
             print(
                 f"  {what:<8}{name:<24}{row['ms']:10.1f} ms {row['over_soft']:7.2f}x soft {spread:<16}"
                 f"{row['peak_mib']:9.0f} MiB {above}",
