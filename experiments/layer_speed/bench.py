@@ -10,8 +10,10 @@ Freed memory is kept, for all alike, as `softmoe` has it on a CPU. All share one
 memory and stay in it; values do not matter to the time. A round times each contender once, in an order drawn anew;
 ratios are taken within a round, and their median's 95% interval from their order statistics (of fewer than six rounds
 it is the whole spread, and less sure). A contender that took over three times as long as `soft` is timed once. Appends
-a row per contender to the file and prints it. Without a grid it sums up what the file holds:
+a row per contender to the file and prints it. Without `dtype` it times the soft layer alone, with 8 to 256 experts of
+256 slots in all; without a grid it sums up what a file holds:
 
+python experiments/layer_speed/bench.py flat.csv width=192,384 batch=128,512
 python experiments/layer_speed/bench.py results.csv
 """
 
@@ -33,14 +35,11 @@ from torch import Tensor, nn
 from softmoe_cli.device import arithmetic, hardware
 from softmoe_cli.models import make_router
 from softmoe_cli.moe.layer import Experts, MoE
+from softmoe_cli.moe.routers.soft import SoftRouter
 
 TOKENS, SECONDS, MOST, FEWEST = 196, 10.0, 41, 3
 OURS = ("soft", "tokens_choice", "tokens_choice_bpr", "experts_choice", "tokens_choice_dropless")
 ROUTERS = Path(__file__).parents[2] / "conf/model/router"
-FIELDS = (
-    "dtype", "width", "experts", "batch", "what", "contender", "slots", "ms", "ms_min", "ms_max", "over_soft",
-    "over_soft_low", "over_soft_high", "rounds", "peak_mib", "floor_ms", "gflop_per_s", "gb_per_s", "hardware", "torch",
-)  # fmt: skip
 
 
 class Mlp(nn.Sequential):
@@ -196,6 +195,28 @@ def floor_s(module: nn.Module, batch: int, d: int, backward: bool, flop_rate: fl
     return max((3 if backward else 1) * flop / flop_rate, traffic / byte_rate)
 
 
+def in_turns(modules: dict[str, nn.Module], x: Tensor, half: bool, backward: bool) -> dict[str, list[float]]:
+    """Seconds of each module in rounds; of one that took over three times as long as the first module, once."""
+    first, order = next(iter(modules)), list(modules)
+    times: dict[str, list[float]] = {name: [] for name in modules}
+    drawn, began = random.Random(0), time.perf_counter()
+    for turn in range(MOST):
+        if turn >= FEWEST and time.perf_counter() - began > SECONDS:
+            break
+        drawn.shuffle(order)
+        for name in order:
+            if turn == 0 or name == first or times[name][0] < 3 * times[first][0]:
+                times[name].append(run(modules[name], x, half, backward))
+    return times
+
+
+def middle(times: list[float], others: list[float]) -> tuple[float, float, float]:
+    """The median of the rounds' ratios, and its 95% interval."""
+    ratios = sorted(mine / other for mine, other in zip(times, others, strict=False))
+    out = max(0, int(binom.ppf(0.025, len(ratios), 0.5)) - 1)
+    return statistics.median(ratios), ratios[out], ratios[-1 - out]
+
+
 def point(dtype: str, d: int, e: int, batch: int) -> list[dict[str, Any]]:
     modules = contenders(d, e)
     x = torch.randn(batch, TOKENS, d, requires_grad=True)
@@ -206,30 +227,19 @@ def point(dtype: str, d: int, e: int, batch: int) -> list[dict[str, Any]]:
     peaks = {name: peak_mib(module, x, half) for name, module in modules.items()}  # which warms up, too
     rows = []
     for what in ("forward", "step"):
-        times: dict[str, list[float]] = {name: [] for name in modules}
-        order, began = list(modules), time.perf_counter()
-        drawn = random.Random(0)
-        for turn in range(MOST):
-            if turn >= FEWEST and time.perf_counter() - began > SECONDS:
-                break
-            drawn.shuffle(order)
-            for name in order:
-                if turn == 0 or name == "soft" or times[name][0] < 3 * times["soft"][0]:
-                    times[name].append(run(modules[name], x, half, what == "step"))
+        times = in_turns(modules, x, half, what == "step")
         for name, module in modules.items():
-            ratios = sorted(mine / soft for mine, soft in zip(times[name], times["soft"], strict=False))
-            out = max(0, int(binom.ppf(0.025, len(ratios), 0.5)) - 1)
+            ratio, low, high = middle(times[name], times["soft"])
             floor = floor_s(module, batch, d, what == "step", flop_rate, byte_rate)
             rows.append(
                 {
                     "dtype": dtype, "width": d, "experts": e, "batch": batch, "what": what, "contender": name,
                     "slots": TOKENS if name in ("dense", "tokens_choice_dropless") else slots(e) * e,
                     "ms": 1e3 * statistics.median(times[name]), "ms_min": 1e3 * min(times[name]),
-                    "ms_max": 1e3 * max(times[name]), "over_soft": statistics.median(ratios),
-                    "over_soft_low": ratios[out], "over_soft_high": ratios[-1 - out], "rounds": len(times[name]),
+                    "ms_max": 1e3 * max(times[name]), "over_soft": ratio,
+                    "over_soft_low": low, "over_soft_high": high, "rounds": len(times[name]),
                     "peak_mib": peaks[name], "floor_ms": 1e3 * floor if name in ("dense", *OURS) else None,
-                    "gflop_per_s": flop_rate / 1e9, "gb_per_s": byte_rate / 1e9,
-                    "hardware": hardware(torch.device("cpu")), "torch": torch.__version__,
+                    "gflop_per_s": flop_rate / 1e9, "gb_per_s": byte_rate / 1e9, **machine(),
                 }
             )  # fmt: skip
             row = rows[-1]
@@ -243,6 +253,33 @@ def point(dtype: str, d: int, e: int, batch: int) -> list[dict[str, Any]]:
     return rows
 
 
+def flat(d: int, batch: int) -> list[dict[str, Any]]:
+    """Training steps of the soft layer with more and more experts, and with 256 slots each."""
+    modules: dict[str, nn.Module] = {}
+    for e in (8, 32, 128, 256):
+        with torch.device("meta"):
+            router = SoftRouter(d, TOKENS, num_experts=e, slots_per_expert=256 // e, capacity_factor=None, noise_std=0)
+            modules[str(e)] = MoE(router, Experts(e, d, 4 * d, gelu="none", identical=True))
+    buffer = torch.empty(sum(p.numel() for p in modules["256"].parameters())).normal_(std=0.02)
+    for module in modules.values():
+        share(module, buffer)
+    x = torch.randn(batch, TOKENS, d, requires_grad=True)
+    for module in modules.values():
+        run(module, x, half=False, backward=True)
+    times = in_turns(modules, x, half=False, backward=True)
+    rows = []
+    for name, found in times.items():
+        ratio, low, high = middle(found, times["8"])
+        row = {"width": d, "batch": batch, "experts": name, "ms": 1e3 * statistics.median(found), "over_8": ratio}
+        rows.append(row | {"over_8_low": low, "over_8_high": high, "rounds": len(found)} | machine())
+        print(f"  {d:4} {batch:4} {name:>4} experts {row['ms']:9.1f} ms {ratio:5.2f} ({low:.2f} to {high:.2f})")
+    return rows
+
+
+def machine() -> dict[str, str]:
+    return {"hardware": hardware(torch.device("cpu")), "torch": torch.__version__}
+
+
 SOFT_PEERS = ("soft_moe_pytorch", "soft_moe", "soft_mixture_of_experts")
 SPARSE_PEERS = ("mixture_of_experts", "st_moe_pytorch")
 
@@ -254,10 +291,11 @@ def summary(file: Path) -> None:
     keys = ("dtype", "width", "experts", "batch")
     points = dict.fromkeys(tuple(row[key] for key in keys) for row in rows)
     print(
-        "| | width | experts | batch | soft ms | over floor | MiB | dense | soft peers | tokens choice | sparse peers |"
+        "| | width | experts | batch | soft ms | over floor | over dense and weights | MiB | dense | soft peers "
+        "| tokens choice | sparse peers |\n|---|---|---|---|---|---|---|---|---|---|---|---|"
     )
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
     against: dict[str, list[float]] = {"soft": [], "tokens_choice": []}
+    sides = dict.fromkeys(("slower", "not told apart", "faster"), 0)
     for where in points:
         found = {
             row["contender"]: row for row in rows if row["what"] == "step" and tuple(row[key] for key in keys) == where
@@ -268,17 +306,22 @@ def summary(file: Path) -> None:
         best_sparse = min(SPARSE_PEERS, key=lambda name: ratio[name])
         against["soft"].append(ratio[best_soft])
         against["tokens_choice"].append(ratio[best_sparse] / tokens_choice)
-        over = float(soft["ms"]) / float(soft["floor_ms"])
+        low, high = (float(found[best_soft][f"over_soft_{end}"]) for end in ("low", "high"))
+        sides["slower" if low > 1 else "faster" if high < 1 else "not told apart"] += 1
+        d, e = int(soft["width"]), int(soft["experts"])
+        weights_ms = 3 * 4 * e * (8 * d * d + 5 * d) / float(soft["gb_per_s"]) / 1e6
         print(
-            f"| {' | '.join(where)} | {float(soft['ms']):.0f} | {over:.2f} | {float(soft['peak_mib']):.0f} "
-            f"| {ratio['dense']:.2f} | {ratio[best_soft]:.2f} {best_soft} | {tokens_choice:.2f} "
-            f"| {ratio[best_sparse]:.2f} {best_sparse} |"
+            f"| {' | '.join(where)} | {float(soft['ms']):.0f} | {float(soft['ms']) / float(soft['floor_ms']):.2f} "
+            f"| {1 / (ratio['dense'] + weights_ms / float(soft['ms'])):.2f} | {float(soft['peak_mib']):.0f} "
+            f"| {ratio['dense']:.2f} | {ratio[best_soft]:.2f} ({low:.2f} to {high:.2f}) {best_soft} "
+            f"| {tokens_choice:.2f} | {ratio[best_sparse]:.2f} {best_sparse} |"
         )
     for name, ratios in against.items():
         print(
             f"{name}: its fastest peer takes {min(ratios):.2f} to {max(ratios):.2f} times as long, "
             f"median {statistics.median(ratios):.2f}, over {len(ratios)} points"
         )
+    print(f"soft's fastest peer by its interval: {', '.join(f'{side} at {n}' for side, n in sides.items())}")
 
 
 def main() -> None:
@@ -288,15 +331,21 @@ def main() -> None:
         return
     grid = {key: values.split(",") for key, values in (argument.split("=") for argument in sys.argv[2:])}
     arithmetic("cpu", "fp32", None)
-    new = not file.exists()
+    if "dtype" not in grid:
+        for d, batch in itertools.product(grid["width"], grid["batch"]):
+            write(file, flat(int(d), int(batch)))
+        return
     for dtype, d, e, batch in itertools.product(grid["dtype"], grid["width"], grid["experts"], grid["batch"]):
-        rows = point(dtype, int(d), int(e), int(batch))
-        with file.open("a", newline="") as out:
-            writer = csv.DictWriter(out, FIELDS)
-            if new:
-                writer.writeheader()
-            writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-        new = False
+        write(file, point(dtype, int(d), int(e), int(batch)))
+
+
+def write(file: Path, rows: list[dict[str, Any]]) -> None:
+    new = not file.exists()
+    with file.open("a", newline="") as out:
+        writer = csv.DictWriter(out, list(rows[0]))
+        if new:
+            writer.writeheader()
+        writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
 
 
 if __name__ == "__main__":
