@@ -37,7 +37,7 @@ from softmoe_cli.models import make_router
 from softmoe_cli.moe.layer import Experts, MoE
 from softmoe_cli.moe.routers.soft import SoftRouter
 
-TOKENS, SECONDS, MOST, FEWEST = 196, 10.0, 41, 3
+TOKENS, SECONDS, MOST, FEWEST = 196, 10.0, 41, 6
 OURS = ("soft", "tokens_choice", "tokens_choice_bpr", "experts_choice", "tokens_choice_dropless")
 ROUTERS = Path(__file__).parents[2] / "conf/model/router"
 
@@ -307,7 +307,8 @@ def summary(file: Path) -> None:
         against["soft"].append(ratio[best_soft])
         against["tokens_choice"].append(ratio[best_sparse] / tokens_choice)
         low, high = (float(found[best_soft][f"over_soft_{end}"]) for end in ("low", "high"))
-        sides["slower" if low > 1 else "faster" if high < 1 else "not told apart"] += 1
+        told = ratio[best_soft] > 3 or int(found[best_soft]["rounds"]) >= 6
+        sides["slower" if told and low > 1 else "faster" if told and high < 1 else "not told apart"] += 1
         d, e = int(soft["width"]), int(soft["experts"])
         weights_ms = 3 * 4 * e * (8 * d * d + 5 * d) / float(soft["gb_per_s"]) / 1e6
         print(
