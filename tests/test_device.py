@@ -1,4 +1,5 @@
-"""What the device is asked: energy by its own counters (files of the kernel, NVML where there is a GPU), and cores."""
+"""What the device is asked: energy by its own counters (files of the kernel, NVML where there is a GPU), cores,
+and freed memory."""
 
 import json
 import os

@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 import yaml
-from scipy.stats import binom
+from scipy.stats import quantile_test
 from torch import Tensor, nn
 
 from softmoe_cli.device import arithmetic, hardware
@@ -37,7 +37,8 @@ from softmoe_cli.models import make_router
 from softmoe_cli.moe.layer import Experts, MoE
 from softmoe_cli.moe.routers.soft import SoftRouter
 
-TOKENS, SECONDS, MOST, FEWEST = 196, 10.0, 41, 6
+TOKENS, SECONDS, MOST = 196, 10.0, 41
+FEWEST = 6  # rounds from which on their median has a 95% interval
 OURS = ("soft", "tokens_choice", "tokens_choice_bpr", "experts_choice", "tokens_choice_dropless")
 ROUTERS = Path(__file__).parents[2] / "conf/model/router"
 
@@ -211,10 +212,12 @@ def in_turns(modules: dict[str, nn.Module], x: Tensor, half: bool, backward: boo
 
 
 def middle(times: list[float], others: list[float]) -> tuple[float, float, float]:
-    """The median of the rounds' ratios, and its 95% interval."""
-    ratios = sorted(mine / other for mine, other in zip(times, others, strict=False))
-    out = max(0, int(binom.ppf(0.025, len(ratios), 0.5)) - 1)
-    return statistics.median(ratios), ratios[out], ratios[-1 - out]
+    """The median of the rounds' ratios, and its 95% interval, or their spread where rounds are too few for one."""
+    ratios = [mine / other for mine, other in zip(times, others, strict=False)]
+    if len(ratios) < FEWEST:
+        return statistics.median(ratios), min(ratios), max(ratios)
+    interval = quantile_test(ratios, p=0.5).confidence_interval(0.95)
+    return statistics.median(ratios), interval.low, interval.high
 
 
 def point(dtype: str, d: int, e: int, batch: int) -> list[dict[str, Any]]:
@@ -307,7 +310,7 @@ def summary(file: Path) -> None:
         against["soft"].append(ratio[best_soft])
         against["tokens_choice"].append(ratio[best_sparse] / tokens_choice)
         low, high = (float(found[best_soft][f"over_soft_{end}"]) for end in ("low", "high"))
-        told = ratio[best_soft] > 3 or int(found[best_soft]["rounds"]) >= 6
+        told = ratio[best_soft] > 3 or int(found[best_soft]["rounds"]) >= FEWEST
         sides["slower" if told and low > 1 else "faster" if told and high < 1 else "not told apart"] += 1
         d, e = int(soft["width"]), int(soft["experts"])
         weights_ms = 3 * 4 * e * (8 * d * d + 5 * d) / float(soft["gb_per_s"]) / 1e6
