@@ -17,13 +17,21 @@ from torch.utils.checkpoint import checkpoint
 
 from softmoe_cli.config import UsageError
 from softmoe_cli.cost import counter
+from softmoe_cli.device import compiled
 from softmoe_cli.models import make_router
 from softmoe_cli.moe.layer import Experts, MoE
 from softmoe_cli.moe.routers.experts_choice import ExpertsChoiceRouter
 from softmoe_cli.moe.routers.soft import SoftRouter
-from softmoe_cli.moe.routers.tokens_choice import TokensChoiceRouter
+from softmoe_cli.moe.routers.tokens_choice import (
+    TokensChoiceRouter,
+    choose,
+    grouped_tokens,
+    gshard_loss,
+    importance_loss,
+    load_loss,
+)
 from softmoe_cli.moe.routers.tokens_choice_bpr import TokensChoiceBPRRouter
-from softmoe_cli.moe.routing import Router, SparseRouting, routings
+from softmoe_cli.moe.routing import Router, SparseRouting, routings, whole_batch
 
 DIM, HIDDEN, TOKENS, GROUPS = 16, 24, 16, 4
 EXACT = 1e-10
@@ -55,7 +63,12 @@ class Subject:
         known = {key: value for key, value in changes.items() if key in self.options}
         torch.manual_seed(0)
         router = make_router(self.options | known, DIM, TOKENS)
-        layer = MoE(router, Experts(router.num_experts, DIM, HIDDEN, gelu="tanh", identical=False))
+        shared = router.shared_experts
+        layer = MoE(
+            router,
+            Experts(router.num_experts, DIM, HIDDEN, gelu="tanh", identical=False),
+            Experts(1, DIM, shared * HIDDEN, gelu="tanh", identical=True) if shared else None,
+        )
         with torch.no_grad():
             for parameter in layer.parameters():
                 if parameter.ndim:
@@ -64,14 +77,15 @@ class Subject:
                     parameter.fill_(3.0)
         return layer.to(dtype).eval()
 
-    def batch(self, layer: MoE, dtype: torch.dtype = torch.float64) -> Tensor:
+    def batch(self, dtype: torch.dtype = torch.float64) -> Tensor:
         generator = torch.Generator().manual_seed(1)
-        images = GROUPS * layer.router.images_per_group
+        images = GROUPS * self.options.get("images_per_group", 1)  # losses may be over more images than slots are
         return torch.randn(images, TOKENS, DIM, dtype=torch.float64, generator=generator).to(dtype)
 
 
 def deviation(got: Tensor, want: Tensor) -> float:
-    return (got - want).abs().max().item() if got.numel() else 0.0
+    """The largest absolute difference; infinite where one is NaN, which no comparison would notice."""
+    return (got - want).abs().nan_to_num(nan=math.inf).max().item() if got.numel() else 0.0
 
 
 Finding = tuple[bool, str]
@@ -85,7 +99,7 @@ def bounded(value: float, bound: float, what: str) -> Finding:
 def no_leakage(subject: Subject) -> Finding:
     """The output of one group of images neither changes with other images nor has a gradient to them."""
     layer = subject.layer()
-    x, size = subject.batch(layer), layer.router.images_per_group
+    x, size = subject.batch(), layer.router.images_per_group
     other = x.clone()
     other[size:] = other[size:].flip(0) * 2 + 1
     moved = deviation(layer(other)[:size], layer(x)[:size])
@@ -97,9 +111,9 @@ def no_leakage(subject: Subject) -> Finding:
 def batch_independence(subject: Subject) -> Finding:
     """Groups in another order, or one at a time, give the same."""
     layer = subject.layer()
-    x, size = subject.batch(layer), layer.router.images_per_group
+    x, size = subject.batch(), layer.router.images_per_group
     whole = layer(x)
-    order = torch.arange(len(x)).view(GROUPS, size)[[2, 0, 3, 1]].flatten()
+    order = torch.arange(len(x)).view(-1, size).roll(1, dims=0).flatten()
     moved = deviation(layer(x[order]), whole[order])
     alone = torch.cat([layer(part) for part in x.split(size)])
     return bounded(max(moved, deviation(alone, whole)), EXACT, "largest change")
@@ -108,7 +122,7 @@ def batch_independence(subject: Subject) -> Finding:
 def token_permutation(subject: Subject) -> Finding:
     """Permuted tokens give permuted outputs."""
     layer = subject.layer()
-    x = subject.batch(layer)
+    x = subject.batch()
     order = torch.randperm(TOKENS, generator=torch.Generator().manual_seed(2))
     return bounded(deviation(layer(x[:, order]), layer(x)[:, order]), EXACT, "largest change")
 
@@ -117,13 +131,14 @@ def padding_is_neutral(subject: Subject) -> Finding:
     """Tokens that `keep` calls padding change nothing, get zero, and have no gradient; so do images that lack to a
     full group."""
     layer = subject.layer()
-    x, size = subject.batch(layer), layer.router.images_per_group
+    x, size = subject.batch(), layer.router.images_per_group
     padded = torch.cat([x, 100 * torch.ones(len(x), 3, DIM, dtype=x.dtype)], dim=1).requires_grad_()
     keep = torch.arange(TOKENS + 3).expand(len(x), -1) < TOKENS
     y = layer(padded, keep)
     (gradient,) = torch.autograd.grad(y[:, :TOKENS].square().sum(), padded)
     changes = [deviation(y[:, :TOKENS], layer(x)), deviation(y[:, TOKENS:], torch.zeros(()))]
     changes += [deviation(gradient[:, TOKENS:], torch.zeros(()))]
+    changes += [deviation(layer.router(padded, keep).aux_loss, layer.router(x).aux_loss)]
     if size > 1:
         short = x[: size + 1]
         full = torch.cat([short, x[: size - 1]])
@@ -137,34 +152,36 @@ def one_expert(subject: Subject) -> Finding:
     """With one expert that has room for every token the layer is its MLP."""
     if "num_experts" not in subject.options:
         raise NotApplicable("its number of experts is fixed")
+    if subject.options.get("gate") == "sigmoid":
+        raise NotApplicable("a sigmoid gate weighs even an only expert")
     size = make_router(subject.options, DIM, TOKENS).images_per_group
-    layer = subject.layer(num_experts=1, k=1, slots_per_expert=TOKENS * size, capacity_factor=None, gate="softmax")
-    x = subject.batch(layer)
+    layer = subject.layer(num_experts=1, k=1, shared_experts=0, slots_per_expert=TOKENS * size, capacity_factor=None)
+    x = subject.batch()
     return bounded(deviation(layer(x), layer.experts(x.flatten(0, 1)[None]).view_as(x)), EXACT, "difference")
 
 
 def dispatch_law(subject: Subject) -> Finding:
     """Rows are shares of raw tokens: linear in the tokens, and each row's shares add up to one, or to none."""
     layer = subject.layer()
-    x = subject.batch(layer)
+    x = subject.batch()
     routing, other = layer.router(x), x.flip(0).square()
     bent = deviation(routing.dispatch(2 * x + other), 2 * routing.dispatch(x) + routing.dispatch(other))
     total = routing.dispatch(torch.ones_like(x))
-    stray = torch.minimum(total.abs(), (total - 1).abs()).max().item()
+    stray = deviation(torch.minimum(total.abs(), (total - 1).abs()), torch.zeros(()))
     return bounded(max(bent, stray), EXACT, "largest departure")
 
 
 def combine_law(subject: Subject) -> Finding:
     """Outputs are linear in the experts' rows, and a token's weights add up to between zero and what is allowed."""
     layer = subject.layer()
-    x = subject.batch(layer)
+    x = subject.batch()
     routing = layer.router(x)
     rows = routing.dispatch(x)
     other = rows.square()
     bent = deviation(routing.combine(2 * rows + other), 2 * routing.combine(rows) + routing.combine(other))
     total = routing.combine(torch.ones_like(rows))
-    most = layer.router.experts_per_token if subject.options.get("gate") == "sigmoid" else 1.0
-    stray = max(0.0, -total.min().item(), total.max().item() - most)
+    chosen = layer.router.experts_per_token - layer.router.shared_experts
+    stray = deviation(total, total.clamp(0.0, chosen if subject.options.get("gate") == "sigmoid" else 1.0))
     lowest, highest = total.min().item(), total.max().item()
     holds, figure = bounded(max(bent, stray), EXACT, "largest departure")
     return holds, f"{figure}, a token's weights sum to {lowest:.2g} to {highest:.2g}"
@@ -174,7 +191,7 @@ def finite_gradients(subject: Subject) -> Finding:
     """In training every parameter gets a gradient, and none is infinite or NaN; not even on tokens that are zero."""
     layer = subject.layer(torch.float32).train()
     leaves = dict(layer.named_parameters())
-    for x in (subject.batch(layer, torch.float32), torch.zeros(layer.router.images_per_group, TOKENS, DIM)):
+    for x in (subject.batch(torch.float32), torch.zeros(layer.router.images_per_group, TOKENS, DIM)):
         x.requires_grad_()
         with routings(layer) as seen:
             y = layer(x)
@@ -192,7 +209,7 @@ def finite_gradients(subject: Subject) -> Finding:
 def float32_decisions(subject: Subject) -> Finding:
     """Under bf16 autocast the routing is bit for bit what it is without, in float32."""
     layer = subject.layer(torch.float32)
-    x = subject.batch(layer, torch.float32)
+    x = subject.batch(torch.float32)
     plain = layer.router(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         routing, y = layer.router(x), layer(x)
@@ -200,49 +217,54 @@ def float32_decisions(subject: Subject) -> Finding:
         if isinstance(value, Tensor):
             got = getattr(routing, name)
             if got.dtype != value.dtype or not torch.equal(got, value):
-                return (
-                    False,
-                    f"{name} is {got.dtype} and differs by up to {deviation(got.double(), value.double()):.1e}",
-                )
+                return False, f"{name} is {got.dtype} and differs by up to {deviation(got.float(), value.float()):.1e}"
     exact = layer(x)
     error = ((y.float() - exact).norm() / exact.norm()).item()
     return error < 0.03, f"decisions equal; output off by {100 * error:.2f}%"
 
 
 def auxiliary_losses(subject: Subject) -> Finding:
-    """A batch in two parts has the mean of their losses and the same gradient, and recomputed layers count once."""
-    layer = subject.layer(noise_std=0.0, load_weight=0.0).train()
-    x = subject.batch(layer)
+    """A batch in two parts has the mean of their losses and the same gradient, and recomputed layers count once; with
+    the noise of training, of which each part gets its own."""
+    layer = subject.layer().train()
+    x = subject.batch()
 
-    def gradients(parts: int, recompute: bool) -> tuple[float, list[Tensor]]:
+    def found(parts: int, recompute: bool) -> list[Tensor]:
+        """The loss and all gradients."""
         layer.zero_grad()
-        total = 0.0
-        for part in x.chunk(parts):
-            with routings(layer) as seen:
+        total = torch.zeros((), dtype=x.dtype)
+        for i, part in enumerate(x.chunk(parts)):
+            torch.manual_seed(3)
+            with routings(layer) as seen, whole_batch(i * len(part), len(x)):
                 y = checkpoint(layer, part, use_reentrant=False) if recompute else layer(part)
                 aux = sum((routing.aux_loss for routing in seen), torch.zeros(())) / parts
                 (y.square().sum() + 10 * aux).backward()  # within routings: recomputation calls the router again
-            total += float(aux.detach())
-        return total, [p.grad.clone() for p in layer.parameters() if p.grad is not None]
+            total += aux.detach()
+        return [total, *(p.grad.clone() for p in layer.parameters() if p.grad is not None)]
 
-    loss, whole = gradients(1, False)
-    if loss == 0:
+    whole = found(1, False)
+    if whole[0] == 0:
         raise NotApplicable("it has no auxiliary loss")
-    worst = 0.0
-    for parts, recompute in ((2, False), (1, True)):
-        value, parted = gradients(parts, recompute)
-        worst = max(worst, abs(value - loss), *(deviation(a, b) for a, b in zip(parted, whole, strict=True)))
-    return bounded(worst, 1e-8, f"loss {loss:.3g}; largest difference")
+    worst = max(
+        deviation(got, want)
+        for parts, recompute in ((2, False), (1, True))
+        for got, want in zip(found(parts, recompute), whole, strict=True)
+    )
+    return bounded(worst, 1e-8, f"loss {whole[0].item():.3g}; largest difference")
 
 
 def cost_formula(subject: Subject) -> Finding:
-    """The FLOPs that the formula says are those that torch's counter sees."""
+    """The FLOPs that the formulas say, forwards and in training, are those that torch's counter sees."""
     layer = subject.layer(torch.float32)
-    x = subject.batch(layer, torch.float32)
+    x = subject.batch(torch.float32).to("meta").requires_grad_()
     with counter() as seen:  # which remembers shapes, not values
-        layer.to("meta")(x.to("meta"))
-    got, want = seen.get_total_flops(), layer.flop(TOKENS) * len(x)
-    return got == want, f"counter {got:,}, formula {want:,}"
+        y = layer.to("meta")(x)
+        forward = seen.get_total_flops()
+        y.sum().backward()
+    got = forward, seen.get_total_flops()
+    rest = layer.flop(TOKENS) - layer.router.flop(TOKENS)
+    want = len(x) * layer.flop(TOKENS), len(x) * (layer.router.train_flop(TOKENS) + 3 * rest)
+    return got == want, "counter {:,} and {:,} in training, formulas {:,} and {:,}".format(*got, *want)
 
 
 def rebuilt(subject: Subject) -> Finding:
@@ -250,31 +272,40 @@ def rebuilt(subject: Subject) -> Finding:
     layer = subject.layer()
     again = make_router({"_target_": subject.options["_target_"]} | layer.router.options, DIM, 2 * TOKENS)
     again.to(torch.float64).eval().load_state_dict(layer.router.state_dict())
-    x = subject.batch(layer)
+    x = subject.batch()
     same = make_router({"_target_": subject.options["_target_"]} | layer.router.options, DIM, TOKENS)
     same.to(torch.float64).eval().load_state_dict(layer.router.state_dict())
     if again.options != layer.router.options:
         return False, f"{again.options} instead of {layer.router.options}"
-    return bounded(deviation(MoE(same, layer.experts)(x), layer(x)), 0.0, "difference")
+    return bounded(deviation(MoE(same, layer.experts, layer.shared)(x), layer(x)), 0.0, "difference")
 
 
 def statistics(subject: Subject) -> Finding:
     """Statistics are plain finite numbers."""
     layer = subject.layer(torch.float32)
-    numbers = layer.router(subject.batch(layer, torch.float32)).statistics() | layer.router.statistics()
+    numbers = layer.router(subject.batch(torch.float32)).statistics() | layer.router.statistics()
     bad = [name for name, value in numbers.items() if type(value) is not float or not math.isfinite(value)]
     return not bad, f"{len(numbers)} of them" if not bad else f"{bad[0]} is {numbers[bad[0]]}"
 
 
 def compiles(subject: Subject) -> Finding:
-    """torch.compile takes the layer as one graph, forwards and backwards, with the same result."""
-    layer = subject.layer(torch.float32)
-    x = subject.batch(layer, torch.float32).requires_grad_()
+    """torch.compile takes the training layer as one graph, forwards and backwards, with the same output and gradients,
+    under bf16 autocast too."""
+    layer = subject.layer(torch.float32).train()
+    x = subject.batch(torch.float32).requires_grad_()
     torch._dynamo.reset()
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")  # Inductor makes code of the same graph
-    got, want = compiled(x), layer(x)
-    gradients = (torch.autograd.grad(y.square().sum(), x)[0] for y in (got, want))
-    return bounded(max(deviation(got, want), deviation(*gradients)), 1e-3, "one graph; difference")
+    graph = compiled(layer, fullgraph=True, backend="aot_eager")  # Inductor makes code of the same graph
+
+    def found(layer: Callable[[Tensor], Tensor], half: bool) -> list[Tensor]:
+        torch.manual_seed(3)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            y = layer(x)
+        return [y, *torch.autograd.grad(y.float().square().mean(), leaves)]
+
+    leaves = [x, *layer.parameters()]
+    pairs = (pair for half in (False, True) for pair in zip(found(graph, half), found(layer, half), strict=True))
+    worst = max(deviation(got, want) / max(want.abs().max().item(), 1e-9) for got, want in pairs)
+    return bounded(worst, 1e-4, "one graph; relative difference")
 
 
 # --- the official numbers ---------------------------------------------------------------------------------------------
@@ -289,9 +320,17 @@ KINDS: dict[type[Router], str] = {
 
 
 def vectors_folder() -> Path:
-    """SOFTMOE_VECTORS, or the checkout's copy."""
-    own = Path(__file__).resolve().parents[1] / "tests" / "vectors"
-    return Path(os.environ.get("SOFTMOE_VECTORS", own))
+    """SOFTMOE_VECTORS, or the checkout's copy, which an installed wheel lacks.
+
+    Raises:
+        UsageError: SOFTMOE_VECTORS is not a folder.
+    """
+    given = os.environ.get("SOFTMOE_VECTORS")
+    if given is None:
+        return Path(__file__).resolve().parents[1] / "tests" / "vectors"
+    if not Path(given).is_dir():
+        raise UsageError(f"SOFTMOE_VECTORS={given} is not a folder")
+    return Path(given)
 
 
 def read_case(name: str) -> Case:
@@ -379,12 +418,17 @@ def compare_case(router_class: type[Router], name: str, dtype: torch.dtype) -> I
     x = torch.tensor(z["x_seqs"] if "x_seqs" in z else z["x"]).to(dtype).requires_grad_()
     with drawn(z.get("noise")):
         routing = layer.router(x)
+    found: dict[str, Tensor] = {}
+    if isinstance(layer.router, TokensChoiceRouter | ExpertsChoiceRouter):
+        with drawn(z.get("noise")):
+            found |= _gated(layer.router, x)
     rows = routing.dispatch(x)
     outputs = layer.experts(rows)
     y = routing.combine(outputs)
-    found = {"y_f32": y, "y_bf16": _rounded(layer, routing, x)}
+    found |= {"y_f32": y, "y_bf16": rounded(layer, x, routing)}
     e, slots = layer.router.num_experts, layer.router.slots_per_expert
-    assert slots is not None
+    if slots is None:
+        raise ValueError("it has no slots_per_expert, which the official numbers have")
     found |= {
         key: value.unflatten(1, (-1, slots)).transpose(0, 1)
         for key, value in (("expert_inputs", rows), ("expert_outputs", outputs))
@@ -431,7 +475,22 @@ SOFT_METRICS = {
 }  # fmt: skip
 
 
-def _rounded(layer: MoE, routing: Any, x: Tensor) -> Tensor:
+def _gated(router: TokensChoiceRouter | ExpertsChoiceRouter, x: Tensor) -> dict[str, Tensor]:
+    """Gates, choices and each loss by itself, under their official names."""
+    tokens, keep = grouped_tokens(x, None, router.images_per_group)
+    clean, noisy = router.gate(tokens, router.images_per_group)
+    gates, quiet = router.gate.activate(noisy), router.gate.activate(clean)
+    found = {"gates": gates, "gates_clean": quiet}
+    if isinstance(router, TokensChoiceRouter):
+        found["choice_expert"] = choose(gates, router.k)
+        found["metric/importance_loss"] = importance_loss(quiet)
+        found["metric/gshard_loss"] = gshard_loss(gates, keep)
+        if noisy is not clean:
+            found["metric/load_loss"] = load_loss(clean, noisy, router.gate.std, router.k, keep)
+    return found
+
+
+def rounded(layer: MoE, x: Tensor, routing: Any) -> Tensor:
     """The official bfloat16 path: tokens and the experts' rows rounded, everything else as it is."""
     rows = layer.experts(routing.dispatch(x.bfloat16().to(x.dtype)))
     out: Tensor = routing.combine(rows.bfloat16().to(x.dtype))
@@ -506,8 +565,9 @@ def check_router(options: dict[str, Any]) -> list[Outcome]:
     """Every check of one router.
 
     Raises:
-        UsageError: the router cannot be built for the checks' sizes.
+        UsageError: the router cannot be built for the checks' sizes, or SOFTMOE_VECTORS is not a folder.
     """
+    vectors_folder()
     try:
         subject = Subject(options)
     except UsageError as error:

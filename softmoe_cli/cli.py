@@ -55,9 +55,9 @@ usage: softmoe COMMAND [ARGUMENTS]
   finetune   the same loop, from a checkpoint              softmoe finetune checkpoint=RUN data=digits
   upcycle    a dense checkpoint into a mixture of experts  softmoe upcycle checkpoint=RUN model/router=soft
   evaluate   quality of a checkpoint on a data set         softmoe evaluate checkpoint=RUN
-  export     for timm, torch.export, ONNX and the hub     softmoe export checkpoint=RUN formats=[onnx]
-  cost       parameters, FLOPs, memory, latency           softmoe cost model=vit_s16_soft
-  match      make one model cost what another does        softmoe match model=vit_s16_soft to=vit_s16_dense
+  export     for timm, torch.export, ONNX and the hub      softmoe export checkpoint=RUN 'formats=[onnx]'
+  cost       parameters, FLOPs, memory, latency            softmoe cost model=vit_s16_soft
+  match      make one model cost what another does         softmoe match model=vit_s16_soft to=vit_s16_dense
   compare    runs to tables, verdicts, Pareto front, plots softmoe compare outputs/default
   check      conformance report for a router               softmoe check soft
   data check read a data set before a long run does        softmoe data check data=folder data.root=PATH
@@ -70,7 +70,7 @@ USAGE = {
     "train": """\
 softmoe train [GROUP=CHOICE | KEY=VALUE]...   compose an experiment and train it
 
-  softmoe train                                        a small Soft MoE on real digits, in seconds
+  softmoe train                                        a small Soft MoE on real digits, in about a minute
   softmoe train model=vit_s16_soft data=folder data.root=PATH
   softmoe train model/backbone=vit_nano4 model/router=dense data=fashion_mnist train.minutes=5
   softmoe train -m model.router.num_experts=8,16,32 seed=0,1,2      a sweep: every combination
@@ -89,16 +89,17 @@ softmoe finetune checkpoint=SOURCE [GROUP=CHOICE | KEY=VALUE]...   the same loop
   softmoe finetune checkpoint=RUN data=cifar10 recipe=finetune_adamw model.image_size=64 slots=proportional
   softmoe finetune checkpoint=RUN data=cifar10 'optim.freeze=[patch_embed.*,blocks.0.*]' --groups
 
-SOURCE is a run folder, a .safetensors file, hf-hub:OWNER/NAME or timm:NAME. The model is the checkpoint's; the head is
-kept only when the classes are the same. model.image_size resamples the position table and keeps the slots per expert;
-slots=proportional lets them grow with the tokens. --groups lists each parameter's learning rate and decay, and stops.
+SOURCE is a run folder, a .safetensors file, hf-hub:OWNER/NAME or timm:NAME. The model is the checkpoint's, the images
+are those of data= (digits without it); the head is kept only when the classes are the same. model.image_size resamples
+the position table and keeps the slots per expert; slots=proportional lets them grow with the tokens. --groups lists
+each parameter's learning rate and decay, and stops.
 What softmoe upcycle carried over of an optimizer's state is where the new one starts.""",
     "upcycle": """\
 softmoe upcycle checkpoint=SOURCE [GROUP=CHOICE | KEY=VALUE]...   a dense checkpoint into a mixture of experts
 
   softmoe upcycle checkpoint=outputs/default/RUN model/router=soft model.router.num_experts=16 model.moe_blocks=last_2
   softmoe upcycle checkpoint=RUN model=vit_micro7_experts_choice folder=upcycled      a named point with RUN's backbone
-  softmoe upcycle checkpoint=timm:vit_tiny_patch16_224 data=cifar10 model/router=soft model.moe_blocks=[6,8,10]
+  softmoe upcycle checkpoint=timm:vit_tiny_patch16_224 data=cifar10 model/router=soft 'model.moe_blocks=[6,8,10]'
   softmoe upcycle checkpoint=timm_weights.safetensors model.backbone.timm=vit_tiny_patch16_224 data=cifar10 ...
   softmoe upcycle checkpoint=RUN model/router=tokens_choice_dropless model.router.k=2 \\
     model.router.gate=softmax_chosen model.moe_blocks=every_2 preserve=true
@@ -194,7 +195,8 @@ neither ended nor stopped are "running or killed": the age of the last row tells
 
 
 def main() -> None:
-    """The entry point: runs sys.argv and exits with 0, 1 (a run failed), 2 (cannot work) or 130 (interrupted)."""
+    """The entry point: runs sys.argv and exits with 0, 1 (it failed, or found faults), 2 (cannot work) or 130
+    (interrupted)."""
     code, text = run(sys.argv[1:])
     if text:
         print(f"softmoe: {text}", file=sys.stderr)
@@ -202,7 +204,7 @@ def main() -> None:
 
 
 def run(arguments: Sequence[str]) -> tuple[int, str]:
-    """Runs a command line; returns its exit status and, where that is not 0, the sentence that says why."""
+    """Runs a command line; returns its exit status and, where an error caused it, the sentence that says why."""
     debug = "--debug" in arguments
     try:
         return _dispatch([argument for argument in arguments if argument != "--debug"]), ""
@@ -668,7 +670,9 @@ def settle(command: str, tree: dict[str, Any], typed: Sequence[str]) -> "tuple[C
             )
         return checked, None
     if not tree["checkpoint"]:
-        raise UsageError("softmoe finetune needs checkpoint=: a run folder, a .safetensors file or timm:NAME")
+        raise UsageError(
+            "softmoe finetune needs checkpoint=: a run folder, a .safetensors file, hf-hub:OWNER/NAME or timm:NAME"
+        )
     from softmoe_cli.models import proportional_slots, read_checkpoint
 
     source = read_checkpoint(tree["checkpoint"])
@@ -799,7 +803,10 @@ def _export(config: Any) -> None:
 def _upcycle(config: Any) -> None:
     tree = plain(config, UpcycleConfig)
     if tree["checkpoint"] == "???":
-        raise UsageError("softmoe upcycle needs checkpoint=: a dense run's folder, a .safetensors file or timm:NAME")
+        raise UsageError(
+            "softmoe upcycle needs checkpoint= of a dense model: a run folder, a .safetensors file, "
+            "hf-hub:OWNER/NAME or timm:NAME"
+        )
     from softmoe_cli.models import read_checkpoint, timm_card
     from softmoe_cli.upcycle import show, upcycle
 

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from softmoe_cli.config import CostConfig, MatchConfig, UsageError
-from softmoe_cli.device import arithmetic, free_memory, hardware, prepare_attention
+from softmoe_cli.device import arithmetic, compiled, free_memory, hardware, prepare_attention
 from softmoe_cli.memory import Live, predict
 from softmoe_cli.models import build
 from softmoe_cli.moe.routing import full_precision, routings
@@ -60,7 +60,7 @@ class Workload:
         self.x = torch.randn(config.batch_size, config.model.in_chans, *vit.patch_embed.img_size, device=self.device)
         self.targets = torch.randint(num_classes, (config.batch_size,), device=self.device)
         self.optimizer = torch.optim.AdamW(vit.parameters(), fused=self.device.type in ("cpu", "cuda"))
-        self.call: Callable[[torch.Tensor], torch.Tensor] = torch.compile(vit) if config.compile else vit
+        self.call: Callable[[torch.Tensor], torch.Tensor] = compiled(vit) if config.compile else vit
 
     def forward(self) -> None:
         self.model.eval()

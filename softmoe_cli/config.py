@@ -414,13 +414,15 @@ def check_channels(data: Data, in_chans: int) -> None:
             raise UsageError(f"data.{key}={getattr(data, key)} needs 1 or model.in_chans={in_chans} numbers")
 
 
-def check_groups(key: str, images: int, router: dict[str, Any]) -> None:
-    """Evaluation in whole groups, so that its batch size does not show in the result."""
+def check_groups(key: str, images: int, router: dict[str, Any], parts: int = 1) -> None:
+    """Evaluation, and each of several parts of a training batch, in whole groups, so that the size does not show in the
+    result."""
     group = router.get("images_per_group", 1)
-    if isinstance(group, int) and group > 0 and images % group:
+    if isinstance(group, int) and group > 0 and images % (parts * group):
+        at_once = "" if parts == 1 else f" is computed in train.accumulate={parts} parts, each of which"
         raise UsageError(
-            f"{key}={images} is not a multiple of model.router.images_per_group={group}, so that which images share "
-            f"slots would depend on it; use {max(1, images // group) * group}"
+            f"{key}={images}{at_once} is not a multiple of model.router.images_per_group={group}, so that which images "
+            f"share slots would depend on it; use {max(1, images // (parts * group)) * parts * group}"
         )
 
 
@@ -451,7 +453,8 @@ class Config:
         choices=("kept", "proportional"),
     )
     tracking: str = option(
-        "Weights & Biases; auto: online when a key is configured", choices=("auto", "online", "offline", "off")
+        "Weights & Biases; auto: online when a key is configured, else offline; WANDB_MODE overrules it",
+        choices=("auto", "online", "offline", "off"),
     )
     device: str = option("auto: cuda, else mps, else cpu", choices=DEVICES)
     threads: int | None = option("CPU threads; null: torch's choice", low=1)
@@ -483,6 +486,8 @@ class Config:
             )
         check_channels(self.data, self.model.in_chans)
         check_groups("train.eval_batch_size", self.train.eval_batch_size, self.model.router)
+        if settled and self.train.accumulate > 1:
+            check_groups("train.batch_size", self.train.batch_size, self.model.router, self.train.accumulate)
         if self.train.minutes is not None:
             spans = {
                 "optim.warmup": self.optim.warmup,

@@ -4,8 +4,9 @@ import ctypes
 import os
 import platform
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import pynvml
 import torch
@@ -14,9 +15,12 @@ from timm.models.vision_transformer import VisionTransformer
 from softmoe_cli.config import UsageError
 from softmoe_cli.moe.layer import CPU_MULTIPLIES
 
+T = TypeVar("T", bound=Callable[..., Any])
+
 
 def arithmetic(name: str, precision: str, threads: int | None) -> tuple[torch.device, torch.autocast]:
-    """The device and the autocast context of `device=`, `train.precision=` and `threads=`.
+    """The device and the autocast context of `device=`, `train.precision=` and `threads=`; this process gets so many
+    threads and, on a CPU, keeps freed memory.
 
     Raises:
         UsageError: a device that this machine lacks.
@@ -34,12 +38,20 @@ def arithmetic(name: str, precision: str, threads: int | None) -> tuple[torch.de
 
 
 def keep_freed_memory() -> None:
-    """Has glibc keep what is freed for what is allocated next. Left alone it gives blocks of 32 MiB and more back to
-    the system, which hands them out again zeroed, page by page (what that costs: experiments/layer_speed)."""
+    """Has glibc keep what the main thread frees for what it allocates next. Left alone it gives blocks of 32 MiB and
+    more back to the system, which hands them out again zeroed, page by page (what that costs:
+    experiments/layer_speed)."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         mallopt(-4, 0)  # M_MMAP_MAX: no blocks of their own
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing given back
+
+
+def give_back_freed_memory() -> None:
+    """The reverse, once: what is free of this process's memory counts as the system's again."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def cores() -> int:
@@ -53,6 +65,15 @@ def precision_context(device: str, precision: str, cached: bool = True) -> torch
     kept until the context ends."""
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     return torch.autocast(device, dtype=dtype, enabled=precision != "fp32", cache_enabled=cached)
+
+
+def compiled(call: T, **options: Any) -> T:
+    """torch.compile, whose backward pass is outside of autocast, as the one that is not compiled is. torch would
+    compute it in what the forward pass is called under, and the routers' gradients with it in half precision."""
+    from torch._functorch import config
+
+    config.backward_pass_autocast = "off"
+    return cast(T, torch.compile(call, **options))
 
 
 def slower(device: torch.device, precision: str) -> str:
@@ -125,9 +146,11 @@ def _nvml_handle(device: torch.device) -> Any:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes free on the device, or in the machine and in the control group that this process is held to."""
+    """Bytes free on the device, or in the machine and in the control group that this process is held to. What this
+    process has freed and kept is given back first, because it is free."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    give_back_freed_memory()
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

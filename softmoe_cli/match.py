@@ -150,7 +150,8 @@ def search(ratio: Callable[[int], float | None], neighbours: int) -> None:
 
 
 def changes_of(config: MatchConfig, value: int) -> dict[str, Any]:
-    """The keys that give the free setting its `value`, with what has to go along.
+    """The keys that give the free setting its `value` (a width in units of what heads divide, `moe_blocks` as that many
+    last ones), with what has to go along.
 
     Raises:
         UsageError: the model has no such setting.

@@ -429,7 +429,8 @@ def require_fit(
             f"training {config.model.name} {have}; weights, gradients and the optimizer's moments alone take "
             f"{gibibytes(memory.state_bytes)}, so {' or '.join([*(f'set {each}' for each in ways), smaller])}"
         )
-    divisors = (parts for parts in range(t.accumulate + 1, t.batch_size + 1) if t.batch_size % parts == 0)
+    group = _unit(config) // t.accumulate
+    divisors = (parts for parts in range(t.accumulate + 1, t.batch_size + 1) if t.batch_size % (parts * group) == 0)
     parts = next((n for n in divisors if peak(accumulate=n) <= free), None)
     if parts is not None:
         ways.append(f"train.accumulate={parts}")
@@ -474,13 +475,13 @@ def _divided(
 
 
 def largest_batch(config: Config, num_classes: int, device: torch.device, images: int) -> int:
-    """`train.batch_size=auto`: the largest power of two, times train.accumulate, that fits and is no more than the
-    `images` there are. A power of two, so that a little less memory another day gives the same run.
+    """`train.batch_size=auto`: the largest power of two, times train.accumulate and images_per_group, that fits and is
+    no more than the `images` there are. A power of two, so that a little less memory another day gives the same run.
 
     Raises:
-        UsageError: not even one image a part fits.
+        UsageError: not even one image, or group of images, a part fits.
     """
-    unit = config.train.accumulate
+    unit = _unit(config)
     if (config.augment.mixup or config.augment.cutmix) and unit % 2:
         unit *= 2
     free = free_memory(device)
@@ -491,6 +492,12 @@ def largest_batch(config: Config, num_classes: int, device: torch.device, images
             "set train.recompute=true or choose a smaller model"
         )
     return unit * 2 ** ((found // unit).bit_length() - 1)
+
+
+def _unit(config: Config) -> int:
+    """Images that make one routing group in each part of a batch."""
+    group: int = config.model.router.get("images_per_group", 1)
+    return config.train.accumulate * group
 
 
 def _largest(
@@ -504,7 +511,7 @@ def _largest(
     way: str = "ddp",
 ) -> int:
     """The largest multiple of `unit` up to `top` whose peak is within `free` bytes; 0 if there is none."""
-    unit = unit or config.train.accumulate
+    unit = unit or _unit(config)
 
     def peak(units: int) -> int:
         return predict_for(config, num_classes, device, processes, way, batch=units * unit).peak_bytes

@@ -1,5 +1,5 @@
 """Weights & Biases mirrors a run. It only ever reads rows that are on disk already, from a thread of its own:
-when it is slow, broken or unreachable the run neither waits nor loses anything."""
+when it is slow, broken or unreachable no step waits and nothing is lost; the end of a run waits a little (`close`)."""
 
 import http.client
 import netrc

@@ -243,6 +243,11 @@ def _moe(mlp: nn.Module, model: Model, num_tokens: int) -> MoE:
             f"model.expert_init=identical: with router {model.router_name} experts that start equal stay equal; "
             "set model.expert_init=independent"
         )
+    if router.slots_per_expert is None and (dim % 8 or hidden % 8):
+        raise UsageError(
+            f"router {model.router_name} multiplies runs of rows, for which torch needs multiples of 8 as widths: "
+            f"the model's is {dim}, its experts' {hidden}; change model.backbone.width or model.expert_width"
+        )
     gelu = "tanh" if isinstance(mlp.act, GELUTanh) else "none"
     identical = model.expert_init == "identical"
     shared = router.shared_experts

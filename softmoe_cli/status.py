@@ -57,15 +57,16 @@ def read(folders: Iterable[Path]) -> list[State]:
     for folder in folders:
         if not folder.is_dir():
             raise UsageError(f"{folder} is not a folder")
-        before = len(states)
+        here: dict[str, State] = {}
         for pattern in ("jobs.json", "sweep-*/jobs.json", "*/sweep-*/jobs.json"):
             for file in sorted(folder.glob(pattern)):
-                states |= {each.folder: each for each in sweep(file.parent)}
+                here |= {each.folder: each for each in sweep(file.parent)}
         for pattern in ("config.yaml", "*/config.yaml", "*/*/config.yaml"):
             runs = [file.parent for file in sorted(folder.glob(pattern))]
-            states |= {str(run): state(run, run.name, None) for run in runs if str(run) not in states}
-        if len(states) == before:
+            here |= {str(run): state(run, run.name, None) for run in runs if str(run) not in here}
+        if not here:
             raise UsageError(f"{folder} holds neither a run nor a sweep; softmoe train makes them in outputs/STUDY")
+        states |= {name: each for name, each in here.items() if name not in states}
     return list(states.values())
 
 

@@ -472,7 +472,8 @@ class Entry:
 
 
 class Signals:
-    """SIGINT and SIGTERM ask the jobs to save and leave and the launcher to wait; a second SIGINT ends them at once."""
+    """SIGINT, SIGTERM and SIGUSR1 ask the jobs to save and leave and the launcher to wait; a second SIGINT ends them at
+    once."""
 
     NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 

@@ -24,6 +24,7 @@ from softmoe_cli.cost import Cost, account, on_meta
 from softmoe_cli.device import (
     Energy,
     arithmetic,
+    compiled,
     free_memory,
     hardware,
     precision_context,
@@ -321,7 +322,7 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
 
     forward = crew.prepare(model.train())
     if config.train.compile:
-        forward = torch.compile(forward)
+        forward = compiled(forward)
     saved_at, save_took, first_step, pace_from = time.monotonic(), 0.0, progress.step, 0.0
     with Stop(crew) as stop, routings(model) as seen, screen:
         try:

@@ -21,6 +21,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "two choices, surest first": ("tokens_choice_bpr", {"k": 2, "images_per_group": 2, "capacity_factor": 0.7}),
     "sigmoid, bias, shared expert": ("tokens_choice", {"gate": "sigmoid", "bias_rate": 0.01, "shared_experts": 1}),
     "dropless, two choices": ("tokens_choice_dropless", {"k": 2, "shared_experts": 2}),
+    "dropless, losses over three images": ("tokens_choice_dropless", {"images_per_group": 3, "gshard_weight": 0.01}),
     "experts choose among two images": ("experts_choice", {"images_per_group": 2, "capacity_factor": 2.0}),
     "experts choose, gates add up to one": ("experts_choice", {"gate": "softmax_chosen"}),
     "soft with two slots": ("soft", {"slots_per_expert": 2}),
@@ -53,6 +54,12 @@ def test_checks_apply_to_most() -> None:
     """What does not apply says why, and is the exception."""
     outcomes = [run_check(check, Subject(ROUTERS["tokens_choice_bpr"])) for check in CHECKS if check != COMPILES]
     assert [outcome for outcome in outcomes if outcome.verdict == "n/a"] == []
+
+
+def test_a_sigmoid_gate_is_not_said_to_be_a_dense_mlp() -> None:
+    assert run_check(
+        "one expert is the dense MLP", Subject(ROUTERS["tokens_choice"] | {"gate": "sigmoid"})
+    ).verdict == ("n/a")
 
 
 # --- broken on purpose ------------------------------------------------------------------------------------------------
@@ -92,7 +99,36 @@ class RenormalisedGates(TokensChoiceRouter):
         return routing
 
 
+class NanForPadding(SoftRouter):
+    """A token without any slot has the softmax of nothing."""
+
+    def forward(self, x: Tensor, keep: Tensor | None = None) -> DenseRouting:
+        routing = super().forward(x, keep)
+        if keep is not None:
+            routing.combine_weights = routing.combine_weights / keep[:, :, None, None]
+        return routing
+
+
+class OwnLossPerBatch(TokensChoiceRouter):
+    """A loss that is a sum over the batch, not a mean."""
+
+    def forward(self, x: Tensor, keep: Tensor | None = None) -> SparseRouting:
+        routing = super().forward(x, keep)
+        routing.aux_loss = routing.aux_loss * len(x)
+        return routing
+
+
+class FreeTraining(SoftRouter):
+    """Says that its gradients cost nothing."""
+
+    def train_flop(self, num_tokens: int) -> int:
+        return self.flop(num_tokens)
+
+
 BROKEN: dict[type, tuple[str, set[str]]] = {
+    NanForPadding: ("soft", {"padding is neutral"}),
+    OwnLossPerBatch: ("tokens_choice", {"auxiliary losses", "official numbers"}),
+    FreeTraining: ("soft", {"cost formula"}),
     SoftmaxOverTheBatch: ("soft", {"images do not see each other", "dispatch law", "official numbers"}),
     NormalisedTokensDispatched: ("soft", {"dispatch law", "official numbers"}),
     RenormalisedGates: ("tokens_choice", {"official numbers"}),
@@ -173,6 +209,12 @@ def test_wrong_use(arguments: tuple[str, ...], words: str, softmoe: Any, tmp_pat
     assert answer.code == 2, answer
     assert words in answer.err
     assert len(answer.err.strip().splitlines()) == 1
+
+
+def test_vectors_folder_must_be_there(softmoe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOFTMOE_VECTORS", "nowhere")
+    answer = softmoe("check", "soft", "num_experts=2")
+    assert answer.code == 2 and "SOFTMOE_VECTORS=nowhere is not a folder" in answer.err
 
 
 def test_vectors_folder_may_be_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,6 +102,13 @@ WRONG_LINES = {
     "groups in evaluation": (
         "train model=vit_nano2_tokens_choice model.router.images_per_group=8 train.eval_batch_size=7", "use 8"
     ),
+    "groups in parts": (
+        "train model=vit_nano2_tokens_choice model.router.images_per_group=8 train.batch_size=32 train.accumulate=8",
+        "train.batch_size=32 is computed in train.accumulate=8 parts, each of which is not a multiple",
+    ),
+    "dropless width": (
+        "train model/router=tokens_choice_dropless model.expert_width=30", "torch needs multiples of 8 as widths"
+    ),
     "timm patch": (
         "train model/backbone=timm model.backbone.timm=vit_tiny_patch16_224 model.image_size=30 " + DENSE,
         "the nearest sizes that are: 16, 32",

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from softmoe_cli import device
-from softmoe_cli.device import Energy, arithmetic, cores
+from softmoe_cli.device import Energy, arithmetic, cores, free_memory
 from softmoe_cli.train import Progress
 from tests.processes import forked
 
@@ -83,7 +83,10 @@ def test_processes_of_a_run_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> 
     assert shares == [7, 3, 1]
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have rules of their own")
+glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have rules of their own")
+
+
+@glibc
 def test_freed_memory_is_used_again(tmp_path: Path) -> None:
     assert forked(tmp_path / "out.txt", page_faults) == 0
     default, kept = json.loads((tmp_path / "out.txt").read_text())
@@ -103,3 +106,22 @@ def page_faults() -> None:
         arithmetic("cpu", "fp32", None)
         torch.ones(1 << 24)
     print(json.dumps(faults))
+
+
+@glibc
+def test_what_was_freed_counts_as_free(tmp_path: Path) -> None:
+    """A kept block of 256 MiB is given back before free memory is read."""
+    assert forked(tmp_path / "out.txt", resident) == 0
+    kept, after = json.loads((tmp_path / "out.txt").read_text())
+    assert kept - after > 250 * 2**20
+
+
+def resident() -> None:
+    """Prints the bytes that the process holds with a freed block, before and after it asks for free memory."""
+    arithmetic("cpu", "fp32", None)
+    held = []
+    torch.ones(1 << 26)
+    for _ in range(2):
+        held.append(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize())
+        free_memory(CPU)
+    print(json.dumps(held))

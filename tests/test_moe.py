@@ -274,6 +274,11 @@ def test_float64_goes_through(options: dict[str, Any]) -> None:
     x = torch.randn(IMAGES, TOKENS, DIM)
     y = double(x.double())
     assert y.dtype == torch.float64
+    for out in (single(x), y):
+        out.square().mean().backward()
+    for (name, got), want in zip(single.named_parameters(), double.parameters(), strict=True):
+        assert got.grad is not None and want.grad is not None, name
+        torch.testing.assert_close(got.grad.double(), want.grad, atol=1e-6, rtol=1e-3, msg=name)
     assert double.router(x.double()).aux_loss.dtype == torch.float64
     torch.testing.assert_close(single(x).double(), y, atol=1e-5, rtol=1e-4)
     assert not torch.equal(single(x).double(), y)  # some arithmetic was really done in more digits

@@ -219,6 +219,26 @@ def test_a_group_that_is_not_full_keeps_its_slots() -> None:
     close(moe(x)[2], oracles.sparse_moe(x[2].tolist(), placed, *expert_weights(moe)))
 
 
+@pytest.mark.parametrize("router", ["tokens_choice", "tokens_choice_dropless"])
+def test_padding_is_not_asked_for_and_alone_has_no_loss(router: str) -> None:
+    weights = {"importance_weight": 0.5, "gshard_weight": 0.5, "load_weight": 0.5}
+    moe, x = layer(router, k=2, noise_std=1.0, **weights), tokens()
+    keep = torch.zeros(IMAGES, TOKENS, dtype=torch.bool)
+    keep[0, :3] = True
+    assert int(moe.router.train()(x, keep).demand.sum()) == 2 * 3
+    loss = moe.router(x, keep).aux_loss
+    loss.backward()
+    gradient = moe.router.get_parameter("gate.kernel").grad
+    assert gradient is not None and gradient.isfinite().all() and loss.isfinite()
+
+
+def test_gates_of_zero_are_not_divided() -> None:
+    moe = layer("tokens_choice_dropless", k=2, gate="sigmoid_chosen", **QUIET)
+    with torch.no_grad():
+        moe.router.get_parameter("gate.kernel").fill_(-1000.0)
+    assert moe(tokens().abs()).isfinite().all()
+
+
 def test_load_statistics() -> None:
     load = torch.tensor([6.0, 2.0, 0.0, 0.0])
     numbers = load_statistics(load)
@@ -253,6 +273,7 @@ def test_sparse_statistics_by_hand() -> None:
         ("tokens_choice", {"shared_experts": -1}, "shared_experts=-1 must not be negative"),
         ("tokens_choice", {"capacity_rounding": "floor"}, "capacity_rounding=floor is not one of ceil, round"),
         ("tokens_choice", {"capacity_factor": 0.01}, "gives 0 slots per expert"),
+        ("tokens_choice", {"capacity_factor": math.inf}, "capacity_factor=inf is not a finite number"),
         ("experts_choice", {"slots_per_expert": 8, "capacity_factor": None}, "a group has 7 tokens to choose from"),
         ("experts_choice", {"slots_per_expert": 2}, "give one of them"),
         ("experts_choice", {"gate": "sigmoid"}, "gate=sigmoid is not one of softmax, softmax_chosen"),

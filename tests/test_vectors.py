@@ -1,9 +1,11 @@
 """Agreement with the official JAX code, on numbers it computed: every case in tests/vectors, found by its kind,
 or in the folder that SOFTMOE_VECTORS names. A case of a kind that nothing here handles is skipped by name."""
 
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,17 +18,23 @@ from softmoe_cli.check import (
     case_layer,
     case_options,
     compare_case,
+    drawn,
     is_case_of,
     read_case,
+    rounded,
     tolerance,
     vectors_folder,
 )
 from softmoe_cli.config import Backbone, Model
 from softmoe_cli.fewshot import accuracies, best_l2, draws, ridge, statistics, take, whiten
 from softmoe_cli.models import build
+from softmoe_cli.moe.layer import MoE
 from softmoe_cli.moe.routers.experts_choice import choose_tokens
+from softmoe_cli.moe.routers.soft_uniform import SoftUniformRouter
 from softmoe_cli.moe.routers.tokens_choice import choose, place
 from softmoe_cli.moe.routers.tokens_choice_bpr import surest_first
+from softmoe_cli.moe.routers.tokens_choice_dropless import TokensChoiceDroplessRouter
+from softmoe_cli.moe.routers.uniform_soft import UniformSoftRouter
 from softmoe_cli.moe.routing import DenseRouting, Router, SparseRouting, capacity, routings
 from softmoe_cli.optim import linear, rsqrt
 
@@ -66,19 +74,6 @@ def layer(meta: dict[str, Any], z: dict[str, np.ndarray], dtype: torch.dtype) ->
         torch.testing.assert_close(got.double(), want.double(), atol=absolute, rtol=relative, msg=told(what))
         compared += 1
     assert compared >= 4
-    if dtype == torch.float32:
-        decides_the_same_under_autocast(classes[0], meta, z)
-
-
-def decides_the_same_under_autocast(router: type[Router], meta: dict[str, Any], z: dict[str, np.ndarray]) -> None:
-    moe = case_layer(router, meta, z, torch.float32).eval()
-    x = tensor(z["x_seqs"] if "x_seqs" in z else z["x"])
-    plain = vars(moe.router(x))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        half = vars(moe.router(x))
-    for name, value in plain.items():
-        if isinstance(value, Tensor):
-            assert half[name].dtype == value.dtype and torch.equal(half[name], value), name
 
 
 def ties(meta: dict[str, Any], z: dict[str, np.ndarray], dtype: torch.dtype) -> None:
@@ -154,6 +149,8 @@ def vit(meta: dict[str, Any], z: dict[str, np.ndarray], dtype: torch.dtype) -> N
     for key in (k for k in z if k.startswith("mid/")):
         close(mid[key.removeprefix("mid/")], z[key], key, atol=5e-5)
     close(logits, z["out/logits_f32"], "logits", atol=5e-5)
+    with mock.patch.object(MoE, "forward", lambda moe, x: rounded(moe, x, moe.router(x))):
+        close(model(images), z["out/logits_bf16"], "logits with rounding", atol=5e-3)
     loss = (tensor(z["loss_weight"]) * logits).sum()
     close(loss, z["out/loss_f32"], "loss", atol=5e-5)
     loss.backward()
@@ -337,18 +334,38 @@ LAYERS = [
 ]
 
 
+KIN: dict[str, tuple[type[Router], ...]] = {
+    "soft_layer": (SoftUniformRouter, UniformSoftRouter),
+    "tc_layer": (TokensChoiceDroplessRouter,),
+    "ec_layer": (),
+}
+"""Routers of which there are no official numbers, with the parameters of one of which there are."""
+
+
 @pytest.mark.parametrize("name", [name for name in LAYERS if "ties" not in name])
 def test_choices_under_bf16_autocast_are_those_of_float32(name: str) -> None:
     meta, arrays = read_case(name)
     router_class = next(router for router in KINDS if is_case_of(router, meta))
-    made = case_layer(router_class, meta, arrays, torch.float32).eval()
+    made = case_layer(router_class, meta, arrays, torch.float32)
     x = tensor(arrays["x_seqs"] if "x_seqs" in arrays else arrays["x"])
-    plain = made.router(x)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        half = made.router(x)
-    for key, value in vars(plain).items():
-        if isinstance(value, Tensor):
-            assert torch.equal(getattr(half, key), value), key
+    routers = [made.router, *(akin(made.router, other, x) for other in KIN[meta["kind"]])]
+    for router in routers:
+        with drawn(arrays.get("noise")):
+            plain = router(x)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                half = router(x)
+        for key, value in vars(plain).items():
+            if isinstance(value, Tensor):
+                got = getattr(half, key)
+                assert got.dtype == value.dtype and torch.equal(got, value), f"{type(router).__name__}: {key}"
+
+
+def akin(router: Router, other: type[Router], x: Tensor) -> Router:
+    """Another router with as many of the options as it has, and the parameters."""
+    names = [name for name, p in inspect.signature(other).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    made = other(x.shape[2], x.shape[1], **{name: router.options[name] for name in names})
+    made.load_state_dict(router.state_dict())
+    return made.train(router.training)
 
 
 def test_there_are_cases() -> None:

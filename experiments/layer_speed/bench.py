@@ -2,35 +2,41 @@
 
 pip install soft-moe-pytorch==0.1.9 soft-moe==0.0.1 soft-mixture-of-experts==0.2.0 mixture-of-experts==0.2.3 \\
     st-moe-pytorch==0.1.8
-python experiments/layer_speed/bench.py results.csv dtype=fp32 width=192,384,768 experts=8,32,128,256 batch=8,32,128
+cd experiments/layer_speed
+python bench.py results.csv dtype=fp32,bf16 width=192,384,768 experts=8,32,128,256 batch=8,32,128
 
 Every contender maps (batch, 196, width) to the same shape through experts of hidden width 4 x width, with as many slots
 as there are tokens, as near as whole slots per expert allow, and with the exact GELU, which not all of them let go of.
 Freed memory is kept, for all alike, as `softmoe` has it on a CPU. All share one buffer of weights, so that all fit in
 memory and stay in it; values do not matter to the time. A round times each contender once, in an order drawn anew;
-ratios are taken within a round, and their median's 95% interval from their order statistics (of fewer than six rounds
-it is the whole spread, and less sure). A contender that took over three times as long as `soft` is timed once. Appends
-a row per contender to the file and prints it. Without `dtype` it times the soft layer alone, with 8 to 256 experts of
-256 slots in all; without a grid it sums up what a file holds:
+ratios are taken within a round, and their median's 95% interval from their order statistics (of fewer than six rounds,
+which `rounds=3` allows, it is the whole spread, and less sure). Of a contender whose first step took over three times
+as long as one of `soft`, that step's times stand, as one round; one that took over five times as long, and over 20 s,
+was stopped between two of its operators: it has no rounds, and its figures are the least that they can be. Appends a
+row per contender to the file and prints it. Without `dtype` it times the soft layer alone, with 8 to 256 experts of 256
+slots in all; without a grid it sums up what a file holds:
 
-python experiments/layer_speed/bench.py flat.csv width=192,384 batch=128,512
-python experiments/layer_speed/bench.py results.csv
+python bench.py flat.csv width=192,384 batch=128,512
+python bench.py results.csv
 """
 
+import contextlib
 import csv
 import itertools
+import math
 import random
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
 from scipy.stats import quantile_test
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from softmoe_cli.device import arithmetic, hardware
 from softmoe_cli.models import make_router
@@ -153,17 +159,50 @@ def run(module: nn.Module, x: Tensor, half: bool, backward: bool) -> float:
     return seconds
 
 
-def peak_mib(module: nn.Module, x: Tensor, half: bool) -> float:
-    """The most that a forward and backward pass holds at once beside the weights, gradients included."""
+class Limit(TorchDispatchMode):
+    """Raises TimeoutError before an operator that would begin later."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.end = time.perf_counter() + seconds
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if time.perf_counter() > self.end:
+            raise TimeoutError
+        return func(*args, **(kwargs or {}))
+
+
+class First(NamedTuple):
+    """Seconds of a step and of the forward pass within, whether they were let end, and the most that the step held
+    beside the weights, gradients included."""
+
+    seconds: dict[str, float]
+    ended: dict[str, bool]
+    peak_mib: float
+
+
+def first_step(module: nn.Module, x: Tensor, half: bool, limit: float) -> First:
+    ends: list[float] = []
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run(module, x, half, backward=True)
+        start = time.perf_counter()
+        with contextlib.suppress(TimeoutError), Limit(limit):
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                y = output(module, x)
+            ends.append(time.perf_counter() - start)
+            y.backward(torch.ones_like(y))
+            ends.append(time.perf_counter() - start)
+        stopped = time.perf_counter() - start
+    module.zero_grad(set_to_none=True)
+    x.grad = None
     held = most = 0
     assert profile.profiler is not None and profile.profiler.kineto_results is not None
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":
             held += event.nbytes()
             most = max(most, held)
-    return most / 2**20
+    names = ("forward", "step")
+    seconds = dict(zip(names, [*ends, stopped, stopped], strict=False))
+    return First(seconds, {name: i < len(ends) for i, name in enumerate(names)}, most / 2**20)
 
 
 def rates() -> tuple[float, float]:
@@ -196,18 +235,19 @@ def floor_s(module: nn.Module, batch: int, d: int, backward: bool, flop_rate: fl
     return max((3 if backward else 1) * flop / flop_rate, traffic / byte_rate)
 
 
-def in_turns(modules: dict[str, nn.Module], x: Tensor, half: bool, backward: bool) -> dict[str, list[float]]:
-    """Seconds of each module in rounds; of one that took over three times as long as the first module, once."""
-    first, order = next(iter(modules)), list(modules)
+def in_turns(
+    modules: dict[str, nn.Module], x: Tensor, half: bool, backward: bool, fewest: int = FEWEST
+) -> dict[str, list[float]]:
+    """Seconds of each module in rounds."""
+    order = list(modules)
     times: dict[str, list[float]] = {name: [] for name in modules}
     drawn, began = random.Random(0), time.perf_counter()
     for turn in range(MOST):
-        if turn >= FEWEST and time.perf_counter() - began > SECONDS:
+        if turn >= fewest and time.perf_counter() - began > SECONDS:
             break
         drawn.shuffle(order)
         for name in order:
-            if turn == 0 or name == first or times[name][0] < 3 * times[first][0]:
-                times[name].append(run(modules[name], x, half, backward))
+            times[name].append(run(modules[name], x, half, backward))
     return times
 
 
@@ -220,19 +260,27 @@ def middle(times: list[float], others: list[float]) -> tuple[float, float, float
     return statistics.median(ratios), interval.low, interval.high
 
 
-def point(dtype: str, d: int, e: int, batch: int) -> list[dict[str, Any]]:
+def point(dtype: str, d: int, e: int, batch: int, fewest: int) -> list[dict[str, Any]]:
     modules = contenders(d, e)
     x = torch.randn(batch, TOKENS, d, requires_grad=True)
     half = dtype == "bf16"
     flop_rate, byte_rate = rates()
     made = {"fp32": "float32", "bf16": "bfloat16"}[dtype]
     print(f"\n{made}, width {d}, {e} experts, batch {batch}: {flop_rate / 1e9:.0f} GFLOP/s, {byte_rate / 1e9:.1f} GB/s")
-    peaks = {name: peak_mib(module, x, half) for name, module in modules.items()}  # which warms up, too
+    run(modules["soft"], x, half, backward=True)  # warms up, as the first steps do for what is timed again
+    once = first_step(modules["soft"], x, half, math.inf).seconds["step"]
+    first = {name: first_step(module, x, half, max(20.0, 5 * once)) for name, module in modules.items()}
+    fast = {name: module for name, module in modules.items() if first[name].seconds["step"] < 3 * once}
     rows = []
     for what in ("forward", "step"):
-        times = in_turns(modules, x, half, what == "step")
+        times = in_turns(fast, x, half, what == "step", fewest)
         for name, module in modules.items():
-            ratio, low, high = middle(times[name], times["soft"])
+            if name in fast:
+                ratio, low, high = middle(times[name], times["soft"])
+            else:
+                times[name] = [first[name].seconds[what]]
+                ratio = low = high = times[name][0] / statistics.median(times["soft"])
+            rounds = len(times[name]) if name in fast or first[name].ended[what] else 0
             floor = floor_s(module, batch, d, what == "step", flop_rate, byte_rate)
             rows.append(
                 {
@@ -240,8 +288,8 @@ def point(dtype: str, d: int, e: int, batch: int) -> list[dict[str, Any]]:
                     "slots": TOKENS if name in ("dense", "tokens_choice_dropless") else slots(e) * e,
                     "ms": 1e3 * statistics.median(times[name]), "ms_min": 1e3 * min(times[name]),
                     "ms_max": 1e3 * max(times[name]), "over_soft": ratio,
-                    "over_soft_low": low, "over_soft_high": high, "rounds": len(times[name]),
-                    "peak_mib": peaks[name], "floor_ms": 1e3 * floor if name in ("dense", *OURS) else None,
+                    "over_soft_low": low, "over_soft_high": high, "rounds": rounds,
+                    "peak_mib": first[name].peak_mib, "floor_ms": 1e3 * floor if name in ("dense", *OURS) else None,
                     "gflop_per_s": flop_rate / 1e9, "gb_per_s": byte_rate / 1e9, **machine(),
                 }
             )  # fmt: skip
@@ -298,7 +346,7 @@ def summary(file: Path) -> None:
         "| tokens choice | sparse peers |\n|---|---|---|---|---|---|---|---|---|---|---|---|"
     )
     against: dict[str, list[float]] = {"soft": [], "tokens_choice": []}
-    sides = dict.fromkeys(("slower", "not told apart", "faster"), 0)
+    sides = {of: dict.fromkeys(("slower", "not told apart", "faster"), 0) for of in ("soft peer", "tokens_choice")}
     for where in points:
         found = {
             row["contender"]: row for row in rows if row["what"] == "step" and tuple(row[key] for key in keys) == where
@@ -309,23 +357,37 @@ def summary(file: Path) -> None:
         best_sparse = min(SPARSE_PEERS, key=lambda name: ratio[name])
         against["soft"].append(ratio[best_soft])
         against["tokens_choice"].append(ratio[best_sparse] / tokens_choice)
-        low, high = (float(found[best_soft][f"over_soft_{end}"]) for end in ("low", "high"))
-        told = ratio[best_soft] > 3 or int(found[best_soft]["rounds"]) >= FEWEST
-        sides["slower" if told and low > 1 else "faster" if told and high < 1 else "not told apart"] += 1
+        for of, name in (("soft peer", best_soft), ("tokens_choice", "tokens_choice")):
+            sides[of][side(found[name])] += 1
         d, e = int(soft["width"]), int(soft["experts"])
         weights_ms = 3 * 4 * e * (8 * d * d + 5 * d) / float(soft["gb_per_s"]) / 1e6
         print(
             f"| {' | '.join(where)} | {float(soft['ms']):.0f} | {float(soft['ms']) / float(soft['floor_ms']):.2f} "
             f"| {1 / (ratio['dense'] + weights_ms / float(soft['ms'])):.2f} | {float(soft['peak_mib']):.0f} "
-            f"| {ratio['dense']:.2f} | {ratio[best_soft]:.2f} ({low:.2f} to {high:.2f}) {best_soft} "
-            f"| {tokens_choice:.2f} | {ratio[best_sparse]:.2f} {best_sparse} |"
+            f"| {ratio['dense']:.2f} | {told(found[best_soft])} {best_soft} | {told(found['tokens_choice'])} "
+            f"| {told(found[best_sparse]).split()[0]} {best_sparse} |"
         )
     for name, ratios in against.items():
         print(
             f"{name}: its fastest peer takes {min(ratios):.2f} to {max(ratios):.2f} times as long, "
             f"median {statistics.median(ratios):.2f}, over {len(ratios)} points"
         )
-    print(f"soft's fastest peer by its interval: {', '.join(f'{side} at {n}' for side, n in sides.items())}")
+    for of, counts in sides.items():
+        print(f"{of} beside soft, by its interval: {', '.join(f'{which} at {n}' for which, n in counts.items())}")
+
+
+def told(row: dict[str, str]) -> str:
+    """The ratio, with > where it is the least that it can be, and its interval, if it has one."""
+    ratio, low, high, rounds = *(float(row[f"over_soft{end}"]) for end in ("", "_low", "_high")), int(row["rounds"])
+    return f"{'' if rounds else '>'}{ratio:.2f}" + (f" ({low:.2f} to {high:.2f})" if rounds > 1 else "")
+
+
+def side(row: dict[str, str]) -> str:
+    """Where a contender stands beside soft by the 95% interval, or because it took over three times as long."""
+    low, high, rounds = (float(row[key]) for key in ("over_soft_low", "over_soft_high", "rounds"))
+    if low > 3 or (rounds >= FEWEST and low > 1):
+        return "slower"
+    return "faster" if rounds >= FEWEST and high < 1 else "not told apart"
 
 
 def main() -> None:
@@ -339,8 +401,9 @@ def main() -> None:
         for d, batch in itertools.product(grid["width"], grid["batch"]):
             write(file, flat(int(d), int(batch)))
         return
+    (fewest,) = grid.get("rounds", [str(FEWEST)])
     for dtype, d, e, batch in itertools.product(grid["dtype"], grid["width"], grid["experts"], grid["batch"]):
-        write(file, point(dtype, int(d), int(e), int(batch)))
+        write(file, point(dtype, int(d), int(e), int(batch), int(fewest)))
 
 
 def write(file: Path, rows: list[dict[str, Any]]) -> None:

@@ -112,22 +112,25 @@ class MoE(nn.Module):
 
     def flop(self, num_tokens: int) -> int:
         """FLOPs per image; a multiply-add counts as 2."""
-        shared = self.shared.flop(num_tokens) if self.shared is not None else 0
+        shared = self.shared.flop(float(num_tokens)) if self.shared is not None else 0
         return self.router.flop(num_tokens) + self.experts.flop(self.router.rows(num_tokens)) + shared
 
     def forward(self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b n d"]:
         routing = self.router(x, keep)
         device = x.device.type
         if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
-            return self._through(x, routing)
+            return self._through(x, keep, routing)
         half = torch.get_autocast_dtype(device)
         if device == "cpu" and not CPU_MULTIPLIES[half]:
             with full_precision(x):
-                return self._through(x.to(self.experts.w1.dtype), routing).to(half)
-        return self._through(x.to(half), routing)  # rounded once, before it is read again and again
+                return self._through(x.to(self.experts.w1.dtype), keep, routing).to(half)
+        return self._through(x.to(half), keep, routing)  # rounded once, before it is read again and again
 
-    def _through(self, x: Float[Tensor, "b n d"], routing: Routing) -> Float[Tensor, "b n d"]:
+    def _through(
+        self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None, routing: Routing
+    ) -> Float[Tensor, "b n d"]:
         y: Tensor = routing.combine(self.experts(routing.dispatch(x), routing.offsets))
         if self.shared is not None:
-            y = y + self.shared(x.flatten(0, 1)[None]).view_as(x)
+            shared: Tensor = self.shared(x.flatten(0, 1)[None]).view_as(x)
+            y = y + (shared if keep is None else shared * keep[:, :, None])
         return y

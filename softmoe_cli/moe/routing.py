@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
 
 
@@ -185,19 +185,20 @@ class SparseRouting(Routing):
         return {
             "utilisation": filled.float().mean().item(),
             "dropped_share": 1 - seen.mean().item(),
-            **load_statistics(self.demand.double()),
+            **load_statistics(self.demand),
             "gate_mean": self.gate.sum().item() / tokens,
         }
 
 
-def load_statistics(load: Float[Tensor, " e"]) -> dict[str, float]:
+def load_statistics(load: Num[Tensor, " e"]) -> dict[str, float]:
     """How evenly experts are used.
 
     dead_share: share of experts with less than a hundredth of the mean load. load_max: the largest load over the
     mean. effective_experts_share: exp(entropy of the loads) / e, which is 1 when all are equal and 1/e when one
     expert has everything.
     """
-    share = load.double() / load.sum().clamp(min=1e-30)
+    load = load.cpu().double()  # on a CPU: not every device has float64
+    share = load / load.sum().clamp(min=1e-30)
     e = len(load)
     entropy = -(share * share.clamp(min=1e-30).log()).sum().item()
     return {
@@ -214,9 +215,11 @@ def capacity(num_tokens: int, num_experts: int, factor: float, rounding: str, mu
     multiple (vmoe's compute_capacity: the product first, because that decides some cases).
 
     Raises:
-        ValueError: less than one slot.
+        ValueError: less than one slot, or no finite number of them.
     """
     exact = num_tokens * factor / num_experts
+    if not math.isfinite(exact):
+        raise ValueError(f"capacity_factor={factor:g} is not a finite number")
     slots = math.ceil(exact) if rounding == "ceil" else round(exact)
     if slots < 1:
         raise ValueError(

@@ -51,7 +51,8 @@ class ExpertsChoiceRouter(Router):
         slots_per_expert: p, tokens that an expert takes of a group; null to have it follow from `capacity_factor`.
         capacity_factor: p = images_per_group * n * capacity_factor / e, rounded.
         capacity_rounding: round, half to even (the official baseline), or ceil.
-        capacity_multiple: p is padded up to a multiple of this (the official baseline: 1).
+        capacity_multiple: which p is padded up to a multiple of (the official baseline: 1). Both are for
+            `capacity_factor`: a given p stays as it is.
         images_per_group: images whose tokens compete (the official baseline: 1).
         gate: softmax (the official baseline) or softmax_chosen, whose gates add up to one over the experts that took a
             token; choices are the same.

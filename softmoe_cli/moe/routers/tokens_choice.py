@@ -9,7 +9,7 @@ import math
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from softmoe_cli.moe.routing import Router, SparseRouting, full_precision, noise_like, slots_of
@@ -74,8 +74,8 @@ def place(
 
 
 def squared_variation(v: Float[Tensor, "g e"]) -> Float[Tensor, " g"]:
-    """(std / mean)^2 over experts, with the population's standard deviation."""
-    return v.var(dim=1, correction=0) / v.mean(dim=1).square()
+    """(std / mean)^2 over experts, with the population's standard deviation; 0 for a group of padding alone."""
+    return v.var(dim=1, correction=0) / v.mean(dim=1).square().clamp(min=torch.finfo(v.dtype).tiny)
 
 
 def importance_loss(gates: Float[Tensor, "g s e"]) -> Float[Tensor, " g"]:
@@ -90,7 +90,7 @@ def load_loss(
     would pass the token's k-th largest noisy logit, were its own noise drawn again."""
     threshold = noisy.topk(k, dim=2).values[:, :, -1:]
     chance = torch.special.ndtr((clean - threshold) / std) * keep[:, :, None]
-    return squared_variation(chance.sum(dim=1) / keep.sum(dim=1, keepdim=True))
+    return squared_variation(chance.sum(dim=1) / keep.sum(dim=1, keepdim=True).clamp(min=1))
 
 
 def gshard_loss(gates: Float[Tensor, "g s e"], keep: Bool[Tensor, "g s"]) -> Float[Tensor, " g"]:
@@ -98,7 +98,7 @@ def gshard_loss(gates: Float[Tensor, "g s e"], keep: Bool[Tensor, "g s"]) -> Flo
     Algorithm 1."""
     e = gates.shape[2]
     best = nn.functional.one_hot(gates.detach().argmax(dim=2), e) * keep[:, :, None]
-    tokens = keep.sum(dim=1, keepdim=True)
+    tokens = keep.sum(dim=1, keepdim=True).clamp(min=1)
     return e * ((best.sum(dim=1).to(gates.dtype) / tokens) * (gates.sum(dim=1) / tokens)).sum(dim=1)
 
 
@@ -106,14 +106,17 @@ def grouped_tokens(
     x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None, images: int
 ) -> tuple[Float[Tensor, "g s d"], Bool[Tensor, "g s"]]:
     """Groups of `images` consecutive images; a last group that is not full is filled up with padding."""
-    b, n, d = x.shape
     if keep is None:
-        keep = torch.ones(b, n, dtype=torch.bool, device=x.device)
-    missing = -b % images
+        keep = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+    return in_groups(x, images), in_groups(keep, images)
+
+
+def in_groups(each: Shaped[Tensor, "b n *d"], images: int) -> Shaped[Tensor, "g s *d"]:
+    """Of `images` consecutive images each; zeros (and false) fill up the last one."""
+    missing = -each.shape[0] % images
     if missing:
-        x = torch.cat([x, x.new_zeros(missing, n, d)])
-        keep = torch.cat([keep, keep.new_zeros(missing, n)])
-    return x.reshape(-1, images * n, d), keep.reshape(-1, images * n)
+        each = torch.cat([each, each.new_zeros(missing, *each.shape[1:])])
+    return each.reshape(-1, images * each.shape[1], *each.shape[2:])
 
 
 GATES = ("softmax", "sigmoid", "softmax_chosen", "sigmoid_chosen")
@@ -146,7 +149,10 @@ class Gate(nn.Module):
 
     def weigh(self, gates: Float[Tensor, "g s e"], chosen: Int[Tensor, "g s k"]) -> Float[Tensor, "g s e"]:
         """What outputs are multiplied by: the gates, or their share in the sum over the chosen experts."""
-        return gates / gates.gather(2, chosen).sum(dim=2, keepdim=True) if self.function.endswith("_chosen") else gates
+        if not self.function.endswith("_chosen"):
+            return gates
+        total = gates.gather(2, chosen).sum(dim=2, keepdim=True)
+        return gates / total.clamp(min=torch.finfo(gates.dtype).tiny)  # sigmoids may all be 0
 
     def forward(
         self, x: Float[Tensor, "g s d"], images: int = 1
@@ -248,7 +254,8 @@ class TokensChoiceRouter(Router):
         slots_per_expert: p, slots of an expert in a group; null to have it follow from `capacity_factor`.
         capacity_factor: p = images_per_group * n * k * capacity_factor / e, rounded.
         capacity_rounding: ceil (V-MoE) or round, half to even (fair: as the soft router rounds).
-        capacity_multiple: p is padded up to a multiple of this (V-MoE 4; fair: 1).
+        capacity_multiple: which p is padded up to a multiple of (V-MoE 4; fair: 1). Both are for `capacity_factor`:
+            a given p stays as it is.
         images_per_group: images whose tokens compete for the same slots (V-MoE: 8).
         gate: softmax (the paper) or sigmoid, each expert for itself; softmax_chosen and sigmoid_chosen divide by the
             sum over the chosen experts.

@@ -7,10 +7,10 @@ grouped ones on rows sorted by expert, which is also ScatterMoE's form (Tan et a
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from softmoe_cli.moe.routers.tokens_choice import Balanced, Gate, check_choice, choose, grouped_tokens
+from softmoe_cli.moe.routers.tokens_choice import Balanced, Gate, check_choice, choose, in_groups
 from softmoe_cli.moe.routing import Router, SparseRouting, full_precision
 
 
@@ -81,20 +81,25 @@ class TokensChoiceDroplessRouter(Router):
     def forward(self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None = None) -> SparseRouting:
         b, n, _ = x.shape
         with full_precision(x):
-            tokens, kept = grouped_tokens(x, keep, self.loss_images)
-            clean, noisy = self.gate(tokens, self.loss_images)
+            kept = torch.ones(b, n, dtype=torch.bool, device=x.device) if keep is None else keep
+            clean, noisy = self.gate(x)
             gates = self.gate.activate(noisy)
-            aux_loss = self.balance.loss(self.gate, clean, noisy, gates, kept, self.k)
             chosen = choose(self.balance.scores(gates), self.k)
             # Padding is computed like any token, so that the number of rows is known; its gates are zero.
-            weights = self.gate.weigh(gates, chosen).gather(2, chosen) * kept[:, :, None]
-            gate = weights.flatten(0, 1)[: b * n].flatten()
-            expert = chosen.flatten(0, 1)[: b * n].flatten()
+            gate = (self.gate.weigh(gates, chosen).gather(2, chosen) * kept[:, :, None]).flatten()
+            expert = chosen.flatten()
             order = expert.argsort(stable=True)
-            sizes = expert.new_zeros(self.num_experts).scatter_add(0, expert, torch.ones_like(expert))
-            self.balance.count(sizes)
-            offsets = sizes.cumsum(dim=0).int()
-            return SparseRouting(order // self.k, gate[order], aux_loss, sizes, (b, n), offsets)
+            offsets = self._count(expert, torch.ones_like(expert)).cumsum(dim=0).int()
+            demand = self._count(expert, kept[:, :, None].expand_as(chosen).flatten().long())
+            self.balance.count(demand)
+            same = noisy is clean
+            clean, gates, kept = (in_groups(each, self.loss_images) for each in (clean, gates, kept))
+            noisy = clean if same else in_groups(noisy, self.loss_images)
+            aux_loss = self.balance.loss(self.gate, clean, noisy, gates, kept, self.k)
+            return SparseRouting(order // self.k, gate[order], aux_loss, demand, (b, n), offsets)
+
+    def _count(self, expert: Int[Tensor, " r"], weight: Int[Tensor, " r"]) -> Int[Tensor, " e"]:
+        return expert.new_zeros(self.num_experts).scatter_add(0, expert, weight)
 
     def counted(self) -> list[Tensor]:
         return self.balance.counted()
