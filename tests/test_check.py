@@ -1,5 +1,6 @@
 """`softmoe check`: every shipped router passes every check; routers broken on purpose fail the right one."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,14 @@ SUBJECTS = ROUTERS | {name: ROUTERS[router] | changes for name, (router, changes
 COMPILES = "compiles in one graph"
 
 
-@pytest.mark.parametrize("check", [name for name in CHECKS if name != COMPILES])
-@pytest.mark.parametrize("name", SUBJECTS)
+@pytest.mark.parametrize(
+    ("name", "check"),
+    [
+        (name, check)
+        for name, check in itertools.product(SUBJECTS, CHECKS)
+        if check != COMPILES and (name in ROUTERS or check != "official numbers")  # which have options of their own
+    ],
+)
 def test_every_router_passes(name: str, check: str) -> None:
     outcome = run_check(check, Subject(SUBJECTS[name]))
     assert outcome.verdict != "fail", outcome.figure

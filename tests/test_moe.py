@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from torch import Tensor, nn
 
 import softmoe_cli.moe.routers
@@ -17,10 +16,8 @@ from softmoe_cli.moe.layer import Experts, MoE
 from softmoe_cli.moe.routers.soft import SoftRouter, soft_logits
 from softmoe_cli.moe.routing import DenseRouting, Router, load_statistics, routings
 from tests.oracles import soft_moe
+from tests.test_check import ROUTERS, YAMLS
 
-ROOT = Path(__file__).parent.parent
-YAMLS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((ROOT / "conf/model/router").glob("*.yaml"))}
-ROUTERS = {name: options for name, options in YAMLS.items() if options["_target_"] is not None}
 every_router = pytest.mark.parametrize("options", ROUTERS.values(), ids=ROUTERS.keys())
 
 DIM, HIDDEN, TOKENS, IMAGES = 12, 20, 16, 3
