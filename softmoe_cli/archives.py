@@ -10,6 +10,7 @@ import json
 import mmap
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,15 +106,29 @@ def tar_members(path: Path) -> list[Range]:
     """The regular files in a tar, in their order.
 
     Raises:
-        UsageError: not a tar, a compressed one, or one that is cut short.
+        UsageError: not a tar, a compressed one, one that is cut short or goes on behind its end, or one with an image
+            that is a link or sparse.
     """
     found = []
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
+                name = member.name.removeprefix("./")
+                if member.size < 0:
+                    raise tarfile.ReadError(f"{name} has a size below 0")
                 if member.isreg() and not member.issparse():
-                    found.append((member.name.removeprefix("./"), member.offset_data, member.size))
+                    found.append((name, member.offset_data, member.size))
+                elif is_image(name) and (member.islnk() or member.issym() or member.issparse()):
+                    raise tarfile.ReadError(
+                        f"{name} is a link, or sparse; pack the files themselves (tar --dereference --hard-dereference)"
+                    )
                 tar.members = []  # type: ignore[attr-defined]  # it would keep them all
+            end = tar.offset  # tarfile stops at any header that it cannot read
+        with path.open("rb") as file:
+            file.seek(end)
+            block = file.read(512)
+            if len(block) < 512 or any(block) or any(any(more) for more in iter(lambda: file.read(1 << 20), b"")):
+                raise tarfile.ReadError(f"its end, at byte {end}, is no end of a tar")
     except (tarfile.TarError, OSError, ValueError) as error:
         raise UsageError(
             f"{path} cannot be read as a tar: {error or 'not a tar'}; it must be uncompressed and whole"
@@ -122,13 +137,26 @@ def tar_members(path: Path) -> list[Range]:
 
 
 def tar_images(path: Path) -> list[Range]:
-    """Those that are images by their names."""
-    return [member for member in tar_members(path) if is_image(member[0])]
+    """Those that are images by their names.
+
+    Raises:
+        UsageError: as `tar_members`, or two of one name.
+    """
+    images = [member for member in tar_members(path) if is_image(member[0])]
+    twice = [name for name, times in Counter(name for name, *_ in images).items() if times > 1]
+    if twice:
+        raise UsageError(f"{path} holds {twice[0]} twice")
+    return images
 
 
 def is_image(name: str) -> bool:
-    base = name.rpartition("/")[2].lower()
-    return base.endswith(IMAGE_ENDINGS) and not base.startswith(".")
+    """By its ending; nothing that is hidden, or below a hidden folder."""
+    return name.lower().endswith(IMAGE_ENDINGS) and not any(map(is_hidden, name.split("/")))
+
+
+def is_hidden(name: str) -> bool:
+    """Names that programs give to what they keep for themselves: a dot in front, or a NAS's previews."""
+    return name.startswith(".") or name == "@eaDir"
 
 
 # --- WebDataset -------------------------------------------------------------------------------------------------------
@@ -306,6 +334,9 @@ def arrow(path: Path, image: str, label: str) -> Labelled:
                 numbers = batch.column(label).to_pylist()
                 if pictures.null_count or None in numbers:
                     raise UsageError(f"{path}: {image} or {label} is missing in some rows, or images are only named")
+                odd = [n for n in numbers if type(n) not in (int, str) or (type(n) is int and n < 0)]
+                if odd:
+                    raise UsageError(f"{path}: its {label} {odd[0]!r} is neither a number from 0 nor a name")
                 wide = pa.types.is_large_binary(pictures.type)
                 _, ends, values = pictures.buffers()
                 edges = np.frombuffer(ends, np.int64 if wide else np.int32)

@@ -304,7 +304,8 @@ def compiles(subject: Subject) -> Finding:
 
     leaves = [x, *layer.parameters()]
     pairs = (pair for half in (False, True) for pair in zip(found(graph, half), found(layer, half), strict=True))
-    worst = max(deviation(got, want) / max(want.abs().max().item(), 1e-9) for got, want in pairs)
+    scaled = ((got / size, want / size) for got, want in pairs for size in [want.abs().max().clamp(min=1e-9)])
+    worst = max(deviation(got, want) for got, want in scaled)
     return bounded(worst, 1e-4, "one graph; relative difference")
 
 
@@ -418,9 +419,8 @@ def compare_case(router_class: type[Router], name: str, dtype: torch.dtype) -> I
     x = torch.tensor(z["x_seqs"] if "x_seqs" in z else z["x"]).to(dtype).requires_grad_()
     with drawn(z.get("noise")):
         routing = layer.router(x)
-    found: dict[str, Tensor] = {}
-    if isinstance(layer.router, TokensChoiceRouter | ExpertsChoiceRouter):
-        with drawn(z.get("noise")):
+        found: dict[str, Tensor] = {}
+        if isinstance(layer.router, TokensChoiceRouter | ExpertsChoiceRouter):
             found |= _gated(layer.router, x)
     rows = routing.dispatch(x)
     outputs = layer.experts(rows)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from softmoe_cli.config import (
+    CUT,
     Config,
     CostConfig,
     DataCheckConfig,
@@ -723,6 +724,7 @@ def _inherit(tree: dict[str, Any], card: dict[str, Any], label: str, typed: Sequ
     for key in ("mean", "std"):
         if key in card.get("data", {}) and not _names(f"data.{key}", typed):
             tree["data"][key] = card["data"][key]
+    _keep_cut(tree["data"], card.get("data", {}), typed)
 
 
 def _trust(model: dict[str, Any], card: dict[str, Any], label: str) -> None:
@@ -781,6 +783,16 @@ def _take_data(tree: dict[str, Any], source: "Source") -> None:
         for key in ("mean", "std"):
             if not _names(f"data.{key}", _typed()):
                 tree["data"][key] = source.card["data"][key]
+        _keep_cut(tree["data"], source.card["data"], _typed())
+
+
+def _keep_cut(data: dict[str, Any], card: dict[str, Any], typed: Sequence[str]) -> None:
+    """The checkpoint's own set is cut as it was for the checkpoint, unless typed otherwise: another cut would have
+    images that were trained on among those that are held out."""
+    if all(data.get(key) == card.get(key) for key in ("name", "format")):
+        for key in CUT:
+            if key in card and not _names(f"data.{key}", typed):
+                data[key] = card[key]
 
 
 def _export(config: Any) -> None:

@@ -6,6 +6,7 @@ with the distance between the quartiles. A figure says on what it was measured, 
 
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,7 @@ class Workload:
     def __init__(self, config: CostConfig | MatchConfig, num_classes: int) -> None:
         self.device, self.autocast = arithmetic(config.device, config.precision, config.threads)
         self.hardware = fingerprint(self.device, config.precision, config.compile)
-        self.compiled, self.accumulate = config.compile, config.accumulate
+        self.threads, self.compiled, self.accumulate = torch.get_num_threads(), config.compile, config.accumulate
         torch.manual_seed(0)
         vit = build(config.model, num_classes)
         prepare_attention(vit, self.device, config.precision)
@@ -111,24 +112,29 @@ def measure(configs: Sequence[CostConfig | MatchConfig], num_classes: int) -> li
     Raises:
         UsageError: they do not all fit into memory at once, or a device is not there.
     """
-    device, _ = arithmetic(configs[0].device, configs[0].precision, configs[0].threads)
-    needed = sum(
-        predict(
+    threads, needed = torch.get_num_threads(), Counter[torch.device]()
+    for c in configs:
+        device, _ = arithmetic(c.device, c.precision, None)
+        needed[device] += predict(
             c.model, num_classes, batch=c.batch_size, accumulate=c.accumulate, recompute=c.recompute, ema=False,
             precision=c.precision, device=device,
-        ).peak_bytes
-        for c in configs
-    )  # fmt: skip
-    free = free_memory(device)
-    if needed > free:
-        raise UsageError(
-            f"clock=true: {' and '.join(c.model.name for c in configs)} need {gibibytes(needed)} and {device.type} has "
-            f"{gibibytes(free)} free; lower batch_size, measure fewer models at once, or leave clock=false"
-        )
-    loads = [Workload(config, num_classes) for config in configs]
+        ).peak_bytes  # fmt: skip
+    for device, size in needed.items():
+        free = free_memory(device)
+        if size > free:
+            names = " and ".join(dict.fromkeys(c.model.name for c in configs))
+            raise UsageError(
+                f"clock=true: {names} need {gibibytes(size)} and {device.type} has {gibibytes(free)} free; lower "
+                "batch_size, measure fewer models at once, or leave clock=false"
+            )
+    loads = []
+    for config in configs:
+        torch.set_num_threads(threads)  # what those that name no number get
+        loads.append(Workload(config, num_classes))
     times: dict[tuple[int, str], list[float]] = {}
     for turn in range(-WARM_UP, max(config.repeats for config in configs)):
         for index, load in enumerate(loads):
+            torch.set_num_threads(load.threads)
             for kind, work in (("forward", load.forward), ("step", load.step)):
                 load.wait()
                 start = time.perf_counter()

@@ -277,8 +277,9 @@ def _where(runs: list[Run], conditions: Sequence[str], keys: list[str]) -> list[
         if not equals:
             raise UsageError(f"--where {condition}: write KEY=VALUE or KEY=VALUE,VALUE")
         key = _key("where", name, keys)
-        wanted = [_said(value) for value in ([values] if values.startswith("[") else values.split(","))]
         there = sorted({_said(run.row.get(key)) for run in runs})
+        whole = values.startswith("[") or _said(values) in there  # a value may have commas of its own
+        wanted = [_said(value) for value in ([values] if whole else values.split(","))]
         runs = [run for run in runs if _said(run.row.get(key)) in wanted]
         if not runs:
             raise UsageError(f"--where {condition}: no run has that. {key} is {' or '.join(there)}")
@@ -367,6 +368,12 @@ def _name(groups: list[Group]) -> None:
             chosen.append(key)
     for group, label in zip(groups, labels(), strict=True):
         group.label = label or group.runs[0].row.get("router") or group.runs[0].row["name"]
+    keys = sorted({key for group in groups for key in group.settings})
+    for label in {group.label for group in groups}:
+        twins = [group for group in groups if group.label == label]  # such as from two checkpoints of one run
+        odd = next((key for key in keys if len({_said(twin.settings.get(key)) for twin in twins}) > 1), None)
+        for twin in twins:
+            twin.label += f" ({_said(twin.settings.get(odd))[-12:]})" if odd is not None else ""
 
 
 def _part(group: Group, key: str) -> str:
@@ -453,8 +460,11 @@ def _judge(blocks: list[Block], question: Question) -> None:
     each."""
     higher = QUALITIES[question.quality].higher_is_better
     matched = 0
+    keys = list(
+        dict.fromkeys(key for block in blocks for group in block.groups for run in group.runs for key in run.row)
+    )
     for block in blocks:
-        candidates = _candidates(block.groups, question.baseline)
+        candidates = _candidates(block.groups, question.baseline, keys)
         matched += len(candidates)
         ends: dict[int, Difference] = {}
         common: dict[tuple[int, int], Difference] = {}
@@ -484,7 +494,7 @@ def _judge(blocks: list[Block], question: Question) -> None:
         )
 
 
-def _candidates(groups: list[Group], baseline: str | None) -> list[Group]:
+def _candidates(groups: list[Group], baseline: str | None, keys: list[str]) -> list[Group]:
     """The groups that others may be measured against: by label, by KEY=VALUE, else the dense ones."""
     if baseline is None:
         return [group for group in groups if all(run.row.get("router") == "dense" for run in group.runs)]
@@ -492,7 +502,6 @@ def _candidates(groups: list[Group], baseline: str | None) -> list[Group]:
     key, equals, value = baseline.partition("=")
     if named or not equals:
         return named
-    keys = dict.fromkeys(key for group in groups for run in group.runs for key in run.row)
     full = _key("baseline", key, keys)
     return [group for group in groups if all(_said(run.row.get(full)) == _said(value) for run in group.runs)]
 
@@ -563,7 +572,7 @@ def _sort(block: Block, question: Question, keys: Iterable[str]) -> None:
 def natural(label: str) -> tuple[Any, ...]:
     """To sort by: 2 experts come before 16 experts."""
     parts = re.split(r"(\d+(?:\.\d+)?)", label)
-    return (*((part, 0.0) if i % 2 == 0 else ("", float(part)) for i, part in enumerate(parts)), label)
+    return tuple((part, 0.0) if i % 2 == 0 else ("", float(part)) for i, part in enumerate(parts)), label
 
 
 def setting(group: Group, key: str) -> str:

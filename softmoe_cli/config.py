@@ -414,16 +414,26 @@ def check_channels(data: Data, in_chans: int) -> None:
             raise UsageError(f"data.{key}={getattr(data, key)} needs 1 or model.in_chans={in_chans} numbers")
 
 
+CUT = ("split_seed", "test_fraction", "validation_fraction")
+"""Keys of data that say which images are held out."""
+
+
 def check_groups(key: str, images: int, router: dict[str, Any], parts: int = 1) -> None:
     """Evaluation, and each of several parts of a training batch, in whole groups, so that the size does not show in the
     result."""
-    group = router.get("images_per_group", 1)
-    if isinstance(group, int) and group > 0 and images % (parts * group):
+    group = group_of(router)
+    if images % (parts * group):
         at_once = "" if parts == 1 else f" is computed in train.accumulate={parts} parts, each of which"
         raise UsageError(
             f"{key}={images}{at_once} is not a multiple of model.router.images_per_group={group}, so that which images "
-            f"share slots would depend on it; use {max(1, images // (parts * group)) * parts * group}"
+            f"make a group would depend on it; use {max(1, images // (parts * group)) * parts * group}"
         )
+
+
+def group_of(router: dict[str, Any]) -> int:
+    """A router's `images_per_group`; 1 where it has none, or one that its constructor will refuse."""
+    group = router.get("images_per_group", 1)
+    return group if isinstance(group, int) and group > 0 else 1
 
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -453,7 +463,7 @@ class Config:
         choices=("kept", "proportional"),
     )
     tracking: str = option(
-        "Weights & Biases; auto: online when a key is configured, else offline; WANDB_MODE overrules it",
+        "Weights & Biases; auto: WANDB_MODE, else online when a key is configured, else offline",
         choices=("auto", "online", "offline", "off"),
     )
     device: str = option("auto: cuda, else mps, else cpu", choices=DEVICES)

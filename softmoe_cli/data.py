@@ -298,6 +298,10 @@ def _image_set(stored: Stored, labels: np.ndarray, data: Data, in_memory: bool) 
     return ImageSet(torch.from_numpy(labels), images, data.image_size, data.channels, stored)
 
 
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""What may be decoded, whatever a file is called: Pillow knows others, of which it has programs run (PostScript)."""
+
+
 def opened(stored: Stored, i: int, channels: int) -> Image.Image:
     """Image i, decoded, grey or RGB.
 
@@ -305,13 +309,13 @@ def opened(stored: Stored, i: int, channels: int) -> Image.Image:
         UsageError: it is no image, is cut short, or cannot be read.
     """
     try:
-        with Image.open(io.BytesIO(stored.read(i))) as image:
+        with Image.open(io.BytesIO(stored.read(i)), formats=FORMATS) as image:
             if image.mode.startswith(("I", "F")):
                 raise ValueError(f"{image.mode} pixels have more than 8 bits; convert it to 8 bits a channel first")
             mode = "L" if channels == 1 else "RGB"
             image.load()
             return image if image.mode == mode else image.convert(mode)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (UnidentifiedImageError, OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UsageError(f"{stored.place(i)} is not an image that can be read: {error}") from error
 
 

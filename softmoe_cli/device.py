@@ -69,7 +69,8 @@ def precision_context(device: str, precision: str, cached: bool = True) -> torch
 
 def compiled(call: T, **options: Any) -> T:
     """torch.compile, whose backward pass is outside of autocast, as the one that is not compiled is. torch would
-    compute it in what the forward pass is called under, and the routers' gradients with it in half precision."""
+    compute it in what the forward pass is called under, and the routers' gradients with it in half precision. The
+    setting is torch's own, for all that this process compiles."""
     from torch._functorch import config
 
     config.backward_pass_autocast = "off"
@@ -149,6 +150,7 @@ def free_memory(device: torch.device) -> int:
     """Bytes free on the device, or in the machine and in the control group that this process is held to. What this
     process has freed and kept is given back first, because it is free."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
     give_back_freed_memory()
     meminfo = Path("/proc/meminfo")

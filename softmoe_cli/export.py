@@ -72,6 +72,7 @@ def _fill(config: ExportConfig, model: Model, source: Source, receipt: dict[str,
     vit = build(model, source.weights["head.weight"].shape[0]).eval()
     load_weights(vit, source.weights, keep_head=True, allow_unexpected=[])
     splits = data.load(config.data)
+    splits.need("validation")
     images, _ = data.first_images(splits.validation, config.data, model, config.images)
     group = model.router.get("images_per_group", 1)
     batch = None if group == 1 else group
@@ -191,8 +192,8 @@ def hub_config(model: Model, vit: VisionTransformer, card: dict[str, Any]) -> di
         "pretrained_cfg": {
             "input_size": [model.in_chans, model.image_size, model.image_size],
             "fixed_input_size": True,
-            "interpolation": "bicubic" if card["data"]["name"] == "folder" else "bilinear",
-            "crop_pct": 1.0,
+            "interpolation": "bicubic" if card["data"]["format"] else "bilinear",
+            "crop_pct": card["data"]["crop_pct"] or 1.0,
             **pixels,
             "first_conv": "patch_embed.proj",
             "classifier": "head",

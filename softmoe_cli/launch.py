@@ -54,6 +54,8 @@ def launch(config: Config, command: str) -> None:
         UsageError, RunError: what the first process that failed has said, or how it was ended.
         KeyboardInterrupt: a signal asked to stop; the state is saved.
     """
+    from softmoe_cli.parallel import ATTEMPT, TOLD
+
     for engine in logging.root.manager.loggerDict:
         if engine.startswith(("torch.distributed.elastic", "torch.multiprocessing")):
             logging.getLogger(engine).setLevel(logging.CRITICAL)  # what matters is said here
@@ -62,6 +64,8 @@ def launch(config: Config, command: str) -> None:
     handler = signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     multiprocessing.forkserver.ensure_running()
     signal.signal(signal.SIGUSR2, handler)
+    # What torchrun tells its processes, this one may have too, from a job's script or an image.
+    environment = {name: value for name, value in os.environ.items() if name not in (*TOLD, ATTEMPT)}
     with tempfile.TemporaryDirectory(prefix="softmoe-") as folder:
         elastic = LaunchConfig(
             min_nodes=1,
@@ -78,7 +82,7 @@ def launch(config: Config, command: str) -> None:
             logs_specs=DefaultLogsSpecs(log_dir=folder),
         )
         try:
-            codes = elastic_launch(elastic, _process)(config, command, os.getcwd(), dict(os.environ), folder)
+            codes = elastic_launch(elastic, _process)(config, command, os.getcwd(), environment, folder)
         except SignalException as error:
             raise KeyboardInterrupt(error.sigval.name) from error
         except ChildFailedError as error:

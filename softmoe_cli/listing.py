@@ -7,7 +7,7 @@ or train.tar and val.tar, or one such tree. The other formats are sets of files 
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 
 from softmoe_cli import archives
-from softmoe_cli.archives import IMAGE_ENDINGS, Range, Stored, is_image, tar_images
+from softmoe_cli.archives import IMAGE_ENDINGS, Range, Stored, is_hidden, is_image, tar_images
 from softmoe_cli.config import Data, UsageError
 
 PARTS = ("train", "val", "test")
-PART_WORD = re.compile(r"(?:^|[-_./])(train|val|test)(?:ing|id|idation)?(?=[-_./\d]|$)")
+PART_WORD = re.compile(r"(?:^|[-_./])(train|val|test)(?:ing|id|idation)?(?=[-_./\d]|$)", re.IGNORECASE)
+PART_FOLDER = re.compile(r"(train|val|test)(?:ing|id|idation)?", re.IGNORECASE)
+NUMBERED = re.compile(r"(.*-)(\d+)(-of-(\d+).*)")
 ENDINGS = {"webdataset": r"\.tar", "tfds": r"\.tfrecord-\d+-of-\d+", "arrow": r"\.arrow"}
 
 Tree = dict[str, Stored]
@@ -78,14 +80,20 @@ def _empty(place: Path) -> str:
 
 
 def _folder_trees(root: Path) -> dict[str, Tree]:
-    names = {path.name.lower(): path.name for path in root.iterdir() if path.is_dir()}
-    for part in PARTS:
-        if part in names and names[part] != part:
-            raise UsageError(f"{root / names[part]} must be called {part}, or it would be taken for a class")
+    names = [path.name for path in root.iterdir() if path.is_dir()]
+    _named(root, names)
     found = {part: root / part if part in names else root / f"{part}.tar" for part in PARTS}
     found = {part: place for part, place in found.items() if place.exists()}
     _complete(root, list(found))
     return {part: _tree(root, place) for part, place in found.items()} or {"": _tree(root, root)}
+
+
+def _named(root: Path, names: Iterable[str]) -> None:
+    """Raises UsageError for a part by another name, which would be taken for a class."""
+    for name in sorted(names):
+        part = PART_FOLDER.fullmatch(name)
+        if part is not None and name not in PARTS:
+            raise UsageError(f"{root / name} must be called {part[1].lower()}, or it would be taken for a class")
 
 
 def _complete(root: Path, parts: list[str]) -> None:
@@ -98,8 +106,14 @@ def _tree(root: Path, place: Path) -> Tree:
     if place.is_file():
         return _by_folder(place, tar_images(place))
     try:
-        folders = sorted(path for path in place.iterdir() if path.is_dir() and not path.name.startswith("."))
-        if not folders and (tars := sorted(place.glob("*.tar"))):
+        folders = sorted(path for path in place.iterdir() if path.is_dir() and not is_hidden(path.name))
+        tars = sorted(place.glob("*.tar"))
+        if folders and len(tars) > 1:  # one may be what the folders were packed in
+            raise UsageError(
+                f"{place} has class folders, such as {folders[0].name}, and several tars, such as {tars[0].name}; "
+                "unpack all classes or none"
+            )
+        if not folders and tars:
             return {tar.stem: Stored.ranges(tar, sorted(tar_images(tar))) for tar in tars}
         tree = {folder.name: Stored.files(root, _images_in(root, folder)) for folder in folders}
     except PermissionError as error:
@@ -118,6 +132,7 @@ def _images_in(root: Path, folder: Path) -> list[str]:
             folders.clear()
             continue
         seen.add(real)
+        folders[:] = [name for name in folders if not is_hidden(name)]
         below = os.path.relpath(base, root)
         found += [f"{below}/{name}" for name in names if is_image(name)]
     return sorted(found, key=lambda name: name.split("/"))
@@ -135,6 +150,7 @@ def _tar_trees(root: Path) -> dict[str, Tree]:
         top = len(next(iter(tops))) + 1
         images = [(name[top:], offset, size) for name, offset, size in images]
         tops = {name.split("/")[0] for name, _, _ in images}
+    _named(root, tops)
     parts = [part for part in PARTS if part in tops]
     _complete(root, parts)
 
@@ -173,12 +189,15 @@ def shards(data: Data) -> dict[str, list[Path]]:
     assert data.format is not None
     ending = re.compile(rf".*{ENDINGS[data.format]}")
     files = sorted(path for path in root.rglob("*") if ending.fullmatch(path.name) and path.is_file())
+    if data.format == "arrow":
+        files = [file for file in files if not file.name.startswith("cache-")]  # copies that map and filter leave there
     if not files:
         raise UsageError(f"data.root={data.root} holds no file of data.format={data.format} (*{ENDINGS[data.format]})")
+    _whole(files)
     parts: dict[str, list[Path]] = {}
     for file in files:
         words = PART_WORD.findall(str(file.relative_to(root)))
-        parts.setdefault(words[-1] if words else "", []).append(file)
+        parts.setdefault(words[-1].lower() if words else "", []).append(file)
     if len(parts) == 1:
         return {"": files}
     if "" in parts:
@@ -187,6 +206,22 @@ def shards(data: Data) -> dict[str, list[Path]]:
         return {"train": parts["train"], "val": parts["test"]}
     _complete(root, [part for part in PARTS if part in parts])
     return {part: parts[part] for part in PARTS if part in parts}
+
+
+def _whole(files: Sequence[Path]) -> None:
+    """Raises UsageError where files that say how many they are, as in `-00003-of-01024`, are fewer."""
+    sets: dict[tuple[str, str], list[Path]] = {}
+    for file in files:
+        if name := NUMBERED.fullmatch(str(file)):
+            sets.setdefault((name[1], name[3]), []).append(file)
+    for several in sets.values():
+        name = NUMBERED.fullmatch(str(several[0]))
+        assert name is not None
+        if len(several) != int(name[4]):
+            raise UsageError(
+                f"{name[1]}*{name[3]}: {len(several)} files are there of {int(name[4])}; get the others, or give those "
+                "that are there other names"
+            )
 
 
 def _shards(data: Data) -> Listing:

@@ -56,12 +56,14 @@ def match(config: MatchConfig, other: MatchConfig, candidate: Candidate) -> Tria
         RunError: nothing comes within the tolerance; the message names the nearest on both sides.
     """
     seen: dict[int, Trial | None] = {}
+    reason = ""
     timed = config.by in TIMED
     other_cost = 0.0 if timed else cost_of(other)
     one_step = cost_of(dataclasses.replace(config, steps=1)) if config.free == "train.steps" else 0.0
 
     def trial(value: int) -> Trial | None:
         """None where the model cannot be built with that value."""
+        nonlocal reason
         if value not in seen:
             changes = changes_of(config, value)
             try:
@@ -71,18 +73,20 @@ def match(config: MatchConfig, other: MatchConfig, candidate: Candidate) -> Tria
                     seen[value] = _timed(changes, candidate(changes), other)
                 else:
                     seen[value] = Trial(changes, cost_of(candidate(changes)), other_cost)
-            except UsageError:
-                seen[value] = None
+            except UsageError as error:
+                seen[value], reason = None, str(error)
         return seen[value]
 
     changes_of(config, 1)
     search(lambda value: None if (found := trial(value)) is None else found.ratio, 0 if timed else NEIGHBOURS)
     trials = [found for found in seen.values() if found is not None]
     if not trials:
-        raise UsageError(f"free={config.free}: {config.model.name} cannot be built with any value of it")
+        raise UsageError(f"free={config.free}: {config.model.name} cannot be built with any value of it ({reason})")
     best = min(trials, key=lambda found: abs(found.ratio - 1))
     if timed:  # the best of several measurements was also the luckiest: measure it again
+        trials.remove(best)
         best = _timed(best.overrides, candidate(best.overrides), other)
+        trials.append(best)
     if abs(best.ratio - 1) <= config.tolerance:
         return best
     below = max((found for found in trials if found.ratio < 1), key=lambda found: found.ratio, default=None)

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from softmoe_cli.config import WAYS, Config, Model, Optim, UsageError
+from softmoe_cli.config import WAYS, Config, Model, Optim, UsageError, group_of
 from softmoe_cli.device import free_memory, precision_context, prepare_attention
 from softmoe_cli.models import build
 from softmoe_cli.moe.divided import DividedExperts, span
@@ -429,7 +429,7 @@ def require_fit(
             f"training {config.model.name} {have}; weights, gradients and the optimizer's moments alone take "
             f"{gibibytes(memory.state_bytes)}, so {' or '.join([*(f'set {each}' for each in ways), smaller])}"
         )
-    group = _unit(config) // t.accumulate
+    group = group_of(config.model.router)
     divisors = (parts for parts in range(t.accumulate + 1, t.batch_size + 1) if t.batch_size % (parts * group) == 0)
     parts = next((n for n in divisors if peak(accumulate=n) <= free), None)
     if parts is not None:
@@ -459,7 +459,7 @@ def _divided(
     processes bring no memory where the device is the machine's CPU."""
     router, found = config.model.router, []
     state = memory.state_bytes * (1 if way == "ddp" else processes)
-    groups = config.train.batch_size // config.train.accumulate // router.get("images_per_group", 1)
+    groups = config.train.batch_size // config.train.accumulate // group_of(router)
     most = min(groups, MOST_DEVICES if device.type == "cuda" else processes)
     if config.train.precision == "fp16" or config.optim.moments != "fp32":  # what is divided has neither
         return []
@@ -481,7 +481,7 @@ def largest_batch(config: Config, num_classes: int, device: torch.device, images
     Raises:
         UsageError: not even one image, or group of images, a part fits.
     """
-    unit = _unit(config)
+    unit = config.train.accumulate * group_of(config.model.router)
     if (config.augment.mixup or config.augment.cutmix) and unit % 2:
         unit *= 2
     free = free_memory(device)
@@ -492,12 +492,6 @@ def largest_batch(config: Config, num_classes: int, device: torch.device, images
             "set train.recompute=true or choose a smaller model"
         )
     return unit * 2 ** ((found // unit).bit_length() - 1)
-
-
-def _unit(config: Config) -> int:
-    """Images that make one routing group in each part of a batch."""
-    group: int = config.model.router.get("images_per_group", 1)
-    return config.train.accumulate * group
 
 
 def _largest(
@@ -511,7 +505,7 @@ def _largest(
     way: str = "ddp",
 ) -> int:
     """The largest multiple of `unit` up to `top` whose peak is within `free` bytes; 0 if there is none."""
-    unit = unit or _unit(config)
+    unit = unit or config.train.accumulate * group_of(config.model.router)
 
     def peak(units: int) -> int:
         return predict_for(config, num_classes, device, processes, way, batch=units * unit).peak_bytes

@@ -1,5 +1,5 @@
 """Weights & Biases mirrors a run. It only ever reads rows that are on disk already, from a thread of its own:
-when it is slow, broken or unreachable no step waits and nothing is lost; the end of a run waits a little (`close`)."""
+when it is slow, broken or unreachable no step waits and nothing is lost; the end of a run waits (`close`)."""
 
 import http.client
 import netrc
@@ -91,7 +91,7 @@ class Mirror:
         try:
             self._send()
         except Exception as error:  # whatever W&B raises must not reach the run: say it and stop mirroring
-            self._say(f"W&B stopped mirroring ({type(error).__name__}: {str(error).splitlines()[0]}); the run goes on")
+            self._say(f"W&B stopped mirroring ({type(error).__name__}: {_first_line(error)}); the run goes on")
 
     def _send(self) -> None:
         run = _init(self._mode, self._settings, self._folder, self._say)
@@ -119,6 +119,10 @@ def _ends(thread: threading.Thread, patience_s: float, mode: str) -> bool:
         thread.join(1)  # slow is not broken: what is on its way arrives
     stuck = stuck or thread.is_alive()
     return not thread.is_alive()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or ["no message"])[0]
 
 
 def _answers(mode: str) -> bool:
@@ -153,7 +157,7 @@ def _init(mode: str, settings: dict[str, Any], folder: Path, say: Callable[[str]
             return init("online")
         except wandb.Error as error:
             say(
-                f"W&B is not reachable ({str(error).splitlines()[0]}); recording offline, "
+                f"W&B is not reachable ({_first_line(error)}); recording offline, "
                 f"'wandb sync' sends {folder}/wandb later"
             )
     return init("offline")
@@ -195,9 +199,7 @@ def publish(
     if not _ends(thread, INIT_TIMEOUT_S, mode):
         say(f"W&B has not taken everything; all files are in {folder}")
     elif failures:
-        say(
-            f"W&B refused ({type(failures[0]).__name__}: {str(failures[0]).splitlines()[0]}); all files are in {folder}"
-        )
+        say(f"W&B refused ({type(failures[0]).__name__}: {_first_line(failures[0])}); all files are in {folder}")
     else:
         where = f"offline in {folder}/wandb; 'wandb sync' sends it" if mode == "offline" else "sent"
         say(f"W&B: run {settings['name']} of group {settings['group']}, {where}")

@@ -245,8 +245,8 @@ def _moe(mlp: nn.Module, model: Model, num_tokens: int) -> MoE:
         )
     if router.slots_per_expert is None and (dim % 8 or hidden % 8):
         raise UsageError(
-            f"router {model.router_name} multiplies runs of rows, for which torch needs multiples of 8 as widths: "
-            f"the model's is {dim}, its experts' {hidden}; change model.backbone.width or model.expert_width"
+            f"router {model.router_name} multiplies runs of rows, which torch does in half precision for multiples of "
+            f"8 only: the model is {dim} wide, its experts {hidden}; change model.backbone.width or model.expert_width"
         )
     gelu = "tanh" if isinstance(mlp.act, GELUTanh) else "none"
     identical = model.expert_init == "identical"

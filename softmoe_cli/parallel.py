@@ -401,6 +401,8 @@ def _contact() -> Iterator[None]:
     """Turns the engine's word for a process that is gone into ours."""
     try:
         yield
+    except RunError:
+        raise  # ours, whatever words are in it
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error):
             raise Lost(f"lost contact with another process ({str(error).splitlines()[0]})") from error

@@ -45,7 +45,7 @@ WEIGHTS, TRAINING, STATE, SUMS = "model.safetensors", "training.safetensors", "s
 ROWS = ("metrics.jsonl", "routing.jsonl")
 RECEIPT = "receipt.json"
 """In folders that are made from a checkpoint: from what, how, and what came out."""
-OURS = re.compile(r"\.?(last|best)-\d+")
+OURS = re.compile(r"(last|best)-\d+|\.(last|best)-\d+(-before)?")
 """Checkpoints and unfinished ones: nothing else in their folder is ever removed."""
 
 
@@ -215,7 +215,7 @@ class Run:
         name, texts = f"{kind}-{step:08d}", {STATE: json.dumps(state)}
         tensors = [piece.tensor for pieces in given for piece in pieces.values()]
         beside = sum(tensor.nbytes for tensor in tensors if tensor.device.type == "cpu")  # a device's is not touched
-        copied = room_beside(beside, free_memory(torch.device("cpu")))
+        copied = not beside or room_beside(beside, free_memory(torch.device("cpu")))
         if copied:
             given = [_copied(pieces) for pieces in given]
 
@@ -266,9 +266,13 @@ class Run:
             for file in ROWS:
                 if (self.folder / file).exists():
                     sync(self.folder / file)  # the checkpoint vouches for these rows
-            shutil.rmtree(final, ignore_errors=True)
+            before = temporary.with_name(f"{temporary.name}-before")
+            shutil.rmtree(before, ignore_errors=True)
+            if final.exists():
+                final.rename(before)
             temporary.rename(final)
             sync(self.checkpoints)
+            shutil.rmtree(before, ignore_errors=True)
         except (OSError, SafetensorError) as error:
             if self._writes:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -395,7 +399,13 @@ class Run:
 
     def _found(self, kind: str) -> list[Path]:
         """Checkpoints of a kind, newest first."""
-        return sorted(self.checkpoints.glob(f"{kind}-*"), reverse=True)
+        return _numbered(self.checkpoints, kind)
+
+
+def _numbered(folder: Path, kind: str) -> list[Path]:
+    """The checkpoints of a kind in a folder, newest first; not what a user has put there under other names."""
+    found = [path for path in folder.glob(f"{kind}-*") if OURS.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
 
 
 def room_beside(copy: int, free: int) -> bool:
@@ -448,6 +458,7 @@ def seal(folder: Path, known: dict[str, str] | None = None) -> None:
     (folder / SUMS).write_text("".join(f"{digest}  {file}\n" for file, digest in digests.items()))
     for file in [*files, SUMS]:
         sync(folder / file)
+    sync(folder)
 
 
 def publish(folder: Path, fill: Callable[[Path], None]) -> None:
@@ -629,7 +640,7 @@ def _read_card(text: str, path: Path) -> dict[str, Any]:
     lacks = [key for key in ("model", "data", "classes", "loss", "precision") if key not in said]
     if lacks:
         raise UsageError(f"checkpoint={path}: what it says of its model lacks {lacks[0]}; softmoe saved no such file")
-    if "${" in text:
+    if "${" in json.dumps([said["model"], said["data"]]):
         raise UsageError(f"checkpoint={path}: what it says of its model holds ${{…}}, which softmoe never writes")
     kind = "folder" if said["data"].get("name") == "folder" else None
     unsaid = {"data.format": kind, "data.prefetch": 2, "data.crop": "shift", "data.area": 0.05}
@@ -647,7 +658,7 @@ def _weights_in(folder: Path) -> Path:
     if (folder / WEIGHTS).is_file() or shards.files(folder / WEIGHTS):
         candidates = [folder]
     else:
-        candidates = sorted((folder / "checkpoints").glob("last-*"), reverse=True)
+        candidates = _numbered(folder / "checkpoints", "last")
     if not candidates:
         raise UsageError(f"checkpoint={folder} holds no checkpoint: neither {WEIGHTS} nor checkpoints/last-*")
     faults = []
@@ -660,11 +671,13 @@ def _weights_in(folder: Path) -> Path:
 
 
 def random_state() -> dict[str, Tensor]:
-    """torch's random states, on the CPU and on the CUDA device: dropout, stochastic depth and router noise draw
+    """torch's random states, on the CPU and on the CUDA or MPS device: dropout, stochastic depth and router noise draw
     from them. Order and augmentation are functions of seed and step and need no state."""
     states = {"random.cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["random.cuda.0"] = torch.cuda.get_rng_state()
+    if torch.backends.mps.is_available():
+        states["random.mps"] = torch.mps.get_rng_state()
     return states
 
 
@@ -672,3 +685,5 @@ def set_random_state(states: dict[str, Tensor]) -> None:
     torch.set_rng_state(states["random.cpu"])
     if torch.cuda.is_available() and "random.cuda.0" in states:
         torch.cuda.set_rng_state(states["random.cuda.0"])
+    if torch.backends.mps.is_available() and "random.mps" in states:
+        torch.mps.set_rng_state(states["random.mps"])

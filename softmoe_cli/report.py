@@ -7,6 +7,7 @@ import dataclasses
 import gc
 import hashlib
 import json
+import math
 import multiprocessing.forkserver
 import os
 import signal
@@ -179,12 +180,21 @@ def _reference(name: str, question: "Question") -> tuple[str, list[dict[str, str
         raise UsageError(
             f"--reference {name} has neither the columns {' and '.join(ours)} nor {' and '.join(PUBLISHED)}"
         )
+    from softmoe_cli.looks import KINDS
+
     for number, row in enumerate(rows, 2):
         for key in axes:
             try:
-                float(row[key] or 0)
-            except ValueError as error:
-                raise UsageError(f"--reference {name}, line {number}: {key} '{row[key]}' is no number") from error
+                finite = math.isfinite(float(row[key] or 0))
+            except ValueError:
+                finite = False
+            if not finite:
+                raise UsageError(f"--reference {name}, line {number}: {key} '{row[key]}' is no number")
+        if row.get("routing") and row["routing"] not in KINDS:
+            kinds = ", ".join(KINDS)
+            raise UsageError(f"--reference {name}, line {number}: routing {row['routing']} is not one of {kinds}")
+    if not any(all(row[key] for key in axes) for row in rows):
+        raise UsageError(f"--reference {name} has no row with both {' and '.join(axes)}")
     title = "Soft MoE (Puigcerver et al., 2023), " if path.parent == paper else ""
     table = {"pareto": "Table 9", "long_runs": "Table 8"}.get(path.stem, path.name) if title else path.name
     return title + table, rows

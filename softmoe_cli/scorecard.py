@@ -149,7 +149,12 @@ class Among(nn.Module):
 
 
 def _outputs(known: list[str], found: list[str], by_number: bool) -> list[int] | None:
-    """Which of the head's outputs the classes of the data are, by name or by number; None: some are not among them."""
+    """Which of the head's outputs the classes of the data are, by name or by number; None: some are not among them, or
+    have a name that others have too."""
+    if not by_number and found == known:
+        return list(range(len(known)))
+    if not by_number and len(set(known)) < len(known):
+        return None
     place = {str(i) if by_number else name: i for i, name in enumerate(known)}
     return [place[name] for name in found] if set(found) <= set(place) else None
 

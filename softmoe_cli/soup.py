@@ -6,24 +6,27 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from softmoe_cli.config import UsageError
+from softmoe_cli.config import CUT, UsageError
 from softmoe_cli.record import Source
 
 Weights = dict[str, Tensor]
+COMMON = ("model", "classes", "loss", "precision")
 
 
 def check_alike(sources: Sequence[Source]) -> None:
-    """Raises UsageError unless all are of one model for the same classes, loss, precision and pixels."""
+    """Raises UsageError unless all are of one model for the same classes, loss, precision and pixels, and those of one
+    data set of the same cut of it: of another, some would have been trained on the images that choose and score."""
     first = sources[0]
     for other in sources[1:]:
-        said = [{**s.card, "mean": s.card["data"]["mean"], "std": s.card["data"]["std"]} for s in (first, other)]
-        odd = [key for key in ("model", "classes", "loss", "precision", "mean", "std") if said[0][key] != said[1][key]]
+        keys = ["mean", "std", *(CUT if first.card["data"].get("name") == other.card["data"].get("name") else ())]
+        said = [{**s.card, **{f"data.{key}": s.card["data"].get(key) for key in keys}} for s in (first, other)]
+        odd = [key for key in said[0] if key in COMMON or key.startswith("data.") if said[0][key] != said[1][key]]
         shapes = [{key: value.shape for key, value in s.weights.items()} for s in (first, other)]
         odd += [key for key in shapes[0] | shapes[1] if shapes[0].get(key) != shapes[1].get(key)]
         if odd:
             raise UsageError(
                 f"checkpoint={first.label} and {other.label} differ in {odd[0]}; only checkpoints of the same "
-                "architecture can be averaged"
+                "architecture, and of the same cut of a data set, can be averaged"
             )
 
 

@@ -57,16 +57,17 @@ def read(folders: Iterable[Path]) -> list[State]:
     for folder in folders:
         if not folder.is_dir():
             raise UsageError(f"{folder} is not a folder")
-        here: dict[str, State] = {}
+        found = False
         for pattern in ("jobs.json", "sweep-*/jobs.json", "*/sweep-*/jobs.json"):
             for file in sorted(folder.glob(pattern)):
-                here |= {each.folder: each for each in sweep(file.parent)}
+                found = True
+                states |= {each.folder: each for each in sweep(file.parent)}
         for pattern in ("config.yaml", "*/config.yaml", "*/*/config.yaml"):
             runs = [file.parent for file in sorted(folder.glob(pattern))]
-            here |= {str(run): state(run, run.name, None) for run in runs if str(run) not in here}
-        if not here:
+            found = found or bool(runs)
+            states |= {str(run): state(run, run.name, None) for run in runs if str(run) not in states}
+        if not found:
             raise UsageError(f"{folder} holds neither a run nor a sweep; softmoe train makes them in outputs/STUDY")
-        states |= {name: each for name, each in here.items() if name not in states}
     return list(states.values())
 
 
@@ -146,7 +147,7 @@ def _last_rows(metrics: Path) -> tuple[dict[str, Any] | None, float | None]:
         return None, None
     size = metrics.stat().st_size
     last: dict[str, Any] | None = None
-    for start in {max(0, size - TAIL_BYTES), 0}:
+    for start in dict.fromkeys((max(0, size - TAIL_BYTES), 0)):
         with metrics.open("rb") as file:
             file.seek(start)
             lines = file.read().split(b"\n")[1 if start else 0 : -1]  # whole lines only: the rest is being written
@@ -160,8 +161,9 @@ def _last_rows(metrics: Path) -> tuple[dict[str, Any] | None, float | None]:
 
 def _progress(config: Path, row: dict[str, Any]) -> float:
     """The share of a run's budget that its last row has used."""
-    train = yaml.load(config.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))["train"]
-    used = {"steps": row["step"], "epochs": row["epoch"], "images": row["images"], "minutes": row["device_s"] / 60}
+    said = yaml.load(config.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    train, minutes = said["train"], row["device_s"] / said.get("devices", 1) / 60  # device_s adds devices up
+    used = {"steps": row["step"], "epochs": row["epoch"], "images": row["images"], "minutes": minutes}
     return min(1.0, next(used[key] / train[key] for key in BUDGETS if train[key] is not None))
 
 

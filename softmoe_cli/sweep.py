@@ -274,7 +274,9 @@ def _costs(config: Config, *, times: bool) -> dict[str, float]:
     peak = predict_for(config, classes, device, config.devices, way).peak_bytes
     budget = Budget.of(config, images)
     step_s = math.nan
-    if times and peak <= free_memory(device) and config.optim.moments == "fp32":  # the clock knows no others
+    # What the clock knows: one device, all weights trained, AdamW's moments in float32.
+    known = config.devices == 1 and not config.optim.freeze and config.optim.moments == "fp32"
+    if times and known and peak <= free_memory(device):
         load = CostConfig(
             model=config.model, data=config.data, batch_size=t.batch_size, accumulate=t.accumulate,
             recompute=t.recompute, precision=t.precision, devices=1, parallel="ddp", compile=t.compile, clock=True,
@@ -282,7 +284,10 @@ def _costs(config: Config, *, times: bool) -> dict[str, float]:
         )  # fmt: skip
         key = repr((config.model, classes, t.batch_size, t.accumulate, t.recompute, t.precision, t.compile))
         if key not in _timed:
-            _timed[key] = measure([load], classes)[0].train_step_ms / 1000
+            try:
+                _timed[key] = measure([load], classes)[0].train_step_ms / 1000
+            except UsageError:  # what fits with SGD need not with AdamW
+                _timed[key] = math.nan
         step_s = _timed[key]
     steps = budget.steps if budget.steps is not None else (budget.seconds or 0.0) / step_s
     return {
@@ -515,7 +520,9 @@ class Sweep:
         self._check_objective()
         self._command = str(config.hydra.job.name)
         self._typed = list(config.hydra.overrides.task)
-        words = json.dumps([self._command, *self._typed])
+        searched = ("hydra.launcher.limit", "hydra.sweeper.")  # what decides which jobs there are
+        others = [word for word in config.hydra.overrides.hydra if word.lstrip("+").startswith(searched)]
+        words = json.dumps([self._command, *self._typed, *others])
         study = Path(config.output_root) / config.study
         self._folder = study / f"sweep-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
         self._entries: list[Entry] = []
@@ -561,10 +568,12 @@ class Sweep:
         with self._held():
             self._write_down()
             for entry in entries:
-                if entry.finished:
-                    entry.word = entry.word or "done before"
-                elif self._excess(entry.job) > 1:
+                if entry.word:
+                    continue
+                if self._excess(entry.job) > 1:  # finished or not: an earlier search may have had another limit
                     entry.word = "over the limit"
+                elif entry.finished:
+                    entry.word = "done before"
             self._work_off([entry for entry in dict.fromkeys(entries) if not entry.word], slots)
         return [self._return(overrides, entry) for overrides, entry in zip(job_overrides, entries, strict=True)]
 

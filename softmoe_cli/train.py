@@ -6,8 +6,8 @@ import platform
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -242,7 +242,7 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
         screen.say,
     )
 
-    def row(split: str, values: dict[str, float]) -> dict[str, Any]:
+    def row(split: str, values: Mapping[str, float | None]) -> dict[str, Any]:
         images = progress.step * config.train.batch_size
         full = {"step": progress.step, "images": images, "epoch": images / len(splits.train), "split": split, **values}
         progress.used(crew.joules(energy.used(), device))
@@ -273,18 +273,24 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
                 evaluate(evaluated, batches, loss=config.train.loss, autocast=autocast, collect=turns.collect)
             )
         if not math.isfinite(values["loss"]):
-            raise RunError(
-                f"{split} loss {values['loss']} at step {progress.step:,}: the last update left weights that are too "
-                "large or not finite; lower optim.lr or set optim.clip_norm, and type the command again"
-            )
+            raise exploded(f"{split} loss {values['loss']}")
         return row(split, values | beside)
+
+    def exploded(what: str) -> RunError:
+        return RunError(
+            f"{what} at step {progress.step:,}: the last update left weights that are too large or not finite; lower "
+            "optim.lr or set optim.clip_norm, and type the command again"
+        )
 
     def few_shots() -> dict[str, float]:
         """Of shots drawn with the seed of the data's cut, so that every run of a study has the same."""
 
         def seen_by_head(images: data.ImageSet) -> Tensor:
             turns = turns_of(images)
-            return features(evaluated, stop.watch(held_out(images, turns.own)), autocast, turns.collect)
+            found = features(evaluated, stop.watch(held_out(images, turns.own)), autocast, turns.collect)
+            if not found.isfinite().all():
+                raise exploded("features that are not finite")
+            return found
 
         numbers = fewshot(
             seen_by_head, config.train.fewshot, splits.train, splits.validation, None, len(splits.classes),
@@ -316,7 +322,8 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
                 weights,
                 training,
                 asdict(progress) | {"scaler": scaler.state_dict()},
-                card | {"origin": f"{made}-{progress.step}"},
+                # The best's step is chance, as the last one's is where minutes are the budget.
+                card | {"origin": f"{made}-{'best' if kind == 'best' else 'end' if end else progress.step}"},
                 end=end,
             )
 
@@ -348,19 +355,24 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
 
                 compiles = config.train.compile and progress.step == first_step
                 with progress.booked("compile" if compiles else "device", crew.size):
-                    lr = learning_rate(here)
+                    lr, scale = learning_rate(here), scaler.get_scale()
                     x, targets = next(batches)
                     loss, aux, norm = update(
                         model, forward, x, targets, config, lr, optimizer, scaler, autocast, seen, crew
                     )
-                    rescaling = scaler.is_enabled() and scaler.get_scale() > SMALLEST_SCALE
-                    if not math.isfinite(loss) or not (math.isfinite(norm) or rescaling):
+                    updated = math.isfinite(loss) and math.isfinite(norm)
+                    rescaling = math.isfinite(loss) and SMALLEST_SCALE < scaler.get_scale() < scale
+                    if not updated and not rescaling:
                         raise RunError(_blame(model, x, targets, config, autocast, progress.step, loss, norm))
                     for router in settling:
                         for numbers in router.counted():
-                            crew.add(numbers)
-                        router.after_update()
-                    if ema is not None:
+                            if updated:
+                                crew.add(numbers)
+                            else:
+                                numbers.zero_()
+                        if updated:
+                            router.after_update()
+                    if updated and ema is not None:
                         ema.update(model)
                 if budget.steps is None:
                     progress.seconds["device"] = crew.most(progress.seconds["device"])
@@ -379,7 +391,8 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
                 if budget.passed(progress.logged, now, config.train.log_every):
                     steps = progress.loss_steps
                     means = {"loss": progress.loss_sum / steps, "aux_loss": progress.aux_sum / steps}
-                    row("train", means | {"lr": lr, "grad_norm": norm, "images_per_s": images_per_s})
+                    beside = {"lr": lr, "grad_norm": norm if updated else None, "images_per_s": images_per_s}
+                    row("train", means | beside)
                     progress.logged, progress.loss_sum, progress.aux_sum, progress.loss_steps = now, 0.0, 0.0, 0
             save("last", end=True)  # before the test row: should the run die in between, that alone is done again
             test = look("test", splits.test, {})
@@ -401,7 +414,9 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
             wandb_run.close(None)
             raise
     router = card["model"]["router"]
-    result = _result(config, command, run, source, cost, memory, splits, test, progress, device, router, crew)
+    result = _result(
+        config, command, run, source, cost, memory, splits, test, progress, device, router, moe_blocks, crew
+    )
     result["data.identity"] = images_digest
     run.finish(result)
     wandb_run.close(result)
@@ -426,8 +441,10 @@ def update(
     several processes each has its share of every part.
 
     Returns the mean loss over images without and the auxiliary loss, and the gradients' norm before clipping.
-    The weights stay as they were, and the gradients can be looked at, when loss or norm is not finite.
+    The weights stay as they were, and the gradients can be looked at, when loss or norm is not finite; where only the
+    norm is, a scaler then lowers its scale.
     """
+    optimizer.zero_grad(set_to_none=True)  # of an update that was not made
     parts, share = config.train.accumulate, crew.share(config)
     total = torch.zeros(2, device=x.device)
     with autocast:  # around all parts: a weight that it has cast once stays cast until the update
@@ -451,10 +468,17 @@ def update(
     if math.isfinite(main) and (math.isfinite(norm_value) or scaler.is_enabled()):
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        scaler.step(optimizer)
+        if math.isfinite(norm_value):  # else not even a call: a first one would leave moments that were never written
+            scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)  # now, so that looks and checkpoints find their memory free
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)  # now, so that looks and checkpoints find their memory free
     return main, aux_loss, norm_value
+
+
+def _tell(text: bytes) -> None:
+    """To whoever still listens: Ctrl-C ends the `tee` behind a pipe too."""
+    with suppress(OSError):
+        os.write(2, text)
 
 
 class Stop:
@@ -477,11 +501,11 @@ class Stop:
 
     def _ask(self, number: int, _frame: FrameType | None) -> None:
         if self.name is not None and number == signal.SIGINT:
-            os.write(2, b"\nleft at once; the last checkpoint is good\n")
+            _tell(b"\nleft at once; the last checkpoint is good\n")
             os._exit(130)
         self.name = signal.Signals(number).name
         if self._crew.first:
-            os.write(2, f"\n{self.name}: saving and leaving; press Ctrl-C again to leave at once\n".encode())
+            _tell(f"\n{self.name}: saving and leaving; press Ctrl-C again to leave at once\n".encode())
 
     def check(self) -> None:
         number = self._crew.most(signal.Signals[self.name] if self.name is not None else 0)
@@ -817,6 +841,7 @@ def _result(
     progress: Progress,
     device: torch.device,
     router: dict[str, Any],
+    moe_blocks: list[int],
     crew: Crew,
 ) -> dict[str, Any]:
     """One flat row: what it was, what it reached on the test images with its last weights, what it cost, and every
@@ -835,7 +860,7 @@ def _result(
         "slots_per_expert": router.get("slots_per_expert"),
         "slots_per_token": cost.slots_per_token,
         "images_per_group": router.get("images_per_group"),
-        "moe_blocks": ",".join(map(str, m.moe_blocks)),
+        "moe_blocks": ",".join(map(str, moe_blocks)),
         "image_size": m.image_size,
         "tokens": cost.tokens,
         "data": config.data.name,

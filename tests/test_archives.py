@@ -152,6 +152,48 @@ def test_damaged_tars_are_refused(tmp_path: Path, damage: str) -> None:
         load(settings("folder", path))
 
 
+@pytest.mark.parametrize("damage", ["cut", "cut in a header", "flipped", "appended", "no end"])
+def test_a_tar_that_does_not_end_where_tars_end_is_refused(tmp_path: Path, damage: str) -> None:
+    """tarfile itself stops without a word at a header that it cannot read."""
+    path = pack(tmp_path / "a.tar", WHOLE)
+    raw = path.read_bytes()
+    with tarfile.open(path) as tar:
+        third = tar.getmembers()[20].offset
+    broken = {
+        "cut": raw[:third],
+        "cut in a header": raw[: third + 100],
+        "flipped": raw[:third] + bytes([raw[third] ^ 1]) + raw[third + 1 :],
+        "appended": raw + raw,
+        "no end": raw[: -len(raw) + len(raw.rstrip(b"\0")) // 512 * 512 + 512],
+    }
+    path.write_bytes(broken[damage])
+    with pytest.raises(UsageError, match=r"a\.tar cannot be read as a tar: its end, at byte \d+, is no end of a tar"):
+        load(settings("folder", path))
+
+
+def test_images_that_are_links_or_twice_in_a_tar_are_refused(tmp_path: Path) -> None:
+    path = pack(tmp_path / "a.tar", WHOLE)
+    with tarfile.open(path, "a") as tar:
+        link = tarfile.TarInfo("train/ant/linked.png")
+        link.type, link.linkname = tarfile.LNKTYPE, "train/ant/0.png"
+        tar.addfile(link)
+    with pytest.raises(UsageError, match=r"linked\.png is a link, or sparse"):
+        load(settings("folder", path))
+    twice = pack(tmp_path / "b.tar", WHOLE)
+    pack(twice, {"train/ant/0.png": picture(900)}, mode="a")
+    with pytest.raises(UsageError, match=r"b\.tar holds train/ant/0\.png twice"):
+        load(settings("folder", twice))
+
+
+def test_parts_in_a_tar_are_in_small_letters_and_hidden_images_are_none(tmp_path: Path) -> None:
+    renamed = {name.replace("train/", "Training/"): content for name, content in WHOLE.items()}
+    with pytest.raises(UsageError, match="Training must be called train"):
+        load(settings("folder", pack(tmp_path / "a.tar", renamed)))
+    more = WHOLE | dict.fromkeys(("train/ant/.thumbs/1.png", "train/ant/@eaDir/1.png", "._x/0.png"), picture(1))
+    plain, hidden = (load(settings("folder", pack(tmp_path / f"{i}.tar", f))) for i, f in enumerate((WHOLE, more)))
+    assert everything(plain) == everything(hidden)
+
+
 def test_an_archive_that_changes_under_a_run_is_named(tmp_path: Path) -> None:
     path = as_one_tar(tmp_path)
     data = settings("folder", path, memory_gib=0)
@@ -394,9 +436,30 @@ def test_arrow_files_are_the_folder_they_were_made_from(tmp_path: Path) -> None:
         assert everything(read) == everything(folder)
     with pytest.raises(UsageError, match=r"has columns img \(Image\), kind \(ClassLabel\); one must be an Image"):
         load(settings("arrow", root, label="sort"))
+    (root / "train" / "cache-1f2e.arrow").write_bytes(b"what a program of Hugging Face's left there")
+    assert everything(load(settings("arrow", root))) == everything(folder)
     (root / "train" / "data-00000-of-00001.arrow").write_bytes(b"nothing")
     with pytest.raises(UsageError, match="is no Arrow file with images in img"):
         load(settings("arrow", root))
+
+
+@pytest.mark.parametrize("label", [-1, 0.5])
+def test_arrow_labels_that_are_none_are_refused(tmp_path: Path, label: float) -> None:
+    """-1 is how Hugging Face has images without a label."""
+    pa = pytest.importorskip("pyarrow")
+    root = as_arrow(tmp_path)
+    table = pa.table({"img": pa.array([{"bytes": picture(0), "path": "0.png"}]), "label": [label]})
+    with pa.OSFile(str(root / "test/data-00000-of-00001.arrow"), "wb") as f, pa.ipc.new_stream(f, table.schema) as out:
+        out.write_table(table)
+    with pytest.raises(UsageError, match=f"its label {label} is neither a number from 0 nor a name"):
+        load(settings("arrow", root))
+
+
+def test_sets_of_which_files_are_missing_are_refused(tmp_path: Path) -> None:
+    root = as_tfds(tmp_path)
+    (root / "mine-train.tfrecord-00001-of-00002").unlink()
+    with pytest.raises(UsageError, match="1 files are there of 2"):
+        load(settings("tfds", root))
 
 
 # --- timm's transforms ------------------------------------------------------------------------------------------------

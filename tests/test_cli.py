@@ -104,10 +104,11 @@ WRONG_LINES = {
     ),
     "groups in parts": (
         "train model=vit_nano2_tokens_choice model.router.images_per_group=8 train.batch_size=32 train.accumulate=8",
-        "train.batch_size=32 is computed in train.accumulate=8 parts, each of which is not a multiple",
+        "each of which is not a multiple of model.router.images_per_group=8, so that which images make a group would "
+        "depend on it; use 64",
     ),
     "dropless width": (
-        "train model/router=tokens_choice_dropless model.expert_width=30", "torch needs multiples of 8 as widths"
+        "train model/router=tokens_choice_dropless model.expert_width=30", "for multiples of 8 only"
     ),
     "timm patch": (
         "train model/backbone=timm model.backbone.timm=vit_tiny_patch16_224 model.image_size=30 " + DENSE,

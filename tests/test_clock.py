@@ -34,6 +34,18 @@ def test_what_does_not_fit_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> N
         measure([costed()], 10)
 
 
+def test_each_is_measured_with_its_own_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, int]] = []
+    monkeypatch.setattr(Workload, "forward", lambda load: seen.append((load.threads, torch.get_num_threads())))
+    default = torch.get_num_threads()
+    try:
+        made = measure([costed(repeats=2, batch_size=4, threads=threads) for threads in (2, 1, None)], 10)
+    finally:
+        torch.set_num_threads(default)
+    assert {own for own, _ in seen} == {2, 1, default} and all(own == there for own, there in seen)
+    assert ["2 threads" in made[0].hardware, "1 threads" in made[1].hardware] == [True, True]
+
+
 def test_only_like_is_ranked_with_like() -> None:
     assert rank([(3.0, "a"), (1.0, "b"), (2.0, "a"), (9.0, "c"), (2.0, "b")]) == [2, 1, 1, None, 2]
     settings = [("fp32", True), ("fp32", False), ("bf16", True), ("bf16", False)]

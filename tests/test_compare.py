@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from scipy import stats
 
-from softmoe_cli.compare import Comparison, Group, Question, compare
+from softmoe_cli.compare import Comparison, Group, Question, compare, natural
 from softmoe_cli.config import UsageError
 from softmoe_cli.record import Source, origin
 from tests.synthetic import looks, row, study, write
@@ -278,6 +278,36 @@ def test_one_run_that_ends_early_blanks_its_group(tmp_path: Path) -> None:
     comparison = asked(tmp_path, at=("images=6400",))
     assert group(comparison, "soft").budgets[0].reason == "1 of 3 end before, the first at 5600"
     assert group(comparison, "dense").budgets[0].interval is not None
+
+
+def test_labels_are_in_order_whatever_they_begin_with() -> None:
+    labels = ["from up2", "2,3", "from up", "gate 16", "gate", "", "gate 2", "2"]
+    assert sorted(labels, key=natural) == ["", "2", "2,3", "from up", "from up2", "gate", "gate 2", "gate 16"]
+
+
+def test_two_checkpoints_of_one_run_have_two_labels(tmp_path: Path) -> None:
+    for made in ("0a1b-best", "0a1b-end"):
+        for seed in range(2):
+            weights = f"run/checkpoints/{made}/model.safetensors"
+            write(tmp_path, row(seed=seed, command="finetune", checkpoint__origin=made, checkpoint=weights))
+    assert sorted(each.label for each in asked(tmp_path).groups) == ["from run (0a1b-best)", "from run (0a1b-end)"]
+
+
+def test_where_a_value_has_commas(tmp_path: Path) -> None:
+    for blocks in ([2], [3], [2, 3]):
+        write(tmp_path, row(model__moe_blocks=blocks, moe_blocks=",".join(map(str, blocks))))
+    chosen = asked(tmp_path, where=("moe_blocks=2,3",))
+    assert [run.row["moe_blocks"] for group in chosen.groups for run in group.runs] == ["2,3"]
+    assert len(asked(tmp_path, where=("moe_blocks=2,3,7",)).groups) == 2, "a list, where no value is called that"
+    assert asked(tmp_path, sort="moe_blocks").groups
+
+
+def test_a_baseline_by_a_key_that_one_table_lacks(tmp_path: Path) -> None:
+    for router, data in (("soft", "digits"), ("dense", "digits"), ("dense", "fashion"), ("tokens_choice", "fashion")):
+        changes = {"model__router__num_experts": 4} if router == "soft" else {}
+        write(tmp_path, row(router=router, data__name=data, data=data, **changes))
+    comparison = asked(tmp_path, baseline="model.router.num_experts=4")
+    assert {each.baseline for each in comparison.groups} == {None, "soft"}
 
 
 def test_by_where_sort_and_columns(tmp_path: Path) -> None:

@@ -252,6 +252,30 @@ def test_parts_are_in_small_letters(tmp_path: Path) -> None:
     for part in ("Train", "Val"):
         write_tree(tmp_path / part)
     refused(folder(tmp_path), "Train must be called train")
+    (tmp_path / "Train").rename(tmp_path / "training")
+    refused(folder(tmp_path), "training must be called train|Val must be called val")
+
+
+def test_hidden_folders_hold_no_images(tmp_path: Path) -> None:
+    plain = load(folder(write_tree(tmp_path)))
+    (tmp_path / CLASSES[0] / ".thumbnails").mkdir()
+    write_image(tmp_path / CLASSES[0] / ".thumbnails" / "1.png", np.random.default_rng(9))
+    assert same(plain, load(folder(tmp_path)))
+
+
+def test_classes_half_unpacked_are_refused(tmp_path: Path) -> None:
+    write_tree(tmp_path)
+    for name in ("dog", "emu"):
+        (tmp_path / f"{name}.tar").write_bytes(b"")
+    refused(folder(tmp_path), "unpack all classes or none")
+
+
+def test_a_program_by_an_images_name_is_not_run(tmp_path: Path) -> None:
+    """Pillow would hand PostScript to Ghostscript."""
+    write_tree(tmp_path)
+    figure = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+    (tmp_path / "bee" / "figure.jpg").write_bytes(figure)
+    refused(folder(tmp_path), r"figure\.jpg is not an image that can be read: cannot identify")
 
 
 def test_identity_is_what_the_folder_holds(tmp_path: Path) -> None:

@@ -109,8 +109,8 @@ def page_faults() -> None:
 
 
 @glibc
-def test_what_was_freed_counts_as_free(tmp_path: Path) -> None:
-    """A kept block of 256 MiB is given back before free memory is read."""
+def test_what_was_freed_is_given_back_when_free_memory_is_read(tmp_path: Path) -> None:
+    """A block of 256 MiB, kept until then."""
     assert forked(tmp_path / "out.txt", resident) == 0
     kept, after = json.loads((tmp_path / "out.txt").read_text())
     assert kept - after > 250 * 2**20

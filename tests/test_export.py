@@ -162,6 +162,19 @@ def test_a_folder_for_everybody(source: tuple[Path, VisionTransformer], softmoe:
     assert "model.onnx does not match its checksum" in softmoe(*line).err
 
 
+@pytest.mark.parametrize(
+    ("kind", "crop_pct", "told"), [(None, None, ("bilinear", 1.0)), ("arrow", None, ("bicubic", 1.0)),
+                                   ("webdataset", 0.875, ("bicubic", 0.875))]
+)  # fmt: skip
+def test_pixels_are_told_as_they_were_made(
+    kind: str | None, crop_pct: float | None, told: tuple[str, float], source: tuple[Path, VisionTransformer]
+) -> None:
+    said = {"mean": [0.5], "std": [0.5], "format": kind, "crop_pct": crop_pct}
+    model = compose("model=vit_nano2_soft").model
+    made = export.hub_config(model, source[1], {"data": said, "classes": [], "model": {}})["pretrained_cfg"]
+    assert (made["interpolation"], made["crop_pct"]) == told
+
+
 def test_timm_adapts_it(source: tuple[Path, VisionTransformer], softmoe: Softmoe) -> None:
     """What timm's users do with any model: load, preprocess, another head, other sizes and channels."""
     path, vit = source

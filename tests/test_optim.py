@@ -257,6 +257,30 @@ def test_an_optimizer_goes_on_where_another_one_was(moments: str) -> None:
     assert all(torch.equal(one, other) for one, other in pairs)
 
 
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_an_update_that_overflows_leaves_weights_and_moments(name: str) -> None:
+    """At the very first one, where moments are made, and again; the scale is halved until one is made."""
+    config = compose("model/router=dense", "model.backbone.depth=1", "model.backbone.width=16",
+                     "model.backbone.heads=2", "model.backbone.mlp_width=32", f"optim.name={name}",
+                     "optim.momentum=0.9" if name == "sgd" else "optim.clip_norm=1.0")  # fmt: skip
+    torch.manual_seed(0)
+    vit = build(config.model, 10)
+    nn.init.normal_(vit.head.weight, std=20)
+    x, targets = torch.randn(4, 1, 8, 8), torch.eye(10)[:4]
+    before = {key: value.clone() for key, value in vit.state_dict().items()}
+    optimizer, scaler = optimizer_of(vit, config.optim), torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    quiet = torch.autocast("cpu", enabled=False)
+    norms = []
+    for _ in range(20):
+        norms.append(update(vit, vit, x, targets, config, 0.01, optimizer, scaler, quiet, [])[2])
+        if math.isfinite(norms[-1]):
+            break
+        assert not optimizer.state and all(torch.equal(before[key], value) for key, value in vit.state_dict().items())
+    assert len(norms) > 1 and math.isfinite(norms[-1]) and scaler.get_scale() == 2.0 ** (128 - len(norms))
+    assert all(tensor.isfinite().all() for state in optimizer.state.values() for tensor in state.values())
+    assert not torch.equal(before["head.bias"], vit.head.bias)
+
+
 def test_sgd_equals_plain_arithmetic() -> None:
     """buffer = 0.9 buffer + (gradient + decay weight); weight = weight - lr buffer."""
     config = optim(name="sgd", momentum=0.9, weight_decay=0.3, head_weight_decay=2.0)

@@ -19,11 +19,12 @@ from torch import Tensor
 
 from softmoe_cli import data, shards, train
 from softmoe_cli.config import WAYS, Config, UsageError
+from softmoe_cli.files import RunError
 from softmoe_cli.launch import Note, cause
 from softmoe_cli.memory import predict_for
 from softmoe_cli.moe.divided import span
 from softmoe_cli.moe.routing import noise_like, whole_batch
-from softmoe_cli.parallel import Crew, Turns, WholeBatchDropPath, largest_share
+from softmoe_cli.parallel import Crew, Lost, Turns, WholeBatchDropPath, _contact, largest_share
 from tests.conftest import TINY
 from tests.oracles import compose
 from tests.processes import Started
@@ -164,8 +165,9 @@ def test_a_killed_process(tmp_path: Path) -> None:
     line = ("train.steps=200", "train.save_seconds=0", "train.log_every=1", "model.router.noise_std=0.1")
     alone = start(tmp_path / "alone", 1, *line, dtype="")
     launcher = Started(
-        tmp_path / "killed", ["train", *TINY, "threads=1", *line, "devices=2", "restarts=1"], {}, own_server=True
-    )
+        tmp_path / "killed", ["train", *TINY, "threads=1", *line, "devices=2", "restarts=1"],
+        {"WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "1"}, own_server=True,  # of a job's script: not for these
+    )  # fmt: skip
     seen = 0
     for _ in range(2):
         rows_file = tmp_path / "killed" / "outputs"
@@ -227,6 +229,14 @@ def sized(batch: int, parts: int, group: int) -> Config:
 def test_too_many_processes_for_the_groups() -> None:
     with pytest.raises(UsageError, match="5 processes cannot divide 4 groups of"):
         Crew(0, 5).share(sized(32, 2, 4))
+
+
+def test_words_of_ours_are_no_lost_contact() -> None:
+    with pytest.raises(RunError, match="igloo") as error, _contact():
+        raise RunError("cannot write /data/igloo: no space left")
+    assert not isinstance(error.value, Lost)
+    with pytest.raises(Lost), _contact():
+        raise RuntimeError("[gloo/transport] connection closed by peer")
 
 
 def test_words_of_torchrun(softmoe: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -255,7 +255,10 @@ def test_a_csv_of_ours_lies_behind_the_plot(softmoe: Softmoe, tmp_path: Path) ->
     data = (tmp_path / "runs" / "compare" / "index.html").read_text()
     assert '"reference":[[0.0001,88.0,"Dense"]],"kinds"' in data and '"behind":true' in data
     for text, told in [("a,b\n1,2\n", "has neither the columns"), ("", "no rows"),
-                       ("train_pflop,top1_pct\n1,x\n", "line 2: top1_pct 'x' is no number")]:  # fmt: skip
+                       ("train_pflop,top1_pct\n1,x\n", "line 2: top1_pct 'x' is no number"),
+                       ("train_pflop,top1_pct\n1,nan\n", "line 2: top1_pct 'nan' is no number"),
+                       ("train_pflop,top1_pct\n1,\n", "has no row with both train_pflop and top1_pct"),
+                       ("train_pflop,top1_pct,routing\n1,2,Hash\n", "routing Hash is not one of Dense")]:  # fmt: skip
         (tmp_path / "bad.csv").write_text(text)
         answer = softmoe("compare", "runs", "--reference", "bad.csv")
         assert answer.code == 2 and told in answer.err

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from softmoe_cli.models import make_router
 from softmoe_cli.moe.layer import Experts, MoE
-from softmoe_cli.moe.routers.tokens_choice import gshard_loss, importance_loss, load_loss
+from softmoe_cli.moe.routers.tokens_choice import gshard_loss, importance_loss, load_loss, squared_variation
 from softmoe_cli.moe.routing import Router, SparseRouting, load_statistics
 from tests import oracles
 from tests.test_check import ROUTERS
@@ -230,13 +230,17 @@ def test_padding_is_not_asked_for_and_alone_has_no_loss(router: str) -> None:
     loss.backward()
     gradient = moe.router.get_parameter("gate.kernel").grad
     assert gradient is not None and gradient.isfinite().all() and loss.isfinite()
+    assert squared_variation(torch.zeros(1, EXPERTS)).item() == 0
 
 
 def test_gates_of_zero_are_not_divided() -> None:
     moe = layer("tokens_choice_dropless", k=2, gate="sigmoid_chosen", **QUIET)
     with torch.no_grad():
         moe.router.get_parameter("gate.kernel").fill_(-1000.0)
-    assert moe(tokens().abs()).isfinite().all()
+    y = moe(tokens().abs())
+    (100 * y.sum()).backward()
+    gradient = moe.router.get_parameter("gate.kernel").grad
+    assert y.isfinite().all() and gradient is not None and gradient.isfinite().all()
 
 
 def test_load_statistics() -> None:

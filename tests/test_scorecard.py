@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from softmoe_cli.config import EvaluateConfig, UsageError
 from softmoe_cli.mirror import _named
 from softmoe_cli.models import build
+from softmoe_cli.scorecard import _outputs
 from tests import oracles
 from tests.conftest import TINY, Softmoe
 
@@ -71,6 +72,24 @@ def test_everything_that_is_told_of_a_checkpoint(softmoe: Softmoe, tmp_path: Pat
     table = softmoe("evaluate", f"checkpoint={run}", "fewshot=[5]", "fewshot_l2=scored", "audit=[slots,neighbours]")
     assert "l2 chosen on the scored test images" in table.out and "worst_class" in table.out
     assert "audit of slots: an expert has one slot" in table.out and "neighbours: batches of 1 " in table.out
+
+
+def test_the_checkpoints_own_set_is_cut_as_it_was(softmoe: Softmoe, tmp_path: Path) -> None:
+    """Named or not; another cut would have images that it was trained on among the test images."""
+    run = train(softmoe, tmp_path, "data.split_seed=1")
+    reached = json.loads((run / "result.json").read_text())["top1_pct"]
+    for words in ((), ("data=digits",), ("data=digits", "data.split_seed=1")):
+        said = json.loads(softmoe("evaluate", f"checkpoint={run}", *words, "format=json").out)
+        assert said["top1_pct"] == pytest.approx(reached, rel=1e-6)
+    other = json.loads(softmoe("evaluate", f"checkpoint={run}", "data=digits", "data.split_seed=0", "format=json").out)
+    assert other["top1_pct"] != pytest.approx(reached, rel=1e-6), "where it is typed, another cut is taken"
+
+
+def test_classes_of_one_name_are_told_by_their_places() -> None:
+    known = ["ant", "sunglasses", "sunglasses"]
+    assert _outputs(known, known, by_number=False) == [0, 1, 2]
+    assert _outputs(known, ["ant", "sunglasses"], by_number=False) is None
+    assert _outputs(["ant", "bee"], ["bee"], by_number=False) == [1]
 
 
 def test_features_serve_other_classes(softmoe: Softmoe, tmp_path: Path) -> None:

@@ -49,7 +49,8 @@ def test_others_are_refused() -> None:
         ({"weights": {"w": torch.zeros(3)}}, "w"),
         ({"weights": {}}, "w"),
         ({"card": CARD | {"classes": ["b"]}}, "classes"),
-        ({"card": CARD | {"data": {"mean": [0.1], "std": [0.5]}}}, "mean"),
+        ({"card": CARD | {"data": {"mean": [0.1], "std": [0.5]}}}, "data.mean"),
+        ({"card": CARD | {"data": {"mean": [0.5], "std": [0.5], "split_seed": 1}}}, "data.split_seed"),
     ):
         with pytest.raises(UsageError, match=f"one and two differ in {word}; "):
             check_alike([one, dataclasses.replace(one, label="two", **change)])

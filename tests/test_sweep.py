@@ -394,6 +394,14 @@ def test_status_from_files_alone(softmoe: Softmoe, tmp_path: Path) -> None:
     assert 0 <= told["b-elsewhere"]["age_s"] < 100
     assert "failed: seed=1: out of memory at step 3" in table.out and "1 running, 1 running or killed" in table.out
     assert "stopped" in softmoe("status", "outputs/mine/a-stopped").out
+    config = study / "a-stopped" / "config.yaml"
+    timed = yaml.safe_load(config.read_text())["train"] | {"steps": None, "minutes": 1 / 60}
+    config.write_text(yaml.safe_dump({"train": timed, "devices": 4}))
+    (state,) = json.loads(softmoe("status", "outputs/mine/a-stopped", "--json").out)
+    assert state["progress"] == 0.25, "four devices have spent one second together, of one"
+    config.write_text(yaml.safe_dump({"train": timed | {"steps": 100, "minutes": None}}))
+    twice = softmoe("status", "outputs/mine", "outputs/mine/a-stopped").out
+    assert len(twice.splitlines()) == len(table.out.splitlines()), "a run that is named twice is told once"
     (tmp_path / "empty").mkdir()
     wrong = {
         (): "needs a folder",

@@ -1,6 +1,7 @@
 """The loop through its real parts: processes, signals, files. Same configuration, same numbers, whatever happens."""
 
 import errno
+import functools
 import json
 import math
 import os
@@ -24,8 +25,9 @@ from safetensors.torch import load_file
 from softmoe_cli import record
 from softmoe_cli.cli import main
 from softmoe_cli.config import LATER
-from softmoe_cli.record import Checkpoint, Run, RunError, flat_science
-from softmoe_cli.train import Stop, _commit, run_folder
+from softmoe_cli.moe.routers.tokens_choice import TokensChoiceRouter
+from softmoe_cli.record import OURS, Checkpoint, Run, RunError, flat_science
+from softmoe_cli.train import Interrupted, Stop, _commit, run_folder
 from tests.conftest import TINY, Softmoe
 from tests.oracles import compose
 from tests.processes import Started, forked
@@ -371,10 +373,14 @@ def test_what_is_not_ours_stays(softmoe: Softmoe, tmp_path: Path) -> None:
     assert softmoe(*line).code == 0
     run = the_run(tmp_path)
     (run / "checkpoints" / "README").write_text("mine")
-    shutil.copytree(last(run), run / "checkpoints" / "keep-this")
+    for name in ("keep-this", "last-mine", "last-00000010-mine"):
+        shutil.copytree(last(run), run / "checkpoints" / name)
+    (run / "checkpoints" / ".last-00000010-before").mkdir()
     (run / "result.json").unlink()
     assert softmoe(*line).code == 0
-    assert (run / "checkpoints" / "README").exists() and (run / "checkpoints" / "keep-this").exists()
+    left = {path.name for path in (run / "checkpoints").iterdir() if not OURS.fullmatch(path.name)}
+    assert left == {"README", "keep-this", "last-mine", "last-00000010-mine"}
+    assert (run / "checkpoints" / "last-00000010").exists() and not list((run / "checkpoints").glob(".*"))
 
 
 def test_the_only_checkpoint_damaged(softmoe: Softmoe, tmp_path: Path) -> None:
@@ -469,6 +475,34 @@ def test_options_run(options: tuple[str, ...], softmoe: Softmoe, tmp_path: Path)
     row = json.loads((the_run(tmp_path) / "result.json").read_text())
     assert np.isfinite(row["loss"]) and 0 <= row["top1_pct"] <= row["top5_pct"] <= 100
     assert row["images"] == row["steps"] * row["batch_size"]
+
+
+def test_fp16_updates_that_overflow_are_left_out(
+    softmoe: Softmoe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are logged without a norm, and neither the average of weights nor a balancing bias sees them."""
+    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=2.0**24))
+    seen: list[int] = []
+    monkeypatch.setattr(TokensChoiceRouter, "after_update", lambda router: seen.append(1))
+    answer = softmoe(
+        "train", *TINY, "model/router=tokens_choice", "model.router.bias_rate=0.01", "train.precision=fp16",
+        "train.steps=14", "train.log_every=1", "train.ema=0.9",
+    )  # fmt: skip
+    assert answer.code == 0, answer
+    norms = [row["grad_norm"] for row in rows(the_run(tmp_path)) if row["split"] == "train"]
+    made = [norm for norm in norms if norm is not None]
+    assert len(norms) == 14 > len(made) == len(seen) > 0 and norms[0] is None
+
+
+def test_a_signal_that_nobody_can_be_told_of_still_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(_fd: int, _text: bytes) -> int:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(os, "write", closed)
+    stop = Stop()
+    stop._ask(signal.SIGTERM, None)
+    with pytest.raises(Interrupted):
+        stop.check()
 
 
 @pytest.mark.long

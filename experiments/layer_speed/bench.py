@@ -11,10 +11,11 @@ Freed memory is kept, for all alike, as `softmoe` has it on a CPU. All share one
 memory and stay in it; values do not matter to the time. A round times each contender once, in an order drawn anew;
 ratios are taken within a round, and their median's 95% interval from their order statistics (of fewer than six rounds,
 which `rounds=3` allows, it is the whole spread, and less sure). Of a contender whose first step took over three times
-as long as one of `soft`, that step's times stand, as one round; one that took over five times as long, and over 20 s,
-was stopped between two of its operators: it has no rounds, and its figures are the least that they can be. Appends a
-row per contender to the file and prints it. Without `dtype` it times the soft layer alone, with 8 to 256 experts of 256
-slots in all; without a grid it sums up what a file holds:
+as long as one of `soft`, that step's times stand, as one round, although it was not warmed up and its memory was
+recorded; one that took over five times as long, and over 20 s, was stopped between two of its operators: it has no
+rounds, and its figures are the least that they can be. Appends a row per contender to the file and prints it. Without
+`dtype` it times the soft layer alone, with 8 to 256 experts of 256 slots in all; without a grid it sums up what a file
+holds:
 
 python bench.py flat.csv width=192,384 batch=128,512
 python bench.py results.csv
@@ -24,6 +25,7 @@ import contextlib
 import csv
 import itertools
 import math
+import os
 import random
 import statistics
 import sys
@@ -38,7 +40,7 @@ from scipy.stats import quantile_test
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from softmoe_cli.device import arithmetic, hardware
+from softmoe_cli.device import arithmetic, give_back_freed_memory, hardware
 from softmoe_cli.models import make_router
 from softmoe_cli.moe.layer import Experts, MoE
 from softmoe_cli.moe.routers.soft import SoftRouter
@@ -126,7 +128,22 @@ def contenders(d: int, e: int) -> dict[str, nn.Module]:
         piece.normal_(std=0.02)
     for module in made.values():
         share(module, buffer)
+    global crowded
+    crowded = 8 * 4 * size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return made
+
+
+crowded = False
+"""Whether freed memory is given back after each turn: where the weights alone take an eighth of the machine's memory,
+what differently shaped contenders leave free in it would fill the rest."""
+
+
+def forget(module: nn.Module, x: Tensor) -> None:
+    """What a turn leaves is freed."""
+    module.zero_grad(set_to_none=True)
+    x.grad = None
+    if crowded:
+        give_back_freed_memory()
 
 
 def share(module: nn.Module, buffer: Tensor) -> None:
@@ -154,8 +171,7 @@ def run(module: nn.Module, x: Tensor, half: bool, backward: bool) -> float:
     if backward:
         y.backward(torch.ones_like(y))
     seconds = time.perf_counter() - start
-    module.zero_grad(set_to_none=True)
-    x.grad = None
+    forget(module, x)
     return seconds
 
 
@@ -192,8 +208,7 @@ def first_step(module: nn.Module, x: Tensor, half: bool, limit: float) -> First:
             y.backward(torch.ones_like(y))
             ends.append(time.perf_counter() - start)
         stopped = time.perf_counter() - start
-    module.zero_grad(set_to_none=True)
-    x.grad = None
+    forget(module, x)
     held = most = 0
     assert profile.profiler is not None and profile.profiler.kineto_results is not None
     for event in profile.profiler.kineto_results.events():
@@ -236,7 +251,7 @@ def floor_s(module: nn.Module, batch: int, d: int, backward: bool, flop_rate: fl
 
 
 def in_turns(
-    modules: dict[str, nn.Module], x: Tensor, half: bool, backward: bool, fewest: int = FEWEST
+    modules: dict[str, nn.Module], x: Tensor, half: bool, backward: bool, fewest: int
 ) -> dict[str, list[float]]:
     """Seconds of each module in rounds."""
     order = list(modules)
@@ -268,8 +283,10 @@ def point(dtype: str, d: int, e: int, batch: int, fewest: int) -> list[dict[str,
     made = {"fp32": "float32", "bf16": "bfloat16"}[dtype]
     print(f"\n{made}, width {d}, {e} experts, batch {batch}: {flop_rate / 1e9:.0f} GFLOP/s, {byte_rate / 1e9:.1f} GB/s")
     run(modules["soft"], x, half, backward=True)  # warms up, as the first steps do for what is timed again
-    once = first_step(modules["soft"], x, half, math.inf).seconds["step"]
-    first = {name: first_step(module, x, half, max(20.0, 5 * once)) for name, module in modules.items()}
+    first = {"soft": first_step(modules["soft"], x, half, math.inf)}
+    once = first["soft"].seconds["step"]
+    for name in [name for name in modules if name != "soft"]:
+        first[name] = first_step(modules[name], x, half, max(20.0, 5 * once))
     fast = {name: module for name, module in modules.items() if first[name].seconds["step"] < 3 * once}
     rows = []
     for what in ("forward", "step"):
@@ -295,16 +312,15 @@ def point(dtype: str, d: int, e: int, batch: int, fewest: int) -> list[dict[str,
             )  # fmt: skip
             row = rows[-1]
             above = f"{row['ms'] / row['floor_ms']:5.2f}x floor" if row["floor_ms"] else ""
-            spread = f"({row['over_soft_low']:.2f} to {row['over_soft_high']:.2f})"
             print(
-                f"  {what:<8}{name:<24}{row['ms']:10.1f} ms {row['over_soft']:7.2f}x soft {spread:<16}"
+                f"  {what:<8}{name:<24}{row['ms']:10.1f} ms {ratio_of(row):>7}x soft {spread_of(row):<16}"
                 f"{row['peak_mib']:9.0f} MiB {above}",
                 flush=True,
             )
     return rows
 
 
-def flat(d: int, batch: int) -> list[dict[str, Any]]:
+def flat(d: int, batch: int, fewest: int) -> list[dict[str, Any]]:
     """Training steps of the soft layer with more and more experts, and with 256 slots each."""
     modules: dict[str, nn.Module] = {}
     for e in (8, 32, 128, 256):
@@ -317,7 +333,7 @@ def flat(d: int, batch: int) -> list[dict[str, Any]]:
     x = torch.randn(batch, TOKENS, d, requires_grad=True)
     for module in modules.values():
         run(module, x, half=False, backward=True)
-    times = in_turns(modules, x, half=False, backward=True)
+    times = in_turns(modules, x, half=False, backward=True, fewest=fewest)
     rows = []
     for name, found in times.items():
         ratio, low, high = middle(found, times["8"])
@@ -364,25 +380,32 @@ def summary(file: Path) -> None:
         print(
             f"| {' | '.join(where)} | {float(soft['ms']):.0f} | {float(soft['ms']) / float(soft['floor_ms']):.2f} "
             f"| {1 / (ratio['dense'] + weights_ms / float(soft['ms'])):.2f} | {float(soft['peak_mib']):.0f} "
-            f"| {ratio['dense']:.2f} | {told(found[best_soft])} {best_soft} | {told(found['tokens_choice'])} "
-            f"| {told(found[best_sparse]).split()[0]} {best_sparse} |"
+            f"| {ratio_of(found['dense'])} | {ratio_of(found[best_soft])} {spread_of(found[best_soft])} {best_soft} "
+            f"| {ratio_of(found['tokens_choice'])} {spread_of(found['tokens_choice'])} "
+            f"| {ratio_of(found[best_sparse])} {best_sparse} |"
         )
+    stopped = ", or longer where it was stopped" if any(int(row["rounds"]) == 0 for row in rows) else ""
     for name, ratios in against.items():
         print(
             f"{name}: its fastest peer takes {min(ratios):.2f} to {max(ratios):.2f} times as long, "
-            f"median {statistics.median(ratios):.2f}, over {len(ratios)} points"
+            f"median {statistics.median(ratios):.2f}, over {len(ratios)} points{stopped}"
         )
     for of, counts in sides.items():
         print(f"{of} beside soft, by its interval: {', '.join(f'{which} at {n}' for which, n in counts.items())}")
 
 
-def told(row: dict[str, str]) -> str:
-    """The ratio, with > where it is the least that it can be, and its interval, if it has one."""
-    ratio, low, high, rounds = *(float(row[f"over_soft{end}"]) for end in ("", "_low", "_high")), int(row["rounds"])
-    return f"{'' if rounds else '>'}{ratio:.2f}" + (f" ({low:.2f} to {high:.2f})" if rounds > 1 else "")
+def ratio_of(row: dict[str, Any]) -> str:
+    """A contender's time over soft's, with > where that is the least that it can be."""
+    return f"{'' if int(row['rounds']) else '>'}{float(row['over_soft']):.2f}"
 
 
-def side(row: dict[str, str]) -> str:
+def spread_of(row: dict[str, Any]) -> str:
+    """Its interval, or its spread over rounds, if there were several."""
+    low, high = float(row["over_soft_low"]), float(row["over_soft_high"])
+    return f"({low:.2f} to {high:.2f})" if int(row["rounds"]) > 1 else ""
+
+
+def side(row: dict[str, Any]) -> str:
     """Where a contender stands beside soft by the 95% interval, or because it took over three times as long."""
     low, high, rounds = (float(row[key]) for key in ("over_soft_low", "over_soft_high", "rounds"))
     if low > 3 or (rounds >= FEWEST and low > 1):
@@ -396,14 +419,17 @@ def main() -> None:
         summary(file)
         return
     grid = {key: values.split(",") for key, values in (argument.split("=") for argument in sys.argv[2:])}
+    unknown = grid.keys() - {"dtype", "width", "experts", "batch", "rounds"}
+    if unknown:
+        sys.exit(f"there is no {', '.join(unknown)}; see the first lines of this file")
+    fewest = max(int(rounds) for rounds in grid.get("rounds", [FEWEST]))
     arithmetic("cpu", "fp32", None)
     if "dtype" not in grid:
         for d, batch in itertools.product(grid["width"], grid["batch"]):
-            write(file, flat(int(d), int(batch)))
+            write(file, flat(int(d), int(batch), fewest))
         return
-    (fewest,) = grid.get("rounds", [str(FEWEST)])
     for dtype, d, e, batch in itertools.product(grid["dtype"], grid["width"], grid["experts"], grid["batch"]):
-        write(file, point(dtype, int(d), int(e), int(batch), int(fewest)))
+        write(file, point(dtype, int(d), int(e), int(batch), fewest))
 
 
 def write(file: Path, rows: list[dict[str, Any]]) -> None:

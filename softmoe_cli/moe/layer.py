@@ -132,5 +132,5 @@ class MoE(nn.Module):
         y: Tensor = routing.combine(self.experts(routing.dispatch(x), routing.offsets))
         if self.shared is not None:
             shared: Tensor = self.shared(x.flatten(0, 1)[None]).view_as(x)
-            y = y + (shared if keep is None else shared * keep[:, :, None])
+            y = y + (shared if keep is None else shared.masked_fill(~keep[:, :, None], 0))
         return y

@@ -303,17 +303,19 @@ def noise_like(like: Float[Tensor, "..."], images: int = 1) -> Tensor:
 
 @contextmanager
 def routings(model: nn.Module) -> Iterator[list[Routing]]:
-    """Collects, in call order, what every router inside `model` returns while the context is open.
+    """Collects, in call order, what every router inside `model` returns while the context is open and gradients are
+    computed: evaluation in between leaves nothing that would hold its memory.
 
     Clear the list before each forward pass. Recomputation in the backward pass calls routers again, so
     sum the auxiliary losses before `backward`: then each counts exactly once.
     """
     seen: list[Routing] = []
-    hooks = [
-        module.register_forward_hook(lambda _module, _inputs, routing: seen.append(routing))
-        for module in model.modules()
-        if isinstance(module, Router)
-    ]
+
+    def look(_module: nn.Module, _inputs: object, routing: Routing) -> None:
+        if torch.is_grad_enabled():
+            seen.append(routing)
+
+    hooks = [module.register_forward_hook(look) for module in model.modules() if isinstance(module, Router)]
     try:
         yield seen
     finally:

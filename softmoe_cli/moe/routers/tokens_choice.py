@@ -152,7 +152,7 @@ class Gate(nn.Module):
         if not self.function.endswith("_chosen"):
             return gates
         total = gates.gather(2, chosen).sum(dim=2, keepdim=True)
-        return gates / total.clamp(min=torch.finfo(gates.dtype).tiny)  # sigmoids may all be 0
+        return gates / total.clamp(min=1e-20)  # sigmoids may all be 0, and gradients still be finite
 
     def forward(
         self, x: Float[Tensor, "g s d"], images: int = 1
