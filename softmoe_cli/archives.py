@@ -127,8 +127,11 @@ def tar_members(path: Path) -> list[Range]:
         with path.open("rb") as file:
             file.seek(end)
             block = file.read(512)
-            if len(block) < 512 or any(block) or any(any(more) for more in iter(lambda: file.read(1 << 20), b"")):
-                raise tarfile.ReadError(f"its end, at byte {end}, is no end of a tar")
+            rest = iter(lambda: file.read(1 << 20), b"")
+            if len(block) < 512 or any(block) or any(more.count(0) < len(more) for more in rest):
+                raise tarfile.ReadError(
+                    f"its end, at byte {end}, is no end of a tar, or another one follows in the file"
+                )
     except (tarfile.TarError, OSError, ValueError) as error:
         raise UsageError(
             f"{path} cannot be read as a tar: {error or 'not a tar'}; it must be uncompressed and whole"
@@ -156,7 +159,7 @@ def is_image(name: str) -> bool:
 
 def is_hidden(name: str) -> bool:
     """Names that programs give to what they keep for themselves: a dot in front, or a NAS's previews."""
-    return name.startswith(".") or name == "@eaDir"
+    return (name.startswith(".") and name not in (".", "..")) or name == "@eaDir"
 
 
 # --- WebDataset -------------------------------------------------------------------------------------------------------
@@ -334,6 +337,7 @@ def arrow(path: Path, image: str, label: str) -> Labelled:
                 numbers = batch.column(label).to_pylist()
                 if pictures.null_count or None in numbers:
                     raise UsageError(f"{path}: {image} or {label} is missing in some rows, or images are only named")
+                numbers = [int(n) if isinstance(n, bool) else n for n in numbers]
                 odd = [n for n in numbers if type(n) not in (int, str) or (type(n) is int and n < 0)]
                 if odd:
                     raise UsageError(f"{path}: its {label} {odd[0]!r} is neither a number from 0 nor a name")

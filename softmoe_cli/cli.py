@@ -91,9 +91,9 @@ softmoe finetune checkpoint=SOURCE [GROUP=CHOICE | KEY=VALUE]...   the same loop
   softmoe finetune checkpoint=RUN data=cifar10 'optim.freeze=[patch_embed.*,blocks.0.*]' --groups
 
 SOURCE is a run folder, a .safetensors file, hf-hub:OWNER/NAME or timm:NAME. The model is the checkpoint's, the images
-are those of data= (digits without it); the head is kept only when the classes are the same. model.image_size resamples
-the position table and keeps the slots per expert; slots=proportional lets them grow with the tokens. --groups lists
-each parameter's learning rate and decay, and stops.
+are those of data= (digits without it), the checkpoint's own set cut as it was; the head is kept only when the classes
+are the same. model.image_size resamples the position table and keeps the slots per expert; slots=proportional lets them
+grow with the tokens. --groups lists each parameter's learning rate and decay, and stops.
 What softmoe upcycle carried over of an optimizer's state is where the new one starts.""",
     "upcycle": """\
 softmoe upcycle checkpoint=SOURCE [GROUP=CHOICE | KEY=VALUE]...   a dense checkpoint into a mixture of experts
@@ -120,7 +120,9 @@ softmoe evaluate checkpoint=SOURCE [data=CHOICE] [KEY=VALUE]...   quality of a c
   softmoe evaluate checkpoint=RUN 'audit=[neighbours,capacity,slots,experts]'
   softmoe evaluate 'checkpoint=[RUN,RUN]' soup=greedy                    average of weights
 
-Without data= the set that the checkpoint was trained on is read. Few-shot quality needs no common classes.""",
+Without data= the set that the checkpoint was trained on is read; that set, named or not, is cut as it was for the
+checkpoint, unless data.split_seed, test_fraction or validation_fraction are typed. Few-shot quality needs no common
+classes.""",
     "export": """\
 softmoe export checkpoint=SOURCE [formats=[torch_export,onnx]] [KEY=VALUE]...   a folder that other programs load
 
@@ -789,7 +791,10 @@ def _take_data(tree: dict[str, Any], source: "Source") -> None:
 def _keep_cut(data: dict[str, Any], card: dict[str, Any], typed: Sequence[str]) -> None:
     """The checkpoint's own set is cut as it was for the checkpoint, unless typed otherwise: another cut would have
     images that were trained on among those that are held out."""
-    if all(data.get(key) == card.get(key) for key in ("name", "format")):
+    same = all(data.get(key) == card.get(key) for key in ("name", "format"))
+    if same and data["format"] is not None:
+        same = Path(data["root"]).resolve() == Path(card["root"]).resolve()
+    if same and data["test_fraction"] != 1:  # all of it is for evaluation
         for key in CUT:
             if key in card and not _names(f"data.{key}", typed):
                 data[key] = card[key]

@@ -147,6 +147,7 @@ def measure(configs: Sequence[CostConfig | MatchConfig], num_classes: int) -> li
         forward, step = times[index, "forward"], times[index, "step"]
         middle = (statistics.median(forward), _spread(forward), statistics.median(step), _spread(step))
         found.append(Timing(*middle, load.peak(), load.hardware))
+    torch.set_num_threads(threads)
     return found
 
 

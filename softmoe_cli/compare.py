@@ -371,9 +371,9 @@ def _name(groups: list[Group]) -> None:
     keys = sorted({key for group in groups for key in group.settings})
     for label in {group.label for group in groups}:
         twins = [group for group in groups if group.label == label]  # such as from two checkpoints of one run
-        odd = next((key for key in keys if len({_said(twin.settings.get(key)) for twin in twins}) > 1), None)
+        odd = [key for key in keys if len({_said(twin.settings.get(key)) for twin in twins}) > 1]
         for twin in twins:
-            twin.label += f" ({_said(twin.settings.get(odd))[-12:]})" if odd is not None else ""
+            twin.label += f" ({', '.join(_said(twin.settings.get(key))[-12:] for key in odd)})" if odd else ""
 
 
 def _part(group: Group, key: str) -> str:

@@ -216,7 +216,10 @@ class Data:
     shift: float = option("how far, as a share of its side, an image may be moved; recipes read it", low=0, high=1)
     crop: str = option("which augment.crop suits it; recipes read it", choices=("none", "shift", "resized"))
     area: float = option("which augment.area suits it; recipes read it", above=0, high=1)
-    split_seed: int = option("seed of the split where the set brings none; not the run's seed", low=0)
+    split_seed: int = option(
+        "seed of the split where the set brings none, not the run's; for a checkpoint's own set it is the checkpoint's",
+        low=0,
+    )
     validation_fraction: float = option("share held out of the training images for choices", above=0, high=0.5)
     test_fraction: float = option(
         "share held out as test where the set brings no test images; 1: all are, for evaluation only", above=0, high=1

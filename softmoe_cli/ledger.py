@@ -37,7 +37,7 @@ def classes_of(config: CostConfig | MatchConfig) -> int:
 def formula_row(config: CostConfig, vit: VisionTransformer) -> Row:
     """Everything about a model that needs no counting and no measuring. `vit` is it, on the meta device."""
     classes, part = classes_of(config), config.batch_size // config.accumulate
-    device, _ = arithmetic(config.device, config.precision, config.threads)
+    device, _ = arithmetic(config.device, config.precision, None)
     cost = account_model(vit, batch=part, recompute=config.recompute)
     memory = predict(
         config.model, classes, batch=config.batch_size, accumulate=config.accumulate, recompute=config.recompute,

@@ -7,6 +7,7 @@ or train.tar and val.tar, or one such tree. The other formats are sets of files 
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,10 +90,10 @@ def _folder_trees(root: Path) -> dict[str, Tree]:
 
 
 def _named(root: Path, names: Iterable[str]) -> None:
-    """Raises UsageError for a part by another name, which would be taken for a class."""
-    for name in sorted(names):
-        part = PART_FOLDER.fullmatch(name)
-        if part is not None and name not in PARTS:
+    """Raises UsageError for parts by other names, which would be taken for classes."""
+    parts = [(name, part) for name in sorted(names) if (part := PART_FOLDER.fullmatch(name)) is not None]
+    for name, part in parts:
+        if name not in PARTS and len(parts) > 1:  # a single one may be a class
             raise UsageError(f"{root / name} must be called {part[1].lower()}, or it would be taken for a class")
 
 
@@ -108,11 +109,9 @@ def _tree(root: Path, place: Path) -> Tree:
     try:
         folders = sorted(path for path in place.iterdir() if path.is_dir() and not is_hidden(path.name))
         tars = sorted(place.glob("*.tar"))
-        if folders and len(tars) > 1:  # one may be what the folders were packed in
-            raise UsageError(
-                f"{place} has class folders, such as {folders[0].name}, and several tars, such as {tars[0].name}; "
-                "unpack all classes or none"
-            )
+        packed = [tar for tar in tars if not (place / tar.stem).is_dir()]
+        if folders and 0 < len(packed) < len(tars):
+            raise UsageError(f"{place} has some classes unpacked and {packed[0].name} not; unpack all or none")
         if not folders and tars:
             return {tar.stem: Stored.ranges(tar, sorted(tar_images(tar))) for tar in tars}
         tree = {folder.name: Stored.files(root, _images_in(root, folder)) for folder in folders}
@@ -210,17 +209,15 @@ def shards(data: Data) -> dict[str, list[Path]]:
 
 def _whole(files: Sequence[Path]) -> None:
     """Raises UsageError where files that say how many they are, as in `-00003-of-01024`, are fewer."""
-    sets: dict[tuple[str, str], list[Path]] = {}
+    sets: Counter[tuple[Path, str, str, int]] = Counter()
     for file in files:
-        if name := NUMBERED.fullmatch(str(file)):
-            sets.setdefault((name[1], name[3]), []).append(file)
-    for several in sets.values():
-        name = NUMBERED.fullmatch(str(several[0]))
-        assert name is not None
-        if len(several) != int(name[4]):
+        if name := NUMBERED.fullmatch(file.name):
+            sets[file.parent, name[1], name[3], int(name[4])] += 1
+    for (folder, start, end, whole), there in sets.items():
+        if there != whole:
             raise UsageError(
-                f"{name[1]}*{name[3]}: {len(several)} files are there of {int(name[4])}; get the others, or give those "
-                "that are there other names"
+                f"{folder}/{start}*{end}: {there} files are there of {whole}; get the others, or rename those that are "
+                f"there to {start}*-of-{there:05}"
             )
 
 

@@ -189,7 +189,7 @@ def cost_of(config: MatchConfig) -> float:
     """The cost that is to be the same, in the unit of its name, where it needs no clock."""
     classes, part = classes_of(config), config.batch_size // config.accumulate
     if config.by == "peak_mib":
-        device, _ = arithmetic(config.device, config.precision, config.threads)
+        device, _ = arithmetic(config.device, config.precision, None)
         memory = predict(
             config.model, classes, batch=config.batch_size, accumulate=config.accumulate, recompute=config.recompute,
             ema=False, precision=config.precision, device=device,

@@ -27,7 +27,7 @@ stuck = False
 
 
 def resolve(tracking: str) -> str:
-    """online, offline or off for `tracking=`; auto is online when W&B has a key, and WANDB_MODE overrules it."""
+    """online, offline or off for `tracking=`; auto is what WANDB_MODE says, else online when W&B has a key."""
     if tracking != "auto":
         return tracking
     mode = os.environ.get("WANDB_MODE")

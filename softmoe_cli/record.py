@@ -270,7 +270,11 @@ class Run:
             shutil.rmtree(before, ignore_errors=True)
             if final.exists():
                 final.rename(before)
-            temporary.rename(final)
+            try:
+                temporary.rename(final)
+            except OSError:
+                before.rename(final)
+                raise
             sync(self.checkpoints)
             shutil.rmtree(before, ignore_errors=True)
         except (OSError, SafetensorError) as error:
@@ -363,6 +367,10 @@ class Run:
         """The newest undamaged checkpoint, whose pieces are joined now, and a sentence for each damaged one that was
         passed over."""
         notes: list[str] = []
+        for before in self.checkpoints.glob(".*-before"):  # of a process that ended between two names
+            final = before.with_name(before.name.removeprefix(".").removesuffix("-before"))
+            if OURS.fullmatch(before.name) and not final.exists():
+                before.rename(final)
         for path in self._found("last"):
             fault = damage(path)
             if fault is None:

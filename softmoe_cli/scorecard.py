@@ -49,6 +49,13 @@ def evaluate_checkpoint(config: EvaluateConfig, model_config: Model, sources: li
     splits = data.load(config.data)
     shots = ["train"] + ["validation"] * (config.fewshot_l2 == "validation") if config.fewshot else []
     splits.need(config.split, *shots, *["validation"] * (config.soup == "greedy"))
+    if config.real == "timm" and card["data"].get("format") == "folder":
+        odd = [name for name in card["classes"] if not re.match(r"n\d", name)]
+        if odd:  # of folders, classes are in the order of their names
+            raise UsageError(
+                "real=timm numbers classes in the order of ImageNet's own names, such as n01440764; the checkpoint has "
+                f"{odd[0]}; give a file of labels in the checkpoint's order"
+            )
     outputs = _outputs(card["classes"], splits.classes, config.data.class_numbers)
     if outputs is None:
         _check_foreign(config, sources[0], splits.classes)
@@ -153,7 +160,7 @@ def _outputs(known: list[str], found: list[str], by_number: bool) -> list[int] |
     have a name that others have too."""
     if not by_number and found == known:
         return list(range(len(known)))
-    if not by_number and len(set(known)) < len(known):
+    if not by_number and any(known.count(name) > 1 for name in found):
         return None
     place = {str(i) if by_number else name: i for i, name in enumerate(known)}
     return [place[name] for name in found] if set(found) <= set(place) else None

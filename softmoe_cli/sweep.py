@@ -282,7 +282,7 @@ def _costs(config: Config, *, times: bool) -> dict[str, float]:
             recompute=t.recompute, precision=t.precision, devices=1, parallel="ddp", compile=t.compile, clock=True,
             repeats=3, format="table", device=config.device, threads=config.threads,
         )  # fmt: skip
-        key = repr((config.model, classes, t.batch_size, t.accumulate, t.recompute, t.precision, t.compile))
+        key = repr((load, classes))
         if key not in _timed:
             try:
                 _timed[key] = measure([load], classes)[0].train_step_ms / 1000
@@ -520,7 +520,8 @@ class Sweep:
         self._check_objective()
         self._command = str(config.hydra.job.name)
         self._typed = list(config.hydra.overrides.task)
-        searched = ("hydra.launcher.limit", "hydra.sweeper.")  # what decides which jobs there are
+        # What else decides which jobs there are.
+        searched = ("hydra.launcher.limit", "hydra.launcher.objective", "hydra.sweeper.", "hydra/sweeper")
         others = [word for word in config.hydra.overrides.hydra if word.lstrip("+").startswith(searched)]
         words = json.dumps([self._command, *self._typed, *others])
         study = Path(config.output_root) / config.study

@@ -158,13 +158,13 @@ def test_a_tar_that_does_not_end_where_tars_end_is_refused(tmp_path: Path, damag
     path = pack(tmp_path / "a.tar", WHOLE)
     raw = path.read_bytes()
     with tarfile.open(path) as tar:
-        third = tar.getmembers()[20].offset
+        middle = tar.getmembers()[20].offset
     broken = {
-        "cut": raw[:third],
-        "cut in a header": raw[: third + 100],
-        "flipped": raw[:third] + bytes([raw[third] ^ 1]) + raw[third + 1 :],
+        "cut": raw[:middle],
+        "cut in a header": raw[: middle + 100],
+        "flipped": raw[:middle] + bytes([raw[middle] ^ 1]) + raw[middle + 1 :],
         "appended": raw + raw,
-        "no end": raw[: -len(raw) + len(raw.rstrip(b"\0")) // 512 * 512 + 512],
+        "no end": raw[: len(raw.rstrip(b"\0")) // 512 * 512 + 512],
     }
     path.write_bytes(broken[damage])
     with pytest.raises(UsageError, match=r"a\.tar cannot be read as a tar: its end, at byte \d+, is no end of a tar"):
@@ -456,7 +456,8 @@ def test_arrow_labels_that_are_none_are_refused(tmp_path: Path, label: float) ->
 
 
 def test_sets_of_which_files_are_missing_are_refused(tmp_path: Path) -> None:
-    root = as_tfds(tmp_path)
+    root = as_tfds(tmp_path / "part-1-of-4")
+    load(settings("tfds", root))
     (root / "mine-train.tfrecord-00001-of-00002").unlink()
     with pytest.raises(UsageError, match="1 files are there of 2"):
         load(settings("tfds", root))

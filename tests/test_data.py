@@ -253,7 +253,12 @@ def test_parts_are_in_small_letters(tmp_path: Path) -> None:
         write_tree(tmp_path / part)
     refused(folder(tmp_path), "Train must be called train")
     (tmp_path / "Train").rename(tmp_path / "training")
-    refused(folder(tmp_path), "training must be called train|Val must be called val")
+    (tmp_path / "Val").rename(tmp_path / "val")
+    refused(folder(tmp_path), "training must be called train")
+
+
+def test_one_class_may_be_called_like_a_part(tmp_path: Path) -> None:
+    assert load(folder(write_tree(tmp_path, classes=("invalid", "valid")))).classes == ["invalid", "valid"]
 
 
 def test_hidden_folders_hold_no_images(tmp_path: Path) -> None:
@@ -265,9 +270,11 @@ def test_hidden_folders_hold_no_images(tmp_path: Path) -> None:
 
 def test_classes_half_unpacked_are_refused(tmp_path: Path) -> None:
     write_tree(tmp_path)
-    for name in ("dog", "emu"):
+    for name in CLASSES:
         (tmp_path / f"{name}.tar").write_bytes(b"")
-    refused(folder(tmp_path), "unpack all classes or none")
+    assert load(folder(tmp_path)).classes == sorted(CLASSES), "tars that were unpacked may stay"
+    (tmp_path / "dog.tar").write_bytes(b"")
+    refused(folder(tmp_path), r"dog\.tar not; unpack all or none")
 
 
 def test_a_program_by_an_images_name_is_not_run(tmp_path: Path) -> None:

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import save_file
 
+from softmoe_cli.cli import _keep_cut
 from softmoe_cli.config import EvaluateConfig, UsageError
 from softmoe_cli.mirror import _named
 from softmoe_cli.models import build
@@ -81,8 +83,24 @@ def test_the_checkpoints_own_set_is_cut_as_it_was(softmoe: Softmoe, tmp_path: Pa
     for words in ((), ("data=digits",), ("data=digits", "data.split_seed=1")):
         said = json.loads(softmoe("evaluate", f"checkpoint={run}", *words, "format=json").out)
         assert said["top1_pct"] == pytest.approx(reached, rel=1e-6)
-    other = json.loads(softmoe("evaluate", f"checkpoint={run}", "data=digits", "data.split_seed=0", "format=json").out)
-    assert other["top1_pct"] != pytest.approx(reached, rel=1e-6), "where it is typed, another cut is taken"
+
+
+@pytest.mark.parametrize(
+    ("changes", "typed", "seed"),
+    [
+        ({}, [], 1),
+        ({}, ["data.split_seed=0"], 0),
+        ({"name": "other"}, [], 0),
+        ({"root": "elsewhere"}, [], 0),
+        ({"root": "./here"}, [], 1),
+        ({"test_fraction": 1}, [], 0),
+    ],
+)
+def test_which_data_are_the_checkpoints_own(changes: dict[str, Any], typed: list[str], seed: int) -> None:
+    card = {"name": "mine", "format": "folder", "root": "here", "split_seed": 1, "test_fraction": 0.2}
+    data = card | {"split_seed": 0} | changes
+    _keep_cut(data, card, typed)
+    assert data["split_seed"] == seed
 
 
 def test_classes_of_one_name_are_told_by_their_places() -> None:
@@ -293,6 +311,11 @@ def test_real_labels(softmoe: Softmoe, four: Path, tmp_path: Path) -> None:
     assert "has no label for any" in softmoe(*line, "real=real.json").err
     timm = softmoe(*line, "real=timm")
     assert timm.code == 2 and "labels beyond the 4 classes" in timm.err
+    with safe_open(four, "pt") as file:
+        card = json.loads(file.metadata()["softmoe"]) | {"classes": ["goldfish", "n02", "n03", "n04"]}
+        save_file({key: file.get_tensor(key) for key in file.keys()}, four, {"softmoe": json.dumps(card)})  # noqa: SIM118
+    timm = softmoe(*line, "real=timm")
+    assert timm.code == 2 and "the checkpoint has goldfish" in timm.err
 
 
 def test_sets_for_evaluation_are_for_nothing_else(softmoe: Softmoe, four: Path, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from softmoe_cli import record
 from softmoe_cli.cli import main
 from softmoe_cli.config import LATER
 from softmoe_cli.moe.routers.tokens_choice import TokensChoiceRouter
+from softmoe_cli.parallel import Average
 from softmoe_cli.record import OURS, Checkpoint, Run, RunError, flat_science
 from softmoe_cli.train import Interrupted, Stop, _commit, run_folder
 from tests.conftest import TINY, Softmoe
@@ -482,8 +483,20 @@ def test_fp16_updates_that_overflow_are_left_out(
 ) -> None:
     """They are logged without a norm, and neither the average of weights nor a balancing bias sees them."""
     monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=2.0**24))
-    seen: list[int] = []
-    monkeypatch.setattr(TokensChoiceRouter, "after_update", lambda router: seen.append(1))
+    settled: list[float] = []
+    averaged: list[int] = []
+    settle, average = TokensChoiceRouter.after_update, Average.update
+
+    def after_update(router: TokensChoiceRouter) -> None:
+        settled.append(float(router.balance.demand.sum()))
+        settle(router)
+
+    def update(ema: Any, *arguments: Any) -> None:
+        averaged.append(1)
+        average(ema, *arguments)
+
+    monkeypatch.setattr(TokensChoiceRouter, "after_update", after_update)
+    monkeypatch.setattr(Average, "update", update)
     answer = softmoe(
         "train", *TINY, "model/router=tokens_choice", "model.router.bias_rate=0.01", "train.precision=fp16",
         "train.steps=14", "train.log_every=1", "train.ema=0.9",
@@ -491,7 +504,8 @@ def test_fp16_updates_that_overflow_are_left_out(
     assert answer.code == 0, answer
     norms = [row["grad_norm"] for row in rows(the_run(tmp_path)) if row["split"] == "train"]
     made = [norm for norm in norms if norm is not None]
-    assert len(norms) == 14 > len(made) == len(seen) > 0 and norms[0] is None
+    assert len(norms) == 14 > len(made) == len(settled) == len(averaged) > 0 and norms[0] is None
+    assert len(set(settled)) == 1, "one batch's tokens each"
 
 
 def test_a_signal_that_nobody_can_be_told_of_still_stops(monkeypatch: pytest.MonkeyPatch) -> None:
