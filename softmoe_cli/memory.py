@@ -474,9 +474,10 @@ def _divided(
     return found
 
 
-def largest_batch(config: Config, num_classes: int, device: torch.device, images: int) -> int:
+def largest_batch(config: Config, num_classes: int, device: torch.device, images: int, sharers: int = 1) -> int:
     """`train.batch_size=auto`: the largest power of two, times train.accumulate and images_per_group, that fits and is
     no more than the `images` there are. A power of two, so that a little less memory another day gives the same run.
+    `sharers`: runs among which the device's memory is divided.
 
     Raises:
         UsageError: not even one image, or group of images, a part fits.
@@ -484,12 +485,12 @@ def largest_batch(config: Config, num_classes: int, device: torch.device, images
     unit = config.train.accumulate * group_of(config.model.router)
     if (config.augment.mixup or config.augment.cutmix) and unit % 2:
         unit *= 2
-    free = free_memory(device)
+    free = free_memory(device) // sharers
     found = _largest(config, num_classes, device, free, max(images, unit), unit)
     if not found:
         raise UsageError(
-            f"train.batch_size=auto: {unit} images do not fit into the {gibibytes(free)} that {device.type} has free; "
-            "set train.recompute=true or choose a smaller model"
+            f"train.batch_size=auto: {unit} images do not fit into the {gibibytes(free)} that {device.type} has free"
+            f"{' for each job' * (sharers > 1)}; set train.recompute=true or choose a smaller model"
         )
     return unit * 2 ** ((found // unit).bit_length() - 1)
 

@@ -22,6 +22,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -193,6 +194,7 @@ def _answer(question: Question, sender: Connection) -> None:
 
     options = question.options
     slots, threads = _share(options, {tree["device"] for _, _, tree in question.jobs})
+    sharers = max(Counter(slots[: len(question.jobs)]).values(), default=1)  # jobs on one device at a time
     answers: list[Job | str] = []
     for name, overrides, tree in question.jobs:
         try:
@@ -204,7 +206,7 @@ def _answer(question: Question, sender: Connection) -> None:
                         f"train.batch_size=auto depends on the device, which hydra/launcher={options.where} does not "
                         "know yet; give a number"
                     )
-                config = with_largest_batch(config, lambda _: None)
+                config = with_largest_batch(config, lambda _: None, sharers)
                 settled.append(f"train.batch_size={config.train.batch_size}")
             if config.devices > 1 and options.where != "slurm":
                 raise UsageError(

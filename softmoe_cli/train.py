@@ -207,7 +207,7 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
         _carry_moments(model, optimizer, source, loaded, config, screen)
     scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
 
-    run.open(config)
+    run.open(replace(config, devices=crew.size))  # under torchrun it may not say
     progress, energy = _resume(run, model, ema, optimizer, scaler, screen, crew), Energy(device)
     batches = data.train_batches(
         splits.train,
@@ -518,12 +518,13 @@ class Stop:
             yield item
 
 
-def with_largest_batch(config: Config, say: Callable[[str], None]) -> Config:
-    """The configuration with `train.batch_size=auto` settled, so that the signature knows the number."""
+def with_largest_batch(config: Config, say: Callable[[str], None], sharers: int = 1) -> Config:
+    """The configuration with `train.batch_size=auto` settled, so that the signature knows the number. `sharers`: runs
+    that will be on the device at a time."""
     device, _ = arithmetic(config.device, config.train.precision, config.threads)
     require_place(config.optim, device)
     splits = data.load(config.data)
-    batch = largest_batch(config, _num_classes(config, splits), device, len(splits.train))
+    batch = largest_batch(config, _num_classes(config, splits), device, len(splits.train), sharers)
     say(f"train.batch_size=auto: {batch}; type train.batch_size={batch} to have the same run elsewhere")
     settled = replace(config, train=replace(config.train, batch_size=batch))
     settled.check()

@@ -330,6 +330,9 @@ def test_auto_is_the_largest_power_of_two_that_fits(monkeypatch: pytest.MonkeyPa
     with_free(monkeypatch, predict_for(config, 10, CPU, batch=50).peak_bytes)
     assert largest_batch(config, 10, CPU, 1000) == 32
     assert largest_batch(config, 10, CPU, 20) == 16
+    assert largest_batch(config, 10, CPU, 1000, sharers=3) < 32
+    grouped = composed("tokens_choice", "model.router.images_per_group=3", "train.accumulate=2", "train.batch_size=6")
+    assert largest_batch(grouped, 10, CPU, 100) % 6 == 0
     with_free(monkeypatch, 1000)
     with pytest.raises(UsageError, match=r"train\.batch_size=auto: 1 images do not fit"):
         largest_batch(config, 10, CPU, 1000)
