@@ -331,7 +331,8 @@ def test_auto_is_the_largest_power_of_two_that_fits(monkeypatch: pytest.MonkeyPa
     assert largest_batch(config, 10, CPU, 1000) == 32
     assert largest_batch(config, 10, CPU, 20) == 16
     assert largest_batch(config, 10, CPU, 1000, sharers=3) < 32
-    grouped = composed("tokens_choice", "model.router.images_per_group=3", "train.accumulate=2", "train.batch_size=6")
+    groups = ("model.router.images_per_group=3", "train.accumulate=2", "train.batch_size=6", "train.eval_batch_size=63")
+    grouped = composed("tokens_choice", *groups)
     assert largest_batch(grouped, 10, CPU, 100) % 6 == 0
     with_free(monkeypatch, 1000)
     with pytest.raises(UsageError, match=r"train\.batch_size=auto: 1 images do not fit"):
