@@ -313,7 +313,7 @@ def point(dtype: str, d: int, e: int, batch: int, fewest: int) -> list[dict[str,
             row = rows[-1]
             above = f"{row['ms'] / row['floor_ms']:5.2f}x floor" if row["floor_ms"] else ""
             print(
-                f"  {what:<8}{name:<24}{row['ms']:10.1f} ms {ratio_of(row):>7}x soft {spread_of(row):<16}"
+                f"  {what:<8}{name:<24}{row['ms']:10.1f} ms {ratio_of(row):>7}x soft{spread_of(row):<17}"
                 f"{row['peak_mib']:9.0f} MiB {above}",
                 flush=True,
             )
@@ -380,8 +380,8 @@ def summary(file: Path) -> None:
         print(
             f"| {' | '.join(where)} | {float(soft['ms']):.0f} | {float(soft['ms']) / float(soft['floor_ms']):.2f} "
             f"| {1 / (ratio['dense'] + weights_ms / float(soft['ms'])):.2f} | {float(soft['peak_mib']):.0f} "
-            f"| {ratio_of(found['dense'])} | {ratio_of(found[best_soft])} {spread_of(found[best_soft])} {best_soft} "
-            f"| {ratio_of(found['tokens_choice'])} {spread_of(found['tokens_choice'])} "
+            f"| {ratio_of(found['dense'])} | {ratio_of(found[best_soft])}{spread_of(found[best_soft])} {best_soft} "
+            f"| {ratio_of(found['tokens_choice'])}{spread_of(found['tokens_choice'])} "
             f"| {ratio_of(found[best_sparse])} {best_sparse} |"
         )
     stopped = ", or longer where it was stopped" if any(int(row["rounds"]) == 0 for row in rows) else ""
@@ -402,7 +402,7 @@ def ratio_of(row: dict[str, Any]) -> str:
 def spread_of(row: dict[str, Any]) -> str:
     """Its interval, or its spread over rounds, if there were several."""
     low, high = float(row["over_soft_low"]), float(row["over_soft_high"])
-    return f"({low:.2f} to {high:.2f})" if int(row["rounds"]) > 1 else ""
+    return f" ({low:.2f} to {high:.2f})" if int(row["rounds"]) > 1 else ""
 
 
 def side(row: dict[str, Any]) -> str:
