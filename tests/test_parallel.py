@@ -146,16 +146,19 @@ def test_four_stop_two_go_on_one_ends(tmp_path: Path) -> None:
 def workers(launcher: int) -> list[int]:
     """The processes that train: descendants, each at the head of a process group."""
     parents: dict[int, int] = {}
+    groups: dict[int, int] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
+        pid = int(path.parent.name)
         try:
-            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+            _, parent, group, *_ = path.read_text().rpartition(")")[2].split()
         except OSError:  # it has just ended
             continue
+        parents[pid], groups[pid] = int(parent), int(group)
 
     def below(pid: int) -> bool:
         return pid in parents and (parents[pid] == launcher or below(parents[pid]))
 
-    return sorted(pid for pid in parents if below(pid) and os.getpgid(pid) == pid)
+    return sorted(pid for pid in parents if below(pid) and groups[pid] == pid)
 
 
 @pytest.mark.long
