@@ -119,8 +119,9 @@ def tar_members(path: Path) -> list[Range]:
                 if member.isreg() and not member.issparse():
                     found.append((name, member.offset_data, member.size))
                 elif is_image(name) and (member.islnk() or member.issym() or member.issparse()):
-                    raise tarfile.ReadError(
-                        f"{name} is a link, or sparse; pack the files themselves (tar --dereference --hard-dereference)"
+                    raise UsageError(
+                        f"{path}: {name} is a link, or sparse; pack the files themselves (tar --dereference "
+                        "--hard-dereference)"
                     )
                 tar.members = []  # type: ignore[attr-defined]  # it would keep them all
             end = tar.offset  # tarfile stops at any header that it cannot read
@@ -148,7 +149,7 @@ def tar_images(path: Path) -> list[Range]:
     images = [member for member in tar_members(path) if is_image(member[0])]
     twice = [name for name, times in Counter(name for name, *_ in images).items() if times > 1]
     if twice:
-        raise UsageError(f"{path} holds {twice[0]} twice")
+        raise UsageError(f"{path} holds {twice[0]} twice, as tars do that were added to; pack it anew from the files")
     return images
 
 

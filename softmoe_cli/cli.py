@@ -30,8 +30,10 @@ from softmoe_cli.config import (
     UsageError,
     check_channels,
     nearest,
+    same_set,
 )
 from softmoe_cli.files import RunError
+from softmoe_cli.text import first_line
 
 if typing.TYPE_CHECKING:
     from softmoe_cli.record import Source
@@ -120,8 +122,8 @@ softmoe evaluate checkpoint=SOURCE [data=CHOICE] [KEY=VALUE]...   quality of a c
   softmoe evaluate checkpoint=RUN 'audit=[neighbours,capacity,slots,experts]'
   softmoe evaluate 'checkpoint=[RUN,RUN]' soup=greedy                    average of weights
 
-Without data= the set that the checkpoint was trained on is read; that set, named or not, is cut as it was for the
-checkpoint, unless data.split_seed, test_fraction or validation_fraction are typed. Few-shot quality needs no common
+Without data= the set that the checkpoint was trained on is read; that set, by its name and place, is cut as it was for
+the checkpoint, unless data.split_seed, test_fraction or validation_fraction are typed. Few-shot quality needs no common
 classes.""",
     "export": """\
 softmoe export checkpoint=SOURCE [formats=[torch_export,onnx]] [KEY=VALUE]...   a folder that other programs load
@@ -348,15 +350,15 @@ def _check(arguments: list[str]) -> int:
             f"softmoe check takes one router and its options as KEY=VALUE, got {' '.join(names) or 'none'}"
         )
     import yaml
+    from omegaconf import OmegaConf
 
     options = _router_options(names[0])
     for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if equals:
+        if "=" in argument:
             try:
-                options[key] = yaml.safe_load(value)
+                options |= _contents(OmegaConf.from_dotlist([argument]))
             except yaml.YAMLError as error:
-                raise UsageError(f"cannot read '{argument}': {str(error).splitlines()[0]}") from error
+                raise UsageError(f"cannot read '{argument}': {first_line(error)}") from error
     from softmoe_cli.check import check_router
 
     outcomes = check_router(options)
@@ -385,11 +387,11 @@ def _status(arguments: list[str]) -> int:
 
 def _router_options(name: str) -> dict[str, Any]:
     """The options in a router's yaml, or the target of a Python file's one router."""
-    import yaml
+    from omegaconf import OmegaConf
 
     files = {f.stem: f for root in (conf_folder(), _own_conf()) if root for f in (root / "model/router").glob("*.yaml")}
     if name in files:
-        options = dict(yaml.safe_load(files[name].read_text()))
+        options = _contents(OmegaConf.load(files[name]))
         if options.get("_target_") is None:
             raise UsageError(f"{name} has no router to check")
         return options
@@ -516,7 +518,7 @@ def _explain(error: Exception, command: str, arguments: list[str]) -> str:
 
     if isinstance(error, OverrideParseException):
         return (
-            f"cannot read '{error.override}': {str(error.message).splitlines()[0]}; write KEY=VALUE, and values with "
+            f"cannot read '{error.override}': {first_line(error.message)}; write KEY=VALUE, and values with "
             "spaces or signs in quotes of their own, as in 'data.root=\"my folder\"'"
         )
     if isinstance(error, MissingConfigException) and error.options is not None:
@@ -534,7 +536,7 @@ def _explain(error: Exception, command: str, arguments: list[str]) -> str:
     if isinstance(cause, ValidationError):
         key = str(cause.full_key)
         typed = next((a for a in arguments if a.lstrip("+~").partition("=")[0] == key), key)
-        return f"{typed}: {str(cause).splitlines()[0]}"
+        return f"{typed}: {first_line(cause)}"
     if refused:
         key = refused[1].partition("@")[0].partition("=")[0]
         known = _known_keys(command)
@@ -588,9 +590,19 @@ def plain(config: Any, section: type) -> dict[str, Any]:
     """The composed configuration as plain containers, unresolved, with unknown keys refused."""
     from omegaconf import OmegaConf
 
+    tree = _contents(config)
+    _refuse_unknown(tree, section)
+    root = OmegaConf.select(config, "data.root", throw_on_resolution_failure=False)
+    if root is not None:
+        tree["data"]["root"] = root  # resolved: it is held against a checkpoint's
+    return tree
+
+
+def _contents(config: Any) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+
     tree = OmegaConf.to_container(config, resolve=False, throw_on_missing=False)
     assert isinstance(tree, dict)
-    _refuse_unknown(tree, section)
     return {str(key): value for key, value in tree.items()}
 
 
@@ -610,7 +622,7 @@ def _door(tree: dict[str, Any], section: type[T]) -> T:
             raise UsageError(f"{sorted(missing)[0]} has no default; give it a value")
         checked = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise UsageError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"{error.full_key}: {first_line(error)}") from error
     assert isinstance(checked, section)
     checked.check()
     return checked
@@ -749,7 +761,10 @@ def _trust(model: dict[str, Any], card: dict[str, Any], label: str) -> None:
 def _evaluate(config: Any) -> None:
     tree = plain(config, EvaluateConfig)
     if tree["checkpoint"] == "???":
-        raise UsageError("softmoe evaluate needs checkpoint=: a run folder or a .safetensors file, or a list of them")
+        raise UsageError(
+            "softmoe evaluate needs checkpoint=: a run folder, a .safetensors file or hf-hub:OWNER/NAME, or a list of "
+            "them"
+        )
     names = tree["checkpoint"] if isinstance(tree["checkpoint"], list) else [tree["checkpoint"]]
     if not names or not all(isinstance(name, str) for name in names):
         raise UsageError(f"checkpoint={tree['checkpoint']} is neither a path nor a list of paths")
@@ -762,8 +777,8 @@ def _evaluate(config: Any) -> None:
 
     sources = [read_checkpoint(name) for name in names]
     model, *_ = [_model_of(source) for source in sources]
-    check_alike(sources)
     _take_data(tree, sources[0])
+    check_alike(sources, tree["data"])
     checked = _door(tree, EvaluateConfig)
     check_channels(checked.data, model.in_chans)
     evaluate_checkpoint(checked, model, sources)
@@ -791,19 +806,25 @@ def _take_data(tree: dict[str, Any], source: "Source") -> None:
 def _keep_cut(data: dict[str, Any], card: dict[str, Any], typed: Sequence[str]) -> None:
     """The checkpoint's own set is cut as it was for the checkpoint, unless typed otherwise: another cut would have
     images that were trained on among those that are held out."""
-    same = all(data.get(key) == card.get(key) for key in ("name", "format"))
-    if same and data["format"] is not None:
-        same = Path(data["root"]).resolve() == Path(card["root"]).resolve()
-    if same and data["test_fraction"] != 1:  # all of it is for evaluation
-        for key in CUT:
-            if key in card and not _names(f"data.{key}", typed):
-                data[key] = card[key]
+    if "name" not in card or data["test_fraction"] == 1:  # all of it is for evaluation
+        return
+    other = {key: card[key] for key in CUT if key in card and data[key] != card[key]}
+    other = {key: value for key, value in other.items() if not _names(f"data.{key}", typed)}
+    words = " ".join(f"data.{key}={value}" for key, value in other.items())
+    if other and same_set(data, card):
+        data |= other
+        print(f"softmoe: cut as for the checkpoint: {words}", file=sys.stderr)
+    elif other and data.get("name") == card["name"] and data.get("format") == card.get("format"):
+        print(
+            f"softmoe: data.root={data['root']} is not the checkpoint's {card['root']}, so it is cut anew; if these "
+            f"are the images that it was trained on, add {words}", file=sys.stderr,
+        )  # fmt: skip
 
 
 def _export(config: Any) -> None:
     tree = plain(config, ExportConfig)
     if tree["checkpoint"] == "???":
-        raise UsageError("softmoe export needs checkpoint=: a run folder, a checkpoint folder or a .safetensors file")
+        raise UsageError("softmoe export needs checkpoint=: a run folder, a .safetensors file or hf-hub:OWNER/NAME")
     if tree["checkpoint"].startswith("timm:"):
         raise UsageError(f"checkpoint={tree['checkpoint']} is timm's own; softmoe export is for what softmoe trained")
     from softmoe_cli.export import export, show

@@ -15,9 +15,9 @@ import torch
 from torch.nn import functional as F
 
 from softmoe_cli.config import CostConfig, MatchConfig, UsageError
-from softmoe_cli.device import arithmetic, compiled, free_memory, hardware, prepare_attention
+from softmoe_cli.device import arithmetic, compiled, free_memory, hardware
 from softmoe_cli.memory import Live, predict
-from softmoe_cli.models import build
+from softmoe_cli.models import build, prepare
 from softmoe_cli.moe.routing import full_precision, routings
 from softmoe_cli.text import gibibytes
 
@@ -55,7 +55,7 @@ class Workload:
         self.threads, self.compiled, self.accumulate = torch.get_num_threads(), config.compile, config.accumulate
         torch.manual_seed(0)
         vit = build(config.model, num_classes)
-        prepare_attention(vit, self.device, config.precision)
+        prepare(vit, self.device, config.precision)
         vit.set_grad_checkpointing(config.recompute)
         self.model = vit.to(self.device)
         self.x = torch.randn(config.batch_size, config.model.in_chans, *vit.patch_embed.img_size, device=self.device)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, ClassVar
 
 MISSING: Any = "???"
@@ -349,7 +350,7 @@ class Train:
     images: int | None = option("budget in images", low=1)
     minutes: float | None = option("budget in minutes of training, evaluation and saving not counted", above=0)
     default_epochs: float = option("the budget when none of the four above is given", above=0)
-    batch_size: Any = option("images per update; auto: the largest power of two that fits into memory", low=1)
+    batch_size: Any = option("images per update; auto: a power of two that fits beside a sweep's other jobs", low=1)
     accumulate: int = option("parts that a batch is computed in, to save memory; the update stays the same", low=1)
     precision: str = option("arithmetic under autocast; weights stay fp32", choices=("fp32", "bf16", "fp16"))
     compile: bool = option("torch.compile the model")
@@ -419,6 +420,13 @@ def check_channels(data: Data, in_chans: int) -> None:
 
 CUT = ("split_seed", "test_fraction", "validation_fraction")
 """Keys of data that say which images are held out."""
+
+
+def same_set(data: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether both name the same images: one data set, and where it is read from files, one place."""
+    if any(data.get(key) != other.get(key) for key in ("name", "format")):
+        return False
+    return data.get("format") is None or Path(data["root"]).resolve() == Path(other["root"]).resolve()
 
 
 def check_groups(key: str, images: int, router: dict[str, Any], parts: int = 1) -> None:
@@ -545,7 +553,7 @@ class EvaluateConfig:
     """What `softmoe evaluate` composes."""
 
     path: ClassVar[str] = ""
-    checkpoint: Any = option("a run folder or a .safetensors file; a list of them: the average of their weights")
+    checkpoint: Any = option("a run folder, a .safetensors file or hf-hub:OWNER/NAME; of a list, the average")
     soup: str = option(
         "a list of checkpoints: all of them, or those that do not lower validation top-1", choices=("uniform", "greedy")
     )
@@ -628,7 +636,7 @@ class ExportConfig:
     """What `softmoe export` composes."""
 
     path: ClassVar[str] = ""
-    checkpoint: str = option("a run folder, a checkpoint folder or a .safetensors file")
+    checkpoint: str = option("a run folder, a .safetensors file or hf-hub:OWNER/NAME")
     data: Data = field(default_factory=Data)
     formats: list[str] = option("programs beside the weights, each held against the model on images", choices=PROGRAMS)
     images: int = option("validation images, the first ones, on which outputs are compared", low=1)

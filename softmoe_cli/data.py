@@ -15,7 +15,7 @@ import urllib.error
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -35,6 +35,7 @@ from softmoe_cli.archives import Stored
 from softmoe_cli.config import Augment, Data, Model, UsageError
 from softmoe_cli.device import cores
 from softmoe_cli.listing import Listing, listing
+from softmoe_cli.text import first_line
 
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist
 FASHION_CLASSES = (
@@ -247,7 +248,7 @@ def _download(kind: str, data: Data, expected: str) -> None:
     except (urllib.error.URLError, OSError, RuntimeError) as error:
         raise UsageError(
             f"data={data.name} is not in data.root={data.root} and cannot be downloaded "
-            f"({str(error).splitlines()[0]}); put there {expected}"
+            f"({first_line(error)}); put there {expected}"
         ) from error
 
 
@@ -258,13 +259,19 @@ def _stored(data: Data) -> Splits:
     """train, val and test as they are; or train and val; or one set, which is split.
 
     With train and val alone, val is the test set, as ImageNet's is in practice, and validation images are held out of
-    train, so that nothing is chosen on what is reported.
+    train, so that nothing is chosen on what is reported. Files lie class by class; validation and test images come in
+    an order drawn once for all runs, so that the first batch, and every group of images, has many classes.
     """
     listed = _listed(data)
     total = sum(len(labels) for _, labels in listed.parts.values())
     in_memory = not data.from_file and total * data.channels * data.image_size**2 <= data.memory_gib * 2**30
     sets = {part: _image_set(stored, labels, data, in_memory) for part, (stored, labels) in listed.parts.items()}
-    return split(sets, listed.classes, data)
+    splits = split(sets, listed.classes, data)
+
+    def mixed(images: ImageSet) -> ImageSet:
+        return images.subset(np.random.default_rng(0).permutation(len(images)))
+
+    return replace(splits, validation=mixed(splits.validation), test=mixed(splits.test))
 
 
 def split(sets: dict[str, ImageSet], classes: list[str], data: Data) -> Splits:
@@ -315,7 +322,11 @@ def opened(stored: Stored, i: int, channels: int) -> Image.Image:
             mode = "L" if channels == 1 else "RGB"
             image.load()
             return image if image.mode == mode else image.convert(mode)
-    except (UnidentifiedImageError, OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except UnidentifiedImageError as error:
+        raise UsageError(
+            f"{stored.place(i)} is not an image that can be read: none of {', '.join(FORMATS)}; convert it"
+        ) from error
+    except (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UsageError(f"{stored.place(i)} is not an image that can be read: {error}") from error
 
 

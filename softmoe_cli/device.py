@@ -10,7 +10,6 @@ from typing import Any, TypeVar, cast
 
 import pynvml
 import torch
-from timm.models.vision_transformer import VisionTransformer
 
 from softmoe_cli.config import UsageError
 from softmoe_cli.moe.layer import CPU_MULTIPLIES
@@ -85,12 +84,6 @@ def slower(device: torch.device, precision: str) -> str:
     return "" if fast else " (fp32 is faster: this CPU has no products of half precision)"
 
 
-def prepare_attention(model: VisionTransformer, device: torch.device, precision: str) -> None:
-    """Unfused attention on a CPU in half precision, where the fused backward pass is several times slower."""
-    for block in model.blocks:
-        block.attn.fused_attn = block.attn.fused_attn and (device.type != "cpu" or precision == "fp32")
-
-
 def hardware(device: torch.device) -> str:
     """The device in words, threads included: timings of different words are not comparable."""
     if device.type == "cuda":
@@ -146,13 +139,15 @@ def _nvml_handle(device: torch.device) -> Any:
         return None
 
 
-def free_memory(device: torch.device) -> int:
+def free_memory(device: torch.device, *, trim: bool = True) -> int:
     """Bytes free on the device, or in the machine and in the control group that this process is held to. What this
-    process has freed and kept is given back first, because it is free."""
+    process has freed and kept is given back first, because it is free; or, without `trim`, counted as taken."""
     if device.type == "cuda":
-        torch.cuda.empty_cache()
+        if trim:
+            torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
-    give_back_freed_memory()
+    if trim:
+        give_back_freed_memory()
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -27,6 +27,7 @@ from softmoe_cli.files import RunError
 from softmoe_cli.models import build, load_weights
 from softmoe_cli.record import RECEIPT, WEIGHTS, Source, made_from, publish, published, seal
 from softmoe_cli.terminal import Screen
+from softmoe_cli.text import first_line
 
 TOLERANCE = 1e-4
 """Largest difference of an output, as a share of the largest output where that is above 1."""
@@ -54,6 +55,7 @@ def export(config: ExportConfig, model: Model, source: Source) -> dict[str, Any]
         raise UsageError(f"formats=onnx needs {lacking[0]}, which is not installed: pip install 'softmoe-cli[onnx]'")
     chosen = {key: value for key, value in asdict(config.data).items() if key not in ("root", "workers", "memory_gib")}
     settings = {"formats": sorted(set(config.formats)), "data": chosen, "images": config.images}
+    settings["pixels"] = _pixels(model, source.card)
     folder = Path(config.output_root) / "exported" / f"{model.name.replace('/', '_')}-{made_from(source, settings)}"
     folder = folder if config.folder is None else Path(config.folder)
     receipt = published(folder, source, settings)
@@ -130,7 +132,7 @@ def trace(model: nn.Module, example: Tensor, batch: int | None, router: str) -> 
         return torch.export.export(model, (example,), dynamic_shapes=(free,))
     except RuntimeError as error:  # all of torch.export's own are
         raise UsageError(
-            f"torch.export cannot follow router {router} ({str(error).splitlines()[0]}); leave formats=[]"
+            f"torch.export cannot follow router {router} ({first_line(error)}); leave formats=[]"
         ) from error
 
 
@@ -181,7 +183,6 @@ def write_onnx(graph: ExportedProgram, folder: Path, router: str) -> Program:
 def hub_config(model: Model, vit: VisionTransformer, card: dict[str, Any]) -> dict[str, Any]:
     """config.json as timm has it: a dense model of timm's under timm's name, any other as `softmoe_vit`."""
     plain = _is_timms(model)
-    pixels = {key: (card["data"][key] * model.in_chans)[: model.in_chans] for key in ("mean", "std")}
     return {
         "architecture": str(model.backbone.timm).split(".")[0] if plain else "softmoe_vit",
         "num_classes": vit.num_classes,
@@ -192,12 +193,19 @@ def hub_config(model: Model, vit: VisionTransformer, card: dict[str, Any]) -> di
         "pretrained_cfg": {
             "input_size": [model.in_chans, model.image_size, model.image_size],
             "fixed_input_size": True,
-            "interpolation": "bicubic" if card["data"]["format"] else "bilinear",
-            "crop_pct": card["data"]["crop_pct"] or 1.0,
-            **pixels,
+            **_pixels(model, card),
             "first_conv": "patch_embed.proj",
             "classifier": "head",
         },
+    }
+
+
+def _pixels(model: Model, card: dict[str, Any]) -> dict[str, Any]:
+    """What timm is told of how images become pixels: what the model was measured with."""
+    return {
+        "interpolation": "bicubic" if card["data"]["format"] else "bilinear",
+        "crop_pct": card["data"]["crop_pct"] or 1.0,
+        **{key: (card["data"][key] * model.in_chans)[: model.in_chans] for key in ("mean", "std")},
     }
 
 
@@ -258,7 +266,7 @@ def push(folder: Path, name: str) -> str:
         )
     except (OSError, errors.HTTPError) as error:
         raise RunError(
-            f"push={name} failed ({str(error).strip().splitlines()[0]}); {folder} is whole, so type the same command "
+            f"push={name} failed ({first_line(error)}); {folder} is whole, so type the same command "
             "again; to log in: hf auth login"
         ) from error
     return f"https://huggingface.co/{name}"

@@ -93,7 +93,7 @@ def _named(root: Path, names: Iterable[str]) -> None:
     """Raises UsageError for parts by other names, which would be taken for classes."""
     parts = [(name, part) for name in sorted(names) if (part := PART_FOLDER.fullmatch(name)) is not None]
     for name, part in parts:
-        if name not in PARTS and len(parts) > 1:  # a single one may be a class
+        if name not in PARTS and (len(parts) > 1 or name.lower() in PARTS):  # a single "valid" may be a class
             raise UsageError(f"{root / name} must be called {part[1].lower()}, or it would be taken for a class")
 
 
@@ -110,8 +110,11 @@ def _tree(root: Path, place: Path) -> Tree:
         folders = sorted(path for path in place.iterdir() if path.is_dir() and not is_hidden(path.name))
         tars = sorted(place.glob("*.tar"))
         packed = [tar for tar in tars if not (place / tar.stem).is_dir()]
-        if folders and 0 < len(packed) < len(tars):
-            raise UsageError(f"{place} has some classes unpacked and {packed[0].name} not; unpack all or none")
+        if folders and packed:
+            raise UsageError(
+                f"{place} has class folders, and {packed[0].name} beside them; unpack it, or put it elsewhere if it is "
+                "no class"
+            )
         if not folders and tars:
             return {tar.stem: Stored.ranges(tar, sorted(tar_images(tar))) for tar in tars}
         tree = {folder.name: Stored.files(root, _images_in(root, folder)) for folder in folders}
@@ -189,7 +192,9 @@ def shards(data: Data) -> dict[str, list[Path]]:
     ending = re.compile(rf".*{ENDINGS[data.format]}")
     files = sorted(path for path in root.rglob("*") if ending.fullmatch(path.name) and path.is_file())
     if data.format == "arrow":
-        files = [file for file in files if not file.name.startswith("cache-")]  # copies that map and filter leave there
+        files, copies = [file for file in files if not file.name.startswith("cache-")], len(files)
+        if copies and not files:  # map and filter leave such copies
+            raise UsageError(f"data.root={data.root} holds cached copies only (cache-*.arrow); use save_to_disk")
     if not files:
         raise UsageError(f"data.root={data.root} holds no file of data.format={data.format} (*{ENDINGS[data.format]})")
     _whole(files)

@@ -27,8 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from softmoe_cli.config import WAYS, Config, Model, Optim, UsageError, group_of
-from softmoe_cli.device import free_memory, precision_context, prepare_attention
-from softmoe_cli.models import build
+from softmoe_cli.device import free_memory, precision_context
+from softmoe_cli.models import build, prepare
 from softmoe_cli.moe.divided import DividedExperts, span
 from softmoe_cli.moe.layer import Experts, MoE, ragged_experts
 from softmoe_cli.moe.routing import full_precision, routings
@@ -295,7 +295,7 @@ def predict(
         layer.experts = _FirstExperts(layer.experts, processes, everyones)
     with FakeTensorMode(allow_non_fake_inputs=True), Live() as live, routings(vit) as seen:
         vit._apply(lambda shape: torch.empty(shape.shape, dtype=shape.dtype, device=device)).train()  # to_empty, faster
-        prepare_attention(vit, device, precision)
+        prepare(vit, device, precision)
         vit.set_grad_checkpointing(recompute)
         if optim is not None:
             freeze(vit, optim.freeze)
@@ -506,7 +506,9 @@ def _largest(
     way: str = "ddp",
 ) -> int:
     """The largest multiple of `unit` up to `top` whose peak is within `free` bytes; 0 if there is none."""
-    unit = unit or config.train.accumulate * group_of(config.model.router)
+    if unit is None:
+        group, parts = group_of(config.model.router), config.train.accumulate
+        unit = parts * group if parts > 1 or config.train.batch_size % group == 0 else 1
 
     def peak(units: int) -> int:
         return predict_for(config, num_classes, device, processes, way, batch=units * unit).peak_bytes

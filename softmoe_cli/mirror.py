@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
 
+from softmoe_cli.text import first_line
+
 AXES = ("images", "step", "epoch", "train_pflop", "device_s", "eval_s", "save_s", "compile_s")
 QUALITY = ("top1_pct", "top5_pct", "loss")
 OTHER_AXES = ("train_pflop", "device_s")
@@ -91,7 +93,7 @@ class Mirror:
         try:
             self._send()
         except Exception as error:  # whatever W&B raises must not reach the run: say it and stop mirroring
-            self._say(f"W&B stopped mirroring ({type(error).__name__}: {_first_line(error)}); the run goes on")
+            self._say(f"W&B stopped mirroring ({type(error).__name__}: {first_line(error)}); the run goes on")
 
     def _send(self) -> None:
         run = _init(self._mode, self._settings, self._folder, self._say)
@@ -119,10 +121,6 @@ def _ends(thread: threading.Thread, patience_s: float, mode: str) -> bool:
         thread.join(1)  # slow is not broken: what is on its way arrives
     stuck = stuck or thread.is_alive()
     return not thread.is_alive()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or ["no message"])[0]
 
 
 def _answers(mode: str) -> bool:
@@ -157,8 +155,8 @@ def _init(mode: str, settings: dict[str, Any], folder: Path, say: Callable[[str]
             return init("online")
         except wandb.Error as error:
             say(
-                f"W&B is not reachable ({_first_line(error)}); recording offline, "
-                f"'wandb sync' sends {folder}/wandb later"
+                f"W&B is not reachable ({first_line(error)}); recording offline, "
+                f"'wandb sync {folder}/wandb/offline-run-*' sends it later"
             )
     return init("offline")
 
@@ -199,9 +197,9 @@ def publish(
     if not _ends(thread, INIT_TIMEOUT_S, mode):
         say(f"W&B has not taken everything; all files are in {folder}")
     elif failures:
-        say(f"W&B refused ({type(failures[0]).__name__}: {_first_line(failures[0])}); all files are in {folder}")
+        say(f"W&B refused ({type(failures[0]).__name__}: {first_line(failures[0])}); all files are in {folder}")
     else:
-        where = f"offline in {folder}/wandb; 'wandb sync' sends it" if mode == "offline" else "sent"
+        where = f"offline; 'wandb sync {folder}/wandb/offline-run-*' sends it" if mode == "offline" else "sent"
         say(f"W&B: run {settings['name']} of group {settings['group']}, {where}")
 
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from types import NoneType
-from typing import Any, get_args, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import timm
 import torch
@@ -26,6 +26,7 @@ from softmoe_cli.config import Backbone, Model, UsageError, nearest, placement
 from softmoe_cli.moe.layer import Experts, MoE
 from softmoe_cli.moe.routing import Router
 from softmoe_cli.record import Source, digest_of, read_source
+from softmoe_cli.text import first_line
 
 
 def read_checkpoint(checkpoint: str) -> Source:
@@ -49,7 +50,7 @@ def read_checkpoint(checkpoint: str) -> Source:
     try:
         vit = timm.create_model(name, pretrained=True)
     except (OSError, RuntimeError) as error:  # hub errors are OSErrors; timm raises RuntimeError without weights
-        raise UsageError(f"{checkpoint}: timm could not fetch its weights ({str(error).splitlines()[0]})") from error
+        raise UsageError(f"{checkpoint}: timm could not fetch its weights ({first_line(error)})") from error
     _plain_vit(name, vit)
     weights = {key: value.contiguous() for key, value in vit.state_dict().items()}
     return Source(checkpoint, digest_of(weights), weights, timm_card(name))
@@ -66,7 +67,7 @@ def _pulled(checkpoint: str) -> str:
         raise UsageError(f"checkpoint={checkpoint} is not of the form hf-hub:OWNER/NAME[@REVISION]") from error
     except (OSError, errors.HTTPError) as error:
         raise UsageError(
-            f"checkpoint={checkpoint} could not be fetched ({str(error).splitlines()[0]}); to log in: hf auth login"
+            f"checkpoint={checkpoint} could not be fetched ({first_line(error)}); to log in: hf auth login"
         ) from error
 
 
@@ -192,8 +193,9 @@ def _timm_vit(name: str, model: Model, num_classes: int) -> VisionTransformer:
             pretrained=False,
         )
     except (TypeError, AssertionError, RuntimeError) as error:
-        first = str(error).splitlines()[0]
-        raise UsageError(f"timm's {name} cannot be built at model.image_size={model.image_size}: {first}") from error
+        raise UsageError(
+            f"timm's {name} cannot be built at model.image_size={model.image_size}: {first_line(error)}"
+        ) from error
     vit = _plain_vit(name, vit)
     patch = vit.patch_embed.patch_size[0]
     if model.image_size % patch:
@@ -243,11 +245,8 @@ def _moe(mlp: nn.Module, model: Model, num_tokens: int) -> MoE:
             f"model.expert_init=identical: with router {model.router_name} experts that start equal stay equal; "
             "set model.expert_init=independent"
         )
-    if router.slots_per_expert is None and (dim % 8 or hidden % 8):
-        raise UsageError(
-            f"router {model.router_name} multiplies runs of rows, which torch does in half precision for multiples of "
-            f"8 only: the model is {dim} wide, its experts {hidden}; change model.backbone.width or model.expert_width"
-        )
+    if router.slots_per_expert is None:
+        _check_runs([dim, hidden], "fp32")
     gelu = "tanh" if isinstance(mlp.act, GELUTanh) else "none"
     identical = model.expert_init == "identical"
     shared = router.shared_experts
@@ -257,6 +256,28 @@ def _moe(mlp: nn.Module, model: Model, num_tokens: int) -> MoE:
         # Several shared experts are one of their summed width.
         Experts(1, dim, shared * hidden, gelu=gelu, identical=True) if shared else None,
     )
+
+
+def _check_runs(widths: Sequence[int], precision: str) -> None:
+    """Raises UsageError where torch's grouped product would refuse: its rows must take whole 16 bytes."""
+    unit = 4 if precision == "fp32" else 8
+    if any(width % unit for width in widths):
+        raise UsageError(
+            f"a router without capacity multiplies runs of rows, in {precision} only of multiples of {unit} numbers: "
+            f"the model is {widths[0]} wide, its experts {widths[1]}; change model.backbone.width or model.expert_width"
+        )
+
+
+def prepare(vit: VisionTransformer, device: torch.device, precision: str) -> None:
+    """Unfused attention on a CPU in half precision, where the fused backward pass is several times slower.
+
+    Raises:
+        UsageError: experts whose width this precision cannot multiply.
+    """
+    for block in vit.blocks:
+        block.attn.fused_attn = block.attn.fused_attn and (device.type != "cpu" or precision == "fp32")
+        if isinstance(block.mlp, MoE) and block.mlp.router.slots_per_expert is None:
+            _check_runs(block.mlp.experts.w1.shape[1:], precision)
 
 
 def make_router(options: dict[str, Any], dim: int, num_tokens: int) -> Router:
@@ -279,19 +300,43 @@ def make_router(options: dict[str, Any], dim: int, num_tokens: int) -> Router:
                 f"model.router.{key}: {router_class.__name__} has no such option."
                 f"{nearest(key, known)} It has {', '.join(known)}"
             )
-        kinds = get_args(known[key]) or (known[key],)
-        if type(value) is int and float in kinds and int not in kinds:
-            given[key] = float(value)
-        elif type(value) not in kinds:
-            names = " or ".join("null" if kind is NoneType else kind.__name__ for kind in kinds)
+        if _admits(known[key], value):
+            continue
+        if type(value) is not int or not _admits(known[key], float(value)):
+            names = " or ".join(map(_kind, _kinds(known[key])))
             raise UsageError(f"model.router.{key}={value} is of type {type(value).__name__}; it must be {names}")
+        given[key] = float(value)
     missing = known.keys() - given.keys()
     if missing:
         raise UsageError(f"model.router.{sorted(missing)[0]} is missing; {router_class.__name__} needs it")
     try:
-        return router_class(dim, num_tokens, **given)
+        router = router_class(dim, num_tokens, **given)
     except ValueError as error:
         raise UsageError(f"model.router: {error}") from error
+    if router.images_per_group not in (1, given.get("images_per_group", 1)):
+        raise UsageError(
+            f"{router_class.__name__}.images_per_group={router.images_per_group} must come from an option of that "
+            "name, which says in what groups images are read and divided among devices"
+        )
+    return router
+
+
+def _kinds(annotation: Any) -> tuple[Any, ...]:
+    """What is allowed: one type or several. None: nothing is said."""
+    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+
+
+def _admits(annotation: Any, value: Any) -> bool:
+    if get_origin(annotation) is Literal:
+        return value in get_args(annotation)
+    plain = [get_origin(kind) or kind for kind in _kinds(annotation)]
+    return any(kind in (None, Any) or type(value) is kind for kind in plain)
+
+
+def _kind(annotation: Any) -> str:
+    if annotation is NoneType:
+        return "null"
+    return " or ".join(map(str, get_args(annotation))) if get_origin(annotation) is Literal else annotation.__name__
 
 
 def _router_class(target: str) -> type[Router]:

@@ -38,6 +38,7 @@ from softmoe_cli.files import RunError
 from softmoe_cli.moe.divided import DividedExperts, span
 from softmoe_cli.moe.layer import MoE
 from softmoe_cli.moe.routing import of_whole_batch, whole_batch
+from softmoe_cli.text import first_line
 
 T = TypeVar("T")
 
@@ -405,5 +406,5 @@ def _contact() -> Iterator[None]:
         raise  # ours, whatever words are in it
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error):
-            raise Lost(f"lost contact with another process ({str(error).splitlines()[0]})") from error
+            raise Lost(f"lost contact with another process ({first_line(error)})") from error
         raise

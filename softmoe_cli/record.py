@@ -145,7 +145,7 @@ class Run:
             return
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.folder / ".lock").open("a")
+            self._lock = (self.folder / ".lock").open("a+")
         except OSError as error:
             raise UsageError(
                 f"cannot write to output_root={config.output_root}: {error.strerror}: {error.filename}; "
@@ -215,7 +215,8 @@ class Run:
         name, texts = f"{kind}-{step:08d}", {STATE: json.dumps(state)}
         tensors = [piece.tensor for pieces in given for piece in pieces.values()]
         beside = sum(tensor.nbytes for tensor in tensors if tensor.device.type == "cpu")  # a device's is not touched
-        copied = not beside or room_beside(beside, free_memory(torch.device("cpu")))
+        cpu = torch.device("cpu")  # what is freed and kept goes back only where that decides: training takes it again
+        copied = any(room_beside(beside, free_memory(cpu, trim=trim)) for trim in (False, True))
         if copied:
             given = [_copied(pieces) for pieces in given]
 
@@ -273,7 +274,8 @@ class Run:
             try:
                 temporary.rename(final)
             except OSError:
-                before.rename(final)
+                if before.exists():
+                    before.rename(final)
                 raise
             sync(self.checkpoints)
             shutil.rmtree(before, ignore_errors=True)
@@ -367,10 +369,8 @@ class Run:
         """The newest undamaged checkpoint, whose pieces are joined now, and a sentence for each damaged one that was
         passed over."""
         notes: list[str] = []
-        for before in self.checkpoints.glob(".*-before"):  # of a process that ended between two names
-            final = before.with_name(before.name.removeprefix(".").removesuffix("-before"))
-            if OURS.fullmatch(before.name) and not final.exists():
-                before.rename(final)
+        for before, final in _between_names(self.checkpoints):
+            before.rename(final)
         for path in self._found("last"):
             fault = damage(path)
             if fault is None:
@@ -413,7 +413,22 @@ class Run:
 def _numbered(folder: Path, kind: str) -> list[Path]:
     """The checkpoints of a kind in a folder, newest first; not what a user has put there under other names."""
     found = [path for path in folder.glob(f"{kind}-*") if OURS.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    return sorted(found, key=_step_of, reverse=True)
+
+
+def _step_of(checkpoint: Path) -> int:
+    (step,) = re.findall(r"\d+", checkpoint.name)
+    return int(step)
+
+
+def _between_names(folder: Path) -> list[tuple[Path, Path]]:
+    """Checkpoints that a process which ended between two names has left without theirs, and that."""
+    pairs = [
+        (before, before.with_name(before.name.removeprefix(".").removesuffix("-before")))
+        for before in folder.glob(".*-before")
+        if OURS.fullmatch(before.name)
+    ]
+    return [(before, final) for before, final in pairs if not final.exists()]
 
 
 def room_beside(copy: int, free: int) -> bool:
@@ -518,14 +533,32 @@ def digest_of(weights: dict[str, Tensor]) -> str:
 
 
 def _locked(file: TextIO) -> bool:
-    """Locks a file. Half a second's patience, because softmoe status tries locks for a moment."""
-    for _ in range(10):
+    """Locks a file. Half a second's patience, because softmoe status tries locks for a moment, and a quarter of a
+    minute's where the process that it names is gone: workers that decode for it share its lock and end after it."""
+    for tries in range(300):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            if tries >= 10 and not _orphaned(file):
+                return False
             time.sleep(0.05)
         else:
             return True
+    return False
+
+
+def _orphaned(file: TextIO) -> bool:
+    """Whether the process of this machine that a lock names is gone."""
+    file.seek(0)
+    node, _, pid = file.read().rpartition(" ")
+    if node != platform.node() or not pid.isdigit():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
     return False
 
 
@@ -666,7 +699,9 @@ def _weights_in(folder: Path) -> Path:
     if (folder / WEIGHTS).is_file() or shards.files(folder / WEIGHTS):
         candidates = [folder]
     else:
-        candidates = _numbered(folder / "checkpoints", "last")
+        found = _numbered(folder / "checkpoints", "last")
+        found += [before for before, final in _between_names(folder / "checkpoints") if final.name.startswith("last-")]
+        candidates = sorted(found, key=_step_of, reverse=True)
     if not candidates:
         raise UsageError(f"checkpoint={folder} holds no checkpoint: neither {WEIGHTS} nor checkpoints/last-*")
     faults = []

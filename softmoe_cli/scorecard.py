@@ -6,6 +6,7 @@ import io
 import json
 import re
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
@@ -20,11 +21,11 @@ from torch import Tensor, nn
 from softmoe_cli import data, soup
 from softmoe_cli.audit import Audit, Finding, summary
 from softmoe_cli.config import EvaluateConfig, Model, UsageError, check_groups
-from softmoe_cli.device import arithmetic, hardware, prepare_attention
+from softmoe_cli.device import arithmetic, hardware
 from softmoe_cli.evaluate import Batch, Outcomes, calibration_error, features, outcomes, qualities
 from softmoe_cli.fewshot import fewshot
 from softmoe_cli.files import write_atomically
-from softmoe_cli.models import build, load_weights
+from softmoe_cli.models import build, load_weights, prepare
 from softmoe_cli.record import Source
 from softmoe_cli.terminal import Screen
 from softmoe_cli.text import aligned
@@ -49,9 +50,9 @@ def evaluate_checkpoint(config: EvaluateConfig, model_config: Model, sources: li
     splits = data.load(config.data)
     shots = ["train"] + ["validation"] * (config.fewshot_l2 == "validation") if config.fewshot else []
     splits.need(config.split, *shots, *["validation"] * (config.soup == "greedy"))
-    if config.real == "timm" and card["data"].get("format") == "folder":
+    if config.real == "timm" and card["classes"] == sorted(card["classes"]):
         odd = [name for name in card["classes"] if not re.match(r"n\d", name)]
-        if odd:  # of folders, classes are in the order of their names
+        if odd:  # classes in the order of other names have other numbers
             raise UsageError(
                 "real=timm numbers classes in the order of ImageNet's own names, such as n01440764; the checkpoint has "
                 f"{odd[0]}; give a file of labels in the checkpoint's order"
@@ -74,7 +75,7 @@ def evaluate_checkpoint(config: EvaluateConfig, model_config: Model, sources: li
         )
 
     def said(model: VisionTransformer, images: data.ImageSet, batch_size: int) -> Outcomes:
-        prepare_attention(model, device, precision)
+        prepare(model, device, precision)
         all_of_them = outputs == list(range(len(card["classes"])))
         seen = model.to(device) if all_of_them else Among(model.to(device), outputs or [])
         return outcomes(seen, batches(images, batch_size), loss=loss, autocast=autocast)
@@ -113,7 +114,7 @@ def evaluate_checkpoint(config: EvaluateConfig, model_config: Model, sources: li
         row["head"] = f"not scored: it knows {_shortly(card['classes'])}, the data have {_shortly(splits.classes)}"
     row |= {"images": len(images), "eval_s": time.perf_counter() - start, "hardware": hardware(device)}
     if config.fewshot:
-        prepare_attention(model.to(device), device, precision)
+        prepare(model.to(device), device, precision)
         apart = config.fewshot_l2 == "validation" and config.split != "validation"
         chooser = splits.validation if apart else None
         row["fewshot_l2_chosen_on"] = "validation" if chooser is not None else f"the scored {config.split}"
@@ -156,12 +157,20 @@ class Among(nn.Module):
 
 
 def _outputs(known: list[str], found: list[str], by_number: bool) -> list[int] | None:
-    """Which of the head's outputs the classes of the data are, by name or by number; None: some are not among them, or
-    have a name that others have too."""
+    """Which of the head's outputs the classes of the data are, by name or by number; None: some are not among them.
+
+    Raises:
+        UsageError: several outputs have one of the names.
+    """
     if not by_number and found == known:
         return list(range(len(known)))
-    if not by_number and any(known.count(name) > 1 for name in found):
-        return None
+    times = Counter(known)
+    twice = [name for name in found if times[name] > 1]
+    if twice and not by_number:
+        raise UsageError(
+            f"the checkpoint has {times[twice[0]]} outputs called '{twice[0]}', so that it is open which one "
+            "the data's class of that name is; set data.class_numbers=true if the data's classes are outputs' numbers"
+        )
     place = {str(i) if by_number else name: i for i, name in enumerate(known)}
     return [place[name] for name in found] if set(found) <= set(place) else None
 

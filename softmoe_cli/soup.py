@@ -2,31 +2,37 @@
 https://arxiv.org/abs/2203.05482"""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from softmoe_cli.config import CUT, UsageError
+from softmoe_cli.config import CUT, UsageError, same_set
 from softmoe_cli.record import Source
 
 Weights = dict[str, Tensor]
 COMMON = ("model", "classes", "loss", "precision")
 
 
-def check_alike(sources: Sequence[Source]) -> None:
-    """Raises UsageError unless all are of one model for the same classes, loss, precision and pixels, and those of one
-    data set of the same cut of it: of another, some would have been trained on the images that choose and score."""
+def check_alike(sources: Sequence[Source], data: dict[str, Any]) -> None:
+    """Raises UsageError unless all are of one model for the same classes, loss, precision and pixels, and those that
+    were trained on the set that they are evaluated on, of the same cut of it: of another, some would have been trained
+    on the images that choose and score."""
     first = sources[0]
     for other in sources[1:]:
-        keys = ["mean", "std", *(CUT if first.card["data"].get("name") == other.card["data"].get("name") else ())]
-        said = [{**s.card, **{f"data.{key}": s.card["data"].get(key) for key in keys}} for s in (first, other)]
-        odd = [key for key in said[0] if key in COMMON or key.startswith("data.") if said[0][key] != said[1][key]]
-        shapes = [{key: value.shape for key, value in s.weights.items()} for s in (first, other)]
-        odd += [key for key in shapes[0] | shapes[1] if shapes[0].get(key) != shapes[1].get(key)]
+        keys = ["mean", "std", *(CUT if all(same_set(data, s.card["data"]) for s in (first, other)) else ())]
+        said = [
+            {key: s.card[key] for key in COMMON}
+            | {f"data.{key}": s.card["data"].get(key) for key in keys}
+            | {key: tuple(value.shape) for key, value in s.weights.items()}
+            for s in (first, other)
+        ]
+        odd = [key for key in said[0] | said[1] if said[0].get(key) != said[1].get(key)]
         if odd:
+            values = [f" ({s[odd[0]]})" if isinstance(s.get(odd[0]), int | float | tuple) else "" for s in said]
             raise UsageError(
-                f"checkpoint={first.label} and {other.label} differ in {odd[0]}; only checkpoints of the same "
-                "architecture, and of the same cut of a data set, can be averaged"
+                f"checkpoint={first.label}{values[0]} and {other.label}{values[1]} differ in {odd[0]}; only "
+                "checkpoints of the same architecture, and of the same cut of the data evaluated, can be averaged"
             )
 
 

@@ -332,10 +332,10 @@ class Forked:
         pid = self._process.pid
         assert pid is not None
         with contextlib.suppress(ProcessLookupError):  # it has just left by itself
-            if now:
+            os.kill(pid, signal.SIGTERM if not now else signal.SIGKILL)
+        if now:
+            with contextlib.suppress(ProcessLookupError):  # it has no group yet, and so nobody in it
                 os.killpg(pid, signal.SIGKILL)
-            else:
-                os.kill(pid, signal.SIGTERM)
 
 
 class Slurm:
@@ -396,7 +396,7 @@ class Ray:
         self._files: tempfile.TemporaryDirectory[str] | None = None
         if options.address is None:
             os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # kept in no file
-            self._files = tempfile.TemporaryDirectory(prefix="ray-")
+            self._files = tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp")  # its sockets' names may not be long
             own = {"include_dashboard": False, "_temp_dir": self._files.name}
         import ray
 
@@ -497,7 +497,7 @@ class Signals:
             signal.signal(number, handler)
 
     def _ask(self, number: int, _frame: FrameType | None) -> None:
-        self.now = self.name is not None and number == signal.SIGINT
+        self.now = self.now or (self.name is not None and number == signal.SIGINT)
         self.name = self.name or signal.Signals(number).name
 
 
@@ -817,11 +817,19 @@ def _plan(entries: list[Entry], at_a_time: int) -> str:
         fits = "" if cost["peak_mib"] <= cost["free_mib"] else " (does not fit)"
         peak = f"{cost['peak_mib']:,.1f}{fits}"
         rows.append([seen.run, seen.state, _pflop(cost["train_pflop"]), peak, _time(cost["seconds"]), seen.folder])
-    pflop, seconds = (sum(entry.job.cost[key] for entry in todo) for key in ("train_pflop", "seconds"))
-    together = f", about {_time(seconds / min(at_a_time, len(todo)))} with {at_a_time} at a time" if todo else ""
+    pflop = sum(entry.job.cost["train_pflop"] for entry in todo)
+    times = [entry.job.cost["seconds"] for entry in todo]
+    known = [seconds for seconds in times if not math.isnan(seconds)]
+    together = f", about {_time(sum(known) / min(at_a_time, len(todo)))} with {at_a_time} at a time" if known else ""
+    unknown = len(times) - len(known)
+    beside = (
+        f"; {unknown} jobs are not in it: those that do not fit, or have several devices, frozen weights or moments in "
+        "other than fp32, are not timed" if unknown else ""
+    )  # fmt: skip
     return (
         f"{aligned(rows, markdown=False)}\n\n{len(entries)} jobs, {len(todo)} to do: {_pflop(pflop)} PFLOP, "
-        f"{_time(seconds)} of training{together}; from a few steps timed here, evaluation and saving not counted"
+        f"{_time(sum(known)) if known or not todo else 'unknown'} of training{together}; from a few steps timed here, "
+        f"evaluation and saving not counted{beside}"
     )
 
 

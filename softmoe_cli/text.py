@@ -13,6 +13,11 @@ def gibibytes(number: float) -> str:
     return f"{number / 2**30:.2f} GiB"
 
 
+def first_line(error: object) -> str:
+    """Of an error's message, or of any other text."""
+    return (str(error).strip().splitlines() or ["no message"])[0]
+
+
 def aligned(rows: list[list[str]], markdown: bool) -> str:
     """A table with its first column to the left and the others to the right; the first row is its head."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

@@ -28,13 +28,12 @@ from softmoe_cli.device import (
     free_memory,
     hardware,
     precision_context,
-    prepare_attention,
     slower,
 )
 from softmoe_cli.evaluate import classification_loss, evaluate, features, routing_statistics
 from softmoe_cli.fewshot import fewshot
 from softmoe_cli.memory import Memory, largest_batch, predict_for, require_fit, require_place
-from softmoe_cli.models import LoadReport, build, load_weights, patterns, portable
+from softmoe_cli.models import LoadReport, build, load_weights, patterns, portable, prepare
 from softmoe_cli.moe.layer import MoE
 from softmoe_cli.moe.routing import Routing, full_precision, routings
 from softmoe_cli.optim import freeze, optimizer_of, restore, schedule, span, state_of
@@ -53,7 +52,7 @@ from softmoe_cli.record import (
     signature,
 )
 from softmoe_cli.terminal import Screen
-from softmoe_cli.text import count, gibibytes
+from softmoe_cli.text import count, first_line, gibibytes
 
 T = TypeVar("T")
 
@@ -197,7 +196,7 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
         model = build(config.model, classes)
         freeze(model, config.optim.freeze)
         loaded = _load_source(model, source, config, splits.classes, screen) if source is not None else LoadReport()
-        prepare_attention(model, device, config.train.precision)
+        prepare(model, device, config.train.precision)
         model.set_grad_checkpointing(config.train.recompute)
         ema = Average(model, decay=config.train.ema) if config.train.ema is not None else None
         for each in (model, ema.module) if ema is not None else (model,):
@@ -207,7 +206,8 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
         _carry_moments(model, optimizer, source, loaded, config, screen)
     scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
 
-    run.open(replace(config, devices=crew.size))  # under torchrun it may not say
+    config = replace(config, devices=crew.size)  # under torchrun it may not say
+    run.open(config)
     progress, energy = _resume(run, model, ema, optimizer, scaler, screen, crew), Energy(device)
     batches = data.train_batches(
         splits.train,
@@ -233,7 +233,9 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
     evaluated = ema.module if ema is not None else model
     moe_blocks = [i for i, block in enumerate(model.blocks) if isinstance(block.mlp, MoE)]
     routers = [model.blocks[i].mlp.router for i in moe_blocks]
-    settling = [router for router in routers if any(p.requires_grad for p in router.parameters())]  # others are frozen
+    settling = [  # others are frozen
+        router for router in routers if not (own := list(router.parameters())) or any(p.requires_grad for p in own)
+    ]
     wandb_run = mirror.Mirror(
         mirror.resolve(config.tracking) if crew.first else "off",
         _wandb_settings(config, command, run),
@@ -316,14 +318,15 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
             progress.used(crew.joules(energy.used(), device))
             weights = {key: value.contiguous() for key, value in evaluated.state_dict().items()}
             training = {} if kind == "best" else _training_state(model, ema, optimizer)
+            # The best's step is chance, as the last one's is where minutes are the budget.
+            at = "best" if kind == "best" else "end" if end and budget.steps is None else progress.step
             run.save(
                 kind,
                 progress.step,
                 weights,
                 training,
                 asdict(progress) | {"scaler": scaler.state_dict()},
-                # The best's step is chance, as the last one's is where minutes are the budget.
-                card | {"origin": f"{made}-{'best' if kind == 'best' else 'end' if end else progress.step}"},
+                card | {"origin": f"{made}-{at}"},
                 end=end,
             )
 
@@ -407,7 +410,7 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
         except torch.OutOfMemoryError as error:
             wandb_run.close(None)
             raise RunError(
-                f"out of memory at step {progress.step:,} ({str(error).splitlines()[0]}); lower train.batch_size, "
+                f"out of memory at step {progress.step:,} ({first_line(error)}); lower train.batch_size, "
                 "raise train.accumulate or set train.recompute=true"
             ) from error
         except BaseException:

@@ -3,7 +3,7 @@
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,13 +11,23 @@ import pytest
 import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_CACHE"] = os.devnull  # nor what was fetched before
 os.environ["WANDB_MODE"] = "offline"
+for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "SOFTMOE_VECTORS", "RANK", "WORLD_SIZE"):
+    os.environ.pop(name, None)
 torch.set_num_threads(1)  # tests are small: a second thread costs more than it brings
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The long ones first: no worker is left alone with one at the end."""
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_goes_on() -> Iterator[None]:
+    yield
+    if "tests.processes" in sys.modules:
+        sys.modules["tests.processes"].end_all()
 
 
 class Answer(NamedTuple):

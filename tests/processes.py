@@ -1,8 +1,10 @@
 """`softmoe` in real processes that start at once: forked from one that has imported torch and timm already."""
 
+import contextlib
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
@@ -14,7 +16,7 @@ from typing import Any
 import torch
 from hydra._internal.hydra import Hydra
 
-from softmoe_cli import sweep
+from softmoe_cli import mirror, sweep
 
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["softmoe_cli.train", "softmoe_cli.cli", "softmoe_cli.sweep", "hydra"])
@@ -50,21 +52,34 @@ class Started:
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
+        started.append(self)
 
     @property
     def ended(self) -> bool:
         return not self._process.is_alive()
 
-    def send(self, signal: int) -> None:
-        os.kill(self.pid, signal)
+    def send(self, number: int) -> None:
+        os.kill(self.pid, number)
 
-    def wait(self, timeout: float = 300) -> tuple[int | None, str]:
+    def wait(self, timeout: float = 900) -> tuple[int | None, str]:
         """Exit status (minus the signal's number where one ended it) and output."""
         self._process.join(timeout)
         return self._process.exitcode, self._out.read_text()
 
 
-def forked(out: Path, work: Callable[..., None], *arguments: Any, timeout: float = 100) -> int | None:
+started: list[Started] = []
+
+
+def end_all() -> None:
+    """Ends what a test that failed has left running, which would take the cores from all others."""
+    while started:
+        process = started.pop()
+        if not process.ended:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def forked(out: Path, work: Callable[..., None], *arguments: Any, timeout: float = 600) -> int | None:
     """Calls `work` in a process of its own, which writes to `out`; returns its exit status."""
     process = _SERVER.Process(target=_told, args=(out, work, arguments))
     process.start()
@@ -75,16 +90,26 @@ def forked(out: Path, work: Callable[..., None], *arguments: Any, timeout: float
     return process.exitcode
 
 
+def torchrun(size: int) -> list[dict[str, str]]:
+    """The environment that torchrun would give to each of so many processes."""
+    # Below what the system gives to whoever asks for any port, so that none takes it before it is used.
+    port = 10_000 + 7 * os.getpid() % 20_000
+    while True:
+        with socket.socket() as tried, contextlib.suppress(OSError):
+            tried.bind(("localhost", port))
+            break
+        port += 1
+    told = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    told |= {"GLOO_SOCKET_IFNAME": "lo", "TORCH_CPP_LOG_LEVEL": "ERROR"}  # no word about names that do not resolve
+    ranks = [told | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(size)]
+    return [{key: str(value) for key, value in each.items()} for each in ranks]
+
+
 def together(size: int, work: Callable[..., None], *arguments: Any) -> None:
     """Calls `work` in so many processes at once, each with the environment that torchrun would give it."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    told = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     multiprocessing.forkserver.ensure_running()
     processes = []
-    for rank in range(size):
-        environment = {key: str(value) for key, value in (told | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+    for environment in torchrun(size):
         processes.append(_SERVER.Process(target=_job, args=(os.getcwd(), environment, work, arguments)))
         processes[-1].start()
     while any(process.is_alive() for process in processes):
@@ -107,6 +132,7 @@ def _main(
     os.setsid()
     _write_to(out)
     compose_once()
+    mirror.LAST_WAIT_S = 300  # the machine may be slow, and the file is looked at
     sys.argv = ["softmoe", *arguments]
     if dtype:
         torch.set_default_dtype(getattr(torch, dtype))

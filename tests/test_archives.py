@@ -438,6 +438,11 @@ def test_arrow_files_are_the_folder_they_were_made_from(tmp_path: Path) -> None:
         load(settings("arrow", root, label="sort"))
     (root / "train" / "cache-1f2e.arrow").write_bytes(b"what a program of Hugging Face's left there")
     assert everything(load(settings("arrow", root))) == everything(folder)
+    shutil.copytree(root, tmp_path / "copies")
+    for file in (tmp_path / "copies").glob("*/data-*.arrow"):
+        file.rename(file.with_name("cache-1f2e.arrow"))
+    with pytest.raises(UsageError, match=r"holds cached copies only \(cache-"):
+        load(settings("arrow", tmp_path / "copies"))
     (root / "train" / "data-00000-of-00001.arrow").write_bytes(b"nothing")
     with pytest.raises(UsageError, match="is no Arrow file with images in img"):
         load(settings("arrow", root))
@@ -472,10 +477,12 @@ def test_evaluation_sees_what_timm_shows(tmp_path: Path, size: tuple[int, int], 
     """Of floor(side / crop_pct) pixels the centre."""
     write(tmp_path, {f"{name}/0.jpg": picture(i, size, "JPEG") for i, name in enumerate(CLASSES)})
     data = settings("folder", tmp_path, crop_pct=crop_pct, from_file=True, test_fraction=1, mean=[0.0], std=[1.0])
-    (x, _), *_ = eval_batches(load(data).test, data, image_size=64, in_chans=3, batch_size=3, device=CPU)
+    images = load(data).test
+    (x, _), *_ = eval_batches(images, data, image_size=64, in_chans=3, batch_size=3, device=CPU)
     timm = create_transform(64, interpolation="bicubic", crop_pct=crop_pct, mean=(0, 0, 0), std=(1, 1, 1))
-    for i, name in enumerate(CLASSES):
-        want = timm(Image.open(tmp_path / name / "0.jpg"))
+    assert images.files is not None
+    for i, place in enumerate(images.files.places):
+        want = timm(Image.open(place))
         assert isinstance(want, Tensor)
         assert torch.equal(x[i], want)
 
@@ -496,6 +503,7 @@ def test_training_sees_what_timm_shows(tmp_path: Path, workers: int, monkeypatch
     monkeypatch.setattr(type(crop), "get_params", staticmethod(RandomResizedCrop.get_params))
     assert (tuple(crop.scale), crop.ratio) == ((0.08, 1.0), (3 / 4, 4 / 3))
     images, size = load(data).test, 5
+    assert images.files is not None
 
     def ours(first_step: int, rows: Tensor | slice = slice(None)) -> list[Tensor]:
         found = train_batches(
@@ -509,7 +517,7 @@ def test_training_sees_what_timm_shows(tmp_path: Path, workers: int, monkeypatch
         want = []
         for i, seed in zip(index.tolist(), _seeds(size, slice(None), _generator(3, step, CUT)).tolist(), strict=True):
             torch.manual_seed(seed)
-            want.append(timm(Image.open(tmp_path / CLASSES[i] / "0.jpg")))
+            want.append(timm(Image.open(images.files.places[i])))
         torch.testing.assert_close(whole[step], torch.stack(want), atol=1e-6, rtol=1e-6)
     assert all(torch.equal(a, b) for a, b in zip(ours(2), whole[2:], strict=True))
     own = torch.tensor([1, 4])
@@ -543,8 +551,8 @@ def twenty_thousand(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 LINE = (
     "train", *TINY, "threads=1", "data=webdataset", "data.image_size=8", "data.channels=1", "data.memory_gib=0",
-    "data.hflip=0", "data.shift=0", "train.batch_size=25", "train.steps=120", "train.log_every=1",
-    "train.eval_every=120", "data.validation_fraction=0.01", "data.test_fraction=0.01", "train.eval_batch_size=200",
+    "data.hflip=0", "data.shift=0", "train.batch_size=25", "train.steps=240", "train.log_every=1",
+    "train.eval_every=240", "data.validation_fraction=0.01", "data.test_fraction=0.01", "train.eval_batch_size=200",
     "train.save_seconds=0", "optim.lr=1e-3",
 )  # fmt: skip
 
@@ -569,12 +577,12 @@ def test_a_kill_in_the_middle_of_a_shard_resumes_at_the_exact_sample(twenty_thou
     os.kill(killed.pid, signal.SIGKILL)
     assert killed.wait()[0] == -signal.SIGKILL
     stopped = len(rows(tmp_path / "killed"))
-    assert stopped < 120
+    assert stopped < 240
     code, out = Started(tmp_path / "killed", [*line, "data.workers=1"], {}).wait()
     assert code == 0 and "going on from step" in out, out
     assert alone.wait()[0] == 0
     whole, resumed = ([untimed(row) for row in rows(tmp_path / name)] for name in ("whole", "killed"))
-    assert resumed == whole and len(whole) == 120 + 2
+    assert resumed == whole and len(whole) == 240 + 2
 
 
 def test_which_samples_a_step_consumes_is_a_function_of_seed_and_step(twenty_thousand: Path) -> None:

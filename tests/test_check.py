@@ -2,13 +2,14 @@
 
 import itertools
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import yaml
 from torch import Tensor
 
 from softmoe_cli.check import CHECKS, Outcome, Subject, run_check
+from softmoe_cli.config import UsageError
 from softmoe_cli.moe.routers.soft import SoftRouter, l2_normalize, soft_logits, soft_weights
 from softmoe_cli.moe.routers.tokens_choice import TokensChoiceRouter
 from softmoe_cli.moe.routing import DenseRouting, SparseRouting, full_precision
@@ -20,7 +21,10 @@ ROUTERS = {name: options for name, options in YAMLS.items() if options["_target_
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "two choices, groups of two images": ("tokens_choice", {"k": 2, "images_per_group": 2, "capacity_factor": 0.7}),
     "two choices, surest first": ("tokens_choice_bpr", {"k": 2, "images_per_group": 2, "capacity_factor": 0.7}),
-    "sigmoid, bias, shared expert": ("tokens_choice", {"gate": "sigmoid", "bias_rate": 0.01, "shared_experts": 1}),
+    "sigmoid, bias, shared expert": (
+        "tokens_choice",
+        {"gate": "sigmoid", "bias_rate": 0.01, "shared_experts": 1, "load_weight": 0.0, "gshard_weight": 0.01},
+    ),
     "dropless, two choices": ("tokens_choice_dropless", {"k": 2, "shared_experts": 2}),
     "dropless, losses over three images": ("tokens_choice_dropless", {"images_per_group": 3, "gshard_weight": 0.01}),
     "experts choose among two images": ("experts_choice", {"images_per_group": 2, "capacity_factor": 2.0}),
@@ -132,6 +136,35 @@ class FreeTraining(SoftRouter):
         return self.flop(num_tokens)
 
 
+class LooksAroundInTraining(SoftmaxOverTheBatch):
+    """The same, but while it trains only."""
+
+    def forward(self, x: Tensor, keep: Tensor | None = None) -> DenseRouting:
+        return super().forward(x, keep) if self.training else SoftRouter.forward(self, x, keep)
+
+
+class FirstComeOverTheBatch(SoftRouter):
+    """Each image sees those before it."""
+
+    def forward(self, x: Tensor, keep: Tensor | None = None) -> DenseRouting:
+        routing = super().forward(x, keep)
+        routing.combine_weights = routing.combine_weights.cumsum(dim=0) / (len(x) + 1)
+        return routing
+
+
+class UtilisationOfSeven(SoftRouter):
+    """Says that it uses more than there is."""
+
+    def forward(self, x: Tensor, keep: Tensor | None = None) -> DenseRouting:
+        routing = super().forward(x, keep)
+        return _Boasting(routing.dispatch_weights, routing.combine_weights, routing.aux_loss)
+
+
+class _Boasting(DenseRouting):
+    def statistics(self) -> dict[str, float]:
+        return super().statistics() | {"utilisation": 7.0}
+
+
 BROKEN: dict[type, tuple[str, set[str]]] = {
     NanForPadding: ("soft", {"padding is neutral"}),
     OwnLossPerBatch: ("tokens_choice", {"auxiliary losses", "official numbers"}),
@@ -139,6 +172,9 @@ BROKEN: dict[type, tuple[str, set[str]]] = {
     SoftmaxOverTheBatch: ("soft", {"images do not see each other", "dispatch law", "official numbers"}),
     NormalisedTokensDispatched: ("soft", {"dispatch law", "official numbers"}),
     RenormalisedGates: ("tokens_choice", {"official numbers"}),
+    LooksAroundInTraining: ("soft", {"images do not see each other", "official numbers"}),
+    FirstComeOverTheBatch: ("soft", {"images do not see each other", "official numbers"}),
+    UtilisationOfSeven: ("soft", {"statistics"}),
 }
 
 
@@ -149,7 +185,54 @@ def test_broken_routers_fail_for_the_right_reason(broken: type) -> None:
     outcomes = {name: run_check(name, subject) for name in CHECKS if name != COMPILES}
     failed = {name for name, outcome in outcomes.items() if outcome.verdict == "fail"}
     allowed = reasons | {"batch order and size", "padding is neutral"}  # which leaks and mixtures touch too
+    if broken is FirstComeOverTheBatch:
+        allowed |= {"one expert is the dense MLP"}
     assert reasons <= failed <= allowed, outcomes
+
+
+class InFloat32(SoftRouter):
+    """Computes in float32 whatever comes, and has an option of its own."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_tokens: int,
+        *,
+        flavour: Literal["sweet", "sour"],
+        num_experts: int,
+        slots_per_expert: int | None,
+        capacity_factor: float | None,
+        noise_std: float,
+    ) -> None:
+        super().__init__(
+            dim, num_tokens, num_experts=num_experts, slots_per_expert=slots_per_expert,
+            capacity_factor=capacity_factor, noise_std=noise_std,
+        )  # fmt: skip
+        self.options |= {"flavour": flavour}
+
+    def forward(self, x: Tensor, keep: Tensor | None = None) -> DenseRouting:
+        with full_precision(x):
+            logits = soft_logits(x.float(), self.phi.float(), self.scale.float())
+            return DenseRouting(*soft_weights(logits, keep), logits.new_zeros(()))
+
+
+def test_a_right_router_of_another_make_passes() -> None:
+    options = ROUTERS["soft"] | {"_target_": f"{__name__}.InFloat32", "flavour": "sour"}
+    outcomes = [run_check(name, Subject(options)) for name in CHECKS if name != COMPILES]
+    assert [outcome for outcome in outcomes if outcome.verdict == "fail"] == []
+    (official,) = [outcome for outcome in outcomes if outcome.name == "official numbers"]
+    assert official.verdict == "n/a" and "flavour" in official.figure
+    with pytest.raises(UsageError, match="flavour=bitter is of type str; it must be sweet or sour"):
+        Subject(options | {"flavour": "bitter"})
+
+
+class GroupsUnasked(SoftRouter):
+    images_per_group = 4
+
+
+def test_groups_must_be_an_option() -> None:
+    with pytest.raises(UsageError, match="images_per_group=4 must come from an option of that name"):
+        Subject(ROUTERS["soft"] | {"_target_": f"{__name__}.GroupsUnasked"})
 
 
 def test_a_check_that_raises_is_a_failure() -> None:

@@ -42,7 +42,10 @@ WRONG_LINES = {
     "negative seed": ("train seed=-1", "it must be >= 0"),
     "neither a batch nor auto": ("train train.batch_size=fast", "neither a whole number nor auto"),
     "half a batch": ("train train.batch_size=1.5", "neither a whole number nor auto"),
-    "more than there is": ("train model=vit_h14_soft", "choose a smaller model, fewer experts or fewer MoE blocks"),
+    "more than there is": (
+        "train model=vit_h14_soft model.router.num_experts=100000",
+        "choose a smaller model, fewer experts or fewer MoE blocks",
+    ),
     "zero batch": ("train train.batch_size=0", "it must be >= 1"),
     "zero learning rate": ("train optim.lr=0", "it must be > 0"),
     "nan": ("train optim.lr=nan", "is not a finite number"),
@@ -108,7 +111,7 @@ WRONG_LINES = {
         "depend on it; use 64",
     ),
     "dropless width": (
-        "train model/router=tokens_choice_dropless model.expert_width=30", "for multiples of 8 only"
+        "train model/router=tokens_choice_dropless model.expert_width=30", "only of multiples of 4 numbers"
     ),
     "timm patch": (
         "train model/backbone=timm model.backbone.timm=vit_tiny_patch16_224 model.image_size=30 " + DENSE,

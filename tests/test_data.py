@@ -255,10 +255,26 @@ def test_parts_are_in_small_letters(tmp_path: Path) -> None:
     (tmp_path / "Train").rename(tmp_path / "training")
     (tmp_path / "Val").rename(tmp_path / "val")
     refused(folder(tmp_path), "training must be called train")
+    (tmp_path / "training").rename(tmp_path / "Train")
+    (tmp_path / "val").rename(tmp_path / "held")
+    refused(folder(tmp_path), "Train must be called train")
 
 
 def test_one_class_may_be_called_like_a_part(tmp_path: Path) -> None:
     assert load(folder(write_tree(tmp_path, classes=("invalid", "valid")))).classes == ["invalid", "valid"]
+
+
+def test_held_out_files_come_mixed_and_always_the_same(tmp_path: Path) -> None:
+    """Groups of images, and the first batch, would be of one class."""
+    for part in ("train", "val"):
+        write_tree(tmp_path / part)
+    one, two = load(folder(tmp_path)), load(folder(tmp_path))
+    assert same(one, two)
+    for images in (one.validation, one.test):
+        assert sorted(images.labels.tolist()) != images.labels.tolist()
+    assert one.test.files is not None
+    names = sorted(place.relative_to(tmp_path) for place in one.test.files.places)
+    assert names == sorted(path.relative_to(tmp_path) for path in (tmp_path / "val").glob("*/*"))
 
 
 def test_hidden_folders_hold_no_images(tmp_path: Path) -> None:
@@ -274,7 +290,11 @@ def test_classes_half_unpacked_are_refused(tmp_path: Path) -> None:
         (tmp_path / f"{name}.tar").write_bytes(b"")
     assert load(folder(tmp_path)).classes == sorted(CLASSES), "tars that were unpacked may stay"
     (tmp_path / "dog.tar").write_bytes(b"")
-    refused(folder(tmp_path), r"dog\.tar not; unpack all or none")
+    refused(folder(tmp_path), r"class folders, and dog\.tar beside them; unpack it")
+    for name in CLASSES:
+        (tmp_path / f"{name}.tar").unlink(missing_ok=name != "dog")
+    (tmp_path / "dog.tar").write_bytes(b"")
+    refused(folder(tmp_path), r"class folders, and dog\.tar beside them; unpack it")
 
 
 def test_a_program_by_an_images_name_is_not_run(tmp_path: Path) -> None:
@@ -282,7 +302,7 @@ def test_a_program_by_an_images_name_is_not_run(tmp_path: Path) -> None:
     write_tree(tmp_path)
     figure = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
     (tmp_path / "bee" / "figure.jpg").write_bytes(figure)
-    refused(folder(tmp_path), r"figure\.jpg is not an image that can be read: cannot identify")
+    refused(folder(tmp_path), r"figure\.jpg is not an image that can be read: none of BMP, GIF, .*; convert it")
 
 
 def test_identity_is_what_the_folder_holds(tmp_path: Path) -> None:

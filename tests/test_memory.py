@@ -14,9 +14,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from softmoe_cli import memory, train
 from softmoe_cli.config import Config, UsageError
-from softmoe_cli.device import _control_group_free, precision_context, prepare_attention
+from softmoe_cli.device import _control_group_free, precision_context
 from softmoe_cli.memory import Live, Memory, largest_batch, last_within, predict_for, require_fit, require_place
-from softmoe_cli.models import build
+from softmoe_cli.models import build, prepare
 from softmoe_cli.moe.routers.soft import SoftRouter
 from softmoe_cli.moe.routing import routings
 from softmoe_cli.optim import freeze, optimizer_of, state_of
@@ -55,7 +55,7 @@ def allocated_peak(config: Config, crew: Crew = ALONE) -> int:
     """Bytes of a real update at its peak, from every allocation that the allocator reports."""
     t, share = config.train, crew.share(config)
     model = build(config.model, 10).train()
-    prepare_attention(model, CPU, t.precision)
+    prepare(model, CPU, t.precision)
     model.set_grad_checkpointing(t.recompute)
     freeze(model, config.optim.freeze)
     crew.spread(model, config, CPU)
@@ -111,7 +111,7 @@ def unhurried(collective: Callable[..., Any]) -> Callable[..., Any]:
 
     def call(*args: Any, **kwargs: Any) -> Any:
         out = collective(*args, **kwargs)
-        time.sleep(0.1)
+        time.sleep(0.3)
         return out
 
     return call

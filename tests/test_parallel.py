@@ -2,8 +2,8 @@
 
 import json
 import os
+import re
 import signal
-import socket
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,10 +27,10 @@ from softmoe_cli.moe.routing import noise_like, whole_batch
 from softmoe_cli.parallel import Crew, Lost, Turns, WholeBatchDropPath, _contact, largest_share
 from tests.conftest import TINY
 from tests.oracles import compose
-from tests.processes import Started
+from tests.processes import Started, torchrun
 from tests.test_train import CLOCKS, last, rows, the_run
 
-HOW = {"devices", "parallel", "hardware", "peak_mib"}
+HOW = {"devices", "parallel", "hardware", "peak_mib", "commit"}
 """What a result says of how it came about."""
 EVERYTHING = (
     "train.steps=50", "train.batch_size=20", "train.accumulate=2", "train.eval_batch_size=48", "train.ema=0.9",
@@ -43,19 +43,9 @@ CPU = torch.device("cpu")
 
 def start(folder: Path, size: int, *arguments: str, dtype: str = "float64") -> list[Started]:
     """The processes that `torchrun --nproc-per-node=SIZE -m softmoe_cli train ARGUMENTS` would start."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    told = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     return [
-        Started(
-            folder,
-            ["train", *TINY, "threads=1", *arguments],
-            {key: str(value) for key, value in (told | {"RANK": rank, "LOCAL_RANK": rank}).items()},
-            f"{rank}.txt",
-            dtype,
-        )
-        for rank in range(size)
+        Started(folder, ["train", *TINY, "threads=1", *arguments], environment, f"{rank}.txt", dtype)
+        for rank, environment in enumerate(torchrun(size))
     ]
 
 
@@ -79,6 +69,11 @@ def alike(a: Path, b: Path, tolerance: float) -> None:
     for these, those in [results, *files]:
         for x, y in zip(these, those, strict=True):
             (numbers, rest), (expected, other) = split(x), split(y)
+            if tolerance > 1e-6:  # rounding may decide about an image
+                assert numbers.keys() == expected.keys()
+                numbers.pop("best_step", None), expected.pop("best_step", None)
+                for key in [key for key in numbers if key.endswith(("top1_pct", "top5_pct"))]:
+                    assert numbers.pop(key) == pytest.approx(expected.pop(key), abs=1)
             assert numbers == pytest.approx(expected, rel=tolerance, abs=tolerance)
             assert rest == other
     for file in ("model.safetensors", "training.safetensors"):
@@ -99,6 +94,7 @@ def alike(a: Path, b: Path, tolerance: float) -> None:
             ("expert",),
             (
                 "model.router.noise_std=1", "model.router.images_per_group=2", "model.router.bias_rate=0.01",
+                "model.router.load_weight=0",
                 "model.router.num_experts=6", "train.recompute=true",
             ),
         ),
@@ -183,9 +179,9 @@ def test_a_killed_process(tmp_path: Path) -> None:
         while victims[1] in workers(launcher.pid):
             time.sleep(0.01)
         seen = sum(file.stat().st_size for file in rows_file.glob("*/*/metrics.jsonl")) + 500
-    code, out = launcher.wait(60)
+    code, out = launcher.wait()
     assert code == 1 and "restart 1 of 1" in out and "going on from step" in out, out
-    assert "process 1 of 2 was killed" in out and "type the same command to go on" in out, out
+    assert re.search("process [01] of 2 was killed", out) and "type the same command to go on" in out, out
     assert not any(Path(f"/proc/{pid}").exists() for pid in victims)
     finish(start(tmp_path / "killed", 1, *line, dtype=""))
     finish(alone)

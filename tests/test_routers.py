@@ -160,6 +160,15 @@ def test_losses_are_weighted_and_leave_with_their_weight() -> None:
     assert layer("tokens_choice", **QUIET).router(x).aux_loss.item() == 0
 
 
+@pytest.mark.parametrize("router", ["tokens_choice", "tokens_choice_dropless"])
+def test_sigmoid_gates_are_balanced_by_their_shares(router: str) -> None:
+    """Smaller gates alone are no smaller loss."""
+    moe, x = layer(router, gate="sigmoid", **QUIET | {"gshard_weight": 0.25}), tokens()
+    shares = [[[g / sum(row) for g in row] for row in gates_of(moe, image, "sigmoid")] for image in x]
+    want = sum(0.25 * oracles.gshard_loss(group) for group in shares) / len(shares)
+    assert moe.router(x).aux_loss.item() == pytest.approx(want, rel=1e-12)
+
+
 @pytest.mark.parametrize("router", ["tokens_choice", "experts_choice"])
 def test_gate_noise_is_drawn_in_training_only_and_divided_by_the_experts(router: str) -> None:
     moe = layer(router, noise_std=6.0)
@@ -274,6 +283,8 @@ def test_sparse_statistics_by_hand() -> None:
         ("tokens_choice", {"gate": "softmax_chosen"}, "with k=1 makes every gate 1"),
         ("tokens_choice", {"noise_std": 0.0}, "load_weight=0.005 has no effect with noise_std=0"),
         ("tokens_choice", {"bias_rate": -1.0}, "bias_rate=-1.0 must not be negative"),
+        ("tokens_choice", {"bias_rate": 0.1}, "bias_rate=0.1 with load_weight=0.005"),
+        ("tokens_choice", {"noise_std": math.nan}, "noise_std=nan must not be negative"),
         ("tokens_choice", {"shared_experts": -1}, "shared_experts=-1 must not be negative"),
         ("tokens_choice", {"capacity_rounding": "floor"}, "capacity_rounding=floor is not one of ceil, round"),
         ("tokens_choice", {"capacity_factor": 0.01}, "gives 0 slots per expert"),

@@ -96,17 +96,25 @@ def test_the_checkpoints_own_set_is_cut_as_it_was(softmoe: Softmoe, tmp_path: Pa
         ({"test_fraction": 1}, [], 0),
     ],
 )
-def test_which_data_are_the_checkpoints_own(changes: dict[str, Any], typed: list[str], seed: int) -> None:
+def test_which_data_are_the_checkpoints_own(
+    changes: dict[str, Any], typed: list[str], seed: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     card = {"name": "mine", "format": "folder", "root": "here", "split_seed": 1, "test_fraction": 0.2}
     data = card | {"split_seed": 0} | changes
     _keep_cut(data, card, typed)
     assert data["split_seed"] == seed
+    said = capsys.readouterr().err
+    assert ("cut as for the checkpoint: data.split_seed=1" in said) == (seed == 1)
+    assert ("is not the checkpoint's here, so it is cut anew" in said) == (changes == {"root": "elsewhere"})
+    _keep_cut({}, {}, typed)  # a file that says nothing of data
 
 
 def test_classes_of_one_name_are_told_by_their_places() -> None:
     known = ["ant", "sunglasses", "sunglasses"]
     assert _outputs(known, known, by_number=False) == [0, 1, 2]
-    assert _outputs(known, ["ant", "sunglasses"], by_number=False) is None
+    with pytest.raises(UsageError, match=r"2 outputs called 'sunglasses'.*set data.class_numbers=true"):
+        _outputs(known, ["ant", "sunglasses"], by_number=False)
+    assert _outputs(known, ["ant", "bee"], by_number=False) is None
     assert _outputs(["ant", "bee"], ["bee"], by_number=False) == [1]
 
 
@@ -267,7 +275,8 @@ def test_subsets_of_classes_by_name_and_by_number(softmoe: Softmoe, four: Path, 
         assert row["images"] == len(values) * len(among) and row["data"] == data
         assert row["top1_pct"] == pytest.approx(100 * sum(best.count(label) for label in among) / row["images"])
         with (tmp_path / "said.csv").open() as file:
-            said = [among[int(each["prediction"])] for each in csv.DictReader(file)]
+            lines = sorted(csv.DictReader(file), key=lambda line: line["file"])
+        said = [among[int(each["prediction"])] for each in lines]
         assert said == best * len(among)
         assert ("among" in row) == (len(among) < 4)
         chance = scores[:, among].double().softmax(1)

@@ -1,6 +1,7 @@
 """Averages of weights: the mean, in any order; greedy ones never score below the best alone."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from softmoe_cli.config import UsageError
 from softmoe_cli.record import Source
 from softmoe_cli.soup import Weights, average, check_alike, greedy
 
-CARD = {
+CARD: dict[str, Any] = {
     "model": {"router": {"_target_": None}}, "classes": ["a"], "loss": "softmax", "precision": "fp32",
     "data": {"mean": [0.5], "std": [0.5]},
 }  # fmt: skip
@@ -44,13 +45,17 @@ def test_greedy_keeps_what_does_not_lower_the_score() -> None:
 
 def test_others_are_refused() -> None:
     one = Source("one", "", {"w": torch.zeros(2)}, CARD)
-    check_alike([one, dataclasses.replace(one, label="two")])
+    check_alike([one, dataclasses.replace(one, label="two")], CARD["data"])
     for change, word in (
         ({"weights": {"w": torch.zeros(3)}}, "w"),
         ({"weights": {}}, "w"),
         ({"card": CARD | {"classes": ["b"]}}, "classes"),
         ({"card": CARD | {"data": {"mean": [0.1], "std": [0.5]}}}, "data.mean"),
-        ({"card": CARD | {"data": {"mean": [0.5], "std": [0.5], "split_seed": 1}}}, "data.split_seed"),
     ):
-        with pytest.raises(UsageError, match=f"one and two differ in {word}; "):
-            check_alike([one, dataclasses.replace(one, label="two", **change)])
+        two = dataclasses.replace(one, label="two", **change)
+        with pytest.raises(UsageError, match=rf"one.* and two.* differ in {word}; "):
+            check_alike([one, two], CARD["data"])
+    seeded = dataclasses.replace(one, label="two", card=CARD | {"data": CARD["data"] | {"split_seed": 1}})
+    with pytest.raises(UsageError, match=r"one and two \(1\) differ in data.split_seed"):
+        check_alike([one, seeded], CARD["data"])
+    check_alike([one, seeded], CARD["data"] | {"name": "other"})  # another set: its cut is no matter

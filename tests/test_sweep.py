@@ -39,7 +39,7 @@ def finish(process: Started, code: int = 0) -> str:
     return out
 
 
-def until(happens: Callable[[], Any], seconds: float = 100) -> Any:
+def until(happens: Callable[[], Any], seconds: float = 600) -> Any:
     end = time.monotonic() + seconds
     while not (found := happens()):
         assert time.monotonic() < end, "it did not happen"
@@ -72,9 +72,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def test_twelve_jobs_with_a_raise_a_kill_too_little_memory_and_a_killed_launcher(tmp_path: Path) -> None:
     """The same command again ends the sweep: the others as if alone, none twice, and the right list of failures."""
     jobs: dict[str, dict[str, Any]] = {f"ok{i}": {"seed": i, "train": {"steps": 20}} for i in range(9)}
-    jobs["long"] = {"train": {"steps": 100}}
+    jobs["long"] = {"train": {"steps": 400}}
     jobs["raises"] = {"train": {"steps": 1}, "optim": {"warmup": 0, "lr": 1e38, "clip_norm": None}}
-    jobs["large"] = {"model": {"backbone": {"mlp_width": 2**27}}}
+    jobs["large"] = {"model": {"backbone": {"mlp_width": 2**33}}}
     order = ["long", "raises", "large", *(f"ok{i}" for i in range(9))]
     for name in ("sweep", "alone"):
         (tmp_path / name / "conf" / "experiment").mkdir(parents=True)
@@ -91,9 +91,15 @@ def test_twelve_jobs_with_a_raise_a_kill_too_little_memory_and_a_killed_launcher
     folders = {name.removeprefix("+experiment="): folder for name, folder in runs(tmp_path / "sweep").items()}
     until((folders["long"] / "metrics.jsonl").exists)
     os.kill(int((folders["long"] / ".lock").read_text().split()[1]), signal.SIGKILL)
-    until(lambda: len(list(study.glob("*/result.json"))) >= 4 and any(map(status.held, folders.values())))
+    until(
+        lambda: (
+            len(list(study.glob("*/result.json"))) >= 4
+            and any(status.held(folder) and not finished(folder) for folder in folders.values())
+        )
+    )
     first.send(signal.SIGKILL)
     _, out = first.wait()
+    until(lambda: not any(map(status.held, folders.values())))  # the jobs that it leaves save, or end
     assert "failed   +experiment=long: killed by SIGKILL" in out
     done = {name: (folder / "result.json").stat().st_mtime_ns for name, folder in folders.items() if finished(folder)}
     assert 4 <= len(done) < 9
@@ -111,7 +117,7 @@ def test_twelve_jobs_with_a_raise_a_kill_too_little_memory_and_a_killed_launcher
         same(tmp_path / "alone" / "outputs" / "default" / folders[name].name, folders[name])
     assert not finished(folders["raises"]) and not finished(folders["large"])
     logs = {log.stem: log.read_text() for log in study.glob("sweep-*/*.log")}
-    assert all(logs[f"{i:02}"].count("test top-1") == 1 for i in (0, *range(3, 12)))
+    assert all(logs[f"{i:02}"].count("test top-1") <= 1 for i in (0, *range(3, 12))), "0: ended as it was to be said"
     states = {each.run.removeprefix("+experiment="): each.state for each in status.read([study])}
     assert states == {name: "failed" if name in ("raises", "large") else "done" for name in order}
 
@@ -197,8 +203,9 @@ def test_the_readmes_batch_script(ends_by_itself: bool, tmp_path: Path) -> None:
         try:
             if not ends_by_itself:
                 until(lambda: log.exists() and "srun" in log.read_text())
+                time.sleep(0.5)  # srun runs before bash knows its number
                 job.send_signal(signal.SIGUSR1)
-            job.wait(30)
+            job.wait(300)
         finally:
             with contextlib.suppress(ProcessLookupError):  # as it should be
                 os.killpg(job.pid, signal.SIGKILL)

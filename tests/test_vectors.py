@@ -338,6 +338,20 @@ LAYERS = [
 ]
 
 
+@pytest.mark.parametrize("name", [name for name in LAYERS if "ties" not in name])
+def test_under_bf16_autocast_outputs_are_as_near_as_the_official_ones(name: str) -> None:
+    """The official layer rounds tokens and the experts' rows to bfloat16."""
+    meta, arrays = read_case(name)
+    router_class = next(router for router in KINDS if is_case_of(router, meta))
+    made = case_layer(router_class, meta, arrays, torch.float32)
+    x = tensor(arrays["x_seqs"] if "x_seqs" in arrays else arrays["x"])
+    with torch.no_grad(), drawn(arrays.get("noise")), torch.autocast("cpu", dtype=torch.bfloat16):
+        y = made(x)
+    want = tensor(arrays["out/y_bf16"])
+    assert y.dtype == torch.bfloat16
+    assert (y.float() - want).norm() < 0.01 * want.norm()
+
+
 KIN: dict[str, tuple[type[Router], ...]] = {
     "soft_layer": (SoftUniformRouter, UniformSoftRouter),
     "tc_layer": (TokensChoiceDroplessRouter,),

@@ -11,7 +11,7 @@ BLOCK, HEAD = 32768, 7
 FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
 
-def recorded(folder: Path, wait_s: float = 30) -> tuple[Path, list[Any]]:
+def recorded(folder: Path, wait_s: float = 300) -> tuple[Path, list[Any]]:
     """The one .wandb file below `folder` and its records. W&B writes it in a process of its own, which may take longer
     than the run's."""
     until = time.monotonic() + wait_s
@@ -32,6 +32,8 @@ def records(path: Path) -> list[Any]:
             position += BLOCK - position % BLOCK
             continue
         size, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
+        if position + HEAD + size > len(data):
+            break  # it is being written
         part = (b"" if kind in (FULL, FIRST) else part) + data[position + HEAD : position + HEAD + size]
         position += HEAD + size
         if kind in (FULL, LAST):

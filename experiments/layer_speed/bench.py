@@ -23,6 +23,7 @@ python bench.py results.csv
 
 import contextlib
 import csv
+import ctypes
 import itertools
 import math
 import os
@@ -116,7 +117,7 @@ PEERS: tuple[Callable[[int, int], nn.Module], ...] = (
 )  # fmt: skip
 
 
-def contenders(d: int, e: int) -> dict[str, nn.Module]:
+def contenders(d: int, e: int, batch: int) -> dict[str, nn.Module]:
     made: dict[str, nn.Module] = {}
     with torch.device("meta"):
         made |= {name: ours(name, d, e) for name in OURS}
@@ -129,13 +130,16 @@ def contenders(d: int, e: int) -> dict[str, nn.Module]:
     for module in made.values():
         share(module, buffer)
     global crowded
-    crowded = 8 * 4 * size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    needed = 2 * 4 * size + 4 * 4 * batch * slots(e) * e * 4 * d  # the last: about four hidden activations
+    crowded = 4 * needed > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if crowded and sys.platform == "linux":
+        ctypes.CDLL(None).mallopt(-4, 65536)  # M_MMAP_MAX as it was: large blocks lie by themselves, and leave no holes
     return made
 
 
 crowded = False
-"""Whether freed memory is given back after each turn: where the weights alone take an eighth of the machine's memory,
-what differently shaped contenders leave free in it would fill the rest."""
+"""Whether freed memory is given back after each turn: where a step needs a quarter of the machine's memory, what
+differently shaped contenders leave free in it would fill the rest."""
 
 
 def forget(module: nn.Module, x: Tensor) -> None:
@@ -276,7 +280,7 @@ def middle(times: list[float], others: list[float]) -> tuple[float, float, float
 
 
 def point(dtype: str, d: int, e: int, batch: int, fewest: int) -> list[dict[str, Any]]:
-    modules = contenders(d, e)
+    modules = contenders(d, e, batch)
     x = torch.randn(batch, TOKENS, d, requires_grad=True)
     half = dtype == "bf16"
     flop_rate, byte_rate = rates()

@@ -85,7 +85,7 @@ class Traffic:
 def predicted(model: Model, load: Load, gpus: int, way: str) -> memory.Memory:
     """What each GPU holds with AdamW. The fake step runs as on a CPU, because torch's backward pass wants a GPU that is
     there, but with what a GPU has: fused attention and products in half precision."""
-    memory.prepare_attention = lambda *_: None  # type: ignore[assignment]
+    memory.prepare = lambda *_: None  # type: ignore[assignment]
     layer.CPU_MULTIPLIES[torch.bfloat16] = True
     return memory.predict(
         model, CLASSES, batch=load.images * gpus, accumulate=1, recompute=bool(load.recompute), ema=False,

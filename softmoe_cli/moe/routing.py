@@ -223,9 +223,9 @@ def capacity(num_tokens: int, num_experts: int, factor: float, rounding: str, mu
     slots = math.ceil(exact) if rounding == "ceil" else round(exact)
     if slots < 1:
         raise ValueError(
-            f"capacity_factor={factor:g} gives {slots} slots per expert for {num_tokens} tokens and "
-            f"num_experts={num_experts}; use at most {max(1, int(num_tokens * factor))} experts, a larger "
-            "capacity_factor, or set slots_per_expert and capacity_factor=null"
+            f"capacity_factor={factor:g} gives {slots} slots per expert for {num_tokens} tokens or choices and "
+            f"num_experts={num_experts}; use fewer experts, a larger capacity_factor, or set slots_per_expert and "
+            "capacity_factor=null"
         )
     return -(-slots // multiple) * multiple
 

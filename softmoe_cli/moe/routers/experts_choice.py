@@ -85,8 +85,9 @@ class ExpertsChoiceRouter(Router):
         slots = slots_of(slots_per_expert, capacity_factor, group, num_experts, capacity_rounding, capacity_multiple)
         if slots > group:
             raise ValueError(
-                f"an expert has {slots} slots, but a group has {group} tokens to choose from; lower "
-                "capacity_factor, slots_per_expert or capacity_multiple, or raise num_experts"
+                f"num_experts={num_experts}, capacity_factor={capacity_factor}, slots_per_expert={slots_per_expert}: "
+                f"an expert has {slots} slots, but a group has {group} tokens to choose from; lower capacity_factor, "
+                "slots_per_expert or capacity_multiple, or raise num_experts"
             )
         self.num_experts, self.images_per_group = num_experts, images_per_group
         self.slots_per_expert: int = slots

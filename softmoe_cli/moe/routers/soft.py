@@ -117,7 +117,7 @@ class SoftRouter(Router):
         noise_std: float,
     ) -> None:
         super().__init__()
-        if noise_std < 0:
+        if not noise_std >= 0:
             raise ValueError(f"noise_std={noise_std} must not be negative")
         slots = slots_of(slots_per_expert, capacity_factor, num_tokens, num_experts, "round", 1)
         self.num_experts = num_experts

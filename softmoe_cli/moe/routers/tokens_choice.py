@@ -134,7 +134,7 @@ class Gate(nn.Module):
         super().__init__()
         if function not in GATES:
             raise ValueError(f"gate={function} is not one of {', '.join(GATES)}")
-        if noise_std < 0:
+        if not noise_std >= 0:
             raise ValueError(f"noise_std={noise_std} must not be negative")
         self.function, self.std = function, noise_std / num_experts
         self.kernel = nn.Parameter(torch.empty(dim, num_experts))
@@ -146,6 +146,13 @@ class Gate(nn.Module):
 
     def activate(self, logits: Float[Tensor, "g s e"]) -> Float[Tensor, "g s e"]:
         return logits.sigmoid() if self.function.startswith("sigmoid") else logits.softmax(dim=2)
+
+    def shares(self, gates: Float[Tensor, "g s e"]) -> Float[Tensor, "g s e"]:
+        """Gates that add up to one, for a loss that would otherwise be least where all are small: sigmoids are divided
+        by their sum (DeepSeek-V3, 2024, equation 19)."""
+        if not self.function.startswith("sigmoid"):
+            return gates
+        return gates / gates.sum(dim=2, keepdim=True).clamp(min=1e-20)
 
     def weigh(self, gates: Float[Tensor, "g s e"], chosen: Int[Tensor, "g s k"]) -> Float[Tensor, "g s e"]:
         """What outputs are multiplied by: the gates, or their share in the sum over the chosen experts."""
@@ -186,11 +193,16 @@ class Balanced(nn.Module):
             "importance_weight": importance_weight, "load_weight": load_weight, "gshard_weight": gshard_weight,
             "bias_rate": bias_rate,
         }.items():  # fmt: skip
-            if value < 0:
+            if not value >= 0:
                 raise ValueError(f"{name}={value} must not be negative")
         if load_weight and not noise_std:
             raise ValueError(
                 f"load_weight={load_weight} has no effect with noise_std=0: the load is a chance; set it to 0"
+            )
+        if load_weight and bias_rate:
+            raise ValueError(
+                f"bias_rate={bias_rate} with load_weight={load_weight}: that loss is about choices by the gates alone; "
+                "set load_weight=0"
             )
         self.importance_weight, self.load_weight, self.gshard_weight = importance_weight, load_weight, gshard_weight
         self.bias_rate = bias_rate
@@ -236,7 +248,7 @@ class Balanced(nn.Module):
         if self.load_weight and noisy is not clean:
             total = total + self.load_weight * load_loss(clean, noisy, gate.std, k, keep)
         if self.gshard_weight:
-            total = total + self.gshard_weight * gshard_loss(gates * kept, keep)
+            total = total + self.gshard_weight * gshard_loss(gate.shares(gates) * kept, keep)
         return total.mean()
 
 
