@@ -351,13 +351,14 @@ def _check(arguments: list[str]) -> int:
         )
     import yaml
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
     options = _router_options(names[0])
     for argument in arguments:
         if "=" in argument:
             try:
                 options |= _contents(OmegaConf.from_dotlist([argument]))
-            except yaml.YAMLError as error:
+            except (yaml.YAMLError, OmegaConfBaseException) as error:
                 raise UsageError(f"cannot read '{argument}': {first_line(error)}") from error
     from softmoe_cli.check import check_router
 
@@ -778,6 +779,9 @@ def _evaluate(config: Any) -> None:
     sources = [read_checkpoint(name) for name in names]
     model, *_ = [_model_of(source) for source in sources]
     _take_data(tree, sources[0])
+    for source in sources:
+        if same_set(tree["data"], source.card["data"]):  # of several, the same cut: see check_alike
+            _keep_cut(tree["data"], source.card["data"], _typed())
     check_alike(sources, tree["data"])
     checked = _door(tree, EvaluateConfig)
     check_channels(checked.data, model.in_chans)
@@ -813,12 +817,22 @@ def _keep_cut(data: dict[str, Any], card: dict[str, Any], typed: Sequence[str]) 
     words = " ".join(f"data.{key}={value}" for key, value in other.items())
     if other and same_set(data, card):
         data |= other
-        print(f"softmoe: cut as for the checkpoint: {words}", file=sys.stderr)
+        said = f"cut as for the checkpoint: {words}"
     elif other and data.get("name") == card["name"] and data.get("format") == card.get("format"):
-        print(
-            f"softmoe: data.root={data['root']} is not the checkpoint's {card['root']}, so it is cut anew; if these "
-            f"are the images that it was trained on, add {words}", file=sys.stderr,
-        )  # fmt: skip
+        said = (
+            f"data.root={data['root']} is not the checkpoint's {card['root']}, so it is cut anew; if these are the "
+            f"images that it was trained on, add {words}"
+        )
+    else:
+        return
+    if os.environ.get("RANK", "0") == "0":
+        _tell(said)
+
+
+@functools.cache
+def _tell(text: str) -> None:
+    """Once, whatever the number of jobs."""
+    print(f"softmoe: {text}", file=sys.stderr)
 
 
 def _export(config: Any) -> None:

@@ -574,7 +574,7 @@ class EvaluateConfig:
     )
     fewshot_seed: int = option("of the draw of the shots", low=0)
     audit: list[str] = option("what predictions are held against changes of", choices=AUDITS)
-    audit_images: int | None = option("look at so many images, evenly spread over the split; null: all", low=1)
+    audit_images: int | None = option("look at so many images of the split; null: all", low=1)
     format: str = option("what is printed", choices=("table", "json"))
     device: str = option("auto: cuda, else mps, else cpu", choices=DEVICES)
     threads: int | None = option("CPU threads; null: torch's choice", low=1)

@@ -324,7 +324,7 @@ def opened(stored: Stored, i: int, channels: int) -> Image.Image:
             return image if image.mode == mode else image.convert(mode)
     except UnidentifiedImageError as error:
         raise UsageError(
-            f"{stored.place(i)} is not an image that can be read: none of {', '.join(FORMATS)}; convert it"
+            f"{stored.place(i)} is not an image that can be read: damaged, or none of {', '.join(FORMATS)}"
         ) from error
     except (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UsageError(f"{stored.place(i)} is not an image that can be read: {error}") from error

@@ -94,7 +94,10 @@ def _named(root: Path, names: Iterable[str]) -> None:
     parts = [(name, part) for name in sorted(names) if (part := PART_FOLDER.fullmatch(name)) is not None]
     for name, part in parts:
         if name not in PARTS and (len(parts) > 1 or name.lower() in PARTS):  # a single "valid" may be a class
-            raise UsageError(f"{root / name} must be called {part[1].lower()}, or it would be taken for a class")
+            raise UsageError(
+                f"{root / name} must be called {part[1].lower()}, or it would be taken for a class; if it is one, "
+                f"call it {name}_"
+            )
 
 
 def _complete(root: Path, parts: list[str]) -> None:

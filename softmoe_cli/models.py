@@ -327,10 +327,13 @@ def _kinds(annotation: Any) -> tuple[Any, ...]:
 
 
 def _admits(annotation: Any, value: Any) -> bool:
-    if get_origin(annotation) is Literal:
-        return value in get_args(annotation)
-    plain = [get_origin(kind) or kind for kind in _kinds(annotation)]
-    return any(kind in (None, Any) or type(value) is kind for kind in plain)
+    for kind in _kinds(annotation):
+        if get_origin(kind) is Literal:
+            if value in get_args(kind):
+                return True
+        elif kind in (None, Any) or type(value) is (get_origin(kind) or kind):
+            return True
+    return False
 
 
 def _kind(annotation: Any) -> str:

@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from softmoe_cli import shards
-from softmoe_cli.config import LATER, NOT_SCIENCE, Config, UsageError
+from softmoe_cli.config import LATER, NOT_SCIENCE, Config, UsageError, group_of
 from softmoe_cli.device import free_memory
 from softmoe_cli.files import RunError as RunError
 from softmoe_cli.files import cannot_write, sync
@@ -68,6 +68,11 @@ def _science(config: Config) -> dict[str, Any]:
             del node[leaf]
     if config.data.format in (None, config.data.name):  # said by the name, as it always was
         del science["data"]["format"]
+    router = config.model.router
+    if config.data.format is not None and group_of(router) > 1:
+        science["data"]["held_out"] = "mixed"  # class by class before, so that groups were of one class
+    if str(router.get("gate")).startswith("sigmoid") and router.get("gshard_weight"):
+        science["model"]["router"]["gshard_of"] = "shares"  # of the sigmoids themselves before
     return _plain(science)
 
 
@@ -689,6 +694,8 @@ def _read_card(text: str, path: Path) -> dict[str, Any]:
         section, _, leaf = key.partition(".")
         if section in ("model", "data"):
             said[section].setdefault(leaf, before)
+    if said["model"]["router"].get("bias_rate"):
+        said["model"]["router"]["load_weight"] = 0.0  # of training alone, and not allowed beside a bias any more
     if said["model"]["router"]["_target_"] == "softmoe_cli.moe.routers.experts_choice.ExpertsChoiceRouter":
         said["model"]["router"].setdefault("gate", "softmax")
     return said

@@ -166,7 +166,7 @@ def _outputs(known: list[str], found: list[str], by_number: bool) -> list[int] |
         return list(range(len(known)))
     times = Counter(known)
     twice = [name for name in found if times[name] > 1]
-    if twice and not by_number:
+    if twice and not by_number and set(found) <= set(known):
         raise UsageError(
             f"the checkpoint has {times[twice[0]]} outputs called '{twice[0]}', so that it is open which one "
             "the data's class of that name is; set data.class_numbers=true if the data's classes are outputs' numbers"

@@ -18,22 +18,26 @@ def check_alike(sources: Sequence[Source], data: dict[str, Any]) -> None:
     """Raises UsageError unless all are of one model for the same classes, loss, precision and pixels, and those that
     were trained on the set that they are evaluated on, of the same cut of it: of another, some would have been trained
     on the images that choose and score."""
-    first = sources[0]
-    for other in sources[1:]:
-        keys = ["mean", "std", *(CUT if all(same_set(data, s.card["data"]) for s in (first, other)) else ())]
-        said = [
-            {key: s.card[key] for key in COMMON}
-            | {f"data.{key}": s.card["data"].get(key) for key in keys}
-            | {key: tuple(value.shape) for key, value in s.weights.items()}
-            for s in (first, other)
-        ]
-        odd = [key for key in said[0] | said[1] if said[0].get(key) != said[1].get(key)]
-        if odd:
-            values = [f" ({s[odd[0]]})" if isinstance(s.get(odd[0]), int | float | tuple) else "" for s in said]
-            raise UsageError(
-                f"checkpoint={first.label}{values[0]} and {other.label}{values[1]} differ in {odd[0]}; only "
-                "checkpoints of the same architecture, and of the same cut of the data evaluated, can be averaged"
-            )
+    own = [source for source in sources if same_set(data, source.card["data"])]
+    for keys, (first, *others) in ((("mean", "std"), sources), (CUT, own or sources[:1])):
+        for other in others:
+            _check_pair(first, other, keys)
+
+
+def _check_pair(first: Source, other: Source, keys: Sequence[str]) -> None:
+    said = [
+        {key: s.card[key] for key in COMMON}
+        | {f"data.{key}": s.card["data"].get(key) for key in keys}
+        | {key: tuple(value.shape) for key, value in s.weights.items()}
+        for s in (first, other)
+    ]
+    odd = [key for key in said[0] | said[1] if said[0].get(key) != said[1].get(key)]
+    if odd:
+        values = [f" ({s[odd[0]]})" if isinstance(s.get(odd[0]), int | float | tuple) else "" for s in said]
+        raise UsageError(
+            f"checkpoint={first.label}{values[0]} and {other.label}{values[1]} differ in {odd[0]}; only "
+            "checkpoints of the same architecture, and of the same cut of the data evaluated, can be averaged"
+        )
 
 
 def average(states: Sequence[Weights]) -> Weights:

@@ -820,11 +820,11 @@ def _plan(entries: list[Entry], at_a_time: int) -> str:
     pflop = sum(entry.job.cost["train_pflop"] for entry in todo)
     times = [entry.job.cost["seconds"] for entry in todo]
     known = [seconds for seconds in times if not math.isnan(seconds)]
-    together = f", about {_time(sum(known) / min(at_a_time, len(todo)))} with {at_a_time} at a time" if known else ""
+    together = f", about {_time(sum(known) / min(at_a_time, len(known)))} with {at_a_time} at a time" if known else ""
     unknown = len(times) - len(known)
     beside = (
-        f"; {unknown} jobs are not in it: those that do not fit, or have several devices, frozen weights or moments in "
-        "other than fp32, are not timed" if unknown else ""
+        f"; not in it: {unknown}, as jobs are not timed that do not fit, or have several devices, frozen weights or "
+        "moments in other than fp32" if unknown else ""
     )  # fmt: skip
     return (
         f"{aligned(rows, markdown=False)}\n\n{len(entries)} jobs, {len(todo)} to do: {_pflop(pflop)} PFLOP, "

@@ -319,7 +319,7 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
             weights = {key: value.contiguous() for key, value in evaluated.state_dict().items()}
             training = {} if kind == "best" else _training_state(model, ema, optimizer)
             # The best's step is chance, as the last one's is where minutes are the budget.
-            at = "best" if kind == "best" else "end" if end and budget.steps is None else progress.step
+            at = "best" if kind == "best" else "end" if end or progress.step == budget.steps else progress.step
             run.save(
                 kind,
                 progress.step,

@@ -75,8 +75,9 @@ def end_all() -> None:
     while started:
         process = started.pop()
         if not process.ended:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            for kill in (os.kill, os.killpg):  # it may have no group yet
+                with contextlib.suppress(ProcessLookupError):
+                    kill(process.pid, signal.SIGKILL)
 
 
 def forked(out: Path, work: Callable[..., None], *arguments: Any, timeout: float = 600) -> int | None:
@@ -100,7 +101,7 @@ def torchrun(size: int) -> list[dict[str, str]]:
             break
         port += 1
     told = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    told |= {"GLOO_SOCKET_IFNAME": "lo", "TORCH_CPP_LOG_LEVEL": "ERROR"}  # no word about names that do not resolve
+    told["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # no word about names that do not resolve
     ranks = [told | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(size)]
     return [{key: str(value) for key, value in each.items()} for each in ranks]
 

@@ -302,7 +302,7 @@ def test_a_program_by_an_images_name_is_not_run(tmp_path: Path) -> None:
     write_tree(tmp_path)
     figure = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
     (tmp_path / "bee" / "figure.jpg").write_bytes(figure)
-    refused(folder(tmp_path), r"figure\.jpg is not an image that can be read: none of BMP, GIF, .*; convert it")
+    refused(folder(tmp_path), r"figure\.jpg is not an image that can be read: damaged, or none of BMP, GIF")
 
 
 def test_identity_is_what_the_folder_holds(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def alike(a: Path, b: Path, tolerance: float) -> None:
             if tolerance > 1e-6:  # rounding may decide about an image
                 assert numbers.keys() == expected.keys()
                 numbers.pop("best_step", None), expected.pop("best_step", None)
-                for key in [key for key in numbers if key.endswith(("top1_pct", "top5_pct"))]:
+                for key in [key for key in numbers if key.endswith(("top1_pct", "top5_pct", "ece_pct"))]:
                     assert numbers.pop(key) == pytest.approx(expected.pop(key), abs=1)
             assert numbers == pytest.approx(expected, rel=tolerance, abs=tolerance)
             assert rest == other

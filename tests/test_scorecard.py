@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from softmoe_cli.cli import _keep_cut
+from softmoe_cli.cli import _keep_cut, _tell
 from softmoe_cli.config import EvaluateConfig, UsageError
 from softmoe_cli.mirror import _named
 from softmoe_cli.models import build
@@ -101,6 +101,7 @@ def test_which_data_are_the_checkpoints_own(
 ) -> None:
     card = {"name": "mine", "format": "folder", "root": "here", "split_seed": 1, "test_fraction": 0.2}
     data = card | {"split_seed": 0} | changes
+    _tell.cache_clear()
     _keep_cut(data, card, typed)
     assert data["split_seed"] == seed
     said = capsys.readouterr().err

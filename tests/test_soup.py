@@ -59,3 +59,6 @@ def test_others_are_refused() -> None:
     with pytest.raises(UsageError, match=r"one and two \(1\) differ in data.split_seed"):
         check_alike([one, seeded], CARD["data"])
     check_alike([one, seeded], CARD["data"] | {"name": "other"})  # another set: its cut is no matter
+    elsewhere = dataclasses.replace(one, card=CARD | {"data": CARD["data"] | {"name": "other"}})
+    with pytest.raises(UsageError, match=r"one and two \(1\) differ in data.split_seed"):
+        check_alike([elsewhere, one, seeded], CARD["data"])
