@@ -111,7 +111,7 @@ def unhurried(collective: Callable[..., Any]) -> Callable[..., Any]:
 
     def call(*args: Any, **kwargs: Any) -> Any:
         out = collective(*args, **kwargs)
-        time.sleep(0.3)
+        time.sleep(0.15)
         return out
 
     return call

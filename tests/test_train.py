@@ -82,7 +82,7 @@ def same(a: Path, b: Path) -> None:
 def test_five_kills_change_nothing(tmp_path: Path) -> None:
     """SIGKILL at random moments, some of them while a checkpoint is being written."""
     options = (
-        "train.steps=800", "train.batch_size=8", "train.save_seconds=0", "train.ema=0.99", "augment.mixup=0.2",
+        "train.steps=600", "train.batch_size=8", "train.save_seconds=0", "train.ema=0.99", "augment.mixup=0.2",
         "augment.crop=resized", "model.router.noise_std=0.1", "model.backbone.drop_path=0.1",
     )  # fmt: skip
     finish(start(tmp_path / "whole", *options))
@@ -110,7 +110,7 @@ def test_five_kills_change_nothing(tmp_path: Path) -> None:
 @pytest.mark.long
 def test_signals_save_and_leave(tmp_path: Path) -> None:
     """SIGTERM, then SIGINT, then SIGUSR1: the run saves and leaves each time, and ends as if it had never stopped."""
-    options = ("train.steps=800", "train.batch_size=8", "train.log_every=10")
+    options = ("train.steps=500", "train.batch_size=8", "train.log_every=10")
     finish(start(tmp_path / "whole", *options))
     before = 0
     for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
@@ -472,7 +472,7 @@ def test_a_machine_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_full_disk(tmp_path: Path) -> None:
     """A file size limit stands for the disk: the failing checkpoint is one sentence, the one before stays good."""
-    options = ("train.steps=300", "train.save_seconds=0", "train.batch_size=8")
+    options = ("train.steps=200", "train.save_seconds=0", "train.batch_size=8")
     process = start(tmp_path, *options)
     while not list(tmp_path.glob("outputs/*/*/checkpoints/last-*")):
         time.sleep(0.01)
