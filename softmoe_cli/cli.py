@@ -779,9 +779,8 @@ def _evaluate(config: Any) -> None:
     sources = [read_checkpoint(name) for name in names]
     model, *_ = [_model_of(source) for source in sources]
     _take_data(tree, sources[0])
-    for source in sources:
-        if same_set(tree["data"], source.card["data"]):  # of several, the same cut: see check_alike
-            _keep_cut(tree["data"], source.card["data"], _typed())
+    own = next((source for source in sources if same_set(tree["data"], source.card["data"])), sources[0])
+    _keep_cut(tree["data"], own.card["data"], _typed())
     check_alike(sources, tree["data"])
     checked = _door(tree, EvaluateConfig)
     check_channels(checked.data, model.in_chans)

@@ -694,10 +694,11 @@ def _read_card(text: str, path: Path) -> dict[str, Any]:
         section, _, leaf = key.partition(".")
         if section in ("model", "data"):
             said[section].setdefault(leaf, before)
-    if said["model"]["router"].get("bias_rate"):
-        said["model"]["router"]["load_weight"] = 0.0  # of training alone, and not allowed beside a bias any more
-    if said["model"]["router"]["_target_"] == "softmoe_cli.moe.routers.experts_choice.ExpertsChoiceRouter":
-        said["model"]["router"].setdefault("gate", "softmax")
+    router = said["model"]["router"]
+    if router.get("bias_rate") and router.get("load_weight"):
+        router["load_weight"] = 0.0  # of training alone, and not allowed beside a bias any more
+    if router["_target_"] == "softmoe_cli.moe.routers.experts_choice.ExpertsChoiceRouter":
+        router.setdefault("gate", "softmax")
     return said
 
 

@@ -19,9 +19,10 @@ def check_alike(sources: Sequence[Source], data: dict[str, Any]) -> None:
     were trained on the set that they are evaluated on, of the same cut of it: of another, some would have been trained
     on the images that choose and score."""
     own = [source for source in sources if same_set(data, source.card["data"])]
-    for keys, (first, *others) in ((("mean", "std"), sources), (CUT, own or sources[:1])):
-        for other in others:
-            _check_pair(first, other, keys)
+    for other in sources[1:]:
+        _check_pair(sources[0], other, ("mean", "std"))
+    for other in own[1:]:
+        _check_pair(own[0], other, CUT)
 
 
 def _check_pair(first: Source, other: Source, keys: Sequence[str]) -> None:

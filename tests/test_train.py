@@ -412,6 +412,8 @@ def test_a_checkpoint_from_before_with_a_bias_and_a_load_loss_is_built() -> None
     router = {"_target_": "x", "bias_rate": 0.1, "load_weight": 0.005}
     card = {"model": {"router": router}, "data": {}, "classes": [], "loss": "softmax", "precision": "fp32"}
     assert _read_card(json.dumps(card), Path("x"))["model"]["router"]["load_weight"] == 0
+    del router["load_weight"]  # a router of one's own
+    assert _read_card(json.dumps(card), Path("x"))["model"]["router"] == router
 
 
 def test_a_lock_is_waited_for_where_its_process_is_gone(tmp_path: Path) -> None:

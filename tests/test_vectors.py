@@ -338,13 +338,18 @@ LAYERS = [
 ]
 
 
+def float32_case(name: str) -> tuple[MoE, Tensor, dict[str, np.ndarray]]:
+    """The layer of a case, its tokens, and all that is known of it."""
+    meta, arrays = read_case(name)
+    router_class = next(router for router in KINDS if is_case_of(router, meta))
+    x = tensor(arrays["x_seqs"] if "x_seqs" in arrays else arrays["x"])
+    return case_layer(router_class, meta, arrays, torch.float32), x, arrays
+
+
 @pytest.mark.parametrize("name", [name for name in LAYERS if "ties" not in name])
 def test_under_bf16_autocast_outputs_are_as_near_as_the_official_ones(name: str) -> None:
     """The official layer rounds tokens and the experts' rows to bfloat16."""
-    meta, arrays = read_case(name)
-    router_class = next(router for router in KINDS if is_case_of(router, meta))
-    made = case_layer(router_class, meta, arrays, torch.float32)
-    x = tensor(arrays["x_seqs"] if "x_seqs" in arrays else arrays["x"])
+    made, x, arrays = float32_case(name)
     with torch.no_grad(), drawn(arrays.get("noise")), torch.autocast("cpu", dtype=torch.bfloat16):
         y = made(x)
     want = tensor(arrays["out/y_bf16"])
@@ -362,11 +367,8 @@ KIN: dict[str, tuple[type[Router], ...]] = {
 
 @pytest.mark.parametrize("name", [name for name in LAYERS if "ties" not in name])
 def test_choices_under_bf16_autocast_are_those_of_float32(name: str) -> None:
-    meta, arrays = read_case(name)
-    router_class = next(router for router in KINDS if is_case_of(router, meta))
-    made = case_layer(router_class, meta, arrays, torch.float32)
-    x = tensor(arrays["x_seqs"] if "x_seqs" in arrays else arrays["x"])
-    routers = [made.router, *(akin(made.router, other, x) for other in KIN[meta["kind"]])]
+    made, x, arrays = float32_case(name)
+    routers = [made.router, *(akin(made.router, other, x) for other in KIN[read_case(name)[0]["kind"]])]
     for router in routers:
         with drawn(arrays.get("noise")):
             plain = router(x)
