@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from hydra._internal.hydra import Hydra
@@ -89,6 +89,44 @@ def forked(out: Path, work: Callable[..., None], *arguments: Any, timeout: float
         process.kill()
         process.join()
     return process.exitcode
+
+
+class Attempt(NamedTuple):
+    code: int | None
+    """None: it did not end in time."""
+    out: str
+    err: str
+
+
+def attempt(folder: Path, arguments: list[str], said: Path, timeout: float) -> Attempt:
+    """Runs `softmoe` in a folder, in a process of its own and with its two outputs kept apart beside `said`."""
+    out, err = said.with_suffix(".out"), said.with_suffix(".err")
+    process = _SERVER.Process(target=_attempt, args=(folder, arguments, out, err))
+    process.start()
+    assert process.pid is not None
+    process.join(timeout)
+    ended = not process.is_alive()
+    if not ended:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+        process.join()
+    return Attempt(process.exitcode if ended else None, *(file.read_text(errors="replace") for file in (out, err)))
+
+
+def _attempt(folder: Path, arguments: list[str], out: Path, err: Path) -> None:
+    os.setsid()
+    os.chdir(folder)
+    os.environ.update(OMP_NUM_THREADS="1", WANDB_MODE="offline", COLUMNS="100")
+    torch.set_num_threads(1)
+    for descriptor, path in ((1, out), (2, err)):
+        with path.open("w") as file:
+            os.dup2(file.fileno(), descriptor)
+    compose_once()
+    sys.argv = ["softmoe", *arguments]
+    from softmoe_cli.cli import main
+
+    main()
 
 
 def torchrun(size: int) -> list[dict[str, str]]:

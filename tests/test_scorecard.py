@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,9 @@ def train(softmoe: Softmoe, tmp_path: Path, *overrides: str, study: str = "defau
     return run
 
 
-def saved(path: Path, seed: int, *overrides: str) -> Path:
+def saved(path: Path, seed: int, *overrides: str, tiny: Sequence[str] = TINY) -> Path:
     """A checkpoint file with weights that nobody trained."""
-    config = oracles.compose(*TINY, *overrides)
+    config = oracles.compose(*tiny, *overrides)
     torch.manual_seed(seed)
     weights = build(config.model, 10).state_dict()
     torch.nn.init.normal_(weights["head.weight"])
