@@ -30,8 +30,8 @@ def compose_once() -> None:
 
 class Started:
     """A running command: a process of its own, with its own signals, group, folder and output. What torch makes without
-    being told a type is of `dtype`. With `own_server` what it forks comes from a server of its own, with its own
-    output."""
+    being told a type is of `dtype`; `first` is called before anything else. With `own_server` what it forks comes from
+    a server of its own, with its own output."""
 
     def __init__(
         self,
@@ -41,13 +41,14 @@ class Started:
         out: str = "stdout.txt",
         dtype: str = "",
         own_server: bool = False,
+        first: Callable[[], None] = int,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._out = folder / out
         self._out.write_text("")
         multiprocessing.forkserver.ensure_running()
         address = None if own_server else vars(_forkserver())["_forkserver_address"]
-        order = (folder, arguments, os.environ | environment, self._out, dtype, address)
+        order = (folder, arguments, os.environ | environment, self._out, dtype, address, first)
         self._process = _SERVER.Process(target=_main, args=order)
         self._process.start()
         assert self._process.pid is not None
@@ -164,7 +165,13 @@ def _forkserver() -> Any:
 
 
 def _main(
-    folder: Path, arguments: list[str], environment: dict[str, str], out: Path, dtype: str, address: str | None
+    folder: Path,
+    arguments: list[str],
+    environment: dict[str, str],
+    out: Path,
+    dtype: str,
+    address: str | None,
+    first: Callable[[], None],
 ) -> None:
     os.chdir(folder)
     os.environ.update(environment)
@@ -180,6 +187,7 @@ def _main(
         vars(_forkserver()).update(_forkserver_address=address, ensure_running=lambda: None)
         multiprocessing.forkserver.ensure_running = lambda: None
         sweep.SERVER = _Same()  # type: ignore[assignment]
+    first()
     from softmoe_cli.cli import main
 
     main()
