@@ -31,7 +31,8 @@ RUNS = {
     ),
     "files": (
         "data=folder", "data.root=../set", "data.image_size=8", "data.channels=1", "data.memory_gib=0",
-        "data.workers=1", "model=vit_nano2_soft", "model.image_size=8", "model.in_chans=1", "model.router.noise_std=0.1",
+        "data.workers=1", "model=vit_nano2_soft", "model.image_size=8", "model.in_chans=1",
+        "model.router.noise_std=0.1",
     ),
     "experts_choice": ("model=vit_nano2_experts_choice", "train.accumulate=2"),
 }  # fmt: skip

@@ -95,7 +95,7 @@ WRONG_VALUES = (
     "train devices=1000000", "train model.image_size=1000000", "train model.router.num_experts=0",
     "train model.router.num_experts=1e30", "train model.backbone.width=0", "train model.backbone.width=1099511627776",
     "train model.moe_blocks=last_99", "train model.moe_blocks=[-1]", "train model.moe_blocks=every_0",
-    "train model.router._target_=os.system", "train model.router._target_=", "train model.router={}", "train model={}",
+    "train model.router._target_=os.system", "train model.router._target_=",
     "train model=null", "train optim=null", "train train.fewshot=[0]", "train augment.mixup=-1",
     "train optim.betas=[2,2]", "train augment.randaugment=[1,2,3,4,5]", "train optim.freeze=[[]]",
     "train checkpoint=FINE", "train +experiment=nosuch", "train +search=nosuch", "train recipe=",
@@ -138,6 +138,8 @@ def values() -> Iterator[tuple[str, Case]]:
         words = [said.get(word, word) for word in line.split(" ")] if line else [""]
         for mark, text in said.items():
             words = [word.replace(f"={mark}", f"={text}").replace(f"[{mark}]", f"[{text}]") for word in words]
+        if words[0] == "train" and "train.minutes" not in line and "train.steps" not in line and "=" in line:
+            words += ["train.steps=1", "tracking=off"] if "tracking" not in line else ["train.steps=1"]
         yield line[:60], Case(tuple(words))
 
 
