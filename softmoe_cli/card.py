@@ -44,6 +44,8 @@ def _card_fault(card: Any) -> str | None:
         fault = _section_fault(card[key], section, key)
         if fault is not None:
             return fault
+    if not card["model"]["backbone"]["name"].isprintable():
+        return "model.backbone.name holds what cannot be printed"
     router = card["model"]["router"]
     if not isinstance(router, dict) or "_target_" not in router:
         return "model.router names no router" if isinstance(router, dict) else f"model.router is {_kind(router)}"
