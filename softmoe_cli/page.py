@@ -159,10 +159,13 @@ def _ends(interval: Interval | None) -> list[float | None]:
     return [interval.mean, interval.low, interval.high] if interval else [None, None, None]
 
 
+OURS = b'<meta name="generator" content="softmoe compare">'
+"""By which a page is known as made here."""
 PAGE = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
+<meta name="generator" content="softmoe compare">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy"
  content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:">

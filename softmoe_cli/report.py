@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from softmoe_cli.config import UsageError, nearest
-from softmoe_cli.files import RunError
+from softmoe_cli.files import RunError, require_vacant, write_atomically
 from softmoe_cli.runs import AXES, COSTS, QUALITIES
 
 if TYPE_CHECKING:  # numpy, scipy and matplotlib are imported when there is something to compare
@@ -41,6 +41,7 @@ OPTIONS: dict[str, tuple[str, str]] = {
     "project": ("NAME", "with --wandb: its project; without it softmoe"),
 }
 FIGURES = ("curves", "pareto")
+PAGE = "index.html"
 LISTS = ("by", "columns")
 REPEATED = ("where", "at")
 
@@ -235,7 +236,7 @@ def write(comparison: "Comparison", out: Path, painters: ForkServerContext | Non
         UsageError: the folder cannot be written.
         RunError: a painter is gone.
     """
-    from softmoe_cli.page import page
+    from softmoe_cli.page import OURS, page
     from softmoe_cli.tables import comma_separated, json_text, latex, markdown
 
     try:
@@ -253,12 +254,16 @@ def write(comparison: "Comparison", out: Path, painters: ForkServerContext | Non
         from softmoe_cli.figures import figure
 
         drawn = {name: content for each in FIGURES for name, content in figure(comparison, each).items()}
-    texts["index.html"] = page(comparison, drawn)
+    texts = {PAGE: page(comparison, drawn)} | texts  # first: by it the folder is known as ours
     files = {name: text.encode() for name, text in texts.items()} | drawn
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            (out / name).write_bytes(content)
-    except OSError as error:
-        raise UsageError(f"--out {out} cannot be written: {error.strerror}: {error.filename}") from error
+        ours = (out / PAGE).is_file() and OURS in (out / PAGE).read_bytes()
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--out {out} cannot be written: {error}; choose another folder") from error
+    for name in files:
+        if not ours:
+            require_vacant("--out", out / name)
+    for name, content in files.items():
+        write_atomically(out / name, content)
     return list(files)
