@@ -42,6 +42,11 @@ def _escape(character: str) -> str:
     return character.encode("unicode_escape").decode()
 
 
+def shortened(text: str, most: int) -> str:
+    """At most `most` letters: of a longer text its beginning and its end."""
+    return text if len(text) <= most else f"{text[: most // 2]}…{text[len(text) + 1 + most // 2 - most :]}"
+
+
 def spreadsheet_cell(value: object) -> object:
     """A cell of a CSV file. Words that a spreadsheet would compute get an apostrophe before them, as people type it
     there; numbers and words that are numbers stay as they are."""
