@@ -1,5 +1,6 @@
 """Numbers, names and tables as text."""
 
+import textwrap
 import unicodedata
 
 
@@ -61,9 +62,33 @@ def spreadsheet_cell(value: object) -> object:
 
 def aligned(rows: list[list[str]], markdown: bool) -> str:
     """A table with its first column to the left and the others to the right; the first row is its head."""
+    rows = [[" ".join(cell.split("\n")) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
     if not markdown:
         return "\n".join("  ".join(line).rstrip() for line in lines)
     rule = [("-" * width if i == 0 else "-" * max(1, width - 1) + ":") for i, width in enumerate(widths)]
     return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], rule, *lines[1:]])
+
+
+def folded(rows: list[list[str]], width: int) -> str:
+    """As `aligned`, no wider than a terminal where that can be: cells are broken between words, the widest column
+    first; numbers stay with their uncertainty."""
+    whole = [[" ".join(cell.split()).replace(" ± ", "\u00a0±\u00a0") for cell in row] for row in rows]
+    columns = list(zip(*whole, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    least = [max(len(word) for cell in column for word in (cell.split(" ") or [""])) for column in columns]
+    while sum(widths) + 2 * (len(widths) - 1) > width:
+        room = [i for i, (now, low) in enumerate(zip(widths, least, strict=True)) if now > low]
+        if not room:
+            break
+        widths[max(room, key=widths.__getitem__)] -= 1
+    lines = []
+    for row in whole:
+        cells = [
+            textwrap.wrap(cell, most, break_on_hyphens=False) or [""] for cell, most in zip(row, widths, strict=True)
+        ]
+        for i in range(max(map(len, cells))):
+            parts = [cell[i] if i < len(cell) else "" for cell in cells]
+            lines.append("  ".join([parts[0].ljust(widths[0]), *map(str.rjust, parts[1:], widths[1:])]).rstrip())
+    return "\n".join(lines).replace("\u00a0", " ")

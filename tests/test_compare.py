@@ -261,8 +261,8 @@ def test_quality_at_equal_cost(tmp_path: Path) -> None:
     assert soft.budgets[0].verdict == "better"
     far = asked(tmp_path, at=("train_pflop=0.000001,0.00013",))
     assert [at.reason for at in group(far, "dense").budgets] == [
-        "first look at 1.6e-05",
-        "3 of 3 end before, the first at 0.000128",
+        "first look at 16 GFLOP",
+        "3 of 3 end before, the first at 128 GFLOP",
     ]
     assert [at.reason for at in group(far, "soft").budgets][1] == ""
     assert all(at.interval is None for at in group(far, "dense").budgets)
@@ -274,7 +274,7 @@ def test_one_run_that_ends_early_blanks_its_group(tmp_path: Path) -> None:
     lines = (run / "metrics.jsonl").read_text().splitlines()
     (run / "metrics.jsonl").write_text("\n".join(lines[:-3]) + "\n")
     comparison = asked(tmp_path, at=("images=6400",))
-    assert group(comparison, "soft").budgets[0].reason == "1 of 3 end before, the first at 5600"
+    assert group(comparison, "soft").budgets[0].reason == "1 of 3 end before, the first at 5,600 training images"
     assert group(comparison, "dense").budgets[0].interval is not None
 
 
