@@ -23,7 +23,7 @@ from softmoe_cli.intervals import (
     verdicts,
 )
 from softmoe_cli.rows import Row, number
-from softmoe_cli.runs import AXES, CLOCK, COSTS, FINGERPRINT, QUALITIES, VERSION, Run, read, single
+from softmoe_cli.runs import AXES, CLOCK, COSTS, FINGERPRINT, QUALITIES, VERSION, Run, read, single, typed
 from softmoe_cli.text import shortened
 from softmoe_cli.units import AMOUNTS, apart, quantity
 
@@ -136,7 +136,8 @@ class Block:
 
 @dataclass
 class Comparison:
-    """`typed`: the columns that were asked for, none where `columns` are the usual ones."""
+    """`typed`: the columns that were asked for, none where `columns` are the usual ones; `commands`: what made the
+    runs."""
 
     quality: str
     cost: str
@@ -145,6 +146,7 @@ class Comparison:
     notes: list[str]
     left_out: list[tuple[str, str]]
     typed: list[str] = field(default_factory=list)
+    commands: list[str] = field(default_factory=list)
     reference: list[dict[str, str]] = field(default_factory=list)
     reference_name: str = ""
 
@@ -248,7 +250,14 @@ def compare(folders: Sequence[Path], question: Question) -> Comparison:
     for block in blocks:
         _sort(block, question, keys)
     return Comparison(
-        question.quality, question.cost, columns, blocks, notes, left_out, columns if question.columns else []
+        question.quality,
+        question.cost,
+        columns,
+        blocks,
+        notes,
+        left_out,
+        columns if question.columns else [],
+        typed(kept),
     )
 
 
@@ -491,7 +500,7 @@ def _start_notes(groups: list[Group]) -> list[str]:
             notes.append(
                 f"{group.label} began with a checkpoint whose cost is not known: its pretraining is not counted"
                 if cost is None
-                else f"{group.label} began with a checkpoint that had cost {quantity('train_pflop', cost)} of training: "
+                else f"{group.label} began with a checkpoint that had cost {quantity('train_pflop', cost)}: "
                 "counted where two groups' training FLOPs are set against each other, and nowhere else"
             )
     return notes

@@ -253,7 +253,7 @@ def write(comparison: "Comparison", out: Path, painters: ForkServerContext | Non
         from softmoe_cli.figures import figure
 
         drawn = {name: content for each in FIGURES for name, content in figure(comparison, each).items()}
-    texts["index.html"] = page(comparison, drawn)
+    texts["index.html"] = page(comparison, drawn, out)
     files = {name: text.encode() for name, text in texts.items()} | drawn
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """Finished runs as `softmoe compare` reads them: from result.json and metrics.jsonl and nothing else, offline."""
 
 import os
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, cast
 from softmoe_cli import rows
 from softmoe_cli.config import UsageError, nearest
 from softmoe_cli.rows import Row, number
+from softmoe_cli.text import printable
 
 
 @dataclass(frozen=True)
@@ -72,10 +74,12 @@ MOST_METRICS_BYTES = 2**31
 
 @dataclass
 class Run:
-    """A finished run: its result row, its validation rows, and why there are none."""
+    """A finished run: its result row, when that was written (seconds since 1970), its validation rows, and why there
+    are none."""
 
     folder: Path
     row: Row
+    finished: float
     looks: list[Row]
     damage: str
 
@@ -121,7 +125,7 @@ def read(folders: Sequence[Path]) -> tuple[list[Run], list[tuple[str, str]]]:
         if row is None:
             left_out.append((str(path), reason))
         else:
-            runs.append(Run(path, row, *_looks(path / "metrics.jsonl")))
+            runs.append(Run(path, row, (path / "result.json").stat().st_mtime, *_looks(path / "metrics.jsonl")))
     return runs, left_out
 
 
@@ -173,6 +177,26 @@ def _looks(path: Path) -> tuple[list[Row], str]:
             return [], f"metrics.jsonl goes back in line {place}"
         looks.append({rows.printed(key): value for key, value in row.items() if number(value)})
     return looks, ("" if looks else "metrics.jsonl has no validation row")
+
+
+def typed(runs: list[Run]) -> list[str]:
+    """The commands of the sweeps that the runs belong to, and of runs of none how many those are."""
+    wanted, commands = {os.path.normpath(run.folder): run for run in runs}, []
+    for study in sorted({run.folder.parent for run in runs}):
+        for file in sorted(study.glob("sweep-*/jobs.json")):
+            try:
+                command, words, jobs = rows.jobs(file)
+            except (FileNotFoundError, rows.Unreadable):
+                continue  # softmoe status names it
+            mine = [wanted.pop(os.path.normpath(file.parent / job["folder"]), None) for job in jobs]
+            if any(mine):
+                commands.append(printable(shlex.join(["softmoe", command, "-m", *words])))
+    if wanted:
+        kinds = sorted({str(run.row.get("command")) for run in wanted.values()})
+        commands.append(
+            f"softmoe {' or '.join(kinds)}, typed once for each of {len(wanted)} runs: see their config.yaml"
+        )
+    return commands
 
 
 def single(runs: list[Run], strict: bool) -> tuple[list[Run], list[tuple[str, str]]]:

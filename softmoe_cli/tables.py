@@ -304,6 +304,7 @@ def everything(comparison: Comparison) -> dict[str, Any]:
             for block in comparison.blocks
         ],
         "notes": comparison.notes,
+        "commands": comparison.commands,
         "left_out": [{"folder": folder, "reason": reason} for folder, reason in comparison.left_out],
         "reference": comparison.reference,
     }

@@ -43,9 +43,10 @@ def _escape(character: str) -> str:
     return character.encode("unicode_escape").decode()
 
 
-def shortened(text: str, most: int) -> str:
+def shortened(text: str, most: int, gap: str = "…") -> str:
     """At most `most` letters: of a longer text its beginning and its end."""
-    return text if len(text) <= most else f"{text[: most // 2]}…{text[len(text) + 1 + most // 2 - most :]}"
+    kept = most - len(gap)
+    return text if len(text) <= most else f"{text[: kept - kept // 2]}{gap}{text[len(text) - kept // 2 :]}"
 
 
 def spreadsheet_cell(value: object) -> object:

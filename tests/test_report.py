@@ -119,7 +119,7 @@ def test_page_has_a_section_for_each_block(tmp_path: Path) -> None:
         write(tmp_path / hardware, row(seed=7, hardware=hardware, train__minutes=5))
         write(tmp_path / hardware, row(seed=len(hardware) + ord(hardware[-1]), hardware=hardware, train__minutes=5))
     comparison = compare([tmp_path], Question())
-    sections = page(comparison, {"pareto.svg": b"", "curves.svg": b""}).split("<section>")[1:]
+    sections = page(comparison, {"pareto.svg": b"", "curves.svg": b""}, tmp_path).split("<section>")[1:]
     assert [each.partition("</section>")[0].count("<table>") for each in sections] == [3, 3, 3]
 
 
@@ -127,7 +127,7 @@ def test_page_draws_seconds_of_one_machine_only(tmp_path: Path) -> None:
     from softmoe_cli.page import page
 
     def axes() -> list[str]:
-        text = page(compare([study_folder], Question()), {"pareto.svg": b"", "curves.svg": b""})
+        text = page(compare([study_folder], Question()), {"pareto.svg": b"", "curves.svg": b""}, tmp_path)
         return list(json.loads(text.partition('id="data">')[2].partition("</script>")[0])["axes"][0])
 
     study_folder = study(tmp_path / "runs")
@@ -164,7 +164,7 @@ def test_page_stands_alone(which: str, request: pytest.FixtureRequest, tmp_path:
     from softmoe_cli.page import page
 
     comparison = request.getfixturevalue(which)
-    text = page(comparison, {"pareto.svg": b"<svg/>", "curves.svg": b"<svg/>"})
+    text = page(comparison, {"pareto.svg": b"<svg/>", "curves.svg": b"<svg/>"}, tmp_path)
     reader = Reader()
     reader.feed(text)
     reader.close()
