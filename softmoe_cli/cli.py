@@ -32,7 +32,7 @@ from softmoe_cli.config import (
     nearest,
     same_set,
 )
-from softmoe_cli.files import RunError
+from softmoe_cli.files import RULE, RunError
 from softmoe_cli.text import first_line
 
 if typing.TYPE_CHECKING:
@@ -201,6 +201,10 @@ another machine that have neither ended nor stopped are "running or killed": the
 
 WITHOUT_FILES = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
 """As conf/train.yaml has it."""
+
+for _command in ("evaluate", "export", "upcycle"):
+    USAGE[_command] += f"\n{RULE}"
+USAGE["compare"] += f"\n{RULE} Only a folder that softmoe compare made is made anew."
 
 
 def main() -> None:
@@ -392,11 +396,11 @@ def _status(arguments: list[str]) -> int:
 
 def _router_options(name: str) -> dict[str, Any]:
     """The options in a router's yaml, or the target of a Python file's one router."""
-    from omegaconf import OmegaConf
+    from softmoe_cli.own_conf import read_yaml
 
     files = {f.stem: f for root in (conf_folder(), _own_conf()) if root for f in (root / "model/router").glob("*.yaml")}
     if name in files:
-        options = _contents(OmegaConf.load(files[name]))
+        options = read_yaml(files[name])
         if options.get("_target_") is None:
             raise UsageError(f"{name} has no router to check")
         return options
@@ -431,23 +435,20 @@ def _hydra(command: str, arguments: list[str]) -> int:
     """Composes with Hydra and runs the command for each job; Hydra's own errors become one sentence. Returns the exit
     status."""
     import hydra
-    from hydra.core.config_search_path import ConfigSearchPath
     from hydra.core.plugins import Plugins
     from hydra.errors import HydraException
-    from hydra.plugins.search_path_plugin import SearchPathPlugin
     from omegaconf import DictConfig
     from omegaconf.errors import OmegaConfBaseException
 
-    class OwnConf(SearchPathPlugin):
-        """A conf folder in the working directory comes first, so that it can add and replace."""
-
-        def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-            own = _own_conf()
-            if own is not None:
-                search_path.prepend("softmoe-own", f"file://{own}")
+    from softmoe_cli.own_conf import OwnConf, OwnSource, ignored
 
     _store_schemas()
-    Plugins.instance().register(OwnConf)
+    OwnConf.find = staticmethod(_own_conf)
+    for plugin in (OwnConf, OwnSource):
+        Plugins.instance().register(plugin)
+    own = _own_conf()
+    if own is not None and (sentence := ignored(own, command)) is not None:
+        _tell(sentence)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing and leaving with status 1
     many = any(argument in ("-m", "--multirun") for argument in arguments)
     if "--plan" in arguments and (command not in ("train", "finetune") or not many):
@@ -688,19 +689,18 @@ def settle(command: str, tree: dict[str, Any], typed: Sequence[str]) -> "tuple[C
         checked = _door(tree, Config)
         if checked.slots != "kept":
             raise UsageError(f"slots={checked.slots} belongs to softmoe finetune: there is no checkpoint to keep to")
-        if checked.checkpoint is not None:
-            raise UsageError(
-                f"checkpoint={checked.checkpoint} belongs to softmoe finetune; softmoe train starts afresh"
-            )
+        for key in ("checkpoint", "trust"):
+            if (value := getattr(checked, key)) is not None:
+                raise UsageError(f"{key}={value} belongs to softmoe finetune; softmoe train starts afresh")
         return checked, None
     if not tree["checkpoint"]:
         raise UsageError(
             "softmoe finetune needs checkpoint=: a run folder, a .safetensors file, hf-hub:OWNER/NAME or timm:NAME"
         )
-    from softmoe_cli.models import proportional_slots, read_checkpoint
+    from softmoe_cli.models import proportional_slots
 
-    source = read_checkpoint(tree["checkpoint"])
-    _inherit(tree, source.card, source.label, typed)
+    source = _read(tree["checkpoint"])
+    _inherit(tree, source, typed)
     checked = _door(tree, Config)
     if checked.slots == "proportional":
         for key in ("model.router.slots_per_expert", "model.router.capacity_factor"):
@@ -738,32 +738,67 @@ def _groups(command: str, config: Any) -> None:
     print(table(vit, checked.optim))
 
 
-def _inherit(tree: dict[str, Any], card: dict[str, Any], label: str, typed: Sequence[str]) -> None:
+def _read(checkpoint: str) -> "Source":
+    """What `checkpoint=` names, with a word where its names are not as they stand in the file.
+
+    Raises:
+        UsageError: nothing usable there.
+    """
+    from softmoe_cli.models import read_checkpoint
+
+    source = read_checkpoint(checkpoint)
+    if source.prefix:
+        _tell(f"checkpoint={source.label}: every name in it begins with '{source.prefix}'; read without that")
+    return source
+
+
+def _inherit(tree: dict[str, Any], source: "Source", typed: Sequence[str]) -> None:
     """Model and pixel normalisation are the checkpoint's, but for what was typed."""
+    card, label = source.card, source.label
     if "model" not in card and (not isinstance(tree["model"], dict) or tree["model"].get("image_size") == "???"):
         raise UsageError(f"checkpoint={label} does not say what model it is; name one with model=")
     tree["model"] = _overlay(card.get("model", {}), tree["model"])
-    _trust(tree["model"], card, label)
+    if not any(_names(key, typed) for key in ("model", "model/router", "model.router._target_")):
+        _trust(tree["model"], source, tree.get("trust"))
+    if "classes" in card:  # ours, not timm's
+        same = isinstance(tree["model"]["router"], dict) and tree["model"]["router"].get("_target_")
+        router = card["model"]["router"]
+        _described(source, router if same == router["_target_"] else {"_target_": None})
     for key in ("mean", "std"):
         if key in card.get("data", {}) and not _names(f"data.{key}", typed):
             tree["data"][key] = card["data"][key]
     _keep_cut(tree["data"], card.get("data", {}), typed)
 
 
-def _trust(model: dict[str, Any], card: dict[str, Any], label: str) -> None:
-    """Refuses a router that only a checkpoint's own words name: to import a module is to run it."""
+def _trust(model: dict[str, Any], source: "Source", trusted: str | None) -> None:
+    """Refuses a router that only a checkpoint's own words name, `trusted` apart: to import a module is to run it. The
+    folder where the command is typed vouches for it in conf/model/router, but not for a checkpoint inside itself: who
+    downloads one gets the other with it.
+
+    Raises:
+        UsageError: nobody vouches for it.
+    """
     target = model["router"].get("_target_") if isinstance(model.get("router"), dict) else None
-    if target is None or target != card.get("model", {}).get("router", {}).get("_target_"):
+    if target is None or target != source.card.get("model", {}).get("router", {}).get("_target_"):
         return
-    import yaml
+    if target.startswith("softmoe_cli.moe.routers.") or target == trusted:
+        return
+    from softmoe_cli.own_conf import read_yaml
 
     own = _own_conf()
-    files = (own / "model/router").glob("*.yaml") if own else ()
-    known = [yaml.safe_load(file.read_text()).get("_target_") for file in files]
-    if not str(target).startswith("softmoe_cli.moe.routers.") and target not in known:
+    files = sorted((own / "model/router").glob("*.yaml")) if own else []
+    vouching = next((file for file in files if read_yaml(file).get("_target_") == target), None)
+    here, place = Path.cwd().resolve(), Path(source.label)
+    inside = here in place.resolve().parents or here in Path(os.path.abspath(place)).parents
+    if vouching is None:
         raise UsageError(
-            f"checkpoint={label} names the router {target}, which is not softmoe's; if you trust it, put its yaml into "
-            "conf/model/router where you type the command"
+            f"checkpoint={source.label} names the router {target}, which is not softmoe's; if you trust it, put its "
+            f"yaml into conf/model/router where you type the command, or say trust={target}"
+        )
+    if inside and not source.label.startswith("hf-hub:"):
+        raise UsageError(
+            f"checkpoint={source.label} names the router {target}, which is not softmoe's, and what vouches for it "
+            f"({vouching}) lies in the same folder; if you trust that, say trust={target}"
         )
 
 
@@ -780,12 +815,11 @@ def _evaluate(config: Any) -> None:
     for name in names:
         if name.startswith("timm:"):
             raise UsageError(f"checkpoint={name} knows no classes of a data set here; use softmoe finetune")
-    from softmoe_cli.models import read_checkpoint
     from softmoe_cli.scorecard import evaluate_checkpoint
     from softmoe_cli.soup import check_alike
 
-    sources = [read_checkpoint(name) for name in names]
-    model, *_ = [_model_of(source) for source in sources]
+    sources = [_read(name) for name in names]
+    model, *_ = [_model_of(source, tree["trust"]) for source in sources]
     _take_data(tree, sources[0])
     own = next((source for source in sources if same_set(tree["data"], source.card["data"])), sources[0])
     _keep_cut(tree["data"], own.card["data"], _typed())
@@ -795,12 +829,28 @@ def _evaluate(config: Any) -> None:
     evaluate_checkpoint(checked, model, sources)
 
 
-def _model_of(source: "Source") -> Model:
-    """The model that a checkpoint says it is."""
+def _model_of(source: "Source", trusted: str | None) -> Model:
+    """The model that a checkpoint says it is, and that its weights are of.
+
+    Raises:
+        UsageError: it does not say so, it cannot be, or nobody vouches for its router.
+    """
     if "model" not in source.card:
         raise UsageError(f"checkpoint={source.label} does not say what model it is; softmoe saved no such file")
-    _trust(source.card["model"], source.card, source.label)
-    return _door(source.card["model"], Model)
+    _trust(source.card["model"], source, trusted)
+    return _described(source, source.card["model"]["router"])
+
+
+def _described(source: "Source", router: dict[str, Any]) -> Model:
+    """The card's model with a router that may be imported; held against the weights before it is built."""
+    from softmoe_cli.models import require_described
+
+    try:
+        model = _door(source.card["model"] | {"router": dict(router)}, Model)
+    except UsageError as error:
+        raise UsageError(f"checkpoint={source.label} says that it is a model that cannot be: {error}") from error
+    require_described(source, model)
+    return model
 
 
 def _take_data(tree: dict[str, Any], source: "Source") -> None:
@@ -849,10 +899,9 @@ def _export(config: Any) -> None:
     if tree["checkpoint"].startswith("timm:"):
         raise UsageError(f"checkpoint={tree['checkpoint']} is timm's own; softmoe export is for what softmoe trained")
     from softmoe_cli.export import export, show
-    from softmoe_cli.models import read_checkpoint
 
-    source = read_checkpoint(tree["checkpoint"])
-    model = _model_of(source)
+    source = _read(tree["checkpoint"])
+    model = _model_of(source, tree["trust"])
     _take_data(tree, source)
     checked = _door(tree, ExportConfig)
     check_channels(checked.data, model.in_chans)
@@ -866,16 +915,16 @@ def _upcycle(config: Any) -> None:
             "softmoe upcycle needs checkpoint= of a dense model: a run folder, a .safetensors file, "
             "hf-hub:OWNER/NAME or timm:NAME"
         )
-    from softmoe_cli.models import read_checkpoint, timm_card
+    from softmoe_cli.models import timm_card
     from softmoe_cli.upcycle import show, upcycle
 
-    source = read_checkpoint(tree["checkpoint"])
+    source = _read(tree["checkpoint"])
     name = tree["model"]["backbone"]["timm"]
     if "model" not in source.card and name not in (None, "???"):
         source = dataclasses.replace(source, card=timm_card(name))
     _take_backbone(tree["model"], source, _typed())
     tree["data"] = _overlay(source.card.get("data", {}), tree["data"])
-    _inherit(tree, source.card, source.label, _typed())
+    _inherit(tree, source, _typed())
     if tree["data"].get("name", "???") == "???":
         raise UsageError(f"checkpoint={source.label} names no images; choose some with data=, for the receipt")
     if tree["model"]["router"] == "???" or tree["model"]["router"]["_target_"] is None:

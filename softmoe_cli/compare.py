@@ -249,16 +249,8 @@ def compare(folders: Sequence[Path], question: Question) -> Comparison:
     _judge(blocks, question)
     for block in blocks:
         _sort(block, question, keys)
-    return Comparison(
-        question.quality,
-        question.cost,
-        columns,
-        blocks,
-        notes,
-        left_out,
-        columns if question.columns else [],
-        typed(kept),
-    )
+    asked = columns if question.columns else []
+    return Comparison(question.quality, question.cost, columns, blocks, notes, left_out, asked, typed(kept))
 
 
 # --- what may be compared with what ----------------------------------------------------------------------------------

@@ -469,6 +469,9 @@ class Config:
     output_root: str = option("the folder of all studies")
     checkpoint: str | None = option("finetune: a run folder, a .safetensors file, hf-hub:OWNER/NAME or timm:NAME")
     allow_unexpected: list[str] = option("finetune: weights that may be left unused, by name or by pattern (*)")
+    trust: str | None = option(
+        "finetune: a router of the checkpoint's that is not softmoe's, as module.Class: its code will run"
+    )
     slots: str = option(
         "finetune: slots per expert as in the checkpoint, or in proportion to the tokens",
         choices=("kept", "proportional"),
@@ -554,6 +557,7 @@ class EvaluateConfig:
 
     path: ClassVar[str] = ""
     checkpoint: Any = option("a run folder, a .safetensors file or hf-hub:OWNER/NAME; of a list, the average")
+    trust: str | None = option("a router of the checkpoint's that is not softmoe's, as module.Class: its code will run")
     soup: str = option(
         "a list of checkpoints: all of them, or those that do not lower validation top-1", choices=("uniform", "greedy")
     )
@@ -637,6 +641,7 @@ class ExportConfig:
 
     path: ClassVar[str] = ""
     checkpoint: str = option("a run folder, a .safetensors file or hf-hub:OWNER/NAME")
+    trust: str | None = option("a router of the checkpoint's that is not softmoe's, as module.Class: its code will run")
     data: Data = field(default_factory=Data)
     formats: list[str] = option("programs beside the weights, each held against the model on images", choices=PROGRAMS)
     images: int = option("validation images, the first ones, on which outputs are compared", low=1)
@@ -813,7 +818,7 @@ class RayLauncher(Launcher):
 
 NOT_SCIENCE = (
     "output_root", "study", "name", "tracking", "wandb", "device", "threads", "devices", "parallel", "restarts",
-    "checkpoint", "data.root", "data.workers", "data.prefetch", "data.memory_gib", "data.crop", "data.area",
+    "checkpoint", "trust", "data.root", "data.workers", "data.prefetch", "data.memory_gib", "data.crop", "data.area",
     "train.default_epochs", "train.log_every", "train.eval_batch_size", "train.fewshot", "train.save_seconds", "slots",
 )  # fmt: skip
 """Keys that change where, when or how fast, never which numbers come out, or that only others read: left out of the

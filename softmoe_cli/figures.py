@@ -132,7 +132,7 @@ def _pareto(axes: Axes, comparison: Comparison, block: Block) -> float:
     groups = sorted(block.groups, key=lambda group: list(look).index(group.label))
     colours = [COLOURS[look[group.label][0]] for group in groups]
     x, y = np.array([at[group.label] for group in groups]).T
-    x_half, y_half = np.array([[half(group.figures[key]) or 0 for group in groups] for key in (cost, quality)])
+    x_half, y_half = np.array([[half(group.figures[key]) or 0.0 for group in groups] for key in (cost, quality)])
     x_half *= unit.factor
     # All bars at once: a call for each group makes as many lines as all the rest of the figure.
     axes.hlines(y, x - x_half, x + x_half, colours, linewidth=1.2, zorder=3)

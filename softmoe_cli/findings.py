@@ -26,7 +26,7 @@ def front(comparison: Comparison, block: Block) -> str:
         chance = [] if group.front_probability is None else [f"{100 * group.front_probability:.0f}%"]
         words = [*chance, *provisos(group, comparison.cost)]
         told.append(group.label + (f" ({', '.join(words)})" if words else ""))
-    return f"on the front, by {AMOUNTS[comparison.cost]}: {'; '.join(told)}"
+    return f"On the front, by {AMOUNTS[comparison.cost]}: {'; '.join(told)}"
 
 
 def mean(group: Group, key: str) -> float:

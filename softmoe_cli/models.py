@@ -461,8 +461,8 @@ def proportional_slots(before: Model, after: Model) -> int:
 def _resample(vit: VisionTransformer, table: Tensor) -> Tensor:
     """A position table for `vit`'s grid (bicubic, antialiased: timm's), from a square one."""
     prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
-    side = math.isqrt(table.shape[1] - prefix)
-    if table.ndim != 3 or table.shape[2] != vit.embed_dim or side * side != table.shape[1] - prefix:
+    side = math.isqrt(max(0, table.shape[1] - prefix)) if table.ndim == 3 else 0
+    if not side or table.shape[2] != vit.embed_dim or side * side != table.shape[1] - prefix:
         raise UsageError(
             f"the checkpoint is of another architecture: pos_embed is {tuple(table.shape)} there, which is no square "
             f"grid with {prefix} extra tokens of width {vit.embed_dim}"
@@ -471,6 +471,41 @@ def _resample(vit: VisionTransformer, table: Tensor) -> Tensor:
         table, new_size=list(vit.patch_embed.grid_size), old_size=[side, side], num_prefix_tokens=prefix
     )
     return resized
+
+
+def require_described(source: Source, model: Model) -> None:
+    """Holds weights against the model that their own card describes, by names and shapes: a few words in a file must
+    not decide how much is allocated.
+
+    Args:
+        model: the card's; its router may be replaced, and then the MLPs' weights are not looked at.
+
+    Raises:
+        UsageError: the weights are of another model.
+    """
+    start = f"checkpoint={source.label} is not of the model that it says it is"
+    blocks = {int(found[1]) for key in source.weights if (found := re.match(r"blocks\.(\d+)\.", key))}
+    depth = model.backbone.depth
+    if depth is not None and blocks != set(range(depth) if depth <= len(blocks) else ()):
+        raise UsageError(f"{start}: it holds {len(blocks)} blocks where model.backbone.depth={depth}")
+    head = source.weights.get("head.weight")
+    try:
+        with torch.device("meta"):
+            vit = build(model, 1 if head is None else len(head))
+    except UsageError as error:
+        raise UsageError(f"{start}: {error}") from error
+    except (RuntimeError, TypeError, OverflowError) as error:  # sizes that torch cannot even write down
+        raise UsageError(f"{start}: such sizes cannot be ({first_line(error)})") from error
+    own = vit.state_dict()
+    whole = model.router["_target_"] == source.card["model"]["router"]["_target_"]
+    for key, value in own.items():
+        if ".mlp." in key and not whole:
+            continue
+        there = source.weights.get(key)
+        if there is None and not key.startswith("head."):
+            raise UsageError(f"{start}: it lacks {key}")
+        if there is not None and there.shape != value.shape:
+            raise UsageError(f"{start}: {key} is {tuple(there.shape)} there and {tuple(value.shape)} in such a model")
 
 
 def softmoe_vit(pretrained: bool = False, *, softmoe: dict[str, Any], **arguments: Any) -> VisionTransformer:

@@ -64,7 +64,7 @@ STUDIES = 3
 
 def _section(index: int, block: Block, mine: list[Table], comparison: Comparison) -> str:
     parts = [f"<section><h2>{escape(block.title)}</h2>", _table(mine[0], cards=True)]
-    parts.append(f"<p>{escape(front(comparison, block).capitalize())}.</p>")
+    parts.append(f"<p>{escape(front(comparison, block).replace('on', 'On', 1))}.</p>")
     parts.append(f'<div class="chart" data-pareto="{index}"></div>')
     for table in mine[1:]:
         parts.append(f"<h3>{escape(table.title.removeprefix(f'{block.title}: '))}</h3>{_table(table, cards=True)}")
@@ -271,10 +271,13 @@ def _ends(interval: Interval | None, factor: float) -> list[float | None]:
     return [None if end is None else end * factor for end in ends]
 
 
+OURS = b'<meta name="generator" content="softmoe compare">'
+"""By which a page is known as made here."""
 PAGE = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
+<meta name="generator" content="softmoe compare">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy"
  content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:">
@@ -290,11 +293,12 @@ PAGE = """<!doctype html>
 """
 
 STYLE = """
-:root { color-scheme: light dark; --paper: #fff; --ink: #1a1a1a; --soft: #666; --line: #ddd; --head: #f3f3f3; --shade: #0005;
-  --c0: #000; --c1: #d55e00; --c2: #0072b2; --c3: #009e73; --c4: #cc79a7; --c5: #e69f00; --c6: #56b4e9; }
+:root { color-scheme: light dark; --paper: #fff; --ink: #1a1a1a; --soft: #666; --line: #ddd; --head: #f3f3f3;
+  --shade: #0005; --c0: #000; --c1: #d55e00; --c2: #0072b2; --c3: #009e73; --c4: #cc79a7; --c5: #e69f00;
+  --c6: #56b4e9; }
 @media (prefers-color-scheme: dark) { :root { --paper: #16181c; --ink: #e8e8e8; --soft: #a5a5a5; --line: #3a3d44;
-  --head: #22252b; --shade: #fff6; --c0: #fff; --c1: #ff8a4c; --c2: #4aa8e0; --c3: #2fc79b; --c4: #e79cc5; --c5: #f2b23e;
-  --c6: #9ad6f5; } }
+  --head: #22252b; --shade: #fff6; --c0: #fff; --c1: #ff8a4c; --c2: #4aa8e0; --c3: #2fc79b; --c4: #e79cc5;
+  --c5: #f2b23e; --c6: #9ad6f5; } }
 body { font: 16px/1.45 system-ui, sans-serif; margin: 0 auto; padding: 1rem; max-width: 76rem; color: var(--ink);
   background: var(--paper); }
 h1 { font-size: 1.4rem; } h2 { font-size: 1.15rem; margin-top: 2rem; } h3 { font-size: 1rem; }

@@ -16,11 +16,10 @@ import json
 import os
 import platform
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -33,10 +32,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from softmoe_cli import shards
+from softmoe_cli.card import read_card
 from softmoe_cli.config import LATER, NOT_SCIENCE, Config, UsageError, group_of
 from softmoe_cli.device import free_memory
 from softmoe_cli.files import RunError as RunError
-from softmoe_cli.files import cannot_write, sync
+from softmoe_cli.files import cannot_write, clear, require_vacant, sync, unused
 from softmoe_cli.files import write_atomically as write_atomically
 from softmoe_cli.parallel import ALONE, Crew
 from softmoe_cli.shards import Piece
@@ -45,6 +45,8 @@ WEIGHTS, TRAINING, STATE, SUMS = "model.safetensors", "training.safetensors", "s
 ROWS = ("metrics.jsonl", "routing.jsonl")
 RECEIPT = "receipt.json"
 """In folders that are made from a checkpoint: from what, how, and what came out."""
+FIRST_WEIGHT = "patch_embed.proj.weight"
+"""A name that every ViT's weights have."""
 OURS = re.compile(r"(last|best)-\d+|\.(last|best)-\d+(-before)?")
 """Checkpoints and unfinished ones: nothing else in their folder is ever removed."""
 
@@ -160,9 +162,12 @@ class Run:
             self._lock.close()
             self._lock = None
             raise UsageError(f"{self.folder} is in use by another process that runs the same configuration")
-        self._lock.truncate(0)
-        self._lock.write(f"{platform.node()} {os.getpid()}")  # whose process it is, for who looks from another machine
-        self._lock.flush()
+        try:
+            self._lock.truncate(0)
+            # Whose process it is, for who looks from another machine; unbuffered, or closing it would write it again.
+            os.write(self._lock.fileno(), f"{platform.node()} {os.getpid()}".encode())
+        except OSError as error:
+            raise cannot_write(self.folder / ".lock", error) from error
         write_atomically(self.folder / "config.yaml", yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
 
     def close(self) -> None:
@@ -185,7 +190,15 @@ class Run:
 
     def rows(self, file: str) -> list[dict[str, Any]]:
         path = self.folder / file
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        rows = []
+        for number, line in enumerate(path.read_text(errors="replace").splitlines() if path.exists() else [], 1):
+            try:
+                rows.append(json.loads(line))
+            except (ValueError, RecursionError) as error:
+                raise UsageError(
+                    f"{path}, line {number} is damaged ({error}); restore it, or remove {self.folder} to run again"
+                ) from error
+        return rows
 
     def save(
         self,
@@ -264,7 +277,7 @@ class Run:
         """Another name for a checkpoint, which gets its own when all is well inside; older ones go only afterwards."""
         final, temporary = self.checkpoints / name, self.checkpoints / f".{name}"
         if self._writes:
-            shutil.rmtree(temporary, ignore_errors=True)
+            clear(temporary)
         try:
             yield temporary
             if not self._writes:
@@ -273,7 +286,7 @@ class Run:
                 if (self.folder / file).exists():
                     sync(self.folder / file)  # the checkpoint vouches for these rows
             before = temporary.with_name(f"{temporary.name}-before")
-            shutil.rmtree(before, ignore_errors=True)
+            clear(before)
             if final.exists():
                 final.rename(before)
             try:
@@ -283,10 +296,10 @@ class Run:
                     before.rename(final)
                 raise
             sync(self.checkpoints)
-            shutil.rmtree(before, ignore_errors=True)
+            clear(before)
         except (OSError, SafetensorError) as error:
             if self._writes:
-                shutil.rmtree(temporary, ignore_errors=True)
+                clear(temporary)
             raise self._unwritten(error) from error
         if name.startswith("last"):
             self._prune()
@@ -335,7 +348,7 @@ class Run:
         training = shards.joined(path / TRAINING)[0] if shards.files(path / TRAINING) else {}
         pieces = [file for name in (WEIGHTS, TRAINING) for file in shards.files(path / name)]
         temporary = path.with_name(f".{path.name}")
-        shutil.rmtree(temporary, ignore_errors=True)
+        clear(temporary)
         try:
             write_checkpoint(temporary, weights, json.loads(card), training, {STATE: (path / STATE).read_text()})
             for name in (WEIGHTS, TRAINING) if training else (WEIGHTS,):
@@ -346,7 +359,7 @@ class Run:
         except (OSError, SafetensorError) as error:
             raise self._unwritten(error) from error
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            clear(temporary)
         for file in pieces:
             file.unlink()
 
@@ -368,7 +381,7 @@ class Run:
                 keep.add(self.checkpoints / f"best-{best:08d}")
         for path in self.checkpoints.iterdir():
             if path not in keep and OURS.fullmatch(path.name):
-                shutil.rmtree(path, ignore_errors=True)
+                clear(path)
 
     def newest(self) -> tuple[Path | None, list[str]]:
         """The newest undamaged checkpoint, whose pieces are joined now, and a sentence for each damaged one that was
@@ -382,7 +395,7 @@ class Run:
                 self._join(path)
                 return path, notes
             aside = path.with_name(f"damaged-{path.name}")
-            shutil.rmtree(aside, ignore_errors=True)
+            clear(aside)
             path.rename(aside)
             notes.append(
                 f"{path} is damaged ({fault}) and now called {aside.name}; going back to the checkpoint before"
@@ -493,35 +506,37 @@ def publish(folder: Path, fill: Callable[[Path], None]) -> None:
     """Makes a folder whole or not at all: `fill` makes it under another name.
 
     Raises:
-        RunError: it cannot be written.
+        RunError: it cannot be written, or is there meanwhile.
     """
-    temporary = folder.with_name(f".{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = unused(folder)
     try:
         fill(temporary)
         temporary.rename(folder)
         sync(folder.parent)
     except (OSError, SafetensorError) as error:
-        raise RunError(f"cannot write {folder}: {error}; make room or choose another folder") from error
+        raise RunError(f"cannot write {folder}: {error}; choose another folder, or make room") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        clear(temporary)
 
 
 def published(folder: Path, source: "Source", settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The receipt of a folder that was made before from the same source with the same settings.
+    """The receipt of a folder that was made before from the same source with the same settings; None where there is
+    nothing yet.
 
     Raises:
-        UsageError: the folder holds something else.
+        UsageError: something else is there, or nothing can be.
     """
-    if not folder.exists():
-        return None
-    fault = damage(folder, files=None) if folder.is_dir() else "it is a file"
-    receipt = json.loads((folder / RECEIPT).read_text()) if fault is None and (folder / RECEIPT).is_file() else {}
-    if receipt.get("settings") != json.loads(json.dumps(settings)) or receipt["source"]["digest"] != source.digest:
-        raise UsageError(
-            f"folder={folder} holds something else{f' ({fault})' if fault else ''}; choose another folder or remove it"
-        )
-    return receipt
+    made = {"settings": json.loads(json.dumps(settings)), "digest": source.digest}
+    receipt: Any = None
+    with suppress(OSError, ValueError, RecursionError):  # all of which is another's
+        if folder.is_dir() and damage(folder, files=None) is None:
+            receipt = json.loads((folder / RECEIPT).read_text())
+    if isinstance(receipt, dict) and isinstance(receipt.get("source"), dict):
+        found = {"settings": receipt.get("settings"), "digest": receipt["source"].get("digest")}
+        if found == made:
+            return receipt
+    require_vacant("folder", folder)
+    return None
 
 
 def made_from(source: "Source", settings: dict[str, Any]) -> str:
@@ -570,10 +585,12 @@ def _orphaned(file: TextIO) -> bool:
 def damage(checkpoint: Path, files: tuple[str, ...] | None = (WEIGHTS, TRAINING, STATE)) -> str | None:
     """What is wrong with a checkpoint folder, or None when all files that it lists are there and `files` (None: all),
     whole or in pieces, match their checksums."""
-    sums = checkpoint / SUMS
-    if not sums.exists():
+    try:
+        lines = [line.split("  ", 1) for line in (checkpoint / SUMS).read_text(errors="replace").splitlines()]
+    except FileNotFoundError:
         return f"{SUMS} is missing"
-    lines = [line.split("  ", 1) for line in sums.read_text(errors="replace").splitlines()]
+    except OSError as error:
+        return f"{SUMS} cannot be read: {error.strerror}"
     if not lines or any(len(line) != 2 for line in lines):
         return f"{SUMS} is unreadable"
     for digest, file in lines:
@@ -591,12 +608,14 @@ def _sha256(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Source:
-    """Weights to start from or to evaluate: `card` is what the file says of its model and classes."""
+    """Weights to start from or to evaluate: `card` is what the file says of its model and classes, `prefix` what every
+    name in the file began with and does not here."""
 
     label: str
     digest: str
     weights: dict[str, Tensor]
     card: dict[str, Any]
+    prefix: str = ""
 
 
 def origin(command: str, settings: dict[str, Any], source: Source | None) -> str:
@@ -617,17 +636,21 @@ def read_source(checkpoint: str) -> Source:
     """
     path = Path(checkpoint)
     try:
-        if not path.exists():
-            raise UsageError(f"checkpoint={checkpoint} does not exist")
         if path.is_dir():
             path = _weights_in(path)
             if not path.exists():
                 return _joined_source(path)
         if not path.is_file():
+            path.stat()
             raise UsageError(f"checkpoint={checkpoint} is neither a file nor a folder")
         digest = _sha256(path)
-    except PermissionError as error:
-        raise UsageError(f"checkpoint={checkpoint} cannot be read: {error.strerror}") from error
+    except UsageError:
+        raise
+    except FileNotFoundError as error:
+        raise UsageError(f"checkpoint={checkpoint} does not exist") from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(f"checkpoint={checkpoint} cannot be read: {reason}") from error
     try:
         with safe_open(path, framework="pt") as file:
             card = (file.metadata() or {}).get("softmoe")
@@ -641,14 +664,45 @@ def read_source(checkpoint: str) -> Source:
             else f"is no safetensors file, or is truncated or damaged ({error})"
         )
         raise UsageError(f"checkpoint={path} {reason}") from error
-    return Source(str(path), digest, weights, _read_card(card, path) if card else {})
+    return _source(path, digest, weights, card)
+
+
+def _source(path: Path, digest: str, weights: dict[str, Tensor], text: str | None) -> Source:
+    """What a file holds, with the names that its weights have in a model.
+
+    Raises:
+        UsageError: more classes than outputs, or a card that softmoe did not write.
+    """
+    card = read_card(text, path) if text is not None else {}
+    prefix, weights = _without_prefix(weights)
+    head = weights.get("head.weight")
+    if card and head is not None and (head.ndim != 2 or len(head) < len(card["classes"])):
+        raise UsageError(
+            f"checkpoint={path} speaks of {len(card['classes'])} classes, and its head.weight is {tuple(head.shape)}; "
+            "softmoe saved no such file"
+        )
+    return Source(str(path), digest, weights, card, prefix)
+
+
+def _without_prefix(weights: dict[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
+    """A ViT's weights without what wrappers put before every name (DistributedDataParallel, torch.compile, averages of
+    weights, trainers), and that; without the count that torch's averages keep beside them."""
+    named = {key: value for key, value in weights.items() if key != "n_averaged"}
+    ends = (key.removesuffix(FIRST_WEIGHT) for key in named if key.endswith(f".{FIRST_WEIGHT}"))
+    prefix = next(ends, "")
+    if not prefix or not all(key.startswith(prefix) for key in named):
+        return "", weights
+    return prefix, {key.removeprefix(prefix): value for key, value in named.items()}
 
 
 def _joined_source(path: Path) -> Source:
     """Of weights in pieces: as if `path` had been written, which is what it will be when the run ends."""
-    weights, text = shards.joined(path)
+    try:
+        weights, text = shards.joined(path)
+    except RunError as error:
+        raise UsageError(f"checkpoint={path.parent}: {error}") from error
     digest = hashlib.sha256(save(weights, metadata={"softmoe": text})).hexdigest()
-    return Source(str(path), digest, weights, _read_card(text, path))
+    return _source(path, digest, weights, text)
 
 
 def read_moments(source: Source, digest: str | None = None) -> dict[str, dict[str, Tensor]]:
@@ -675,31 +729,6 @@ def read_moments(source: Source, digest: str | None = None) -> dict[str, dict[st
         name, _, kind = key.removeprefix("optimizer.").rpartition(".")
         found.setdefault(name, {})[kind] = value
     return {name: state for name, state in found.items() if state.keys() == {"exp_avg", "exp_avg_sq", "step"}}
-
-
-def _read_card(text: str, path: Path) -> dict[str, Any]:
-    try:
-        card = json.loads(text)
-    except ValueError as error:
-        raise UsageError(f"checkpoint={path}: what it says of its model is no JSON ({error})") from error
-    said = card if isinstance(card, dict) else {}
-    lacks = [key for key in ("model", "data", "classes", "loss", "precision") if key not in said]
-    if lacks:
-        raise UsageError(f"checkpoint={path}: what it says of its model lacks {lacks[0]}; softmoe saved no such file")
-    if "${" in json.dumps([said["model"], said["data"]]):
-        raise UsageError(f"checkpoint={path}: what it says of its model holds ${{…}}, which softmoe never writes")
-    kind = "folder" if said["data"].get("name") == "folder" else None
-    unsaid = {"data.format": kind, "data.prefetch": 2, "data.crop": "shift", "data.area": 0.05}
-    for key, before in {**LATER, **unsaid}.items():  # saved before there was a choice
-        section, _, leaf = key.partition(".")
-        if section in ("model", "data"):
-            said[section].setdefault(leaf, before)
-    router = said["model"]["router"]
-    if router.get("bias_rate") and router.get("load_weight"):
-        router["load_weight"] = 0.0  # of training alone, and not allowed beside a bias any more
-    if router["_target_"] == "softmoe_cli.moe.routers.experts_choice.ExpertsChoiceRouter":
-        router.setdefault("gate", "softmax")
-    return said
 
 
 def _weights_in(folder: Path) -> Path:

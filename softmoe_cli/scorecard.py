@@ -24,7 +24,7 @@ from softmoe_cli.config import EvaluateConfig, Model, UsageError, check_groups
 from softmoe_cli.device import arithmetic, hardware
 from softmoe_cli.evaluate import Batch, Outcomes, calibration_error, features, outcomes, qualities
 from softmoe_cli.fewshot import fewshot
-from softmoe_cli.files import write_atomically
+from softmoe_cli.files import require_vacant, write_atomically
 from softmoe_cli.models import build, load_weights, prepare
 from softmoe_cli.record import Source
 from softmoe_cli.terminal import Screen
@@ -44,8 +44,12 @@ def evaluate_checkpoint(config: EvaluateConfig, model_config: Model, sources: li
     loss, precision = config.loss or card["loss"], config.precision or card["precision"]
     check_groups("batch_size", config.batch_size, model_config.router)
     for key in ("predictions", "confusion"):
-        if getattr(config, key) is not None and not Path(getattr(config, key)).parent.is_dir():
-            raise UsageError(f"{key}={getattr(config, key)}: {Path(getattr(config, key)).parent} is no folder")
+        if (place := getattr(config, key)) is not None:
+            require_vacant(key, Path(place))
+            if not Path(place).parent.is_dir():
+                raise UsageError(f"{key}={place}: {Path(place).parent} is no folder")
+    if config.predictions is not None and config.predictions == config.confusion:
+        raise UsageError(f"predictions={config.predictions} and confusion= are the same file; give each its own")
     device, autocast = arithmetic(config.device, precision, config.threads)
     splits = data.load(config.data)
     shots = ["train"] + ["validation"] * (config.fewshot_l2 == "validation") if config.fewshot else []

@@ -6,14 +6,16 @@ is read by unpickling, and what joins its safetensors files leaves tensors witho
 counts of steps) and knows floating point only (not random states).
 """
 
+import itertools
 import json
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -71,26 +73,79 @@ def read(path: Path) -> dict[str, Tensor]:
 
 
 def joined(path: Path) -> tuple[dict[str, Tensor], str]:
-    """The whole tensors of which there are pieces, and what the header of the whole is to say.
+    """The whole tensors of which there are pieces, and what the header of the whole is to say. Nothing is allocated
+    before the pieces are known to be the whole.
 
     Raises:
-        RunError: the pieces are not the whole.
+        RunError: they are not.
     """
-    tensors: dict[str, Tensor] = {}
-    missing: dict[str, int] = {}
+    places: dict[str, list[Place]] = {}
     text = ""
     for file in files(path):
-        with safe_open(file, framework="pt") as opened:
-            said = json.loads(opened.metadata()["pieces"])
-            text = said["text"]
-            for key, (offset, shape) in said["places"].items():
+        said, found = _places(file)
+        text = said
+        for key, place in found.items():
+            places.setdefault(key, []).append(place)
+    if not places:
+        raise RunError(f"{path} is in pieces that are not the whole of it")
+    for key, several in places.items():
+        if not _are_whole(several):
+            raise RunError(f"{path} is in pieces that are not the whole of it: {key}")
+    tensors: dict[str, Tensor] = {}
+    for key, several in places.items():
+        for place in several:
+            with safe_open(place.file, framework="pt") as opened:
                 piece = opened.get_tensor(key)
-                if key not in tensors:
-                    tensors[key], missing[key] = torch.empty(shape, dtype=piece.dtype), math.prod(shape)
-                ends = zip(offset, piece.shape, strict=True)
-                tensors[key][tuple(slice(start, start + length) for start, length in ends)] = piece
-                missing[key] -= piece.numel()
-    holes = [key for key, count in missing.items() if count]
-    if holes or not tensors:
-        raise RunError(f"{path} is in pieces that are not the whole of it{f': {holes[0]}' if holes else ''}")
+            if key not in tensors:
+                tensors[key] = torch.empty(place.shape, dtype=piece.dtype)
+            tensors[key][tuple(slice(*span) for span in place.spans)] = piece
     return tensors, text
+
+
+class Place(NamedTuple):
+    """Where in a whole of `shape` the piece in a file belongs: from where to where in each dimension."""
+
+    file: Path
+    kind: str
+    spans: tuple[tuple[int, int], ...]
+    shape: tuple[int, ...]
+
+
+def _places(file: Path) -> tuple[str, dict[str, Place]]:
+    """What the header of the whole is to say, and the places of a file's pieces.
+
+    Raises:
+        RunError: softmoe wrote no such file.
+    """
+    found: dict[str, Place] = {}
+    try:
+        with safe_open(file, framework="pt") as opened:
+            said = json.loads((opened.metadata() or {})["pieces"])
+            if not isinstance(said["text"], str):
+                raise TypeError("its text is none")
+            for key, (offset, shape) in said["places"].items():
+                piece = opened.get_slice(key)
+                sides = piece.get_shape()
+                spans = [(start, start + side) for start, side in zip(offset, sides, strict=True)]
+                inside = [start >= 0 and end <= whole for (start, end), whole in zip(spans, shape, strict=True)]
+                if not all(inside) or not all(type(number) is int for number in (*offset, *shape)):
+                    raise ValueError(f"{key} lies outside")
+                found[key] = Place(file, piece.get_dtype(), tuple(spans), tuple(shape))
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise RunError(f"{file} holds no pieces that softmoe wrote ({error})") from error
+    return said["text"], found
+
+
+def _are_whole(places: list[Place]) -> bool:
+    """Whether pieces of one shape and type fill it, each number once."""
+    if len({(place.kind, place.shape) for place in places}) > 1:
+        return False
+    if sum(math.prod(end - start for start, end in place.spans) for place in places) != math.prod(places[0].shape):
+        return False
+    pairs = itertools.combinations(places, 2)
+    return not any(_overlap(one.spans, other.spans) for one, other in pairs)
+
+
+def _overlap(one: Sequence[tuple[int, int]], other: Sequence[tuple[int, int]]) -> bool:
+    """Whether two blocks have a number in common."""
+    return all(max(a, c) < min(b, d) for (a, b), (c, d) in zip(one, other, strict=True))

@@ -127,13 +127,7 @@ def test_how_far_outputs_may_be_off(size: float, off: float, allowed: bool) -> N
         export.difference("onnx", lambda x: expected[: len(x)] * torch.nan, images(3), expected, None)
 
 
-def test_experts_choice_from_before_it_had_gates(tmp_path: Path) -> None:
-    """Its checkpoints load, and its runs are the runs that they were."""
-    path, _ = weights_of(tmp_path, "model/router=experts_choice", *TINY)
-    card = read_source(str(path)).card
-    del card["model"]["router"]["gate"]
-    save_file(load_file(path), path, metadata={"softmoe": json.dumps(card)})
-    assert read_source(str(path)).card["model"]["router"]["gate"] == "softmax"
+def test_experts_choice_runs_are_the_runs_that_they_were_before_gates() -> None:
     assert "model.router.gate" not in flat_science(compose("model/router=experts_choice"))
     chosen = compose("model/router=experts_choice", "model.router.gate=softmax_chosen")
     assert flat_science(chosen)["model.router.gate"] == "softmax_chosen"

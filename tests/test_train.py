@@ -31,7 +31,7 @@ from softmoe_cli.config import LATER
 from softmoe_cli.moe.routers.identity import IdentityRouter
 from softmoe_cli.moe.routers.tokens_choice import TokensChoiceRouter
 from softmoe_cli.parallel import Average
-from softmoe_cli.record import OURS, Checkpoint, Run, RunError, _locked, _read_card, flat_science
+from softmoe_cli.record import OURS, Checkpoint, Run, RunError, _locked, flat_science
 from softmoe_cli.train import Interrupted, Stop, _commit, run_folder
 from tests.conftest import TINY, Softmoe
 from tests.oracles import compose
@@ -406,14 +406,6 @@ def test_what_means_something_else_now_has_another_signature() -> None:
     loss = ("model.router.gate=sigmoid", "model.router.gshard_weight=0.1")
     assert flat_science(compose(*line, *loss))["model.router.gshard_of"] == "shares"
     assert "model.router.gshard_of" not in flat_science(compose(*line, loss[1]))
-
-
-def test_a_checkpoint_from_before_with_a_bias_and_a_load_loss_is_built() -> None:
-    router = {"_target_": "x", "bias_rate": 0.1, "load_weight": 0.005}
-    card = {"model": {"router": router}, "data": {}, "classes": [], "loss": "softmax", "precision": "fp32"}
-    assert _read_card(json.dumps(card), Path("x"))["model"]["router"]["load_weight"] == 0
-    del router["load_weight"]  # a router of one's own
-    assert _read_card(json.dumps(card), Path("x"))["model"]["router"] == router
 
 
 def test_a_lock_is_waited_for_where_its_process_is_gone(tmp_path: Path) -> None:
