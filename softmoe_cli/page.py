@@ -64,7 +64,7 @@ STUDIES = 3
 
 def _section(index: int, block: Block, mine: list[Table], comparison: Comparison) -> str:
     parts = [f"<section><h2>{escape(block.title)}</h2>", _table(mine[0], cards=True)]
-    parts.append(f"<p>{escape(front(comparison, block).replace('on', 'On', 1))}.</p>")
+    parts.append(f"<p>{escape(front(comparison, block))}.</p>")
     parts.append(f'<div class="chart" data-pareto="{index}"></div>')
     for table in mine[1:]:
         parts.append(f"<h3>{escape(table.title.removeprefix(f'{block.title}: '))}</h3>{_table(table, cards=True)}")
@@ -190,7 +190,7 @@ def _framed(names: Sequence[str], rows: str, kind: str = "") -> str:
 
 
 def _cell(column: int, name: str, text: str) -> str:
-    shown = escape(text).replace("\n", "<br>")
+    shown = escape(text.replace(" ± ", "\u00a0±\u00a0")).replace("\n", "<br>")
     return f'<td data-head="{escape(name)}">{shown}</td>' if column else f"<th scope=row>{shown}</th>"
 
 
@@ -310,11 +310,10 @@ a { color: inherit; }
   linear-gradient(to left, var(--paper) 30%, transparent) right / 3rem 100% no-repeat local,
   linear-gradient(to left, var(--shade), transparent) right / 1.2rem 100% no-repeat scroll; }
 table { border-collapse: separate; border-spacing: 0; font-size: .88rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line);
-  vertical-align: top; }
+th, td { padding: .35rem .6rem; text-align: right; border-bottom: 1px solid var(--line); vertical-align: top; }
 th:first-child { text-align: left; position: sticky; left: 0; background: var(--paper); font-weight: 600;
-  white-space: normal; min-width: 7rem; max-width: 20rem; overflow-wrap: anywhere; }
-thead th, thead th:first-child { background: var(--head); vertical-align: bottom; white-space: normal; }
+  min-width: 7rem; max-width: 20rem; overflow-wrap: break-word; }
+thead th, thead th:first-child { background: var(--head); vertical-align: bottom; }
 thead button { font: inherit; font-weight: 600; color: inherit; background: none; border: 0; padding: 0;
   cursor: pointer; text-align: inherit; }
 thead button::after { content: "\\2195"; opacity: .35; padding-left: .3em; }
@@ -325,7 +324,7 @@ th[aria-sort=descending] button::after { content: "\\2193"; opacity: 1; }
   .cards thead { display: none; }
   .cards, .cards tbody, .cards tr, .cards th, .cards td { display: block; }
   .cards tr { border: 1px solid var(--line); border-radius: 6px; margin: .6rem 0; padding: .3rem .7rem; }
-  .cards th, .cards td { border: 0; padding: .15rem 0; white-space: normal; max-width: none !important; }
+  .cards th, .cards td { border: 0; padding: .15rem 0; max-width: none !important; }
   .cards td { display: grid; grid-template-columns: 1fr auto; gap: 1rem; }
   .cards td:empty { display: none; }
   .cards td::before { content: attr(data-head); text-align: left; color: var(--soft); }

@@ -13,7 +13,7 @@ from softmoe_cli.runs import COSTS, QUALITIES
 FLOP = (("FLOP", 1.0), ("kFLOP", 1e3), ("MFLOP", 1e6), ("GFLOP", 1e9), ("TFLOP", 1e12), ("PFLOP", 1e15),
         ("EFLOP", 1e18))  # fmt: skip
 BYTES = (("KiB", 2.0**10), ("MiB", 2.0**20), ("GiB", 2.0**30), ("TiB", 2.0**40))
-SECONDS = (("s", 1.0), ("min", 60.0), ("h", 3600.0))
+SECONDS = (("s", 1.0), ("h", 3600.0))
 SCALES = {
     "train_pflop": (FLOP, "PFLOP"), "forward_gflop": (FLOP, "GFLOP"), "train_gflop": (FLOP, "GFLOP"),
     "peak_mib": (BYTES, "MiB"), "device_s": (SECONDS, "s"), "eval_s": (SECONDS, "s"), "save_s": (SECONDS, "s"),
@@ -39,15 +39,17 @@ class Unit:
 
 
 def unit(key: str, values: Iterable[float]) -> Unit:
-    """The largest unit that is not above the middle (in the geometric mean) of the smallest and the largest value."""
+    """The largest unit that is not above the smallest value; not above the middle (the geometric mean) where the largest
+    is more than ten thousand times that."""
     if key not in SCALES:
         head = COSTS.get(key) or (QUALITIES[key].head if key in QUALITIES else key)
         return Unit(head, "", 1.0)
     scale, own = SCALES[key]
     sizes = dict(scale)
     positive = [value * sizes[own] for value in values if value > 0]
-    middle = math.sqrt(min(positive)) * math.sqrt(max(positive)) if positive else sizes[own]
-    name, size = max((each for each in scale if each[1] <= middle), key=lambda each: each[1], default=scale[0])
+    low, high = (min(positive), max(positive)) if positive else (sizes[own], sizes[own])
+    bound = math.sqrt(low) * math.sqrt(high) if high > 1e4 * low else low
+    name, size = max((each for each in scale if each[1] <= bound), key=lambda each: each[1], default=scale[0])
     before, _, after = COSTS[key].rpartition(own)
     return Unit(f"{before}{name}{after}", name, sizes[own] / size)
 
