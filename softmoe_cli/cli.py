@@ -189,14 +189,18 @@ softmoe data check [data=CHOICE] [KEY=VALUE]...   reads a data set before a long
 Faults: files that cannot be read, empty classes, classes that not every part has, the same pixels in two of train,
 validation and test or under two labels. It counts images by class, sizes, and repetitions in a part.""",
     "status": """\
-softmoe status FOLDER... [--json]   what runs are doing, from their files alone, here or on another machine
+softmoe status [FOLDER]... [--json]   what runs are doing, from their files alone, here or on another machine
 
-  softmoe status outputs/expert_count          a study, a sweep-* folder in it, all of outputs, or one run
+  softmoe status                               all of outputs, what wrote last first
+  softmoe status outputs/expert_count          a study, a sweep-* folder in it, or one run
 
-done; running; stopped (the same command goes on); failed, with the reason; waiting. Runs of another machine that have
-neither ended nor stopped are "running or killed": the age of the last row tells which.""",
+done; running; stopped, with what to type to go on; failed, with the reason; waiting; damaged, with the file. Runs of
+another machine that have neither ended nor stopped are "running or killed": the age of the last row tells which.""",
     "list": "softmoe list   models, routers, data sets, recipes and experiments, a line each",
 }
+
+WITHOUT_FILES = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
+"""As conf/train.yaml has it."""
 
 for _command in ("evaluate", "export", "upcycle"):
     USAGE[_command] += f"\n{RULE}"
@@ -381,11 +385,11 @@ def _status(arguments: list[str]) -> int:
     folders = [Path(a) for a in arguments if not a.startswith("-")]
     if unknown:
         raise UsageError(f"softmoe status has no option {unknown[0]}; it has --json")
-    if not folders:
-        raise UsageError("softmoe status needs a folder: a study such as outputs/default, a sweep, a run or outputs")
+    if not folders and not Path("outputs").is_dir():
+        raise UsageError("there is no folder outputs here; softmoe status FOLDER takes a study, a sweep or a run")
     from softmoe_cli.status import read, show
 
-    states = read(folders)
+    states = read(folders or [Path("outputs")], newest_first=not folders)
     print(json.dumps([dataclasses.asdict(state) for state in states]) if "--json" in arguments else show(states))
     return 0
 
@@ -482,6 +486,10 @@ def _hydra(command: str, arguments: list[str]) -> int:
                 folder = nowhere.enter_context(tempfile.TemporaryDirectory())
                 arguments = [argument for argument in arguments if argument != "--plan"]
                 arguments += ["hydra.launcher.plan=true", f"hydra.sweep.dir={folder}"]
+            if any(
+                argument.startswith(("-cn", "--config-name")) for argument in arguments
+            ):  # such as a run's config.yaml
+                arguments = [*arguments, *WITHOUT_FILES]  # which says nothing of Hydra's own files
             sys.argv = ["softmoe", *arguments]
             hydra.main(version_base=None, config_path=str(conf_folder()), config_name=command)(task)()
     except (HydraException, OmegaConfBaseException) as error:

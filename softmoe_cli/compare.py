@@ -14,6 +14,7 @@ from softmoe_cli.intervals import (
     Difference,
     Interval,
     at_budget,
+    at_chance,
     budgets,
     difference,
     front_probability,
@@ -21,7 +22,10 @@ from softmoe_cli.intervals import (
     on_front,
     verdicts,
 )
-from softmoe_cli.runs import AXES, CLOCK, COSTS, FINGERPRINT, QUALITIES, VERSION, Row, Run, number, read, single
+from softmoe_cli.rows import Row, number
+from softmoe_cli.runs import AXES, CLOCK, COSTS, FINGERPRINT, QUALITIES, VERSION, Run, read, single, typed
+from softmoe_cli.text import shortened
+from softmoe_cli.units import AMOUNTS, apart, quantity
 
 EVALUATION = (
     "data", "data.identity", "test_images", "data.num_classes", "data.split_seed", "data.validation_fraction",
@@ -82,7 +86,12 @@ class Budgeted:
 
 @dataclass
 class Group:
-    """Runs that differ in nothing but their seed (or in nothing that --by names)."""
+    """Runs that differ in nothing but their seed (or in nothing that --by names).
+
+    `cost_ratio` is their cost over the baseline's, what their checkpoints had cost included where that is known;
+    `conditions` say in what else the two were unequal. `at_chance`: no better than guessing, which reaches
+    `chance_pct`.
+    """
 
     settings: Row
     runs: list[Run]
@@ -92,12 +101,28 @@ class Group:
     difference: Difference | None = None
     verdict: str | None = None
     p_holm: float | None = None
+    cost_ratio: float | None = None
+    conditions: list[str] = field(default_factory=list)
+    chance_pct: float | None = None
+    at_chance: bool = False
     front: bool = False
     front_probability: float | None = None
     budgets: list[Budgeted] = field(default_factory=list)
 
     def values(self, key: str) -> list[tuple[int, float]]:
         return [(run.row["seed"], run.row[key]) for run in self.runs]
+
+    @property
+    def pretrained(self) -> bool:
+        """Whether any of its runs began with a checkpoint, whose training is in none of its costs."""
+        return any(run.row.get("checkpoint") is not None for run in self.runs)
+
+    @property
+    def checkpoint_pflop(self) -> float | None:
+        """What the checkpoints had cost in training, mean over runs; None where any of them does not say."""
+        costs = [run.row.get("checkpoint.train_pflop") for run in self.runs if run.row.get("checkpoint") is not None]
+        known = [cost for cost in costs if cost is not None]
+        return math.fsum(known) / len(self.runs) if known and len(known) == len(costs) else None
 
 
 @dataclass
@@ -111,12 +136,17 @@ class Block:
 
 @dataclass
 class Comparison:
+    """`typed`: the columns that were asked for, none where `columns` are the usual ones; `commands`: what made the
+    runs."""
+
     quality: str
     cost: str
     columns: list[str]
     blocks: list[Block]
     notes: list[str]
     left_out: list[tuple[str, str]]
+    typed: list[str] = field(default_factory=list)
+    commands: list[str] = field(default_factory=list)
     reference: list[dict[str, str]] = field(default_factory=list)
     reference_name: str = ""
 
@@ -200,22 +230,27 @@ def compare(folders: Sequence[Path], question: Question) -> Comparison:
     columns = [_key("columns", key, [*keys, *COSTS, *QUALITIES]) for key in question.columns]
     columns = columns or [key for key in ("forward_gflop", "params_m", "device_s") if key != question.cost]
     notes = [*_lack_notes(kept), *_version_notes(kept, question.strict)]
-    apart = defaultdict(list)
+    parts = defaultdict(list)
     for run in kept:
-        apart[_apart(run, question)].append(run)
-    varying = [i for i, values in enumerate(zip(*apart, strict=True)) if len(set(values)) > 1]
+        parts[_apart(run, question)].append(run)
+    varying = [i for i, values in enumerate(zip(*parts, strict=True)) if len(set(values)) > 1]
     blocks = []
-    for key in sorted(apart):
-        title = f"{key[0]}, {apart[key][0].row.get('test_images', '?')} test images"
-        told = [f"{APART[i]} {key[i]}" for i in varying if APART[i] not in ("data", "test_images") and key[i]]
-        blocks.append(_block("; ".join([title, *told]), apart[key], by, columns, question))
+    for key in sorted(parts):
+        title = f"{shortened(key[0], LETTERS)}, {parts[key][0].row.get('test_images', '?')} test images"
+        told = [
+            f"{APART[i]} {shortened(key[i], LETTERS)}"
+            for i in varying
+            if APART[i] not in ("data", "test_images") and key[i]
+        ]
+        blocks.append(_block("; ".join([title, *told]), parts[key], by, columns, question))
     if len(blocks) > 1:
         what = ", ".join(dict.fromkeys(APART[i] for i in varying))
         notes.append(f"runs that differ in {what} are kept apart: {len(blocks)} tables")
     _judge(blocks, question)
     for block in blocks:
         _sort(block, question, keys)
-    return Comparison(question.quality, question.cost, columns, blocks, notes, left_out)
+    asked = columns if question.columns else []
+    return Comparison(question.quality, question.cost, columns, blocks, notes, left_out, asked, typed(kept))
 
 
 # --- what may be compared with what ----------------------------------------------------------------------------------
@@ -340,10 +375,12 @@ def _block(title: str, runs: list[Run], by: list[str], columns: list[str], quest
             told = "; ".join(f"{count} on {name}" for name, count in sorted(fingerprints.items()))
             notes.append(f"{key} is blank: it was measured on different machines ({told}); --cost {key} separates them")
     _fronts(groups, question)
+    _chance(groups, question)
     _budgets(groups, question, notes)
     few = [group.label for group in groups if len(group.runs) == 1]
     if few:
-        notes.append(f"one seed only, and so no interval: {', '.join(few)}")
+        notes.append(f"one seed only, and so no interval: {'; '.join(few)}")
+    notes += _start_notes(groups)
     return Block(title, groups, notes)
 
 
@@ -367,13 +404,21 @@ def _name(groups: list[Group]) -> None:
         if any(len(values) > 1 for values in alike.values()):
             chosen.append(key)
     for group, label in zip(groups, labels(), strict=True):
-        group.label = label or group.runs[0].row.get("router") or group.runs[0].row["name"]
+        group.label = label or shortened(group.runs[0].row.get("router") or group.runs[0].row["name"], LETTERS)
     keys = sorted({key for group in groups for key in group.settings})
     for label in {group.label for group in groups}:
         twins = [group for group in groups if group.label == label]  # such as from two checkpoints of one run
         odd = [key for key in keys if len({_said(twin.settings.get(key)) for twin in twins}) > 1]
         for twin in twins:
             twin.label += f" ({', '.join(_said(twin.settings.get(key))[-12:] for key in odd)})" if odd else ""
+    seen = Counter[str]()
+    for group in groups:
+        seen[group.label] += 1
+        group.label += f" #{seen[group.label]}" if seen[group.label] > 1 else ""
+
+
+LETTERS = 48
+"""Of one setting in a label, at most."""
 
 
 def _part(group: Group, key: str) -> str:
@@ -385,7 +430,7 @@ def _part(group: Group, key: str) -> str:
         value = row.get("router", value)
     if key in ("checkpoint.origin", "checkpoint.digest"):
         value = _source_name(Path(str(row.get("checkpoint") or value)))
-    text = ",".join(map(str, value)) if isinstance(value, list) else _said(value)
+    text = shortened(",".join(map(str, value)) if isinstance(value, list) else _said(value), LETTERS)
     told = LABELS.get(key, f"{key.rpartition('.')[2]} {{}}").format(text)
     return told.replace("experts", "expert").replace("slots/", "slot/") if text == "1" else told
 
@@ -420,6 +465,39 @@ def _fronts(groups: list[Group], question: Question) -> None:
         group.front_probability = chance if len(group.runs) > 1 else None
 
 
+GUESSED = {"top1_pct": 1, "validation_top1_pct": 1, "best_validation_top1_pct": 1, "top5_pct": 5}
+"""Qualities that guessing reaches some of: how many guesses each has."""
+
+
+def _chance(groups: list[Group], question: Question) -> None:
+    """What always the same answers reach: the commonest class's share where the rows know it, else one class's."""
+    guesses = GUESSED.get(question.quality)
+    for group in groups:
+        row = group.runs[0].row
+        classes = row.get("classes") or row.get("data.num_classes")
+        if not guesses or not classes or classes < 1:
+            continue
+        commonest = row.get("chance_pct") if guesses == 1 else None
+        group.chance_pct = commonest or min(100.0, 100 * guesses / classes)
+        images = row.get("test_images") if "validation" not in question.quality else None
+        group.at_chance = at_chance([value for _, value in group.values(question.quality)], group.chance_pct, images)
+
+
+def _start_notes(groups: list[Group]) -> list[str]:
+    """What runs that began with a checkpoint stand on."""
+    notes = []
+    for group in groups:
+        if group.pretrained:
+            cost = group.checkpoint_pflop
+            notes.append(
+                f"{group.label} began with a checkpoint whose cost is not known: its pretraining is not counted"
+                if cost is None
+                else f"{group.label} began with a checkpoint that had cost {quantity('train_pflop', cost)}: "
+                "counted where two groups' training FLOPs are set against each other, and nowhere else"
+            )
+    return notes
+
+
 def _plane(question: Question) -> tuple[str, str]:
     return question.quality, question.cost
 
@@ -438,18 +516,19 @@ def _budgets(groups: list[Group], question: Question, notes: list[str]) -> None:
                 values = [(seed, value) for seed, value in reached if value is not None]
                 reason = ""
                 if len(values) < len(reached):
-                    reason = _unreached([curves[id(run)] for run in group.runs], budget)
+                    reason = _unreached([curves[id(run)] for run in group.runs], axis, budget)
                 interval = None if reason else mean_interval([value for _, value in values])
                 group.budgets.append(Budgeted(axis, budget, values, interval, reason))
 
 
-def _unreached(curves: list[list[tuple[float, float]]], budget: float) -> str:
+def _unreached(curves: list[list[tuple[float, float]]], axis: str, budget: float) -> str:
     if not all(curves):
         return "no curve"
     early = sum(curve[-1][0] < budget for curve in curves)
     if early:
-        return f"{early} of {len(curves)} end before, the first at {min(curve[-1][0] for curve in curves):.4g}"
-    return f"first look at {max(curve[0][0] for curve in curves):.4g}"
+        first = min(curve[-1][0] for curve in curves)
+        return f"{early} of {len(curves)} end before, the first at {quantity(axis, first)}"
+    return f"first look at {quantity(axis, max(curve[0][0] for curve in curves))}"
 
 
 # --- verdicts ---------------------------------------------------------------------------------------------------------
@@ -475,6 +554,7 @@ def _judge(blocks: list[Block], question: Question) -> None:
             if baseline is None:
                 continue
             group.baseline = baseline.label
+            _conditions(group, baseline, question.cost)
             group.difference = ends[index] = difference(
                 group.values(question.quality), baseline.values(question.quality)
             )
@@ -492,6 +572,44 @@ def _judge(blocks: list[Block], question: Question) -> None:
             f"--baseline {question.baseline}: no group is called or has that.{nearest(question.baseline, labels)} "
             f"Groups: {'; '.join(labels)}"
         )
+
+
+def _conditions(group: Group, baseline: Group, cost: str) -> None:
+    """Says in what the two were unequal beside what they are called: cost, length of training, pretraining."""
+    ours, theirs = _total(group, cost), _total(baseline, cost)
+    if ours is not None and theirs is not None and theirs > 0:
+        group.cost_ratio = ours / theirs
+        told = apart(group.cost_ratio, AMOUNTS[cost])
+        group.conditions += [f"at {told}"] if told else []
+    means = {key: [_mean(each, key) for each in (group, baseline)] for key in ("steps", "images")}
+    if all(value > 0 for pair in means.values() for value in pair):
+        ratios = {key: ours / theirs for key, (ours, theirs) in means.items()}
+        key = "images" if apart(ratios["steps"] / ratios["images"], "") else "steps"  # updates may be of other sizes
+        if apart(ratios["images"], "") and cost not in ratios:
+            group.conditions.append(f"{means[key][0]:,.0f} {AMOUNTS[key]} against {means[key][1]:,.0f}")
+    if cost in TRAINING and (group.pretrained or baseline.pretrained):
+        known = cost == "train_pflop" and all(
+            not g.pretrained or g.checkpoint_pflop is not None for g in (group, baseline)
+        )
+        group.conditions.append(f"pretraining {'' if known else 'not '}counted")
+
+
+TRAINING = ("train_pflop", "device_s", "images", "epochs", "steps", "energy_kj")
+"""Costs that grow with training, and so lack what a checkpoint had cost."""
+
+
+def _mean(group: Group, key: str) -> float:
+    """Of a figure of every run; 0 where one lacks it."""
+    values = [run.row.get(key) or 0.0 for run in group.runs]
+    return math.fsum(values) / len(values) if all(values) else 0.0
+
+
+def _total(group: Group, cost: str) -> float | None:
+    """Mean cost, with what the checkpoints had cost where both are told in the same."""
+    interval = group.figures.get(cost)
+    if interval is None:
+        return None
+    return interval.mean + ((group.checkpoint_pflop or 0.0) if cost == "train_pflop" else 0.0)
 
 
 def _candidates(groups: list[Group], baseline: str | None, keys: list[str]) -> list[Group]:
@@ -527,15 +645,18 @@ def _judge_notes(block: Block, candidates: list[Group]) -> None:
     unmatched = [g.label for g in block.groups if candidates and g not in candidates and g.baseline is None]
     if unmatched:
         block.notes.append(f"several baselines are equally near to {'; '.join(unmatched)}: --baseline chooses")
+    baselines = list(dict.fromkeys(group.baseline for group in judged))
+    if len(baselines) > 1:
+        for baseline in baselines:
+            block.notes.append(f"against {baseline}: {'; '.join(g.label for g in judged if g.baseline == baseline)}")
     methods = sorted({group.difference.method for group in judged if group.difference})
+    tested = sum(group.p_holm is not None for group in judged)
     if methods:
         tests = {"paired": "paired by seed (Student's t)", "Welch": "of unpaired seeds (Welch's t)"}
         told = " and ".join(tests[method] for method in methods)
-        holm = (
-            f"; verdicts hold for all {len(judged)} comparisons at once (Holm), intervals each for itself"
-            if len(judged) > 1
-            else ""
-        )
+        holm = ""
+        if tested > 1:
+            holm = f"; the {tested} verdicts hold all at once (Holm), intervals each for itself"
         block.notes.append(f"differences are {told}, intervals 95%{holm}")
     for group in judged:
         assert group.difference is not None

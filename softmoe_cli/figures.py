@@ -14,9 +14,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from softmoe_cli.compare import Block, Comparison, Group
+from softmoe_cli.findings import provisos
 from softmoe_cli.intervals import Interval, at_budget
 from softmoe_cli.looks import COLOURS, KINDS, reference_points, same_axes, styles
-from softmoe_cli.runs import AXES, COSTS, CURVES, QUALITIES
+from softmoe_cli.runs import AXES, CURVES, QUALITIES
+from softmoe_cli.tables import units
+from softmoe_cli.text import shortened
 
 FORMATS: dict[str, Any] = {
     "svg": {"metadata": {"Date": None}},
@@ -24,6 +27,7 @@ FORMATS: dict[str, Any] = {
     "png": {"pil_kwargs": {"compress_level": 3}},  # as small as by default, in less time
 }
 GREY = "#767676"
+LETTERS = 120
 LEFT, PLOT_WIDTH, PLOT_HEIGHT, ABOVE, BETWEEN = 0.8, 5.2, 3.2, 0.35, 1.15
 """Inches. Places are counted, not searched for: matplotlib's layout engine takes as long as the drawing."""
 RECIPE: Any = {
@@ -77,8 +81,9 @@ def _panels(comparison: Comparison, draw: Callable[[Axes, Comparison, Block], fl
 
 
 def safe(text: str) -> str:
-    """Without what matplotlib would read as mathematics or has no letter for."""
-    shown = "".join(c if c.isprintable() and ord(c) < 0x250 else "?" for c in text).replace("$", r"\$")
+    """Without what matplotlib would read as mathematics or has no letter for, and no longer than a figure bears."""
+    shown = "".join(c if c.isprintable() and ord(c) < 0x250 else "?" for c in shortened(text, LETTERS, "..."))
+    shown = shown.replace("$", r"\$")
     return f" {shown}" if shown.startswith("_") else shown
 
 
@@ -112,19 +117,23 @@ def _legend(axes: Axes, handles: Sequence[Line2D], labels: Sequence[str]) -> flo
 
 def _pareto(axes: Axes, comparison: Comparison, block: Block) -> float:
     quality, cost = comparison.quality, comparison.cost
-    look = styles(comparison.groups)
+    look, unit = styles(comparison.groups), units(comparison)[cost]
     handles: list[Any] = []
     labels: list[str] = []
     if comparison.reference and same_axes(comparison):
         points = reference_points(comparison)
-        (handle,) = axes.plot([x for x, _, _ in points], [y for _, y, _ in points], ".", color="#BBBBBB", zorder=1)
+        (handle,) = axes.plot(
+            [x * unit.factor for x, _, _ in points], [y for _, y, _ in points], ".", color="#BBBBBB", zorder=1
+        )
         handles, labels = [handle], [f"reference, not ours: {comparison.reference_name}"]
-    front = sorted(_point(group, comparison) for group in block.groups if group.front)
+    at = {group.label: _point(group, comparison, unit.factor) for group in block.groups}
+    front = sorted(at[group.label] for group in block.groups if group.front)
     (line,) = axes.plot(*zip(*front, strict=True), "--", color=GREY, linewidth=1, zorder=2, drawstyle="steps-post")
     groups = sorted(block.groups, key=lambda group: list(look).index(group.label))
     colours = [COLOURS[look[group.label][0]] for group in groups]
-    x, y = np.array([_point(group, comparison) for group in groups]).T
-    x_half, y_half = np.array([[half(group.figures[key]) or 0 for group in groups] for key in (cost, quality)])
+    x, y = np.array([at[group.label] for group in groups]).T
+    x_half, y_half = np.array([[half(group.figures[key]) or 0.0 for group in groups] for key in (cost, quality)])
+    x_half *= unit.factor
     # All bars at once: a call for each group makes as many lines as all the rest of the figure.
     axes.hlines(y, x - x_half, x + x_half, colours, linewidth=1.2, zorder=3)
     axes.vlines(x, y - y_half, y + y_half, colours, linewidth=1.2, zorder=3)
@@ -132,19 +141,19 @@ def _pareto(axes: Axes, comparison: Comparison, block: Block) -> float:
         face = colours[i] if group.front else "white"
         style: Any = {"color": colours[i], "markerfacecolor": face, "markersize": 8, "zorder": 3}
         handles += axes.plot(x[i], y[i], look[group.label][1], **style)
-        labels.append(f"{group.label} (n={len(group.runs)})")
-    _scale(axes, [_point(group, comparison)[0] for group in block.groups])
-    axes.set_xlabel(COSTS[cost])
+        labels.append(f"{group.label} ({', '.join([f'n={len(group.runs)}', *provisos(group, cost)])})")
+    _scale(axes, [cost for cost, _ in at.values()])
+    axes.set_xlabel(unit.head)
     axes.set_ylabel(QUALITIES[quality].head)
     axes.annotate("bars: 95% t-intervals over seeds", (1, -0.17), xycoords="axes fraction", ha="right", va="top",
                   fontsize=10, color=GREY)  # fmt: skip
     return _legend(axes, [*handles, line], [*labels, "Pareto front (filled)"])
 
 
-def _point(group: Group, comparison: Comparison) -> tuple[float, float]:
+def _point(group: Group, comparison: Comparison, factor: float) -> tuple[float, float]:
     cost, quality = group.figures[comparison.cost], group.figures[comparison.quality]
     assert cost is not None and quality is not None
-    return cost.mean, quality.mean
+    return cost.mean * factor, quality.mean
 
 
 def half(interval: Interval | None) -> float | None:
@@ -169,12 +178,12 @@ def curve_axis(comparison: Comparison) -> str:
 def _curves(axes: Axes, comparison: Comparison, block: Block) -> float:
     """A thin line per seed and the mean of a group's seeds where all of them have been looked at."""
     key, axis = QUALITIES[comparison.quality].curve, curve_axis(comparison)
-    look = styles(comparison.groups)
+    look, unit = styles(comparison.groups), units(comparison)[axis]
     handles, labels = [], []
     thin: list[tuple[Any, str]] = []  # drawn as one, in a fraction of the time
     for group in sorted(block.groups, key=lambda group: list(look).index(group.label)):
         colour, marker = COLOURS[look[group.label][0]], look[group.label][1]
-        curves = [curve for run in group.runs if (curve := run.curve(axis, key))]
+        curves = [[(x * unit.factor, y) for x, y in curve] for run in group.runs if (curve := run.curve(axis, key))]
         thin += [(curve, colour) for curve in curves]
         mean = mean_curve(curves)
         if mean:
@@ -185,7 +194,7 @@ def _curves(axes: Axes, comparison: Comparison, block: Block) -> float:
             labels.append(f"{group.label} (n={len(curves)})")
     lines, colours = zip(*thin, strict=True) if thin else ((), ())
     axes.add_collection(LineCollection(lines, colors=colours, linewidths=0.6, alpha=0.35, zorder=1.9))
-    axes.set_xlabel(COSTS[axis])
+    axes.set_xlabel(unit.head)
     axes.set_ylabel(CURVES[key])
     axes.autoscale_view()
     axes.annotate("thin: each seed; thick: their mean", (1, -0.17), xycoords="axes fraction", ha="right", va="top",

@@ -113,6 +113,23 @@ def verdicts(differences: Mapping[Any, Difference], *, higher_is_better: bool) -
     return found
 
 
+def at_chance(values: Sequence[float], chance_pct: float, images: int | None) -> bool:
+    """Whether shares of right answers, in percent, are not surely above what guessing reaches.
+
+    The 95% interval of their mean reaches down to it. Where there is no spread to tell by: whoever guesses on as many
+    `images` has so many right with a probability above 2.5% (binomial).
+    """
+    interval = mean_interval(values)
+    if interval.low is not None and interval.low < interval.mean:
+        return interval.low <= chance_pct
+    if not images or interval.mean <= chance_pct:
+        return interval.mean <= chance_pct
+    from scipy.special import bdtrc
+
+    right = round(images * interval.mean / 100)
+    return float(bdtrc(right - 1, images, min(1.0, chance_pct / 100))) > (1 - LEVEL) / 2
+
+
 def at_budget(curve: Sequence[tuple[float, float]], budget: float) -> float | None:
     """The curve's value at `budget`, linear between its points; None outside them: nothing is extrapolated."""
     if not curve or not curve[0][0] <= budget <= curve[-1][0]:

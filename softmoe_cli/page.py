@@ -3,31 +3,45 @@
 import base64
 import json
 import math
+import os
+from collections import Counter
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from html import escape
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
-from softmoe_cli.compare import Block, Comparison, Group
+from softmoe_cli.compare import LETTERS, Block, Comparison, Group
+from softmoe_cli.findings import front, headline, provisos
 from softmoe_cli.intervals import Interval
 from softmoe_cli.looks import KINDS, reference_points, same_axes, styles
-from softmoe_cli.runs import AXES, CLOCK, COSTS, CURVES, FINGERPRINT, QUALITIES
-from softmoe_cli.tables import CURVE_NOTE, LEGEND, Table, reference_tables, remarks, tables
+from softmoe_cli.rows import number
+from softmoe_cli.runs import AXES, CLOCK, CURVES, FINGERPRINT, QUALITIES, Run
+from softmoe_cli.tables import CURVE_NOTE, LEGEND, Table, reference_tables, remarks, tables, units
+from softmoe_cli.text import shortened
+from softmoe_cli.units import AMOUNTS, Unit, figure
 
 
-def page(comparison: Comparison, figures: dict[str, bytes]) -> str:
-    """The whole file. `figures` are shown where scripts are off."""
-    groups, runs = comparison.groups, sum(len(group.runs) for group in comparison.groups)
-    studies = sorted({str(run.row.get("study")) for group in groups for run in group.runs})
-    title = f"{', '.join(studies)}: {QUALITIES[comparison.quality].head} against {COSTS[comparison.cost]}"
-    body = [f"<h1>{escape(title)}</h1>", f"<p>{len(groups)} groups, {runs} finished runs. {escape(LEGEND)}.</p>"]
+def page(comparison: Comparison, figures: dict[str, bytes], out: Path) -> str:
+    """The whole file. `figures` are shown where scripts are off; links to runs lead from the folder `out`."""
+    runs = sum(len(group.runs) for group in comparison.groups)
+    title = f"{_studies(comparison)}: {QUALITIES[comparison.quality].head} by {AMOUNTS[comparison.cost]}"
+    body = [f"<h1>{escape(title)}</h1>"]
+    for block in comparison.blocks:
+        told = f"<b>{escape(block.title)}.</b> " if len(comparison.blocks) > 1 else ""
+        body.append(f'<p class="lead">{told}{escape(" ".join(headline(comparison, block)))}</p>')
+    body.append(f"<p>{len(comparison.groups)} groups, {runs} finished runs. {escape(LEGEND)}.</p>")
     found = tables(comparison)
     for index, block in enumerate(comparison.blocks):
         mine = [table for table in found if table.block == block.title]
-        body.append(_section(index, block, mine))
+        body.append(_section(index, block, mine, comparison))
     body += [_details(table) for table in reference_tables(comparison)]
     if comparison.reference:
         body.append('<div class="chart" data-reference="1"></div>')
     notes = "".join(f"<li>{escape(note)}</li>" for note in remarks(comparison))
     body.append(f"<h2>Notes</h2><ul>{notes}<li>{escape(CURVE_NOTE)}</li></ul>")
+    body += [_made(comparison), _runs(comparison, out)]
     images = "".join(
         f'<img alt="{name}" src="data:image/svg+xml;base64,{base64.b64encode(figures[f"{name}.svg"]).decode()}">'
         for name in ("pareto", "curves")
@@ -39,15 +53,46 @@ def page(comparison: Comparison, figures: dict[str, bytes]) -> str:
     return PAGE.format(title=escape(title), style=STYLE, body="\n".join(body), data=data, script=SCRIPT)
 
 
-def _section(index: int, block: Block, mine: list[Table]) -> str:
-    parts = [f"<section><h2>{escape(block.title)}</h2>", f'<div class="chart" data-pareto="{index}"></div>']
-    parts += [_table(table) for table in mine[:1]]
+def _studies(comparison: Comparison) -> str:
+    names = sorted({str(run.row.get("study")) for group in comparison.groups for run in group.runs})
+    more = f" and {len(names) - STUDIES} more" if len(names) > STUDIES else ""
+    return ", ".join(shortened(name, LETTERS) for name in names[:STUDIES]) + more
+
+
+STUDIES = 3
+
+
+def _section(index: int, block: Block, mine: list[Table], comparison: Comparison) -> str:
+    parts = [f"<section><h2>{escape(block.title)}</h2>", _table(mine[0], cards=True)]
+    parts.append(f"<p>{escape(front(comparison, block))}.</p>")
+    parts.append(f'<div class="chart" data-pareto="{index}"></div>')
+    for table in mine[1:]:
+        parts.append(f"<h3>{escape(table.title.removeprefix(f'{block.title}: '))}</h3>{_table(table, cards=True)}")
     parts.append(f'<h3>Curves</h3><div class="chart" data-curves="{index}"></div>')
-    parts += [f"<h3>{escape(table.title.removeprefix(f'{block.title}: '))}</h3>{_table(table)}" for table in mine[1:]]
     routing = _routing(block)
     if routing is not None:
-        parts.append(f"<h3>{escape(routing.title)}</h3><p>{escape(routing.note)}</p>{_table(routing)}")
+        words = "".join(f"<dt>{name}</dt><dd>{ROUTING[name]}</dd>" for name in routing.head if name in ROUTING)
+        legend = f"<details><summary>What the words mean</summary><dl>{words}</dl></details>"
+        parts.append(f"<h3>{escape(routing.title)}</h3><p>{escape(routing.note)}</p>{_table(routing)}{legend}")
     return "\n".join([*parts, "</section>"])
+
+
+ROUTING = {
+    "utilisation": "share of slots that hold a token; empty ones are computed all the same",
+    "dropped_share": "share of tokens that no expert saw",
+    "dead_share": "share of experts with less than a hundredth of the mean load",
+    "load_max": "the busiest expert's load over the mean",
+    "effective_experts_share": "exp(entropy of the loads) / experts: 1 when all are used alike",
+    "gate_mean": "mean over tokens of the sum of their gates (sparse routers)",
+    "dispatch_max": "a slot's largest share of one token, mean over slots (soft)",
+    "dispatch_min": "a slot's smallest share of one token, mean over slots (soft)",
+    "combine_max": "a token's largest share of one slot, mean over tokens (soft)",
+    "combine_min": "a token's smallest share of one slot, mean over tokens (soft)",
+    "slot_cosine_min": "how alike the slots' parameters are: the least alike pair (soft)",
+    "slot_cosine_mean": "how alike the slots' parameters are: the mean over pairs (soft)",
+    "slot_cosine_max": "how alike the slots' parameters are: the most alike pair (soft)",
+    "scale": "the learned scale of the logits; near 1 the routing is still almost uniform (soft)",
+}
 
 
 def _routing(block: Block) -> Table | None:
@@ -69,21 +114,84 @@ def _routing(block: Block) -> Table | None:
         for group, row in zip(block.groups, rows, strict=True)
         if row
     ]
-    note = "Mean over MoE layers and seeds, on the first validation images; the README says what each word means."
+    note = "Mean over MoE layers and seeds, on the first validation images."
     return Table("Routing at the last look", note, ["group", *names], cells)
 
 
-def _table(table: Table) -> str:
-    head = "".join(f"<th scope=col><button>{escape(name)}</button></th>" for name in table.head)
+def _made(comparison: Comparison) -> str:
+    """What was run: commands, when, on what, with which versions and data, for how long."""
+    runs = [run for group in comparison.groups for run in group.runs]
+    days = sorted({_day(run)[:10] for run in runs})
+    machines = Counter(f"{run.row.get('hardware')}, torch {run.row.get('torch')}" for run in runs)
+    versions = Counter(f"softmoe {run.row.get('softmoe')}, commit {run.row.get('commit')}" for run in runs)
+    data = Counter(
+        f"{run.row['data']}: {_many(run, 'train_images')} training images, {_many(run, 'test_images')} test images"
+        for run in runs
+    )
+    budgets = Counter(f"{_many(run, 'steps')} updates of {_many(run, 'batch_size')} images" for run in runs)
+    told = {
+        "commands": comparison.commands,
+        "finished": [" to ".join(dict.fromkeys([days[0], days[-1]])) + " (UTC, when the results were written)"],
+        **{name: [f"{text} ({count} runs)" for text, count in sorted(kinds.items())] for name, kinds in
+           {"machine": machines, "version": versions, "data": data, "budget": budgets}.items()},
+    }  # fmt: skip
     rows = "".join(
-        "<tr>" + "".join(f"<{_tag(i)}>{escape(text)}</{_tag(i)[:2]}>" for i, text in enumerate(row)) + "</tr>"
+        f"<dt>{name}</dt>" + "".join(f"<dd>{escape(shortened(each, MOST_LETTERS))}</dd>" for each in each_of)
+        for name, each_of in told.items()
+    )
+    return f"<h2>What was run</h2><dl>{rows}</dl>"
+
+
+MOST_LETTERS = 1000
+
+
+def _many(run: Run, key: str) -> str:
+    value = run.row.get(key)
+    return f"{value:,.6g}" if number(value) else "?"
+
+
+def _day(run: Run) -> str:
+    return datetime.fromtimestamp(run.finished, UTC).strftime("%Y-%m-%d %H:%M")
+
+
+def _runs(comparison: Comparison, out: Path) -> str:
+    """Every run with a link to its folder."""
+    shown = units(comparison)[comparison.cost]
+    rows = []
+    for group in comparison.groups:
+        for run in group.runs:
+            way = quote(os.path.relpath(run.folder, out))
+            cells = [group.label, str(run.row["seed"]), figure(comparison.quality, run.row[comparison.quality]),
+                     figure(comparison.cost, run.row[comparison.cost] * shown.factor), _day(run)]  # fmt: skip
+            name = escape(shortened(run.folder.name, MOST_LETTERS))
+            rest = "".join(f"<td>{escape(text)}</td>" for text in cells)
+            rows.append(f'<tr><th scope=row><a href="{way}/">{name}</a></th>{rest}</tr>')
+    head = ["run", "group", "seed", QUALITIES[comparison.quality].head, shown.head, "finished, UTC"]
+    count = f"<summary>{len(rows)} runs, with links to their folders</summary>"
+    return f"<h2>Runs</h2><details>{count}{_framed(head, ''.join(rows))}</details>"
+
+
+def _table(table: Table, *, cards: bool = False) -> str:
+    """With `cards` a narrow screen shows a card for each row instead of a table that is cut."""
+    rows = "".join(
+        "<tr>"
+        + "".join(_cell(i, name, text) for i, (name, text) in enumerate(zip(table.head, row, strict=True)))
+        + "</tr>"
         for row in table.rows
     )
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    return _framed(table.head, rows, "cards" if cards else "")
 
 
-def _tag(column: int) -> str:
-    return "td" if column else "th scope=row"
+def _framed(names: Sequence[str], rows: str, kind: str = "") -> str:
+    """A table that scrolls where it is wider than the page, with a shadow on the side that is hidden."""
+    head = "".join(f"<th scope=col><button>{escape(name.replace('_', ' '))}</button></th>" for name in names)
+    table = f'<table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
+    return f'<div class="wide" tabindex="0">{table}</div>'
+
+
+def _cell(column: int, name: str, text: str) -> str:
+    shown = escape(text.replace(" ± ", "\u00a0±\u00a0")).replace("\n", "<br>")
+    return f'<td data-head="{escape(name)}">{shown}</td>' if column else f"<th scope=row>{shown}</th>"
 
 
 def _details(table: Table) -> str:
@@ -93,16 +201,16 @@ def _details(table: Table) -> str:
 
 def _data(comparison: Comparison) -> dict[str, Any]:
     """What the charts draw."""
-    look = styles(comparison.groups)
+    look, shown = styles(comparison.groups), units(comparison)
     data: dict[str, Any] = {
         "quality": QUALITIES[comparison.quality].head,
-        "cost": COSTS[comparison.cost],
-        "axes": [_axes(block) for block in comparison.blocks],
+        "cost": shown[comparison.cost].head,
+        "axes": [_axes(block, shown) for block in comparison.blocks],
         "axis": comparison.cost if comparison.cost in AXES else AXES[0],
         "curve": QUALITIES[comparison.quality].curve,
         "blocks": [
             [
-                _drawn(comparison, group, *look[group.label])
+                _drawn(comparison, group, shown, *look[group.label])
                 for label in look
                 for group in block.groups
                 if group.label == label
@@ -112,20 +220,21 @@ def _data(comparison: Comparison) -> dict[str, Any]:
         "reference": [],
     }
     if comparison.reference:
-        data["reference"] = reference_points(comparison)
+        factor = shown[comparison.cost].factor if same_axes(comparison) else 1
+        data["reference"] = [(_short(x * factor), y, kind) for x, y, kind in reference_points(comparison)]
         data["kinds"] = KINDS
         data["behind"] = same_axes(comparison)
         data["reference_name"] = comparison.reference_name
     return data
 
 
-def _axes(block: Block) -> dict[str, str]:
+def _axes(block: Block, shown: dict[str, Unit]) -> dict[str, str]:
     """What curves can be drawn against: seconds only where all are of one machine."""
     machines = {tuple(str(run.row.get(key)) for key in FINGERPRINT) for group in block.groups for run in group.runs}
-    return {axis: COSTS[axis] for axis in AXES if axis not in CLOCK or len(machines) == 1}
+    return {axis: shown[axis].head for axis in AXES if axis not in CLOCK or len(machines) == 1}
 
 
-def _drawn(comparison: Comparison, group: Group, colour: int, marker: str) -> dict[str, Any]:
+def _drawn(comparison: Comparison, group: Group, shown: dict[str, Unit], colour: int, marker: str) -> dict[str, Any]:
     ys = dict.fromkeys(key for run in group.runs for look in run.looks for key in look)
     names = {key: CURVES.get(key, key.replace("routing_", "routing: ")) for key in ys}
     kept = [key for key in names if key in CURVES or key.startswith("routing_")]
@@ -134,16 +243,18 @@ def _drawn(comparison: Comparison, group: Group, colour: int, marker: str) -> di
         "colour": colour,
         "marker": marker,
         "n": len(group.runs),
-        "x": _ends(group.figures[comparison.cost]),
-        "y": _ends(group.figures[comparison.quality]),
+        "x": _ends(group.figures[comparison.cost], shown[comparison.cost].factor),
+        "y": _ends(group.figures[comparison.quality], 1.0),
         "front": group.front,
+        "but": provisos(group, comparison.cost),
         "chance": group.front_probability,
-        "verdict": group.verdict,
+        "verdict": ", ".join([group.verdict, *group.conditions]) if group.verdict else None,
         "baseline": group.baseline,
         "names": {key: names[key] for key in kept},
         "runs": [
             {"seed": run.row["seed"]}
-            | {key: [_short(look.get(key)) for look in run.looks] for key in (*AXES, *kept)}
+            | {axis: [_short(look[axis] * shown[axis].factor) for look in run.looks] for axis in AXES}
+            | {key: [_short(look.get(key)) for look in run.looks] for key in kept}
             for run in group.runs
             if run.looks
         ],
@@ -155,8 +266,9 @@ def _short(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.6g}")
 
 
-def _ends(interval: Interval | None) -> list[float | None]:
-    return [interval.mean, interval.low, interval.high] if interval else [None, None, None]
+def _ends(interval: Interval | None, factor: float) -> list[float | None]:
+    ends = (interval.mean, interval.low, interval.high) if interval else (None, None, None)
+    return [None if end is None else end * factor for end in ends]
 
 
 OURS = b'<meta name="generator" content="softmoe compare">'
@@ -182,26 +294,42 @@ PAGE = """<!doctype html>
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #1a1a1a; --soft: #666; --line: #ddd; --head: #f3f3f3;
-  --c0: #000; --c1: #d55e00; --c2: #0072b2; --c3: #009e73; --c4: #cc79a7; --c5: #e69f00; --c6: #56b4e9; }
+  --shade: #0005; --c0: #000; --c1: #d55e00; --c2: #0072b2; --c3: #009e73; --c4: #cc79a7; --c5: #e69f00;
+  --c6: #56b4e9; }
 @media (prefers-color-scheme: dark) { :root { --paper: #16181c; --ink: #e8e8e8; --soft: #a5a5a5; --line: #3a3d44;
-  --head: #22252b; --c0: #fff; --c1: #ff8a4c; --c2: #4aa8e0; --c3: #2fc79b; --c4: #e79cc5; --c5: #f2b23e;
-  --c6: #9ad6f5; } }
-body { font: 16px/1.45 system-ui, sans-serif; margin: 0 auto; padding: 1rem; max-width: 64rem; color: var(--ink);
+  --head: #22252b; --shade: #fff6; --c0: #fff; --c1: #ff8a4c; --c2: #4aa8e0; --c3: #2fc79b; --c4: #e79cc5;
+  --c5: #f2b23e; --c6: #9ad6f5; } }
+body { font: 16px/1.45 system-ui, sans-serif; margin: 0 auto; padding: 1rem; max-width: 76rem; color: var(--ink);
   background: var(--paper); }
 h1 { font-size: 1.4rem; } h2 { font-size: 1.15rem; margin-top: 2rem; } h3 { font-size: 1rem; }
-p, li { color: var(--soft); font-size: .9rem; overflow-wrap: anywhere; }
-.wide { overflow-x: auto; margin: .8rem 0; }
-table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
-th:first-child { text-align: left; position: sticky; left: 0; background: var(--paper); font-weight: 600; }
-@media (max-width: 40rem) { th:first-child { max-width: 38vw; white-space: normal; } }
+p, li, dd { color: var(--soft); font-size: .9rem; overflow-wrap: anywhere; max-width: 60rem; }
+p.lead { color: var(--ink); font-size: 1rem; }
+dl { font-size: .9rem; } dt { font-weight: 600; margin-top: .4rem; } dd { margin-left: 1rem; }
+a { color: inherit; }
+.wide { overflow-x: auto; margin: .8rem 0; background:
+  linear-gradient(to left, var(--paper) 30%, transparent) right / 3rem 100% no-repeat local,
+  linear-gradient(to left, var(--shade), transparent) right / 1.2rem 100% no-repeat scroll; }
+table { border-collapse: separate; border-spacing: 0; font-size: .88rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .35rem .6rem; text-align: right; border-bottom: 1px solid var(--line); vertical-align: top; }
+th:first-child { text-align: left; position: sticky; left: 0; background: var(--paper); font-weight: 600;
+  min-width: 7rem; max-width: 20rem; overflow-wrap: break-word; }
 thead th, thead th:first-child { background: var(--head); vertical-align: bottom; }
 thead button { font: inherit; font-weight: 600; color: inherit; background: none; border: 0; padding: 0;
   cursor: pointer; text-align: inherit; }
 thead button::after { content: "\\2195"; opacity: .35; padding-left: .3em; }
 th[aria-sort=ascending] button::after { content: "\\2191"; opacity: 1; }
 th[aria-sort=descending] button::after { content: "\\2193"; opacity: 1; }
-.chart { position: relative; margin: .8rem 0; }
+@media (max-width: 44rem) {
+  th:first-child { max-width: 38vw; }
+  .cards thead { display: none; }
+  .cards, .cards tbody, .cards tr, .cards th, .cards td { display: block; }
+  .cards tr { border: 1px solid var(--line); border-radius: 6px; margin: .6rem 0; padding: .3rem .7rem; }
+  .cards th, .cards td { border: 0; padding: .15rem 0; max-width: none !important; }
+  .cards td { display: grid; grid-template-columns: 1fr auto; gap: 1rem; }
+  .cards td:empty { display: none; }
+  .cards td::before { content: attr(data-head); text-align: left; color: var(--soft); }
+}
+.chart { position: relative; margin: .8rem 0; max-width: 64rem; }
 .chart svg { display: block; width: 100%; overflow: visible; }
 .chart text { fill: var(--ink); font-size: 12px; }
 .grid { stroke: var(--line); } .front { stroke: var(--soft); stroke-dasharray: 5 4; fill: none; }
@@ -320,8 +448,8 @@ function pareto(place, groups) {
       const px = x.at(g.x[0]), py = y.at(g.y[0]);
       const tip = [`${g.label}, n = ${g.n}`, `${data.quality}: ${bar(...g.y)}`, `${data.cost}: ${bar(...g.x)}`];
       if (g.verdict) tip.push(`against ${g.baseline}: ${g.verdict}`);
-      tip.push((g.front ? "on the front" : "not on the front") +
-        (g.chance === null ? "" : `, probability ${Math.round(100 * g.chance)}%`));
+      tip.push([g.front ? "on the front" : "not on the front",
+        ...(g.chance === null ? [] : [`probability ${Math.round(100 * g.chance)}%`]), ...g.but].join(", "));
       s += `<g class="point" tabindex="0" data-tip="${escaped(tip.join("\n"))}" stroke="${colour(g)}">`;
       if (g.y[1] !== null) s += `<line x1="${px}" x2="${px}" y1="${y.at(g.y[1])}" y2="${y.at(g.y[2])}"/>`;
       if (g.x[1] !== null) s += `<line y1="${py}" y2="${py}" x1="${x.at(g.x[1])}" x2="${x.at(g.x[2])}"/>`;
@@ -370,7 +498,7 @@ function curves(place, groups, axes) {
       const path = c => "M" + c[0].map((v, i) => point(v, c[1][i])).join("L");
       s = frame(width, a.height, x, y, axes[axis], names[key]);
       for (const [g, cs] of lines) {
-        for (const c of cs) s += `<path d="${path(c)}" fill="none" stroke="${colour(g)}" opacity=".35"/>`;
+        for (const c of cs) s += `<path d="${path(c)}" fill="none" stroke="${colour(g)}" opacity=".55"/>`;
         if (!cs.length) continue;
         const m = mean(cs), every = Math.max(1, Math.ceil(m[0].length / 8));
         s += `<path d="${path(m)}" fill="none" stroke="${colour(g)}" stroke-width="2.5"/>`;

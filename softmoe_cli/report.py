@@ -10,8 +10,10 @@ import json
 import math
 import multiprocessing.forkserver
 import os
+import shutil
 import signal
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
@@ -92,14 +94,38 @@ def run(arguments: Sequence[str]) -> int:
         comparison.reference_name, comparison.reference = reference
     out = chosen.out or chosen.folders[0] / "compare"
     files = write(comparison, out, painters)
-    print(terminal(comparison))
-    print(f"\nfiles in {out}: {', '.join(files)}")
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    print(terminal(comparison, width))
+    print(f"\n{_files(files, out, width)}")
     if mode != "off":
         from softmoe_cli.mirror import publish
 
         axes = (f"{comparison.cost}_mean", f"{comparison.quality}_mean")
         publish(mode, _settings(comparison, question, chosen.project), out, flat_rows(comparison), axes, files, print)
     return 0
+
+
+def _files(files: Sequence[str], out: Path, width: int | None) -> str:
+    """Which file to open, and what lies beside it."""
+    from softmoe_cli.text import printable
+
+    forms: dict[str, list[str]] = {}
+    for name in files:
+        stem, _, form = name.rpartition(".")
+        forms.setdefault(stem, []).append(form)
+    beside = [f"{stem}.{'|'.join(found)}" for stem, found in forms.items() if f"{stem}.{found[0]}" != PAGE]
+    told = f"beside it: {', '.join(beside)}"
+    return f"open {printable(str(out / PAGE))}\n{told if width is None else textwrap.fill(told, width)}"
+
+
+def _newest_study() -> str:
+    """What to type where no folder was named."""
+    studies = [folder for folder in Path("outputs").glob("*") if any(folder.glob("*/result.json"))]
+    if not studies:
+        return "softmoe compare needs the folder of a study, and there is none with finished runs in outputs"
+    newest = max(studies, key=lambda folder: folder.stat().st_mtime)
+    count = f"the newest of {len(studies)} in outputs" if len(studies) > 1 else "the only one in outputs"
+    return f"softmoe compare needs the folder of a study, such as {newest} ({count}): softmoe compare {newest}"
 
 
 def _tracking() -> str:
@@ -129,7 +155,7 @@ def _settings(comparison: "Comparison", question: "Question", project: str | Non
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = _Parser(prog="softmoe compare", add_help=False, allow_abbrev=False)
-    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
+    parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER")
     for name, (value, _) in OPTIONS.items():
         extra: dict[str, Any] = {}
         if not value:
@@ -146,6 +172,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         known = [f"--{name}" for name in OPTIONS]
         option = unknown[0].partition("=")[0]
         raise UsageError(f"{unknown[0]}: there is no such option.{nearest(option, known)} Options: {', '.join(known)}")
+    if not chosen.folders:
+        raise UsageError(_newest_study())
     for name in REPEATED:
         setattr(chosen, name, tuple(getattr(chosen, name) or ()))
     if chosen.project is not None and not chosen.wandb:
@@ -254,7 +282,7 @@ def write(comparison: "Comparison", out: Path, painters: ForkServerContext | Non
         from softmoe_cli.figures import figure
 
         drawn = {name: content for each in FIGURES for name, content in figure(comparison, each).items()}
-    texts = {PAGE: page(comparison, drawn)} | texts  # first: by it the folder is known as ours
+    texts = {PAGE: page(comparison, drawn, out)} | texts  # first: by it the folder is known as ours
     files = {name: text.encode() for name, text in texts.items()} | drawn
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -1,17 +1,16 @@
 """Finished runs as `softmoe compare` reads them: from result.json and metrics.jsonl and nothing else, offline."""
 
-import json
-import math
 import os
-import sys
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from softmoe_cli import rows
 from softmoe_cli.config import UsageError, nearest
-
-Row = dict[str, Any]
+from softmoe_cli.rows import Row, number
+from softmoe_cli.text import printable
 
 
 @dataclass(frozen=True)
@@ -70,12 +69,17 @@ EARLIER = (
 """What rows without the whole configuration say of it."""
 
 
+MOST_METRICS_BYTES = 2**31
+
+
 @dataclass
 class Run:
-    """A finished run: its result row, its validation rows, and why there are none."""
+    """A finished run: its result row, when that was written (seconds since 1970), its validation rows, and why there
+    are none."""
 
     folder: Path
     row: Row
+    finished: float
     looks: list[Row]
     damage: str
 
@@ -109,9 +113,9 @@ def read(folders: Sequence[Path]) -> tuple[list[Run], list[tuple[str, str]]]:
     """
     found: dict[Path, Path] = {}
     for folder in folders:
-        if not folder.is_dir():
+        if not os.path.isdir(folder):  # which also says no to a name that is too long
             parent = folder.parent
-            siblings = [path.name for path in parent.iterdir() if path.is_dir()] if parent.is_dir() else []
+            siblings = [path.name for path in parent.iterdir() if path.is_dir()] if os.path.isdir(parent) else []
             raise UsageError(f"{folder} is no folder.{nearest(folder.name, siblings)}")
         for path in _run_folders(folder):
             found.setdefault(path.resolve(), path)
@@ -121,7 +125,7 @@ def read(folders: Sequence[Path]) -> tuple[list[Run], list[tuple[str, str]]]:
         if row is None:
             left_out.append((str(path), reason))
         else:
-            runs.append(Run(path, row, *_looks(path / "metrics.jsonl")))
+            runs.append(Run(path, row, (path / "result.json").stat().st_mtime, *_looks(path / "metrics.jsonl")))
     return runs, left_out
 
 
@@ -136,70 +140,63 @@ def _run_folders(top: Path) -> Iterator[Path]:
 
 def _result(folder: Path) -> tuple[Row | None, str]:
     """The result row, or why there is none."""
-    path = folder / "result.json"
     try:
-        text = path.read_text()
+        found = rows.row(folder / "result.json", rows.RESULT)
     except FileNotFoundError:
         if not any(folder.iterdir()):
             return None, "empty"
         looks, _ = _looks(folder / "metrics.jsonl")
         return None, "unfinished: no result.json" + (f", last look at step {looks[-1]['step']:,}" if looks else "")
-    except (OSError, UnicodeDecodeError) as error:
-        return None, f"result.json cannot be read ({error})"
-    try:
-        row = json.loads(text, parse_float=_finite, parse_constant=_finite)
-        json.dumps(row, ensure_ascii=False).encode()  # fails on half a character, which nothing could print
-    except (ValueError, RecursionError) as error:
-        return None, f"result.json is truncated or damaged ({error})" if text else "result.json is empty"
-    if not isinstance(row, dict):
-        return None, "foreign: result.json is no row of softmoe"
-    kinds = {"signature": str, "seed": int, "name": str, "data": str}
-    lacks = [key for key, kind in kinds.items() if not isinstance(row.get(key), kind)]
-    if lacks:
-        return None, f"foreign: result.json has no {lacks[0]}"
-    return {key: _printable(value) if isinstance(value, str) else value for key, value in row.items()}, ""
-
-
-def _finite(text: str) -> float:
-    """What softmoe writes is finite: anything else is damage."""
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text} is no finite number")
-    return value
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else "?" for c in text)
+    except rows.Unreadable as error:
+        return None, f"result.json {error}"
+    return cast(Row, rows.printed(found)), ""
 
 
 def _looks(path: Path) -> tuple[list[Row], str]:
     """The validation rows, and what is wrong with the file; a damaged file gives none."""
     try:
-        lines = path.read_text().splitlines()
+        lines = rows.contents(path, MOST_METRICS_BYTES).splitlines()
     except FileNotFoundError:
         return [], "metrics.jsonl is missing"
-    except (OSError, UnicodeDecodeError) as error:
-        return [], f"metrics.jsonl cannot be read ({error})"
+    except rows.Unreadable as error:
+        return [], f"metrics.jsonl {error}"
     looks: list[Row] = []
     for place, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
+            row = rows.parsed(line)
+        except rows.Unreadable:
             row = None
         if not isinstance(row, dict):
             return [], f"metrics.jsonl is damaged in line {place}"
         if row.get("split") != "validation":
             continue
-        if not number(row.get("step")) or any(not number(row.get(axis)) for axis in AXES):
-            return [], f"metrics.jsonl lacks a number in line {place}"
+        wrong = rows.fault(row, rows.LOOK)
+        if wrong:
+            return [], f"metrics.jsonl {wrong}, in line {place}"
         if looks and any(row[axis] <= looks[-1][axis] for axis in AXES):
             return [], f"metrics.jsonl goes back in line {place}"
-        looks.append({key: value for key, value in row.items() if number(value)})
+        looks.append({rows.printed(key): value for key, value in row.items() if number(value)})
     return looks, ("" if looks else "metrics.jsonl has no validation row")
 
 
-def number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+def typed(runs: list[Run]) -> list[str]:
+    """The commands of the sweeps that the runs belong to, and of runs of none how many those are."""
+    wanted, commands = {os.path.normpath(run.folder): run for run in runs}, []
+    for study in sorted({run.folder.parent for run in runs}):
+        for file in sorted(study.glob("sweep-*/jobs.json")):
+            try:
+                command, words, jobs = rows.jobs(file)
+            except (FileNotFoundError, rows.Unreadable):
+                continue  # softmoe status names it
+            mine = [wanted.pop(os.path.normpath(file.parent / job["folder"]), None) for job in jobs]
+            if any(mine):
+                commands.append(printable(shlex.join(["softmoe", command, "-m", *words])))
+    if wanted:
+        kinds = sorted({str(run.row.get("command")) for run in wanted.values()})
+        commands.append(
+            f"softmoe {' or '.join(kinds)}, typed once for each of {len(wanted)} runs: see their config.yaml"
+        )
+    return commands
 
 
 def single(runs: list[Run], strict: bool) -> tuple[list[Run], list[tuple[str, str]]]:

@@ -11,52 +11,58 @@ last row how far it is. A sweep adds a folder sweep-ID beside its runs, with wha
 """
 
 import fcntl
-import json
 import os
 import platform
+import shlex
+import stat
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import yaml
+from softmoe_cli import rows
+from softmoe_cli.config import UsageError
+from softmoe_cli.text import aligned, printable
 
-from softmoe_cli.config import BUDGETS, UsageError
-from softmoe_cli.text import aligned
-
-TAIL_BYTES = 32768
+TAILS_BYTES = (2**15, 2**26)
+"""So much of a file of rows is read from its end, and so much where that does not tell enough."""
+LOCK_LETTERS = 500
 STATES = (
-    "running", "running or killed", "queued", "held", "failed", "stopped", "waiting", "over the limit", "done",
-    "done before",
+    "running", "running or killed", "queued", "held", "failed", "stopped", "waiting", "over the limit", "damaged",
+    "done", "done before",
 )  # fmt: skip
+SHOWN = 5
+"""So many commands that go on are shown of one table."""
 
 
 @dataclass(frozen=True)
 class State:
-    """One run. `progress` is a share of its budget, `top1_pct` the latest on validation images, `age_s` the time since
-    it last wrote a row, `reason` why it failed."""
+    """One run. `progress` is a share of its budget, None where that cannot be known; `top1_pct` the latest on
+    validation images, `age_s` the time since it last wrote a row, `reason` why it failed or which of its files is
+    damaged, `resume` the command that goes on with it."""
 
     run: str
     state: str
-    progress: float
+    progress: float | None
     top1_pct: float | None
     age_s: float | None
     reason: str | None
     log: str | None
     folder: str
+    resume: str | None = None
 
 
-def read(folders: Iterable[Path]) -> list[State]:
-    """Every job of the sweeps in these folders, and every other run.
+def read(folders: Iterable[Path], *, newest_first: bool = False) -> list[State]:
+    """Every job of the sweeps in these folders, and every other run; a study after the other, those that wrote last
+    first if asked for. What is damaged costs its own line only.
 
     Raises:
         UsageError: a folder that is not there, or that holds neither.
     """
     states: dict[str, State] = {}
     for folder in folders:
-        if not folder.is_dir():
-            raise UsageError(f"{folder} is not a folder")
+        if not os.path.isdir(folder):  # which also says no to a name that is too long
+            raise UsageError(f"{folder} is no folder")
         found = False
         for pattern in ("jobs.json", "sweep-*/jobs.json", "*/sweep-*/jobs.json"):
             for file in sorted(folder.glob(pattern)):
@@ -68,115 +74,191 @@ def read(folders: Iterable[Path]) -> list[State]:
             states |= {str(run): state(run, run.name, None) for run in runs if str(run) not in states}
         if not found:
             raise UsageError(f"{folder} holds neither a run nor a sweep; softmoe train makes them in outputs/STUDY")
-    return list(states.values())
+    studies: dict[str, list[State]] = {}
+    for each in states.values():
+        studies.setdefault(os.path.dirname(each.folder), []).append(each)
+    ages = {
+        name: min((s.age_s for s in own if s.age_s is not None), default=float("inf")) for name, own in studies.items()
+    }
+    order = sorted(studies, key=lambda name: ages[name]) if newest_first else list(studies)
+    return [each for name in order for each in studies[name]]
 
 
 def sweep(folder: Path) -> Iterator[State]:
-    """The jobs of a sweep-ID folder.
-
-    Raises:
-        UsageError: its jobs.json is damaged.
-    """
+    """The jobs of a sweep-ID folder; one line that says so where its jobs.json is damaged."""
     try:
-        jobs = json.loads((folder / "jobs.json").read_text())["jobs"]
-        for number, job in enumerate(jobs):
-            run = Path(os.path.normpath(folder / job["folder"]))
-            yield state(run, job["run"], folder / f"{number:02}.log")
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{folder}/jobs.json is damaged ({error!r}); type the sweep's command again") from error
+        command, typed, jobs = rows.jobs(folder / "jobs.json")
+    except (FileNotFoundError, rows.Unreadable) as error:
+        reason = f"jobs.json {error}; type the sweep's command again"
+        yield State(folder.name, "damaged", None, None, None, reason, None, str(folder))
+        return
+    again = None if held(folder) else shlex.join(["softmoe", command, "-m", *typed])
+    for number, job in enumerate(jobs):
+        run = Path(os.path.normpath(folder / job["folder"]))
+        found = state(run, job["run"], folder / f"{number:02}.log")
+        goes_on = again if found.state in ("stopped", "waiting", "failed") else None
+        yield replace(found, resume=goes_on)
 
 
 def state(folder: Path, name: str, log: Path | None) -> State:
     """One run, and the job of a sweep that it is, if its log is given."""
-
-    def told(
-        kind: str, progress: float, top1_pct: float | None, wrote: Path | None, reason: str | None = None
-    ) -> State:
-        age = max(0.0, time.time() - wrote.stat().st_mtime) if wrote and wrote.exists() else None
-        shown = str(log) if log is not None and log.exists() else None
-        return State(name, kind, progress, top1_pct, age, reason, shown, str(folder))
-
-    result, metrics = folder / "result.json", folder / "metrics.jsonl"
-    if result.exists():
-        return told("done", 1.0, _fields(result.read_bytes()).get("validation_top1_pct"), result)
-    last, top1_pct = _last_rows(metrics)
-    progress = _progress(folder / "config.yaml", last) if last else 0.0
-    holder = _holder(folder / ".lock")
+    metrics, config = folder / "metrics.jsonl", folder / "config.yaml"
+    shown = str(log) if log is not None and os.path.exists(log) else None
+    found = State(name, "waiting", 0.0, None, _age(metrics), None, shown, str(folder))
+    try:
+        done = rows.row(folder / "result.json", rows.DONE)
+        top1_pct, age_s = done.get("validation_top1_pct"), _age(folder / "result.json")
+        return replace(found, state="done", progress=1.0, top1_pct=top1_pct, age_s=age_s)
+    except FileNotFoundError:
+        pass
+    except rows.Unreadable as error:
+        return replace(found, state="damaged", progress=None, reason=f"result.json {error}")
+    try:
+        last, top1_pct = _last_rows(metrics)
+        found = replace(found, top1_pct=top1_pct)
+    except rows.Unreadable as error:
+        last, found = None, replace(found, state="damaged", progress=None, reason=f"metrics.jsonl {error}")
+    try:
+        budget = rows.budget(config)
+        if found.state != "damaged":
+            again = shlex.join(["softmoe", budget.command, "-cp", os.path.abspath(folder), "-cn", "config"])
+            progress = _progress(budget, last) if last else 0.0
+            found = replace(found, state="stopped", progress=progress, resume=again)
+    except FileNotFoundError:
+        if last:
+            found = replace(found, state="damaged", progress=None, reason="config.yaml is missing")
+    except rows.Unreadable as error:
+        found = replace(found, state="damaged", progress=None, reason=f"config.yaml {error}")
+    try:
+        holder = _holder(folder / ".lock")
+    except rows.Unreadable as error:
+        return replace(found, state="damaged", reason=f".lock {error}", resume=None)
     if holder == platform.node():
-        return told("running", progress, top1_pct, metrics)
-    failure = log.with_suffix(".json") if log is not None else None
-    if failure is not None and failure.exists():
-        return told("failed", progress, top1_pct, metrics, str(_fields(failure.read_bytes()).get("reason")))
-    if holder is not None:
-        return told("running or killed", progress, top1_pct, metrics)
-    return told("stopped" if (folder / "config.yaml").exists() else "waiting", progress, top1_pct, metrics)
+        return replace(found, state="running", resume=None)
+    if log is not None and os.path.exists(log.with_suffix(".json")):
+        return replace(found, state="failed", reason=_failure(log.with_suffix(".json")))
+    return found if holder is None else replace(found, state="running or killed", resume=None)
+
+
+def _age(file: Path) -> float | None:
+    """Seconds since a file was written."""
+    try:
+        return max(0.0, time.time() - file.stat().st_mtime)
+    except OSError:
+        return None
+
+
+def _failure(note: Path) -> str:
+    try:
+        return str(rows.row(note, rows.FAILURE)["reason"])
+    except (FileNotFoundError, rows.Unreadable) as error:
+        return f"why cannot be told: {note.name} {error}"
 
 
 def _holder(lock: Path) -> str | None:
     """The machine whose process holds a run's folder, as far as can be known: a lock is seen on its own machine only,
-    so of another one counts what the lock file says, which a killed process cannot take back."""
+    so of another one counts what the lock file says, which a killed process cannot take back.
+
+    Raises:
+        rows.Unreadable: what lies there is no lock.
+    """
     try:
-        with lock.open() as file:
+        if not stat.S_ISREG(lock.stat().st_mode):
+            raise rows.Unreadable("is no file")
+        with lock.open(errors="replace") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
                 return platform.node()
-            name = file.read().partition(" ")[0]
+            name = file.read(LOCK_LETTERS).partition(" ")[0]
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise rows.Unreadable(f"cannot be read ({error.strerror})") from error
     return name if name and name != platform.node() else None
 
 
 def held(folder: Path) -> bool:
     """Whether a process of this machine holds a run's folder."""
-    return _holder(folder / ".lock") == platform.node()
-
-
-def _fields(text: str | bytes) -> dict[str, Any]:
-    """A JSON object; empty when it is damaged, which the run itself will complain of."""
     try:
-        row = json.loads(text)
-    except ValueError:
-        return {}
-    return row if isinstance(row, dict) else {}
+        return _holder(folder / ".lock") == platform.node()
+    except rows.Unreadable:
+        return False  # whoever takes the folder will say what is wrong with it
 
 
-def _last_rows(metrics: Path) -> tuple[dict[str, Any] | None, float | None]:
-    """The last whole row, and the latest validation top-1."""
-    if not metrics.exists():
+def _last_rows(metrics: Path) -> tuple[rows.Row | None, float | None]:
+    """The last whole row, and the latest validation top-1; rows that tell no progress are passed over: `softmoe
+    compare` names them.
+
+    Raises:
+        rows.Unreadable: no file, or none with such a row.
+    """
+    try:
+        size = metrics.stat().st_size
+        if not metrics.is_file():
+            raise rows.Unreadable("is no file")
+        last, lines = None, [b""]
+        for start in dict.fromkeys(max(0, size - tail) for tail in TAILS_BYTES):
+            with metrics.open("rb") as file:
+                file.seek(start)
+                lines = file.read(size - start).split(b"\n")[
+                    1 if start else 0 : -1
+                ]  # whole lines: the rest is being written
+            for line in reversed(lines):
+                row = _step(line)
+                last = last or row
+                if row and row.get("split") == "validation" and row.get("top1_pct") is not None:
+                    return last, row["top1_pct"]
+    except FileNotFoundError:
         return None, None
-    size = metrics.stat().st_size
-    last: dict[str, Any] | None = None
-    for start in dict.fromkeys((max(0, size - TAIL_BYTES), 0)):
-        with metrics.open("rb") as file:
-            file.seek(start)
-            lines = file.read().split(b"\n")[1 if start else 0 : -1]  # whole lines only: the rest is being written
-        for line in reversed(lines):
-            row = _fields(line)
-            last = last or row or None
-            if row.get("split") == "validation":
-                return last, row["top1_pct"]
+    except OSError as error:
+        raise rows.Unreadable(f"cannot be read ({error.strerror})") from error
+    if last is None and lines:
+        raise rows.Unreadable("has no row that tells how far the run is")
     return last, None
 
 
-def _progress(config: Path, row: dict[str, Any]) -> float:
+def _step(line: bytes) -> rows.Row | None:
+    """A row that tells how far a run is."""
+    try:
+        row = rows.parsed(line)
+    except rows.Unreadable:
+        return None
+    return row if isinstance(row, dict) and not rows.fault(row, rows.STEP) else None
+
+
+def _progress(budget: rows.Budget, row: rows.Row) -> float:
     """The share of a run's budget that its last row has used."""
-    said = yaml.load(config.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    train, minutes = said["train"], row["device_s"] / said.get("devices", 1) / 60  # device_s adds devices up
+    minutes = row["device_s"] / budget.devices / 60  # device_s adds devices up
     used = {"steps": row["step"], "epochs": row["epoch"], "images": row["images"], "minutes": minutes}
-    return min(1.0, next(used[key] / train[key] for key in BUDGETS if train[key] is not None))
+    return min(1.0, max(0.0, float(used[budget.key] / budget.amount)))
 
 
 def show(states: list[State]) -> str:
-    """The table of `softmoe status`, how many are in which state, and why some failed."""
-    rows = [["run", "state", "progress", "val top-1", "last row", "log"]]
-    rows += [[s.run, s.state, *figures(s), ago(s.age_s), s.log or "-"] for s in states]
-    failed = [f"failed: {s.run}: {s.reason}" for s in states if s.state == "failed"]
-    return "\n".join([aligned(rows, markdown=False), "", count(states), *failed])
+    """The table of `softmoe status`: a part for each study, with how many of its runs are in which state, why some
+    failed, and what to type to go on."""
+    studies: dict[str, list[State]] = {}
+    for each in states:
+        studies.setdefault(os.path.dirname(each.folder), []).append(each)
+    return "\n\n".join(_study(name, own) for name, own in studies.items())
+
+
+def _study(name: str, states: list[State]) -> str:
+    table = [["run", "state", "progress", "val top-1", "last row", "log"]]
+    for s in states:
+        log = os.path.relpath(s.log, name or ".") if s.log else "-"
+        table.append([printable(s.run), s.state, *figures(s), ago(s.age_s), printable(log)])
+    told = [f"{s.state}: {printable(s.run)}: {printable(s.reason)}" for s in states if s.reason]
+    again = list(dict.fromkeys(s.resume for s in states if s.resume))
+    told += [f"to go on: {printable(command)}" for command in again[:SHOWN]]
+    if len(again) > SHOWN:
+        told.append(f"and {len(again) - SHOWN} more, each with its own folder")
+    return "\n".join([printable(name) or ".", aligned(table, markdown=False), "", count(states), *told])
 
 
 def figures(s: State) -> list[str]:
-    return [f"{100 * s.progress:.0f}%", "-" if s.top1_pct is None else f"{s.top1_pct:.2f}%"]
+    progress = "-" if s.progress is None else f"{100 * s.progress:.0f}%"
+    return [progress, "-" if s.top1_pct is None else f"{s.top1_pct:.2f}%"]
 
 
 def count(states: Iterable[State]) -> str:

@@ -468,11 +468,11 @@ class Entry:
             seen = local or found.state in ("running", "running or killed")
             found = replace(found, state="running" if seen else "queued")
             if seen and self.started is None:
-                self.started, self.first_progress = time.monotonic(), found.progress
+                self.started, self.first_progress = time.monotonic(), found.progress or 0.0
         return replace(found, state=self.word) if self.word else found
 
-    def eta(self, progress: float) -> str:
-        if self.attempt is None or self.started is None or progress <= self.first_progress:
+    def eta(self, progress: float | None) -> str:
+        if self.attempt is None or self.started is None or progress is None or progress <= self.first_progress:
             return "-"
         pace = (time.monotonic() - self.started) / (progress - self.first_progress)
         return duration(pace * (1 - progress))

@@ -3,13 +3,17 @@
 import csv
 import io
 import json
+import re
+import textwrap
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from softmoe_cli.compare import Block, Comparison, Group, setting
+from softmoe_cli.compare import TRAINING, Block, Comparison, Group, setting
+from softmoe_cli.findings import front, headline, provisos
 from softmoe_cli.intervals import Interval
-from softmoe_cli.runs import COSTS, CURVES, QUALITIES
-from softmoe_cli.text import aligned
+from softmoe_cli.runs import AXES, COSTS, CURVES, QUALITIES
+from softmoe_cli.text import aligned, folded, spreadsheet_cell
+from softmoe_cli.units import AMOUNTS, Unit, cell, figure, unit
 
 LEGEND = (
     "± is half a 95% t-interval over n seeds; on the front: nothing is at least as good at no more cost; P(front): how "
@@ -33,12 +37,24 @@ class Table:
     block: str = ""
 
 
+def units(comparison: Comparison) -> dict[str, Unit]:
+    """How each cost is shown, in every table and figure of a comparison."""
+    values: dict[str, list[float]] = {key: [] for key in (comparison.cost, *AXES, *comparison.columns) if key in COSTS}
+    for group in comparison.groups:
+        for key, interval in group.figures.items():
+            if key in values and interval is not None:
+                values[key].append(interval.mean)
+        for axis in AXES:
+            values[axis] += [run.looks[-1][axis] for run in group.runs if run.looks]
+    return {key: unit(key, found) for key, found in values.items()}
+
+
 def tables(comparison: Comparison) -> list[Table]:
     """Per block: groups with their figures; then quality at equal cost."""
-    found = []
+    shown, found = units(comparison), []
     for block in comparison.blocks:
-        found.append(_groups(comparison, block))
-        found += _budgets(comparison, block)
+        found.append(_groups(comparison, block, shown))
+        found += _budgets(comparison, block, shown)
     return found
 
 
@@ -51,73 +67,88 @@ def reference_tables(comparison: Comparison) -> list[Table]:
     return [Table(f"Reference, not ours: {comparison.reference_name}", REFERENCE, head, rows)]
 
 
-def _groups(comparison: Comparison, block: Block) -> Table:
+def _groups(comparison: Comparison, block: Block, shown: dict[str, Unit], *, brief: bool = False) -> Table:
+    """Groups with their figures; a brief one has what a terminal has room for, and the columns that were asked for."""
     quality, cost = comparison.quality, comparison.cost
-    columns = [key for key in comparison.columns if key not in (quality, cost)]
+    columns = [key for key in (comparison.typed if brief else comparison.columns) if key not in (quality, cost)]
     head = ["group", "n", QUALITIES[quality].head]
     judged = any(group.difference for group in block.groups)
-    baselines = dict.fromkeys(group.baseline for group in block.groups if group.baseline)
     if judged:
-        head += [f"minus {next(iter(baselines))}" if len(baselines) == 1 else "minus its baseline", "verdict"]
-    head += [COSTS[cost], "front", "P(front)", *(named(key) for key in columns)]
+        head += [_minus(block), "verdict"]
+    head += [shown[cost].head, *(() if brief else ("front", "P(front)"))]
+    head += [shown[key].head if key in shown else named(key) for key in columns]
+    baselines = {group.baseline for group in block.groups}
     rows = []
     for group in block.groups:
-        row = [group.label, str(len(group.runs)), cell(quality, group.figures[quality])]
+        reached = cell(quality, group.figures[quality]) + ("\nat chance" if group.at_chance else "")
+        row = [group.label, str(len(group.runs)), reached]
         if judged:
             difference = cell(quality, group.difference.interval, signed=True) if group.difference else ""
-            is_baseline = "baseline" if group.label in baselines else ""
-            row += [difference, group.verdict or is_baseline]
-        chance = "" if group.front_probability is None else f"{100 * group.front_probability:.0f}%"
-        row += [cell(cost, group.figures[cost]), "yes" if group.front else "", chance]
-        row += [cell(key, group.figures[key]) if key in group.figures else setting(group, key) for key in columns]
+            verdict = group.verdict or ("baseline" if group.label in baselines else "")
+            row += [difference, ",\n".join([verdict, *group.conditions])]
+        row.append(_cost(group, cost, shown[cost]))
+        if not brief:
+            chance = "" if group.front_probability is None else f"{100 * group.front_probability:.0f}%"
+            row += [",\n".join(["yes", *provisos(group, cost)]) if group.front else "", chance]
+        for key in columns:
+            factor = shown[key].factor if key in shown else 1.0
+            row.append(cell(key, group.figures[key], factor) if key in group.figures else setting(group, key))
         rows.append(row)
     return Table(block.title, LEGEND, head, rows, block.title)
 
 
-def _budgets(comparison: Comparison, block: Block) -> list[Table]:
-    """A table per axis: groups down, budgets across."""
+def _minus(block: Block) -> str:
+    """The head of differences: to whom, where that is one whose label is no list."""
+    baselines = {group.baseline for group in block.groups if group.baseline}
+    (name, *others) = baselines or {"its baseline"}
+    return f"minus {name}" if not others and "," not in name and len(name) < 25 else "minus its baseline"
+
+
+def _cost(group: Group, cost: str, shown: Unit) -> str:
+    """A group's cost, and what its checkpoints had cost before."""
+    text = cell(cost, group.figures[cost], shown.factor)
+    if not group.pretrained or cost not in TRAINING:
+        return text
+    before = group.checkpoint_pflop if cost == "train_pflop" else None
+    if before is None:
+        return f"{text}\n+ pretraining, not counted"
+    return f"{text}\n+ {figure(cost, before * shown.factor)} of its checkpoint"
+
+
+def _budgets(comparison: Comparison, block: Block, shown: dict[str, Unit]) -> list[Table]:
+    """A table per axis: a budget below the other, and under each the groups."""
     found = []
     key = QUALITIES[comparison.quality].curve
+    judged = any(each.difference for group in block.groups for each in group.budgets)
     for axis in dict.fromkeys(each.axis for each in block.groups[0].budgets):
-        places = [i for i, each in enumerate(block.groups[0].budgets) if each.axis == axis]
-        titles = [f"at {block.groups[0].budgets[i].budget:,.6g}" for i in places]
         rows = []
-        for group in block.groups:
-            cells = [group.budgets[i] for i in places]
-            rows.append([group.label, str(len(group.runs)), *(_at(key, each) for each in cells)])
-        title = f"{block.title}: {CURVES[key]} at equal {COSTS[axis]}"
-        found.append(Table(title, CURVE_NOTE, ["group", "n", *titles], rows, block.title))
+        for place, first in enumerate(block.groups[0].budgets):
+            if first.axis != axis:
+                continue
+            for group in block.groups:
+                each = group.budgets[place]
+                reached = cell(key, each.interval) if each.interval else f"({each.reason})"
+                row = [group.label, str(len(group.runs)), figure(axis, each.budget * shown[axis].factor), reached]
+                if judged:
+                    baseline = "baseline" if group.label in {other.baseline for other in block.groups} else ""
+                    words = [
+                        each.verdict or baseline,
+                        *(provisos(group, axis)[-1:] if each.verdict and group.pretrained else []),
+                    ]
+                    row += [
+                        cell(key, each.difference.interval, signed=True) if each.difference else "",
+                        ",\n".join(words),
+                    ]
+                rows.append(row)
+        head = ["group", "n", f"at {shown[axis].head}", CURVES[key], *((_minus(block), "verdict") if judged else ())]
+        title = f"{block.title}: {CURVES[key]} at equal {AMOUNTS[axis]}"
+        found.append(Table(title, CURVE_NOTE, head, rows, block.title))
     return found
-
-
-def _at(key: str, each: Any) -> str:
-    if each.interval is None:
-        return f"({each.reason})"
-    return cell(key, each.interval) + (f" {each.verdict}" if each.verdict in ("better", "worse") else "")
 
 
 def named(key: str) -> str:
     """What a figure or setting is called in a head."""
     return COSTS.get(key) or (QUALITIES[key].head if key in QUALITIES else key)
-
-
-def cell(key: str, interval: Interval | None, *, signed: bool = False) -> str:
-    """`96.47 ± 0.80`; a spread of nothing is not shown, an unknown one neither."""
-    if interval is None:
-        return ""
-    text = figure(key, interval.mean)
-    if signed and interval.mean > 0:
-        text = f"+{text}"
-    if interval.high is None or interval.high == interval.mean:
-        return text
-    half = interval.high - interval.mean
-    return f"{text} ± {figure(key, half) if key in QUALITIES else f'{half:.2g}'}"
-
-
-def figure(key: str, value: float) -> str:
-    if key in QUALITIES:
-        return f"{value:.2f}" if key.endswith("_pct") else f"{value:.4f}"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def remarks(comparison: Comparison) -> list[str]:
@@ -128,15 +159,31 @@ def remarks(comparison: Comparison) -> list[str]:
     return notes + [f"left out: {folder}: {reason}" for folder, reason in comparison.left_out]
 
 
-def terminal(comparison: Comparison) -> str:
-    parts = []
-    for table in tables(comparison):
-        parts.append(f"{table.title}\n{aligned([table.head, *table.rows], markdown=False)}")
+def terminal(comparison: Comparison, width: int | None = None) -> str:
+    """What is printed; on a terminal no wider than that, in a file a line per group and note."""
+    shown, parts = units(comparison), []
+
+    def laid_out(table: Table) -> str:
+        rows = [table.head, *table.rows]
+        return f"{wrapped(table.title)}\n{aligned(rows, markdown=False) if width is None else folded(rows, width)}"
+
+    def wrapped(text: str) -> str:
+        if width is None:
+            return text
+        return textwrap.fill(text, width, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False)
+
+    for block in comparison.blocks:
+        parts.append(laid_out(_groups(comparison, block, shown, brief=True)))
+        parts.append(wrapped(front(comparison, block)))
+        parts += [laid_out(table) for table in _budgets(comparison, block, shown)]
     if comparison.reference:
         parts.append(
             f"{len(comparison.reference)} rows of reference, not ours, are in the files: {comparison.reference_name}"
         )
-    parts.append("\n".join(f"- {note}" for note in [LEGEND, CURVE_NOTE, *remarks(comparison)]))
+    parts.append("\n".join(wrapped(f"- {note}") for note in [LEGEND, CURVE_NOTE, *remarks(comparison)]))
+    for block in comparison.blocks:
+        title = [] if len(comparison.blocks) == 1 else [block.title]
+        parts.append("\n".join(map(wrapped, [*title, *headline(comparison, block)])))
     return "\n\n".join(parts)
 
 
@@ -168,7 +215,7 @@ def latex(comparison: Comparison) -> str:
     """booktabs tables to \\input. One that is wider than the text is shrunk to it."""
     parts = [r"% \usepackage[T1]{fontenc} \usepackage{booktabs} \usepackage{graphicx}"]
     for table in tables(comparison):
-        rows = [" & ".join(map(_tex, row)) + r" \\" for row in table.rows]
+        rows = [" & ".join([_tex(row[0]), *map(_tex_number, row[1:])]) + r" \\" for row in table.rows]
         parts += [
             r"\begin{table}", r"\centering", r"\footnotesize", r"\setlength{\tabcolsep}{4pt}",
             rf"\caption{{{_tex(table.title)}. {_tex(table.note)}.}}", r"\medskip",
@@ -185,6 +232,11 @@ def _tex(text: str) -> str:
         TEX.get(c, c if (c.isascii() and c.isprintable()) or ("À" <= c <= "ÿ" and c.isalpha()) else "?")
         for c in " ".join(text.split())
     )
+
+
+def _tex_number(text: str) -> str:
+    """A cell, whose sign is a minus and no hyphen where it begins with a number."""
+    return f"$-${_tex(text[1:])}" if re.match(r"-[\d.]", text) else _tex(text)
 
 
 def flat_rows(comparison: Comparison) -> list[dict[str, Any]]:
@@ -205,11 +257,20 @@ def _flat(comparison: Comparison, block: Block, group: Group) -> dict[str, Any]:
         "p": group.difference.p if group.difference else None,
         "p_holm": group.p_holm,
         "verdict": group.verdict,
+        "cost_ratio": group.cost_ratio,
+        "conditions": "; ".join(group.conditions),
+        "chance_pct": group.chance_pct,
+        "at_chance": group.at_chance,
+        "pretrained": group.pretrained,
+        "checkpoint_train_pflop": group.checkpoint_pflop,
         "on_front": group.front,
         "front_probability": group.front_probability,
     }
     for each in group.budgets:
-        row |= _ends(f"{QUALITIES[comparison.quality].curve}_at_{each.axis}_{each.budget!r}", each.interval)
+        name = f"{QUALITIES[comparison.quality].curve}_at_{each.axis}_{each.budget!r}"
+        row |= _ends(name, each.interval)
+        row |= _ends(f"{name}_difference", each.difference.interval if each.difference else None)
+        row[f"{name}_verdict"] = each.verdict
     return row
 
 
@@ -225,7 +286,7 @@ def comma_separated(comparison: Comparison) -> str:
     out = io.StringIO()
     writer = csv.DictWriter(out, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({key: spreadsheet_cell(value) for key, value in row.items()} for row in rows)
     return out.getvalue()
 
 
@@ -243,6 +304,7 @@ def everything(comparison: Comparison) -> dict[str, Any]:
             for block in comparison.blocks
         ],
         "notes": comparison.notes,
+        "commands": comparison.commands,
         "left_out": [{"folder": folder, "reason": reason} for folder, reason in comparison.left_out],
         "reference": comparison.reference,
     }
@@ -251,6 +313,7 @@ def everything(comparison: Comparison) -> dict[str, Any]:
 def _group(comparison: Comparison, group: Group) -> dict[str, Any]:
     plain = {key: value for key, value in vars(group).items() if key != "runs"}
     plain["figures"] = {key: asdict(each) if each else None for key, each in group.figures.items()}
+    plain |= {"pretrained": group.pretrained, "checkpoint_train_pflop": group.checkpoint_pflop}
     plain["difference"] = asdict(group.difference) if group.difference else None
     plain["budgets"] = [asdict(each) for each in group.budgets]
     keys = ("name", "signature", "seed", *dict.fromkeys([comparison.quality, comparison.cost, *comparison.columns]))

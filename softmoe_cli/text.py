@@ -1,4 +1,7 @@
-"""Numbers and tables as text."""
+"""Numbers, names and tables as text."""
+
+import textwrap
+import unicodedata
 
 
 def count(number: float) -> str:
@@ -18,11 +21,75 @@ def first_line(error: object) -> str:
     return (str(error).strip().splitlines() or ["no message"])[0]
 
 
+OBEYED = {"Cc", "Cs", "Zl", "Zp", "LRE", "RLE", "PDF", "LRO", "RLO", "LRI", "RLI", "FSI", "PDI"}
+"""Unicode's classes of what moves, colours, hides or turns round what stands beside it, and of half characters."""
+
+
+def printable(text: str) -> str:
+    """A name of somebody else's, on one line: what a terminal would obey or cannot show becomes an escape.
+
+    ESC becomes \\x1b, a line break \\n, and a byte of a name that is not UTF-8 (which Python holds as half a character)
+    \\xe9. Everything else stays as it is, in every script.
+    """
+    if text.isprintable():  # nearly always
+        return text
+    return "".join(_escape(c) if {unicodedata.category(c), unicodedata.bidirectional(c)} & OBEYED else c for c in text)
+
+
+def _escape(character: str) -> str:
+    number = ord(character)
+    if 0xDC80 <= number <= 0xDCFF:  # Python's surrogateescape: a byte as it stands in the name
+        return f"\\x{number - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()
+
+
+def shortened(text: str, most: int, gap: str = "…") -> str:
+    """At most `most` letters: of a longer text its beginning and its end."""
+    kept = most - len(gap)
+    return text if len(text) <= most else f"{text[: kept - kept // 2]}{gap}{text[len(text) - kept // 2 :]}"
+
+
+def spreadsheet_cell(value: object) -> object:
+    """A cell of a CSV file. Words that a spreadsheet would compute get an apostrophe before them, as people type it
+    there; numbers and words that are numbers stay as they are."""
+    if not isinstance(value, str) or not value.startswith(("=", "+", "-", "@", "\t", "\r", "＝", "＋", "－", "＠")):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"'{value}"
+    return value
+
+
 def aligned(rows: list[list[str]], markdown: bool) -> str:
     """A table with its first column to the left and the others to the right; the first row is its head."""
+    rows = [[" ".join(cell.split("\n")) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
     if not markdown:
         return "\n".join("  ".join(line).rstrip() for line in lines)
     rule = [("-" * width if i == 0 else "-" * max(1, width - 1) + ":") for i, width in enumerate(widths)]
     return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], rule, *lines[1:]])
+
+
+def folded(rows: list[list[str]], width: int) -> str:
+    """As `aligned`, no wider than a terminal where that can be: cells are broken between words, the widest column
+    first; numbers stay with their uncertainty."""
+    whole = [[" ".join(cell.split()).replace(" ± ", "\u00a0±\u00a0") for cell in row] for row in rows]
+    columns = list(zip(*whole, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    least = [max(len(word) for cell in column for word in (cell.split(" ") or [""])) for column in columns]
+    while sum(widths) + 2 * (len(widths) - 1) > width:
+        room = [i for i, (now, low) in enumerate(zip(widths, least, strict=True)) if now > low]
+        if not room:
+            break
+        widths[max(room, key=widths.__getitem__)] -= 1
+    lines = []
+    for row in whole:
+        cells = [
+            textwrap.wrap(cell, most, break_on_hyphens=False) or [""] for cell, most in zip(row, widths, strict=True)
+        ]
+        for i in range(max(map(len, cells))):
+            parts = [cell[i] if i < len(cell) else "" for cell in cells]
+            lines.append("  ".join([parts[0].ljust(widths[0]), *map(str.rjust, parts[1:], widths[1:])]).rstrip())
+    return "\n".join(lines).replace("\u00a0", " ")

@@ -10,6 +10,7 @@ import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from multiprocessing.connection import Connection
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
@@ -119,15 +120,15 @@ def test_page_has_a_section_for_each_block(tmp_path: Path) -> None:
         write(tmp_path / hardware, row(seed=7, hardware=hardware, train__minutes=5))
         write(tmp_path / hardware, row(seed=len(hardware) + ord(hardware[-1]), hardware=hardware, train__minutes=5))
     comparison = compare([tmp_path], Question())
-    sections = page(comparison, {"pareto.svg": b"", "curves.svg": b""}).split("<section>")[1:]
-    assert [each.partition("</section>")[0].count("<table>") for each in sections] == [3, 3, 3]
+    sections = page(comparison, {"pareto.svg": b"", "curves.svg": b""}, tmp_path).split("<section>")[1:]
+    assert [each.partition("</section>")[0].count("<table ") for each in sections] == [3, 3, 3]
 
 
 def test_page_draws_seconds_of_one_machine_only(tmp_path: Path) -> None:
     from softmoe_cli.page import page
 
     def axes() -> list[str]:
-        text = page(compare([study_folder], Question()), {"pareto.svg": b"", "curves.svg": b""})
+        text = page(compare([study_folder], Question()), {"pareto.svg": b"", "curves.svg": b""}, tmp_path)
         return list(json.loads(text.partition('id="data">')[2].partition("</script>")[0])["axes"][0])
 
     study_folder = study(tmp_path / "runs")
@@ -164,13 +165,17 @@ def test_page_stands_alone(which: str, request: pytest.FixtureRequest, tmp_path:
     from softmoe_cli.page import page
 
     comparison = request.getfixturevalue(which)
-    text = page(comparison, {"pareto.svg": b"<svg/>", "curves.svg": b"<svg/>"})
+    text = page(comparison, {"pareto.svg": b"<svg/>", "curves.svg": b"<svg/>"}, tmp_path)
     reader = Reader()
     reader.feed(text)
     reader.close()
     assert reader.open == []
     assert "http:" not in text and "https:" not in text and "@import" not in text and "url(" not in text
-    assert all((value or "").startswith("data:") for name, value in reader.attributes if name in ("src", "href"))
+    links = [value or "" for name, value in reader.attributes if name == "href"]
+    assert all((tmp_path / unquote(link)).is_dir() for link in links) and len(links) == sum(
+        len(group.runs) for group in comparison.groups
+    )
+    assert all((value or "").startswith("data:") for name, value in reader.attributes if name == "src")
     data, _ = reader.words["script"]
     told = json.loads(data)
     labels = {each["label"] for each in told["blocks"][0]}
@@ -253,7 +258,7 @@ def test_a_csv_of_ours_lies_behind_the_plot(softmoe: Softmoe, tmp_path: Path) ->
     (tmp_path / "old.csv").write_text("name,train_pflop,top1_pct\na,0.0001,88\nb,0.00012,\n")
     assert softmoe("compare", "runs", "--reference", "old.csv").code == 0
     data = (tmp_path / "runs" / "compare" / "index.html").read_text()
-    assert '"reference":[[0.0001,88.0,"Dense"]],"kinds"' in data and '"behind":true' in data
+    assert '"reference":[[100.0,88.0,"Dense"]],"kinds"' in data and '"behind":true' in data
     for text, told in [("a,b\n1,2\n", "has neither the columns"), ("", "no rows"),
                        ("train_pflop,top1_pct\n1,x\n", "line 2: top1_pct 'x' is no number"),
                        ("train_pflop,top1_pct\n1,nan\n", "line 2: top1_pct 'nan' is no number"),
@@ -286,7 +291,7 @@ def test_two_hundred_folders(softmoe: Softmoe, tmp_path: Path) -> None:
     out = [line for line in answer.out.splitlines() if line.startswith("- left out: ")]
     assert len(list((tmp_path / "runs").iterdir())) - 1 == 200
     assert len(out) == 4 + 8 + 6 + 6
-    for word, count in (("truncated", 4), ("the same run as", 8), ("empty", 6), ("foreign: ", 6)):
+    for word, count in (("truncated", 4), ("the same run as", 8), ("empty", 6), ("has no signature", 6)):
         assert sum(word in line.rpartition(": ")[2] or word in line.partition(": ")[2] for line in out) >= count
     told = json.loads((tmp_path / "runs" / "compare" / "table.json").read_text())
     assert sum(len(each["runs"]) for each in told["blocks"][0]["groups"]) == 176
@@ -329,7 +334,7 @@ def test_command_line(softmoe: Softmoe, tmp_path: Path) -> None:
     assert "validation loss at equal training images" in answer.out
     assert [line.split()[0] for line in answer.out.splitlines()[2:5]] == ["dense", "soft", "tokens_choice"]
     for arguments, told in [
-        ((), "the following arguments are required: FOLDER"),
+        ((), "and there is none with finished runs in outputs"),
         (("runs", "--qualty", "loss"), "--qualty: there is no such option. Did you mean '--quality'?"),
         (("runs", "--cost"), "argument --cost: expected one argument"),
         (("runs", "--out", "runs/compare/table.md/x"), "--out runs/compare/table.md/x cannot be written"),
