@@ -48,6 +48,8 @@ def _check(section: Any) -> None:
         if value is None or not limits:
             continue
         for word in value if isinstance(value, list) else [value]:
+            if isinstance(word, str) and not word.strip():
+                raise UsageError(f"{key}={value} is empty, as $NAME is where NAME is not set; give it a value")
             if limits["choices"] and word not in limits["choices"]:
                 raise UsageError(
                     f"{key}={word} is not one of {', '.join(limits['choices'])}.{nearest(str(word), limits['choices'])}"
