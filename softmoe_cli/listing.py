@@ -112,6 +112,13 @@ def _look(name: str) -> str:
     return " ".join(seen.split())
 
 
+def _told_apart(names: Sequence[str]) -> str:
+    """Some names; with their code points where two look alike."""
+    looks = Counter(map(_look, names))
+    some = [f"{name!a}" if looks[_look(name)] > 1 else printable(name) for name in names[:6]]
+    return ", ".join(some) + " (they look alike, but are written with other characters)" * (len(looks) < len(names))
+
+
 def _text(name: str) -> str:
     """A class's name as every file can hold it: bytes that are not UTF-8 as escapes."""
     try:
@@ -147,13 +154,13 @@ def _folder(root: Path) -> Listing:
     for place, other in others:
         odd = sorted(set(other) ^ set(tree))
         if odd:
-            faults.append(f"{place} and {first} have different classes: {', '.join(map(printable, odd[:5]))}")
+            faults.append(f"{place} and {first} have different classes: {_told_apart(odd)}")
     if len(classes) < 2:
         faults.append(f"{first} has one class folder only, {classes[0]}; there is nothing to tell apart")
     if walk.broken:
+        more = f", and {len(walk.broken) - 1:,} others are too" if len(walk.broken) > 1 else ""
         faults.append(
-            f"{len(walk.broken)} images are links that lead nowhere, pipes or devices, such as {min(walk.broken)}; get "
-            "what they stand for, or take them away"
+            f"{min(walk.broken)} is a link that leads nowhere, a pipe or a device{more}; get the image, or take it away"
         )
     numbers = {name: number for number, name in enumerate(classes)}
     parts = {}
@@ -496,7 +503,7 @@ def _renumbered(file: Path, index: _Index, own: Said, first: Said, remarks: list
     if odd or len(set(own.names)) < len(own.names):
         raise UsageError(
             f"{first.file} and {own.file} name different classes"
-            + (f": {', '.join(map(printable, odd[:5]))}" if odd else ", and one of them twice")
+            + (f": {_told_apart(odd)}" if odd else ", and one of them twice")
         )
     remarks.append(f"{own.file} has the classes in another order than {first.file}; each is taken by its name")
     number = {name: i for i, name in enumerate(first.names)}

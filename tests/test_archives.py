@@ -292,7 +292,10 @@ FAULTY: dict[str, tuple[Files, str]] = {
     "no label": ({"a.png": IMAGE, "a.txt": b"0"}, r"sample a has no \.cls, only \.png, \.txt"),
     "unlabelled": ({"a.png": IMAGE, "a.cls": b"-1"}, "its label '-1' is neither"),
     "empty label": ({"a.png": IMAGE, "a.cls": b" "}, "its label '' is neither"),
-    "mixed": ({"a.png": IMAGE, "a.cls": b"0", "b.png": IMAGE, "b.cls": b"bee"}, "numbers for labels, such as 0 in .*, and names, such as 'bee'"),
+    "mixed": (
+        {"a.png": IMAGE, "a.cls": b"0", "b.png": IMAGE, "b.cls": b"bee"},
+        "numbers for labels, such as 0 in .*, and names, such as 'bee'",
+    ),
     "twice": ({"a.png": IMAGE, "a.PNG": IMAGE, "a.cls": b"0"}, r"holds a\.PNG twice"),
     "nothing": ({}, "holds no image"),
     "too few names": ({"a.png": IMAGE, "a.cls": b"7"}, r"classnames\.txt names 1 classes, but .*a\.tar has a label 7"),
