@@ -8,8 +8,11 @@ data are not read for it.
 import itertools
 import json
 import mmap
+import os
 import re
+import stat
 import tarfile
+import typing
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +23,13 @@ import numpy as np
 
 from softmoe_cli.config import UsageError
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
+IMAGE_ENDINGS = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".ppm", ".pgm", ".pbm", ".pnm", ".bmp", ".tif", ".tiff", ".webp",
+    ".gif",
+)  # fmt: skip
+LARGEST_IMAGE, LARGEST_LABEL, LONGEST_NAME, LONGEST_CLASS = 2**30, 2**24, 1024, 1000
+"""Bytes of an image, of a .cls or .json and of a name below its holder; letters of a class's name. Nothing real has
+more, and a few bytes of a file may say so."""
 SAMPLE = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")
 """WebDataset: what stands before the first dot of a member's name is the sample, what follows is the field."""
 
@@ -50,7 +59,16 @@ class Stored:
 
     @classmethod
     def ranges(cls, holder: Path, ranges: Sequence[Range]) -> "Stored":
-        """Parts of an archive."""
+        """Parts of an archive.
+
+        Raises:
+            UsageError: a name that is too long: all are kept in the width of the longest.
+        """
+        longest = max((name for name, _, _ in ranges), key=len, default="")
+        if len(longest) > LONGEST_NAME:
+            raise UsageError(
+                f"{holder} has a name of {len(longest):,} letters, {longest[:40]}…; {LONGEST_NAME} are enough"
+            )
         names = np.array([name.encode(errors="surrogateescape") for name, _, _ in ranges], dtype=bytes)
         places = np.array([place for _, *place in ranges], dtype=np.int64).reshape(-1, 2)
         return cls((holder,), np.zeros(len(ranges), np.int32), names, places[:, 0].copy(), places[:, 1].copy())
@@ -86,16 +104,23 @@ class Stored:
         """The bytes of image i.
 
         Raises:
-            OSError: the file cannot be read, or ends too early.
+            OSError: what cannot be read, is a pipe or a device, is larger than images are, or ends too early.
         """
-        if self.offset[i] < 0:
-            return self.place(i).read_bytes()
-        size = int(self.size[i])
-        with self.holders[self.holder[i]].open("rb", buffering=0) as file:
-            file.seek(int(self.offset[i]))
+        alone = self.offset[i] < 0
+        path = self.place(i) if alone else self.holders[self.holder[i]]
+        with open(
+            os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0
+        ) as file:  # a pipe would wait for a writer
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError("it is no file but a pipe, a device or a folder")
+            size = status.st_size if alone else int(self.size[i])
+            if size > LARGEST_IMAGE:
+                raise OSError(f"it has {size:,} bytes, more than an image has")
+            file.seek(0 if alone else int(self.offset[i]))
             data = file.read(size)
-        if data is None or len(data) < size:
-            raise OSError(f"{self.holders[self.holder[i]]} has become shorter")
+        if len(data) < size:
+            raise OSError(f"{path} has become shorter")
         return data
 
 
@@ -118,9 +143,9 @@ def tar_members(path: Path) -> list[Range]:
                     raise tarfile.ReadError(f"{name} has a size below 0")
                 if member.isreg() and not member.issparse():
                     found.append((name, member.offset_data, member.size))
-                elif is_image(name) and (member.islnk() or member.issym() or member.issparse()):
+                elif is_image(name) and not member.isdir():
                     raise UsageError(
-                        f"{path}: {name} is a link, or sparse; pack the files themselves (tar --dereference "
+                        f"{path}: {name} is a link, sparse, or no file; pack the files themselves (tar --dereference "
                         "--hard-dereference)"
                     )
                 tar.members = []  # type: ignore[attr-defined]  # it would keep them all
@@ -133,29 +158,37 @@ def tar_members(path: Path) -> list[Range]:
                 raise tarfile.ReadError(
                     f"its end, at byte {end}, is no end of a tar, or another one follows in the file"
                 )
-    except (tarfile.TarError, OSError, ValueError) as error:
+    except UsageError:
+        raise
+    except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError) as error:
         raise UsageError(
             f"{path} cannot be read as a tar: {error or 'not a tar'}; it must be uncompressed and whole"
         ) from error
     return found
 
 
-def tar_images(path: Path) -> list[Range]:
-    """Those that are images by their names.
+def tar_images(path: Path) -> tuple[list[Range], list[str]]:
+    """Those that are images by their names, and the names of the others.
 
     Raises:
         UsageError: as `tar_members`, or two of one name.
     """
-    images = [member for member in tar_members(path) if is_image(member[0])]
+    members = tar_members(path)
+    images = [member for member in members if is_image(member[0])]
     twice = [name for name, times in Counter(name for name, *_ in images).items() if times > 1]
     if twice:
         raise UsageError(f"{path} holds {twice[0]} twice, as tars do that were added to; pack it anew from the files")
-    return images
+    return images, [name for name, _, _ in members if not is_image(name)]
 
 
 def is_image(name: str) -> bool:
     """By its ending; nothing that is hidden, or below a hidden folder."""
-    return name.lower().endswith(IMAGE_ENDINGS) and not any(map(is_hidden, name.split("/")))
+    return name.lower().endswith(IMAGE_ENDINGS) and not any_hidden(name)
+
+
+def any_hidden(name: str) -> bool:
+    """Whether a path is hidden, or below a hidden folder."""
+    return (name.startswith(".") or "/." in name or "@eaDir" in name) and any(map(is_hidden, name.split("/")))
 
 
 def is_hidden(name: str) -> bool:
@@ -180,7 +213,7 @@ def webdataset(path: Path, label: str | None) -> Labelled:
     """
     samples: dict[str, dict[str, Range]] = {}
     for member in tar_members(path):
-        parts = SAMPLE.fullmatch(member[0])
+        parts = None if any_hidden(member[0]) else SAMPLE.fullmatch(member[0])
         if parts is None:
             continue
         fields = samples.setdefault(parts[1], {})
@@ -192,31 +225,54 @@ def webdataset(path: Path, label: str | None) -> Labelled:
         for key, fields in samples.items():
             pictures = [member for field, member in fields.items() if f".{field}" in IMAGE_ENDINGS]
             if len(pictures) != 1:
-                raise UsageError(f"{path}: sample {key} has {len(pictures)} images; it must have one")
+                raise UsageError(f"{path}: sample {key} has {len(pictures)} images; it must have one{_dotted(fields)}")
             field = "cls" if label is None else "json"
             if field not in fields:
                 raise UsageError(
                     f"{path}: sample {key} has no .{field}, only {', '.join(f'.{each}' for each in fields)}; "
                     "data.label=KEY reads the label from a sample's .json, data.label=null from its .cls"
                 )
-            file.seek(fields[field][1])
+            _, at, size = fields[field]
+            if size > LARGEST_LABEL:
+                raise UsageError(f"{path}: sample {key} has a .{field} of {size:,} bytes; it must hold a label")
+            file.seek(at)
             images.append(pictures[0])
-            labels.append(_label(file.read(fields[field][2]), label, f"{path}: sample {key}"))
+            labels.append(_label(file.read(size), label, f"{path}: sample {key}"))
     return images, labels
 
 
+def _dotted(fields: dict[str, Range]) -> str:
+    """What is wrong where images hide behind fields of several words."""
+    dotted = [name for field, (name, _, _) in fields.items() if "." in field and f".{field}".endswith(IMAGE_ENDINGS)]
+    if not dotted:
+        return f" (its fields: {', '.join(f'.{field}' for field in itertools.islice(fields, 5))})"
+    return (
+        f". A sample's name ends at its first dot, so that {dotted[0]} is its field "
+        f".{dotted[0].rpartition('/')[2].partition('.')[2]}; write other dots as _"
+    )
+
+
 def _label(raw: bytes, key: str | None, sample: str) -> int | str:
-    value: Any = raw.decode(errors="replace").strip()
-    if key is not None:
-        try:
-            value = json.loads(value)[key]
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise UsageError(f"{sample}: its .json holds no data.label={key}") from error
-    elif value.isdecimal():
-        value = int(value)
+    try:
+        value: Any = raw.decode("utf-8-sig").strip()
+        if key is not None:  # numbers that are longer than any class's become floats, which no label is
+            value = json.loads(value, parse_int=lambda digits: int(digits) if len(digits) < 19 else float(digits))[key]
+        elif value.isdecimal() and len(value) < 19:
+            value = int(value)
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{sample}: its .{'cls' if key is None else 'json'} is no text in UTF-8") from error
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+        raise UsageError(f"{sample}: its .json holds no data.label={key}") from error
+    return _checked(value, key is None, sample)
+
+
+def _checked(value: Any, written: bool, where: str) -> int | str:
+    """A label as it was found; `written`: as text, so that a text of digits is a number."""
+    if type(value) is str and (len(value) > LONGEST_CLASS or (written and value.isdecimal())):
+        raise UsageError(f"{where}: its label {value[:20]}… of {len(value):,} letters is no class")
     if type(value) not in (int, str) or re.fullmatch(r"|-\d+", str(value)):
-        raise UsageError(f"{sample}: its label {value!r} is neither a number from 0 nor a name")
-    return value
+        raise UsageError(f"{where}: its label {value!r} is neither a number from 0 nor a name")
+    return typing.cast(int | str, value)
 
 
 # --- TFRecord ---------------------------------------------------------------------------------------------------------
@@ -329,31 +385,46 @@ def arrow(path: Path, image: str, label: str) -> Labelled:
         raise UsageError("data=arrow needs pyarrow: pip install 'softmoe-cli[arrow]'") from error
     images: list[Range] = []
     labels: list[int | str] = []
+    size = path.stat().st_size
     try:
         with pa.memory_map(str(path)) as file:
             base = file.read_buffer(1).address
             file.seek(0)
             for batch in pa.ipc.open_stream(file):
-                pictures = batch.column(image).field("bytes")
-                numbers = batch.column(label).to_pylist()
-                if pictures.null_count or None in numbers:
+                rows, numbers = batch.column(image), batch.column(label)
+                for column in (
+                    rows,
+                    numbers,
+                ):  # nothing in the file is true before: what it says may lead out of memory
+                    column.validate(full=True)
+                pictures = rows.field("bytes")
+                kind = pictures.type
+                if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+                    raise UsageError(f"{path}: {image} holds {kind}; images must be bytes as they were encoded")
+                if rows.null_count or pictures.null_count or numbers.null_count:
                     raise UsageError(f"{path}: {image} or {label} is missing in some rows, or images are only named")
-                numbers = [int(n) if isinstance(n, bool) else n for n in numbers]
-                odd = [n for n in numbers if type(n) not in (int, str) or (type(n) is int and n < 0)]
-                if odd:
-                    raise UsageError(f"{path}: its {label} {odd[0]!r} is neither a number from 0 nor a name")
-                wide = pa.types.is_large_binary(pictures.type)
+                if not len(rows):
+                    continue
                 _, ends, values = pictures.buffers()
-                edges = np.frombuffer(ends, np.int64 if wide else np.int32)
+                edges = np.frombuffer(ends, np.int64 if pa.types.is_large_binary(kind) else np.int32)
                 edges = edges[pictures.offset : pictures.offset + len(pictures) + 1].astype(np.int64)
                 start = values.address - base
-                if not 0 <= start <= path.stat().st_size:
+                if not 0 <= start <= start + edges[-1] <= size:
                     raise UsageError(f"{path} is compressed; save it again without")
                 images += [
                     (f"{len(images) + i:08d}", start + int(a), int(b - a))
-                    for i, (a, b) in enumerate(itertools.pairwise(edges))
+                    for i, (a, b) in enumerate(itertools.pairwise(edges.tolist()))
                 ]
-                labels += numbers
+                labels += _arrow_labels(numbers, f"{path}, {label}")
     except (pa.ArrowException, KeyError, OSError, AttributeError) as error:
         raise UsageError(f"{path} is no Arrow file with images in {image} and labels in {label}: {error}") from error
     return images, labels
+
+
+def _arrow_labels(column: Any, where: str) -> list[int | str]:
+    """The values of a column, whole numbers and truth by the million at once."""
+    found: list[Any] = column.to_pylist()
+    found = [int(value) if isinstance(value, bool) else value for value in found]
+    if all(type(value) is int for value in found) and min(found) >= 0:
+        return found
+    return [_checked(value, False, where) for value in found]

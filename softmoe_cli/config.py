@@ -47,6 +47,8 @@ def _check(section: Any) -> None:
         key = ".".join(filter(None, [section.path, f.name]))
         if value is None or not limits:
             continue
+        if isinstance(value, str) and not value.strip() and section.path != "wandb":  # whose own rules say more
+            raise UsageError(f"{key}={value} is empty, as $NAME is where NAME is not set; give it a value")
         for word in value if isinstance(value, list) else [value]:
             if limits["choices"] and word not in limits["choices"]:
                 raise UsageError(

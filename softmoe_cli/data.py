@@ -74,6 +74,8 @@ class Splits:
     validation: ImageSet
     test: ImageSet
     classes: list[str]
+    notes: dict[str, str] = field(default_factory=dict)
+    """Word -> what the header of a run says of the files."""
 
     def need(self, *parts: str) -> None:
         """Raises UsageError when a part has no images, as those have that are for evaluation only."""
@@ -271,7 +273,7 @@ def _stored(data: Data) -> Splits:
     def mixed(images: ImageSet) -> ImageSet:
         return images.subset(np.random.default_rng(0).permutation(len(images)))
 
-    return replace(splits, validation=mixed(splits.validation), test=mixed(splits.test))
+    return replace(splits, validation=mixed(splits.validation), test=mixed(splits.test), notes=listed.notes)
 
 
 def split(sets: dict[str, ImageSet], classes: list[str], data: Data) -> Splits:

@@ -1,27 +1,37 @@
 """`softmoe data check`: reads every image of a data set before a long run does."""
 
+import contextlib
 import dataclasses
 import hashlib
+import io
 import json
+import struct
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import ExifTags, Image
 from torch.utils.data import DataLoader, Dataset
 
 from softmoe_cli import data
-from softmoe_cli.archives import Stored
+from softmoe_cli.archives import IMAGE_ENDINGS, Stored
 from softmoe_cli.config import DataCheckConfig, UsageError
 from softmoe_cli.device import cores
-from softmoe_cli.listing import Listing, listing
+from softmoe_cli.listing import HIDDEN, Listing, Passed, listing
 from softmoe_cli.terminal import Screen
-from softmoe_cli.text import aligned, gibibytes
+from softmoe_cli.text import aligned, gibibytes, printable
 
 SHOWN = 10
 """Examples of each kind of fault that the table names; JSON has all."""
 SPLITS = ("train", "validation", "test")
+BESIDE = {
+    "orientation": "have an EXIF orientation other than 1; they are seen as they lie in the file, as by timm",
+    "transparency": "have an alpha channel or a transparent colour, which is dropped",
+    "frames": "have further frames or pages; the first is seen",
+}
+"""What a file says of its picture beside the pixels, and what becomes of it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +44,8 @@ class Seen:
     size: int
     digest: bytes
     fault: str | None = None
+    beside: tuple[str, ...] = ()
+    """Of BESIDE."""
 
 
 class _Files(Dataset):
@@ -47,11 +59,25 @@ class _Files(Dataset):
         """The digest is of size and decoded pixels, so that the same picture in another file is found."""
         try:
             image = data.opened(self.stored, i, self.channels)
-        except UsageError as error:
+            raw = self.stored.read(i)
+        except (UsageError, OSError) as error:
             return Seen(0, 0, "", 0, b"", str(error))
         digest = hashlib.blake2b(f"{image.size}".encode() + image.tobytes(), digest_size=16).digest()
-        size = int(self.stored.size[i])
-        return Seen(*image.size, image.mode, size if size >= 0 else self.stored.place(i).stat().st_size, digest)
+        return Seen(*image.size, image.mode, len(raw), digest, beside=tuple(_beside(raw)))
+
+
+def _beside(raw: bytes) -> Iterator[str]:
+    """What of BESIDE an image has; what cannot be told, because it is damaged, it does not have."""
+    with Image.open(io.BytesIO(raw), formats=data.FORMATS) as image:
+        has = {
+            "orientation": lambda: image.getexif().get(ExifTags.Base.Orientation) in range(2, 9),
+            "transparency": lambda: image.has_transparency_data,
+            "frames": lambda: getattr(image, "is_animated", False),
+        }
+        for kind, told in has.items():
+            with contextlib.suppress(OSError, EOFError, SyntaxError, ValueError, LookupError, TypeError, struct.error):
+                if told():
+                    yield kind
 
 
 def check(config: DataCheckConfig) -> int:
@@ -66,12 +92,14 @@ def check(config: DataCheckConfig) -> int:
 
 
 def inspect(config: DataCheckConfig) -> dict[str, Any]:
-    """`data`, `classes`, `images`, a row per part as `parts`, and `faults`: kind, sentence, and the places concerned.
+    """`data`, `classes`, `images`, a row per part as `parts`, what was `passed_over` (kind, files, the first), `notes`,
+    and `faults`: kind, sentence, and the places concerned.
 
     A part is a split of the run (train, validation, test), or what lies on disk where it cannot be split.
     """
     settings = dataclasses.replace(config.data, memory_gib=0)
     faults: list[dict[str, Any]] = []
+    passed, notes = Passed(), []
     if settings.format is None:
         splits = data.load(settings)
         parts = {part: getattr(splits, part) for part in SPLITS}
@@ -79,7 +107,7 @@ def inspect(config: DataCheckConfig) -> dict[str, Any]:
     else:
         found = listing(settings)
         faults += [_fault("classes", sentence) for sentence in found.faults]
-        classes = found.classes
+        classes, passed, notes = found.classes, found.passed, list(found.remarks)
         parts = _parts(settings, found, faults)
     seen = {part: list(_look(images, settings)) for part, images in parts.items()}
     for part, images in parts.items():
@@ -88,11 +116,25 @@ def inspect(config: DataCheckConfig) -> dict[str, Any]:
             counts = np.bincount(images.labels.numpy(), minlength=len(classes))
             empty = [name for name, count in zip(classes, counts, strict=True) if not count]
             if empty and not any(fault["kind"] == "classes" for fault in faults):
-                faults.append(_fault("classes", f"{len(empty)} classes have no training image", empty))
+                faults.append(
+                    _fault("classes", f"{len(empty)} of {len(classes)} classes have no training image", empty)
+                )
     faults += _duplicates(parts, seen)
     rows = [_row(part, images, seen[part], len(classes)) for part, images in parts.items() if len(images)]
-    return {"data": settings.name, "classes": len(classes), "images": sum(map(len, parts.values())), "parts": rows} | {
-        "faults": faults
+    if settings.format == "folder" and str(passed):
+        notes.append(f"images are files that end with {' '.join(IMAGE_ENDINGS)}, below a folder for their class")
+    beside = Counter(kind for several in seen.values() for each in several for kind in each.beside)
+    notes += [f"{beside[kind]:,} images {words}" for kind, words in BESIDE.items() if beside[kind]]
+    return {
+        "data": settings.name,
+        "classes": len(classes),
+        "images": sum(map(len, parts.values())),
+        "parts": rows,
+        "passed_over": [
+            {"kind": kind, "files": n, "first": first} for kind, (n, first) in sorted(passed.kinds.items())
+        ],
+        "notes": notes,
+        "faults": faults,
     }
 
 
@@ -190,6 +232,10 @@ def _row(part: str, images: data.ImageSet, seen: list[Seen], classes: int) -> di
 
 def _show(report: dict[str, Any]) -> None:
     screen = Screen()
+
+    def say(line: str) -> None:
+        screen.say(printable(line))
+
     size = gibibytes(sum(row["mib"] for row in report["parts"]) * 2**20)
     screen.say(f"{report['data']}: {report['images']:,} images in {report['classes']:,} classes, {size}")
     head = ["part", "images", "per class: fewest", "median", "most", "width", "height", "again in the part"]
@@ -199,14 +245,20 @@ def _show(report: dict[str, Any]) -> None:
         for row in report["parts"]
     ]  # fmt: skip
     screen.say(aligned([head, *cells], markdown=False))
+    for each in report["passed_over"]:
+        say(f"passed over: {each['files']:,} {each['kind']}, such as {each['first']}")
+    for note in report["notes"]:
+        say(f"note: {note}")
     for fault in report["faults"]:
-        screen.say(f"wrong: {fault['sentence']}")
+        say(f"wrong: {fault['sentence']}")
         for place in fault["places"][:SHOWN]:
-            screen.say(f"  {place}")
+            say(f"  {place}")
         if len(fault["places"]) > SHOWN:
-            screen.say(f"  and {len(fault['places']) - SHOWN:,} more; format=json has all")
+            say(f"  and {len(fault['places']) - SHOWN:,} more; format=json has all")
     if not report["faults"]:
-        screen.say("every image was read; no class is empty, no image is in two parts or under two labels")
+        others = any(each["kind"] != HIDDEN for each in report["passed_over"])
+        read = f"each of these {report['images']:,} images" if others else "every image"
+        say(f"{read} was read; no class is empty, no image is in two parts or under two labels")
 
 
 def _sides(row: dict[str, Any], key: str) -> str:

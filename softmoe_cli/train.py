@@ -786,6 +786,7 @@ def _header(
         "parameters": f"{count(cost.params)} total, {count(cost.active_params)} active per token{frozen}",
         "cost per image": f"{count(cost.forward_flop)}FLOP forward, {count(cost.train_flop)}FLOP training",
         "data": f"{config.data.name}: {sizes} images, {len(splits.classes)} classes",
+        **splits.notes,
         "budget": f"{budget}, {t.batch_size} images each{parts}; {config.optim.schedule}, lr {config.optim.lr:g}",
         **{key: value for key, value in extra.items() if value},
         "device": f"{_hardware(device, crew)}, {t.precision}{slower(device, t.precision)}{compiled}",
