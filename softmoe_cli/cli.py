@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import io
 import json
 import os
 import re
@@ -32,7 +33,8 @@ from softmoe_cli.config import (
     nearest,
     same_set,
 )
-from softmoe_cli.files import RunError
+from softmoe_cli.failures import defect, own
+from softmoe_cli.signals import end_children, interruptible
 from softmoe_cli.text import first_line
 
 if typing.TYPE_CHECKING:
@@ -202,6 +204,9 @@ neither ended nor stopped are "running or killed": the age of the last row tells
 def main() -> None:
     """The entry point: runs sys.argv and exits with 0, 1 (it failed, or found faults), 2 (cannot work) or 130
     (interrupted)."""
+    for stream in (sys.stdout, sys.stderr):  # a name that is no UTF-8, or a terminal that is none: with escapes
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     code, text = run(sys.argv[1:])
     if text:
         print(f"softmoe: {text}", file=sys.stderr)
@@ -211,17 +216,21 @@ def main() -> None:
 def run(arguments: Sequence[str]) -> tuple[int, str]:
     """Runs a command line; returns its exit status and, where an error caused it, the sentence that says why."""
     debug = "--debug" in arguments
+    trains = arguments[:1] in (["train"], ["finetune"])
     try:
-        return _dispatch([argument for argument in arguments if argument != "--debug"]), ""
-    except UsageError as error:
-        return _failed(error, 2, debug)
+        with interruptible(functools.partial(_stopped, trains)):
+            return _dispatch([argument for argument in arguments if argument != "--debug"]), ""
     except KeyboardInterrupt as error:
-        return _failed(error, 130, debug)
-    except BrokenPipeError:
+        if debug:
+            raise
+        return 130, _stopped(trains, str(error) or "SIGINT")
+    except BrokenPipeError as error:
+        if error.filename is not None:  # a named pipe among somebody's files
+            return _failed(error, debug)
         _nobody_listens()
         return 1, ""
-    except RunError as error:
-        return _failed(error, 1, debug)
+    except Exception as error:
+        return _failed(error, debug)
 
 
 def leave(code: int) -> typing.NoReturn:
@@ -232,6 +241,7 @@ def leave(code: int) -> typing.NoReturn:
         _nobody_listens()
         code = code or 1
     if "softmoe_cli.mirror" in sys.modules and sys.modules["softmoe_cli.mirror"].stuck:
+        end_children()
         os._exit(code)  # W&B's own goodbye would wait for a server that does not answer
     sys.exit(code)
 
@@ -241,13 +251,20 @@ def _nobody_listens() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _failed(error: BaseException, code: int, debug: bool) -> tuple[int, str]:
+def _stopped(trains: bool, name: str) -> str:
+    """What a signal's name, as a KeyboardInterrupt has it, says to a reader."""
+    why = "nobody reads what it says any more, so it stopped" if name == "SIGPIPE" else f"stopped by {name}"
+    return f"{why}; type the same command to go on" if trains else why
+
+
+def _failed(error: Exception, debug: bool) -> tuple[int, str]:
+    """Exit status and sentence of an error."""
     if debug:
         raise error
-    text = str(error)
-    if isinstance(error, KeyboardInterrupt):
-        text = f"stopped by {text or 'SIGINT'}; type the same command to go on"
-    return code, text
+    known = own(error)
+    if known is None:
+        return 1, defect(error)
+    return 2 if isinstance(known, UsageError) else 1, str(known)
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -409,8 +426,8 @@ def _router_options(name: str) -> dict[str, Any]:
 
     try:
         module = importlib.import_module(path.stem)
-    except (ImportError, SyntaxError, NameError, AttributeError, TypeError, ValueError) as error:
-        raise UsageError(f"{name} cannot be imported: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:  # whatever it raises is its own
+        raise UsageError(f"{name} cannot be imported: {type(error).__name__}: {first_line(error)}") from error
     own = [
         each
         for each in vars(module).values()
@@ -470,10 +487,13 @@ def _hydra(command: str, arguments: list[str]) -> int:
         """One job. A sweep goes on after a failure; the last failure is what the command ends with."""
         try:
             tasks[command](config)
-        except (UsageError, RunError) as error:
+        except Exception as error:
+            known = own(error)
+            if known is None:
+                raise
             if failures:
                 print(f"softmoe: {failures[-1]}", file=sys.stderr)
-            failures.append(error)
+            failures.append(known)
 
     try:
         with contextlib.ExitStack() as nowhere:

@@ -1,5 +1,7 @@
 """What a run says: a header, progress, a line per evaluation, a closing table. Plain lines when not a terminal."""
 
+import os
+import sys
 import time
 from types import TracebackType
 from typing import Any, Self
@@ -11,11 +13,22 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 PROGRESS_PERIOD_S = 0.2
 
 
+class Listened(Console):
+    """Text as it is, with no markup of emoji. `unread`: whoever read it is gone; nothing is said any more."""
+
+    unread = False
+
+    def on_broken_pipe(self) -> None:
+        """Where rich would end the process."""
+        self.quiet = self.unread = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class Screen:
     """Standard output during one run; errors go to standard error elsewhere. A quiet one says nothing."""
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self.console = Console(highlight=False, soft_wrap=True, quiet=quiet)
+        self.console = Listened(highlight=False, soft_wrap=True, emoji=False, quiet=quiet)
         self._progress = Progress(
             TextColumn("{task.percentage:3.0f}%"),
             BarColumn(bar_width=24),
