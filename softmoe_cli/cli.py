@@ -33,9 +33,9 @@ from softmoe_cli.config import (
     nearest,
     same_set,
 )
-from softmoe_cli.failures import defect, own
+from softmoe_cli.failures import defect, ours
 from softmoe_cli.signals import end_children, interruptible
-from softmoe_cli.text import first_line
+from softmoe_cli.text import first_line, printable_lines
 
 if typing.TYPE_CHECKING:
     from softmoe_cli.record import Source
@@ -209,7 +209,7 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     code, text = run(sys.argv[1:])
     if text:
-        print(f"softmoe: {text}", file=sys.stderr)
+        print(f"softmoe: {printable_lines(text)}", file=sys.stderr)
     leave(code)
 
 
@@ -226,11 +226,11 @@ def run(arguments: Sequence[str]) -> tuple[int, str]:
         return 130, _stopped(trains, str(error) or "SIGINT")
     except BrokenPipeError as error:
         if error.filename is not None:  # a named pipe among somebody's files
-            return _failed(error, debug)
+            return _failed(error, debug, arguments)
         _nobody_listens()
         return 1, ""
     except Exception as error:
-        return _failed(error, debug)
+        return _failed(error, debug, arguments)
 
 
 def leave(code: int) -> typing.NoReturn:
@@ -257,11 +257,11 @@ def _stopped(trains: bool, name: str) -> str:
     return f"{why}; type the same command to go on" if trains else why
 
 
-def _failed(error: Exception, debug: bool) -> tuple[int, str]:
+def _failed(error: Exception, debug: bool, typed: Sequence[str]) -> tuple[int, str]:
     """Exit status and sentence of an error."""
     if debug:
         raise error
-    known = own(error)
+    known = ours(error, typed)
     if known is None:
         return 1, defect(error)
     return 2 if isinstance(known, UsageError) else 1, str(known)
@@ -443,6 +443,7 @@ def _router_options(name: str) -> dict[str, Any]:
 def _hydra(command: str, arguments: list[str]) -> int:
     """Composes with Hydra and runs the command for each job; Hydra's own errors become one sentence. Returns the exit
     status."""
+    many = any(argument in ("-m", "--multirun") for argument in arguments)
     import hydra
     from hydra.core.config_search_path import ConfigSearchPath
     from hydra.core.plugins import Plugins
@@ -459,10 +460,16 @@ def _hydra(command: str, arguments: list[str]) -> int:
             if own is not None:
                 search_path.prepend("softmoe-own", f"file://{own}")
 
+    nameless = next((argument for argument in arguments if re.match(r"[+~]*=", argument)), None)
+    if nameless is not None:
+        raise UsageError(f"cannot read '{nameless}': there is no key before the =; write KEY=VALUE without spaces")
+    _refuse_unknown_to_hydra(arguments)
+    if many and command in ("train", "finetune") and (study := _study_of(arguments)) is not None:
+        _tell(f"study={study}, after the keys that vary; study= names another folder")
+        arguments = [*arguments, f"study={study}"]
     _store_schemas()
     Plugins.instance().register(OwnConf)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing and leaving with status 1
-    many = any(argument in ("-m", "--multirun") for argument in arguments)
     if "--plan" in arguments and (command not in ("train", "finetune") or not many):
         raise UsageError("--plan lists the jobs of a sweep: softmoe train -m … --plan or softmoe finetune -m … --plan")
     if "--groups" in arguments and (command not in ("train", "finetune") or many):
@@ -488,11 +495,11 @@ def _hydra(command: str, arguments: list[str]) -> int:
         try:
             tasks[command](config)
         except Exception as error:
-            known = own(error)
+            known = ours(error, _typed())
             if known is None:
                 raise
             if failures:
-                print(f"softmoe: {failures[-1]}", file=sys.stderr)
+                print(f"softmoe: {printable_lines(str(failures[-1]))}", file=sys.stderr)
             failures.append(known)
 
     try:
@@ -607,6 +614,43 @@ def _refuse_unknown(node: Any, section: type, prefix: str = "") -> None:
             _refuse_unknown(node[key], typing.cast(type, hints[key]), f"{prefix}{key}.")
 
 
+def _study_of(arguments: Sequence[str]) -> str | None:
+    """What a sweep's folder is called where nobody says it: the last words of the keys that vary, in the order in which
+    they were typed. None where the study is typed, or an experiment's, or where Hydra has yet to refuse the words.
+
+    `model/router=dense,soft seed=0,1` -> `router-seed`
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    if any(word.lstrip("+").startswith(("study=", "experiment=", "experiment/")) for word in arguments):
+        return None
+    words = [word for word in arguments if not word.startswith("-") and "=" in word]
+    try:
+        typed = OverridesParser.create().parse_overrides(words)
+    except HydraException:
+        return None
+    keys = [override.key_or_group for override in typed if override.is_sweep_override()]
+    return "-".join(dict.fromkeys(re.split(r"[./]", key)[-1] for key in keys)) or None
+
+
+def _refuse_unknown_to_hydra(arguments: Sequence[str]) -> None:
+    """`+hydra.key=value` as well, where Hydra knows which keys it has."""
+    from hydra.conf import HydraConf
+
+    for argument in arguments:
+        if not argument.startswith(("+hydra.", "++hydra.")):
+            continue
+        key, section = argument.lstrip("+").partition("=")[0].removeprefix("hydra."), HydraConf
+        for word in key.split("."):
+            hints = typing.get_type_hints(section)
+            if word not in hints:
+                raise UsageError(f"{argument}: there is no key 'hydra.{key}'.{nearest(word, hints)}")
+            section = hints[word]
+            if not dataclasses.is_dataclass(section):
+                break
+
+
 def plain(config: Any, section: type) -> dict[str, Any]:
     """The composed configuration as plain containers, unresolved, with unknown keys refused."""
     from omegaconf import OmegaConf
@@ -696,6 +740,8 @@ def settle(command: str, tree: dict[str, Any], typed: Sequence[str]) -> "tuple[C
     Raises:
         UsageError: it cannot work.
     """
+    from softmoe_cli import mirror
+
     if command == "train":
         checked = _door(tree, Config)
         if checked.slots != "kept":
@@ -704,6 +750,7 @@ def settle(command: str, tree: dict[str, Any], typed: Sequence[str]) -> "tuple[C
             raise UsageError(
                 f"checkpoint={checked.checkpoint} belongs to softmoe finetune; softmoe train starts afresh"
             )
+        mirror.check(checked)
         return checked, None
     if not tree["checkpoint"]:
         raise UsageError(
@@ -714,6 +761,7 @@ def settle(command: str, tree: dict[str, Any], typed: Sequence[str]) -> "tuple[C
     source = read_checkpoint(tree["checkpoint"])
     _inherit(tree, source.card, source.label, typed)
     checked = _door(tree, Config)
+    mirror.check(checked)
     if checked.slots == "proportional":
         for key in ("model.router.slots_per_expert", "model.router.capacity_factor"):
             if _names(key, typed):

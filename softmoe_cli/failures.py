@@ -9,6 +9,7 @@ import os
 import sys
 import sysconfig
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 from softmoe_cli.config import UsageError
@@ -23,12 +24,13 @@ MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "u
 PARSERS = ("json", "yaml", "omegaconf", "antlr4", "hydra")
 
 
-def own(error: BaseException) -> UsageError | RunError | None:
-    """An error as one of softmoe's; None for a defect."""
+def ours(error: BaseException, typed: Sequence[str] = ()) -> UsageError | RunError | None:
+    """An error as one of softmoe's, which names the key that was `typed` with the path in question; None for a
+    defect."""
     if isinstance(error, UsageError | RunError):
         return error
     if isinstance(error, OSError):
-        return _of_system(error)
+        return _of_system(error, typed)
     text = first_line(error)
     if isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(words in str(error).lower() for words in MEMORY)
@@ -44,12 +46,16 @@ def own(error: BaseException) -> UsageError | RunError | None:
     return None
 
 
-def _of_system(error: OSError) -> UsageError | RunError | None:
+def _of_system(error: OSError, typed: Sequence[str]) -> UsageError | RunError | None:
     what = error.strerror or first_line(error)
     if error.filename2 is not None:
         where = f"{_name(error.filename)} -> {_name(error.filename2)}: "
     else:
         where = f"{_name(error.filename)}: " if error.filename is not None else ""
+    for word in typed:
+        value = word.partition("=")[2]
+        if value and where.startswith((f"{value}/", f"{value}:")):
+            where = f"{word}: {where}"
     if error.errno in PLACE:
         return RunError(f"{where}{what}; {PLACE[error.errno]} and type the same command again")
     if error.errno in FILES:
@@ -79,18 +85,18 @@ def defect(error: BaseException) -> str:
     if file is not None:
         return f"{what}; raised in {file}, which is not softmoe's"
     return (
-        f"{what}: a defect of softmoe, or of code of your own that it ran; please report what stands above, the command and "
-        "softmoe --version"
+        f"{what}: a defect of softmoe, or of code of your own that it ran; please report what stands above, the "
+        "command and softmoe --version"
     )
 
 
 def _own_code(error: BaseException) -> str | None:
     """Where a user's own code raised an error: the last frame that is neither ours nor the environment's."""
-    ours = str(Path(__file__).parent)
+    here = str(Path(__file__).parent)
     environment = tuple({str(Path(path).resolve()) for path in (*sysconfig.get_paths().values(), sys.base_prefix)})
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         file = frame.filename
-        if file.startswith(ours):
+        if file.startswith(here):
             return None
         if not file.startswith(("<", *environment)) and Path(file).name not in ("softmoe", "__main__.py"):
             return f"{file}, line {frame.lineno}"

@@ -23,7 +23,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from softmoe_cli.config import Config, UsageError
-from softmoe_cli.failures import defect, own
+from softmoe_cli.failures import defect, ours
 from softmoe_cli.files import RunError, write_atomically
 from softmoe_cli.signals import ASKING, Asked, end_children, heard, leave_soon
 from softmoe_cli.sweep import follow_launcher, start_server
@@ -152,7 +152,7 @@ def _process(config: Config, command: str, directory: str, environment: dict[str
         ending.start()
         return 130
     except Exception as error:
-        known = own(error)
+        known = ours(error)
         text = defect(error) if known is None else str(known)
         leave(2 if isinstance(known, UsageError) else 1, text, isinstance(known, Lost))
         end_children()

@@ -43,7 +43,7 @@ from softmoe_cli.config import QUALITIES, Config, Launcher, RayLauncher, SlurmLa
 from softmoe_cli.files import RunError, write_atomically
 from softmoe_cli.signals import ASKING, CURSOR, Asked, heard, leave_soon
 from softmoe_cli.status import State, count, duration, figures, held, state
-from softmoe_cli.text import aligned
+from softmoe_cli.text import aligned, printable_lines
 
 PERIOD_S = 0.25
 MANY = 10_000
@@ -207,7 +207,7 @@ def _answer(question: Question, sender: Connection) -> None:
     and a word for each job that may run at a time: its GPU, or nothing."""
     follow_launcher(lambda: os._exit(130))
     from softmoe_cli import cli
-    from softmoe_cli.failures import defect, own
+    from softmoe_cli.failures import defect, ours
     from softmoe_cli.train import run_folder, with_largest_batch
 
     options = question.options
@@ -242,7 +242,7 @@ def _answer(question: Question, sender: Connection) -> None:
                 raise UsageError(f"hydra.launcher.limit: train.minutes leaves {unknown[0]} open; give train.steps")
             answers.append(Job(name, [*overrides, *settled], folder, config.threads, cost))
         except Exception as error:
-            answers.append(own(error) or RunError(defect(error)))
+            answers.append(ours(error) or RunError(defect(error)))
     sender.send((answers, slots))
 
 
@@ -706,7 +706,7 @@ class Sweep:
                 refresh()
                 if running or waiting:
                     time.sleep(PERIOD_S)
-        self._console.print(count(self._states()), markup=False)
+        self._console.print(count(self._states()))
         if signals.name is not None:
             raise KeyboardInterrupt(signals.name)
 
@@ -750,7 +750,7 @@ class Sweep:
     def _say(self, text: str) -> None:
         """A line, where no table says it."""
         if not self._console.is_terminal:
-            self._console.print(text, markup=False)
+            self._console.print(printable_lines(text), markup=False)
 
     def _states(self) -> list[State]:
         return [entry.state(self._local) for entry in self._entries]
@@ -762,22 +762,23 @@ class Sweep:
         if not self._console.is_terminal:
             yield lambda: None
             return
-        begun, start = time.monotonic(), [state.progress for state in self._states()]
+        begun, start = time.monotonic(), [state.progress or 0.0 for state in self._states()]
 
         def refresh() -> None:
             states = self._states()
-            passed, rest = time.monotonic() - begun, sum(1 - state.progress for state in states)
-            done = sum(state.progress - before for state, before in zip(states, start, strict=True))
+            passed, now = time.monotonic() - begun, [state.progress or 0.0 for state in states]
+            rest, done = len(now) - sum(now), sum(now) - sum(start)
             left = f", about {duration(passed * rest / done)} left" if done > 0 and rest > 0 else ""
             foot = f"{count(states)}; {duration(passed)} so far{left}; logs and state in {self._folder}"
             if signals.name is not None:
                 foot = f"{signals.name}: jobs save and leave; Ctrl-C again ends them at once\n{foot}"
             room = self._console.height - foot.count("\n") - 2
-            live.update(Text(f"{self._table(room, states)}\n{foot}", overflow="fold"), refresh=True)
+            text = printable_lines(f"{self._table(room, states)}\n{foot}")
+            live.update(Text(text, overflow="fold"), refresh=True)
 
         with Live(console=self._console, auto_refresh=False, screen=True) as live:
             yield refresh
-        self._console.print(self._table(len(self._entries) + 1, self._states()), markup=False)
+        self._console.print(printable_lines(self._table(len(self._entries) + 1, self._states())), markup=False)
 
     def _table(self, height: int, states: list[State]) -> str:
         """As many jobs as there is room for, the running ones first of all. What does not fit into a line is taken from

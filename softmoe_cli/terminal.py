@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from softmoe_cli.text import printable_lines
+
 PROGRESS_PERIOD_S = 0.2
 
 
@@ -52,7 +54,7 @@ class Screen:
         self._progress.stop()
 
     def say(self, text: str) -> None:
-        self.console.print(escape(text))
+        self.console.print(escape(printable_lines(text)))
 
     def table(self, title: str, rows: dict[str, str]) -> None:
         """A line per word: wrapped by the terminal, whole in a file."""
@@ -61,7 +63,7 @@ class Screen:
             self.row(key, value)
 
     def row(self, key: str, value: str) -> None:
-        self.console.print(f"  [bold]{escape(key):<17}[/bold]{escape(value)}")
+        self.console.print(f"  [bold]{escape(key):<17}[/bold]{escape(printable_lines(value))}")
 
     def step(self, done: float, loss: float, lr: float, images_per_s: float) -> None:
         """Moves the progress bar to the share `done`; cheap enough for every step."""

@@ -17,7 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from softmoe_cli import data, mirror, parallel
-from softmoe_cli.config import WAYS, Config, UsageError
+from softmoe_cli.config import WANDB_LETTERS, WAYS, Config, UsageError
 from softmoe_cli.cost import Cost, account, on_meta
 from softmoe_cli.device import (
     Energy,
@@ -759,7 +759,7 @@ def _wandb_settings(config: Config, command: str, run: Run) -> dict[str, Any]:
         "group": w.group or config.study,
         "job_type": command,
         "tags": w.tags,
-        "name": w.name or run.folder.name,
+        "name": w.name or run.folder.name[-WANDB_LETTERS:],
         "config": asdict(config),
     }
 

@@ -26,7 +26,7 @@ from tests.processes import Started
 from tests.test_train import same
 
 ROOT = Path(__file__).resolve().parents[1]
-LINE = (*TINY, "threads=1", "train.batch_size=8")
+LINE = (*TINY, "threads=1", "train.batch_size=8", "study=default")
 
 
 def launch(folder: Path, *arguments: str) -> Started:
