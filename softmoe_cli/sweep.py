@@ -781,20 +781,15 @@ class Sweep:
         self._console.print(printable_lines(self._table(len(self._entries) + 1, self._states())), markup=False)
 
     def _table(self, height: int, states: list[State]) -> str:
-        """As many jobs as there is room for, the running ones first of all. What does not fit into a line is taken from
-        the jobs' names, first of all the sections of keys."""
+        """As many jobs as there is room for, the running ones first of all."""
         order = sorted(range(len(states)), key=lambda i: states[i].state not in ("running", "queued", "failed"))
         rows = [["run", "state", "progress", "eta", "val top-1", "log"]]
         for i in sorted(order[: max(1, height - 1)]):
-            s, log = states[i], Path(states[i].log or "-").name
-            rows.append([s.run, s.state, *figures(s), log])
-            rows[-1].insert(3, self._entries[i].eta(s.progress))
-        room = self._console.width - sum(2 + max(map(len, column)) for column in list(zip(*rows, strict=True))[1:])
-        if max(len(row[0]) for row in rows) > room:
-            for row in rows:
-                short = re.sub(r"\S*\.(?=[^\s=.]+=)", "", row[0])  # num_experts=8 of model.router.num_experts=8
-                row[0] = short if len(short) <= room else f"{short[: max(0, room - 1)]}…"
-        return aligned(rows, markdown=False)
+            s = states[i]
+            progress, top1 = figures(s)
+            eta = self._entries[i].eta(s.progress or 0.0)
+            rows.append([s.run, s.state, progress, eta, top1, Path(s.log or "-").name])
+        return fitted(rows, self._console.width)
 
     def _excess(self, job: Job) -> float:
         return max((job.cost[key] / most for key, most in self._options.limit.given.items()), default=0.0)
@@ -813,6 +808,17 @@ class Sweep:
         else:
             told.status, told.return_value = JobStatus.FAILED, RunError(f"{entry.job.run} failed; see {entry.log}")
         return told
+
+
+def fitted(rows: list[list[str]], width: int) -> str:
+    """A table with lines of at most `width` letters. What is too long is taken from the first column, a job's name: the
+    sections of its keys, then its end."""
+    room = width - sum(2 + max(map(len, column)) for column in [*zip(*rows, strict=True)][1:])
+    if max(len(name) for name, *_ in rows) > room:
+        short = [re.sub(r"\S*\.(?=[^\s=.]+=)", "", name) for name, *_ in rows]  # num_experts=8, without model.router.
+        cut = [name if len(name) <= room else f"{name[: max(0, room - 1)]}…" for name in short]
+        rows = [[name, *others] for name, (_, *others) in zip(cut, rows, strict=True)]
+    return aligned(rows, markdown=False)
 
 
 def report() -> None:
