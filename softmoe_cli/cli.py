@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import io
 import json
 import os
 import re
@@ -32,8 +33,10 @@ from softmoe_cli.config import (
     nearest,
     same_set,
 )
-from softmoe_cli.files import RULE, RunError
-from softmoe_cli.text import first_line
+from softmoe_cli.failures import defect, ours
+from softmoe_cli.files import RULE
+from softmoe_cli.signals import end_children, interruptible
+from softmoe_cli.text import first_line, printable_lines
 
 if typing.TYPE_CHECKING:
     from softmoe_cli.record import Source
@@ -210,26 +213,33 @@ USAGE["compare"] += f"\n{RULE} Only a folder that softmoe compare made is made a
 def main() -> None:
     """The entry point: runs sys.argv and exits with 0, 1 (it failed, or found faults), 2 (cannot work) or 130
     (interrupted)."""
+    for stream in (sys.stdout, sys.stderr):  # a name that is no UTF-8, or a terminal that is none: with escapes
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     code, text = run(sys.argv[1:])
     if text:
-        print(f"softmoe: {text}", file=sys.stderr)
+        print(f"softmoe: {printable_lines(text)}", file=sys.stderr)
     leave(code)
 
 
 def run(arguments: Sequence[str]) -> tuple[int, str]:
     """Runs a command line; returns its exit status and, where an error caused it, the sentence that says why."""
     debug = "--debug" in arguments
+    trains = arguments[:1] in (["train"], ["finetune"])
     try:
-        return _dispatch([argument for argument in arguments if argument != "--debug"]), ""
-    except UsageError as error:
-        return _failed(error, 2, debug)
+        with interruptible(functools.partial(_stopped, trains)):
+            return _dispatch([argument for argument in arguments if argument != "--debug"]), ""
     except KeyboardInterrupt as error:
-        return _failed(error, 130, debug)
-    except BrokenPipeError:
+        if debug:
+            raise
+        return 130, _stopped(trains, str(error) or "SIGINT")
+    except BrokenPipeError as error:
+        if error.filename is not None:  # a named pipe among somebody's files
+            return _failed(error, debug, arguments)
         _nobody_listens()
         return 1, ""
-    except RunError as error:
-        return _failed(error, 1, debug)
+    except Exception as error:
+        return _failed(error, debug, arguments)
 
 
 def leave(code: int) -> typing.NoReturn:
@@ -240,6 +250,7 @@ def leave(code: int) -> typing.NoReturn:
         _nobody_listens()
         code = code or 1
     if "softmoe_cli.mirror" in sys.modules and sys.modules["softmoe_cli.mirror"].stuck:
+        end_children()
         os._exit(code)  # W&B's own goodbye would wait for a server that does not answer
     sys.exit(code)
 
@@ -249,13 +260,20 @@ def _nobody_listens() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _failed(error: BaseException, code: int, debug: bool) -> tuple[int, str]:
+def _stopped(trains: bool, name: str) -> str:
+    """What a signal's name, as a KeyboardInterrupt has it, says to a reader."""
+    why = "nobody reads what it says any more, so it stopped" if name == "SIGPIPE" else f"stopped by {name}"
+    return f"{why}; type the same command to go on" if trains else why
+
+
+def _failed(error: Exception, debug: bool, typed: Sequence[str]) -> tuple[int, str]:
+    """Exit status and sentence of an error."""
     if debug:
         raise error
-    text = str(error)
-    if isinstance(error, KeyboardInterrupt):
-        text = f"stopped by {text or 'SIGINT'}; type the same command to go on"
-    return code, text
+    known = ours(error, typed)
+    if known is None:
+        return 1, defect(error)
+    return 2 if isinstance(known, UsageError) else 1, str(known)
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -417,8 +435,8 @@ def _router_options(name: str) -> dict[str, Any]:
 
     try:
         module = importlib.import_module(path.stem)
-    except (ImportError, SyntaxError, NameError, AttributeError, TypeError, ValueError) as error:
-        raise UsageError(f"{name} cannot be imported: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:  # whatever it raises is its own
+        raise UsageError(f"{name} cannot be imported: {type(error).__name__}: {first_line(error)}") from error
     own = [
         each
         for each in vars(module).values()
@@ -434,6 +452,7 @@ def _router_options(name: str) -> dict[str, Any]:
 def _hydra(command: str, arguments: list[str]) -> int:
     """Composes with Hydra and runs the command for each job; Hydra's own errors become one sentence. Returns the exit
     status."""
+    many = any(argument in ("-m", "--multirun") for argument in arguments)
     import hydra
     from hydra.core.plugins import Plugins
     from hydra.errors import HydraException
@@ -442,6 +461,13 @@ def _hydra(command: str, arguments: list[str]) -> int:
 
     from softmoe_cli.own_conf import OwnConf, OwnSource, ignored
 
+    nameless = next((argument for argument in arguments if re.match(r"[+~]*=", argument)), None)
+    if nameless is not None:
+        raise UsageError(f"cannot read '{nameless}': there is no key before the =; write KEY=VALUE without spaces")
+    _refuse_unknown_to_hydra(arguments)
+    if many and command in ("train", "finetune") and (study := _study_of(arguments)) is not None:
+        _tell(f"study={study}, after the keys that vary; study= names another folder")
+        arguments = [*arguments, f"study={study}"]
     _store_schemas()
     OwnConf.find = staticmethod(_own_conf)
     for plugin in (OwnConf, OwnSource):
@@ -450,7 +476,6 @@ def _hydra(command: str, arguments: list[str]) -> int:
     if own is not None and (sentence := ignored(own, command)) is not None:
         _tell(sentence)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing and leaving with status 1
-    many = any(argument in ("-m", "--multirun") for argument in arguments)
     if "--plan" in arguments and (command not in ("train", "finetune") or not many):
         raise UsageError("--plan lists the jobs of a sweep: softmoe train -m … --plan or softmoe finetune -m … --plan")
     if "--groups" in arguments and (command not in ("train", "finetune") or many):
@@ -475,10 +500,13 @@ def _hydra(command: str, arguments: list[str]) -> int:
         """One job. A sweep goes on after a failure; the last failure is what the command ends with."""
         try:
             tasks[command](config)
-        except (UsageError, RunError) as error:
+        except Exception as error:
+            known = ours(error, _typed())
+            if known is None:
+                raise
             if failures:
-                print(f"softmoe: {failures[-1]}", file=sys.stderr)
-            failures.append(error)
+                print(f"softmoe: {printable_lines(str(failures[-1]))}", file=sys.stderr)
+            failures.append(known)
 
     try:
         with contextlib.ExitStack() as nowhere:
@@ -596,6 +624,43 @@ def _refuse_unknown(node: Any, section: type, prefix: str = "") -> None:
             _refuse_unknown(node[key], typing.cast(type, hints[key]), f"{prefix}{key}.")
 
 
+def _study_of(arguments: Sequence[str]) -> str | None:
+    """What a sweep's folder is called where nobody says it: the last words of the keys that vary, in the order in which
+    they were typed. None where the study is typed, or an experiment's, or where Hydra has yet to refuse the words.
+
+    `model/router=dense,soft seed=0,1` -> `router-seed`
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    if any(word.lstrip("+").startswith(("study=", "experiment=", "experiment/")) for word in arguments):
+        return None
+    words = [word for word in arguments if not word.startswith("-") and "=" in word]
+    try:
+        typed = OverridesParser.create().parse_overrides(words)
+    except HydraException:
+        return None
+    keys = [override.key_or_group for override in typed if override.is_sweep_override()]
+    return "-".join(dict.fromkeys(re.split(r"[./]", key)[-1] for key in keys)) or None
+
+
+def _refuse_unknown_to_hydra(arguments: Sequence[str]) -> None:
+    """`+hydra.key=value` as well, where Hydra knows which keys it has."""
+    from hydra.conf import HydraConf
+
+    for argument in arguments:
+        if not argument.startswith(("+hydra.", "++hydra.")):
+            continue
+        key, section = argument.lstrip("+").partition("=")[0].removeprefix("hydra."), HydraConf
+        for word in key.split("."):
+            hints = typing.get_type_hints(section)
+            if word not in hints:
+                raise UsageError(f"{argument}: there is no key 'hydra.{key}'.{nearest(word, hints)}")
+            section = hints[word]
+            if not dataclasses.is_dataclass(section):
+                break
+
+
 def plain(config: Any, section: type) -> dict[str, Any]:
     """The composed configuration as plain containers, unresolved, with unknown keys refused."""
     from omegaconf import OmegaConf
@@ -685,6 +750,8 @@ def settle(command: str, tree: dict[str, Any], typed: Sequence[str]) -> "tuple[C
     Raises:
         UsageError: it cannot work.
     """
+    from softmoe_cli import mirror
+
     if command == "train":
         checked = _door(tree, Config)
         if checked.slots != "kept":
@@ -692,6 +759,7 @@ def settle(command: str, tree: dict[str, Any], typed: Sequence[str]) -> "tuple[C
         for key in ("checkpoint", "trust"):
             if (value := getattr(checked, key)) is not None:
                 raise UsageError(f"{key}={value} belongs to softmoe finetune; softmoe train starts afresh")
+        mirror.check(checked)
         return checked, None
     if not tree["checkpoint"]:
         raise UsageError(
@@ -702,6 +770,7 @@ def settle(command: str, tree: dict[str, Any], typed: Sequence[str]) -> "tuple[C
     source = _read(tree["checkpoint"])
     _inherit(tree, source, typed)
     checked = _door(tree, Config)
+    mirror.check(checked)
     if checked.slots == "proportional":
         for key in ("model.router.slots_per_expert", "model.router.capacity_factor"):
             if _names(key, typed):

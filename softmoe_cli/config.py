@@ -7,11 +7,14 @@ and bounds beside its type; `softmoe train --help` prints them, and `check` enfo
 import dataclasses
 import difflib
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
+
+from softmoe_cli.text import printable
 
 MISSING: Any = "???"
 """omegaconf's mark of a value that `conf/` must give; importing omegaconf takes a tenth of a second."""
@@ -350,7 +353,7 @@ class Train:
     steps: int | None = option("budget in updates", low=1)
     epochs: float | None = option("budget in passes over the training images", above=0)
     images: int | None = option("budget in images", low=1)
-    minutes: float | None = option("budget in minutes of training, evaluation and saving not counted", above=0)
+    minutes: float | None = option("budget in minutes of training, evaluation and saving not counted", low=1e-6)
     default_epochs: float = option("the budget when none of the four above is given", above=0)
     batch_size: Any = option("images per update; auto: a power of two that fits beside a sweep's other jobs", low=1)
     accumulate: int = option("parts that a batch is computed in, to save memory; the update stays the same", low=1)
@@ -362,9 +365,9 @@ class Train:
     ema: float | None = option(
         "decay of an average of the weights, which is then evaluated; null: none", above=0, high=0.999999
     )
-    log_every: float = option("steps (or, below 1, share of the budget) between training rows", above=0)
+    log_every: float = option("steps (or, below 1, share of the budget) between training rows", low=1e-6)
     eval_every: float = option(
-        "steps (or, below 1, share of the budget) between looks at the validation images", above=0
+        "steps (or, below 1, share of the budget) between looks at the validation images", low=1e-6
     )
     eval_batch_size: int = option("images per forward pass in evaluation", low=1)
     fewshot: list[int] = option(
@@ -393,6 +396,10 @@ class Train:
             raise UsageError(f"train.accumulate={self.accumulate} does not divide train.batch_size={self.batch_size}")
 
 
+WANDB_LETTERS = 128
+"""Letters that W&B takes in a project, a group or a name."""
+
+
 @dataclass
 class Wandb:
     """Where on Weights & Biases the run is mirrored."""
@@ -405,7 +412,26 @@ class Wandb:
     name: str | None = option("null: the run's name")
 
     def check(self) -> None:
+        """W&B's own limits: what it refuses would cost the record of the run."""
         _check(self)
+        for key in ("project", "entity", "group", "name"):
+            value = getattr(self, key)
+            if value is not None and not 1 <= len(value) <= WANDB_LETTERS:
+                raise UsageError(
+                    f"wandb.{key}={value} has {len(value)} characters; W&B takes 1 to {WANDB_LETTERS}"
+                    + ", and null leaves the choice to it" * (key != "project")
+                )
+        for key in ("project", "entity"):
+            wrong = [letter for letter in "/\\#?%:" if letter in (getattr(self, key) or "")]
+            if wrong:
+                raise UsageError(
+                    f"wandb.{key}={getattr(self, key)} has '{wrong[0]}' in it; W&B takes none of / \\ # ? % : there"
+                )
+        for tag in self.tags:
+            if not 1 <= len(tag) <= 64:
+                raise UsageError(
+                    f"wandb.tags={self.tags}: the tag '{tag}' has {len(tag)} characters; W&B takes 1 to 64"
+                )
 
 
 def check_channels(data: Data, in_chans: int) -> None:
@@ -447,6 +473,14 @@ def group_of(router: dict[str, Any]) -> int:
     """A router's `images_per_group`; 1 where it has none, or one that its constructor will refuse."""
     group = router.get("images_per_group", 1)
     return group if isinstance(group, int) and group > 0 else 1
+
+
+NAME_BYTES = 255
+"""In the name of a file or folder, on nearly every file system; a letter may have four."""
+
+
+def _bytes(name: str) -> int:
+    return len(os.fsencode(name))
 
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -533,8 +567,15 @@ class Config:
                     "use cosine, linear or constant"
                 )
         for key, text in {"study": self.study, "name": self.name or "x"}.items():
-            if not text or "\x00" in text or text.startswith(("/", ".")) or ".." in text.split("/"):
-                raise UsageError(f"{key}={text!r} must be a plain folder name")
+            if not text or text.startswith(("/", ".")) or ".." in text.split("/") or printable(text) != text:
+                raise UsageError(f"{key}={text!a} must be a plain folder name")
+        longest = {"study": max(self.study.split("/"), key=_bytes), "name": f"{self.name}-0123456789"}
+        for key, text in longest.items():
+            if _bytes(text) > NAME_BYTES:
+                extra = " with the signature behind it" if key == "name" else ""
+                raise UsageError(
+                    f"{key}={text[:30]}… has {_bytes(text)} bytes{extra}; a folder's name may have {NAME_BYTES}"
+                )
 
 
 @dataclass

@@ -7,8 +7,6 @@ where `restarts=` asks for it. Where torchrun has started the processes none of 
 import contextlib
 import json
 import logging
-import multiprocessing
-import multiprocessing.forkserver
 import os
 import signal
 import socket
@@ -16,7 +14,6 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,8 +31,10 @@ from torch.distributed.elastic.rendezvous import (
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from softmoe_cli.config import Config, UsageError
+from softmoe_cli.failures import defect, ours
 from softmoe_cli.files import RunError, write_atomically
-from softmoe_cli.sweep import follow_launcher
+from softmoe_cli.signals import ASKING, Asked, end_children, heard, leave_soon
+from softmoe_cli.sweep import follow_launcher, start_server
 
 GRACE_S = 120
 """How long processes that were asked to save and leave have for it before they are ended."""
@@ -111,18 +110,21 @@ def launch(config: Config, command: str) -> None:
     for engine in logging.root.manager.loggerDict:
         if engine.startswith(("torch.distributed.elastic", "torch.multiprocessing")):
             logging.getLogger(engine).setLevel(logging.CRITICAL)  # what matters is said here
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["softmoe_cli.train", "softmoe_cli.cli"])
     # Slurm may tell every process of a job that its time is near; the one that takes it passes it on as SIGTERM.
-    handler = signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-    multiprocessing.forkserver.ensure_running()
-    signal.signal(signal.SIGUSR2, handler)
+    start_server(["softmoe_cli.train", "softmoe_cli.cli"])
+    asked = Asked()
+
+    def hear(number: int) -> None:
+        if asked.again(number):
+            leave_soon(lambda: "\nleft at once; the same command goes on from the last checkpoint\n")
+
     # What torchrun tells its processes, this one may have too, from a job's script or an image.
     environment = {name: value for name, value in os.environ.items() if name not in (*TOLD, ATTEMPT)}
     inside = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
     if inside is not None:
         environment.setdefault("GLOO_SOCKET_IFNAME", inside)  # without it what the machine's name leads to
     rendezvous_handler_registry.register(Loopback.BACKEND, Loopback)
-    with tempfile.TemporaryDirectory(prefix="softmoe-") as folder:
+    with heard(ASKING, hear), tempfile.TemporaryDirectory(prefix="softmoe-") as folder:
         elastic = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -146,8 +148,7 @@ def launch(config: Config, command: str) -> None:
                 raise KeyboardInterrupt(notes(Path(folder))[0].text) from error
             raise UsageError(text) if code == 2 else RunError(f"{text}; type the same command to go on") from error
         finally:
-            for process in multiprocessing.active_children():  # a second Ctrl-C leaves them to us
-                process.kill()
+            end_children()  # a second Ctrl-C leaves them to us
         if any(codes.values()):
             raise KeyboardInterrupt(notes(Path(folder))[0].text)
 
@@ -205,11 +206,10 @@ def _process(config: Config, command: str, directory: str, environment: dict[str
         ending.daemon = True
         ending.start()
         return 130
-    except (UsageError, RunError) as error:
-        leave(2 if isinstance(error, UsageError) else 1, str(error), isinstance(error, Lost))
-        os._exit(1)
-    except Exception as error:  # a defect: its traceback is what there is to say
-        traceback.print_exc()
-        leave(1, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+    except Exception as error:
+        known = ours(error)
+        text = defect(error) if known is None else str(known)
+        leave(2 if isinstance(known, UsageError) else 1, text, isinstance(known, Lost))
+        end_children()
         os._exit(1)
     return 0

@@ -14,7 +14,12 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
 
+from softmoe_cli.config import WANDB_LETTERS, Config, UsageError, nearest
 from softmoe_cli.text import first_line
+
+MODES = {"online": "online", "offline": "offline", "run": "online", "dryrun": "offline", "disabled": "off"}
+"""What WANDB_MODE may say: W&B's words, two of them older ones."""
+SECRET = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
 
 AXES = ("images", "step", "epoch", "train_pflop", "device_s", "eval_s", "save_s", "compile_s")
 QUALITY = ("top1_pct", "top5_pct", "loss")
@@ -29,13 +34,52 @@ stuck = False
 
 
 def resolve(tracking: str) -> str:
-    """online, offline or off for `tracking=`; auto is what WANDB_MODE says, else online when W&B has a key."""
+    """online, offline or off for `tracking=`; auto is what WANDB_MODE says, else online when W&B has a key.
+
+    Raises:
+        UsageError: WANDB_MODE is no mode.
+    """
     if tracking != "auto":
         return tracking
     mode = os.environ.get("WANDB_MODE")
-    if mode:
-        return {"online": "online", "offline": "offline"}.get(mode, "off")
-    return "online" if _has_key() else "offline"
+    if not mode:
+        return "online" if _has_key() else "offline"
+    if mode not in MODES:
+        raise UsageError(f"WANDB_MODE={mode} is not one of {', '.join(MODES)}.{nearest(mode, MODES)}")
+    return MODES[mode]
+
+
+def check(config: Config) -> None:
+    """What W&B would refuse when the run is on its way, and with it the record of the run.
+
+    Raises:
+        UsageError: it would; the sentence names the key or the variable.
+    """
+    if resolve(config.tracking) == "off":
+        return
+    if config.wandb.group is None and len(config.study) > WANDB_LETTERS:
+        raise UsageError(
+            f"study={config.study} has {len(config.study)} characters, and W&B takes up to {WANDB_LETTERS} as a run's "
+            "group; set wandb.group, or tracking=off"
+        )
+    for name, value in os.environ.items():
+        if name.startswith("WANDB_") and name != "WANDB_MODE" and (fault := _fault(name, value)) is not None:
+            shown = "" if name in SECRET else f"={value}"
+            raise UsageError(f"{name}{shown}: W&B refuses it ({fault}); change or unset it, or set tracking=off")
+
+
+def _fault(name: str, value: str) -> str | None:
+    """Why W&B would not take a variable of the environment, which it reads whatever the run is told."""
+    import wandb
+    from pydantic import ValidationError
+
+    try:
+        wandb.Settings().update_from_env_vars({name: value})
+    except ValidationError as error:
+        return error.errors()[0]["msg"].removeprefix("Value error, ")
+    except (wandb.Error, ValueError) as error:
+        return first_line(error)
+    return None
 
 
 def _server() -> str:

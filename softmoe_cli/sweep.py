@@ -15,6 +15,7 @@ import math
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import re
 import secrets
 import signal
 import subprocess
@@ -29,7 +30,7 @@ from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.utils import JobReturn, JobStatus
@@ -40,15 +41,19 @@ from rich.text import Text
 
 from softmoe_cli.config import QUALITIES, Config, Launcher, RayLauncher, SlurmLauncher, UsageError
 from softmoe_cli.files import RunError, write_atomically
+from softmoe_cli.signals import ASKING, CURSOR, Asked, heard, leave_soon
 from softmoe_cli.status import State, count, duration, figures, held, state
-from softmoe_cli.text import aligned
+from softmoe_cli.text import aligned, printable_lines
 
 PERIOD_S = 0.25
 MANY = 10_000
 """Jobs at a time where a cluster does the queueing."""
+LEFT_SCREEN = b"\x1b[?1049l" + CURSOR
+"""Goes back from the screen that a terminal's table has for itself."""
 GONE_S = 300
 """How long a job that is queued again waits to be ended."""
 SERVER = multiprocessing.get_context("forkserver")
+NOT_FOR_SERVER = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 failures: list[str] = []
 """A sentence for each job of this process's sweep that failed; `report` turns them into the exit status."""
@@ -94,21 +99,21 @@ class Attempt(Protocol):
 
 def perform(order: Order) -> int:
     """Does what typing the command would do, with the output in the job's log; leaves a note of why it failed."""
-    os.chdir(order.directory)
-    os.environ.update(order.environment)
-    order.failure.unlink(missing_ok=True)
-    with order.log.open("a") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
+    try:
+        os.chdir(order.directory)
+        os.environ.update(order.environment)
+        order.failure.unlink(missing_ok=True)
+        with order.log.open("a") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+    except OSError as error:  # said where the launcher speaks
+        print(f"softmoe: cannot write {order.log}: {error.strerror}", file=sys.stderr)
+        return 1
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     sys.argv = ["softmoe", *order.arguments]
     from softmoe_cli import cli
 
-    try:
-        code, reason = cli.run(order.arguments)
-    except BaseException as error:  # a defect: noted here, its traceback goes into the log
-        note(order, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
-        raise
+    code, reason = cli.run(order.arguments)
     if reason:
         print(f"softmoe: {reason}", file=sys.stderr)
         if code != 130:
@@ -121,16 +126,28 @@ def note(order: Order, reason: str) -> None:
     write_atomically(order.failure, json.dumps({"reason": reason}) + "\n")
 
 
-def follow_launcher() -> None:
+def start_server(modules: list[str]) -> None:
+    """Starts what processes are forked from. A signal to the whole process group is not for it: without it nobody
+    would know how they end."""
+    SERVER.set_forkserver_preload(modules)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in NOT_FOR_SERVER}
+    multiprocessing.forkserver.ensure_running()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def follow_launcher(leave: Callable[[], object] = lambda: os.kill(os.getpid(), signal.SIGTERM)) -> None:
     """Puts a process that a launcher started into a process group of its own, so that a Ctrl-C reaches the launcher
-    alone, and has it asked to save and leave when the launcher is gone, so that nothing goes on unseen."""
+    alone, and has it save and `leave` when the launcher is gone, so that nothing goes on unseen."""
     os.setpgid(0, 0)
+    for number in NOT_FOR_SERVER:
+        signal.signal(number, signal.SIG_DFL)
     launcher = multiprocessing.parent_process()
     assert launcher is not None
 
     def watch() -> None:
         launcher.join()
-        os.kill(os.getpid(), signal.SIGTERM)
+        leave()
 
     threading.Thread(target=watch, daemon=True).start()
 
@@ -188,14 +205,15 @@ class Question:
 def _answer(question: Question, sender: Connection) -> None:
     """Checks every job as its own process would, all in one process; sends a job or the reason against it for each,
     and a word for each job that may run at a time: its GPU, or nothing."""
-    os.setpgid(0, 0)
+    follow_launcher(lambda: os._exit(130))
     from softmoe_cli import cli
+    from softmoe_cli.failures import defect, ours
     from softmoe_cli.train import run_folder, with_largest_batch
 
     options = question.options
     slots, threads = _share(options, {tree["device"] for _, _, tree in question.jobs})
     sharers = max(Counter(slots[: len(question.jobs)]).values(), default=1)  # jobs on one device at a time
-    answers: list[Job | str] = []
+    answers: list[Job | UsageError | RunError] = []
     for name, overrides, tree in question.jobs:
         try:
             config, source = cli.settle(question.command, tree, overrides)
@@ -223,8 +241,8 @@ def _answer(question: Question, sender: Connection) -> None:
             if unknown:
                 raise UsageError(f"hydra.launcher.limit: train.minutes leaves {unknown[0]} open; give train.steps")
             answers.append(Job(name, [*overrides, *settled], folder, config.threads, cost))
-        except UsageError as error:
-            answers.append(str(error))
+        except Exception as error:
+            answers.append(ours(error) or RunError(defect(error)))
     sender.send((answers, slots))
 
 
@@ -478,27 +496,18 @@ class Entry:
         return duration(pace * (1 - progress))
 
 
-class Signals:
-    """SIGINT, SIGTERM and SIGUSR1 ask the jobs to save and leave and the launcher to wait; a second SIGINT ends them at
-    once."""
-
-    NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+class Signals(Asked):
+    """SIGINT, SIGTERM and SIGUSR1 ask the jobs to save and leave and the launcher to wait; a second SIGINT or SIGTERM
+    ends them, and the launcher, at once."""
 
     def __init__(self) -> None:
-        self.name: str | None = None
+        super().__init__()
         self.now = self.told = False
 
-    def __enter__(self) -> Self:
-        self._before = {number: signal.signal(number, self._ask) for number in self.NUMBERS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, _frame: FrameType | None) -> None:
-        self.now = self.now or (self.name is not None and number == signal.SIGINT)
-        self.name = self.name or signal.Signals(number).name
+    def hear(self, number: int) -> None:
+        if self.again(number) and not self.now:
+            self.now = True
+            leave_soon(lambda: "\nleft at once; the same command goes on from the last checkpoints\n", LEFT_SCREEN)
 
 
 class Sweep:
@@ -530,11 +539,10 @@ class Sweep:
         self._folder = study / f"sweep-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
         self._entries: list[Entry] = []
         self._place: Place | None = None
-        self._console = Console(highlight=False, soft_wrap=True)
+        self._console = Console(highlight=False, soft_wrap=True, emoji=False)
         failures.clear()
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # several jobs share the cores: nobody spins
-        SERVER.set_forkserver_preload(["softmoe_cli.train", "softmoe_cli.cli", "softmoe_cli.sweep"])
-        multiprocessing.forkserver.ensure_running()
+        start_server(["softmoe_cli.train", "softmoe_cli.cli", "softmoe_cli.sweep"])
 
     def _check_objective(self) -> None:
         sweeper = self._config.hydra.sweeper
@@ -584,7 +592,8 @@ class Sweep:
         """Composes every job, has it checked, and finds the room for them."""
         from softmoe_cli import cli
 
-        jobs, errors = [], []
+        jobs: list[tuple[str, list[str], dict[str, Any]]] = []
+        errors: list[tuple[str, UsageError | RunError]] = []
         typed = {word.partition("=")[0]: word for word in self._typed}
         for overrides in job_overrides:
             config = self._loader.load_sweep_config(self._config, list(overrides))
@@ -595,19 +604,24 @@ class Sweep:
             try:
                 jobs.append((name, list(overrides), cli.plain(config, Config)))
             except UsageError as error:
-                errors.append(f"{name}: {error}")
+                errors.append((name, error))
         receiver, sender = SERVER.Pipe(duplex=False)
         process = SERVER.Process(target=_answer, args=(Question(self._command, jobs, self._options), sender))
         process.start()
         sender.close()
         try:
             answers, slots = receiver.recv()
+        except EOFError as error:
+            process.join()
+            raise RunError(f"the process that checks the jobs has ended: {_cause(process.exitcode or 0)}") from error
         finally:
             process.kill()
-        errors += [f"{name}: {answer}" for (name, *_), answer in zip(jobs, answers, strict=True) if type(answer) is str]
+        errors += [(job[0], each) for job, each in zip(jobs, answers, strict=True) if not isinstance(each, Job)]
         if errors:
-            several = f"{len(errors)} of {len(job_overrides)} jobs cannot work, so none was started:\n  "
-            raise UsageError(several + "\n  ".join(errors))
+            kind = RunError if any(isinstance(error, RunError) for _, error in errors) else UsageError
+            lines = [f"{name}: {error}" for name, error in errors]
+            several = f"{len(lines)} of {len(job_overrides)} jobs cannot work, so none was started:"
+            raise kind("\n  ".join([several, *lines]))
         return answers, slots
 
     def _number(self, jobs: list[Job], first: int) -> list[Entry]:
@@ -660,7 +674,8 @@ class Sweep:
         """Starts the next job when one ends, until all have."""
         running: list[Entry] = []
         self._say(f"{count(self._states())}; logs and state in {self._folder}")
-        with Signals() as signals, self._screen() as refresh:
+        signals = Signals()
+        with heard(ASKING, signals.hear), self._screen(signals) as refresh:
             while waiting or running:
                 for entry in list(running):
                     assert entry.attempt is not None
@@ -669,15 +684,16 @@ class Sweep:
                         running.remove(entry)
                         slots.append(entry.slot)
                         self._end(entry, code, signals.name is not None)
-                if signals.name is not None and (signals.now or not signals.told):
+                now = signals.now
+                if signals.name is not None and (now or not signals.told):
+                    if not signals.told:
+                        self._say(f"{signals.name}: {len(running)} jobs save and leave; Ctrl-C again ends them at once")
                     signals.told, waiting = True, []
-                    self._say(f"{signals.name}: {len(running)} jobs save and leave; Ctrl-C again ends them at once")
                     for entry in running:
                         assert entry.attempt is not None
-                        entry.attempt.stop(now=signals.now)
-                    if signals.now and not self._local:
+                        entry.attempt.stop(now=now)
+                    if now and not self._local:
                         break  # whether a cluster has heard is not waited for
-                    signals.now = False
                 for entry in list(waiting):
                     entry.word = "held" if self._local and held(entry.job.folder) else ""
                     if not entry.word and slots:
@@ -690,7 +706,7 @@ class Sweep:
                 refresh()
                 if running or waiting:
                     time.sleep(PERIOD_S)
-        self._console.print(count(self._states()), markup=False)
+        self._console.print(count(self._states()))
         if signals.name is not None:
             raise KeyboardInterrupt(signals.name)
 
@@ -718,10 +734,12 @@ class Sweep:
             entry.word = "stopped"
             self._line("stopped", entry, "")
         else:
-            order = self._order(entry)
-            if not order.failure.exists():
-                note(order, _cause(code))
-            reason = str(json.loads(order.failure.read_text())["reason"])
+            order, reason = self._order(entry), _cause(code)
+            if order.failure.exists():
+                reason = str(json.loads(order.failure.read_text())["reason"])
+            else:
+                with contextlib.suppress(RunError):  # no room: said here, and by the other jobs
+                    note(order, reason)
             failures.append(f"{entry.job.run}: {reason} ({entry.log})")
             self._line("failed", entry, f": {reason}")
 
@@ -732,30 +750,46 @@ class Sweep:
     def _say(self, text: str) -> None:
         """A line, where no table says it."""
         if not self._console.is_terminal:
-            self._console.print(text, markup=False)
+            self._console.print(printable_lines(text), markup=False)
 
     def _states(self) -> list[State]:
         return [entry.state(self._local) for entry in self._entries]
 
     @contextmanager
-    def _screen(self) -> Iterator[Callable[[], None]]:
-        """On a terminal a table that `refresh` brings up to date."""
+    def _screen(self, signals: Signals) -> Iterator[Callable[[], None]]:
+        """On a terminal a table that `refresh` brings up to date, on a screen of its own: what a terminal does to long
+        lines when its size changes leaves nothing behind."""
         if not self._console.is_terminal:
             yield lambda: None
             return
-        with Live(console=self._console, auto_refresh=False) as live:
-            yield lambda: live.update(Text(self._table(self._console.height - 3)), refresh=True)
+        begun, start = time.monotonic(), [state.progress or 0.0 for state in self._states()]
 
-    def _table(self, height: int) -> str:
+        def refresh() -> None:
+            states = self._states()
+            passed, now = time.monotonic() - begun, [state.progress or 0.0 for state in states]
+            rest, done = len(now) - sum(now), sum(now) - sum(start)
+            left = f", about {duration(passed * rest / done)} left" if done > 0 and rest > 0 else ""
+            foot = f"{count(states)}; {duration(passed)} so far{left}; logs and state in {self._folder}"
+            if signals.name is not None:
+                foot = f"{signals.name}: jobs save and leave; Ctrl-C again ends them at once\n{foot}"
+            room = self._console.height - foot.count("\n") - 2
+            text = printable_lines(f"{self._table(room, states)}\n{foot}")
+            live.update(Text(text, overflow="fold"), refresh=True)
+
+        with Live(console=self._console, auto_refresh=False, screen=True) as live:
+            yield refresh
+        self._console.print(printable_lines(self._table(len(self._entries) + 1, self._states())), markup=False)
+
+    def _table(self, height: int, states: list[State]) -> str:
         """As many jobs as there is room for, the running ones first of all."""
-        states = self._states()
         order = sorted(range(len(states)), key=lambda i: states[i].state not in ("running", "queued", "failed"))
         rows = [["run", "state", "progress", "eta", "val top-1", "log"]]
         for i in sorted(order[: max(1, height - 1)]):
             s = states[i]
             progress, top1 = figures(s)
-            rows.append([s.run, s.state, progress, self._entries[i].eta(s.progress), top1, s.log or "-"])
-        return f"{aligned(rows, markdown=False)}\n{count(states)}"
+            eta = self._entries[i].eta(s.progress or 0.0)
+            rows.append([s.run, s.state, progress, eta, top1, Path(s.log or "-").name])
+        return fitted(rows, self._console.width)
 
     def _excess(self, job: Job) -> float:
         return max((job.cost[key] / most for key, most in self._options.limit.given.items()), default=0.0)
@@ -774,6 +808,17 @@ class Sweep:
         else:
             told.status, told.return_value = JobStatus.FAILED, RunError(f"{entry.job.run} failed; see {entry.log}")
         return told
+
+
+def fitted(rows: list[list[str]], width: int) -> str:
+    """A table with lines of at most `width` letters. What is too long is taken from the first column, a job's name: the
+    sections of its keys, then its end."""
+    room = width - sum(2 + max(map(len, column)) for column in [*zip(*rows, strict=True)][1:])
+    if max(len(name) for name, *_ in rows) > room:
+        short = [re.sub(r"\S*\.(?=[^\s=.]+=)", "", name) for name, *_ in rows]  # num_experts=8, without model.router.
+        cut = [name if len(name) <= room else f"{name[: max(0, room - 1)]}…" for name in short]
+        rows = [[name, *others] for name, (_, *others) in zip(cut, rows, strict=True)]
+    return aligned(rows, markdown=False)
 
 
 def report() -> None:

@@ -1,5 +1,7 @@
 """What a run says: a header, progress, a line per evaluation, a closing table. Plain lines when not a terminal."""
 
+import os
+import sys
 import time
 from types import TracebackType
 from typing import Any, Self
@@ -8,14 +10,27 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from softmoe_cli.text import printable_lines
+
 PROGRESS_PERIOD_S = 0.2
+
+
+class Listened(Console):
+    """Text as it is, with no markup of emoji. `unread`: whoever read it is gone; nothing is said any more."""
+
+    unread = False
+
+    def on_broken_pipe(self) -> None:
+        """Where rich would end the process."""
+        self.quiet = self.unread = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Screen:
     """Standard output during one run; errors go to standard error elsewhere. A quiet one says nothing."""
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self.console = Console(highlight=False, soft_wrap=True, quiet=quiet)
+        self.console = Listened(highlight=False, soft_wrap=True, emoji=False, quiet=quiet)
         self._progress = Progress(
             TextColumn("{task.percentage:3.0f}%"),
             BarColumn(bar_width=24),
@@ -39,7 +54,7 @@ class Screen:
         self._progress.stop()
 
     def say(self, text: str) -> None:
-        self.console.print(escape(text))
+        self.console.print(escape(printable_lines(text)))
 
     def table(self, title: str, rows: dict[str, str]) -> None:
         """A line per word: wrapped by the terminal, whole in a file."""
@@ -48,7 +63,7 @@ class Screen:
             self.row(key, value)
 
     def row(self, key: str, value: str) -> None:
-        self.console.print(f"  [bold]{escape(key):<17}[/bold]{escape(value)}")
+        self.console.print(f"  [bold]{escape(key):<17}[/bold]{escape(printable_lines(value))}")
 
     def step(self, done: float, loss: float, lr: float, images_per_s: float) -> None:
         """Moves the progress bar to the share `done`; cheap enough for every step."""

@@ -93,3 +93,8 @@ def folded(rows: list[list[str]], width: int) -> str:
             parts = [cell[i] if i < len(cell) else "" for cell in cells]
             lines.append("  ".join([parts[0].ljust(widths[0]), *map(str.rjust, parts[1:], widths[1:])]).rstrip())
     return "\n".join(lines).replace("\u00a0", " ")
+
+
+def printable_lines(text: str) -> str:
+    """Text of several lines with the escapes of `printable` in each."""
+    return "\n".join(map(printable, text.split("\n")))

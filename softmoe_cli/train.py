@@ -1,17 +1,15 @@
 """The loop, told once, top to bottom. Finetuning is this with other numbers and given weights."""
 
 import math
-import os
 import platform
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -19,7 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from softmoe_cli import data, mirror, parallel
-from softmoe_cli.config import WAYS, Config, UsageError
+from softmoe_cli.config import WANDB_LETTERS, WAYS, Config, UsageError
 from softmoe_cli.cost import Cost, account, on_meta
 from softmoe_cli.device import (
     Energy,
@@ -51,6 +49,7 @@ from softmoe_cli.record import (
     set_random_state,
     signature,
 )
+from softmoe_cli.signals import ASKING, Asked, heard, leave_now, tell
 from softmoe_cli.terminal import Screen
 from softmoe_cli.text import count, first_line, gibibytes
 
@@ -349,6 +348,8 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
                     model.train()
                 if here >= budget.total:
                     break
+                if screen.console.unread:
+                    stop.name = stop.name or "SIGPIPE"
                 stop.check()
                 rest = max(config.train.save_seconds, 50 * save_took) - (time.monotonic() - saved_at)
                 if crew.most(rest if run.idle else math.inf) < 0:
@@ -478,39 +479,41 @@ def update(
     return main, aux_loss, norm_value
 
 
-def _tell(text: bytes) -> None:
-    """To whoever still listens: Ctrl-C ends the `tee` behind a pipe too."""
-    with suppress(OSError):
-        os.write(2, text)
-
-
-class Stop:
-    """SIGTERM, SIGINT and SIGUSR1 ask the run to save and leave, whichever process they reach; a second SIGINT leaves
-    at once."""
-
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+class Stop(Asked):
+    """SIGTERM, SIGINT and SIGUSR1 ask the run to save and leave, whichever process they reach; a second SIGINT or
+    SIGTERM leaves at once, whatever torch is doing."""
 
     def __init__(self, crew: Crew = ALONE) -> None:
-        self.name: str | None = None
+        super().__init__()
         self._crew = crew
+        self._checked, self._step_s = time.monotonic(), 0.0
 
     def __enter__(self) -> "Stop":
-        self._before = {number: signal.signal(number, self._ask) for number in self.SIGNALS}
+        self._heard = heard(ASKING, self.hear)
+        self._heard.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    def __exit__(self, *error: Any) -> None:
+        self._heard.__exit__(*error)
 
-    def _ask(self, number: int, _frame: FrameType | None) -> None:
-        if self.name is not None and number == signal.SIGINT:
-            _tell(b"\nleft at once; the last checkpoint is good\n")
-            os._exit(130)
-        self.name = signal.Signals(number).name
-        if self._crew.first:
-            _tell(f"\n{self.name}: saving and leaving; press Ctrl-C again to leave at once\n".encode())
+    def hear(self, number: int) -> None:
+        first = self.name is None
+        if self.again(number):
+            leave_now("\nleft at once; the same command goes on from the last checkpoint\n")
+        if first and self._crew.first:
+            so_far = time.monotonic() - self._checked
+            words = ""
+            if max(so_far, self._step_s) >= 1:
+                last = f", the one before {self._step_s:.0f} s" if self._step_s >= 1 else ""
+                words = f" after this step, which has taken {so_far:.0f} s so far{last}"
+            tell(
+                f"\n{self.name}: saving and leaving{words}; press Ctrl-C again to leave at once, from the last "
+                "checkpoint\n"
+            )
 
     def check(self) -> None:
+        now = time.monotonic()
+        self._checked, self._step_s = now, now - self._checked
         number = self._crew.most(signal.Signals[self.name] if self.name is not None else 0)
         if number:
             raise Interrupted(signal.Signals(int(number)).name)
@@ -756,7 +759,7 @@ def _wandb_settings(config: Config, command: str, run: Run) -> dict[str, Any]:
         "group": w.group or config.study,
         "job_type": command,
         "tags": w.tags,
-        "name": w.name or run.folder.name,
+        "name": w.name or run.folder.name[-WANDB_LETTERS:],
         "config": asdict(config),
     }
 

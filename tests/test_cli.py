@@ -410,7 +410,7 @@ def test_finetune_from_timm_without_its_weights(softmoe: Softmoe) -> None:
 def test_finished_runs_are_not_repeated_and_sweeps_make_a_run_each(softmoe: Softmoe, tmp_path: Path) -> None:
     line = ("train", "-m", *TINY, "train.steps=2", "seed=0,1")
     assert softmoe(*line).code == 0
-    runs = sorted((tmp_path / "outputs" / "default").glob("*/result.json"))
+    runs = sorted((tmp_path / "outputs" / "seed").glob("*/result.json"))
     assert len(runs) == 2
     before = [run.stat().st_mtime_ns for run in runs]
     again = softmoe(*line)

@@ -28,7 +28,7 @@ from tests.processes import Started
 from tests.test_train import same
 
 ROOT = Path(__file__).resolve().parents[1]
-LINE = (*TINY, "threads=1", "train.batch_size=8")
+LINE = (*TINY, "threads=1", "train.batch_size=8", "study=default")
 
 
 def launch(folder: Path, *arguments: str) -> Started:
@@ -266,6 +266,7 @@ def test_a_terminal_shows_a_table_and_a_second_interrupt_ends_at_once(tmp_path: 
     until(lambda: table() and list(tmp_path.glob("outputs/*/*/metrics.jsonl")))
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)  # at once would be the same request
     process.send_signal(signal.SIGINT)
     until(lambda: table() and process.poll() is not None)
     os.close(ours)

@@ -131,20 +131,6 @@ def test_signals_save_and_leave(tmp_path: Path) -> None:
         assert spent == sorted(spent) and spent[-1] > 0, key
 
 
-def test_a_second_interrupt_leaves_at_once(tmp_path: Path) -> None:
-    """Sent while the first one's save waits on a pipe that nobody reads from."""
-    told = tmp_path / "told.txt"
-    assert forked(told, interrupted_twice) == 130
-    assert "left at once" in told.read_text()
-
-
-def interrupted_twice() -> None:
-    with Stop():
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(60)
-
-
 def test_damaged_last_checkpoint(softmoe: Softmoe, tmp_path: Path) -> None:
     """A flipped byte is noticed by its checksum, and the checkpoint before goes on to the same end."""
     line = ("train", *TINY, "train.steps=60", "train.save_seconds=0")
@@ -571,7 +557,7 @@ def test_a_signal_that_nobody_can_be_told_of_still_stops(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(os, "write", closed)
     stop = Stop()
-    stop._ask(signal.SIGTERM, None)
+    stop.hear(signal.SIGTERM)
     with pytest.raises(Interrupted):
         stop.check()
 

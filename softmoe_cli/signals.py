@@ -1,0 +1,133 @@
+"""Signals, heard at once.
+
+Python runs a signal's handler between two bytecodes of the main thread, and a single product of large matrices puts
+that off for minutes. The system's handler behind it writes the signal's number to a descriptor at once, whatever the
+main thread is doing, and a thread reads it there.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import NoReturn
+
+ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""What asks a command to end."""
+LEAVE_S = 1.5
+"""How long the main thread has to leave by itself."""
+TWICE_S = {signal.SIGINT: 0.1, signal.SIGTERM: 1.0}
+"""How long after the first signal another one is the same request: timeout and torchrun tell what they start twice."""
+CURSOR = b"\x1b[?25h"
+"""Shows a terminal's cursor, which progress bars hide."""
+
+os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # a child's signals are not ours
+
+
+@contextmanager
+def heard(
+    numbers: Sequence[int], hear: Callable[[int], None], act: Callable[[int], None] = lambda _number: None
+) -> Iterator[None]:
+    """Inside, `hear` is called with each of these signals as it arrives, in a thread, and `act` in the main thread when
+    that comes to it. What was heard before is heard again afterwards."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # where Python takes no signals
+        return
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+
+    def listen() -> None:
+        while number := os.read(reader, 1)[0]:
+            if number in numbers:
+                hear(number)
+        os.close(reader)
+
+    threading.Thread(target=listen, daemon=True).start()
+    before = {number: signal.signal(number, lambda number, _frame: act(number)) for number in numbers}
+    outer = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(outer, warn_on_full_buffer=False)
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        with suppress(BlockingIOError):  # so many signals that nobody has read: the thread stays
+            os.write(writer, b"\0")
+        os.close(writer)
+
+
+class Asked:
+    """What signals have asked for so far: `name` is the first one's."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self._when = 0.0
+
+    def again(self, number: int) -> bool:
+        """Takes a signal, and says whether it asks, after another one, to leave at once."""
+        if self.name is None:
+            self.name, self._when = signal.Signals(number).name, time.monotonic()
+            return False
+        return number in TWICE_S and time.monotonic() - self._when > TWICE_S[signal.Signals(number)]
+
+
+@contextmanager
+def interruptible(sentence: Callable[[str], str]) -> Iterator[None]:
+    """Inside, a signal is a KeyboardInterrupt with its name; where the main thread does not come to it, or not to its
+    end, the process ends nevertheless, with the `sentence` for that name."""
+    asked, said = Asked(), threading.Event()
+
+    def hear(number: int) -> None:
+        if not told.is_set():
+            told.set()
+            text = f"softmoe: {sentence(signal.Signals(number).name)}\n"
+            leave_soon(lambda: "" if said.is_set() else text)
+
+    def act(number: int) -> None:
+        if asked.name is None:  # a second one would meet whoever is tidying up
+            asked.again(number)
+            raise KeyboardInterrupt(asked.name)
+
+    told = threading.Event()
+    try:
+        with heard(ASKING, hear, act):
+            yield
+    finally:
+        said.set()
+
+
+def leave_soon(text: Callable[[], str], terminal: bytes = CURSOR) -> None:
+    """Ends the process in LEAVE_S, unless it ends before."""
+    timer = threading.Timer(LEAVE_S, lambda: leave_now(text(), terminal))
+    timer.daemon = True
+    timer.start()
+
+
+def leave_now(text: str, terminal: bytes = CURSOR) -> NoReturn:
+    """Ends the process and what it has started, whatever they are doing. Files are whole: each is written under
+    another name and then renamed."""
+    try:
+        end_children()
+        if os.isatty(1):
+            os.write(1, terminal)
+        tell(text)
+    finally:
+        os._exit(130)
+
+
+def end_children() -> None:
+    """Kills the processes that this one has started, and what those have started in groups of their own."""
+    for child in multiprocessing.active_children():
+        assert child.pid is not None
+        with suppress(ProcessLookupError):
+            os.kill(child.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError, PermissionError):  # it has no group of its own
+            os.killpg(child.pid, signal.SIGKILL)
+
+
+def tell(text: str) -> None:
+    """To standard error, and to whoever still listens: Ctrl-C ends the `tee` behind a pipe too."""
+    with suppress(OSError):
+        os.write(2, text.encode(errors="backslashreplace"))

@@ -1,0 +1,339 @@
+"""How commands end: by signals whatever the main thread is doing, by errors of the system, and by defects."""
+
+import errno
+import fcntl
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+import torch
+
+from softmoe_cli import cli, mirror, status, sweep
+from softmoe_cli.config import UsageError, Wandb
+from softmoe_cli.failures import ours
+from softmoe_cli.files import RunError
+from softmoe_cli.signals import Asked, end_children, heard
+from softmoe_cli.train import Stop
+from tests.conftest import TINY, Softmoe
+from tests.processes import Started, forked
+
+LONG = "torch.linalg.eigvals(torch.randn(4000, 4000))"
+"""One operation of a minute or more, during which no line of Python runs in the main thread."""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_second_signal_leaves_whatever_torch_is_doing(name: str, tmp_path: Path) -> None:
+    told = tmp_path / "told.txt"
+    assert forked(told, in_a_long_step, signal.Signals[name]) == 130
+    text = told.read_text()
+    assert f"{name}: saving and leaving after this step, which has taken" in text
+    assert "so far, the one before 7 s; press Ctrl-C again to leave at once" in text
+    assert "left at once" in text and "the step has ended" not in text
+
+
+def in_a_long_step(number: int) -> None:
+    with Stop() as stop:
+        stop._step_s = 7
+        threading.Thread(target=send, args=(number, 0.5, 1.3), daemon=True).start()
+        eval(LONG)
+    print("the step has ended", flush=True)
+
+
+def send(number: int, *after: float) -> None:
+    for seconds in after:
+        time.sleep(seconds)
+        os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("work", [LONG, "time.sleep(600)", "exec('try: time.sleep(600)\\nfinally: time.sleep(600)')"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_one_signal_ends_a_command(name: str, work: str, tmp_path: Path) -> None:
+    """In one operation, between two, and where tidying up does not end."""
+    (tmp_path / "slow.py").write_text(f"import time, torch\nopen('begun', 'w')\n{work}\n")
+    process = Started(tmp_path, ["check", "slow.py"], {})
+    while not (tmp_path / "begun").exists():
+        time.sleep(0.01)
+    time.sleep(0.1)
+    process.send(getattr(signal, name))
+    assert process.wait(60) == (130, f"softmoe: stopped by {name}\n")
+
+
+def test_a_request_told_twice_is_one() -> None:
+    """timeout sends its signal to what it has started, and then to the whole group; torchrun passes Ctrl-C on."""
+    asked = Asked()
+    assert [asked.again(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT)] == [False] * 3
+    assert asked.name == "SIGINT"
+    asked._when -= 0.5
+    assert not asked.again(signal.SIGTERM) and asked.again(signal.SIGINT)
+    asked._when -= 1
+    assert asked.again(signal.SIGTERM) and not asked.again(signal.SIGUSR1)
+
+
+def test_what_was_heard_before_is_heard_again() -> None:
+    before, outer, inner = signal.getsignal(signal.SIGUSR1), threading.Event(), threading.Event()
+    with heard([signal.SIGUSR1], lambda _: outer.set()):
+        with heard([signal.SIGUSR1], lambda _: inner.set()):
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert inner.wait(60)
+        assert not outer.is_set()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert outer.wait(60)
+    assert signal.getsignal(signal.SIGUSR1) == before and signal.set_wakeup_fd(-1) == -1
+
+
+def test_nobody_is_left_behind(tmp_path: Path) -> None:
+    """Neither a process nor what it has started: both hold a lock while they live."""
+    lock = tmp_path / "lock"
+    assert forked(tmp_path / "told.txt", with_a_family, lock) == 0
+    with lock.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+
+
+def with_a_family(lock: Path) -> None:
+    sweep.SERVER.Process(target=parent, args=(lock,)).start()
+    while not lock.exists() or lock.read_text() != "held":
+        time.sleep(0.01)
+    end_children()
+
+
+def parent(lock: Path) -> None:
+    os.setpgid(0, 0)
+    file = lock.open("w")
+    fcntl.flock(file, fcntl.LOCK_EX)
+    if os.fork() == 0:
+        file.write("held")
+        file.flush()
+    time.sleep(600)
+
+
+def test_a_run_whose_reader_is_gone_saves_and_says_so(tmp_path: Path) -> None:
+    """`softmoe train | head -1`"""
+    told, line = tmp_path / "told.txt", ["train", *TINY, "train.steps=300", "train.save_seconds=600"]
+    assert forked(told, unread, tmp_path, line) == 130
+    text = told.read_text()
+    assert text == "softmoe: nobody reads what it says any more, so it stopped; type the same command to go on\n"
+    (saved,) = tmp_path.glob("outputs/default/*/checkpoints/last-*")
+    assert saved.is_dir() and not list(tmp_path.glob("outputs/default/*/result.json"))
+
+
+def unread(folder: Path, line: list[str]) -> None:
+    os.chdir(folder)
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.dup2(writer, 1)
+    sys.stdout, sys.argv = os.fdopen(1, "w", closefd=False), ["softmoe", *line]
+    cli.main()
+
+
+ERRORS: dict[str, tuple[BaseException, type[Exception] | None, str]] = {
+    "full": (OSError(errno.ENOSPC, "No space left on device"), RunError, "No space left on device; make room"),
+    "full file": (OSError(errno.ENOSPC, "No space left", "a/b"), RunError, "a/b: No space left; make room"),
+    "too long": (OSError(errno.ENAMETOOLONG, "File name too long", "n"), UsageError, "n: File name too long: a"),
+    "typed": (NotADirectoryError(errno.ENOTDIR, "Not a directory", "x/y/z"), UsageError, "output_root=x/y: x/y/z: "),
+    "files": (OSError(errno.EMFILE, "Too many open files"), RunError, "raise the limit with ulimit -n"),
+    "disk": (OSError(errno.EIO, "Input/output error"), RunError, "Input/output error; type the same command again"),
+    "memory": (MemoryError(), RunError, "out of memory"),
+    "torch": (torch.OutOfMemoryError("CUDA out of memory"), RunError, "out of memory (CUDA out of memory)"),
+    "cpu": (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), RunError, "out of memory ("),
+    "ascii": (UnicodeEncodeError("ascii", "a\u4e2d", 1, 2, "no"), UsageError, r"'\u4e2d' cannot be written in ascii"),
+    "without a file": (OSError("odd"), None, ""),
+    "a defect": (KeyError("x"), None, ""),
+    "deep, but in our code": (RecursionError(), None, ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors_by_class_and_origin(name: str) -> None:
+    error, kind, words = ERRORS[name]
+    found = ours(error, ["output_root=x/y", "seed=1"])
+    assert type(found) is (type(None) if kind is None else kind) and words in str(found or "")
+
+
+def test_brackets_without_end() -> None:
+    with pytest.raises(RecursionError) as raised:
+        json.loads("[" * 100_000)
+    assert "nested too deeply" in str(ours(raised.value))
+
+
+def test_a_defect_says_whose_it_is(softmoe: Softmoe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*_: object, **__: object) -> None:
+        raise KeyError("folder")
+
+    (tmp_path / "outputs").mkdir()
+    monkeypatch.setattr(status, "read", lambda *_, **__: status.duration("x"))  # type: ignore[arg-type]
+    answer = softmoe("status", "outputs")
+    assert answer.code == 1 and answer.err.startswith("Traceback")
+    assert answer.err.splitlines()[-1].startswith("softmoe: TypeError: ") and "a defect of softmoe" in answer.err
+    monkeypatch.setattr(status, "read", wrong)
+    answer = softmoe("status", "outputs")
+    assert answer.code == 1 and f"raised in {__file__}, line " in answer.err.splitlines()[-1]
+
+
+RAISED = ("RuntimeError('no GPU')", "OSError('no file')", "AssertionError('odd')", "SystemExit(0)", "KeyError('x')")
+
+
+@pytest.mark.parametrize("raised", RAISED)
+def test_a_router_file_that_raises(raised: str, softmoe: Softmoe, tmp_path: Path) -> None:
+    name = f"raises{RAISED.index(raised)}.py"
+    (tmp_path / name).write_text(f"raise {raised}\n")
+    answer = softmoe("check", name)
+    kind = raised.partition("(")[0]
+    assert answer.code == 2 and answer.err.startswith(f"softmoe: {name} cannot be imported: {kind}: ")
+    assert answer.err.count("\n") == 1
+
+
+LETTERS = "n" * 300
+REFUSED = {
+    ("train", f"name={LETTERS}"): "name=nnnnnnnnnnnnnnnnnnnnnnnnnnnnnn… has 311 bytes with the signature behind it",
+    ("train", f"study=a/{LETTERS}"): "has 300 bytes; a folder's name may have 255",
+    ("train", 'name="' + "\u4e2d" * 100 + '"'): "has 311 bytes with the signature",
+    ("train", 'name="a\x1b[31mb"'): r"name='a\x1b[31mb' must be a plain folder name",
+    ("train", "=5"): "cannot read '=5': there is no key before the =",
+    ("train", "+hydra.nosuch=1"): "+hydra.nosuch=1: there is no key 'hydra.nosuch'",
+    ("train", "++hydra.job.nosuch=1"): "there is no key 'hydra.job.nosuch'",
+    ("train", "train.log_every=5e-324", "train.minutes=0.001"): "train.log_every=5e-324 is out of range",
+    ("train", "-m", "output_root=/dev/null/x", "seed=0,1"): "output_root=/dev/null/x: /dev/null/x/seed: Not a",
+    ("train", f"wandb.tags=[{'t' * 70}]"): "has 70 characters; W&B takes 1 to 64",
+    ("train", 'wandb.tags=[""]'): "the tag '' has 0 characters",
+    ("train", "wandb.project=a/b"): "wandb.project=a/b has '/' in it",
+    ("train", "wandb.project=''"): "wandb.project= has 0 characters",
+    ("train", "wandb.entity=a:b"): "wandb.entity=a:b has ':' in it",
+    ("train", f"wandb.group={'g' * 129}"): "has 129 characters; W&B takes 1 to 128",
+    ("train", f"study={'s' * 129}", "tracking=offline"): "W&B takes up to 128 as a run's group; set wandb.group",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("line", REFUSED)
+def test_refused_before_anything_is_made(line: tuple[str, ...], softmoe: Softmoe, tmp_path: Path) -> None:
+    answer = softmoe(*line)
+    assert answer.code == 2 and REFUSED[line] in answer.err and "Traceback" not in answer.err
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        (
+            "WANDB_MODE",
+            "ofline",
+            "WANDB_MODE=ofline is not one of online, offline, run, dryrun, disabled. Did",
+        ),
+        ("WANDB_PROJECT", "a/b", "WANDB_PROJECT=a/b: W&B refuses it (Invalid project name"),
+        ("WANDB_TAGS", "a,,b", "WANDB_TAGS=a,,b: W&B refuses it (Tag at index 1 is empty"),
+        ("WANDB_RESUME", "maybe", "WANDB_RESUME=maybe: W&B refuses it"),
+        ("WANDB_API_KEY", " secret", "WANDB_API_KEY: W&B refuses it (API key cannot start or end with whitespace)"),
+    ],
+)
+def test_the_environment_that_wandb_refuses(
+    name: str, value: str, words: str, softmoe: Softmoe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    answer = softmoe("train")
+    assert answer.code == 2 and words in answer.err and "secret" not in answer.err
+    mirror.check(cli.compose("tracking=off", "study=" + "s" * 200))  # nothing is sent
+
+
+@pytest.mark.parametrize("tags", [[], ["t" * 64], ["t" * 65], [""]])
+@pytest.mark.parametrize("project", ["a" * 128, "a b.c", "/", "a" * 129])
+def test_wandbs_limits_are_these(project: str, tags: list[str]) -> None:
+    """As the installed W&B checks them itself."""
+    import wandb
+
+    theirs = refused(lambda: wandb.Settings(project=project, run_tags=tuple(tags)))
+    assert refused(Wandb(project, None, None, tags, None).check) == theirs
+
+
+def refused(check: Callable[[], object]) -> bool:
+    try:
+        check()
+    except Exception:
+        return True
+    return False
+
+
+@pytest.mark.parametrize(("mode", "meant"), [("dryrun", "offline"), ("run", "online"), ("disabled", "off")])
+def test_wandbs_older_words(mode: str, meant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", mode)
+    assert mirror.resolve("auto") == meant
+
+
+STUDIES = {
+    ("model/router=dense,soft", "seed=0,1,2", "train.steps=5"): "router-seed",
+    ("model.router.num_experts=8,16",): "num_experts",
+    ("optim.lr=tag(log,interval(1e-4,1e-2))", "model=choice(vit_nano2_soft,vit_nano2_dense)"): "lr-model",
+    ("seed=range(3)",): "seed",
+    ("seed=1", "model.moe_blocks=[1,2]"): None,
+    ("seed=0,1", "study=mine"): None,
+    ("seed=0,1", "+experiment=expert_count"): None,
+    ("seed=0,1", "name='"): None,
+}
+
+
+@pytest.mark.parametrize("words", STUDIES)
+def test_a_sweep_is_named_after_what_varies(words: tuple[str, ...]) -> None:
+    assert cli._study_of(["-m", *words]) == STUDIES[words]
+
+
+def test_a_dangling_link_in_a_sweep(softmoe: Softmoe, tmp_path: Path) -> None:
+    for label in "ab":
+        (tmp_path / "images" / label).mkdir(parents=True)
+        (tmp_path / "images" / label / "x.png").symlink_to("nowhere.png")
+    answer = softmoe("train", "-m", *TINY, "data=folder", "data.root=images", "seed=0,1")
+    assert answer.code == 2 and "x.png" in answer.err and "Traceback" not in answer.err
+
+
+def test_the_process_that_checks_the_jobs_is_killed(softmoe: Softmoe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "_answer", killed)
+    answer = softmoe("train", "-m", *TINY, "seed=0,1")
+    words = "the process that checks the jobs has ended: killed by SIGKILL, which is also what the system does"
+    assert answer.code == 1 and words in answer.err and "Traceback" not in answer.err
+
+
+def killed(_question: sweep.Question, _sender: Connection) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_defect_in_the_process_that_checks_the_jobs(softmoe: Softmoe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "_answer", confused)
+    answer = softmoe("train", "-m", *TINY, "seed=0,1")
+    assert answer.code == 1 and "2 of 2 jobs cannot work" in answer.err
+    assert "seed=1: ValueError: odd; raised in" in answer.err
+
+
+_ANSWER = sweep._answer
+
+
+def confused(question: sweep.Question, sender: Connection) -> None:
+    cli.settle = odd
+    _ANSWER(question, sender)
+
+
+def odd(*_: object) -> None:
+    raise ValueError("odd")
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_the_table_of_a_sweep_keeps_the_quality_in_every_width(width: int) -> None:
+    rows = [["run", "state", "progress", "eta", "val top-1", "log"]]
+    for experts in (4, 8):
+        name = f"model.router.num_experts={experts} optim.lr=0.001"
+        rows.append([name, "running", "51%", "1m05s", "87.41%", "00.log"])
+    text = sweep.fitted(rows, width)
+    assert all(len(line) <= width for line in text.splitlines()) and text.count("87.41%") == 2
+    assert ("model.router.num_experts=4" in text) == (width == 200) and "num_experts=4" in text
+
+
+def test_names_are_printed_as_they_are(softmoe: Softmoe, tmp_path: Path) -> None:
+    """What a terminal would obey is escaped, and no word between colons becomes an emoji."""
+    (tmp_path / "a\x1b[31m:dog:").mkdir()
+    answer = softmoe("data", "check", "data=folder", 'data.root="a\x1b[31m:dog:"')
+    assert answer.code == 2 and r"a\x1b[31m:dog:" in answer.err
+    answer = softmoe("train", *TINY, "name=lr :100: smile", "train.steps=1")
+    assert "outputs/default/lr :100: smile-" in answer.out
