@@ -522,9 +522,10 @@ def _why(error: Exception, workers: list[Any], count: int) -> str | None:
     if signal.SIGBUS in killed:
         return _no_shared_memory("a process that decodes them met its end there")
     if killed:
-        name = signal.Signals(killed[0]).name
-        reason = ", which is what the system does when memory runs out" if name == "SIGKILL" else ""
-        return f"a process that decodes images was killed ({name}){reason}; {FEWER}"
+        if killed[0] != signal.SIGKILL:
+            name = signal.Signals(killed[0]).name
+            return f"a process that decodes images was ended by {name}: a fault of a library, or somebody sent it"
+        return f"a process that decodes images was killed, which is what the system does when memory runs out; {FEWER}"
     if any(worker.exitcode for worker in workers):
         return f"a process that decodes images has ended: what it says stands above; {FEWER}"
     if "Too many open files" in str(error) or getattr(error, "errno", None) == errno.EMFILE:
@@ -536,13 +537,21 @@ def _why(error: Exception, workers: list[Any], count: int) -> str | None:
 
 
 def _prepare_worker(_number: int) -> None:
-    """One thread; and signals to the whole process group are the main process's business. What cannot be handed over
-    ends the process, or the main one would wait for it for ever."""
+    """One thread; and signals to the whole process group are the main process's business, whose end is the worker's.
+    What cannot be handed over ends the worker, or the main process would wait for it for ever."""
     torch.set_num_threads(1)
+    threading.Thread(target=_follow, daemon=True).start()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGBUS, signal.SIG_DFL)  # torch's handler prints what the main process says in better words
     Queue._on_queue_feeder_error = staticmethod(_hand_nothing_over)  # type: ignore[attr-defined]
+
+
+def _follow() -> None:
+    main = multiprocessing.parent_process()
+    assert main is not None
+    main.join()
+    os._exit(0)
 
 
 def _hand_nothing_over(error: Exception, _item: Any) -> None:
