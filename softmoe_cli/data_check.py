@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import ExifTags, Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from softmoe_cli import data
 from softmoe_cli.archives import IMAGE_ENDINGS, Stored
 from softmoe_cli.config import DataCheckConfig, UsageError
-from softmoe_cli.device import cores
 from softmoe_cli.listing import HIDDEN, Listing, Passed, listing
 from softmoe_cli.terminal import Screen
 from softmoe_cli.text import aligned, gibibytes, printable
@@ -165,15 +164,8 @@ def _look(images: data.ImageSet, settings: Any) -> Iterator[Seen]:
             yield Seen(images.side, images.side, "L" if images.channels == 1 else "RGB", image.numel(), digest)
         return
     assert images.files is not None
-    workers = cores() if settings.workers is None else settings.workers
-    yield from DataLoader(
-        _Files(images.files, images.channels),
-        batch_size=None,
-        num_workers=workers,
-        prefetch_factor=64 if workers else None,
-        generator=torch.Generator(),
-        worker_init_fn=data.prepare_worker,
-    )
+    files = _Files(images.files, images.channels)
+    yield from data.by_workers(files, range(len(files)), settings, prefetch=64)
 
 
 def _unreadable(part: str, images: data.ImageSet, seen: list[Seen]) -> Iterator[dict[str, Any]]:

@@ -167,6 +167,7 @@ def train(config: Config, command: str, source: Source | None, screen: Screen) -
         try:
             return _train(run, config, command, source, screen, crew)
         finally:
+            data.end_workers()  # they share the folder's lock
             run.close()
 
 
@@ -403,9 +404,10 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
             screen.evaluation(test)
             with progress.booked("save"):
                 run.settle()
-        except Interrupted:
-            save("last")
-            run.settle()
+        except (Interrupted, data.WorkersError, UsageError) as error:  # an image that cannot be read
+            if isinstance(error, Interrupted) or (crew.size == 1 and progress.step > first_step):
+                save("last")
+                run.settle()
             wandb_run.close(None)
             raise
         except torch.OutOfMemoryError as error:
