@@ -31,6 +31,7 @@ from softmoe_cli.config import (
     UpcycleConfig,
     UsageError,
     check_channels,
+    check_side,
     nearest,
     same_set,
 )
@@ -641,10 +642,13 @@ def _settle_side(tree: dict[str, Any]) -> None:
         UsageError: the files cannot be used.
     """
     data, model = tree.get("data"), tree.get("model")
-    if not isinstance(data, dict) or data["image_size"] != "auto" or data["root"] == "???" or data["format"] is None:
+    if not isinstance(data, dict) or "${" in str(data["image_size"]):
         return
-    if not isinstance(model, dict) or model["image_size"] == "???":
+    check_side(data["name"], data["format"], data["image_size"])
+    if data["image_size"] != "auto" or not isinstance(model, dict) or model["image_size"] == "???":
         return
+    if data["root"] == "???":
+        raise UsageError("data.root has no default; give it a value")
     if isinstance(model["image_size"], int):
         data["image_size"] = model["image_size"]
         return

@@ -179,7 +179,8 @@ def placement(moe_blocks: Any, depth: int) -> list[int]:
         kind, _, count = moe_blocks.partition("_")
         if kind not in ("last", "every") or not count.isdigit() or not 1 <= int(count) <= depth:
             raise UsageError(
-                f"model.moe_blocks={moe_blocks} is none of last_half, last_N, every_N with N from 1 to {depth}, or a list as [1,3]"
+                f"model.moe_blocks={moe_blocks} is none of last_half, last_N, every_N with N from 1 to {depth}, or a "
+                "list as [1,3]"
             )
         n = int(count)
         return list(range(depth - n, depth)) if kind == "last" else list(range(n - 1, depth, n))
@@ -247,10 +248,7 @@ class Data:
                 f"data.root={self.root} is an address; a run must find each image again at any time, so download the "
                 "set and name its folder"
             )
-        if self.image_size == "auto" and self.format is None:
-            raise UsageError(f"data.image_size=auto is for files of your own; give data={self.name} a number of pixels")
-        if self.image_size != "auto" and type(self.image_size) is not int:
-            raise UsageError(f"data.image_size={self.image_size} is neither a whole number of pixels nor auto")
+        check_side(self.name, self.format, self.image_size)
         if self.format is None:
             if self.name not in KNOWN_SETS:
                 raise UsageError(
@@ -272,6 +270,14 @@ class Data:
         for key in ("mean", "std"):
             if len(getattr(self, key)) not in (1, 3):
                 raise UsageError(f"data.{key}={getattr(self, key)} needs 1 number, or 3 for three colours")
+
+
+def check_side(name: str, format: str | None, side: Any) -> None:
+    """A number of pixels or, where there are files to look at, auto."""
+    if side == "auto" and format is None:
+        raise UsageError(f"data.image_size=auto is for files of your own; give data={name} a number of pixels")
+    if side not in ("auto", MISSING) and type(side) is not int:
+        raise UsageError(f"data.image_size={side} is neither a whole number of pixels nor auto")
 
 
 @dataclass
@@ -843,7 +849,8 @@ class RayLauncher(Launcher):
 NOT_SCIENCE = (
     "output_root", "study", "name", "tracking", "wandb", "device", "threads", "devices", "parallel", "restarts",
     "checkpoint", "data.root", "data.workers", "data.prefetch", "data.memory_gib", "data.crop", "data.area",
-    "train.default_epochs", "train.max_tokens", "train.log_every", "train.eval_batch_size", "train.fewshot", "train.save_seconds", "slots",
+    "train.default_epochs", "train.max_tokens", "train.log_every", "train.eval_batch_size", "train.fewshot",
+    "train.save_seconds", "slots",
 )  # fmt: skip
 """Keys that change where, when or how fast, never which numbers come out, or that only others read: left out of the
 signature. (The number that `slots` comes to stands in model.router.)"""

@@ -1,10 +1,8 @@
-"""What suits the images: the side that they are decoded to where data.image_size=auto, and the small backbone for it."""
+"""What suits the images: the side that they are cut to where data.image_size=auto, and the small backbone for it."""
 
 import io
-import math
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
