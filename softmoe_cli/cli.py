@@ -661,6 +661,7 @@ def _settle_side(tree: dict[str, Any]) -> None:
 
     read = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Data), data))
     assert isinstance(read, Data)
+    read.check()
     sides, patch = shorter_sides(read), model["backbone"]["patch_size"]
     data["image_size"] = side = side_for(sides, patch if isinstance(patch, int) else None)
     if os.environ.get("RANK", "0") == "0":

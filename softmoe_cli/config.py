@@ -179,13 +179,13 @@ def placement(moe_blocks: Any, depth: int) -> list[int]:
         kind, _, count = moe_blocks.partition("_")
         if kind not in ("last", "every") or not count.isdigit() or not 1 <= int(count) <= depth:
             raise UsageError(
-                f"model.moe_blocks={moe_blocks} is none of last_half, last_N, every_N with N from 1 to {depth}, or a "
+                f"model.moe_blocks={moe_blocks} is none of last_N, last_half, every_N with N from 1 to {depth}, or a "
                 "list as [1,3]"
             )
         n = int(count)
         return list(range(depth - n, depth)) if kind == "last" else list(range(n - 1, depth, n))
     if not isinstance(moe_blocks, list) or not all(type(block) is int for block in moe_blocks):
-        raise UsageError(f"model.moe_blocks={moe_blocks} is none of last_half, last_N, every_N or a list like [1,3]")
+        raise UsageError(f"model.moe_blocks={moe_blocks} is none of last_N, last_half, every_N or a list like [1,3]")
     bad = [block for block in moe_blocks if not 0 <= block < depth]
     if bad or len(set(moe_blocks)) != len(moe_blocks):
         raise UsageError(f"model.moe_blocks={moe_blocks}: block numbers run from 0 to {depth - 1}, each at most once")

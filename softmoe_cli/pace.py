@@ -44,11 +44,16 @@ def forward_s(
 
 
 def looks(total: float, every: float, steps: int | None, done: float = 0.0) -> int:
-    """Evaluations on the validation images that are to come after the position `done` of a budget of `total`; `steps`
-    is that budget where it counts steps, since no step is followed by two."""
+    """Evaluations on the validation images that are to come after the position `done` of a budget of `total`: one
+    after each multiple of the span `every`, and one at the end. `steps` is that budget where it counts steps, since no
+    step is followed by two."""
     interval = span(every, total)
-    count = max(1, math.ceil(total / interval - 1e-9) - math.floor(done / interval + 1e-9))
-    return count if steps is None else min(count, math.ceil(total - done))
+    if steps is None:
+        return max(1, math.ceil(total / interval - 1e-9) - math.floor(done / interval + 1e-9))
+    if interval < 1:
+        return math.ceil(total - done)
+    last = total // interval > (total - 1) // interval  # the end is such a multiple
+    return int(total // interval - done // interval) + (not last)
 
 
 def images_of_a_look(train: Train, validation: int, classes: int, *, routed: bool) -> int:
@@ -69,8 +74,10 @@ class Pace:
 
     def at(self, step_s: float) -> "Pace":
         """The same, where an update is found to take so long."""
+        if self.look_s is None or self.test_s is None:
+            return Pace(step_s, None, None)
         rate = step_s / self.step_s
-        return Pace(step_s, rate * (self.look_s or 0.0), rate * (self.test_s or 0.0))
+        return Pace(step_s, rate * self.look_s, rate * self.test_s)
 
     def said(self, *, steps: float, training_s: float, evaluations: int) -> str:
         """What is left of a run, in words."""

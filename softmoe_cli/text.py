@@ -32,7 +32,7 @@ def in_words(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest} s" if minutes and rest else f"{minutes} min" if minutes else f"{rest} s"
     hours, minutes = divmod(round(seconds / 60), 60)
-    if hours < 48:
+    if hours < 72:
         return f"{hours} h {minutes} min" if minutes else f"{hours} h"
     return f"{seconds / 86400:.1f} days"
 
