@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import statistics
 import sys
 import tempfile
 import typing
@@ -19,6 +20,7 @@ from softmoe_cli.config import (
     CUT,
     Config,
     CostConfig,
+    Data,
     DataCheckConfig,
     EvaluateConfig,
     ExportConfig,
@@ -30,6 +32,7 @@ from softmoe_cli.config import (
     UpcycleConfig,
     UsageError,
     check_channels,
+    check_side,
     nearest,
     same_set,
 )
@@ -540,6 +543,7 @@ def _store_schemas() -> None:
     """Tells Hydra the schemas that the yaml files in conf/ start from, once."""
     from hydra.core.config_store import ConfigStore
 
+    _register_resolvers()
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
     for name in ("evaluate", "cost", "match", "upcycle", "export"):
@@ -690,7 +694,9 @@ def _door(tree: dict[str, Any], section: type[T]) -> T:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    _register_resolvers()
     try:
+        _settle_side(tree)
         merged = OmegaConf.merge(OmegaConf.structured(section), tree)
         missing = OmegaConf.missing_keys(merged)
         if missing:
@@ -701,6 +707,63 @@ def _door(tree: dict[str, Any], section: type[T]) -> T:
     assert isinstance(checked, section)
     checked.check()
     return checked
+
+
+def _settle_side(tree: dict[str, Any]) -> None:
+    """data.image_size=auto becomes a number of pixels: those of a model that has its own, else what suits the files.
+
+    Raises:
+        UsageError: the files cannot be used.
+    """
+    data, model = tree.get("data"), tree.get("model")
+    if not isinstance(data, dict) or "${" in str(data["image_size"]):
+        return
+    check_side(data["name"], data["format"], data["image_size"])
+    if data["image_size"] != "auto" or not isinstance(model, dict) or model["image_size"] == "???":
+        return
+    if data["root"] == "???":
+        raise UsageError("data.root has no default; give it a value")
+    if isinstance(model["image_size"], int):
+        data["image_size"] = model["image_size"]
+        return
+    if model["backbone"]["timm"] not in (None, "???"):
+        data["image_size"] = TIMM_SIDE
+        return
+    from omegaconf import OmegaConf
+
+    from softmoe_cli.suit import shorter_sides, side_for
+
+    read = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Data), data))
+    assert isinstance(read, Data)
+    read.check()
+    sides, patch = shorter_sides(read), model["backbone"]["patch_size"]
+    data["image_size"] = side = side_for(sides, patch if isinstance(patch, int) else None)
+    if os.environ.get("RANK", "0") == "0":
+        seen = f"{min(sides)} to {max(sides)}" if min(sides) < max(sides) else f"{min(sides)}"
+        _tell(
+            f"data.image_size=auto: {side}, as the shorter sides of the images have {seen} pixels, median "
+            f"{statistics.median(sides):g}; type data.image_size={side} to have it whatever files come"
+        )
+
+
+TIMM_SIDE = 224
+"""Pixels that most of timm's ViTs are made for."""
+
+
+@functools.cache
+def _register_resolvers() -> None:
+    """What conf/ calls in ${…}: `suits:SIDE,KEY`, a setting of the small backbone for images of so many pixels."""
+    import yaml
+    from omegaconf import OmegaConf
+
+    from softmoe_cli.suit import backbone_for
+
+    def suits(side: Any, key: str) -> Any:
+        if not isinstance(side, int):
+            raise ValueError(f"the model follows data.image_size={side}, which the command settles when it runs")
+        return yaml.safe_load((conf_folder() / f"model/backbone/{backbone_for(side)}.yaml").read_text())[key]
+
+    OmegaConf.register_new_resolver("suits", suits, replace=True)
 
 
 def _overlay(base: dict[str, Any], typed: Any) -> dict[str, Any]:
@@ -926,6 +989,9 @@ def _take_data(tree: dict[str, Any], source: "Source") -> None:
     """The data are the checkpoint's unless some were named, and then at least the pixels' mean and deviation."""
     named = isinstance(tree["data"], dict) and tree["data"].get("name") != "???"
     tree["data"] = _overlay(source.card["data"], tree["data"])
+    if tree["data"]["image_size"] == "auto":
+        own = same_set(tree["data"], source.card["data"])
+        tree["data"]["image_size"] = (source.card["data"] if own else source.card["model"])["image_size"]
     if named:
         for key in ("mean", "std"):
             if not _names(f"data.{key}", _typed()):
@@ -1025,6 +1091,8 @@ def _take_backbone(model: dict[str, Any], source: "Source", typed: Sequence[str]
     chosen = model["backbone"]
     free = ("name", "drop_path", "pos_std", "init")  # what says nothing of trained weights
     for key, value in own["backbone"].items():
+        if str(chosen[key]).startswith("${suits:"):  # follows the images, and so the checkpoint
+            chosen[key] = value
         if key not in free and chosen[key] not in ("???", value):
             raise UsageError(
                 f"the backbone chosen has {key}={chosen[key]}, but checkpoint={source.label} has {key}={value} "

@@ -127,7 +127,9 @@ class Model:
     router: Any = option("a router and its options (model/router=NAME); dense has none")
     image_size: int = option("pixels on the side of the square that the model sees", low=1)
     in_chans: int = option("colour channels of its input; grey images are repeated", low=1)
-    moe_blocks: Any = option("last_N, every_N (every Nth block, from the Nth), or a list of block numbers from 0")
+    moe_blocks: Any = option(
+        "last_N, last_half, every_N (every Nth block, from the Nth), or a list of block numbers from 0"
+    )
     expert_init: str = option(
         "identical: all experts of a layer start equal (official)", choices=("identical", "independent")
     )
@@ -174,17 +176,21 @@ class Model:
 
 
 def placement(moe_blocks: Any, depth: int) -> list[int]:
-    """Block numbers, from 0, of `last_N` (the last N), `every_N` (N-1, 2N-1, …) or an explicit list."""
+    """Block numbers, from 0, of `last_N` (the last N), `last_half` (of an odd number the smaller half, at least one),
+    `every_N` (N-1, 2N-1, …) or an explicit list."""
+    if moe_blocks == "last_half":
+        return list(range(depth - max(1, depth // 2), depth))
     if isinstance(moe_blocks, str):
         kind, _, count = moe_blocks.partition("_")
         if kind not in ("last", "every") or not count.isdigit() or not 1 <= int(count) <= depth:
             raise UsageError(
-                f"model.moe_blocks={moe_blocks} is none of last_N, every_N with N from 1 to {depth}, or a list as [1,3]"
+                f"model.moe_blocks={moe_blocks} is none of last_N, last_half, every_N with N from 1 to {depth}, or a "
+                "list as [1,3]"
             )
         n = int(count)
         return list(range(depth - n, depth)) if kind == "last" else list(range(n - 1, depth, n))
     if not isinstance(moe_blocks, list) or not all(type(block) is int for block in moe_blocks):
-        raise UsageError(f"model.moe_blocks={moe_blocks} is none of last_N, every_N or a list like [1,3]")
+        raise UsageError(f"model.moe_blocks={moe_blocks} is none of last_N, last_half, every_N or a list like [1,3]")
     bad = [block for block in moe_blocks if not 0 <= block < depth]
     if bad or len(set(moe_blocks)) != len(moe_blocks):
         raise UsageError(f"model.moe_blocks={moe_blocks}: block numbers run from 0 to {depth - 1}, each at most once")
@@ -208,7 +214,11 @@ class Data:
         "evaluation: classes are called by their numbers among the checkpoint's, as in ImageNet-V2"
     )
     num_classes: int | None = option("classes, and width of the model's head; null: as many as the files have", low=1)
-    image_size: int = option("pixels on the side of a decoded image; files are resized and cut to it", low=1)
+    image_size: Any = option(
+        "pixels on the side of a decoded image; files are resized and cut to it; auto: the model's or, where that "
+        "follows the images, what suits them",
+        low=1,
+    )
     crop_pct: float | None = option(
         "share of a file's shorter side that the centre square keeps, as in timm; null: all", above=0, high=1
     )
@@ -243,6 +253,7 @@ class Data:
                 f"data.root={self.root} is an address; a run must find each image again at any time, so download the "
                 "set and name its folder"
             )
+        check_side(self.name, self.format, self.image_size)
         if self.format is None:
             if self.name not in KNOWN_SETS:
                 raise UsageError(
@@ -264,6 +275,14 @@ class Data:
         for key in ("mean", "std"):
             if len(getattr(self, key)) not in (1, 3):
                 raise UsageError(f"data.{key}={getattr(self, key)} needs 1 number, or 3 for three colours")
+
+
+def check_side(name: str, format: str | None, side: Any) -> None:
+    """A number of pixels or, where there are files to look at, auto."""
+    if side == "auto" and format is None:
+        raise UsageError(f"data.image_size=auto is for files of your own; give data={name} a number of pixels")
+    if side not in ("auto", MISSING) and type(side) is not int:
+        raise UsageError(f"data.image_size={side} is neither a whole number of pixels nor auto")
 
 
 @dataclass
@@ -360,6 +379,7 @@ class Train:
     precision: str = option("arithmetic under autocast; weights stay fp32", choices=("fp32", "bf16", "fp16"))
     compile: bool = option("torch.compile the model")
     recompute: bool = option("recompute activations in the backward pass: less memory, a third more time")
+    max_tokens: int = option("refuse models of more tokens: attention's cost grows with their square", low=1)
     loss: str = option("sigmoid is summed over classes (the paper's)", choices=("softmax", "sigmoid"))
     label_smoothing: float = option("share of the target spread over all classes", low=0, high=0.99)
     ema: float | None = option(
@@ -457,6 +477,18 @@ def same_set(data: dict[str, Any], other: dict[str, Any]) -> bool:
     return data.get("format") is None or Path(data["root"]).resolve() == Path(other["root"]).resolve()
 
 
+def check_tokens(config: "Config", tokens: int) -> None:
+    """Very many tokens are seldom meant, and then have to be asked for."""
+    if tokens > config.train.max_tokens:
+        m = config.model
+        raise UsageError(
+            f"{m.name} at model.image_size={m.image_size} has {tokens:,} tokens, more than "
+            f"train.max_tokens={config.train.max_tokens}, and attention's cost grows with their square; choose larger "
+            "patches (without model= they follow the images) or smaller images (data.image_size, model.image_size), or "
+            f"set train.max_tokens={tokens}"
+        )
+
+
 def check_groups(key: str, images: int, router: dict[str, Any], parts: int = 1) -> None:
     """Evaluation, and each of several parts of a training batch, in whole groups, so that the size does not show in the
     result."""
@@ -544,6 +576,9 @@ class Config:
             raise UsageError(
                 f"augment.mixup and augment.cutmix pair images: train.batch_size={self.train.batch_size} must be even"
             )
+        if self.model.backbone.patch_size is not None:  # else timm knows, when the model is made
+            side = self.model.image_size // self.model.backbone.patch_size
+            check_tokens(self, side**2 + bool(self.model.backbone.class_token))
         check_channels(self.data, self.model.in_chans)
         check_groups("train.eval_batch_size", self.train.eval_batch_size, self.model.router)
         if settled and self.train.accumulate > 1:
@@ -862,7 +897,8 @@ class RayLauncher(Launcher):
 NOT_SCIENCE = (
     "output_root", "study", "name", "tracking", "wandb", "device", "threads", "devices", "parallel", "restarts",
     "checkpoint", "trust", "data.root", "data.workers", "data.prefetch", "data.memory_gib", "data.crop", "data.area",
-    "train.default_epochs", "train.log_every", "train.eval_batch_size", "train.fewshot", "train.save_seconds", "slots",
+    "train.default_epochs", "train.max_tokens", "train.log_every", "train.eval_batch_size", "train.fewshot",
+    "train.save_seconds", "slots",
 )  # fmt: skip
 """Keys that change where, when or how fast, never which numbers come out, or that only others read: left out of the
 signature. (The number that `slots` comes to stands in model.router.)"""

@@ -92,7 +92,8 @@ def hardware(device: torch.device) -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     name = names[0] if names else platform.machine()
-    return f"{name}, {'mps' if device.type == 'mps' else f'{torch.get_num_threads()} threads'}"
+    threads = torch.get_num_threads()
+    return f"{name}, {'mps' if device.type == 'mps' else f'{threads} thread' + 's' * (threads > 1)}"
 
 
 class Energy:

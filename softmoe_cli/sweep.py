@@ -266,7 +266,7 @@ def _share(options: Launcher, devices: set[str]) -> tuple[list[str], int]:
 
 
 _loaded: dict[str, Any] = {}
-_timed: dict[str, float] = {}
+_timed: dict[str, tuple[float, float]] = {}
 
 
 def _costs(config: Config, *, times: bool) -> dict[str, float]:
@@ -277,14 +277,16 @@ def _costs(config: Config, *, times: bool) -> dict[str, float]:
     from softmoe_cli.cost import account
     from softmoe_cli.device import arithmetic, free_memory
     from softmoe_cli.memory import predict_for, require_place
+    from softmoe_cli.pace import images_of_a_look, looks
     from softmoe_cli.train import Budget
 
     t = config.train
     key = repr(config.data)
     if key not in _loaded:
         splits = data.load(config.data)
-        _loaded[key] = config.data.num_classes or len(splits.classes), len(splits.train)
-    classes, images = _loaded[key]
+        sizes = [len(images) for images in (splits.train, splits.validation, splits.test)]
+        _loaded[key] = config.data.num_classes or len(splits.classes), *sizes
+    classes, images, validation, test = _loaded[key]
     device, _ = arithmetic(config.device, t.precision, config.threads)
     require_place(config.optim, device, config.devices)
     cost = account(
@@ -293,7 +295,7 @@ def _costs(config: Config, *, times: bool) -> dict[str, float]:
     way = "ddp" if config.parallel == "auto" else config.parallel
     peak = predict_for(config, classes, device, config.devices, way).peak_bytes
     budget = Budget.of(config, images)
-    step_s = math.nan
+    step_s = image_s = math.nan
     # What the clock knows: one device, all weights trained, AdamW's moments in float32.
     known = config.devices == 1 and not config.optim.freeze and config.optim.moments == "fp32"
     if times and known and peak <= free_memory(device):
@@ -305,11 +307,14 @@ def _costs(config: Config, *, times: bool) -> dict[str, float]:
         key = repr((load, classes))
         if key not in _timed:
             try:
-                _timed[key] = measure([load], classes)[0].train_step_ms / 1000
+                timing = measure([load], classes)[0]
+                _timed[key] = timing.train_step_ms / 1000, timing.latency_ms / 1000 / t.batch_size
             except UsageError:  # what fits with SGD need not with AdamW
-                _timed[key] = math.nan
-        step_s = _timed[key]
+                _timed[key] = math.nan, math.nan
+        step_s, image_s = _timed[key]
     steps = budget.steps if budget.steps is not None else (budget.seconds or 0.0) / step_s
+    look = images_of_a_look(t, validation, classes, routed=config.model.router_name != "dense")
+    evaluated = looks(budget.total, t.eval_every, budget.steps) * look + test
     return {
         "params_m": cost.params / 1e6,
         "active_params_m": cost.active_params / 1e6,
@@ -318,7 +323,7 @@ def _costs(config: Config, *, times: bool) -> dict[str, float]:
         "train_pflop": steps * t.batch_size * cost.train_flop / 1e15,
         "peak_mib": peak / 2**20,
         "free_mib": free_memory(device) / 2**20,
-        "seconds": budget.seconds or steps * step_s,
+        "seconds": (budget.seconds or steps * step_s) + evaluated * image_s,
     }
 
 
@@ -873,8 +878,8 @@ def _plan(entries: list[Entry], at_a_time: int) -> str:
     )  # fmt: skip
     return (
         f"{aligned(rows, markdown=False)}\n\n{len(entries)} jobs, {len(todo)} to do: {_pflop(pflop)} PFLOP, "
-        f"{_time(sum(known)) if known or not todo else 'unknown'} of training{together}; from a few steps timed here, "
-        f"evaluation and saving not counted{beside}"
+        f"{_time(sum(known)) if known or not todo else 'unknown'} of training and evaluation{together}; from a few "
+        f"steps timed here, saving not counted{beside}"
     )
 
 

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import textwrap
 import time
 from types import TracebackType
 from typing import Any, Self
@@ -10,9 +11,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from softmoe_cli.text import printable_lines
+from softmoe_cli.text import flop, in_words, printable_lines
 
 PROGRESS_PERIOD_S = 0.2
+INDENT = 19
+"""Columns before the value of a row."""
 
 
 class Listened(Console):
@@ -41,7 +44,7 @@ class Screen:
             transient=True,
             disable=quiet or not self.console.is_terminal,
         )
-        self._task = self._progress.add_task("", total=1.0)
+        self._task = self._progress.add_task("first step", total=1.0)
         self._next = 0.0
 
     def __enter__(self) -> Self:
@@ -57,13 +60,19 @@ class Screen:
         self.console.print(escape(printable_lines(text)))
 
     def table(self, title: str, rows: dict[str, str]) -> None:
-        """A line per word: wrapped by the terminal, whole in a file."""
+        """A row per word: on a terminal wrapped between words, in a file a line."""
         self.console.print(f"[bold]{escape(title)}[/bold]")
         for key, value in rows.items():
             self.row(key, value)
 
     def row(self, key: str, value: str) -> None:
-        self.console.print(f"  [bold]{escape(key):<17}[/bold]{escape(printable_lines(value))}")
+        value = printable_lines(value)
+        lines = [value]
+        if self.console.is_terminal:
+            room = max(20, self.console.width - INDENT)
+            lines = textwrap.wrap(value, room, break_long_words=False, break_on_hyphens=False) or [""]
+        text = f"\n{' ' * INDENT}".join(map(escape, lines))
+        self.console.print(f"  [bold]{escape(key):<{INDENT - 2}}[/bold]{text}")
 
     def step(self, done: float, loss: float, lr: float, images_per_s: float) -> None:
         """Moves the progress bar to the share `done`; cheap enough for every step."""
@@ -78,7 +87,12 @@ class Screen:
         )
 
     def evaluation(self, row: dict[str, Any], note: str = "") -> None:
-        self.say(
-            f"{row['split']:<10}  step {row['step']:>7,}  epoch {row['epoch']:7.2f}  loss {row['loss']:.4f}  "
-            f"top-1 {row['top1_pct']:6.2f}%  {row['train_pflop']:.4g} PFLOP  {row['device_s']:.1f} s{note}"
-        )
+        """A line per evaluation; a narrow terminal goes without the epoch."""
+        parts = [
+            f"{row['split']:<10}", f"step {row['step']:>7,}", f"epoch {row['epoch']:7.2f}", f"loss {row['loss']:.4f}",
+            f"top-1 {row['top1_pct']:6.2f}%", flop(1e15 * row["train_pflop"]), in_words(row["device_s"]), note,
+        ]  # fmt: skip
+        line = "  ".join(filter(None, parts))
+        if self.console.is_terminal and len(line) > self.console.width:
+            line = "  ".join(filter(None, parts[:2] + parts[3:]))
+        self.say(line)

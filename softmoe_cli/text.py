@@ -12,8 +12,32 @@ def count(number: float) -> str:
     return f"{number:g}"
 
 
+def flop(number: float) -> str:
+    """24250000 -> 24.25 MFLOP"""
+    for size, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.4g} {prefix}FLOP"
+    return f"{number:g} FLOP"
+
+
 def gibibytes(number: float) -> str:
-    return f"{number / 2**30:.2f} GiB"
+    """In GiB; what would be less than a tenth of one, in MiB."""
+    return f"{number / 2**30:.2f} GiB" if number >= 0.1 * 2**30 else f"{number / 2**20:.1f} MiB"
+
+
+def in_words(seconds: float) -> str:
+    """0.0234 -> 23.4 ms, 63 -> 1 min 3 s, 3900 -> 1 h 5 min"""
+    if seconds < 0.9995:
+        return f"{1000 * seconds:.3g} ms"
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s" if minutes and rest else f"{minutes} min" if minutes else f"{rest} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    if hours < 72:
+        return f"{hours} h {minutes} min" if minutes else f"{hours} h"
+    return f"{seconds / 86400:.1f} days"
 
 
 def first_line(error: object) -> str:

@@ -1,7 +1,9 @@
 """The loop, told once, top to bottom. Finetuning is this with other numbers and given weights."""
 
+import json
 import math
 import platform
+import shlex
 import signal
 import subprocess
 import time
@@ -17,7 +19,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from softmoe_cli import data, mirror, parallel
-from softmoe_cli.config import WANDB_LETTERS, WAYS, Config, UsageError
+from softmoe_cli.config import WANDB_LETTERS, WAYS, Config, UsageError, check_tokens
 from softmoe_cli.cost import Cost, account, on_meta
 from softmoe_cli.device import (
     Energy,
@@ -35,6 +37,7 @@ from softmoe_cli.models import LoadReport, build, load_weights, patterns, portab
 from softmoe_cli.moe.layer import MoE
 from softmoe_cli.moe.routing import Routing, full_precision, routings
 from softmoe_cli.optim import freeze, optimizer_of, restore, schedule, span, state_of
+from softmoe_cli.pace import FirstSteps, Pace, forward_s, images_of_a_look, looks
 from softmoe_cli.parallel import ALONE, Average, Crew, own_part, part_of
 from softmoe_cli.record import (
     Checkpoint,
@@ -51,16 +54,12 @@ from softmoe_cli.record import (
 )
 from softmoe_cli.signals import ASKING, Asked, heard, leave_now, tell
 from softmoe_cli.terminal import Screen
-from softmoe_cli.text import count, first_line, gibibytes
+from softmoe_cli.text import count, first_line, flop, gibibytes, in_words
 
 T = TypeVar("T")
 
 SMALLEST_SCALE = 2.0**-14
 """fp16: gradients that are not finite even at this loss scale are not saved by a smaller one."""
-
-PACE_STEPS = (2, 10)
-"""The steps between which a run tells its pace: the first ones are slower than the rest."""
-PACED = PACE_STEPS[1] - PACE_STEPS[0]
 
 
 class Interrupted(KeyboardInterrupt):
@@ -162,7 +161,7 @@ def train(config: Config, command: str, source: Source | None, screen: Screen) -
         run = Run(run_folder(config, command, source), crew)
         if run.result is not None:
             screen.say(f"{run.folder} is finished; nothing to do")
-            screen.table("result", _shown(run.result, run.folder))
+            _close(screen, run.result, run.folder)
             return run.result
         try:
             return _train(run, config, command, source, screen, crew)
@@ -187,6 +186,7 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
     cost = account(
         config.model, classes, batch=_part(config), recompute=config.train.recompute, frozen=config.optim.freeze
     )
+    check_tokens(config, cost.tokens)
     screen.table(command, _header(config, cost, splits, budget, device, run.folder, crew))
     memory = require_fit(config, classes, device, crew.size, crew.local_size, crew.way)
     screen.row("memory", _memory(memory, device))
@@ -208,7 +208,12 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
 
     config = replace(config, devices=crew.size)  # under torchrun it may not say
     run.open(config)
-    progress, energy = _resume(run, model, ema, optimizer, scaler, screen, crew), Energy(device)
+    progress = _resume(run, model, ema, optimizer, scaler, screen, crew)
+    pace = _pace(model, device, autocast, config, cost, splits) if crew.size == 1 else None
+    if pace is not None:
+        guess = "from a forward pass and FLOPs" + ", decoding not counted" * (splits.train.images is None)
+        screen.row("time", f"{_left(pace, budget, progress, config)}; {guess}")
+    energy = Energy(device)
     batches = data.train_batches(
         splits.train,
         config.data,
@@ -333,15 +338,23 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
     forward = crew.prepare(model.train())
     if config.train.compile:
         forward = compiled(forward)
-    saved_at, save_took, first_step, pace_from = time.monotonic(), 0.0, progress.step, 0.0
+    saved_at, save_took, first_step = time.monotonic(), 0.0, progress.step
+    first_steps = FirstSteps(progress.seconds["device"])
+
+    def tell_pace() -> None:
+        if (step_s := first_steps.step_s()) is not None:
+            now = pace.at(step_s) if pace is not None else Pace(step_s, None, None)
+            screen.say(f"{in_words(step_s)} a step: {_left(now, budget, progress, config)}")
+
     with Stop(crew) as stop, routings(model) as seen, screen:
         try:
             while True:
                 here = budget.position(progress)
                 if budget.passed(progress.evaluated, here, config.train.eval_every):
+                    tell_pace()
                     seen_now = look_at_validation()
                     better = seen_now["top1_pct"] > progress.best_top1_pct
-                    screen.evaluation(seen_now, "  best so far" if better else "")
+                    screen.evaluation(seen_now, "best" if better else "")
                     progress.evaluated, progress.validation = here, seen_now
                     if better:
                         progress.best_step, progress.best_top1_pct = progress.step, seen_now["top1_pct"]
@@ -383,10 +396,8 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
                     progress.seconds["device"] = crew.most(progress.seconds["device"])
                 progress.step += 1
                 progress.compiled_steps += compiles
-                if progress.step == first_step + PACE_STEPS[0]:
-                    pace_from = progress.seconds["device"]
-                elif progress.step == first_step + PACE_STEPS[1]:
-                    screen.say(_pace(budget, progress, (progress.seconds["device"] - pace_from) / PACED))
+                if first_steps.add(progress.seconds["device"]):
+                    tell_pace()
                 progress.loss_sum, progress.aux_sum = progress.loss_sum + loss, progress.aux_sum + aux
                 progress.loss_steps += 1
                 now = budget.position(progress)
@@ -426,7 +437,7 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
     result["data.identity"] = images_digest
     run.finish(result)
     wandb_run.close(result)
-    screen.table("result", _shown(result, run.folder))
+    _close(screen, result, run.folder)
     return result
 
 
@@ -539,14 +550,29 @@ def with_largest_batch(config: Config, say: Callable[[str], None], sharers: int 
     return settled
 
 
-def _pace(budget: Budget, progress: Progress, step_s: float) -> str:
-    """What the first steps say about the whole budget."""
-    done = progress.seconds["device"]
-    if budget.steps is None:
-        left = max(0.0, budget.total - done) / step_s
-        return f"{1000 * step_s:.1f} ms a step: about {progress.step + left:,.0f} steps in {budget}"
-    left = (budget.steps - progress.step) * step_s
-    return f"{1000 * step_s:.1f} ms a step: about {(done + left) / 60:.1f} minutes of training for {budget}"
+def _pace(
+    model: VisionTransformer,
+    device: torch.device,
+    autocast: torch.autocast,
+    config: Config,
+    cost: Cost,
+    splits: data.Splits,
+) -> Pace:
+    """What a forward pass says of the updates and evaluations to come: an update takes as many times longer as it has
+    FLOPs."""
+    image_s = forward_s(model, device, autocast, config.model.image_size, cost.forward_flop, _part(config))
+    routed = any(isinstance(block.mlp, MoE) for block in model.blocks)
+    look = images_of_a_look(config.train, len(splits.validation), len(splits.classes), routed=routed)
+    step_s = config.train.batch_size * image_s * cost.train_flop / cost.forward_flop
+    return Pace(step_s, look * image_s, len(splits.test) * image_s)
+
+
+def _left(pace: Pace, budget: Budget, progress: Progress, config: Config) -> str:
+    """How long the rest of the budget takes."""
+    rest = max(0.0, budget.total - budget.position(progress))
+    steps, training_s = (rest, rest * pace.step_s) if budget.steps is not None else (rest / pace.step_s, rest)
+    evaluations = looks(budget.total, config.train.eval_every, budget.steps, progress.evaluated)
+    return pace.said(steps=steps, training_s=training_s, evaluations=evaluations)
 
 
 def _way(config: Config, classes: int, device: torch.device, crew: Crew) -> tuple[str, str]:
@@ -621,7 +647,8 @@ def _load_source(
     )
     slots = {block.mlp.router.slots_per_expert for block in model.blocks if isinstance(block.mlp, MoE)}
     before = source.card.get("model", {}).get("router", {}).get("slots_per_expert")
-    rows = {"from": source.label, "loaded": f"{len(report.loaded)} tensors: {', '.join(patterns(report.loaded))}"}
+    parts = dict.fromkeys(name.partition(".")[0] for name in report.loaded)
+    rows = {"from": source.label, "loaded": f"{len(report.loaded)} tensors in {', '.join(parts) or 'nothing'}"}
     rows |= {"resized": ", ".join(report.resized) or "none", "new": ", ".join(report.new) or "none"}
     rows |= {"unexpected": ", ".join(report.unexpected) or "none"}
     if slots:
@@ -786,10 +813,10 @@ def _header(
     frozen = f", {count(cost.frozen_params)} frozen" if cost.frozen_params else ""
     extra = {"optimizer": _optimizer(config), "regularised by": _regularisation(config)}
     return {
-        "model": f"{m.backbone.name}, {m.image_size} px, {cost.tokens} tokens",
+        "model": f"{m.backbone.name}, {m.image_size} px, {cost.tokens:,} tokens",
         "router": router,
         "parameters": f"{count(cost.params)} total, {count(cost.active_params)} active per token{frozen}",
-        "cost per image": f"{count(cost.forward_flop)}FLOP forward, {count(cost.train_flop)}FLOP training",
+        "cost per image": f"{flop(cost.forward_flop)} forward, {flop(cost.train_flop)} training",
         "data": f"{config.data.name}: {sizes} images, {len(splits.classes)} classes",
         **splits.notes,
         "budget": f"{budget}, {t.batch_size} images each{parts}; {config.optim.schedule}, lr {config.optim.lr:g}",
@@ -876,6 +903,8 @@ def _result(
         "data": config.data.name,
         "train_images": len(splits.train),
         "test_images": test["images_evaluated"],
+        "classes": len(splits.classes),
+        "commonest_pct": 100 * int(splits.test.labels.bincount().max()) / len(splits.test),
         "top1_pct": test["top1_pct"],
         "top5_pct": test["top5_pct"],
         "loss": test["loss"],
@@ -926,18 +955,66 @@ def _commit() -> str | None:
     return told.stdout.strip() or None
 
 
+def _close(screen: Screen, result: dict[str, Any], folder: Path) -> None:
+    """The closing table, and what may be typed next: lines of their own, to be copied whole."""
+    screen.table("result", _shown(result, folder))
+    screen.table("next", {})
+    screen.say(f"  softmoe evaluate checkpoint={shlex.quote(str(folder))}")
+    screen.say(f"  softmoe compare {shlex.quote(str(folder.parent))}")
+
+
 def _shown(result: dict[str, Any], folder: Path) -> dict[str, str]:
-    """The closing table."""
-    return {
+    rows = {
         "test top-1": f"{result['top1_pct']:.2f}%  ({result['test_images']:,} images, read once, last weights)",
-        "test top-5": f"{result['top5_pct']:.2f}%",
+        "chance": chance(result),
+        "test top-5": f"{result['top5_pct']:.2f}%" if result["classes"] > 5 else "",
         "test loss": f"{result['loss']:.4f}",
         "validation top-1": f"{result['validation_top1_pct']:.2f}%  (best {result['best_validation_top1_pct']:.2f}% "
         f"at step {result['best_step']:,})",
+        "routing": still_uniform(result, folder / "routing.jsonl"),
         "trained on": f"{result['images']:,} images, {result['epochs']:.1f} epochs, {result['steps']:,} steps",
-        "training cost": f"{result['train_pflop']:.4g} PFLOP, {result['device_s']:.1f} s"
+        "training cost": f"{flop(1e15 * result['train_pflop'])}, {in_words(result['device_s'])}"
         + (f"; {result['energy_kj']:.4g} kJ in all" if "energy_kj" in result else ""),
-        "beside it": f"evaluation {result['eval_s']:.1f} s, saving {result['save_s']:.1f} s, "
-        f"compilation {result['compile_s']:.1f} s",
+        "beside it": f"evaluation {in_words(result['eval_s'])}, saving {in_words(result['save_s'])}"
+        + f", compilation {in_words(result['compile_s'])}" * bool(result["compile_s"]),
         "folder": str(folder),
     }
+    return {key: value for key, value in rows.items() if value}
+
+
+def chance(result: dict[str, Any]) -> str:
+    """A sentence where top-1 on the test images could be what an answer that never changes has: always the class that
+    most of them are of. By Wilson's 95% interval (Probable inference, the law of succession, and statistical inference,
+    1927)."""
+    n, p, z = result["test_images"], result["top1_pct"] / 100, 1.96
+    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2)
+    low, high = (100 * max(0.0, min(1.0, end)) for end in (middle - half, middle + half))
+    if low > result["commonest_pct"]:
+        return ""
+    return (
+        f"top-1 is not told from chance: its 95% interval is {low:.1f} to {high:.1f}%, and always the commonest of "
+        f"{result['classes']} classes is right for {result['commonest_pct']:.1f}% of these images"
+    )
+
+
+UNIFORM = 1.5
+"""A mean largest share below so many times the uniform one counts as almost uniform."""
+
+
+def still_uniform(result: dict[str, Any], file: Path) -> str:
+    """A sentence where the last look found the slots of a learned soft router almost alike in all tokens."""
+    if not file.exists():
+        return ""
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    last = [row for row in rows if row["step"] == rows[-1]["step"] and "scale" in row]
+    last = [row for row in last if row["dispatch_max"] > 1.001 * row["dispatch_min"]]  # else uniform by design
+    if not last:
+        return ""
+    largest, uniform = sum(row["dispatch_max"] for row in last) / len(last), 1 / result["tokens"]
+    if largest >= UNIFORM * uniform:
+        return ""
+    return (
+        f"still almost uniform: a slot's largest share of a token is {largest:.4f} in the mean, and {uniform:.4f} "
+        "where all tokens are mixed alike"
+    )

@@ -44,7 +44,7 @@ from softmoe_cli.record import (
     write_checkpoint,
 )
 from softmoe_cli.terminal import Screen
-from softmoe_cli.text import count
+from softmoe_cli.text import count, flop
 
 EXACT = 1e-9
 """What a whole model in float64 may lose where the maths says that nothing changes."""
@@ -127,7 +127,7 @@ def show(receipt: dict[str, Any], form: str) -> None:
         "optimizer": "starts afresh",
         "parameters": f"{count(before['params'])} before, {count(after['params'])} after, "
         f"{count(after['active_params'])} of them active per token",
-        "cost per image": f"{count(before['forward_flop'])}FLOP forward before, {count(after['forward_flop'])} after",
+        "cost per image": f"{flop(before['forward_flop'])} forward before, {flop(after['forward_flop'])} after",
         "folder": receipt["folder"],
     }
     if carried := receipt.get("optimizer"):

@@ -470,7 +470,7 @@ def test_groups(softmoe: Softmoe, tmp_path: Path) -> None:
 
 def test_the_sgd_recipe_is_the_published_one() -> None:
     """google-research/vmoe, configs/vmoe_paper/*_ft_ilsvrc2012.py."""
-    config = compose("recipe=finetune_sgd", "data=folder", "data.root=x", "data.num_classes=1000")
+    config = compose("recipe=finetune_sgd", "data=folder", "data.root=x", "data.image_size=32", "data.num_classes=1000")
     o, t, a = config.optim, config.train, config.augment
     assert (o.name, o.momentum, o.lr, o.final_lr, o.schedule, o.clip_norm) == ("sgd", 0.9, 0.003, 1e-5, "cosine", 10)
     assert (t.steps, t.batch_size, t.loss, t.label_smoothing, t.ema) == (10_000, 1024, "softmax", 0, None)

@@ -22,7 +22,8 @@ ROUTERS = sorted(path.stem for path in (ROOT / "conf/model/router").glob("*.yaml
 
 
 def composed(name: str, *overrides: str) -> Model:
-    return compose(f"model={name}", "data=fashion_mnist", *overrides).model  # 28 pixels: patches of 1, 2, 4 and 7 fit
+    size = ["data.image_size=64"] * ("micro8" in name or "micro16" in name)
+    return compose(f"model={name}", "data=fashion_mnist", *size, *overrides).model  # 28: patches of 1, 2, 4 and 7 fit
 
 
 def assert_forward_equal(model: Model, num_classes: int) -> None:
