@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from softmoe_cli.config import CostConfig, MatchConfig, UsageError
-from softmoe_cli.device import arithmetic, compiled, free_memory, hardware
+from softmoe_cli.device import arithmetic, compiled, free_memory, hardware, keep_freed_memory
 from softmoe_cli.memory import Live, predict
 from softmoe_cli.models import build, prepare
 from softmoe_cli.moe.routing import full_precision, routings
@@ -127,6 +127,7 @@ def measure(configs: Sequence[CostConfig | MatchConfig], num_classes: int) -> li
                 f"clock=true: {names} need {gibibytes(size)} and {device.type} has {gibibytes(free)} free; lower "
                 "batch_size, measure fewer models at once, or leave clock=false"
             )
+        keep_freed_memory(device, size, free)
     loads = []
     for config in configs:
         torch.set_num_threads(threads)  # what those that name no number get

@@ -12,14 +12,14 @@ import pynvml
 import torch
 
 from softmoe_cli.config import UsageError
-from softmoe_cli.moe.layer import CPU_MULTIPLIES
+from softmoe_cli.moe.processor import CPU_PRODUCTS
 
 T = TypeVar("T", bound=Callable[..., Any])
 
 
 def arithmetic(name: str, precision: str, threads: int | None) -> tuple[torch.device, torch.autocast]:
     """The device and the autocast context of `device=`, `train.precision=` and `threads=`; this process gets so many
-    threads and, on a CPU, keeps freed memory.
+    threads.
 
     Raises:
         UsageError: a device that this machine lacks.
@@ -31,19 +31,28 @@ def arithmetic(name: str, precision: str, threads: int | None) -> tuple[torch.de
         raise UsageError(f"device={name} is not available; here: {', '.join(c for c, here in present.items() if here)}")
     if threads is not None:
         torch.set_num_threads(threads)
-    if name == "cpu":
-        keep_freed_memory()
     return torch.device(name), precision_context(name, precision)
 
 
-def keep_freed_memory() -> None:
-    """Has glibc keep what the main thread frees for what it allocates next. Left alone it gives blocks of 32 MiB and
-    more back to the system, which hands them out again zeroed, page by page (what that costs:
-    experiments/layer_speed)."""
+KEPT = 1.75
+"""What a process that keeps freed memory holds at most, in what is alive at once. glibc finds no place for an aligned
+block where one of its size was, so that gaps remain (2.36: 1.3 to 1.55 in training at 256 to 3,136 tokens)."""
+
+
+def keep_freed_memory(device: torch.device, peak: int = 0, free: int = 0) -> bool:
+    """Has glibc keep what the main thread frees for what it allocates next, on a CPU that has room for the gaps beside
+    a `peak` of bytes alive. Left alone it gives blocks of 32 MiB and more back to the system, which hands them out
+    again zeroed, page by page (what that costs: experiments/layer_speed). Where there is no such room all of 1 MiB and
+    more is given back, which takes no more than what is alive. Returns whether memory is kept."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(-4, 0)  # M_MMAP_MAX: no blocks of their own
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing given back
+    if mallopt is None or device.type != "cpu":
+        return False
+    if KEPT * peak > free:
+        mallopt(-3, 2**20)  # M_MMAP_THRESHOLD, which would grow by itself
+        return False
+    mallopt(-4, 0)  # M_MMAP_MAX: no blocks of their own
+    mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing given back
+    return True
 
 
 def give_back_freed_memory() -> None:
@@ -80,8 +89,8 @@ def slower(device: torch.device, precision: str) -> str:
     """A warning for the header where a half precision costs time instead of saving it."""
     if device.type != "cpu" or precision == "fp32":
         return ""
-    fast = CPU_MULTIPLIES[torch.float16 if precision == "fp16" else torch.bfloat16]
-    return "" if fast else " (fp32 is faster: this CPU has no products of half precision)"
+    products = CPU_PRODUCTS[torch.float16 if precision == "fp16" else torch.bfloat16]
+    return "" if products == "fast" else f" (fp32 is faster: this CPU has no instructions for {precision})"
 
 
 def hardware(device: torch.device) -> str:

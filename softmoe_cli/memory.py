@@ -31,6 +31,7 @@ from softmoe_cli.device import free_memory, precision_context
 from softmoe_cli.models import build, prepare
 from softmoe_cli.moe.divided import DividedExperts, span
 from softmoe_cli.moe.layer import Experts, MoE, ragged_experts
+from softmoe_cli.moe.processor import borrowed
 from softmoe_cli.moe.routing import full_precision, routings
 from softmoe_cli.optim import freeze, moment_bytes
 from softmoe_cli.parallel import cut_axis, largest_share
@@ -60,8 +61,12 @@ class Memory:
         return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes + self.average_bytes
 
 
+PRODUCTS = {getattr(torch.ops.aten, name).default for name in ("mm", "addmm", "bmm", "baddbmm")}
+
+
 class Live(TorchDispatchMode):
-    """Adds up the bytes of the tensors that are alive: `now`, and `peak` since it was last set."""
+    """Adds up the bytes of the tensors that are alive: `now`, and `peak` since it was last set, which knows what
+    products borrow besides."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,6 +80,8 @@ class Live(TorchDispatchMode):
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._see(tensor)
+        if func in PRODUCTS:
+            self.peak = max(self.peak, self.now + borrowed(out))
         return out
 
     def forget(self, tensors: Iterable[Tensor]) -> None:

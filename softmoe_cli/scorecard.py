@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from softmoe_cli import data, soup
 from softmoe_cli.audit import Audit, Finding, summary
 from softmoe_cli.config import EvaluateConfig, Model, UsageError, check_groups
-from softmoe_cli.device import arithmetic, hardware
+from softmoe_cli.device import arithmetic, hardware, keep_freed_memory
 from softmoe_cli.evaluate import Batch, Outcomes, calibration_error, features, outcomes, qualities
 from softmoe_cli.fewshot import fewshot
 from softmoe_cli.files import require_vacant, write_atomically
@@ -51,6 +51,7 @@ def evaluate_checkpoint(config: EvaluateConfig, model_config: Model, sources: li
     if config.predictions is not None and config.predictions == config.confusion:
         raise UsageError(f"predictions={config.predictions} and confusion= are the same file; give each its own")
     device, autocast = arithmetic(config.device, precision, config.threads)
+    keep_freed_memory(device)
     splits = data.load(config.data)
     shots = ["train"] + ["validation"] * (config.fewshot_l2 == "validation") if config.fewshot else []
     splits.need(config.split, *shots, *["validation"] * (config.soup == "greedy"))

@@ -22,11 +22,13 @@ from softmoe_cli import data, mirror, parallel
 from softmoe_cli.config import WANDB_LETTERS, WAYS, Config, UsageError, check_tokens
 from softmoe_cli.cost import Cost, account, on_meta
 from softmoe_cli.device import (
+    KEPT,
     Energy,
     arithmetic,
     compiled,
     free_memory,
     hardware,
+    keep_freed_memory,
     precision_context,
     slower,
 )
@@ -189,7 +191,8 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
     check_tokens(config, cost.tokens)
     screen.table(command, _header(config, cost, splits, budget, device, run.folder, crew))
     memory = require_fit(config, classes, device, crew.size, crew.local_size, crew.way)
-    screen.row("memory", _memory(memory, device))
+    kept = keep_freed_memory(device, memory.peak_bytes, free_memory(device) // crew.local_size)
+    screen.row("memory", _memory(memory, device, kept))
 
     with crew.one_by_one():
         torch.manual_seed(config.seed)
@@ -855,12 +858,15 @@ def _regularisation(config: Config) -> str:
     return ", ".join(f"{key} {value}" for key, value in given.items() if value)
 
 
-def _memory(memory: Memory, device: torch.device) -> str:
+def _memory(memory: Memory, device: torch.device, kept: bool) -> str:
+    """`kept`: freed memory is, which then takes room too."""
     free, copy = free_memory(device), memory.state_bytes - memory.gradient_bytes
     copied = device.type == "cpu" and room_beside(copy, free - memory.peak_bytes)
     return (
         f"{gibibytes(memory.peak_bytes)} at the peak (weights, gradients, moments {gibibytes(memory.state_bytes)}; "
         f"activations {gibibytes(memory.activation_bytes)}) of {gibibytes(free)} free"
+        + f"; up to {gibibytes(round(KEPT * memory.peak_bytes))} with freed memory that is kept for speed"
+        * kept
         + f"; {gibibytes(memory.beside_bytes)} of moments in the machine's memory, up to twice that while a checkpoint "
         "is written" * bool(memory.beside_bytes) + f"; {gibibytes(copy)} more while a checkpoint is written" * copied
     )

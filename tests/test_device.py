@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from softmoe_cli import device
-from softmoe_cli.device import Energy, arithmetic, cores, free_memory
+from softmoe_cli.device import KEPT, Energy, cores, free_memory, keep_freed_memory
 from softmoe_cli.train import Progress
 from tests.processes import forked
 
@@ -94,8 +94,7 @@ def test_freed_memory_is_used_again(tmp_path: Path) -> None:
 
 
 def page_faults() -> None:
-    """Prints the page faults of 64 MiB five times, each freed before the next: as glibc has it, then as
-    `device=cpu` has it."""
+    """Prints the page faults of 64 MiB five times, each freed before the next: as glibc has it, then kept."""
     faults = []
     for _ in range(2):
         torch.ones(1 << 24)
@@ -103,9 +102,22 @@ def page_faults() -> None:
         for _ in range(5):
             torch.ones(1 << 24)
         faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-        arithmetic("cpu", "fp32", None)
+        assert keep_freed_memory(CPU)
         torch.ones(1 << 24)
     print(json.dumps(faults))
+
+
+@glibc
+def test_freed_memory_is_kept_where_there_is_room_for_it(tmp_path: Path) -> None:
+    assert forked(tmp_path / "out.txt", rooms) == 0
+    assert json.loads((tmp_path / "out.txt").read_text()) == [False, False, True]
+
+
+def rooms() -> None:
+    """Prints whether it is kept: not on a GPU, not where the gaps would not fit, and where they do."""
+    room = round(KEPT * 2**20)
+    asked = ((torch.device("cuda"), 2**60), (CPU, room - 1), (CPU, room))
+    print(json.dumps([keep_freed_memory(device, 2**20, free) for device, free in asked]))
 
 
 @glibc
@@ -118,7 +130,7 @@ def test_what_was_freed_is_given_back_when_free_memory_is_read(tmp_path: Path) -
 
 def resident() -> None:
     """Prints the bytes that the process holds with a freed block, before and after it asks for free memory."""
-    arithmetic("cpu", "fp32", None)
+    assert keep_freed_memory(CPU)
     held = []
     torch.ones(1 << 26)
     for _ in range(2):

@@ -1,6 +1,7 @@
 """Predicted memory against what the allocator hands out, and the refusals and choices made of it."""
 
 import json
+import platform
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,9 +15,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from softmoe_cli import memory, train
 from softmoe_cli.config import Config, UsageError
-from softmoe_cli.device import _control_group_free, precision_context
+from softmoe_cli.device import KEPT, _control_group_free, keep_freed_memory, precision_context
 from softmoe_cli.memory import Live, Memory, largest_batch, last_within, predict_for, require_fit, require_place
 from softmoe_cli.models import build, prepare
+from softmoe_cli.moe import layer
+from softmoe_cli.moe.processor import CPU_PRODUCTS
 from softmoe_cli.moe.routers.soft import SoftRouter
 from softmoe_cli.moe.routing import routings
 from softmoe_cli.optim import freeze, optimizer_of, state_of
@@ -24,7 +27,7 @@ from softmoe_cli.parallel import ALONE, Crew, joined, own_part
 from softmoe_cli.text import gibibytes
 from softmoe_cli.train import update
 from tests.oracles import compose
-from tests.processes import together
+from tests.processes import forked, together
 
 CPU = torch.device("cpu")
 CASES = [
@@ -93,6 +96,54 @@ def test_predicted_peak_is_the_allocators(router: str, precision: str, accumulat
         f"train.recompute={str(recompute).lower()}",
     )  # fmt: skip
     assert predict_for(config, 10, CPU).peak_bytes == pytest.approx(allocated_peak(config), rel=0.02)
+
+
+@pytest.mark.parametrize("side", ["fast", "loops"])
+def test_predicted_peak_on_either_side_of_the_layers_choice(side: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Expert products in bfloat16 or in float32, whatever this processor would choose and does with them."""
+    monkeypatch.setattr(layer, "CPU_PRODUCTS", dict.fromkeys(CPU_PRODUCTS, side))
+    config = composed("soft", "train.batch_size=32", "train.precision=bf16")
+    assert predict_for(config, 10, CPU).peak_bytes == pytest.approx(allocated_peak(config), rel=0.02)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have rules of their own")
+def test_a_process_holds_what_was_announced(tmp_path: Path) -> None:
+    """With 1,024 tokens. Where there is room freed memory is kept, and the gaps are announced too."""
+    ratios = []
+    for room in ("little", "much"):
+        out = tmp_path / room
+        assert forked(out, held_in_predicted, room == "much") == 0
+        ratios.append(json.loads(out.read_text().splitlines()[-1]))
+    assert 0.9 < ratios[0] < 1.15, ratios
+    assert 0.9 < ratios[1] < KEPT, ratios
+
+
+def held_in_predicted(much: bool) -> None:
+    """Prints the most that an update held in memory, in what was predicted."""
+    torch.set_num_threads(1)
+    config = composed("soft", "model.image_size=128", "train.batch_size=16")
+    predicted = predict_for(config, 10, CPU).peak_bytes
+    assert keep_freed_memory(CPU, predicted, round(KEPT * predicted) + 1 if much else predicted) == much
+    model = build(config.model, 10).train()
+    prepare(model, CPU, "fp32")
+    optimizer, scaler = optimizer_of(model, config.optim), torch.amp.GradScaler("cpu", enabled=False)
+    with routings(model) as seen:
+
+        def step(images: int) -> None:
+            x, targets = torch.randn(images, 1, 128, 128), torch.rand(images, 10)
+            autocast = precision_context("cpu", "fp32")
+            update(model, model, x, targets, config, 0.001, optimizer, scaler, autocast, seen)
+
+        step(1)  # which brings the code itself into memory, and the moments
+        before = resident("VmRSS") - sum(3 * p.nbytes for p in model.parameters())
+        step(16)
+    print((resident("VmHWM") - before) / predicted)
+
+
+def resident(key: str) -> int:
+    """Bytes, now or at most."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
 
 
 WAYS_MEASURED = (("fsdp", "soft", "fp32", 2, False), ("expert", "soft", "bf16", 1, True))
@@ -368,5 +419,5 @@ def test_the_header_tells_of_a_checkpoints_copy(monkeypatch: pytest.MonkeyPatch)
     copy = held.weight_bytes + held.optimizer_bytes + held.average_bytes
     for free, told in ((held.peak_bytes + 4 * copy, True), (held.peak_bytes + 4 * copy - 1, False)):
         monkeypatch.setattr(train, "free_memory", lambda _device, free=free: free)
-        assert (f"; {gibibytes(copy)} more while" in train._memory(held, CPU)) == told
-    assert "more while" not in train._memory(held, torch.device("cuda"))
+        assert (f"; {gibibytes(copy)} more while" in train._memory(held, CPU, False)) == told
+    assert "more while" not in train._memory(held, torch.device("cuda"), False)

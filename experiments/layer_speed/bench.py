@@ -41,7 +41,7 @@ from scipy.stats import quantile_test
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from softmoe_cli.device import arithmetic, give_back_freed_memory, hardware
+from softmoe_cli.device import give_back_freed_memory, hardware, keep_freed_memory
 from softmoe_cli.models import make_router
 from softmoe_cli.moe.layer import Experts, MoE
 from softmoe_cli.moe.routers.soft import SoftRouter
@@ -427,7 +427,7 @@ def main() -> None:
     if unknown:
         sys.exit(f"there is no {', '.join(unknown)}; see the first lines of this file")
     fewest = max(int(rounds) for rounds in grid.get("rounds", [FEWEST]))
-    arithmetic("cpu", "fp32", None)
+    keep_freed_memory(torch.device("cpu"))
     if "dtype" not in grid:
         for d, batch in itertools.product(grid["width"], grid["batch"]):
             write(file, flat(int(d), int(batch), fewest))

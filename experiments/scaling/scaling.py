@@ -22,8 +22,8 @@ from softmoe_cli import memory
 from softmoe_cli.cli import compose
 from softmoe_cli.config import WAYS, Model
 from softmoe_cli.cost import account, on_meta
-from softmoe_cli.moe import layer
 from softmoe_cli.moe.layer import MoE
+from softmoe_cli.moe.processor import CPU_PRODUCTS
 from softmoe_cli.text import aligned
 
 CLASSES, MOST = 1000, 512
@@ -86,7 +86,7 @@ def predicted(model: Model, load: Load, gpus: int, way: str) -> memory.Memory:
     """What each GPU holds with AdamW. The fake step runs as on a CPU, because torch's backward pass wants a GPU that is
     there, but with what a GPU has: fused attention and products in half precision."""
     memory.prepare = lambda *_: None  # type: ignore[assignment]
-    layer.CPU_MULTIPLIES[torch.bfloat16] = True
+    CPU_PRODUCTS[torch.bfloat16] = "fast"
     return memory.predict(
         model, CLASSES, batch=load.images * gpus, accumulate=1, recompute=bool(load.recompute), ema=False,
         precision=load.precision, device=torch.device("cpu"), processes=gpus, way=way,

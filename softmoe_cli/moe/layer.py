@@ -5,15 +5,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from softmoe_cli.moe.processor import CPU_PRODUCTS
 from softmoe_cli.moe.routing import Router, Routing, full_precision
-
-CPU_MULTIPLIES = {
-    dtype: torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")()
-    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"))
-}
-"""Whether this CPU has fast products of a half precision. Without them torch falls back to loops: an expert's product
-in bfloat16 then takes 6 to 40 times as long as in float32 (AVX2 only, torch 2.15), so under autocast the layer
-multiplies in float32 and rounds its output."""
 
 
 def experts(
@@ -121,8 +114,8 @@ class MoE(nn.Module):
         if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
             return self._through(x, keep, routing)
         half = torch.get_autocast_dtype(device)
-        if device == "cpu" and not CPU_MULTIPLIES[half]:
-            with full_precision(x):
+        if device == "cpu" and CPU_PRODUCTS[half] != "fast":
+            with full_precision(x):  # in half precision it would only take longer
                 return self._through(x.to(self.experts.w1.dtype), keep, routing).to(half)
         return self._through(x.to(half), keep, routing)  # rounded once, before it is read again and again
 
