@@ -41,7 +41,7 @@ class Started:
         out: str = "stdout.txt",
         dtype: str = "",
         own_server: bool = False,
-        first: Callable[[], None] = int,
+        first: Callable[[], object] = int,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._out = folder / out
@@ -171,7 +171,7 @@ def _main(
     out: Path,
     dtype: str,
     address: str | None,
-    first: Callable[[], None],
+    first: Callable[[], object],
 ) -> None:
     os.chdir(folder)
     os.environ.update(environment)

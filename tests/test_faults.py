@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import TINY
 from tests.processes import Started
 from tests.test_train import finish, same, start, the_run
 from tests.wrong import images
@@ -96,7 +97,7 @@ def test_any_file_operation_may_fail(name: str, kinds: tuple[str, ...], tmp_path
 
     def began(folder: str, kind: str, at: int) -> Started:
         first = functools.partial(faulty, kind, at)
-        return start(tmp_path / folder, *options, first=first)
+        return Started(tmp_path / folder, ["train", *TINY, "threads=1", *options], {}, first=first)
 
     finish(began("whole", COUNT, 0))
     operations = (tmp_path / "whole/operations").stat().st_size

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -42,8 +41,8 @@ from tests.wandb_file import recorded
 CLOCKS = {"device_s", "eval_s", "save_s", "compile_s", "images_per_s", "energy_kj"}
 
 
-def start(folder: Path, *arguments: str, first: Callable[[], None] = int, **environment: str) -> Started:
-    return Started(folder, ["train", *TINY, "threads=1", *arguments], environment, first=first)
+def start(folder: Path, *arguments: str, **environment: str) -> Started:
+    return Started(folder, ["train", *TINY, "threads=1", *arguments], environment)
 
 
 def finish(process: Started, code: int = 0) -> str:
