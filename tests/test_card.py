@@ -45,13 +45,14 @@ def changed(card: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
     return card
 
 
-SHAPES = [
+OTHERS: tuple[Any, ...] = (None, "x", 5, {}, True, ...)
+SHAPES: list[tuple[str, Any]] = [
     (key, value)
     for key in ("model", "data", "model.backbone", "model.router", "classes", "loss", "precision", "data.mean")
-    for value in (None, "x", 5, {}, True, ...)
+    for value in OTHERS
 ]
 SHAPES += [(key, []) for key in ("model", "data", "classes", "loss")]
-SHAPES += [("receipt", value) for value in (None, [1], "x", {"optimizer": []})] + [("origin", 5)]
+SHAPES += [("receipt", None), ("receipt", [1]), ("receipt", "x"), ("receipt", {"optimizer": []}), ("origin", 5)]
 SHAPES += [("model.router._target_", 5), ("model.moe_blocks", 5), ("model.image_size", 8.5), ("model.nosuch", 1)]
 SHAPES += [("loss", "hinge"), ("precision", "fp8"), ("classes", ["a", 5]), ("data.mean", [float("nan")])]
 SHAPES += [("data.root", "${oc.env:HOME}"), ("data.num_classes", 10**30), ("model.backbone.name", "\x1b[31m")]

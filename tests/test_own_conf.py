@@ -143,6 +143,13 @@ def test_a_folder_does_not_vouch_for_what_lies_in_it(tmp_path: Path, monkeypatch
     assert not trusted(elsewhere / "runs" / "x")
     put(here, "model/router/mine.yaml", "_target_: mine.Router\n")
     assert trusted(elsewhere / "runs" / "x") and trusted("hf-hub:a/b") and trusted("../elsewhere/runs/x")
-    inside = (here / "runs" / "x", "runs/x", "x", "link/x", "../elsewhere/link/x", "../here/runs/x")
+    inside: tuple[Path | str, ...] = (
+        here / "runs" / "x",
+        "runs/x",
+        "x",
+        "link/x",
+        "../elsewhere/link/x",
+        "../here/runs/x",
+    )
     assert not any(map(trusted, inside))
     assert all(trusted(place, "mine.Router") for place in inside) and not trusted("runs/x", "other.Router")

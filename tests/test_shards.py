@@ -79,7 +79,7 @@ def crafted(path: Path, said: Any, **tensors: Tensor) -> None:
     )
 
 
-PLACES = {
+PLACES: dict[str, Any] = {
     "nothing is said": None,
     "no JSON": "{",
     "brackets": "[" * 200_000,
@@ -103,7 +103,7 @@ PLACES = {
 def test_pieces_of_a_file_that_softmoe_did_not_write(kind: str, tmp_path: Path) -> None:
     """One sentence, before anything of the size that they speak of is taken."""
     crafted(tmp_path / "model.1-of-1.safetensors", PLACES[kind], x=torch.ones(4))
-    with pytest.raises(RunError, match="no pieces that softmoe wrote|not the whole of it"):
+    with pytest.raises(RunError, match=r"no pieces that softmoe wrote|not the whole of it"):
         joined(tmp_path / "model.safetensors")
     seal(tmp_path)
     with pytest.raises(UsageError, match=r"^checkpoint="):
