@@ -393,6 +393,8 @@ def load_weights(
             continue
         if key not in own:
             report.unexpected.append(key)
+        elif value.is_floating_point() != own[key].is_floating_point():
+            raise UsageError(f"{key} in the checkpoint is of {value.dtype}, which no such weight is")
         elif key == "pos_embed" and value.shape != own[key].shape:
             incoming[key] = _resample(vit, value)
             report.resized.append(f"{key} {value.shape[1]} -> {own[key].shape[1]} positions")

@@ -172,12 +172,16 @@ class Run:
     def result(self) -> dict[str, Any] | None:
         """The flat row of a finished run, or None."""
         path = self.folder / "result.json"
-        if not path.exists():
-            return None
         try:
             row = json.loads(path.read_text())
-        except (OSError, ValueError, RecursionError) as error:
+        except FileNotFoundError:
+            return None
+        except (IsADirectoryError, PermissionError, ValueError, RecursionError) as error:
             raise UsageError(f"{path} is damaged ({error}); remove it to run again") from error
+        except OSError as error:
+            raise UsageError(
+                f"{self.folder} can be no run's folder: {error.strerror}; choose another output_root, study or name"
+            ) from error
         if not isinstance(row, dict) or "signature" not in row:
             raise UsageError(f"{path} is no result of softmoe; remove it to run again")
         return row
@@ -416,7 +420,7 @@ class Run:
                 with suppress(ValueError, TypeError, KeyError, RecursionError):  # no state of ours keeps nothing
                     keep.add(self.checkpoints / f"best-{json.loads((path / STATE).read_text())['best_step']:08d}")
         for path in self.checkpoints.iterdir():
-            if path not in keep and OURS.fullmatch(path.name):
+            if path not in keep and OURS.fullmatch(path.name) and path.is_dir():
                 clear(path)
 
     def newest(self) -> tuple[Path | None, list[str]]:

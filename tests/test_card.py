@@ -15,7 +15,7 @@ from softmoe_cli import data
 from softmoe_cli.card import read_card
 from softmoe_cli.cli import _model_of
 from softmoe_cli.config import UsageError
-from softmoe_cli.models import build, portable
+from softmoe_cli.models import build, load_weights, portable
 from softmoe_cli.record import Checkpoint, Run, RunError, Source, read_source, write_checkpoint
 from tests.conftest import TINY, Softmoe
 from tests.oracles import compose
@@ -98,6 +98,16 @@ def test_sizes_are_held_against_the_weights_by_every_command(softmoe: Softmoe, s
     for command in ("evaluate", "export", "finetune", "upcycle"):
         answer = softmoe(command, "checkpoint=x.safetensors", *["data=digits"] * (command != "export"))
         assert answer.code == 2 and answer.err.startswith("softmoe: checkpoint=x.safetensors "), answer
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.bool, torch.complex64], ids=str)
+def test_weights_that_are_no_fractions_are_refused(kind: torch.dtype, saved: Path) -> None:
+    vit = build(compose(*TINY[1:]).model, 10)
+    weights = load_file(saved)
+    with pytest.raises(UsageError, match=r"norm\.weight in the checkpoint is of torch"):
+        load_weights(
+            vit, weights | {"norm.weight": weights["norm.weight"].to(kind)}, keep_head=True, allow_unexpected=[]
+        )
 
 
 def test_fewer_outputs_than_classes_are_refused(saved: Path, tmp_path: Path) -> None:
