@@ -36,7 +36,7 @@ from softmoe_cli.card import read_card
 from softmoe_cli.config import LATER, NOT_SCIENCE, Config, UsageError, group_of
 from softmoe_cli.device import free_memory
 from softmoe_cli.files import RunError as RunError
-from softmoe_cli.files import cannot_write, clear, require_vacant, sync, unused
+from softmoe_cli.files import cannot_write, clear, not_following, require_vacant, sync, unused
 from softmoe_cli.files import write_atomically as write_atomically
 from softmoe_cli.parallel import ALONE, Crew
 from softmoe_cli.shards import Piece
@@ -192,7 +192,8 @@ class Run:
             return
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.folder / ".lock").open("a+")
+            held = not_following(str(self.folder / ".lock"), os.O_RDWR | os.O_CREAT | os.O_APPEND)
+            self._lock = os.fdopen(held, "a+")
         except OSError as error:
             raise UsageError(
                 f"cannot write to output_root={config.output_root}: {error.strerror}: {error.filename}; "
@@ -223,7 +224,7 @@ class Run:
             return
         path = self.folder / file
         try:
-            with path.open("a") as out:
+            with open(path, "a", opener=not_following) as out:
                 out.write(json.dumps(row, allow_nan=False) + "\n")
         except OSError as error:
             raise cannot_write(path, error) from error
@@ -453,7 +454,8 @@ class Run:
             if self._size(file) < size:
                 raise RunError(f"{path} is shorter than its checkpoint says; restore it or remove {self.folder}")
             if path.exists():
-                os.truncate(path, size)
+                with open(path, "r+", opener=not_following) as file:
+                    file.truncate(size)
 
     def finish(self, row: dict[str, Any]) -> None:
         if self._writes:

@@ -39,7 +39,7 @@ from rich.live import Live
 from rich.text import Text
 
 from softmoe_cli.config import QUALITIES, Config, Launcher, RayLauncher, SlurmLauncher, UsageError
-from softmoe_cli.files import RunError, write_atomically
+from softmoe_cli.files import RunError, not_following, write_atomically
 from softmoe_cli.status import State, count, duration, figures, held, state
 from softmoe_cli.text import aligned
 
@@ -97,7 +97,7 @@ def perform(order: Order) -> int:
     os.chdir(order.directory)
     os.environ.update(order.environment)
     order.failure.unlink(missing_ok=True)
-    with order.log.open("a") as log:
+    with open(order.log, "a", opener=not_following) as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
@@ -631,7 +631,7 @@ class Sweep:
         """The sweep's folder, made where there is none, and held against a second launcher."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            lock = (self._folder / ".lock").open("w")
+            lock = os.fdopen(not_following(str(self._folder / ".lock"), os.O_WRONLY | os.O_CREAT), "w")
         except OSError as error:
             raise UsageError(
                 f"cannot write to output_root={self._config.output_root}: {error.strerror}: {error.filename}; "

@@ -208,3 +208,17 @@ def test_no_byte_left_when_a_run_begins_is_one_sentence(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         run.close()
+
+
+@pytest.mark.parametrize("name", [".lock", "metrics.jsonl"])
+def test_links_in_a_runs_folder_are_not_followed(name: str, tmp_path: Path) -> None:
+    """A folder that was downloaded may hold one, to any file of the user's."""
+    (tmp_path / "mine").write_text("mine")
+    run = Run(tmp_path / "run")
+    run.checkpoints.mkdir(parents=True)
+    (run.folder / name).symlink_to(tmp_path / "mine")
+    write = run.append if name == "metrics.jsonl" else lambda *_: run.open(compose())
+    with pytest.raises((UsageError, RunError), match="symbolic links"):
+        write("metrics.jsonl", {"step": 1})
+    run.close()
+    assert (tmp_path / "mine").read_text() == "mine"
