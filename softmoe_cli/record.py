@@ -118,15 +118,21 @@ class Checkpoint:
         """
         try:
             state = json.loads((path / STATE).read_text())
-            found = cls(path, load_file(path / WEIGHTS), load_file(path / TRAINING), state)
+            return cls(path, load_file(path / WEIGHTS), load_file(path / TRAINING), state)
         except (OSError, ValueError, RecursionError, SafetensorError) as error:
             raise UsageError(
                 f"{path} cannot be read ({error}); remove it to go on from the checkpoint before"
             ) from error
-        fault = _state_fault(state) or _random_fault(found.training)
+
+    def check(self) -> None:
+        """Holds its numbers and random state against what training writes, before anything is taken from it.
+
+        Raises:
+            UsageError: its checksums are right, and softmoe did not write it.
+        """
+        fault = _state_fault(self.state) or _random_fault(self.training)
         if fault is not None:
-            raise UsageError(f"{path}: {fault}; remove it to go on from the checkpoint before")
-        return found
+            raise UsageError(f"{self.path}: {fault}; remove it to go on from the checkpoint before")
 
 
 def _state_fault(state: Any) -> str | None:
@@ -454,8 +460,8 @@ class Run:
             if self._size(file) < size:
                 raise RunError(f"{path} is shorter than its checkpoint says; restore it or remove {self.folder}")
             if path.exists():
-                with open(path, "r+", opener=not_following) as file:
-                    file.truncate(size)
+                with open(path, "r+", opener=not_following) as rows:
+                    rows.truncate(size)
 
     def finish(self, row: dict[str, Any]) -> None:
         if self._writes:

@@ -685,6 +685,8 @@ def _resume(
     for note in notes:
         screen.say(note)
     checkpoint = Checkpoint.read(path) if path is not None else None
+    if checkpoint is not None:
+        checkpoint.check()
     run.rewind(checkpoint.state["sizes"] if checkpoint else {})
     if checkpoint is None:
         return Progress()
