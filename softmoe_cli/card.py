@@ -86,10 +86,11 @@ def _section_fault(said: Any, section: type, path: str) -> str | None:
     for key, hint in known.items():
         if key not in said:
             return f"it lacks {path}.{key}"
-        fault = _section_fault(said[key], hint, f"{path}.{key}") if is_dataclass(hint) else None
-        if fault is not None:
-            return fault
-        if not is_dataclass(hint) and not _fits(said[key], hint):
+        if isinstance(hint, type) and is_dataclass(hint):
+            fault = _section_fault(said[key], hint, f"{path}.{key}")
+            if fault is not None:
+                return fault
+        elif not _fits(said[key], hint):
             return f"{path}.{key} is {_kind(said[key])}"
     return None
 

@@ -39,6 +39,11 @@ def unused(path: Path) -> Path:
     return path.with_name(f".{path.name[:60]}-{secrets.token_hex(6)}")  # names have up to 255 bytes
 
 
+def not_following(path: str, flags: int) -> int:
+    """An `opener` for files that grow or are held: what a link of their name leads to is another's."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     """The file holds the old content or the new one, never a part. Names that are no Unicode stay the bytes they were.
 

@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import (
@@ -65,7 +67,7 @@ class Loopback(RendezvousHandler):
             listening.bind((self.ADDRESS, 0))
             listening.listen()
             self._port = listening.getsockname()[1]
-            self._store = dist.TCPStore(
+            self._store = TCPStore(
                 self.ADDRESS, self._port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()
             )
         self._run, self._round = parameters.run_id, 0
@@ -79,7 +81,7 @@ class Loopback(RendezvousHandler):
 
     def next_rendezvous(self) -> RendezvousInfo:
         self._round += 1  # nothing of a round before counts
-        store = dist.PrefixStore(f"{self._run}.{self._round}", self._store)
+        store = PrefixStore(f"{self._run}.{self._round}", self._store)
         return RendezvousInfo(store, 0, 1, RendezvousStoreInfo(self.ADDRESS, self._port))
 
     def is_closed(self) -> bool:

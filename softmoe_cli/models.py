@@ -393,6 +393,8 @@ def load_weights(
             continue
         if key not in own:
             report.unexpected.append(key)
+        elif value.is_floating_point() != own[key].is_floating_point():
+            raise UsageError(f"{key} in the checkpoint is of {value.dtype}, which no such weight is")
         elif key == "pos_embed" and value.shape != own[key].shape:
             incoming[key] = _resample(vit, value)
             report.resized.append(f"{key} {value.shape[1]} -> {own[key].shape[1]} positions")
@@ -483,7 +485,7 @@ def require_described(source: Source, model: Model) -> None:
     Raises:
         UsageError: the weights are of another model.
     """
-    start = f"checkpoint={source.label} is not of the model that it says it is"
+    start = f"checkpoint={source.label} is of another architecture than it says"
     blocks = {int(found[1]) for key in source.weights if (found := re.match(r"blocks\.(\d+)\.", key))}
     depth = model.backbone.depth
     if depth is not None and blocks != set(range(depth) if depth <= len(blocks) else ()):

@@ -36,7 +36,7 @@ from softmoe_cli.card import read_card
 from softmoe_cli.config import LATER, NOT_SCIENCE, Config, UsageError, group_of
 from softmoe_cli.device import free_memory
 from softmoe_cli.files import RunError as RunError
-from softmoe_cli.files import cannot_write, clear, require_vacant, sync, unused
+from softmoe_cli.files import cannot_write, clear, not_following, require_vacant, sync, unused
 from softmoe_cli.files import write_atomically as write_atomically
 from softmoe_cli.parallel import ALONE, Crew
 from softmoe_cli.shards import Piece
@@ -111,9 +111,51 @@ class Checkpoint:
 
     @classmethod
     def read(cls, path: Path) -> "Checkpoint":
-        """The one that `Run.newest` has found."""
-        state = json.loads((path / STATE).read_text())
-        return cls(path, load_file(path / WEIGHTS), load_file(path / TRAINING), state)
+        """The one that `Run.newest` has found.
+
+        Raises:
+            UsageError: its checksums are right, and softmoe did not write it.
+        """
+        try:
+            state = json.loads((path / STATE).read_text())
+            return cls(path, load_file(path / WEIGHTS), load_file(path / TRAINING), state)
+        except (OSError, ValueError, RecursionError, SafetensorError) as error:
+            raise UsageError(
+                f"{path} cannot be read ({error}); remove it to go on from the checkpoint before"
+            ) from error
+
+    def check(self) -> None:
+        """Holds its numbers and random state against what training writes, before anything is taken from it.
+
+        Raises:
+            UsageError: its checksums are right, and softmoe did not write it.
+        """
+        fault = _state_fault(self.state) or _random_fault(self.training)
+        if fault is not None:
+            raise UsageError(f"{self.path}: {fault}; remove it to go on from the checkpoint before")
+
+
+def _state_fault(state: Any) -> str | None:
+    """What keeps the plain numbers of a checkpoint from being ours."""
+    if not isinstance(state, dict):
+        return f"{STATE} holds no numbers by name"
+    for key in ("step", "best_step"):
+        if type(state.get(key)) is not int or not 0 <= state[key] < 2**63:
+            return f"{STATE} has no number {key}"
+    for key, kinds in {"sizes": (int,), "seconds": (int, float)}.items():
+        numbers = state.get(key)
+        if not isinstance(numbers, dict) or not all(type(n) in kinds and n >= 0 for n in numbers.values()):
+            return f"{STATE} has no numbers {key}"
+    if "device" not in state["seconds"]:
+        return f"{STATE} has no numbers seconds"
+    return None if isinstance(state.get("scaler"), dict) else f"{STATE} has no scaler"
+
+
+def _random_fault(training: dict[str, Tensor]) -> str | None:
+    own, there = torch.get_rng_state(), training.get("random.cpu")
+    if there is None or there.shape != own.shape or there.dtype != own.dtype:
+        return f"{TRAINING} has no random state of this torch"
+    return None
 
 
 class Run:
@@ -136,12 +178,16 @@ class Run:
     def result(self) -> dict[str, Any] | None:
         """The flat row of a finished run, or None."""
         path = self.folder / "result.json"
-        if not path.exists():
-            return None
         try:
             row = json.loads(path.read_text())
-        except ValueError as error:
+        except FileNotFoundError:
+            return None
+        except (IsADirectoryError, PermissionError, ValueError, RecursionError) as error:
             raise UsageError(f"{path} is damaged ({error}); remove it to run again") from error
+        except OSError as error:
+            raise UsageError(
+                f"{self.folder} can be no run's folder: {error.strerror}; choose another output_root, study or name"
+            ) from error
         if not isinstance(row, dict) or "signature" not in row:
             raise UsageError(f"{path} is no result of softmoe; remove it to run again")
         return row
@@ -152,7 +198,8 @@ class Run:
             return
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.folder / ".lock").open("a+")
+            held = not_following(str(self.folder / ".lock"), os.O_RDWR | os.O_CREAT | os.O_APPEND)
+            self._lock = os.fdopen(held, "a+")
         except OSError as error:
             raise UsageError(
                 f"cannot write to output_root={config.output_root}: {error.strerror}: {error.filename}; "
@@ -183,7 +230,7 @@ class Run:
             return
         path = self.folder / file
         try:
-            with path.open("a") as out:
+            with open(path, "a", opener=not_following) as out:
                 out.write(json.dumps(row, allow_nan=False) + "\n")
         except OSError as error:
             raise cannot_write(path, error) from error
@@ -377,10 +424,10 @@ class Run:
         keep = set(lasts[:2])
         for path in lasts[:2]:
             if damage(path, files=(STATE,)) is None:
-                best = json.loads((path / STATE).read_text())["best_step"]
-                keep.add(self.checkpoints / f"best-{best:08d}")
+                with suppress(ValueError, TypeError, KeyError, RecursionError):  # no state of ours keeps nothing
+                    keep.add(self.checkpoints / f"best-{json.loads((path / STATE).read_text())['best_step']:08d}")
         for path in self.checkpoints.iterdir():
-            if path not in keep and OURS.fullmatch(path.name):
+            if path not in keep and OURS.fullmatch(path.name) and path.is_dir():
                 clear(path)
 
     def newest(self) -> tuple[Path | None, list[str]]:
@@ -413,7 +460,8 @@ class Run:
             if self._size(file) < size:
                 raise RunError(f"{path} is shorter than its checkpoint says; restore it or remove {self.folder}")
             if path.exists():
-                os.truncate(path, size)
+                with open(path, "r+", opener=not_following) as rows:
+                    rows.truncate(size)
 
     def finish(self, row: dict[str, Any]) -> None:
         if self._writes:

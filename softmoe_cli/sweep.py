@@ -40,7 +40,7 @@ from rich.live import Live
 from rich.text import Text
 
 from softmoe_cli.config import QUALITIES, Config, Launcher, RayLauncher, SlurmLauncher, UsageError
-from softmoe_cli.files import RunError, write_atomically
+from softmoe_cli.files import RunError, not_following, write_atomically
 from softmoe_cli.signals import ASKING, CURSOR, Asked, heard, leave_soon
 from softmoe_cli.status import State, count, duration, figures, held, state
 from softmoe_cli.text import aligned, printable_lines
@@ -103,7 +103,7 @@ def perform(order: Order) -> int:
         os.chdir(order.directory)
         os.environ.update(order.environment)
         order.failure.unlink(missing_ok=True)
-        with order.log.open("a") as log:
+        with open(order.log, "a", opener=not_following) as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
     except OSError as error:  # said where the launcher speaks
@@ -650,7 +650,7 @@ class Sweep:
         """The sweep's folder, made where there is none, and held against a second launcher."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            lock = (self._folder / ".lock").open("w")
+            lock = os.fdopen(not_following(str(self._folder / ".lock"), os.O_WRONLY | os.O_CREAT), "w")
         except OSError as error:
             raise UsageError(
                 f"cannot write to output_root={self._config.output_root}: {error.strerror}: {error.filename}; "

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import resource
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from softmoe_cli import data
 from softmoe_cli.card import read_card
 from softmoe_cli.cli import _model_of
 from softmoe_cli.config import UsageError
-from softmoe_cli.models import build, portable
-from softmoe_cli.record import Source, read_source
+from softmoe_cli.models import build, load_weights, portable
+from softmoe_cli.record import Checkpoint, Run, RunError, Source, read_source, write_checkpoint
 from tests.conftest import TINY, Softmoe
 from tests.oracles import compose
 
@@ -45,13 +46,14 @@ def changed(card: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
     return card
 
 
-SHAPES = [
+OTHERS: tuple[Any, ...] = (None, "x", 5, {}, True, ...)
+SHAPES: list[tuple[str, Any]] = [
     (key, value)
     for key in ("model", "data", "model.backbone", "model.router", "classes", "loss", "precision", "data.mean")
-    for value in (None, "x", 5, {}, True, ...)
+    for value in OTHERS
 ]
 SHAPES += [(key, []) for key in ("model", "data", "classes", "loss")]
-SHAPES += [("receipt", value) for value in (None, [1], "x", {"optimizer": []})] + [("origin", 5)]
+SHAPES += [("receipt", None), ("receipt", [1]), ("receipt", "x"), ("receipt", {"optimizer": []}), ("origin", 5)]
 SHAPES += [("model.router._target_", 5), ("model.moe_blocks", 5), ("model.image_size", 8.5), ("model.nosuch", 1)]
 SHAPES += [("loss", "hinge"), ("precision", "fp8"), ("classes", ["a", 5]), ("data.mean", [float("nan")])]
 SHAPES += [("data.root", "${oc.env:HOME}"), ("data.num_classes", 10**30), ("model.backbone.name", "\x1b[31m")]
@@ -98,6 +100,16 @@ def test_sizes_are_held_against_the_weights_by_every_command(softmoe: Softmoe, s
         assert answer.code == 2 and answer.err.startswith("softmoe: checkpoint=x.safetensors "), answer
 
 
+@pytest.mark.parametrize("kind", [torch.int64, torch.bool, torch.complex64], ids=str)
+def test_weights_that_are_no_fractions_are_refused(kind: torch.dtype, saved: Path) -> None:
+    vit = build(compose(*TINY[1:]).model, 10)
+    weights = load_file(saved)
+    with pytest.raises(UsageError, match=r"norm\.weight in the checkpoint is of torch"):
+        load_weights(
+            vit, weights | {"norm.weight": weights["norm.weight"].to(kind)}, keep_head=True, allow_unexpected=[]
+        )
+
+
 def test_fewer_outputs_than_classes_are_refused(saved: Path, tmp_path: Path) -> None:
     weights = load_file(saved) | {"head.weight": torch.zeros(3, 16)}
     save_file(weights, tmp_path / "x.safetensors", metadata={"softmoe": json.dumps(read_source(str(saved)).card)})
@@ -136,3 +148,77 @@ def test_places_that_cannot_be_read_are_one_sentence(saved: Path, tmp_path: Path
     (tmp_path / "model.safetensors").write_bytes(saved.read_bytes())
     with pytest.raises(UsageError, match="SHA256SUMS cannot be read"):
         read_source(str(tmp_path))
+
+
+# --- a checkpoint to go on from ---------------------------------------------------------------------------------------
+
+STATE = {"step": 4, "best_step": 2, "sizes": {"metrics.jsonl": 0}, "seconds": {"device": 0.5}, "scaler": {}}
+STATES: dict[str, Any] = {
+    "null": "null", "no JSON": "{", "brackets": "[" * 200_000, "a list": "[]",
+    **{f"without {key}": json.dumps({k: v for k, v in STATE.items() if k != key}) for key in STATE},
+    **{f"{key} as text": json.dumps(STATE | {key: "x"}) for key in STATE},
+    "before the beginning": json.dumps(STATE | {"step": -1}),
+    "a size below 0": json.dumps(STATE | {"sizes": {"x": -1}}),
+}  # fmt: skip
+RANDOM = {"random.cpu": torch.get_rng_state()}
+
+
+@pytest.mark.parametrize("kind", STATES)
+def test_a_state_that_softmoe_did_not_write_is_one_sentence(kind: str, tmp_path: Path) -> None:
+    """Its checksums may be right."""
+    write_checkpoint(tmp_path / "last-00000004", {"x": torch.ones(1)}, {}, RANDOM, {"state.json": STATES[kind]})
+    with pytest.raises(UsageError, match=r"last-00000004.*; remove it to go on from the checkpoint before"):
+        Checkpoint.read(tmp_path / "last-00000004").check()
+
+
+def test_tensors_that_softmoe_did_not_write_are_one_sentence(tmp_path: Path) -> None:
+    texts = {"state.json": json.dumps(STATE)}
+    write_checkpoint(tmp_path / "good", {"x": torch.ones(1)}, {}, RANDOM, texts)
+    Checkpoint.read(tmp_path / "good").check()
+    for name, tensors in {"none": {"y": torch.ones(1)}, "short": {"random.cpu": torch.zeros(3).byte()}}.items():
+        write_checkpoint(tmp_path / name, {"x": torch.ones(1)}, {}, tensors, texts)
+        with pytest.raises(UsageError, match="no random state"):
+            Checkpoint.read(tmp_path / name).check()
+    (tmp_path / "good" / "model.safetensors").write_bytes(b"garbage")
+    with pytest.raises(UsageError, match="remove it to go on"):
+        Checkpoint.read(tmp_path / "good")
+
+
+def test_files_of_a_run_that_cannot_be_read_are_one_sentence(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\xff{"step"\n')
+    with pytest.raises(UsageError, match=r"metrics\.jsonl, line 2 is damaged"):
+        run.rows("metrics.jsonl")
+    for name, content in {"brackets": b"[" * 200_000, "bytes": b"\xff"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result.json").write_bytes(content)
+        with pytest.raises(UsageError, match="is damaged"):
+            _ = Run(tmp_path / name).result
+    (tmp_path / "result.json").mkdir()
+    with pytest.raises(UsageError, match="is damaged"):
+        _ = run.result
+
+
+def test_no_byte_left_when_a_run_begins_is_one_sentence(tmp_path: Path) -> None:
+    run, before = Run(tmp_path / "run"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        with pytest.raises(RunError, match=r"cannot write .*\.lock"):
+            run.open(compose())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        run.close()
+
+
+@pytest.mark.parametrize("name", [".lock", "metrics.jsonl"])
+def test_links_in_a_runs_folder_are_not_followed(name: str, tmp_path: Path) -> None:
+    """A folder that was downloaded may hold one, to any file of the user's."""
+    (tmp_path / "mine").write_text("mine")
+    run = Run(tmp_path / "run")
+    run.checkpoints.mkdir(parents=True)
+    (run.folder / name).symlink_to(tmp_path / "mine")
+    write = run.append if name == "metrics.jsonl" else lambda *_: run.open(compose())
+    with pytest.raises((UsageError, RunError), match="symbolic links"):
+        write("metrics.jsonl", {"step": 1})
+    run.close()
+    assert (tmp_path / "mine").read_text() == "mine"

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from softmoe_cli.config import UsageError
-from softmoe_cli.files import RunError, require_vacant, unused, write_atomically
+from softmoe_cli.files import RULE, RunError, require_vacant, unused, write_atomically
 from softmoe_cli.record import Source, publish, published
+from tests.conftest import Softmoe
 
 
 def test_a_file_is_written_beside_neighbours(tmp_path: Path) -> None:
@@ -97,3 +98,8 @@ def test_a_folder_is_made_whole_beside_neighbours(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="cannot write"):  # there meanwhile
         publish(tmp_path / "git", fill)
     assert (tmp_path / "git" / "weights").read_text() == "new"
+
+
+@pytest.mark.parametrize("command", ["evaluate", "export", "upcycle", "compare"])
+def test_help_says_that_nothing_is_overwritten(command: str, softmoe: Softmoe) -> None:
+    assert RULE in softmoe(command, "--help").out

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from softmoe_cli.cli import _trust
 from softmoe_cli.config import UsageError
 from softmoe_cli.own_conf import OwnSource
+from softmoe_cli.record import Source
 from tests.conftest import TINY, Softmoe
 
 CALLBACK = "callbacks: {x: {_target_: torch.hub.load, repo_or_dir: ., model: x, source: local}}"
@@ -105,8 +107,8 @@ def test_models_data_experiments_and_searches_of_ones_own(softmoe: Softmoe, tmp_
     assert answer.code == 0 and json.loads(answer.out)["model"] == "vit_nano2_soft", answer
     tried = "hydra: {sweeper: {params: {seed: '0,1', model.router.num_experts: '2,4'}}}\n"
     put(tmp_path, "experiment/mine.yaml", f"{GLOBAL}defaults: [override /model: mine]\ntrain: {{steps: 1}}\n{tried}")
-    answer = softmoe("train", "-m", "+experiment=mine", "--plan", "tracking=off", "threads=1")
-    assert answer.code == 0 and "4 jobs" in answer.out, answer
+    answer = softmoe("train", "+experiment=mine", "--cfg", "all")
+    assert answer.code == 0 and "num_experts: 3" in answer.out and "model.router.num_experts: 2,4" in answer.out, answer
 
 
 def test_python_m_imports_nothing_from_the_working_folder(tmp_path: Path) -> None:
@@ -118,3 +120,36 @@ def test_python_m_imports_nothing_from_the_working_folder(tmp_path: Path) -> Non
     done = subprocess.run(words, cwd=tmp_path, env=place, capture_output=True, text=True)
     assert done.returncode == 2 and "needs checkpoint=" in done.stderr, done.stderr
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_folder_does_not_vouch_for_what_lies_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever downloads a checkpoint gets the yaml that vouches for its router, and its code, with it."""
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    for folder in (here / "runs", elsewhere / "runs"):
+        folder.mkdir(parents=True)
+        (folder / "x").write_text("")
+    (here / "link").symlink_to(elsewhere / "runs")
+    (elsewhere / "link").symlink_to(here / "runs")
+    monkeypatch.chdir(here)
+    model = {"router": {"_target_": "mine.Router"}}
+
+    def trusted(checkpoint: Path | str, word: str | None = None) -> bool:
+        try:
+            _trust(model, Source(str(checkpoint), "", {}, {"model": model}), word)
+        except UsageError as error:
+            return "trust=mine.Router" not in str(error)
+        return True
+
+    assert not trusted(elsewhere / "runs" / "x")
+    put(here, "model/router/mine.yaml", "_target_: mine.Router\n")
+    assert trusted(elsewhere / "runs" / "x") and trusted("hf-hub:a/b") and trusted("../elsewhere/runs/x")
+    inside: tuple[Path | str, ...] = (
+        here / "runs" / "x",
+        "runs/x",
+        "x",
+        "link/x",
+        "../elsewhere/link/x",
+        "../here/runs/x",
+    )
+    assert not any(map(trusted, inside))
+    assert all(trusted(place, "mine.Router") for place in inside) and not trusted("runs/x", "other.Router")
