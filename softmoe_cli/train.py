@@ -326,7 +326,7 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
                 weights,
                 training,
                 asdict(progress) | {"scaler": scaler.state_dict()},
-                card | {"origin": f"{made}-{at}"},
+                card | {"origin": f"{made}-{at}", "train_pflop": _pflop_in_all(config, source, cost, progress)},
                 end=end,
             )
 
@@ -870,6 +870,8 @@ def _result(
         "data": config.data.name,
         "train_images": len(splits.train),
         "test_images": test["images_evaluated"],
+        "classes": len(splits.classes),
+        "chance_pct": _commonest_pct(splits.test),
         "top1_pct": test["top1_pct"],
         "top5_pct": test["top5_pct"],
         "loss": test["loss"],
@@ -900,10 +902,23 @@ def _result(
         "softmoe": version("softmoe-cli"),
         "commit": _commit(),
         "python": platform.python_version(),
+        "checkpoint.train_pflop": source.train_pflop if source else None,
         "checkpoint.digest": source.digest if source else None,
         "checkpoint.origin": source.card.get("origin", source.digest) if source else None,
         **flat_science(config),
     }
+
+
+def _pflop_in_all(config: Config, source: Source | None, cost: Cost, progress: Progress) -> float | None:
+    """Of training that a checkpoint stands on, what it began with included; None where that does not say."""
+    before = source.train_pflop if source else 0.0
+    own = progress.step * config.train.batch_size * cost.train_flop / 1e15
+    return None if before is None else before + own
+
+
+def _commonest_pct(images: data.ImageSet) -> float:
+    """The share of the class that most images have: what always the same answer reaches."""
+    return 100 * int(images.labels.bincount().max()) / len(images)
 
 
 def _commit() -> str | None:
