@@ -621,7 +621,7 @@ class Source:
     @property
     def train_pflop(self) -> float | None:
         """What its training had cost, from the first weights on; None where the file does not say."""
-        cost = self.card.get("train_pflop")
+        cost: Any = self.card.get("train_pflop")
         return float(cost) if is_number(cost) and cost >= 0 else None
 
 

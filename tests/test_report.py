@@ -12,6 +12,7 @@ import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import pytest
@@ -402,7 +403,7 @@ def odd(tmp_path: Path) -> Comparison:
         write(tmp_path / "odd", row(router="dense", seed=seed, top1_pct=40 + 7 * seed, data__num_classes=3))
         write(tmp_path / "odd", row(seed=seed, top1_pct=33.3, data__num_classes=3, train_pflop=1e-4))
         for name, cost in (("=SUM(A1)", 0.002), ("@x", None)):
-            tuned = {"command": "finetune", "checkpoint": name, "checkpoint__origin": name}
+            tuned: dict[str, Any] = {"command": "finetune", "checkpoint": name, "checkpoint__origin": name}
             tuned |= {"checkpoint__train_pflop": cost, "data__num_classes": 3, "top1_pct": 70 + seed}
             write(tmp_path / "odd", row(seed=seed, model__backbone__name=name, **tuned))
     return compare([tmp_path / "odd"], Question())
@@ -467,7 +468,12 @@ def test_names_too_long_to_draw(tmp_path: Path) -> None:
     from softmoe_cli.page import page
 
     for seed, letters in enumerate(("x" * 20_000, "y" * 20_000)):
-        own = {"study": letters, "model__backbone__name": letters, "data": "z" * 20_000, "hardware": letters}
+        own: dict[str, Any] = {
+            "study": letters,
+            "model__backbone__name": letters,
+            "data": "z" * 20_000,
+            "hardware": letters,
+        }
         write(tmp_path / "runs", row(seed=seed, name=f"run{seed}", **own))
     comparison = compare([tmp_path / "runs"], Question())
     drawn = figure(comparison, "curves")
