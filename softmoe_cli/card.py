@@ -44,6 +44,8 @@ def _card_fault(card: Any) -> str | None:
         fault = _section_fault(card[key], section, key)
         if fault is not None:
             return fault
+    if not card["model"]["backbone"]["name"].isprintable():
+        return "model.backbone.name holds what cannot be printed"
     router = card["model"]["router"]
     if not isinstance(router, dict) or "_target_" not in router:
         return "model.router names no router" if isinstance(router, dict) else f"model.router is {_kind(router)}"
@@ -84,10 +86,11 @@ def _section_fault(said: Any, section: type, path: str) -> str | None:
     for key, hint in known.items():
         if key not in said:
             return f"it lacks {path}.{key}"
-        fault = _section_fault(said[key], hint, f"{path}.{key}") if is_dataclass(hint) else None
-        if fault is not None:
-            return fault
-        if not is_dataclass(hint) and not _fits(said[key], hint):
+        if isinstance(hint, type) and is_dataclass(hint):
+            fault = _section_fault(said[key], hint, f"{path}.{key}")
+            if fault is not None:
+                return fault
+        elif not _fits(said[key], hint):
             return f"{path}.{key} is {_kind(said[key])}"
     return None
 

@@ -443,10 +443,9 @@ def _hydra(command: str, arguments: list[str]) -> int:
     from softmoe_cli.own_conf import OwnConf, OwnSource, ignored
 
     _store_schemas()
-    OwnConf.find = staticmethod(_own_conf)
+    own = OwnConf.own = _own_conf()
     for plugin in (OwnConf, OwnSource):
         Plugins.instance().register(plugin)
-    own = _own_conf()
     if own is not None and (sentence := ignored(own, command)) is not None:
         _tell(sentence)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing and leaving with status 1

@@ -11,6 +11,7 @@ import multiprocessing
 import multiprocessing.forkserver
 import os
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -21,8 +22,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import (
+    RendezvousHandler,
+    RendezvousInfo,
+    RendezvousParameters,
+    RendezvousStoreInfo,
+    rendezvous_handler_registry,
+)
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from softmoe_cli.config import Config, UsageError
@@ -47,6 +57,50 @@ class Note:
     """Whether all it knew was that another one is gone."""
 
 
+class Loopback(RendezvousHandler):
+    """Where the launcher and the processes of one machine meet: a store that no other machine reaches. What torch's own
+    choices listen on is every interface of the machine, and part of what they read there is unpickled."""
+
+    BACKEND, ADDRESS = "softmoe_loopback", "127.0.0.1"
+
+    def __init__(self, parameters: RendezvousParameters) -> None:
+        with socket.socket() as listening:
+            listening.bind((self.ADDRESS, 0))
+            listening.listen()
+            self._port = listening.getsockname()[1]
+            self._store = TCPStore(
+                self.ADDRESS, self._port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()
+            )
+        self._run, self._round = parameters.run_id, 0
+
+    @property
+    def use_agent_store(self) -> bool:
+        return True
+
+    def get_backend(self) -> str:
+        return self.BACKEND
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        self._round += 1  # nothing of a round before counts
+        store = PrefixStore(f"{self._run}.{self._round}", self._store)
+        return RendezvousInfo(store, 0, 1, RendezvousStoreInfo(self.ADDRESS, self._port))
+
+    def is_closed(self) -> bool:
+        return False
+
+    def set_closed(self) -> None:
+        """There is nobody else to tell."""
+
+    def num_nodes_waiting(self) -> int:
+        return 0
+
+    def get_run_id(self) -> str:
+        return self._run
+
+    def shutdown(self) -> bool:
+        return True
+
+
 def launch(config: Config, command: str) -> None:
     """Trains in `config.devices` processes until all are done.
 
@@ -66,15 +120,18 @@ def launch(config: Config, command: str) -> None:
     signal.signal(signal.SIGUSR2, handler)
     # What torchrun tells its processes, this one may have too, from a job's script or an image.
     environment = {name: value for name, value in os.environ.items() if name not in (*TOLD, ATTEMPT)}
+    inside = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
+    if inside is not None:
+        environment.setdefault("GLOO_SOCKET_IFNAME", inside)  # without it what the machine's name leads to
+    rendezvous_handler_registry.register(Loopback.BACKEND, Loopback)
     with tempfile.TemporaryDirectory(prefix="softmoe-") as folder:
         elastic = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
             nproc_per_node=config.devices,
             run_id=uuid.uuid4().hex,
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            local_addr="localhost",
+            rdzv_backend=Loopback.BACKEND,
+            local_addr=Loopback.ADDRESS,
             max_restarts=config.restarts,
             start_method="forkserver",
             signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",

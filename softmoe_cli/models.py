@@ -483,7 +483,7 @@ def require_described(source: Source, model: Model) -> None:
     Raises:
         UsageError: the weights are of another model.
     """
-    start = f"checkpoint={source.label} is not of the model that it says it is"
+    start = f"checkpoint={source.label} is of another architecture than it says"
     blocks = {int(found[1]) for key in source.weights if (found := re.match(r"blocks\.(\d+)\.", key))}
     depth = model.backbone.depth
     if depth is not None and blocks != set(range(depth) if depth <= len(blocks) else ()):

@@ -6,7 +6,6 @@ themselves could bring one, so that neither is taken from there.
 """
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -56,12 +55,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
 class OwnConf(SearchPathPlugin):
     """The user's conf folder comes first, so that it can add and replace."""
 
-    find: ClassVar[Callable[[], Path | None]]
+    own: ClassVar[Path | None] = None
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        own = self.find()
-        if own is not None:
-            search_path.prepend("softmoe-own", f"{OwnSource.scheme()}://{own}")
+        if self.own is not None and self.own.parent == Path.cwd():
+            search_path.prepend("softmoe-own", f"{OwnSource.scheme()}://{self.own}")
 
 
 class OwnSource(FileConfigSource):
@@ -114,8 +112,8 @@ def _fault(tree: dict[str, Any], group: str, package: str | None) -> str | None:
     if group not in WHOLE or not isinstance(node, dict) or not node.keys() <= {"launcher", "sweeper"}:
         return f"it speaks of hydra, which a conf folder of your own may not; {where}"
     for key, known in {"launcher": LAUNCHER, "sweeper": SWEEPER}.items():
-        said = node.get(key) or {}
-        other = next(iter(said.keys() - set(known)), None) if isinstance(said, dict) else ""
+        options = node.get(key) or {}
+        other = next(iter(options.keys() - set(known)), None) if isinstance(options, dict) else ""
         if other is not None:
             return f"it speaks of hydra.{key}{f'.{other}' if other else ''}, which a conf folder may not; {where}"
     params = (node.get("sweeper") or {}).get("params") or {}

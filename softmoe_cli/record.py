@@ -112,9 +112,45 @@ class Checkpoint:
 
     @classmethod
     def read(cls, path: Path) -> "Checkpoint":
-        """The one that `Run.newest` has found."""
-        state = json.loads((path / STATE).read_text())
-        return cls(path, load_file(path / WEIGHTS), load_file(path / TRAINING), state)
+        """The one that `Run.newest` has found.
+
+        Raises:
+            UsageError: its checksums are right, and softmoe did not write it.
+        """
+        try:
+            state = json.loads((path / STATE).read_text())
+            found = cls(path, load_file(path / WEIGHTS), load_file(path / TRAINING), state)
+        except (OSError, ValueError, RecursionError, SafetensorError) as error:
+            raise UsageError(
+                f"{path} cannot be read ({error}); remove it to go on from the checkpoint before"
+            ) from error
+        fault = _state_fault(state) or _random_fault(found.training)
+        if fault is not None:
+            raise UsageError(f"{path}: {fault}; remove it to go on from the checkpoint before")
+        return found
+
+
+def _state_fault(state: Any) -> str | None:
+    """What keeps the plain numbers of a checkpoint from being ours."""
+    if not isinstance(state, dict):
+        return f"{STATE} holds no numbers by name"
+    for key in ("step", "best_step"):
+        if type(state.get(key)) is not int or not 0 <= state[key] < 2**63:
+            return f"{STATE} has no number {key}"
+    for key, kinds in {"sizes": (int,), "seconds": (int, float)}.items():
+        numbers = state.get(key)
+        if not isinstance(numbers, dict) or not all(type(n) in kinds and n >= 0 for n in numbers.values()):
+            return f"{STATE} has no numbers {key}"
+    if "device" not in state["seconds"]:
+        return f"{STATE} has no numbers seconds"
+    return None if isinstance(state.get("scaler"), dict) else f"{STATE} has no scaler"
+
+
+def _random_fault(training: dict[str, Tensor]) -> str | None:
+    own, there = torch.get_rng_state(), training.get("random.cpu")
+    if there is None or there.shape != own.shape or there.dtype != own.dtype:
+        return f"{TRAINING} has no random state of this torch"
+    return None
 
 
 class Run:
@@ -141,7 +177,7 @@ class Run:
             return None
         try:
             row = json.loads(path.read_text())
-        except ValueError as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UsageError(f"{path} is damaged ({error}); remove it to run again") from error
         if not isinstance(row, dict) or "signature" not in row:
             raise UsageError(f"{path} is no result of softmoe; remove it to run again")
@@ -378,8 +414,8 @@ class Run:
         keep = set(lasts[:2])
         for path in lasts[:2]:
             if damage(path, files=(STATE,)) is None:
-                best = json.loads((path / STATE).read_text())["best_step"]
-                keep.add(self.checkpoints / f"best-{best:08d}")
+                with suppress(ValueError, TypeError, KeyError, RecursionError):  # no state of ours keeps nothing
+                    keep.add(self.checkpoints / f"best-{json.loads((path / STATE).read_text())['best_step']:08d}")
         for path in self.checkpoints.iterdir():
             if path not in keep and OURS.fullmatch(path.name):
                 clear(path)

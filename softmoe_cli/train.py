@@ -701,6 +701,11 @@ def _resume(
 
 def _restore_weights(model: nn.Module, whole: dict[str, Tensor]) -> None:
     own = model.state_dict()
+    odd = own.keys() ^ whole.keys() or {key for key in own if own[key].shape != whole[key].shape}
+    if odd:
+        raise UsageError(
+            f"the checkpoint to go on from is of another model ({min(odd)}); remove it to go on from the one before"
+        )
     model.load_state_dict({key: part_of(value, own[key]) for key, value in whole.items()})
 
 

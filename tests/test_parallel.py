@@ -1,5 +1,6 @@
 """Several processes train the model that one would: the same batches, numbers and files."""
 
+import contextlib
 import json
 import os
 import re
@@ -16,11 +17,12 @@ import torch
 from safetensors.torch import load_file
 from timm.layers import DropPath
 from torch import Tensor
+from torch.distributed.elastic.rendezvous import RendezvousParameters
 
 from softmoe_cli import data, shards, train
 from softmoe_cli.config import WAYS, Config, UsageError
 from softmoe_cli.files import RunError
-from softmoe_cli.launch import Note, cause
+from softmoe_cli.launch import Loopback, Note, cause
 from softmoe_cli.memory import predict_for
 from softmoe_cli.moe.divided import span
 from softmoe_cli.moe.routing import noise_like, whole_batch
@@ -157,6 +159,35 @@ def workers(launcher: int) -> list[int]:
     return sorted(pid for pid in parents if below(pid) and groups[pid] == pid)
 
 
+def test_no_other_machine_reaches_where_processes_meet() -> None:
+    """`devices=2` listens on 127.0.0.1 alone, and what is left of an earlier round does not count."""
+    meeting = Loopback(RendezvousParameters(Loopback.BACKEND, "", "run", 1, 1))
+    listening = [line.split() for line in Path("/proc/self/net/tcp").read_text().splitlines()[1:]]
+    every = [line.split() for line in Path("/proc/self/net/tcp6").read_text().splitlines()[1:]]
+    first, second = meeting.next_rendezvous(), meeting.next_rendezvous()
+    info = first.bootstrap_store_info
+    assert info is not None and info.master_addr == "127.0.0.1"
+    port = f"{info.master_port:04X}"
+    assert [line[1] for line in listening if line[1].endswith(f":{port}") and line[3] == "0A"] == [f"0100007F:{port}"]
+    assert not [line for line in every if line[1].endswith(f":{port}")]
+    first.store.set("x", "1")
+    assert not second.store.check(["x"]) and first.store.get("x") == b"1"
+
+
+def listened(pid: int) -> set[str]:
+    """The addresses on which a process, and those that it started, listen."""
+    found = set()
+    for each in [pid, *workers(pid)]:
+        with contextlib.suppress(OSError):
+            sockets = {os.readlink(link) for link in Path(f"/proc/{each}/fd").iterdir()}
+            for kind in ("tcp", "tcp6"):
+                for line in Path(f"/proc/{each}/net/{kind}").read_text().splitlines()[1:]:
+                    words = line.split()
+                    if words[3] == "0A" and f"socket:[{words[9]}]" in sockets:
+                        found.add(words[1].partition(":")[0])
+    return found
+
+
 @pytest.mark.long
 def test_a_killed_process(tmp_path: Path) -> None:
     """`devices=2`: killed once, all start again from the last checkpoint; killed again, all end and say so. The same
@@ -175,6 +206,7 @@ def test_a_killed_process(tmp_path: Path) -> None:
             time.sleep(0.01)
         victims = workers(launcher.pid)
         assert len(victims) == 2
+        assert listened(launcher.pid) == {"0100007F"}  # 127.0.0.1
         os.kill(victims[1], signal.SIGKILL)
         while victims[1] in workers(launcher.pid):
             time.sleep(0.01)

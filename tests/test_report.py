@@ -19,6 +19,7 @@ import pytest
 
 from softmoe_cli import report
 from softmoe_cli.compare import Comparison, Question, compare
+from softmoe_cli.config import UsageError
 from softmoe_cli.figures import figure
 from softmoe_cli.files import RunError
 from softmoe_cli.looks import reference_points, styles
@@ -215,6 +216,22 @@ finally:
         assert "<!-- soft (n=3) -->" in drawn
         assert (tmp_path / "a" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert (tmp_path / "a" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_what_was_not_made_here_is_not_made_anew(
+    tmp_path: Path, compared: Comparison, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder of ours is, file by file."""
+    monkeypatch.setattr("softmoe_cli.figures.figure", lambda _, name: {f"{name}.svg": b"drawn"})
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "table.csv").write_text("mine")
+    with pytest.raises(UsageError, match=r"--out=.*table\.csv exists"):
+        report.write(compared, tmp_path / "out")
+    assert [path.read_text() for path in (tmp_path / "out").iterdir()] == ["mine"]
+    (tmp_path / "out" / "table.csv").rename(tmp_path / "out" / "mine.csv")
+    names = report.write(compared, tmp_path / "out")
+    assert report.write(compared, tmp_path / "out") == names
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {*names, "mine.csv"}
 
 
 def test_every_group_has_a_look_of_its_own(tmp_path: Path) -> None:

@@ -178,6 +178,11 @@ def test_averages_of_checkpoints(softmoe: Softmoe, tmp_path: Path) -> None:
     assert refused.code == 2 and "differ in model; only checkpoints of the same architecture" in refused.err
     refused = softmoe("evaluate", f"checkpoint={one}", "predictions=nowhere/said.csv")
     assert refused.code == 2 and "nowhere is no folder" in refused.err
+    (tmp_path / "mine.csv").write_text("mine")
+    for key in ("predictions", "confusion"):
+        refused = softmoe("evaluate", f"checkpoint={one}", f"{key}=mine.csv")
+        assert refused.code == 2 and f"{key}=mine.csv exists" in refused.err
+    assert (tmp_path / "mine.csv").read_text() == "mine"
     assert "neither a path nor a list" in softmoe("evaluate", "checkpoint=[]").err
 
 
@@ -270,14 +275,14 @@ def test_subsets_of_classes_by_name_and_by_number(softmoe: Softmoe, four: Path, 
     for name, data, among in (("some", "imagenet_r", [1, 3]), ("numbered", "imagenet_v2", [0, 1, 2, 3])):
         answer = softmoe(
             "evaluate", f"checkpoint={four}", f"data={data}", f"data.root={name}", "data.workers=0", "format=json",
-            "predictions=said.csv",
+            f"predictions={name}.csv",
         )  # fmt: skip
         assert answer.code == 0, answer
         row = json.loads(answer.out)
         best = [among[i] for i in scores[:, among].argmax(dim=1).tolist()]
         assert row["images"] == len(values) * len(among) and row["data"] == data
         assert row["top1_pct"] == pytest.approx(100 * sum(best.count(label) for label in among) / row["images"])
-        with (tmp_path / "said.csv").open() as file:
+        with (tmp_path / f"{name}.csv").open() as file:
             lines = sorted(csv.DictReader(file), key=lambda line: line["file"])
         said = [among[int(each["prediction"])] for each in lines]
         assert said == best * len(among)

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from softmoe_cli import shards
+from softmoe_cli.config import UsageError
 from softmoe_cli.files import RunError
 from softmoe_cli.parallel import Crew
 from softmoe_cli.record import Checkpoint, Run, damage, read_source, seal
@@ -69,6 +70,52 @@ def test_a_piece_too_few_is_no_checkpoint(lost: int, tmp_path: Path) -> None:
         if rank != lost:
             write(tmp_path / file_of("model.safetensors", rank, 3), mine, "")
     with pytest.raises(RunError, match="in pieces that are not the whole of it: "):
+        joined(tmp_path / "model.safetensors")
+
+
+def crafted(path: Path, said: Any, **tensors: Tensor) -> None:
+    save_file(
+        tensors, path, metadata={} if said is None else {"pieces": said if type(said) is str else json.dumps(said)}
+    )
+
+
+PLACES: dict[str, Any] = {
+    "nothing is said": None,
+    "no JSON": "{",
+    "brackets": "[" * 200_000,
+    "a list": [],
+    "no places": {"text": ""},
+    "no text": {"places": {"x": [[0], [4]]}},
+    "text is a number": {"text": 5, "places": {"x": [[0], [4]]}},
+    "places is a list": {"text": "", "places": [1]},
+    "a place is a number": {"text": "", "places": {"x": 5}},
+    "another tensor": {"text": "", "places": {"y": [[0], [4]]}},
+    "outside": {"text": "", "places": {"x": [[1], [4]]}},
+    "before the beginning": {"text": "", "places": {"x": [[-1], [4]]}},
+    "other dimensions": {"text": "", "places": {"x": [[0, 0], [4, 1]]}},
+    "no whole number": {"text": "", "places": {"x": [[0.0], [4]]}},
+    "far too large": {"text": "", "places": {"x": [[0], [2**40]]}},
+    "beyond 64 bits": {"text": "", "places": {"x": [[0], [2**80]]}},
+}
+
+
+@pytest.mark.parametrize("kind", PLACES)
+def test_pieces_of_a_file_that_softmoe_did_not_write(kind: str, tmp_path: Path) -> None:
+    """One sentence, before anything of the size that they speak of is taken."""
+    crafted(tmp_path / "model.1-of-1.safetensors", PLACES[kind], x=torch.ones(4))
+    with pytest.raises(RunError, match=r"no pieces that softmoe wrote|not the whole of it"):
+        joined(tmp_path / "model.safetensors")
+    seal(tmp_path)
+    with pytest.raises(UsageError, match=r"^checkpoint="):
+        read_source(str(tmp_path))
+
+
+def test_pieces_that_lie_on_one_another_are_not_the_whole(tmp_path: Path) -> None:
+    """As many numbers as the whole has, and a hole: memory that nobody wrote would be read."""
+    for rank in range(2):
+        said = {"text": "", "places": {"x": [[0], [4]]}}
+        crafted(tmp_path / f"model.{rank + 1}-of-2.safetensors", said, x=torch.ones(2))
+    with pytest.raises(RunError, match="not the whole of it: x"):
         joined(tmp_path / "model.safetensors")
 
 

@@ -250,7 +250,7 @@ def test_a_preserving_start_goes_on(source: Path, softmoe: Softmoe, tmp_path: Pa
     again = softmoe(*line)
     assert again.code == 0 and "holds this already" in again.out
     other = softmoe(*line, "seed=1")
-    assert other.code == 2 and "folder=up holds something else" in other.err
+    assert other.code == 2 and "folder=up exists, and what exists is not overwritten" in other.err
 
 
 def test_same_inputs_give_same_bytes_and_a_seed_others(source: Path, softmoe: Softmoe, tmp_path: Path) -> None:
