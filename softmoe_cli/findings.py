@@ -42,7 +42,9 @@ def headline(comparison: Comparison, block: Block) -> list[str]:
         if len(block.groups) > 1:
             return ["Nothing is measured against a baseline, and so there is no verdict."]
         (only,) = block.groups
-        return [f"{only.label}: {QUALITIES[quality].head} {cell(quality, only.figures[quality])}."]
+        name, _, percent = QUALITIES[quality].head.partition(", ")
+        words = [f"{cell(quality, only.figures[quality])}{percent}", *provisos(only, comparison.cost)]
+        return [f"{only.label} reached a {name} of {', '.join(words)}."]
     sentences = {group.label: _sentence(quality, group) for group in judged}
     if len(judged) <= MOST_SENTENCES:
         return list(sentences.values())

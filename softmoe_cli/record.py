@@ -39,6 +39,7 @@ from softmoe_cli.files import RunError as RunError
 from softmoe_cli.files import cannot_write, clear, not_following, require_vacant, sync, unused
 from softmoe_cli.files import write_atomically as write_atomically
 from softmoe_cli.parallel import ALONE, Crew
+from softmoe_cli.rows import number as is_number
 from softmoe_cli.shards import Piece
 
 WEIGHTS, TRAINING, STATE, SUMS = "model.safetensors", "training.safetensors", "state.json", "SHA256SUMS"
@@ -664,6 +665,12 @@ class Source:
     weights: dict[str, Tensor]
     card: dict[str, Any]
     prefix: str = ""
+
+    @property
+    def train_pflop(self) -> float | None:
+        """What its training had cost, from the first weights on; None where the file does not say."""
+        cost: Any = self.card.get("train_pflop")
+        return float(cost) if is_number(cost) and cost >= 0 else None
 
 
 def origin(command: str, settings: dict[str, Any], source: Source | None) -> str:

@@ -6,6 +6,7 @@ reason, and costs its own run only.
 
 import json
 import math
+import os
 import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -36,10 +37,10 @@ class Kind:
 
 
 def number(value: Any) -> bool:
-    """Whether it is a number that can be squared and divided by: neither infinite nor beyond a hundred digits."""
+    """Whether it is a number that can be squared and divided by: far from where floats end, four times over."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
-    return value == 0 or 1e-100 <= abs(value) <= 1e100
+    return value == 0 or 1e-50 <= abs(value) <= 1e50
 
 
 def _whole(value: Any) -> bool:
@@ -48,6 +49,13 @@ def _whole(value: Any) -> bool:
 
 def _text(value: Any) -> bool:
     return isinstance(value, str)
+
+
+def _path(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:
+        return False
 
 
 TEXT, WHOLE, NUMBER = Kind("text", _text), Kind("a whole number", _whole), Kind("a number", number)
@@ -79,7 +87,7 @@ LOOK = dict.fromkeys(("step", "train_pflop", "device_s", "images"), NEEDED_NUMBE
 """A validation row of metrics.jsonl, for curves."""
 STEP = dict.fromkeys(("step", "epoch", "images", "device_s"), NEEDED_NUMBER) | {"top1_pct": NUMBER}
 """Any row of metrics.jsonl, for how far a run is."""
-JOB = {"run": NEEDED_TEXT, "folder": NEEDED_TEXT}
+JOB = {"run": NEEDED_TEXT, "folder": Kind("a path", _path, needed=True)}
 """A job in jobs.json."""
 FAILURE = {"reason": NEEDED_TEXT}
 """NN.json beside a sweep's log."""

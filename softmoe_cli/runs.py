@@ -61,6 +61,7 @@ AXES = ("train_pflop", "device_s", "images")
 CLOCK = ("device_s", "eval_s", "save_s", "compile_s", "energy_kj")
 FINGERPRINT = ("hardware", "torch")
 """Seconds and joules are compared within one of these only."""
+NO_CHOICE = ("data.identity", "checkpoint.train_pflop")
 VERSION = ("commit", "softmoe", "torch")
 EARLIER = (
     "command", "checkpoint", "backbone", "router", "num_experts", "slots_per_expert", "images_per_group", "moe_blocks",
@@ -88,7 +89,7 @@ class Run:
         row = self.row
         if not self.complete:
             return {key: row.get(key) for key in EARLIER}
-        chosen = {key: value for key, value in row.items() if "." in key and key != "data.identity"}
+        chosen = {key: value for key, value in row.items() if "." in key and key not in NO_CHOICE}
         chosen |= {"command": row.get("command"), "model.router._target_": row["model.router._target_"] or "dense"}
         if "checkpoint.origin" in chosen:  # checkpoints that differ by chance only are one choice
             del chosen["checkpoint.digest"]

@@ -274,6 +274,14 @@ def _csv(rows: Iterable[Sequence[Any]]) -> str:
     return text.getvalue()
 
 
+SAID = {
+    "top1_pct": "{} top-1", "top5_pct": "{} top-5", "loss": "{} loss", "nll": "{} NLL", "ece_pct": "calibration",
+    "real_top1_pct": "ReaL top-1", "real_images": "ReaL images", "eval_s": "seconds", "audit_images": "audit images",
+    "audit_reference_top1_pct": "audit, whole", "worst_class": "worst class",
+}  # fmt: skip
+"""What the table calls figures, of which part of the images; the rest as the row does. No longer than its column."""
+
+
 def _show(row: dict[str, Any], findings: list[Finding]) -> None:
     """The row as a table; classes and confusion as the class that is worst, experts in turn as mean and worst."""
     shown = {}
@@ -288,9 +296,10 @@ def _show(row: dict[str, Any], findings: list[Finding]) -> None:
         elif isinstance(value, list):
             shown[key] = f"the average of {len(value)}: {', '.join(value)}"
         else:
-            shown[key] = f"{value:.4f}" if isinstance(value, float) else str(value)
+            unit = "%" if key.endswith("_pct") else ""
+            shown[key] = f"{value:.{2 if unit else 4}f}{unit}" if isinstance(value, float) else str(value)
     screen = Screen()
-    screen.table("evaluate", shown)
+    screen.table("evaluate", {SAID.get(key, key).format(row["split"]): text for key, text in shown.items()})
     shots = [key.split("_")[1] for key in row if re.fullmatch(r"fewshot_\d+_l2", key)]
     if shots:
         head = ["shots per class", "images", "l2", "top-1, %"]

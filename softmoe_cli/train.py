@@ -334,7 +334,7 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
                 weights,
                 training,
                 asdict(progress) | {"scaler": scaler.state_dict()},
-                card | {"origin": f"{made}-{at}"},
+                card | {"origin": f"{made}-{at}", "train_pflop": _pflop_in_all(config, source, cost, progress)},
                 end=end,
             )
 
@@ -917,7 +917,7 @@ def _result(
         "train_images": len(splits.train),
         "test_images": test["images_evaluated"],
         "classes": len(splits.classes),
-        "commonest_pct": 100 * int(splits.test.labels.bincount().max()) / len(splits.test),
+        "chance_pct": _commonest_pct(splits.test),
         "top1_pct": test["top1_pct"],
         "top5_pct": test["top5_pct"],
         "loss": test["loss"],
@@ -948,10 +948,23 @@ def _result(
         "softmoe": version("softmoe-cli"),
         "commit": _commit(),
         "python": platform.python_version(),
+        "checkpoint.train_pflop": source.train_pflop if source else None,
         "checkpoint.digest": source.digest if source else None,
         "checkpoint.origin": source.card.get("origin", source.digest) if source else None,
         **flat_science(config),
     }
+
+
+def _pflop_in_all(config: Config, source: Source | None, cost: Cost, progress: Progress) -> float | None:
+    """Of training that a checkpoint stands on, what it began with included; None where that does not say."""
+    before = source.train_pflop if source else 0.0
+    own = progress.step * config.train.batch_size * cost.train_flop / 1e15
+    return None if before is None else before + own
+
+
+def _commonest_pct(images: data.ImageSet) -> float:
+    """The share of the class that most images have: what always the same answer reaches."""
+    return 100 * int(images.labels.bincount().max()) / len(images)
 
 
 def _commit() -> str | None:
@@ -1003,11 +1016,11 @@ def chance(result: dict[str, Any]) -> str:
     middle = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2)
     low, high = (100 * max(0.0, min(1.0, end)) for end in (middle - half, middle + half))
-    if low > result["commonest_pct"]:
+    if low > result["chance_pct"]:
         return ""
     return (
         f"top-1 is not told from chance: its 95% interval is {low:.1f} to {high:.1f}%, and always the commonest of "
-        f"{result['classes']} classes is right for {result['commonest_pct']:.1f}% of these images"
+        f"{result['classes']} classes is right for {result['chance_pct']:.1f}% of these images"
     )
 
 

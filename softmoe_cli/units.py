@@ -39,8 +39,8 @@ class Unit:
 
 
 def unit(key: str, values: Iterable[float]) -> Unit:
-    """The largest unit that is not above the smallest value; not above the middle (the geometric mean) where the largest
-    is more than ten thousand times that."""
+    """The largest unit that is not above the smallest value; where the largest is more than ten thousand times that,
+    not above their geometric mean."""
     if key not in SCALES:
         head = COSTS.get(key) or (QUALITIES[key].head if key in QUALITIES else key)
         return Unit(head, "", 1.0)

@@ -99,6 +99,7 @@ def upcycle(config: UpcycleConfig, source: Source) -> dict[str, Any]:
         "precision": source.card.get("precision", "fp32"),
         "receipt": receipt,
         "origin": origin("upcycle", settings, source),
+        "train_pflop": source.train_pflop,
     }
     texts = {RECEIPT: json.dumps(receipt, indent=1) + "\n"}
     publish(folder, lambda temporary: write_checkpoint(temporary, weights, card, training, texts))

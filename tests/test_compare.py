@@ -1,6 +1,8 @@
 """What is read, left out, kept apart, grouped and judged."""
 
 import json
+import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -389,3 +391,132 @@ def test_order_of_folders_changes_nothing(tmp_path: Path) -> None:
     for seed in range(3):
         write(b, row(router="experts_choice", seed=seed, top1_pct=91 + seed * 0.5))
     assert [vars(each) for each in asked(a, b).groups] == [vars(each) for each in asked(b, a, a).groups]
+
+
+def test_a_verdict_says_what_else_was_unequal(tmp_path: Path) -> None:
+    """Cost, length of training and pretraining, each in a word; none where they are equal."""
+    for seed in range(3):
+        write(tmp_path, row(router="dense", seed=seed, top1_pct=90 + seed))
+        write(tmp_path, row(seed=seed, top1_pct=93 + 1.1 * seed))
+    (soft,) = [each for each in asked(tmp_path).groups if each.label == "soft"]
+    assert soft.cost_ratio == pytest.approx(1.16)
+    assert soft.conditions == ["at 16% more training FLOPs"]
+    assert group(asked(tmp_path, cost="images"), "soft").conditions == []
+    assert group(asked(tmp_path, cost="params_m"), "soft").conditions == ["at 6 times the parameters"]
+    longer = {"train__steps": 270, "steps": 270, "images": 8640, "train_pflop": 0.000128 * 1.35}
+    for seed in range(3):
+        write(tmp_path / "long", row(router="dense", seed=seed, **longer))
+    told = group(asked(tmp_path, baseline="steps=270"), "soft, 200 updates").conditions
+    assert told == ["at 14% fewer training FLOPs", "200 updates against 270"]
+    halves = {"train__batch_size": 16, "batch_size": 16, "steps": 400, "train__steps": 400}
+    for seed in range(3):
+        write(tmp_path / "halves", row(router="dense", seed=seed, **halves))
+    told = group(asked(tmp_path / "halves", tmp_path, where=("train_pflop=0.000128,0.00014848",), baseline="steps=400"),
+                 "soft, 200 updates, 32 images/update").conditions  # fmt: skip
+    assert told == ["at 16% more training FLOPs"], "updates of other sizes on as many images are no other length"
+
+
+def test_what_a_checkpoint_had_cost(tmp_path: Path) -> None:
+    """Counted beside a verdict where it is known; said where it is not."""
+    known: dict[str, Any] = {"command": "finetune", "checkpoint__origin": "1f", "checkpoint": "a/b.safetensors"}
+    for seed in range(3):
+        write(tmp_path, row(router="dense", seed=seed, top1_pct=90 + seed))
+        write(
+            tmp_path, row(seed=seed, top1_pct=93 + 1.1 * seed, **known, checkpoint__train_pflop=0.000128 * (1 + seed))
+        )
+    soft = next(each for each in asked(tmp_path).groups if each.pretrained)
+    assert soft.checkpoint_pflop == pytest.approx(0.000128 * 2), "costs of checkpoints make no groups"
+    assert soft.cost_ratio == pytest.approx(1.16 + 2)
+    assert soft.conditions == ["at 3.16 times the training FLOPs", "pretraining counted"]
+    (note,) = [note for note in asked(tmp_path).blocks[0].notes if "began with a checkpoint" in note]
+    assert "had cost 256 GFLOP" in note
+    seconds = next(each for each in asked(tmp_path, cost="device_s").groups if each.pretrained)
+    assert seconds.conditions == ["at 16% more training time", "pretraining not counted"]
+    assert next(e for e in asked(tmp_path, cost="params_m").groups if e.pretrained).conditions == [
+        "at 6 times the parameters"
+    ]
+    write(tmp_path, row(seed=7, top1_pct=93, **known))
+    soft = next(each for each in asked(tmp_path).groups if each.pretrained)
+    assert (soft.checkpoint_pflop, soft.conditions[-1]) == (None, "pretraining not counted"), "one does not say"
+    assert any("cost is not known" in note for note in asked(tmp_path).blocks[0].notes)
+
+
+def test_at_chance_is_said(tmp_path: Path) -> None:
+    """By the number of classes, or by the commonest class where the rows know it; of accuracies only."""
+    for seed in range(3):
+        write(tmp_path, row(router="dense", seed=seed, top1_pct=42 + 5 * seed, data__num_classes=3))
+        write(tmp_path, row(seed=seed, top1_pct=100 / 3, data__num_classes=3))
+    dense, soft = group(asked(tmp_path), "dense"), group(asked(tmp_path), "soft")
+    assert soft.chance_pct == pytest.approx(100 / 3)
+    assert soft.at_chance and not dense.at_chance
+    assert group(asked(tmp_path, quality="validation_top1_pct"), "soft").at_chance is False, "a point above"
+    assert group(asked(tmp_path, quality="top5_pct"), "soft").chance_pct == 100
+    assert group(asked(tmp_path, quality="loss"), "soft").chance_pct is None
+    for seed in range(3):
+        write(tmp_path / "skewed", row(router="dense", seed=seed, top1_pct=79.7 + seed / 2, chance_pct=80.0, classes=3))
+    (skewed,) = asked(tmp_path / "skewed").groups
+    assert (skewed.chance_pct, skewed.at_chance) == (80.0, True)
+
+
+def test_labels_joined_can_be_told_apart(tmp_path: Path) -> None:
+    for width in (32, 64):
+        for router in ("dense", "soft"):
+            write(tmp_path, row(router=router, model__backbone__width=width))
+    notes = asked(tmp_path).blocks[0].notes
+    labels = ("dense, width 32", "soft, width 32", "dense, width 64", "soft, width 64")
+    (few,) = [note for note in notes if note.startswith("one seed only")]
+    assert sorted(few.partition(": ")[2].split("; ")) == sorted(labels)
+    assert "against dense, width 32: soft, width 32" in notes and "against dense, width 64: soft, width 64" in notes
+    assert not any("Holm" in note for note in notes), "no verdict, no word of many verdicts"
+
+
+BAD: dict[str, Any] = {
+    "router": 5, "name": None, "seed": 1.5, "seed ": True, "signature": ["x"], "study": {"a": 1}, "hardware": 7,
+    "top1_pct": "high", "train_pflop": 10**400, "device_s": 1e200, "params_m": True, "moe_blocks": [1], "torch": 2,
+    "test_images": "359", "train_gflop": 1e-300,
+}  # fmt: skip
+
+
+def test_a_bad_result_is_one_line(tmp_path: Path) -> None:
+    """Of every key that is counted on; the others are compared."""
+    study(tmp_path / "runs")
+    for place, (key, value) in enumerate(BAD.items()):
+        run = write(tmp_path / "bad" / str(place), row(seed=50 + place))
+        whole = json.loads((run / "result.json").read_text()) | {key.strip(): value}
+        (run / "result.json").write_text(json.dumps(whole))
+    for place, kind in enumerate(("folder", "pipe")):
+        run = write(tmp_path / "bad" / kind, row(seed=90 + place))
+        (run / "result.json").unlink()
+        (run / "result.json").mkdir() if kind == "folder" else os.mkfifo(run / "result.json")
+    comparison = asked(tmp_path)
+    assert sum(len(each.runs) for each in comparison.groups) == 9
+    told = {Path(folder).relative_to(tmp_path / "bad").parts[0]: reason for folder, reason in comparison.left_out}
+    assert told.keys() == {*map(str, range(len(BAD))), "folder", "pipe"}
+    for place, key in enumerate(BAD):
+        assert key.strip() in told[str(place)] and len(told[str(place)]) < 200
+    assert told["folder"] == told["pipe"] == "result.json is no file"
+
+
+@pytest.mark.parametrize("value", ['"5"', "NaN", "true", "1" + "0" * 400, "1e999", "[1]", "null"])
+def test_a_bad_look_is_named(tmp_path: Path, value: str) -> None:
+    run = write(tmp_path, row())
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    lines[3] = re.sub(r'"images": [\d.]+', f'"images": {value}', lines[3])
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    comparison = asked(tmp_path)
+    assert comparison.groups[0].runs[0].looks == []
+    (note,) = [note for note in comparison.notes if "it has no curve" in note]
+    assert "in line 4" in note
+
+
+def test_names_of_twenty_thousand_letters(tmp_path: Path) -> None:
+    """Labels stay labels, and stay apart."""
+    for seed, name in enumerate(("x" * 20_000, "x" * 10_000 + "y" + "x" * 9_999)):
+        write(tmp_path, row(seed=seed, model__backbone__name=name, data=name, data__name="digits", name=f"run{seed}"))
+        write(
+            tmp_path, row(seed=seed, model__backbone__name=name[1:], data=name, data__name="digits", name=f"sun{seed}")
+        )
+    comparison = asked(tmp_path)
+    assert max(len(each.label) for each in comparison.groups) < 100
+    for block in comparison.blocks:
+        assert len({each.label for each in block.groups}) == len(block.groups) == 2 and len(block.title) < 200

@@ -3,6 +3,8 @@
 import csv
 import json
 import multiprocessing
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import pytest
@@ -379,3 +382,134 @@ def test_two_real_runs(softmoe: Softmoe, tmp_path: Path) -> None:
     assert [each["budget"] for each in soft["budgets"]] == [240, 480, 960]
     assert "earlier version" not in answer.out
     assert terminal(compare([Path("outputs/two")], Question(at=("images",)))) in answer.out
+
+
+def test_a_terminal_of_eighty_columns(compared: Comparison) -> None:
+    """What decides fits; a file has a line for each group instead."""
+    told = terminal(compared, 80)
+    assert max(map(len, told.splitlines())) <= 80
+    head = told.splitlines()[1:3]
+    assert all(word in " ".join(head) for word in ("group", "minus dense", "verdict", "GFLOP"))
+    assert "parameters" not in told.partition("On the front")[0], "the rest with --columns"
+    (soft,) = [line for line in terminal(compared).splitlines() if re.match("soft  +3", line) and "better" in line]
+    assert soft.split() == ["soft", "3", "94.01", "±", "2.40", "+3.01", "±", "0.22", "better,", "at", "16%", "more",
+                            "training", "FLOPs", "148.5"]  # fmt: skip
+    sentence = "soft is better than dense in test top-1: +3.01 ± 0.22 points (p = 0.00057, 3 seeds); at 16% more"
+    assert sentence in told.replace("\n  ", " ")
+
+
+def test_equal_cost_has_differences_and_verdicts(compared: Comparison) -> None:
+    table = tables(compared)[1]
+    assert table.head == ["group", "n", "at training GFLOP", "validation top-1, %", "minus dense", "verdict"]
+    assert [row[2] for row in table.rows] == ["32"] * 3 + ["64"] * 3 + ["128"] * 3
+    soft = compared.groups[0].budgets[2]
+    assert soft.difference is not None
+    (row,) = [row for row in table.rows if row[0] == "soft" and row[2] == "128"]
+    assert row[4].startswith(f"{soft.difference.interval.mean:+.2f} ± ") and row[5] == soft.verdict == "worse"
+    told = flat_rows(compared)[0]
+    assert told["top1_pct_at_train_pflop_0.000128_difference_mean"] == soft.difference.interval.mean
+    assert told["top1_pct_at_train_pflop_0.000128_verdict"] == "worse"
+    dense = [row for row in table.rows if row[0] == "dense"]
+    assert all(row[4:] == ["", "baseline"] for row in dense)
+
+
+@pytest.fixture
+def odd(tmp_path: Path) -> Comparison:
+    """A group at chance, one finetuned from what is known, one from what is not; names that spreadsheets compute."""
+    for seed in range(3):
+        write(tmp_path / "odd", row(router="dense", seed=seed, top1_pct=40 + 7 * seed, data__num_classes=3))
+        write(tmp_path / "odd", row(seed=seed, top1_pct=33.3, data__num_classes=3, train_pflop=1e-4))
+        for name, cost in (("=SUM(A1)", 0.002), ("@x", None)):
+            tuned: dict[str, Any] = {"command": "finetune", "checkpoint": name, "checkpoint__origin": name}
+            tuned |= {"checkpoint__train_pflop": cost, "data__num_classes": 3, "top1_pct": 70 + seed}
+            write(tmp_path / "odd", row(seed=seed, model__backbone__name=name, **tuned))
+    return compare([tmp_path / "odd"], Question())
+
+
+def test_words_stand_in_the_row(odd: Comparison) -> None:
+    rows = {row[0]: dict(zip(tables(odd)[0].head, row, strict=True)) for row in tables(odd)[0].rows}
+    chance = next(row for label, row in rows.items() if label.startswith("vit_nano2, soft"))
+    assert chance["test top-1, %"] == "33.30\nat chance" and chance["front"] == "yes,\nat chance"
+    known = next(row for label, row in rows.items() if "SUM" in label)
+    unknown = next(row for label, row in rows.items() if "@x" in label)
+    assert known["training GFLOP"] == "148.5\n+ 2,000 of its checkpoint"
+    assert unknown["training GFLOP"] == "148.5\n+ pretraining, not counted"
+    assert known["front"] == unknown["front"] == "yes,\npretraining not counted" or not unknown["front"]
+    assert "pretraining counted" in known["verdict"] and "pretraining not counted" in unknown["verdict"]
+    back = {each["group"]: each for each in csv.DictReader(comma_separated(odd).splitlines())}
+    cells = next(each for label, each in back.items() if "SUM" in label)
+    assert cells["group"].startswith("'=SUM(A1)"), "no spreadsheet computes it"
+    assert (cells["pretrained"], float(cells["checkpoint_train_pflop"])) == ("True", 0.002)
+    assert cells["conditions"].endswith("; pretraining counted") and cells["at_chance"] == "False"
+    told = {each["label"]: each for each in json.loads(json_text(odd))["blocks"][0]["groups"]}
+    assert next(each for label, each in told.items() if "@x" in label)["checkpoint_train_pflop"] is None
+    assert any(each["at_chance"] for each in told.values())
+
+
+def test_a_minus_is_no_hyphen_in_latex(compared: Comparison, odd: Comparison) -> None:
+    for comparison in (compared, odd):
+        text = latex(comparison)
+        assert re.search(r"& \$-\$\d", text) and not re.search(r"& -\d", text)
+
+
+def test_the_page_tells_what_was_run(tmp_path: Path) -> None:
+    from softmoe_cli.page import page
+
+    runs = study(tmp_path / "out puts" / "a&b")
+    folder = runs / "sweep-1"
+    folder.mkdir()
+    jobs = [{"run": run.name, "folder": f"../{run.name}"} for run in sorted(runs.iterdir()) if "sweep" not in run.name]
+    (folder / "jobs.json").write_text(json.dumps({"command": "train", "typed": ["seed=0,1,2", "a=<b>"], "jobs": jobs}))
+    (runs / "sweep-2").mkdir()
+    (runs / "sweep-2" / "jobs.json").write_text("{")
+    for run in runs.glob("*/result.json"):
+        os.utime(run, (1_700_000_000, 1_700_000_000))
+    text = page(compare([runs], Question()), {"pareto.svg": b"", "curves.svg": b""}, tmp_path / "elsewhere")
+    reader = Reader()
+    reader.feed(text)
+    facts = reader.words["dd"][2:]  # after the routing table's words
+    assert facts[0] == "softmoe train -m seed=0,1,2 'a=<b>'" and "2023-11-14 (UTC" in facts[1]
+    assert "AMD EPYC, 1 threads, torch 2.15.0+cu132 (9 runs)" in facts
+    assert "softmoe 0.1.0, commit 7d27ecc (9 runs)" in facts
+    assert "digits: 1,295 training images, 359 test images (9 runs)" in facts
+    assert "200 updates of 32 images (9 runs)" in facts
+    links = [value or "" for name, value in reader.attributes if name == "href"]
+    assert len(links) == 9 and all(link.startswith("../out%20puts/a%26b/vit_nano2_") for link in links)
+    assert any("soft is better than dense" in word for word in reader.words["p"]), "the headline"
+    assert {"utilisation", "load_max"} <= set(reader.words["dt"]), "the routing table's words"
+    heads = [value for name, value in reader.attributes if name == "data-head"]
+    assert "verdict" in heads, "which a card names on a narrow screen"
+
+
+def test_names_too_long_to_draw(tmp_path: Path) -> None:
+    from softmoe_cli.page import page
+
+    for seed, letters in enumerate(("x" * 20_000, "y" * 20_000)):
+        own: dict[str, Any] = {
+            "study": letters,
+            "model__backbone__name": letters,
+            "data": "z" * 20_000,
+            "hardware": letters,
+        }
+        write(tmp_path / "runs", row(seed=seed, name=f"run{seed}", **own))
+    comparison = compare([tmp_path / "runs"], Question())
+    drawn = figure(comparison, "curves")
+    assert int.from_bytes(drawn["curves.png"][16:20], "big") < 160 * 25, "inches"
+    text = page(comparison, drawn | {"pareto.svg": b""}, tmp_path)
+    assert len(text.partition("<h2>")[0]) < 20_000
+
+
+def test_what_to_open_and_what_to_name(softmoe: Softmoe, tmp_path: Path) -> None:
+    study(tmp_path / "outputs" / "old")
+    study(tmp_path / "outputs" / "new")
+    os.utime(tmp_path / "outputs" / "old", (1, 1))
+    answer = softmoe("compare")
+    assert answer.code == 2
+    assert "such as outputs/new (the newest of 2 in outputs): softmoe compare outputs/new" in answer.err
+    answer = softmoe("compare", "outputs/new")
+    assert answer.out.splitlines()[-2:] == [
+        "open outputs/new/compare/index.html",
+        "beside it: table.md|tex|csv|json, curves.svg|pdf|png, pareto.svg|pdf|png",
+    ]
+    assert (tmp_path / "outputs" / "new" / "compare" / "index.html").is_file()
+    assert "is no folder" in softmoe("compare", "n" * 300).err

@@ -73,7 +73,9 @@ def test_everything_that_is_told_of_a_checkpoint(softmoe: Softmoe, tmp_path: Pat
     assert parts == {"neighbours", "experts"} and set(row["not_applicable"]) == {"capacity", "slots"}
     assert all(f["changed_pct"] == 0 for f in row["audit"] if f["part"] == "neighbours")
     table = softmoe("evaluate", f"checkpoint={run}", "fewshot=[5]", "fewshot_l2=scored", "audit=[slots,neighbours]")
-    assert "l2 chosen on the scored test images" in table.out and "worst_class" in table.out
+    assert "l2 chosen on the scored test images" in table.out and "worst class" in table.out
+    lines = {line[2:19].rstrip(): line[19:] for line in table.out.splitlines() if line.startswith("  ")}
+    assert lines["test top-1"].endswith("%") and lines["audit, whole"].endswith("%"), "names have room in their column"
     assert "audit of slots: an expert has one slot" in table.out and "neighbours: batches of 1 " in table.out
 
 

@@ -509,9 +509,9 @@ def test_a_bad_run_hides_no_other(softmoe: Softmoe, tmp_path: Path) -> None:
     (pipe,) = [line for line in lines if line.startswith("damaged: e-good")]
     assert "result.json is no file" in pipe, "a pipe is not waited for"
     (study / "e-good" / "result.json").unlink()
-    told = {each["run"]: each for each in json.loads(softmoe("status", "outputs", "--json").out)}
-    assert (told["e-good"]["state"], told["e-good"]["top1_pct"], told["e-good"]["progress"]) == ("stopped", 91.5, 0.5)
-    assert told["e-good"]["resume"] == f"softmoe train -cp {study / 'e-good'} -cn config"
+    rows = {each["run"]: each for each in json.loads(softmoe("status", "outputs", "--json").out)}
+    assert (rows["e-good"]["state"], rows["e-good"]["top1_pct"], rows["e-good"]["progress"]) == ("stopped", 91.5, 0.5)
+    assert rows["e-good"]["resume"] == f"softmoe train -cp {study / 'e-good'} -cn config"
 
 
 def test_what_to_type_to_go_on(softmoe: Softmoe, tmp_path: Path) -> None:

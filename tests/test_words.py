@@ -62,7 +62,7 @@ def test_an_evaluation_fits_80_columns() -> None:
     assert "epoch 1234.50" in out.getvalue()
 
 
-RESULT = {"test_images": 18, "top1_pct": 100 * 6 / 18, "commonest_pct": 100 * 6 / 18, "classes": 3, "tokens": 64}
+RESULT = {"test_images": 18, "top1_pct": 100 * 6 / 18, "chance_pct": 100 * 6 / 18, "classes": 3, "tokens": 64}
 
 
 def test_chance() -> None:
@@ -72,7 +72,7 @@ def test_chance() -> None:
     )
     assert chance(RESULT | {"top1_pct": 100 * 11 / 18}) == ""
     assert chance(RESULT | {"top1_pct": 0.0}) != ""
-    skewed = {"test_images": 1000, "classes": 2, "commonest_pct": 90.0}  # a model that says one class always
+    skewed = {"test_images": 1000, "classes": 2, "chance_pct": 90.0}  # a model that says one class always
     assert chance(skewed | {"top1_pct": 90.0}) != "" and chance(skewed | {"top1_pct": 92.5}) == ""
 
 
