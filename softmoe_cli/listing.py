@@ -516,7 +516,7 @@ def _no_copies(read: dict[Path, _Index]) -> None:
     for file, index in read.items():
         stored = index.stored
         columns = (stored.name, stored.offset, stored.size, index.each)
-        like[file.stat().st_size, *(column.tobytes()[: 2**16] for column in columns)].append(file)
+        like[file.stat().st_size, *(column[:4096].tobytes() for column in columns)].append(file)
     for files in like.values():
         seen: dict[Any, Path] = {}
         for file in files if len(files) > 1 else []:
