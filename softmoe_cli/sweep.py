@@ -108,16 +108,19 @@ def perform(order: Order) -> int:
             os.dup2(log.fileno(), 2)
     except OSError as error:  # said where the launcher speaks
         print(f"softmoe: cannot write {order.log}: {error.strerror}", file=sys.stderr)
-        return 1
+        return os.EX_CANTCREAT
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     sys.argv = ["softmoe", *order.arguments]
     from softmoe_cli import cli
 
     code, reason = cli.run(order.arguments)
     if reason:
-        print(f"softmoe: {reason}", file=sys.stderr)
-        if code != 130:
-            note(order, reason)
+        try:
+            print(f"softmoe: {printable_lines(reason)}", file=sys.stderr)
+            if code != 130:
+                note(order, reason)
+        except (OSError, RunError):
+            return os.EX_CANTCREAT
     return code
 
 
@@ -773,8 +776,8 @@ class Sweep:
             states = self._states()
             passed, now = time.monotonic() - begun, [state.progress or 0.0 for state in states]
             rest, done = len(now) - sum(now), sum(now) - sum(start)
-            left = f", about {duration(passed * rest / done)} left" if done > 0 and rest > 0 else ""
-            foot = f"{count(states)}; {duration(passed)} so far{left}; logs and state in {self._folder}"
+            left = f", about {duration(passed * rest / done)} left" if done > len(now) / 100 and rest > 0 else ""
+            foot = f"{count(states)}; {duration(passed)} so far{left}\nlogs and state in {self._folder}"
             if signals.name is not None:
                 foot = f"{signals.name}: jobs save and leave; Ctrl-C again ends them at once\n{foot}"
             room = self._console.height - foot.count("\n") - 2
@@ -783,7 +786,8 @@ class Sweep:
 
         with Live(console=self._console, auto_refresh=False, screen=True) as live:
             yield refresh
-        self._console.print(printable_lines(self._table(len(self._entries) + 1, self._states())), markup=False)
+        last = f"{self._table(len(self._entries) + 1, self._states())}\nlogs and state in {self._folder}"
+        self._console.print(printable_lines(last), markup=False)
 
     def _table(self, height: int, states: list[State]) -> str:
         """As many jobs as there is room for, the running ones first of all."""
@@ -817,11 +821,11 @@ class Sweep:
 
 def fitted(rows: list[list[str]], width: int) -> str:
     """A table with lines of at most `width` letters. What is too long is taken from the first column, a job's name: the
-    sections of its keys, then its end."""
+    sections of its keys, then its beginning."""
     room = width - sum(2 + max(map(len, column)) for column in [*zip(*rows, strict=True)][1:])
     if max(len(name) for name, *_ in rows) > room:
         short = [re.sub(r"\S*\.(?=[^\s=.]+=)", "", name) for name, *_ in rows]  # num_experts=8, without model.router.
-        cut = [name if len(name) <= room else f"{name[: max(0, room - 1)]}…" for name in short]
+        cut = [name if len(name) <= room else f"…{name[len(name) - max(0, room - 1) :]}" for name in short]
         rows = [[name, *others] for name, (_, *others) in zip(cut, rows, strict=True)]
     return aligned(rows, markdown=False)
 
@@ -843,6 +847,8 @@ def _cause(code: int) -> str:
         return "stopped by a signal of somebody else's; its state is saved"
     if code == -signal.SIGKILL:
         return "killed by SIGKILL, which is also what the system does when memory runs out"
+    if code == os.EX_CANTCREAT:
+        return "it cannot write its log, for want of room or rights"
     return f"killed by {signal.Signals(-code).name}" if code < 0 else f"its process ended with status {code}"
 
 
