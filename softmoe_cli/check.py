@@ -489,9 +489,9 @@ def drawn(noise: np.ndarray | None) -> Iterator[None]:
         yield
 
 
-def compare_case(router_class: type[Router], name: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
+def compare_case(router_class: type[Router], case: Case, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Yields (name, ours, official) of everything that a layer case knows; integers are to be equal, the rest close."""
-    meta, z = read_case(name)
+    meta, z = case
     layer = case_layer(router_class, meta, z, dtype)
     x = torch.tensor(z["x_seqs"] if "x_seqs" in z else z["x"]).to(dtype).requires_grad_()
     with drawn(z.get("noise")):
@@ -610,8 +610,9 @@ def official_numbers(subject: Subject) -> Finding:
         raise NotApplicable(f"the router that they are of has other options: {', '.join(other)}{passed_over}")
     worst = 0.0
     for name in cases:
+        case = read_case(name)
         for dtype in dict.fromkeys((subject.dtype, torch.float32)):
-            for what, got, want in compare_case(subject.router_class, name, dtype):
+            for what, got, want in compare_case(subject.router_class, case, dtype):
                 absolute, relative = tolerance(what, want, dtype)
                 if got.shape != want.shape:
                     return False, f"{name}: {what} is {tuple(got.shape)}, not {tuple(want.shape)}"

@@ -367,8 +367,9 @@ def tried_with(folder: Path) -> None:
     """The vector tests, on the cases of a folder."""
     os.environ["SOFTMOE_VECTORS"] = str(folder)
     os.chdir(ROOT)
-    options = ["-q", "-n", "0", "-p", "no:cacheprovider", f"--basetemp={folder.parent / 'base'}"]
-    options += ["--assert=plain", "-W", "ignore::pytest.PytestAssertRewriteWarning"]  # much is imported already
+    # Without the settings of this project, which want to be there before anything is imported.
+    options = ["-q", "-c", os.devnull, f"--rootdir={ROOT}", f"--basetemp={folder.parent / 'base'}"]
+    options += ["-p", "no:cacheprovider", "--assert=plain"]
     os._exit(pytest.main([*options, "tests/test_vectors.py"]))
 
 

@@ -71,7 +71,7 @@ def layer(meta: dict[str, Any], z: dict[str, np.ndarray], dtype: torch.dtype) ->
     classes = [router for router in KINDS if is_case_of(router, meta)]
     assert classes, f"no router of ours for {meta['case']}"
     compared = 0
-    for what, got, want in compare_case(classes[0], meta["case"], dtype):
+    for what, got, want in compare_case(classes[0], (meta, z), dtype):
         absolute, relative = tolerance(what, want, dtype)
         assert got.shape == want.shape, what
         torch.testing.assert_close(got.double(), want.double(), atol=absolute, rtol=relative, msg=told(what))
