@@ -163,7 +163,7 @@ def unhurried(collective: Callable[..., Any]) -> Callable[..., Any]:
     def held(tensors: list[torch.Tensor]) -> list[int]:
         storages = [each.untyped_storage() for each in tensors]
         counts = [torch._C._storage_Use_Count(storage._cdata) for storage in storages]
-        return counts + [each._use_count() for each in tensors]  # type: ignore[attr-defined]
+        return counts + [each._use_count() for each in tensors]
 
     def call(*args: Any, **kwargs: Any) -> Any:
         tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor)]
