@@ -36,7 +36,7 @@ def arithmetic(name: str, precision: str, threads: int | None) -> tuple[torch.de
 
 KEPT = 1.75
 """What a process that keeps freed memory holds at most, in what is alive at once. glibc finds no place for an aligned
-block where one of its size was, so that gaps remain (2.36: 1.3 to 1.55 in training at 256 to 3,136 tokens)."""
+block where one of its size was, so that gaps remain (2.36: 1.3 to 1.56 in training at 256 to 3,136 tokens)."""
 
 
 def keep_freed_memory(device: torch.device, peak: int = 0, free: int = 0) -> bool:

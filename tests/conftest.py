@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +14,7 @@ import torch
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_CACHE"] = os.devnull  # nor what was fetched before
 os.environ["WANDB_MODE"] = "offline"
-for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "SOFTMOE_VECTORS", "RANK", "WORLD_SIZE"):
+for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "RANK", "WORLD_SIZE"):
     os.environ.pop(name, None)
 torch.set_num_threads(1)  # tests are small: a second thread costs more than it brings
 
@@ -21,6 +22,23 @@ torch.set_num_threads(1)  # tests are small: a second thread costs more than it 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The long ones first: no worker is left alone with one at the end."""
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Which official numbers were compared and which passed over, by the kind that tests/test_vectors.py notes."""
+    kinds: dict[str, set[tuple[str, str]]] = {"compared": set(), "passed over, because nothing handles them": set()}
+    compared, passed_over = kinds.values()
+    for outcome, reports in terminalreporter.stats.items():
+        for report in reports:
+            noted = dict(getattr(report, "user_properties", ()))
+            if "kind" in noted and outcome in ("passed", "failed", "skipped"):
+                (passed_over if outcome == "skipped" else compared).add((noted["case"], noted["kind"]))
+    for what, cases in kinds.items():
+        if cases:
+            numbers = Counter(kind for _, kind in cases)
+            told = ", ".join(f"{number} {kind}" for kind, number in sorted(numbers.items()))
+            folder = os.environ.get("SOFTMOE_VECTORS", "tests/vectors")
+            terminalreporter.write_line(f"official cases of {folder} {what}: {told}")
 
 
 @pytest.fixture(autouse=True)

@@ -1,9 +1,13 @@
 """`softmoe check`: every shipped router passes every check; routers broken on purpose fail the right one."""
 
 import itertools
+import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 import yaml
 from torch import Tensor
@@ -16,6 +20,7 @@ from softmoe_cli.moe.routing import DenseRouting, SparseRouting, full_precision
 from tests.processes import Started, forked
 
 ROOT = Path(__file__).parent.parent
+OURS = ROOT / "tests/vectors"
 YAMLS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((ROOT / "conf/model/router").glob("*.yaml"))}
 ROUTERS = {name: options for name, options in YAMLS.items() if options["_target_"] is not None}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -309,3 +314,88 @@ def test_vectors_folder_may_be_another(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("SOFTMOE_VECTORS", str(tmp_path))
     outcome = run_check("official numbers", Subject(ROUTERS["soft"]))
     assert outcome.verdict == "n/a" and str(tmp_path) in outcome.figure
+
+
+def with_cases(folder: Path, *names: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with copies of our cases, which SOFTMOE_VECTORS names."""
+    folder.mkdir()
+    for name in names:
+        for ending in ("json", "npz"):
+            shutil.copy(OURS / f"{name}.{ending}", folder)
+    monkeypatch.setenv("SOFTMOE_VECTORS", str(folder))
+    return folder
+
+
+@pytest.mark.parametrize(("wrong_by", "verdict"), [(0.0, "pass"), (2e-5, "fail")])
+def test_large_figures_are_held_to_their_size(
+    wrong_by: float, verdict: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients of millions, of which a float32 figure may be off by tenths; but not by a share that counts."""
+    folder = with_cases(tmp_path / "cases", "soft_eps", monkeypatch=monkeypatch)
+    with np.load(folder / "soft_eps.npz") as file:
+        arrays = dict(file)
+    for key in ("loss_weight", "out/loss_f32", *(key for key in arrays if key.startswith("grad/"))):
+        arrays[key] = 1000 * arrays[key]
+    gradient = arrays["grad/x_seqs"] if "grad/x_seqs" in arrays else arrays["grad/x"]
+    assert np.abs(gradient).max() > 1e6
+    gradient.flat[np.abs(gradient).argmin()] += wrong_by * np.abs(gradient).max()
+    np.savez(folder / "soft_eps.npz", **arrays)
+    outcome = run_check("official numbers", Subject(ROUTERS["soft"]))
+    assert outcome.verdict == verdict, outcome
+    assert verdict == "pass" or "soft_eps: gradient of x is off by" in outcome.figure
+
+
+def test_cases_are_found_by_their_kind(softmoe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever their names are; those of other kinds are told."""
+    folder = with_cases(tmp_path / "cases", "soft_slots4", "ec_tiny", monkeypatch=monkeypatch)
+    other = json.loads((folder / "ec_tiny.json").read_text()) | {"kind": "soft_moa_layer"}
+    (folder / "soft_other.json").write_text(json.dumps(other))
+    shutil.copy(folder / "ec_tiny.npz", folder / "soft_other.npz")
+    for ending in ("json", "npz"):
+        (folder / f"soft_slots4.{ending}").rename(folder / f"any.{ending}")
+    outcome = run_check("official numbers", Subject(ROUTERS["soft"]))
+    assert outcome.verdict == "pass", outcome
+    assert "1 cases" in outcome.figure and "not for it: 1 ec_layer, 1 soft_moa_layer" in outcome.figure
+    out = tmp_path / "out.txt"
+    assert forked(out, tried_with, folder) == 0, out.read_text()
+    told = out.read_text()
+    assert f"official cases of {folder} compared: 1 ec_layer, 1 soft_layer" in told
+    assert f"official cases of {folder} passed over, because nothing handles them: 1 soft_moa_layer" in told
+
+
+def tried_with(folder: Path) -> None:
+    """The vector tests, on the cases of a folder."""
+    os.environ["SOFTMOE_VECTORS"] = str(folder)
+    os.chdir(ROOT)
+    # Without the settings of this project, which want to be there before anything is imported.
+    options = ["-q", "-c", os.devnull, f"--rootdir={ROOT}", f"--basetemp={folder.parent / 'base'}"]
+    options += ["-p", "no:cacheprovider", "--assert=plain"]
+    os._exit(pytest.main([*options, "tests/test_vectors.py"]))
+
+
+ARRAYS = (OURS / "capacity_table.npz").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arrays", "description", "words"),
+    [
+        (ARRAYS, None, "a.npz is no official case, because a.json beside it does not say a kind (FileNotFoundError"),
+        (ARRAYS, b"[1]", "does not say a kind (TypeError"),
+        (ARRAYS, b"\xff", "does not say a kind (UnicodeDecodeError"),
+        (ARRAYS, b'{"kind": 3}', "does not say a kind (kind=3)"),
+        (b"", b'{"kind": "soft_layer"}', "a.npz is broken or no file of arrays; fetch it again"),
+        (ARRAYS[:-30], b'{"kind": "soft_layer"}', "a.npz is broken or no file of arrays; fetch it again"),
+    ],
+    ids=["no description", "a list", "no text", "kind is a number", "empty arrays", "cut arrays"],
+)
+def test_what_is_no_case(
+    arrays: bytes, description: bytes | None, words: str,
+    softmoe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    (tmp_path / "a.npz").write_bytes(arrays)
+    if description is not None:
+        (tmp_path / "a.json").write_bytes(description)
+    monkeypatch.setenv("SOFTMOE_VECTORS", str(tmp_path))
+    answer = softmoe("check", "soft", "num_experts=2")
+    assert (answer.code, answer.out) == (2, "")
+    assert words in answer.err and len(answer.err.strip().splitlines()) == 1

@@ -157,12 +157,22 @@ def of_way(way: str, router: str, precision: str, accumulate: int, recompute: bo
 
 
 def unhurried(collective: Callable[..., Any]) -> Callable[..., Any]:
-    """gloo's own thread lets go of a tensor a moment after the collective. What it frees itself the profiler misses,
-    and sees a peak that is too large."""
+    """gloo's own thread lets go of a tensor a moment after the collective, or much later where there is one core for
+    all. What it frees itself the profiler misses, and sees a peak that is too large: here it is waited for."""
+
+    def held(tensors: list[torch.Tensor]) -> list[int]:
+        storages = [each.untyped_storage() for each in tensors]
+        counts = [torch._C._storage_Use_Count(storage._cdata) for storage in storages]
+        return counts + [each._use_count() for each in tensors]
 
     def call(*args: Any, **kwargs: Any) -> Any:
+        tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor)]
+        before, until = held(tensors), time.monotonic() + 30
         out = collective(*args, **kwargs)
-        time.sleep(0.15)
+        assert tensors and out is None, "a collective that is over"
+        while any(now > then for now, then in zip(held(tensors), before, strict=True)):
+            assert time.monotonic() < until, (before, held(tensors))
+            time.sleep(0.001)
         return out
 
     return call

@@ -50,8 +50,10 @@ def test_products_are_fast_where_instructions_are(
     for name in ("amx_tile", "avx512_bf16"):
         monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda name=name: name == instructions)
     monkeypatch.setattr(platform, "machine", lambda: machine)
-    for variable in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
-        monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    variables = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
+    for variable in variables:
+        for each in variables:
+            monkeypatch.delenv(each, raising=False)
         monkeypatch.setenv(variable, most)
         assert processor._products(dtype) == want, variable
 

@@ -26,7 +26,7 @@ def _products(dtype: torch.dtype) -> str:
 
 CPU_PRODUCTS = {dtype: _products(dtype) for dtype in HALVES}
 """What becomes of products of a half precision. Only `fast` ones are worth it. An emulated product of 2048 x 384 x 1536
-takes 4.8 times as long as in float32 (Xeon with AVX-512, torch 2.15), one in loops 6 to 40 times (AVX2 only)."""
+takes 3.8 times as long as in float32 (Xeon with AVX-512, torch 2.15), one in loops 6 to 40 times (AVX2 only)."""
 
 
 def borrowed(product: Tensor) -> int:
