@@ -34,6 +34,7 @@ from softmoe_cli.device import (
 )
 from softmoe_cli.evaluate import classification_loss, evaluate, features, routing_statistics
 from softmoe_cli.fewshot import fewshot
+from softmoe_cli.intervals import at_chance
 from softmoe_cli.memory import Memory, largest_batch, predict_for, require_fit, require_place
 from softmoe_cli.models import LoadReport, build, load_weights, patterns, portable, prepare
 from softmoe_cli.moe.layer import MoE
@@ -1010,17 +1011,12 @@ def _shown(result: dict[str, Any], folder: Path) -> dict[str, str]:
 
 def chance(result: dict[str, Any]) -> str:
     """A sentence where top-1 on the test images could be what an answer that never changes has: always the class that
-    most of them are of. By Wilson's 95% interval (Probable inference, the law of succession, and statistical inference,
-    1927)."""
-    n, p, z = result["test_images"], result["top1_pct"] / 100, 1.96
-    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2)
-    low, high = (100 * max(0.0, min(1.0, end)) for end in (middle - half, middle + half))
-    if low > result["chance_pct"]:
+    most of them are of."""
+    if not at_chance([result["top1_pct"]], result["chance_pct"], result["test_images"]):
         return ""
     return (
-        f"top-1 is not told from chance: its 95% interval is {low:.1f} to {high:.1f}%, and always the commonest of "
-        f"{result['classes']} classes is right for {result['chance_pct']:.1f}% of these images"
+        f"top-1 is not told from chance: always the commonest of {result['classes']} classes is right for "
+        f"{result['chance_pct']:.1f}% of these {result['test_images']:,} images"
     )
 
 
