@@ -18,6 +18,7 @@ from softmoe_cli.config import (
     CUT,
     Config,
     CostConfig,
+    Data,
     DataCheckConfig,
     EvaluateConfig,
     ExportConfig,
@@ -778,12 +779,15 @@ def _evaluate(config: Any) -> None:
 
     sources = [read_checkpoint(name) for name in names]
     model, *_ = [_model_of(source) for source in sources]
+    named = _named(tree["data"])
     _take_data(tree, sources[0])
     own = next((source for source in sources if same_set(tree["data"], source.card["data"])), sources[0])
     _keep_cut(tree["data"], own.card["data"], _typed())
     check_alike(sources, tree["data"])
     checked = _door(tree, EvaluateConfig)
     check_channels(checked.data, model.in_chans)
+    if not named:
+        _check_here(checked.data, sources[0])
     evaluate_checkpoint(checked, model, sources)
 
 
@@ -795,9 +799,25 @@ def _model_of(source: "Source") -> Model:
     return _door(source.card["model"], Model)
 
 
+def _named(data: Any) -> bool:
+    """Whether a set was typed."""
+    return isinstance(data, dict) and data.get("name", "???") != "???"
+
+
+def _check_here(data: Data, source: "Source") -> None:
+    """Raises UsageError where a set that only the checkpoint names would have to be fetched."""
+    from softmoe_cli.data import is_here
+
+    if not is_here(data):
+        raise UsageError(
+            f"checkpoint={source.label} names data={data.name}, which is not in data.root={data.root}; only a set that "
+            f"is typed is fetched: add data={data.name}"
+        )
+
+
 def _take_data(tree: dict[str, Any], source: "Source") -> None:
     """The data are the checkpoint's unless some were named, and then at least the pixels' mean and deviation."""
-    named = isinstance(tree["data"], dict) and tree["data"].get("name") != "???"
+    named = _named(tree["data"])
     tree["data"] = _overlay(source.card["data"], tree["data"])
     if named:
         for key in ("mean", "std"):
@@ -845,9 +865,12 @@ def _export(config: Any) -> None:
 
     source = read_checkpoint(tree["checkpoint"])
     model = _model_of(source)
+    named = _named(tree["data"])
     _take_data(tree, source)
     checked = _door(tree, ExportConfig)
     check_channels(checked.data, model.in_chans)
+    if not named:
+        _check_here(checked.data, source)
     show(export(checked, model, source), checked.format)
 
 
@@ -866,6 +889,7 @@ def _upcycle(config: Any) -> None:
     if "model" not in source.card and name not in (None, "???"):
         source = dataclasses.replace(source, card=timm_card(name))
     _take_backbone(tree["model"], source, _typed())
+    named = _named(tree["data"])
     tree["data"] = _overlay(source.card.get("data", {}), tree["data"])
     _inherit(tree, source.card, source.label, _typed())
     if tree["data"].get("name", "???") == "???":
@@ -875,6 +899,8 @@ def _upcycle(config: Any) -> None:
             "softmoe upcycle needs a router: model/router=NAME with model.moe_blocks=last_N, or a named point as model="
         )
     checked = _door(tree, UpcycleConfig)
+    if not named:
+        _check_here(checked.data, source)
     show(upcycle(checked, source), checked.format)
 
 

@@ -42,10 +42,11 @@ from torchvision.transforms import RandomResizedCrop
 
 from softmoe_cli.archives import Stored
 from softmoe_cli.config import Augment, Data, Model, UsageError
+from softmoe_cli.contents import digest
 from softmoe_cli.device import cores
 from softmoe_cli.files import RunError
 from softmoe_cli.listing import Listing, listing
-from softmoe_cli.text import first_line
+from softmoe_cli.text import first_line, gibibytes
 
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist
 FASHION_CLASSES = (
@@ -106,22 +107,17 @@ def load(data: Data) -> Splits:
 
 
 def identity(data: Data) -> str | None:
-    """A digest of which files there are and how large they are, and of what archives hold where, under which label;
-    None for the sets that are the same everywhere.
+    """A digest of the images and of what decides their classes; None for the sets that are the same everywhere.
 
     Raises:
         UsageError: the files cannot be used.
     """
+    if data.name == "fashion_mnist" and data.format is None:  # files of these names hold other sets too
+        return hashlib.sha256(b"".join(array.tobytes() for array in _idx_arrays(data))).hexdigest()
     if data.format is None:
         return None
-    digest, root = hashlib.sha256(), os.fsencode(data.root)
-    for stored, labels in _listed(data).parts.values():
-        for name in stored.name[stored.offset < 0].tolist():
-            digest.update(name + b"\0%d\0" % os.stat(os.path.join(root, name)).st_size)
-        inside = stored.offset >= 0
-        for column in (stored.name, stored.offset, stored.size, labels):
-            digest.update(column[inside].tobytes())
-    return digest.hexdigest()
+    listed = _listed(data)
+    return digest(listed.parts, listed.classes)
 
 
 # --- splits -----------------------------------------------------------------------------------------------------------
@@ -186,18 +182,50 @@ def _convert(images: UInt8[Tensor, "n c s s"], channels: int) -> UInt8[Tensor, "
 
 
 def _fashion_mnist(data: Data) -> Splits:
-    names = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
-    root = Path(data.root)
-    folders = [root, root / "FashionMNIST" / "raw", DEBIAN_FASHION]
-    paths = [_first_existing(folders, name) for name in names]
-    if None in paths:
-        _download("FashionMNIST", data, f"{', '.join(names)} (also with .gz); Debian's dataset-fashion-mnist has them")
-        paths = [_first_existing(folders, name) for name in names]
-    arrays = [torch.from_numpy(read_idx(path)) for path in paths if path is not None]
+    arrays = [torch.from_numpy(array) for array in _idx_arrays(data)]
     train, test = (
         ImageSet(arrays[i + 1].long(), _convert(arrays[i][:, None], data.channels), 28, data.channels) for i in (0, 2)
     )
     return _with_validation(train, test, list(FASHION_CLASSES), data)
+
+
+IDX_NAMES = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
+
+
+def _idx_arrays(data: Data) -> list[np.ndarray]:
+    """Training images and labels, test images and labels.
+
+    Raises:
+        UsageError: other files by their names.
+    """
+    paths = _idx_paths(data)
+    if len(paths) < len(IDX_NAMES):
+        said = f"{', '.join(IDX_NAMES)} (also with .gz); Debian's dataset-fashion-mnist has them"
+        _download("FashionMNIST", data, said)
+        paths = _idx_paths(data)
+    arrays = [read_idx(path) for path in paths]
+    for i in (0, 2):
+        images, labels = arrays[i : i + 2]
+        if images.shape[1:] != (28, 28) or labels.shape != images.shape[:1] or not labels.size or labels.max() > 9:
+            raise UsageError(
+                f"{paths[i]} and {paths[i + 1].name} are not images of 28x28 pixels, each with a label from 0 to 9: "
+                f"they have shapes {images.shape} and {labels.shape}"
+            )
+    return arrays
+
+
+def _idx_paths(data: Data) -> list[Path]:
+    folders = [Path(data.root), Path(data.root) / "FashionMNIST" / "raw", DEBIAN_FASHION]
+    return [path for name in IDX_NAMES if (path := _first_existing(folders, name)) is not None]
+
+
+def is_here(data: Data) -> bool:
+    """Whether a set can be read as it lies there, with nothing fetched."""
+    if data.format is not None or data.name == "digits":
+        return True
+    if data.name == "fashion_mnist":
+        return len(_idx_paths(data)) == len(IDX_NAMES)
+    return _cifar_part(data, train=False) is not None
 
 
 def _first_existing(folders: list[Path], name: str) -> Path | None:
@@ -205,38 +233,48 @@ def _first_existing(folders: list[Path], name: str) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
+LARGEST_IDX = 2**31
+"""Bytes: Fashion-MNIST's largest file has 47 million, and what is gzipped can be a thousand times as large."""
+
+
 def read_idx(path: Path) -> np.ndarray:
     """An array of bytes in MNIST's idx format, gzipped or not.
 
     Raises:
-        UsageError: a file that is not idx, or is cut short.
+        UsageError: a file that is not idx, or has not the bytes that its header promises, or promises too many.
     """
     try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            raw = file.read(4)
+            if len(raw) < 4 or raw[:3] != b"\x00\x00\x08":
+                raise UsageError(f"{path} is no idx file of bytes: it must begin with 00 00 08")
+            head = 4 + 4 * raw[3]
+            raw += file.read(head - 4)
+            if len(raw) < head:
+                raise UsageError(f"{path} is cut short: {len(raw)} bytes where its header alone has {head}")
+            shape = np.frombuffer(raw[4:], dtype=">u4").tolist()
+            promised = math.prod(shape)
+            if promised > LARGEST_IDX:
+                raise UsageError(
+                    f"{path} promises {gibibytes(promised)}, more than the {gibibytes(LARGEST_IDX)} that are read at "
+                    "once; a set of that size belongs into files of its own: data=folder or data=webdataset"
+                )
+            pixels = file.read(promised + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise UsageError(f"{path} cannot be read: {error}") from error
-    if len(raw) < 4 or raw[:3] != b"\x00\x00\x08":
-        raise UsageError(f"{path} is no idx file of bytes: it must begin with 00 00 08")
-    head = 4 + 4 * raw[3]
-    if len(raw) < head:
-        raise UsageError(f"{path} is cut short: {len(raw)} bytes where its header alone has {head}")
-    shape = np.frombuffer(raw[4:head], dtype=">u4").astype(int)
-    if len(raw) != head + shape.prod():
-        raise UsageError(f"{path} is cut short: {len(raw)} bytes where its header promises {head + shape.prod()}")
-    return np.frombuffer(raw, dtype=np.uint8, offset=head).reshape(shape).copy()
+    if len(pixels) != promised:
+        many = f"{head + len(pixels)} bytes" if len(pixels) < promised else "more bytes"
+        raise UsageError(
+            f"{path} is {'cut short' if len(pixels) < promised else 'too long'}: {many} where its header promises "
+            f"{head + promised}"
+        )
+    return np.frombuffer(pixels, dtype=np.uint8).reshape(shape).copy()
 
 
 def _cifar(data: Data) -> Splits:
-    from torchvision import datasets
-
-    kind = {"cifar10": "CIFAR10", "cifar100": "CIFAR100"}[data.name]
-    expected = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}[data.name]
-    make = getattr(datasets, kind)
-    try:  # torchvision holds every file against its known MD5 before it unpickles anything
-        parts = [make(data.root, train=part, download=False) for part in (True, False)]
-    except RuntimeError:
-        _download(kind, data, f"the folder {expected}")
-        parts = [make(data.root, train=part, download=False) for part in (True, False)]
+    if _cifar_part(data, train=False) is None:
+        _download(CIFAR[data.name][0], data, f"the folder {CIFAR[data.name][1]}")
+    parts = [_cifar_part(data, train=part) for part in (True, False)]
     train, test = (
         ImageSet(
             torch.tensor(part.targets),
@@ -247,6 +285,21 @@ def _cifar(data: Data) -> Splits:
         for part in parts
     )
     return _with_validation(train, test, list(parts[0].classes), data)
+
+
+CIFAR = {"cifar10": ("CIFAR10", "cifar-10-batches-py"), "cifar100": ("CIFAR100", "cifar-100-python")}
+"""torchvision's name, and the folder."""
+
+
+def _cifar_part(data: Data, *, train: bool) -> Any:
+    """torchvision holds every file against its known MD5 before it unpickles anything; None: one is not there, or
+    another."""
+    from torchvision import datasets
+
+    try:
+        return getattr(datasets, CIFAR[data.name][0])(data.root, train=train, download=False)
+    except RuntimeError:
+        return None
 
 
 def _download(kind: str, data: Data, expected: str) -> None:

@@ -160,25 +160,35 @@ def train(config: Config, command: str, source: Source | None, screen: Screen) -
             screen = Screen(quiet=True)
         if config.train.batch_size == "auto":
             config = with_largest_batch(config, screen.say)
-        run = Run(run_folder(config, command, source), crew)
+        with crew.in_turn():
+            images = data.identity(config.data)
+        run = Run(run_folder(config, command, source, images), crew)
         if run.result is not None:
             screen.say(f"{run.folder} is finished; nothing to do")
             screen.table("result", _shown(run.result, run.folder))
             return run.result
         try:
-            return _train(run, config, command, source, screen, crew)
+            return _train(run, config, command, source, images, screen, crew)
         finally:
             data.end_workers()  # they share the folder's lock
             run.close()
 
 
-def _train(run: Run, config: Config, command: str, source: Source | None, screen: Screen, crew: Crew) -> dict[str, Any]:
+def _train(
+    run: Run,
+    config: Config,
+    command: str,
+    source: Source | None,
+    images_digest: str | None,
+    screen: Screen,
+    crew: Crew,
+) -> dict[str, Any]:
     """The loop: data, cost, model, weights, then steps, looks and checkpoints until the budget is used up."""
     device, autocast = arithmetic(config.device, config.train.precision, config.threads)
     require_place(config.optim, device, crew.size)
     share = crew.share(config)
     with crew.in_turn():
-        splits, images_digest = data.load(config.data), data.identity(config.data)
+        splits = data.load(config.data)
     classes = _num_classes(config, splits)
     budget = Budget.of(config, len(splits.train))
     learning_rate = schedule(config.optim, budget.total)
@@ -595,9 +605,10 @@ def _part(config: Config) -> int:
     return config.train.batch_size // config.train.accumulate
 
 
-def run_folder(config: Config, command: str, source: Source | None) -> Path:
+def run_folder(config: Config, command: str, source: Source | None, images_digest: str | None) -> Path:
+    """Where a run on these images (`data.identity`) goes."""
     name = config.name or f"{config.model.name}-{config.data.name}"
-    mark = signature(config, command, source.digest if source else None, data.identity(config.data))
+    mark = signature(config, command, source.digest if source else None, images_digest)
     return Path(config.output_root) / config.study / f"{name.replace('/', '_')}-{mark}"
 
 

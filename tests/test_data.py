@@ -636,7 +636,7 @@ def test_read_idx(tmp_path: Path) -> None:
     ("name", "content", "words"),
     [
         ("short", IDX[:-1], "short is cut short: 39 bytes where its header promises 40"),
-        ("long", IDX + b"x", "41 bytes where its header promises 40"),
+        ("long", IDX + b"x", "long is too long: more bytes where its header promises 40"),
         pytest.param("header", IDX[:9], "header is cut short"),
         ("empty", b"", "empty is no idx file"),
         ("floats", b"\x00\x00\x0d" + IDX[3:], "floats is no idx file of bytes: it must begin with 00 00 08"),
@@ -648,6 +648,12 @@ def test_read_idx(tmp_path: Path) -> None:
             r"damaged\.gz cannot be read",
         ),
         ("plain.gz", IDX, r"plain\.gz cannot be read"),
+        ("bomb.gz", gzip.compress(IDX + bytes(10**7)), "too long: more bytes where its header promises 40"),
+        (
+            "vast.gz",
+            gzip.compress(IDX[:4] + b"\x00\xff\xff\xff" * 3),
+            r"vast\.gz promises 4398\d*\.\d* GiB, more than the",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) and " " not in value else "",
 )
