@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from softmoe_cli.config import UsageError, nearest
+from softmoe_cli.text import printable
 
 Row = dict[str, Any]
 
@@ -157,7 +158,7 @@ def _result(folder: Path) -> tuple[Row | None, str]:
     lacks = [key for key, kind in kinds.items() if not isinstance(row.get(key), kind)]
     if lacks:
         return None, f"foreign: result.json has no {lacks[0]}"
-    return {key: _printable(value) if isinstance(value, str) else value for key, value in row.items()}, ""
+    return {key: printable(value) if isinstance(value, str) else value for key, value in row.items()}, ""
 
 
 def _finite(text: str) -> float:
@@ -166,10 +167,6 @@ def _finite(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{text} is no finite number")
     return value
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _looks(path: Path) -> tuple[list[Row], str]:
