@@ -46,7 +46,7 @@ from softmoe_cli.contents import digest
 from softmoe_cli.device import cores
 from softmoe_cli.files import RunError
 from softmoe_cli.listing import Listing, listing
-from softmoe_cli.text import first_line, gibibytes
+from softmoe_cli.text import first_line, gibibytes, printable
 
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist
 FASHION_CLASSES = (
@@ -123,28 +123,47 @@ def identity(data: Data) -> str | None:
 # --- splits -----------------------------------------------------------------------------------------------------------
 
 
-def hold_out(labels: Int64[Tensor, " n"], fraction: float, seed: int, key: str) -> tuple[np.ndarray, np.ndarray]:
+def by_class(labels: Int64[Tensor, " n"]) -> list[np.ndarray]:
+    """For each class that has images, ascending, their numbers, ascending: in one pass, however many classes."""
+    order = labels.numpy().argsort(kind="stable")
+    counts = np.bincount(labels.numpy())
+    return np.split(order, counts[counts > 0].cumsum()[:-1])
+
+
+def hold_out(
+    labels: Int64[Tensor, " n"], fraction: float, seed: int, key: str, classes: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray]:
     """Indices (kept, held out), both ascending: of every class the share `fraction`, rounded, at least one image.
 
     Raises:
         UsageError: a class with no image left for training.
     """
     rng = np.random.default_rng(seed)
-    kept, held = [], []
-    for label in labels.unique().tolist():
-        index = rng.permutation((labels == label).nonzero().flatten().numpy())
+    held = np.zeros(len(labels), bool)
+    emptied = []
+    for index in by_class(labels):
         count = max(1, round(len(index) * fraction))
         if count >= len(index):
-            raise UsageError(
-                f"data.{key}={fraction:g} leaves no image of class {label} for training: it has {len(index)} in all"
-            )
-        held.append(index[:count])
-        kept.append(index[count:])
-    return np.sort(np.concatenate(kept)), np.sort(np.concatenate(held))
+            emptied.append((classes[int(labels[index[0]])], len(index)))
+        held[rng.permutation(index)[:count]] = True
+    if emptied:
+        name, images = emptied[0]
+        others = f" ({len(emptied) - 1} more classes have too few: {_some(emptied[1:])})" if emptied[1:] else ""
+        rest = "" if key == "test_fraction" else " that are not for testing"
+        raise UsageError(
+            f"data.{key}={fraction:g} leaves no image of class {printable(name)} for training: it has {images} "
+            f"in all{rest}{others}; add images (a class needs 3, or 2 beside test images of your own), take the class "
+            "away, or bring train, val and test of your own, which nothing is taken from"
+        )
+    return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+def _some(emptied: list[tuple[str, int]]) -> str:
+    return ", ".join(printable(name) for name, _ in emptied[:5]) + ", …" * (len(emptied) > 5)
 
 
 def _with_validation(train: ImageSet, test: ImageSet, classes: list[str], data: Data) -> Splits:
-    kept, held = hold_out(train.labels, data.validation_fraction, data.split_seed, "validation_fraction")
+    kept, held = hold_out(train.labels, data.validation_fraction, data.split_seed, "validation_fraction", classes)
     return Splits(train.subset(kept), train.subset(held), test, classes)
 
 
@@ -152,7 +171,7 @@ def _with_test(everything: ImageSet, classes: list[str], data: Data) -> Splits:
     if data.test_fraction == 1:
         nothing = everything.subset(np.arange(0))
         return Splits(nothing, nothing, everything, classes)
-    kept, held = hold_out(everything.labels, data.test_fraction, data.split_seed, "test_fraction")
+    kept, held = hold_out(everything.labels, data.test_fraction, data.split_seed, "test_fraction", classes)
     return _with_validation(everything.subset(kept), everything.subset(held), classes, data)
 
 

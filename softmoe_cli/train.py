@@ -31,7 +31,7 @@ from softmoe_cli.device import (
     slower,
 )
 from softmoe_cli.evaluate import classification_loss, evaluate, features, routing_statistics
-from softmoe_cli.fewshot import fewshot
+from softmoe_cli.fewshot import check_shots, fewshot
 from softmoe_cli.memory import Memory, largest_batch, predict_for, require_fit, require_place
 from softmoe_cli.models import LoadReport, build, load_weights, patterns, portable, prepare
 from softmoe_cli.moe.layer import MoE
@@ -190,6 +190,7 @@ def _train(
     with crew.in_turn():
         splits = data.load(config.data)
     classes = _num_classes(config, splits)
+    notes = check_shots(splits.train.labels, config.train.fewshot, "train.fewshot") if config.train.fewshot else []
     budget = Budget.of(config, len(splits.train))
     learning_rate = schedule(config.optim, budget.total)
     crew.way, crew.why = _way(config, classes, device, crew)
@@ -199,6 +200,8 @@ def _train(
         config.model, classes, batch=_part(config), recompute=config.train.recompute, frozen=config.optim.freeze
     )
     screen.table(command, _header(config, cost, splits, budget, device, run.folder, crew))
+    for note in notes:
+        screen.row("few-shot", note)
     memory = require_fit(config, classes, device, crew.size, crew.local_size, crew.way)
     screen.row("memory", _memory(memory, device))
 
