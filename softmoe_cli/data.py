@@ -381,7 +381,8 @@ def _image_set(stored: Stored, labels: np.ndarray, data: Data, in_memory: bool) 
     if in_memory:
         with ThreadPoolExecutor() as pool:  # PIL decodes outside Python's lock
             decoded = pool.map(
-                lambda i: centre(opened(stored, i, data.channels), data.image_size, data.crop_pct), range(len(stored))
+                lambda i: centre(opened(stored, i, data.channels, data.max_megapixels), data.image_size, data.crop_pct),
+                range(len(stored)),
             )
             images = torch.stack(list(decoded))
     return ImageSet(torch.from_numpy(labels), images, data.image_size, data.channels, stored)
@@ -391,14 +392,22 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """What may be decoded, whatever a file is called: Pillow knows others, of which it has programs run (PostScript)."""
 
 
-def opened(stored: Stored, i: int, channels: int) -> Image.Image:
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, which nobody could raise: ours is data.max_megapixels
+
+
+def opened(stored: Stored, i: int, channels: int, max_megapixels: float) -> Image.Image:
     """Image i, decoded, grey or RGB.
 
     Raises:
-        UsageError: it is no image, is cut short, or cannot be read.
+        UsageError: it is no image, is cut short, too large, or cannot be read.
     """
     try:
         with Image.open(io.BytesIO(stored.read(i)), formats=FORMATS) as image:
+            if image.width * image.height > max_megapixels * 1e6:  # before anything is decoded
+                raise UsageError(
+                    f"{stored.place(i)} is {image.width:,} x {image.height:,} pixels, and a few bytes can say that; if "
+                    f"it is right, raise data.max_megapixels={max_megapixels:g}"
+                )
             if image.mode.startswith(("I", "F")):
                 raise ValueError(f"{image.mode} pixels have more than 8 bits; convert it to 8 bits a channel first")
             mode = "L" if channels == 1 else "RGB"
@@ -408,8 +417,12 @@ def opened(stored: Stored, i: int, channels: int) -> Image.Image:
         raise UsageError(
             f"{stored.place(i)} is not an image that can be read: damaged, or none of {', '.join(FORMATS)}"
         ) from error
-    except (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, EOFError, SyntaxError, ValueError) as error:
         raise UsageError(f"{stored.place(i)} is not an image that can be read: {error}") from error
+
+
+MOST_RESIZED = 10**8
+"""Pixels."""
 
 
 def centre(image: Image.Image, side: int, crop_pct: float | None) -> UInt8[Tensor, "c s s"]:
@@ -425,6 +438,9 @@ def centre(image: Image.Image, side: int, crop_pct: float | None) -> UInt8[Tenso
         return _pixels(image.resize((side, side), Image.Resampling.BICUBIC, box=(left, top, left + cut, top + cut)))
     shorter = math.floor(side / crop_pct)
     w, h = (int(shorter * length / min(width, height)) for length in (width, height))
+    if w * h > MOST_RESIZED:  # a line of pixels: what is far from its centre is cut off before, not after
+        x, y = (max(0, length - 8 * min(width, height)) // 2 for length in (width, height))
+        return centre(image.crop((x, y, width - x, height - y)), side, crop_pct)
     x, y = round((w - side) / 2), round((h - side) / 2)
     return _pixels(image.resize((w, h), Image.Resampling.BICUBIC).crop((x, y, x + side, y + side)))
 
@@ -450,6 +466,7 @@ class _Decoded(Dataset):
     images: ImageSet
     side: int
     crop_pct: float | None
+    max_megapixels: float
     augment: Augment | None = None
     """What is done to training images here, and not to whole batches."""
     from_file: bool = False
@@ -461,7 +478,7 @@ class _Decoded(Dataset):
     def __getitem__(self, asked: tuple[int, list[int]]) -> UInt8[Tensor, "b c s s"]:
         (step, index), files, change = asked, self.images.files, self.augment
         assert files is not None
-        pictures = (opened(files, i, self.images.channels) for i in index)
+        pictures = (opened(files, i, self.images.channels, self.max_megapixels) for i in index)
         if change is None or not _cuts_files(change, self.from_file):
             squares = [centre(picture, self.side, self.crop_pct) for picture in pictures]
         else:
@@ -725,7 +742,9 @@ def train_batches(
     mean, std = _statistics(data, device)
     black = (-mean / std).expand(in_chans)
     side = image_size if data.from_file else images.side
-    decoded = _Decoded(images, side, data.crop_pct, augment, data.from_file, seed, batch_size, made)
+    decoded = _Decoded(
+        images, side, data.crop_pct, data.max_megapixels, augment, data.from_file, seed, batch_size, made
+    )
     for step, (index, raw) in enumerate(_raw(decoded, data, first_step, device), start=first_step):
         rng = _generator(seed, step)
         if augment.randaugment is not None:
@@ -804,7 +823,7 @@ def eval_batches(
         raws: Iterator[Tensor] = (images.images[index] for index in indices)
     else:
         side = image_size if data.from_file else images.side
-        raws = _decoded(_Decoded(images, side, data.crop_pct), enumerate(indices), data, device)
+        raws = _decoded(_Decoded(images, side, data.crop_pct, data.max_megapixels), enumerate(indices), data, device)
     for index, raw in zip(indices, raws, strict=True):
         x = _resize(_normalise(raw.to(device), in_chans, mean, std), image_size)
         yield x, images.labels[index].to(device)

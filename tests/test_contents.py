@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from softmoe_cli import contents
+from softmoe_cli.archives import Stored
 from softmoe_cli.config import Data, UsageError
 from softmoe_cli.data import identity
 from tests.oracles import compose
@@ -114,7 +115,12 @@ def test_of_what_is_compressed_pieces_are_read(tmp_path: Path, monkeypatch: pyte
     size = (tmp_path / CLASSES[0] / "0.png").stat().st_size
     asked: list[int] = []
     pread = os.pread
-    monkeypatch.setattr(os, "pread", lambda file, count, at: asked.append(count) or pread(file, count, at))
+
+    def read(file: int, count: int, at: int) -> bytes:
+        asked.append(count)
+        return pread(file, count, at)
+
+    monkeypatch.setattr(os, "pread", read)
     before = identity(data)
     assert size > 180_000 and sum(asked) <= 9 * 17 * 1024
     folder(tmp_path, first=50, kind="PNG", side=250)
@@ -186,5 +192,5 @@ def test_a_sweep_over_two_sets_has_two_runs(tmp_path: Path, softmoe: Callable[..
 
 
 def test_names_of_classes_cannot_be_written_as_two() -> None:
-    nothing: dict[str, tuple[contents.Stored, np.ndarray]] = {}
+    nothing: dict[str, tuple[Stored, np.ndarray]] = {}
     assert contents.digest(nothing, ["a", "b"]) != contents.digest(nothing, ['a", "b'])

@@ -106,7 +106,9 @@ def pixels(images: ImageSet) -> Tensor:
         return images.images
     stored = images.files
     assert stored is not None
-    return torch.stack([centre(opened(stored, i, images.channels), images.side, None) for i in range(len(images))])
+    return torch.stack(
+        [centre(opened(stored, i, images.channels, 100.0), images.side, None) for i in range(len(images))]
+    )
 
 
 def files(images: ImageSet) -> list[Path]:
@@ -114,7 +116,7 @@ def files(images: ImageSet) -> list[Path]:
 
 
 def decode(file: Path, side: int, channels: int) -> Tensor:
-    return centre(opened(Stored.files(file.parent, [file.name]), 0, channels), side, None)
+    return centre(opened(Stored.files(file.parent, [file.name]), 0, channels, 100.0), side, None)
 
 
 # --- splits -----------------------------------------------------------------------------------------------------------
@@ -638,6 +640,24 @@ def test_boxes_lie_inside_and_have_the_areas() -> None:
     assert 3 / 4 - 1e-5 <= aspect[free].min() < 0.77 and 1.3 < aspect[free].max() <= 4 / 3 + 1e-5
     small = area[free & (area < 0.7)]  # below 3/4 no side is ever cut: uniform
     assert small.mean().item() == pytest.approx(0.45, abs=0.01)
+
+
+def test_images_that_a_few_bytes_say_are_vast_are_refused_before_they_are_decoded(tmp_path: Path) -> None:
+    write_tree(tmp_path)
+    place = tmp_path / "ant" / "vast.png"
+    Image.new("1", (40_000, 3_000)).save(place)
+    assert place.stat().st_size < 40_000
+    refused(folder(tmp_path), r"vast\.png is 40,000 x 3,000 pixels, .* raise data\.max_megapixels=100")
+    assert len(load(folder(tmp_path, max_megapixels=121.0)).train)
+
+
+@pytest.mark.parametrize("size", [(1, 50_000), (50_000, 1), (2, 90_000)])
+def test_a_line_of_pixels_is_not_made_as_wide_as_a_picture(size: tuple[int, int]) -> None:
+    """timm's transform would have 256 x 12,800,000 pixels in between."""
+    line = Image.new("L", size, 10)
+    line.putpixel((size[0] // 2, size[1] // 2), 200)
+    square = centre(line, 224, 0.875)
+    assert square.shape == (1, 224, 224) and int(square.max()) > 150 and int(square.min()) < 50
 
 
 # --- idx files --------------------------------------------------------------------------------------------------------
