@@ -579,7 +579,7 @@ def by_workers(
             if fault is not None:
                 raise fault
             yield item
-    except (OSError, RuntimeError) as error:
+    except (OSError, EOFError, RuntimeError) as error:
         if isinstance(error, RunError):
             raise
         why = _why(error, own, count)
@@ -604,9 +604,9 @@ def _started(loader: DataLoader[Any]) -> Iterator[Any]:
 
 def _why(error: Exception, workers: list[Any], count: int) -> str | None:
     """What happened to the processes that decode; None: nothing, the error is another."""
-    if isinstance(error, OSError):  # what is at the other end may just be gone
+    if not isinstance(error, RuntimeError):  # who is at the other end may just be going
         for worker in workers:
-            worker.join(0.05)
+            worker.join(0.2)
     killed = [-worker.exitcode for worker in workers if worker.exitcode is not None and worker.exitcode < 0]
     if signal.SIGBUS in killed:
         return _no_shared_memory("a process that decodes them met its end there")
