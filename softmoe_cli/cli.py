@@ -951,12 +951,15 @@ def _evaluate(config: Any) -> None:
 
     sources = [_read(name) for name in names]
     model, *_ = [_model_of(source, tree["trust"]) for source in sources]
+    named = _named(tree["data"])
     _take_data(tree, sources[0])
     own = next((source for source in sources if same_set(tree["data"], source.card["data"])), sources[0])
     _keep_cut(tree["data"], own.card["data"], _typed())
     check_alike(sources, tree["data"])
     checked = _door(tree, EvaluateConfig)
     check_channels(checked.data, model.in_chans)
+    if not named:
+        _check_here(checked.data, sources[0])
     evaluate_checkpoint(checked, model, sources)
 
 
@@ -984,9 +987,25 @@ def _described(source: "Source", router: dict[str, Any]) -> Model:
     return model
 
 
+def _named(data: Any) -> bool:
+    """Whether a set was typed."""
+    return isinstance(data, dict) and data.get("name", "???") != "???"
+
+
+def _check_here(data: Data, source: "Source") -> None:
+    """Raises UsageError where a set that only the checkpoint names would have to be fetched."""
+    from softmoe_cli.data import is_here
+
+    if not is_here(data):
+        raise UsageError(
+            f"checkpoint={source.label} names data={data.name}, which is not in data.root={data.root}; only a set that "
+            f"is typed is fetched: add data={data.name}"
+        )
+
+
 def _take_data(tree: dict[str, Any], source: "Source") -> None:
     """The data are the checkpoint's unless some were named, and then at least the pixels' mean and deviation."""
-    named = isinstance(tree["data"], dict) and tree["data"].get("name") != "???"
+    named = _named(tree["data"])
     tree["data"] = _overlay(source.card["data"], tree["data"])
     if tree["data"]["image_size"] == "auto":
         own = same_set(tree["data"], source.card["data"])
@@ -1036,9 +1055,12 @@ def _export(config: Any) -> None:
 
     source = _read(tree["checkpoint"])
     model = _model_of(source, tree["trust"])
+    named = _named(tree["data"])
     _take_data(tree, source)
     checked = _door(tree, ExportConfig)
     check_channels(checked.data, model.in_chans)
+    if not named:
+        _check_here(checked.data, source)
     show(export(checked, model, source), checked.format)
 
 
@@ -1057,6 +1079,7 @@ def _upcycle(config: Any) -> None:
     if "model" not in source.card and name not in (None, "???"):
         source = dataclasses.replace(source, card=timm_card(name))
     _take_backbone(tree["model"], source, _typed())
+    named = _named(tree["data"])
     tree["data"] = _overlay(source.card.get("data", {}), tree["data"])
     _inherit(tree, source, _typed())
     if tree["data"].get("name", "???") == "???":
@@ -1066,6 +1089,8 @@ def _upcycle(config: Any) -> None:
             "softmoe upcycle needs a router: model/router=NAME with model.moe_blocks=last_N, or a named point as model="
         )
     checked = _door(tree, UpcycleConfig)
+    if not named:
+        _check_here(checked.data, source)
     show(upcycle(checked, source), checked.format)
 
 

@@ -245,6 +245,7 @@ class Data:
     )
     prefetch: int = option("batches that each of these processes decodes ahead", low=1)
     memory_gib: float = option("files that decode to more than this are read from disk as it goes", low=0)
+    max_megapixels: float = option("larger images are refused before they are decoded", above=0)
 
     def check(self) -> None:
         _check(self)
@@ -896,9 +897,9 @@ class RayLauncher(Launcher):
 
 NOT_SCIENCE = (
     "output_root", "study", "name", "tracking", "wandb", "device", "threads", "devices", "parallel", "restarts",
-    "checkpoint", "trust", "data.root", "data.workers", "data.prefetch", "data.memory_gib", "data.crop", "data.area",
-    "train.default_epochs", "train.max_tokens", "train.log_every", "train.eval_batch_size", "train.fewshot",
-    "train.save_seconds", "slots",
+    "checkpoint", "trust", "data.root", "data.workers", "data.prefetch", "data.memory_gib", "data.max_megapixels",
+    "data.crop", "data.area", "train.default_epochs", "train.max_tokens", "train.log_every", "train.eval_batch_size",
+    "train.fewshot", "train.save_seconds", "slots",
 )  # fmt: skip
 """Keys that change where, when or how fast, never which numbers come out, or that only others read: left out of the
 signature. (The number that `slots` comes to stands in model.router.)"""

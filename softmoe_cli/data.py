@@ -42,10 +42,11 @@ from torchvision.transforms import RandomResizedCrop
 
 from softmoe_cli.archives import Stored
 from softmoe_cli.config import Augment, Data, Model, UsageError
+from softmoe_cli.contents import digest
 from softmoe_cli.device import cores
 from softmoe_cli.files import RunError
 from softmoe_cli.listing import Listing, listing
-from softmoe_cli.text import first_line
+from softmoe_cli.text import first_line, gibibytes, printable
 
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist
 FASHION_CLASSES = (
@@ -108,49 +109,63 @@ def load(data: Data) -> Splits:
 
 
 def identity(data: Data) -> str | None:
-    """A digest of which files there are and how large they are, and of what archives hold where, under which label;
-    None for the sets that are the same everywhere.
+    """A digest of the images and of what decides their classes; None for the sets that are the same everywhere.
 
     Raises:
         UsageError: the files cannot be used.
     """
+    if data.name == "fashion_mnist" and data.format is None:  # files of these names hold other sets too
+        return hashlib.sha256(b"".join(array.tobytes() for array in _idx_arrays(data))).hexdigest()
     if data.format is None:
         return None
-    digest, root = hashlib.sha256(), os.fsencode(data.root)
-    for stored, labels in _listed(data).parts.values():
-        for name in stored.name[stored.offset < 0].tolist():
-            digest.update(name + b"\0%d\0" % os.stat(os.path.join(root, name)).st_size)
-        inside = stored.offset >= 0
-        for column in (stored.name, stored.offset, stored.size, labels):
-            digest.update(column[inside].tobytes())
-    return digest.hexdigest()
+    listed = _listed(data)
+    return digest(listed.parts, listed.classes)
 
 
 # --- splits -----------------------------------------------------------------------------------------------------------
 
 
-def hold_out(labels: Int64[Tensor, " n"], fraction: float, seed: int, key: str) -> tuple[np.ndarray, np.ndarray]:
+def by_class(labels: Int64[Tensor, " n"]) -> list[np.ndarray]:
+    """For each class that has images, ascending, their numbers, ascending: in one pass, however many classes."""
+    order = labels.numpy().argsort(kind="stable")
+    counts = np.bincount(labels.numpy())
+    return np.split(order, counts[counts > 0].cumsum()[:-1])
+
+
+def hold_out(
+    labels: Int64[Tensor, " n"], fraction: float, seed: int, key: str, classes: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray]:
     """Indices (kept, held out), both ascending: of every class the share `fraction`, rounded, at least one image.
 
     Raises:
         UsageError: a class with no image left for training.
     """
     rng = np.random.default_rng(seed)
-    kept, held = [], []
-    for label in labels.unique().tolist():
-        index = rng.permutation((labels == label).nonzero().flatten().numpy())
+    held = np.zeros(len(labels), bool)
+    emptied = []
+    for index in by_class(labels):
         count = max(1, round(len(index) * fraction))
         if count >= len(index):
-            raise UsageError(
-                f"data.{key}={fraction:g} leaves no image of class {label} for training: it has {len(index)} in all"
-            )
-        held.append(index[:count])
-        kept.append(index[count:])
-    return np.sort(np.concatenate(kept)), np.sort(np.concatenate(held))
+            emptied.append((classes[int(labels[index[0]])], len(index)))
+        held[rng.permutation(index)[:count]] = True
+    if emptied:
+        name, images = emptied[0]
+        others = f" ({len(emptied) - 1} more classes have too few: {_some(emptied[1:])})" if emptied[1:] else ""
+        rest = "" if key == "test_fraction" else " that are not for testing"
+        raise UsageError(
+            f"data.{key}={fraction:g} leaves no image of class {printable(name)} for training: it has {images} "
+            f"in all{rest}{others}; add images (a class needs 3, or 2 beside test images of your own), take the class "
+            "away, or bring train, val and test of your own, which nothing is taken from"
+        )
+    return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+def _some(emptied: list[tuple[str, int]]) -> str:
+    return ", ".join(printable(name) for name, _ in emptied[:5]) + ", …" * (len(emptied) > 5)
 
 
 def _with_validation(train: ImageSet, test: ImageSet, classes: list[str], data: Data) -> Splits:
-    kept, held = hold_out(train.labels, data.validation_fraction, data.split_seed, "validation_fraction")
+    kept, held = hold_out(train.labels, data.validation_fraction, data.split_seed, "validation_fraction", classes)
     return Splits(train.subset(kept), train.subset(held), test, classes)
 
 
@@ -158,7 +173,7 @@ def _with_test(everything: ImageSet, classes: list[str], data: Data) -> Splits:
     if data.test_fraction == 1:
         nothing = everything.subset(np.arange(0))
         return Splits(nothing, nothing, everything, classes)
-    kept, held = hold_out(everything.labels, data.test_fraction, data.split_seed, "test_fraction")
+    kept, held = hold_out(everything.labels, data.test_fraction, data.split_seed, "test_fraction", classes)
     return _with_validation(everything.subset(kept), everything.subset(held), classes, data)
 
 
@@ -188,18 +203,50 @@ def _convert(images: UInt8[Tensor, "n c s s"], channels: int) -> UInt8[Tensor, "
 
 
 def _fashion_mnist(data: Data) -> Splits:
-    names = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
-    root = Path(data.root)
-    folders = [root, root / "FashionMNIST" / "raw", DEBIAN_FASHION]
-    paths = [_first_existing(folders, name) for name in names]
-    if None in paths:
-        _download("FashionMNIST", data, f"{', '.join(names)} (also with .gz); Debian's dataset-fashion-mnist has them")
-        paths = [_first_existing(folders, name) for name in names]
-    arrays = [torch.from_numpy(read_idx(path)) for path in paths if path is not None]
+    arrays = [torch.from_numpy(array) for array in _idx_arrays(data)]
     train, test = (
         ImageSet(arrays[i + 1].long(), _convert(arrays[i][:, None], data.channels), 28, data.channels) for i in (0, 2)
     )
     return _with_validation(train, test, list(FASHION_CLASSES), data)
+
+
+IDX_NAMES = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
+
+
+def _idx_arrays(data: Data) -> list[np.ndarray]:
+    """Training images and labels, test images and labels.
+
+    Raises:
+        UsageError: other files by their names.
+    """
+    paths = _idx_paths(data)
+    if len(paths) < len(IDX_NAMES):
+        said = f"{', '.join(IDX_NAMES)} (also with .gz); Debian's dataset-fashion-mnist has them"
+        _download("FashionMNIST", data, said)
+        paths = _idx_paths(data)
+    arrays = [read_idx(path) for path in paths]
+    for i in (0, 2):
+        images, labels = arrays[i : i + 2]
+        if images.shape[1:] != (28, 28) or labels.shape != images.shape[:1] or not labels.size or labels.max() > 9:
+            raise UsageError(
+                f"{paths[i]} and {paths[i + 1].name} are not images of 28x28 pixels, each with a label from 0 to 9: "
+                f"they have shapes {images.shape} and {labels.shape}"
+            )
+    return arrays
+
+
+def _idx_paths(data: Data) -> list[Path]:
+    folders = [Path(data.root), Path(data.root) / "FashionMNIST" / "raw", DEBIAN_FASHION]
+    return [path for name in IDX_NAMES if (path := _first_existing(folders, name)) is not None]
+
+
+def is_here(data: Data) -> bool:
+    """Whether a set can be read as it lies there, with nothing fetched."""
+    if data.format is not None or data.name == "digits":
+        return True
+    if data.name == "fashion_mnist":
+        return len(_idx_paths(data)) == len(IDX_NAMES)
+    return _cifar_part(data, train=False) is not None
 
 
 def _first_existing(folders: list[Path], name: str) -> Path | None:
@@ -207,38 +254,48 @@ def _first_existing(folders: list[Path], name: str) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
+LARGEST_IDX = 2**31
+"""Bytes: Fashion-MNIST's largest file has 47 million, and what is gzipped can be a thousand times as large."""
+
+
 def read_idx(path: Path) -> np.ndarray:
     """An array of bytes in MNIST's idx format, gzipped or not.
 
     Raises:
-        UsageError: a file that is not idx, or is cut short.
+        UsageError: a file that is not idx, or has not the bytes that its header promises, or promises too many.
     """
     try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            raw = file.read(4)
+            if len(raw) < 4 or raw[:3] != b"\x00\x00\x08":
+                raise UsageError(f"{path} is no idx file of bytes: it must begin with 00 00 08")
+            head = 4 + 4 * raw[3]
+            raw += file.read(head - 4)
+            if len(raw) < head:
+                raise UsageError(f"{path} is cut short: {len(raw)} bytes where its header alone has {head}")
+            shape = np.frombuffer(raw[4:], dtype=">u4").tolist()
+            promised = math.prod(shape)
+            if promised > LARGEST_IDX:
+                raise UsageError(
+                    f"{path} promises {gibibytes(promised)}, more than the {gibibytes(LARGEST_IDX)} that are read at "
+                    "once; a set of that size belongs into files of its own: data=folder or data=webdataset"
+                )
+            pixels = file.read(promised + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise UsageError(f"{path} cannot be read: {error}") from error
-    if len(raw) < 4 or raw[:3] != b"\x00\x00\x08":
-        raise UsageError(f"{path} is no idx file of bytes: it must begin with 00 00 08")
-    head = 4 + 4 * raw[3]
-    if len(raw) < head:
-        raise UsageError(f"{path} is cut short: {len(raw)} bytes where its header alone has {head}")
-    shape = np.frombuffer(raw[4:head], dtype=">u4").astype(int)
-    if len(raw) != head + shape.prod():
-        raise UsageError(f"{path} is cut short: {len(raw)} bytes where its header promises {head + shape.prod()}")
-    return np.frombuffer(raw, dtype=np.uint8, offset=head).reshape(shape).copy()
+    if len(pixels) != promised:
+        many = f"{head + len(pixels)} bytes" if len(pixels) < promised else "more bytes"
+        raise UsageError(
+            f"{path} is {'cut short' if len(pixels) < promised else 'too long'}: {many} where its header promises "
+            f"{head + promised}"
+        )
+    return np.frombuffer(pixels, dtype=np.uint8).reshape(shape).copy()
 
 
 def _cifar(data: Data) -> Splits:
-    from torchvision import datasets
-
-    kind = {"cifar10": "CIFAR10", "cifar100": "CIFAR100"}[data.name]
-    expected = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}[data.name]
-    make = getattr(datasets, kind)
-    try:  # torchvision holds every file against its known MD5 before it unpickles anything
-        parts = [make(data.root, train=part, download=False) for part in (True, False)]
-    except RuntimeError:
-        _download(kind, data, f"the folder {expected}")
-        parts = [make(data.root, train=part, download=False) for part in (True, False)]
+    if _cifar_part(data, train=False) is None:
+        _download(CIFAR[data.name][0], data, f"the folder {CIFAR[data.name][1]}")
+    parts = [_cifar_part(data, train=part) for part in (True, False)]
     train, test = (
         ImageSet(
             torch.tensor(part.targets),
@@ -249,6 +306,21 @@ def _cifar(data: Data) -> Splits:
         for part in parts
     )
     return _with_validation(train, test, list(parts[0].classes), data)
+
+
+CIFAR = {"cifar10": ("CIFAR10", "cifar-10-batches-py"), "cifar100": ("CIFAR100", "cifar-100-python")}
+"""torchvision's name, and the folder."""
+
+
+def _cifar_part(data: Data, *, train: bool) -> Any:
+    """torchvision holds every file against its known MD5 before it unpickles anything; None: one is not there, or
+    another."""
+    from torchvision import datasets
+
+    try:
+        return getattr(datasets, CIFAR[data.name][0])(data.root, train=train, download=False)
+    except RuntimeError:
+        return None
 
 
 def _download(kind: str, data: Data, expected: str) -> None:
@@ -311,7 +383,8 @@ def _image_set(stored: Stored, labels: np.ndarray, data: Data, in_memory: bool) 
     if in_memory:
         with ThreadPoolExecutor() as pool:  # PIL decodes outside Python's lock
             decoded = pool.map(
-                lambda i: centre(opened(stored, i, data.channels), data.image_size, data.crop_pct), range(len(stored))
+                lambda i: centre(opened(stored, i, data.channels, data.max_megapixels), data.image_size, data.crop_pct),
+                range(len(stored)),
             )
             images = torch.stack(list(decoded))
     return ImageSet(torch.from_numpy(labels), images, data.image_size, data.channels, stored)
@@ -321,14 +394,22 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """What may be decoded, whatever a file is called: Pillow knows others, of which it has programs run (PostScript)."""
 
 
-def opened(stored: Stored, i: int, channels: int) -> Image.Image:
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, which nobody could raise: ours is data.max_megapixels
+
+
+def opened(stored: Stored, i: int, channels: int, max_megapixels: float) -> Image.Image:
     """Image i, decoded, grey or RGB.
 
     Raises:
-        UsageError: it is no image, is cut short, or cannot be read.
+        UsageError: it is no image, is cut short, too large, or cannot be read.
     """
     try:
         with Image.open(io.BytesIO(stored.read(i)), formats=FORMATS) as image:
+            if image.width * image.height > max_megapixels * 1e6:  # before anything is decoded
+                raise UsageError(
+                    f"{stored.place(i)} is {image.width:,} x {image.height:,} pixels, and a few bytes can say that; if "
+                    f"it is right, raise data.max_megapixels={max_megapixels:g}"
+                )
             if image.mode.startswith(("I", "F")):
                 raise ValueError(f"{image.mode} pixels have more than 8 bits; convert it to 8 bits a channel first")
             mode = "L" if channels == 1 else "RGB"
@@ -338,8 +419,12 @@ def opened(stored: Stored, i: int, channels: int) -> Image.Image:
         raise UsageError(
             f"{stored.place(i)} is not an image that can be read: damaged, or none of {', '.join(FORMATS)}"
         ) from error
-    except (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, EOFError, SyntaxError, ValueError) as error:
         raise UsageError(f"{stored.place(i)} is not an image that can be read: {error}") from error
+
+
+MOST_RESIZED = 10**8
+"""Pixels."""
 
 
 def centre(image: Image.Image, side: int, crop_pct: float | None) -> UInt8[Tensor, "c s s"]:
@@ -355,6 +440,9 @@ def centre(image: Image.Image, side: int, crop_pct: float | None) -> UInt8[Tenso
         return _pixels(image.resize((side, side), Image.Resampling.BICUBIC, box=(left, top, left + cut, top + cut)))
     shorter = math.floor(side / crop_pct)
     w, h = (int(shorter * length / min(width, height)) for length in (width, height))
+    if w * h > MOST_RESIZED:  # a line of pixels: what is far from its centre is cut off before, not after
+        x, y = (max(0, length - 8 * min(width, height)) // 2 for length in (width, height))
+        return centre(image.crop((x, y, width - x, height - y)), side, crop_pct)
     x, y = round((w - side) / 2), round((h - side) / 2)
     return _pixels(image.resize((w, h), Image.Resampling.BICUBIC).crop((x, y, x + side, y + side)))
 
@@ -380,6 +468,7 @@ class _Decoded(Dataset):
     images: ImageSet
     side: int
     crop_pct: float | None
+    max_megapixels: float
     augment: Augment | None = None
     """What is done to training images here, and not to whole batches."""
     from_file: bool = False
@@ -391,7 +480,7 @@ class _Decoded(Dataset):
     def __getitem__(self, asked: tuple[int, list[int]]) -> UInt8[Tensor, "b c s s"]:
         (step, index), files, change = asked, self.images.files, self.augment
         assert files is not None
-        pictures = (opened(files, i, self.images.channels) for i in index)
+        pictures = (opened(files, i, self.images.channels, self.max_megapixels) for i in index)
         if change is None or not _cuts_files(change, self.from_file):
             squares = [centre(picture, self.side, self.crop_pct) for picture in pictures]
         else:
@@ -492,7 +581,7 @@ def by_workers(
             if fault is not None:
                 raise fault
             yield item
-    except (OSError, RuntimeError) as error:
+    except (OSError, EOFError, RuntimeError) as error:
         if isinstance(error, RunError):
             raise
         why = _why(error, own, count)
@@ -517,9 +606,9 @@ def _started(loader: DataLoader[Any]) -> Iterator[Any]:
 
 def _why(error: Exception, workers: list[Any], count: int) -> str | None:
     """What happened to the processes that decode; None: nothing, the error is another."""
-    if isinstance(error, OSError):  # what is at the other end may just be gone
+    if not isinstance(error, RuntimeError):  # who is at the other end may just be going
         for worker in workers:
-            worker.join(0.05)
+            worker.join(0.2)
     killed = [-worker.exitcode for worker in workers if worker.exitcode is not None and worker.exitcode < 0]
     if signal.SIGBUS in killed:
         return _no_shared_memory("a process that decodes them met its end there")
@@ -655,7 +744,9 @@ def train_batches(
     mean, std = _statistics(data, device)
     black = (-mean / std).expand(in_chans)
     side = image_size if data.from_file else images.side
-    decoded = _Decoded(images, side, data.crop_pct, augment, data.from_file, seed, batch_size, made)
+    decoded = _Decoded(
+        images, side, data.crop_pct, data.max_megapixels, augment, data.from_file, seed, batch_size, made
+    )
     for step, (index, raw) in enumerate(_raw(decoded, data, first_step, device), start=first_step):
         rng = _generator(seed, step)
         if augment.randaugment is not None:
@@ -734,7 +825,7 @@ def eval_batches(
         raws: Iterator[Tensor] = (images.images[index] for index in indices)
     else:
         side = image_size if data.from_file else images.side
-        raws = _decoded(_Decoded(images, side, data.crop_pct), enumerate(indices), data, device)
+        raws = _decoded(_Decoded(images, side, data.crop_pct, data.max_megapixels), enumerate(indices), data, device)
     for index, raw in zip(indices, raws, strict=True):
         x = _resize(_normalise(raw.to(device), in_chans, mean, std), image_size)
         yield x, images.labels[index].to(device)

@@ -48,8 +48,8 @@ class Seen:
 
 
 class _Files(Dataset):
-    def __init__(self, stored: Stored, channels: int) -> None:
-        self.stored, self.channels = stored, channels
+    def __init__(self, stored: Stored, channels: int, max_megapixels: float) -> None:
+        self.stored, self.channels, self.max_megapixels = stored, channels, max_megapixels
 
     def __len__(self) -> int:
         return len(self.stored)
@@ -57,7 +57,7 @@ class _Files(Dataset):
     def __getitem__(self, i: int) -> Seen:
         """The digest is of size and decoded pixels, so that the same picture in another file is found."""
         try:
-            image = data.opened(self.stored, i, self.channels)
+            image = data.opened(self.stored, i, self.channels, self.max_megapixels)
             raw = self.stored.read(i)
         except (UsageError, OSError) as error:
             return Seen(0, 0, "", 0, b"", str(error))
@@ -164,7 +164,7 @@ def _look(images: data.ImageSet, settings: Any) -> Iterator[Seen]:
             yield Seen(images.side, images.side, "L" if images.channels == 1 else "RGB", image.numel(), digest)
         return
     assert images.files is not None
-    files = _Files(images.files, images.channels)
+    files = _Files(images.files, images.channels, settings.max_megapixels)
     yield from data.by_workers(files, range(len(files)), settings, prefetch=64)
 
 

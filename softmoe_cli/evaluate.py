@@ -56,11 +56,24 @@ class Outcomes:
     def top1_pct(self) -> float:
         return _share_pct(self.right)
 
+    def by_class(self, classes: int) -> tuple[Int64[Tensor, " c"], Int64[Tensor, " c"]]:
+        """Images, and right predictions, of each of the first `classes` classes."""
+        total, right = (torch.bincount(label, minlength=classes) for label in (self.label, self.label[self.right]))
+        return total[:classes], right[:classes]
+
+    @property
+    def pairs(self) -> Int64[Tensor, "pairs 3"]:
+        """Label, prediction and number of images, of every such pair that there is, ascending."""
+        found, counts = (self.label * self.classes + self.prediction).unique(return_counts=True)
+        return torch.stack([found // self.classes, found % self.classes, counts], dim=1)
+
     @property
     def confusion(self) -> Int64[Tensor, "c c"]:
-        """Images by label (row) and prediction (column)."""
-        pairs = torch.bincount(self.label * self.classes + self.prediction, minlength=self.classes**2)
-        return pairs.view(self.classes, self.classes)
+        """Images by label (row) and prediction (column): of many classes, a square that fits nowhere; see `pairs`."""
+        label, prediction, images = self.pairs.T
+        square = torch.zeros(self.classes, self.classes, dtype=torch.int64)
+        square[label, prediction] = images
+        return square
 
 
 def _share_pct(right: Bool[Tensor, " n"]) -> float:

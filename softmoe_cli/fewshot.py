@@ -14,24 +14,44 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
-from softmoe_cli.data import ImageSet
+from softmoe_cli.config import UsageError
+from softmoe_cli.data import ImageSet, by_class
 
 L2 = tuple(2.0**power for power in range(-10, 20))
 """The official grid."""
 BIAS = 100.0
 """The constant feature that stands for a bias; being large, it is hardly regularised."""
 EPS = 1e-5
+AT_ONCE = 2**24
+"""Numbers: scores of images by class, of which there may be ten thousands."""
 
 
 def draws(labels: Int64[Tensor, " n"], seed: int) -> list[np.ndarray]:
     """For each class, ascending, the numbers of its images in a random order: the first k of each are the k shots."""
     rng = np.random.default_rng(seed)
-    return [rng.permutation((labels == label).nonzero().flatten().numpy()) for label in labels.unique().tolist()]
+    return [rng.permutation(index) for index in by_class(labels)]
 
 
 def take(orders: Sequence[np.ndarray], shots: int) -> np.ndarray:
     """The images of `shots` shots, class by class; all of a class that has fewer. More shots add to fewer ones."""
     return np.concatenate([order[:shots] for order in orders])
+
+
+def check_shots(labels: Int64[Tensor, " n"], shots: Sequence[int], key: str) -> list[str]:
+    """A sentence for each number of shots that some classes do not have: all of their images are taken.
+
+    Raises:
+        UsageError: no class has as many training images.
+    """
+    counts = np.bincount(labels.numpy())
+    counts = counts[counts > 0]
+    said = []
+    for k in shots:
+        if k > counts.max():
+            raise UsageError(f"{key}={k}: no class has so many training images; the largest has {counts.max()}")
+        if fewer := int((counts < k).sum()):
+            said.append(f"{fewer} of {len(counts)} classes have fewer than {k} training images, all of which are taken")
+    return said
 
 
 def statistics(x: Float[Tensor, "r d"]) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"]]:
@@ -46,18 +66,20 @@ def whiten(x: Float[Tensor, "m d"], mean: Float[Tensor, " d"], std: Float[Tensor
 
 def ridge(
     x: Float[Tensor, "r d"], labels: Int64[Tensor, " r"], classes: int, l2: Float[Tensor, " l"]
-) -> Float[Tensor, "l d c"]:
-    """w = (X^T X + l2 I)^-1 X^T Y for every l2, with Y = 1 for an image's class and -1 for the others.
+) -> Iterator[Float[Tensor, "d c"]]:
+    """w = (X^T X + l2 I)^-1 X^T Y for each l2 in turn, with Y = 1 for an image's class and -1 for the others.
 
-    By an eigendecomposition of whichever of X^T X and X X^T is smaller: once for all l2.
-    `x` is whitened and has its constant feature.
+    By an eigendecomposition of whichever of X^T X and X X^T is smaller: once for all l2. Nothing is as large as images
+    times classes. `x` is whitened and has its constant feature.
     """
-    y = 2 * F.one_hot(labels, classes).to(x.dtype) - 1
     wide = x.shape[0] < x.shape[1]
     values, vectors = torch.linalg.eigh(x @ x.T if wide else x.T @ x)
-    right = vectors.T @ (y if wide else x.T @ y)
-    solved = vectors @ (right / (values[:, None] + l2[:, None, None]))
-    return x.T @ solved if wide else solved
+    # V^T Y or V^T X^T Y: twice the sum over a class's images, less that over all
+    rows = vectors if wide else x @ vectors
+    right = rows.new_zeros(classes, rows.shape[1]).index_add_(0, labels, rows).mul_(2).sub_(rows.sum(dim=0)).T
+    for strength in l2:
+        solved = vectors @ (right / (values + strength)[:, None])
+        yield x.T @ solved if wide else solved
 
 
 def accuracies(
@@ -66,8 +88,8 @@ def accuracies(
     """Share of right predictions for every l2, and the predictions, from features (r d, m d) and labels of both."""
     mean, std = statistics(fitted[0])
     weights = ridge(whiten(fitted[0], mean, std), fitted[1], classes, l2)
-    seen = whiten(scored[0], mean, std)
-    predicted = torch.stack([(seen @ w).argmax(dim=1) for w in weights])  # in turn: m c numbers at a time
+    seen = whiten(scored[0], mean, std).split(max(1, AT_ONCE // classes))
+    predicted = torch.stack([torch.cat([(some @ w).argmax(dim=1) for some in seen]) for w in weights])
     return (predicted == scored[1]).double().mean(dim=1), predicted
 
 

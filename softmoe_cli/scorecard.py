@@ -23,12 +23,12 @@ from softmoe_cli.audit import Audit, Finding, summary
 from softmoe_cli.config import EvaluateConfig, Model, UsageError, check_groups
 from softmoe_cli.device import arithmetic, hardware, keep_freed_memory
 from softmoe_cli.evaluate import Batch, Outcomes, calibration_error, features, outcomes, qualities
-from softmoe_cli.fewshot import fewshot
+from softmoe_cli.fewshot import check_shots, fewshot
 from softmoe_cli.files import require_vacant, write_atomically
 from softmoe_cli.models import build, load_weights, prepare
 from softmoe_cli.record import Source
 from softmoe_cli.terminal import Screen
-from softmoe_cli.text import aligned
+from softmoe_cli.text import aligned, printable, spreadsheet_cell
 
 
 def evaluate_checkpoint(config: EvaluateConfig, model_config: Model, sources: list[Source]) -> None:
@@ -55,6 +55,7 @@ def evaluate_checkpoint(config: EvaluateConfig, model_config: Model, sources: li
     splits = data.load(config.data)
     shots = ["train"] + ["validation"] * (config.fewshot_l2 == "validation") if config.fewshot else []
     splits.need(config.split, *shots, *["validation"] * (config.soup == "greedy"))
+    notes = check_shots(splits.train.labels, config.fewshot, "fewshot") if config.fewshot else []
     if config.real == "timm" and card["classes"] == sorted(card["classes"]):
         odd = [name for name in card["classes"] if not re.match(r"n\d", name)]
         if odd:  # classes in the order of other names have other numbers
@@ -113,7 +114,7 @@ def evaluate_checkpoint(config: EvaluateConfig, model_config: Model, sources: li
         row["ece_pct"] = 100 * calibration_error(result.probability, result.right, config.calibration_bins)
         if config.real is not None:
             row |= real_qualities(torch.tensor(outputs)[result.prediction], right)
-        row |= _by_class(result, splits.classes)
+        row |= _by_class(result, splits.classes) | (_confusion(result) if config.format == "json" else {})
         _write(config, result, images, splits.classes)
     else:
         row["head"] = f"not scored: it knows {_shortly(card['classes'])}, the data have {_shortly(splits.classes)}"
@@ -123,6 +124,7 @@ def evaluate_checkpoint(config: EvaluateConfig, model_config: Model, sources: li
         apart = config.fewshot_l2 == "validation" and config.split != "validation"
         chooser = splits.validation if apart else None
         row["fewshot_l2_chosen_on"] = "validation" if chooser is not None else f"the scored {config.split}"
+        row["fewshot_notes"] = notes
         row |= dict(
             fewshot(
                 lambda some: features(model, batches(some), autocast),
@@ -239,18 +241,29 @@ def _check_foreign(config: EvaluateConfig, source: Source, classes: list[str]) -
 
 def _shortly(classes: list[str]) -> str:
     """`10 classes (0, 1, 2, …)`"""
-    return f"{len(classes)} classes ({', '.join(classes[:3])}{', …' if len(classes) > 3 else ''})"
+    return f"{len(classes)} classes ({', '.join(map(printable, classes[:3]))}{', …' if len(classes) > 3 else ''})"
+
+
+SQUARE = 2000
+"""Classes up to which the confusion is a square of numbers: 4 million of them."""
 
 
 def _by_class(said: Outcomes, classes: list[str]) -> dict[str, Any]:
-    """Accuracy of each class that the images have, and the confusion of labels (rows) with predictions (columns)."""
-    counts = said.confusion
+    """Accuracy of each class that the images have."""
+    totals, rights = said.by_class(len(classes))
     rows = [
-        {"class": name, "images": total, "top1_pct": 100 * int(counts[i, i]) / total}
-        for i, name in enumerate(classes)
-        if (total := int(counts[i].sum()))
+        {"class": name, "images": total, "top1_pct": 100 * right / total}
+        for name, total, right in zip(classes, totals.tolist(), rights.tolist(), strict=True)
+        if total
     ]
-    return {"per_class": rows, "confusion": counts.tolist()}
+    return {"per_class": rows}
+
+
+def _confusion(said: Outcomes) -> dict[str, Any]:
+    """The confusion of labels (rows) with predictions (columns); of many classes, the pairs that there are."""
+    if said.classes <= SQUARE:
+        return {"confusion": said.confusion.tolist()}
+    return {"confusion_pairs": said.pairs.tolist()}
 
 
 def _write(config: EvaluateConfig, said: Outcomes, images: data.ImageSet, classes: list[str]) -> None:
@@ -259,18 +272,23 @@ def _write(config: EvaluateConfig, said: Outcomes, images: data.ImageSet, classe
         head = ["label", "prediction", "probability", "label_probability"]
         columns: dict[str, Sequence[Any]] = {"index": range(len(images))}
         columns |= {name: getattr(said, name).tolist() for name in head}
-        columns |= {"file": images.files.places} if images.files is not None else {}
+        columns |= {"file": [printable(str(place)) for place in images.files.places]} if images.files else {}
         write_atomically(Path(config.predictions), _csv([list(columns), *zip(*columns.values(), strict=True)]))
     if config.confusion is not None:
-        names = [*classes, *(f"output {i}" for i in range(len(classes), said.classes))]
-        counts = said.confusion.tolist()[: len(classes)]
-        lines = ([name, *row] for name, row in zip(classes, counts, strict=True))
-        write_atomically(Path(config.confusion), _csv([["label \\ prediction", *names], *lines]))
+        names = [printable(name) for name in classes]
+        names += [f"output {i}" for i in range(len(classes), said.classes)]
+        if said.classes <= SQUARE:
+            counts = said.confusion.tolist()[: len(classes)]
+            lines = ([name, *row] for name, row in zip(names, counts, strict=False))
+            write_atomically(Path(config.confusion), _csv([["label \\ prediction", *names], *lines]))
+        else:
+            rows = ([names[label], names[prediction], images] for label, prediction, images in said.pairs.tolist())
+            write_atomically(Path(config.confusion), _csv([["label", "prediction", "images"], *rows]))
 
 
 def _csv(rows: Iterable[Sequence[Any]]) -> str:
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
+    csv.writer(text, lineterminator="\n").writerows(map(spreadsheet_cell, row) for row in rows)
     return text.getvalue()
 
 
@@ -286,13 +304,13 @@ def _show(row: dict[str, Any], findings: list[Finding]) -> None:
     """The row as a table; classes and confusion as the class that is worst, experts in turn as mean and worst."""
     shown = {}
     for key, value in row.items():
-        if key in ("audit", "not_applicable", "confusion", "fewshot_l2_chosen_on") or re.fullmatch(
+        if key in ("audit", "not_applicable", "fewshot_l2_chosen_on", "fewshot_notes") or re.fullmatch(
             r"fewshot_\d+_.*", key
         ):
             continue
         if key == "per_class":
             worst = min(value, key=lambda each: each["top1_pct"])
-            shown["worst_class"] = f"{worst['class']}, {worst['top1_pct']:.2f}% of {worst['images']}"
+            shown["worst_class"] = f"{printable(worst['class'])}, {worst['top1_pct']:.2f}% of {worst['images']}"
         elif isinstance(value, list):
             shown[key] = f"the average of {len(value)}: {', '.join(value)}"
         else:
@@ -309,6 +327,8 @@ def _show(row: dict[str, Any], findings: list[Finding]) -> None:
         ]
         screen.say(aligned([head, *cells], markdown=False))
         screen.say(f"ridge regression on the frozen features; l2 chosen on {row['fewshot_l2_chosen_on']} images")
+        for note in row["fewshot_notes"]:
+            screen.say(note)
     for part, reason in row.get("not_applicable", {}).items():
         screen.say(f"audit of {part}: {reason}")
     if findings:

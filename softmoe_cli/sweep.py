@@ -40,6 +40,7 @@ from rich.live import Live
 from rich.text import Text
 
 from softmoe_cli.config import QUALITIES, Config, Launcher, RayLauncher, SlurmLauncher, UsageError
+from softmoe_cli.contents import KNOWN
 from softmoe_cli.files import RunError, not_following, write_atomically
 from softmoe_cli.signals import ASKING, CURSOR, Asked, heard, leave_soon
 from softmoe_cli.status import State, count, duration, figures, held, state
@@ -82,6 +83,8 @@ class Job:
     folder: Path
     threads: int | None
     cost: dict[str, float] = field(default_factory=dict)
+    images: str = ""
+    """What is known of images by now, so that not every job reads them for it."""
 
 
 class Attempt(Protocol):
@@ -210,9 +213,12 @@ def _answer(question: Question, sender: Connection) -> None:
     and a word for each job that may run at a time: its GPU, or nothing."""
     follow_launcher(lambda: os._exit(130))
     from softmoe_cli import cli
+    from softmoe_cli.contents import known
+    from softmoe_cli.data import identity
     from softmoe_cli.failures import defect, ours
     from softmoe_cli.train import run_folder, with_largest_batch
 
+    identities: dict[str, str | None] = {}
     options = question.options
     slots, threads = _share(options, {tree["device"] for _, _, tree in question.jobs})
     sharers = max(Counter(slots[: len(question.jobs)]).values(), default=1)  # jobs on one device at a time
@@ -238,12 +244,15 @@ def _answer(question: Question, sender: Connection) -> None:
                 own = max(1, threads // config.devices)
                 config = replace(config, threads=own)
                 settled.append(f"threads={own}")
-            folder = run_folder(config, question.command, source)
+            place = repr(config.data)
+            if place not in identities:
+                identities[place] = identity(config.data)
+            folder = run_folder(config, question.command, source, identities[place])
             cost = _costs(config, times=options.plan) if options.plan or options.limit.given else {}
             unknown = [key for key in options.limit.given if math.isnan(cost[key])]
             if unknown:
                 raise UsageError(f"hydra.launcher.limit: train.minutes leaves {unknown[0]} open; give train.steps")
-            answers.append(Job(name, [*overrides, *settled], folder, config.threads, cost))
+            answers.append(Job(name, [*overrides, *settled], folder, config.threads, cost, known()))
         except Exception as error:
             answers.append(ours(error) or RunError(defect(error)))
     sender.send((answers, slots))
@@ -727,7 +736,7 @@ class Sweep:
 
     def _order(self, entry: Entry) -> Order:
         environment = dict(os.environ) if self._local else {"OMP_WAIT_POLICY": "passive"}
-        environment["OMP_NUM_THREADS"] = str(entry.job.threads)
+        environment |= {"OMP_NUM_THREADS": str(entry.job.threads), KNOWN: entry.job.images}
         if entry.slot:
             environment["CUDA_VISIBLE_DEVICES"] = entry.slot
         arguments = [self._command, *_flags(self._config), *entry.job.overrides]

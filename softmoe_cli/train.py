@@ -33,7 +33,7 @@ from softmoe_cli.device import (
     slower,
 )
 from softmoe_cli.evaluate import classification_loss, evaluate, features, routing_statistics
-from softmoe_cli.fewshot import fewshot
+from softmoe_cli.fewshot import check_shots, fewshot
 from softmoe_cli.intervals import at_chance
 from softmoe_cli.memory import Memory, largest_batch, predict_for, require_fit, require_place
 from softmoe_cli.models import LoadReport, build, load_weights, patterns, portable, prepare
@@ -161,26 +161,37 @@ def train(config: Config, command: str, source: Source | None, screen: Screen) -
             screen = Screen(quiet=True)
         if config.train.batch_size == "auto":
             config = with_largest_batch(config, screen.say)
-        run = Run(run_folder(config, command, source), crew)
+        with crew.in_turn():
+            images = data.identity(config.data)
+        run = Run(run_folder(config, command, source, images), crew)
         if run.result is not None:
             screen.say(f"{run.folder} is finished; nothing to do")
             _close(screen, run.result, run.folder)
             return run.result
         try:
-            return _train(run, config, command, source, screen, crew)
+            return _train(run, config, command, source, images, screen, crew)
         finally:
             data.end_workers()  # they share the folder's lock
             run.close()
 
 
-def _train(run: Run, config: Config, command: str, source: Source | None, screen: Screen, crew: Crew) -> dict[str, Any]:
+def _train(
+    run: Run,
+    config: Config,
+    command: str,
+    source: Source | None,
+    images_digest: str | None,
+    screen: Screen,
+    crew: Crew,
+) -> dict[str, Any]:
     """The loop: data, cost, model, weights, then steps, looks and checkpoints until the budget is used up."""
     device, autocast = arithmetic(config.device, config.train.precision, config.threads)
     require_place(config.optim, device, crew.size)
     share = crew.share(config)
     with crew.in_turn():
-        splits, images_digest = data.load(config.data), data.identity(config.data)
+        splits = data.load(config.data)
     classes = _num_classes(config, splits)
+    notes = check_shots(splits.train.labels, config.train.fewshot, "train.fewshot") if config.train.fewshot else []
     budget = Budget.of(config, len(splits.train))
     learning_rate = schedule(config.optim, budget.total)
     crew.way, crew.why = _way(config, classes, device, crew)
@@ -191,6 +202,8 @@ def _train(run: Run, config: Config, command: str, source: Source | None, screen
     )
     check_tokens(config, cost.tokens)
     screen.table(command, _header(config, cost, splits, budget, device, run.folder, crew))
+    for note in notes:
+        screen.row("few-shot", note)
     memory = require_fit(config, classes, device, crew.size, crew.local_size, crew.way)
     kept = keep_freed_memory(device, memory.peak_bytes, free_memory(device) // crew.local_size)
     screen.row("memory", _memory(memory, device, kept))
@@ -628,9 +641,10 @@ def _part(config: Config) -> int:
     return config.train.batch_size // config.train.accumulate
 
 
-def run_folder(config: Config, command: str, source: Source | None) -> Path:
+def run_folder(config: Config, command: str, source: Source | None, images_digest: str | None) -> Path:
+    """Where a run on these images (`data.identity`) goes."""
     name = config.name or f"{config.model.name}-{config.data.name}"
-    mark = signature(config, command, source.digest if source else None, data.identity(config.data))
+    mark = signature(config, command, source.digest if source else None, images_digest)
     return Path(config.output_root) / config.study / f"{name.replace('/', '_')}-{mark}"
 
 

@@ -31,6 +31,7 @@ from softmoe_cli.data import (
     stream,
     train_batches,
 )
+from softmoe_cli.fewshot import draws
 from tests.oracles import compose
 
 CPU = torch.device("cpu")
@@ -105,7 +106,9 @@ def pixels(images: ImageSet) -> Tensor:
         return images.images
     stored = images.files
     assert stored is not None
-    return torch.stack([centre(opened(stored, i, images.channels), images.side, None) for i in range(len(images))])
+    return torch.stack(
+        [centre(opened(stored, i, images.channels, 100.0), images.side, None) for i in range(len(images))]
+    )
 
 
 def files(images: ImageSet) -> list[Path]:
@@ -113,7 +116,7 @@ def files(images: ImageSet) -> list[Path]:
 
 
 def decode(file: Path, side: int, channels: int) -> Tensor:
-    return centre(opened(Stored.files(file.parent, [file.name]), 0, channels), side, None)
+    return centre(opened(Stored.files(file.parent, [file.name]), 0, channels, 100.0), side, None)
 
 
 # --- splits -----------------------------------------------------------------------------------------------------------
@@ -121,19 +124,41 @@ def decode(file: Path, side: int, channels: int) -> Tensor:
 
 def test_held_out_images_are_a_share_of_every_class() -> None:
     labels = torch.tensor([0] * 40 + [1] * 7 + [2] * 2)[torch.randperm(49, generator=torch.Generator().manual_seed(0))]
-    kept, held = hold_out(labels, 0.2, 0, "test_fraction")
+    kept, held = hold_out(labels, 0.2, 0, "test_fraction", "abc")
     assert sorted([*kept, *held]) == list(range(49))
     assert (np.diff(kept) > 0).all() and (np.diff(held) > 0).all()
     assert labels[torch.as_tensor(held)].bincount().tolist() == [8, 1, 1]  # at least one
-    again, _ = hold_out(labels, 0.2, 0, "test_fraction")
-    other, _ = hold_out(labels, 0.2, 1, "test_fraction")
+    again, _ = hold_out(labels, 0.2, 0, "test_fraction", "abc")
+    other, _ = hold_out(labels, 0.2, 1, "test_fraction", "abc")
     assert (kept == again).all()
     assert not (kept == other).all()
 
 
+def test_one_pass_over_the_labels_cuts_as_one_for_each_class_did() -> None:
+    """Splits of every study depend on it."""
+    labels = torch.from_numpy(np.random.default_rng(0).integers(0, 400, 5000) * 3)
+    rng, kept, held = np.random.default_rng(7), [], []
+    for label in labels.unique().tolist():
+        index = rng.permutation((labels == label).nonzero().flatten().numpy())
+        count = max(1, round(len(index) * 0.15))
+        held.append(index[:count])
+        kept.append(index[count:])
+    now = hold_out(labels, 0.15, 7, "test_fraction", [str(i) for i in range(1200)])
+    assert np.array_equal(now[0], np.sort(np.concatenate(kept)))
+    assert np.array_equal(now[1], np.sort(np.concatenate(held)))
+    rng = np.random.default_rng(3)
+    slow = [rng.permutation((labels == label).nonzero().flatten().numpy()) for label in labels.unique().tolist()]
+    assert all(map(np.array_equal, slow, draws(labels, 3)))
+
+
 def test_holding_out_a_whole_class_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"data\.test_fraction=0\.1 leaves no image of class 1 .* it has 1 in all"):
-        hold_out(torch.tensor([0, 0, 1]), 0.1, 0, "test_fraction")
+    with pytest.raises(UsageError) as refusal:
+        hold_out(torch.tensor([0, 0, 1, 2]), 0.1, 0, "test_fraction", ["ant", "zebra", "\x1bcow"])
+    assert str(refusal.value) == (
+        "data.test_fraction=0.1 leaves no image of class zebra for training: it has 1 in all (1 more classes have too "
+        "few: \\x1bcow); add images (a class needs 3, or 2 beside test images of your own), take the class away, or "
+        "bring train, val and test of your own, which nothing is taken from"
+    )
 
 
 def test_digits_are_split_once_and_for_all() -> None:
@@ -327,9 +352,9 @@ def test_one_class(tmp_path: Path) -> None:
 
 def test_too_few_images(tmp_path: Path) -> None:
     write_tree(tmp_path, per_class=1)
-    refused(folder(tmp_path), r"data\.test_fraction=0\.1 leaves no image of class 0 for training")
+    refused(folder(tmp_path), r"data\.test_fraction=0\.1 leaves no image of class ant for training")
     write_tree(tmp_path, per_class=2)
-    refused(folder(tmp_path), r"data\.validation_fraction=0\.1 leaves no image of class 0 for training")
+    refused(folder(tmp_path), r"data\.validation_fraction=0\.1 leaves no image of class ant for training")
 
 
 def test_too_few_outputs(tree: Path) -> None:
@@ -617,6 +642,24 @@ def test_boxes_lie_inside_and_have_the_areas() -> None:
     assert small.mean().item() == pytest.approx(0.45, abs=0.01)
 
 
+def test_images_that_a_few_bytes_say_are_vast_are_refused_before_they_are_decoded(tmp_path: Path) -> None:
+    write_tree(tmp_path)
+    place = tmp_path / "ant" / "vast.png"
+    Image.new("1", (40_000, 3_000)).save(place)
+    assert place.stat().st_size < 40_000
+    refused(folder(tmp_path), r"vast\.png is 40,000 x 3,000 pixels, .* raise data\.max_megapixels=100")
+    assert len(load(folder(tmp_path, max_megapixels=121.0)).train)
+
+
+@pytest.mark.parametrize("size", [(1, 50_000), (50_000, 1), (2, 90_000)])
+def test_a_line_of_pixels_is_not_made_as_wide_as_a_picture(size: tuple[int, int]) -> None:
+    """timm's transform would have 256 x 12,800,000 pixels in between."""
+    line = Image.new("L", size, 10)
+    line.putpixel((size[0] // 2, size[1] // 2), 200)
+    square = centre(line, 224, 0.875)
+    assert square.shape == (1, 224, 224) and int(square.max()) > 150 and int(square.min()) < 50
+
+
 # --- idx files --------------------------------------------------------------------------------------------------------
 
 CUBE = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
@@ -636,7 +679,7 @@ def test_read_idx(tmp_path: Path) -> None:
     ("name", "content", "words"),
     [
         ("short", IDX[:-1], "short is cut short: 39 bytes where its header promises 40"),
-        ("long", IDX + b"x", "41 bytes where its header promises 40"),
+        ("long", IDX + b"x", "long is too long: more bytes where its header promises 40"),
         pytest.param("header", IDX[:9], "header is cut short"),
         ("empty", b"", "empty is no idx file"),
         ("floats", b"\x00\x00\x0d" + IDX[3:], "floats is no idx file of bytes: it must begin with 00 00 08"),
@@ -648,6 +691,12 @@ def test_read_idx(tmp_path: Path) -> None:
             r"damaged\.gz cannot be read",
         ),
         ("plain.gz", IDX, r"plain\.gz cannot be read"),
+        ("bomb.gz", gzip.compress(IDX + bytes(10**7)), "too long: more bytes where its header promises 40"),
+        (
+            "vast.gz",
+            gzip.compress(IDX[:4] + b"\x00\xff\xff\xff" * 3),
+            r"vast\.gz promises 4398\d*\.\d* GiB, more than the",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) and " " not in value else "",
 )

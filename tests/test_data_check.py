@@ -97,7 +97,7 @@ def test_a_set_that_cannot_be_split(softmoe: Softmoe, images: Path) -> None:
     table, report = told(softmoe)
     assert table.code == 1
     (fault,) = report["faults"]
-    assert fault["kind"] == "split" and "leaves no image of class 1 for training" in fault["sentence"]
+    assert fault["kind"] == "split" and "leaves no image of class bee for training" in fault["sentence"]
 
 
 def test_archives_and_what_cannot_be_read_at_all(softmoe: Softmoe, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from softmoe_cli.evaluate import calibration_error, evaluate, outcomes, qualities
+from softmoe_cli.evaluate import Outcomes, calibration_error, evaluate, outcomes, qualities
 from tests import oracles
 
 NO_AUTOCAST = torch.autocast("cpu", enabled=False)
@@ -79,3 +79,20 @@ def test_confusion_counts_every_image_once() -> None:
     assert said.confusion.sum() == 40 and said.confusion.shape == (5, 5)
     assert 100 * said.confusion.trace().item() / 40 == dict(qualities(said))["top1_pct"]
     assert said.confusion.sum(dim=1).tolist() == torch.bincount(labels, minlength=5).tolist()
+
+
+def test_many_classes_take_no_square_of_them() -> None:
+    """ImageNet-21k's number of classes: a square of it has half a billion numbers."""
+    classes, rng = 21_841, torch.Generator().manual_seed(0)
+    label = torch.randint(classes, (300,), generator=rng)
+    label[:5] = classes - 1
+    prediction = torch.where(torch.rand(300, generator=rng) < 0.5, label, 0)
+    ones = torch.ones(300, dtype=torch.float64)
+    said = Outcomes(label, prediction, ones, ones, prediction == label, 0.0, 0.0, classes)
+    total, right = said.by_class(classes)
+    assert total.tolist() == torch.bincount(label, minlength=classes).tolist()
+    assert int(right.sum()) == int((prediction == label).sum())
+    assert [tuple(pair) for pair in said.pairs[:, :2].tolist()] == sorted(
+        {*zip(label.tolist(), prediction.tolist(), strict=True)}
+    )
+    assert int(said.pairs[:, 2].sum()) == 300

@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from softmoe_cli.config import UsageError
 from softmoe_cli.data import ImageSet
-from softmoe_cli.fewshot import L2, accuracies, best_l2, draws, fewshot, ridge, statistics, take, whiten
+from softmoe_cli.fewshot import L2, accuracies, best_l2, check_shots, draws, fewshot, ridge, statistics, take, whiten
 from tests import oracles
 
 GRID = torch.tensor(L2, dtype=torch.float64)
@@ -78,3 +79,22 @@ def test_only_the_shots_are_looked_at_and_l2_is_chosen_where_it_is_said() -> Non
     assert all(0 <= honest[f"fewshot_{k}_top1_pct"] <= official[f"fewshot_{k}_top1_pct"] <= 100 for k in (1, 4))
     assert official["fewshot_4_top1_pct"] > 60 and honest["fewshot_4_l2"] in L2
     assert dict(fewshot(features, [1, 4], train, scored, chooser, 3, seed=0)) == honest
+
+
+def test_shots_that_a_class_does_not_have_are_said() -> None:
+    labels = torch.tensor([2, 0, 4, 2, 2, 0, 4, 2, 0])
+    assert check_shots(labels, [1, 3, 4], "fewshot") == [
+        "1 of 3 classes have fewer than 3 training images, all of which are taken",
+        "2 of 3 classes have fewer than 4 training images, all of which are taken",
+    ]
+    with pytest.raises(UsageError, match="fewshot=5: no class has so many training images; the largest has 4"):
+        check_shots(labels, [1, 5], "fewshot")
+
+
+def test_nothing_is_as_large_as_images_times_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores come so many at a time, and are the same ones."""
+    fitted, scored = clouds(20, 6, 4), clouds(30, 6, 4, seed=1)
+    whole = accuracies(fitted, scored, 4, GRID)
+    monkeypatch.setattr("softmoe_cli.fewshot.AT_ONCE", 12)
+    again = accuracies(fitted, scored, 4, GRID)
+    assert torch.equal(whole[0], again[0]) and torch.equal(whole[1], again[1])

@@ -13,8 +13,12 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from softmoe_cli import scorecard
+from softmoe_cli.archives import Stored
 from softmoe_cli.cli import _keep_cut, _tell
 from softmoe_cli.config import EvaluateConfig, UsageError
+from softmoe_cli.data import ImageSet
+from softmoe_cli.evaluate import Outcomes
 from softmoe_cli.mirror import _named
 from softmoe_cli.models import build
 from softmoe_cli.scorecard import _outputs
@@ -40,6 +44,16 @@ def saved(path: Path, seed: int, *overrides: str, tiny: Sequence[str] = TINY) ->
     card |= {"precision": "fp32", "classes": [str(i) for i in range(10)]}
     save_file(weights, path, metadata={"softmoe": json.dumps(card)})
     return path
+
+
+def chosen(**changes: Any) -> EvaluateConfig:
+    settings: dict[str, Any] = {
+        "checkpoint": "run", "soup": "uniform", "data": oracles.compose().data, "split": "test", "batch_size": 8,
+        "loss": None, "precision": None, "calibration_bins": 15, "predictions": None, "confusion": None, "fewshot": [],
+        "fewshot_l2": "validation", "fewshot_seed": 0, "audit": [], "audit_images": None, "format": "table",
+        "device": "cpu", "threads": None,
+    }  # fmt: skip
+    return EvaluateConfig(**settings | changes)
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
@@ -199,15 +213,9 @@ def test_averages_of_checkpoints(softmoe: Softmoe, tmp_path: Path) -> None:
     ],
 )
 def test_options_that_cannot_work(wrong: dict[str, Any], words: str) -> None:
-    settings: dict[str, Any] = {
-        "checkpoint": "run", "soup": "uniform", "data": oracles.compose().data, "split": "test", "batch_size": 8,
-        "loss": None, "precision": None, "calibration_bins": 15, "predictions": None, "confusion": None, "fewshot": [],
-        "fewshot_l2": "validation", "fewshot_seed": 0, "audit": [], "audit_images": None, "format": "table",
-        "device": "cpu", "threads": None,
-    }  # fmt: skip
-    EvaluateConfig(**settings).check()
+    chosen().check()
     with pytest.raises(UsageError) as told:
-        EvaluateConfig(**settings | wrong).check()
+        chosen(**wrong).check()
     assert words in str(told.value)
 
 
@@ -343,3 +351,24 @@ def test_sets_for_evaluation_are_for_nothing_else(softmoe: Softmoe, four: Path, 
     assert "there are no validation images" in softmoe("evaluate", f"checkpoint={four}", *data, "split=validation").err
     assert "there are no train images" in softmoe("evaluate", f"checkpoint={four}", *data, "fewshot=[1]").err
     assert "knows 4 classes" in softmoe("evaluate", f"checkpoint={four}", *data).err
+
+
+def test_files_of_many_classes_and_of_odd_names(tmp_path: Path) -> None:
+    """A spreadsheet computes nothing, a terminal obeys nothing, and a name in any bytes can be written."""
+    images = ImageSet(torch.tensor([0, 1]), None, 8, 1, Stored.files(Path("x"), ["=1+1.png", "ni\udcf1o.png"]))
+    ones = torch.ones(2, dtype=torch.float64)
+    for classes in (3, 3000):
+        names = ["=cmd()", "\x1b[31mred", *map(str, range(classes - 2))]
+        said = Outcomes(images.labels, torch.tensor([0, 2]), ones, ones, ones.bool(), 0.0, 0.0, classes)
+        config = chosen(predictions=str(tmp_path / "said.csv"), confusion=str(tmp_path / "confusion.csv"))
+        scorecard._write(config, said, images, names)
+        with (tmp_path / "said.csv").open(newline="") as file:
+            assert [line[-1] for line in csv.reader(file)] == ["file", "x/=1+1.png", "x/ni\\xf1o.png"]
+        with (tmp_path / "confusion.csv").open(newline="") as file:
+            table = list(csv.reader(file))
+        if classes == 3:
+            assert table[0] == ["label \\ prediction", "'=cmd()", "\\x1b[31mred", "0"]
+            assert [line[1:] for line in table[1:]] == [["1", "0", "0"], ["0", "0", "1"], ["0", "0", "0"]]
+        else:
+            assert table == [["label", "prediction", "images"], ["'=cmd()", "'=cmd()", "1"], ["\\x1b[31mred", "0", "1"]]
+        assert set(scorecard._confusion(said)) == {"confusion" if classes == 3 else "confusion_pairs"}

@@ -610,8 +610,8 @@ def test_options_that_came_later_leave_old_runs_what_they_were() -> None:
     before, after = compose(), compose("optim.layer_decay=0.5", "augment.erase=0.1", "optim.freeze=[head.*]")
     assert not flat_science(before).keys() & LATER.keys()
     assert flat_science(after).keys() & LATER.keys() == {"optim.layer_decay", "augment.erase", "optim.freeze"}
-    assert run_folder(before, "train", None).name == "vit_nano2_soft-digits-2529f07262"  # as the README has it
-    assert run_folder(after, "train", None).name != run_folder(before, "train", None).name
+    assert run_folder(before, "train", None, None).name == "vit_nano2_soft-digits-2529f07262"  # as the README has it
+    assert run_folder(after, "train", None, None).name != run_folder(before, "train", None, None).name
 
 
 def test_signature_is_what_the_run_computes(softmoe: Softmoe, tmp_path: Path) -> None:

@@ -307,7 +307,7 @@ def fewshot(meta: dict[str, Any], z: dict[str, np.ndarray], dtype: torch.dtype) 
             close(mean, want["mean"], "mean", atol=1e-5)
             close(std, want["std"], "std", atol=1e-5)
             classes = want["w"].shape[2]
-            w = ridge(whiten(x[index], mean, std), y[index], classes, l2)
+            w = torch.stack([*ridge(whiten(x[index], mean, std), y[index], classes, l2)])
             close(w, want["w_f64"], "weights", atol=1e-9 * np.abs(want["w_f64"]).max(), rtol=1e-6)
             for strength, got, official in zip(l2.tolist(), w, want["w"], strict=True):
                 rtol = 1e-2 if strength < 1000 else 1e-4
