@@ -55,7 +55,7 @@ from softmoe_cli.record import (
     signature,
 )
 from softmoe_cli.terminal import Screen
-from softmoe_cli.text import count, first_line, flop, gibibytes, in_words
+from softmoe_cli.text import count, first_line, flop, gibibytes, in_words, several
 
 T = TypeVar("T")
 
@@ -143,7 +143,7 @@ class Budget:
         return now // interval > before // interval or (before < self.total <= now)
 
     def __str__(self) -> str:
-        return f"{self.steps:,} steps" if self.steps is not None else f"{self.total / 60:g} minutes"
+        return several(self.steps, "step") if self.steps is not None else f"{self.total / 60:g} minutes"
 
 
 def train(config: Config, command: str, source: Source | None, screen: Screen) -> dict[str, Any]:
@@ -987,7 +987,7 @@ def chance(result: dict[str, Any]) -> str:
     if low > result["commonest_pct"]:
         return ""
     return (
-        f"top-1 is not told from chance: its 95% interval is {low:.1f} to {high:.1f}%, and always the commonest of "
+        f"top-1 cannot be told from chance: its 95% interval is {low:.1f} to {high:.1f}%, and always the commonest of "
         f"{result['classes']} classes is right for {result['commonest_pct']:.1f}% of these images"
     )
 

@@ -67,7 +67,7 @@ RESULT = {"test_images": 18, "top1_pct": 100 * 6 / 18, "commonest_pct": 100 * 6 
 
 def test_chance() -> None:
     assert chance(RESULT) == (
-        "top-1 is not told from chance: its 95% interval is 16.3 to 56.3%, and always the commonest of 3 classes is "
+        "top-1 cannot be told from chance: its 95% interval is 16.3 to 56.3%, and always the commonest of 3 classes is "
         "right for 33.3% of these images"
     )
     assert chance(RESULT | {"top1_pct": 100 * 11 / 18}) == ""
