@@ -104,7 +104,7 @@ def test_a_large_model_is_timed_on_few_images() -> None:
     model = Counting()
     vars(model.patch_embed)["proj"] = model.patch_embed["proj"]
     for flop in (10**6, 10**9, 10**12):
-        forward_s(model, CPU, precision_context("cpu", "fp32"), 2, flop, 32)  # type: ignore[arg-type]
+        forward_s(model, CPU, precision_context("cpu", "fp32"), 2, flop, 32)
     assert sorted(set(seen), reverse=True) == [32, 10, 1]
 
 
