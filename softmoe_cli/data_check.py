@@ -96,7 +96,7 @@ def inspect(config: DataCheckConfig) -> dict[str, Any]:
 
     A part is a split of the run (train, validation, test), or what lies on disk where it cannot be split.
     """
-    settings = dataclasses.replace(config.data, memory_gib=0)
+    settings = dataclasses.replace(config.data, memory_gib=0, image_size=1)  # no image is cut here
     faults: list[dict[str, Any]] = []
     passed, notes = Passed(), []
     if settings.format is None:

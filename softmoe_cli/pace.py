@@ -9,7 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from softmoe_cli.config import Train
 from softmoe_cli.optim import span
-from softmoe_cli.text import in_words
+from softmoe_cli.text import in_words, several
 
 WARM_STEPS, PACE_STEPS = 2, 10
 """A run tells its pace after the later of these steps, or before its first evaluation where that comes earlier; the
@@ -81,13 +81,13 @@ class Pace:
 
     def said(self, *, steps: float, training_s: float, evaluations: int) -> str:
         """What is left of a run, in words."""
-        training = f"{in_words(training_s)} of training, {steps:,.0f} steps of {in_words(self.step_s)}"
+        training = f"{in_words(training_s)} of training, {several(steps, 'step')} of {in_words(self.step_s)}"
         if self.look_s is None or self.test_s is None:
             return training
         evaluation_s = evaluations * self.look_s + self.test_s
         text = (
             f"about {in_words(training_s + evaluation_s)}: {training}; {in_words(evaluation_s)} of evaluation, "
-            f"{evaluations} times on validation images and once on test images"
+            f"{'once' if evaluations == 1 else f'{evaluations} times'} on validation images and once on test images"
         )
         if evaluation_s > training_s and evaluations > 2:
             text += " (train.eval_every=0.5 evaluates twice)"

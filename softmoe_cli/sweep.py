@@ -44,7 +44,7 @@ from softmoe_cli.contents import KNOWN
 from softmoe_cli.files import RunError, not_following, write_atomically
 from softmoe_cli.signals import ASKING, CURSOR, Asked, heard, leave_soon
 from softmoe_cli.status import State, count, duration, figures, held, state
-from softmoe_cli.text import aligned, printable_lines
+from softmoe_cli.text import aligned, flop, printable_lines
 
 PERIOD_S = 0.25
 MANY = 10_000
@@ -875,13 +875,13 @@ def _flags(config: DictConfig) -> list[str]:
 
 def _plan(entries: list[Entry], at_a_time: int) -> str:
     """The jobs with what they will cost, and the sum of those that are to be done."""
-    rows = [["run", "state", "train PFLOP", "peak MiB", "time", "folder"]]
+    rows = [["run", "state", "training", "peak MiB", "time", "folder"]]
     todo = [entry for entry in entries if not entry.finished]
     for entry in entries:
         cost, seen = entry.job.cost, entry.state(True)
         fits = "" if cost["peak_mib"] <= cost["free_mib"] else " (does not fit)"
         peak = f"{cost['peak_mib']:,.1f}{fits}"
-        rows.append([seen.run, seen.state, _pflop(cost["train_pflop"]), peak, _time(cost["seconds"]), seen.folder])
+        rows.append([seen.run, seen.state, _flop(cost["train_pflop"]), peak, _time(cost["seconds"]), seen.folder])
     pflop = sum(entry.job.cost["train_pflop"] for entry in todo)
     times = [entry.job.cost["seconds"] for entry in todo]
     known = [seconds for seconds in times if not math.isnan(seconds)]
@@ -892,14 +892,14 @@ def _plan(entries: list[Entry], at_a_time: int) -> str:
         "moments in other than fp32" if unknown else ""
     )  # fmt: skip
     return (
-        f"{aligned(rows, markdown=False)}\n\n{len(entries)} jobs, {len(todo)} to do: {_pflop(pflop)} PFLOP, "
+        f"{aligned(rows, markdown=False)}\n\n{len(entries)} jobs, {len(todo)} to do: {_flop(pflop)}, "
         f"{_time(sum(known)) if known or not todo else 'unknown'} of training and evaluation{together}; from a few "
         f"steps timed here, saving not counted{beside}"
     )
 
 
-def _pflop(number: float) -> str:
-    return "unknown" if math.isnan(number) else f"{number:.4g}"
+def _flop(pflop: float) -> str:
+    return "unknown" if math.isnan(pflop) else flop(1e15 * pflop)
 
 
 def _time(seconds: float) -> str:

@@ -40,6 +40,11 @@ def in_words(seconds: float) -> str:
     return f"{seconds / 86400:.1f} days"
 
 
+def several(number: float, noun: str) -> str:
+    """1 step, 1,200 steps"""
+    return f"{number:,.0f} {noun}" + "s" * (round(number) != 1)
+
+
 def first_line(error: object) -> str:
     """Of an error's message, or of any other text."""
     return (str(error).strip().splitlines() or ["no message"])[0]

@@ -57,7 +57,7 @@ from softmoe_cli.record import (
 )
 from softmoe_cli.signals import ASKING, Asked, heard, leave_now, tell
 from softmoe_cli.terminal import Screen
-from softmoe_cli.text import count, first_line, flop, gibibytes, in_words
+from softmoe_cli.text import count, first_line, flop, gibibytes, in_words, several
 
 T = TypeVar("T")
 
@@ -145,7 +145,7 @@ class Budget:
         return now // interval > before // interval or (before < self.total <= now)
 
     def __str__(self) -> str:
-        return f"{self.steps:,} steps" if self.steps is not None else f"{self.total / 60:g} minutes"
+        return several(self.steps, "step") if self.steps is not None else f"{self.total / 60:g} minutes"
 
 
 def train(config: Config, command: str, source: Source | None, screen: Screen) -> dict[str, Any]:
@@ -1029,7 +1029,7 @@ def chance(result: dict[str, Any]) -> str:
     if not at_chance([result["top1_pct"]], result["chance_pct"], result["test_images"]):
         return ""
     return (
-        f"top-1 is not told from chance: always the commonest of {result['classes']} classes is right for "
+        f"top-1 cannot be told from chance: always the commonest of {result['classes']} classes is right for "
         f"{result['chance_pct']:.1f}% of these {result['test_images']:,} images"
     )
 

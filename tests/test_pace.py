@@ -52,6 +52,7 @@ def test_what_is_said() -> None:
     )
     more = pace.said(steps=10, training_s=5, evaluations=10)
     assert more.startswith("about 29 s: 5.0 s of training") and more.endswith("(train.eval_every=0.5 evaluates twice)")
+    assert "1 step of 500 ms; 6.0 s of evaluation, once on" in pace.said(steps=1, training_s=0.5, evaluations=1)
     assert pace.at(1.0) == Pace(1.0, 4.0, 8.0)
     assert Pace(0.5, None, None).said(steps=4, training_s=2, evaluations=1) == "2.0 s of training, 4 steps of 500 ms"
     assert Pace(0.5, None, None).at(1.0) == Pace(1.0, None, None)
@@ -103,7 +104,7 @@ def test_a_large_model_is_timed_on_few_images() -> None:
     model = Counting()
     vars(model.patch_embed)["proj"] = model.patch_embed["proj"]
     for flop in (10**6, 10**9, 10**12):
-        forward_s(model, CPU, precision_context("cpu", "fp32"), 2, flop, 32)  # type: ignore[arg-type]
+        forward_s(model, CPU, precision_context("cpu", "fp32"), 2, flop, 32)
     assert sorted(set(seen), reverse=True) == [32, 10, 1]
 
 

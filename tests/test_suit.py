@@ -65,25 +65,20 @@ def test_the_default_model_follows_the_files(tmp_path: Path) -> None:
     assert config.model.moe_blocks == [3, 4, 5]
     small = of(drawn(tmp_path / "small", (28, 28, 28, 28)))
     assert (small.model.image_size, small.model.name, small.model.moe_blocks) == (28, "vit_nano4_soft", [2, 3])
-    for router in ("dense", "tokens_choice", "experts_choice"):
-        assert of(tmp_path / "small", f"model/router={router}").model.name == f"vit_nano4_{router}"
-        assert compose(f"model=vit_micro8_{router}", "data.image_size=64").model.name == f"vit_micro8_{router}"
+    assert of(tmp_path / "small", "model/router=tokens_choice").model.name == "vit_nano4_tokens_choice"
 
 
 def test_known_sets_have_models_of_their_size_too() -> None:
-    assert [compose(f"data={name}").model.backbone.name for name in ("digits", "fashion_mnist", "cifar10")] == [
-        "vit_nano2", "vit_nano4", "vit_nano4"
-    ]  # fmt: skip
+    assert [compose(f"data={name}").model.backbone.name for name in ("digits", "cifar10")] == ["vit_nano2", "vit_nano4"]
 
 
 def test_what_is_typed_wins(tmp_path: Path) -> None:
     root = drawn(tmp_path / "images")
     cases = {
         ("data.image_size=32",): (32, 32, "vit_nano4"),
-        ("model.image_size=96",): (96, 96, "vit_micro8"),
         ("data.image_size=48", "model.image_size=96"): (48, 96, "vit_micro8"),
         ("model=vit_s16_soft",): (224, 224, "vit_s16"),
-        ("model/backbone=vit_nano4",): (64, 64, "vit_nano4"),
+        ("model/backbone=vit_nano4", "model.backbone.width=48"): (64, 64, "vit_nano4"),
         ("model/backbone=vit_s14",): (56, 56, "vit_s14"),
         ("model/backbone=timm", "model.backbone.timm=vit_tiny_patch16_224", "model/router=dense"): (
             224, 224, "vit_tiny_patch16_224"
@@ -94,15 +89,13 @@ def test_what_is_typed_wins(tmp_path: Path) -> None:
         assert (config.data.image_size, config.model.image_size, config.model.backbone.name) == (
             decoded, seen, backbone
         ), typed  # fmt: skip
-    assert of(root, "model.backbone.width=48").model.backbone.width == 48
     assert of(tmp_path / "nowhere", "model=vit_s16_soft").data.image_size == 224  # no file is looked at
 
 
 def test_auto_is_the_run_of_its_number(tmp_path: Path) -> None:
     root = drawn(tmp_path / "images")
-    assert run_folder(of(root), "train", None) == run_folder(of(root, "data.image_size=64"), "train", None)
-    asked = of(root, "train.max_tokens=9000")
-    assert run_folder(of(root), "train", None) == run_folder(asked, "train", None)
+    typed = of(root, "data.image_size=64", "train.max_tokens=9000")  # which changes no number either
+    assert run_folder(of(root), "train", None) == run_folder(typed, "train", None)
 
 
 def test_the_side_is_told(softmoe: Softmoe, tmp_path: Path) -> None:
@@ -133,14 +126,12 @@ def test_archives_are_looked_into(tmp_path: Path) -> None:
         ("data=folder data.root=broken", "none of the images that were looked at in broken can be read"),
         ("data.image_size=auto", "data.image_size=auto is for files of your own; give data=digits a number of pixels"),
         ("data.image_size=6.5", "data.image_size=6.5 is neither a whole number of pixels nor auto"),
-        ("data=folder data.root=x data.image_size=all", "data.image_size=all is neither a whole number"),
         ("data=folder data.root=x data.image_size=0", "image_size=0 is out of range"),
         (
             "model=vit_nano2_soft data.image_size=224",
             "vit_nano2_soft at model.image_size=224 has 12,544 tokens, more than train.max_tokens=1024",
         ),
         ("data.image_size=1024", "vit_micro16_soft at model.image_size=1024 has 4,096 tokens"),
-        ("model=vit_s8_soft model.image_size=384", "set train.max_tokens=2304"),
         ("train.max_tokens=15", "has 16 tokens, more than train.max_tokens=15"),
         (
             "model/backbone=timm model.backbone.timm=vit_tiny_patch16_224 model/router=dense model.image_size=64 "

@@ -307,7 +307,7 @@ def test_a_plan_writes_nothing(softmoe: Softmoe, tmp_path: Path) -> None:
     assert answer.code == 0, answer
     assert "seed=1 data.hflip=0.5" in answer.out or "data.hflip=0.5" in answer.out
     lines = answer.out.splitlines()
-    assert lines[-1].startswith("4 jobs, 4 to do: 1.412e-06 PFLOP, ") and "at a time" in lines[-1]
+    assert lines[-1].startswith("4 jobs, 4 to do: 1.412 GFLOP, ") and "at a time" in lines[-1]
     assert all("waiting" in line and "outputs/default/vit_nano2_soft-digits-" in line for line in lines[1:5])
     assert list(tmp_path.iterdir()) == []
 

@@ -386,7 +386,7 @@ def test_a_checkpoint_between_two_names_is_read(softmoe: Softmoe, tmp_path: Path
 
 def test_what_means_something_else_now_has_another_signature() -> None:
     """Groups of held-out files, and the loss of sigmoid gates; nothing else is touched."""
-    line = ("model/router=tokens_choice", "data=folder", "data.root=x", "data.num_classes=2")
+    line = ("model/router=tokens_choice", "data=folder", "data.root=x", "data.image_size=8", "data.num_classes=2")
     grouped = flat_science(compose(*line, "model.router.images_per_group=2"))
     assert grouped["data.held_out"] == "mixed" and "data.held_out" not in flat_science(compose(*line))
     loss = ("model.router.gate=sigmoid", "model.router.gshard_weight=0.1")

@@ -67,7 +67,7 @@ RESULT = {"test_images": 18, "top1_pct": 100 * 6 / 18, "chance_pct": 100 * 6 / 1
 
 def test_chance() -> None:
     assert chance(RESULT) == (
-        "top-1 is not told from chance: always the commonest of 3 classes is right for 33.3% of these 18 images"
+        "top-1 cannot be told from chance: always the commonest of 3 classes is right for 33.3% of these 18 images"
     )
     assert chance(RESULT | {"top1_pct": 100 * 11 / 18}) == ""
     assert chance(RESULT | {"top1_pct": 0.0}) != ""
