@@ -146,7 +146,7 @@ def follow_launcher(leave: Callable[[], object] = lambda: os.kill(os.getpid(), s
     """Puts a process that a launcher started into a process group of its own, so that a Ctrl-C reaches the launcher
     alone, and has it save and `leave` when the launcher is gone, so that nothing goes on unseen."""
     os.setpgid(0, 0)
-    for number in NOT_FOR_SERVER:
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # SIGUSR2 is for who passes it on as SIGTERM
         signal.signal(number, signal.SIG_DFL)
     launcher = multiprocessing.parent_process()
     assert launcher is not None
