@@ -650,7 +650,9 @@ class EvaluateConfig:
         "ImageNet's validation images: top-1 by ReaL labels too; a JSON file of theirs, or timm, which brings it"
     )
     predictions: str | None = option("a CSV file for what the model said of each image")
-    confusion: str | None = option("a CSV file for the images by label and prediction")
+    confusion: str | None = option(
+        "a CSV file for the images by label and prediction; above 2,000 classes, the pairs that there are"
+    )
     fewshot: list[int] = option("shots per class from the training images, for few-shot quality of the features", low=1)
     fewshot_l2: str = option(
         "which images choose the ridge's l2; scored, the paper's rule, is optimistic", choices=("validation", "scored")

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from softmoe_cli import data as data_module
 from softmoe_cli import scorecard
 from softmoe_cli.archives import Stored
 from softmoe_cli.cli import _keep_cut, _tell
@@ -372,3 +373,18 @@ def test_files_of_many_classes_and_of_odd_names(tmp_path: Path) -> None:
         else:
             assert table == [["label", "prediction", "images"], ["'=cmd()", "'=cmd()", "1"], ["\\x1b[31mred", "0", "1"]]
         assert set(scorecard._confusion(said)) == {"confusion" if classes == 3 else "confusion_pairs"}
+
+
+@pytest.mark.parametrize("command", ["evaluate", "export"])
+@pytest.mark.parametrize("name", ["cifar10", "fashion_mnist"])
+def test_a_set_that_only_a_checkpoint_names_is_not_fetched(
+    softmoe: Softmoe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, name: str
+) -> None:
+    monkeypatch.setattr(data_module, "DEBIAN_FASHION", tmp_path / "nowhere")
+    place = tmp_path / "chosen by the checkpoint"
+    made = saved(tmp_path / "a.safetensors", 0, f"data={name}", f"data.root={place}", "model.in_chans=3")
+    told = softmoe(command, f"checkpoint={made}")
+    assert told.code == 2 and not place.exists() and "downloading" not in told.out
+    assert told.err.endswith(
+        f"names data={name}, which is not in data.root={place}; only a set that is typed is fetched: add data={name}\n"
+    )

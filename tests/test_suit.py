@@ -95,7 +95,7 @@ def test_what_is_typed_wins(tmp_path: Path) -> None:
 def test_auto_is_the_run_of_its_number(tmp_path: Path) -> None:
     root = drawn(tmp_path / "images")
     typed = of(root, "data.image_size=64", "train.max_tokens=9000")  # which changes no number either
-    assert run_folder(of(root), "train", None) == run_folder(typed, "train", None)
+    assert run_folder(of(root), "train", None, "x") == run_folder(typed, "train", None, "x")
 
 
 def test_the_side_is_told(softmoe: Softmoe, tmp_path: Path) -> None:

@@ -5,9 +5,8 @@ import json
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
-from softmoe_cli.terminal import Screen
+from softmoe_cli.terminal import Listened, Screen
 from softmoe_cli.text import flop, gibibytes, in_words
 from softmoe_cli.train import _shown, chance, still_uniform
 from tests.conftest import TINY, Softmoe
@@ -34,7 +33,9 @@ def test_units_are_chosen() -> None:
 
 def on_terminal(width: int) -> tuple[Screen, io.StringIO]:
     screen, out = Screen(), io.StringIO()
-    screen.console = Console(file=out, force_terminal=True, width=width, highlight=False, soft_wrap=True, no_color=True)
+    screen.console = Listened(
+        file=out, force_terminal=True, width=width, highlight=False, soft_wrap=True, no_color=True
+    )
     return screen, out
 
 
