@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import functools
 import json
+import logging
 import os
 import re
 import sys
@@ -55,7 +56,7 @@ def main() -> None:
     (interrupted)."""
     code, text = run(sys.argv[1:])
     if text:
-        print(f"softmoe: {text}", file=sys.stderr)
+        print(f"softmoe: {text.removeprefix('softmoe ')}", file=sys.stderr)
     leave(code)
 
 
@@ -208,11 +209,12 @@ def _status(arguments: list[str]) -> int:
 
 def _router_options(name: str) -> dict[str, Any]:
     """The options in a router's yaml, or the target of a Python file's one router."""
-    from omegaconf import OmegaConf
+    from softmoe_cli.help import files as files_of
+    from softmoe_cli.help import load
 
-    files = {f.stem: f for root in (conf_folder(), _own_conf()) if root for f in (root / "model/router").glob("*.yaml")}
+    files = files_of("model/router")
     if name in files:
-        options = _contents(OmegaConf.load(files[name]))
+        options = load(files[name])
         if options.get("_target_") is None:
             raise UsageError(f"{name} has no router to check")
         return options
@@ -253,6 +255,7 @@ def _hydra(command: str, arguments: list[str]) -> int:
     from hydra.plugins.search_path_plugin import SearchPathPlugin
     from omegaconf import DictConfig
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     class OwnConf(SearchPathPlugin):
         """A conf folder in the working directory comes first, so that it can add and replace."""
@@ -262,8 +265,11 @@ def _hydra(command: str, arguments: list[str]) -> int:
             if own is not None:
                 search_path.prepend("softmoe-own", f"file://{own}")
 
+    from softmoe_cli.explain import check_line, explain, refused
+
     _store_schemas()
     Plugins.instance().register(OwnConf)
+    arguments = check_line(command, arguments)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing and leaving with status 1
     many = any(argument in ("-m", "--multirun") for argument in arguments)
     if "--plan" in arguments and (command not in ("train", "finetune") or not many):
@@ -285,11 +291,15 @@ def _hydra(command: str, arguments: list[str]) -> int:
     }
     failures: list[Exception] = []
     faulty: list[int] = []
+    began: list[bool] = []
 
     def task(config: DictConfig) -> None:
         """One job. A sweep goes on after a failure; the last failure is what the command ends with."""
+        began.append(True)
         try:
             tasks[command](config)
+        except OmegaConfBaseException as error:
+            failures.append(UsageError(explain(error, command, arguments)))
         except (UsageError, RunError) as error:
             if failures:
                 print(f"softmoe: {failures[-1]}", file=sys.stderr)
@@ -301,10 +311,20 @@ def _hydra(command: str, arguments: list[str]) -> int:
                 folder = nowhere.enter_context(tempfile.TemporaryDirectory())
                 arguments = [argument for argument in arguments if argument != "--plan"]
                 arguments += ["hydra.launcher.plan=true", f"hydra.sweep.dir={folder}"]
+            if any(argument.startswith(("-i", "--info", "--hydra-help")) for argument in arguments):
+                logging.raiseExceptions = False  # Hydra logs it, and `| head` reads no more than the first lines
             sys.argv = ["softmoe", *arguments]
             hydra.main(version_base=None, config_path=str(conf_folder()), config_name=command)(task)()
     except (HydraException, OmegaConfBaseException) as error:
-        raise UsageError(_explain(error, command, arguments)) from error
+        raise UsageError(explain(error, command, arguments)) from error
+    except (ValueError, TypeError, KeyError, AttributeError, AssertionError, OSError, YAMLError) as error:
+        if began or isinstance(error, UsageError | RunError | BrokenPipeError):
+            raise
+        raise UsageError(refused(error, arguments)) from error
+    except SystemExit as error:  # Hydra has said why
+        if not began and error.code:
+            return 2
+        raise
     if many and command in ("train", "finetune"):
         from softmoe_cli.sweep import report
 
@@ -332,79 +352,19 @@ def _store_schemas() -> None:
         store.store(group="hydra/launcher", name=f"_{name}", node=launcher)
 
 
-def _explain(error: Exception, command: str, arguments: list[str]) -> str:
-    """One sentence for what Hydra or OmegaConf refused: the key, the value, the choices, the nearest."""
-    from hydra.errors import MissingConfigException, OverrideParseException
-    from omegaconf.errors import ValidationError
-
-    if isinstance(error, OverrideParseException):
-        return (
-            f"cannot read '{error.override}': {first_line(error.message)}; write KEY=VALUE, and values with "
-            "spaces or signs in quotes of their own, as in 'data.root=\"my folder\"'"
-        )
-    if isinstance(error, MissingConfigException) and error.options is not None:
-        group, _, name = str(error.missing_cfg_file).rpartition("/")
-        choices = [choice for choice in error.options if not choice.startswith("_")]
-        return f"{group}={name}: no such choice.{nearest(name, choices)} Choices: {', '.join(choices)}"
-    removed = next((a for a in arguments if a.startswith("~")), None)
-    if removed is not None and removed in str(error):
-        return f"{removed}: an option cannot be taken away; give it a value"
-    text = " ".join(str(error).split())
-    refused = re.match(r"Could not (?:override|append to config|delete from config).*?'([^']+)'", text)
-    cause: BaseException = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    if isinstance(cause, ValidationError):
-        key = str(cause.full_key)
-        typed = next((a for a in arguments if a.lstrip("+~").partition("=")[0] == key), key)
-        return f"{typed}: {first_line(cause)}"
-    if refused:
-        key = refused[1].partition("@")[0].partition("=")[0]
-        known = _known_keys(command)
-        typed = next((a for a in arguments if a.lstrip("+~").partition("=")[0] == key), key)
-        if key == "experiment":
-            return f"{typed}: experiments are added to the rest; write +{typed}"
-        if key in known and typed.startswith("+"):
-            return f"{typed}: {key} exists already; leave out the +"
-        section = key.rpartition(".")[0]
-        siblings = [k for k in known if k.rpartition(".")[0] == section]
-        by_leaf = nearest(key.rpartition(".")[2], {k.rpartition(".")[2] for k in known})
-        hint = nearest(key, known) or next(
-            (f" Did you mean '{k}'?" for k in known if by_leaf and by_leaf.endswith(f" '{k.rpartition('.')[2]}'?")), ""
-        )
-        return f"{typed}: there is no key '{key}'.{hint}" + (
-            f" {section or 'top-level'} keys: {', '.join(siblings)}" if siblings else ""
-        )
-    return text
-
-
-def _known_keys(command: str) -> list[str]:
-    """Every key and group of the command's default configuration."""
-    from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
-
-    with initialize_config_dir(str(conf_folder()), version_base=None):
-        tree = OmegaConf.to_container(compose(command), resolve=False, throw_on_missing=False)
-
-    def walk(node: Any, prefix: str) -> list[str]:
-        keys = []
-        for key, value in node.items():
-            keys += [f"{prefix}{key}"] + (walk(value, f"{prefix}{key}.") if isinstance(value, dict) else [])
-        return keys
-
-    launchers = [f for launcher in LAUNCHERS.values() for f in dataclasses.fields(launcher) if f.metadata]
-    places = dict.fromkeys(f"hydra.launcher.{f.name}" for f in launchers)
-    return [*walk(tree, ""), *places, "recipe", "model/backbone", "model/router", "experiment", "search"]
-
-
-def _refuse_unknown(node: Any, section: type, prefix: str = "") -> None:
+def _refuse_unknown(node: Any, section: type, prefix: str = "", root: type | None = None) -> None:
     """`+key=value` slips past Hydra's schema; here it does not."""
     hints = typing.get_type_hints(section)
     for key in node:
         if key not in hints:
-            raise UsageError(f"{prefix}{key}: there is no such key.{nearest(str(key), hints)}")
+            from softmoe_cli.explain import no_key
+            from softmoe_cli.help import options
+
+            known = [option.key for option in options(root or section)]
+            known += {each.partition(".")[0] for each in known if "." in each}
+            raise UsageError(no_key(f"{prefix}{key}", f"{prefix}{key}", known))
         if dataclasses.is_dataclass(hints[key]) and isinstance(node[key], dict):
-            _refuse_unknown(node[key], typing.cast(type, hints[key]), f"{prefix}{key}.")
+            _refuse_unknown(node[key], typing.cast(type, hints[key]), f"{prefix}{key}.", root or section)
 
 
 def plain(config: Any, section: type) -> dict[str, Any]:
@@ -476,7 +436,9 @@ def compose(*overrides: str) -> Config:
         with initialize_config_dir(str(conf_folder()), version_base=None):
             return _door(plain(hydra_compose("train", list(overrides)), Config), Config)
     except (HydraException, OmegaConfBaseException) as error:
-        raise UsageError(_explain(error, "train", list(overrides))) from error
+        from softmoe_cli.explain import explain
+
+        raise UsageError(explain(error, "train", list(overrides))) from error
 
 
 def _typed() -> list[str]:
@@ -755,7 +717,9 @@ def _other(name: str, typed: Sequence[str]) -> MatchConfig:
     try:
         config = compose("match", [*kept, f"model={name}"])
     except HydraException as error:
-        raise UsageError(f"to={name}: {_explain(error, 'match', []).partition(': ')[2]}") from error
+        from softmoe_cli.explain import explain
+
+        raise UsageError(f"to={name}: {explain(error, 'match', []).partition(': ')[2]}") from error
     return _door(plain(config, MatchConfig), MatchConfig)
 
 
