@@ -5,11 +5,9 @@ import copy
 import dataclasses
 import functools
 import json
-import logging
 import os
 import re
 import sys
-import tempfile
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -308,10 +306,14 @@ def _hydra(command: str, arguments: list[str]) -> int:
     try:
         with contextlib.ExitStack() as nowhere:
             if "--plan" in arguments:  # and Hydra's own files go nowhere
+                import tempfile
+
                 folder = nowhere.enter_context(tempfile.TemporaryDirectory())
                 arguments = [argument for argument in arguments if argument != "--plan"]
                 arguments += ["hydra.launcher.plan=true", f"hydra.sweep.dir={folder}"]
             if any(argument.startswith(("-i", "--info", "--hydra-help")) for argument in arguments):
+                import logging
+
                 logging.raiseExceptions = False  # Hydra logs it, and `| head` reads no more than the first lines
             sys.argv = ["softmoe", *arguments]
             hydra.main(version_base=None, config_path=str(conf_folder()), config_name=command)(task)()

@@ -1,4 +1,4 @@
-"""What the Tab key completes: a script for the shell, and the words that it asks for. Without torch and without Hydra."""
+"""What the Tab key completes: a script for the shell, and the words that it asks for, without torch and Hydra."""
 
 import os
 import re

@@ -1,9 +1,8 @@
 """One sentence for a command line that Hydra or OmegaConf refuses: the key, the value, the choices, the nearest."""
 
-import argparse
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from softmoe_cli.cli import SCHEMAS, _own_conf
 from softmoe_cli.config import UsageError, nearest
@@ -11,6 +10,7 @@ from softmoe_cli.help import (
     GROUPS,
     ROUTER_OPTIONS,
     TITLES,
+    Option,
     chosen_groups,
     defaults,
     files,
@@ -20,6 +20,9 @@ from softmoe_cli.help import (
     options,
 )
 from softmoe_cli.text import first_line
+
+if TYPE_CHECKING:
+    from argparse import ArgumentParser
 
 SYNONYMS = {
     "learning_rate": "optim.lr", "base_lr": "optim.lr", "blr": "optim.lr", "peak_lr": "optim.lr",
@@ -64,8 +67,8 @@ SYNONYMS = {
     "reprob": "augment.erase", "flip": "augment.hflip", "ckpt": "checkpoint", "resume": "checkpoint",
     "pretrained": "checkpoint", "weights": "checkpoint", "out": "output_root", "output": "output_root",
     "output_dir": "output_root", "outdir": "output_root", "save_dir": "output_root", "log_dir": "output_root",
-    "run_name": "name", "exp_name": "study", "group": "wandb.group", "wandb_project": "wandb.project",
-    "random_seed": "seed", "launcher": "hydra/launcher", "partition": "hydra.launcher.partition",
+    "run_name": "name", "exp_name": "study", "wandb_project": "wandb.project",
+    "random_seed": "seed", "launcher": "hydra/launcher",
     "optim_lr": "optim.lr",
 }  # fmt: skip
 """What others call our options; the first that the command has."""
@@ -75,7 +78,8 @@ SHOWN = 200
 
 
 def short(text: str) -> str:
-    """With the middle left out where it is long."""
+    """On one line, without what a terminal would obey, and cut where it is long."""
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
     return text if len(text) <= SHOWN else f"{text[: SHOWN // 2]}… ({len(text):,} letters)"
 
 
@@ -130,6 +134,10 @@ def check_line(command: str, arguments: Sequence[str]) -> list[str]:
             raise UsageError(_unread(word, command)) from error
         if "@" in key:
             raise UsageError(f"{short(word)}: a group has one place here; write {key.partition('@')[0]}={short(value)}")
+        if parsed.is_sweep_override() and not told.multirun:
+            raise UsageError(
+                f"{short(word)}: several values make a sweep, which takes -m (--multirun); a list is [a,b]"
+            )
         if key in GROUPS and equals and not parsed.is_sweep_override() and not isinstance(parsed.value(), str | list):
             raise UsageError(f"{short(word)}: {key} takes the name of a choice.{_choices(key, '')}")
     return ordered
@@ -139,7 +147,7 @@ def _spoken(command: str) -> str:
     return "data check" if command == "data_check" else command
 
 
-def _flag(flag: str, command: str, arguments: Sequence[str], parser: argparse.ArgumentParser) -> str:
+def _flag(flag: str, command: str, arguments: Sequence[str], parser: "ArgumentParser") -> str:
     """What to type instead of a flag that there is not: `--lr 0.1` is an option of ours, `--helpp` one of Hydra's."""
     word, _, value = flag.lstrip("-").partition("=")
     place = list(arguments).index(flag) if flag in arguments else len(arguments)
@@ -183,7 +191,7 @@ def _unread(word: str, command: str) -> str:
 def explain(error: Exception, command: str, arguments: Sequence[str]) -> str:
     """One sentence for what Hydra or OmegaConf refused."""
     from hydra.errors import MissingConfigException
-    from omegaconf.errors import InterpolationResolutionError, ValidationError
+    from omegaconf.errors import ConfigAttributeError, ConfigKeyError, InterpolationResolutionError, ValidationError
 
     if isinstance(error, MissingConfigException) and error.missing_cfg_file is not None:
         path = str(error.missing_cfg_file)
@@ -198,7 +206,7 @@ def explain(error: Exception, command: str, arguments: Sequence[str]) -> str:
         return unresolved(cause, arguments)
     known = known_keys(command, arguments)
     if isinstance(cause, ValidationError):
-        key = str(cause.full_key)
+        key = str(cause.full_key).partition("[")[0]
         below = next((a for a in arguments if a.lstrip("+").startswith(f"{key}.")), None)
         typed = _typed(key, arguments)
         if below is not None and typed == key and key in known:
@@ -206,13 +214,16 @@ def explain(error: Exception, command: str, arguments: Sequence[str]) -> str:
         inner = [k for k in known if k.startswith(f"{key}.") and "." not in k.removeprefix(f"{key}.")]
         if inner:
             return f"{typed}: {key} is a section; its keys are {', '.join(inner)}"
-        return f"{typed}: {short(first_line(cause))}"
-    for start in ("Could not override ", "Could not append to config", "Could not append to config. ", "Could not delete"):
+        kind = next((option.kind for option in _options(command) if option.key == key), "")
+        return f"{typed}: expected {kind}" if kind else f"{typed}: {short(first_line(cause))}"
+    if isinstance(cause, ConfigKeyError | ConfigAttributeError) and cause.full_key and str(cause.full_key) not in known:
+        key = str(cause.full_key)
+        typed = next((a for a in arguments if f"{key}.".startswith(a.lstrip("+").partition("=")[0] + ".")), key)
+        return no_key(short(typed), key, known)
+    for start in ("Could not override", "Could not append to config", "Could not delete"):
         if text.startswith(start) and "'" in text:
             key = text.split("'")[1].lstrip("+~").partition("@")[0].partition("=")[0]
             return no_key(_typed(key, arguments), key, known)
-    if text.startswith("Sweep parameters"):
-        return f"{short(text.split(chr(39))[1])}: several values make a sweep, which takes -m (--multirun)"
     return short(text.partition(" Config search path:")[0])
 
 
@@ -225,7 +236,7 @@ def refused(error: Exception, arguments: Iterable[str]) -> str:
             if own is not None and own in file.parents:
                 load(file)  # which says what is wrong with it
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
+        return f"{short(str(error.filename))}: {error.strerror}"
     told = " ".join(short(argument) for argument in arguments)
     return f"cannot use '{short(told)}': {short(first_line(error))}"
 
@@ -305,13 +316,19 @@ def _meant(key: str, known: Sequence[str]) -> str | None:
 def known_keys(command: str, arguments: Sequence[str]) -> list[str]:
     """Every key and group of the command, with the router that is chosen."""
     found = list(keys(_without_hydra(defaults(command, chosen_groups(arguments)))))
-    section = SCHEMAS["data" if command == "data_check" else command]
-    found += [option.key for option in options(section)]
+    found += [option.key for option in _options(command)]
     groups = [group for group in GROUPS if group.partition("/")[0] in {key.partition(".")[0] for key in found}]
     if command in ("train", "finetune"):
-        found += [option.key for _, each in launcher_options() for option in each]
         groups = list(GROUPS)
     return list(dict.fromkeys([key for key in found if not key.endswith("._target_")] + groups))
+
+
+def _options(command: str) -> Iterator[Option]:
+    """What config.py says of the command's options."""
+    yield from options(SCHEMAS["data" if command == "data_check" else command])
+    if command in ("train", "finetune"):
+        for _, each in launcher_options():
+            yield from each
 
 
 def _without_hydra(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,8 +13,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from softmoe_cli.cli import LAUNCHERS, SCHEMAS, _own_conf, conf_folder
 from softmoe_cli.config import Launcher, UsageError, nearest
 from softmoe_cli.sizes import Size, read_sizes
@@ -376,6 +374,8 @@ def load(file: Path) -> dict[str, Any]:
     Raises:
         UsageError: it cannot be read, is no YAML, or holds something other than keys with values.
     """
+    import yaml
+
     try:
         body = yaml.load(read(file), Loader=_loader())
     except yaml.YAMLError as error:
@@ -390,11 +390,14 @@ def load(file: Path) -> dict[str, Any]:
 @functools.cache
 def _loader() -> Any:
     """In C where it is there, and, as OmegaConf's, with 1e-4 a number."""
+    import yaml
 
     class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
         pass
 
-    number = r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+|\.[0-9]+(?:[eE][-+]?[0-9]+)?)"
+    number = (
+        r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+|\.[0-9]+(?:[eE][-+]?[0-9]+)?)"
+    )
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"^{number}$"), list("-+0123456789."))
     return Loader
 
@@ -515,6 +518,7 @@ def _kind(hint: Any, limits: Mapping[str, Any]) -> str:
     word = {bool: "true|false", int: "whole number", float: "number", str: "text"}.get(one, "")
     if limits["choices"]:
         word = "|".join(limits["choices"])
+        word = word if len(word) <= WIDTH - MEANING - 4 else word.replace("|", ", ")
     if many:
         word = f"list of {word}" + ("s" if one in (int, float) else "")
     low, high, above = limits["low"], limits["high"], limits["above"]
@@ -524,7 +528,7 @@ def _kind(hint: Any, limits: Mapping[str, Any]) -> str:
     else:
         bounds += [f"> {above:g}"] * (above > -math.inf) + [f">= {low:g}"] * (low > -math.inf)
         bounds += [f"<= {high:.10g}"] * (high < math.inf)
-    return " ".join(filter(None, [word, ", ".join(bounds)])) + ("|null" if null and word else "")
+    return " ".join(filter(None, [word, ", ".join(bounds)])) + (", or null" if null and word else "")
 
 
 def _shown(value: Any) -> str:
@@ -538,22 +542,21 @@ def _shown(value: Any) -> str:
 
 def row(head: str, meaning: str, width: int = WIDTH, column: int = MEANING) -> str:
     """`head` and what it means beside it, or below where it is long."""
-    lines = textwrap.wrap(
-        meaning, width - column, break_long_words=False, break_on_hyphens=False
-    ) or [""]
+    lines = textwrap.wrap(meaning, width - column, break_long_words=False, break_on_hyphens=False) or [""]
     first = f"  {head:<{column - 3}} {lines[0]}".rstrip() if len(head) < column - 2 else f"  {head}"
     rest = lines[1:] if len(head) < column - 2 else lines
     return "\n".join([first, *(" " * column + line for line in rest)])
 
 
 def _option_row(option: Option, tree: Mapping[str, Any]) -> str:
+    meaning = f"{option.meaning} [{option.kind}]" if option.kind else option.meaning
     try:
         value = value_of(tree, option.key)
     except KeyError:
-        head = option.key
-    else:
-        head = f"{option.key}=" if value == "???" else f"{option.key}={_shown(value)}"
-    return row(head, f"{option.meaning} [{option.kind}]" if option.kind else option.meaning)
+        return row(option.key, meaning)
+    if "${" in str(value):  # of the environment, or of what only a run knows
+        return row(option.key, f"{meaning}; follows other settings")
+    return row(f"{option.key}={'' if value == '???' else _shown(value)}", meaning)
 
 
 def usage(command: str, arguments: Sequence[str]) -> str:
@@ -576,10 +579,8 @@ def usage(command: str, arguments: Sequence[str]) -> str:
     tree = defaults(command, chosen)
     learns = command in ("train", "finetune")
     sections = _sections(command, tree)
-    if words == ["all"] or not words:
-        lines = [USAGE[command], "", *_group_lines(command, tree, chosen)]
-    else:
-        lines = []
+    picks = bool(words) and words != ["all"]
+    lines = [] if picks else [USAGE[command], "", *_group_lines(command, tree, chosen)]
     if not words:
         everyday = [o for _, each in sections for o in each if o.key in EVERYDAY or (not learns and "." not in o.key)]
         router = [o for title, each in sections if title.startswith("router ") for o in each]
@@ -592,7 +593,7 @@ def usage(command: str, arguments: Sequence[str]) -> str:
         return "\n".join(lines)
     shown = 0
     for title, found in sections:
-        if words != ["all"]:
+        if picks:
             found = [o for o in found if all(w.lower() in f"{o.key} {o.meaning}".lower() for w in words)]
         shown += len(found)
         if found:
@@ -608,10 +609,10 @@ def _sections(command: str, tree: Mapping[str, Any]) -> list[tuple[str, list[Opt
     for option in options(SCHEMAS[command]):
         if command == "train" and option.meaning.startswith("finetune:"):
             continue
-        section = option.key.rpartition(".")[0]
-        found.setdefault(section, []).append(option)
         if option.key == "model.router":
             found["model.router"] = list(_router_options(tree))
+        else:
+            found.setdefault(option.key.rpartition(".")[0], []).append(option)
     sections = [(f"router {_router(tree)}" if key == "model.router" else key or "the run", each)
                 for key, each in found.items()]  # fmt: skip
     return sections + (list(launcher_options()) if command in ("train", "finetune") else [])
@@ -660,8 +661,11 @@ def _group_lines(command: str, tree: Mapping[str, Any], chosen: Mapping[str, str
             choice = chosen.get(group, _router(tree))
         elif group == "model/backbone":
             choice = chosen.get(group, tree.get("model", {}).get("backbone", {}).get("name"))
-        none = choice is None or choice == "" or str(choice).startswith("_")
-        lines.append(row(f"{group}={'' if none else choice}", meaning + ("; the checkpoint's" if none else "")))
+        follows = "; follows other settings" if "${" in str(choice) else "; the checkpoint's"
+        if (command, group) == ("upcycle", "model/router"):  # a dense checkpoint has none
+            follows = "; to be chosen"
+        none = not choice or str(choice).startswith(("_", "${"))
+        lines.append(row(f"{group}={'' if none else choice}", f"{meaning}{follows}" if none else meaning))
     return lines
 
 

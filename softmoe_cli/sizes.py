@@ -3,7 +3,6 @@
 `python -m softmoe_cli.sizes` writes the file anew, from cost.py, when a model came or changed; a test holds it.
 """
 
-import csv
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
@@ -29,8 +28,8 @@ def read_sizes(conf: Path) -> dict[str, Size]:
     file = conf / "model/_sizes.csv"
     if not file.is_file():
         return {}
-    with file.open(newline="") as lines:
-        return {row.pop("model"): Size(**{key: int(value) for key, value in row.items()}) for row in csv.DictReader(lines)}
+    rows = (line.split(",") for line in file.read_text().splitlines()[1:])
+    return {name: Size(*map(int, figures)) for name, *figures in rows}
 
 
 def size(model: Model) -> Size:
@@ -42,20 +41,20 @@ def size(model: Model) -> Size:
 
 
 def write_sizes(conf: Path, sizes: Iterable[tuple[str, Size]]) -> None:
-    rows = [{"model": name, **dataclasses.asdict(each)} for name, each in sizes]
-    with (conf / "model/_sizes.csv").open("w", newline="") as lines:
-        writer = csv.DictWriter(lines, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    head = ["model", *(f.name for f in dataclasses.fields(Size))]
+    rows = [head, *([name, *map(str, dataclasses.astuple(each))] for name, each in sizes)]
+    (conf / "model/_sizes.csv").write_text("".join(f"{','.join(row)}\n" for row in rows))
 
 
-def sized(name: str) -> Size:
-    """The size of a named model of conf/, read without Hydra."""
+def sized(name: str) -> Size | None:
+    """The size of a named model of conf/, read without Hydra; None of one that follows the images."""
     from softmoe_cli.cli import _door
     from softmoe_cli.help import defaults, keys, value_of
 
     tree = defaults("cost", {"model": name})
     patch = tree["model"]["backbone"]["patch_size"]
+    if not isinstance(patch, int):
+        return None
     side = next(side for side in SIDES if side % patch == 0)
     tree["data"] |= {"image_size": side, "channels": 3}
     for key in keys(tree["model"], "model."):
@@ -71,4 +70,5 @@ if __name__ == "__main__":
     from softmoe_cli.cli import conf_folder
     from softmoe_cli.help import files
 
-    write_sizes(conf_folder(), ((name, sized(name)) for name in files("model")))
+    found = {name: sized(name) for name in files("model")}
+    write_sizes(conf_folder(), ((name, each) for name, each in found.items() if each is not None))
