@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from softmoe_cli.cli import SCHEMAS, _own_conf
 from softmoe_cli.config import UsageError, nearest
 from softmoe_cli.help import (
+    ADDED,
     GROUPS,
     ROUTER_OPTIONS,
     TITLES,
@@ -138,6 +139,8 @@ def check_line(command: str, arguments: Sequence[str]) -> list[str]:
             raise UsageError(
                 f"{short(word)}: several values make a sweep, which takes -m (--multirun); a list is [a,b]"
             )
+        if key in GROUPS and key not in ADDED and word.startswith("+"):
+            raise UsageError(f"{short(word)}: {key} is chosen already; leave out the +")
         if key in GROUPS and equals and not parsed.is_sweep_override() and not isinstance(parsed.value(), str | list):
             raise UsageError(f"{short(word)}: {key} takes the name of a choice.{_choices(key, '')}")
     return ordered
@@ -175,7 +178,7 @@ def _unread(word: str, command: str) -> str:
             way = f"{group}={word}"
         else:
             found = word if word in known else _meant(word, known)
-            way = f"{found}=VALUE" if found else "KEY=VALUE"
+            way = f"{'+' * (found in ADDED)}{found}=VALUE" if found else "KEY=VALUE"
         return f"cannot read '{short(word)}': write KEY=VALUE" + (f", here {way}" if way != "KEY=VALUE" else "")
     if not all(part.isidentifier() and part.isascii() for part in key.replace("/", ".").split(".")):
         return f"cannot read '{short(word)}': '{short(key)}' is no key.{_did_you_mean(key, known_keys(command, ()))}"
