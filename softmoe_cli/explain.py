@@ -230,14 +230,14 @@ def explain(error: Exception, command: str, arguments: Sequence[str]) -> str:
     return short(text.partition(" Config search path:")[0])
 
 
-def refused(error: Exception, arguments: Iterable[str]) -> str:
+def refused(error: Exception, arguments: Sequence[str]) -> str:
     """What Hydra raised before a job began, in Python's words: files of one's own conf, or values that it did not
     expect."""
     own = _own_conf()
-    for group in GROUPS:
-        for file in files(group).values():
-            if own is not None and own in file.parents:
-                load(file)  # which says what is wrong with it
+    chosen = [files(group)[name] for group, name in chosen_groups(arguments).items()]
+    for file in [*chosen, *(file for group in GROUPS for file in files(group).values())]:
+        if own is not None and own in file.parents:
+            load(file)  # which says what is wrong with it
     if isinstance(error, OSError) and error.filename is not None:
         return f"{short(str(error.filename))}: {error.strerror}"
     told = " ".join(short(argument) for argument in arguments)

@@ -149,6 +149,9 @@ def test_a_conf_of_ones_own_that_cannot_be_read(softmoe: Softmoe, tmp_path: Path
     for router, words in {"latin": "is no UTF-8", "broken": "is no YAML", "list": "no keys with values"}.items():
         answer = softmoe("check", router)
         assert answer.code == 2 and words in answer.err and f"{router}.yaml" in answer.err
+    (tmp_path / "conf/experiment").mkdir()
+    (tmp_path / "conf/experiment/cut.yaml").write_text("a: [1")
+    assert "cut.yaml is no YAML" in softmoe("train", "+experiment=cut").err
     answer = softmoe("train", "model=latin")
     assert answer.code == 2 and "latin.yaml" in answer.err and len(answer.err.splitlines()) == 1
 
