@@ -421,21 +421,23 @@ def _lay(tree: dict[str, Any], group: str, name: str, chosen: Mapping[str, str])
     if file is None:  # a schema, which Hydra has from Python, or a file of Hydra's own
         return
     body = load(file)
-    entries = body.pop("defaults", [])
+    listed = body.pop("defaults", [])
+    entries = listed if isinstance(listed, list) else []
     if "_self_" not in entries:
         entries = [*entries, "_self_"]
     for entry in entries:
         if entry == "_self_":
-            package = "" if "# @package _global_" in read(file) else group
-            _merge(functools.reduce(lambda node, key: node.setdefault(key, {}), package.split("/"), tree)
-                   if package else tree, body)  # fmt: skip
-        elif isinstance(entry, str):
+            for part in reversed(() if "# @package _global_" in read(file) or not group else group.split("/")):
+                body = {part: body}
+            _merge(tree, body)
+        elif isinstance(entry, str) and entry != name:
             _lay(tree, group, entry, chosen)
-        else:
+        elif isinstance(entry, dict):
             for key, choice in entry.items():
-                inner = f"{group}/{key.removeprefix('override ')}".lstrip("/")
+                inner = str(key).removeprefix("override ")
+                inner = inner[1:] if inner.startswith("/") else f"{group}/{inner}".lstrip("/")
                 choice = chosen.get(inner, choice)
-                if isinstance(choice, str):
+                if isinstance(choice, str) and (inner, choice) != (group, name):
                     _lay(tree, inner, choice, chosen)
 
 
@@ -709,7 +711,7 @@ def comment(file: Path) -> str:
     try:
         lines = read(file).splitlines()
     except UsageError as error:
-        return str(error).partition(" cannot be read: ")[2].join(["cannot be read: ", ""])
+        return str(error).removeprefix(f"{file} ")
     return next((line[2:] for line in lines if line.startswith("# ") and not line.startswith("# @")), "")
 
 

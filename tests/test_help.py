@@ -151,6 +151,8 @@ def test_a_conf_of_ones_own_that_cannot_be_read(softmoe: Softmoe, tmp_path: Path
         assert answer.code == 2 and words in answer.err and f"{router}.yaml" in answer.err
     (tmp_path / "conf/experiment").mkdir()
     (tmp_path / "conf/experiment/cut.yaml").write_text("a: [1")
+    (models / "odd.yaml").write_text("defaults: 3\n")
+    assert softmoe("train", "model=odd", "--help").code == 0
     assert "cut.yaml is no YAML" in softmoe("train", "+experiment=cut").err
     answer = softmoe("train", "model=latin")
     assert answer.code == 2 and "latin.yaml" in answer.err and len(answer.err.splitlines()) == 1
