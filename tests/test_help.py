@@ -139,13 +139,13 @@ def test_list(softmoe: Softmoe, tmp_path: Path) -> None:
 
 def test_a_conf_of_ones_own_that_cannot_be_read(softmoe: Softmoe, tmp_path: Path) -> None:
     routers, models = tmp_path / "conf/model/router", tmp_path / "conf/model"
-    (routers / "folder.yaml").mkdir(parents=True)
+    (routers / "hollow.yaml").mkdir(parents=True)
     (routers / "latin.yaml").write_bytes(b"# caf\xe9\n_target_: x.Y\n")
     (routers / "broken.yaml").write_text("# broken\n_target_: [x\n")
     (routers / "list.yaml").write_text("- a\n")
     (models / "latin.yaml").write_bytes(b"# caf\xe9\nimage_size: 8\n")
     told = softmoe("list")
-    assert told.code == 0 and "latin" in told.out and "it is no UTF-8" in told.out
+    assert told.code == 0 and "latin" in told.out and "it is no UTF-8" in told.out and "hollow" not in told.out
     for router, words in {"latin": "is no UTF-8", "broken": "is no YAML", "list": "no keys with values"}.items():
         answer = softmoe("check", router)
         assert answer.code == 2 and words in answer.err and f"{router}.yaml" in answer.err
