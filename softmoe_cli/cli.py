@@ -10,7 +10,6 @@ import os
 import re
 import statistics
 import sys
-import tempfile
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,7 +36,7 @@ from softmoe_cli.config import (
     same_set,
 )
 from softmoe_cli.failures import defect, ours
-from softmoe_cli.files import RULE
+from softmoe_cli.files import RunError
 from softmoe_cli.signals import end_children, interruptible
 from softmoe_cli.text import first_line, printable_lines
 
@@ -55,162 +54,8 @@ SCHEMAS: dict[str, type] = {
 
 LAUNCHERS = {"local": LocalLauncher, "slurm": SlurmLauncher, "ray": RayLauncher}
 
-HELP = """\
-softmoe: train, cost and compare mixture-of-experts vision transformers
-
-usage: softmoe COMMAND [ARGUMENTS]
-
-  train      compose an experiment and train it            softmoe train model=vit_nano2_soft seed=1
-  finetune   the same loop, from a checkpoint              softmoe finetune checkpoint=RUN data=digits
-  upcycle    a dense checkpoint into a mixture of experts  softmoe upcycle checkpoint=RUN model/router=soft
-  evaluate   quality of a checkpoint on a data set         softmoe evaluate checkpoint=RUN
-  export     for timm, torch.export, ONNX and the hub      softmoe export checkpoint=RUN 'formats=[onnx]'
-  cost       parameters, FLOPs, memory, latency            softmoe cost model=vit_s16_soft
-  match      make one model cost what another does         softmoe match model=vit_s16_soft to=vit_s16_dense
-  compare    runs to tables, verdicts, Pareto front, plots softmoe compare outputs/default
-  check      conformance report for a router               softmoe check soft
-  data check read a data set before a long run does        softmoe data check data=folder data.root=PATH
-  status     what a sweep's runs are doing, from files     softmoe status outputs/default
-  list       models, routers, data sets, recipes, experiments
-
-softmoe COMMAND --help says more; --debug shows the traceback of an error."""
-
-USAGE = {
-    "train": """\
-softmoe train [GROUP=CHOICE | KEY=VALUE]...   compose an experiment and train it
-
-  softmoe train                                        a small Soft MoE on real digits, in about a minute
-  softmoe train model=vit_s16_soft data=folder data.root=PATH
-  softmoe train model/backbone=vit_nano4 model/router=dense data=fashion_mnist train.minutes=5
-  softmoe train -m model.router.num_experts=8,16,32 seed=0,1,2      a sweep: every combination
-  softmoe train -m seed=0,1,2 --plan                   list its jobs with cost and time, and stop
-  softmoe train -m seed=0,1,2 hydra/launcher=slurm hydra.launcher.partition=gpu hydra.launcher.gpus=1
-  softmoe train --cfg job                              print the composed configuration and stop
-  softmoe train optim.layer_decay=0.7 --groups         each parameter's learning rate and decay, and stop
-
-The same configuration is the same folder: finished runs are not repeated, stopped ones go on.""",
-    "finetune": """\
-softmoe finetune checkpoint=SOURCE [GROUP=CHOICE | KEY=VALUE]...   the same loop, from given weights
-
-  softmoe finetune checkpoint=outputs/default/RUN data=digits
-  softmoe finetune checkpoint=weights.safetensors data=cifar10 model.image_size=64
-  softmoe finetune checkpoint=timm:vit_tiny_patch16_224 data=folder data.root=PATH
-  softmoe finetune checkpoint=RUN data=cifar10 recipe=finetune_adamw model.image_size=64 slots=proportional
-  softmoe finetune checkpoint=RUN data=cifar10 'optim.freeze=[patch_embed.*,blocks.0.*]' --groups
-
-SOURCE is a run folder, a .safetensors file, hf-hub:OWNER/NAME or timm:NAME. The model is the checkpoint's, the images
-are those of data= (digits without it), the checkpoint's own set cut as it was; the head is kept only when the classes
-are the same. model.image_size resamples the position table and keeps the slots per expert; slots=proportional lets them
-grow with the tokens. --groups lists each parameter's learning rate and decay, and stops.
-What softmoe upcycle carried over of an optimizer's state is where the new one starts.""",
-    "upcycle": """\
-softmoe upcycle checkpoint=SOURCE [GROUP=CHOICE | KEY=VALUE]...   a dense checkpoint into a mixture of experts
-
-  softmoe upcycle checkpoint=outputs/default/RUN model/router=soft model.router.num_experts=16 model.moe_blocks=last_2
-  softmoe upcycle checkpoint=RUN model=vit_micro7_experts_choice folder=upcycled      a named point with RUN's backbone
-  softmoe upcycle checkpoint=timm:vit_tiny_patch16_224 data=cifar10 model/router=soft 'model.moe_blocks=[6,8,10]'
-  softmoe upcycle checkpoint=timm_weights.safetensors model.backbone.timm=vit_tiny_patch16_224 data=cifar10 ...
-  softmoe upcycle checkpoint=RUN model/router=tokens_choice_dropless model.router.k=2 \\
-    model.router.gate=softmax_chosen model.moe_blocks=every_2 preserve=true
-  softmoe finetune checkpoint=FOLDER data=...          goes on from there
-
-SOURCE is what softmoe finetune takes. The backbone and, unless data= is given, the images are SOURCE's. Every expert
-starts as a copy of the MLP that it replaces or, with a smaller model.expert_width, as a part of one; the router starts
-afresh. receipt.json, and the header of the weights, say where every weight comes from, how much the outputs changed,
-loss and cost before and after.""",
-    "evaluate": """\
-softmoe evaluate checkpoint=SOURCE [data=CHOICE] [KEY=VALUE]...   quality of a checkpoint on a data set
-
-  softmoe evaluate checkpoint=outputs/default/RUN
-  softmoe evaluate checkpoint=weights.safetensors data=folder data.root=PATH split=test format=json
-  softmoe evaluate checkpoint=RUN predictions=predictions.csv confusion=confusion.csv
-  softmoe evaluate checkpoint=RUN data=digits 'fewshot=[1,5,10,25]'      ridge regression on frozen features
-  softmoe evaluate checkpoint=RUN 'audit=[neighbours,capacity,slots,experts]'
-  softmoe evaluate 'checkpoint=[RUN,RUN]' soup=greedy                    average of weights
-
-Without data= the set that the checkpoint was trained on is read; that set, by its name and place, is cut as it was for
-the checkpoint, unless data.split_seed, test_fraction or validation_fraction are typed. Few-shot quality needs no common
-classes.""",
-    "export": """\
-softmoe export checkpoint=SOURCE [formats=[torch_export,onnx]] [KEY=VALUE]...   a folder that other programs load
-
-  softmoe export checkpoint=outputs/default/RUN folder=exported
-  softmoe export checkpoint=RUN 'formats=[torch_export,onnx]' folder=exported
-  softmoe export checkpoint=RUN push=OWNER/NAME        to the Hugging Face hub; hf auth login comes first
-  softmoe evaluate checkpoint=exported                 the folder, or hf-hub:OWNER/NAME, is a checkpoint
-
-The folder has the weights (model.safetensors), the hub's config.json for timm, and the programs asked for: model.pt2
-(torch.export) and model.onnx, for any number of images. From Python, with timm and softmoe_cli installed:
-
-  import timm, softmoe_cli.models
-  model = timm.create_model("local-dir:exported", pretrained=True).eval()     # or "hf-hub:OWNER/NAME"
-  logits = model(images)                                                      # b c s s, normalised
-
-What is written is read back and run on validation images; an output that differs by more than 1e-4, or 1e-4 of the
-largest where outputs are above 1, is an error and leaves nothing behind. receipt.json has the figures. Precision is
-fp32. ONNX needs pip install 'softmoe-cli[onnx]'.""",
-    "cost": """\
-softmoe cost [GROUP=CHOICE | KEY=VALUE]...   parameters, FLOPs and memory of a model, by formula and by counter
-
-  softmoe cost model=vit_h14_soft data.num_classes=1000
-  softmoe cost model=vit_s16_soft batch_size=64 recompute=true precision=bf16
-  softmoe cost -m model=vit_s16_dense,vit_s16_soft format=csv      one table for many models
-  softmoe cost model=vit_nano2_soft clock=true threads=1           measured as well, on this machine
-
-A multiply-add is 2 FLOPs. No weights are allocated unless clock=true.""",
-    "match": """\
-softmoe match [GROUP=CHOICE | KEY=VALUE]... free=KEY to=MODEL by=COST   the value of KEY with which the costs are equal
-
-  softmoe match model=vit_s16_soft to=vit_s16_dense by=forward_gflop free=model.router.num_experts
-  softmoe match model=vit_nano2_soft to=vit_nano2_tokens_choice by=latency_ms free=model.router.slots_per_expert
-  softmoe match model=vit_s16_soft to=vit_s16_dense by=train_pflop steps=300000 free=train.steps
-
-Prints the overrides to use and how close they come. Where nothing comes within tolerance it names the nearest on both
-sides and the exit status is 1.""",
-    "compare": """\
-softmoe compare FOLDER... [--OPTION VALUE]...   finished runs to tables, verdicts, a Pareto front and plots
-
-  softmoe compare outputs/expert_count
-  softmoe compare outputs/expert_count --quality loss --cost device_s --columns num_experts,peak_mib --sort num_experts
-  softmoe compare outputs/a outputs/b --where router=soft,dense --by router,num_experts --baseline num_experts=8
-  softmoe compare outputs/expert_count --at train_pflop=0.002,0.004 --at device_s --reference pareto --wandb
-
-Reads result.json and metrics.jsonl of every run below the folders. Runs that differ in nothing but the seed are a
-group: mean, 95% interval and n; difference from the baseline and whether it is distinguishable; quality at equal cost;
-the Pareto front and how sure it is. Runs on other images are kept apart; what cannot be read is named and left out.""",
-    "check": """\
-softmoe check ROUTER [KEY=VALUE]...   what every router must keep, measured; exit status 1 if anything fails
-
-  softmoe check tokens_choice k=2 images_per_group=4
-  softmoe check my_router.py num_experts=8          a file of one's own with one subclass of Router
-
-ROUTER is a name from softmoe list, a name in your own conf/model/router, or a Python file. KEY=VALUE are its options.
-SOFTMOE_VECTORS names another folder of official numbers.""",
-    "data": """\
-softmoe data check [data=CHOICE] [KEY=VALUE]...   reads a data set before a long run does; exit status 1 if it is faulty
-
-  softmoe data check data=folder data.root=PATH
-  softmoe data check data=webdataset data.root=PATH data.workers=8 format=json
-
-Faults: files that cannot be read, empty classes, classes that not every part has, the same pixels in two of train,
-validation and test or under two labels. It counts images by class, sizes, and repetitions in a part.""",
-    "status": """\
-softmoe status [FOLDER]... [--json]   what runs are doing, from their files alone, here or on another machine
-
-  softmoe status                               all of outputs, what wrote last first
-  softmoe status outputs/expert_count          a study, a sweep-* folder in it, or one run
-
-done; running; stopped, with what to type to go on; failed, with the reason; waiting; damaged, with the file. Runs of
-another machine that have neither ended nor stopped are "running or killed": the age of the last row tells which.""",
-    "list": "softmoe list   models, routers, data sets, recipes and experiments, a line each",
-}
-
 WITHOUT_FILES = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
 """As conf/train.yaml has it."""
-
-for _command in ("evaluate", "export", "upcycle"):
-    USAGE[_command] += f"\n{RULE}"
-USAGE["compare"] += f"\n{RULE} Only a folder that softmoe compare made is made anew."
 
 
 def main() -> None:
@@ -221,7 +66,7 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     code, text = run(sys.argv[1:])
     if text:
-        print(f"softmoe: {printable_lines(text)}", file=sys.stderr)
+        print(f"softmoe: {printable_lines(text.removeprefix('softmoe '))}", file=sys.stderr)
     leave(code)
 
 
@@ -280,60 +125,52 @@ def _failed(error: Exception, debug: bool, typed: Sequence[str]) -> tuple[int, s
 
 
 def _dispatch(arguments: list[str]) -> int:
+    from softmoe_cli import help
+
+    if any(a == "-sc" or a.startswith("--shell-completion") for a in arguments):
+        raise UsageError('what the Tab key completes comes from softmoe: type eval "$(softmoe completion bash)"')
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(HELP)
+        topic = arguments[1:]
+        print(help.usage(_command(topic[0]), topic[1:]) if topic else help.HELP)
         return 0
-    if arguments[0] == "--version":
+    if arguments[0] in ("-V", "--version", "version"):
         from importlib.metadata import version
 
         print(version("softmoe-cli"))
         return 0
-    command, rest = arguments[0], arguments[1:]
-    if command not in USAGE:
-        raise UsageError(f"there is no command '{command}'.{nearest(command, USAGE)} Commands: {', '.join(USAGE)}")
-    if "-h" in rest or "--help" in rest:
-        print(USAGE[command])
-        if command == "compare":
-            from softmoe_cli.report import options
-
-            print(options())
-        elif command in SCHEMAS:
-            print(_options(SCHEMAS[command]))
-        if command in ("train", "finetune"):
-            for name, launcher in LAUNCHERS.items():
-                print(_options(launcher, "hydra.launcher.", f"with -m, hydra/launcher={name}"))
+    command, rest = _command(arguments[0]), arguments[1:]
+    if "-h" in rest or "--help" in rest or rest[:1] == ["help"] or rest[:2] == ["check", "help"]:
+        print(help.usage(command, [word for word in rest if word not in ("-h", "--help", "help")]))
         return 0
     if command == "compare":
         from softmoe_cli.report import run
 
         return run(rest)
     if command == "list":
-        if rest:
-            raise UsageError(f"softmoe list takes no arguments, got {' '.join(rest)}")
-        print(_list())
+        print(help.listing(rest))
         return 0
+    if command == "completion":
+        from softmoe_cli.completion import complete
+
+        return complete(rest)
     if command == "check":
         return _check(rest)
     if command == "status":
         return _status(rest)
     if command == "data":
         if rest[:1] != ["check"]:
-            raise UsageError(f"softmoe data takes the word check, as in softmoe data check data=folder, got {rest[:1]}")
+            got = f"not {rest[0]}.{nearest(rest[0], ['check'])}" if rest else "as in softmoe data check data=folder"
+            raise UsageError(f"softmoe data takes the word check, {got}")
         return _hydra("data_check", rest[1:])
     return _hydra(command, rest)
 
 
-def _options(section: type, prefix: str = "", title: str = "options (defaults: --cfg job)") -> str:
-    """Every option of a config dataclass: key, choices and meaning."""
-    lines = ["", title] if title else []
-    hints = typing.get_type_hints(section)
-    for f in dataclasses.fields(section):
-        if dataclasses.is_dataclass(hints[f.name]):
-            lines.append(_options(typing.cast(type, hints[f.name]), f"{prefix}{f.name}.", ""))
-        elif f.metadata:
-            choices = f" [{'|'.join(f.metadata['choices'])}]" if f.metadata["choices"] else ""
-            lines.append(f"  {prefix}{f.name:<{max(1, 30 - len(prefix))}} {f.metadata['meaning']}{choices}")
-    return "\n".join(lines)
+def _command(word: str) -> str:
+    from softmoe_cli.help import COMMANDS
+
+    if word not in COMMANDS:
+        raise UsageError(f"there is no command '{word}'.{nearest(word, COMMANDS)} Commands: {', '.join(COMMANDS)}")
+    return word
 
 
 def conf_folder() -> Path:
@@ -346,29 +183,6 @@ def _own_conf() -> Path | None:
     """A conf folder of the user's in the working directory, if it is not ours."""
     own = Path.cwd() / "conf"
     return own if own.is_dir() and own.resolve() != conf_folder() else None
-
-
-def _list() -> str:
-    """The first comment of every yaml in the groups that people choose from."""
-    groups = {
-        "model": "models, model=",
-        "model/backbone": "backbones, model/backbone=",
-        "model/router": "routers, model/router=",
-        "data": "data sets, data=",
-        "recipe": "recipes, recipe=",
-        "experiment": "experiments, +experiment=",
-        "search": "searches with Optuna, -m +search=",
-        "hydra/launcher": "where a sweep's jobs run, -m hydra/launcher=",
-    }
-    lines = []
-    for group, title in groups.items():
-        files = {f.stem: f for root in (conf_folder(), _own_conf()) if root for f in (root / group).glob("[!_]*.yaml")}
-        if files:
-            lines.append(f"\n{title}")
-        for name, file in sorted(files.items()):
-            comments = (line[2:] for line in file.read_text().splitlines() if line.startswith("# "))
-            lines.append(f"  {name:<20} {next((c for c in comments if not c.startswith('@')), '')}")
-    return "\n".join(lines).lstrip("\n")
 
 
 def _check(arguments: list[str]) -> int:
@@ -417,11 +231,12 @@ def _status(arguments: list[str]) -> int:
 
 def _router_options(name: str) -> dict[str, Any]:
     """The options in a router's yaml, or the target of a Python file's one router."""
-    from softmoe_cli.own_conf import read_yaml
+    from softmoe_cli.help import files as files_of
+    from softmoe_cli.help import load
 
-    files = {f.stem: f for root in (conf_folder(), _own_conf()) if root for f in (root / "model/router").glob("*.yaml")}
+    files = files_of("model/router")
     if name in files:
-        options = read_yaml(files[name])
+        options = load(files[name])
         if options.get("_target_") is None:
             raise UsageError(f"{name} has no router to check")
         return options
@@ -461,12 +276,12 @@ def _hydra(command: str, arguments: list[str]) -> int:
     from hydra.errors import HydraException
     from omegaconf import DictConfig
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
+    from softmoe_cli.explain import check_line, explain, refused
     from softmoe_cli.own_conf import OwnConf, OwnSource, ignored
 
-    nameless = next((argument for argument in arguments if re.match(r"[+~]*=", argument)), None)
-    if nameless is not None:
-        raise UsageError(f"cannot read '{nameless}': there is no key before the =; write KEY=VALUE without spaces")
+    arguments = check_line(command, arguments)
     _refuse_unknown_to_hydra(arguments)
     if many and command in ("train", "finetune") and (study := _study_of(arguments)) is not None:
         _tell(f"study={study}, after the keys that vary; study= names another folder")
@@ -497,13 +312,16 @@ def _hydra(command: str, arguments: list[str]) -> int:
     }
     failures: list[Exception] = []
     faulty: list[int] = []
+    began: list[bool] = []
 
     def task(config: DictConfig) -> None:
         """One job. A sweep goes on after a failure; the last failure is what the command ends with."""
+        began.append(True)
         try:
             tasks[command](config)
         except Exception as error:
-            known = ours(error, _typed())
+            unread = isinstance(error, OmegaConfBaseException)
+            known = UsageError(explain(error, command, arguments)) if unread else ours(error, _typed())
             if known is None:
                 raise
             if failures:
@@ -513,6 +331,8 @@ def _hydra(command: str, arguments: list[str]) -> int:
     try:
         with contextlib.ExitStack() as nowhere:
             if "--plan" in arguments:  # and Hydra's own files go nowhere
+                import tempfile
+
                 folder = nowhere.enter_context(tempfile.TemporaryDirectory())
                 arguments = [argument for argument in arguments if argument != "--plan"]
                 arguments += ["hydra.launcher.plan=true", f"hydra.sweep.dir={folder}"]
@@ -520,10 +340,22 @@ def _hydra(command: str, arguments: list[str]) -> int:
                 argument.startswith(("-cn", "--config-name")) for argument in arguments
             ):  # such as a run's config.yaml
                 arguments = [*arguments, *WITHOUT_FILES]  # which says nothing of Hydra's own files
+            if any(argument.startswith(("-i", "--info", "--hydra-help")) for argument in arguments):
+                import logging
+
+                logging.raiseExceptions = False  # Hydra logs it, and `| head` reads no more than the first lines
             sys.argv = ["softmoe", *arguments]
             hydra.main(version_base=None, config_path=str(conf_folder()), config_name=command)(task)()
     except (HydraException, OmegaConfBaseException) as error:
-        raise UsageError(_explain(error, command, arguments)) from error
+        raise UsageError(explain(error, command, arguments)) from error
+    except (ValueError, TypeError, KeyError, AttributeError, AssertionError, OSError, YAMLError) as error:
+        if began or isinstance(error, UsageError | RunError | BrokenPipeError):
+            raise
+        raise UsageError(refused(error, arguments)) from error
+    except SystemExit as error:  # Hydra has said why
+        if not began and error.code:
+            return 2
+        raise
     if many and command in ("train", "finetune"):
         from softmoe_cli.sweep import report
 
@@ -552,79 +384,19 @@ def _store_schemas() -> None:
         store.store(group="hydra/launcher", name=f"_{name}", node=launcher)
 
 
-def _explain(error: Exception, command: str, arguments: list[str]) -> str:
-    """One sentence for what Hydra or OmegaConf refused: the key, the value, the choices, the nearest."""
-    from hydra.errors import MissingConfigException, OverrideParseException
-    from omegaconf.errors import ValidationError
-
-    if isinstance(error, OverrideParseException):
-        return (
-            f"cannot read '{error.override}': {first_line(error.message)}; write KEY=VALUE, and values with "
-            "spaces or signs in quotes of their own, as in 'data.root=\"my folder\"'"
-        )
-    if isinstance(error, MissingConfigException) and error.options is not None:
-        group, _, name = str(error.missing_cfg_file).rpartition("/")
-        choices = [choice for choice in error.options if not choice.startswith("_")]
-        return f"{group}={name}: no such choice.{nearest(name, choices)} Choices: {', '.join(choices)}"
-    removed = next((a for a in arguments if a.startswith("~")), None)
-    if removed is not None and removed in str(error):
-        return f"{removed}: an option cannot be taken away; give it a value"
-    text = " ".join(str(error).split())
-    refused = re.match(r"Could not (?:override|append to config|delete from config).*?'([^']+)'", text)
-    cause: BaseException = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    if isinstance(cause, ValidationError):
-        key = str(cause.full_key)
-        typed = next((a for a in arguments if a.lstrip("+~").partition("=")[0] == key), key)
-        return f"{typed}: {first_line(cause)}"
-    if refused:
-        key = refused[1].partition("@")[0].partition("=")[0]
-        known = _known_keys(command)
-        typed = next((a for a in arguments if a.lstrip("+~").partition("=")[0] == key), key)
-        if key == "experiment":
-            return f"{typed}: experiments are added to the rest; write +{typed}"
-        if key in known and typed.startswith("+"):
-            return f"{typed}: {key} exists already; leave out the +"
-        section = key.rpartition(".")[0]
-        siblings = [k for k in known if k.rpartition(".")[0] == section]
-        by_leaf = nearest(key.rpartition(".")[2], {k.rpartition(".")[2] for k in known})
-        hint = nearest(key, known) or next(
-            (f" Did you mean '{k}'?" for k in known if by_leaf and by_leaf.endswith(f" '{k.rpartition('.')[2]}'?")), ""
-        )
-        return f"{typed}: there is no key '{key}'.{hint}" + (
-            f" {section or 'top-level'} keys: {', '.join(siblings)}" if siblings else ""
-        )
-    return text
-
-
-def _known_keys(command: str) -> list[str]:
-    """Every key and group of the command's default configuration."""
-    from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
-
-    with initialize_config_dir(str(conf_folder()), version_base=None):
-        tree = OmegaConf.to_container(compose(command), resolve=False, throw_on_missing=False)
-
-    def walk(node: Any, prefix: str) -> list[str]:
-        keys = []
-        for key, value in node.items():
-            keys += [f"{prefix}{key}"] + (walk(value, f"{prefix}{key}.") if isinstance(value, dict) else [])
-        return keys
-
-    launchers = [f for launcher in LAUNCHERS.values() for f in dataclasses.fields(launcher) if f.metadata]
-    places = dict.fromkeys(f"hydra.launcher.{f.name}" for f in launchers)
-    return [*walk(tree, ""), *places, "recipe", "model/backbone", "model/router", "experiment", "search"]
-
-
-def _refuse_unknown(node: Any, section: type, prefix: str = "") -> None:
+def _refuse_unknown(node: Any, section: type, prefix: str = "", root: type | None = None) -> None:
     """`+key=value` slips past Hydra's schema; here it does not."""
     hints = typing.get_type_hints(section)
     for key in node:
         if key not in hints:
-            raise UsageError(f"{prefix}{key}: there is no such key.{nearest(str(key), hints)}")
+            from softmoe_cli.explain import no_key
+            from softmoe_cli.help import options
+
+            known = [option.key for option in options(root or section)]
+            known += {each.partition(".")[0] for each in known if "." in each}
+            raise UsageError(no_key(f"{prefix}{key}", f"{prefix}{key}", known))
         if dataclasses.is_dataclass(hints[key]) and isinstance(node[key], dict):
-            _refuse_unknown(node[key], typing.cast(type, hints[key]), f"{prefix}{key}.")
+            _refuse_unknown(node[key], typing.cast(type, hints[key]), f"{prefix}{key}.", root or section)
 
 
 def _study_of(arguments: Sequence[str]) -> str | None:
@@ -792,7 +564,9 @@ def compose(*overrides: str) -> Config:
         with initialize_config_dir(str(conf_folder()), version_base=None):
             return _door(plain(hydra_compose("train", list(overrides)), Config), Config)
     except (HydraException, OmegaConfBaseException) as error:
-        raise UsageError(_explain(error, "train", list(overrides))) from error
+        from softmoe_cli.explain import explain
+
+        raise UsageError(explain(error, "train", list(overrides))) from error
 
 
 def _typed() -> list[str]:
@@ -914,11 +688,11 @@ def _trust(model: dict[str, Any], source: "Source", trusted: str | None) -> None
         return
     if target.startswith("softmoe_cli.moe.routers.") or target == trusted:
         return
-    from softmoe_cli.own_conf import read_yaml
+    from softmoe_cli.help import load
 
     own = _own_conf()
     files = sorted((own / "model/router").glob("*.yaml")) if own else []
-    vouching = next((file for file in files if read_yaml(file).get("_target_") == target), None)
+    vouching = next((file for file in files if load(file).get("_target_") == target), None)
     here, place = Path.cwd().resolve(), Path(source.label)
     inside = here in place.resolve().parents or here in Path(os.path.abspath(place)).parents
     if vouching is None:
@@ -1153,7 +927,9 @@ def _other(name: str, typed: Sequence[str]) -> MatchConfig:
     try:
         config = compose("match", [*kept, f"model={name}"])
     except HydraException as error:
-        raise UsageError(f"to={name}: {_explain(error, 'match', []).partition(': ')[2]}") from error
+        from softmoe_cli.explain import explain
+
+        raise UsageError(f"to={name}: {explain(error, 'match', []).partition(': ')[2]}") from error
     return _door(plain(config, MatchConfig), MatchConfig)
 
 

@@ -30,6 +30,13 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     return f" Did you mean '{found[0]}'?" if found else ""
 
 
+def typed(value: Any) -> Any:
+    """A value as one types it: 2 for 2.0, [0.5,1] for [0.5, 1.0]."""
+    if isinstance(value, list):
+        return f"[{','.join(str(typed(each)) for each in value)}]"
+    return f"{value:.15g}" if isinstance(value, float) else value
+
+
 def option(
     meaning: str,
     *,
@@ -63,10 +70,10 @@ def _check(section: Any) -> None:
             if not math.isfinite(number):
                 raise UsageError(f"{key}={value} is not a finite number")
             if not (limits["low"] <= number <= limits["high"] and number > limits["above"]):
-                bounds = [f"> {limits['above']:g}"] * (limits["above"] > -math.inf)
-                bounds += [f">= {limits['low']:g}"] * (limits["low"] > -math.inf)
-                bounds += [f"<= {limits['high']:g}"] * (limits["high"] < math.inf)
-                raise UsageError(f"{key}={value} is out of range: it must be {' and '.join(bounds)}")
+                bounds = [f"> {limits['above']:.15g}"] * (limits["above"] > -math.inf)
+                bounds += [f">= {limits['low']:.15g}"] * (limits["low"] > -math.inf)
+                bounds += [f"<= {limits['high']:.15g}"] * (limits["high"] < math.inf)
+                raise UsageError(f"{key}={typed(value)} is out of range: it must be {' and '.join(bounds)}")
 
 
 @dataclass
@@ -321,7 +328,8 @@ class Optim:
     eps: float = option("adamw: added to the root of the second moment", above=0)
     momentum: float | None = option("sgd: share of the last update that stays; null with adamw", low=0, high=0.99999)
     moments: str = option(
-        "adamw's: fp32, 4 bytes a number; 8bit, 1 byte; offload, fp32 in the machine's memory instead of the GPU's",
+        "adamw's (optimizer state): fp32, 4 bytes a number; 8bit, 1 byte; offload, fp32 in the machine's memory "
+        "instead of the GPU's",
         choices=("fp32", "8bit", "offload"),
     )
     weight_decay: float = option("of kernels and of the soft router's scale, multiplied by the learning rate", low=0)
@@ -376,11 +384,15 @@ class Train:
     minutes: float | None = option("budget in minutes of training, evaluation and saving not counted", low=1e-6)
     default_epochs: float = option("the budget when none of the four above is given", above=0)
     batch_size: Any = option("images per update; auto: a power of two that fits beside a sweep's other jobs", low=1)
-    accumulate: int = option("parts that a batch is computed in, to save memory; the update stays the same", low=1)
+    accumulate: int = option(
+        "parts (micro-batches) that a batch is computed in, to save memory (gradient accumulation); same update",
+        low=1,
+    )
     precision: str = option("arithmetic under autocast; weights stay fp32", choices=("fp32", "bf16", "fp16"))
     compile: bool = option("torch.compile the model")
-    recompute: bool = option("recompute activations in the backward pass: less memory, a third more time")
-    max_tokens: int = option("refuse models of more tokens: attention's cost grows with their square", low=1)
+    recompute: bool = option(
+        "recompute activations in the backward pass (activation checkpointing): less memory, a third more time"
+    )
     loss: str = option("sigmoid is summed over classes (the paper's)", choices=("softmax", "sigmoid"))
     label_smoothing: float = option("share of the target spread over all classes", low=0, high=0.99)
     ema: float | None = option(
@@ -388,7 +400,7 @@ class Train:
     )
     log_every: float = option("steps (or, below 1, share of the budget) between training rows", low=1e-6)
     eval_every: float = option(
-        "steps (or, below 1, share of the budget) between looks at the validation images", low=1e-6
+        "steps (or, below 1, share of the budget) between looks at the validation images (validation)", above=0
     )
     eval_batch_size: int = option("images per forward pass in evaluation", low=1)
     fewshot: list[int] = option(
@@ -405,7 +417,8 @@ class Train:
         given = {key: getattr(self, key) for key in BUDGETS if getattr(self, key) is not None}
         if len(given) > 1:
             raise UsageError(
-                f"{' and '.join(f'train.{k}={v}' for k, v in given.items())} are two budgets; set all but one to null"
+                f"{' and '.join(f'train.{k}={typed(v)}' for k, v in given.items())} are two budgets; set all but one "
+                "to null"
             )
         if not given:
             self.epochs = self.default_epochs
@@ -533,7 +546,7 @@ class Config:
     train: Train = field(default_factory=Train)
     wandb: Wandb = field(default_factory=Wandb)
     seed: int = option("of weights, order and augmentation", low=0, high=2**31 - 1)
-    study: str = option("the folder that a run's folder stands in")
+    study: str = option("the folder that a run's folder stands in (experiment)")
     name: str | None = option("what the run's folder is called before its signature; null: model-data")
     output_root: str = option("the folder of all studies")
     checkpoint: str | None = option("finetune: a run folder, a .safetensors file, hf-hub:OWNER/NAME or timm:NAME")

@@ -9,15 +9,13 @@ import re
 from pathlib import Path
 from typing import Any, ClassVar
 
-import yaml
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.plugins.config_source import ConfigResult
 from hydra.plugins.search_path_plugin import SearchPathPlugin
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from softmoe_cli.config import UsageError
+from softmoe_cli.help import load
 from softmoe_cli.text import first_line
 
 GROUPS = ("model", "data", "recipe", "experiment", "search")
@@ -35,21 +33,6 @@ def ignored(own: Path, command: str) -> str | None:
     if not found:
         return None
     return f"{found[0]} is not read: a conf folder of your own adds {', '.join(GROUPS[:-1])} and {GROUPS[-1]} only"
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A yaml file of one's own as plain containers, unresolved.
-
-    Raises:
-        UsageError: it is none.
-    """
-    try:
-        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UsageError(f"{path} cannot be read: {first_line(error)}") from error
-    if not isinstance(tree, dict):
-        raise UsageError(f"{path} holds a list; softmoe reads keys and values")
-    return {str(key): value for key, value in tree.items()}
 
 
 class OwnConf(SearchPathPlugin):
@@ -71,7 +54,7 @@ class OwnSource(FileConfigSource):
 
     def load_config(self, config_path: str) -> ConfigResult:
         path = Path(self.path) / self._normalize_file_name(config_path)
-        tree = read_yaml(path)
+        tree = load(path)
         try:
             found = super().load_config(config_path)
         except ValueError as error:

@@ -21,13 +21,13 @@ DENSE = "model=vit_nano2_dense"
 
 WRONG_LINES = {
     "command": ("trian", "Did you mean 'train'?"),
-    "list argument": ("list models", "takes no arguments"),
+    "list argument": ("list modles", "Did you mean 'models'?"),
     "top key": ("train sede=1", "Did you mean 'seed'?"),
     "key of a section": ("train train.step=5", "Did you mean 'train.steps'?"),
     "key in the wrong section": ("train model.num_experts=5", "Did you mean 'model.router.num_experts'?"),
     "router key": ("train model.router.nmu_experts=5", "Did you mean 'model.router.num_experts'?"),
     "appended key": ("train +sede=1", "Did you mean 'seed'?"),
-    "appended key in a section": ("train +train.speed=1", "there is no such key"),
+    "appended key in a section": ("train +train.speed=1", "there is no key 'train.speed'"),
     "appended router key": ("train +model.router.num_expert=4", "Did you mean 'num_experts'?"),
     "appended known key": ("train +seed=1", "leave out the +"),
     "no equals sign": ("train seed", "KEY=VALUE"),

@@ -314,7 +314,7 @@ def test_a_plan_writes_nothing(softmoe: Softmoe, tmp_path: Path) -> None:
 
 WRONG = {
     "every job": (("train.batch_size=8", "seed=0,-1", "model.backbone.heads=2,3"), "3 of 4 jobs cannot work"),
-    "unknown key": (("+nix=1,2",), "nix: there is no such key"),
+    "unknown key": (("+nix=1,2",), "nix: there is no key 'nix'"),
     "launcher option": (("seed=0,1", "hydra.launcher.jbos=2"), "Did you mean 'hydra.launcher.jobs'?"),
     "launcher value": (("seed=0,1", "hydra.launcher.jobs=0"), "must be >= 1"),
     "launcher": (("seed=0,1", "hydra/launcher=lokal"), "Did you mean 'local'?"),
