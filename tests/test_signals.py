@@ -311,7 +311,7 @@ _ANSWER = sweep._answer
 
 
 def confused(question: sweep.Question, sender: Connection) -> None:
-    cli.settle = odd
+    cli.settle = odd  # type: ignore[assignment]
     _ANSWER(question, sender)
 
 
