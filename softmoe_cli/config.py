@@ -393,6 +393,7 @@ class Train:
     recompute: bool = option(
         "recompute activations in the backward pass (activation checkpointing): less memory, a third more time"
     )
+    max_tokens: int = option("refuse models of more tokens: attention's cost grows with their square", low=1)
     loss: str = option("sigmoid is summed over classes (the paper's)", choices=("softmax", "sigmoid"))
     label_smoothing: float = option("share of the target spread over all classes", low=0, high=0.99)
     ema: float | None = option(
@@ -400,7 +401,7 @@ class Train:
     )
     log_every: float = option("steps (or, below 1, share of the budget) between training rows", low=1e-6)
     eval_every: float = option(
-        "steps (or, below 1, share of the budget) between looks at the validation images (validation)", above=0
+        "steps (or, below 1, share of the budget) between looks at the validation images (validation)", low=1e-6
     )
     eval_batch_size: int = option("images per forward pass in evaluation", low=1)
     fewshot: list[int] = option(

@@ -10,7 +10,8 @@ from pathlib import Path
 from softmoe_cli.config import Model
 
 SIDES = (28, 32, 48, 64, 96, 128, 224)
-"""Of the images of a model that takes them as the data set has them: the first that its patches divide."""
+"""Of the images of a model that takes them as the data set has them: the first that its patches divide, with four of
+them or more to a side."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,7 @@ def sized(name: str) -> Size | None:
     patch = tree["model"]["backbone"]["patch_size"]
     if not isinstance(patch, int):
         return None
-    side = next(side for side in SIDES if side % patch == 0)
+    side = next(side for side in SIDES if side % patch == 0 and side >= 4 * patch)
     tree["data"] |= {"image_size": side, "channels": 3}
     for key in keys(tree["model"], "model."):
         *path, leaf = key.split(".")
