@@ -577,9 +577,12 @@ def published(folder: Path, source: "Source", settings: dict[str, Any]) -> dict[
     """
     made = {"settings": json.loads(json.dumps(settings)), "digest": source.digest}
     receipt: Any = None
+    fault: str | None = None
     with suppress(OSError, ValueError, RecursionError):  # all of which is another's
-        if folder.is_dir() and damage(folder, files=None) is None:
+        if (folder / RECEIPT).is_file() and (fault := damage(folder, files=None)) is None:
             receipt = json.loads((folder / RECEIPT).read_text())
+    if fault is not None:
+        raise UsageError(f"folder={folder} exists and is damaged ({fault}); choose another name or remove it first")
     if isinstance(receipt, dict) and isinstance(receipt.get("source"), dict):
         found = {"settings": receipt.get("settings"), "digest": receipt["source"].get("digest")}
         if found == made:
