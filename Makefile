@@ -1,5 +1,6 @@
 # make demo   set up and train the default experiment on the embedded digits
 # make test   set up and run lint, format check, type check and tests
+# make long   as test, and then the thorough tests: more cases of a kind, more kills and faults
 # make clean  remove the environment and what the two above made
 PYTHON ?= python3
 BIN := .venv/bin
@@ -17,6 +18,9 @@ test: .venv/test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy & checked=$$!; $(BIN)/python -m pytest --collect-only -qq -n 0 >.venv/collected; wait $$checked
 	$(BIN)/python -m pytest
+
+long: test
+	$(BIN)/python -m pytest -m thorough
 
 .venv/demo: pyproject.toml .ci/constraints.txt
 	$(VENV)
@@ -38,4 +42,4 @@ clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache outputs
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-.PHONY: demo test clean
+.PHONY: demo test long clean
