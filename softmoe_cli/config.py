@@ -59,6 +59,8 @@ def _check(section: Any) -> None:
             continue
         if isinstance(value, str) and not value.strip() and section.path != "wandb":  # whose own rules say more
             raise UsageError(f"{key}={value} is empty, as $NAME is where NAME is not set; give it a value")
+        if isinstance(value, list) and any(isinstance(item, list | dict) for item in value):
+            raise UsageError(f"{key}={typed(value)} is a list that holds others; write [a,b]")
         for word in value if isinstance(value, list) else [value]:
             if limits["choices"] and word not in limits["choices"]:
                 raise UsageError(

@@ -313,6 +313,10 @@ def make_router(options: dict[str, Any], dim: int, num_tokens: int) -> Router:
         router = router_class(dim, num_tokens, **given)
     except ValueError as error:
         raise UsageError(f"model.router: {error}") from error
+    except Exception as error:
+        if router_class.__module__.startswith("softmoe_cli."):
+            raise
+        raise UsageError(f"{router_class.__name__} cannot be made: {type(error).__name__}: {error}") from error
     if router.images_per_group not in (1, given.get("images_per_group", 1)):
         raise UsageError(
             f"{router_class.__name__}.images_per_group={router.images_per_group} must come from an option of that "
