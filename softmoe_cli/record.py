@@ -39,6 +39,7 @@ from softmoe_cli.files import RunError as RunError
 from softmoe_cli.files import cannot_write, clear, not_following, require_vacant, sync, unused
 from softmoe_cli.files import write_atomically as write_atomically
 from softmoe_cli.parallel import ALONE, Crew
+from softmoe_cli.rows import Unreadable, contents
 from softmoe_cli.rows import number as is_number
 from softmoe_cli.shards import Piece
 
@@ -180,10 +181,12 @@ class Run:
         """The flat row of a finished run, or None."""
         path = self.folder / "result.json"
         try:
+            if path.exists() and not path.is_file():  # a pipe would be waited for
+                raise UsageError(f"{path} is no file; remove it to run again")
             row = json.loads(path.read_text())
         except FileNotFoundError:
             return None
-        except (IsADirectoryError, PermissionError, ValueError, RecursionError) as error:
+        except (PermissionError, ValueError, RecursionError) as error:
             raise UsageError(f"{path} is damaged ({error}); remove it to run again") from error
         except OSError as error:
             raise UsageError(
@@ -638,11 +641,12 @@ def damage(checkpoint: Path, files: tuple[str, ...] | None = (WEIGHTS, TRAINING,
     """What is wrong with a checkpoint folder, or None when all files that it lists are there and `files` (None: all),
     whole or in pieces, match their checksums."""
     try:
-        lines = [line.split("  ", 1) for line in (checkpoint / SUMS).read_text(errors="replace").splitlines()]
+        said = contents(checkpoint / SUMS).decode(errors="replace")
     except FileNotFoundError:
         return f"{SUMS} is missing"
-    except OSError as error:
-        return f"{SUMS} cannot be read: {error.strerror}"
+    except Unreadable as error:
+        return f"{SUMS} {error}"
+    lines = [line.split("  ", 1) for line in said.splitlines()]
     if not lines or any(len(line) != 2 for line in lines):
         return f"{SUMS} is unreadable"
     for digest, file in lines:
