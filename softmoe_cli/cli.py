@@ -348,8 +348,8 @@ def _hydra(command: str, arguments: list[str]) -> int:
             hydra.main(version_base=None, config_path=str(conf_folder()), config_name=command)(task)()
     except (HydraException, OmegaConfBaseException) as error:
         raise UsageError(explain(error, command, arguments)) from error
-    except (ValueError, TypeError, KeyError, AttributeError, AssertionError, OSError, YAMLError) as error:
-        if began or isinstance(error, UsageError | RunError | BrokenPipeError):
+    except (ValueError, TypeError, KeyError, AttributeError, AssertionError, YAMLError) as error:
+        if began or isinstance(error, UsageError | RunError):
             raise
         raise UsageError(refused(error, arguments)) from error
     except SystemExit as error:  # Hydra has said why

@@ -34,7 +34,7 @@ def typed(value: Any) -> Any:
     """A value as one types it: 2 for 2.0, [0.5,1] for [0.5, 1.0]."""
     if isinstance(value, list):
         return f"[{','.join(str(typed(each)) for each in value)}]"
-    return f"{value:.15g}" if isinstance(value, float) else value
+    return repr(value).removesuffix(".0") if isinstance(value, float) else value
 
 
 def option(

@@ -39,17 +39,16 @@ def shorter_sides(data: Data) -> list[int]:
     """
     from PIL import Image, UnidentifiedImageError
 
-    from softmoe_cli.data import FORMATS
-    from softmoe_cli.listing import listing
+    from softmoe_cli.data import FORMATS, _listed
 
-    stored, _ = next(iter(listing(data).parts.values()))
-    found = []
+    stored, _ = next(iter(_listed(data).parts.values()))
+    found, unread = [], data.root
     for i in np.unique(np.linspace(0, max(0, len(stored) - 1), min(SAMPLE, len(stored))).astype(int)).tolist():
         try:
             with Image.open(io.BytesIO(stored.read(i)), formats=FORMATS) as image:
                 found.append(min(image.size))
         except (OSError, EOFError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError):
-            continue
+            unread = stored.place(i)
     if not found:
-        raise UsageError(f"data.image_size=auto: none of the images that were looked at in {data.root} can be read")
+        raise UsageError(f"data.image_size=auto: no image looked at in {data.root} can be read, such as {unread}")
     return found

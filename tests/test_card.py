@@ -146,7 +146,7 @@ def test_places_that_cannot_be_read_are_one_sentence(saved: Path, tmp_path: Path
             read_source(name)
     (tmp_path / "SHA256SUMS").mkdir()
     (tmp_path / "model.safetensors").write_bytes(saved.read_bytes())
-    with pytest.raises(UsageError, match="SHA256SUMS cannot be read"):
+    with pytest.raises(UsageError, match="SHA256SUMS is no file"):
         read_source(str(tmp_path))
 
 

@@ -185,7 +185,7 @@ def test_other_sets_by_the_names_of_fashion_mnist_are_other_sets(tmp_path: Path)
 
 def test_two_sets_are_two_runs(tmp_path: Path) -> None:
     """As in a sweep over data.root."""
-    config = compose("data=folder", "data.root=x")
+    config = compose("data=folder", "data.root=x", "data.image_size=8")
     runs = {
         run_folder(config, "train", None, identity(folder(tmp_path / name, first)))
         for name, first in (("a", 0), ("b", 9))
