@@ -159,8 +159,9 @@ def _folder(root: Path) -> Listing:
         faults.append(f"{first} has one class folder only, {classes[0]}; there is nothing to tell apart")
     if walk.broken:
         more = f", and {len(walk.broken) - 1:,} others are too" if len(walk.broken) > 1 else ""
-        faults.append(
-            f"{min(walk.broken)} is a link that leads nowhere, a pipe or a device{more}; get the image, or take it away"
+        faults.insert(  # the cause of what else there is
+            0,
+            f"{min(walk.broken)} is a link that leads nowhere, a pipe or a device{more}; get the image, or take it away",
         )
     numbers = {name: number for number, name in enumerate(classes)}
     parts = {}
