@@ -81,9 +81,10 @@ def _times(stored: Stored) -> bytes:
             found = os.stat(path)
         except OSError as error:
             raise _unreadable(path, error) from error
-        numbers.append((found.st_size, found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns))
+        five = found.st_size, found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns
+        numbers.append(b"%d %d %d %d %d\n" % five)  # of any size: times before 1970 are below 0
     ranges = [column.tobytes() for column in (stored.holder, stored.offset, stored.size)]
-    return np.array(numbers, np.uint64).tobytes() + b"".join(ranges)
+    return b"".join([*numbers, *ranges])
 
 
 def _pictures(stored: Stored) -> bytes:
