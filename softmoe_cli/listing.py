@@ -447,8 +447,10 @@ def _shards(data: Data) -> Listing:
             where.setdefault(label, file)
     numbers = [label for label in where if isinstance(label, int)]
     names = [label for label in where if isinstance(label, str)]
-    if not where:
-        raise UsageError(f"data.root={data.root} holds no image")
+    for part, files in parts.items():
+        if not any(len(read[file].stored) for file in files):
+            more = f", nor do the {len(files) - 1:,} others of {part or 'the set'}" if len(files) > 1 else ""
+            raise UsageError(f"{files[0]} holds no image{more}")
     if numbers and names:
         number, name = numbers[0], names[0]
         raise UsageError(
