@@ -101,11 +101,12 @@ def test_one_image_of_an_archive_counts(tmp_path: Path, kind: str, make: Callabl
     assert identity(data) != before
 
 
-@pytest.mark.parametrize("kind", ["BMP", "PPM"])
+@pytest.mark.parametrize("kind", ["BMP", "PPM", "GIF"])
 def test_every_byte_of_what_is_not_compressed_counts(tmp_path: Path, kind: str) -> None:
-    data = folder(tmp_path, kind=kind, side=250)  # 187,500 bytes
+    data = folder(tmp_path, kind=kind, side=600)  # 1,080,000 bytes, GIF fewer
     before, path = identity(data), tmp_path / CLASSES[0] / f"0.{kind.lower()}"
     raw = bytearray(path.read_bytes())
+    assert len(raw) > contents.WHOLE
     raw[len(raw) // 2 + 1234] ^= 1
     path.write_bytes(raw)
     assert identity(data) != before
@@ -113,7 +114,7 @@ def test_every_byte_of_what_is_not_compressed_counts(tmp_path: Path, kind: str) 
 
 def test_of_what_is_compressed_pieces_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """PNG ends with a checksum of all that it shows, so that the last piece says that any other is another."""
-    data = folder(tmp_path, kind="PNG", side=250)
+    data = folder(tmp_path, kind="PNG", side=340)
     size = (tmp_path / CLASSES[0] / "0.png").stat().st_size
     asked: list[int] = []
     pread = os.pread
@@ -124,8 +125,8 @@ def test_of_what_is_compressed_pieces_are_read(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(os, "pread", read)
     before = identity(data)
-    assert size > 180_000 and sum(asked) <= 9 * 17 * 1024
-    folder(tmp_path, first=50, kind="PNG", side=250)
+    assert size > contents.WHOLE and sum(asked) <= 9 * 17 * 1024
+    folder(tmp_path, first=50, kind="PNG", side=340)
     assert identity(data) != before
 
 
