@@ -205,8 +205,9 @@ def _complete(root: Path, found: Iterable[str]) -> dict[str, str]:
     if parts == ["train", "test"]:
         return {"train": "train", "val": "test"}
     if parts not in (["train", "val"], ["train", "val", "test"]):
+        named = f"; if {parts[0]} is a class, call it {parts[0]}_" if len(parts) == 1 else ""
         raise UsageError(
-            f"data.root={root} has {' and '.join(parts)} only; it needs train and val (or test), or classes"
+            f"data.root={root} has {' and '.join(parts)} only; it needs train and val (or test), or classes{named}"
         )
     return {part: part for part in parts}
 
