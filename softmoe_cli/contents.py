@@ -75,15 +75,15 @@ def _paths(stored: Stored) -> list[bytes]:
 
 def _times(stored: Stored) -> bytes:
     """Of every file its size, inode and times: of writing, which programs set as they like, and of any change, which
-    the system sets."""
+    the system sets. Not its device, whose number is another one on each machine of a cluster."""
     numbers = []
     for path in dict.fromkeys(_paths(stored)):
         try:
             found = os.stat(path)
         except OSError as error:
             raise _unreadable(path, error) from error
-        five = found.st_size, found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns
-        numbers.append(b"%d %d %d %d %d\n" % five)  # of any size: times before 1970 are below 0
+        four = found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns
+        numbers.append(b"%d %d %d %d\n" % four)  # of any size: times before 1970 are below 0
     ranges = [column.tobytes() for column in (stored.holder, stored.offset, stored.size)]
     return b"".join([*numbers, *ranges])
 
