@@ -88,7 +88,7 @@ class Budgeted:
 class Group:
     """Runs that differ in nothing but their seed (or in nothing that --by names).
 
-    `cost_ratio` is their cost over the baseline's, what their checkpoints had cost included where that is known;
+    `cost_ratio` is their cost over the baseline's, with what the checkpoints of both had cost where that is known;
     `conditions` say in what else the two were unequal. `at_chance`: no better than guessing, which reaches
     `chance_pct`.
     """
@@ -219,7 +219,7 @@ def compare(folders: Sequence[Path], question: Question) -> Comparison:
     for run in runs:
         lacks = [key for key in (question.quality, question.cost) if not number(run.row.get(key))]
         if lacks:
-            left_out.append((str(run.folder), f"its result has no number {lacks[0]}"))
+            left_out.append((run.place, f"its result has no number {lacks[0]}"))
         else:
             kept.append(run)
     if not kept:
@@ -280,7 +280,7 @@ def _apart(run: Run, question: Question) -> tuple[str, ...]:
 
 def _lack_notes(runs: list[Run]) -> list[str]:
     """Runs without a curve, and runs whose rows do not hold the whole configuration."""
-    notes = [f"{run.folder}: {run.damage}; it has no curve" for run in runs if run.damage]
+    notes = [f"{run.place}: {run.damage}; it has no curve" for run in runs if run.damage]
     lacking = [run for run in runs if not run.complete]
     if lacking:
         notes.append(
@@ -576,21 +576,20 @@ def _judge(blocks: list[Block], question: Question) -> None:
 
 def _conditions(group: Group, baseline: Group, cost: str) -> None:
     """Says in what the two were unequal beside what they are called: cost, length of training, pretraining."""
-    ours, theirs = _total(group, cost), _total(baseline, cost)
+    pair = (group, baseline)
+    known = cost == "train_pflop" and all(not g.pretrained or g.checkpoint_pflop is not None for g in pair)
+    ours, theirs = (_total(each, cost, pretraining=known) for each in pair)
     if ours is not None and theirs is not None and theirs > 0:
         group.cost_ratio = ours / theirs
         told = apart(group.cost_ratio, AMOUNTS[cost])
         group.conditions += [f"at {told}"] if told else []
-    means = {key: [_mean(each, key) for each in (group, baseline)] for key in ("steps", "images")}
-    if all(value > 0 for pair in means.values() for value in pair):
+    means = {key: [_mean(each, key) for each in pair] for key in ("steps", "images")}
+    if all(value > 0 for both in means.values() for value in both):
         ratios = {key: ours / theirs for key, (ours, theirs) in means.items()}
         key = "images" if apart(ratios["steps"] / ratios["images"], "") else "steps"  # updates may be of other sizes
         if apart(ratios["images"], "") and cost not in ratios:
             group.conditions.append(f"{means[key][0]:,.0f} {AMOUNTS[key]} against {means[key][1]:,.0f}")
     if cost in TRAINING and (group.pretrained or baseline.pretrained):
-        known = cost == "train_pflop" and all(
-            not g.pretrained or g.checkpoint_pflop is not None for g in (group, baseline)
-        )
         group.conditions.append(f"pretraining {'' if known else 'not '}counted")
 
 
@@ -604,12 +603,12 @@ def _mean(group: Group, key: str) -> float:
     return math.fsum(values) / len(values) if all(values) else 0.0
 
 
-def _total(group: Group, cost: str) -> float | None:
-    """Mean cost, with what the checkpoints had cost where both are told in the same."""
+def _total(group: Group, cost: str, *, pretraining: bool) -> float | None:
+    """Mean cost; with `pretraining` what the checkpoints had cost is added to training PFLOPs."""
     interval = group.figures.get(cost)
     if interval is None:
         return None
-    return interval.mean + ((group.checkpoint_pflop or 0.0) if cost == "train_pflop" else 0.0)
+    return interval.mean + ((group.checkpoint_pflop or 0.0) if pretraining else 0.0)
 
 
 def _candidates(groups: list[Group], baseline: str | None, keys: list[str]) -> list[Group]:

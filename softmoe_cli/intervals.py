@@ -116,18 +116,22 @@ def verdicts(differences: Mapping[Any, Difference], *, higher_is_better: bool) -
 def at_chance(values: Sequence[float], chance_pct: float, images: int | None) -> bool:
     """Whether shares of right answers, in percent, are not surely above what guessing reaches.
 
-    The 95% interval of their mean reaches down to it. Where there is no spread to tell by: whoever guesses on as many
-    `images` has so many right with a probability above 2.5% (binomial).
+    They are surely above it if the 95% interval of their mean is, which takes three of them; or if each of them is:
+    whoever guesses on as many `images` has so many right with a probability of 2.5% at most (binomial). Where neither
+    can be asked their mean decides.
     """
     interval = mean_interval(values)
-    if interval.low is not None and interval.low < interval.mean:
-        return interval.low <= chance_pct
-    if not images or interval.mean <= chance_pct:
-        return interval.mean <= chance_pct
-    from scipy.special import bdtrc
+    if interval.mean <= chance_pct:
+        return True
+    if images:
+        from scipy.special import bdtrc
 
-    right = round(images * interval.mean / 100)
-    return float(bdtrc(right - 1, images, min(1.0, chance_pct / 100))) > (1 - LEVEL) / 2
+        right = np.round(images * np.asarray(values) / 100)
+        if np.all(bdtrc(right - 1, images, min(1.0, chance_pct / 100)) <= (1 - LEVEL) / 2):
+            return False
+    if len(values) >= MIN_SEEDS and interval.low is not None and interval.low < interval.mean:
+        return interval.low <= chance_pct
+    return bool(images)
 
 
 def at_budget(curve: Sequence[tuple[float, float]], budget: float) -> float | None:

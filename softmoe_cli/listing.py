@@ -206,8 +206,9 @@ def _complete(root: Path, found: Iterable[str]) -> dict[str, str]:
     if parts == ["train", "test"]:
         return {"train": "train", "val": "test"}
     if parts not in (["train", "val"], ["train", "val", "test"]):
+        named = f"; if {parts[0]} is a class, call it {parts[0]}_" if len(parts) == 1 else ""
         raise UsageError(
-            f"data.root={root} has {' and '.join(parts)} only; it needs train and val (or test), or classes"
+            f"data.root={root} has {' and '.join(parts)} only; it needs train and val (or test), or classes{named}"
         )
     return {part: part for part in parts}
 
@@ -448,8 +449,10 @@ def _shards(data: Data) -> Listing:
             where.setdefault(label, file)
     numbers = [label for label in where if isinstance(label, int)]
     names = [label for label in where if isinstance(label, str)]
-    if not where:
-        raise UsageError(f"data.root={data.root} holds no image")
+    for part, files in parts.items():
+        if not any(len(read[file].stored) for file in files):
+            more = f", nor do the {len(files) - 1:,} others of {part or 'the set'}" if len(files) > 1 else ""
+            raise UsageError(f"{files[0]} holds no image{more}")
     if numbers and names:
         number, name = numbers[0], names[0]
         raise UsageError(

@@ -19,7 +19,7 @@ from softmoe_cli.looks import KINDS, reference_points, same_axes, styles
 from softmoe_cli.rows import number
 from softmoe_cli.runs import AXES, CLOCK, CURVES, FINGERPRINT, QUALITIES, Run
 from softmoe_cli.tables import CURVE_NOTE, LEGEND, Table, reference_tables, remarks, tables, units
-from softmoe_cli.text import shortened
+from softmoe_cli.text import printable, shortened
 from softmoe_cli.units import AMOUNTS, Unit, figure
 
 
@@ -160,10 +160,10 @@ def _runs(comparison: Comparison, out: Path) -> str:
     rows = []
     for group in comparison.groups:
         for run in group.runs:
-            way = quote(os.path.relpath(run.folder, out))
+            way = quote(os.fsencode(os.path.relpath(run.folder, out)))
             cells = [group.label, str(run.row["seed"]), figure(comparison.quality, run.row[comparison.quality]),
                      figure(comparison.cost, run.row[comparison.cost] * shown.factor), _day(run)]  # fmt: skip
-            name = escape(shortened(run.folder.name, MOST_LETTERS))
+            name = escape(shortened(printable(run.folder.name), MOST_LETTERS))
             rest = "".join(f"<td>{escape(text)}</td>" for text in cells)
             rows.append(f'<tr><th scope=row><a href="{way}/">{name}</a></th>{rest}</tr>')
     head = ["run", "group", "seed", QUALITIES[comparison.quality].head, shown.head, "finished, UTC"]

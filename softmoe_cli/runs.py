@@ -84,6 +84,11 @@ class Run:
     looks: list[Row]
     damage: str
 
+    @property
+    def place(self) -> str:
+        """The folder as it may be shown."""
+        return printable(str(self.folder))
+
     def settings(self) -> Row:
         """What was chosen: everything but seeds. Choices that a dense model does not have are left out."""
         row = self.row
@@ -124,7 +129,7 @@ def read(folders: Sequence[Path]) -> tuple[list[Run], list[tuple[str, str]]]:
     for path in sorted(found.values()):
         row, reason = _result(path)
         if row is None:
-            left_out.append((str(path), reason))
+            left_out.append((printable(str(path)), reason))
         else:
             runs.append(Run(path, row, (path / "result.json").stat().st_mtime, *_looks(path / "metrics.jsonl")))
     return runs, left_out
@@ -208,6 +213,6 @@ def single(runs: list[Run], strict: bool) -> tuple[list[Run], list[tuple[str, st
         kept = first.setdefault((run.row["signature"], *(str(run.row.get(key)) for key in VERSION if strict)), run)
         if kept is not run:
             same = all(kept.row.get(key) == run.row.get(key) for key in QUALITIES)
-            reason = f"the same run as {kept.folder}, " + ("equal in quality" if same else "with OTHER quality")
-            doubles.append((str(run.folder), reason))
+            reason = f"the same run as {kept.place}, " + ("equal in quality" if same else "with OTHER quality")
+            doubles.append((run.place, reason))
     return list(first.values()), doubles

@@ -64,6 +64,7 @@ def evaluate_checkpoint(config: EvaluateConfig, model_config: Model, sources: li
                 f"{odd[0]}; give a file of labels in the checkpoint's order"
             )
     outputs = _outputs(card["classes"], splits.classes, config.data.class_numbers)
+    whole_head = outputs == list(range(len(card["classes"])))
     if outputs is None:
         _check_foreign(config, sources[0], splits.classes)
     for source in sources:
@@ -82,8 +83,7 @@ def evaluate_checkpoint(config: EvaluateConfig, model_config: Model, sources: li
 
     def said(model: VisionTransformer, images: data.ImageSet, batch_size: int) -> Outcomes:
         prepare(model, device, precision)
-        all_of_them = outputs == list(range(len(card["classes"])))
-        seen = model.to(device) if all_of_them else Among(model.to(device), outputs or [])
+        seen = model.to(device) if whole_head else Among(model.to(device), outputs or [])
         return outcomes(seen, batches(images, batch_size), loss=loss, autocast=autocast)
 
     def built(weights: dict[str, Tensor]) -> VisionTransformer:
@@ -113,7 +113,8 @@ def evaluate_checkpoint(config: EvaluateConfig, model_config: Model, sources: li
         row |= {key: value for key, value in qualities(result) if key != "images_evaluated"}
         row["ece_pct"] = 100 * calibration_error(result.probability, result.right, config.calibration_bins)
         if config.real is not None:
-            row |= real_qualities(torch.tensor(outputs)[result.prediction], right)
+            answers = result.prediction if whole_head else torch.tensor(outputs)[result.prediction]
+            row |= real_qualities(answers, right)
         row |= _by_class(result, splits.classes) | (_confusion(result) if config.format == "json" else {})
         _write(config, result, images, splits.classes)
     else:

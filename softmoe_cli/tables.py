@@ -317,7 +317,7 @@ def _group(comparison: Comparison, group: Group) -> dict[str, Any]:
     plain["difference"] = asdict(group.difference) if group.difference else None
     plain["budgets"] = [asdict(each) for each in group.budgets]
     keys = ("name", "signature", "seed", *dict.fromkeys([comparison.quality, comparison.cost, *comparison.columns]))
-    plain["runs"] = [{"folder": str(run.folder)} | {key: run.row.get(key) for key in keys} for run in group.runs]
+    plain["runs"] = [{"folder": run.place} | {key: run.row.get(key) for key in keys} for run in group.runs]
     return plain
 
 

@@ -19,7 +19,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from softmoe_cli import data, mirror, parallel
-from softmoe_cli.config import WANDB_LETTERS, WAYS, Config, UsageError, check_tokens
+from softmoe_cli.config import WANDB_LETTERS, WAYS, Config, Data, UsageError, check_tokens
 from softmoe_cli.cost import Cost, account, on_meta
 from softmoe_cli.device import (
     KEPT,
@@ -161,8 +161,7 @@ def train(config: Config, command: str, source: Source | None, screen: Screen) -
             screen = Screen(quiet=True)
         if config.train.batch_size == "auto":
             config = with_largest_batch(config, screen.say)
-        with crew.in_turn():
-            images = data.identity(config.data)
+        images = images_identity(config.data, crew)
         run = Run(run_folder(config, command, source, images), crew)
         if run.result is not None:
             screen.say(f"{run.folder} is finished; nothing to do")
@@ -173,6 +172,19 @@ def train(config: Config, command: str, source: Source | None, screen: Screen) -
         finally:
             data.end_workers()  # they share the folder's lock
             run.close()
+
+
+def images_identity(settings: Data, crew: Crew) -> str | None:
+    """`data.identity`, for which the first process of each machine reads the images, and no other one.
+
+    Raises:
+        UsageError: the images cannot be used, or are others on another machine.
+    """
+    found = crew.gather(data.identity(settings) if crew.local_rank == 0 else None)
+    digests = {digest for digest in found if digest is not None}
+    if len(digests) > 1:
+        raise UsageError(f"data.root={settings.root} holds other images on one machine than on another")
+    return next(iter(digests), None)
 
 
 def _train(

@@ -312,6 +312,17 @@ def test_faulty_shards_are_refused(tmp_path: Path, name: str) -> None:
         load(settings("webdataset", tmp_path))
 
 
+def test_a_part_without_images_is_refused(tmp_path: Path) -> None:
+    pack(tmp_path / "train-0.tar", {})
+    pack(tmp_path / "train-1.tar", {})
+    pack(
+        tmp_path / "val-0.tar",
+        {f"{i}{end}": [IMAGE, b"%d" % (i % 2)][end == ".cls"] for i in range(4) for end in (".png", ".cls")},
+    )
+    with pytest.raises(UsageError, match=r"train-0\.tar holds no image, nor do the 1 others of train"):
+        load(settings("webdataset", tmp_path))
+
+
 def test_json_labels_that_are_not_there(tmp_path: Path) -> None:
     pack(tmp_path / "a.tar", {"a.png": IMAGE, "a.json": b'{"kind": 1.5}'})
     for key, words in {"sort": r"holds no data\.label=sort", "kind": "its label 1.5 is neither"}.items():

@@ -441,6 +441,16 @@ def test_what_a_checkpoint_had_cost(tmp_path: Path) -> None:
     assert any("cost is not known" in note for note in asked(tmp_path).blocks[0].notes)
 
 
+def test_of_two_checkpoints_both_costs_are_counted_or_none(tmp_path: Path) -> None:
+    begun: dict[str, Any] = {"command": "finetune", "checkpoint__origin": "1f", "checkpoint": "a/b.safetensors"}
+    for seed in range(3):
+        write(tmp_path, row(router="dense", seed=seed, **begun))
+        write(tmp_path, row(seed=seed, **begun, checkpoint__train_pflop=1.0))
+    soft = group(asked(tmp_path), "soft")
+    assert soft.cost_ratio == pytest.approx(1.16)
+    assert soft.conditions == ["at 16% more training FLOPs", "pretraining not counted"]
+
+
 def test_at_chance_is_said(tmp_path: Path) -> None:
     """By the number of classes, or by the commonest class where the rows know it; of accuracies only."""
     for seed in range(3):

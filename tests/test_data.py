@@ -366,7 +366,10 @@ def test_too_few_outputs(tree: Path) -> None:
 def test_incomplete_splits(tmp_path: Path, parts: list[str]) -> None:
     for part in parts:
         write_tree(tmp_path / part)
-    refused(folder(tmp_path), f"has {' and '.join(parts)} only; it needs train and val")
+    named = f"; if {parts[0]} is a class, call it {parts[0]}_" if len(parts) == 1 else ""
+    refused(
+        folder(tmp_path), rf"has {' and '.join(parts)} only; it needs train and val \(or test\), or classes{named}$"
+    )
 
 
 # --- decoding ---------------------------------------------------------------------------------------------------------

@@ -220,6 +220,26 @@ def test_a_killed_process(tmp_path: Path) -> None:
     alike(the_run(tmp_path / "alone"), the_run(tmp_path / "killed"), 1e-4)
 
 
+def test_one_process_of_a_machine_reads_what_images_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = compose().data
+    read: list[str] = []
+
+    def identity(_: object) -> str:
+        read.append("here")
+        return "a"
+
+    monkeypatch.setattr(data, "identity", identity)
+    second = Crew(rank=1, size=4, local_rank=1, local_size=2)
+    monkeypatch.setattr(Crew, "gather", lambda _, own: [own, "a", None, "a"])
+    assert train.images_identity(settings, second) == "a" and not read
+    assert train.images_identity(settings, Crew(size=4, local_size=2)) == "a" and read == ["here"]
+    monkeypatch.setattr(Crew, "gather", lambda _, own: [own, None, "b", None])
+    with pytest.raises(UsageError, match="holds other images on one machine than on another"):
+        train.images_identity(settings, Crew(size=4, local_size=2))
+    monkeypatch.setattr(Crew, "gather", lambda _, own: [own, None])
+    assert train.images_identity(settings, second) is None, "embedded sets are the same everywhere"
+
+
 def test_memory_of_each_of_several_processes() -> None:
     """A quarter of the batch's activations; gradients are there from the start, and twice while parts add up."""
     whole = compose("model/backbone=vit_nano4", "data=fashion_mnist", "train.batch_size=64")

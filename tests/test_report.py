@@ -13,7 +13,7 @@ from html.parser import HTMLParser
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import unquote, unquote_to_bytes
 
 import pytest
 
@@ -232,6 +232,22 @@ def test_what_was_not_made_here_is_not_made_anew(
     names = report.write(compared, tmp_path / "out")
     assert report.write(compared, tmp_path / "out") == names
     assert {path.name for path in (tmp_path / "out").iterdir()} == {*names, "mine.csv"}
+
+
+def test_folders_whose_names_are_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = study(tmp_path / "runs")
+    one, two, *_ = sorted(runs.iterdir())
+    os.rename(one, odd := runs / os.fsdecode(b"\xff\x1b[31m"))
+    shutil.copytree(odd, runs / os.fsdecode(b"twin \xfe"))
+    (runs / os.fsdecode(b"empty \xfd")).mkdir()
+    (two / "metrics.jsonl").unlink()
+    os.rename(two, runs / os.fsdecode(b"without curve \xfc"))
+    assert report.run([str(runs), "--out", str(tmp_path / "out")]) == 0
+    told = capsys.readouterr().out
+    assert all(rf"{name}" in told for name in (r"twin \xfe", r"empty \xfd", r"without curve \xfc")), told
+    links = re.findall(r'href="([^"]+)/"', (tmp_path / "out" / "index.html").read_text())
+    there = [tmp_path / "out" / os.fsdecode(unquote_to_bytes(link)) for link in links]
+    assert len(there) == 9 and all(map(Path.is_dir, there))
 
 
 def test_every_group_has_a_look_of_its_own(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -343,6 +344,13 @@ def test_real_labels(softmoe: Softmoe, four: Path, tmp_path: Path) -> None:
     save_file(load_file(four), four, {"softmoe": json.dumps(card)})
     timm = softmoe(*line, "real=timm")
     assert timm.code == 2 and "the checkpoint has goldfish" in timm.err
+    weights = load_file(four)
+    weights["head.bias"][3] = 100  # an output that no class of the card has
+    save_file(weights, four, {"softmoe": json.dumps(card | {"classes": ["n01", "n02", "n03"]})})
+    shutil.rmtree(tmp_path / "val" / "n04")
+    (tmp_path / "real.json").write_text("[[0],[0],[1],[2]]")
+    answer = softmoe(*line, "real=real.json")
+    assert answer.code == 0 and json.loads(answer.out)["real_top1_pct"] == 0, answer
 
 
 def test_sets_for_evaluation_are_for_nothing_else(softmoe: Softmoe, four: Path, tmp_path: Path) -> None:

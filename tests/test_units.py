@@ -60,6 +60,9 @@ def test_no_better_than_guessing() -> None:
     assert at_chance([33.3, 35, 40], 100 / 3, 18), "the interval reaches down to it"
     assert not at_chance([90, 91, 92], 10, 359)
     assert at_chance([20, 21, 22], 25, 359), "worse than guessing"
+    assert not at_chance([60, 75], 10, 359), "the interval of two says nothing"
+    assert not at_chance([30, 60, 80], 10, 359), "each is above it, however far apart they are"
+    assert at_chance([10, 10, 60], 10, 359) and not at_chance([10, 60], 9, None)
     assert at_chance([100 / 3] * 3, 100 / 3, None)
     # Of 18 images with three classes a guesser has 9 right or more with 10.8%, 11 or more with 1.4% (binomial).
     assert at_chance([50], 100 / 3, 18) and not at_chance([1100 / 18], 100 / 3, 18)

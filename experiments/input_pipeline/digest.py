@@ -62,7 +62,7 @@ def main() -> None:
         if not root.exists():
             write_images(root, chosen.images, chosen.kib * 1024)
             os.sync()
-        data = compose("data=folder", f"data.root={root}").data
+        data = compose("data=folder", f"data.root={root}", "data.image_size=224").data
         timed("listing", lambda: listing(data))
         found = listing(data)
         timed("names and sizes", lambda: names_and_sizes(found))
