@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from softmoe_cli import shards
+from softmoe_cli import rows, shards
 from softmoe_cli.card import read_card
 from softmoe_cli.config import LATER, NOT_SCIENCE, Config, UsageError, group_of
 from softmoe_cli.device import free_memory
@@ -39,8 +39,6 @@ from softmoe_cli.files import RunError as RunError
 from softmoe_cli.files import cannot_write, clear, not_following, require_vacant, sync, unused
 from softmoe_cli.files import write_atomically as write_atomically
 from softmoe_cli.parallel import ALONE, Crew
-from softmoe_cli.rows import Unreadable, contents
-from softmoe_cli.rows import number as is_number
 from softmoe_cli.shards import Piece
 
 WEIGHTS, TRAINING, STATE, SUMS = "model.safetensors", "training.safetensors", "state.json", "SHA256SUMS"
@@ -181,20 +179,16 @@ class Run:
         """The flat row of a finished run, or None."""
         path = self.folder / "result.json"
         try:
-            if path.exists() and not path.is_file():  # a pipe would be waited for
-                raise UsageError(f"{path} is no file; remove it to run again")
-            row = json.loads(path.read_text())
+            path.stat()
+            return rows.row(path, rows.CLOSING)
         except FileNotFoundError:
             return None
-        except (PermissionError, ValueError, RecursionError) as error:
-            raise UsageError(f"{path} is damaged ({error}); remove it to run again") from error
+        except rows.Unreadable as error:
+            raise UsageError(f"{path} {error}; remove it to run again") from error
         except OSError as error:
             raise UsageError(
                 f"{self.folder} can be no run's folder: {error.strerror}; choose another output_root, study or name"
             ) from error
-        if not isinstance(row, dict) or "signature" not in row:
-            raise UsageError(f"{path} is no result of softmoe; remove it to run again")
-        return row
 
     def open(self, config: Config) -> None:
         """Makes the folder, locks it against a second process, and writes config.yaml."""
@@ -241,15 +235,12 @@ class Run:
 
     def rows(self, file: str) -> list[dict[str, Any]]:
         path = self.folder / file
-        rows = []
-        for number, line in enumerate(path.read_text(errors="replace").splitlines() if path.exists() else [], 1):
-            try:
-                rows.append(json.loads(line))
-            except (ValueError, RecursionError) as error:
-                raise UsageError(
-                    f"{path}, line {number} is damaged ({error}); restore it, or remove {self.folder} to run again"
-                ) from error
-        return rows
+        try:
+            return rows.lines(path, {})
+        except FileNotFoundError:
+            return []
+        except rows.Unreadable as error:
+            raise UsageError(f"{path} {error}; restore it, or remove {self.folder} to run again") from error
 
     def save(
         self,
@@ -464,8 +455,8 @@ class Run:
             if self._size(file) < size:
                 raise RunError(f"{path} is shorter than its checkpoint says; restore it or remove {self.folder}")
             if path.exists():
-                with open(path, "r+", opener=not_following) as rows:
-                    rows.truncate(size)
+                with open(path, "r+", opener=not_following) as written:
+                    written.truncate(size)
 
     def finish(self, row: dict[str, Any]) -> None:
         if self._writes:
@@ -641,10 +632,10 @@ def damage(checkpoint: Path, files: tuple[str, ...] | None = (WEIGHTS, TRAINING,
     """What is wrong with a checkpoint folder, or None when all files that it lists are there and `files` (None: all),
     whole or in pieces, match their checksums."""
     try:
-        said = contents(checkpoint / SUMS).decode(errors="replace")
+        said = rows.contents(checkpoint / SUMS).decode(errors="replace")
     except FileNotFoundError:
         return f"{SUMS} is missing"
-    except Unreadable as error:
+    except rows.Unreadable as error:
         return f"{SUMS} {error}"
     lines = [line.split("  ", 1) for line in said.splitlines()]
     if not lines or any(len(line) != 2 for line in lines):
@@ -677,7 +668,7 @@ class Source:
     def train_pflop(self) -> float | None:
         """What its training had cost, from the first weights on; None where the file does not say."""
         cost: Any = self.card.get("train_pflop")
-        return float(cost) if is_number(cost) and cost >= 0 else None
+        return float(cost) if rows.number(cost) and cost >= 0 else None
 
 
 def origin(command: str, settings: dict[str, Any], source: Source | None) -> str:

@@ -21,6 +21,8 @@ from softmoe_cli.text import first_line, printable, shortened
 Row = dict[str, Any]
 MOST_BYTES = 2**24
 """Of a file that holds one row: more is none of ours, and would take the memory."""
+MOST_LINES_BYTES = 2**31
+"""Of a file that holds a row a line."""
 
 
 class Unreadable(ValueError):
@@ -45,6 +47,10 @@ def number(value: Any) -> bool:
 
 def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+
+
+def _count(value: Any) -> bool:
+    return _whole(value) and value > 0
 
 
 def _text(value: Any) -> bool:
@@ -81,6 +87,19 @@ RESULT: dict[str, Kind] = {
 """result.json, for tables."""
 DONE = {"validation_top1_pct": NUMBER}
 """result.json, for what a sweep is doing."""
+CLOSING: dict[str, Kind] = {
+    "signature": NEEDED_TEXT,
+    **dict.fromkeys(("test_images", "classes", "tokens"), Kind("a whole number above 0", _count, needed=True)),
+    **dict.fromkeys(("steps", "best_step", "images"), NEEDED_WHOLE),
+    **dict.fromkeys(
+        ("top1_pct", "top5_pct", "loss", "validation_top1_pct", "best_validation_top1_pct", "chance_pct", "epochs",
+         "train_pflop", "device_s", "eval_s", "save_s", "compile_s"), NEEDED_NUMBER
+    ),
+    "energy_kj": NUMBER,
+}  # fmt: skip
+"""result.json, for the table at a run's end."""
+ROUTING = {"step": NEEDED_NUMBER, "scale": NUMBER, "dispatch_max": NUMBER, "dispatch_min": NUMBER}
+"""A row of routing.jsonl, for the same table."""
 LOOK = dict.fromkeys(("step", "train_pflop", "device_s", "images"), NEEDED_NUMBER) | dict.fromkeys(
     ("epoch", "top1_pct", "top5_pct", "loss", "nll", "ece_pct"), NUMBER
 )
@@ -169,6 +188,26 @@ def row(path: Path, kinds: Mapping[str, Kind]) -> Row:
     wrong = fault(found, kinds)
     if wrong:
         raise Unreadable(wrong)
+    return found
+
+
+def lines(path: Path, kinds: Mapping[str, Kind]) -> list[Row]:
+    """A file of JSON objects, one a line, each with what `kinds` tells.
+
+    Raises:
+        FileNotFoundError: there is none.
+        Unreadable: one of them is none.
+    """
+    found = []
+    for place, line in enumerate(contents(path, MOST_LINES_BYTES).splitlines(), 1):
+        try:
+            row = parsed(line)
+        except Unreadable as error:
+            raise Unreadable(f"is damaged in line {place}: it {error}") from error
+        wrong = fault(row, kinds) if isinstance(row, dict) else "is no row of softmoe"
+        if wrong:
+            raise Unreadable(f"is damaged in line {place}: it {wrong}")
+        found.append(row)
     return found
 
 

@@ -70,9 +70,6 @@ EARLIER = (
 """What rows without the whole configuration say of it."""
 
 
-MOST_METRICS_BYTES = 2**31
-
-
 @dataclass
 class Run:
     """A finished run: its result row, when that was written (seconds since 1970), its validation rows, and why there
@@ -161,7 +158,7 @@ def _result(folder: Path) -> tuple[Row | None, str]:
 def _looks(path: Path) -> tuple[list[Row], str]:
     """The validation rows, and what is wrong with the file; a damaged file gives none."""
     try:
-        lines = rows.contents(path, MOST_METRICS_BYTES).splitlines()
+        lines = rows.contents(path, rows.MOST_LINES_BYTES).splitlines()
     except FileNotFoundError:
         return [], "metrics.jsonl is missing"
     except rows.Unreadable as error:

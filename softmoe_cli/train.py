@@ -1,6 +1,5 @@
 """The loop, told once, top to bottom. Finetuning is this with other numbers and given weights."""
 
-import json
 import math
 import platform
 import shlex
@@ -18,7 +17,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from softmoe_cli import data, mirror, parallel
+from softmoe_cli import data, mirror, parallel, rows
 from softmoe_cli.config import WANDB_LETTERS, WAYS, Config, Data, UsageError, check_tokens
 from softmoe_cli.cost import Cost, account, on_meta
 from softmoe_cli.device import (
@@ -1027,7 +1026,7 @@ def _shown(result: dict[str, Any], folder: Path) -> dict[str, str]:
         "routing": still_uniform(result, folder / "routing.jsonl"),
         "trained on": f"{result['images']:,} images, {result['epochs']:.1f} epochs, {result['steps']:,} steps",
         "training cost": f"{flop(1e15 * result['train_pflop'])}, {in_words(result['device_s'])}"
-        + (f"; {result['energy_kj']:.4g} kJ in all" if "energy_kj" in result else ""),
+        + (f"; {result['energy_kj']:.4g} kJ in all" if result.get("energy_kj") is not None else ""),
         "beside it": f"evaluation {in_words(result['eval_s'])}, saving {in_words(result['save_s'])}"
         + f", compilation {in_words(result['compile_s'])}" * bool(result["compile_s"]),
         "folder": str(folder),
@@ -1052,10 +1051,14 @@ UNIFORM = 1.5
 
 def still_uniform(result: dict[str, Any], file: Path) -> str:
     """A sentence where the last look found the slots of a learned soft router almost alike in all tokens."""
-    if not file.exists():
+    try:
+        found = rows.lines(file, rows.ROUTING)
+    except FileNotFoundError:
         return ""
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    last = [row for row in rows if row["step"] == rows[-1]["step"] and "scale" in row]
+    except rows.Unreadable as error:
+        return f"{file} {error}"
+    keys = ("scale", "dispatch_max", "dispatch_min")
+    last = [row for row in found if row["step"] == found[-1]["step"] and all(row.get(key) is not None for key in keys)]
     last = [row for row in last if row["dispatch_max"] > 1.001 * row["dispatch_min"]]  # else uniform by design
     if not last:
         return ""

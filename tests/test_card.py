@@ -187,16 +187,19 @@ def test_tensors_that_softmoe_did_not_write_are_one_sentence(tmp_path: Path) -> 
 def test_files_of_a_run_that_cannot_be_read_are_one_sentence(tmp_path: Path) -> None:
     run = Run(tmp_path)
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\xff{"step"\n')
-    with pytest.raises(UsageError, match=r"metrics\.jsonl, line 2 is damaged"):
+    with pytest.raises(UsageError, match=r"metrics\.jsonl is damaged in line 2.*remove"):
         run.rows("metrics.jsonl")
-    for name, content in {"brackets": b"[" * 200_000, "bytes": b"\xff"}.items():
+    for name, content in {"brackets": b"[" * 200_000, "bytes": b"\xff", "less": b'{"signature": "x"}'}.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "result.json").write_bytes(content)
-        with pytest.raises(UsageError, match="is damaged"):
+        with pytest.raises(UsageError, match=r"result\.json .*; remove it to run again"):
             _ = Run(tmp_path / name).result
     (tmp_path / "result.json").mkdir()
-    with pytest.raises(UsageError, match="is damaged"):
+    with pytest.raises(UsageError, match=r"result\.json is no file; remove it to run again"):
         _ = run.result
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="can be no run's folder: Not a directory"):
+        _ = Run(tmp_path / "file" / "run").result
 
 
 def test_no_byte_left_when_a_run_begins_is_one_sentence(tmp_path: Path) -> None:

@@ -95,6 +95,11 @@ def test_still_uniform(tmp_path: Path) -> None:
     assert told({"scale": 1.0, "dispatch_min": 1 / 64, "dispatch_max": 1 / 64}) == ""  # uniform_soft
     assert told({"dropped_share": 0.1}) == ""  # sparse
     assert still_uniform(RESULT, tmp_path / "none") == ""
+    for content in ('{"step":', "[1]\n", '{"step": "x"}'):
+        file.write_text(content)
+        assert "routing.jsonl is damaged in line 1" in still_uniform(RESULT, file)
+    file.write_text("")
+    assert still_uniform(RESULT, file) == ""
 
 
 def test_no_top5_of_five_classes() -> None:
