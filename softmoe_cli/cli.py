@@ -351,7 +351,8 @@ def _hydra(command: str, arguments: list[str]) -> int:
     except (ValueError, TypeError, KeyError, AttributeError, AssertionError, YAMLError) as error:
         if began or isinstance(error, UsageError | RunError):
             raise
-        raise UsageError(refused(error, arguments)) from error
+        known = ours(error, arguments) if isinstance(error, OSError) else None  # such as a place that is full
+        raise known or UsageError(refused(error, arguments)) from error
     except SystemExit as error:  # Hydra has said why
         if not began and error.code:
             return 2

@@ -30,6 +30,10 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     return f" Did you mean '{found[0]}'?" if found else ""
 
 
+MOST_CLASSES = 10**7
+"""A list of more names takes minutes and gigabytes before anything is said."""
+
+
 def typed(value: Any) -> Any:
     """A value as one types it: 2 for 2.0, [0.5,1] for [0.5, 1.0]."""
     if isinstance(value, list):
@@ -222,7 +226,9 @@ class Data:
     class_numbers: bool = option(
         "evaluation: classes are called by their numbers among the checkpoint's, as in ImageNet-V2"
     )
-    num_classes: int | None = option("classes, and width of the model's head; null: as many as the files have", low=1)
+    num_classes: int | None = option(
+        "classes, and width of the model's head; null: as many as the files have", low=1, high=MOST_CLASSES
+    )
     image_size: Any = option(
         "pixels on the side of a decoded image; files are resized and cut to it; auto: the model's or, where that "
         "follows the images, what suits them",

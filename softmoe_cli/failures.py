@@ -14,7 +14,7 @@ from pathlib import Path
 
 from softmoe_cli.config import UsageError
 from softmoe_cli.files import RunError
-from softmoe_cli.text import first_line
+from softmoe_cli.text import first_line, shortened
 
 PLACE = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EFBIG: "choose another file system"}
 FILES = {errno.EMFILE, errno.ENFILE}
@@ -56,6 +56,7 @@ def _of_system(error: OSError, typed: Sequence[str]) -> UsageError | RunError | 
         value = word.partition("=")[2]
         if value and where.startswith((f"{value}/", f"{value}:")):
             where = f"{word}: {where}"
+    where = shortened(where, 600)
     if error.errno in PLACE:
         return RunError(f"{where}{what}; {PLACE[error.errno]} and type the same command again")
     if error.errno in FILES:

@@ -19,7 +19,7 @@ import numpy as np
 
 from softmoe_cli import archives
 from softmoe_cli.archives import IMAGE_ENDINGS, Range, Stored, is_hidden, is_image, tar_images
-from softmoe_cli.config import Data, UsageError
+from softmoe_cli.config import MOST_CLASSES, Data, UsageError
 from softmoe_cli.text import printable
 
 PARTS = ("train", "val", "test")
@@ -481,10 +481,10 @@ def _no_ids(largest: int, different: int, file: Path, data: Data) -> None:
     """Raises UsageError for numbers that are no classes' numbers: a list of classes, and a model's head, as wide as
     they are large would take all memory."""
     if largest >= MANY_CLASSES and largest + 1 > max(2 * different, data.num_classes or 0):
+        way_out = f"; or, if there are so many, set data.num_classes={largest + 1}" * (largest < MOST_CLASSES)
         raise UsageError(
             f"{file} has the label {largest}, but data.root={data.root} has {different:,} different labels in all: "
-            "numbers that leave most classes without an image are ids. Number the classes from 0; or, if there are so "
-            f"many, set data.num_classes={largest + 1}"
+            f"numbers that leave most classes without an image are ids. Number the classes from 0{way_out}"
         )
 
 

@@ -687,6 +687,8 @@ def read_source(checkpoint: str) -> Source:
     Raises:
         UsageError: nothing there, nothing undamaged, or not a safetensors file. Pickles are never opened.
     """
+    if not checkpoint.strip():  # which a path would take for the working folder
+        raise UsageError(f"checkpoint={checkpoint} is empty, as $NAME is where NAME is not set; give it a value")
     path = Path(checkpoint)
     try:
         if path.is_dir():

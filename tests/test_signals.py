@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from softmoe_cli import cli, mirror, status, sweep
 from softmoe_cli.config import UsageError, Wandb
@@ -198,7 +199,8 @@ REFUSED = {
     ("train", "=5"): "'=5' has no key; write KEY=VALUE",
     ("train", "+hydra.nosuch=1"): "+hydra.nosuch=1: there is no key 'hydra.nosuch'",
     ("train", "++hydra.job.nosuch=1"): "there is no key 'hydra.job.nosuch'",
-    ("train", "train.log_every=5e-324", "train.minutes=0.001"): "train.log_every=5e-324 is out of range",
+    ("train", "train.log_every=5e-324", "train.minutes=0.001"): "e-324 is out of range: it must be >= 1e-06",
+    ("train", "data.num_classes=1000000000000"): "data.num_classes=1000000000000 is out of range: it must be >= 1 and",
     ("train", "-m", "output_root=/dev/null/x", "seed=0,1"): "output_root=/dev/null/x: /dev/null/x/seed: Not a",
     ("train", f"wandb.tags=[{'t' * 70}]"): "has 70 characters; W&B takes 1 to 64",
     ("train", 'wandb.tags=[""]'): "the tag '' has 0 characters",
@@ -208,6 +210,18 @@ REFUSED = {
     ("train", f"wandb.group={'g' * 129}"): "has 129 characters; W&B takes 1 to 128",
     ("train", f"study={'s' * 129}", "tracking=offline"): "W&B takes up to 128 as a run's group; set wandb.group",
 }  # fmt: skip
+
+
+def test_a_full_place_before_a_sweep_begins(softmoe: Softmoe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system does not say which file, as it does not where a file is made and nothing fits into it."""
+
+    def save(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(OmegaConf, "save", save)  # Hydra's multirun.yaml is the first file
+    answer = softmoe("train", "-m", "seed=0,1", "study=s")
+    assert answer.code == 1
+    assert answer.err == "softmoe: No space left on device; make room and type the same command again\n"
 
 
 @pytest.mark.parametrize("line", REFUSED)
