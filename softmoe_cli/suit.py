@@ -35,14 +35,13 @@ def shorter_sides(data: Data) -> list[int]:
     passed over, to be named when it is loaded.
 
     Raises:
-        UsageError: no image is there, or none of them can be read.
+        UsageError: the files are no set to train on, or none of these images can be read.
     """
     from PIL import Image, UnidentifiedImageError
 
-    from softmoe_cli.data import FORMATS
-    from softmoe_cli.listing import listing
+    from softmoe_cli.data import FORMATS, opened, usable
 
-    stored, _ = next(iter(listing(data).parts.values()))
+    stored, _ = next(iter(usable(data).parts.values()))
     found = []
     for i in np.unique(np.linspace(0, max(0, len(stored) - 1), min(SAMPLE, len(stored))).astype(int)).tolist():
         try:
@@ -51,5 +50,6 @@ def shorter_sides(data: Data) -> list[int]:
         except (OSError, EOFError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError):
             continue
     if not found:
-        raise UsageError(f"data.image_size=auto: none of the images that were looked at in {data.root} can be read")
+        opened(stored, 0, data.channels, data.max_megapixels)  # says why it cannot be read
+        raise UsageError(f"data.image_size=auto: no image in data.root={data.root} could be read; try again")
     return found
