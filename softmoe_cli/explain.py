@@ -238,8 +238,6 @@ def refused(error: Exception, arguments: Sequence[str]) -> str:
     for file in [*chosen, *(file for group in GROUPS for file in files(group).values())]:
         if own is not None and own in file.parents:
             load(file)  # which says what is wrong with it
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{short(str(error.filename))}: {error.strerror}"
     told = " ".join(short(argument) for argument in arguments)
     return f"cannot use '{short(told)}': {short(first_line(error))}"
 

@@ -195,7 +195,7 @@ REFUSED = {
     ("train", f"study=a/{LETTERS}"): "has 300 bytes; a folder's name may have 255",
     ("train", 'name="' + "\u4e2d" * 100 + '"'): "has 311 bytes with the signature",
     ("train", 'name="a\x1b[31mb"'): r"name='a\x1b[31mb' must be a plain folder name",
-    ("train", "=5"): "cannot read '=5': there is no key before the =",
+    ("train", "=5"): "'=5' has no key; write KEY=VALUE",
     ("train", "+hydra.nosuch=1"): "+hydra.nosuch=1: there is no key 'hydra.nosuch'",
     ("train", "++hydra.job.nosuch=1"): "there is no key 'hydra.job.nosuch'",
     ("train", "train.log_every=5e-324", "train.minutes=0.001"): "train.log_every=5e-324 is out of range",
