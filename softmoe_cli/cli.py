@@ -10,6 +10,7 @@ import os
 import re
 import statistics
 import sys
+import traceback
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,7 +37,6 @@ from softmoe_cli.config import (
     same_set,
 )
 from softmoe_cli.failures import defect, ours
-from softmoe_cli.files import RunError
 from softmoe_cli.signals import end_children, interruptible
 from softmoe_cli.text import first_line, printable_lines
 
@@ -79,7 +79,7 @@ def run(arguments: Sequence[str]) -> tuple[int, str]:
             return _dispatch([argument for argument in arguments if argument != "--debug"]), ""
     except KeyboardInterrupt as error:
         if debug:
-            raise
+            traceback.print_exception(error)
         return 130, _stopped(trains, str(error) or "SIGINT")
     except BrokenPipeError as error:
         if error.filename is not None:  # a named pipe among somebody's files
@@ -115,12 +115,12 @@ def _stopped(trains: bool, name: str) -> str:
 
 
 def _failed(error: Exception, debug: bool, typed: Sequence[str]) -> tuple[int, str]:
-    """Exit status and sentence of an error."""
-    if debug:
-        raise error
+    """Exit status and sentence of an error; with `debug` its traceback is printed, as that of a defect always is."""
     known = ours(error, typed)
     if known is None:
         return 1, defect(error)
+    if debug:
+        traceback.print_exception(error)
     return 2 if isinstance(known, UsageError) else 1, str(known)
 
 
@@ -279,6 +279,7 @@ def _hydra(command: str, arguments: list[str]) -> int:
     from yaml import YAMLError
 
     from softmoe_cli.explain import check_line, explain, refused
+    from softmoe_cli.help import chosen_groups, defaults
     from softmoe_cli.own_conf import OwnConf, OwnSource, ignored
 
     arguments = check_line(command, arguments)
@@ -349,10 +350,13 @@ def _hydra(command: str, arguments: list[str]) -> int:
     except (HydraException, OmegaConfBaseException) as error:
         raise UsageError(explain(error, command, arguments)) from error
     except (ValueError, TypeError, KeyError, AttributeError, AssertionError, YAMLError) as error:
-        if began or isinstance(error, UsageError | RunError):
+        if began or isinstance(error, UsageError):
             raise
-        known = ours(error, arguments) if isinstance(error, OSError) else None  # such as a place that is full
-        raise known or UsageError(refused(error, arguments)) from error
+        raise UsageError(refused(error, arguments)) from error
+    except RecursionError:
+        if not began:
+            defaults(command, chosen_groups(arguments))  # which says whose defaults list has no end
+        raise
     except SystemExit as error:  # Hydra has said why
         if not began and error.code:
             return 2
@@ -525,15 +529,15 @@ TIMM_SIDE = 224
 @functools.cache
 def _register_resolvers() -> None:
     """What conf/ calls in ${…}: `suits:SIDE,KEY`, a setting of the small backbone for images of so many pixels."""
-    import yaml
     from omegaconf import OmegaConf
 
+    from softmoe_cli.help import files, load
     from softmoe_cli.suit import backbone_for
 
     def suits(side: Any, key: str) -> Any:
         if not isinstance(side, int):
             raise ValueError(f"the model follows data.image_size={side}, which the command settles when it runs")
-        return yaml.safe_load((conf_folder() / f"model/backbone/{backbone_for(side)}.yaml").read_text())[key]
+        return load(files("model/backbone")[backbone_for(side)])[key]
 
     OmegaConf.register_new_resolver("suits", suits, replace=True)
 

@@ -34,11 +34,13 @@ MOST_CLASSES = 10**7
 """A list of more names takes minutes and gigabytes before anything is said."""
 
 
-def typed(value: Any) -> Any:
-    """A value as one types it: 2 for 2.0, [0.5,1] for [0.5, 1.0]."""
+def typed(value: Any) -> str:
+    """A value as one types it: 2 for 2.0, [0.5,1] for [0.5, 1.0], null for None."""
     if isinstance(value, list):
-        return f"[{','.join(str(typed(each)) for each in value)}]"
-    return repr(value).removesuffix(".0") if isinstance(value, float) else value
+        return f"[{','.join(map(typed, value))}]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "null" if value is None else str(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
 def option(
@@ -298,7 +300,7 @@ def check_side(name: str, format: str | None, side: Any) -> None:
     if side == "auto" and format is None:
         raise UsageError(f"data.image_size=auto is for files of your own; give data={name} a number of pixels")
     if side not in ("auto", MISSING) and type(side) is not int:
-        raise UsageError(f"data.image_size={side} is neither a whole number of pixels nor auto")
+        raise UsageError(f"data.image_size={typed(side)} is neither a whole number of pixels nor auto")
 
 
 @dataclass

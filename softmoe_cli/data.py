@@ -118,7 +118,7 @@ def identity(data: Data) -> str | None:
         return hashlib.sha256(b"".join(array.tobytes() for array in _idx_arrays(data))).hexdigest()
     if data.format is None:
         return None
-    listed = _listed(data)
+    listed = usable(data)
     return digest(listed.parts, listed.classes)
 
 
@@ -346,7 +346,7 @@ def _stored(data: Data) -> Splits:
     train, so that nothing is chosen on what is reported. Files lie class by class; validation and test images come in
     an order drawn once for all runs, so that the first batch, and every group of images, has many classes.
     """
-    listed = _listed(data)
+    listed = usable(data)
     total = sum(len(labels) for _, labels in listed.parts.values())
     in_memory = not data.from_file and total * data.channels * data.image_size**2 <= data.memory_gib * 2**30
     sets = {part: _image_set(stored, labels, data, in_memory) for part, (stored, labels) in listed.parts.items()}
@@ -371,7 +371,12 @@ def split(sets: dict[str, ImageSet], classes: list[str], data: Data) -> Splits:
     return _with_test(next(iter(sets.values())), classes, data)
 
 
-def _listed(data: Data) -> Listing:
+def usable(data: Data) -> Listing:
+    """What there is to train on or to evaluate.
+
+    Raises:
+        UsageError: the files are no such set.
+    """
     found = listing(data)
     if found.faults:
         raise UsageError(found.faults[0])

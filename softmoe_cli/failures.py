@@ -21,6 +21,8 @@ FILES = {errno.EMFILE, errno.ENFILE}
 STATE = {errno.EIO, errno.ESTALE, errno.ENOMEM, errno.EAGAIN, errno.ETIMEDOUT, errno.ENOTCONN, errno.EREMOTEIO}
 """Of the machine's: the same command may work later."""
 MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "unable to allocate")
+SHOWN = 500
+"""Letters of a place that a sentence repeats."""
 PARSERS = ("json", "yaml", "omegaconf", "antlr4", "hydra")
 
 
@@ -56,7 +58,7 @@ def _of_system(error: OSError, typed: Sequence[str]) -> UsageError | RunError | 
         value = word.partition("=")[2]
         if value and where.startswith((f"{value}/", f"{value}:")):
             where = f"{word}: {where}"
-    where = shortened(where, 600)
+    where = shortened(where, SHOWN)
     if error.errno in PLACE:
         return RunError(f"{where}{what}; {PLACE[error.errno]} and type the same command again")
     if error.errno in FILES:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from softmoe_cli.cli import LAUNCHERS, SCHEMAS, _own_conf, conf_folder
-from softmoe_cli.config import Launcher, UsageError, nearest
+from softmoe_cli.config import Launcher, UsageError, nearest, typed
 from softmoe_cli.files import RULE
 from softmoe_cli.sizes import Size, read_sizes
 
@@ -419,12 +419,15 @@ def defaults(command: str, chosen: Mapping[str, str]) -> dict[str, Any]:
     return tree
 
 
-def _lay(tree: dict[str, Any], group: str, name: str, chosen: Mapping[str, str]) -> None:
-    """One file, and those in its defaults list, over the tree."""
+def _lay(tree: dict[str, Any], group: str, name: str, chosen: Mapping[str, str], above: tuple[Path, ...] = ()) -> None:
+    """One file, and those in its defaults list, over the tree; `above` are the files whose lists led to it."""
     places = [root / group / f"{name}.yaml" for root in (_own_conf() if group else None, conf_folder()) if root]
     file = next((place for place in places if place.is_file()), None)
     if file is None:  # a schema, which Hydra has from Python, or a file of Hydra's own
         return
+    if file in above:
+        raise UsageError(f"{file}: its defaults list leads back to the file itself, by {above[-1]}")
+    above = (*above, file)
     body = load(file)
     listed = body.pop("defaults", [])
     entries = listed if isinstance(listed, list) else []
@@ -436,14 +439,14 @@ def _lay(tree: dict[str, Any], group: str, name: str, chosen: Mapping[str, str])
                 body = {part: body}
             _merge(tree, body)
         elif isinstance(entry, str) and entry != name:
-            _lay(tree, group, entry, chosen)
+            _lay(tree, group, entry, chosen, above)
         elif isinstance(entry, dict):
             for key, choice in entry.items():
                 inner = str(key).removeprefix("override ")
                 inner = inner[1:] if inner.startswith("/") else f"{group}/{inner}".lstrip("/")
                 choice = chosen.get(inner, choice)
                 if isinstance(choice, str) and (inner, choice) != (group, name):
-                    _lay(tree, inner, choice, chosen)
+                    _lay(tree, inner, choice, chosen, above)
 
 
 def _merge(tree: dict[str, Any], other: Mapping[str, Any]) -> None:
@@ -454,17 +457,18 @@ def _merge(tree: dict[str, Any], other: Mapping[str, Any]) -> None:
             tree[key] = dict(value) if isinstance(value, dict) else value
 
 
-def value_of(tree: Mapping[str, Any], key: str) -> Any:
-    """What stands at a.b.c, with ${x.y} followed; KeyError where nothing does."""
+def value_of(tree: Mapping[str, Any], key: str, asked: tuple[str, ...] = ()) -> Any:
+    """What stands at a.b.c, with ${x.y} followed; KeyError where nothing does, or where that leads back to a key that
+    was `asked` for before."""
     node: Any = tree
     for part in key.split("."):
-        if not isinstance(node, dict):
+        if not isinstance(node, dict) or key in asked:
             raise KeyError(key)
         node = node[part]
     other = re.fullmatch(r"\$\{(\.?)([\w.]+)\}", node) if isinstance(node, str) else None
     if other is None:
         return node
-    return value_of(tree, f"{key.rpartition('.')[0]}.{other[2]}" if other[1] else other[2])
+    return value_of(tree, f"{key.rpartition('.')[0]}.{other[2]}" if other[1] else other[2], (*asked, key))
 
 
 def keys(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
@@ -538,15 +542,6 @@ def _kind(hint: Any, limits: Mapping[str, Any]) -> str:
     return " ".join(filter(None, [word, ", ".join(bounds)])) + (", or null" if null and word else "")
 
 
-def _shown(value: Any) -> str:
-    """A value as it would be typed."""
-    if isinstance(value, list):
-        return f"[{','.join(map(_shown, value))}]"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return "null" if value is None else str(value)
-
-
 def row(head: str, meaning: str, width: int = WIDTH, column: int = MEANING) -> str:
     """`head` and what it means beside it, or below where it is long."""
     lines = textwrap.wrap(meaning, width - column, break_long_words=False, break_on_hyphens=False) or [""]
@@ -563,7 +558,7 @@ def _option_row(option: Option, tree: Mapping[str, Any]) -> str:
         return row(option.key, meaning)
     if "${" in str(value):  # of the environment, or of what only a run knows
         return row(option.key, f"{meaning}; follows other settings")
-    return row(f"{option.key}={'' if value == '???' else _shown(value)}", meaning)
+    return row(f"{option.key}={'' if value == '???' else typed(value)}", meaning)
 
 
 def usage(command: str, arguments: Sequence[str]) -> str:

@@ -159,8 +159,8 @@ def _folder(root: Path) -> Listing:
         faults.append(f"{first} has one class folder only, {classes[0]}; there is nothing to tell apart")
     if walk.broken:
         more = f", and {len(walk.broken) - 1:,} others are too" if len(walk.broken) > 1 else ""
-        cause = f"{min(walk.broken)} is a link that leads nowhere, a pipe or a device{more}"
-        faults.insert(0, f"{cause}; get the image, or take it away")  # before what comes of it
+        broken = f"{min(walk.broken)} is a link that leads nowhere, a pipe or a device{more}"
+        faults.insert(0, f"{broken}; get the image, or take it away")  # it may be why a class has none
     numbers = {name: number for number, name in enumerate(classes)}
     parts = {}
     for part, (_, tree) in trees.items():

@@ -39,9 +39,9 @@ def heard(
     os.set_blocking(writer, False)
 
     def listen() -> None:
-        while number := os.read(reader, 1)[0]:
-            if number in numbers:
-                hear(number)
+        while (byte := os.read(reader, 1)) not in (b"\0", b""):
+            if byte[0] in numbers:
+                hear(byte[0])
         os.close(reader)
 
     threading.Thread(target=listen, daemon=True).start()
@@ -53,8 +53,8 @@ def heard(
         signal.set_wakeup_fd(outer, warn_on_full_buffer=False)
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        with suppress(BlockingIOError):  # so many signals that nobody has read: the thread stays
-            os.write(writer, b"\0")
+        with suppress(BlockingIOError):  # so many signals that nobody has read: the thread ends after them
+            os.write(writer, b"\0")  # a process forked meanwhile may still hold the pipe's other end
         os.close(writer)
 
 

@@ -35,20 +35,21 @@ def shorter_sides(data: Data) -> list[int]:
     passed over, to be named when it is loaded.
 
     Raises:
-        UsageError: no image is there, or none of them can be read.
+        UsageError: the files are no set to train on, or none of these images can be read.
     """
     from PIL import Image, UnidentifiedImageError
 
-    from softmoe_cli.data import FORMATS, _listed
+    from softmoe_cli.data import FORMATS, opened, usable
 
-    stored, _ = next(iter(_listed(data).parts.values()))
-    found, unread = [], data.root
+    stored, _ = next(iter(usable(data).parts.values()))
+    found = []
     for i in np.unique(np.linspace(0, max(0, len(stored) - 1), min(SAMPLE, len(stored))).astype(int)).tolist():
         try:
             with Image.open(io.BytesIO(stored.read(i)), formats=FORMATS) as image:
                 found.append(min(image.size))
         except (OSError, EOFError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError):
-            unread = stored.place(i)
+            continue
     if not found:
-        raise UsageError(f"data.image_size=auto: no image looked at in {data.root} can be read, such as {unread}")
+        opened(stored, 0, data.channels, data.max_megapixels)  # says why it cannot be read
+        raise UsageError(f"data.image_size=auto: no image in data.root={data.root} could be read; try again")
     return found

@@ -453,7 +453,8 @@ def test_help_returns_at_once(line: str) -> None:
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     left, out = Started(tmp_path, ["finetune", "--debug"], {}).wait()
-    assert left != 0 and "Traceback" in out
+    assert left == 2 and "Traceback" in out
+    assert out.splitlines()[-1].startswith("softmoe: finetune needs checkpoint=")
 
 
 def test_groups(softmoe: Softmoe, tmp_path: Path) -> None:

@@ -153,3 +153,18 @@ def test_a_folder_does_not_vouch_for_what_lies_in_it(tmp_path: Path, monkeypatch
     )
     assert not any(map(trusted, inside))
     assert all(trusted(place, "mine.Router") for place in inside) and not trusted("runs/x", "other.Router")
+
+
+def test_a_defaults_list_without_end_is_named(softmoe: Softmoe, tmp_path: Path) -> None:
+    put(tmp_path, "model/one.yaml", "defaults: [two]\n")
+    put(tmp_path, "model/two.yaml", "defaults: [one]\n")
+    for line in (["--help"], ["--cfg", "job"], ["lerning_rate=1"]):
+        answer = softmoe("train", "model=one", *line)
+        assert answer.code == 2 and "model/one.yaml: its defaults list leads back to the file itself" in answer.err
+        assert answer.err.count("\n") == 1
+
+
+def test_values_that_follow_each_other_have_none_in_help(softmoe: Softmoe, tmp_path: Path) -> None:
+    put(tmp_path, "model/round.yaml", "image_size: ${model.in_chans}\nin_chans: ${.image_size}\n")
+    answer = softmoe("cost", "model=round", "--help")
+    assert answer.code == 0 and "\n  model.image_size  " in answer.out

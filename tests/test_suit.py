@@ -123,7 +123,7 @@ def test_archives_are_looked_into(tmp_path: Path) -> None:
     [
         ("data=folder", "data.root has no default"),
         ("data=folder data.root=nowhere", "data.root=nowhere is not a folder"),
-        ("data=folder data.root=broken", "no image looked at in broken can be read, such as broken/b/1.png"),
+        ("data=folder data.root=broken", "broken/a/1.png is not an image that can be read"),
         ("data.image_size=auto", "data.image_size=auto is for files of your own; give data=digits a number of pixels"),
         ("data.image_size=6.5", "data.image_size=6.5 is neither a whole number of pixels nor auto"),
         ("data=folder data.root=x data.image_size=0", "image_size=0 is out of range"),

@@ -79,6 +79,7 @@ def same(a: Path, b: Path) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.thorough
 def test_five_kills_change_nothing(tmp_path: Path) -> None:
     """SIGKILL at random moments, some of them while a checkpoint is being written."""
     options = (

@@ -80,7 +80,7 @@ WRONG_OPTIONS = (
 def options() -> Iterator[tuple[str, Case]]:
     for i, (command, start) in enumerate(START.items()):
         for j, wrong in enumerate(WRONG_OPTIONS):
-            yield f"{command} {wrong!r}", Case((*start, wrong), thorough=(i - j) % 4 > 0)
+            yield f"{command} {wrong!r}", Case((*start, wrong), thorough=(i - j) % 8 > 0)
 
 
 WRONG_VALUES = (
@@ -479,7 +479,7 @@ def runs() -> Iterator[tuple[str, Case]]:
             prepare = _study_with(name, content)
             yield f"status: {name} {number}", Case(("status", "s"), (SAID, RUN), prepare)
             if name != ".lock":
-                yield f"compare: {name} {number}", Case(("compare", "s"), (SAID,), prepare, number % 4 > 0)
+                yield f"compare: {name} {number}", Case(("compare", "s"), (SAID,), prepare, number % 8 > 0)
     for number, text in enumerate((
         b"", b"{", b"[]", b'{"jobs": 5}', b'{"jobs": [5]}', b'{"jobs": [{"folder": "../x"}]}', b"\xff", b"[" * 100_000,
         b'{"jobs": [{"folder": 5, "run": 7}]}', b'{"jobs": [{"folder": "../a", "run": "\\u001b[31mred :dog:"}]}',
