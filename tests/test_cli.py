@@ -68,7 +68,7 @@ WRONG_LINES = {
     "patch": ("train model.backbone.patch_size=3", "the nearest sizes that are: 6, 9"),
     "heads": ("train model.backbone.heads=5", "does not divide model.backbone.width=64"),
     "pool": ("train model.backbone.pool=token", "needs model.backbone.class_token=true"),
-    "block word": ("train model.moe_blocks=first_2", "last_N, every_N"),
+    "block word": ("train model.moe_blocks=first_2", "last_N, last_half, every_N"),
     "block number": ("train model.moe_blocks=[9]", "from 0 to 3"),
     "router without blocks": ("train model.moe_blocks=[]", "use model/router=dense"),
     "more experts than slots": (
@@ -385,7 +385,7 @@ def test_train_finetune_evaluate(finished: Path, softmoe: Softmoe, tmp_path: Pat
     assert rows[0]["loss"] == pytest.approx(row["loss"], rel=1e-5)
     assert rows[0]["images"] == row["test_images"]
     table = softmoe("evaluate", f"checkpoint={run}")
-    assert "top1_pct" in table.out and table.code == 0
+    assert "\n  test top-1  " in table.out and table.code == 0
 
 
 def test_evaluate_on_other_classes_is_refused(finished: Path, softmoe: Softmoe, tmp_path: Path) -> None:
