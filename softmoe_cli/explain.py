@@ -20,7 +20,7 @@ from softmoe_cli.help import (
     load,
     options,
 )
-from softmoe_cli.text import first_line
+from softmoe_cli.text import first_line, printable
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser
@@ -80,7 +80,7 @@ SHOWN = 200
 
 def short(text: str) -> str:
     """On one line, without what a terminal would obey, and cut where it is long."""
-    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    text = printable(text)
     return text if len(text) <= SHOWN else f"{text[: SHOWN // 2]}… ({len(text):,} letters)"
 
 

@@ -385,7 +385,7 @@ def test_train_finetune_evaluate(finished: Path, softmoe: Softmoe, tmp_path: Pat
     assert rows[0]["loss"] == pytest.approx(row["loss"], rel=1e-5)
     assert rows[0]["images"] == row["test_images"]
     table = softmoe("evaluate", f"checkpoint={run}")
-    assert "test top-1" in table.out and table.code == 0
+    assert "\n  test top-1  " in table.out and table.code == 0
 
 
 def test_evaluate_on_other_classes_is_refused(finished: Path, softmoe: Softmoe, tmp_path: Path) -> None:
