@@ -95,7 +95,7 @@ def defect(error: BaseException) -> str:
 
 def _own_code(error: BaseException) -> str | None:
     """Where a user's own code raised an error: the last frame that is neither ours nor the environment's."""
-    here = str(Path(__file__).parent)
+    here = f"{Path(__file__).parent}{os.sep}"
     environment = tuple({str(Path(path).resolve()) for path in (*sysconfig.get_paths().values(), sys.base_prefix)})
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         file = frame.filename
