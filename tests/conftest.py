@@ -4,9 +4,9 @@ import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -46,6 +46,16 @@ def _nothing_goes_on() -> Iterator[None]:
     yield
     if "tests.processes" in sys.modules:
         sys.modules["tests.processes"].end_all()
+
+
+def thinned(cases: Iterable[Any], keep: int) -> list[Any]:
+    """Cases of a parametrized test, of which so many, spread evenly, are for make test and the others for make long."""
+    cases = list(cases)
+    short = {len(cases) * i // keep for i in range(keep)}
+    return [
+        pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=[pytest.mark.thorough] * (i not in short))
+        for i, case in enumerate(cases)
+    ]
 
 
 class Answer(NamedTuple):

@@ -582,6 +582,7 @@ def untimed(row: dict[str, object]) -> dict[str, object]:
 
 
 @pytest.mark.long
+@pytest.mark.thorough
 def test_a_kill_in_the_middle_of_a_shard_resumes_at_the_exact_sample(twenty_thousand: Path, tmp_path: Path) -> None:
     line = [*LINE, f"data.root={twenty_thousand}"]
     alone = Started(tmp_path / "whole", [*line, "data.workers=0"], {})

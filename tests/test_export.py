@@ -81,6 +81,7 @@ def tokens(images: int) -> Tensor:
     return torch.randn(images, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.thorough
 def test_routers_that_sort_and_scatter_in_onnx(tmp_path: Path) -> None:
     """For any number of images."""
     model, x = Zoo("experts_choice", "tokens_choice_bpr"), tokens(5)
@@ -90,6 +91,7 @@ def test_routers_that_sort_and_scatter_in_onnx(tmp_path: Path) -> None:
     assert export.difference("zoo", program, x, expected, None)["max_difference"] < 1e-5
 
 
+@pytest.mark.thorough
 def test_rows_that_are_not_equal_are_for_torch_export_alone(tmp_path: Path) -> None:
     model, x = Zoo(DROPLESS), tokens(3)
     with torch.no_grad():

@@ -37,7 +37,7 @@ RUNS = {
     ),
     "experts_choice": ("model=vit_nano2_experts_choice", "train.accumulate=2"),
 }  # fmt: skip
-FEW = {"soft": (KILL, FULL, BROKEN), "files": (KILL, FULL)}
+FEW = {"soft": (KILL, BROKEN), "files": (FULL,)}
 MANY = dict.fromkeys(RUNS, (KILL, FULL, BROKEN) * 6)
 
 

@@ -26,6 +26,7 @@ from softmoe_cli.optim import freeze, optimizer_of, state_of
 from softmoe_cli.parallel import ALONE, Crew, joined, own_part
 from softmoe_cli.text import gibibytes
 from softmoe_cli.train import update
+from tests.conftest import thinned
 from tests.oracles import compose
 from tests.processes import forked, together
 
@@ -89,7 +90,7 @@ def allocated_peak(config: Config, crew: Crew = ALONE) -> int:
     return weights + kept + peak + x.nbytes + targets.nbytes  # weights and moments were there before
 
 
-@pytest.mark.parametrize(("router", "precision", "accumulate", "recompute"), CASES)
+@pytest.mark.parametrize(("router", "precision", "accumulate", "recompute"), thinned(CASES, 4))
 def test_predicted_peak_is_the_allocators(router: str, precision: str, accumulate: int, recompute: bool) -> None:
     config = composed(
         router, "train.batch_size=32", f"train.precision={precision}", f"train.accumulate={accumulate}",

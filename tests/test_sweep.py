@@ -22,7 +22,7 @@ import pytest
 import yaml
 
 from softmoe_cli import status
-from tests.conftest import TINY, Softmoe
+from tests.conftest import TINY, Softmoe, thinned
 from tests.oracles import compose
 from tests.processes import Started
 from tests.test_train import same
@@ -337,7 +337,7 @@ WRONG_SEARCH = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("words", WRONG_SEARCH)
+@pytest.mark.parametrize("words", thinned(WRONG_SEARCH, 1))
 def test_wrong_search(words: str, tmp_path: Path) -> None:
     out = finish(Started(tmp_path, ["train", "-m", *TINY, "+search=quality", *WRONG_SEARCH[words]], {}), 2)
     assert words in out and "Traceback" not in out

@@ -33,7 +33,7 @@ from softmoe_cli.moe.routers.tokens_choice import TokensChoiceRouter
 from softmoe_cli.parallel import Average
 from softmoe_cli.record import OURS, Checkpoint, Run, RunError, _locked, flat_science
 from softmoe_cli.train import Interrupted, Stop, _commit, run_folder
-from tests.conftest import TINY, Softmoe
+from tests.conftest import TINY, Softmoe, thinned
 from tests.oracles import compose
 from tests.processes import Started, forked
 from tests.wandb_file import recorded
@@ -159,7 +159,7 @@ HARD = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", HARD)
+@pytest.mark.parametrize("name", thinned(HARD, 2))
 def test_finetune_options_resume_to_the_same_bits(name: str, softmoe: Softmoe, tmp_path: Path) -> None:
     """From the checkpoint before the last, in the middle of the run."""
     line = ("train", *TINY, "train.steps=6", "train.batch_size=8", "train.save_seconds=0", "train.eval_every=3",

@@ -21,7 +21,7 @@ from softmoe_cli.record import damage, digest_of
 from softmoe_cli.terminal import Screen
 from softmoe_cli.train import train
 from softmoe_cli.upcycle import fill_experts, group_router, obstacle, redraw_units
-from tests.conftest import Softmoe
+from tests.conftest import Softmoe, thinned
 from tests.oracles import compose
 from tests.test_check import ROUTERS
 
@@ -351,7 +351,7 @@ ARCHITECTURES = {
 }
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", thinned(ARCHITECTURES, 2))
 def test_timm(architecture: str, softmoe: Softmoe, tmp_path: Path) -> None:
     """From a file of random weights and timm's name: a function-preserving checkpoint that can be read back, or a
     sentence, said before a giant is allocated."""
