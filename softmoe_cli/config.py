@@ -393,7 +393,9 @@ class Train:
     images: int | None = option("budget in images", low=1)
     minutes: float | None = option("budget in minutes of training, evaluation and saving not counted", low=1e-6)
     default_epochs: float = option("the budget when none of the four above is given", above=0)
-    batch_size: Any = option("images per update; auto: a power of two that fits beside a sweep's other jobs", low=1)
+    batch_size: Any = option(
+        "images per update; auto: a power of two that fits beside a sweep's other jobs", low=1, high=2**24
+    )
     accumulate: int = option(
         "parts (micro-batches) that a batch is computed in, to save memory (gradient accumulation); same update",
         low=1,
@@ -514,6 +516,12 @@ def check_tokens(config: "Config", tokens: int) -> None:
         )
 
 
+def check_devices(devices: int, batch: int, parts: int) -> None:
+    """Each device has an image of each part of a batch, or more."""
+    if batch // parts < devices:
+        raise UsageError(f"devices={devices} cannot divide {batch // parts} images; use a larger batch_size")
+
+
 def check_groups(key: str, images: int, router: dict[str, Any], parts: int = 1) -> None:
     """Evaluation, and each of several parts of a training batch, in whole groups, so that the size does not show in the
     result."""
@@ -626,6 +634,8 @@ class Config:
                     "optim.schedule=rsqrt counts steps, which train.minutes does not know; "
                     "use cosine, linear or constant"
                 )
+        if self.devices > 1 and self.train.batch_size != "auto":
+            check_devices(self.devices, self.train.batch_size, self.train.accumulate)
         for key, text in {"study": self.study, "name": self.name or "x"}.items():
             if not text or text.startswith(("/", ".")) or ".." in text.split("/") or printable(text) != text:
                 raise UsageError(f"{key}={text!a} must be a plain folder name")
@@ -790,9 +800,7 @@ class CostConfig:
             raise UsageError(f"parallel={self.parallel} has no effect with devices=1")
         if self.devices > 1 and self.clock:
             raise UsageError(f"clock=true measures one device; leave out devices={self.devices}")
-        images = self.batch_size // self.accumulate
-        if images < self.devices:
-            raise UsageError(f"devices={self.devices} cannot divide {images} images; use a larger batch_size")
+        check_devices(self.devices, self.batch_size, self.accumulate)
 
 
 FREE_KEYS = (

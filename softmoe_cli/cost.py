@@ -29,6 +29,7 @@ from softmoe_cli.config import Model, UsageError
 from softmoe_cli.models import build, count_tokens
 from softmoe_cli.moe.layer import MoE
 from softmoe_cli.optim import freeze
+from softmoe_cli.text import first_line
 
 PARTS = ("embedding and norms", "attn", "mlp", "router", "experts", "shared", "head")
 
@@ -122,9 +123,16 @@ def account_model(vit: VisionTransformer, *, batch: int | None, recompute: bool)
 
 
 def on_meta(model: Model, num_classes: int) -> VisionTransformer:
-    """The model of a config with shapes and no weights, to be costed."""
-    with torch.device("meta"):
-        return build(model, num_classes)
+    """The model of a config with shapes and no weights, to be costed.
+
+    Raises:
+        UsageError: sizes that torch cannot even write down.
+    """
+    try:
+        with torch.device("meta"):
+            return build(model, num_classes)
+    except (RuntimeError, OverflowError) as error:
+        raise UsageError(f"{model.name}: such sizes cannot be ({first_line(error)}); choose smaller ones") from error
 
 
 def _part_of(name: str) -> str:

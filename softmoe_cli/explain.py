@@ -135,6 +135,8 @@ def check_line(command: str, arguments: Sequence[str]) -> list[str]:
             raise UsageError(_unread(word, command)) from error
         if "@" in key:
             raise UsageError(f"{short(word)}: a group has one place here; write {key.partition('@')[0]}={short(value)}")
+        if parsed.is_discrete_sweep() and next(parsed.sweep_iterator(), None) is None:
+            raise UsageError(f"{short(word)} lists no value; a sweep needs one or more")
         if parsed.is_sweep_override() and not told.multirun:
             raise UsageError(
                 f"{short(word)}: several values make a sweep, which takes -m (--multirun); a list is [a,b]"

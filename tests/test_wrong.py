@@ -69,7 +69,8 @@ def faults(case: Case, answer: Attempt, before: dict[str, str], after: dict[str,
     lost = [name for name, content in before.items() if after.get(name) != content]
     if lost:
         found.append(f"lost: {lost[:3]}")
-    new = sorted(name for name in after.keys() - before.keys() if not name.endswith("/multirun.yaml"))  # Hydra's own
+    others = ("/multirun.yaml", ".pyc")  # Hydra's record of a sweep's command; Python's of a file of one's own
+    new = sorted(name for name in after.keys() - before.keys() if not name.endswith(others))
     if answer.code == 2 and new:
         found.append(f"left behind: {new[:3]}")
     return found

@@ -88,7 +88,7 @@ WRONG_VALUES = (
     "train train.batch_size=1000000000000", "train name=NNN", "train study=NNN", "train output_root=/dev/null/x",
     "train name=\x07bell", "train study=\x1b[2J", "train study=.", "train study=",
     "train output_root=",
-    "train -m", "train -m seed=", "train -m seed=0,1 output_root=/dev/null/x", "train -m seed=1,many",
+    "train -m seed=", "train -m seed=0,1 output_root=/dev/null/x", "train -m seed=1,many",
     "train -m seed=range(0)", "train -m seed=0,1 hydra/launcher=nosuch", "train -m model=vit_nano2_dense,nosuch",
     "train tracking=offline wandb.tags=['']", "train tracking=offline wandb.project=a/b", "train device=cuda:99",
     "train tracking=offline wandb.tags=[TTT]", "train threads=0", "train threads=-1", "train devices=0",
