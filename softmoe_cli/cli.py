@@ -30,15 +30,14 @@ from softmoe_cli.config import (
     RayLauncher,
     SlurmLauncher,
     UpcycleConfig,
-    UsageError,
     check_channels,
     check_side,
-    nearest,
     same_set,
 )
+from softmoe_cli.errors import UsageError, first_line, nearest
 from softmoe_cli.failures import defect, ours
 from softmoe_cli.signals import end_children, interruptible
-from softmoe_cli.text import first_line, printable_lines
+from softmoe_cli.text import printable_lines
 
 if typing.TYPE_CHECKING:
     from softmoe_cli.record import Source

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from softmoe_cli.cli import SCHEMAS
-from softmoe_cli.config import UsageError, nearest
+from softmoe_cli.errors import UsageError, nearest
 from softmoe_cli.explain import known_keys
 from softmoe_cli.help import (
     ADDED,

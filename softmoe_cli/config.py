@@ -5,29 +5,18 @@ and bounds beside its type; `softmoe train --help` prints them, and `check` enfo
 """
 
 import dataclasses
-import difflib
 import math
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
+from softmoe_cli.errors import UsageError, nearest
 from softmoe_cli.text import printable
 
 MISSING: Any = "???"
 """omegaconf's mark of a value that `conf/` must give; importing omegaconf takes a tenth of a second."""
-
-
-class UsageError(ValueError):
-    """Something the user typed or pointed at cannot work; the message says what and the way out."""
-
-
-def nearest(word: str, choices: Iterable[str]) -> str:
-    """` Did you mean 'x'?` for the choice closest to `word`, else the empty string."""
-    found = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
-    return f" Did you mean '{found[0]}'?" if found else ""
 
 
 MOST_CLASSES = 10**7

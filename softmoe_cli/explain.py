@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from softmoe_cli.cli import SCHEMAS, _own_conf
-from softmoe_cli.config import UsageError, nearest
+from softmoe_cli.errors import UsageError, first_line, nearest
 from softmoe_cli.help import (
     ADDED,
     GROUPS,
@@ -20,7 +20,7 @@ from softmoe_cli.help import (
     load,
     options,
 )
-from softmoe_cli.text import first_line, printable
+from softmoe_cli.text import printable
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from softmoe_cli.cli import LAUNCHERS, SCHEMAS, _own_conf, conf_folder
-from softmoe_cli.config import Launcher, UsageError, nearest, typed
+from softmoe_cli.config import Launcher, typed
+from softmoe_cli.errors import UsageError, nearest
 from softmoe_cli.files import RULE
 from softmoe_cli.sizes import Size, read_sizes
 

@@ -32,9 +32,10 @@ from torch.distributed.elastic.rendezvous import (
 )
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from softmoe_cli.config import Config, UsageError
+from softmoe_cli.config import Config
+from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.failures import defect, ours
-from softmoe_cli.files import RunError, write_atomically
+from softmoe_cli.files import write_atomically
 from softmoe_cli.signals import ASKING, Asked, end_children, heard, leave_soon
 from softmoe_cli.sweep import follow_launcher, start_server
 

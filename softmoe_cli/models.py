@@ -22,11 +22,11 @@ from timm.models import build_model_with_cfg, register_model
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from softmoe_cli.config import Backbone, Model, UsageError, nearest, placement
+from softmoe_cli.config import Backbone, Model, placement
+from softmoe_cli.errors import UsageError, first_line, nearest
 from softmoe_cli.moe.layer import Experts, MoE
 from softmoe_cli.moe.routing import Router
 from softmoe_cli.record import Source, digest_of, read_source
-from softmoe_cli.text import first_line
 
 
 def read_checkpoint(checkpoint: str) -> Source:

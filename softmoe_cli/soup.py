@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softmoe_cli.config import CUT, UsageError, same_set
+from softmoe_cli.config import CUT, same_set
+from softmoe_cli.errors import UsageError
 from softmoe_cli.record import Source
 
 Weights = dict[str, Tensor]

@@ -39,9 +39,10 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from softmoe_cli.config import QUALITIES, Config, Launcher, RayLauncher, SlurmLauncher, UsageError
+from softmoe_cli.config import QUALITIES, Config, Launcher, RayLauncher, SlurmLauncher
 from softmoe_cli.contents import KNOWN
-from softmoe_cli.files import RunError, not_following, write_atomically
+from softmoe_cli.errors import RunError, UsageError
+from softmoe_cli.files import not_following, write_atomically
 from softmoe_cli.signals import ASKING, CURSOR, Asked, heard, leave_soon
 from softmoe_cli.status import State, count, duration, figures, held, state
 from softmoe_cli.text import aligned, flop, printable_lines

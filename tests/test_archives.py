@@ -21,8 +21,9 @@ from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 
 from softmoe_cli.archives import Stored
-from softmoe_cli.config import Data, UsageError
+from softmoe_cli.config import Data
 from softmoe_cli.data import ImageSet, Splits, eval_batches, identity, load, stream, train_batches
+from softmoe_cli.errors import UsageError
 from tests.conftest import TINY
 from tests.oracles import compose
 from tests.processes import Started

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from softmoe_cli import data
 from softmoe_cli.card import read_card
 from softmoe_cli.cli import _model_of
-from softmoe_cli.config import UsageError
+from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.models import build, load_weights, portable
-from softmoe_cli.record import Checkpoint, Run, RunError, Source, read_source, write_checkpoint
+from softmoe_cli.record import Checkpoint, Run, Source, read_source, write_checkpoint
 from tests.conftest import TINY, Softmoe
 from tests.oracles import compose
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from softmoe_cli.config import UsageError
+from softmoe_cli.errors import UsageError
 from softmoe_cli.optim import span
 from tests.conftest import TINY, Softmoe
 from tests.oracles import compose

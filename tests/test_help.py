@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from softmoe_cli import completion, explain, help, sizes
 from softmoe_cli.cli import LAUNCHERS, SCHEMAS, _store_schemas, conf_folder
-from softmoe_cli.config import UsageError
+from softmoe_cli.errors import UsageError
 from tests.conftest import Softmoe
 
 COMPOSED = [

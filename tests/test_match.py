@@ -10,8 +10,8 @@ from hydra.core.config_store import ConfigStore
 
 from softmoe_cli.cli import _changed, _door, _other, conf_folder, plain
 from softmoe_cli.config import COSTS, FREE_KEYS, MatchConfig
+from softmoe_cli.errors import RunError
 from softmoe_cli.match import Trial, cost_of, match, search, show
-from softmoe_cli.record import RunError
 from tests.conftest import Softmoe, thinned
 
 FASHION = "data=fashion_mnist"

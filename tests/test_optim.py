@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from softmoe_cli.config import Optim, UsageError
+from softmoe_cli.config import Optim
+from softmoe_cli.errors import UsageError
 from softmoe_cli.evaluate import classification_loss
 from softmoe_cli.models import build
 from softmoe_cli.moe.routing import routings

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from softmoe_cli.cli import _trust
-from softmoe_cli.config import UsageError
+from softmoe_cli.errors import UsageError
 from softmoe_cli.own_conf import OwnSource
 from softmoe_cli.record import Source
 from tests.conftest import TINY, Softmoe

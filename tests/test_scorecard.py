@@ -18,8 +18,9 @@ from softmoe_cli import data as data_module
 from softmoe_cli import scorecard
 from softmoe_cli.archives import Stored
 from softmoe_cli.cli import _keep_cut, _tell
-from softmoe_cli.config import EvaluateConfig, UsageError
+from softmoe_cli.config import EvaluateConfig
 from softmoe_cli.data import ImageSet
+from softmoe_cli.errors import UsageError
 from softmoe_cli.evaluate import Outcomes
 from softmoe_cli.mirror import _named
 from softmoe_cli.models import build

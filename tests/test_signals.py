@@ -17,9 +17,9 @@ import torch
 from omegaconf import OmegaConf
 
 from softmoe_cli import cli, mirror, status, sweep
-from softmoe_cli.config import UsageError, Wandb
+from softmoe_cli.config import Wandb
+from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.failures import ours
-from softmoe_cli.files import RunError
 from softmoe_cli.signals import Asked, end_children, heard
 from softmoe_cli.train import Stop
 from tests.conftest import TINY, Softmoe

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from softmoe_cli.config import UsageError
+from softmoe_cli.errors import UsageError
 from softmoe_cli.record import Source
 from softmoe_cli.soup import Weights, average, check_alike, greedy
 

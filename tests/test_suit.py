@@ -10,7 +10,8 @@ import yaml
 from PIL import Image
 
 from softmoe_cli.cli import _tell, conf_folder
-from softmoe_cli.config import Config, UsageError
+from softmoe_cli.config import Config
+from softmoe_cli.errors import UsageError
 from softmoe_cli.suit import SIDES, backbone_for, side_for
 from softmoe_cli.train import run_folder
 from tests.conftest import TINY, Softmoe
