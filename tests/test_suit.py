@@ -12,8 +12,8 @@ from PIL import Image
 from softmoe_cli.cli import _tell, conf_folder
 from softmoe_cli.config import Config
 from softmoe_cli.errors import UsageError
+from softmoe_cli.setup import run_folder
 from softmoe_cli.suit import SIDES, backbone_for, side_for
-from softmoe_cli.train import run_folder
 from tests.conftest import TINY, Softmoe
 from tests.oracles import compose
 
