@@ -573,9 +573,7 @@ def with_largest_batch(config: Config, say: Callable[[str], None], sharers: int 
     splits = data.load(config.data)
     batch = largest_batch(config, _num_classes(config, splits), device, len(splits.train), sharers)
     say(f"train.batch_size=auto: {batch}; type train.batch_size={batch} to have the same run elsewhere")
-    settled = replace(config, train=replace(config.train, batch_size=batch))
-    settled.check()
-    return settled
+    return replace(config, train=replace(config.train, batch_size=batch)).settled()
 
 
 def _pace(
