@@ -99,18 +99,16 @@ def each_job(command: str, arguments: Sequence[str], job: Callable[[Any, list[st
 
 @functools.cache
 def admit(launcher: type) -> None:
-    """Has Hydra take a launcher that is not in its hydra_plugins namespace, which would be a folder beside the package
-    and imported by every Hydra program of the environment. The check is a method of Hydra's own, and the same in 1.3.2,
-    1.3.8 and the development branch of 1.4."""
+    """Has Hydra take a launcher of our own package. Up to 1.3 it makes only those of its namespace hydra_plugins, which
+    would be a folder beside the package that every Hydra program of the environment imports, and the check is a method
+    of Hydra's (the same in 1.3.2 and 1.3.8); from 1.4 on (1.4.0rc3) to be registered is enough."""
     from hydra.core.plugins import Plugins
 
-    known, name = Plugins.is_in_toplevel_plugins_module, f"{launcher.__module__}.{launcher.__name__}"
-
-    def takes(target: str) -> bool:
-        return target == name or known(target)
-
-    Plugins.is_in_toplevel_plugins_module = staticmethod(takes)  # type: ignore[method-assign, assignment]
     Plugins.instance().register(launcher)
+    known, name = getattr(Plugins, "is_in_toplevel_plugins_module", None), f"{launcher.__module__}.{launcher.__name__}"
+    if known is not None:
+        takes = staticmethod(lambda target: target == name or known(target))
+        Plugins.is_in_toplevel_plugins_module = takes  # type: ignore[method-assign, assignment]
 
 
 @functools.cache
