@@ -226,9 +226,7 @@ def with_largest_batch(config: Config, sharers: int = 1) -> Config:
     load = Load.of(config, data.num_classes(config.data, splits), device)
     paired = bool(config.augment.mixup or config.augment.cutmix)
     batch = largest_batch(load, len(splits.train), paired=paired, sharers=sharers)
-    settled = replace(config, train=replace(config.train, batch_size=batch))
-    settled.check()
-    return settled
+    return replace(config, train=replace(config.train, batch_size=batch)).settled()
 
 
 def largest_batch(load: Load, images: int, *, paired: bool, sharers: int = 1) -> int:

@@ -350,7 +350,7 @@ def test_layers_of_a_model_of_two_blocks_by_hand() -> None:
 )
 def test_what_an_optimizer_has_no_use_for(changes: dict[str, object], words: str) -> None:
     with pytest.raises(UsageError, match=words):
-        optim(**changes).check()
+        optim(**changes).settled()
 
 
 def test_an_update_moves_each_layer_by_its_share_and_what_is_frozen_not_at_all() -> None:

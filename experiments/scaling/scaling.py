@@ -20,7 +20,7 @@ import torch
 
 from softmoe_cli import load as loads
 from softmoe_cli import memory, sharded
-from softmoe_cli.cli import compose
+from softmoe_cli.compose import compose
 from softmoe_cli.config import WAYS, Model
 from softmoe_cli.cost import account, on_meta
 from softmoe_cli.moe.layer import MoE
@@ -89,12 +89,7 @@ def predicted(model: Model, load: Load, gpus: int, way: str) -> memory.Memory:
     memory.prepare = lambda *_: None  # type: ignore[assignment]
     CPU_PRODUCTS[torch.bfloat16] = "fast"
     each = loads.Load(
-        model,
-        CLASSES,
-        load.images * gpus,
-        torch.device("cpu"),
-        recompute=bool(load.recompute),
-        precision=load.precision,
+        model, CLASSES, load.images * gpus, torch.device("cpu"), recompute=load.recompute == 1, precision=load.precision
     )
     return memory.predict(each, gpus, way)
 
