@@ -18,7 +18,7 @@ from typing import Any
 from softmoe_cli.conf_files import chosen_groups, conf_folder, defaults, files, load, own_conf_folder
 from softmoe_cli.config import LAUNCHERS, SCHEMAS, Config, Data, DataCheckConfig, MatchConfig, Section, check_side
 from softmoe_cli.errors import UsageError, first_line
-from softmoe_cli.explain import explain, no_key, refused
+from softmoe_cli.explain import crossing, explain, no_key, refused
 from softmoe_cli.failures import ours
 from softmoe_cli.help import options
 from softmoe_cli.text import printable_lines
@@ -278,16 +278,16 @@ def names(key: str, typed: Sequence[str]) -> bool:
     return any(override.partition("=")[0].lstrip("+") == key for override in typed)
 
 
-def other_model(name: str, typed: Sequence[str]) -> MatchConfig:
+def other_model(to: str, typed: Sequence[str]) -> MatchConfig:
     """The model that is to be met, with everything else as typed."""
     from hydra import compose
     from hydra.errors import HydraException
 
     kept = [override for override in typed if re.split(r"[.=/@]", override.lstrip("+~"))[0] != "model"]
     try:
-        config = compose("match", [*kept, f"model={name}"])
+        config = compose("match", [*kept, *(crossing(to) or [f"model={to}"])])
     except HydraException as error:
-        raise UsageError(f"to={name}: {explain(error, 'match', []).partition(': ')[2]}") from error
+        raise UsageError(f"to={to}: {explain(error, 'match', []).partition(': ')[2]}") from error
     return door(plain(config, MatchConfig), MatchConfig)
 
 

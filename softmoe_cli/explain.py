@@ -282,8 +282,28 @@ def _typed(key: str, arguments: Iterable[str]) -> str:
 def no_choice(group: str, name: str, there: Iterable[str] | None) -> str:
     """A group has no such choice: the nearest."""
     choices = [choice for choice in there or () if not choice.startswith("_")]
+    if group == "model" and (words := crossing(name)):
+        return f"model={short(name)} is not one of the named models; type {' '.join(words)}"
     said = f"{group}={short(name)}: " + ("no such choice." if name else "no choice is named.")
     return said + nearest(name, choices) + _choices(group, name, choices)
+
+
+def crossing(name: str) -> list[str]:
+    """What to type for a model that is named after a backbone and a router and has no file of its own: a named one from
+    the same base, with that backbone or that router instead. Empty where the name is none of that kind."""
+    backbones, routers, models = files("model/backbone"), files("model/router"), files("model")
+    backbone, router = next(
+        ((b, r) for r in routers for b in backbones if name == f"{b}_{r}" and name not in models), ("", "")
+    )
+    if not backbone:
+        return []
+    if "_small" in load(backbones[backbone]).get("defaults", []):
+        return ["model=small", f"model/backbone={backbone}", f"model/router={router}"]
+    large = [model for model, file in models.items() if "_paper" in load(file).get("defaults", [])]
+    same = [model for model in large if model.endswith(f"_{router}") and model.removesuffix(f"_{router}") in backbones]
+    if same:
+        return [f"model={difflib.get_close_matches(name, same, n=1, cutoff=0)[0]}", f"model/backbone={backbone}"]
+    return [f"model={backbone}_soft", f"model/router={router}"] if f"{backbone}_soft" in large else []
 
 
 def _choices(group: str, name: str, there: Iterable[str] = ()) -> str:
