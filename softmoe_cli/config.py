@@ -30,6 +30,8 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     return f" Did you mean '{found[0]}'?" if found else ""
 
 
+WIDEST = 65_535
+"""Pixels on a side that a JPEG may have."""
 MOST_CLASSES = 10**7
 """A list of more names takes minutes and gigabytes before anything is said."""
 
@@ -140,7 +142,7 @@ class Model:
     path: ClassVar[str] = "model"
     backbone: Backbone = field(default_factory=Backbone)
     router: Any = option("a router and its options (model/router=NAME); dense has none")
-    image_size: int = option("pixels on the side of the square that the model sees", low=1)
+    image_size: int = option("pixels on the side of the square that the model sees", low=1, high=WIDEST)
     in_chans: int = option("colour channels of its input; grey images are repeated", low=1)
     moe_blocks: Any = option(
         "last_N, last_half, every_N (every Nth block, from the Nth), or a list of block numbers from 0"
@@ -235,6 +237,7 @@ class Data:
         "pixels on the side of a decoded image; files are resized and cut to it; auto: the model's or, where that "
         "follows the images, what suits them",
         low=1,
+        high=WIDEST,
     )
     crop_pct: float | None = option(
         "share of a file's shorter side that the centre square keeps, as in timm; null: all", above=0, high=1

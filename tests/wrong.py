@@ -152,7 +152,6 @@ CARDS: dict[str, Any] = {
     "classes number": {"classes": 10}, "classes text": {"classes": "abcdefghij"},
     "classes of numbers": {"classes": [1] * 10},
     "classes empty": {"classes": []}, "classes too few": {"classes": ["a", "b"]},
-    "classes twice": {"classes": ["a"] * 10},
     "classes escape": {"classes": ["\x1b[31mred", *"bcdefghij"]},
     "loss": {"loss": "hinge"}, "loss number": {"loss": 5}, "precision": {"precision": "fp8"},
     "precision null": {"precision": None}, "receipt list": {"receipt": [1]}, "origin list": {"origin": [1]},
