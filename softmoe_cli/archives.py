@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from softmoe_cli.config import UsageError
+from softmoe_cli.errors import UsageError
 
 IMAGE_ENDINGS = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".ppm", ".pgm", ".pbm", ".pnm", ".bmp", ".tif", ".tiff", ".webp",

@@ -12,7 +12,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
-from softmoe_cli.config import Data, Model, Train, UsageError
+from softmoe_cli.config import Data, Model, Train
+from softmoe_cli.errors import UsageError
 
 
 def read_card(text: str, path: Path) -> dict[str, Any]:

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten_with_path
 from torch.utils.checkpoint import checkpoint
 
-from softmoe_cli.config import UsageError
 from softmoe_cli.cost import counter
 from softmoe_cli.device import compiled
+from softmoe_cli.errors import UsageError, first_line
 from softmoe_cli.models import make_router
 from softmoe_cli.moe.layer import Experts, MoE
 from softmoe_cli.moe.routers.experts_choice import ExpertsChoiceRouter
@@ -36,7 +36,6 @@ from softmoe_cli.moe.routers.tokens_choice import (
 )
 from softmoe_cli.moe.routers.tokens_choice_bpr import TokensChoiceBPRRouter
 from softmoe_cli.moe.routing import Router, Routing, SparseRouting, routings, whole_batch
-from softmoe_cli.text import first_line
 
 DIM, HIDDEN, TOKENS, GROUPS = 16, 24, 16, 4
 EXACT = 1e-10

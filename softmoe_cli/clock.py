@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from softmoe_cli.config import CostConfig, MatchConfig, UsageError
+from softmoe_cli.config import CostConfig, MatchConfig
 from softmoe_cli.device import arithmetic, compiled, free_memory, hardware, keep_freed_memory
+from softmoe_cli.errors import UsageError
 from softmoe_cli.memory import Live, predict
 from softmoe_cli.models import build, prepare
 from softmoe_cli.moe.routing import full_precision, routings

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from softmoe_cli.config import UsageError, nearest
+from softmoe_cli.errors import UsageError, nearest
 from softmoe_cli.intervals import (
     Difference,
     Interval,

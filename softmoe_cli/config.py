@@ -5,29 +5,17 @@ and bounds beside its type; `softmoe train --help` prints them, and `check` enfo
 """
 
 import dataclasses
-import difflib
 import math
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
+from softmoe_cli.errors import UsageError, nearest
 from softmoe_cli.text import printable
 
 MISSING: Any = "???"
 """omegaconf's mark of a value that `conf/` must give; importing omegaconf takes a tenth of a second."""
-
-
-class UsageError(ValueError):
-    """Something the user typed or pointed at cannot work; the message says what and the way out."""
-
-
-def nearest(word: str, choices: Iterable[str]) -> str:
-    """` Did you mean 'x'?` for the choice closest to `word`, else the empty string."""
-    found = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
-    return f" Did you mean '{found[0]}'?" if found else ""
 
 
 WIDEST = 65_535
@@ -58,8 +46,8 @@ def option(
     return field(default=MISSING, metadata=limits)
 
 
-def _check(section: Any) -> None:
-    """Hold every value of a config dataclass against the bounds beside its type."""
+def _check_values(section: "Section") -> None:
+    """Holds every value of a section against the bounds beside its type."""
     for f in dataclasses.fields(section):
         value, limits = getattr(section, f.name), f.metadata
         key = ".".join(filter(None, [section.path, f.name]))
@@ -80,14 +68,41 @@ def _check(section: Any) -> None:
             if not math.isfinite(number):
                 raise UsageError(f"{key}={value} is not a finite number")
             if not (limits["low"] <= number <= limits["high"] and number > limits["above"]):
-                bounds = [f"> {limits['above']:.15g}"] * (limits["above"] > -math.inf)
-                bounds += [f">= {limits['low']:.15g}"] * (limits["low"] > -math.inf)
-                bounds += [f"<= {limits['high']:.15g}"] * (limits["high"] < math.inf)
+                signs = {">": limits["above"], ">=": limits["low"], "<=": limits["high"]}
+                bounds = [f"{sign} {bound:.15g}" for sign, bound in signs.items() if math.isfinite(bound)]
                 raise UsageError(f"{key}={typed(value)} is out of range: it must be {' and '.join(bounds)}")
 
 
 @dataclass
-class Backbone:
+class Section:
+    """A part of a configuration, or the whole of a command's."""
+
+    path: ClassVar[str]
+    """Where its keys are, such as model.backbone; empty for a command's own."""
+
+    def settled(self) -> Self:
+        """A checked copy, with what its choices imply filled in.
+
+        Raises:
+            UsageError: the first value or combination that cannot work.
+        """
+        _check_values(self)
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        inner = {name: value.settled() for name, value in values.items() if isinstance(value, Section)}
+        settled = replace(self, **inner)
+        settled.check()
+        return settled.filled()
+
+    def check(self) -> None:
+        """Raises UsageError where the values, whose bounds are kept, do not go together. Changes nothing."""
+
+    def filled(self) -> Self:
+        """A copy with what its choices imply; itself where they imply nothing."""
+        return self
+
+
+@dataclass
+class Backbone(Section):
     """A timm VisionTransformer. The defaults of conf/model/backbone follow the official Soft MoE code."""
 
     path: ClassVar[str] = "model.backbone"
@@ -116,7 +131,6 @@ class Backbone:
     )
 
     def check(self) -> None:
-        _check(self)
         chosen = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("name", "timm")}
         if self.timm is not None:
             extra = [name for name, value in chosen.items() if value is not None and name != "drop_path"]
@@ -136,7 +150,7 @@ class Backbone:
 
 
 @dataclass
-class Model:
+class Model(Section):
     """A backbone, a router, and which of the backbone's MLPs the router's experts replace."""
 
     path: ClassVar[str] = "model"
@@ -153,8 +167,6 @@ class Model:
     expert_width: int | None = option("hidden width of an expert; null: that of the MLP it replaces", low=1)
 
     def check(self) -> None:
-        _check(self)
-        self.backbone.check()
         if not isinstance(self.router, dict) or "_target_" not in self.router:
             raise UsageError(f"model.router={self.router}: choose one with model/router=NAME (softmoe list shows them)")
         if self.router["_target_"] is not None and str(self.router["_target_"]).count(".") < 1:
@@ -162,17 +174,12 @@ class Model:
                 f"model.router._target_={self.router['_target_']} is not of the form module.Class; "
                 "choose a router with model/router=NAME"
             )
-        if self.router["_target_"] is None:
-            # So that a dense control is the same run whatever placement and options its rivals sweep over.
-            self.moe_blocks, self.router, self.expert_init = [], {"_target_": None}, "identical"
-            self.expert_width = None
-        elif self.backbone.depth is not None:
-            self.moe_blocks = placement(self.moe_blocks, self.backbone.depth)
-            if not self.moe_blocks:
-                raise UsageError(
-                    f"model.moe_blocks=[] leaves router {self.router_name} without a block and the model dense; "
-                    "use model/router=dense or name blocks, such as model.moe_blocks=last_2"
-                )
+        routed, depth = self.router["_target_"] is not None, self.backbone.depth
+        if routed and depth is not None and not placement(self.moe_blocks, depth):
+            raise UsageError(
+                f"model.moe_blocks=[] leaves router {self.router_name} without a block and the model dense; "
+                "use model/router=dense or name blocks, such as model.moe_blocks=last_2"
+            )
         patch = self.backbone.patch_size
         if patch is not None and self.image_size % patch:
             raise UsageError(
@@ -180,6 +187,16 @@ class Model:
                 f"the nearest sizes that are: {max(1, self.image_size // patch) * patch}, "
                 f"{(self.image_size // patch + 1) * patch}"
             )
+
+    def filled(self) -> Self:
+        """Block numbers for words. A dense control is the same run whatever placement and options its rivals sweep
+        over, so that it has none."""
+        if self.router["_target_"] is None:
+            bare = {"_target_": None}
+            return replace(self, moe_blocks=[], router=bare, expert_init="identical", expert_width=None)
+        if self.backbone.depth is None:
+            return self
+        return replace(self, moe_blocks=placement(self.moe_blocks, self.backbone.depth))
 
     @property
     def router_name(self) -> str:
@@ -219,7 +236,7 @@ FORMATS = ("folder", "webdataset", "tfds", "arrow")
 
 
 @dataclass
-class Data:
+class Data(Section):
     """A set of images with labels, cut into training, validation and test images once and for all."""
 
     path: ClassVar[str] = "data"
@@ -268,7 +285,6 @@ class Data:
     max_megapixels: float = option("larger images are refused before they are decoded", above=0)
 
     def check(self) -> None:
-        _check(self)
         if "://" in self.root:
             raise UsageError(
                 f"data.root={self.root} is an address; a run must find each image again at any time, so download the "
@@ -307,7 +323,7 @@ def check_side(name: str, format: str | None, side: Any) -> None:
 
 
 @dataclass
-class Augment:
+class Augment(Section):
     """What is done to a training image; evaluation sees the whole square."""
 
     path: ClassVar[str] = "augment"
@@ -323,7 +339,6 @@ class Augment:
     erase: float = option("probability that a box of an image becomes noise (random erasing)", low=0, high=1)
 
     def check(self) -> None:
-        _check(self)
         if self.randaugment is not None and (len(self.randaugment) != 2 or self.randaugment[1] > 30):
             raise UsageError(
                 f"augment.randaugment={self.randaugment} is not [operations, magnitude up to 30], such as [2,10]"
@@ -331,7 +346,7 @@ class Augment:
 
 
 @dataclass
-class Optim:
+class Optim(Section):
     """The optimizer, what it trains, and its schedule. Spans below 1 are shares of the budget, others steps."""
 
     path: ClassVar[str] = "optim"
@@ -361,7 +376,6 @@ class Optim:
     clip_norm: float | None = option("largest global norm of the gradient; null: none", above=0)
 
     def check(self) -> None:
-        _check(self)
         if len(self.betas) != 2:
             raise UsageError(f"optim.betas={self.betas} needs two numbers")
         if (self.name == "sgd") != (self.momentum is not None):
@@ -387,7 +401,7 @@ BUDGETS = ("steps", "epochs", "images", "minutes")
 
 
 @dataclass
-class Train:
+class Train(Section):
     """How long, how much at a time, in which arithmetic, and what is looked at on the way."""
 
     path: ClassVar[str] = "train"
@@ -429,15 +443,12 @@ class Train:
     )
 
     def check(self) -> None:
-        _check(self)
         given = {key: getattr(self, key) for key in BUDGETS if getattr(self, key) is not None}
         if len(given) > 1:
             raise UsageError(
                 f"{' and '.join(f'train.{k}={typed(v)}' for k, v in given.items())} are two budgets; set all but one "
                 "to null"
             )
-        if not given:
-            self.epochs = self.default_epochs
         if self.batch_size == "auto":
             return
         if type(self.batch_size) is not int:
@@ -445,13 +456,18 @@ class Train:
         if self.batch_size % self.accumulate:
             raise UsageError(f"train.accumulate={self.accumulate} does not divide train.batch_size={self.batch_size}")
 
+    def filled(self) -> Self:
+        if any(getattr(self, key) is not None for key in BUDGETS):
+            return self
+        return replace(self, epochs=self.default_epochs)
+
 
 WANDB_LETTERS = 128
 """Letters that W&B takes in a project, a group or a name."""
 
 
 @dataclass
-class Wandb:
+class Wandb(Section):
     """Where on Weights & Biases the run is mirrored."""
 
     path: ClassVar[str] = "wandb"
@@ -463,13 +479,12 @@ class Wandb:
 
     def check(self) -> None:
         """W&B's own limits: what it refuses would cost the record of the run."""
-        _check(self)
         for key in ("project", "entity", "group", "name"):
             value = getattr(self, key)
             if value is not None and not 1 <= len(value) <= WANDB_LETTERS:
                 raise UsageError(
                     f"wandb.{key}={value} has {len(value)} characters; W&B takes 1 to {WANDB_LETTERS}"
-                    + ", and null leaves the choice to it" * (key != "project")
+                    + ("" if key == "project" else ", and null leaves the choice to it")
                 )
         for key in ("project", "entity"):
             wrong = [letter for letter in "/\\#?%:" if letter in (getattr(self, key) or "")]
@@ -494,17 +509,6 @@ def check_channels(data: Data, in_chans: int) -> None:
     for key in ("mean", "std"):
         if len(getattr(data, key)) not in (1, in_chans):
             raise UsageError(f"data.{key}={getattr(data, key)} needs 1 or model.in_chans={in_chans} numbers")
-
-
-CUT = ("split_seed", "test_fraction", "validation_fraction")
-"""Keys of data that say which images are held out."""
-
-
-def same_set(data: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether both name the same images: one data set, and where it is read from files, one place."""
-    if any(data.get(key) != other.get(key) for key in ("name", "format")):
-        return False
-    return data.get("format") is None or Path(data["root"]).resolve() == Path(other["root"]).resolve()
 
 
 def check_tokens(config: "Config", tokens: int) -> None:
@@ -557,7 +561,7 @@ WAYS = ("ddp", "fsdp", "expert")
 
 
 @dataclass
-class Config:
+class Config(Section):
     """What `softmoe train` and `softmoe finetune` compose."""
 
     path: ClassVar[str] = ""
@@ -595,10 +599,6 @@ class Config:
     restarts: int = option("with devices: how often a failure restarts all of them from the last checkpoint", low=0)
 
     def check(self) -> None:
-        """Raises UsageError for the first value or combination that cannot work; settles what others imply."""
-        _check(self)
-        for section in (self.model, self.data, self.augment, self.optim, self.train, self.wandb):
-            section.check()
         if self.data.test_fraction == 1:
             raise UsageError(
                 f"data={self.data.name} has data.test_fraction=1: its images are for softmoe evaluate only"
@@ -652,23 +652,19 @@ class Config:
 
 
 @dataclass
-class DataCheckConfig:
+class DataCheckConfig(Section):
     """What `softmoe data check` composes."""
 
     path: ClassVar[str] = ""
     data: Data = field(default_factory=Data)
     format: str = option("what is printed", choices=("table", "json"))
 
-    def check(self) -> None:
-        _check(self)
-        self.data.check()
-
 
 AUDITS = ("neighbours", "capacity", "slots", "experts")
 
 
 @dataclass
-class EvaluateConfig:
+class EvaluateConfig(Section):
     """What `softmoe evaluate` composes."""
 
     path: ClassVar[str] = ""
@@ -702,8 +698,6 @@ class EvaluateConfig:
     threads: int | None = option("CPU threads; null: torch's choice", low=1)
 
     def check(self) -> None:
-        _check(self)
-        self.data.check()
         idle = {
             "soup=greedy": self.soup == "greedy" and not isinstance(self.checkpoint, list),
             f"audit_images={self.audit_images}": self.audit_images is not None and not self.audit,
@@ -716,7 +710,7 @@ class EvaluateConfig:
 
 
 @dataclass
-class UpcycleConfig:
+class UpcycleConfig(Section):
     """What `softmoe upcycle` composes."""
 
     path: ClassVar[str] = ""
@@ -738,9 +732,6 @@ class UpcycleConfig:
     threads: int | None = option("CPU threads; null: torch's choice", low=1)
 
     def check(self) -> None:
-        _check(self)
-        self.model.check()
-        self.data.check()
         check_channels(self.data, self.model.in_chans)
         check_groups("images", self.images, self.model.router)
         if self.preserve and (self.expert_noise or self.expert_redraw):
@@ -754,7 +745,7 @@ PROGRAMS = ("torch_export", "onnx")
 
 
 @dataclass
-class ExportConfig:
+class ExportConfig(Section):
     """What `softmoe export` composes."""
 
     path: ClassVar[str] = ""
@@ -769,13 +760,9 @@ class ExportConfig:
     format: str = option("what is printed", choices=("table", "json"))
     threads: int | None = option("CPU threads; null: torch's choice", low=1)
 
-    def check(self) -> None:
-        _check(self)
-        self.data.check()
-
 
 @dataclass
-class CostConfig:
+class CostConfig(Section):
     """What `softmoe cost` composes."""
 
     path: ClassVar[str] = ""
@@ -795,9 +782,6 @@ class CostConfig:
     threads: int | None = option("CPU threads; null: torch's choice", low=1)
 
     def check(self) -> None:
-        _check(self)
-        self.model.check()
-        self.data.check()
         _check_parts(self)
         if self.devices == 1 and self.parallel != "ddp":
             raise UsageError(f"parallel={self.parallel} has no effect with devices=1")
@@ -817,7 +801,7 @@ COSTS = (
 
 
 @dataclass
-class MatchConfig:
+class MatchConfig(Section):
     """What `softmoe match` composes."""
 
     path: ClassVar[str] = ""
@@ -839,9 +823,6 @@ class MatchConfig:
     threads: int | None = option("CPU threads; null: torch's choice", low=1)
 
     def check(self) -> None:
-        _check(self)
-        self.model.check()
-        self.data.check()
         _check_parts(self)
         if (self.by == "train_pflop") != (self.steps is not None):
             raise UsageError(f"by={self.by} and steps={self.steps}: steps belong to by=train_pflop, which needs them")
@@ -860,7 +841,7 @@ PRICES = ("train_pflop", "forward_gflop", "train_gflop", "params_m", "active_par
 
 
 @dataclass
-class Limit:
+class Limit(Section):
     """The most that a job of a search may cost; known before it runs."""
 
     path: ClassVar[str] = "hydra.launcher.limit"
@@ -877,7 +858,7 @@ class Limit:
 
 
 @dataclass
-class Launcher:
+class Launcher(Section):
     """Where and how the jobs of `softmoe train -m` run: hydra.launcher of any place."""
 
     path: ClassVar[str] = "hydra.launcher"
@@ -891,8 +872,6 @@ class Launcher:
     plan: bool = option("list the jobs with their cost and stop; --plan sets it")
 
     def check(self) -> None:
-        _check(self)
-        _check(self.limit)
         if self.limit.given and (len(self.objective) != 1 or self.objective[0] not in QUALITIES):
             raise UsageError(
                 f"hydra.launcher.limit={self.limit.given} goes with one quality as hydra.launcher.objective, such as "
@@ -948,3 +927,13 @@ LATER: dict[str, Any] = {
 }  # fmt: skip
 """Options that came later, and where they do nothing: a run that leaves them there is what it was before there was a
 choice, so they are left out of its signature."""
+
+
+SCHEMAS: dict[str, type[Section]] = {
+    "train": Config, "finetune": Config, "evaluate": EvaluateConfig, "cost": CostConfig, "match": MatchConfig,
+    "upcycle": UpcycleConfig, "export": ExportConfig, "data": DataCheckConfig,
+}  # fmt: skip
+"""What each command composes."""
+
+LAUNCHERS: dict[str, type[Launcher]] = {"local": LocalLauncher, "slurm": SlurmLauncher, "ray": RayLauncher}
+"""The options of hydra.launcher, by place."""

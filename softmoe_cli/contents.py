@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from softmoe_cli.archives import Stored
-from softmoe_cli.config import UsageError
+from softmoe_cli.errors import UsageError
 
 WHOLE = 256 * 2**10
 """Bytes up to which an image counts whole: a disk that has to look for its pieces takes as long for them."""

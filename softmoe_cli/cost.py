@@ -25,11 +25,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from softmoe_cli.config import Model, UsageError
+from softmoe_cli.config import Model
+from softmoe_cli.errors import UsageError, first_line
 from softmoe_cli.models import build, count_tokens
 from softmoe_cli.moe.layer import MoE
 from softmoe_cli.optim import freeze
-from softmoe_cli.text import first_line
 
 PARTS = ("embedding and norms", "attn", "mlp", "router", "experts", "shared", "head")
 

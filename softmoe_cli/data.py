@@ -41,12 +41,12 @@ from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_in
 from torchvision.transforms import RandomResizedCrop
 
 from softmoe_cli.archives import Stored
-from softmoe_cli.config import Augment, Data, Model, UsageError
+from softmoe_cli.config import Augment, Data, Model
 from softmoe_cli.contents import digest
 from softmoe_cli.device import cores
-from softmoe_cli.files import RunError
+from softmoe_cli.errors import RunError, UsageError, first_line
 from softmoe_cli.listing import Listing, listing
-from softmoe_cli.text import first_line, gibibytes, printable
+from softmoe_cli.text import gibibytes, printable
 
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist
 FASHION_CLASSES = (

@@ -17,7 +17,8 @@ from torch.utils.data import Dataset
 
 from softmoe_cli import data
 from softmoe_cli.archives import IMAGE_ENDINGS, Stored
-from softmoe_cli.config import DataCheckConfig, UsageError
+from softmoe_cli.config import DataCheckConfig
+from softmoe_cli.errors import UsageError
 from softmoe_cli.listing import HIDDEN, Listing, Passed, listing
 from softmoe_cli.terminal import Screen
 from softmoe_cli.text import aligned, gibibytes, printable

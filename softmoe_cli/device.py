@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast
 import pynvml
 import torch
 
-from softmoe_cli.config import UsageError
+from softmoe_cli.errors import UsageError
 from softmoe_cli.moe.processor import CPU_PRODUCTS
 
 T = TypeVar("T", bound=Callable[..., Any])

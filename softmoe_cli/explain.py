@@ -1,26 +1,26 @@
 """One sentence for a command line that Hydra or OmegaConf refuses: the key, the value, the choices, the nearest."""
 
+import dataclasses
 import difflib
+import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from softmoe_cli.cli import SCHEMAS, _own_conf
-from softmoe_cli.config import UsageError, nearest
-from softmoe_cli.help import (
+from softmoe_cli.conf_files import (
     ADDED,
     GROUPS,
-    ROUTER_OPTIONS,
     TITLES,
-    Option,
     chosen_groups,
     defaults,
     files,
     keys,
-    launcher_options,
     load,
-    options,
+    own_conf_folder,
 )
-from softmoe_cli.text import first_line, printable
+from softmoe_cli.config import SCHEMAS
+from softmoe_cli.errors import UsageError, first_line, nearest
+from softmoe_cli.help import ROUTER_OPTIONS, Option, launcher_options, options
+from softmoe_cli.text import printable
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser
@@ -105,6 +105,11 @@ def check_line(command: str, arguments: Sequence[str]) -> list[str]:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
+    learns, many = command in ("train", "finetune"), any(word in ("-m", "--multirun") for word in arguments)
+    if "--plan" in arguments and not (learns and many):
+        raise UsageError("--plan lists the jobs of a sweep: softmoe train -m … --plan or softmoe finetune -m … --plan")
+    if "--groups" in arguments and (many or not learns):
+        raise UsageError("--groups lists the parameters of one run: softmoe train … --groups, without -m")
     parser = get_args_parser()
 
     def refuse(message: str) -> NoReturn:
@@ -145,7 +150,25 @@ def check_line(command: str, arguments: Sequence[str]) -> list[str]:
             raise UsageError(f"{short(word)}: {key} is chosen already; leave out the +")
         if key in GROUPS and equals and not parsed.is_sweep_override() and not isinstance(parsed.value(), str | list):
             raise UsageError(f"{short(word)}: {key} takes the name of a choice.{_choices(key, '')}")
+    _refuse_unknown_to_hydra(ordered)
     return ordered
+
+
+def _refuse_unknown_to_hydra(arguments: Sequence[str]) -> None:
+    """`+hydra.key=value` as well, where Hydra knows which keys it has."""
+    from hydra.conf import HydraConf
+
+    for argument in arguments:
+        if not argument.startswith(("+hydra.", "++hydra.")):
+            continue
+        key, section = argument.lstrip("+").partition("=")[0].removeprefix("hydra."), HydraConf
+        for word in key.split("."):
+            hints = typing.get_type_hints(section)
+            if word not in hints:
+                raise UsageError(f"{argument}: there is no key 'hydra.{key}'.{nearest(word, hints)}")
+            section = hints[word]
+            if not dataclasses.is_dataclass(section):
+                break
 
 
 def _spoken(command: str) -> str:
@@ -235,7 +258,7 @@ def explain(error: Exception, command: str, arguments: Sequence[str]) -> str:
 def refused(error: Exception, arguments: Sequence[str]) -> str:
     """What Hydra raised before a job began, in Python's words: files of one's own conf, or values that it did not
     expect."""
-    own = _own_conf()
+    own = own_conf_folder()
     chosen = [files(group)[name] for group, name in chosen_groups(arguments).items()]
     for file in [*chosen, *(file for group in GROUPS for file in files(group).values())]:
         if own is not None and own in file.parents:

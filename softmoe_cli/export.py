@@ -22,12 +22,11 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from softmoe_cli import data
-from softmoe_cli.config import ExportConfig, Model, UsageError, check_groups
-from softmoe_cli.files import RunError
+from softmoe_cli.config import ExportConfig, Model, check_groups
+from softmoe_cli.errors import RunError, UsageError, first_line
 from softmoe_cli.models import build, load_weights
 from softmoe_cli.record import RECEIPT, WEIGHTS, Source, made_from, publish, published, seal
 from softmoe_cli.terminal import Screen
-from softmoe_cli.text import first_line
 
 TOLERANCE = 1e-4
 """Largest difference of an output, as a share of the largest output where that is above 1."""

@@ -12,9 +12,8 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from softmoe_cli.config import UsageError
-from softmoe_cli.files import RunError
-from softmoe_cli.text import first_line, shortened
+from softmoe_cli.errors import RunError, UsageError, first_line
+from softmoe_cli.text import shortened
 
 PLACE = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EFBIG: "choose another file system"}
 FILES = {errno.EMFILE, errno.ENFILE}

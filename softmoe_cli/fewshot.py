@@ -14,8 +14,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
-from softmoe_cli.config import UsageError
 from softmoe_cli.data import ImageSet, by_class
+from softmoe_cli.errors import UsageError
 
 L2 = tuple(2.0**power for power in range(-10, 20))
 """The official grid."""

@@ -7,14 +7,10 @@ import secrets
 import shutil
 from pathlib import Path
 
-from softmoe_cli.config import UsageError
+from softmoe_cli.errors import RunError, UsageError
 
 RULE = "What exists is not overwritten: give a name that nothing has, or remove it first."
 """Of every file and folder that a command is told to write; `--help` says it."""
-
-
-class RunError(RuntimeError):
-    """A run that cannot go on; the message says why and what is safe."""
 
 
 def require_vacant(key: str, path: Path) -> None:

@@ -32,11 +32,12 @@ from torch.distributed.elastic.rendezvous import (
 )
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from softmoe_cli.config import Config, UsageError
+from softmoe_cli.config import Config
+from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.failures import defect, ours
-from softmoe_cli.files import RunError, write_atomically
+from softmoe_cli.files import write_atomically
+from softmoe_cli.job import follow_launcher, start_server
 from softmoe_cli.signals import ASKING, Asked, end_children, heard, leave_soon
-from softmoe_cli.sweep import follow_launcher, start_server
 
 GRACE_S = 120
 """How long processes that were asked to save and leave have for it before they are ended."""

@@ -10,9 +10,10 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from softmoe_cli.clock import measure, rank
-from softmoe_cli.config import CostConfig, MatchConfig, UsageError
+from softmoe_cli.config import CostConfig, MatchConfig
 from softmoe_cli.cost import account_model, count, on_meta
 from softmoe_cli.device import arithmetic
+from softmoe_cli.errors import UsageError
 from softmoe_cli.memory import predict
 from softmoe_cli.text import aligned
 

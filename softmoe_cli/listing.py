@@ -19,7 +19,8 @@ import numpy as np
 
 from softmoe_cli import archives
 from softmoe_cli.archives import IMAGE_ENDINGS, Range, Stored, is_hidden, is_image, tar_images
-from softmoe_cli.config import MOST_CLASSES, Data, UsageError
+from softmoe_cli.config import MOST_CLASSES, Data
+from softmoe_cli.errors import UsageError
 from softmoe_cli.text import printable
 
 PARTS = ("train", "val", "test")

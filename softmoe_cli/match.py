@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from softmoe_cli.clock import measure
-from softmoe_cli.config import MatchConfig, UsageError
+from softmoe_cli.config import MatchConfig
 from softmoe_cli.cost import account
 from softmoe_cli.device import arithmetic
+from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.ledger import classes_of
 from softmoe_cli.memory import predict
-from softmoe_cli.record import RunError
 
 LARGEST = 2**24
 NEIGHBOURS = 3

@@ -26,8 +26,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from softmoe_cli.config import WAYS, Config, Model, Optim, UsageError, group_of
+from softmoe_cli.config import WAYS, Config, Model, Optim, group_of
 from softmoe_cli.device import free_memory, precision_context
+from softmoe_cli.errors import UsageError
 from softmoe_cli.models import build, prepare
 from softmoe_cli.moe.divided import DividedExperts, span
 from softmoe_cli.moe.layer import Experts, MoE, ragged_experts

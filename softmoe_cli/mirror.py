@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
 
-from softmoe_cli.config import WANDB_LETTERS, Config, UsageError, nearest
-from softmoe_cli.text import first_line
+from softmoe_cli.config import WANDB_LETTERS, Config
+from softmoe_cli.errors import UsageError, first_line, nearest
 
 MODES = {"online": "online", "offline": "offline", "run": "online", "dryrun": "offline", "disabled": "off"}
 """What WANDB_MODE may say: W&B's words, two of them older ones."""

@@ -22,11 +22,11 @@ from timm.models import build_model_with_cfg, register_model
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from softmoe_cli.config import Backbone, Model, UsageError, nearest, placement
+from softmoe_cli.config import Backbone, Model, placement
+from softmoe_cli.errors import UsageError, first_line, nearest
 from softmoe_cli.moe.layer import Experts, MoE
 from softmoe_cli.moe.routing import Router
 from softmoe_cli.record import Source, digest_of, read_source
-from softmoe_cli.text import first_line
 
 
 def read_checkpoint(checkpoint: str) -> Source:
@@ -544,8 +544,7 @@ def _adapted(
     sides = {img_size} if isinstance(img_size, int) else set(img_size)
     if len(sides) != 1:
         raise UsageError(f"img_size={img_size}: images of softmoe's models are square")
-    asked = replace(model, image_size=sides.pop(), in_chans=in_chans)
-    asked.check()
+    asked = replace(model, image_size=sides.pop(), in_chans=in_chans).settled()
     vit = build(asked, num_classes or 1)
     if global_pool not in (None, vit.global_pool):
         raise UsageError(f"global_pool={global_pool}: this model was trained with {vit.global_pool}")

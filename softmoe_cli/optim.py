@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from softmoe_cli.config import Optim, UsageError
+from softmoe_cli.config import Optim
+from softmoe_cli.errors import UsageError
 from softmoe_cli.parallel import part_of
 from softmoe_cli.text import aligned
 

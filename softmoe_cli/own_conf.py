@@ -14,9 +14,8 @@ from hydra.core.config_search_path import ConfigSearchPath
 from hydra.plugins.config_source import ConfigResult
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 
-from softmoe_cli.config import UsageError
-from softmoe_cli.help import load
-from softmoe_cli.text import first_line
+from softmoe_cli.conf_files import load
+from softmoe_cli.errors import UsageError, first_line
 
 GROUPS = ("model", "data", "recipe", "experiment", "search")
 WHOLE = GROUPS[2:]

@@ -32,13 +32,12 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
-from softmoe_cli.config import Config, UsageError
+from softmoe_cli.config import Config
 from softmoe_cli.device import cores
-from softmoe_cli.files import RunError
+from softmoe_cli.errors import RunError, UsageError, first_line
 from softmoe_cli.moe.divided import DividedExperts, span
 from softmoe_cli.moe.layer import MoE
 from softmoe_cli.moe.routing import of_whole_batch, whole_batch
-from softmoe_cli.text import first_line
 
 T = TypeVar("T")
 

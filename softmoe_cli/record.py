@@ -33,9 +33,10 @@ from torch.distributed.tensor import DTensor
 
 from softmoe_cli import rows, shards
 from softmoe_cli.card import read_card
-from softmoe_cli.config import LATER, NOT_SCIENCE, Config, UsageError, group_of
+from softmoe_cli.config import LATER, NOT_SCIENCE, Config, group_of
 from softmoe_cli.device import free_memory
-from softmoe_cli.files import RunError as RunError
+from softmoe_cli.errors import RunError as RunError
+from softmoe_cli.errors import UsageError
 from softmoe_cli.files import cannot_write, clear, not_following, require_vacant, sync, unused
 from softmoe_cli.files import write_atomically as write_atomically
 from softmoe_cli.parallel import ALONE, Crew

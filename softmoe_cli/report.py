@@ -20,8 +20,8 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from softmoe_cli.config import UsageError, nearest
-from softmoe_cli.files import RunError, require_vacant, write_atomically
+from softmoe_cli.errors import RunError, UsageError, nearest
+from softmoe_cli.files import require_vacant, write_atomically
 from softmoe_cli.runs import AXES, COSTS, QUALITIES
 
 if TYPE_CHECKING:  # numpy, scipy and matplotlib are imported when there is something to compare

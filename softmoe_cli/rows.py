@@ -16,7 +16,8 @@ from typing import Any
 import yaml
 
 from softmoe_cli.config import BUDGETS
-from softmoe_cli.text import first_line, printable, shortened
+from softmoe_cli.errors import first_line
+from softmoe_cli.text import printable, shortened
 
 Row = dict[str, Any]
 MOST_BYTES = 2**24

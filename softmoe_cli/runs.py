@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from softmoe_cli import rows
-from softmoe_cli.config import UsageError, nearest
+from softmoe_cli.errors import UsageError, nearest
 from softmoe_cli.rows import Row, number
 from softmoe_cli.text import printable
 

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from softmoe_cli import data, soup
 from softmoe_cli.audit import Audit, Finding, summary
-from softmoe_cli.config import EvaluateConfig, Model, UsageError, check_groups
+from softmoe_cli.config import EvaluateConfig, Model, check_groups
 from softmoe_cli.device import arithmetic, hardware, keep_freed_memory
+from softmoe_cli.errors import UsageError
 from softmoe_cli.evaluate import Batch, Outcomes, calibration_error, features, outcomes, qualities
 from softmoe_cli.fewshot import check_shots, fewshot
 from softmoe_cli.files import require_vacant, write_atomically

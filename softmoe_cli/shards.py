@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from softmoe_cli.files import RunError
+from softmoe_cli.errors import RunError
 
 PIECES = re.compile(r"(?P<name>.+)\.\d+-of-\d+\.safetensors")
 

@@ -8,6 +8,7 @@ main thread is doing, and a thread reads it there.
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -131,3 +132,21 @@ def tell(text: str) -> None:
     """To standard error, and to whoever still listens: Ctrl-C ends the `tee` behind a pipe too."""
     with suppress(OSError):
         os.write(2, text.encode(errors="backslashreplace"))
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process at the end of a command."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        nobody_listens()
+        code = code or 1
+    if "softmoe_cli.mirror" in sys.modules and sys.modules["softmoe_cli.mirror"].stuck:
+        end_children()
+        os._exit(code)  # W&B's own goodbye would wait for a server that does not answer
+    sys.exit(code)
+
+
+def nobody_listens() -> None:
+    """The reader of our output is gone (`softmoe list | head`): sends the rest to /dev/null."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

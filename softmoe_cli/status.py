@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from softmoe_cli import rows
-from softmoe_cli.config import UsageError
+from softmoe_cli.errors import UsageError
 from softmoe_cli.text import aligned, printable
 
 TAILS_BYTES = (2**15, 2**26)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from softmoe_cli.config import Data, UsageError
+from softmoe_cli.config import Data
+from softmoe_cli.errors import UsageError
 
 BACKBONES = {16: "vit_nano2", 32: "vit_nano4", 96: "vit_micro8"}
 """Largest side in pixels -> the backbone of conf/model/backbone: some 16 to 64 tokens, and no more than 144."""

@@ -45,11 +45,6 @@ def several(number: float, noun: str) -> str:
     return f"{number:,.0f} {noun}" + "s" * (round(number) != 1)
 
 
-def first_line(error: object) -> str:
-    """Of an error's message, or of any other text."""
-    return (str(error).strip().splitlines() or ["no message"])[0]
-
-
 OBEYED = {"Cc", "Cs", "Zl", "Zp", "LRE", "RLE", "PDF", "LRO", "RLO", "LRI", "RLI", "FSI", "PDI"}
 """Unicode's classes of what moves, colours, hides or turns round what stands beside it, and of half characters."""
 

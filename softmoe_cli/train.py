@@ -18,7 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from softmoe_cli import data, mirror, parallel, rows
-from softmoe_cli.config import WANDB_LETTERS, WAYS, Config, Data, UsageError, check_tokens
+from softmoe_cli.config import WANDB_LETTERS, WAYS, Config, Data, check_tokens
 from softmoe_cli.cost import Cost, account, on_meta
 from softmoe_cli.device import (
     KEPT,
@@ -31,6 +31,7 @@ from softmoe_cli.device import (
     precision_context,
     slower,
 )
+from softmoe_cli.errors import RunError, UsageError, first_line
 from softmoe_cli.evaluate import classification_loss, evaluate, features, routing_statistics
 from softmoe_cli.fewshot import check_shots, fewshot
 from softmoe_cli.intervals import at_chance
@@ -44,7 +45,6 @@ from softmoe_cli.parallel import ALONE, Average, Crew, own_part, part_of
 from softmoe_cli.record import (
     Checkpoint,
     Run,
-    RunError,
     Source,
     flat_science,
     origin,
@@ -56,7 +56,7 @@ from softmoe_cli.record import (
 )
 from softmoe_cli.signals import ASKING, Asked, heard, leave_now, tell
 from softmoe_cli.terminal import Screen
-from softmoe_cli.text import count, first_line, flop, gibibytes, in_words, several
+from softmoe_cli.text import count, flop, gibibytes, in_words, several
 
 T = TypeVar("T")
 
@@ -573,9 +573,7 @@ def with_largest_batch(config: Config, say: Callable[[str], None], sharers: int 
     splits = data.load(config.data)
     batch = largest_batch(config, _num_classes(config, splits), device, len(splits.train), sharers)
     say(f"train.batch_size=auto: {batch}; type train.batch_size={batch} to have the same run elsewhere")
-    settled = replace(config, train=replace(config.train, batch_size=batch))
-    settled.check()
-    return settled
+    return replace(config, train=replace(config.train, batch_size=batch)).settled()
 
 
 def _pace(

@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from softmoe_cli import data
-from softmoe_cli.config import Model, UpcycleConfig, UsageError
+from softmoe_cli.config import Model, UpcycleConfig
 from softmoe_cli.cost import Cost, account_model, on_meta
+from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.evaluate import classification_loss
-from softmoe_cli.files import RunError
 from softmoe_cli.models import LoadReport, build, count_tokens, load_weights, patterns, portable
 from softmoe_cli.moe.layer import Experts, MoE
 from softmoe_cli.moe.routers.experts_choice import ExpertsChoiceRouter

@@ -21,8 +21,9 @@ from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 
 from softmoe_cli.archives import Stored
-from softmoe_cli.config import Data, UsageError
+from softmoe_cli.config import Data
 from softmoe_cli.data import ImageSet, Splits, eval_batches, identity, load, stream, train_batches
+from softmoe_cli.errors import UsageError
 from tests.conftest import TINY
 from tests.oracles import compose
 from tests.processes import Started
@@ -78,8 +79,7 @@ def settings(kind: str, root: Path, **changes: object) -> Data:
     for key, value in ({"root": str(root), "workers": 0} | changes).items():
         assert hasattr(data, key)
         setattr(data, key, value)
-    data.check()
-    return data
+    return data.settled()
 
 
 def contents(images: ImageSet) -> list[tuple[int, bytes]]:

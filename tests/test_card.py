@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from softmoe_cli import data
 from softmoe_cli.card import read_card
-from softmoe_cli.cli import _model_of
-from softmoe_cli.config import UsageError
+from softmoe_cli.errors import RunError, UsageError
+from softmoe_cli.inherit import model_of
 from softmoe_cli.models import build, load_weights, portable
-from softmoe_cli.record import Checkpoint, Run, RunError, Source, read_source, write_checkpoint
+from softmoe_cli.record import Checkpoint, Run, Source, read_source, write_checkpoint
 from tests.conftest import TINY, Softmoe
 from tests.oracles import compose
 
@@ -89,7 +89,7 @@ def test_sizes_are_held_against_the_weights_before_they_are_taken(size: str, sav
     source = read_source(str(saved))
     card = changed(source.card, f"model.{SIZES[size][0]}", SIZES[size][1])
     with pytest.raises(UsageError, match=r"^checkpoint=x "):
-        _model_of(Source("x", "", source.weights, card), None)
+        model_of(Source("x", "", source.weights, card), None)
 
 
 def test_sizes_are_held_against_the_weights_by_every_command(softmoe: Softmoe, saved: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import yaml
 from torch import Tensor
 
 from softmoe_cli.check import CHECKS, Outcome, Subject, run_check
-from softmoe_cli.config import UsageError
+from softmoe_cli.errors import UsageError
 from softmoe_cli.moe.routers.soft import SoftRouter, l2_normalize, soft_logits, soft_weights
 from softmoe_cli.moe.routers.tokens_choice import TokensChoiceRouter
 from softmoe_cli.moe.routing import DenseRouting, SparseRouting, full_precision

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from softmoe_cli.clock import Workload, fingerprint, measure, rank
-from softmoe_cli.config import UsageError
+from softmoe_cli.errors import UsageError
 from tests.test_ledger import costed
 
 

@@ -12,7 +12,7 @@ import pytest
 from scipy import stats
 
 from softmoe_cli.compare import Comparison, Group, Question, compare, natural
-from softmoe_cli.config import UsageError
+from softmoe_cli.errors import UsageError
 from softmoe_cli.record import Source, origin
 from tests.synthetic import looks, row, study, write
 

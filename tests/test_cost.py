@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from softmoe_cli.config import Model, UsageError
+from softmoe_cli.config import Model
 from softmoe_cli.cost import PARTS, Cost, Uncounted, account, count, count_forward, counter, on_meta
+from softmoe_cli.errors import UsageError
 from softmoe_cli.models import build
 from softmoe_cli.moe.layer import MoE
 from softmoe_cli.moe.routers.soft import SoftRouter

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from softmoe_cli.archives import Stored
-from softmoe_cli.config import Augment, Data, UsageError
+from softmoe_cli.config import Augment, Data
 from softmoe_cli.data import (
     ImageSet,
     Splits,
@@ -31,6 +31,7 @@ from softmoe_cli.data import (
     stream,
     train_batches,
 )
+from softmoe_cli.errors import UsageError
 from softmoe_cli.fewshot import draws
 from tests.oracles import compose
 

@@ -18,8 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from softmoe_cli import data, export
-from softmoe_cli.config import UsageError
-from softmoe_cli.files import RunError
+from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.models import build, make_router, portable, read_checkpoint
 from softmoe_cli.moe.layer import Experts, MoE
 from softmoe_cli.record import damage, flat_science, read_source

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from softmoe_cli.config import UsageError
 from softmoe_cli.data import ImageSet
+from softmoe_cli.errors import UsageError
 from softmoe_cli.fewshot import L2, accuracies, best_l2, check_shots, draws, fewshot, ridge, statistics, take, whiten
 from tests import oracles
 

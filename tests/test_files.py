@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from softmoe_cli.config import UsageError
-from softmoe_cli.files import RULE, RunError, require_vacant, unused, write_atomically
+from softmoe_cli.errors import RunError, UsageError
+from softmoe_cli.files import RULE, require_vacant, unused, write_atomically
 from softmoe_cli.record import Source, publish, published
 from tests.conftest import Softmoe
 

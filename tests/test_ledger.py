@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from softmoe_cli.cli import main
-from softmoe_cli.config import WAYS, CostConfig, UsageError
+from softmoe_cli.config import WAYS, CostConfig
+from softmoe_cli.errors import UsageError
 from softmoe_cli.ledger import CONVENTION, costs, show
 from softmoe_cli.memory import predict_for
 from tests.conftest import Softmoe

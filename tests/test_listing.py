@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 
 from softmoe_cli.archives import LONGEST_NAME, Stored
-from softmoe_cli.config import UsageError
 from softmoe_cli.data import load
+from softmoe_cli.errors import UsageError
 from softmoe_cli.listing import Listing, listing
 from tests.conftest import TINY, Softmoe
 from tests.test_archives import (

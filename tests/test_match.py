@@ -8,10 +8,11 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 
-from softmoe_cli.cli import _changed, _door, _other, conf_folder, plain
+from softmoe_cli.compose import changed, door, other_model, plain
+from softmoe_cli.conf_files import conf_folder
 from softmoe_cli.config import COSTS, FREE_KEYS, MatchConfig
+from softmoe_cli.errors import RunError
 from softmoe_cli.match import Trial, cost_of, match, search, show
-from softmoe_cli.record import RunError
 from tests.conftest import Softmoe, thinned
 
 FASHION = "data=fashion_mnist"
@@ -38,9 +39,9 @@ def asked(words: list[str]) -> tuple[MatchConfig, MatchConfig, Trial]:
     ConfigStore.instance().store(name="match_schema", node=MatchConfig)
     with initialize_config_dir(str(conf_folder()), version_base=None):
         tree = plain(hydra_compose("match", [*words, "device=cpu"]), MatchConfig)
-        config = _door(tree, MatchConfig)
-        other = _other(config.to, words)
-    best = match(config, other, functools.partial(_changed, tree))
+        config = door(tree, MatchConfig)
+        other = other_model(config.to, words)
+    best = match(config, other, functools.partial(changed, tree))
     return config, other, best
 
 
@@ -53,7 +54,7 @@ def test_requests_land_within_tolerance(name: str) -> None:
     steps = [f"steps={word.removeprefix('train.steps=')}" for word in typed if word.startswith("train.steps=")]
     with initialize_config_dir(str(conf_folder()), version_base=None):
         kept = [word for word in words if not (steps and word.startswith("steps="))]
-        again = _door(plain(hydra_compose("match", [*kept, *(steps or typed)]), MatchConfig), MatchConfig)
+        again = door(plain(hydra_compose("match", [*kept, *(steps or typed)]), MatchConfig), MatchConfig)
     assert cost_of(again) == best.cost
     assert cost_of(other) == best.other_cost
     assert abs(cost_of(again) / cost_of(other) - 1) <= config.tolerance

@@ -14,8 +14,9 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from softmoe_cli import memory, train
-from softmoe_cli.config import Config, UsageError
+from softmoe_cli.config import Config
 from softmoe_cli.device import KEPT, _control_group_free, keep_freed_memory, precision_context
+from softmoe_cli.errors import UsageError
 from softmoe_cli.memory import Live, Memory, largest_batch, last_within, predict_for, require_fit, require_place
 from softmoe_cli.models import build, prepare
 from softmoe_cli.moe import layer

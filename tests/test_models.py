@@ -11,8 +11,9 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from softmoe_cli.config import Config, UsageError, placement
+from softmoe_cli.config import Config, placement
 from softmoe_cli.cost import account
+from softmoe_cli.errors import UsageError
 from softmoe_cli.models import (
     LoadReport,
     build,

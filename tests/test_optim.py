@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from softmoe_cli.config import Optim, UsageError
+from softmoe_cli.config import Optim
+from softmoe_cli.errors import UsageError
 from softmoe_cli.evaluate import classification_loss
 from softmoe_cli.models import build
 from softmoe_cli.moe.routing import routings
@@ -349,7 +350,7 @@ def test_layers_of_a_model_of_two_blocks_by_hand() -> None:
 )
 def test_what_an_optimizer_has_no_use_for(changes: dict[str, object], words: str) -> None:
     with pytest.raises(UsageError, match=words):
-        optim(**changes).check()
+        optim(**changes).settled()
 
 
 def test_an_update_moves_each_layer_by_its_share_and_what_is_frozen_not_at_all() -> None:

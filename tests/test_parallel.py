@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 
 from softmoe_cli import data, shards, train
-from softmoe_cli.config import WAYS, Config, UsageError
-from softmoe_cli.files import RunError
+from softmoe_cli.config import WAYS, Config
+from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.launch import Loopback, Note, cause
 from softmoe_cli.memory import predict_for
 from softmoe_cli.moe.divided import span

@@ -19,9 +19,8 @@ import pytest
 
 from softmoe_cli import report
 from softmoe_cli.compare import Comparison, Question, compare
-from softmoe_cli.config import UsageError
+from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.figures import figure
-from softmoe_cli.files import RunError
 from softmoe_cli.looks import reference_points, styles
 from softmoe_cli.report import _reference, _settings
 from softmoe_cli.tables import comma_separated, flat_rows, json_text, latex, markdown, tables, terminal

@@ -16,8 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from softmoe_cli import shards
-from softmoe_cli.config import UsageError
-from softmoe_cli.files import RunError
+from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.parallel import Crew
 from softmoe_cli.record import Checkpoint, Run, damage, read_source, seal
 from softmoe_cli.shards import Piece, file_of, joined, whole_of, write

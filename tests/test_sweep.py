@@ -20,8 +20,12 @@ from typing import Any
 
 import pytest
 import yaml
+from hydra.core.plugins import Plugins
+from omegaconf import OmegaConf
 
 from softmoe_cli import status
+from softmoe_cli.compose import admit
+from softmoe_cli.sweep import Sweep
 from tests.conftest import TINY, Softmoe, thinned
 from tests.oracles import compose
 from tests.processes import Started
@@ -316,6 +320,17 @@ def test_a_plan_writes_nothing(softmoe: Softmoe, tmp_path: Path) -> None:
     assert lines[-1].startswith("4 jobs, 4 to do: 1.412 GFLOP, ") and "at a time" in lines[-1]
     assert all("waiting" in line and "outputs/default/vit_nano2_soft-digits-" in line for line in lines[1:5])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_hydra_takes_our_launcher_and_no_other() -> None:
+    """From the package itself, not from its hydra_plugins namespace: the way of `compose.admit`."""
+    admit(Sweep)
+    plugins = Plugins.instance()
+    launcher = plugins._instantiate(OmegaConf.create({"_target_": "softmoe_cli.sweep.Sweep", "where": "local"}))
+    assert isinstance(launcher, Sweep)
+    for target in ("softmoe_cli.sweep.Entry", "os.system"):
+        with pytest.raises(RuntimeError, match="not the hydra_plugins package"):
+            plugins._instantiate(OmegaConf.create({"_target_": target}))
 
 
 WRONG = {

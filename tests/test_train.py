@@ -28,10 +28,11 @@ from safetensors.torch import load_file
 from softmoe_cli import record
 from softmoe_cli.cli import main
 from softmoe_cli.config import LATER
+from softmoe_cli.errors import RunError
 from softmoe_cli.moe.routers.identity import IdentityRouter
 from softmoe_cli.moe.routers.tokens_choice import TokensChoiceRouter
 from softmoe_cli.parallel import Average
-from softmoe_cli.record import OURS, Checkpoint, Run, RunError, _locked, flat_science
+from softmoe_cli.record import OURS, Checkpoint, Run, _locked, flat_science
 from softmoe_cli.train import Interrupted, Stop, _commit, run_folder
 from tests.conftest import TINY, Softmoe, thinned
 from tests.oracles import compose

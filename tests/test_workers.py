@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 
 from softmoe_cli import data
-from softmoe_cli.config import Data, UsageError
+from softmoe_cli.config import Data
+from softmoe_cli.errors import UsageError
 from tests.conftest import TINY, Softmoe
 from tests.oracles import compose
 from tests.processes import Started, forked

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from softmoe_cli import memory
-from softmoe_cli.cli import compose
+from softmoe_cli.compose import compose
 from softmoe_cli.config import WAYS, Model
 from softmoe_cli.cost import account, on_meta
 from softmoe_cli.moe.layer import MoE
