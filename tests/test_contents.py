@@ -16,7 +16,7 @@ from softmoe_cli.archives import Stored
 from softmoe_cli.config import Data
 from softmoe_cli.data import identity
 from softmoe_cli.errors import UsageError
-from softmoe_cli.train import run_folder
+from softmoe_cli.setup import run_folder
 from tests.oracles import compose
 from tests.test_archives import CLASSES, as_arrow, as_part_tars, as_tfds, picture, settings, shards, write
 

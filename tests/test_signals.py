@@ -22,7 +22,7 @@ from softmoe_cli.config import Wandb
 from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.failures import ours
 from softmoe_cli.signals import Asked, end_children, heard
-from softmoe_cli.train import Stop
+from softmoe_cli.stop import Stop
 from tests.conftest import TINY, Softmoe
 from tests.processes import Started, forked
 
