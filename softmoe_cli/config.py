@@ -808,7 +808,7 @@ class MatchConfig(Section):
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     free: str = option("the one setting to solve for", choices=FREE_KEYS)
-    to: str = option("the model whose cost is to be met, as in model=")
+    to: str = option("the model whose cost is to be met, as in model=, or BACKBONE_ROUTER where that has no name")
     by: str = option("the cost that is to be the same", choices=COSTS)
     tolerance: float = option("largest difference, as a share of the other's cost", above=0, high=1)
     steps: int | None = option("by=train_pflop: updates that the other model is trained", low=1)

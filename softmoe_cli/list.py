@@ -9,6 +9,10 @@ from softmoe_cli.help import bold, row
 from softmoe_cli.sizes import Size, read_sizes
 
 LIST_WIDTH = 100
+CROSSING = """\
+  Any backbone goes with any router: model=vit_s16_soft model/backbone=vit_b16 model/router=uniform,
+  or of the small ones: model=small model/backbone=vit_micro4 model/router=experts_choice"""
+"""What reaches the models that have no name."""
 
 
 def listing(arguments: Sequence[str]) -> str:
@@ -70,7 +74,7 @@ def _block(group: str, title: str, wanted: str) -> str:
         own = ours[name].parent != conf_folder() / group
         figures = _figures(None if own else sizes.get(name))
         body.append(row(f"{name:<{width}} {figures}", text, LIST_WIDTH, len(head) + 2))
-    return "\n".join([bold(title), head, *body])
+    return "\n".join([bold(title), head, *body, "", CROSSING])
 
 
 def _figures(size: Size | None) -> str:

@@ -90,8 +90,8 @@ Makes a mixture of experts of a dense checkpoint.
 
   softmoe upcycle checkpoint=outputs/default/RUN model/router=soft \\
     model.router.num_experts=16 model.moe_blocks=last_2
-  softmoe upcycle checkpoint=RUN model=vit_micro7_experts_choice \\
-    folder=upcycled               a named point with RUN's backbone
+  softmoe upcycle checkpoint=RUN model=small model/router=experts_choice \\
+    folder=upcycled               a named model with RUN's backbone
   softmoe upcycle checkpoint=timm:vit_tiny_patch16_224 data=cifar10 \\
     model/router=soft 'model.moe_blocks=[6,8,10]'
   softmoe upcycle checkpoint=timm_weights.safetensors data=cifar10 \\

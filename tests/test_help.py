@@ -27,7 +27,7 @@ COMPOSED = [
     ("train", {"model": "vit_h14_experts_choice", "recipe": "strong", "hydra/launcher": "ray"}),
     ("finetune", {"recipe": "finetune_adamw"}),
     ("evaluate", {"data": "imagenet_v2"}),
-    ("upcycle", {"model": "vit_micro7_experts_choice"}),
+    ("upcycle", {"model": "small", "model/router": "experts_choice"}),
     ("upcycle", {}),
     ("export", {}),
     ("cost", {"model/router": "dense"}),
@@ -165,7 +165,7 @@ KNOWN = {
     "learning_rate": "optim.lr", "weight_decay": "optim.weight_decay", "wd": "optim.weight_decay",
     "bs": "train.batch_size", "batch": "train.batch_size", "workers": "data.workers", "gpus": "devices",
     "epochs": "train.epochs", "num_classes": "data.num_classes", "model.num_classes": "data.num_classes",
-    "dropout": "model.backbone.drop_path", "router": "model/router", "optim.learning_rate": "optim.lr",
+    "drop_path_rate": "model.backbone.drop_path", "router": "model/router", "optim.learning_rate": "optim.lr",
     "gradient_accumulation_steps": "train.accumulate", "train.lr": "optim.lr", "sede": "seed",
 }  # fmt: skip
 
@@ -183,10 +183,14 @@ def test_what_others_call_our_options() -> None:
         "slots",
     }
     assert "'batch_size'" in explain.no_key("bs=1", "bs", explain.known_keys("evaluate", []))
+    for key in ("dropout", "model.drop_rate", "model.backbone.dropout"):
+        told = explain.no_key(f"{key}=0.1", key, known)
+        assert told == f"{key}=0.1: there is no key '{key}'. {explain.NO_DROPOUT}"  # and not: Did you mean drop_path
 
 
 REFUSED = {
     "another's flag": ("train --lr 0.1", "--lr: options are written KEY=VALUE: optim.lr=0.1"),
+    "another's dropout": ("train --dropout 0.1", "softmoe: --dropout: softmoe has no dropout; "),
     "another's flag with =": ("cost --batch-size=8", "KEY=VALUE: batch_size=8"),
     "a flag misspelt": ("train --helpp", "Did you mean '--help'?"),
     "a flag's value": ("train --cfg all jobs", "cannot read 'jobs'"),
@@ -281,7 +285,7 @@ COMPLETED = {
     "softmoe train +experiment=placement/e": ["+experiment=placement/every_2"],
     "softmoe train --cfg j": ["job"],
     "softmoe train --g": ["--groups"],
-    "softmoe match to=vit_ti16_d": ["to=vit_ti16_dense"],
+    "softmoe match to=vit_s16_d": ["to=vit_s16_dense"],
     "softmoe check soft_": ["soft_uniform"],
     "softmoe check tokens_choice k": ["k="],
     "softmoe evaluate checkpoint=w": ["checkpoint=w.safetensors"],
@@ -335,6 +339,22 @@ def test_completion_imports_neither_torch_nor_hydra(studies: Path) -> None:
     )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert told.stdout == "model.router.num_experts=\n[]\n"
+
+
+def test_a_model_that_has_no_name_is_crossed(softmoe: Softmoe) -> None:
+    """The words that replace its name lead to its backbone and router; where one has a name there are none."""
+    routers = {name: conf_files.load(file)["_target_"] for name, file in conf_files.files("model/router").items()}
+    for backbone in conf_files.files("model/backbone").keys() - {"small", "timm"}:
+        for router, target in routers.items():
+            words = explain.crossing(f"{backbone}_{router}")
+            assert (words == []) == (f"{backbone}_{router}" in conf_files.files("model"))
+            model = conf_files.defaults("train", conf_files.chosen_groups(words))["model"]
+            if words == ["model=vit_s16_tokens_choice", f"model/backbone={backbone}"]:  # the paper's: the surest first
+                target = routers["tokens_choice_bpr"]
+            assert not words or (model["backbone"]["name"], model["router"]["_target_"]) == (backbone, target)
+    answer = softmoe("train", "model=vit_b16_tokens_choice")
+    assert answer.code == 2 and "type model=vit_s16_tokens_choice model/backbone=vit_b16" in answer.err
+    assert explain.crossing("vit_b16_sotf") == []
 
 
 def test_info_into_a_closed_pipe(tmp_path: Path) -> None:

@@ -22,14 +22,14 @@ REQUESTS = {
         "free=model.router.num_experts",
     "slots": f"model=vit_nano4_soft to=vit_nano4_dense {FASHION} by=forward_gflop free=model.router.slots_per_expert "
         "tolerance=0.05",
-    "blocks": f"model=vit_micro2_soft to=vit_micro2_dense {FASHION} by=forward_gflop free=model.moe_blocks "
+    "blocks": f"model/backbone=vit_micro2 to=vit_micro2_dense {FASHION} by=forward_gflop free=model.moe_blocks "
         "tolerance=0.1",
     "width": f"model=vit_nano2_dense to=vit_nano2_soft {FASHION} by=forward_gflop free=model.backbone.width "
         "tolerance=0.05",
     "active parameters": f"model=vit_nano4_tokens_choice to=vit_micro4_dense {FASHION} by=active_params_m "
         "free=model.backbone.width tolerance=0.05",
     "memory": f"model=vit_nano4_soft to=vit_nano4_dense {FASHION} by=peak_mib free=model.moe_blocks tolerance=0.9",
-    "steps": f"model=vit_micro4_soft to=vit_micro4_dense {FASHION} by=train_pflop steps=1000 free=train.steps "
+    "steps": f"model/backbone=vit_micro4 to=vit_micro4_dense {FASHION} by=train_pflop steps=1000 free=train.steps "
         "tolerance=0.001",
 }  # fmt: skip
 
