@@ -762,8 +762,8 @@ class ExportConfig(Section):
 
 
 @dataclass
-class CostConfig(Section):
-    """What `softmoe cost` composes."""
+class Measured(Section):
+    """What `softmoe cost` and `softmoe match` have in common: a model, and what is measured of it."""
 
     path: ClassVar[str] = ""
     model: Model = field(default_factory=Model)
@@ -772,17 +772,27 @@ class CostConfig(Section):
     accumulate: int = option("as in train.accumulate", low=1)
     recompute: bool = option("as in train.recompute")
     precision: str = option("as in train.precision", choices=("fp32", "bf16", "fp16"))
-    devices: int = option("devices that share each batch, here or elsewhere: memory is that of each", low=1)
-    parallel: str = option("as in softmoe train: what each of several devices has of the model", choices=WAYS)
     compile: bool = option("torch.compile the model that the clock measures")
-    clock: bool = option("measure latency, throughput and peak memory on this machine")
     repeats: int = option("times that the clock measures each", low=3)
-    format: str = option("what is printed", choices=("table", "json", "csv", "markdown"))
     device: str = option("auto: cuda, else mps, else cpu", choices=DEVICES)
     threads: int | None = option("CPU threads; null: torch's choice", low=1)
 
     def check(self) -> None:
-        _check_parts(self)
+        if self.batch_size % self.accumulate:
+            raise UsageError(f"accumulate={self.accumulate} does not divide batch_size={self.batch_size}")
+
+
+@dataclass
+class CostConfig(Measured):
+    """What `softmoe cost` composes."""
+
+    devices: int = option("devices that share each batch, here or elsewhere: memory is that of each", low=1)
+    parallel: str = option("as in softmoe train: what each of several devices has of the model", choices=WAYS)
+    clock: bool = option("measure latency, throughput and peak memory on this machine")
+    format: str = option("what is printed", choices=("table", "json", "csv", "markdown"))
+
+    def check(self) -> None:
+        super().check()
         if self.devices == 1 and self.parallel != "ddp":
             raise UsageError(f"parallel={self.parallel} has no effect with devices=1")
         if self.devices > 1 and self.clock:
@@ -801,38 +811,22 @@ COSTS = (
 
 
 @dataclass
-class MatchConfig(Section):
+class MatchConfig(Measured):
     """What `softmoe match` composes."""
 
-    path: ClassVar[str] = ""
-    model: Model = field(default_factory=Model)
-    data: Data = field(default_factory=Data)
     free: str = option("the one setting to solve for", choices=FREE_KEYS)
     to: str = option("the model whose cost is to be met, as in model=, or BACKBONE_ROUTER where that has no name")
     by: str = option("the cost that is to be the same", choices=COSTS)
     tolerance: float = option("largest difference, as a share of the other's cost", above=0, high=1)
     steps: int | None = option("by=train_pflop: updates that the other model is trained", low=1)
-    batch_size: int = option("images per update, for memory and clock", low=1)
-    accumulate: int = option("as in train.accumulate", low=1)
-    recompute: bool = option("as in train.recompute")
-    precision: str = option("as in train.precision", choices=("fp32", "bf16", "fp16"))
-    compile: bool = option("torch.compile the models that the clock measures")
-    repeats: int = option("times that the clock measures each", low=3)
     format: str = option("what is printed", choices=("table", "json"))
-    device: str = option("auto: cuda, else mps, else cpu", choices=DEVICES)
-    threads: int | None = option("CPU threads; null: torch's choice", low=1)
 
     def check(self) -> None:
-        _check_parts(self)
+        super().check()
         if (self.by == "train_pflop") != (self.steps is not None):
             raise UsageError(f"by={self.by} and steps={self.steps}: steps belong to by=train_pflop, which needs them")
         if self.free == "train.steps" and self.by != "train_pflop":
             raise UsageError(f"free=train.steps changes no {self.by}; use by=train_pflop with steps=")
-
-
-def _check_parts(config: CostConfig | MatchConfig) -> None:
-    if config.batch_size % config.accumulate:
-        raise UsageError(f"accumulate={config.accumulate} does not divide batch_size={config.batch_size}")
 
 
 QUALITIES = ("validation_top1_pct", "best_validation_top1_pct")

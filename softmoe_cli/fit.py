@@ -74,7 +74,7 @@ def _first_that_fits(load: Load, free: int, crew: Crew) -> tuple[str, str, Memor
     for way in WAYS:
         if obstacle(way, load, crew.size) is None:
             tried[way] = predict(load, crew.size, way)
-            if crew.most(_needed(load, tried[way]) - free) <= 0:
+            if crew.largest_of_all(_needed(load, tried[way]) - free) <= 0:
                 break
     best = min(tried, key=lambda way: _needed(load, tried[way]))
     others = [f"{way} needs {gibibytes(_needed(load, memory))}" for way, memory in tried.items() if way != best]

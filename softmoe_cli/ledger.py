@@ -10,7 +10,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from softmoe_cli.clock import Timing, measure, rank
-from softmoe_cli.config import CostConfig, MatchConfig
+from softmoe_cli.config import CostConfig, Measured
 from softmoe_cli.cost import account_model, count, on_meta
 from softmoe_cli.device import arithmetic
 from softmoe_cli.errors import UsageError
@@ -25,7 +25,7 @@ CONVENTION = (
 Row = dict[str, Any]
 
 
-def load_of(config: CostConfig | MatchConfig) -> Load:
+def load_of(config: Measured) -> Load:
     """What the configuration asks the cost of.
 
     Raises:

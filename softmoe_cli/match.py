@@ -220,9 +220,9 @@ def show(best: Trial, config: MatchConfig) -> str:
     }
     if config.format == "json":
         return json.dumps(row)
-    words = {key: " ".join(value) if isinstance(value, list) else _plain(value) for key, value in row.items()}
+    words = {key: " ".join(value) if isinstance(value, list) else _cell(value) for key, value in row.items()}
     return "\n".join(f"{key:<18}{word}" for key, word in words.items())
 
 
-def _plain(value: Any) -> str:
+def _cell(value: Any) -> str:
     return f"{value:.5g}" if isinstance(value, float) else str(value)

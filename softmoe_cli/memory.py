@@ -63,8 +63,8 @@ PRODUCTS = {getattr(torch.ops.aten, name).default for name in ("mm", "addmm", "b
 
 
 class Live(TorchDispatchMode):
-    """Adds up the bytes of the tensors that are alive: `now`, and `peak` since it was last set, which knows what
-    products borrow besides."""
+    """Adds up the bytes of the tensors that are alive: `now`, and at most (`peak`) since `peak` was last set, with what
+    matrix products borrow while they run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class Live(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.prim.device.default:  # asked at every turn, answered here in a fraction of the time
+        if func is torch.ops.prim.device.default:  # asked for at every operation: a short way to the answer
             return args[0].fake_device
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
@@ -83,7 +83,7 @@ class Live(TorchDispatchMode):
         return out
 
     def forget(self, tensors: Iterable[Tensor]) -> None:
-        """Tensors from before, which an operation may return again and which are not to be added."""
+        """Leaves out tensors that were there before; an operation may return them again."""
         self._known |= {tensor.untyped_storage()._cdata for tensor in tensors}
 
     def _see(self, tensor: Tensor) -> None:

@@ -55,7 +55,7 @@ class Stop(Asked):
         """
         now = time.monotonic()
         self._checked, self._step_s = now, now - self._checked
-        number = self._crew.most(signal.Signals[self.name] if self.name is not None else 0)
+        number = self._crew.largest_of_all(signal.Signals[self.name] if self.name is not None else 0)
         if number:
             raise Interrupted(signal.Signals(int(number)).name)
 

@@ -167,7 +167,7 @@ def _train(
                     stop.name = stop.name or "SIGPIPE"
                 stop.check()
                 rest = max(config.train.save_seconds, 50 * save_took) - (time.monotonic() - saved_at)
-                if crew.most(rest if run.idle else math.inf) < 0:
+                if crew.largest_of_all(rest if run.idle else math.inf) < 0:
                     start = time.monotonic()
                     recording.save("last")
                     saved_at, save_took = time.monotonic(), time.monotonic() - start
@@ -186,7 +186,7 @@ def _train(
                     if updated and average is not None:
                         average.update(model)
                 if budget.steps is None:
-                    progress.seconds["device"] = crew.most(progress.seconds["device"])
+                    progress.seconds["device"] = crew.largest_of_all(progress.seconds["device"])
                 progress.step += 1
                 progress.compiled_steps += compiles
                 progress.add_loss(loss, aux_loss)

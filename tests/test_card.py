@@ -17,6 +17,7 @@ from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.inherit import model_of
 from softmoe_cli.models import build, load_weights, portable
 from softmoe_cli.record import Checkpoint, Run, Source, read_source, write_checkpoint
+from softmoe_cli.resume import _progress
 from tests.conftest import TINY, Softmoe
 from tests.oracles import compose
 
@@ -169,6 +170,14 @@ def test_a_state_that_softmoe_did_not_write_is_one_sentence(kind: str, tmp_path:
     write_checkpoint(tmp_path / "last-00000004", {"x": torch.ones(1)}, {}, RANDOM, {"state.json": STATES[kind]})
     with pytest.raises(UsageError, match=r"last-00000004.*; remove it to go on from the checkpoint before"):
         Checkpoint.read(tmp_path / "last-00000004").check()
+
+
+def test_a_state_of_another_format_is_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "checkpoints" / "last-00000004"
+    for given in ("2", "unknown"):
+        state = STATE if given == "unknown" else STATE | {"format": int(given)}
+        with pytest.raises(UsageError, match=rf"is of format {given}, and .* from format 1; .* remove .*/run to run"):
+            _progress(Checkpoint(path, {}, {}, state))
 
 
 def test_tensors_that_softmoe_did_not_write_are_one_sentence(tmp_path: Path) -> None:

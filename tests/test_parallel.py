@@ -333,7 +333,7 @@ def test_auto_takes_the_first_way_that_fits(
     """Of 100 bytes free on this device, when another process has 95; None: there are no experts to divide."""
 
     class Tight(Crew):
-        def most(self, number: float) -> float:
+        def largest_of_all(self, number: float) -> float:
             return number + 5
 
     def predicted(_load: Load, _processes: int, way: str) -> Memory:

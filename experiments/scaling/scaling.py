@@ -89,12 +89,7 @@ def predicted(model: Model, load: Load, gpus: int, way: str) -> memory.Memory:
     memory.prepare = lambda *_: None  # type: ignore[assignment]
     CPU_PRODUCTS[torch.bfloat16] = "fast"
     each = loads.Load(
-        model,
-        CLASSES,
-        load.images * gpus,
-        torch.device("cpu"),
-        recompute=bool(load.recompute),
-        precision=load.precision,
+        model, CLASSES, load.images * gpus, torch.device("cpu"), recompute=load.recompute == 1, precision=load.precision
     )
     return memory.predict(each, gpus, way)
 
