@@ -36,7 +36,7 @@ from softmoe_cli.usage import COMMANDS, HELP
 def main() -> None:
     """The entry point: runs sys.argv and exits with 0, 1 (it failed, or found faults), 2 (cannot work) or 130
     (interrupted)."""
-    for stream in (sys.stdout, sys.stderr):  # a name that is no UTF-8, or a terminal that is none: with escapes
+    for stream in (sys.stdout, sys.stderr):  # a name or a terminal may not be UTF-8
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     code, text = run(sys.argv[1:])
@@ -66,13 +66,13 @@ def run(arguments: Sequence[str]) -> tuple[int, str]:
 
 
 def _stopped(trains: bool, name: str) -> str:
-    """What a signal's name, as a KeyboardInterrupt has it, says to a reader."""
+    """The sentence for a command that a signal stopped; `name` is the signal's."""
     why = "nobody reads what it says any more, so it stopped" if name == "SIGPIPE" else f"stopped by {name}"
     return f"{why}; type the same command to go on" if trains else why
 
 
 def _failed(error: Exception, debug: bool, typed: Sequence[str]) -> tuple[int, str]:
-    """Exit status and sentence of an error; with `debug` its traceback is printed, as that of a defect always is."""
+    """Exit status and sentence of an error. Prints the traceback of a defect, and with `debug` that of any error."""
     known = ours(error, typed)
     if known is None:
         return 1, defect(error)
@@ -185,7 +185,7 @@ def _train(command: str, config: Any, typed: list[str]) -> int:
 
 
 def _groups(command: str, config: Any, typed: list[str]) -> int:
-    """`--groups`: what the optimizer would do with each parameter."""
+    """`--groups`: prints the learning rate and the decay of each parameter."""
     from softmoe_cli.inherit import resolve
 
     checked, _ = resolve(command, plain(config, Config), typed)
@@ -203,7 +203,7 @@ def _groups(command: str, config: Any, typed: list[str]) -> int:
 
 
 def _composing(command: str, job: Callable[[Any, list[str]], int]) -> Callable[[list[str]], int]:
-    """A command that does `job` with the configuration of a line, or with each of several (-m)."""
+    """The command that composes a configuration from its arguments, or several (-m), and calls `job` with each."""
 
     def act(arguments: list[str]) -> int:
         from softmoe_cli.explain import check_line
@@ -328,7 +328,7 @@ def _upcycle(config: Any, typed: list[str]) -> int:
         raise UsageError(f"checkpoint={source.label} names no images; choose some with data=, for the receipt")
     if tree["model"]["router"] == "???" or tree["model"]["router"]["_target_"] is None:
         raise UsageError(
-            "softmoe upcycle needs a router: model/router=NAME with model.moe_blocks=last_N, or a named point as model="
+            "softmoe upcycle needs a router: model/router=NAME with model.moe_blocks=last_N, or a named model as model="
         )
     checked = door(tree, UpcycleConfig)
     if not named:

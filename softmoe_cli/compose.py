@@ -26,7 +26,7 @@ from softmoe_cli.text import printable_lines
 S = typing.TypeVar("S", bound=Section)
 
 WITHOUT_FILES = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
-"""As conf/train.yaml has it."""
+"""What conf/_quiet.yaml says, as arguments."""
 
 
 def each_job(command: str, arguments: Sequence[str], job: Callable[[Any, list[str]], int]) -> int:
@@ -127,7 +127,7 @@ def store_schemas() -> None:
 
 
 def _refuse_unknown(node: Any, section: type, prefix: str = "", root: type | None = None) -> None:
-    """`+key=value` slips past Hydra's schema; here it does not."""
+    """Raises UsageError for a key that `+key=value` has added: Hydra lets it pass although the schema has none."""
     hints = typing.get_type_hints(section)
     for key in node:
         if key not in hints:
@@ -139,7 +139,11 @@ def _refuse_unknown(node: Any, section: type, prefix: str = "", root: type | Non
 
 
 def plain(config: Any, section: type) -> dict[str, Any]:
-    """The composed configuration as plain containers, unresolved, with unknown keys refused."""
+    """The composed configuration as dictionaries and lists, with ${…} as it stands.
+
+    Raises:
+        UsageError: a key that the section does not have.
+    """
     from omegaconf import OmegaConf
 
     tree = contents(config)
@@ -159,7 +163,7 @@ def contents(config: Any) -> dict[str, Any]:
 
 
 def door(tree: dict[str, Any], section: type[S]) -> S:
-    """Plain containers to checked dataclasses: below this nobody knows OmegaConf.
+    """Turns dictionaries into the checked dataclasses that the rest of the program works with.
 
     Raises:
         UsageError: a value that is missing, of the wrong type or out of range.
@@ -238,7 +242,7 @@ def _register_resolvers() -> None:
 
 
 def overlay(base: dict[str, Any], typed: Any) -> dict[str, Any]:
-    """`base` with what was typed on top; `???` is what nobody typed."""
+    """A copy of `base` in which every value of `typed` that is not `???` replaces its own."""
     merged = dict(base)
     for key, value in (typed if isinstance(typed, dict) else {}).items():
         if isinstance(value, dict) and isinstance(base.get(key), dict):
@@ -268,7 +272,7 @@ def compose(*overrides: str) -> Config:
 
 
 def typed_words() -> list[str]:
-    """What was typed, as Hydra took it."""
+    """The overrides that were typed for this job, Hydra's own apart."""
     from hydra.core.hydra_config import HydraConfig
 
     return list(HydraConfig.get().overrides.task)
@@ -279,7 +283,7 @@ def names(key: str, typed: Sequence[str]) -> bool:
 
 
 def other_model(to: str, typed: Sequence[str]) -> MatchConfig:
-    """The model that is to be met, with everything else as typed."""
+    """The configuration of the model whose cost is to be met; everything but the model is as typed."""
     from hydra import compose
     from hydra.errors import HydraException
 
@@ -305,5 +309,5 @@ def changed(tree: dict[str, Any], changes: dict[str, Any]) -> MatchConfig:
 
 @functools.cache
 def say_once(text: str) -> None:
-    """Once, whatever the number of jobs."""
+    """Prints a sentence to standard error, once however many jobs say it."""
     print(f"softmoe: {text}", file=sys.stderr)

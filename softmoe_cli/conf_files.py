@@ -101,7 +101,7 @@ def load(file: Path) -> dict[str, Any]:
 
 @functools.cache
 def _loader() -> Any:
-    """In C where it is there, and, as OmegaConf's, with 1e-4 a number."""
+    """A YAML reader that takes 1e-4 for a number, as OmegaConf does; the one in C where it is installed."""
     import yaml
 
     class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
@@ -127,7 +127,7 @@ def defaults(command: str, chosen: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _lay(tree: dict[str, Any], group: str, name: str, chosen: Mapping[str, str], above: tuple[Path, ...] = ()) -> None:
-    """One file, and those in its defaults list, over the tree; `above` are the files whose lists led to it."""
+    """Merges one file, and those in its defaults list, into the tree. `above`: the files whose lists led to it."""
     places = [root / group / f"{name}.yaml" for root in (own_conf_folder() if group else None, conf_folder()) if root]
     file = next((place for place in places if place.is_file()), None)
     if file is None:  # a schema, which Hydra has from Python, or a file of Hydra's own
@@ -187,6 +187,6 @@ def keys(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def chosen_groups(arguments: Sequence[str]) -> dict[str, str]:
-    """The groups that a command line chooses, as far as there are such choices."""
+    """The choice of each group that a command line names; choices that do not exist are left out."""
     pairs = (argument.lstrip("+").partition("=")[::2] for argument in arguments)
     return {group: choice for group, choice in pairs if group in GROUPS and choice in files(group)}

@@ -18,6 +18,8 @@ MISSING: Any = "???"
 """omegaconf's mark of a value that `conf/` must give; importing omegaconf takes a tenth of a second."""
 
 
+WIDEST = 65_535
+"""Pixels on a side that a JPEG may have."""
 MOST_CLASSES = 10**7
 """A list of more names takes minutes and gigabytes before anything is said."""
 
@@ -154,7 +156,7 @@ class Model(Section):
     path: ClassVar[str] = "model"
     backbone: Backbone = field(default_factory=Backbone)
     router: Any = option("a router and its options (model/router=NAME); dense has none")
-    image_size: int = option("pixels on the side of the square that the model sees", low=1)
+    image_size: int = option("pixels on the side of the square that the model sees", low=1, high=WIDEST)
     in_chans: int = option("colour channels of its input; grey images are repeated", low=1)
     moe_blocks: Any = option(
         "last_N, last_half, every_N (every Nth block, from the Nth), or a list of block numbers from 0"
@@ -252,6 +254,7 @@ class Data(Section):
         "pixels on the side of a decoded image; files are resized and cut to it; auto: the model's or, where that "
         "follows the images, what suits them",
         low=1,
+        high=WIDEST,
     )
     crop_pct: float | None = option(
         "share of a file's shorter side that the centre square keeps, as in timm; null: all", above=0, high=1

@@ -8,7 +8,6 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -88,31 +87,14 @@ def safe(text: str) -> str:
 
 
 def _legend(axes: Axes, handles: Sequence[Line2D], labels: Sequence[str]) -> float:
-    """Each line's look and name at the panel's side, in columns; returns the inches that they need.
-
-    Not matplotlib's own legend, which lays itself out anew for each format and then takes as long as all the rest.
-    """
+    """A legend at the panel's side, in columns of up to 15 lines; returns the inches that it needs."""
     figure = axes.get_figure(root=True)
     assert figure is not None
-    renderer = FigureCanvasAgg(figure).get_renderer()
-    rows = max(1, math.ceil(len(labels) / max(1, math.ceil(len(labels) / 15))))
-    x = 0.15
-    for first in range(0, len(labels), rows):
-        widths = []
-        for row, (handle, label) in enumerate(
-            zip(handles[first : first + rows], labels[first : first + rows], strict=True)
-        ):
-            ends, y = [1 + (x + i) / PLOT_WIDTH for i in (0, 0.15, 0.3)], 1 - (0.1 + 0.205 * row) / PLOT_HEIGHT
-            sample = Line2D(ends, [y] * 3)
-            sample.update_from(handle)
-            sample.set(transform=axes.transAxes, clip_on=False, markevery=[1])
-            axes.add_artist(sample)
-            text = axes.text(
-                1 + (x + 0.42) / PLOT_WIDTH, y, safe(label), transform=axes.transAxes, va="center_baseline"
-            )
-            widths.append(text.get_window_extent(renderer).width / figure.dpi)
-        x += 0.42 + max(widths) + 0.2
-    return x
+    legend = axes.legend(
+        handles, [safe(label) for label in labels], loc="upper left", bbox_to_anchor=(1.01, 1.02),
+        ncols=max(1, math.ceil(len(labels) / 15)),
+    )  # fmt: skip
+    return legend.get_window_extent().width / figure.dpi + 0.2
 
 
 def _pareto(axes: Axes, comparison: Comparison, block: Block) -> float:

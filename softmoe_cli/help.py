@@ -103,13 +103,13 @@ def _kind(hint: Any, limits: Mapping[str, Any]) -> str:
     if low > -math.inf and high < math.inf:
         bounds = [f"{low:.10g} to {high:.10g}"]
     else:
-        bounds += [f"> {above:g}"] * (above > -math.inf) + [f">= {low:g}"] * (low > -math.inf)
-        bounds += [f"<= {high:.10g}"] * (high < math.inf)
+        signs = {f"> {above:g}": above, f">= {low:g}": low, f"<= {high:.10g}": high}
+        bounds = [text for text, bound in signs.items() if math.isfinite(bound)]
     return " ".join(filter(None, [word, ", ".join(bounds)])) + (", or null" if null and word else "")
 
 
 def row(head: str, meaning: str, width: int = WIDTH, column: int = MEANING) -> str:
-    """`head` and what it means beside it, or below where it is long."""
+    """One row: `head`, and its meaning beside it, or below it where `head` is long."""
     lines = textwrap.wrap(meaning, width - column, break_long_words=False, break_on_hyphens=False) or [""]
     first = f"  {head:<{column - 3}} {lines[0]}".rstrip() if len(head) < column - 2 else f"  {head}"
     rest = lines[1:] if len(head) < column - 2 else lines

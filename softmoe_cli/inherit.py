@@ -53,7 +53,7 @@ def resolve(command: str, tree: dict[str, Any], typed: Sequence[str]) -> "tuple[
 
 
 def read(checkpoint: str) -> "Source":
-    """What `checkpoint=` names, with a word where its names are not as they stand in the file.
+    """Reads what `checkpoint=` names; says so where every weight's name has the same prefix, which is left out.
 
     Raises:
         UsageError: nothing usable there.
@@ -67,7 +67,7 @@ def read(checkpoint: str) -> "Source":
 
 
 def take_model(tree: dict[str, Any], source: "Source", typed: Sequence[str]) -> None:
-    """Model and pixel normalisation are the checkpoint's, but for what was typed."""
+    """Fills in the checkpoint's model and pixel normalisation, except where something else was typed."""
     card, label = source.card, source.label
     if "model" not in card and (not isinstance(tree["model"], dict) or tree["model"].get("image_size") == "???"):
         raise UsageError(f"checkpoint={label} does not say what model it is; name one with model=")
@@ -115,7 +115,7 @@ def require_trust(model: dict[str, Any], source: "Source", trusted: str | None) 
 
 
 def model_of(source: "Source", trusted: str | None) -> Model:
-    """The model that a checkpoint says it is, and that its weights are of.
+    """The model that a checkpoint describes, once its weights are found to be of that model.
 
     Raises:
         UsageError: it does not say so, it cannot be, or nobody vouches for its router.
@@ -127,7 +127,7 @@ def model_of(source: "Source", trusted: str | None) -> Model:
 
 
 def _described(source: "Source", router: dict[str, Any]) -> Model:
-    """The card's model with a router that may be imported; held against the weights before it is built."""
+    """The model of the checkpoint's card with this router, compared with the weights before anything is built."""
     from softmoe_cli.models import require_described
 
     try:
@@ -139,12 +139,12 @@ def _described(source: "Source", router: dict[str, Any]) -> Model:
 
 
 def names_data(data: Any) -> bool:
-    """Whether a set was typed."""
+    """Whether the command line names a data set."""
     return isinstance(data, dict) and data.get("name", "???") != "???"
 
 
 def check_here(data: Data, source: "Source") -> None:
-    """Raises UsageError where a set that only the checkpoint names would have to be fetched."""
+    """Raises UsageError where the set would have to be downloaded although only the checkpoint names it."""
     from softmoe_cli.data import is_here
 
     if not is_here(data):
@@ -155,7 +155,7 @@ def check_here(data: Data, source: "Source") -> None:
 
 
 def take_data(tree: dict[str, Any], source: "Source", typed: Sequence[str]) -> None:
-    """The data are the checkpoint's unless some were named, and then at least the pixels' mean and deviation."""
+    """Fills in the checkpoint's data set. Where another set was named, only its mean and deviation of pixels."""
     named = names_data(tree["data"])
     tree["data"] = overlay(source.card["data"], tree["data"])
     if tree["data"]["image_size"] == "auto":
@@ -191,7 +191,11 @@ def keep_cut(data: dict[str, Any], card: dict[str, Any], typed: Sequence[str]) -
 
 
 def take_backbone(model: dict[str, Any], source: "Source", typed: Sequence[str]) -> None:
-    """Everything but router, placement and experts is the checkpoint's; what was typed may not say otherwise."""
+    """Fills in the checkpoint's backbone and image size, for an upcycling that chooses router, blocks and experts only.
+
+    Raises:
+        UsageError: something else was typed, or the checkpoint has a router already.
+    """
     if names("model.expert_init", typed):
         raise UsageError(
             "model.expert_init has no effect here: experts start as copies; see expert_noise, expert_redraw"

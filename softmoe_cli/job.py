@@ -23,7 +23,7 @@ Run = Callable[[Sequence[str]], tuple[int, str]]
 """What runs a command line: exit status and the sentence that says why, as cli.run, which is handed down to here."""
 
 GONE_S = 300
-"""How long a job that is queued again waits to be ended."""
+"""How long a job that asked to be queued again waits for Slurm to end it."""
 
 SERVER = multiprocessing.get_context("forkserver")
 
@@ -45,7 +45,7 @@ class Order:
 
 
 def perform(order: Order, run: Run) -> int:
-    """Does what typing the command would do, with the output in the job's log; leaves a note of why it failed."""
+    """Runs a job's command line, with its output in a log; writes down why it failed. Returns the exit status."""
     try:
         os.chdir(order.directory)
         os.environ.update(order.environment)

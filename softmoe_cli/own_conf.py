@@ -27,7 +27,7 @@ CHOICES = re.compile(r"override /hydra/sweeper(/sampler)?")
 
 
 def ignored(own: Path, command: str) -> str | None:
-    """A sentence for what a conf folder has of what only ours may say."""
+    """A sentence that names a file of the user's conf folder that is not read; None where there is none."""
     found = [path for path in (own / f"{command}.yaml", own / "run.yaml", own / "hydra") if path.exists()]
     if not found:
         return None
@@ -80,7 +80,7 @@ def _allowed(config_path: str) -> bool:
 
 
 def _fault(tree: dict[str, Any], group: str, package: str | None) -> str | None:
-    """What a file says that only ours, and what is typed, may say."""
+    """What is wrong with a file of the user's conf folder: it says what only ours may say. None: nothing is."""
     where = "type it, as in softmoe train -m hydra/launcher=slurm"
     if package is not None and (package != "_global_" or group not in WHOLE):
         return f"# @package {package} has no place here; leave it out"

@@ -29,7 +29,7 @@ class Job:
     threads: int | None
     cost: dict[str, float] = field(default_factory=dict)
     images: str = ""
-    """What is known of images by now, so that not every job reads them for it."""
+    """What the check has learnt of the images (contents.known), so that the job need not read them again."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def answer(inquiry: Inquiry, sender: Connection) -> None:
 
 
 def _share(options: Launcher, devices: set[str]) -> tuple[list[str], int]:
-    """A word for each job that may run at a time (its GPU, or nothing), and every job's threads."""
+    """The GPU of each job that may run at a time (an empty word: none of its own), and the threads of every job."""
     import torch
 
     from softmoe_cli.device import cores

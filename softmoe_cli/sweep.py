@@ -1,4 +1,4 @@
-"""The jobs of `softmoe train -m`: each a process of its own, checked before the first starts, one lost at a time.
+"""The jobs of `softmoe train -m`: each is a process of its own, and all are checked before the first one starts.
 
 The launcher itself imports no model code. Jobs fork from a server that has imported torch and timm, so that they start
 at once; whatever needs a model beforehand (signatures, costs) is worked out in such a process too.
@@ -49,7 +49,8 @@ LEFT_SCREEN = b"\x1b[?1049l" + CURSOR
 
 @dataclass(eq=False)
 class Entry:
-    """A job as the launcher follows it. `word` is what no file says: done before, held, over the limit, stopped."""
+    """A job as the launcher follows it. `word` is a state that its files do not show: done before, held, over the limit
+    or stopped."""
 
     job: Job
     log: Path
@@ -64,7 +65,7 @@ class Entry:
         return (self.job.folder / "result.json").exists()
 
     def state(self, local: bool) -> State:
-        """From its files, and from what the launcher knows better."""
+        """The job's state: as its files say, except where the launcher knows more."""
         found = state(self.job.folder, self.job.run, self.log)
         if self.attempt is not None:
             seen = local or found.state in ("running", "running or killed")
@@ -213,7 +214,7 @@ class Sweep(HydraLauncher):
         return answers, slots
 
     def _number(self, jobs: list[Job], first: int) -> list[Entry]:
-        """An entry for each job; the same one for the same run."""
+        """Makes an entry for each job; two jobs that are the same run share one."""
         if first == 0:
             self._entries = []
         known = {entry.job.folder: entry for entry in self._entries}
@@ -314,7 +315,7 @@ class Sweep(HydraLauncher):
         return Order(arguments, os.getcwd(), environment, entry.log.absolute())
 
     def _end(self, entry: Entry, code: int, stopping: bool) -> None:
-        """Books how a job ended."""
+        """Writes down how a job ended."""
         entry.attempt = None
         if code == 0:
             self._line("done", entry, f"  {figures(entry.state(self._local))[1]}")
@@ -336,7 +337,7 @@ class Sweep(HydraLauncher):
         self._say(f"[{place}/{len(self._entries)}] {word:<8} {entry.job.run}{text}  {entry.log}")
 
     def _say(self, text: str) -> None:
-        """A line, where no table says it."""
+        """Prints a line, unless a table on the terminal shows it."""
         if not self._console.is_terminal:
             self._console.print(printable_lines(text), markup=False)
 
@@ -370,7 +371,7 @@ class Sweep(HydraLauncher):
         self._console.print(printable_lines(last), markup=False)
 
     def _table(self, height: int, states: list[State]) -> str:
-        """As many jobs as there is room for, the running ones first of all."""
+        """The table of as many jobs as fit into `height` lines; running, queued and failed ones are kept first."""
         order = sorted(range(len(states)), key=lambda i: states[i].state not in ("running", "queued", "failed"))
         rows = [["run", "state", "progress", "eta", "val top-1", "log"]]
         for i in sorted(order[: max(1, height - 1)]):

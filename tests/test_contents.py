@@ -33,6 +33,20 @@ def folder(root: Path, first: int = 0, kind: str = "BMP", side: int = 8) -> Data
     return settings("folder", write(root, {name.lower(): content for name, content in files.items()}))
 
 
+def test_a_long_reading_is_said_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = folder(tmp_path, first=200)
+    identity(data)
+    assert capsys.readouterr().err == "", "of so few images"
+    monkeypatch.setattr(contents, "MANY", 6)
+    monkeypatch.setattr(contents, "_known", {})
+    identity(data)
+    assert capsys.readouterr().err.startswith("softmoe: reading 9 images once")
+    identity(data)
+    assert capsys.readouterr().err == "", "they are known"
+
+
 @pytest.mark.parametrize("kind", ["BMP", "PPM", "TIFF"])
 def test_other_pictures_of_the_same_names_and_sizes_are_another_set(tmp_path: Path, kind: str) -> None:
     a, b = folder(tmp_path / "a", kind=kind), folder(tmp_path / "b", first=100, kind=kind)

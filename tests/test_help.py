@@ -165,7 +165,7 @@ KNOWN = {
     "learning_rate": "optim.lr", "weight_decay": "optim.weight_decay", "wd": "optim.weight_decay",
     "bs": "train.batch_size", "batch": "train.batch_size", "workers": "data.workers", "gpus": "devices",
     "epochs": "train.epochs", "num_classes": "data.num_classes", "model.num_classes": "data.num_classes",
-    "dropout": "model.backbone.drop_path", "router": "model/router", "optim.learning_rate": "optim.lr",
+    "drop_path_rate": "model.backbone.drop_path", "router": "model/router", "optim.learning_rate": "optim.lr",
     "gradient_accumulation_steps": "train.accumulate", "train.lr": "optim.lr", "sede": "seed",
 }  # fmt: skip
 
@@ -183,10 +183,14 @@ def test_what_others_call_our_options() -> None:
         "slots",
     }
     assert "'batch_size'" in explain.no_key("bs=1", "bs", explain.known_keys("evaluate", []))
+    for key in ("dropout", "model.drop_rate", "model.backbone.dropout"):
+        told = explain.no_key(f"{key}=0.1", key, known)
+        assert told == f"{key}=0.1: there is no key '{key}'. {explain.NO_DROPOUT}"  # and not: Did you mean drop_path
 
 
 REFUSED = {
     "another's flag": ("train --lr 0.1", "--lr: options are written KEY=VALUE: optim.lr=0.1"),
+    "another's dropout": ("train --dropout 0.1", "softmoe: --dropout: softmoe has no dropout; "),
     "another's flag with =": ("cost --batch-size=8", "KEY=VALUE: batch_size=8"),
     "a flag misspelt": ("train --helpp", "Did you mean '--help'?"),
     "a flag's value": ("train --cfg all jobs", "cannot read 'jobs'"),

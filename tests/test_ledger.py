@@ -84,6 +84,7 @@ def test_one_table_for_many_models(softmoe: Softmoe) -> None:
     assert [row["model"] for row in json.loads(told.out)] == ["vit_nano4_dense", "vit_nano4_soft"]
 
 
+@pytest.mark.thorough
 def test_the_largest_model_is_counted_and_not_allocated(tmp_path: Path) -> None:
     """54 billion parameters: 202 GiB of weights that are never there."""
     told = tmp_path / "told.txt"

@@ -283,6 +283,7 @@ def test_what_is_frozen_has_neither_gradient_nor_moments() -> None:
     assert memory.peak_bytes == pytest.approx(allocated_peak(sgd), rel=0.03)  # what operations borrow is more of less
 
 
+@pytest.mark.thorough
 def test_moments_in_8_bits() -> None:
     """What is kept, and what an update on a CPU takes when little else does."""
     config = composed("soft", "train.batch_size=1", "optim.moments=8bit", "model.router.num_experts=64")

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import multiprocessing
 import os
 import re
 import shutil
@@ -10,7 +9,6 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, unquote_to_bytes
@@ -19,10 +17,10 @@ import pytest
 
 from softmoe_cli import report
 from softmoe_cli.compare import Comparison, Question, compare
-from softmoe_cli.errors import RunError, UsageError
+from softmoe_cli.errors import UsageError
 from softmoe_cli.figures import figure
 from softmoe_cli.looks import reference_points, styles
-from softmoe_cli.report import _reference, _settings
+from softmoe_cli.report import PAPER, _reference, _settings
 from softmoe_cli.tables import comma_separated, flat_rows, json_text, latex, markdown, tables, terminal
 from tests.conftest import TINY, Softmoe
 from tests.processes import Started
@@ -30,7 +28,6 @@ from tests.synthetic import row, study, write
 from tests.wandb_file import recorded
 
 NASTY = "</script><b>&\"'|`*_x_* ~^#$%{}\\ é [l](u) $\\alpha$"
-PAPER = Path(__file__).resolve().parents[1] / "experiments" / "paper"
 
 
 @pytest.fixture
@@ -256,18 +253,6 @@ def test_every_group_has_a_look_of_its_own(tmp_path: Path) -> None:
     look = styles(compare([tmp_path], Question()).groups)
     assert len(set(look.values())) == 30
     assert look["dense"] == (0, "o")
-
-
-def test_a_painter_that_is_gone(tmp_path: Path, compared: Comparison, monkeypatch: pytest.MonkeyPatch) -> None:
-    def begin(_painters: object, _comparison: Comparison, _name: str) -> Connection:
-        ours, its = multiprocessing.Pipe(duplex=False)
-        its.close()
-        return ours
-
-    monkeypatch.setattr(report, "_begin", begin)
-    with pytest.raises(RunError, match="is gone; type the command again"):
-        report.write(compared, tmp_path / "out", multiprocessing.get_context("forkserver"))
-    assert not (tmp_path / "out").exists()
 
 
 def test_names_that_figures_cannot_draw(nasty: Comparison) -> None:
