@@ -792,13 +792,13 @@ class CostConfig:
         check_devices(self.devices, self.batch_size, self.accumulate)
 
 
+MATCHED = (
+    "forward_gflop", "train_gflop", "train_pflop", "params_m", "active_params_m", "peak_mib", "latency_ms",
+    "train_step_ms",
+)  # fmt: skip
 FREE_KEYS = (
     "model.router.num_experts", "model.router.slots_per_expert", "model.moe_blocks", "model.backbone.depth",
     "model.backbone.width", "train.steps",
-)  # fmt: skip
-COSTS = (
-    "forward_gflop", "train_gflop", "train_pflop", "params_m", "active_params_m", "peak_mib", "latency_ms",
-    "train_step_ms",
 )  # fmt: skip
 
 
@@ -811,7 +811,7 @@ class MatchConfig:
     data: Data = field(default_factory=Data)
     free: str = option("the one setting to solve for", choices=FREE_KEYS)
     to: str = option("the model whose cost is to be met, as in model=")
-    by: str = option("the cost that is to be the same", choices=COSTS)
+    by: str = option("the cost that is to be the same", choices=MATCHED)
     tolerance: float = option("largest difference, as a share of the other's cost", above=0, high=1)
     steps: int | None = option("by=train_pflop: updates that the other model is trained", low=1)
     batch_size: int = option("images per update, for memory and clock", low=1)
@@ -840,11 +840,6 @@ def _check_parts(config: CostConfig | MatchConfig) -> None:
         raise UsageError(f"accumulate={config.accumulate} does not divide batch_size={config.batch_size}")
 
 
-QUALITIES = ("validation_top1_pct", "best_validation_top1_pct")
-PRICES = ("train_pflop", "forward_gflop", "train_gflop", "params_m", "active_params_m", "peak_mib")
-"""What a search may look at: never the test images."""
-
-
 @dataclass
 class Limit:
     """The most that a job of a search may cost; known before it runs."""
@@ -859,7 +854,13 @@ class Limit:
 
     @property
     def given(self) -> dict[str, float]:
-        return {key: getattr(self, key) for key in PRICES if getattr(self, key) is not None}
+        return {key: amount for key, amount in vars(self).items() if amount is not None}
+
+
+SEARCHED = ("validation_top1_pct", "best_validation_top1_pct")
+"""Qualities that a search may look at: never those of the test images."""
+FORESEEN = tuple(f.name for f in dataclasses.fields(Limit))
+"""Costs that are known before a job runs."""
 
 
 @dataclass
@@ -871,7 +872,7 @@ class Launcher:
     where: str = MISSING
     jobs: int | None = option("jobs at a time; null: one per GPU, or one per core; on a cluster: all", low=1)
     objective: list[str] = option(
-        "what a searching sweeper (hydra/sweeper=optuna) is told of each job", choices=(*QUALITIES, *PRICES)
+        "what a searching sweeper (hydra/sweeper=optuna) is told of each job", choices=(*SEARCHED, *FORESEEN)
     )
     limit: Limit = field(default_factory=Limit)
     plan: bool = option("list the jobs with their cost and stop; --plan sets it")
@@ -879,10 +880,10 @@ class Launcher:
     def check(self) -> None:
         _check(self)
         _check(self.limit)
-        if self.limit.given and (len(self.objective) != 1 or self.objective[0] not in QUALITIES):
+        if self.limit.given and (len(self.objective) != 1 or self.objective[0] not in SEARCHED):
             raise UsageError(
                 f"hydra.launcher.limit={self.limit.given} goes with one quality as hydra.launcher.objective, such as "
-                f"[{QUALITIES[0]}], not with {self.objective}; add +search=quality"
+                f"[{SEARCHED[0]}], not with {self.objective}; add +search=quality"
             )
 
 
@@ -926,11 +927,3 @@ NOT_SCIENCE = (
 )  # fmt: skip
 """Keys that change where, when or how fast, never which numbers come out, or that only others read: left out of the
 signature. (The number that `slots` comes to stands in model.router.)"""
-
-LATER: dict[str, Any] = {
-    "model.expert_width": None, "augment.erase": 0, "optim.name": "adamw", "optim.momentum": None,
-    "optim.moments": "fp32", "optim.layer_decay": None, "optim.freeze": [], "data.label": None,
-    "data.class_numbers": False, "data.crop_pct": None, "data.from_file": False,
-}  # fmt: skip
-"""Options that came later, and where they do nothing: a run that leaves them there is what it was before there was a
-choice, so they are left out of its signature."""
