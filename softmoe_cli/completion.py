@@ -5,21 +5,12 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from softmoe_cli.cli import SCHEMAS
+from softmoe_cli.conf_files import ADDED, GROUPS, TITLES, chosen_groups, files, load
+from softmoe_cli.config import SCHEMAS
 from softmoe_cli.errors import UsageError, nearest
 from softmoe_cli.explain import known_keys
-from softmoe_cli.help import (
-    ADDED,
-    COMMANDS,
-    GROUPS,
-    ROUTER_OPTIONS,
-    TITLES,
-    chosen_groups,
-    files,
-    launcher_options,
-    load,
-    options,
-)
+from softmoe_cli.help import ROUTER_OPTIONS, launcher_options, options
+from softmoe_cli.usage import COMMANDS
 
 SCRIPTS = {
     # bash cuts words at = and : too, and asks for the rest of what it calls the word, $2.

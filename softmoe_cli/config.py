@@ -7,10 +7,9 @@ and bounds beside its type; `softmoe train --help` prints them, and `check` enfo
 import dataclasses
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from softmoe_cli.errors import UsageError, nearest
 from softmoe_cli.text import printable
@@ -19,6 +18,8 @@ MISSING: Any = "???"
 """omegaconf's mark of a value that `conf/` must give; importing omegaconf takes a tenth of a second."""
 
 
+WIDEST = 65_535
+"""Pixels on a side that a JPEG may have."""
 MOST_CLASSES = 10**7
 """A list of more names takes minutes and gigabytes before anything is said."""
 
@@ -45,8 +46,8 @@ def option(
     return field(default=MISSING, metadata=limits)
 
 
-def _check(section: Any) -> None:
-    """Hold every value of a config dataclass against the bounds beside its type."""
+def _check_values(section: "Section") -> None:
+    """Holds every value of a section against the bounds beside its type."""
     for f in dataclasses.fields(section):
         value, limits = getattr(section, f.name), f.metadata
         key = ".".join(filter(None, [section.path, f.name]))
@@ -67,14 +68,41 @@ def _check(section: Any) -> None:
             if not math.isfinite(number):
                 raise UsageError(f"{key}={value} is not a finite number")
             if not (limits["low"] <= number <= limits["high"] and number > limits["above"]):
-                bounds = [f"> {limits['above']:.15g}"] * (limits["above"] > -math.inf)
-                bounds += [f">= {limits['low']:.15g}"] * (limits["low"] > -math.inf)
-                bounds += [f"<= {limits['high']:.15g}"] * (limits["high"] < math.inf)
+                signs = {">": limits["above"], ">=": limits["low"], "<=": limits["high"]}
+                bounds = [f"{sign} {bound:.15g}" for sign, bound in signs.items() if math.isfinite(bound)]
                 raise UsageError(f"{key}={typed(value)} is out of range: it must be {' and '.join(bounds)}")
 
 
 @dataclass
-class Backbone:
+class Section:
+    """A part of a configuration, or the whole of a command's."""
+
+    path: ClassVar[str]
+    """Where its keys are, such as model.backbone; empty for a command's own."""
+
+    def settled(self) -> Self:
+        """A checked copy, with what its choices imply filled in.
+
+        Raises:
+            UsageError: the first value or combination that cannot work.
+        """
+        _check_values(self)
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        inner = {name: value.settled() for name, value in values.items() if isinstance(value, Section)}
+        settled = replace(self, **inner)
+        settled.check()
+        return settled.filled()
+
+    def check(self) -> None:
+        """Raises UsageError where the values, whose bounds are kept, do not go together. Changes nothing."""
+
+    def filled(self) -> Self:
+        """A copy with what its choices imply; itself where they imply nothing."""
+        return self
+
+
+@dataclass
+class Backbone(Section):
     """A timm VisionTransformer. The defaults of conf/model/backbone follow the official Soft MoE code."""
 
     path: ClassVar[str] = "model.backbone"
@@ -103,7 +131,6 @@ class Backbone:
     )
 
     def check(self) -> None:
-        _check(self)
         chosen = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("name", "timm")}
         if self.timm is not None:
             extra = [name for name, value in chosen.items() if value is not None and name != "drop_path"]
@@ -123,13 +150,13 @@ class Backbone:
 
 
 @dataclass
-class Model:
+class Model(Section):
     """A backbone, a router, and which of the backbone's MLPs the router's experts replace."""
 
     path: ClassVar[str] = "model"
     backbone: Backbone = field(default_factory=Backbone)
     router: Any = option("a router and its options (model/router=NAME); dense has none")
-    image_size: int = option("pixels on the side of the square that the model sees", low=1)
+    image_size: int = option("pixels on the side of the square that the model sees", low=1, high=WIDEST)
     in_chans: int = option("colour channels of its input; grey images are repeated", low=1)
     moe_blocks: Any = option(
         "last_N, last_half, every_N (every Nth block, from the Nth), or a list of block numbers from 0"
@@ -140,8 +167,6 @@ class Model:
     expert_width: int | None = option("hidden width of an expert; null: that of the MLP it replaces", low=1)
 
     def check(self) -> None:
-        _check(self)
-        self.backbone.check()
         if not isinstance(self.router, dict) or "_target_" not in self.router:
             raise UsageError(f"model.router={self.router}: choose one with model/router=NAME (softmoe list shows them)")
         if self.router["_target_"] is not None and str(self.router["_target_"]).count(".") < 1:
@@ -149,17 +174,12 @@ class Model:
                 f"model.router._target_={self.router['_target_']} is not of the form module.Class; "
                 "choose a router with model/router=NAME"
             )
-        if self.router["_target_"] is None:
-            # So that a dense control is the same run whatever placement and options its rivals sweep over.
-            self.moe_blocks, self.router, self.expert_init = [], {"_target_": None}, "identical"
-            self.expert_width = None
-        elif self.backbone.depth is not None:
-            self.moe_blocks = placement(self.moe_blocks, self.backbone.depth)
-            if not self.moe_blocks:
-                raise UsageError(
-                    f"model.moe_blocks=[] leaves router {self.router_name} without a block and the model dense; "
-                    "use model/router=dense or name blocks, such as model.moe_blocks=last_2"
-                )
+        routed, depth = self.router["_target_"] is not None, self.backbone.depth
+        if routed and depth is not None and not placement(self.moe_blocks, depth):
+            raise UsageError(
+                f"model.moe_blocks=[] leaves router {self.router_name} without a block and the model dense; "
+                "use model/router=dense or name blocks, such as model.moe_blocks=last_2"
+            )
         patch = self.backbone.patch_size
         if patch is not None and self.image_size % patch:
             raise UsageError(
@@ -167,6 +187,16 @@ class Model:
                 f"the nearest sizes that are: {max(1, self.image_size // patch) * patch}, "
                 f"{(self.image_size // patch + 1) * patch}"
             )
+
+    def filled(self) -> Self:
+        """Block numbers for words. A dense control is the same run whatever placement and options its rivals sweep
+        over, so that it has none."""
+        if self.router["_target_"] is None:
+            bare = {"_target_": None}
+            return replace(self, moe_blocks=[], router=bare, expert_init="identical", expert_width=None)
+        if self.backbone.depth is None:
+            return self
+        return replace(self, moe_blocks=placement(self.moe_blocks, self.backbone.depth))
 
     @property
     def router_name(self) -> str:
@@ -206,7 +236,7 @@ FORMATS = ("folder", "webdataset", "tfds", "arrow")
 
 
 @dataclass
-class Data:
+class Data(Section):
     """A set of images with labels, cut into training, validation and test images once and for all."""
 
     path: ClassVar[str] = "data"
@@ -224,6 +254,7 @@ class Data:
         "pixels on the side of a decoded image; files are resized and cut to it; auto: the model's or, where that "
         "follows the images, what suits them",
         low=1,
+        high=WIDEST,
     )
     crop_pct: float | None = option(
         "share of a file's shorter side that the centre square keeps, as in timm; null: all", above=0, high=1
@@ -254,7 +285,6 @@ class Data:
     max_megapixels: float = option("larger images are refused before they are decoded", above=0)
 
     def check(self) -> None:
-        _check(self)
         if "://" in self.root:
             raise UsageError(
                 f"data.root={self.root} is an address; a run must find each image again at any time, so download the "
@@ -293,7 +323,7 @@ def check_side(name: str, format: str | None, side: Any) -> None:
 
 
 @dataclass
-class Augment:
+class Augment(Section):
     """What is done to a training image; evaluation sees the whole square."""
 
     path: ClassVar[str] = "augment"
@@ -309,7 +339,6 @@ class Augment:
     erase: float = option("probability that a box of an image becomes noise (random erasing)", low=0, high=1)
 
     def check(self) -> None:
-        _check(self)
         if self.randaugment is not None and (len(self.randaugment) != 2 or self.randaugment[1] > 30):
             raise UsageError(
                 f"augment.randaugment={self.randaugment} is not [operations, magnitude up to 30], such as [2,10]"
@@ -317,7 +346,7 @@ class Augment:
 
 
 @dataclass
-class Optim:
+class Optim(Section):
     """The optimizer, what it trains, and its schedule. Spans below 1 are shares of the budget, others steps."""
 
     path: ClassVar[str] = "optim"
@@ -347,7 +376,6 @@ class Optim:
     clip_norm: float | None = option("largest global norm of the gradient; null: none", above=0)
 
     def check(self) -> None:
-        _check(self)
         if len(self.betas) != 2:
             raise UsageError(f"optim.betas={self.betas} needs two numbers")
         if (self.name == "sgd") != (self.momentum is not None):
@@ -373,7 +401,7 @@ BUDGETS = ("steps", "epochs", "images", "minutes")
 
 
 @dataclass
-class Train:
+class Train(Section):
     """How long, how much at a time, in which arithmetic, and what is looked at on the way."""
 
     path: ClassVar[str] = "train"
@@ -415,15 +443,12 @@ class Train:
     )
 
     def check(self) -> None:
-        _check(self)
         given = {key: getattr(self, key) for key in BUDGETS if getattr(self, key) is not None}
         if len(given) > 1:
             raise UsageError(
                 f"{' and '.join(f'train.{k}={typed(v)}' for k, v in given.items())} are two budgets; set all but one "
                 "to null"
             )
-        if not given:
-            self.epochs = self.default_epochs
         if self.batch_size == "auto":
             return
         if type(self.batch_size) is not int:
@@ -431,13 +456,18 @@ class Train:
         if self.batch_size % self.accumulate:
             raise UsageError(f"train.accumulate={self.accumulate} does not divide train.batch_size={self.batch_size}")
 
+    def filled(self) -> Self:
+        if any(getattr(self, key) is not None for key in BUDGETS):
+            return self
+        return replace(self, epochs=self.default_epochs)
+
 
 WANDB_LETTERS = 128
 """Letters that W&B takes in a project, a group or a name."""
 
 
 @dataclass
-class Wandb:
+class Wandb(Section):
     """Where on Weights & Biases the run is mirrored."""
 
     path: ClassVar[str] = "wandb"
@@ -449,13 +479,12 @@ class Wandb:
 
     def check(self) -> None:
         """W&B's own limits: what it refuses would cost the record of the run."""
-        _check(self)
         for key in ("project", "entity", "group", "name"):
             value = getattr(self, key)
             if value is not None and not 1 <= len(value) <= WANDB_LETTERS:
                 raise UsageError(
                     f"wandb.{key}={value} has {len(value)} characters; W&B takes 1 to {WANDB_LETTERS}"
-                    + ", and null leaves the choice to it" * (key != "project")
+                    + ("" if key == "project" else ", and null leaves the choice to it")
                 )
         for key in ("project", "entity"):
             wrong = [letter for letter in "/\\#?%:" if letter in (getattr(self, key) or "")]
@@ -480,17 +509,6 @@ def check_channels(data: Data, in_chans: int) -> None:
     for key in ("mean", "std"):
         if len(getattr(data, key)) not in (1, in_chans):
             raise UsageError(f"data.{key}={getattr(data, key)} needs 1 or model.in_chans={in_chans} numbers")
-
-
-CUT = ("split_seed", "test_fraction", "validation_fraction")
-"""Keys of data that say which images are held out."""
-
-
-def same_set(data: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether both name the same images: one data set, and where it is read from files, one place."""
-    if any(data.get(key) != other.get(key) for key in ("name", "format")):
-        return False
-    return data.get("format") is None or Path(data["root"]).resolve() == Path(other["root"]).resolve()
 
 
 def check_tokens(config: "Config", tokens: int) -> None:
@@ -543,7 +561,7 @@ WAYS = ("ddp", "fsdp", "expert")
 
 
 @dataclass
-class Config:
+class Config(Section):
     """What `softmoe train` and `softmoe finetune` compose."""
 
     path: ClassVar[str] = ""
@@ -581,10 +599,6 @@ class Config:
     restarts: int = option("with devices: how often a failure restarts all of them from the last checkpoint", low=0)
 
     def check(self) -> None:
-        """Raises UsageError for the first value or combination that cannot work; settles what others imply."""
-        _check(self)
-        for section in (self.model, self.data, self.augment, self.optim, self.train, self.wandb):
-            section.check()
         if self.data.test_fraction == 1:
             raise UsageError(
                 f"data={self.data.name} has data.test_fraction=1: its images are for softmoe evaluate only"
@@ -638,23 +652,19 @@ class Config:
 
 
 @dataclass
-class DataCheckConfig:
+class DataCheckConfig(Section):
     """What `softmoe data check` composes."""
 
     path: ClassVar[str] = ""
     data: Data = field(default_factory=Data)
     format: str = option("what is printed", choices=("table", "json"))
 
-    def check(self) -> None:
-        _check(self)
-        self.data.check()
-
 
 AUDITS = ("neighbours", "capacity", "slots", "experts")
 
 
 @dataclass
-class EvaluateConfig:
+class EvaluateConfig(Section):
     """What `softmoe evaluate` composes."""
 
     path: ClassVar[str] = ""
@@ -688,8 +698,6 @@ class EvaluateConfig:
     threads: int | None = option("CPU threads; null: torch's choice", low=1)
 
     def check(self) -> None:
-        _check(self)
-        self.data.check()
         idle = {
             "soup=greedy": self.soup == "greedy" and not isinstance(self.checkpoint, list),
             f"audit_images={self.audit_images}": self.audit_images is not None and not self.audit,
@@ -702,7 +710,7 @@ class EvaluateConfig:
 
 
 @dataclass
-class UpcycleConfig:
+class UpcycleConfig(Section):
     """What `softmoe upcycle` composes."""
 
     path: ClassVar[str] = ""
@@ -724,9 +732,6 @@ class UpcycleConfig:
     threads: int | None = option("CPU threads; null: torch's choice", low=1)
 
     def check(self) -> None:
-        _check(self)
-        self.model.check()
-        self.data.check()
         check_channels(self.data, self.model.in_chans)
         check_groups("images", self.images, self.model.router)
         if self.preserve and (self.expert_noise or self.expert_redraw):
@@ -740,7 +745,7 @@ PROGRAMS = ("torch_export", "onnx")
 
 
 @dataclass
-class ExportConfig:
+class ExportConfig(Section):
     """What `softmoe export` composes."""
 
     path: ClassVar[str] = ""
@@ -755,14 +760,10 @@ class ExportConfig:
     format: str = option("what is printed", choices=("table", "json"))
     threads: int | None = option("CPU threads; null: torch's choice", low=1)
 
-    def check(self) -> None:
-        _check(self)
-        self.data.check()
-
 
 @dataclass
-class CostConfig:
-    """What `softmoe cost` composes."""
+class Measured(Section):
+    """What `softmoe cost` and `softmoe match` have in common: a model, and what is measured of it."""
 
     path: ClassVar[str] = ""
     model: Model = field(default_factory=Model)
@@ -771,20 +772,27 @@ class CostConfig:
     accumulate: int = option("as in train.accumulate", low=1)
     recompute: bool = option("as in train.recompute")
     precision: str = option("as in train.precision", choices=("fp32", "bf16", "fp16"))
-    devices: int = option("devices that share each batch, here or elsewhere: memory is that of each", low=1)
-    parallel: str = option("as in softmoe train: what each of several devices has of the model", choices=WAYS)
     compile: bool = option("torch.compile the model that the clock measures")
-    clock: bool = option("measure latency, throughput and peak memory on this machine")
     repeats: int = option("times that the clock measures each", low=3)
-    format: str = option("what is printed", choices=("table", "json", "csv", "markdown"))
     device: str = option("auto: cuda, else mps, else cpu", choices=DEVICES)
     threads: int | None = option("CPU threads; null: torch's choice", low=1)
 
     def check(self) -> None:
-        _check(self)
-        self.model.check()
-        self.data.check()
-        _check_parts(self)
+        if self.batch_size % self.accumulate:
+            raise UsageError(f"accumulate={self.accumulate} does not divide batch_size={self.batch_size}")
+
+
+@dataclass
+class CostConfig(Measured):
+    """What `softmoe cost` composes."""
+
+    devices: int = option("devices that share each batch, here or elsewhere: memory is that of each", low=1)
+    parallel: str = option("as in softmoe train: what each of several devices has of the model", choices=WAYS)
+    clock: bool = option("measure latency, throughput and peak memory on this machine")
+    format: str = option("what is printed", choices=("table", "json", "csv", "markdown"))
+
+    def check(self) -> None:
+        super().check()
         if self.devices == 1 and self.parallel != "ddp":
             raise UsageError(f"parallel={self.parallel} has no effect with devices=1")
         if self.devices > 1 and self.clock:
@@ -803,45 +811,26 @@ FREE_KEYS = (
 
 
 @dataclass
-class MatchConfig:
+class MatchConfig(Measured):
     """What `softmoe match` composes."""
 
-    path: ClassVar[str] = ""
-    model: Model = field(default_factory=Model)
-    data: Data = field(default_factory=Data)
     free: str = option("the one setting to solve for", choices=FREE_KEYS)
-    to: str = option("the model whose cost is to be met, as in model=")
+    to: str = option("the model whose cost is to be met, as in model=, or BACKBONE_ROUTER where that has no name")
     by: str = option("the cost that is to be the same", choices=MATCHED)
     tolerance: float = option("largest difference, as a share of the other's cost", above=0, high=1)
     steps: int | None = option("by=train_pflop: updates that the other model is trained", low=1)
-    batch_size: int = option("images per update, for memory and clock", low=1)
-    accumulate: int = option("as in train.accumulate", low=1)
-    recompute: bool = option("as in train.recompute")
-    precision: str = option("as in train.precision", choices=("fp32", "bf16", "fp16"))
-    compile: bool = option("torch.compile the models that the clock measures")
-    repeats: int = option("times that the clock measures each", low=3)
     format: str = option("what is printed", choices=("table", "json"))
-    device: str = option("auto: cuda, else mps, else cpu", choices=DEVICES)
-    threads: int | None = option("CPU threads; null: torch's choice", low=1)
 
     def check(self) -> None:
-        _check(self)
-        self.model.check()
-        self.data.check()
-        _check_parts(self)
+        super().check()
         if (self.by == "train_pflop") != (self.steps is not None):
             raise UsageError(f"by={self.by} and steps={self.steps}: steps belong to by=train_pflop, which needs them")
         if self.free == "train.steps" and self.by != "train_pflop":
             raise UsageError(f"free=train.steps changes no {self.by}; use by=train_pflop with steps=")
 
 
-def _check_parts(config: CostConfig | MatchConfig) -> None:
-    if config.batch_size % config.accumulate:
-        raise UsageError(f"accumulate={config.accumulate} does not divide batch_size={config.batch_size}")
-
-
 @dataclass
-class Limit:
+class Limit(Section):
     """The most that a job of a search may cost; known before it runs."""
 
     path: ClassVar[str] = "hydra.launcher.limit"
@@ -864,7 +853,7 @@ FORESEEN = tuple(f.name for f in dataclasses.fields(Limit))
 
 
 @dataclass
-class Launcher:
+class Launcher(Section):
     """Where and how the jobs of `softmoe train -m` run: hydra.launcher of any place."""
 
     path: ClassVar[str] = "hydra.launcher"
@@ -878,8 +867,6 @@ class Launcher:
     plan: bool = option("list the jobs with their cost and stop; --plan sets it")
 
     def check(self) -> None:
-        _check(self)
-        _check(self.limit)
         if self.limit.given and (len(self.objective) != 1 or self.objective[0] not in SEARCHED):
             raise UsageError(
                 f"hydra.launcher.limit={self.limit.given} goes with one quality as hydra.launcher.objective, such as "
@@ -927,3 +914,13 @@ NOT_SCIENCE = (
 )  # fmt: skip
 """Keys that change where, when or how fast, never which numbers come out, or that only others read: left out of the
 signature. (The number that `slots` comes to stands in model.router.)"""
+
+
+SCHEMAS: dict[str, type[Section]] = {
+    "train": Config, "finetune": Config, "evaluate": EvaluateConfig, "cost": CostConfig, "match": MatchConfig,
+    "upcycle": UpcycleConfig, "export": ExportConfig, "data": DataCheckConfig,
+}  # fmt: skip
+"""What each command composes."""
+
+LAUNCHERS: dict[str, type[Launcher]] = {"local": LocalLauncher, "slurm": SlurmLauncher, "ray": RayLauncher}
+"""The options of hydra.launcher, by place."""

@@ -1,25 +1,25 @@
 """One sentence for a command line that Hydra or OmegaConf refuses: the key, the value, the choices, the nearest."""
 
+import dataclasses
 import difflib
+import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from softmoe_cli.cli import SCHEMAS, _own_conf
-from softmoe_cli.errors import UsageError, first_line, nearest
-from softmoe_cli.help import (
+from softmoe_cli.conf_files import (
     ADDED,
     GROUPS,
-    ROUTER_OPTIONS,
     TITLES,
-    Option,
     chosen_groups,
     defaults,
     files,
     keys,
-    launcher_options,
     load,
-    options,
+    own_conf_folder,
 )
+from softmoe_cli.config import SCHEMAS
+from softmoe_cli.errors import UsageError, first_line, nearest
+from softmoe_cli.help import ROUTER_OPTIONS, Option, launcher_options, options
 from softmoe_cli.text import printable
 
 if TYPE_CHECKING:
@@ -54,8 +54,7 @@ SYNONYMS = {
     "input_size": "data.image_size", "resolution": "data.image_size", "val_split": "data.validation_fraction",
     "gpus": "devices hydra.launcher.gpus", "num_gpus": "devices", "ngpus": "devices", "nproc_per_node": "devices",
     "world_size": "devices", "cuda": "device", "gpu": "device", "cpu": "device", "num_threads": "threads",
-    "dropout": "model.backbone.drop_path", "drop": "model.backbone.drop_path",
-    "drop_rate": "model.backbone.drop_path", "drop_path_rate": "model.backbone.drop_path",
+    "drop_path_rate": "model.backbone.drop_path",
     "stochastic_depth": "model.backbone.drop_path", "layers": "model.backbone.depth",
     "num_layers": "model.backbone.depth", "n_layers": "model.backbone.depth", "dim": "model.backbone.width",
     "embed_dim": "model.backbone.width", "hidden_dim": "model.backbone.width", "hidden_size": "model.backbone.width",
@@ -72,14 +71,21 @@ SYNONYMS = {
     "random_seed": "seed", "launcher": "hydra/launcher",
     "optim_lr": "optim.lr",
 }  # fmt: skip
-"""What others call our options; the first that the command has."""
+"""Other programs' names of our options. Of several the first that the command has is suggested."""
+
+DROPOUT = (
+    "dropout", "drop", "drop_rate", "dropout_rate", "attn_drop", "attn_drop_rate", "proj_drop_rate",
+    "attention_dropout", "hidden_dropout",
+)  # fmt: skip
+NO_DROPOUT = "softmoe has no dropout; what leaves out whole blocks in training is model.backbone.drop_path"
+"""Said instead of "Did you mean": drop_path leaves out blocks and dropout leaves out numbers."""
 
 SHOWN = 200
 """Letters of a typed argument that a sentence repeats."""
 
 
 def short(text: str) -> str:
-    """On one line, without what a terminal would obey, and cut where it is long."""
+    """A typed word as a sentence repeats it: on one line, without control characters, its middle cut out where long."""
     text = printable(text)
     return text if len(text) <= SHOWN else f"{text[: SHOWN // 2]}… ({len(text):,} letters)"
 
@@ -92,7 +98,7 @@ OURS = ("--plan", "--groups", "--debug")
 
 
 class _Flags(Exception):
-    """What argparse says of a command line."""
+    """argparse refuses a command line; the message says why."""
 
 
 def check_line(command: str, arguments: Sequence[str]) -> list[str]:
@@ -105,6 +111,11 @@ def check_line(command: str, arguments: Sequence[str]) -> list[str]:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
+    learns, many = command in ("train", "finetune"), any(word in ("-m", "--multirun") for word in arguments)
+    if "--plan" in arguments and not (learns and many):
+        raise UsageError("--plan lists the jobs of a sweep: softmoe train -m … --plan or softmoe finetune -m … --plan")
+    if "--groups" in arguments and (many or not learns):
+        raise UsageError("--groups lists the parameters of one run: softmoe train … --groups, without -m")
     parser = get_args_parser()
 
     def refuse(message: str) -> NoReturn:
@@ -145,7 +156,25 @@ def check_line(command: str, arguments: Sequence[str]) -> list[str]:
             raise UsageError(f"{short(word)}: {key} is chosen already; leave out the +")
         if key in GROUPS and equals and not parsed.is_sweep_override() and not isinstance(parsed.value(), str | list):
             raise UsageError(f"{short(word)}: {key} takes the name of a choice.{_choices(key, '')}")
+    _refuse_unknown_to_hydra(ordered)
     return ordered
+
+
+def _refuse_unknown_to_hydra(arguments: Sequence[str]) -> None:
+    """Raises UsageError for a key of hydra that does not exist, typed as +hydra.key=value."""
+    from hydra.conf import HydraConf
+
+    for argument in arguments:
+        if not argument.startswith(("+hydra.", "++hydra.")):
+            continue
+        key, section = argument.lstrip("+").partition("=")[0].removeprefix("hydra."), HydraConf
+        for word in key.split("."):
+            hints = typing.get_type_hints(section)
+            if word not in hints:
+                raise UsageError(f"{argument}: there is no key 'hydra.{key}'.{nearest(word, hints)}")
+            section = hints[word]
+            if not dataclasses.is_dataclass(section):
+                break
 
 
 def _spoken(command: str) -> str:
@@ -153,7 +182,7 @@ def _spoken(command: str) -> str:
 
 
 def _flag(flag: str, command: str, arguments: Sequence[str], parser: "ArgumentParser") -> str:
-    """What to type instead of a flag that there is not: `--lr 0.1` is an option of ours, `--helpp` one of Hydra's."""
+    """The sentence for a flag that does not exist: `--lr 0.1` means our option optim.lr, `--helpp` Hydra's --help."""
     word, _, value = flag.lstrip("-").partition("=")
     place = list(arguments).index(flag) if flag in arguments else len(arguments)
     follows = arguments[place + 1 : place + 2]
@@ -165,13 +194,15 @@ def _flag(flag: str, command: str, arguments: Sequence[str], parser: "ArgumentPa
     if close:
         return f"{flag}: there is no such option. Did you mean '{close[0]}'?"
     name = word.replace("-", "_")
+    if name in DROPOUT:
+        return f"{short(flag)}: {NO_DROPOUT}"
     key = name if name in known else _meant(name, known)
     way = f"{key}={value or 'VALUE'}" if key else f"softmoe {_spoken(command)} --help shows them"
     return f"{short(flag)}: options are written KEY=VALUE: {short(way)}"
 
 
 def _unread(word: str, command: str) -> str:
-    """Why Hydra's grammar has no such override."""
+    """The sentence for a word that Hydra cannot parse."""
     key, equals, _ = word.lstrip("+").partition("=")
     if not equals:
         group = next((group for group in GROUPS if word in files(group)), None)
@@ -235,7 +266,7 @@ def explain(error: Exception, command: str, arguments: Sequence[str]) -> str:
 def refused(error: Exception, arguments: Sequence[str]) -> str:
     """What Hydra raised before a job began, in Python's words: files of one's own conf, or values that it did not
     expect."""
-    own = _own_conf()
+    own = own_conf_folder()
     chosen = [files(group)[name] for group, name in chosen_groups(arguments).items()]
     for file in [*chosen, *(file for group in GROUPS for file in files(group).values())]:
         if own is not None and own in file.parents:
@@ -245,26 +276,46 @@ def refused(error: Exception, arguments: Sequence[str]) -> str:
 
 
 def unresolved(error: Exception, arguments: Iterable[str]) -> str:
-    """Which key has the ${…} that leads nowhere."""
+    """The sentence for a ${…} that cannot be resolved, with its key."""
     key = str(getattr(error, "full_key", None) or "")
     typed = _typed(key, arguments) if key else next((short(a) for a in arguments if "${" in a), "")
     return f"{typed}: {short(first_line(error))}".removeprefix(": ")
 
 
 def _typed(key: str, arguments: Iterable[str]) -> str:
-    """The argument that gave a key its value; the key where none did."""
+    """The argument that sets this key; the key itself where none does."""
     return short(next((a for a in arguments if a.lstrip("+~").partition("=")[0].partition("@")[0] == key), key))
 
 
 def no_choice(group: str, name: str, there: Iterable[str] | None) -> str:
-    """A group has no such choice: the nearest."""
+    """The sentence for a choice that a group does not have, with the nearest ones."""
     choices = [choice for choice in there or () if not choice.startswith("_")]
+    if group == "model" and (words := crossing(name)):
+        return f"model={short(name)} is not one of the named models; type {' '.join(words)}"
     said = f"{group}={short(name)}: " + ("no such choice." if name else "no choice is named.")
     return said + nearest(name, choices) + _choices(group, name, choices)
 
 
+def crossing(name: str) -> list[str]:
+    """What to type for a model that is named after a backbone and a router and has no file of its own: a named one from
+    the same base, with that backbone or that router instead. Empty where the name is none of that kind."""
+    backbones, routers, models = files("model/backbone"), files("model/router"), files("model")
+    backbone, router = next(
+        ((b, r) for r in routers for b in backbones if name == f"{b}_{r}" and name not in models), ("", "")
+    )
+    if not backbone:
+        return []
+    if "_small" in load(backbones[backbone]).get("defaults", []):
+        return ["model=small", f"model/backbone={backbone}", f"model/router={router}"]
+    large = [model for model, file in models.items() if "_paper" in load(file).get("defaults", [])]
+    same = [model for model in large if model.endswith(f"_{router}") and model.removesuffix(f"_{router}") in backbones]
+    if same:
+        return [f"model={difflib.get_close_matches(name, same, n=1, cutoff=0)[0]}", f"model/backbone={backbone}"]
+    return [f"model={backbone}_soft", f"model/router={router}"] if f"{backbone}_soft" in large else []
+
+
 def _choices(group: str, name: str, there: Iterable[str] = ()) -> str:
-    """What a group has: all of it, or the nearest five where it is much."""
+    """A group's choices: all, or of more than ten the five that are nearest to `name`."""
     choices = list(files(group)) if group in GROUPS else list(there)
     if len(choices) <= 10:
         return f" Choices: {', '.join(choices)}"
@@ -274,7 +325,7 @@ def _choices(group: str, name: str, there: Iterable[str] = ()) -> str:
 
 
 def no_key(typed: str, key: str, known: Sequence[str]) -> str:
-    """There is no such key: the one that was meant, or those of its section."""
+    """The sentence for a key that does not exist: with the key that was meant, or those of its section."""
     if key == "experiment" or key == "search":
         return f"{typed}: a{'n experiment' if key == 'experiment' else ' search'} is added to the rest; write +{typed}"
     if key in known and typed.startswith("+"):
@@ -288,10 +339,13 @@ def no_key(typed: str, key: str, known: Sequence[str]) -> str:
 
 
 def _did_you_mean(key: str, known: Sequence[str]) -> str:
+    """A hint that follows a full stop; empty where nothing is close."""
     found = _meant(key, known)
     if found is not None:
         return f" Did you mean '{found}'?"
     leaf = key.rpartition(".")[2]
+    if leaf in DROPOUT:
+        return f" {NO_DROPOUT}"
     if leaf in ROUTER_OPTIONS and any(k.startswith("model.") for k in known):
         having = [name for name, file in files("model/router").items() if leaf in load(file)]
         return f" model.router.{leaf} is an option of model/router={', '.join(having)}"
@@ -302,6 +356,8 @@ def _meant(key: str, known: Sequence[str]) -> str | None:
     """The known key that someone means who writes `key`: another name for it, the same name elsewhere, or the closest
     spelling."""
     leaf = key.rpartition(".")[2].rpartition("/")[2].lower().replace("-", "_")
+    if leaf in DROPOUT:
+        return None
     for other in SYNONYMS.get(leaf, "").split():
         if other in known:
             return other

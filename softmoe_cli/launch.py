@@ -36,25 +36,25 @@ from softmoe_cli.config import Config
 from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.failures import defect, ours
 from softmoe_cli.files import write_atomically
+from softmoe_cli.job import follow_launcher, start_server
 from softmoe_cli.signals import ASKING, Asked, end_children, heard, leave_soon
-from softmoe_cli.sweep import follow_launcher, start_server
 
 GRACE_S = 120
 """How long processes that were asked to save and leave have for it before they are ended."""
 TAKEN_S = 3
-"""How long a process that has saved waits for the launcher to take its word."""
+"""How long a process that has saved waits for the launcher to read its exit status."""
 
 
 @dataclass(frozen=True)
 class Note:
-    """What a process left behind that did not get to its end."""
+    """What a process writes down when it cannot finish."""
 
     rank: int
     time: float
     code: int
     text: str
     lost: bool
-    """Whether all it knew was that another one is gone."""
+    """True where this process only noticed that another one had died."""
 
 
 class Loopback(RendezvousHandler):
@@ -89,7 +89,7 @@ class Loopback(RendezvousHandler):
         return False
 
     def set_closed(self) -> None:
-        """There is nobody else to tell."""
+        """Nothing to do: no other machine takes part."""
 
     def num_nodes_waiting(self) -> int:
         return 0

@@ -14,8 +14,8 @@ from hydra.core.config_search_path import ConfigSearchPath
 from hydra.plugins.config_source import ConfigResult
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 
+from softmoe_cli.conf_files import load
 from softmoe_cli.errors import UsageError, first_line
-from softmoe_cli.help import load
 
 GROUPS = ("model", "data", "recipe", "experiment", "search")
 WHOLE = GROUPS[2:]
@@ -27,7 +27,7 @@ CHOICES = re.compile(r"override /hydra/sweeper(/sampler)?")
 
 
 def ignored(own: Path, command: str) -> str | None:
-    """A sentence for what a conf folder has of what only ours may say."""
+    """A sentence that names a file of the user's conf folder that is not read; None where there is none."""
     found = [path for path in (own / f"{command}.yaml", own / "run.yaml", own / "hydra") if path.exists()]
     if not found:
         return None
@@ -80,7 +80,7 @@ def _allowed(config_path: str) -> bool:
 
 
 def _fault(tree: dict[str, Any], group: str, package: str | None) -> str | None:
-    """What a file says that only ours, and what is typed, may say."""
+    """What is wrong with a file of the user's conf folder: it says what only ours may say. None: nothing is."""
     where = "type it, as in softmoe train -m hydra/launcher=slurm"
     if package is not None and (package != "_global_" or group not in WHOLE):
         return f"# @package {package} has no place here; leave it out"

@@ -49,8 +49,8 @@ def write_sizes(conf: Path, sizes: Iterable[tuple[str, Size]]) -> None:
 
 def sized(name: str) -> Size | None:
     """The size of a named model of conf/, read without Hydra; None of one that follows the images."""
-    from softmoe_cli.cli import _door
-    from softmoe_cli.help import defaults, keys, value_of
+    from softmoe_cli.compose import door
+    from softmoe_cli.conf_files import defaults, keys, value_of
 
     tree = defaults("cost", {"model": name})
     patch = tree["model"]["backbone"]["patch_size"]
@@ -64,12 +64,11 @@ def sized(name: str) -> Size | None:
         for part in path:
             node = node[part]
         node[leaf] = value_of(tree, key)
-    return size(_door(tree["model"], Model))
+    return size(door(tree["model"], Model))
 
 
 if __name__ == "__main__":
-    from softmoe_cli.cli import conf_folder
-    from softmoe_cli.help import files
+    from softmoe_cli.conf_files import conf_folder, files
 
     found = {name: sized(name) for name in files("model")}
     write_sizes(conf_folder(), ((name, each) for name, each in found.items() if each is not None))

@@ -50,7 +50,7 @@ def in_words(seconds: float) -> str:
 
 def several(number: float, noun: str) -> str:
     """1 step, 1,200 steps"""
-    return f"{number:,.0f} {noun}" + "s" * (round(number) != 1)
+    return f"{number:,.0f} {noun}" if round(number) == 1 else f"{number:,.0f} {noun}s"
 
 
 OBEYED = {"Cc", "Cs", "Zl", "Zp", "LRE", "RLE", "PDF", "LRO", "RLO", "LRI", "RLI", "FSI", "PDI"}

@@ -6,7 +6,7 @@ import functools
 import math
 from dataclasses import dataclass
 
-from softmoe_cli import cli
+from softmoe_cli import compose as composing
 from softmoe_cli.config import Config
 
 Vector = list[float]
@@ -91,7 +91,7 @@ def compose(*overrides: str) -> Config:
     return copy.deepcopy(_composed(*overrides))
 
 
-_composed = functools.cache(cli.compose)
+_composed = functools.cache(composing.compose)
 
 
 @dataclass

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from hydra._internal.hydra import Hydra
 
-from softmoe_cli import mirror, sweep
+from softmoe_cli import job, mirror, places, sweep
 
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["softmoe_cli.train", "softmoe_cli.cli", "softmoe_cli.sweep", "hydra"])
@@ -186,7 +186,8 @@ def _main(
         # A sweep's own server would import everything once more: its jobs fork from the one that this one came from.
         vars(_forkserver()).update(_forkserver_address=address, ensure_running=lambda: None)
         multiprocessing.forkserver.ensure_running = lambda: None
-        sweep.SERVER = _Same()  # type: ignore[assignment]
+        for module in (job, places, sweep):
+            module.SERVER = _Same()  # type: ignore[attr-defined]
     first()
     from softmoe_cli.cli import main
 

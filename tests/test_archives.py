@@ -79,8 +79,7 @@ def settings(kind: str, root: Path, **changes: object) -> Data:
     for key, value in ({"root": str(root), "workers": 0} | changes).items():
         assert hasattr(data, key)
         setattr(data, key, value)
-    data.check()
-    return data
+    return data.settled()
 
 
 def contents(images: ImageSet) -> list[tuple[int, bytes]]:

@@ -9,7 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from softmoe_cli.audit import Audit, silenced, summary
-from softmoe_cli.cli import conf_folder
+from softmoe_cli.conf_files import conf_folder
 from softmoe_cli.data import ImageSet, eval_batches
 from softmoe_cli.evaluate import Outcomes, outcomes
 from softmoe_cli.models import build
@@ -31,7 +31,7 @@ def audit(router: str = "soft", *, changed: Weights | None = None, **options: An
     config = compose(*TINY)
     settings = yaml.safe_load((conf_folder() / "model" / "router" / f"{router}.yaml").read_text())
     config.model.router = settings if router == "dense" else settings | {"num_experts": 4} | options
-    config.model.check()
+    config.model = config.model.settled()
     torch.manual_seed(0)
     model = build(config.model, 10)
     if router != "dense":

@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from softmoe_cli import data
 from softmoe_cli.card import read_card
-from softmoe_cli.cli import _model_of
 from softmoe_cli.errors import RunError, UsageError
+from softmoe_cli.inherit import model_of
 from softmoe_cli.models import build, load_weights, portable
 from softmoe_cli.record import Checkpoint, Run, Source, read_source, write_checkpoint
+from softmoe_cli.resume import _progress
 from tests.conftest import TINY, Softmoe
 from tests.oracles import compose
 
@@ -89,7 +90,7 @@ def test_sizes_are_held_against_the_weights_before_they_are_taken(size: str, sav
     source = read_source(str(saved))
     card = changed(source.card, f"model.{SIZES[size][0]}", SIZES[size][1])
     with pytest.raises(UsageError, match=r"^checkpoint=x "):
-        _model_of(Source("x", "", source.weights, card), None)
+        model_of(Source("x", "", source.weights, card), None)
 
 
 def test_sizes_are_held_against_the_weights_by_every_command(softmoe: Softmoe, saved: Path, tmp_path: Path) -> None:
@@ -169,6 +170,14 @@ def test_a_state_that_softmoe_did_not_write_is_one_sentence(kind: str, tmp_path:
     write_checkpoint(tmp_path / "last-00000004", {"x": torch.ones(1)}, {}, RANDOM, {"state.json": STATES[kind]})
     with pytest.raises(UsageError, match=r"last-00000004.*; remove it to go on from the checkpoint before"):
         Checkpoint.read(tmp_path / "last-00000004").check()
+
+
+def test_a_state_of_another_format_is_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "checkpoints" / "last-00000004"
+    for given in ("2", "unknown"):
+        state = STATE if given == "unknown" else STATE | {"format": int(given)}
+        with pytest.raises(UsageError, match=rf"is of format {given}, and .* from format 1; .* remove .*/run to run"):
+            _progress(Checkpoint(path, {}, {}, state))
 
 
 def test_tensors_that_softmoe_did_not_write_are_one_sentence(tmp_path: Path) -> None:

@@ -328,7 +328,7 @@ def test_evaluation_has_the_loss_that_was_trained(softmoe: Softmoe, tmp_path: Pa
 
 
 def test_compose_is_what_the_command_would_run() -> None:
-    from softmoe_cli.cli import compose
+    from softmoe_cli.compose import compose
     from softmoe_cli.models import build
 
     config = compose("model=vit_nano7_soft", "data=fashion_mnist", "model.router.num_experts=8")

@@ -35,7 +35,7 @@ RUNS = {
         "data.workers=1", "model=vit_nano2_soft", "model.image_size=8", "model.in_chans=1",
         "model.router.noise_std=0.1",
     ),
-    "experts_choice": ("model=vit_nano2_experts_choice", "train.accumulate=2"),
+    "experts_choice": ("model/router=experts_choice", "train.accumulate=2"),
 }  # fmt: skip
 FEW = {"soft": (KILL, BROKEN), "files": (FULL,)}
 MANY = dict.fromkeys(RUNS, (KILL, FULL, BROKEN) * 6)

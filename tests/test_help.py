@@ -12,9 +12,12 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 
-from softmoe_cli import completion, explain, help, sizes
-from softmoe_cli.cli import LAUNCHERS, SCHEMAS, _store_schemas, conf_folder
+from softmoe_cli import completion, conf_files, explain, help, sizes, usage
+from softmoe_cli.compose import store_schemas
+from softmoe_cli.conf_files import conf_folder
+from softmoe_cli.config import LAUNCHERS, SCHEMAS
 from softmoe_cli.errors import UsageError
+from softmoe_cli.list import LIST_WIDTH
 from tests.conftest import Softmoe
 
 COMPOSED = [
@@ -24,7 +27,7 @@ COMPOSED = [
     ("train", {"model": "vit_h14_experts_choice", "recipe": "strong", "hydra/launcher": "ray"}),
     ("finetune", {"recipe": "finetune_adamw"}),
     ("evaluate", {"data": "imagenet_v2"}),
-    ("upcycle", {"model": "vit_micro7_experts_choice"}),
+    ("upcycle", {"model": "small", "model/router": "experts_choice"}),
     ("upcycle", {}),
     ("export", {}),
     ("cost", {"model/router": "dense"}),
@@ -42,7 +45,7 @@ def without_missing(tree: Any) -> Any:
 
 @pytest.mark.parametrize(("command", "chosen"), COMPOSED, ids=str)
 def test_help_has_the_values_that_hydra_composes(command: str, chosen: Mapping[str, str]) -> None:
-    _store_schemas()
+    store_schemas()
     name = "data_check" if command == "data" else command
     overrides = [f"{group}={choice}" for group, choice in chosen.items()]
     with initialize_config_dir(str(conf_folder()), version_base=None):
@@ -50,19 +53,19 @@ def test_help_has_the_values_that_hydra_composes(command: str, chosen: Mapping[s
     composed = OmegaConf.to_container(config, resolve=False, throw_on_missing=False)
     assert isinstance(composed, dict)
     launcher = composed.pop("hydra")["launcher"]
-    read = help.defaults(command, chosen)
+    read = conf_files.defaults(command, chosen)
     ours = read.pop("hydra", {}).get("launcher")
     assert without_missing(read) == without_missing(composed)
     if command in ("train", "finetune"):
         assert ours == launcher
-    for key in help.keys(read):
+    for key in conf_files.keys(read):
         value = OmegaConf.select(config, key, throw_on_missing=False, throw_on_resolution_failure=False)
-        shown = help.value_of(read, key) if not isinstance(value, dict) and value is not None else None
+        shown = conf_files.value_of(read, key) if not isinstance(value, dict) and value is not None else None
         if shown is not None and not OmegaConf.is_config(value) and "${" not in str(shown) and shown != "???":
             assert shown == value, key
 
 
-@pytest.mark.parametrize("command", help.COMMANDS)
+@pytest.mark.parametrize("command", usage.COMMANDS)
 def test_help_fits_a_terminal_and_names_every_option(command: str) -> None:
     shown = help.usage(command, ["all"] if command in SCHEMAS else [])
     assert max(map(len, shown.splitlines())) <= help.WIDTH
@@ -70,7 +73,7 @@ def test_help_fits_a_terminal_and_names_every_option(command: str) -> None:
     for option in help.options(SCHEMAS[command]) if command in SCHEMAS else ():
         if option.key != "model.router" and not (command == "train" and option.meaning.startswith("finetune:")):
             assert f"  {option.key}" in shown
-    assert f"  {command}" in help.HELP and max(map(len, help.HELP.splitlines())) <= help.WIDTH
+    assert f"  {command}" in usage.HELP and max(map(len, usage.HELP.splitlines())) <= help.WIDTH
 
 
 def test_help_shows_values_kinds_groups_and_the_chosen_router(softmoe: Softmoe) -> None:
@@ -86,7 +89,7 @@ def test_help_shows_values_kinds_groups_and_the_chosen_router(softmoe: Softmoe) 
 
 
 def test_every_router_option_has_a_meaning() -> None:
-    taken = {key for file in help.files("model/router").values() for key in help.load(file)} - {"_target_"}
+    taken = {key for file in conf_files.files("model/router").values() for key in conf_files.load(file)} - {"_target_"}
     assert taken == set(help.ROUTER_OPTIONS)
 
 
@@ -114,13 +117,13 @@ def test_headings_are_bold_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -
 
 def test_sizes_are_those_of_cost() -> None:
     """`python -m softmoe_cli.sizes` writes the file anew."""
-    found = {name: sizes.sized(name) for name in help.files("model")}
+    found = {name: sizes.sized(name) for name in conf_files.files("model")}
     assert sizes.read_sizes(conf_folder()) == {name: size for name, size in found.items() if size is not None}
 
 
 def test_list(softmoe: Softmoe, tmp_path: Path) -> None:
     everything = softmoe("list").out
-    assert max(map(len, everything.splitlines())) <= help.LIST_WIDTH
+    assert max(map(len, everything.splitlines())) <= LIST_WIDTH
     assert "placement/every_2" in everything and "placement/_shared" not in everything
     rows = softmoe("list", "model", "--filter=SOFT").out.splitlines()
     (row,) = (row for row in rows if row.startswith("  vit_s16_soft "))
@@ -162,7 +165,7 @@ KNOWN = {
     "learning_rate": "optim.lr", "weight_decay": "optim.weight_decay", "wd": "optim.weight_decay",
     "bs": "train.batch_size", "batch": "train.batch_size", "workers": "data.workers", "gpus": "devices",
     "epochs": "train.epochs", "num_classes": "data.num_classes", "model.num_classes": "data.num_classes",
-    "dropout": "model.backbone.drop_path", "router": "model/router", "optim.learning_rate": "optim.lr",
+    "drop_path_rate": "model.backbone.drop_path", "router": "model/router", "optim.learning_rate": "optim.lr",
     "gradient_accumulation_steps": "train.accumulate", "train.lr": "optim.lr", "sede": "seed",
 }  # fmt: skip
 
@@ -180,10 +183,14 @@ def test_what_others_call_our_options() -> None:
         "slots",
     }
     assert "'batch_size'" in explain.no_key("bs=1", "bs", explain.known_keys("evaluate", []))
+    for key in ("dropout", "model.drop_rate", "model.backbone.dropout"):
+        told = explain.no_key(f"{key}=0.1", key, known)
+        assert told == f"{key}=0.1: there is no key '{key}'. {explain.NO_DROPOUT}"  # and not: Did you mean drop_path
 
 
 REFUSED = {
     "another's flag": ("train --lr 0.1", "--lr: options are written KEY=VALUE: optim.lr=0.1"),
+    "another's dropout": ("train --dropout 0.1", "softmoe: --dropout: softmoe has no dropout; "),
     "another's flag with =": ("cost --batch-size=8", "KEY=VALUE: batch_size=8"),
     "a flag misspelt": ("train --helpp", "Did you mean '--help'?"),
     "a flag's value": ("train --cfg all jobs", "cannot read 'jobs'"),
@@ -239,7 +246,7 @@ def test_what_is_long_is_cut(softmoe: Softmoe) -> None:
         assert answer.code == 2 and len(answer.err) < 1200
     answer = softmoe("train", "model=vit_nano2_sof")
     assert "Did you mean 'vit_nano2_soft'?" in answer.err
-    assert f"softmoe list models shows all {len(help.files('model'))}" in answer.err and len(answer.err) < 250
+    assert f"softmoe list models shows all {len(conf_files.files('model'))}" in answer.err and len(answer.err) < 250
     assert softmoe("train", "").err == "softmoe: an argument is empty\n"
 
 
@@ -278,7 +285,7 @@ COMPLETED = {
     "softmoe train +experiment=placement/e": ["+experiment=placement/every_2"],
     "softmoe train --cfg j": ["job"],
     "softmoe train --g": ["--groups"],
-    "softmoe match to=vit_ti16_d": ["to=vit_ti16_dense"],
+    "softmoe match to=vit_s16_d": ["to=vit_s16_dense"],
     "softmoe check soft_": ["soft_uniform"],
     "softmoe check tokens_choice k": ["k="],
     "softmoe evaluate checkpoint=w": ["checkpoint=w.safetensors"],
@@ -334,6 +341,22 @@ def test_completion_imports_neither_torch_nor_hydra(studies: Path) -> None:
     assert told.stdout == "model.router.num_experts=\n[]\n"
 
 
+def test_a_model_that_has_no_name_is_crossed(softmoe: Softmoe) -> None:
+    """The words that replace its name lead to its backbone and router; where one has a name there are none."""
+    routers = {name: conf_files.load(file)["_target_"] for name, file in conf_files.files("model/router").items()}
+    for backbone in conf_files.files("model/backbone").keys() - {"small", "timm"}:
+        for router, target in routers.items():
+            words = explain.crossing(f"{backbone}_{router}")
+            assert (words == []) == (f"{backbone}_{router}" in conf_files.files("model"))
+            model = conf_files.defaults("train", conf_files.chosen_groups(words))["model"]
+            if words == ["model=vit_s16_tokens_choice", f"model/backbone={backbone}"]:  # the paper's: the surest first
+                target = routers["tokens_choice_bpr"]
+            assert not words or (model["backbone"]["name"], model["router"]["_target_"]) == (backbone, target)
+    answer = softmoe("train", "model=vit_b16_tokens_choice")
+    assert answer.code == 2 and "type model=vit_s16_tokens_choice model/backbone=vit_b16" in answer.err
+    assert explain.crossing("vit_b16_sotf") == []
+
+
 def test_info_into_a_closed_pipe(tmp_path: Path) -> None:
     line = f"{sys.executable} -m softmoe_cli train --info config | head -2"
     told = subprocess.run(line, shell=True, cwd=tmp_path, capture_output=True, text=True, check=True)
@@ -341,7 +364,7 @@ def test_info_into_a_closed_pipe(tmp_path: Path) -> None:
 
 
 def test_python_asks_as_the_command_does() -> None:
-    from softmoe_cli.cli import compose
+    from softmoe_cli.compose import compose
 
     with pytest.raises(UsageError, match=r"optim.learning_rate=1: .*Did you mean 'optim.lr'\?"):
         compose("optim.learning_rate=1")

@@ -8,7 +8,8 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 
-from softmoe_cli.cli import _changed, _door, _other, conf_folder, plain
+from softmoe_cli.compose import changed, door, other_model, plain
+from softmoe_cli.conf_files import conf_folder
 from softmoe_cli.config import FREE_KEYS, MATCHED, MatchConfig
 from softmoe_cli.errors import RunError
 from softmoe_cli.match import Trial, cost_of, match, search, show
@@ -21,14 +22,14 @@ REQUESTS = {
         "free=model.router.num_experts",
     "slots": f"model=vit_nano4_soft to=vit_nano4_dense {FASHION} by=forward_gflop free=model.router.slots_per_expert "
         "tolerance=0.05",
-    "blocks": f"model=vit_micro2_soft to=vit_micro2_dense {FASHION} by=forward_gflop free=model.moe_blocks "
+    "blocks": f"model/backbone=vit_micro2 to=vit_micro2_dense {FASHION} by=forward_gflop free=model.moe_blocks "
         "tolerance=0.1",
     "width": f"model=vit_nano2_dense to=vit_nano2_soft {FASHION} by=forward_gflop free=model.backbone.width "
         "tolerance=0.05",
     "active parameters": f"model=vit_nano4_tokens_choice to=vit_micro4_dense {FASHION} by=active_params_m "
         "free=model.backbone.width tolerance=0.05",
     "memory": f"model=vit_nano4_soft to=vit_nano4_dense {FASHION} by=peak_mib free=model.moe_blocks tolerance=0.9",
-    "steps": f"model=vit_micro4_soft to=vit_micro4_dense {FASHION} by=train_pflop steps=1000 free=train.steps "
+    "steps": f"model/backbone=vit_micro4 to=vit_micro4_dense {FASHION} by=train_pflop steps=1000 free=train.steps "
         "tolerance=0.001",
 }  # fmt: skip
 
@@ -38,9 +39,9 @@ def asked(words: list[str]) -> tuple[MatchConfig, MatchConfig, Trial]:
     ConfigStore.instance().store(name="match_schema", node=MatchConfig)
     with initialize_config_dir(str(conf_folder()), version_base=None):
         tree = plain(hydra_compose("match", [*words, "device=cpu"]), MatchConfig)
-        config = _door(tree, MatchConfig)
-        other = _other(config.to, words)
-    best = match(config, other, functools.partial(_changed, tree))
+        config = door(tree, MatchConfig)
+        other = other_model(config.to, words)
+    best = match(config, other, functools.partial(changed, tree))
     return config, other, best
 
 
@@ -53,7 +54,7 @@ def test_requests_land_within_tolerance(name: str) -> None:
     steps = [f"steps={word.removeprefix('train.steps=')}" for word in typed if word.startswith("train.steps=")]
     with initialize_config_dir(str(conf_folder()), version_base=None):
         kept = [word for word in words if not (steps and word.startswith("steps="))]
-        again = _door(plain(hydra_compose("match", [*kept, *(steps or typed)]), MatchConfig), MatchConfig)
+        again = door(plain(hydra_compose("match", [*kept, *(steps or typed)]), MatchConfig), MatchConfig)
     assert cost_of(again) == best.cost
     assert cost_of(other) == best.other_cost
     assert abs(cost_of(again) / cost_of(other) - 1) <= config.tolerance

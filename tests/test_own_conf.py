@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from softmoe_cli.cli import _trust
 from softmoe_cli.errors import UsageError
+from softmoe_cli.inherit import require_trust
 from softmoe_cli.own_conf import OwnSource
 from softmoe_cli.record import Source
 from tests.conftest import TINY, Softmoe
@@ -135,7 +135,7 @@ def test_a_folder_does_not_vouch_for_what_lies_in_it(tmp_path: Path, monkeypatch
 
     def trusted(checkpoint: Path | str, word: str | None = None) -> bool:
         try:
-            _trust(model, Source(str(checkpoint), "", {}, {"model": model}), word)
+            require_trust(model, Source(str(checkpoint), "", {}, {"model": model}), word)
         except UsageError as error:
             return "trust=mine.Router" not in str(error)
         return True

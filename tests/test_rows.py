@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from softmoe_cli import rows
+from softmoe_cli.conf_files import files, load
 from softmoe_cli.config import FORESEEN, MATCHED, SEARCHED, Config
-from softmoe_cli.help import files, load, options
+from softmoe_cli.help import options
 from softmoe_cli.models import make_router
 from softmoe_cli.rows import COSTS, EVERY, FEWSHOT, LOOK, QUALITIES, RESULT, ROUTING, TRAIN
 from tests.conftest import TINY, Softmoe

@@ -17,11 +17,12 @@ from safetensors.torch import load_file, save_file
 from softmoe_cli import data as data_module
 from softmoe_cli import scorecard
 from softmoe_cli.archives import Stored
-from softmoe_cli.cli import _keep_cut, _tell
+from softmoe_cli.compose import say_once
 from softmoe_cli.config import EvaluateConfig
 from softmoe_cli.data import ImageSet
 from softmoe_cli.errors import UsageError
 from softmoe_cli.evaluate import Outcomes
+from softmoe_cli.inherit import keep_cut
 from softmoe_cli.mirror import _named
 from softmoe_cli.models import build
 from softmoe_cli.scorecard import _outputs
@@ -121,13 +122,13 @@ def test_which_data_are_the_checkpoints_own(
 ) -> None:
     card = {"name": "mine", "format": "folder", "root": "here", "split_seed": 1, "test_fraction": 0.2}
     data = card | {"split_seed": 0} | changes
-    _tell.cache_clear()
-    _keep_cut(data, card, typed)
+    say_once.cache_clear()
+    keep_cut(data, card, typed)
     assert data["split_seed"] == seed
     said = capsys.readouterr().err
     assert ("cut as for the checkpoint: data.split_seed=1" in said) == (seed == 1)
     assert ("is not the checkpoint's here, so it is cut anew" in said) == (changes == {"root": "elsewhere"})
-    _keep_cut({}, {}, typed)  # a file that says nothing of data
+    keep_cut({}, {}, typed)  # a file that says nothing of data
 
 
 def test_classes_of_one_name_are_told_by_their_places() -> None:
@@ -216,9 +217,9 @@ def test_averages_of_checkpoints(softmoe: Softmoe, tmp_path: Path) -> None:
     ],
 )
 def test_options_that_cannot_work(wrong: dict[str, Any], words: str) -> None:
-    chosen().check()
+    chosen().settled()
     with pytest.raises(UsageError) as told:
-        chosen(**wrong).check()
+        chosen(**wrong).settled()
     assert words in str(told.value)
 
 

@@ -16,12 +16,13 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from softmoe_cli import cli, mirror, status, sweep
+from softmoe_cli import cli, inherit, job, mirror, plan, status, sweep
+from softmoe_cli.compose import compose
 from softmoe_cli.config import Wandb
 from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.failures import ours
 from softmoe_cli.signals import Asked, end_children, heard
-from softmoe_cli.train import Stop
+from softmoe_cli.stop import Stop
 from tests.conftest import TINY, Softmoe
 from tests.processes import Started, forked
 
@@ -98,7 +99,7 @@ def test_nobody_is_left_behind(tmp_path: Path) -> None:
 
 
 def with_a_family(lock: Path) -> None:
-    sweep.SERVER.Process(target=parent, args=(lock,)).start()
+    job.SERVER.Process(target=parent, args=(lock,)).start()
     while not lock.exists() or lock.read_text() != "held":
         time.sleep(0.01)
     end_children()
@@ -251,7 +252,7 @@ def test_the_environment_that_wandb_refuses(
     monkeypatch.setenv(name, value)
     answer = softmoe("train")
     assert answer.code == 2 and words in answer.err and "secret" not in answer.err
-    mirror.check(cli.compose("tracking=off", "study=" + "s" * 200))  # nothing is sent
+    mirror.check(compose("tracking=off", "study=" + "s" * 200))  # nothing is sent
 
 
 @pytest.mark.parametrize("tags", [[], ["t" * 64], ["t" * 65], [""]])
@@ -304,29 +305,29 @@ def test_a_dangling_link_in_a_sweep(softmoe: Softmoe, tmp_path: Path) -> None:
 
 
 def test_the_process_that_checks_the_jobs_is_killed(softmoe: Softmoe, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "_answer", killed)
+    monkeypatch.setattr(sweep, "answer", killed)
     answer = softmoe("train", "-m", *TINY, "seed=0,1")
     words = "the process that checks the jobs has ended: killed by SIGKILL, which is also what the system does"
     assert answer.code == 1 and words in answer.err and "Traceback" not in answer.err
 
 
-def killed(_question: sweep.Question, _sender: Connection) -> None:
+def killed(_inquiry: plan.Inquiry, _sender: Connection) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_defect_in_the_process_that_checks_the_jobs(softmoe: Softmoe, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "_answer", confused)
+    monkeypatch.setattr(sweep, "answer", confused)
     answer = softmoe("train", "-m", *TINY, "seed=0,1")
     assert answer.code == 1 and "2 of 2 jobs cannot work" in answer.err
     assert "seed=1: ValueError: odd; raised in" in answer.err
 
 
-_ANSWER = sweep._answer
+_ANSWER = plan.answer
 
 
-def confused(question: sweep.Question, sender: Connection) -> None:
-    cli.settle = odd  # type: ignore[assignment]
-    _ANSWER(question, sender)
+def confused(inquiry: plan.Inquiry, sender: Connection) -> None:
+    inherit.resolve = odd  # type: ignore[assignment]
+    _ANSWER(inquiry, sender)
 
 
 def odd(*_: object) -> None:

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from softmoe_cli.errors import UsageError
+from softmoe_cli.inherit import check_alike
 from softmoe_cli.record import Source
-from softmoe_cli.soup import Weights, average, check_alike, greedy
+from softmoe_cli.soup import Weights, average, greedy
 
 CARD: dict[str, Any] = {
     "model": {"router": {"_target_": None}}, "classes": ["a"], "loss": "softmax", "precision": "fp32",

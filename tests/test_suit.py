@@ -9,11 +9,12 @@ import pytest
 import yaml
 from PIL import Image
 
-from softmoe_cli.cli import _tell, conf_folder
+from softmoe_cli.compose import say_once
+from softmoe_cli.conf_files import conf_folder
 from softmoe_cli.config import Config
 from softmoe_cli.errors import UsageError
+from softmoe_cli.setup import run_folder
 from softmoe_cli.suit import SIDES, backbone_for, side_for
-from softmoe_cli.train import run_folder
 from tests.conftest import TINY, Softmoe
 from tests.oracles import compose
 
@@ -101,7 +102,7 @@ def test_auto_is_the_run_of_its_number(tmp_path: Path) -> None:
 
 def test_the_side_is_told(softmoe: Softmoe, tmp_path: Path) -> None:
     drawn(tmp_path / "images")
-    _tell.cache_clear()
+    say_once.cache_clear()
     answer = softmoe("cost", "data=folder", "data.root=images", "data.num_classes=2", "format=json")
     assert answer.code == 0, answer
     assert (

@@ -20,8 +20,12 @@ from typing import Any
 
 import pytest
 import yaml
+from hydra.core.plugins import Plugins
+from omegaconf import OmegaConf
 
 from softmoe_cli import status
+from softmoe_cli.compose import admit
+from softmoe_cli.sweep import Sweep
 from tests.conftest import TINY, Softmoe, thinned
 from tests.oracles import compose
 from tests.processes import Started
@@ -135,7 +139,7 @@ PLACES = {
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", thinned(PLACES, 1))
 def test_other_places_give_the_same_results(place: str, tmp_path: Path, alone: Callable[[str], Path]) -> None:
     line = ("train.steps=30", "seed=0,1", "hydra.launcher.jobs=2", f"hydra/launcher={PLACES[place][0]}")
     out = finish(launch(tmp_path, *line, *PLACES[place][1:]))
@@ -155,6 +159,7 @@ def below(pid: int) -> list[int]:
 
 
 @pytest.mark.long
+@pytest.mark.thorough
 def test_a_job_of_two_processes_whose_end_is_near_is_queued_again(tmp_path: Path) -> None:
     """submitit's signal reaches all that the job has started, as it may under Slurm."""
     line = ("train.steps=2000", "train.log_every=1", "devices=2", "hydra/launcher=slurm", *PLACES["submitit"][1:])
@@ -274,13 +279,15 @@ def test_a_terminal_shows_a_table_and_a_second_interrupt_ends_at_once(tmp_path: 
     assert not any(status.held(file.parent) for file in tmp_path.glob("outputs/*/*/.lock"))
 
 
+SEARCH = (*(word for word in LINE if not word.startswith("model.router")), "train.steps=10", "hydra.launcher.jobs=2")
+
+
 @pytest.mark.long
-def test_a_search_under_a_limit_and_a_front(tmp_path: Path) -> None:
+def test_a_search_under_a_limit(tmp_path: Path) -> None:
     """Optuna is told validation accuracy, or how far over the limit a job is, which is then not trained."""
-    line = ("train.steps=10", "hydra.sweeper.n_trials=3", "hydra.launcher.jobs=2")
     space = ("model.router.num_experts=choice(4,512)", "optim.lr=tag(log,interval(1e-4,1e-2))")
-    words = [word for word in LINE if not word.startswith("model.router")]
-    limited = ["train", "-m", "+search=quality", *words, *line, *space, "hydra.launcher.limit.params_m=0.05"]
+    options = ("hydra.sweeper.n_trials=3", "hydra.launcher.limit.params_m=0.05")
+    limited = ["train", "-m", "+search=quality", *SEARCH, *options, *space]
     out = finish(Started(tmp_path, limited, {}))
     assert "over the limit" in out
     best = yaml.safe_load((tmp_path / "outputs/default/optimization_results.yaml").read_text())
@@ -290,9 +297,12 @@ def test_a_search_under_a_limit_and_a_front(tmp_path: Path) -> None:
     assert all(row["params_m"] <= 0.05 for row in results) and 1 <= len(results) < 3
     assert "done before" in finish(Started(tmp_path, limited, {})), "the same command asks for the same jobs"
 
+
+@pytest.mark.long
+@pytest.mark.thorough
+def test_a_search_for_a_front(tmp_path: Path) -> None:
     other = ("hydra.sweeper.n_trials=2", "study=front", "model.router.num_experts=choice(4,8)")
-    front = ["train", "-m", "+search=pareto", *words, *line, *other]
-    finish(Started(tmp_path, front, {}))
+    finish(Started(tmp_path, ["train", "-m", "+search=pareto", *SEARCH, *other], {}))
     solutions = yaml.safe_load((tmp_path / "outputs/front/optimization_results.yaml").read_text())["solutions"]
     told = {(row["best_validation_top1_pct"], row["train_pflop"]) for row in rows_of(tmp_path / "outputs/front")}
     assert solutions and all(tuple(each["values"]) in told for each in solutions)
@@ -310,6 +320,17 @@ def test_a_plan_writes_nothing(softmoe: Softmoe, tmp_path: Path) -> None:
     assert lines[-1].startswith("4 jobs, 4 to do: 1.412 GFLOP, ") and "at a time" in lines[-1]
     assert all("waiting" in line and "outputs/default/vit_nano2_soft-digits-" in line for line in lines[1:5])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_hydra_takes_our_launcher_and_no_other() -> None:
+    """From the package itself, not from its hydra_plugins namespace: the way of `compose.admit`."""
+    admit(Sweep)
+    plugins = Plugins.instance()
+    launcher = plugins._instantiate(OmegaConf.create({"_target_": "softmoe_cli.sweep.Sweep", "where": "local"}))
+    assert isinstance(launcher, Sweep)
+    for target in ("softmoe_cli.sweep.Entry", "os.system"):
+        with pytest.raises(RuntimeError, match="not the hydra_plugins package"):
+            plugins._instantiate(OmegaConf.create({"_target_": target}))
 
 
 WRONG = {

@@ -32,7 +32,8 @@ from softmoe_cli.moe.routers.identity import IdentityRouter
 from softmoe_cli.moe.routers.tokens_choice import TokensChoiceRouter
 from softmoe_cli.parallel import Average
 from softmoe_cli.record import OURS, Checkpoint, Run, _locked
-from softmoe_cli.train import Interrupted, Stop, _commit
+from softmoe_cli.stop import Interrupted, Stop
+from softmoe_cli.summary import _commit
 from tests.conftest import TINY, Softmoe, thinned
 from tests.processes import Started, forked
 from tests.wandb_file import recorded

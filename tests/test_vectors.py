@@ -200,8 +200,7 @@ def build_vit(config: dict[str, Any], encoder: dict[str, Any], moe: dict[str, An
         norm_eps=1e-6, pos_std=0.02, layer_scale=None, drop_path=0.0, init="official",
     )  # fmt: skip
     model = Model(backbone, router, config["image_size"], 3, list(moe.get("layers", [])), "identical", None)
-    model.check()
-    vit = build(model, config["num_classes"])
+    vit = build(model.settled(), config["num_classes"])
     if config.get("representation_size"):  # a layer between pooling and head that no Soft MoE model has
         middle = torch.nn.Linear(config["hidden_size"], config["representation_size"])
         vit.fc_norm = torch.nn.Sequential(OrderedDict(pre_logits=middle, tanh=torch.nn.Tanh()))

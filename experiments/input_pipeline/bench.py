@@ -28,7 +28,7 @@ from PIL import Image
 from timm.data import create_dataset, create_loader
 
 from softmoe_cli import data
-from softmoe_cli.cli import compose
+from softmoe_cli.compose import compose
 from softmoe_cli.device import hardware
 from softmoe_cli.intervals import mean_interval
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from softmoe_cli import contents
-from softmoe_cli.cli import compose
+from softmoe_cli.compose import compose
 from softmoe_cli.listing import Listing, listing
 
 

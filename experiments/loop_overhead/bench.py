@@ -22,7 +22,7 @@ import torch
 from scipy import stats
 
 from softmoe_cli import data
-from softmoe_cli.cli import compose
+from softmoe_cli.compose import compose
 from softmoe_cli.device import hardware
 from softmoe_cli.models import build
 from softmoe_cli.optim import optimizer_of, schedule
