@@ -800,13 +800,13 @@ class CostConfig(Measured):
         check_devices(self.devices, self.batch_size, self.accumulate)
 
 
+MATCHED = (
+    "forward_gflop", "train_gflop", "train_pflop", "params_m", "active_params_m", "peak_mib", "latency_ms",
+    "train_step_ms",
+)  # fmt: skip
 FREE_KEYS = (
     "model.router.num_experts", "model.router.slots_per_expert", "model.moe_blocks", "model.backbone.depth",
     "model.backbone.width", "train.steps",
-)  # fmt: skip
-COSTS = (
-    "forward_gflop", "train_gflop", "train_pflop", "params_m", "active_params_m", "peak_mib", "latency_ms",
-    "train_step_ms",
 )  # fmt: skip
 
 
@@ -816,7 +816,7 @@ class MatchConfig(Measured):
 
     free: str = option("the one setting to solve for", choices=FREE_KEYS)
     to: str = option("the model whose cost is to be met, as in model=, or BACKBONE_ROUTER where that has no name")
-    by: str = option("the cost that is to be the same", choices=COSTS)
+    by: str = option("the cost that is to be the same", choices=MATCHED)
     tolerance: float = option("largest difference, as a share of the other's cost", above=0, high=1)
     steps: int | None = option("by=train_pflop: updates that the other model is trained", low=1)
     format: str = option("what is printed", choices=("table", "json"))
@@ -827,11 +827,6 @@ class MatchConfig(Measured):
             raise UsageError(f"by={self.by} and steps={self.steps}: steps belong to by=train_pflop, which needs them")
         if self.free == "train.steps" and self.by != "train_pflop":
             raise UsageError(f"free=train.steps changes no {self.by}; use by=train_pflop with steps=")
-
-
-QUALITIES = ("validation_top1_pct", "best_validation_top1_pct")
-PRICES = ("train_pflop", "forward_gflop", "train_gflop", "params_m", "active_params_m", "peak_mib")
-"""What a search may look at: never the test images."""
 
 
 @dataclass
@@ -848,7 +843,13 @@ class Limit(Section):
 
     @property
     def given(self) -> dict[str, float]:
-        return {key: getattr(self, key) for key in PRICES if getattr(self, key) is not None}
+        return {key: amount for key, amount in vars(self).items() if amount is not None}
+
+
+SEARCHED = ("validation_top1_pct", "best_validation_top1_pct")
+"""Qualities that a search may look at: never those of the test images."""
+FORESEEN = tuple(f.name for f in dataclasses.fields(Limit))
+"""Costs that are known before a job runs."""
 
 
 @dataclass
@@ -860,16 +861,16 @@ class Launcher(Section):
     where: str = MISSING
     jobs: int | None = option("jobs at a time; null: one per GPU, or one per core; on a cluster: all", low=1)
     objective: list[str] = option(
-        "what a searching sweeper (hydra/sweeper=optuna) is told of each job", choices=(*QUALITIES, *PRICES)
+        "what a searching sweeper (hydra/sweeper=optuna) is told of each job", choices=(*SEARCHED, *FORESEEN)
     )
     limit: Limit = field(default_factory=Limit)
     plan: bool = option("list the jobs with their cost and stop; --plan sets it")
 
     def check(self) -> None:
-        if self.limit.given and (len(self.objective) != 1 or self.objective[0] not in QUALITIES):
+        if self.limit.given and (len(self.objective) != 1 or self.objective[0] not in SEARCHED):
             raise UsageError(
                 f"hydra.launcher.limit={self.limit.given} goes with one quality as hydra.launcher.objective, such as "
-                f"[{QUALITIES[0]}], not with {self.objective}; add +search=quality"
+                f"[{SEARCHED[0]}], not with {self.objective}; add +search=quality"
             )
 
 
@@ -913,14 +914,6 @@ NOT_SCIENCE = (
 )  # fmt: skip
 """Keys that change where, when or how fast, never which numbers come out, or that only others read: left out of the
 signature. (The number that `slots` comes to stands in model.router.)"""
-
-LATER: dict[str, Any] = {
-    "model.expert_width": None, "augment.erase": 0, "optim.name": "adamw", "optim.momentum": None,
-    "optim.moments": "fp32", "optim.layer_decay": None, "optim.freeze": [], "data.label": None,
-    "data.class_numbers": False, "data.crop_pct": None, "data.from_file": False,
-}  # fmt: skip
-"""Options that came later, and where they do nothing: a run that leaves them there is what it was before there was a
-choice, so they are left out of its signature."""
 
 
 SCHEMAS: dict[str, type[Section]] = {

@@ -16,7 +16,7 @@ from softmoe_cli.compare import Block, Comparison, Group
 from softmoe_cli.findings import provisos
 from softmoe_cli.intervals import Interval, at_budget
 from softmoe_cli.looks import COLOURS, KINDS, reference_points, same_axes, styles
-from softmoe_cli.runs import AXES, CURVES, QUALITIES
+from softmoe_cli.rows import AXES, CURVES, QUALITIES
 from softmoe_cli.tables import units
 from softmoe_cli.text import shortened
 
@@ -126,7 +126,7 @@ def _pareto(axes: Axes, comparison: Comparison, block: Block) -> float:
         labels.append(f"{group.label} ({', '.join([f'n={len(group.runs)}', *provisos(group, cost)])})")
     _scale(axes, [cost for cost, _ in at.values()])
     axes.set_xlabel(unit.head)
-    axes.set_ylabel(QUALITIES[quality].head)
+    axes.set_ylabel(QUALITIES[quality].title)
     axes.annotate("bars: 95% t-intervals over seeds", (1, -0.17), xycoords="axes fraction", ha="right", va="top",
                   fontsize=10, color=GREY)  # fmt: skip
     return _legend(axes, [*handles, line], [*labels, "Pareto front (filled)"])
@@ -177,7 +177,7 @@ def _curves(axes: Axes, comparison: Comparison, block: Block) -> float:
     lines, colours = zip(*thin, strict=True) if thin else ((), ())
     axes.add_collection(LineCollection(lines, colors=colours, linewidths=0.6, alpha=0.35, zorder=1.9))
     axes.set_xlabel(unit.head)
-    axes.set_ylabel(CURVES[key])
+    axes.set_ylabel(CURVES[key].title)
     axes.autoscale_view()
     axes.annotate("thin: each seed; thick: their mean", (1, -0.17), xycoords="axes fraction", ha="right", va="top",
                   fontsize=10, color=GREY)  # fmt: skip

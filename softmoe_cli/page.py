@@ -18,11 +18,11 @@ from softmoe_cli.compare import LETTERS, Block, Comparison, Group
 from softmoe_cli.findings import front, headline, provisos
 from softmoe_cli.intervals import Interval
 from softmoe_cli.looks import KINDS, reference_points, same_axes, styles
-from softmoe_cli.rows import number
-from softmoe_cli.runs import AXES, CLOCK, CURVES, FINGERPRINT, QUALITIES, Run
+from softmoe_cli.rows import AXES, COSTS, CURVES, QUALITIES, ROUTING, number
+from softmoe_cli.runs import FINGERPRINT, FinishedRun
 from softmoe_cli.tables import CURVE_NOTE, LEGEND, Table, reference_tables, remarks, tables, units
 from softmoe_cli.text import printable, shortened
-from softmoe_cli.units import AMOUNTS, Unit, figure
+from softmoe_cli.units import Unit, figure
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 OURS = b'<meta name="generator" content="softmoe compare">'
@@ -32,7 +32,7 @@ OURS = b'<meta name="generator" content="softmoe compare">'
 def page(comparison: Comparison, figures: dict[str, bytes], out: Path) -> str:
     """The whole file. `figures` are shown where scripts are off; links to runs lead from the folder `out`."""
     runs = sum(len(group.runs) for group in comparison.groups)
-    title = f"{_studies(comparison)}: {QUALITIES[comparison.quality].head} by {AMOUNTS[comparison.cost]}"
+    title = f"{_studies(comparison)}: {QUALITIES[comparison.quality].title} by {COSTS[comparison.cost].amount}"
     body = [f"<h1>{escape(title)}</h1>"]
     for block in comparison.blocks:
         told = f"<b>{escape(block.title)}.</b> " if len(comparison.blocks) > 1 else ""
@@ -78,28 +78,10 @@ def _section(index: int, block: Block, mine: list[Table], comparison: Comparison
     parts.append(f'<h3>Curves</h3><div class="chart" data-curves="{index}"></div>')
     routing = _routing(block)
     if routing is not None:
-        words = "".join(f"<dt>{name}</dt><dd>{ROUTING[name]}</dd>" for name in routing.head if name in ROUTING)
+        words = "".join(f"<dt>{name}</dt><dd>{ROUTING[name].meaning}</dd>" for name in routing.head if name in ROUTING)
         legend = f"<details><summary>What the words mean</summary><dl>{words}</dl></details>"
         parts.append(f"<h3>{escape(routing.title)}</h3><p>{escape(routing.note)}</p>{_table(routing)}{legend}")
     return "\n".join([*parts, "</section>"])
-
-
-ROUTING = {
-    "utilisation": "share of slots that hold a token; empty ones are computed all the same",
-    "dropped_share": "share of tokens that no expert saw",
-    "dead_share": "share of experts with less than a hundredth of the mean load",
-    "load_max": "the busiest expert's load over the mean",
-    "effective_experts_share": "exp(entropy of the loads) / experts: 1 when all are used alike",
-    "gate_mean": "mean over tokens of the sum of their gates (sparse routers)",
-    "dispatch_max": "a slot's largest share of one token, mean over slots (soft)",
-    "dispatch_min": "a slot's smallest share of one token, mean over slots (soft)",
-    "combine_max": "a token's largest share of one slot, mean over tokens (soft)",
-    "combine_min": "a token's smallest share of one slot, mean over tokens (soft)",
-    "slot_cosine_min": "how alike the slots' parameters are: the least alike pair (soft)",
-    "slot_cosine_mean": "how alike the slots' parameters are: the mean over pairs (soft)",
-    "slot_cosine_max": "how alike the slots' parameters are: the most alike pair (soft)",
-    "scale": "the learned scale of the logits; near 1 the routing is still almost uniform (soft)",
-}
 
 
 def _routing(block: Block) -> Table | None:
@@ -152,12 +134,12 @@ def _made(comparison: Comparison) -> str:
 MOST_LETTERS = 1000
 
 
-def _many(run: Run, key: str) -> str:
+def _many(run: FinishedRun, key: str) -> str:
     value = run.row.get(key)
     return f"{value:,.6g}" if number(value) else "?"
 
 
-def _day(run: Run) -> str:
+def _day(run: FinishedRun) -> str:
     return datetime.fromtimestamp(run.finished, UTC).strftime("%Y-%m-%d %H:%M")
 
 
@@ -173,7 +155,7 @@ def _runs(comparison: Comparison, out: Path) -> str:
             name = escape(shortened(printable(run.folder.name), MOST_LETTERS))
             rest = "".join(f"<td>{escape(text)}</td>" for text in cells)
             rows.append(f'<tr><th scope=row><a href="{way}/">{name}</a></th>{rest}</tr>')
-    head = ["run", "group", "seed", QUALITIES[comparison.quality].head, shown.head, "finished, UTC"]
+    head = ["run", "group", "seed", QUALITIES[comparison.quality].title, shown.head, "finished, UTC"]
     count = f"<summary>{len(rows)} runs, with links to their folders</summary>"
     return f"<h2>Runs</h2><details>{count}{_framed(head, ''.join(rows))}</details>"
 
@@ -210,7 +192,7 @@ def _data(comparison: Comparison) -> dict[str, Any]:
     """What the charts draw."""
     look, shown = styles(comparison.groups), units(comparison)
     data: dict[str, Any] = {
-        "quality": QUALITIES[comparison.quality].head,
+        "quality": QUALITIES[comparison.quality].title,
         "cost": shown[comparison.cost].head,
         "axes": [_axes(block, shown) for block in comparison.blocks],
         "axis": comparison.cost if comparison.cost in AXES else AXES[0],
@@ -238,12 +220,12 @@ def _data(comparison: Comparison) -> dict[str, Any]:
 def _axes(block: Block, shown: dict[str, Unit]) -> dict[str, str]:
     """What curves can be drawn against: seconds only where all are of one machine."""
     machines = {tuple(str(run.row.get(key)) for key in FINGERPRINT) for group in block.groups for run in group.runs}
-    return {axis: shown[axis].head for axis in AXES if axis not in CLOCK or len(machines) == 1}
+    return {axis: shown[axis].head for axis in AXES if not COSTS[axis].clocked or len(machines) == 1}
 
 
 def _drawn(comparison: Comparison, group: Group, shown: dict[str, Unit], colour: int, marker: str) -> dict[str, Any]:
     ys = dict.fromkeys(key for run in group.runs for look in run.looks for key in look)
-    names = {key: CURVES.get(key, key.replace("routing_", "routing: ")) for key in ys}
+    names = {key: CURVES[key].title if key in CURVES else key.replace("routing_", "routing: ") for key in ys}
     kept = [key for key in names if key in CURVES or key.startswith("routing_")]
     return {
         "label": group.label,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from softmoe_cli.errors import UsageError, nearest
 from softmoe_cli.files import require_vacant, write_atomically
-from softmoe_cli.runs import AXES, COSTS, QUALITIES
+from softmoe_cli.rows import AXES, COSTS, QUALITIES
 
 if TYPE_CHECKING:  # numpy, scipy and matplotlib are imported when there is something to compare
     from softmoe_cli.compare import Comparison, Question

@@ -24,6 +24,10 @@ from softmoe_cli import rows
 from softmoe_cli.errors import UsageError
 from softmoe_cli.text import aligned, printable
 
+DONE = {key: rows.RESULT[key] for key in ("format", "validation_top1_pct")}
+STEP = {key: rows.EVERY[key] for key in ("format", "step", "epoch", "images", "device_s")}
+STEP["top1_pct"] = replace(rows.LOOK["top1_pct"], null=True, optional=True)
+"""What is needed of a result, and of a row."""
 TAILS_BYTES = (2**15, 2**26)
 """So much of a file of rows is read from its end, and so much where that does not tell enough."""
 LOCK_LETTERS = 500
@@ -106,8 +110,8 @@ def state(folder: Path, name: str, log: Path | None) -> State:
     shown = str(log) if log is not None and os.path.exists(log) else None
     found = State(name, "waiting", 0.0, None, _age(metrics), None, shown, str(folder))
     try:
-        done = rows.row(folder / "result.json", rows.DONE)
-        top1_pct, age_s = done.get("validation_top1_pct"), _age(folder / "result.json")
+        done = rows.row(folder / "result.json", DONE)
+        top1_pct, age_s = done["validation_top1_pct"], _age(folder / "result.json")
         return replace(found, state="done", progress=1.0, top1_pct=top1_pct, age_s=age_s)
     except FileNotFoundError:
         pass
@@ -224,7 +228,7 @@ def _step(line: bytes) -> rows.Row | None:
         row = rows.parsed(line)
     except rows.Unreadable:
         return None
-    return row if isinstance(row, dict) and not rows.fault(row, rows.STEP) else None
+    return row if isinstance(row, dict) and not rows.fault(row, STEP) else None
 
 
 def _progress(budget: rows.Budget, row: rows.Row) -> float:

@@ -31,13 +31,14 @@ from rich.live import Live
 from rich.text import Text
 
 from softmoe_cli.compose import plain
-from softmoe_cli.config import LAUNCHERS, QUALITIES, Config, Launcher
+from softmoe_cli.config import LAUNCHERS, Config, Launcher
 from softmoe_cli.contents import KNOWN
 from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.files import not_following, write_atomically
 from softmoe_cli.job import SERVER, Order, Run, note, start_server
 from softmoe_cli.places import PLACES, Attempt, Place
 from softmoe_cli.plan import Inquiry, Job, answer
+from softmoe_cli.rows import RESULT
 from softmoe_cli.signals import ASKING, CURSOR, Asked, heard, leave_soon
 from softmoe_cli.status import State, count, duration, figures, held, state
 from softmoe_cli.text import aligned, flop, printable_lines, several
@@ -137,7 +138,7 @@ class Sweep(HydraLauncher):
 
     def _check_objective(self) -> None:
         sweeper = self._config.hydra.sweeper
-        wanted = ["maximize" if key in QUALITIES else "minimize" for key in self._options.objective]
+        wanted = ["maximize" if RESULT[key].better == "higher" else "minimize" for key in self._options.objective]
         if "direction" not in sweeper:
             if wanted or self._options.limit.given:
                 raise UsageError(

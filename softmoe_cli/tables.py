@@ -8,12 +8,12 @@ import textwrap
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from softmoe_cli.compare import TRAINING, Block, Comparison, Group, setting
+from softmoe_cli.compare import Block, Comparison, Group, setting
 from softmoe_cli.findings import front, headline, provisos
 from softmoe_cli.intervals import Interval
-from softmoe_cli.runs import AXES, COSTS, CURVES, QUALITIES
+from softmoe_cli.rows import AXES, COSTS, CURVES, QUALITIES
 from softmoe_cli.text import aligned, folded, spreadsheet_cell
-from softmoe_cli.units import AMOUNTS, Unit, cell, figure, unit
+from softmoe_cli.units import Unit, cell, figure, titled, unit
 
 LEGEND = (
     "± is half a 95% t-interval over n seeds; on the front: nothing is at least as good at no more cost; P(front): how "
@@ -71,12 +71,12 @@ def _groups(comparison: Comparison, block: Block, shown: dict[str, Unit], *, bri
     """Groups with their figures; a brief one has what a terminal has room for, and the columns that were asked for."""
     quality, cost = comparison.quality, comparison.cost
     columns = [key for key in (comparison.typed if brief else comparison.columns) if key not in (quality, cost)]
-    head = ["group", "n", QUALITIES[quality].head]
+    head = ["group", "n", QUALITIES[quality].title]
     judged = any(group.difference for group in block.groups)
     if judged:
         head += [_minus(block), "verdict"]
     head += [shown[cost].head, *(() if brief else ("front", "P(front)"))]
-    head += [shown[key].head if key in shown else named(key) for key in columns]
+    head += [shown[key].head if key in shown else titled(key) for key in columns]
     baselines = {group.baseline for group in block.groups}
     rows = []
     for group in block.groups:
@@ -107,7 +107,7 @@ def _minus(block: Block) -> str:
 def _cost(group: Group, cost: str, shown: Unit) -> str:
     """A group's cost, and what its checkpoints had cost before."""
     text = cell(cost, group.figures[cost], shown.factor)
-    if not group.pretrained or cost not in TRAINING:
+    if not group.pretrained or not COSTS[cost].trained:
         return text
     before = group.checkpoint_pflop if cost == "train_pflop" else None
     if before is None:
@@ -140,15 +140,12 @@ def _budgets(comparison: Comparison, block: Block, shown: dict[str, Unit]) -> li
                         ",\n".join(words),
                     ]
                 rows.append(row)
-        head = ["group", "n", f"at {shown[axis].head}", CURVES[key], *((_minus(block), "verdict") if judged else ())]
-        title = f"{block.title}: {CURVES[key]} at equal {AMOUNTS[axis]}"
+        head = ["group", "n", f"at {shown[axis].head}", CURVES[key].title]
+        if judged:
+            head += [_minus(block), "verdict"]
+        title = f"{block.title}: {CURVES[key].title} at equal {COSTS[axis].amount}"
         found.append(Table(title, CURVE_NOTE, head, rows, block.title))
     return found
-
-
-def named(key: str) -> str:
-    """What a figure or setting is called in a head."""
-    return COSTS.get(key) or (QUALITIES[key].head if key in QUALITIES else key)
 
 
 def remarks(comparison: Comparison) -> list[str]:

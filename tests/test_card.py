@@ -195,7 +195,7 @@ def test_tensors_that_softmoe_did_not_write_are_one_sentence(tmp_path: Path) -> 
 
 def test_files_of_a_run_that_cannot_be_read_are_one_sentence(tmp_path: Path) -> None:
     run = Run(tmp_path)
-    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\xff{"step"\n')
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"format": 1}\n\xff{"step"\n')
     with pytest.raises(UsageError, match=r"metrics\.jsonl is damaged in line 2.*remove"):
         run.rows("metrics.jsonl")
     for name, content in {"brackets": b"[" * 200_000, "bytes": b"\xff", "less": b'{"signature": "x"}'}.items():

@@ -311,7 +311,7 @@ def test_two_hundred_folders(softmoe: Softmoe, tmp_path: Path) -> None:
     out = [line for line in answer.out.splitlines() if line.startswith("- left out: ")]
     assert len(list((tmp_path / "runs").iterdir())) - 1 == 200
     assert len(out) == 4 + 8 + 6 + 6
-    for word, count in (("truncated", 4), ("the same run as", 8), ("empty", 6), ("has no signature", 6)):
+    for word, count in (("truncated", 4), ("the same run as", 8), ("empty", 6), ("has format none", 6)):
         assert sum(word in line.rpartition(": ")[2] or word in line.partition(": ")[2] for line in out) >= count
     told = json.loads((tmp_path / "runs" / "compare" / "table.json").read_text())
     assert sum(len(each["runs"]) for each in told["blocks"][0]["groups"]) == 176

@@ -391,7 +391,8 @@ def made(run: Path, rows: Sequence[dict[str, Any]], lock: str = "") -> None:
     run.mkdir(parents=True)
     budgets = {"steps": 100, "epochs": None, "images": None, "minutes": None}
     (run / "config.yaml").write_text(yaml.safe_dump({"train": budgets}))
-    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 99, "spl')
+    lines = [json.dumps({"format": 1} | row) + "\n" for row in rows]
+    (run / "metrics.jsonl").write_text("".join(lines) + '{"step": 99, "spl')
     (run / ".lock").write_text(lock)
 
 
@@ -405,7 +406,7 @@ def test_status_from_files_alone(softmoe: Softmoe, tmp_path: Path) -> None:
         file.write('{"step": 61, "split": "trai\n')  # damage is compare's to name
     made(study / "d-held", rows)
     made(study / "e-done", rows)
-    (study / "e-done" / "result.json").write_text('{"validation_top1_pct": 93.25}')
+    (study / "e-done" / "result.json").write_text('{"format": 1, "validation_top1_pct": 93.25}')
     sweep = study / "sweep-0123abcd"
     sweep.mkdir()
     jobs = [{"run": f"seed={i}", "folder": f"../{name}"} for i, name in enumerate(("e-done", "f-failed", "g-waiting"))]
@@ -473,8 +474,9 @@ BAD: dict[str, tuple[str, str | bytes | None, str]] = {
     "b-bytes": ("result.json", b"\xff\xfe\x00", "result.json is truncated or damaged"),
     "b-nan": ("result.json", '{"validation_top1_pct": NaN}', "result.json is truncated or damaged"),
     "b-word": ("result.json", '{"validation_top1_pct": "\x1b[2Jhigh"}', "result.json is truncated or damaged"),
-    "b-kind": ("result.json", '{"validation_top1_pct": "\\u001b[2Jx"}', "result.json says validation_top1_pct is"),
-    "b-true": ("result.json", '{"validation_top1_pct": true}', "which is not a number"),
+    "b-kind": ("result.json", '{"format": 1, "validation_top1_pct": "\\u001b[2Jx"}', "says validation_top1_pct is"),
+    "b-true": ("result.json", '{"format": 1, "validation_top1_pct": true}', "which is not a number"),
+    "b-format": ("result.json", '{"format": 2}', "result.json has format 2, and this softmoe reads format 1"),
     "c-lock": (".lock", None, ".lock is no file"),
     "d-rows": ("metrics.jsonl", '{"step": "5", "split": "train"}\n', "metrics.jsonl has no row that tells how far"),
     "d-deep": ("metrics.jsonl", "[" * 200_000 + "\n", "metrics.jsonl has no row that tells how far"),

@@ -84,7 +84,7 @@ def test_still_uniform(tmp_path: Path) -> None:
     def told(*last: dict[str, float]) -> str:
         rows = [{"step": 5, "block": 3, "dispatch_max": 0.9} | soft]
         rows += [{"step": 9, "block": i} | row for i, row in enumerate(last)]
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        file.write_text("".join(json.dumps({"format": 1} | row) + "\n" for row in rows))
         return still_uniform(RESULT, file)
 
     assert told(soft | {"dispatch_max": 0.020}, soft | {"dispatch_max": 0.022}) == (
