@@ -72,7 +72,7 @@ class Group:
     settings: Row
     runs: list[FinishedRun]
     label: str = ""
-    figures: dict[str, Interval | None] = field(default_factory=dict)
+    intervals: dict[str, Interval | None] = field(default_factory=dict)
     baseline: str | None = None
     difference: Difference | None = None
     verdict: str | None = None
@@ -334,7 +334,7 @@ def _block(title: str, runs: list[FinishedRun], by: list[str], columns: list[str
         for group in groups:
             numbers = [run.row.get(key) for run in group.runs]
             whole = all(map(number, numbers)) and not apart
-            group.figures[key] = mean_interval([float(n) for n in numbers if n is not None]) if whole else None
+            group.intervals[key] = mean_interval([float(n) for n in numbers if n is not None]) if whole else None
         if apart:
             told = "; ".join(f"{count} on {name}" for name, count in sorted(fingerprints.items()))
             notes.append(f"{key} is blank: it was measured on different machines ({told}); --cost {key} separates them")
@@ -570,7 +570,7 @@ def _mean(group: Group, key: str) -> float:
 
 def _total(group: Group, cost: str, *, pretraining: bool) -> float | None:
     """Mean cost; with `pretraining` what the checkpoints had cost is added to training PFLOPs."""
-    interval = group.figures.get(cost)
+    interval = group.intervals.get(cost)
     if interval is None:
         return None
     return interval.mean + ((group.checkpoint_pflop or 0.0) if pretraining else 0.0)

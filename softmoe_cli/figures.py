@@ -114,7 +114,7 @@ def _pareto(axes: Axes, comparison: Comparison, block: Block) -> float:
     groups = sorted(block.groups, key=lambda group: list(look).index(group.label))
     colours = [COLOURS[look[group.label][0]] for group in groups]
     x, y = np.array([at[group.label] for group in groups]).T
-    x_half, y_half = np.array([[half(group.figures[key]) or 0.0 for group in groups] for key in (cost, quality)])
+    x_half, y_half = np.array([[half(group.intervals[key]) or 0.0 for group in groups] for key in (cost, quality)])
     x_half *= unit.factor
     # All bars at once: a call for each group makes as many lines as all the rest of the figure.
     axes.hlines(y, x - x_half, x + x_half, colours, linewidth=1.2, zorder=3)
@@ -133,7 +133,7 @@ def _pareto(axes: Axes, comparison: Comparison, block: Block) -> float:
 
 
 def _point(group: Group, comparison: Comparison, factor: float) -> tuple[float, float]:
-    cost, quality = group.figures[comparison.cost], group.figures[comparison.quality]
+    cost, quality = group.intervals[comparison.cost], group.intervals[comparison.quality]
     assert cost is not None and quality is not None
     return cost.mean * factor, quality.mean
 

@@ -2,6 +2,7 @@
 
 from softmoe_cli.compare import Block, Comparison, Group
 from softmoe_cli.rows import COSTS, QUALITIES
+from softmoe_cli.text import several
 from softmoe_cli.units import cell
 
 MOST_SENTENCES = 4
@@ -30,7 +31,7 @@ def front(comparison: Comparison, block: Block) -> str:
 
 
 def mean(group: Group, key: str) -> float:
-    interval = group.figures[key]
+    interval = group.intervals[key]
     return 0.0 if interval is None else interval.mean
 
 
@@ -43,7 +44,7 @@ def headline(comparison: Comparison, block: Block) -> list[str]:
             return ["Nothing is measured against a baseline, and so there is no verdict."]
         (only,) = block.groups
         name, _, percent = QUALITIES[quality].title.partition(", ")
-        words = [f"{cell(quality, only.figures[quality])}{percent}", *provisos(only, comparison.cost)]
+        words = [f"{cell(quality, only.intervals[quality])}{percent}", *provisos(only, comparison.cost)]
         return [f"{only.label} reached a {name} of {', '.join(words)}."]
     sentences = {group.label: _sentence(quality, group) for group in judged}
     if len(judged) <= MOST_SENTENCES:
@@ -51,7 +52,7 @@ def headline(comparison: Comparison, block: Block) -> list[str]:
     kinds = [group.verdict for group in judged]
     counts = [f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds)]
     best = (max if QUALITIES[quality].better == "higher" else min)(block.groups, key=lambda group: mean(group, quality))
-    told = sentences.get(best.label, f"{best.label}, with {cell(quality, best.figures[quality])}.")
+    told = sentences.get(best.label, f"{best.label}, with {cell(quality, best.intervals[quality])}.")
     return [f"{len(judged)} groups are measured against a baseline: {', '.join(counts)}.", f"The best mean: {told}"]
 
 
@@ -62,7 +63,7 @@ def _sentence(quality: str, group: Group) -> str:
     verdict = VERDICTS.get(group.verdict or "", "has too few seeds for a verdict against")
     points = " points" if quality.endswith("_pct") else ""
     p = "" if group.p_holm is None else f"p = {group.p_holm:.2g}, "
-    seeds = f"{interval.n} seed{'' if interval.n == 1 else 's'}"
+    seeds = several(interval.n, "seed")
     beside = [*group.conditions, *(["itself at chance"] if group.at_chance else [])]
     apart = f"{cell(quality, interval, signed=True)}{points}"
     told = f"{group.label} {verdict} {group.baseline} in {name}: {apart} ({p}{seeds})"

@@ -11,7 +11,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 from urllib.parse import urlparse
 
 from softmoe_cli.config import WANDB_LETTERS, Config
@@ -29,9 +29,6 @@ OTHER_AXES = tuple(axis for axis in AXES if axis != AXIS)
 SENT_AGAIN = ("top1_pct", "top5_pct", "loss")
 INIT_TIMEOUT_S = 10
 LAST_WAIT_S = 30
-
-stuck = False
-"""Whether some mirror gave up waiting; the process must then leave without W&B's own goodbye, which would wait."""
 
 
 def resolve(tracking: str) -> str:
@@ -107,6 +104,9 @@ class Mirror:
         say: prints a sentence.
     """
 
+    stuck: ClassVar[bool] = False
+    """Whether some mirror gave up waiting: the process must then leave without W&B's own goodbye, which would wait."""
+
     def __init__(
         self,
         mode: str,
@@ -159,12 +159,11 @@ class Mirror:
 
 def _ends(thread: threading.Thread, patience_s: float, mode: str) -> bool:
     """Waits for W&B for so long, and up to LAST_WAIT_S while its server answers; says whether it is done."""
-    global stuck
     start = time.monotonic()
     thread.join(patience_s)
     while thread.is_alive() and time.monotonic() < start + LAST_WAIT_S and _answers(mode):
         thread.join(1)  # slow is not broken: what is on its way arrives
-    stuck = stuck or thread.is_alive()
+    Mirror.stuck = Mirror.stuck or thread.is_alive()
     return not thread.is_alive()
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from softmoe_cli import rows
 from softmoe_cli.errors import UsageError
-from softmoe_cli.text import aligned, printable
+from softmoe_cli.text import aligned, in_words, printable
 
 DONE = {key: rows.RESULT[key] for key in ("format", "validation_top1_pct")}
 STEP = {key: rows.EVERY[key] for key in ("format", "step", "epoch", "images", "device_s")}
@@ -251,31 +251,24 @@ def _study(name: str, states: list[State]) -> str:
     table = [["run", "state", "progress", "val top-1", "last row", "log"]]
     for s in states:
         log = os.path.relpath(s.log, name or ".") if s.log else "-"
-        table.append([printable(s.run), s.state, *figures(s), ago(s.age_s), printable(log)])
+        table.append([printable(s.run), s.state, *progress_cells(s), ago(s.age_s), printable(log)])
     told = [f"{s.state}: {printable(s.run)}: {printable(s.reason)}" for s in states if s.reason]
     again = list(dict.fromkeys(s.resume for s in states if s.resume))
     told += [f"to go on: {printable(command)}" for command in again[:SHOWN]]
     if len(again) > SHOWN:
         told.append(f"and {len(again) - SHOWN} more, each with its own folder")
-    return "\n".join([printable(name) or ".", aligned(table, markdown=False), "", count(states), *told])
+    return "\n".join([printable(name) or ".", aligned(table, markdown=False), "", tally(states), *told])
 
 
-def figures(s: State) -> list[str]:
+def progress_cells(s: State) -> list[str]:
     progress = "-" if s.progress is None else f"{100 * s.progress:.0f}%"
     return [progress, "-" if s.top1_pct is None else f"{s.top1_pct:.2f}%"]
 
 
-def count(states: Iterable[State]) -> str:
+def tally(states: Iterable[State]) -> str:
     kinds = [s.state for s in states]
     return ", ".join(f"{kinds.count(kind)} {kind}" for kind in STATES if kind in kinds)
 
 
 def ago(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{duration(seconds)} ago"
-
-
-def duration(seconds: float) -> str:
-    """75 -> 1m15s"""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
+    return "-" if seconds is None else f"{in_words(seconds)} ago"

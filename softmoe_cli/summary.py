@@ -21,7 +21,7 @@ from softmoe_cli.progress import Progress
 from softmoe_cli.record import flat_science, room_beside
 from softmoe_cli.setup import Setup
 from softmoe_cli.terminal import Screen
-from softmoe_cli.text import count, flop, gibibytes, in_words
+from softmoe_cli.text import flop, gibibytes, in_words, si
 
 
 def header(setup: Setup, folder: Path) -> dict[str, str]:
@@ -35,12 +35,12 @@ def header(setup: Setup, folder: Path) -> dict[str, str]:
     sizes = f"{len(splits.train):,} train / {len(splits.validation):,} validation / {len(splits.test):,} test"
     parts = f" in {t.accumulate} parts" if t.accumulate > 1 else ""
     compiled = ", compiled" if t.compile else ""
-    frozen = f", {count(cost.frozen_params)} frozen" if cost.frozen_params else ""
+    frozen = f", {si(cost.frozen_params)} frozen" if cost.frozen_params else ""
     extra = {"optimizer": _optimizer(config), "regularised by": _regularisation(config)}
     return {
         "model": f"{m.backbone.name}, {m.image_size} px, {cost.tokens:,} tokens",
         "router": router,
-        "parameters": f"{count(cost.params)} total, {count(cost.active_params)} active per token{frozen}",
+        "parameters": f"{si(cost.params)} total, {si(cost.active_params)} active per token{frozen}",
         "cost per image": f"{flop(cost.forward_flop)} forward, {flop(cost.train_flop)} training",
         "data": f"{config.data.name}: {sizes} images, {len(splits.classes)} classes",
         **splits.notes,

@@ -4,7 +4,7 @@ import textwrap
 import unicodedata
 
 
-def count(number: float) -> str:
+def si(number: float) -> str:
     """1234567 -> 1.23M"""
     for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= size:

@@ -38,7 +38,7 @@ def test_groups_means_differences_and_verdicts(tmp_path: Path) -> None:
     assert soft.difference.p == pytest.approx(told.pvalue)
     assert soft.difference.interval.low == pytest.approx(told.confidence_interval(0.95).low)
     assert soft.p_holm == pytest.approx(2 * told.pvalue)
-    quality = soft.figures["top1_pct"]
+    quality = soft.intervals["top1_pct"]
     assert quality is not None
     assert quality.n == 3
     assert quality.mean == pytest.approx(sum(x) / 3)
@@ -144,11 +144,11 @@ def test_seconds_of_other_machines_are_never_mixed(tmp_path: Path) -> None:
     for seed in (3, 4):
         write(tmp_path, row(router="dense", seed=seed, hardware="NVIDIA H100"))
     comparison = asked(tmp_path)
-    assert group(comparison, "dense").figures["device_s"] is None
+    assert group(comparison, "dense").intervals["device_s"] is None
     assert any("device_s is blank" in note for note in comparison.blocks[0].notes)
     apart = asked(tmp_path, cost="device_s")
     assert [len(block.groups) for block in apart.blocks] == [3, 1]
-    assert all(each.figures["device_s"] for each in apart.groups)
+    assert all(each.intervals["device_s"] for each in apart.groups)
     assert [len(block.groups) for block in asked(tmp_path, at=("device_s",)).blocks] == [3, 1]
 
 
@@ -351,7 +351,7 @@ def test_by_where_sort_and_columns(tmp_path: Path) -> None:
     assert asked(tmp_path, sort="label").groups[0].label == "dense, lr 0.001"
     shown = asked(tmp_path, columns=("peak_mib", "num_experts"))
     assert shown.columns == ["peak_mib", "num_experts"]
-    assert shown.groups[0].figures["peak_mib"] is not None
+    assert shown.groups[0].intervals["peak_mib"] is not None
 
 
 @pytest.mark.parametrize(

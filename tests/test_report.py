@@ -66,7 +66,7 @@ def test_json_holds_everything(compared: Comparison) -> None:
     back = json.loads(json_text(compared))
     soft = back["blocks"][0]["groups"][0]
     assert (soft["label"], soft["verdict"], soft["baseline"]) == ("soft", "better", "dense")
-    top1 = compared.groups[0].figures["top1_pct"]
+    top1 = compared.groups[0].intervals["top1_pct"]
     assert top1 is not None and soft["figures"]["top1_pct"]["mean"] == top1.mean
     assert [run["top1_pct"] for run in soft["runs"]] == [run.row["top1_pct"] for run in compared.groups[0].runs]
     assert len(soft["budgets"][0]["values"]) == 3
