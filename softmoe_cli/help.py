@@ -111,7 +111,7 @@ Makes a mixture of experts of a dense checkpoint.
   softmoe upcycle checkpoint=timm_weights.safetensors data=cifar10 \\
     model.backbone.timm=vit_tiny_patch16_224 ...
   softmoe upcycle checkpoint=RUN model/router=tokens_choice_dropless \\
-    model.router.k=2 model.router.gate=softmax_chosen \\
+    model.router.k=2 model.router.renormalise=true \\
     model.moe_blocks=every_2 preserve=true
   softmoe finetune checkpoint=FOLDER data=...          goes on from there
 
@@ -319,7 +319,8 @@ ROUTER_OPTIONS = {
     "capacity_multiple": "slots are rounded up to a multiple of this (V-MoE 4)",
     "images_per_group": "images that share the slots",
     "k": "experts that each token takes",
-    "gate": "softmax or sigmoid; softmax_chosen, sigmoid_chosen: the chosen experts' gates add up to one",
+    "gate": "softmax or sigmoid",
+    "renormalise": "true: a token's gates add up to one over its experts",
     "noise_std": "noise on the logits in training; sparse routers divide it by the number of experts",
     "importance_weight": "weight of the loss that evens the experts' gates (V-MoE)",
     "load_weight": "weight of the loss that evens the experts' load (V-MoE)",

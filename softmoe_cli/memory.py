@@ -291,7 +291,7 @@ def predict(
     device = torch.device("cpu" if device.type == "mps" else device.type)  # fake tensors know no mps
     ddp, divided = processes > 1 and way == "ddp", processes > 1 and way != "ddp"
     part = batch // accumulate
-    groups = -(-part // model.router.get("images_per_group", 1))
+    groups = -(-part // group_of(model.router))
     ends = [groups * place // processes for place in range(processes + 1)]
     everyones = sorted((end - start for start, end in pairwise(ends)), reverse=True)
     batch = largest_share(part, model.router, processes) * accumulate

@@ -22,7 +22,7 @@ from softmoe_cli.config import UsageError
 from softmoe_cli.files import RunError
 from softmoe_cli.models import build, make_router, portable, read_checkpoint
 from softmoe_cli.moe.layer import Experts, MoE
-from softmoe_cli.record import damage, flat_science, read_source
+from softmoe_cli.record import damage, read_source
 from tests.conftest import Softmoe
 from tests.oracles import compose
 from tests.test_check import ROUTERS
@@ -127,12 +127,6 @@ def test_how_far_outputs_may_be_off(size: float, off: float, allowed: bool) -> N
         export.difference("onnx", wrong, images(3), expected, None)
     with pytest.raises(RunError, match="off by nan"):
         export.difference("onnx", lambda x: expected[: len(x)] * torch.nan, images(3), expected, None)
-
-
-def test_experts_choice_runs_are_the_runs_that_they_were_before_gates() -> None:
-    assert "model.router.gate" not in flat_science(compose("model/router=experts_choice"))
-    chosen = compose("model/router=experts_choice", "model.router.gate=softmax_chosen")
-    assert flat_science(chosen)["model.router.gate"] == "softmax_chosen"
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
