@@ -937,11 +937,3 @@ NOT_SCIENCE = (
 )  # fmt: skip
 """Keys that change where, when or how fast, never which numbers come out, or that only others read: left out of the
 signature. (The number that `slots` comes to stands in model.router.)"""
-
-LATER: dict[str, Any] = {
-    "model.expert_width": None, "augment.erase": 0, "optim.name": "adamw", "optim.momentum": None,
-    "optim.moments": "fp32", "optim.layer_decay": None, "optim.freeze": [], "data.label": None,
-    "data.class_numbers": False, "data.crop_pct": None, "data.from_file": False,
-}  # fmt: skip
-"""Options that came later, and where they do nothing: a run that leaves them there is what it was before there was a
-choice, so they are left out of its signature."""

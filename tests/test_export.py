@@ -40,7 +40,7 @@ def weights_of(folder: Path, *overrides: str) -> tuple[Path, VisionTransformer]:
     torch.manual_seed(0)
     vit = build(config.model, 10)
     nn.init.normal_(vit.head.weight)
-    card: dict[str, Any] = {"model": portable(config.model, vit), "data": asdict(config.data)}
+    card: dict[str, Any] = {"format": 1, "model": portable(config.model, vit), "data": asdict(config.data)}
     card |= {"classes": data.load(config.data).classes, "loss": "softmax", "precision": "fp32"}
     path = folder / "model.safetensors"
     save_file(vit.state_dict(), path, metadata={"softmoe": json.dumps(card)})

@@ -197,9 +197,15 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     vit = build(config.model, 10)
     nn.init.normal_(vit.head.weight)
-    card = {"model": asdict(config.model), "data": asdict(config.data), "classes": data.load(config.data).classes}
+    card = {
+        "format": 1,
+        "model": asdict(config.model),
+        "data": asdict(config.data),
+        "classes": data.load(config.data).classes,
+    }
+    card |= {"loss": "softmax", "precision": "fp32"}
     path = tmp_path_factory.mktemp("dense") / "dense.safetensors"
-    save_file(vit.state_dict(), path, metadata={"softmoe": json.dumps(card | {"loss": "softmax", "precision": "fp32"})})
+    save_file(vit.state_dict(), path, metadata={"softmoe": json.dumps(card)})
     return path
 
 
