@@ -12,8 +12,8 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from softmoe_cli.compare import Block, Comparison, Group
 from softmoe_cli.findings import provisos
+from softmoe_cli.groups import Block, Comparison, Group
 from softmoe_cli.intervals import Interval, at_budget
 from softmoe_cli.looks import COLOURS, KINDS, reference_points, same_axes, styles
 from softmoe_cli.rows import AXES, CURVES, QUALITIES

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from softmoe_cli.compare import LETTERS, Block, Comparison, Group
 from softmoe_cli.findings import front, headline, provisos
+from softmoe_cli.groups import LETTERS, Block, Comparison, Group
 from softmoe_cli.intervals import Interval
 from softmoe_cli.looks import KINDS, reference_points, same_axes, styles
 from softmoe_cli.rows import AXES, COSTS, CURVES, QUALITIES, ROUTING, number
