@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 from softmoe_cli.config import Config
 from softmoe_cli.optim import span
@@ -29,7 +28,7 @@ class Progress:
     evaluated: float = 0.0
     best_step: int = 0
     best_top1_pct: float = -1.0
-    validation: dict[str, Any] = field(default_factory=dict)
+    validation: dict[str, float | str | None] = field(default_factory=dict)
     """The last validation row."""
 
     def used(self, energy: float | None) -> None:

@@ -31,13 +31,6 @@ class Recording:
 
     def __post_init__(self, say: Callable[[str], None]) -> None:
         config, writes = self.setup.config, self.setup.crew.first
-        self._mirror = Mirror(
-            mirror.resolve(config.tracking) if writes else "off",
-            wandb_settings(self.setup, self.run.folder),
-            self.run.folder,
-            self.run.rows("metrics.jsonl") if writes else [],
-            say,
-        )
         self.card = {
             "model": portable(config.model, self.trained.model),
             "data": asdict(config.data),
@@ -48,6 +41,13 @@ class Recording:
         science = flat_science(config) | {"data.identity": self.setup.images_digest}
         self._origin = origin(self.setup.command, science, self.setup.source)
         self._energy = Energy(self.setup.device)
+        self._mirror = Mirror(
+            mirror.resolve(config.tracking) if writes else "off",
+            wandb_settings(self.setup, self.run.folder),
+            self.run.folder,
+            self.run.rows("metrics.jsonl") if writes else [],
+            say,
+        )
 
     def row(self, split: str, values: Mapping[str, float | None]) -> dict[str, Any]:
         """Writes a row of metrics, with where the run stands and what it has cost."""
