@@ -290,8 +290,8 @@ def _fronts(groups: list[Group], question: Question) -> None:
 
 
 def _chance(groups: list[Group], question: Question) -> None:
-    """What an answer that never changes reaches: of one guess the commonest class's share, of several the classes'
-    mean one for each."""
+    """Books what an answer that never changes would reach, and whether each group is better: with one guess that is the
+    share of the commonest class, with more it is that many times the mean share of a class."""
     guesses = QUALITIES[question.quality].guesses
     if not guesses:
         return
@@ -303,7 +303,7 @@ def _chance(groups: list[Group], question: Question) -> None:
 
 
 def _start_notes(groups: list[Group]) -> list[str]:
-    """What runs that began with a checkpoint stand on."""
+    """A note for each group that began with a checkpoint: what the checkpoint had cost."""
     notes = []
     for group in groups:
         if group.pretrained:

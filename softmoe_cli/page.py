@@ -26,7 +26,7 @@ from softmoe_cli.units import Unit, figure
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 OURS = b'<meta name="generator" content="softmoe compare">'
-"""By which a page is known as made here."""
+"""Marks a page as written by this command: only a folder with such a page is written over."""
 
 
 def page(comparison: Comparison, figures: dict[str, bytes], out: Path) -> str:

@@ -53,7 +53,7 @@ def judge(blocks: list[Block], question: Question) -> None:
 
 
 def _conditions(group: Group, baseline: Group, cost: str) -> None:
-    """Says in what the two were unequal beside what they are called: cost, length of training, pretraining."""
+    """Says what else was unequal between the two: cost, length of training, pretraining."""
     pair = (group, baseline)
     known = cost == "train_pflop" and all(not g.pretrained or g.checkpoint_pflop is not None for g in pair)
     ours, theirs = (_total(each, cost, pretraining=known) for each in pair)
