@@ -1,180 +1,23 @@
-"""`softmoe compare`: runs that may be compared become groups, and groups get intervals, verdicts and a front."""
+"""`softmoe compare`: runs are read, kept apart where they may not be compared, grouped, judged and sorted."""
 
-import json
 import math
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from softmoe_cli.errors import UsageError, nearest
-from softmoe_cli.intervals import (
-    Difference,
-    Interval,
-    at_budget,
-    at_chance,
-    budgets,
-    difference,
-    front_probability,
-    mean_interval,
-    on_front,
-    verdicts,
-)
-from softmoe_cli.rows import AXES, COSTS, QUALITIES, Row, number
+from softmoe_cli.errors import UsageError
+from softmoe_cli.groups import LETTERS, Block, Comparison, Group, Question, block_of, key_named, natural, said
+from softmoe_cli.rows import COSTS, QUALITIES, number
 from softmoe_cli.runs import FINGERPRINT, VERSION, FinishedRun, read, single, typed
 from softmoe_cli.text import shortened
-from softmoe_cli.units import apart, quantity
+from softmoe_cli.verdicts import judge
 
 EVALUATION = (
     "data", "data.identity", "test_images", "data.num_classes", "data.split_seed", "data.validation_fraction",
     "data.test_fraction",
 )  # fmt: skip
 """Qualities are compared only where all of these are equal: the same images, cut the same way."""
-ROUTED = ("model.moe_blocks", "model.expert_init", "model.expert_width")
-"""Settings, beside model.router.*, that come with a router and say nothing of which dense control is its own."""
-
-LABELS = {
-    "model.backbone.name": "{}", "backbone": "{}", "model.router._target_": "{}", "router": "{}",
-    "num_experts": "{} experts", "slots_per_expert": "{} slots/expert", "k": "k={}",
-    "expert_width": "experts of width {}", "capacity_factor": "capacity factor {}", "moe_blocks": "blocks {}",
-    "image_size": "{} px", "steps": "{} updates", "epochs": "{} epochs", "images": "{} training images",
-    "minutes": "{} minutes", "batch_size": "{} images/update", "lr": "lr {}", "command": "{}",
-    "checkpoint.origin": "from {}", "checkpoint": "from {}",
-}  # fmt: skip
-"""How a label tells a setting, by its key or the last word of that. These are told whenever they differ, in this order;
-others only where labels would be the same."""
-
-
-@dataclass
-class Budgeted:
-    """Validation quality at one budget: an interval, or the reason why there is none."""
-
-    axis: str
-    budget: float
-    values: list[tuple[int, float]]
-    interval: Interval | None
-    reason: str
-    difference: Difference | None = None
-    verdict: str | None = None
-
-
-@dataclass
-class Group:
-    """Runs that differ in nothing but their seed (or in nothing that --by names).
-
-    `cost_ratio` is their cost over the baseline's, with what the checkpoints of both had cost where that is known;
-    `conditions` say in what else the two were unequal. `at_chance`: no better than guessing, which reaches
-    `chance_pct`.
-    """
-
-    settings: Row
-    runs: list[FinishedRun]
-    label: str = ""
-    intervals: dict[str, Interval | None] = field(default_factory=dict)
-    baseline: str | None = None
-    difference: Difference | None = None
-    verdict: str | None = None
-    p_holm: float | None = None
-    cost_ratio: float | None = None
-    conditions: list[str] = field(default_factory=list)
-    chance_pct: float | None = None
-    at_chance: bool = False
-    front: bool = False
-    front_probability: float | None = None
-    budgets: list[Budgeted] = field(default_factory=list)
-
-    def values(self, key: str) -> list[tuple[int, float]]:
-        return [(run.row["seed"], run.row[key]) for run in self.runs]
-
-    @property
-    def pretrained(self) -> bool:
-        """Whether any of its runs began with a checkpoint, whose training is in none of its costs."""
-        return any(run.row.get("checkpoint") is not None for run in self.runs)
-
-    @property
-    def checkpoint_pflop(self) -> float | None:
-        """What the checkpoints had cost in training, mean over runs; None where any of them does not say."""
-        costs = [run.row.get("checkpoint.train_pflop") for run in self.runs if run.row.get("checkpoint") is not None]
-        known = [cost for cost in costs if cost is not None]
-        return math.fsum(known) / len(self.runs) if known and len(known) == len(costs) else None
-
-
-@dataclass
-class Block:
-    """Groups whose figures may be compared with each other."""
-
-    title: str
-    groups: list[Group]
-    notes: list[str]
-
-
-@dataclass
-class Comparison:
-    """`typed`: the columns that were asked for, none where `columns` are the usual ones; `commands`: what made the
-    runs."""
-
-    quality: str
-    cost: str
-    columns: list[str]
-    blocks: list[Block]
-    notes: list[str]
-    left_out: list[tuple[str, str]]
-    typed: list[str] = field(default_factory=list)
-    commands: list[str] = field(default_factory=list)
-    reference: list[dict[str, str]] = field(default_factory=list)
-    reference_name: str = ""
-
-    @property
-    def groups(self) -> list[Group]:
-        return [group for block in self.blocks for group in block.groups]
-
-
-@dataclass(frozen=True)
-class Question:
-    """What is asked of the runs; the command line's options."""
-
-    quality: str = "top1_pct"
-    cost: str = "train_pflop"
-    by: tuple[str, ...] = ()
-    where: tuple[str, ...] = ()
-    columns: tuple[str, ...] = ()
-    sort: str | None = None
-    baseline: str | None = None
-    at: tuple[str, ...] = ()
-    strict: bool = False
-
-    def check(self) -> None:
-        """Raises UsageError for a figure that does not exist."""
-        for option, key, known in (("quality", self.quality, QUALITIES), ("cost", self.cost, COSTS)):
-            if key not in known:
-                raise UsageError(f"--{option} {key}: no such figure.{nearest(key, known)} Choices: {', '.join(known)}")
-        for each in self.at:
-            self._budgets(each)
-
-    def _budgets(self, text: str) -> tuple[str, list[float] | None]:
-        axis, equals, values = text.partition("=")
-        if axis not in AXES:
-            raise UsageError(f"--at {text}: no such axis.{nearest(axis, AXES)} Choices: {', '.join(AXES)}")
-        if not equals:
-            return axis, None
-        try:
-            numbers = [float(value) for value in values.split(",")]
-        except ValueError:
-            numbers = []
-        if not numbers or not all(math.isfinite(number) and number > 0 for number in numbers):
-            raise UsageError(f"--at {text}: write {axis}=BUDGET,BUDGET with numbers above 0, or {axis} alone")
-        return axis, numbers
-
-    @property
-    def budgets(self) -> list[tuple[str, list[float] | None]]:
-        """(axis, budgets); None: a few that every run covers."""
-        return [self._budgets(text) for text in self.at or ([self.cost] if self.cost in AXES else ["train_pflop"])]
-
-    @property
-    def clocked(self) -> bool:
-        return any(COSTS[key].clocked for key in (self.cost, *(axis for axis, _ in self.budgets)))
 
 
 def compare(folders: Sequence[Path], question: Question) -> Comparison:
@@ -202,8 +45,8 @@ def compare(folders: Sequence[Path], question: Question) -> Comparison:
         raise UsageError(
             f"no run has both {question.quality} and {question.cost}; choose others with --quality and --cost"
         )
-    by = [_key("by", key, keys) for key in question.by]
-    columns = [_key("columns", key, [*keys, *COSTS, *QUALITIES]) for key in question.columns]
+    by = [key_named("by", key, keys) for key in question.by]
+    columns = [key_named("columns", key, [*keys, *COSTS, *QUALITIES]) for key in question.columns]
     columns = columns or [key for key in ("forward_gflop", "params_m", "device_s") if key != question.cost]
     notes = [f"{run.place}: {run.damage}; it has no curve" for run in kept if run.damage]
     notes += _version_notes(kept, question.strict)
@@ -219,18 +62,15 @@ def compare(folders: Sequence[Path], question: Question) -> Comparison:
             for i in varying
             if APART[i] not in ("data", "test_images") and key[i]
         ]
-        blocks.append(_block("; ".join([title, *told]), parts[key], by, columns, question))
+        blocks.append(block_of("; ".join([title, *told]), parts[key], by, columns, question))
     if len(blocks) > 1:
         what = ", ".join(dict.fromkeys(APART[i] for i in varying))
         notes.append(f"runs that differ in {what} are kept apart: {len(blocks)} tables")
-    _judge(blocks, question)
+    judge(blocks, question)
     for block in blocks:
         _sort(block, question, keys)
     asked = columns if question.columns else []
     return Comparison(question.quality, question.cost, columns, blocks, notes, left_out, asked, typed(kept))
-
-
-# --- what may be compared with what ----------------------------------------------------------------------------------
 
 
 APART = (*EVALUATION, "train.loss", *FINGERPRINT, *VERSION)
@@ -247,10 +87,10 @@ def _apart(run: FinishedRun, question: Question) -> tuple[str, ...]:
     row = run.row
     seconds = question.clocked or row.get("train.minutes") is not None  # such a budget buys more on better hardware
     return (
-        *(_said(row.get(key)) for key in EVALUATION),
-        _said(row.get("train.loss")) if QUALITIES[question.quality].curve == "loss" else "",
-        *(_said(row.get(key)) if seconds else "" for key in FINGERPRINT),
-        *(_said(row.get(key)) if question.strict else "" for key in VERSION),
+        *(said(row.get(key)) for key in EVALUATION),
+        said(row.get("train.loss")) if QUALITIES[question.quality].curve == "loss" else "",
+        *(said(row.get(key)) if seconds else "" for key in FINGERPRINT),
+        *(said(row.get(key)) if question.strict else "" for key in VERSION),
     )
 
 
@@ -274,371 +114,19 @@ def _where(runs: list[FinishedRun], conditions: Sequence[str], keys: list[str]) 
         name, equals, values = condition.partition("=")
         if not equals:
             raise UsageError(f"--where {condition}: write KEY=VALUE or KEY=VALUE,VALUE")
-        key = _key("where", name, keys)
-        there = sorted({_said(run.row.get(key)) for run in runs})
-        whole = values.startswith("[") or _said(values) in there  # a value may have commas of its own
-        wanted = [_said(value) for value in ([values] if whole else values.split(","))]
-        runs = [run for run in runs if _said(run.row.get(key)) in wanted]
+        key = key_named("where", name, keys)
+        there = sorted({said(run.row.get(key)) for run in runs})
+        whole = values.startswith("[") or said(values) in there  # a value may have commas of its own
+        wanted = [said(value) for value in ([values] if whole else values.split(","))]
+        runs = [run for run in runs if said(run.row.get(key)) in wanted]
         if not runs:
             raise UsageError(f"--where {condition}: no run has that. {key} is {' or '.join(there)}")
     return runs
 
 
-def _said(value: Any) -> str:
-    """A value as people type it: null, true, 0.001, [1,3]."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            return str(value)
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return json.dumps(value, separators=(",", ":")) if not isinstance(value, str) else value
-
-
-def _key(option: str, key: str, keys: Iterable[str]) -> str:
-    """A key of the rows by its name or by the unique end of its name."""
-    keys = list(keys)
-    if key in keys:
-        return key
-    ends = [each for each in keys if each.endswith(f".{key}")]
-    if len(ends) == 1:
-        return ends[0]
-    hint = f" It could be {' or '.join(ends)}." if ends else nearest(key, keys) or _by_leaf(key, keys)
-    raise UsageError(f"--{option} {key}: no run's result has such a key.{hint}")
-
-
-def _by_leaf(key: str, keys: list[str]) -> str:
-    leaves = {each.rpartition(".")[2]: each for each in keys}
-    close = nearest(key.rpartition(".")[2], leaves)
-    return next((f" Did you mean '{full}'?" for leaf, full in leaves.items() if close.endswith(f" '{leaf}'?")), "")
-
-
-# --- groups -----------------------------------------------------------------------------------------------------------
-
-
-def _block(title: str, runs: list[FinishedRun], by: list[str], columns: list[str], question: Question) -> Block:
-    gathered: dict[str, Group] = {}
-    for run in sorted(runs, key=lambda run: (run.row["seed"], run.row["signature"])):
-        settings = run.settings()
-        settings = {key: settings.get(key, run.row.get(key)) for key in by} if by else settings
-        gathered.setdefault(json.dumps(settings, sort_keys=True), Group(settings, [])).runs.append(run)
-    groups = [gathered[key] for key in sorted(gathered)]
-    _name(groups)
-    notes = _mixed_notes(groups) if by else []
-    fingerprints = Counter(" with torch ".join(str(run.row.get(key)) for key in FINGERPRINT) for run in runs)
-    for key in dict.fromkeys([question.quality, question.cost, *columns]):
-        if key not in COSTS and key not in QUALITIES:
-            continue
-        apart = key in COSTS and COSTS[key].clocked and len(fingerprints) > 1
-        for group in groups:
-            numbers = [run.row.get(key) for run in group.runs]
-            whole = all(map(number, numbers)) and not apart
-            group.intervals[key] = mean_interval([float(n) for n in numbers if n is not None]) if whole else None
-        if apart:
-            told = "; ".join(f"{count} on {name}" for name, count in sorted(fingerprints.items()))
-            notes.append(f"{key} is blank: it was measured on different machines ({told}); --cost {key} separates them")
-    _fronts(groups, question)
-    _chance(groups, question)
-    _budgets(groups, question, notes)
-    few = [group.label for group in groups if len(group.runs) == 1]
-    if few:
-        notes.append(f"one seed only, and so no interval: {'; '.join(few)}")
-    notes += _start_notes(groups)
-    return Block(title, groups, notes)
-
-
-def _name(groups: list[Group]) -> None:
-    """Labels of what differs between groups: the well-known settings, then others until no two labels are the same."""
-    keys = sorted({key for group in groups for key in group.settings})
-
-    def distinct(key: str) -> int:
-        return len({_said(group.settings[key]) for group in groups if group.settings.get(key) is not None})
-
-    order = list(LABELS)
-    known = sorted((key for key in keys if _known(key)), key=lambda key: order.index(_known(key)))
-    chosen = [key for key in known if distinct(key) > 1]
-    others = [key for key in keys if key not in chosen]
-
-    def labels() -> list[str]:
-        return [", ".join(filter(None, (_part(group, key) for key in chosen))) for group in groups]
-
-    for key in others:
-        told = labels()
-        alike = defaultdict(set)
-        for label, group in zip(told, groups, strict=True):
-            alike[label].add(_said(group.settings[key]) if key in group.settings else None)
-        if any(len(values) > 1 for values in alike.values()):
-            chosen.append(key)
-    for group, label in zip(groups, labels(), strict=True):
-        group.label = label or shortened(group.runs[0].row["router"] or group.runs[0].row["name"], LETTERS)
-    for label in {group.label for group in groups}:
-        twins = [group for group in groups if group.label == label]  # such as from two checkpoints of one run
-        odd = [key for key in keys if len({_said(twin.settings.get(key)) for twin in twins}) > 1]
-        for twin in twins:
-            twin.label += f" ({', '.join(_said(twin.settings.get(key))[-12:] for key in odd)})" if odd else ""
-    seen = Counter[str]()
-    for group in groups:
-        seen[group.label] += 1
-        group.label += f" #{seen[group.label]}" if seen[group.label] > 1 else ""
-
-
-LETTERS = 48
-"""Of one setting in a label, at most."""
-
-
-def _known(key: str) -> str:
-    """The key of LABELS that a setting is told by; empty where there is none."""
-    leaf = key.rpartition(".")[2]
-    if key in LABELS:
-        return key
-    return leaf if leaf in LABELS else ""
-
-
-def _part(group: Group, key: str) -> str:
-    """One setting as a label tells it; nothing where the group has none."""
-    value, row = group.settings.get(key), group.runs[0].row
-    if value is None:
-        return ""
-    if key == "model.router._target_":
-        value = row["router"]
-    if key == "checkpoint.origin":
-        value = _source_name(Path(row["checkpoint"] or value))
-    text = shortened(",".join(map(str, value)) if isinstance(value, list) else _said(value), LETTERS)
-    told = LABELS.get(_known(key), f"{key.rpartition('.')[2]} {{}}").format(text)
-    return told.replace("experts", "expert").replace("slots/", "slot/") if text == "1" else told
-
-
-def _source_name(weights: Path) -> str:
-    """The run's name, or the folder's, where that says more than the file's."""
-    if weights.name != "model.safetensors":
-        return weights.name
-    folder = weights.parent
-    return (folder.parents[1] if folder.parent.name == "checkpoints" else folder).name or str(weights)
-
-
-def _mixed_notes(groups: list[Group]) -> list[str]:
-    """What else differs within the groups that --by makes."""
-    mixed = set()
-    for group in groups:
-        settings = [run.settings() for run in group.runs]
-        for key in set().union(*settings):
-            if key not in group.settings and len({_said(each.get(key)) for each in settings}) > 1:
-                mixed.add(key)
-    return [f"--by puts runs together that differ in {', '.join(sorted(mixed))}"] if mixed else []
-
-
-def _fronts(groups: list[Group], question: Question) -> None:
-    sign = 1 if QUALITIES[question.quality].better == "higher" else -1
-    means = [[mean_interval([v for _, v in g.values(key)]).mean for g in groups] for key in _plane(question)]
-    chances = front_probability(
-        [([v for _, v in g.values(question.cost)], [sign * v for _, v in g.values(question.quality)]) for g in groups]
-    )
-    for group, front, chance in zip(groups, on_front(means[1], [sign * q for q in means[0]]), chances, strict=True):
-        group.front = bool(front)
-        group.front_probability = chance if len(group.runs) > 1 else None
-
-
-def _chance(groups: list[Group], question: Question) -> None:
-    """What an answer that never changes reaches: of one guess the commonest class's share, of several the classes'
-    mean one for each."""
-    guesses = QUALITIES[question.quality].guesses
-    if not guesses:
-        return
-    for group in groups:
-        row = group.runs[0].row
-        group.chance_pct = row["chance_pct"] if guesses == 1 else min(100.0, 100 * guesses / row["classes"])
-        images = row["test_images"] if "validation" not in question.quality else None
-        group.at_chance = at_chance([value for _, value in group.values(question.quality)], group.chance_pct, images)
-
-
-def _start_notes(groups: list[Group]) -> list[str]:
-    """What runs that began with a checkpoint stand on."""
-    notes = []
-    for group in groups:
-        if group.pretrained:
-            cost = group.checkpoint_pflop
-            notes.append(
-                f"{group.label} began with a checkpoint whose cost is not known: its pretraining is not counted"
-                if cost is None
-                else f"{group.label} began with a checkpoint that had cost {quantity('train_pflop', cost)}: "
-                "counted where two groups' training FLOPs are set against each other, and nowhere else"
-            )
-    return notes
-
-
-def _plane(question: Question) -> tuple[str, str]:
-    return question.quality, question.cost
-
-
-def _budgets(groups: list[Group], question: Question, notes: list[str]) -> None:
-    """Validation quality of every run at common budgets; a group's cell is filled only if all its runs reach it."""
-    key = QUALITIES[question.quality].curve
-    for axis, given in question.budgets:
-        curves = {id(run): run.curve(axis, key) for group in groups for run in group.runs}
-        wanted = given or budgets([curve for curve in curves.values() if curve])
-        if not wanted:
-            notes.append(f"no common {axis}: no part of it is covered by every run's curve")
-        for budget in wanted:
-            for group in groups:
-                reached = [(run.row["seed"], at_budget(curves[id(run)], budget)) for run in group.runs]
-                values = [(seed, value) for seed, value in reached if value is not None]
-                reason = ""
-                if len(values) < len(reached):
-                    reason = _unreached([curves[id(run)] for run in group.runs], axis, budget)
-                interval = None if reason else mean_interval([value for _, value in values])
-                group.budgets.append(Budgeted(axis, budget, values, interval, reason))
-
-
-def _unreached(curves: list[list[tuple[float, float]]], axis: str, budget: float) -> str:
-    if not all(curves):
-        return "no curve"
-    early = sum(curve[-1][0] < budget for curve in curves)
-    if early:
-        first = min(curve[-1][0] for curve in curves)
-        return f"{early} of {len(curves)} end before, the first at {quantity(axis, first)}"
-    return f"first look at {quantity(axis, max(curve[0][0] for curve in curves))}"
-
-
-# --- verdicts ---------------------------------------------------------------------------------------------------------
-
-
-def _judge(blocks: list[Block], question: Question) -> None:
-    """Every group against its baseline, at the end and at the budgets: two families per table, Holm's correction in
-    each."""
-    higher = QUALITIES[question.quality].better == "higher"
-    matched = 0
-    keys = list(
-        dict.fromkeys(key for block in blocks for group in block.groups for run in group.runs for key in run.row)
-    )
-    for block in blocks:
-        candidates = _candidates(block.groups, question.baseline, keys)
-        matched += len(candidates)
-        ends: dict[int, Difference] = {}
-        common: dict[tuple[int, int], Difference] = {}
-        for index, group in enumerate(block.groups):
-            if group in candidates:
-                continue
-            baseline = _nearest_group(group, candidates)
-            if baseline is None:
-                continue
-            group.baseline = baseline.label
-            _conditions(group, baseline, question.cost)
-            group.difference = ends[index] = difference(
-                group.values(question.quality), baseline.values(question.quality)
-            )
-            for place, (ours, theirs) in enumerate(zip(group.budgets, baseline.budgets, strict=True)):
-                if ours.interval and theirs.interval:
-                    ours.difference = common[index, place] = difference(ours.values, theirs.values)
-        for index, (verdict, p) in verdicts(ends, higher_is_better=higher).items():
-            block.groups[index].verdict, block.groups[index].p_holm = verdict, p
-        for (index, place), (verdict, _) in verdicts(common, higher_is_better=higher).items():
-            block.groups[index].budgets[place].verdict = verdict
-        _judge_notes(block, candidates)
-    if question.baseline is not None and not matched:
-        labels = [group.label for block in blocks for group in block.groups]
-        raise UsageError(
-            f"--baseline {question.baseline}: no group is called or has that.{nearest(question.baseline, labels)} "
-            f"Groups: {'; '.join(labels)}"
-        )
-
-
-def _conditions(group: Group, baseline: Group, cost: str) -> None:
-    """Says in what the two were unequal beside what they are called: cost, length of training, pretraining."""
-    pair = (group, baseline)
-    known = cost == "train_pflop" and all(not g.pretrained or g.checkpoint_pflop is not None for g in pair)
-    ours, theirs = (_total(each, cost, pretraining=known) for each in pair)
-    if ours is not None and theirs is not None and theirs > 0:
-        group.cost_ratio = ours / theirs
-        told = apart(group.cost_ratio, COSTS[cost].amount)
-        group.conditions += [f"at {told}"] if told else []
-    means = {key: [_mean(each, key) for each in pair] for key in ("steps", "images")}
-    if all(value > 0 for both in means.values() for value in both):
-        ratios = {key: ours / theirs for key, (ours, theirs) in means.items()}
-        key = "images" if apart(ratios["steps"] / ratios["images"], "") else "steps"  # updates may be of other sizes
-        if apart(ratios["images"], "") and cost not in ratios:
-            group.conditions.append(f"{means[key][0]:,.0f} {COSTS[key].amount} against {means[key][1]:,.0f}")
-    if COSTS[cost].trained and (group.pretrained or baseline.pretrained):
-        group.conditions.append(f"pretraining {'' if known else 'not '}counted")
-
-
-def _mean(group: Group, key: str) -> float:
-    """Of a figure of every run; 0 where one lacks it."""
-    values = [run.row.get(key) or 0.0 for run in group.runs]
-    return math.fsum(values) / len(values) if all(values) else 0.0
-
-
-def _total(group: Group, cost: str, *, pretraining: bool) -> float | None:
-    """Mean cost; with `pretraining` what the checkpoints had cost is added to training PFLOPs."""
-    interval = group.intervals.get(cost)
-    if interval is None:
-        return None
-    return interval.mean + ((group.checkpoint_pflop or 0.0) if pretraining else 0.0)
-
-
-def _candidates(groups: list[Group], baseline: str | None, keys: list[str]) -> list[Group]:
-    """The groups that others may be measured against: by label, by KEY=VALUE, else the dense ones."""
-    if baseline is None:
-        return [group for group in groups if all(run.row.get("router") == "dense" for run in group.runs)]
-    named = [group for group in groups if group.label == baseline]
-    key, equals, value = baseline.partition("=")
-    if named or not equals:
-        return named
-    full = _key("baseline", key, keys)
-    return [group for group in groups if all(_said(run.row.get(full)) == _said(value) for run in group.runs)]
-
-
-def _nearest_group(group: Group, candidates: list[Group]) -> Group | None:
-    """The one candidate that differs from the group in the fewest settings other than the router's; None in a tie."""
-
-    def apart(other: Group) -> int:
-        mine, its = group.runs[0].settings(), other.runs[0].settings()
-        keys = {key for key in {*mine, *its} if not key.startswith("model.router.") and key not in ROUTED}
-        return sum(mine.get(key) != its.get(key) for key in keys)
-
-    ranked = sorted(candidates, key=apart)
-    if not ranked or (len(ranked) > 1 and apart(ranked[0]) == apart(ranked[1])):
-        return None
-    return ranked[0]
-
-
-def _judge_notes(block: Block, candidates: list[Group]) -> None:
-    judged = [group for group in block.groups if group.difference]
-    if not candidates and len(block.groups) > 1:
-        block.notes.append("no dense control here, and so no differences; --baseline KEY=VALUE or LABEL names another")
-    unmatched = [g.label for g in block.groups if candidates and g not in candidates and g.baseline is None]
-    if unmatched:
-        block.notes.append(f"several baselines are equally near to {'; '.join(unmatched)}: --baseline chooses")
-    baselines = list(dict.fromkeys(group.baseline for group in judged))
-    if len(baselines) > 1:
-        for baseline in baselines:
-            block.notes.append(f"against {baseline}: {'; '.join(g.label for g in judged if g.baseline == baseline)}")
-    methods = sorted({group.difference.method for group in judged if group.difference})
-    tested = sum(group.p_holm is not None for group in judged)
-    if methods:
-        tests = {"paired": "paired by seed (Student's t)", "Welch": "of unpaired seeds (Welch's t)"}
-        told = " and ".join(tests[method] for method in methods)
-        holm = ""
-        if tested > 1:
-            holm = f"; the {tested} verdicts hold all at once (Holm), intervals each for itself"
-        block.notes.append(f"differences are {told}, intervals 95%{holm}")
-    for group in judged:
-        assert group.difference is not None
-        if group.difference.method == "Welch" and len(methods) > 1:
-            block.notes.append(f"{group.label} shares too few seeds with {group.baseline}: Welch's t")
-        if group.difference.unpaired_seeds:
-            seeds = ", ".join(map(str, group.difference.unpaired_seeds))
-            block.notes.append(f"{group.label} against {group.baseline}: seeds {seeds} have no partner")
-        if group.difference.interval.n > 1 and group.difference.p is None:
-            block.notes.append(
-                f"{group.label} against {group.baseline}: the differences are all the same, so that their spread, and "
-                "with it an interval, cannot be told"
-            )
-
-
 def _sort(block: Block, question: Question, keys: Iterable[str]) -> None:
     """Best quality first; other figures and settings ascending; the same order wherever values are equal."""
-    key = "label" if question.sort == "label" else question.sort and _key("sort", question.sort, keys)
+    key = "label" if question.sort == "label" else question.sort and key_named("sort", question.sort, keys)
     key = key or question.quality
 
     def place(group: Group) -> tuple[Any, ...]:
@@ -647,20 +135,8 @@ def _sort(block: Block, question: Question, keys: Iterable[str]) -> None:
         values = [run.row.get(key) for run in group.runs]
         numbers = [float(value) for value in values if value is not None and number(value)]
         if len(numbers) < len(values):
-            return (1, *natural(_said(values[0])), group.label)
+            return (1, *natural(said(values[0])), group.label)
         sign = -1 if key in QUALITIES and QUALITIES[key].better == "higher" else 1
         return (0, sign * math.fsum(numbers) / len(numbers), group.label)
 
     block.groups.sort(key=place)
-
-
-def natural(label: str) -> tuple[Any, ...]:
-    """To sort by: 2 experts come before 16 experts."""
-    parts = re.split(r"(\d+(?:\.\d+)?)", label)
-    return tuple((part, 0.0) if i % 2 == 0 else ("", float(part)) for i, part in enumerate(parts)), label
-
-
-def setting(group: Group, key: str) -> str:
-    """A setting that --columns names, as a cell: the value that all runs of the group have."""
-    values = {_said(run.row.get(key)) for run in group.runs}
-    return values.pop() if len(values) == 1 else "mixed"

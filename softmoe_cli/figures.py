@@ -12,8 +12,8 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from softmoe_cli.compare import Block, Comparison, Group
 from softmoe_cli.findings import provisos
+from softmoe_cli.groups import Block, Comparison, Group
 from softmoe_cli.intervals import Interval, at_budget
 from softmoe_cli.looks import COLOURS, KINDS, reference_points, same_axes, styles
 from softmoe_cli.rows import AXES, CURVES, QUALITIES
@@ -28,15 +28,15 @@ FORMATS: dict[str, Any] = {
 GREY = "#767676"
 LETTERS = 120
 LEFT, PLOT_WIDTH, PLOT_HEIGHT, ABOVE, BETWEEN = 0.8, 5.2, 3.2, 0.35, 1.15
-"""Inches. Places are counted, not searched for: matplotlib's layout engine takes as long as the drawing."""
+"""Inches. Panels are placed by these: matplotlib's layout engine takes as long as the drawing."""
 RECIPE: Any = {
     "font.family": "STIXGeneral", "mathtext.fontset": "stix", "font.size": 12, "pdf.fonttype": 42,
     "svg.hashsalt": "softmoe", "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
     "grid.alpha": 0.25, "legend.frameon": False, "axes.formatter.useoffset": False, "axes.formatter.limits": (-3, 5),
     "axes.unicode_minus": False,
 }  # fmt: skip
-"""Fonts are embedded as TrueType, which journals ask for; STIX comes with matplotlib and is embedded fastest, once
-without the minus sign that is not ASCII."""
+"""Fonts are embedded as TrueType, which journals ask for. STIX comes with matplotlib and is embedded fastest; a minus
+sign outside ASCII would need a second font."""
 
 
 def figure(comparison: Comparison, name: str) -> dict[str, bytes]:

@@ -1,6 +1,6 @@
 """A comparison in sentences: who is on the front, and what came out."""
 
-from softmoe_cli.compare import Block, Comparison, Group
+from softmoe_cli.groups import Block, Comparison, Group
 from softmoe_cli.rows import COSTS, QUALITIES
 from softmoe_cli.text import several
 from softmoe_cli.units import cell

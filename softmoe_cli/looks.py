@@ -3,7 +3,7 @@ takes half a second to import."""
 
 from collections.abc import Iterable
 
-from softmoe_cli.compare import Comparison, Group, natural
+from softmoe_cli.groups import Comparison, Group, natural
 
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe and Ito, Color Universal Design (2008), without the yellow that white paper swallows."""

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from softmoe_cli.compare import LETTERS, Block, Comparison, Group
 from softmoe_cli.findings import front, headline, provisos
+from softmoe_cli.groups import LETTERS, Block, Comparison, Group
 from softmoe_cli.intervals import Interval
 from softmoe_cli.looks import KINDS, reference_points, same_axes, styles
 from softmoe_cli.rows import AXES, COSTS, CURVES, QUALITIES, ROUTING, number
@@ -26,7 +26,7 @@ from softmoe_cli.units import Unit, figure
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 OURS = b'<meta name="generator" content="softmoe compare">'
-"""By which a page is known as made here."""
+"""Marks a page as written by this command: only a folder with such a page is written over."""
 
 
 def page(comparison: Comparison, figures: dict[str, bytes], out: Path) -> str:

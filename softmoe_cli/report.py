@@ -19,7 +19,7 @@ from softmoe_cli.files import require_vacant, write_atomically
 from softmoe_cli.rows import AXES, COSTS, QUALITIES
 
 if TYPE_CHECKING:  # numpy, scipy and matplotlib are imported when there is something to compare
-    from softmoe_cli.compare import Comparison, Question
+    from softmoe_cli.groups import Comparison, Question
 
 OPTIONS: dict[str, tuple[str, str]] = {
     "quality": ("KEY", f"what is better or worse: {', '.join(QUALITIES)}"),
@@ -64,7 +64,8 @@ def run(arguments: Sequence[str]) -> int:
         UsageError: an option, a folder or a key that cannot work.
     """
     chosen = _parse(arguments)
-    from softmoe_cli.compare import Question, compare
+    from softmoe_cli.compare import compare
+    from softmoe_cli.groups import Question
     from softmoe_cli.tables import flat_rows, terminal
 
     fields = {f.name for f in dataclasses.fields(Question)}

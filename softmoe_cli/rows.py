@@ -257,9 +257,9 @@ FAILURE = {"reason": _said(TEXT, "why a job failed")}
 
 
 MOST_BYTES = 2**24
-"""Of a file that holds one row: more is none of ours, and would take the memory."""
+"""The largest file of one row that is read: softmoe writes none as large, and a larger one could take all memory."""
 MOST_LINES_BYTES = 2**31
-"""Of a file that holds a row a line."""
+"""The largest file with a row on each line that is read."""
 
 
 class Unreadable(ValueError):
@@ -267,7 +267,7 @@ class Unreadable(ValueError):
 
 
 def fault(row: Mapping[str, Any], keys: Mapping[str, Key]) -> str:
-    """What the first key that does not keep to its declaration holds instead; empty where all do."""
+    """What is wrong with the first key that is not as declared; empty where all are."""
     if "format" in keys and (type(row.get("format")) is not int or row["format"] != FORMAT):
         given = shortened(printable(repr(row["format"])), 40) if "format" in row else "none"
         return f"has format {given}, and this softmoe reads format {FORMAT}"
@@ -288,7 +288,7 @@ def seal(metrics: bytes) -> Row:
 
 
 def contents(path: Path, most: int = MOST_BYTES) -> bytes:
-    """Of a file.
+    """The bytes of a file.
 
     Raises:
         FileNotFoundError: there is none.
@@ -375,7 +375,7 @@ def lines(path: Path, keys: Mapping[str, Key]) -> list[Row]:
 
 
 def jobs(path: Path) -> tuple[str, list[str], list[Row]]:
-    """Of a sweep's jobs.json: command, words that were typed, and the jobs.
+    """The command, the words that were typed and the jobs, from a sweep's jobs.json.
 
     Raises:
         FileNotFoundError, Unreadable: there is none, or it is damaged; the message says which job.
@@ -404,7 +404,7 @@ class Budget:
 
 
 def budget(path: Path) -> Budget:
-    """Of a run's config.yaml.
+    """The budget of a run, from its config.yaml.
 
     Raises:
         FileNotFoundError, Unreadable: there is none, or it tells no budget.

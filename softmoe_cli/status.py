@@ -29,14 +29,14 @@ STEP = {key: rows.EVERY[key] for key in ("format", "step", "epoch", "images", "d
 STEP["top1_pct"] = replace(rows.LOOK["top1_pct"], null=True, optional=True)
 """What is needed of a result, and of a row."""
 TAILS_BYTES = (2**15, 2**26)
-"""So much of a file of rows is read from its end, and so much where that does not tell enough."""
+"""How much is read from the end of a file of rows: the first, and the second where that does not tell enough."""
 LOCK_LETTERS = 500
 STATES = (
     "running", "running or killed", "queued", "held", "failed", "stopped", "waiting", "over the limit", "damaged",
     "done", "done before",
 )  # fmt: skip
 SHOWN = 5
-"""So many commands that go on are shown of one table."""
+"""The most commands to go on with that are shown below one table."""
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ import textwrap
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from softmoe_cli.compare import Block, Comparison, Group, setting
 from softmoe_cli.findings import front, headline, provisos
+from softmoe_cli.groups import Block, Comparison, Group, setting
 from softmoe_cli.intervals import Interval
 from softmoe_cli.rows import AXES, COSTS, CURVES, QUALITIES
 from softmoe_cli.text import aligned, folded, spreadsheet_cell

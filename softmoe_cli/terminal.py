@@ -18,12 +18,13 @@ INDENT = 19
 
 
 class Listened(Console):
-    """Text as it is, with no markup of emoji. `unread`: whoever read it is gone; nothing is said any more."""
+    """Text as it is, with no markup of emoji. `unread`: the reader of our output is gone, and so
+    nothing is printed any more."""
 
     unread = False
 
     def on_broken_pipe(self) -> None:
-        """Where rich would end the process."""
+        """Called by rich, which would otherwise end the process."""
         self.quiet = self.unread = True
         nobody_listens()
 

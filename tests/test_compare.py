@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from scipy import stats
 
-from softmoe_cli.compare import Comparison, Group, Question, compare, natural
+from softmoe_cli.compare import compare
 from softmoe_cli.errors import UsageError
+from softmoe_cli.groups import Comparison, Group, Question, natural
 from softmoe_cli.record import Source, origin
 from tests.synthetic import looks, rewrite, row, study, write
 

@@ -16,9 +16,10 @@ from urllib.parse import unquote, unquote_to_bytes
 import pytest
 
 from softmoe_cli import report
-from softmoe_cli.compare import Comparison, Question, compare
+from softmoe_cli.compare import compare
 from softmoe_cli.errors import UsageError
 from softmoe_cli.figures import figure
+from softmoe_cli.groups import Comparison, Question
 from softmoe_cli.looks import reference_points, styles
 from softmoe_cli.report import PAPER, _reference, _settings
 from softmoe_cli.tables import comma_separated, flat_rows, json_text, latex, markdown, tables, terminal
