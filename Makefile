@@ -17,12 +17,14 @@ help:
 demo: .venv/demo
 	$(BIN)/softmoe train
 
-# While mypy takes one core, Python compiles on the other what the tests import.
+# mypy takes one core while Python compiles on the other what the tests import, and ends beside the tests.
 test: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy & checked=$$!; $(BIN)/python -m pytest --collect-only -qq -n 0 >.venv/collected; wait $$checked
-	$(BIN)/python -m pytest
+	$(BIN)/mypy >.venv/types 2>&1 & mypy=$$!; \
+	$(BIN)/python -m pytest --collect-only -qq -n 0 >.venv/collected; \
+	$(BIN)/python -m pytest; tests=$$?; \
+	wait $$mypy; types=$$?; cat .venv/types; exit $$((tests + types))
 
 long: test
 	$(BIN)/python -m pytest -m thorough

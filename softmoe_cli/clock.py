@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from softmoe_cli.config import CostConfig, MatchConfig
-from softmoe_cli.device import arithmetic, compiled, free_memory, hardware, keep_freed_memory
+from softmoe_cli.device import compiled, free_memory, hardware, keep_freed_memory, precision_context
 from softmoe_cli.errors import UsageError
+from softmoe_cli.load import Load
 from softmoe_cli.memory import Live, predict
 from softmoe_cli.models import build, prepare
 from softmoe_cli.moe.routing import full_precision, routings
@@ -48,21 +48,24 @@ def fingerprint(device: torch.device, precision: str, compiled: bool) -> str:
 
 
 class Workload:
-    """A model with a batch of random pixels, and AdamW."""
+    """A load's model with a batch of random pixels, and AdamW. This process gets the load's threads."""
 
-    def __init__(self, config: CostConfig | MatchConfig, num_classes: int) -> None:
-        self.device, self.autocast = arithmetic(config.device, config.precision, config.threads)
-        self.hardware = fingerprint(self.device, config.precision, config.compile)
-        self.threads, self.compiled, self.accumulate = torch.get_num_threads(), config.compile, config.accumulate
+    def __init__(self, load: Load) -> None:
+        self.device, self.compiled, self.accumulate = load.device, load.compile, load.accumulate
+        self.autocast = precision_context(load.device.type, load.precision)
+        if load.threads is not None:
+            torch.set_num_threads(load.threads)
+        self.threads = torch.get_num_threads()
+        self.hardware = fingerprint(load.device, load.precision, load.compile)
         torch.manual_seed(0)
-        vit = build(config.model, num_classes)
-        prepare(vit, self.device, config.precision)
-        vit.set_grad_checkpointing(config.recompute)
+        vit = build(load.model, load.num_classes)
+        prepare(vit, self.device, load.precision)
+        vit.set_grad_checkpointing(load.recompute)
         self.model = vit.to(self.device)
-        self.x = torch.randn(config.batch_size, config.model.in_chans, *vit.patch_embed.img_size, device=self.device)
-        self.targets = torch.randint(num_classes, (config.batch_size,), device=self.device)
+        self.x = torch.randn(load.batch, load.model.in_chans, *vit.patch_embed.img_size, device=self.device)
+        self.targets = torch.randint(load.num_classes, (load.batch,), device=self.device)
         self.optimizer = torch.optim.AdamW(vit.parameters(), fused=self.device.type in ("cpu", "cuda"))
-        self.call: Callable[[torch.Tensor], torch.Tensor] = compiled(vit) if config.compile else vit
+        self.call: Callable[[torch.Tensor], torch.Tensor] = compiled(vit) if load.compile else vit
 
     def forward(self) -> None:
         self.model.eval()
@@ -107,50 +110,46 @@ class Workload:
         return held + live.peak
 
 
-def measure(configs: Sequence[CostConfig | MatchConfig], num_classes: int) -> list[Timing]:
-    """Times of every configuration, each measured `repeats` times in turn with the others.
+def measure(loads: Sequence[Load], repeats: int) -> list[Timing]:
+    """Times of every load, each measured `repeats` times in turn with the others.
 
     Raises:
-        UsageError: they do not all fit into memory at once, or a device is not there.
+        UsageError: they do not all fit into memory at once.
     """
     threads, needed = torch.get_num_threads(), Counter[torch.device]()
-    for c in configs:
-        device, _ = arithmetic(c.device, c.precision, None)
-        needed[device] += predict(
-            c.model, num_classes, batch=c.batch_size, accumulate=c.accumulate, recompute=c.recompute, ema=False,
-            precision=c.precision, device=device,
-        ).peak_bytes  # fmt: skip
+    for load in loads:
+        needed[load.device] += predict(load).peak_bytes
     for device, size in needed.items():
         free = free_memory(device)
         if size > free:
-            names = " and ".join(dict.fromkeys(c.model.name for c in configs))
+            names = " and ".join(dict.fromkeys(load.model.name for load in loads))
             raise UsageError(
                 f"clock=true: {names} need {gibibytes(size)} and {device.type} has {gibibytes(free)} free; lower "
                 "batch_size, measure fewer models at once, or leave clock=false"
             )
         keep_freed_memory(device, size, free)
-    loads = []
-    for config in configs:
+    workloads = []
+    for load in loads:
         torch.set_num_threads(threads)  # what those that name no number get
-        loads.append(Workload(config, num_classes))
+        workloads.append(Workload(load))
     times: dict[tuple[int, str], list[float]] = {}
-    for turn in range(-WARM_UP, max(config.repeats for config in configs)):
-        for index, load in enumerate(loads):
-            torch.set_num_threads(load.threads)
-            for kind, work in (("forward", load.forward), ("step", load.step)):
-                load.wait()
+    for turn in range(-WARM_UP, repeats):
+        for index, workload in enumerate(workloads):
+            torch.set_num_threads(workload.threads)
+            for kind, work in (("forward", workload.forward), ("step", workload.step)):
+                workload.wait()
                 start = time.perf_counter()
                 work()
-                load.wait()
+                workload.wait()
                 if turn >= 0:
                     times.setdefault((index, kind), []).append(1000 * (time.perf_counter() - start))
-    found = []
-    for index, load in enumerate(loads):
+    timings = []
+    for index, workload in enumerate(workloads):
         forward, step = times[index, "forward"], times[index, "step"]
         middle = (statistics.median(forward), _spread(forward), statistics.median(step), _spread(step))
-        found.append(Timing(*middle, load.peak(), load.hardware))
+        timings.append(Timing(*middle, workload.peak(), workload.hardware))
     torch.set_num_threads(threads)
-    return found
+    return timings
 
 
 def _spread(values: list[float]) -> float:

@@ -22,53 +22,29 @@ from softmoe_cli.intervals import (
     on_front,
     verdicts,
 )
-from softmoe_cli.rows import Row, number
-from softmoe_cli.runs import AXES, CLOCK, COSTS, FINGERPRINT, QUALITIES, VERSION, Run, read, single, typed
+from softmoe_cli.rows import AXES, COSTS, QUALITIES, Row, number
+from softmoe_cli.runs import FINGERPRINT, VERSION, FinishedRun, read, single, typed
 from softmoe_cli.text import shortened
-from softmoe_cli.units import AMOUNTS, apart, quantity
+from softmoe_cli.units import apart, quantity
 
 EVALUATION = (
     "data", "data.identity", "test_images", "data.num_classes", "data.split_seed", "data.validation_fraction",
     "data.test_fraction",
 )  # fmt: skip
 """Qualities are compared only where all of these are equal: the same images, cut the same way."""
-ROUTED = (
-    "model.moe_blocks", "model.expert_init", "model.expert_width", "router", "num_experts", "slots_per_expert",
-    "images_per_group", "moe_blocks",
-)  # fmt: skip
+ROUTED = ("model.moe_blocks", "model.expert_init", "model.expert_width")
 """Settings, beside model.router.*, that come with a router and say nothing of which dense control is its own."""
 
 LABELS = {
-    "model.backbone.name": "{}",
-    "backbone": "{}",
-    "model.router._target_": "{}",
-    "router": "{}",
-    "model.router.num_experts": "{} experts",
-    "num_experts": "{} experts",
-    "model.router.slots_per_expert": "{} slots/expert",
-    "slots_per_expert": "{} slots/expert",
-    "model.router.k": "k={}",
-    "model.expert_width": "experts of width {}",
-    "model.router.capacity_factor": "capacity factor {}",
-    "model.moe_blocks": "blocks {}",
-    "moe_blocks": "blocks {}",
-    "model.image_size": "{} px",
-    "image_size": "{} px",
-    "train.steps": "{} updates",
-    "steps": "{} updates",
-    "train.epochs": "{} epochs",
-    "train.images": "{} training images",
-    "train.minutes": "{} minutes",
-    "train.batch_size": "{} images/update",
-    "batch_size": "{} images/update",
-    "optim.lr": "lr {}",
-    "lr": "lr {}",
-    "command": "{}",
-    "checkpoint.origin": "from {}",
-    "checkpoint.digest": "from {}",
-    "checkpoint": "from {}",
-}
-"""How a label tells a setting. These are told whenever they differ; others only where labels would be the same."""
+    "model.backbone.name": "{}", "backbone": "{}", "model.router._target_": "{}", "router": "{}",
+    "num_experts": "{} experts", "slots_per_expert": "{} slots/expert", "k": "k={}",
+    "expert_width": "experts of width {}", "capacity_factor": "capacity factor {}", "moe_blocks": "blocks {}",
+    "image_size": "{} px", "steps": "{} updates", "epochs": "{} epochs", "images": "{} training images",
+    "minutes": "{} minutes", "batch_size": "{} images/update", "lr": "lr {}", "command": "{}",
+    "checkpoint.origin": "from {}", "checkpoint": "from {}",
+}  # fmt: skip
+"""How a label tells a setting, by its key or the last word of that. These are told whenever they differ, in this order;
+others only where labels would be the same."""
 
 
 @dataclass
@@ -94,9 +70,9 @@ class Group:
     """
 
     settings: Row
-    runs: list[Run]
+    runs: list[FinishedRun]
     label: str = ""
-    figures: dict[str, Interval | None] = field(default_factory=dict)
+    intervals: dict[str, Interval | None] = field(default_factory=dict)
     baseline: str | None = None
     difference: Difference | None = None
     verdict: str | None = None
@@ -198,7 +174,7 @@ class Question:
 
     @property
     def clocked(self) -> bool:
-        return self.cost in CLOCK or any(axis in CLOCK for axis, _ in self.budgets)
+        return any(COSTS[key].clocked for key in (self.cost, *(axis for axis, _ in self.budgets)))
 
 
 def compare(folders: Sequence[Path], question: Question) -> Comparison:
@@ -229,7 +205,8 @@ def compare(folders: Sequence[Path], question: Question) -> Comparison:
     by = [_key("by", key, keys) for key in question.by]
     columns = [_key("columns", key, [*keys, *COSTS, *QUALITIES]) for key in question.columns]
     columns = columns or [key for key in ("forward_gflop", "params_m", "device_s") if key != question.cost]
-    notes = [*_lack_notes(kept), *_version_notes(kept, question.strict)]
+    notes = [f"{run.place}: {run.damage}; it has no curve" for run in kept if run.damage]
+    notes += _version_notes(kept, question.strict)
     parts = defaultdict(list)
     for run in kept:
         parts[_apart(run, question)].append(run)
@@ -256,7 +233,7 @@ def compare(folders: Sequence[Path], question: Question) -> Comparison:
 # --- what may be compared with what ----------------------------------------------------------------------------------
 
 
-APART = (*EVALUATION, "train.loss", "configuration", *FINGERPRINT, *VERSION)
+APART = (*EVALUATION, "train.loss", *FINGERPRINT, *VERSION)
 
 
 def _first(left_out: list[tuple[str, str]]) -> str:
@@ -265,33 +242,19 @@ def _first(left_out: list[tuple[str, str]]) -> str:
     return f"; left out are {len(left_out)}, first {left_out[0][0]}: {left_out[0][1]}"
 
 
-def _apart(run: Run, question: Question) -> tuple[str, ...]:
+def _apart(run: FinishedRun, question: Question) -> tuple[str, ...]:
     """What must be equal for two runs to stand in one table; "" where it need not be."""
     row = run.row
     seconds = question.clocked or row.get("train.minutes") is not None  # such a budget buys more on better hardware
     return (
         *(_said(row.get(key)) for key in EVALUATION),
         _said(row.get("train.loss")) if QUALITIES[question.quality].curve == "loss" else "",
-        "whole" if run.complete else "partial",
         *(_said(row.get(key)) if seconds else "" for key in FINGERPRINT),
         *(_said(row.get(key)) if question.strict else "" for key in VERSION),
     )
 
 
-def _lack_notes(runs: list[Run]) -> list[str]:
-    """Runs without a curve, and runs whose rows do not hold the whole configuration."""
-    notes = [f"{run.place}: {run.damage}; it has no curve" for run in runs if run.damage]
-    lacking = [run for run in runs if not run.complete]
-    if lacking:
-        notes.append(
-            f"{len(lacking)} of {len(runs)} results, {lacking[0].row['name']} first, do not hold the whole "
-            "configuration: an earlier version wrote them. They are kept apart, and settings that they do not tell may "
-            "differ within a group"
-        )
-    return notes
-
-
-def _version_notes(runs: list[Run], strict: bool) -> list[str]:
+def _version_notes(runs: list[FinishedRun], strict: bool) -> list[str]:
     versions = Counter(
         f"commit {run.row.get('commit')}, softmoe {run.row.get('softmoe')}, torch {run.row.get('torch')}"
         for run in runs
@@ -306,7 +269,7 @@ def _version_notes(runs: list[Run], strict: bool) -> list[str]:
     return notes
 
 
-def _where(runs: list[Run], conditions: Sequence[str], keys: list[str]) -> list[Run]:
+def _where(runs: list[FinishedRun], conditions: Sequence[str], keys: list[str]) -> list[FinishedRun]:
     for condition in conditions:
         name, equals, values = condition.partition("=")
         if not equals:
@@ -354,7 +317,7 @@ def _by_leaf(key: str, keys: list[str]) -> str:
 # --- groups -----------------------------------------------------------------------------------------------------------
 
 
-def _block(title: str, runs: list[Run], by: list[str], columns: list[str], question: Question) -> Block:
+def _block(title: str, runs: list[FinishedRun], by: list[str], columns: list[str], question: Question) -> Block:
     gathered: dict[str, Group] = {}
     for run in sorted(runs, key=lambda run: (run.row["seed"], run.row["signature"])):
         settings = run.settings()
@@ -367,11 +330,12 @@ def _block(title: str, runs: list[Run], by: list[str], columns: list[str], quest
     for key in dict.fromkeys([question.quality, question.cost, *columns]):
         if key not in COSTS and key not in QUALITIES:
             continue
+        apart = key in COSTS and COSTS[key].clocked and len(fingerprints) > 1
         for group in groups:
             numbers = [run.row.get(key) for run in group.runs]
-            whole = all(map(number, numbers)) and not (key in CLOCK and len(fingerprints) > 1)
-            group.figures[key] = mean_interval([float(n) for n in numbers if n is not None]) if whole else None
-        if key in CLOCK and len(fingerprints) > 1:
+            whole = all(map(number, numbers)) and not apart
+            group.intervals[key] = mean_interval([float(n) for n in numbers if n is not None]) if whole else None
+        if apart:
             told = "; ".join(f"{count} on {name}" for name, count in sorted(fingerprints.items()))
             notes.append(f"{key} is blank: it was measured on different machines ({told}); --cost {key} separates them")
     _fronts(groups, question)
@@ -386,12 +350,15 @@ def _block(title: str, runs: list[Run], by: list[str], columns: list[str], quest
 
 def _name(groups: list[Group]) -> None:
     """Labels of what differs between groups: the well-known settings, then others until no two labels are the same."""
+    keys = sorted({key for group in groups for key in group.settings})
 
     def distinct(key: str) -> int:
         return len({_said(group.settings[key]) for group in groups if group.settings.get(key) is not None})
 
-    chosen = [key for key in LABELS if distinct(key) > 1]
-    others = sorted({key for group in groups for key in group.settings} - set(chosen))
+    order = list(LABELS)
+    known = sorted((key for key in keys if _known(key)), key=lambda key: order.index(_known(key)))
+    chosen = [key for key in known if distinct(key) > 1]
+    others = [key for key in keys if key not in chosen]
 
     def labels() -> list[str]:
         return [", ".join(filter(None, (_part(group, key) for key in chosen))) for group in groups]
@@ -404,8 +371,7 @@ def _name(groups: list[Group]) -> None:
         if any(len(values) > 1 for values in alike.values()):
             chosen.append(key)
     for group, label in zip(groups, labels(), strict=True):
-        group.label = label or shortened(group.runs[0].row.get("router") or group.runs[0].row["name"], LETTERS)
-    keys = sorted({key for group in groups for key in group.settings})
+        group.label = label or shortened(group.runs[0].row["router"] or group.runs[0].row["name"], LETTERS)
     for label in {group.label for group in groups}:
         twins = [group for group in groups if group.label == label]  # such as from two checkpoints of one run
         odd = [key for key in keys if len({_said(twin.settings.get(key)) for twin in twins}) > 1]
@@ -421,17 +387,25 @@ LETTERS = 48
 """Of one setting in a label, at most."""
 
 
+def _known(key: str) -> str:
+    """The key of LABELS that a setting is told by; empty where there is none."""
+    leaf = key.rpartition(".")[2]
+    if key in LABELS:
+        return key
+    return leaf if leaf in LABELS else ""
+
+
 def _part(group: Group, key: str) -> str:
     """One setting as a label tells it; nothing where the group has none."""
     value, row = group.settings.get(key), group.runs[0].row
     if value is None:
         return ""
     if key == "model.router._target_":
-        value = row.get("router", value)
-    if key in ("checkpoint.origin", "checkpoint.digest"):
-        value = _source_name(Path(str(row.get("checkpoint") or value)))
+        value = row["router"]
+    if key == "checkpoint.origin":
+        value = _source_name(Path(row["checkpoint"] or value))
     text = shortened(",".join(map(str, value)) if isinstance(value, list) else _said(value), LETTERS)
-    told = LABELS.get(key, f"{key.rpartition('.')[2]} {{}}").format(text)
+    told = LABELS.get(_known(key), f"{key.rpartition('.')[2]} {{}}").format(text)
     return told.replace("experts", "expert").replace("slots/", "slot/") if text == "1" else told
 
 
@@ -455,7 +429,7 @@ def _mixed_notes(groups: list[Group]) -> list[str]:
 
 
 def _fronts(groups: list[Group], question: Question) -> None:
-    sign = 1 if QUALITIES[question.quality].higher_is_better else -1
+    sign = 1 if QUALITIES[question.quality].better == "higher" else -1
     means = [[mean_interval([v for _, v in g.values(key)]).mean for g in groups] for key in _plane(question)]
     chances = front_probability(
         [([v for _, v in g.values(question.cost)], [sign * v for _, v in g.values(question.quality)]) for g in groups]
@@ -465,21 +439,16 @@ def _fronts(groups: list[Group], question: Question) -> None:
         group.front_probability = chance if len(group.runs) > 1 else None
 
 
-GUESSED = {"top1_pct": 1, "validation_top1_pct": 1, "best_validation_top1_pct": 1, "top5_pct": 5}
-"""Qualities that guessing reaches some of: how many guesses each has."""
-
-
 def _chance(groups: list[Group], question: Question) -> None:
-    """What always the same answers reach: the commonest class's share where the rows know it, else one class's."""
-    guesses = GUESSED.get(question.quality)
+    """What an answer that never changes reaches: of one guess the commonest class's share, of several the classes'
+    mean one for each."""
+    guesses = QUALITIES[question.quality].guesses
+    if not guesses:
+        return
     for group in groups:
         row = group.runs[0].row
-        classes = row.get("classes") or row.get("data.num_classes")
-        if not guesses or not classes or classes < 1:
-            continue
-        commonest = row.get("chance_pct") if guesses == 1 else None
-        group.chance_pct = commonest or min(100.0, 100 * guesses / classes)
-        images = row.get("test_images") if "validation" not in question.quality else None
+        group.chance_pct = row["chance_pct"] if guesses == 1 else min(100.0, 100 * guesses / row["classes"])
+        images = row["test_images"] if "validation" not in question.quality else None
         group.at_chance = at_chance([value for _, value in group.values(question.quality)], group.chance_pct, images)
 
 
@@ -537,7 +506,7 @@ def _unreached(curves: list[list[tuple[float, float]]], axis: str, budget: float
 def _judge(blocks: list[Block], question: Question) -> None:
     """Every group against its baseline, at the end and at the budgets: two families per table, Holm's correction in
     each."""
-    higher = QUALITIES[question.quality].higher_is_better
+    higher = QUALITIES[question.quality].better == "higher"
     matched = 0
     keys = list(
         dict.fromkeys(key for block in blocks for group in block.groups for run in group.runs for key in run.row)
@@ -581,20 +550,16 @@ def _conditions(group: Group, baseline: Group, cost: str) -> None:
     ours, theirs = (_total(each, cost, pretraining=known) for each in pair)
     if ours is not None and theirs is not None and theirs > 0:
         group.cost_ratio = ours / theirs
-        told = apart(group.cost_ratio, AMOUNTS[cost])
+        told = apart(group.cost_ratio, COSTS[cost].amount)
         group.conditions += [f"at {told}"] if told else []
     means = {key: [_mean(each, key) for each in pair] for key in ("steps", "images")}
     if all(value > 0 for both in means.values() for value in both):
         ratios = {key: ours / theirs for key, (ours, theirs) in means.items()}
         key = "images" if apart(ratios["steps"] / ratios["images"], "") else "steps"  # updates may be of other sizes
         if apart(ratios["images"], "") and cost not in ratios:
-            group.conditions.append(f"{means[key][0]:,.0f} {AMOUNTS[key]} against {means[key][1]:,.0f}")
-    if cost in TRAINING and (group.pretrained or baseline.pretrained):
+            group.conditions.append(f"{means[key][0]:,.0f} {COSTS[key].amount} against {means[key][1]:,.0f}")
+    if COSTS[cost].trained and (group.pretrained or baseline.pretrained):
         group.conditions.append(f"pretraining {'' if known else 'not '}counted")
-
-
-TRAINING = ("train_pflop", "device_s", "images", "epochs", "steps", "energy_kj")
-"""Costs that grow with training, and so lack what a checkpoint had cost."""
 
 
 def _mean(group: Group, key: str) -> float:
@@ -605,7 +570,7 @@ def _mean(group: Group, key: str) -> float:
 
 def _total(group: Group, cost: str, *, pretraining: bool) -> float | None:
     """Mean cost; with `pretraining` what the checkpoints had cost is added to training PFLOPs."""
-    interval = group.figures.get(cost)
+    interval = group.intervals.get(cost)
     if interval is None:
         return None
     return interval.mean + ((group.checkpoint_pflop or 0.0) if pretraining else 0.0)
@@ -683,7 +648,7 @@ def _sort(block: Block, question: Question, keys: Iterable[str]) -> None:
         numbers = [float(value) for value in values if value is not None and number(value)]
         if len(numbers) < len(values):
             return (1, *natural(_said(values[0])), group.label)
-        sign = -1 if key in QUALITIES and QUALITIES[key].higher_is_better else 1
+        sign = -1 if key in QUALITIES and QUALITIES[key].better == "higher" else 1
         return (0, sign * math.fsum(numbers) / len(numbers), group.label)
 
     block.groups.sort(key=place)

@@ -18,6 +18,8 @@ MISSING: Any = "???"
 """omegaconf's mark of a value that `conf/` must give; importing omegaconf takes a tenth of a second."""
 
 
+WIDEST = 65_535
+"""Pixels on a side that a JPEG may have."""
 MOST_CLASSES = 10**7
 """A list of more names takes minutes and gigabytes before anything is said."""
 
@@ -154,7 +156,7 @@ class Model(Section):
     path: ClassVar[str] = "model"
     backbone: Backbone = field(default_factory=Backbone)
     router: Any = option("a router and its options (model/router=NAME); dense has none")
-    image_size: int = option("pixels on the side of the square that the model sees", low=1)
+    image_size: int = option("pixels on the side of the square that the model sees", low=1, high=WIDEST)
     in_chans: int = option("colour channels of its input; grey images are repeated", low=1)
     moe_blocks: Any = option(
         "last_N, last_half, every_N (every Nth block, from the Nth), or a list of block numbers from 0"
@@ -252,6 +254,7 @@ class Data(Section):
         "pixels on the side of a decoded image; files are resized and cut to it; auto: the model's or, where that "
         "follows the images, what suits them",
         low=1,
+        high=WIDEST,
     )
     crop_pct: float | None = option(
         "share of a file's shorter side that the centre square keeps, as in timm; null: all", above=0, high=1
@@ -759,8 +762,8 @@ class ExportConfig(Section):
 
 
 @dataclass
-class CostConfig(Section):
-    """What `softmoe cost` composes."""
+class Measured(Section):
+    """What `softmoe cost` and `softmoe match` have in common: a model, and what is measured of it."""
 
     path: ClassVar[str] = ""
     model: Model = field(default_factory=Model)
@@ -769,17 +772,27 @@ class CostConfig(Section):
     accumulate: int = option("as in train.accumulate", low=1)
     recompute: bool = option("as in train.recompute")
     precision: str = option("as in train.precision", choices=("fp32", "bf16", "fp16"))
-    devices: int = option("devices that share each batch, here or elsewhere: memory is that of each", low=1)
-    parallel: str = option("as in softmoe train: what each of several devices has of the model", choices=WAYS)
     compile: bool = option("torch.compile the model that the clock measures")
-    clock: bool = option("measure latency, throughput and peak memory on this machine")
     repeats: int = option("times that the clock measures each", low=3)
-    format: str = option("what is printed", choices=("table", "json", "csv", "markdown"))
     device: str = option("auto: cuda, else mps, else cpu", choices=DEVICES)
     threads: int | None = option("CPU threads; null: torch's choice", low=1)
 
     def check(self) -> None:
-        _check_parts(self)
+        if self.batch_size % self.accumulate:
+            raise UsageError(f"accumulate={self.accumulate} does not divide batch_size={self.batch_size}")
+
+
+@dataclass
+class CostConfig(Measured):
+    """What `softmoe cost` composes."""
+
+    devices: int = option("devices that share each batch, here or elsewhere: memory is that of each", low=1)
+    parallel: str = option("as in softmoe train: what each of several devices has of the model", choices=WAYS)
+    clock: bool = option("measure latency, throughput and peak memory on this machine")
+    format: str = option("what is printed", choices=("table", "json", "csv", "markdown"))
+
+    def check(self) -> None:
+        super().check()
         if self.devices == 1 and self.parallel != "ddp":
             raise UsageError(f"parallel={self.parallel} has no effect with devices=1")
         if self.devices > 1 and self.clock:
@@ -787,54 +800,33 @@ class CostConfig(Section):
         check_devices(self.devices, self.batch_size, self.accumulate)
 
 
+MATCHED = (
+    "forward_gflop", "train_gflop", "train_pflop", "params_m", "active_params_m", "peak_mib", "latency_ms",
+    "train_step_ms",
+)  # fmt: skip
 FREE_KEYS = (
     "model.router.num_experts", "model.router.slots_per_expert", "model.moe_blocks", "model.backbone.depth",
     "model.backbone.width", "train.steps",
 )  # fmt: skip
-COSTS = (
-    "forward_gflop", "train_gflop", "train_pflop", "params_m", "active_params_m", "peak_mib", "latency_ms",
-    "train_step_ms",
-)  # fmt: skip
 
 
 @dataclass
-class MatchConfig(Section):
+class MatchConfig(Measured):
     """What `softmoe match` composes."""
 
-    path: ClassVar[str] = ""
-    model: Model = field(default_factory=Model)
-    data: Data = field(default_factory=Data)
     free: str = option("the one setting to solve for", choices=FREE_KEYS)
     to: str = option("the model whose cost is to be met, as in model=, or BACKBONE_ROUTER where that has no name")
-    by: str = option("the cost that is to be the same", choices=COSTS)
+    by: str = option("the cost that is to be the same", choices=MATCHED)
     tolerance: float = option("largest difference, as a share of the other's cost", above=0, high=1)
     steps: int | None = option("by=train_pflop: updates that the other model is trained", low=1)
-    batch_size: int = option("images per update, for memory and clock", low=1)
-    accumulate: int = option("as in train.accumulate", low=1)
-    recompute: bool = option("as in train.recompute")
-    precision: str = option("as in train.precision", choices=("fp32", "bf16", "fp16"))
-    compile: bool = option("torch.compile the models that the clock measures")
-    repeats: int = option("times that the clock measures each", low=3)
     format: str = option("what is printed", choices=("table", "json"))
-    device: str = option("auto: cuda, else mps, else cpu", choices=DEVICES)
-    threads: int | None = option("CPU threads; null: torch's choice", low=1)
 
     def check(self) -> None:
-        _check_parts(self)
+        super().check()
         if (self.by == "train_pflop") != (self.steps is not None):
             raise UsageError(f"by={self.by} and steps={self.steps}: steps belong to by=train_pflop, which needs them")
         if self.free == "train.steps" and self.by != "train_pflop":
             raise UsageError(f"free=train.steps changes no {self.by}; use by=train_pflop with steps=")
-
-
-def _check_parts(config: CostConfig | MatchConfig) -> None:
-    if config.batch_size % config.accumulate:
-        raise UsageError(f"accumulate={config.accumulate} does not divide batch_size={config.batch_size}")
-
-
-QUALITIES = ("validation_top1_pct", "best_validation_top1_pct")
-PRICES = ("train_pflop", "forward_gflop", "train_gflop", "params_m", "active_params_m", "peak_mib")
-"""What a search may look at: never the test images."""
 
 
 @dataclass
@@ -851,7 +843,13 @@ class Limit(Section):
 
     @property
     def given(self) -> dict[str, float]:
-        return {key: getattr(self, key) for key in PRICES if getattr(self, key) is not None}
+        return {key: amount for key, amount in vars(self).items() if amount is not None}
+
+
+SEARCHED = ("validation_top1_pct", "best_validation_top1_pct")
+"""Qualities that a search may look at: never those of the test images."""
+FORESEEN = tuple(f.name for f in dataclasses.fields(Limit))
+"""Costs that are known before a job runs."""
 
 
 @dataclass
@@ -863,16 +861,16 @@ class Launcher(Section):
     where: str = MISSING
     jobs: int | None = option("jobs at a time; null: one per GPU, or one per core; on a cluster: all", low=1)
     objective: list[str] = option(
-        "what a searching sweeper (hydra/sweeper=optuna) is told of each job", choices=(*QUALITIES, *PRICES)
+        "what a searching sweeper (hydra/sweeper=optuna) is told of each job", choices=(*SEARCHED, *FORESEEN)
     )
     limit: Limit = field(default_factory=Limit)
     plan: bool = option("list the jobs with their cost and stop; --plan sets it")
 
     def check(self) -> None:
-        if self.limit.given and (len(self.objective) != 1 or self.objective[0] not in QUALITIES):
+        if self.limit.given and (len(self.objective) != 1 or self.objective[0] not in SEARCHED):
             raise UsageError(
                 f"hydra.launcher.limit={self.limit.given} goes with one quality as hydra.launcher.objective, such as "
-                f"[{QUALITIES[0]}], not with {self.objective}; add +search=quality"
+                f"[{SEARCHED[0]}], not with {self.objective}; add +search=quality"
             )
 
 
@@ -916,14 +914,6 @@ NOT_SCIENCE = (
 )  # fmt: skip
 """Keys that change where, when or how fast, never which numbers come out, or that only others read: left out of the
 signature. (The number that `slots` comes to stands in model.router.)"""
-
-LATER: dict[str, Any] = {
-    "model.expert_width": None, "augment.erase": 0, "optim.name": "adamw", "optim.momentum": None,
-    "optim.moments": "fp32", "optim.layer_decay": None, "optim.freeze": [], "data.label": None,
-    "data.class_numbers": False, "data.crop_pct": None, "data.from_file": False,
-}  # fmt: skip
-"""Options that came later, and where they do nothing: a run that leaves them there is what it was before there was a
-choice, so they are left out of its signature."""
 
 
 SCHEMAS: dict[str, type[Section]] = {

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import stat
+import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -30,6 +31,9 @@ AT_ONCE, THREADS = 256, 16
 KNOWN = "SOFTMOE_KNOWN_IMAGES"
 """Environment of a sweep's jobs: what the launcher has found, so that not every job reads the set anew."""
 
+MANY = 50_000
+"""Images from which on reading them all takes so long that it is said: 6 s where this was measured."""
+
 Parts = Mapping[str, tuple[Stored, np.ndarray]]
 
 _known: dict[str, str] = {}
@@ -49,6 +53,10 @@ def digest(parts: Parts, classes: Sequence[str]) -> str:
         names += b"".join(b"%d %s\0" % pair for pair in pairs)
     unchanged = _sha256(names, *(_times(stored) for stored, _ in parts.values()))
     if unchanged not in _known:
+        number = sum(len(labels) for _, labels in parts.values())
+        if number >= MANY and os.environ.get("RANK", "0") == "0":
+            said = f"softmoe: reading {number:,} images once, as what they hold is part of what a run is"
+            print(said, file=sys.stderr)
         _known[unchanged] = _sha256(names, *(_pictures(stored) for stored, _ in parts.values()))
     return _known[unchanged]
 

@@ -95,6 +95,11 @@ class Splits:
                 raise UsageError(f"there are no {part} images: with data.test_fraction=1 all are test images")
 
 
+def num_classes(data: Data, splits: Splits) -> int:
+    """The width of the head: as the configuration says, else as many as the images have."""
+    return data.num_classes or len(splits.classes)
+
+
 def load(data: Data) -> Splits:
     """Reads the set that `data` names and cuts it.
 

@@ -13,6 +13,7 @@ import torch
 
 from softmoe_cli.errors import UsageError
 from softmoe_cli.moe.processor import CPU_PRODUCTS
+from softmoe_cli.text import several
 
 T = TypeVar("T", bound=Callable[..., Any])
 
@@ -35,15 +36,18 @@ def arithmetic(name: str, precision: str, threads: int | None) -> tuple[torch.de
 
 
 KEPT = 1.75
-"""What a process that keeps freed memory holds at most, in what is alive at once. glibc finds no place for an aligned
-block where one of its size was, so that gaps remain (2.36: 1.3 to 1.56 in training at 256 to 3,136 tokens)."""
+"""A process that keeps freed memory holds at most so many times what is alive at once. glibc does not always find a
+place for an aligned block where one of its size was, and leaves gaps (2.36: 1.3 to 1.56 in training at 256 to 3,136
+tokens)."""
 
 
 def keep_freed_memory(device: torch.device, peak: int = 0, free: int = 0) -> bool:
-    """Has glibc keep what the main thread frees for what it allocates next, on a CPU that has room for the gaps beside
-    a `peak` of bytes alive. Left alone it gives blocks of 32 MiB and more back to the system, which hands them out
-    again zeroed, page by page (what that costs: experiments/layer_speed). Where there is no such room all of 1 MiB and
-    more is given back, which takes no more than what is alive. Returns whether memory is kept."""
+    """Has glibc keep what the main thread frees for what it allocates next, on a CPU where KEPT times `peak` bytes are
+    free. Returns whether memory is kept.
+
+    By itself glibc gives blocks of 32 MiB and more back to the system, which hands them out again zeroed, page by page
+    (what that costs: experiments/layer_speed). Where there is too little room, every freed block of 1 MiB and more is
+    given back at once, so that the process holds no more than what is alive."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None or device.type != "cpu":
         return False
@@ -56,14 +60,14 @@ def keep_freed_memory(device: torch.device, peak: int = 0, free: int = 0) -> boo
 
 
 def give_back_freed_memory() -> None:
-    """The reverse, once: what is free of this process's memory counts as the system's again."""
+    """Gives what this process has freed and kept back to the system, once."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
 
 
 def cores() -> int:
-    """CPU cores that this process may use: its share, where torchrun's words tell of more of them on this machine."""
+    """CPU cores that this process may use; its share of them where torchrun has started several on this machine."""
     all_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, all_cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
@@ -101,8 +105,7 @@ def hardware(device: torch.device) -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     name = names[0] if names else platform.machine()
-    threads = torch.get_num_threads()
-    return f"{name}, {'mps' if device.type == 'mps' else f'{threads} thread' + 's' * (threads > 1)}"
+    return f"{name}, {'mps' if device.type == 'mps' else several(torch.get_num_threads(), 'thread')}"
 
 
 class Energy:

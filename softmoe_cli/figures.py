@@ -8,7 +8,6 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -17,7 +16,7 @@ from softmoe_cli.compare import Block, Comparison, Group
 from softmoe_cli.findings import provisos
 from softmoe_cli.intervals import Interval, at_budget
 from softmoe_cli.looks import COLOURS, KINDS, reference_points, same_axes, styles
-from softmoe_cli.runs import AXES, CURVES, QUALITIES
+from softmoe_cli.rows import AXES, CURVES, QUALITIES
 from softmoe_cli.tables import units
 from softmoe_cli.text import shortened
 
@@ -88,31 +87,14 @@ def safe(text: str) -> str:
 
 
 def _legend(axes: Axes, handles: Sequence[Line2D], labels: Sequence[str]) -> float:
-    """Each line's look and name at the panel's side, in columns; returns the inches that they need.
-
-    Not matplotlib's own legend, which lays itself out anew for each format and then takes as long as all the rest.
-    """
+    """A legend at the panel's side, in columns of up to 15 lines; returns the inches that it needs."""
     figure = axes.get_figure(root=True)
     assert figure is not None
-    renderer = FigureCanvasAgg(figure).get_renderer()
-    rows = max(1, math.ceil(len(labels) / max(1, math.ceil(len(labels) / 15))))
-    x = 0.15
-    for first in range(0, len(labels), rows):
-        widths = []
-        for row, (handle, label) in enumerate(
-            zip(handles[first : first + rows], labels[first : first + rows], strict=True)
-        ):
-            ends, y = [1 + (x + i) / PLOT_WIDTH for i in (0, 0.15, 0.3)], 1 - (0.1 + 0.205 * row) / PLOT_HEIGHT
-            sample = Line2D(ends, [y] * 3)
-            sample.update_from(handle)
-            sample.set(transform=axes.transAxes, clip_on=False, markevery=[1])
-            axes.add_artist(sample)
-            text = axes.text(
-                1 + (x + 0.42) / PLOT_WIDTH, y, safe(label), transform=axes.transAxes, va="center_baseline"
-            )
-            widths.append(text.get_window_extent(renderer).width / figure.dpi)
-        x += 0.42 + max(widths) + 0.2
-    return x
+    legend = axes.legend(
+        handles, [safe(label) for label in labels], loc="upper left", bbox_to_anchor=(1.01, 1.02),
+        ncols=max(1, math.ceil(len(labels) / 15)),
+    )  # fmt: skip
+    return legend.get_window_extent().width / figure.dpi + 0.2
 
 
 def _pareto(axes: Axes, comparison: Comparison, block: Block) -> float:
@@ -132,7 +114,7 @@ def _pareto(axes: Axes, comparison: Comparison, block: Block) -> float:
     groups = sorted(block.groups, key=lambda group: list(look).index(group.label))
     colours = [COLOURS[look[group.label][0]] for group in groups]
     x, y = np.array([at[group.label] for group in groups]).T
-    x_half, y_half = np.array([[half(group.figures[key]) or 0.0 for group in groups] for key in (cost, quality)])
+    x_half, y_half = np.array([[half(group.intervals[key]) or 0.0 for group in groups] for key in (cost, quality)])
     x_half *= unit.factor
     # All bars at once: a call for each group makes as many lines as all the rest of the figure.
     axes.hlines(y, x - x_half, x + x_half, colours, linewidth=1.2, zorder=3)
@@ -144,14 +126,14 @@ def _pareto(axes: Axes, comparison: Comparison, block: Block) -> float:
         labels.append(f"{group.label} ({', '.join([f'n={len(group.runs)}', *provisos(group, cost)])})")
     _scale(axes, [cost for cost, _ in at.values()])
     axes.set_xlabel(unit.head)
-    axes.set_ylabel(QUALITIES[quality].head)
+    axes.set_ylabel(QUALITIES[quality].title)
     axes.annotate("bars: 95% t-intervals over seeds", (1, -0.17), xycoords="axes fraction", ha="right", va="top",
                   fontsize=10, color=GREY)  # fmt: skip
     return _legend(axes, [*handles, line], [*labels, "Pareto front (filled)"])
 
 
 def _point(group: Group, comparison: Comparison, factor: float) -> tuple[float, float]:
-    cost, quality = group.figures[comparison.cost], group.figures[comparison.quality]
+    cost, quality = group.intervals[comparison.cost], group.intervals[comparison.quality]
     assert cost is not None and quality is not None
     return cost.mean * factor, quality.mean
 
@@ -195,7 +177,7 @@ def _curves(axes: Axes, comparison: Comparison, block: Block) -> float:
     lines, colours = zip(*thin, strict=True) if thin else ((), ())
     axes.add_collection(LineCollection(lines, colors=colours, linewidths=0.6, alpha=0.35, zorder=1.9))
     axes.set_xlabel(unit.head)
-    axes.set_ylabel(CURVES[key])
+    axes.set_ylabel(CURVES[key].title)
     axes.autoscale_view()
     axes.annotate("thin: each seed; thick: their mean", (1, -0.17), xycoords="axes fraction", ha="right", va="top",
                   fontsize=10, color=GREY)  # fmt: skip

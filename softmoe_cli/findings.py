@@ -1,8 +1,9 @@
 """A comparison in sentences: who is on the front, and what came out."""
 
-from softmoe_cli.compare import TRAINING, Block, Comparison, Group
-from softmoe_cli.runs import QUALITIES
-from softmoe_cli.units import AMOUNTS, cell
+from softmoe_cli.compare import Block, Comparison, Group
+from softmoe_cli.rows import COSTS, QUALITIES
+from softmoe_cli.text import several
+from softmoe_cli.units import cell
 
 MOST_SENTENCES = 4
 VERDICTS = {"better": "is better than", "worse": "is worse than", "not distinguishable": "cannot be told from"}
@@ -10,7 +11,7 @@ VERDICTS = {"better": "is better than", "worse": "is worse than", "not distingui
 
 def pretraining(group: Group, cost: str) -> list[str]:
     """That a checkpoint's training is in no cost of the group."""
-    return ["pretraining not counted"] if group.pretrained and cost in TRAINING else []
+    return ["pretraining not counted"] if group.pretrained and COSTS[cost].trained else []
 
 
 def provisos(group: Group, cost: str) -> list[str]:
@@ -26,11 +27,11 @@ def front(comparison: Comparison, block: Block) -> str:
         chance = [] if group.front_probability is None else [f"{100 * group.front_probability:.0f}%"]
         words = [*chance, *provisos(group, comparison.cost)]
         told.append(group.label + (f" ({', '.join(words)})" if words else ""))
-    return f"On the front, by {AMOUNTS[comparison.cost]}: {'; '.join(told)}"
+    return f"On the front, by {COSTS[comparison.cost].amount}: {'; '.join(told)}"
 
 
 def mean(group: Group, key: str) -> float:
-    interval = group.figures[key]
+    interval = group.intervals[key]
     return 0.0 if interval is None else interval.mean
 
 
@@ -42,27 +43,27 @@ def headline(comparison: Comparison, block: Block) -> list[str]:
         if len(block.groups) > 1:
             return ["Nothing is measured against a baseline, and so there is no verdict."]
         (only,) = block.groups
-        name, _, percent = QUALITIES[quality].head.partition(", ")
-        words = [f"{cell(quality, only.figures[quality])}{percent}", *provisos(only, comparison.cost)]
+        name, _, percent = QUALITIES[quality].title.partition(", ")
+        words = [f"{cell(quality, only.intervals[quality])}{percent}", *provisos(only, comparison.cost)]
         return [f"{only.label} reached a {name} of {', '.join(words)}."]
     sentences = {group.label: _sentence(quality, group) for group in judged}
     if len(judged) <= MOST_SENTENCES:
         return list(sentences.values())
     kinds = [group.verdict for group in judged]
     counts = [f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds)]
-    best = (max if QUALITIES[quality].higher_is_better else min)(block.groups, key=lambda group: mean(group, quality))
-    told = sentences.get(best.label, f"{best.label}, with {cell(quality, best.figures[quality])}.")
+    best = (max if QUALITIES[quality].better == "higher" else min)(block.groups, key=lambda group: mean(group, quality))
+    told = sentences.get(best.label, f"{best.label}, with {cell(quality, best.intervals[quality])}.")
     return [f"{len(judged)} groups are measured against a baseline: {', '.join(counts)}.", f"The best mean: {told}"]
 
 
 def _sentence(quality: str, group: Group) -> str:
     """soft is better than dense in test top-1: +2.96 ± 0.79 points (p = 0.004, 3 seeds); at 16% more training FLOPs."""
     assert group.difference is not None
-    interval, name = group.difference.interval, QUALITIES[quality].head.removesuffix(", %")
+    interval, name = group.difference.interval, QUALITIES[quality].title.removesuffix(", %")
     verdict = VERDICTS.get(group.verdict or "", "has too few seeds for a verdict against")
     points = " points" if quality.endswith("_pct") else ""
     p = "" if group.p_holm is None else f"p = {group.p_holm:.2g}, "
-    seeds = f"{interval.n} seed{'' if interval.n == 1 else 's'}"
+    seeds = several(interval.n, "seed")
     beside = [*group.conditions, *(["itself at chance"] if group.at_chance else [])]
     apart = f"{cell(quality, interval, signed=True)}{points}"
     told = f"{group.label} {verdict} {group.baseline} in {name}: {apart} ({p}{seeds})"

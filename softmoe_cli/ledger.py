@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from softmoe_cli.clock import measure, rank
-from softmoe_cli.config import CostConfig, MatchConfig
+from softmoe_cli.clock import Timing, measure, rank
+from softmoe_cli.config import CostConfig, Measured
 from softmoe_cli.cost import account_model, count, on_meta
 from softmoe_cli.device import arithmetic
 from softmoe_cli.errors import UsageError
+from softmoe_cli.load import Load
 from softmoe_cli.memory import predict
-from softmoe_cli.text import aligned
+from softmoe_cli.text import aligned, several
 
 CONVENTION = (
     "1 multiply-add = 2 FLOPs; matrix products only, router, dispatch and combine included; FLOPs are per image, "
@@ -24,32 +25,32 @@ CONVENTION = (
 Row = dict[str, Any]
 
 
-def classes_of(config: CostConfig | MatchConfig) -> int:
-    """The width of the head.
+def load_of(config: Measured) -> Load:
+    """What the configuration asks the cost of.
 
     Raises:
-        UsageError: a folder's number of classes, which only its files know.
+        UsageError: a number of classes that only the files know, or a device that is not there.
     """
     if config.data.num_classes is None:
         raise UsageError(f"data={config.data.name} does not say how many classes it has; give data.num_classes")
-    return config.data.num_classes
+    device, _ = arithmetic(config.device, config.precision, None)
+    return Load(
+        config.model, config.data.num_classes, config.batch_size, device, config.accumulate, config.recompute,
+        config.precision, config.compile, config.threads,
+    )  # fmt: skip
 
 
 def formula_row(config: CostConfig, vit: VisionTransformer) -> Row:
     """Everything about a model that needs no counting and no measuring. `vit` is it, on the meta device."""
-    classes, part = classes_of(config), config.batch_size // config.accumulate
-    device, _ = arithmetic(config.device, config.precision, None)
-    cost = account_model(vit, batch=part, recompute=config.recompute)
-    memory = predict(
-        config.model, classes, batch=config.batch_size, accumulate=config.accumulate, recompute=config.recompute,
-        ema=False, precision=config.precision, device=device, processes=config.devices, way=config.parallel,
-    )  # fmt: skip
+    load = load_of(config)
+    cost = account_model(vit, batch=load.part, recompute=load.recompute)
+    memory = predict(load, config.devices, config.parallel)
     return {
         "model": config.model.name,
         "image_size": config.model.image_size,
         "tokens": cost.tokens,
         "slots_per_token": cost.slots_per_token,
-        "num_classes": classes,
+        "num_classes": load.num_classes,
         "batch_size": config.batch_size,
         "accumulate": config.accumulate,
         "recompute": config.recompute,
@@ -84,11 +85,11 @@ def costs(configs: Sequence[CostConfig]) -> list[Row]:
     Raises:
         UsageError: a model that cannot be built, counted or measured here.
     """
-    rows = []
-    for config in configs:
-        vit, part = on_meta(config.model, classes_of(config)), config.batch_size // config.accumulate
+    rows, loads = [], [load_of(config) for config in configs]
+    for config, load in zip(configs, loads, strict=True):
+        vit = on_meta(load.model, load.num_classes)
         row = formula_row(config, vit)
-        forward, step = count(vit, batch=part, recompute=config.recompute)
+        forward, step = count(vit, batch=load.part, recompute=load.recompute)
         for key, seen in (("counter_forward_gflop", forward), ("counter_train_gflop", step)):
             row[key] = seen.flop / seen.images / 1e9
             for each in row["parts"]:
@@ -96,29 +97,30 @@ def costs(configs: Sequence[CostConfig]) -> list[Row]:
                 each[key] = None if own is None else own[each["part"]] / seen.images / 1e9
         row |= dict.fromkeys(CLOCK)
         rows.append(row)
-    by_classes: dict[int, list[int]] = {}
-    for index, config in enumerate(configs):
-        if config.clock:
-            by_classes.setdefault(classes_of(config), []).append(index)
-    for classes, indices in by_classes.items():
-        for index, timing in zip(indices, measure([configs[i] for i in indices], classes), strict=True):
-            batch = configs[index].batch_size
-            rows[index] |= {
-                "latency_ms": timing.latency_ms,
-                "latency_spread_ms": timing.latency_spread_ms,
-                "images_per_s": 1000 * batch / timing.latency_ms,
-                "train_step_ms": timing.train_step_ms,
-                "train_step_spread_ms": timing.train_step_spread_ms,
-                "train_images_per_s": 1000 * batch / timing.train_step_ms,
-                "measured_peak_mib": None if timing.peak_bytes is None else timing.peak_bytes / 2**20,
-                "hardware": timing.hardware,
-                "torch": torch.__version__,
-            }
-    timed = [row for row in rows if row["latency_ms"] is not None]
-    places = rank([(row["latency_ms"] / row["batch_size"], row["hardware"]) for row in timed])
-    for row, place in zip(timed, places, strict=True):
+    timed = [index for index, config in enumerate(configs) if config.clock]
+    if timed:
+        repeats = max(configs[index].repeats for index in timed)
+        for index, timing in zip(timed, measure([loads[index] for index in timed], repeats), strict=True):
+            rows[index] |= _clock_row(timing, loads[index].batch)
+    timed_rows = [rows[index] for index in timed]
+    places = rank([(row["latency_ms"] / row["batch_size"], row["hardware"]) for row in timed_rows])
+    for row, place in zip(timed_rows, places, strict=True):
         row["latency_rank"] = place
     return rows
+
+
+def _clock_row(timing: Timing, batch: int) -> Row:
+    return {
+        "latency_ms": timing.latency_ms,
+        "latency_spread_ms": timing.latency_spread_ms,
+        "images_per_s": 1000 * batch / timing.latency_ms,
+        "train_step_ms": timing.train_step_ms,
+        "train_step_spread_ms": timing.train_step_spread_ms,
+        "train_images_per_s": 1000 * batch / timing.train_step_ms,
+        "measured_peak_mib": None if timing.peak_bytes is None else timing.peak_bytes / 2**20,
+        "hardware": timing.hardware,
+        "torch": torch.__version__,
+    }
 
 
 CLOCK = (
@@ -158,12 +160,14 @@ def show(rows: list[Row], form: str, *, many: bool) -> str:
             "train_step_spread_ms", "train_images_per_s", "latency_rank"]  # fmt: skip
     measured = [total]
     for row in rows:
-        several = f"{row['devices']} {row['parallel']}" if row["devices"] > 1 else ""
-        measured.append([row["model"], str(row["batch_size"]), several, *(_cell(row[key]) for key in keys)])
+        devices = f"{row['devices']} {row['parallel']}" if row["devices"] > 1 else ""
+        measured.append([row["model"], str(row["batch_size"]), devices, *(_cell(row[key]) for key in keys)])
     where = dict.fromkeys(row["hardware"] for row in rows if row["hardware"])
-    notes = [CONVENTION, *(f"{rows[0]['model']}: {_about(rows[0])}" for _ in range(not many))]
-    body = [aligned(table, form == "markdown"), aligned(_filled(measured), form == "markdown")]
-    return "\n\n".join(["\n".join(notes), *body, *(["measured on " + "; ".join(where)] if where else [])])
+    notes = CONVENTION if many else f"{CONVENTION}\n{rows[0]['model']}: {_about(rows[0])}"
+    chapters = [notes, aligned(table, form == "markdown"), aligned(_filled(measured), form == "markdown")]
+    if where:
+        chapters.append("measured on " + "; ".join(where))
+    return "\n\n".join(chapters)
 
 
 def _about(row: Row) -> str:
@@ -172,7 +176,7 @@ def _about(row: Row) -> str:
     each = f" on each of {row['devices']} devices, {row['parallel']}" if row["devices"] > 1 else ""
     return (
         f"{row['image_size']} px, {row['tokens']} tokens{slots}; memory for {row['batch_size']} images in "
-        f"{row['accumulate']} part{'s' * (row['accumulate'] > 1)}{recompute}, {row['precision']}{each}: weights "
+        f"{several(row['accumulate'], 'part')}{recompute}, {row['precision']}{each}: weights "
         f"{row['weight_mib']:,.1f} MiB, gradients {row['gradient_mib']:,.1f}, AdamW {row['optimizer_mib']:,.1f}, "
         f"activations {row['activation_mib']:,.1f}"
     )
@@ -185,6 +189,6 @@ def _cell(value: Any) -> str:
 
 
 def _filled(table: list[list[str]]) -> list[list[str]]:
-    """Without the columns that nobody filled."""
+    """The table without the columns that are empty."""
     keep = [i for i in range(len(table[0])) if any(row[i] for row in table[1:])]
     return [[row[i] for i in keep] for row in table]

@@ -117,7 +117,9 @@ def _told_apart(names: Sequence[str]) -> str:
     """Some names; with their code points where two look alike."""
     looks = Counter(map(_look, names))
     some = [f"{name!a}" if looks[_look(name)] > 1 else printable(name) for name in names[:6]]
-    return ", ".join(some) + " (they look alike, but are written with other characters)" * (len(looks) < len(names))
+    if len(looks) == len(names):
+        return ", ".join(some)
+    return ", ".join(some) + " (they look alike, but are written with other characters; write them alike)"
 
 
 def _text(name: str) -> str:

@@ -15,9 +15,8 @@ from typing import Any
 from softmoe_cli.clock import measure
 from softmoe_cli.config import MatchConfig
 from softmoe_cli.cost import account
-from softmoe_cli.device import arithmetic
 from softmoe_cli.errors import RunError, UsageError
-from softmoe_cli.ledger import classes_of
+from softmoe_cli.ledger import load_of
 from softmoe_cli.memory import predict
 
 LARGEST = 2**24
@@ -187,19 +186,14 @@ def changes_of(config: MatchConfig, value: int) -> dict[str, Any]:
 
 def cost_of(config: MatchConfig) -> float:
     """The cost that is to be the same, in the unit of its name, where it needs no clock."""
-    classes, part = classes_of(config), config.batch_size // config.accumulate
+    load = load_of(config)
     if config.by == "peak_mib":
-        device, _ = arithmetic(config.device, config.precision, None)
-        memory = predict(
-            config.model, classes, batch=config.batch_size, accumulate=config.accumulate, recompute=config.recompute,
-            ema=False, precision=config.precision, device=device,
-        )  # fmt: skip
-        return memory.peak_bytes / 2**20
-    cost = account(config.model, classes, batch=part, recompute=config.recompute)
+        return predict(load).peak_bytes / 2**20
+    cost = account(load.model, load.num_classes, batch=load.part, recompute=load.recompute)
     values = {
         "forward_gflop": cost.forward_flop / 1e9,
         "train_gflop": cost.train_flop / 1e9,
-        "train_pflop": (config.steps or 0) * config.batch_size * cost.train_flop / 1e15,
+        "train_pflop": (config.steps or 0) * load.batch * cost.train_flop / 1e15,
         "params_m": cost.params / 1e6,
         "active_params_m": cost.active_params / 1e6,
     }
@@ -208,7 +202,7 @@ def cost_of(config: MatchConfig) -> float:
 
 def _timed(changes: dict[str, Any], config: MatchConfig, other: MatchConfig) -> Trial:
     """Both models measured in turn."""
-    own, others = measure([config, other], classes_of(config))
+    own, others = measure([load_of(config), load_of(other)], max(config.repeats, other.repeats))
     return Trial(changes, getattr(own, config.by), getattr(others, config.by))
 
 
@@ -226,9 +220,9 @@ def show(best: Trial, config: MatchConfig) -> str:
     }
     if config.format == "json":
         return json.dumps(row)
-    words = {key: " ".join(value) if isinstance(value, list) else _plain(value) for key, value in row.items()}
+    words = {key: " ".join(value) if isinstance(value, list) else _cell(value) for key, value in row.items()}
     return "\n".join(f"{key:<18}{word}" for key, word in words.items())
 
 
-def _plain(value: Any) -> str:
+def _cell(value: Any) -> str:
     return f"{value:.5g}" if isinstance(value, float) else str(value)

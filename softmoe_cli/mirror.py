@@ -11,26 +11,24 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 from urllib.parse import urlparse
 
 from softmoe_cli.config import WANDB_LETTERS, Config
 from softmoe_cli.errors import UsageError, first_line, nearest
+from softmoe_cli.rows import AXES, EVERY
 
 MODES = {"online": "online", "offline": "offline", "run": "online", "dryrun": "offline", "disabled": "off"}
 """What WANDB_MODE may say: W&B's words, two of them older ones."""
 SECRET = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
 
-AXES = ("images", "step", "epoch", "train_pflop", "device_s", "eval_s", "save_s", "compile_s")
-QUALITY = ("top1_pct", "top5_pct", "loss")
-OTHER_AXES = ("train_pflop", "device_s")
-"""A W&B metric has one x axis of its own: `images`. Validation quality is sent again under by_AXIS/ for each of these,
-so that W&B's charts show it against all three at once."""
+AXIS = "images"
+"""A W&B metric has one x axis of its own. Validation quality is sent again under by_AXIS/ for each of the other axes,
+so that W&B's charts show it against all at once."""
+OTHER_AXES = tuple(axis for axis in AXES if axis != AXIS)
+SENT_AGAIN = ("top1_pct", "top5_pct", "loss")
 INIT_TIMEOUT_S = 10
 LAST_WAIT_S = 30
-
-stuck = False
-"""Whether some mirror gave up waiting; the process must then leave without W&B's own goodbye, which would wait."""
 
 
 def resolve(tracking: str) -> str:
@@ -106,6 +104,9 @@ class Mirror:
         say: prints a sentence.
     """
 
+    stuck: ClassVar[bool] = False
+    """Whether some mirror gave up waiting: the process must then leave without W&B's own goodbye, which would wait."""
+
     def __init__(
         self,
         mode: str,
@@ -141,9 +142,9 @@ class Mirror:
 
     def _send(self) -> None:
         run = _init(self._mode, self._settings, self._folder, self._say)
-        run.define_metric("*", step_metric="images")
+        run.define_metric("*", step_metric=AXIS)
         for axis in OTHER_AXES:  # by their full names, which go before the *
-            for key in QUALITY:
+            for key in SENT_AGAIN:
                 run.define_metric(f"by_{axis}/{key}", step_metric=axis)
         for row in self._earlier[run.step :]:
             run.log(_named(row))
@@ -158,12 +159,11 @@ class Mirror:
 
 def _ends(thread: threading.Thread, patience_s: float, mode: str) -> bool:
     """Waits for W&B for so long, and up to LAST_WAIT_S while its server answers; says whether it is done."""
-    global stuck
     start = time.monotonic()
     thread.join(patience_s)
     while thread.is_alive() and time.monotonic() < start + LAST_WAIT_S and _answers(mode):
         thread.join(1)  # slow is not broken: what is on its way arrives
-    stuck = stuck or thread.is_alive()
+    Mirror.stuck = Mirror.stuck or thread.is_alive()
     return not thread.is_alive()
 
 
@@ -206,14 +206,15 @@ def _init(mode: str, settings: dict[str, Any], folder: Path, say: Callable[[str]
 
 
 def _named(row: dict[str, Any]) -> dict[str, Any]:
-    """A row as W&B names it: train/loss, validation/top1_pct, by_device_s/top1_pct, and the shared axes bare."""
+    """A row as W&B names it: train/loss, validation/top1_pct, by_device_s/top1_pct; what every row has keeps its
+    name."""
     named = {
-        key if key in AXES else f"{row['split']}/{key}": value
+        key if key in EVERY else f"{row['split']}/{key}": value
         for key, value in row.items()
-        if key != "split" and value is not None
+        if key not in ("format", "split") and value is not None
     }
     if row["split"] == "validation":
-        named |= {f"by_{axis}/{key}": row[key] for axis in OTHER_AXES for key in QUALITY}
+        named |= {f"by_{axis}/{key}": row[key] for axis in OTHER_AXES for key in SENT_AGAIN}
     return named
 
 

@@ -2,23 +2,26 @@
 
 import math
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from softmoe_cli.config import Train
 from softmoe_cli.optim import span
+from softmoe_cli.progress import Budget, Progress
+from softmoe_cli.setup import Setup
 from softmoe_cli.text import in_words, several
 
 WARM_STEPS, PACE_STEPS = 2, 10
-"""A run tells its pace after the later of these steps, or before its first evaluation where that comes earlier; the
-first ones, which are slower, are left out where there are others."""
+"""A run tells its pace after PACE_STEPS steps, or before its first evaluation where that comes earlier. The first
+WARM_STEPS ones, which are slower, are left out where there are others."""
 
 TIMED_FLOP = 10**10
-"""Of a forward pass that is timed on a CPU: a few tenths of a second on one core."""
+"""FLOPs of the forward pass that is timed on a CPU: a few tenths of a second on one core."""
 TWICE_S = 0.5
-"""A first forward pass that took less is done again: it sets things up."""
+"""A first forward pass that took less is done again, because much of it was setting things up."""
 
 
 def forward_s(
@@ -60,7 +63,8 @@ def images_of_a_look(train: Train, validation: int, classes: int, *, routed: boo
     """Images that go through the model at each evaluation: all validation images; the first ones for the routers'
     statistics; those of the few-shot quality."""
     shots = validation + classes * max(train.fewshot) if train.fewshot else 0
-    return validation + min(train.eval_batch_size, validation) * routed + shots
+    routing = min(train.eval_batch_size, validation) if routed else 0
+    return validation + routing + shots
 
 
 @dataclass(frozen=True)
@@ -73,11 +77,18 @@ class Pace:
     test_s: float | None
 
     def at(self, step_s: float) -> "Pace":
-        """The same, where an update is found to take so long."""
+        """The same pace where an update turns out to take so long: evaluations take longer in proportion."""
         if self.look_s is None or self.test_s is None:
             return Pace(step_s, None, None)
         rate = step_s / self.step_s
         return Pace(step_s, rate * self.look_s, rate * self.test_s)
+
+    def left(self, budget: Budget, progress: Progress, eval_every: float) -> str:
+        """How long the rest of the budget takes, in words."""
+        rest = max(0.0, budget.total - budget.position(progress))
+        steps, training_s = (rest, rest * self.step_s) if budget.steps is not None else (rest / self.step_s, rest)
+        evaluations = looks(budget.total, eval_every, budget.steps, progress.evaluated)
+        return self.said(steps=steps, training_s=training_s, evaluations=evaluations)
 
     def said(self, *, steps: float, training_s: float, evaluations: int) -> str:
         """What is left of a run, in words."""
@@ -94,24 +105,55 @@ class Pace:
         return text
 
 
-class FirstSteps:
-    """When each of the first steps of a run was done, in seconds of training, until their pace is told."""
+def forecast(setup: Setup, model: VisionTransformer) -> Pace:
+    """What a forward pass says of the updates and evaluations to come: an update takes as many times longer as it has
+    FLOPs."""
+    config, cost = setup.config, setup.cost
+    part = config.train.batch_size // config.train.accumulate
+    image_s = forward_s(model, setup.device, setup.autocast, config.model.image_size, cost.forward_flop, part)
+    routed = config.model.router_name != "dense"
+    look = images_of_a_look(config.train, len(setup.splits.validation), len(setup.splits.classes), routed=routed)
+    step_s = config.train.batch_size * image_s * cost.train_flop / cost.forward_flop
+    return Pace(step_s, look * image_s, len(setup.splits.test) * image_s)
 
-    def __init__(self, device_s: float) -> None:
-        self._at = [device_s]
+
+class FirstSteps:
+    """Tells once, from the first steps of a run, how long the rest of it takes.
+
+    Args:
+        forecast: the pace that a forward pass has promised; None: nobody has timed one.
+        say: prints a sentence.
+    """
+
+    def __init__(
+        self, progress: Progress, budget: Budget, eval_every: float, forecast: Pace | None, say: Callable[[str], None]
+    ) -> None:
+        self._progress, self._budget, self._eval_every = progress, budget, eval_every
+        self._forecast, self._say = forecast, say
+        self._device_s = [progress.seconds["device"]]
+        """Seconds of training at the start, and after each step."""
         self._told = False
 
-    def add(self, device_s: float) -> bool:
-        """A step more; whether it is time to tell."""
-        self._at.append(device_s)
-        return len(self._at) == PACE_STEPS + 1
+    def add(self) -> None:
+        """A step more."""
+        if not self._told:
+            self._device_s.append(self._progress.seconds["device"])
+            if len(self._device_s) == PACE_STEPS + 1:
+                self.tell()
 
-    def step_s(self) -> float | None:
-        """Seconds of a step, once; None where none was made that counts, and after that."""
-        made = len(self._at) - 1
+    def tell(self) -> None:
+        """Tells, if there are steps to tell it from and steps to come."""
+        made = len(self._device_s) - 1
         skipped = min(WARM_STEPS, max(0, made - 1))
-        passed = self._at[-1] - self._at[skipped]
-        if self._told or passed <= 0:
-            return None
+        passed = self._device_s[-1] - self._device_s[skipped]
+        if self._told or passed <= 0 or self._budget.position(self._progress) >= self._budget.total:
+            return
         self._told = True
-        return passed / (made - skipped)
+        step_s = passed / (made - skipped)
+        pace = Pace(step_s, None, None)
+        if self._forecast is not None and skipped:
+            pace = self._forecast.at(step_s)
+        elif self._forecast is not None:  # the very first step is slower than others, which says nothing of evaluations
+            pace = replace(self._forecast, step_s=step_s)
+        left = pace.left(self._budget, self._progress, self._eval_every)
+        self._say(f"{in_words(step_s)} a step: {left}")

@@ -114,7 +114,8 @@ class Crew:
         return self.rank == 0
 
     def share(self, config: Config) -> Share:
-        """Its own images of each part of a batch: whole routing groups, as evenly as they go.
+        """This process's images of each part of a batch: whole routing groups, as many for each process as for others
+        or one more.
 
         Raises:
             UsageError: too few groups for so many processes.
@@ -162,7 +163,7 @@ class Crew:
             dist.all_reduce(tensor)
         return tensor
 
-    def most(self, number: float) -> float:
+    def largest_of_all(self, number: float) -> float:
         """The largest of all processes' numbers: what they decide by must be the same to all."""
         if self.size == 1:
             return number
@@ -204,7 +205,7 @@ class Crew:
     @contextmanager
     def one_by_one(self) -> Iterator[None]:
         """The processes of a machine one after the other, where they divide what is whole only in here."""
-        turns = int(self.most(self.local_size)) if self.way != "ddp" else 0
+        turns = int(self.largest_of_all(self.local_size)) if self.way != "ddp" else 0
         before = min(self.local_rank, turns)
         for _ in range(before):
             dist.barrier()

@@ -48,8 +48,9 @@ def answer(inquiry: Inquiry, sender: Connection) -> None:
     from softmoe_cli.contents import known
     from softmoe_cli.data import identity
     from softmoe_cli.failures import defect, ours
+    from softmoe_cli.fit import with_largest_batch
     from softmoe_cli.inherit import resolve
-    from softmoe_cli.train import run_folder, with_largest_batch
+    from softmoe_cli.setup import run_folder
 
     identities: dict[str, str | None] = {}
     options = inquiry.options
@@ -66,7 +67,7 @@ def answer(inquiry: Inquiry, sender: Connection) -> None:
                         f"train.batch_size=auto depends on the device, which hydra/launcher={options.where} does not "
                         "know yet; give a number"
                     )
-                config = with_largest_batch(config, lambda _: None, sharers)
+                config = with_largest_batch(config, sharers)
                 settled.append(f"train.batch_size={config.train.batch_size}")
             if config.devices > 1 and options.where != "slurm":
                 raise UsageError(
@@ -119,41 +120,36 @@ def _costs(config: Config, *, times: bool) -> dict[str, float]:
     """What a job will cost, by formula; and how long, by a few steps of it on this machine. nan: cannot be known."""
     from softmoe_cli import data
     from softmoe_cli.clock import measure
-    from softmoe_cli.config import CostConfig
     from softmoe_cli.cost import account
     from softmoe_cli.device import arithmetic, free_memory
-    from softmoe_cli.memory import predict_for, require_place
+    from softmoe_cli.fit import require_place
+    from softmoe_cli.load import Load
+    from softmoe_cli.memory import predict
     from softmoe_cli.pace import images_of_a_look, looks
-    from softmoe_cli.train import Budget
+    from softmoe_cli.progress import Budget
 
     t = config.train
     key = repr(config.data)
     if key not in _loaded:
         splits = data.load(config.data)
         sizes = [len(images) for images in (splits.train, splits.validation, splits.test)]
-        _loaded[key] = config.data.num_classes or len(splits.classes), *sizes
+        _loaded[key] = data.num_classes(config.data, splits), *sizes
     classes, images, validation, test = _loaded[key]
     device, _ = arithmetic(config.device, t.precision, config.threads)
     require_place(config.optim, device, config.devices)
-    cost = account(
-        config.model, classes, batch=t.batch_size // t.accumulate, recompute=t.recompute, frozen=config.optim.freeze
-    )
-    way = "ddp" if config.parallel == "auto" else config.parallel
-    peak = predict_for(config, classes, device, config.devices, way).peak_bytes
+    load = Load.of(config, classes, device)
+    cost = account(load.model, classes, batch=load.part, recompute=t.recompute, frozen=config.optim.freeze)
+    peak = predict(load, config.devices, "ddp" if config.parallel == "auto" else config.parallel).peak_bytes
     budget = Budget.of(config, images)
     step_s = image_s = math.nan
     # What the clock knows: one device, all weights trained, AdamW's moments in float32.
     known = config.devices == 1 and not config.optim.freeze and config.optim.moments == "fp32"
     if times and known and peak <= free_memory(device):
-        load = CostConfig(
-            model=config.model, data=config.data, batch_size=t.batch_size, accumulate=t.accumulate,
-            recompute=t.recompute, precision=t.precision, devices=1, parallel="ddp", compile=t.compile, clock=True,
-            repeats=3, format="table", device=config.device, threads=config.threads,
-        )  # fmt: skip
-        key = repr((load, classes))
+        timed = replace(load, optim=None, ema=False)
+        key = repr(timed)
         if key not in _timed:
             try:
-                timing = measure([load], classes)[0]
+                timing = measure([timed], repeats=3)[0]
                 _timed[key] = timing.train_step_ms / 1000, timing.latency_ms / 1000 / t.batch_size
             except UsageError:  # what fits with SGD need not with AdamW
                 _timed[key] = math.nan, math.nan

@@ -33,7 +33,7 @@ from torch.distributed.tensor import DTensor
 
 from softmoe_cli import rows, shards
 from softmoe_cli.card import read_card
-from softmoe_cli.config import LATER, NOT_SCIENCE, Config, group_of
+from softmoe_cli.config import NOT_SCIENCE, Config
 from softmoe_cli.device import free_memory
 from softmoe_cli.errors import RunError as RunError
 from softmoe_cli.errors import UsageError
@@ -62,20 +62,9 @@ def signature(config: Config, command: str, source_digest: str | None, data_dige
 
 def _science(config: Config) -> dict[str, Any]:
     science = dataclasses.asdict(config)
-    if config.model.router_name == "experts_choice" and science["model"]["router"].get("gate") == "softmax":
-        del science["model"]["router"]["gate"]
-    for key in (*NOT_SCIENCE, *LATER):
+    for key in NOT_SCIENCE:
         section, _, leaf = key.rpartition(".")
-        node = science[section] if section else science
-        if key not in LATER or node[leaf] == LATER[key]:
-            del node[leaf]
-    if config.data.format in (None, config.data.name):  # said by the name, as it always was
-        del science["data"]["format"]
-    router = config.model.router
-    if config.data.format is not None and group_of(router) > 1:
-        science["data"]["held_out"] = "mixed"  # class by class before, so that groups were of one class
-    if str(router.get("gate")).startswith("sigmoid") and router.get("gshard_weight"):
-        science["model"]["router"]["gshard_of"] = "shares"  # of the sigmoids themselves before
+        del (science[section] if section else science)[leaf]
     return _plain(science)
 
 
@@ -181,7 +170,7 @@ class Run:
         path = self.folder / "result.json"
         try:
             path.stat()
-            return rows.row(path, rows.CLOSING)
+            return rows.row(path, rows.RESULT)
         except FileNotFoundError:
             return None
         except rows.Unreadable as error:
@@ -230,14 +219,14 @@ class Run:
         path = self.folder / file
         try:
             with open(path, "a", opener=not_following) as out:
-                out.write(json.dumps(row, allow_nan=False) + "\n")
+                out.write(json.dumps({"format": rows.FORMAT} | row, allow_nan=False) + "\n")
         except OSError as error:
             raise cannot_write(path, error) from error
 
     def rows(self, file: str) -> list[dict[str, Any]]:
         path = self.folder / file
         try:
-            return rows.lines(path, {})
+            return rows.lines(path, rows.FORMATS)
         except FileNotFoundError:
             return []
         except rows.Unreadable as error:
@@ -460,8 +449,10 @@ class Run:
                     written.truncate(size)
 
     def finish(self, row: dict[str, Any]) -> None:
+        """Writes result.json, which says what metrics.jsonl was by now."""
         if self._writes:
-            write_atomically(self.folder / "result.json", json.dumps(row, indent=1, allow_nan=False) + "\n")
+            whole = {"format": rows.FORMAT} | row | rows.seal((self.folder / "metrics.jsonl").read_bytes())
+            write_atomically(self.folder / "result.json", json.dumps(whole, indent=1, allow_nan=False) + "\n")
 
     def _size(self, file: str) -> int:
         path = self.folder / file

@@ -1,28 +1,22 @@
 """`softmoe compare`: its options, what it prints, and the files that it writes."""
 
 import argparse
-import contextlib
 import csv
 import dataclasses
-import gc
 import hashlib
 import json
 import math
-import multiprocessing.forkserver
 import os
 import shutil
-import signal
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
-from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerContext
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from softmoe_cli.errors import RunError, UsageError, nearest
+from softmoe_cli.errors import UsageError, nearest
 from softmoe_cli.files import require_vacant, write_atomically
-from softmoe_cli.runs import AXES, COSTS, QUALITIES
+from softmoe_cli.rows import AXES, COSTS, QUALITIES
 
 if TYPE_CHECKING:  # numpy, scipy and matplotlib are imported when there is something to compare
     from softmoe_cli.compare import Comparison, Question
@@ -44,6 +38,8 @@ OPTIONS: dict[str, tuple[str, str]] = {
 }
 FIGURES = ("curves", "pareto")
 PAGE = "index.html"
+PAPER = Path(__file__).resolve().parent / "paper"
+"""The paper's own tables, which --reference knows by name."""
 LISTS = ("by", "columns")
 REPEATED = ("where", "at")
 
@@ -61,19 +57,6 @@ def options() -> str:
     return "\n".join(lines)
 
 
-@contextlib.contextmanager
-def _without_collection() -> Iterator[None]:
-    """Of garbage, which takes a twentieth of the time of what ends within seconds."""
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collects:
-            gc.enable()
-
-
-@_without_collection()
 def run(arguments: Sequence[str]) -> int:
     """Compares, writes and prints.
 
@@ -81,7 +64,6 @@ def run(arguments: Sequence[str]) -> int:
         UsageError: an option, a folder or a key that cannot work.
     """
     chosen = _parse(arguments)
-    painters = _painters()
     from softmoe_cli.compare import Question, compare
     from softmoe_cli.tables import flat_rows, terminal
 
@@ -93,7 +75,7 @@ def run(arguments: Sequence[str]) -> int:
     if reference is not None:
         comparison.reference_name, comparison.reference = reference
     out = chosen.out or chosen.folders[0] / "compare"
-    files = write(comparison, out, painters)
+    files = write(comparison, out)
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     print(terminal(comparison, width))
     print(f"\n{_files(files, out, width)}")
@@ -189,13 +171,10 @@ def _reference(name: str, question: "Question") -> tuple[str, list[dict[str, str
     """
     from softmoe_cli.looks import PUBLISHED
 
-    paper = Path(__file__).resolve().parents[1] / "experiments" / "paper"
-    names = {path.stem: path for path in paper.glob("*.csv")}
+    names = {path.stem: path for path in PAPER.glob("*.csv")}
     path = names.get(name) or Path(name)
     if not path.is_file():
-        raise UsageError(
-            f"--reference {name}: no such file.{nearest(name, names)} Names, from a checkout: pareto, long_runs"
-        )
+        raise UsageError(f"--reference {name}: no such file.{nearest(name, names)} Names: {', '.join(sorted(names))}")
     try:
         with path.open(newline="") as file:
             rows = list(csv.DictReader(file, restval=""))
@@ -224,65 +203,29 @@ def _reference(name: str, question: "Question") -> tuple[str, list[dict[str, str
             raise UsageError(f"--reference {name}, line {number}: routing {row['routing']} is not one of {kinds}")
     if not any(all(row[key] for key in axes) for row in rows):
         raise UsageError(f"--reference {name} has no row with both {' and '.join(axes)}")
-    title = "Soft MoE (Puigcerver et al., 2023), " if path.parent == paper else ""
+    title = "Soft MoE (Puigcerver et al., 2023), " if path.parent == PAPER else ""
     table = {"pareto": "Table 9", "long_runs": "Table 8"}.get(path.stem, path.name) if title else path.name
     return title + table, rows
 
 
-def _painters() -> ForkServerContext | None:
-    """What starts processes that can draw at once, because the one that they are forked from imports matplotlib
-    meanwhile: figures take most of the time. None where this process has it already, as in a test or a notebook."""
-    if "matplotlib" in sys.modules:
-        return None
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["softmoe_cli.painter"])
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for this process; the others end with it
-    multiprocessing.forkserver.ensure_running()
-    signal.signal(signal.SIGINT, handler)
-    return context
-
-
-def _begin(painters: ForkServerContext, comparison: "Comparison", name: str) -> Connection:
-    """A process that draws; the other end of the line to it is the answer's, or ends with the process."""
-    ours, its = painters.Pipe(duplex=False)
-    painters.Process(target=_paint, args=(its, comparison, name), daemon=True).start()
-    its.close()
-    return ours
-
-
-def _paint(answer: Connection, comparison: "Comparison", name: str) -> None:
-    from softmoe_cli.figures import figure
-
-    with contextlib.suppress(BrokenPipeError):  # who asked is gone
-        answer.send(figure(comparison, name))
-
-
-def write(comparison: "Comparison", out: Path, painters: ForkServerContext | None = None) -> list[str]:
-    """Writes every file into `out` and returns their names; `painters` draw meanwhile.
+def write(comparison: "Comparison", out: Path) -> list[str]:
+    """Writes every file into `out` and returns their names.
 
     Raises:
-        UsageError: the folder cannot be written.
-        RunError: a painter is gone.
+        UsageError: the folder cannot be written, or holds files of these names that are not ours.
     """
+    from softmoe_cli.figures import figure
     from softmoe_cli.page import OURS, page
     from softmoe_cli.tables import comma_separated, json_text, latex, markdown
 
-    try:
-        drawing = [_begin(painters, comparison, name) for name in FIGURES] if painters is not None else []
-        texts = {
-            "table.md": markdown(comparison),
-            "table.tex": latex(comparison),
-            "table.csv": comma_separated(comparison),
-            "table.json": json_text(comparison),
-        }
-        drawn = {name: content for painter in drawing for name, content in painter.recv().items()}
-    except (EOFError, ConnectionError) as error:
-        raise RunError("a process that drew a figure is gone; type the command again") from error
-    if painters is None:
-        from softmoe_cli.figures import figure
-
-        drawn = {name: content for each in FIGURES for name, content in figure(comparison, each).items()}
-    texts = {PAGE: page(comparison, drawn, out)} | texts  # first: by it the folder is known as ours
+    drawn = {name: content for each in FIGURES for name, content in figure(comparison, each).items()}
+    texts = {
+        PAGE: page(comparison, drawn, out),  # first: by it the folder is known as ours
+        "table.md": markdown(comparison),
+        "table.tex": latex(comparison),
+        "table.csv": comma_separated(comparison),
+        "table.json": json_text(comparison),
+    }
     files = {name: text.encode() for name, text in texts.items()} | drawn
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,10 @@
-"""What lies in a run's folder, as everything reads it: a file may be cut, edited by hand, or be another program's.
+"""The rows of a run: what each key says, declared once, and how every reader takes rows from their files.
 
-Each table below says of each key that is counted on what it may hold. What holds something else is named, with the
+A file may be cut, edited by hand, or be another program's. What a row holds against its declaration is named, with the
 reason, and costs its own run only.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -20,23 +21,19 @@ from softmoe_cli.errors import first_line
 from softmoe_cli.text import printable, shortened
 
 Row = dict[str, Any]
-MOST_BYTES = 2**24
-"""Of a file that holds one row: more is none of ours, and would take the memory."""
-MOST_LINES_BYTES = 2**31
-"""Of a file that holds a row a line."""
+FORMAT = 1
+"""Of metrics.jsonl, routing.jsonl and result.json: every row says it, and a row of another format is not read."""
 
 
-class Unreadable(ValueError):
-    """A file that is there and does not hold what it should; the message goes on from the file's name."""
+# --- what a value may be ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a key holds, in words, and how that is told; `needed` keys are there and not null."""
+    """What a key holds, in words, and how that is told."""
 
     said: str
     holds: Callable[[Any], bool]
-    needed: bool = False
 
 
 def number(value: Any) -> bool:
@@ -65,64 +62,229 @@ def _path(value: Any) -> bool:
         return False
 
 
-TEXT, WHOLE, NUMBER = Kind("text", _text), Kind("a whole number", _whole), Kind("a number", number)
-NEEDED_TEXT, NEEDED_WHOLE = Kind("text", _text, needed=True), Kind("a whole number", _whole, needed=True)
-NEEDED_NUMBER = Kind("a number", number, needed=True)
+TEXT, PATH = Kind("text", _text), Kind("a path", _path)
+NUMBER, WHOLE, COUNT = Kind("a number", number), Kind("a whole number", _whole), Kind("a whole number above 0", _count)
 
-RESULT: dict[str, Kind] = {
-    **dict.fromkeys(("signature", "name", "data"), NEEDED_TEXT),
-    "seed": NEEDED_WHOLE,
-    **dict.fromkeys(
-        ("study", "command", "checkpoint", "backbone", "router", "moe_blocks", "precision", "hardware", "torch",
-         "softmoe", "commit", "python", "checkpoint.digest", "checkpoint.origin", "data.identity", "train.loss",
-         "model.router._target_"), TEXT
-    ),
-    **dict.fromkeys(("test_images", "classes", "data.num_classes"), WHOLE),
-    **dict.fromkeys(
-        ("top1_pct", "top5_pct", "loss", "nll", "ece_pct", "validation_top1_pct", "validation_loss",
-         "best_validation_top1_pct", "chance_pct", "train_pflop", "device_s", "forward_gflop", "train_gflop",
-         "params_m", "active_params_m", "peak_mib", "images", "epochs", "steps", "batch_size", "eval_s", "save_s",
-         "compile_s", "energy_kj", "checkpoint.train_pflop"), NUMBER
-    ),
+
+# --- what each key says -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of a row.
+
+    Attributes:
+        kind: what it holds.
+        title: what tables and charts call it, with the unit that the row has it in.
+        meaning: what it says, where the title does not.
+        null: it may be null.
+        optional: it may be missing.
+        unit: of the number in the row, a part of the title.
+        better: `higher` or `lower` of a quality.
+        curve: of a quality, its key in the validation rows.
+        guesses: of an accuracy, how many guesses it allows.
+        amount: of a cost, what it is an amount of.
+        axis: of a cost, whether rows hold it as it grows, so that curves are drawn and compared against it.
+        trained: of a cost, whether it grows with training, and so lacks what a checkpoint had cost.
+        clocked: of a cost, whether it depends on the machine, so that it is compared on one machine only.
+    """
+
+    kind: Kind
+    title: str = ""
+    meaning: str = ""
+    null: bool = False
+    optional: bool = False
+    unit: str = ""
+    better: str = ""
+    curve: str = ""
+    guesses: int = 0
+    amount: str = ""
+    axis: bool = False
+    trained: bool = False
+    clocked: bool = False
+
+
+def _said(kind: Kind, meaning: str, *, null: bool = False, optional: bool = False) -> Key:
+    return Key(kind, meaning=meaning, null=null, optional=optional)
+
+
+def _quality(title: str, better: str, curve: str, guesses: int = 0) -> Key:
+    unit = "%" if title.endswith("%") else ""
+    return Key(NUMBER, title, unit=unit, better=better, curve=curve, guesses=guesses)
+
+
+def _statistic(meaning: str) -> Key:
+    return Key(NUMBER, meaning=meaning, optional=True)
+
+
+FORMATS = {"format": _said(COUNT, "of the row: its keys and what they say")}
+SPENT = {
+    "train_pflop": Key(NUMBER, "training PFLOP", unit="PFLOP", amount="training FLOPs", axis=True, trained=True),
+    "device_s": Key(NUMBER, "training s", "seconds of training, summed over devices", unit="s", amount="training time",
+                    axis=True, trained=True, clocked=True),
+    "eval_s": Key(NUMBER, "evaluation s", unit="s", amount="evaluation time", clocked=True),
+    "save_s": Key(NUMBER, "saving s", unit="s", amount="saving time", clocked=True),
+    "compile_s": Key(NUMBER, "compilation s", unit="s", amount="compilation time", clocked=True),
+    "energy_kj": Key(NUMBER, "energy, kJ", "of the devices, where they tell", optional=True, unit="kJ", amount="energy",
+                     trained=True, clocked=True),
 }  # fmt: skip
-"""result.json, for tables."""
-DONE = {"validation_top1_pct": NUMBER}
-"""result.json, for what a sweep is doing."""
-CLOSING: dict[str, Kind] = {
-    "signature": NEEDED_TEXT,
-    **dict.fromkeys(("test_images", "classes", "tokens"), Kind("a whole number above 0", _count, needed=True)),
-    **dict.fromkeys(("steps", "best_step", "images"), NEEDED_WHOLE),
-    **dict.fromkeys(
-        ("top1_pct", "top5_pct", "loss", "validation_top1_pct", "best_validation_top1_pct", "chance_pct", "epochs",
-         "train_pflop", "device_s", "eval_s", "save_s", "compile_s"), NEEDED_NUMBER
-    ),
-    "energy_kj": NUMBER,
+"""What a run has cost so far: in every row, and in the result."""
+EVERY = {
+    **FORMATS,
+    "step": _said(NUMBER, "updates so far"),
+    "images": Key(NUMBER, "training images", "images so far", amount="training images", axis=True, trained=True),
+    "epoch": _said(NUMBER, "images so far over images of the training part"),
+    "split": _said(TEXT, "what the row is of: train, validation or test"),
+    **SPENT,
+}
+"""Any row of metrics.jsonl. On W&B these have the same name in all splits."""
+TRAIN = {
+    "loss": _said(NUMBER, "mean over updates since the row before, without the auxiliary loss"),
+    "aux_loss": _said(NUMBER, "mean auxiliary loss of the routers over the same updates"),
+    "lr": _said(NUMBER, "learning rate of the last update"),
+    "grad_norm": _said(NUMBER, "of the last update, before clipping; null where that was not made", null=True),
+    "images_per_s": _said(NUMBER, "images of all updates so far over the seconds of training"),
+}
+"""Beside EVERY in rows of split train."""
+LOOK = {
+    "top1_pct": _quality("validation top-1, %", "higher", "top1_pct", 1),
+    "top5_pct": _quality("validation top-5, %", "higher", "top5_pct", 5),
+    "loss": _quality("validation loss", "lower", "loss"),
+    "nll": _quality("validation NLL", "lower", "nll"),
+    "ece_pct": _quality("validation calibration error, %", "lower", "ece_pct"),
+    "images_evaluated": _said(COUNT, "images that were looked at"),
+}
+"""Beside EVERY in rows of split validation or test; their titles are those of the validation rows, which curves are
+made of. Validation rows have `routing_NAME` for each NAME of ROUTING, its mean over layers, and FEWSHOT."""
+FEWSHOT = "fewshot_{}_top1_pct"
+"""In validation rows, and in results after `validation_`, for each number of `train.fewshot`."""
+ROUTING = {
+    **FORMATS,
+    "step": _said(NUMBER, "updates so far"),
+    "block": _said(WHOLE, "which of the model's blocks the row is of"),
+    "utilisation": _statistic("share of slots that hold a token; empty ones are computed all the same"),
+    "dropped_share": _statistic("share of tokens that no expert saw"),
+    "dead_share": _statistic("share of experts with less than a hundredth of the mean load"),
+    "load_max": _statistic("the busiest expert's load over the mean"),
+    "effective_experts_share": _statistic("exp(entropy of the loads) / experts: 1 when all are used alike"),
+    "gate_mean": _statistic("mean over tokens of the sum of their gates (sparse routers)"),
+    "dispatch_max": _statistic("a slot's largest share of one token, mean over slots (soft)"),
+    "dispatch_min": _statistic("a slot's smallest share of one token, mean over slots (soft)"),
+    "combine_max": _statistic("a token's largest share of one slot, mean over tokens (soft)"),
+    "combine_min": _statistic("a token's smallest share of one slot, mean over tokens (soft)"),
+    "slot_cosine_min": _statistic("how alike the slots' parameters are: the least alike pair (soft)"),
+    "slot_cosine_mean": _statistic("how alike the slots' parameters are: the mean over pairs (soft)"),
+    "slot_cosine_max": _statistic("how alike the slots' parameters are: the most alike pair (soft)"),
+    "scale": _statistic("the learned scale of the logits; near 1 the routing is still almost uniform (soft)"),
 }  # fmt: skip
-"""result.json, for the table at a run's end."""
-ROUTING = {"step": NEEDED_NUMBER, "scale": NUMBER, "dispatch_max": NUMBER, "dispatch_min": NUMBER}
-"""A row of routing.jsonl, for the same table."""
-LOOK = dict.fromkeys(("step", "train_pflop", "device_s", "images"), NEEDED_NUMBER) | dict.fromkeys(
-    ("epoch", "top1_pct", "top5_pct", "loss", "nll", "ece_pct"), NUMBER
-)
-"""A validation row of metrics.jsonl, for curves."""
-STEP = dict.fromkeys(("step", "epoch", "images", "device_s"), NEEDED_NUMBER) | {"top1_pct": NUMBER}
-"""Any row of metrics.jsonl, for how far a run is."""
-JOB = {"run": NEEDED_TEXT, "folder": Kind("a path", _path, needed=True)}
+"""A row of routing.jsonl. Which statistics there are is the router's; one of your own may have others."""
+RESULT = {
+    **FORMATS,
+    "metrics_rows": _said(COUNT, "rows of metrics.jsonl when the run ended"),
+    "metrics_sha256": _said(TEXT, "SHA-256 of metrics.jsonl then, so that a later change is noticed"),
+    "name": _said(TEXT, "of the run's folder"),
+    "signature": _said(TEXT, "ten hex digits of all that decides the numbers"),
+    "study": _said(TEXT, "the folder that holds the run"),
+    "command": _said(TEXT, "train or finetune"),
+    "checkpoint": _said(TEXT, "what the run began with", null=True),
+    "seed": _said(WHOLE, "of everything random"),
+    "backbone": _said(TEXT, "the ViT's name"),
+    "router": _said(TEXT, "the router's name, or dense"),
+    "num_experts": _said(WHOLE, "of a layer", null=True),
+    "slots_per_expert": _said(WHOLE, "of an expert in one group of images", null=True),
+    "slots_per_token": _said(NUMBER, "slots of a layer over tokens", null=True),
+    "images_per_group": _said(WHOLE, "images whose tokens compete for the same slots", null=True),
+    "moe_blocks": _said(TEXT, "the blocks that hold experts"),
+    "image_size": _said(COUNT, "pixels of a side"),
+    "tokens": _said(COUNT, "of an image"),
+    "data": _said(TEXT, "the data set's name"),
+    "train_images": _said(COUNT, "images of the training part"),
+    "test_images": _said(COUNT, "images of the test part"),
+    "classes": _said(COUNT, "classes of the data set"),
+    "chance_pct": _said(NUMBER, "share of the test images that are of their commonest class"),
+    "top1_pct": _quality("test top-1, %", "higher", "top1_pct", 1),
+    "top5_pct": _quality("test top-5, %", "higher", "top5_pct", 5),
+    "loss": _quality("test loss", "lower", "loss"),
+    "nll": _quality("test NLL", "lower", "nll"),
+    "ece_pct": _quality("test calibration error, %", "lower", "ece_pct"),
+    "validation_top1_pct": _quality("validation top-1, %", "higher", "top1_pct", 1),
+    "validation_loss": _quality("validation loss", "lower", "loss"),
+    "best_validation_top1_pct": _quality("best validation top-1, %", "higher", "top1_pct", 1),
+    "best_step": _said(WHOLE, "updates after which that was reached"),
+    "train_pflop": SPENT["train_pflop"],
+    "device_s": SPENT["device_s"],
+    "forward_gflop": Key(NUMBER, "forward GFLOP/image", unit="GFLOP", amount="forward FLOPs"),
+    "train_gflop": Key(NUMBER, "training GFLOP/image", unit="GFLOP", amount="training FLOPs an image"),
+    "params_m": Key(NUMBER, "parameters, M", unit="M", amount="parameters"),
+    "active_params_m": Key(NUMBER, "active parameters, M", unit="M", amount="active parameters"),
+    "peak_mib": Key(NUMBER, "peak memory, MiB", "predicted", unit="MiB", amount="peak memory"),
+    "images": Key(WHOLE, "training images", amount="training images", axis=True, trained=True),
+    "epochs": Key(NUMBER, "epochs", amount="epochs", trained=True),
+    "steps": Key(WHOLE, "updates", amount="updates", trained=True),
+    **{key: SPENT[key] for key in ("eval_s", "save_s", "compile_s", "energy_kj")},
+    "batch_size": _said(COUNT, "images of an update"),
+    "lr": _said(NUMBER, "the highest learning rate"),
+    "precision": _said(TEXT, "of the arithmetic"),
+    "devices": _said(COUNT, "that trained together"),
+    "parallel": _said(TEXT, "how several devices shared the model", null=True),
+    "hardware": _said(TEXT, "what the run ran on"),
+    "torch": _said(TEXT, "its version"),
+    "softmoe": _said(TEXT, "its version"),
+    "commit": _said(TEXT, "of a checkout, -dirty where it had changes", null=True),
+    "python": _said(TEXT, "its version"),
+    "checkpoint.train_pflop": _said(NUMBER, "what training the checkpoint had cost", null=True),
+    "checkpoint.digest": _said(TEXT, "of the checkpoint's weights", null=True),
+    "checkpoint.origin": _said(TEXT, "equal for checkpoints that differ by seed only", null=True),
+    "data.identity": _said(TEXT, "of the images, where the settings do not say it", null=True),
+    "data.num_classes": _said(COUNT, "as it is set", null=True),
+    "train.loss": _said(TEXT, "as it is set"),
+    "model.router._target_": _said(TEXT, "the router's class", null=True),
+}
+"""result.json. Beside these it has every setting that decides the numbers, under its own key."""
+
+QUALITIES = {key: each for key, each in RESULT.items() if each.better}
+COSTS = {key: each for key, each in RESULT.items() if each.amount}
+CURVES = {key: each for key, each in LOOK.items() if each.better}
+AXES = tuple(key for key, each in COSTS.items() if each.axis)
+
+JOB = {"run": _said(TEXT, "the job's name"), "folder": _said(PATH, "its run's, from the sweep's")}
 """A job in jobs.json."""
-FAILURE = {"reason": NEEDED_TEXT}
+FAILURE = {"reason": _said(TEXT, "why a job failed")}
 """NN.json beside a sweep's log."""
 
 
-def fault(row: Mapping[str, Any], kinds: Mapping[str, Kind]) -> str:
-    """What the first key that does not keep to `kinds` holds instead; empty where all do."""
-    for key, kind in kinds.items():
-        value = row.get(key)
-        if value is None:
-            if kind.needed:
-                return f"has no {key}"
-        elif not kind.holds(value):
-            return f"says {key} is {shortened(printable(repr(value)), 40)}, which is not {kind.said}"
+# --- how rows are read ------------------------------------------------------------------------------------------------
+
+
+MOST_BYTES = 2**24
+"""Of a file that holds one row: more is none of ours, and would take the memory."""
+MOST_LINES_BYTES = 2**31
+"""Of a file that holds a row a line."""
+
+
+class Unreadable(ValueError):
+    """A file that is there and does not hold what it should; the message goes on from the file's name."""
+
+
+def fault(row: Mapping[str, Any], keys: Mapping[str, Key]) -> str:
+    """What the first key that does not keep to its declaration holds instead; empty where all do."""
+    if "format" in keys and (type(row.get("format")) is not int or row["format"] != FORMAT):
+        given = shortened(printable(repr(row["format"])), 40) if "format" in row else "none"
+        return f"has format {given}, and this softmoe reads format {FORMAT}"
+    for name, key in keys.items():
+        if name not in row:
+            if not key.optional:
+                return f"has no {name}"
+            continue
+        value = row[name]
+        if not (value is None and key.null) and not key.kind.holds(value):
+            return f"says {name} is {shortened(printable(repr(value)), 40)}, which is not {key.kind.said}"
     return ""
+
+
+def seal(metrics: bytes) -> Row:
+    """What a result says of its metrics.jsonl, so that a later change of that file is noticed."""
+    return {"metrics_rows": metrics.count(b"\n"), "metrics_sha256": hashlib.sha256(metrics).hexdigest()}
 
 
 def contents(path: Path, most: int = MOST_BYTES) -> bytes:
@@ -176,8 +338,8 @@ def printed(value: Any) -> Any:
     return value
 
 
-def row(path: Path, kinds: Mapping[str, Kind]) -> Row:
-    """A file that is one JSON object with what `kinds` tells.
+def row(path: Path, keys: Mapping[str, Key]) -> Row:
+    """A file that is one JSON object with these keys.
 
     Raises:
         FileNotFoundError: there is none.
@@ -186,14 +348,14 @@ def row(path: Path, kinds: Mapping[str, Kind]) -> Row:
     found = parsed(contents(path), finite=True)
     if not isinstance(found, dict):
         raise Unreadable("is no row of softmoe")
-    wrong = fault(found, kinds)
+    wrong = fault(found, keys)
     if wrong:
         raise Unreadable(wrong)
     return found
 
 
-def lines(path: Path, kinds: Mapping[str, Kind]) -> list[Row]:
-    """A file of JSON objects, one a line, each with what `kinds` tells.
+def lines(path: Path, keys: Mapping[str, Key]) -> list[Row]:
+    """A file of JSON objects, one a line, each with these keys.
 
     Raises:
         FileNotFoundError: there is none.
@@ -205,7 +367,7 @@ def lines(path: Path, kinds: Mapping[str, Kind]) -> list[Row]:
             row = parsed(line)
         except Unreadable as error:
             raise Unreadable(f"is damaged in line {place}: it {error}") from error
-        wrong = fault(row, kinds) if isinstance(row, dict) else "is no row of softmoe"
+        wrong = fault(row, keys) if isinstance(row, dict) else "is no row of softmoe"
         if wrong:
             raise Unreadable(f"is damaged in line {place}: it {wrong}")
         found.append(row)
@@ -218,7 +380,7 @@ def jobs(path: Path) -> tuple[str, list[str], list[Row]]:
     Raises:
         FileNotFoundError, Unreadable: there is none, or it is damaged; the message says which job.
     """
-    said = row(path, {"command": TEXT})
+    said = row(path, {"command": _said(TEXT, "train or finetune", optional=True)})
     found, typed = said.get("jobs"), said.get("typed") or []
     if not isinstance(found, list):
         raise Unreadable("has no list of jobs")

@@ -9,71 +9,21 @@ from typing import Any, cast
 
 from softmoe_cli import rows
 from softmoe_cli.errors import UsageError, nearest
-from softmoe_cli.rows import Row, number
+from softmoe_cli.rows import AXES, EVERY, LOOK, QUALITIES, RESULT, Row, number
 from softmoe_cli.text import printable
 
-
-@dataclass(frozen=True)
-class Quality:
-    """What tables call it, which way is up, and its name in the validation rows that curves are made of."""
-
-    head: str
-    higher_is_better: bool
-    curve: str
-
-
-QUALITIES = {
-    "top1_pct": Quality("test top-1, %", True, "top1_pct"),
-    "top5_pct": Quality("test top-5, %", True, "top5_pct"),
-    "loss": Quality("test loss", False, "loss"),
-    "nll": Quality("test NLL", False, "nll"),
-    "ece_pct": Quality("test calibration error, %", False, "ece_pct"),
-    "validation_top1_pct": Quality("validation top-1, %", True, "top1_pct"),
-    "validation_loss": Quality("validation loss", False, "loss"),
-    "best_validation_top1_pct": Quality("best validation top-1, %", True, "top1_pct"),
-}
-COSTS = {
-    "train_pflop": "training PFLOP",
-    "device_s": "training s",
-    "forward_gflop": "forward GFLOP/image",
-    "train_gflop": "training GFLOP/image",
-    "params_m": "parameters, M",
-    "active_params_m": "active parameters, M",
-    "peak_mib": "peak memory, MiB",
-    "images": "training images",
-    "epochs": "epochs",
-    "steps": "updates",
-    "eval_s": "evaluation s",
-    "save_s": "saving s",
-    "compile_s": "compilation s",
-    "energy_kj": "energy, kJ",
-}
-CURVES = {
-    "top1_pct": "validation top-1, %",
-    "top5_pct": "validation top-5, %",
-    "loss": "validation loss",
-    "nll": "validation NLL",
-    "ece_pct": "validation calibration error, %",
-}
-"""Qualities in validation rows."""
-AXES = ("train_pflop", "device_s", "images")
-"""Costs that validation rows hold as they grow."""
-CLOCK = ("device_s", "eval_s", "save_s", "compile_s", "energy_kj")
 FINGERPRINT = ("hardware", "torch")
 """Seconds and joules are compared within one of these only."""
-NO_CHOICE = ("data.identity", "checkpoint.train_pflop")
+NO_CHOICE = ("data.identity", "checkpoint.train_pflop", "checkpoint.digest")
+"""Keys with a dot that are no settings. Of a checkpoint its origin is one: others of that differ by chance only."""
+DENSE_LACKS = ("model.moe_blocks", "model.expert_init")
 VERSION = ("commit", "softmoe", "torch")
-EARLIER = (
-    "command", "checkpoint", "backbone", "router", "num_experts", "slots_per_expert", "images_per_group", "moe_blocks",
-    "image_size", "steps", "batch_size", "lr", "precision",
-)  # fmt: skip
-"""What rows without the whole configuration say of it."""
 
 
 @dataclass
-class Run:
-    """A finished run: its result row, when that was written (seconds since 1970), its validation rows, and why there
-    are none."""
+class FinishedRun:
+    """A finished run: its result row, when that was written (seconds since 1970), its validation rows, and in `damage`
+    why there are none."""
 
     folder: Path
     row: Row
@@ -88,27 +38,19 @@ class Run:
 
     def settings(self) -> Row:
         """What was chosen: everything but seeds. Choices that a dense model does not have are left out."""
-        row = self.row
-        if not self.complete:
-            return {key: row.get(key) for key in EARLIER}
-        chosen = {key: value for key, value in row.items() if "." in key and key not in NO_CHOICE}
-        chosen |= {"command": row.get("command"), "model.router._target_": row["model.router._target_"] or "dense"}
-        if "checkpoint.origin" in chosen:  # checkpoints that differ by chance only are one choice
-            del chosen["checkpoint.digest"]
-        if row["model.router._target_"] is None:
-            del chosen["model.moe_blocks"], chosen["model.expert_init"]
+        chosen = {key: value for key, value in self.row.items() if "." in key and key not in NO_CHOICE}
+        chosen["command"] = self.row["command"]
+        if chosen["model.router._target_"] is None:
+            chosen["model.router._target_"] = "dense"
+            for key in DENSE_LACKS:
+                chosen.pop(key, None)
         return chosen
-
-    @property
-    def complete(self) -> bool:
-        """Whether the row holds the whole configuration; rows of earlier versions do not."""
-        return {"model.router._target_", "model.moe_blocks", "model.expert_init"} <= self.row.keys()
 
     def curve(self, axis: str, key: str) -> list[tuple[float, float]]:
         return [(look[axis], look[key]) for look in self.looks if axis in look and key in look]
 
 
-def read(folders: Sequence[Path]) -> tuple[list[Run], list[tuple[str, str]]]:
+def read(folders: Sequence[Path]) -> tuple[list[FinishedRun], list[tuple[str, str]]]:
     """Every run below the folders, sorted by path, and (folder, reason) of what is none.
 
     Raises:
@@ -128,7 +70,8 @@ def read(folders: Sequence[Path]) -> tuple[list[Run], list[tuple[str, str]]]:
         if row is None:
             left_out.append((printable(str(path)), reason))
         else:
-            runs.append(Run(path, row, (path / "result.json").stat().st_mtime, *_looks(path / "metrics.jsonl")))
+            finished = (path / "result.json").stat().st_mtime
+            runs.append(FinishedRun(path, row, finished, *_looks(path / "metrics.jsonl", row)))
     return runs, left_out
 
 
@@ -144,7 +87,7 @@ def _run_folders(top: Path) -> Iterator[Path]:
 def _result(folder: Path) -> tuple[Row | None, str]:
     """The result row, or why there is none."""
     try:
-        found = rows.row(folder / "result.json", rows.RESULT)
+        found = rows.row(folder / "result.json", RESULT)
     except FileNotFoundError:
         if not any(folder.iterdir()):
             return None, "empty"
@@ -155,15 +98,17 @@ def _result(folder: Path) -> tuple[Row | None, str]:
     return cast(Row, rows.printed(found)), ""
 
 
-def _looks(path: Path) -> tuple[list[Row], str]:
-    """The validation rows, and what is wrong with the file; a damaged file gives none."""
+def _looks(path: Path, result: Row | None = None) -> tuple[list[Row], str]:
+    """The validation rows, and what is wrong with the file: a damaged one gives none, nor does one that is not what it
+    was when the run wrote its `result`."""
     try:
-        lines = rows.contents(path, rows.MOST_LINES_BYTES).splitlines()
+        text = rows.contents(path, rows.MOST_LINES_BYTES)
     except FileNotFoundError:
         return [], "metrics.jsonl is missing"
     except rows.Unreadable as error:
         return [], f"metrics.jsonl {error}"
     looks: list[Row] = []
+    lines = text.splitlines()
     for place, line in enumerate(lines, 1):
         try:
             row = rows.parsed(line)
@@ -173,16 +118,21 @@ def _looks(path: Path) -> tuple[list[Row], str]:
             return [], f"metrics.jsonl is damaged in line {place}"
         if row.get("split") != "validation":
             continue
-        wrong = rows.fault(row, rows.LOOK)
+        wrong = rows.fault(row, EVERY | LOOK)
         if wrong:
             return [], f"metrics.jsonl {wrong}, in line {place}"
         if looks and any(row[axis] <= looks[-1][axis] for axis in AXES):
             return [], f"metrics.jsonl goes back in line {place}"
         looks.append({rows.printed(key): value for key, value in row.items() if number(value)})
+    if result is not None and rows.seal(text) != {key: result[key] for key in rows.seal(b"")}:
+        return [], (
+            f"metrics.jsonl was changed after the run: it had {result['metrics_rows']:,} rows then and has "
+            f"{len(lines):,} now, or other ones"
+        )
     return looks, ("" if looks else "metrics.jsonl has no validation row")
 
 
-def typed(runs: list[Run]) -> list[str]:
+def typed(runs: list[FinishedRun]) -> list[str]:
     """The commands of the sweeps that the runs belong to, and of runs of none how many those are."""
     wanted, commands = {os.path.normpath(run.folder): run for run in runs}, []
     for study in sorted({run.folder.parent for run in runs}):
@@ -202,9 +152,9 @@ def typed(runs: list[Run]) -> list[str]:
     return commands
 
 
-def single(runs: list[Run], strict: bool) -> tuple[list[Run], list[tuple[str, str]]]:
+def single(runs: list[FinishedRun], strict: bool) -> tuple[list[FinishedRun], list[tuple[str, str]]]:
     """One run per signature (and code version, if those are kept apart): the first by path."""
-    first: dict[Any, Run] = {}
+    first: dict[Any, FinishedRun] = {}
     doubles = []
     for run in runs:
         kept = first.setdefault((run.row["signature"], *(str(run.row.get(key)) for key in VERSION if strict)), run)

@@ -31,8 +31,8 @@ os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # a child'
 def heard(
     numbers: Sequence[int], hear: Callable[[int], None], act: Callable[[int], None] = lambda _number: None
 ) -> Iterator[None]:
-    """Inside, `hear` is called with each of these signals as it arrives, in a thread, and `act` in the main thread when
-    that comes to it. What was heard before is heard again afterwards."""
+    """Inside, each of these signals calls `hear` in a thread as soon as it arrives, and `act` in the main thread when
+    that runs Python again. Afterwards the handlers from before are back."""
     if threading.current_thread() is not threading.main_thread():
         yield  # where Python takes no signals
         return
@@ -67,7 +67,7 @@ class Asked:
         self._when = 0.0
 
     def again(self, number: int) -> bool:
-        """Takes a signal, and says whether it asks, after another one, to leave at once."""
+        """Takes a signal. Whether it is a second request, which asks to leave at once."""
         if self.name is None:
             self.name, self._when = signal.Signals(number).name, time.monotonic()
             return False
@@ -76,8 +76,8 @@ class Asked:
 
 @contextmanager
 def interruptible(sentence: Callable[[str], str]) -> Iterator[None]:
-    """Inside, a signal is a KeyboardInterrupt with its name; where the main thread does not come to it, or not to its
-    end, the process ends nevertheless, with the `sentence` for that name."""
+    """Inside, a signal raises KeyboardInterrupt with its name. Where the main thread is too busy for that, or does not
+    finish tidying up, the process ends all the same after LEAVE_S, with the `sentence` for that name."""
     asked, said = Asked(), threading.Event()
 
     def hear(number: int) -> None:
@@ -141,7 +141,7 @@ def leave(code: int) -> NoReturn:
     except BrokenPipeError:
         nobody_listens()
         code = code or 1
-    if "softmoe_cli.mirror" in sys.modules and sys.modules["softmoe_cli.mirror"].stuck:
+    if "softmoe_cli.mirror" in sys.modules and sys.modules["softmoe_cli.mirror"].Mirror.stuck:
         end_children()
         os._exit(code)  # W&B's own goodbye would wait for a server that does not answer
     sys.exit(code)

@@ -22,8 +22,12 @@ from pathlib import Path
 
 from softmoe_cli import rows
 from softmoe_cli.errors import UsageError
-from softmoe_cli.text import aligned, printable
+from softmoe_cli.text import aligned, in_words, printable
 
+DONE = {key: rows.RESULT[key] for key in ("format", "validation_top1_pct")}
+STEP = {key: rows.EVERY[key] for key in ("format", "step", "epoch", "images", "device_s")}
+STEP["top1_pct"] = replace(rows.LOOK["top1_pct"], null=True, optional=True)
+"""What is needed of a result, and of a row."""
 TAILS_BYTES = (2**15, 2**26)
 """So much of a file of rows is read from its end, and so much where that does not tell enough."""
 LOCK_LETTERS = 500
@@ -106,8 +110,8 @@ def state(folder: Path, name: str, log: Path | None) -> State:
     shown = str(log) if log is not None and os.path.exists(log) else None
     found = State(name, "waiting", 0.0, None, _age(metrics), None, shown, str(folder))
     try:
-        done = rows.row(folder / "result.json", rows.DONE)
-        top1_pct, age_s = done.get("validation_top1_pct"), _age(folder / "result.json")
+        done = rows.row(folder / "result.json", DONE)
+        top1_pct, age_s = done["validation_top1_pct"], _age(folder / "result.json")
         return replace(found, state="done", progress=1.0, top1_pct=top1_pct, age_s=age_s)
     except FileNotFoundError:
         pass
@@ -224,7 +228,7 @@ def _step(line: bytes) -> rows.Row | None:
         row = rows.parsed(line)
     except rows.Unreadable:
         return None
-    return row if isinstance(row, dict) and not rows.fault(row, rows.STEP) else None
+    return row if isinstance(row, dict) and not rows.fault(row, STEP) else None
 
 
 def _progress(budget: rows.Budget, row: rows.Row) -> float:
@@ -247,31 +251,24 @@ def _study(name: str, states: list[State]) -> str:
     table = [["run", "state", "progress", "val top-1", "last row", "log"]]
     for s in states:
         log = os.path.relpath(s.log, name or ".") if s.log else "-"
-        table.append([printable(s.run), s.state, *figures(s), ago(s.age_s), printable(log)])
+        table.append([printable(s.run), s.state, *progress_cells(s), ago(s.age_s), printable(log)])
     told = [f"{s.state}: {printable(s.run)}: {printable(s.reason)}" for s in states if s.reason]
     again = list(dict.fromkeys(s.resume for s in states if s.resume))
     told += [f"to go on: {printable(command)}" for command in again[:SHOWN]]
     if len(again) > SHOWN:
         told.append(f"and {len(again) - SHOWN} more, each with its own folder")
-    return "\n".join([printable(name) or ".", aligned(table, markdown=False), "", count(states), *told])
+    return "\n".join([printable(name) or ".", aligned(table, markdown=False), "", tally(states), *told])
 
 
-def figures(s: State) -> list[str]:
+def progress_cells(s: State) -> list[str]:
     progress = "-" if s.progress is None else f"{100 * s.progress:.0f}%"
     return [progress, "-" if s.top1_pct is None else f"{s.top1_pct:.2f}%"]
 
 
-def count(states: Iterable[State]) -> str:
+def tally(states: Iterable[State]) -> str:
     kinds = [s.state for s in states]
     return ", ".join(f"{kinds.count(kind)} {kind}" for kind in STATES if kind in kinds)
 
 
 def ago(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{duration(seconds)} ago"
-
-
-def duration(seconds: float) -> str:
-    """75 -> 1m15s"""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
+    return "-" if seconds is None else f"{in_words(seconds)} ago"

@@ -16,7 +16,7 @@ LARGE = "vit_micro16"
 SIDES = (8, 12, 16, 20, 24, 28, 32, 48, 64, 96, 128, 160, 192, 224)
 """Sides that `auto` chooses from, in pixels: few of them, so that a few other files give the same run."""
 SAMPLE = 64
-"""Images that are looked at."""
+"""Images whose size is read."""
 
 
 def backbone_for(side: int) -> str:
@@ -32,8 +32,8 @@ def side_for(shorter: Sequence[int], patch: int | None) -> int:
 
 
 def shorter_sides(data: Data) -> list[int]:
-    """Pixels on the shorter side of SAMPLE training images, evenly spread over the list of them; what cannot be read is
-    passed over, to be named when it is loaded.
+    """Pixels on the shorter side of SAMPLE training images, evenly spread over the list of them. One that cannot be
+    read is left out here; loading will name it.
 
     Raises:
         UsageError: the files are no set to train on, or none of these images can be read.

@@ -31,16 +31,17 @@ from rich.live import Live
 from rich.text import Text
 
 from softmoe_cli.compose import plain
-from softmoe_cli.config import LAUNCHERS, QUALITIES, Config, Launcher
+from softmoe_cli.config import LAUNCHERS, Config, Launcher
 from softmoe_cli.contents import KNOWN
 from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.files import not_following, write_atomically
 from softmoe_cli.job import SERVER, Order, Run, note, start_server
 from softmoe_cli.places import PLACES, Attempt, Place
 from softmoe_cli.plan import Inquiry, Job, answer
+from softmoe_cli.rows import RESULT
 from softmoe_cli.signals import ASKING, CURSOR, Asked, heard, leave_soon
-from softmoe_cli.status import State, count, duration, figures, held, state
-from softmoe_cli.text import aligned, flop, printable_lines, several
+from softmoe_cli.status import State, held, progress_cells, state, tally
+from softmoe_cli.text import aligned, flop, in_words, printable_lines, several
 
 PERIOD_S = 0.25
 LEFT_SCREEN = b"\x1b[?1049l" + CURSOR
@@ -78,7 +79,7 @@ class Entry:
         if self.attempt is None or self.started is None or progress is None or progress <= self.first_progress:
             return "-"
         pace = (time.monotonic() - self.started) / (progress - self.first_progress)
-        return duration(pace * (1 - progress))
+        return in_words(pace * (1 - progress))
 
 
 class Signals(Asked):
@@ -137,7 +138,7 @@ class Sweep(HydraLauncher):
 
     def _check_objective(self) -> None:
         sweeper = self._config.hydra.sweeper
-        wanted = ["maximize" if key in QUALITIES else "minimize" for key in self._options.objective]
+        wanted = ["maximize" if RESULT[key].better == "higher" else "minimize" for key in self._options.objective]
         if "direction" not in sweeper:
             if wanted or self._options.limit.given:
                 raise UsageError(
@@ -262,7 +263,7 @@ class Sweep(HydraLauncher):
     def _work_off(self, waiting: list[Entry], slots: list[str]) -> None:
         """Starts the next job when one ends, until all have."""
         running: list[Entry] = []
-        self._say(f"{count(self._states())}; logs and state in {self._folder}")
+        self._say(f"{tally(self._states())}; logs and state in {self._folder}")
         signals = Signals()
         with heard(ASKING, signals.hear), self._screen(signals) as refresh:
             while waiting or running:
@@ -295,7 +296,7 @@ class Sweep(HydraLauncher):
                 refresh()
                 if running or waiting:
                     time.sleep(PERIOD_S)
-        self._console.print(count(self._states()))
+        self._console.print(tally(self._states()))
         if signals.name is not None:
             raise KeyboardInterrupt(signals.name)
 
@@ -318,7 +319,7 @@ class Sweep(HydraLauncher):
         """Writes down how a job ended."""
         entry.attempt = None
         if code == 0:
-            self._line("done", entry, f"  {figures(entry.state(self._local))[1]}")
+            self._line("done", entry, f"  {progress_cells(entry.state(self._local))[1]}")
         elif stopping:
             entry.word = "stopped"
             self._line("stopped", entry, "")
@@ -357,8 +358,8 @@ class Sweep(HydraLauncher):
             states = self._states()
             passed, now = time.monotonic() - begun, [state.progress or 0.0 for state in states]
             rest, done = len(now) - sum(now), sum(now) - sum(start)
-            left = f", about {duration(passed * rest / done)} left" if done > len(now) / 100 and rest > 0 else ""
-            foot = f"{count(states)}; {duration(passed)} so far{left}\nlogs and state in {self._folder}"
+            left = f", about {in_words(passed * rest / done)} left" if done > len(now) / 100 and rest > 0 else ""
+            foot = f"{tally(states)}; {in_words(passed)} so far{left}\nlogs and state in {self._folder}"
             if signals.name is not None:
                 foot = f"{signals.name}: jobs save and leave; Ctrl-C again ends them at once\n{foot}"
             room = self._console.height - foot.count("\n") - 2
@@ -376,7 +377,7 @@ class Sweep(HydraLauncher):
         rows = [["run", "state", "progress", "eta", "val top-1", "log"]]
         for i in sorted(order[: max(1, height - 1)]):
             s = states[i]
-            progress, top1 = figures(s)
+            progress, top1 = progress_cells(s)
             eta = self._entries[i].eta(s.progress or 0.0)
             rows.append([s.run, s.state, progress, eta, top1, Path(s.log or "-").name])
         return fitted(rows, self._console.width)
@@ -474,4 +475,4 @@ def _flop(pflop: float) -> str:
 
 
 def _time(seconds: float) -> str:
-    return "unknown" if math.isnan(seconds) else duration(seconds)
+    return "unknown" if math.isnan(seconds) else in_words(seconds)

@@ -8,12 +8,12 @@ import textwrap
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from softmoe_cli.compare import TRAINING, Block, Comparison, Group, setting
+from softmoe_cli.compare import Block, Comparison, Group, setting
 from softmoe_cli.findings import front, headline, provisos
 from softmoe_cli.intervals import Interval
-from softmoe_cli.runs import AXES, COSTS, CURVES, QUALITIES
+from softmoe_cli.rows import AXES, COSTS, CURVES, QUALITIES
 from softmoe_cli.text import aligned, folded, spreadsheet_cell
-from softmoe_cli.units import AMOUNTS, Unit, cell, figure, unit
+from softmoe_cli.units import Unit, cell, figure, titled, unit
 
 LEGEND = (
     "± is half a 95% t-interval over n seeds; on the front: nothing is at least as good at no more cost; P(front): how "
@@ -41,7 +41,7 @@ def units(comparison: Comparison) -> dict[str, Unit]:
     """How each cost is shown, in every table and figure of a comparison."""
     values: dict[str, list[float]] = {key: [] for key in (comparison.cost, *AXES, *comparison.columns) if key in COSTS}
     for group in comparison.groups:
-        for key, interval in group.figures.items():
+        for key, interval in group.intervals.items():
             if key in values and interval is not None:
                 values[key].append(interval.mean)
         for axis in AXES:
@@ -71,16 +71,16 @@ def _groups(comparison: Comparison, block: Block, shown: dict[str, Unit], *, bri
     """Groups with their figures; a brief one has what a terminal has room for, and the columns that were asked for."""
     quality, cost = comparison.quality, comparison.cost
     columns = [key for key in (comparison.typed if brief else comparison.columns) if key not in (quality, cost)]
-    head = ["group", "n", QUALITIES[quality].head]
+    head = ["group", "n", QUALITIES[quality].title]
     judged = any(group.difference for group in block.groups)
     if judged:
         head += [_minus(block), "verdict"]
     head += [shown[cost].head, *(() if brief else ("front", "P(front)"))]
-    head += [shown[key].head if key in shown else named(key) for key in columns]
+    head += [shown[key].head if key in shown else titled(key) for key in columns]
     baselines = {group.baseline for group in block.groups}
     rows = []
     for group in block.groups:
-        reached = cell(quality, group.figures[quality]) + ("\nat chance" if group.at_chance else "")
+        reached = cell(quality, group.intervals[quality]) + ("\nat chance" if group.at_chance else "")
         row = [group.label, str(len(group.runs)), reached]
         if judged:
             difference = cell(quality, group.difference.interval, signed=True) if group.difference else ""
@@ -92,7 +92,7 @@ def _groups(comparison: Comparison, block: Block, shown: dict[str, Unit], *, bri
             row += [",\n".join(["yes", *provisos(group, cost)]) if group.front else "", chance]
         for key in columns:
             factor = shown[key].factor if key in shown else 1.0
-            row.append(cell(key, group.figures[key], factor) if key in group.figures else setting(group, key))
+            row.append(cell(key, group.intervals[key], factor) if key in group.intervals else setting(group, key))
         rows.append(row)
     return Table(block.title, LEGEND, head, rows, block.title)
 
@@ -106,8 +106,8 @@ def _minus(block: Block) -> str:
 
 def _cost(group: Group, cost: str, shown: Unit) -> str:
     """A group's cost, and what its checkpoints had cost before."""
-    text = cell(cost, group.figures[cost], shown.factor)
-    if not group.pretrained or cost not in TRAINING:
+    text = cell(cost, group.intervals[cost], shown.factor)
+    if not group.pretrained or not COSTS[cost].trained:
         return text
     before = group.checkpoint_pflop if cost == "train_pflop" else None
     if before is None:
@@ -140,15 +140,12 @@ def _budgets(comparison: Comparison, block: Block, shown: dict[str, Unit]) -> li
                         ",\n".join(words),
                     ]
                 rows.append(row)
-        head = ["group", "n", f"at {shown[axis].head}", CURVES[key], *((_minus(block), "verdict") if judged else ())]
-        title = f"{block.title}: {CURVES[key]} at equal {AMOUNTS[axis]}"
+        head = ["group", "n", f"at {shown[axis].head}", CURVES[key].title]
+        if judged:
+            head += [_minus(block), "verdict"]
+        title = f"{block.title}: {CURVES[key].title} at equal {COSTS[axis].amount}"
         found.append(Table(title, CURVE_NOTE, head, rows, block.title))
     return found
-
-
-def named(key: str) -> str:
-    """What a figure or setting is called in a head."""
-    return COSTS.get(key) or (QUALITIES[key].head if key in QUALITIES else key)
 
 
 def remarks(comparison: Comparison) -> list[str]:
@@ -190,13 +187,13 @@ def terminal(comparison: Comparison, width: int | None = None) -> str:
 def markdown(comparison: Comparison) -> str:
     parts = []
     for table in [*tables(comparison), *reference_tables(comparison)]:
-        rows = [[_plain(text).replace("|", "\\|") for text in row] for row in [table.head, *table.rows]]
-        parts.append(f"## {_plain(table.title)}\n\n{aligned(rows, markdown=True)}\n\n{table.note}.")
-    notes = [_plain(note) for note in remarks(comparison)]
+        rows = [[escaped(text).replace("|", "\\|") for text in row] for row in [table.head, *table.rows]]
+        parts.append(f"## {escaped(table.title)}\n\n{aligned(rows, markdown=True)}\n\n{table.note}.")
+    notes = [escaped(note) for note in remarks(comparison)]
     return "\n\n".join([*parts, *(["## Notes\n\n" + "\n".join(f"- {note}" for note in notes)] if notes else [])]) + "\n"
 
 
-def _plain(text: str) -> str:
+def escaped(text: str) -> str:
     """On one line, with what Markdown and HTML would take as theirs made harmless."""
     text = " ".join(text.split())
     for character in "\\`*<>[]":
@@ -247,9 +244,9 @@ def flat_rows(comparison: Comparison) -> list[dict[str, Any]]:
 def _flat(comparison: Comparison, block: Block, group: Group) -> dict[str, Any]:
     row: dict[str, Any] = {"block": block.title, "group": group.label, "n": len(group.runs)}
     row["seeds"] = " ".join(str(run.row["seed"]) for run in group.runs)
-    for key, interval in group.figures.items():
+    for key, interval in group.intervals.items():
         row |= _ends(key, interval)
-    row |= {key: setting(group, key) for key in comparison.columns if key not in group.figures}
+    row |= {key: setting(group, key) for key in comparison.columns if key not in group.intervals}
     row["baseline"] = group.baseline
     row |= _ends("difference", group.difference.interval if group.difference else None)
     row |= {
@@ -311,8 +308,8 @@ def everything(comparison: Comparison) -> dict[str, Any]:
 
 
 def _group(comparison: Comparison, group: Group) -> dict[str, Any]:
-    plain = {key: value for key, value in vars(group).items() if key != "runs"}
-    plain["figures"] = {key: asdict(each) if each else None for key, each in group.figures.items()}
+    plain = {"figures" if key == "intervals" else key: value for key, value in vars(group).items() if key != "runs"}
+    plain["figures"] = {key: asdict(each) if each else None for key, each in group.intervals.items()}
     plain |= {"pretrained": group.pretrained, "checkpoint_train_pflop": group.checkpoint_pflop}
     plain["difference"] = asdict(group.difference) if group.difference else None
     plain["budgets"] = [asdict(each) for each in group.budgets]

@@ -1,7 +1,5 @@
 """What a run says: a header, progress, a line per evaluation, a closing table. Plain lines when not a terminal."""
 
-import os
-import sys
 import textwrap
 import time
 from types import TracebackType
@@ -11,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from softmoe_cli.signals import nobody_listens
 from softmoe_cli.text import flop, in_words, printable_lines
 
 PROGRESS_PERIOD_S = 0.2
@@ -26,7 +25,7 @@ class Listened(Console):
     def on_broken_pipe(self) -> None:
         """Where rich would end the process."""
         self.quiet = self.unread = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        nobody_listens()
 
 
 class Screen:

@@ -4,7 +4,7 @@ import textwrap
 import unicodedata
 
 
-def count(number: float) -> str:
+def si(number: float) -> str:
     """1234567 -> 1.23M"""
     for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= size:
@@ -12,12 +12,20 @@ def count(number: float) -> str:
     return f"{number:g}"
 
 
+FLOP = (("FLOP", 1.0), ("kFLOP", 1e3), ("MFLOP", 1e6), ("GFLOP", 1e9), ("TFLOP", 1e12), ("PFLOP", 1e15),
+        ("EFLOP", 1e18))  # fmt: skip
+"""The units of FLOPs, smallest first."""
+
+
 def flop(number: float) -> str:
     """24250000 -> 24.25 MFLOP"""
-    for size, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.4g} {prefix}FLOP"
-    return f"{number:g} FLOP"
+    name, size = max((each for each in FLOP if each[1] <= number), key=lambda each: each[1], default=FLOP[0])
+    return f"{digits(number / size)} {name}"
+
+
+def digits(number: float) -> str:
+    """Four digits in all, and every digit before the point: 24.25, 12,346"""
+    return f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.4g}"
 
 
 def gibibytes(number: float) -> str:

@@ -8,25 +8,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from softmoe_cli.intervals import Interval
-from softmoe_cli.runs import COSTS, QUALITIES
+from softmoe_cli.rows import QUALITIES, RESULT
+from softmoe_cli.text import FLOP, digits
 
-FLOP = (("FLOP", 1.0), ("kFLOP", 1e3), ("MFLOP", 1e6), ("GFLOP", 1e9), ("TFLOP", 1e12), ("PFLOP", 1e15),
-        ("EFLOP", 1e18))  # fmt: skip
 BYTES = (("KiB", 2.0**10), ("MiB", 2.0**20), ("GiB", 2.0**30), ("TiB", 2.0**40))
 SECONDS = (("s", 1.0), ("h", 3600.0))
-SCALES = {
-    "train_pflop": (FLOP, "PFLOP"), "forward_gflop": (FLOP, "GFLOP"), "train_gflop": (FLOP, "GFLOP"),
-    "peak_mib": (BYTES, "MiB"), "device_s": (SECONDS, "s"), "eval_s": (SECONDS, "s"), "save_s": (SECONDS, "s"),
-    "compile_s": (SECONDS, "s"),
-}  # fmt: skip
-"""Figures that people read in several units, and the one that result.json has."""
-AMOUNTS = {
-    "train_pflop": "training FLOPs", "device_s": "training time", "forward_gflop": "forward FLOPs",
-    "train_gflop": "training FLOPs an image", "params_m": "parameters", "active_params_m": "active parameters",
-    "peak_mib": "peak memory", "images": "training images", "epochs": "epochs", "steps": "updates",
-    "eval_s": "evaluation time", "save_s": "saving time", "compile_s": "compilation time", "energy_kj": "energy",
-}  # fmt: skip
-"""What costs are amounts of."""
+SCALES = {name: scale for scale in (FLOP, BYTES, SECONDS) for name, _ in scale}
+"""Units that people read in several sizes."""
 
 
 @dataclass(frozen=True)
@@ -41,30 +29,35 @@ class Unit:
 def unit(key: str, values: Iterable[float]) -> Unit:
     """The largest unit that is not above the smallest value; where the largest is more than ten thousand times that,
     not above their geometric mean."""
-    if key not in SCALES:
-        head = COSTS.get(key) or (QUALITIES[key].head if key in QUALITIES else key)
-        return Unit(head, "", 1.0)
-    scale, own = SCALES[key]
+    own = RESULT[key].unit if key in RESULT else ""
+    if own not in SCALES:
+        return Unit(titled(key), "", 1.0)
+    scale = SCALES[own]
     sizes = dict(scale)
     positive = [value * sizes[own] for value in values if value > 0]
     low, high = (min(positive), max(positive)) if positive else (sizes[own], sizes[own])
     bound = math.sqrt(low) * math.sqrt(high) if high > 1e4 * low else low
     name, size = max((each for each in scale if each[1] <= bound), key=lambda each: each[1], default=scale[0])
-    before, _, after = COSTS[key].rpartition(own)
+    before, _, after = RESULT[key].title.rpartition(own)
     return Unit(f"{before}{name}{after}", name, sizes[own] / size)
+
+
+def titled(key: str) -> str:
+    """What tables call a key of a result."""
+    return (RESULT[key].title or key) if key in RESULT else key
 
 
 def quantity(key: str, value: float) -> str:
     """One figure with its unit: 392.4 GFLOP"""
     chosen = unit(key, [value])
-    return f"{figure(key, value * chosen.factor)} {chosen.name or AMOUNTS.get(key, key)}"
+    return f"{figure(key, value * chosen.factor)} {chosen.name or RESULT[key].amount}"
 
 
 def figure(key: str, value: float) -> str:
     """Of a quality two digits after the point where it is a share, else four; of a cost four digits in all."""
     if key in QUALITIES:
         return f"{value:.2f}" if key.endswith("_pct") else f"{value:.4f}"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return digits(value)
 
 
 def cell(key: str, interval: Interval | None, factor: float = 1.0, *, signed: bool = False) -> str:

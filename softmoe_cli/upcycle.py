@@ -44,7 +44,7 @@ from softmoe_cli.record import (
     write_checkpoint,
 )
 from softmoe_cli.terminal import Screen
-from softmoe_cli.text import count, flop
+from softmoe_cli.text import flop, si
 
 EXACT = 1e-9
 """What a whole model in float64 may lose where the maths says that nothing changes."""
@@ -126,8 +126,8 @@ def show(receipt: dict[str, Any], form: str) -> None:
         f"mean size {receipt['mean_size']:.3g} ({receipt['images']} images, {receipt['precision']})",
         "loss": losses,
         "optimizer": "starts afresh",
-        "parameters": f"{count(before['params'])} before, {count(after['params'])} after, "
-        f"{count(after['active_params'])} of them active per token",
+        "parameters": f"{si(before['params'])} before, {si(after['params'])} after, "
+        f"{si(after['active_params'])} of them active per token",
         "cost per image": f"{flop(before['forward_flop'])} forward before, {flop(after['forward_flop'])} after",
         "folder": receipt["folder"],
     }

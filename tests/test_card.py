@@ -17,6 +17,7 @@ from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.inherit import model_of
 from softmoe_cli.models import build, load_weights, portable
 from softmoe_cli.record import Checkpoint, Run, Source, read_source, write_checkpoint
+from softmoe_cli.resume import _progress
 from tests.conftest import TINY, Softmoe
 from tests.oracles import compose
 
@@ -171,6 +172,14 @@ def test_a_state_that_softmoe_did_not_write_is_one_sentence(kind: str, tmp_path:
         Checkpoint.read(tmp_path / "last-00000004").check()
 
 
+def test_a_state_of_another_format_is_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "checkpoints" / "last-00000004"
+    for given in ("2", "unknown"):
+        state = STATE if given == "unknown" else STATE | {"format": int(given)}
+        with pytest.raises(UsageError, match=rf"is of format {given}, and .* from format 1; .* remove .*/run to run"):
+            _progress(Checkpoint(path, {}, {}, state))
+
+
 def test_tensors_that_softmoe_did_not_write_are_one_sentence(tmp_path: Path) -> None:
     texts = {"state.json": json.dumps(STATE)}
     write_checkpoint(tmp_path / "good", {"x": torch.ones(1)}, {}, RANDOM, texts)
@@ -186,7 +195,7 @@ def test_tensors_that_softmoe_did_not_write_are_one_sentence(tmp_path: Path) -> 
 
 def test_files_of_a_run_that_cannot_be_read_are_one_sentence(tmp_path: Path) -> None:
     run = Run(tmp_path)
-    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\xff{"step"\n')
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"format": 1}\n\xff{"step"\n')
     with pytest.raises(UsageError, match=r"metrics\.jsonl is damaged in line 2.*remove"):
         run.rows("metrics.jsonl")
     for name, content in {"brackets": b"[" * 200_000, "bytes": b"\xff", "less": b'{"signature": "x"}'}.items():

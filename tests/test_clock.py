@@ -1,15 +1,23 @@
 """The clock measures real steps; its figures are only looked at for what they must have in common."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from softmoe_cli.clock import Workload, fingerprint, measure, rank
 from softmoe_cli.errors import UsageError
+from softmoe_cli.ledger import load_of
+from softmoe_cli.load import Load
 from tests.test_ledger import costed
 
 
+def load(model: str = "vit_nano4_soft", **changes: Any) -> Load:
+    return load_of(costed(model, batch_size=4, **changes))
+
+
 def test_a_measurement() -> None:
-    timing, other = measure([costed(repeats=3, batch_size=4), costed("vit_nano4_dense", repeats=3, batch_size=4)], 10)
+    timing, other = measure([load(), load("vit_nano4_dense")], repeats=3)
     for each in (timing, other):
         assert each.latency_ms > 0 < each.train_step_ms
         assert each.latency_spread_ms >= 0 <= each.train_step_spread_ms
@@ -20,26 +28,26 @@ def test_a_measurement() -> None:
 
 
 def test_the_step_is_an_update() -> None:
-    load = Workload(costed("vit_nano4_tokens_choice", batch_size=4, accumulate=2), 10)
-    before = [parameter.clone() for parameter in load.model.parameters()]
-    load.forward()
-    assert all(torch.equal(a, b) for a, b in zip(before, load.model.parameters(), strict=True))
-    load.step()
-    assert not any(torch.equal(a, b) for a, b in zip(before, load.model.parameters(), strict=True) if b.ndim > 1)
+    work = Workload(load("vit_nano4_tokens_choice", accumulate=2))
+    before = [parameter.clone() for parameter in work.model.parameters()]
+    work.forward()
+    assert all(torch.equal(a, b) for a, b in zip(before, work.model.parameters(), strict=True))
+    work.step()
+    assert not any(torch.equal(a, b) for a, b in zip(before, work.model.parameters(), strict=True) if b.ndim > 1)
 
 
 def test_what_does_not_fit_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("softmoe_cli.clock.free_memory", lambda device: 1000)
     with pytest.raises(UsageError, match="lower batch_size"):
-        measure([costed()], 10)
+        measure([load()], repeats=3)
 
 
 def test_each_is_measured_with_its_own_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, int]] = []
-    monkeypatch.setattr(Workload, "forward", lambda load: seen.append((load.threads, torch.get_num_threads())))
+    monkeypatch.setattr(Workload, "forward", lambda work: seen.append((work.threads, torch.get_num_threads())))
     default = torch.get_num_threads()
     try:
-        made = measure([costed(repeats=2, batch_size=4, threads=threads) for threads in (2, 1, None)], 10)
+        made = measure([load(threads=threads) for threads in (2, 1, None)], repeats=2)
     finally:
         torch.set_num_threads(default)
     assert {own for own, _ in seen} == {2, 1, default} and all(own == there for own, there in seen)

@@ -14,7 +14,7 @@ from scipy import stats
 from softmoe_cli.compare import Comparison, Group, Question, compare, natural
 from softmoe_cli.errors import UsageError
 from softmoe_cli.record import Source, origin
-from tests.synthetic import looks, row, study, write
+from tests.synthetic import looks, rewrite, row, study, write
 
 
 def asked(*folders: Path, **question: Any) -> Comparison:
@@ -38,7 +38,7 @@ def test_groups_means_differences_and_verdicts(tmp_path: Path) -> None:
     assert soft.difference.p == pytest.approx(told.pvalue)
     assert soft.difference.interval.low == pytest.approx(told.confidence_interval(0.95).low)
     assert soft.p_holm == pytest.approx(2 * told.pvalue)
-    quality = soft.figures["top1_pct"]
+    quality = soft.intervals["top1_pct"]
     assert quality is not None
     assert quality.n == 3
     assert quality.mean == pytest.approx(sum(x) / 3)
@@ -79,16 +79,12 @@ def test_every_setting_separates_groups(tmp_path: Path) -> None:
 
 
 def test_finetunes_of_checkpoints_that_differ_by_chance_are_one_group(tmp_path: Path) -> None:
-    """Other origins are other groups; a row without one is told by its weights."""
+    """Other origins are other groups."""
     for seed in range(3):
         for made in ("1f", "2e"):
             digest = f"{made}{seed}"
             write(tmp_path, row(seed=seed, command="finetune", checkpoint__digest=digest, checkpoint__origin=made))
     assert sorted(len(group.runs) for group in compare([tmp_path], Question()).groups) == [3, 3]
-    before = row(seed=3, command="finetune", checkpoint__digest="1f0")
-    del before["checkpoint.origin"]
-    write(tmp_path, before)
-    assert sorted(len(group.runs) for group in compare([tmp_path], Question()).groups) == [1, 3, 3]
 
 
 @pytest.mark.parametrize(
@@ -148,11 +144,11 @@ def test_seconds_of_other_machines_are_never_mixed(tmp_path: Path) -> None:
     for seed in (3, 4):
         write(tmp_path, row(router="dense", seed=seed, hardware="NVIDIA H100"))
     comparison = asked(tmp_path)
-    assert group(comparison, "dense").figures["device_s"] is None
+    assert group(comparison, "dense").intervals["device_s"] is None
     assert any("device_s is blank" in note for note in comparison.blocks[0].notes)
     apart = asked(tmp_path, cost="device_s")
     assert [len(block.groups) for block in apart.blocks] == [3, 1]
-    assert all(each.figures["device_s"] for each in apart.groups)
+    assert all(each.intervals["device_s"] for each in apart.groups)
     assert [len(block.groups) for block in asked(tmp_path, at=("device_s",)).blocks] == [3, 1]
 
 
@@ -174,17 +170,42 @@ def test_code_versions_are_named_or_kept_apart(tmp_path: Path) -> None:
     assert len(asked(tmp_path, strict=True).blocks) == 2
 
 
-def test_rows_of_earlier_versions_are_read_and_kept_apart(tmp_path: Path) -> None:
+def test_rows_of_another_format_are_named(tmp_path: Path) -> None:
     study(tmp_path)
-    for seed in range(3):
-        run = write(tmp_path / "old", row(seed=seed, router="experts_choice"))
-        short = {key: value for key, value in row(seed=seed, router="experts_choice").items() if "." not in key}
-        (run / "result.json").write_text(json.dumps(short))
+    for name, format in (("none", None), ("next", 2)):
+        run = write(tmp_path / name, row(seed=7))
+        whole = json.loads((run / "result.json").read_text()) | {"format": format}
+        if format is None:
+            del whole["format"]
+        (run / "result.json").write_text(json.dumps(whole))
+    run = write(tmp_path / "rows", row(seed=8))
+    rewrite(run, (run / "metrics.jsonl").read_text().replace('"format": 1', '"format": "new"'))
     comparison = asked(tmp_path)
-    assert [[each.label for each in block.groups] for block in comparison.blocks] == [
-        ["soft", "tokens_choice", "dense"], ["experts_choice"],
-    ]  # fmt: skip
-    assert any("3 of 12 results" in note and "earlier version" in note for note in comparison.notes)
+    told = {Path(folder).relative_to(tmp_path).parts[0]: reason for folder, reason in comparison.left_out}
+    assert told == {
+        "none": "result.json has format none, and this softmoe reads format 1",
+        "next": "result.json has format 2, and this softmoe reads format 1",
+    }
+    (note,) = [note for note in comparison.notes if "it has no curve" in note]
+    assert str(run) in note and "metrics.jsonl has format 'new', and this softmoe reads format 1, in line 2" in note
+
+
+def test_rows_that_were_changed_after_the_run_are_no_curve(tmp_path: Path) -> None:
+    """One digit is enough, and a row more or less."""
+    for seed in range(3):
+        run = write(tmp_path, row(seed=seed))
+        lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+        lines = [lines[:-1], [*lines, lines[-1]], [line.replace("99.0", "98.0") for line in lines]][seed]
+        (run / "metrics.jsonl").write_text("".join(lines))
+    comparison = asked(tmp_path)
+    notes = [note for note in comparison.notes if "it has no curve" in note]
+    told = (
+        "it had 17 rows then and has 16 now",
+        "17 rows then and has 18 now",
+        "17 rows then and has 17 now, or other",
+    )
+    assert len(notes) == 3 and all(any(word in note for note in notes) for word in told)
+    assert len(comparison.groups[0].runs) == 3 and not any(run.looks for run in comparison.groups[0].runs)
 
 
 def test_what_cannot_be_read_is_named_with_the_reason(tmp_path: Path) -> None:
@@ -216,9 +237,9 @@ def test_what_cannot_be_read_is_named_with_the_reason(tmp_path: Path) -> None:
     reasons = {Path(folder).relative_to(tmp_path).parts[0]: reason for folder, reason in comparison.left_out}
     assert sum(len(each.runs) for each in comparison.groups) == 9
     assert {name: reason[:18] for name, reason in reasons.items() if name != "zcopy"} == {
-        "truncated": "result.json is tru", "foreign": "result.json has no", "list": "result.json is no ",
+        "truncated": "result.json is tru", "foreign": "result.json has fo", "list": "result.json is no ",
         "deep": "result.json is tru", "blank": "result.json is emp", "nan": "result.json is tru",
-        "lacking": "its result has no ", "bytes": "result.json is tru", "empty": "empty",
+        "lacking": "result.json has no", "bytes": "result.json is tru", "empty": "empty",
         "unfinished": "unfinished: no res",
     }  # fmt: skip
     assert "last look at step 200" in reasons["unfinished"]
@@ -238,7 +259,7 @@ def test_what_cannot_be_read_is_named_with_the_reason(tmp_path: Path) -> None:
 )
 def test_a_damaged_curve_is_no_curve(tmp_path: Path, spoil: Callable[[list[Any]], list[Any]], reason: str) -> None:
     run = write(tmp_path, row())
-    (run / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in spoil(looks(row()))))
+    rewrite(run, "".join(json.dumps(each) + "\n" for each in spoil(looks(row()))))
     comparison = asked(tmp_path)
     assert any(reason in note for note in comparison.notes)
     assert comparison.groups[0].runs[0].looks == []
@@ -274,7 +295,7 @@ def test_one_run_that_ends_early_blanks_its_group(tmp_path: Path) -> None:
     study(tmp_path)
     run = next(run for run in sorted(tmp_path.iterdir()) if "soft" in run.name)
     lines = (run / "metrics.jsonl").read_text().splitlines()
-    (run / "metrics.jsonl").write_text("\n".join(lines[:-3]) + "\n")
+    rewrite(run, "\n".join(lines[:-3]) + "\n")
     comparison = asked(tmp_path, at=("images=6400",))
     assert group(comparison, "soft").budgets[0].reason == "1 of 3 end before, the first at 5,600 training images"
     assert group(comparison, "dense").budgets[0].interval is not None
@@ -330,7 +351,7 @@ def test_by_where_sort_and_columns(tmp_path: Path) -> None:
     assert asked(tmp_path, sort="label").groups[0].label == "dense, lr 0.001"
     shown = asked(tmp_path, columns=("peak_mib", "num_experts"))
     assert shown.columns == ["peak_mib", "num_experts"]
-    assert shown.groups[0].figures["peak_mib"] is not None
+    assert shown.groups[0].intervals["peak_mib"] is not None
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from softmoe_cli.archives import Stored
 from softmoe_cli.config import Data
 from softmoe_cli.data import identity
 from softmoe_cli.errors import UsageError
-from softmoe_cli.train import run_folder
+from softmoe_cli.setup import run_folder
 from tests.oracles import compose
 from tests.test_archives import CLASSES, as_arrow, as_part_tars, as_tfds, picture, settings, shards, write
 
@@ -31,6 +31,20 @@ def grey(number: int, kind: str = "BMP", side: int = 8) -> bytes:
 def folder(root: Path, first: int = 0, kind: str = "BMP", side: int = 8) -> Data:
     files = {f"{name}/{i}.{kind}": grey(first + i, kind, side) for name in CLASSES for i in range(3)}
     return settings("folder", write(root, {name.lower(): content for name, content in files.items()}))
+
+
+def test_a_long_reading_is_said_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = folder(tmp_path, first=200)
+    identity(data)
+    assert capsys.readouterr().err == "", "of so few images"
+    monkeypatch.setattr(contents, "MANY", 6)
+    monkeypatch.setattr(contents, "_known", {})
+    identity(data)
+    assert capsys.readouterr().err.startswith("softmoe: reading 9 images once")
+    identity(data)
+    assert capsys.readouterr().err == "", "they are known"
 
 
 @pytest.mark.parametrize("kind", ["BMP", "PPM", "TIFF"])

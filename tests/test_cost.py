@@ -16,6 +16,7 @@ from softmoe_cli.explain import crossing
 from softmoe_cli.models import build
 from softmoe_cli.moe.layer import MoE
 from softmoe_cli.moe.routers.soft import SoftRouter
+from softmoe_cli.report import PAPER
 from tests.oracles import compose
 
 ROOT = Path(__file__).parent.parent
@@ -160,7 +161,7 @@ JFT_CLASSES, JFT_BATCH, PARETO_STEPS = 29_593, 4096, 300_000
 
 
 def paper_rows(table: str) -> list[dict[str, str]]:
-    with (ROOT / "experiments/paper" / table).open() as file:
+    with (PAPER / table).open() as file:
         return list(csv.DictReader(file))
 
 

@@ -15,7 +15,8 @@ from softmoe_cli.cli import main
 from softmoe_cli.config import WAYS, CostConfig
 from softmoe_cli.errors import UsageError
 from softmoe_cli.ledger import CONVENTION, costs, show
-from softmoe_cli.memory import predict_for
+from softmoe_cli.load import Load
+from softmoe_cli.memory import predict
 from tests.conftest import Softmoe
 from tests.oracles import compose
 from tests.processes import forked
@@ -83,6 +84,7 @@ def test_one_table_for_many_models(softmoe: Softmoe) -> None:
     assert [row["model"] for row in json.loads(told.out)] == ["vit_nano4_dense", "vit_nano4_soft"]
 
 
+@pytest.mark.thorough
 def test_the_largest_model_is_counted_and_not_allocated(tmp_path: Path) -> None:
     """54 billion parameters: 202 GiB of weights that are never there."""
     told = tmp_path / "told.txt"
@@ -117,7 +119,8 @@ def test_memory_of_each_of_several_devices(softmoe: Softmoe) -> None:
     """As training predicts it; FLOPs of an image are what they were."""
     line = ("cost", "model=vit_nano4_soft", "data=fashion_mnist", "batch_size=32", "devices=4")
     config = compose("model=vit_nano4_soft", "data=fashion_mnist", "train.batch_size=32")
-    fsdp, expert = (predict_for(config, 10, torch.device("cpu"), 4, way).peak_bytes / 2**20 for way in WAYS[1:])
+    load = Load.of(config, 10, torch.device("cpu"))
+    fsdp, expert = (predict(load, 4, way).peak_bytes / 2**20 for way in WAYS[1:])
     told = softmoe(*line, "parallel=fsdp", "format=json")
     assert told.code == 0, told.err
     row = json.loads(told.out)

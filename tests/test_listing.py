@@ -421,7 +421,7 @@ def test_names_that_look_alike_are_told_apart(tmp_path: Path, kind: str) -> None
     write(tmp_path / "a", parts | {f"train/{one}/0.png": picture(5), f"val/{two}/0.png": picture(6)})
     different = of("folder", tmp_path / "a").faults[0]
     assert "different classes" in different and ascii(one) in different and ascii(two) in different
-    assert "(they look alike, but are written with other characters)" in different
+    assert "(they look alike, but are written with other characters; write them alike)" in different
     write(tmp_path / "b", SMALL | {f"{one}/0.png": picture(5), f"{two}/0.png": picture(6)})
     assert any(f"{min(one, two)!a} and {max(one, two)!a} look alike" in f for f in of("folder", tmp_path / "b").faults)
 

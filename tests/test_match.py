@@ -10,7 +10,7 @@ from hydra.core.config_store import ConfigStore
 
 from softmoe_cli.compose import changed, door, other_model, plain
 from softmoe_cli.conf_files import conf_folder
-from softmoe_cli.config import COSTS, FREE_KEYS, MatchConfig
+from softmoe_cli.config import FREE_KEYS, MATCHED, MatchConfig
 from softmoe_cli.errors import RunError
 from softmoe_cli.match import Trial, cost_of, match, search, show
 from tests.conftest import Softmoe, thinned
@@ -75,7 +75,7 @@ def test_when_nothing_meets_it_both_sides_are_named() -> None:
         ("to=vit_nano2_dense model=vit_nano2_dense", "router dense has no num_experts"),
         ("to=vit_nano2_dense free=train.steps", "free=train.steps changes no forward_gflop"),
         ("to=vit_nano2_dense by=train_pflop", "steps belong to by=train_pflop"),
-        ("to=vit_nano2_dense by=flops", f"by=flops is not one of {', '.join(COSTS)}"),
+        ("to=vit_nano2_dense by=flops", f"by=flops is not one of {', '.join(MATCHED)}"),
         ("to=vit_nano2_dense free=depth", f"free=depth is not one of {', '.join(FREE_KEYS)}"),
         ("free=model.moe_blocks", "to has no default"),
         ("to=vit_nano2_dens", "Did you mean 'vit_nano2_dense'?"),

@@ -13,11 +13,13 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
-from softmoe_cli import memory, train
+from softmoe_cli import fit
 from softmoe_cli.config import Config
 from softmoe_cli.device import KEPT, _control_group_free, keep_freed_memory, precision_context
 from softmoe_cli.errors import UsageError
-from softmoe_cli.memory import Live, Memory, largest_batch, last_within, predict_for, require_fit, require_place
+from softmoe_cli.fit import Fit, largest_batch, last_within, require_place, settle
+from softmoe_cli.load import Load
+from softmoe_cli.memory import Live, Memory, predict
 from softmoe_cli.models import build, prepare
 from softmoe_cli.moe import layer
 from softmoe_cli.moe.processor import CPU_PRODUCTS
@@ -25,13 +27,16 @@ from softmoe_cli.moe.routers.soft import SoftRouter
 from softmoe_cli.moe.routing import routings
 from softmoe_cli.optim import freeze, optimizer_of, state_of
 from softmoe_cli.parallel import ALONE, Crew, joined, own_part
+from softmoe_cli.sharded import CHECKED_WITH
+from softmoe_cli.summary import memory_row
 from softmoe_cli.text import gibibytes
-from softmoe_cli.train import update
+from softmoe_cli.train import Step, update
 from tests.conftest import thinned
 from tests.oracles import compose
 from tests.processes import forked, together
 
 CPU = torch.device("cpu")
+FOUR = Crew(size=4, local_size=4)
 CASES = [
     ("dense", "fp32", 1, False),
     ("dense", "bf16", 2, True),
@@ -56,6 +61,14 @@ def composed(router: str = "soft", *overrides: str) -> Config:
     )
 
 
+def load(config: Config, device: torch.device = CPU, **changes: Any) -> Load:
+    return replace(Load.of(config, 10, device), **changes)
+
+
+def held(config: Config, processes: int = 1, way: str = "ddp", **changes: Any) -> Memory:
+    return predict(load(config, **changes), processes, way)
+
+
 def allocated_peak(config: Config, crew: Crew = ALONE) -> int:
     """Bytes of a real update at its peak, from every allocation that the allocator reports."""
     t, share = config.train, crew.share(config)
@@ -72,7 +85,7 @@ def allocated_peak(config: Config, crew: Crew = ALONE) -> int:
 
         def step() -> None:
             autocast = precision_context("cpu", t.precision, cached=crew.way == "ddp")
-            update(model, forward, x, targets, config, 0.001, optimizer, scaler, autocast, seen, crew)
+            update(Step(model, forward, optimizer, scaler, autocast, seen, config, crew), x, targets, 0.001)
 
         step()
         optimizer.zero_grad(set_to_none=True)
@@ -97,7 +110,7 @@ def test_predicted_peak_is_the_allocators(router: str, precision: str, accumulat
         router, "train.batch_size=32", f"train.precision={precision}", f"train.accumulate={accumulate}",
         f"train.recompute={str(recompute).lower()}",
     )  # fmt: skip
-    assert predict_for(config, 10, CPU).peak_bytes == pytest.approx(allocated_peak(config), rel=0.02)
+    assert held(config).peak_bytes == pytest.approx(allocated_peak(config), rel=0.02)
 
 
 @pytest.mark.parametrize("side", ["fast", "loops"])
@@ -105,7 +118,7 @@ def test_predicted_peak_on_either_side_of_the_layers_choice(side: str, monkeypat
     """Expert products in bfloat16 or in float32, whatever this processor would choose and does with them."""
     monkeypatch.setattr(layer, "CPU_PRODUCTS", dict.fromkeys(CPU_PRODUCTS, side))
     config = composed("soft", "train.batch_size=32", "train.precision=bf16")
-    assert predict_for(config, 10, CPU).peak_bytes == pytest.approx(allocated_peak(config), rel=0.02)
+    assert held(config).peak_bytes == pytest.approx(allocated_peak(config), rel=0.02)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have rules of their own")
@@ -124,7 +137,7 @@ def held_in_predicted(much: bool) -> None:
     """Prints the most that an update held in memory, in what was predicted."""
     torch.set_num_threads(1)
     config = composed("soft", "model.image_size=128", "train.batch_size=16")
-    predicted = predict_for(config, 10, CPU).peak_bytes
+    predicted = held(config).peak_bytes
     assert keep_freed_memory(CPU, predicted, round(KEPT * predicted) + 1 if much else predicted) == much
     model = build(config.model, 10).train()
     prepare(model, CPU, "fp32")
@@ -134,7 +147,7 @@ def held_in_predicted(much: bool) -> None:
         def step(images: int) -> None:
             x, targets = torch.randn(images, 1, 128, 128), torch.rand(images, 10)
             autocast = precision_context("cpu", "fp32")
-            update(model, model, x, targets, config, 0.001, optimizer, scaler, autocast, seen)
+            update(Step(model, model, optimizer, scaler, autocast, seen, config), x, targets, 0.001)
 
         step(1)  # which brings the code itself into memory, and the moments
         before = resident("VmRSS") - sum(3 * p.nbytes for p in model.parameters())
@@ -199,60 +212,61 @@ def test_predicted_peak_of_each_of_two_processes(tmp_path: Path) -> None:
     measured = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     for case, peaks in zip(WAYS_MEASURED, zip(*measured, strict=True), strict=True):
         config = of_way(*case)
-        predicted = predict_for(config, 10, CPU, 2, config.parallel).peak_bytes
-        assert predicted == pytest.approx(min(peaks), rel=0.05), case
+        predicted = held(config, 2, config.parallel).peak_bytes
+        versions = f"torch {torch.__version__}, and sharded.py was checked with {CHECKED_WITH}"
+        assert predicted == pytest.approx(min(peaks), rel=0.05), f"{case}: {versions}"
 
 
 def test_what_is_divided_is_divided() -> None:
     """Weights, gradients, moments and average; in `expert` a process has a quarter of the experts and no more."""
     config = composed("soft", "train.batch_size=32", "train.ema=0.9")
-    whole = predict_for(config, 10, CPU, 4)
+    whole = held(config, 4)
     for way in ("fsdp", "expert"):
-        part = predict_for(config, 10, CPU, 4, way)
+        part = held(config, 4, way)
         assert part.state_bytes == pytest.approx(whole.state_bytes / 4, rel=0.01)
         assert part.state_bytes == 5 * part.weight_bytes
         assert part.state_bytes < part.peak_bytes < whole.peak_bytes
         assert part.activation_bytes == pytest.approx(whole.activation_bytes, rel=0.2)
     experts = sum(p.nbytes for name, p in build(config.model, 10).named_parameters() if ".experts." in name)
-    fsdp, expert = (predict_for(config, 10, CPU, 4, way).peak_bytes for way in ("fsdp", "expert"))
+    fsdp, expert = (held(config, 4, way).peak_bytes for way in ("fsdp", "expert"))
     assert fsdp - expert > experts, "what is gathered in fsdp are the experts"
 
 
 def test_experts_that_cannot_be_divided() -> None:
     with pytest.raises(UsageError, match="parallel=expert cannot divide no experts over 4 devices"):
-        predict_for(composed("dense", "train.batch_size=32"), 10, CPU, 4, "expert")
+        held(composed("dense", "train.batch_size=32"), 4, "expert")
     with pytest.raises(UsageError, match="parallel=expert cannot divide 16 experts over 32 devices"):
-        predict_for(composed("soft", "train.batch_size=32"), 10, CPU, 32, "expert")
+        held(composed("soft", "train.batch_size=32"), 32, "expert")
 
 
 def test_a_checkpoint_that_has_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is whole, wherever the device is."""
     config = composed("soft", "train.batch_size=32", "train.ema=0.9")
-    part = predict_for(config, 10, CPU, 4, "fsdp")
-    assert part.saving_bytes == pytest.approx(predict_for(config, 10, CPU).state_bytes * 4 / 5, rel=0.01)
-    assert predict_for(config, 10, CPU, 4).saving_bytes == 0
+    part = held(config, 4, "fsdp")
+    assert part.saving_bytes == pytest.approx(held(config).state_bytes * 4 / 5, rel=0.01)
+    assert held(config, 4).saving_bytes == 0
     with_free(monkeypatch, part.saving_bytes)
     with pytest.raises(UsageError, match="of weights and moments in the first process's memory"):
-        require_fit(config, 10, CPU, 4, 4, "fsdp")
+        settle(load(config), "fsdp", FOUR)
 
 
 def test_a_refusal_names_ways_to_divide(monkeypatch: pytest.MonkeyPatch) -> None:
     config, cuda = composed("soft", "train.batch_size=4"), torch.device("cuda")
-    fsdp, expert = (predict_for(config, 10, CPU, 4, way).peak_bytes for way in ("fsdp", "expert"))
-    monkeypatch.setattr(memory, "predict_for", lambda c, n, _cuda, *rest, **more: predict_for(c, n, CPU, *rest, **more))
+    fsdp, expert = (held(config, 4, way).peak_bytes for way in ("fsdp", "expert"))
+    monkeypatch.setattr(fit, "predict", lambda asked, *rest: predict(replace(asked, device=CPU), *rest))
 
     def have(free: int) -> None:
-        monkeypatch.setattr(memory, "free_memory", lambda device: free if device.type == "cuda" else 2**60)
+        monkeypatch.setattr(fit, "free_memory", lambda device: free if device.type == "cuda" else 2**60)
 
     have(fsdp)
     with pytest.raises(UsageError, match=r"set parallel=fsdp or (set )?parallel=expert"):
-        require_fit(config, 10, cuda, 4, 4)
+        settle(load(config, cuda), "ddp", FOUR)
     have(expert)
     with pytest.raises(UsageError, match=r"with parallel=fsdp.* set parallel=expert"):
-        require_fit(config, 10, cuda, 4, 4, "fsdp")
-    assert require_fit(config, 10, cuda, 4, 4, "expert").peak_bytes == expert
+        settle(load(config, cuda), "fsdp", FOUR)
+    assert settle(load(config, cuda), "expert", FOUR).memory.peak_bytes == expert
     with pytest.raises(UsageError, match="set parallel=expert on 4 devices or choose a smaller"):
-        require_fit(config, 10, cuda)
+        settle(load(config, cuda))
 
 
 def test_what_is_frozen_has_neither_gradient_nor_moments() -> None:
@@ -263,16 +277,17 @@ def test_what_is_frozen_has_neither_gradient_nor_moments() -> None:
     freeze(vit, sgd.optim.freeze)
     trained = 4 * sum(p.numel() for p in vit.parameters() if p.requires_grad)
     for config, moments in ((adamw, 2), (sgd, 1)):
-        memory = predict_for(config, 10, CPU)
+        memory = held(config)
         assert 0 < trained < memory.weight_bytes / 2
         assert (memory.gradient_bytes, memory.optimizer_bytes) == (trained, moments * trained)
     assert memory.peak_bytes == pytest.approx(allocated_peak(sgd), rel=0.03)  # what operations borrow is more of less
 
 
+@pytest.mark.thorough
 def test_moments_in_8_bits() -> None:
     """What is kept, and what an update on a CPU takes when little else does."""
     config = composed("soft", "train.batch_size=1", "optim.moments=8bit", "model.router.num_experts=64")
-    found = predict_for(config, 10, CPU)
+    found = held(config)
     vit = build(config.model, 10)
     optimizer = optimizer_of(vit, config.optim)
     for parameter in vit.parameters():
@@ -286,10 +301,10 @@ def test_moments_in_8_bits() -> None:
 
 def test_moments_in_the_machines_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     config, cuda = composed("soft", "train.batch_size=4", "optim.moments=offload"), torch.device("cuda")
-    plain, found = predict_for(composed("soft", "train.batch_size=4"), 10, CPU), predict_for(config, 10, CPU)
+    plain, found = held(composed("soft", "train.batch_size=4")), held(config)
     assert (found.optimizer_bytes, found.beside_bytes) == (0, plain.optimizer_bytes)
     assert found.peak_bytes == plain.peak_bytes - plain.optimizer_bytes
-    monkeypatch.setattr(memory, "predict_for", lambda c, n, _cuda, *rest, **more: predict_for(c, n, CPU, *rest, **more))
+    monkeypatch.setattr(fit, "predict", lambda asked, *rest: predict(replace(asked, device=CPU), *rest))
     with pytest.raises(UsageError, match="no effect with device=cpu, whose memory is the machine's; set it to fp32"):
         require_place(config.optim, CPU)
     with pytest.raises(UsageError, match="is for one device, and there are 2; set it to fp32, which parallel=fsdp"):
@@ -299,22 +314,22 @@ def test_moments_in_the_machines_memory(monkeypatch: pytest.MonkeyPatch) -> None
     for moments in ("fp32", "8bit"):
         require_place(replace(config.optim, moments=moments), CPU, 2)
     free = {"cuda": found.peak_bytes, "cpu": found.beside_bytes}
-    monkeypatch.setattr(memory, "free_memory", lambda device: free[device.type])
-    assert require_fit(config, 10, cuda) == found
+    monkeypatch.setattr(fit, "free_memory", lambda device: free[device.type])
+    assert settle(load(config, cuda)).memory == found
     ordinary = replace(config, optim=replace(config.optim, moments="fp32"))
     with pytest.raises(UsageError, match=r"optim\.moments=offload or choose a smaller"):
-        require_fit(ordinary, 10, cuda)
+        settle(load(ordinary, cuda))
     free["cpu"] -= 1
     with pytest.raises(UsageError, match=r"in the machine's memory, which has .* free; choose a machine with more"):
-        require_fit(config, 10, cuda)
+        settle(load(config, cuda))
     with pytest.raises(UsageError) as refusal:
-        require_fit(ordinary, 10, cuda)
+        settle(load(ordinary, cuda))
     assert "offload" not in str(refusal.value), "it has no room either"
 
 
 def test_the_parts_of_memory() -> None:
     config = composed()
-    plain, averaged = predict_for(config, 10, CPU), predict_for(composed("soft", "train.ema=0.99"), 10, CPU)
+    plain, averaged = held(config), held(composed("soft", "train.ema=0.99"))
     weights = 4 * sum(p.numel() for p in build(config.model, 10).parameters())
     assert (plain.weight_bytes, plain.gradient_bytes, plain.optimizer_bytes) == (weights, weights, 2 * weights)
     assert plain.state_bytes == 4 * weights
@@ -326,10 +341,10 @@ def test_the_parts_of_memory() -> None:
 @pytest.mark.parametrize("router", ["soft", "dense"])
 def test_activations_grow_with_the_batch_and_shrink_with_recomputation(router: str) -> None:
     config = composed(router)
-    two, four, eight = (predict_for(config, 10, CPU, batch=batch).activation_bytes for batch in (2, 4, 8))
+    two, four, eight = (held(config, batch=batch).activation_bytes for batch in (2, 4, 8))
     assert two < four < eight
     assert eight - four == 2 * (four - two)  # what grows grows with the images
-    assert predict_for(config, 10, CPU, batch=8, recompute=True).activation_bytes < eight / 2
+    assert held(config, batch=8, recompute=True).activation_bytes < eight / 2
 
 
 def test_live_bytes_come_and_go() -> None:
@@ -356,18 +371,18 @@ def test_the_largest_number_within_a_limit(limit: int) -> None:
 
 
 def with_free(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
-    monkeypatch.setattr(memory, "free_memory", lambda device: free)
+    monkeypatch.setattr(fit, "free_memory", lambda device: free)
 
 
 def test_a_run_that_cannot_fit_is_refused_with_what_would(monkeypatch: pytest.MonkeyPatch) -> None:
     config = composed("soft", "train.batch_size=16", "model.backbone.depth=3")
-    need = predict_for(config, 10, CPU)
+    need = held(config)
     with_free(monkeypatch, need.peak_bytes)
-    assert require_fit(config, 10, CPU) == need
+    assert settle(load(config)).memory == need
     free = (4 * need.peak_bytes + need.state_bytes) // 5
     with_free(monkeypatch, free)
     with pytest.raises(UsageError) as refusal:
-        require_fit(config, 10, CPU)
+        settle(load(config))
     text = str(refusal.value)
     assert "train.batch_size=16 needs" in text
     assert "\n" not in text
@@ -377,29 +392,29 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would(monkeypatch: pytest.Mo
         change: dict[str, Any] = {"batch": int(value)} if "batch" in key else {}
         change |= {"accumulate": int(value)} if "acc" in key else {}
         change |= {"optim": replace(config.optim, moments=value)} if "moments" in key else {}
-        fits[key] = predict_for(config, 10, CPU, **(change or {"recompute": True}))
+        fits[key] = held(config, **(change or {"recompute": True}))
         assert fits[key].peak_bytes <= free
         if "batch" in key:
-            assert predict_for(config, 10, CPU, batch=int(value) + 1).peak_bytes > free
+            assert held(config, batch=int(value) + 1).peak_bytes > free
     assert set(fits) == {"optim.moments", "train.accumulate", "train.recompute", "train.batch_size"}
     with_free(monkeypatch, need.state_bytes - 1)
     with pytest.raises(UsageError, match="choose a smaller model, fewer experts"):
-        require_fit(config, 10, CPU)
+        settle(load(config))
 
 
 def test_auto_is_the_largest_power_of_two_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     config = composed("soft", "train.batch_size=auto")
     assert config.train.batch_size == "auto"
-    with_free(monkeypatch, predict_for(config, 10, CPU, batch=50).peak_bytes)
-    assert largest_batch(config, 10, CPU, 1000) == 32
-    assert largest_batch(config, 10, CPU, 20) == 16
-    assert largest_batch(config, 10, CPU, 1000, sharers=3) < 32
+    with_free(monkeypatch, held(config, batch=50).peak_bytes)
+    assert largest_batch(load(config), 1000, paired=False) == 32
+    assert largest_batch(load(config), 20, paired=False) == 16
+    assert largest_batch(load(config), 1000, paired=False, sharers=3) < 32
     groups = ("model.router.images_per_group=3", "train.accumulate=2", "train.batch_size=6", "train.eval_batch_size=63")
     grouped = composed("tokens_choice", *groups)
-    assert largest_batch(grouped, 10, CPU, 100) % 6 == 0
+    assert largest_batch(load(grouped), 100, paired=False) % 6 == 0
     with_free(monkeypatch, 1000)
     with pytest.raises(UsageError, match=r"train\.batch_size=auto: 1 images do not fit"):
-        largest_batch(config, 10, CPU, 1000)
+        largest_batch(load(config), 1000, paired=False)
 
 
 def test_a_router_whose_sizes_depend_on_the_images_has_no_prediction(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -408,7 +423,7 @@ def test_a_router_whose_sizes_depend_on_the_images_has_no_prediction(monkeypatch
 
     monkeypatch.setattr(SoftRouter, "forward", look)
     with pytest.raises(UsageError, match="soft asks what numbers a tensor holds"):
-        predict_for(composed("soft", "train.batch_size=2"), 10, CPU)
+        held(composed("soft", "train.batch_size=2"))
 
 
 def test_memory_of_a_control_group(tmp_path: Path) -> None:
@@ -425,11 +440,11 @@ def test_memory_of_a_control_group(tmp_path: Path) -> None:
     assert _control_group_free(tmp_path, tmp_path / "missing") == []
 
 
-def test_the_header_tells_of_a_checkpoints_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_header_tells_of_a_checkpoints_copy() -> None:
     """Weights, moments and average, where four times that is free beside the peak."""
-    held = predict_for(composed("soft", "train.batch_size=4", "train.ema=0.9"), 10, CPU)
-    copy = held.weight_bytes + held.optimizer_bytes + held.average_bytes
-    for free, told in ((held.peak_bytes + 4 * copy, True), (held.peak_bytes + 4 * copy - 1, False)):
-        monkeypatch.setattr(train, "free_memory", lambda _device, free=free: free)
-        assert (f"; {gibibytes(copy)} more while" in train._memory(held, CPU, False)) == told
-    assert "more while" not in train._memory(held, torch.device("cuda"), False)
+    memory = held(composed("soft", "train.batch_size=4", "train.ema=0.9"))
+    copy = memory.weight_bytes + memory.optimizer_bytes + memory.average_bytes
+    for free, told in ((memory.peak_bytes + 4 * copy, True), (memory.peak_bytes + 4 * copy - 1, False)):
+        words = memory_row(Fit("ddp", "", memory, free), CPU, kept=False)
+        assert (f"; {gibibytes(copy)} more while" in words) == told
+    assert "more while" not in memory_row(Fit("ddp", "", memory, 2**60), torch.device("cuda"), kept=False)

@@ -28,7 +28,7 @@ from softmoe_cli.optim import (
     state_of,
     table,
 )
-from softmoe_cli.train import update
+from softmoe_cli.train import Step, update
 from tests.oracles import adamw as adamw_oracle
 from tests.oracles import compose
 
@@ -273,7 +273,7 @@ def test_an_update_that_overflows_leaves_weights_and_moments(name: str) -> None:
     quiet = torch.autocast("cpu", enabled=False)
     norms = []
     for _ in range(20):
-        norms.append(update(vit, vit, x, targets, config, 0.01, optimizer, scaler, quiet, [])[2])
+        norms.append(update(Step(vit, vit, optimizer, scaler, quiet, [], config), x, targets, 0.01)[2])
         if math.isfinite(norms[-1]):
             break
         assert not optimizer.state and all(torch.equal(before[key], value) for key, value in vit.state_dict().items())
@@ -370,7 +370,8 @@ def test_an_update_moves_each_layer_by_its_share_and_what_is_frozen_not_at_all()
     vit.zero_grad(set_to_none=True)
     optimizer, scaler = optimizer_of(vit, config.optim), torch.amp.GradScaler("cpu", enabled=False)
     with routings(vit) as seen:
-        update(vit, vit, x, targets, config, 0.1, optimizer, scaler, torch.autocast("cpu", enabled=False), seen)
+        quiet = torch.autocast("cpu", enabled=False)
+        update(Step(vit, vit, optimizer, scaler, quiet, seen, config), x, targets, 0.1)
     for name, parameter in vit.named_parameters():
         gradient = gradients[name]
         if name.startswith("blocks.0.") or name.endswith(".phi"):

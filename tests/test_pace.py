@@ -9,7 +9,7 @@ from torch import nn
 from softmoe_cli.device import precision_context
 from softmoe_cli.models import build
 from softmoe_cli.pace import FirstSteps, Pace, forward_s, images_of_a_look, looks
-from softmoe_cli.train import Budget, Progress
+from softmoe_cli.progress import Budget, Progress
 from tests.oracles import compose
 
 CPU = torch.device("cpu")
@@ -58,17 +58,35 @@ def test_what_is_said() -> None:
     assert Pace(0.5, None, None).at(1.0) == Pace(1.0, None, None)
 
 
+def told_after(*seconds: float, total: int, forecast: Pace | None = None) -> list[str]:
+    """What is told when steps end at these seconds of training, and once more before an evaluation."""
+    progress, told = Progress(), list[str]()
+    steps = FirstSteps(progress, Budget(total, None), 1000, forecast, told.append)
+    steps.tell()
+    assert not told, "of no step"
+    for moment in seconds:
+        progress.step, progress.seconds["device"] = progress.step + 1, moment
+        steps.add()
+    steps.tell()
+    return told
+
+
 def test_the_first_steps_are_left_out_where_there_are_others() -> None:
-    steps = FirstSteps(100.0)
-    assert steps.step_s() is None
-    assert [steps.add(100 + second) for second in (50, 60, *range(61, 69))] == [False] * 9 + [True]
-    assert steps.step_s() == 1.0
-    assert steps.step_s() is None  # told once
-    one = FirstSteps(0.0)
-    one.add(0.0)  # compiled: booked elsewhere
-    assert one.step_s() is None
-    one.add(3.0)
-    assert one.step_s() == 3.0
+    assert told_after(50, 60, *range(61, 69), total=20) == ["1.0 s a step: 10 s of training, 10 steps of 1.0 s"]
+    assert told_after(50, 60, *range(61, 70), total=20)[0].endswith("10 steps of 1.0 s"), "at the tenth"
+    assert told_after(5, 6, total=3) == ["1.0 s a step: 1.0 s of training, 1 step of 1.0 s"]
+    assert told_after(0.0, total=3) == [], "compiled: booked elsewhere"
+    assert told_after(0.0, 3.0, total=3)[0].startswith("3.0 s a step")
+
+
+def test_a_first_step_says_nothing_of_evaluations() -> None:
+    """Its own slowness is not theirs; and where no step is to come, nothing is left to tell."""
+    forecast = Pace(0.5, 2.0, 4.0)
+    (alone,) = told_after(5, total=2, forecast=forecast)
+    assert alone.startswith("5.0 s a step: about 11 s: 5.0 s of training, 1 step of 5.0 s; 6.0 s of evaluation")
+    (second,) = told_after(5, 6, total=3, forecast=forecast)
+    assert second.startswith("1.0 s a step: about 13 s: 1.0 s of training, 1 step of 1.0 s; 12 s of evaluation")
+    assert told_after(5, total=1, forecast=forecast) == told_after(5, 6, total=2, forecast=forecast) == []
 
 
 @pytest.mark.parametrize("router", ["soft", "tokens_choice"])
@@ -109,10 +127,7 @@ def test_a_large_model_is_timed_on_few_images() -> None:
 
 
 def test_resuming_counts_what_is_left() -> None:
-    from softmoe_cli.train import _left
-
-    config = compose("train.steps=100")
-    told = _left(Pace(1.0, 0.0, 0.0), Budget(100, None), Progress(step=60, evaluated=60.0), config)
+    told = Pace(1.0, 0.0, 0.0).left(Budget(100, None), Progress(step=60, evaluated=60.0), 0.1)
     assert "40 s of training, 40 steps of 1.0 s" in told and "4 times on validation images" in told
-    minutes = _left(Pace(0.1, 0.0, 0.0), Budget(None, 120.0), Progress(), compose("train.minutes=2"))
+    minutes = Pace(0.1, 0.0, 0.0).left(Budget(None, 120.0), Progress(), 0.1)
     assert minutes.startswith("about 2 min: 2 min of training, 1,200 steps of 100 ms")

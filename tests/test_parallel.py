@@ -8,7 +8,6 @@ import signal
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,14 +18,17 @@ from timm.layers import DropPath
 from torch import Tensor
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 
-from softmoe_cli import data, shards, train
+from softmoe_cli import data, fit, shards
 from softmoe_cli.config import WAYS, Config
 from softmoe_cli.errors import RunError, UsageError
+from softmoe_cli.fit import _first_that_fits, obstacle
 from softmoe_cli.launch import Loopback, Note, cause
-from softmoe_cli.memory import predict_for
+from softmoe_cli.load import Load
+from softmoe_cli.memory import Memory, predict
 from softmoe_cli.moe.divided import span
 from softmoe_cli.moe.routing import noise_like, whole_batch
 from softmoe_cli.parallel import Crew, Lost, Turns, WholeBatchDropPath, _contact, largest_share
+from softmoe_cli.setup import images_identity
 from tests.conftest import TINY
 from tests.oracles import compose
 from tests.processes import Started, torchrun
@@ -231,24 +233,28 @@ def test_one_process_of_a_machine_reads_what_images_show(tmp_path: Path, monkeyp
     monkeypatch.setattr(data, "identity", identity)
     second = Crew(rank=1, size=4, local_rank=1, local_size=2)
     monkeypatch.setattr(Crew, "gather", lambda _, own: [own, "a", None, "a"])
-    assert train.images_identity(settings, second) == "a" and not read
-    assert train.images_identity(settings, Crew(size=4, local_size=2)) == "a" and read == ["here"]
+    assert images_identity(settings, second) == "a" and not read
+    assert images_identity(settings, Crew(size=4, local_size=2)) == "a" and read == ["here"]
     monkeypatch.setattr(Crew, "gather", lambda _, own: [own, None, "b", None])
     with pytest.raises(UsageError, match="holds other images on one machine than on another"):
-        train.images_identity(settings, Crew(size=4, local_size=2))
+        images_identity(settings, Crew(size=4, local_size=2))
     monkeypatch.setattr(Crew, "gather", lambda _, own: [own, None])
-    assert train.images_identity(settings, second) is None, "embedded sets are the same everywhere"
+    assert images_identity(settings, second) is None, "embedded sets are the same everywhere"
+
+
+def load(config: Config) -> Load:
+    return Load.of(config, 10, CPU)
 
 
 def test_memory_of_each_of_several_processes() -> None:
     """A quarter of the batch's activations; gradients are there from the start, and twice while parts add up."""
     whole = compose("model/backbone=vit_nano4", "data=fashion_mnist", "train.batch_size=64")
     quarter = compose("model/backbone=vit_nano4", "data=fashion_mnist", "train.batch_size=16")
-    own, alone = predict_for(whole, 10, CPU, 4), predict_for(quarter, 10, CPU)
+    own, alone = predict(load(whole), 4), predict(load(quarter))
     assert (own.state_bytes, own.activation_bytes) == (alone.state_bytes, alone.activation_bytes)
     assert alone.peak_bytes < own.peak_bytes <= alone.peak_bytes + own.gradient_bytes
     parts = replace(whole, train=replace(whole.train, accumulate=2))
-    in_parts, one_in_parts = predict_for(parts, 10, CPU, 4), predict_for(parts, 10, CPU)
+    in_parts, one_in_parts = predict(load(parts), 4), predict(load(parts))
     assert in_parts.peak_bytes - in_parts.gradient_bytes < one_in_parts.peak_bytes
 
 
@@ -303,12 +309,12 @@ def test_words_of_torchrun(softmoe: Any, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_what_cannot_be_divided(softmoe: Any) -> None:
     assert "parallel=fsdp has no effect in one process" in softmoe("train", *TINY, "parallel=fsdp").err
-    crew, config = Crew(size=8), compose("model.router.num_experts=4")
-    assert "cannot divide 4 experts over 8 processes" in (train._obstacle("expert", config, 10, crew) or "")
-    assert "dense has none" in (train._obstacle("expert", compose("model/router=dense"), 10, crew) or "")
-    assert "no loss scale" in (train._obstacle("fsdp", compose("train.precision=fp16"), 10, crew) or "")
-    assert "optim.moments=8bit; set that to" in (train._obstacle("fsdp", compose("optim.moments=8bit"), 10, crew) or "")
-    assert train._obstacle("fsdp", config, 10, crew) is None
+    config = compose("model.router.num_experts=4")
+    assert "cannot divide 4 experts over 8 processes" in (obstacle("expert", load(config), 8) or "")
+    assert "dense has none" in (obstacle("expert", load(compose("model/router=dense")), 8) or "")
+    assert "no loss scale" in (obstacle("fsdp", load(compose("train.precision=fp16")), 8) or "")
+    assert "optim.moments=8bit; set that to" in (obstacle("fsdp", load(compose("optim.moments=8bit")), 8) or "")
+    assert obstacle("fsdp", load(config), 8) is None
 
 
 @pytest.mark.parametrize(
@@ -327,16 +333,16 @@ def test_auto_takes_the_first_way_that_fits(
     """Of 100 bytes free on this device, when another process has 95; None: there are no experts to divide."""
 
     class Tight(Crew):
-        def most(self, number: float) -> float:
+        def largest_of_all(self, number: float) -> float:
             return number + 5
 
-    def predicted(_config: Config, _classes: int, _device: torch.device, _size: int, way: str) -> SimpleNamespace:
-        return SimpleNamespace(peak_bytes=needed[WAYS.index(way)])
+    def predicted(_load: Load, _processes: int, way: str) -> Memory:
+        return Memory(0, 0, 0, 0, 0, peak_bytes=needed[WAYS.index(way)] or 0, saving_bytes=0)
 
-    monkeypatch.setattr(train, "predict_for", predicted)
-    monkeypatch.setattr(train, "free_memory", lambda _device: 100)
+    monkeypatch.setattr(fit, "predict", predicted)
+    monkeypatch.setattr(fit, "free_memory", lambda _device: 100)
     config = compose() if needed[2] is not None else compose("model/router=dense")
-    way, why = train._way(config, 10, CPU, Tight(size=2))
+    way, why, _ = _first_that_fits(load(config), 100, Tight(size=2))
     assert way == expected[0] and expected[1] in why
 
 

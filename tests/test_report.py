@@ -2,7 +2,6 @@
 
 import csv
 import json
-import multiprocessing
 import os
 import re
 import shutil
@@ -10,7 +9,6 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, unquote_to_bytes
@@ -19,10 +17,10 @@ import pytest
 
 from softmoe_cli import report
 from softmoe_cli.compare import Comparison, Question, compare
-from softmoe_cli.errors import RunError, UsageError
+from softmoe_cli.errors import UsageError
 from softmoe_cli.figures import figure
 from softmoe_cli.looks import reference_points, styles
-from softmoe_cli.report import _reference, _settings
+from softmoe_cli.report import PAPER, _reference, _settings
 from softmoe_cli.tables import comma_separated, flat_rows, json_text, latex, markdown, tables, terminal
 from tests.conftest import TINY, Softmoe
 from tests.processes import Started
@@ -30,7 +28,6 @@ from tests.synthetic import row, study, write
 from tests.wandb_file import recorded
 
 NASTY = "</script><b>&\"'|`*_x_* ~^#$%{}\\ é [l](u) $\\alpha$"
-PAPER = Path(__file__).resolve().parents[1] / "experiments" / "paper"
 
 
 @pytest.fixture
@@ -69,7 +66,7 @@ def test_json_holds_everything(compared: Comparison) -> None:
     back = json.loads(json_text(compared))
     soft = back["blocks"][0]["groups"][0]
     assert (soft["label"], soft["verdict"], soft["baseline"]) == ("soft", "better", "dense")
-    top1 = compared.groups[0].figures["top1_pct"]
+    top1 = compared.groups[0].intervals["top1_pct"]
     assert top1 is not None and soft["figures"]["top1_pct"]["mean"] == top1.mean
     assert [run["top1_pct"] for run in soft["runs"]] == [run.row["top1_pct"] for run in compared.groups[0].runs]
     assert len(soft["budgets"][0]["values"]) == 3
@@ -258,18 +255,6 @@ def test_every_group_has_a_look_of_its_own(tmp_path: Path) -> None:
     assert look["dense"] == (0, "o")
 
 
-def test_a_painter_that_is_gone(tmp_path: Path, compared: Comparison, monkeypatch: pytest.MonkeyPatch) -> None:
-    def begin(_painters: object, _comparison: Comparison, _name: str) -> Connection:
-        ours, its = multiprocessing.Pipe(duplex=False)
-        its.close()
-        return ours
-
-    monkeypatch.setattr(report, "_begin", begin)
-    with pytest.raises(RunError, match="is gone; type the command again"):
-        report.write(compared, tmp_path / "out", multiprocessing.get_context("forkserver"))
-    assert not (tmp_path / "out").exists()
-
-
 def test_names_that_figures_cannot_draw(nasty: Comparison) -> None:
     assert all(figure(nasty, "pareto").values()) and all(figure(nasty, "curves").values())
 
@@ -326,7 +311,7 @@ def test_two_hundred_folders(softmoe: Softmoe, tmp_path: Path) -> None:
     out = [line for line in answer.out.splitlines() if line.startswith("- left out: ")]
     assert len(list((tmp_path / "runs").iterdir())) - 1 == 200
     assert len(out) == 4 + 8 + 6 + 6
-    for word, count in (("truncated", 4), ("the same run as", 8), ("empty", 6), ("has no signature", 6)):
+    for word, count in (("truncated", 4), ("the same run as", 8), ("empty", 6), ("has format none", 6)):
         assert sum(word in line.rpartition(": ")[2] or word in line.partition(": ")[2] for line in out) >= count
     told = json.loads((tmp_path / "runs" / "compare" / "table.json").read_text())
     assert sum(len(each["runs"]) for each in told["blocks"][0]["groups"]) == 176

@@ -22,7 +22,7 @@ from softmoe_cli.config import Wandb
 from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.failures import ours
 from softmoe_cli.signals import Asked, end_children, heard
-from softmoe_cli.train import Stop
+from softmoe_cli.stop import Stop
 from tests.conftest import TINY, Softmoe
 from tests.processes import Started, forked
 
@@ -169,7 +169,7 @@ def test_a_defect_says_whose_it_is(softmoe: Softmoe, tmp_path: Path, monkeypatch
         raise KeyError("folder")
 
     (tmp_path / "outputs").mkdir()
-    monkeypatch.setattr(status, "read", lambda *_, **__: status.duration("x"))  # type: ignore[arg-type]
+    monkeypatch.setattr(status, "read", lambda *_, **__: status.ago("x"))  # type: ignore[arg-type]
     answer = softmoe("status", "outputs")
     assert answer.code == 1 and answer.err.startswith("Traceback")
     assert answer.err.splitlines()[-1].startswith("softmoe: TypeError: ") and "a defect of softmoe" in answer.err

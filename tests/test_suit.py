@@ -13,8 +13,8 @@ from softmoe_cli.compose import say_once
 from softmoe_cli.conf_files import conf_folder
 from softmoe_cli.config import Config
 from softmoe_cli.errors import UsageError
+from softmoe_cli.setup import run_folder
 from softmoe_cli.suit import SIDES, backbone_for, side_for
-from softmoe_cli.train import run_folder
 from tests.conftest import TINY, Softmoe
 from tests.oracles import compose
 

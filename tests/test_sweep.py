@@ -139,7 +139,7 @@ PLACES = {
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", thinned(PLACES, 1))
 def test_other_places_give_the_same_results(place: str, tmp_path: Path, alone: Callable[[str], Path]) -> None:
     line = ("train.steps=30", "seed=0,1", "hydra.launcher.jobs=2", f"hydra/launcher={PLACES[place][0]}")
     out = finish(launch(tmp_path, *line, *PLACES[place][1:]))
@@ -159,6 +159,7 @@ def below(pid: int) -> list[int]:
 
 
 @pytest.mark.long
+@pytest.mark.thorough
 def test_a_job_of_two_processes_whose_end_is_near_is_queued_again(tmp_path: Path) -> None:
     """submitit's signal reaches all that the job has started, as it may under Slurm."""
     line = ("train.steps=2000", "train.log_every=1", "devices=2", "hydra/launcher=slurm", *PLACES["submitit"][1:])
@@ -278,13 +279,15 @@ def test_a_terminal_shows_a_table_and_a_second_interrupt_ends_at_once(tmp_path: 
     assert not any(status.held(file.parent) for file in tmp_path.glob("outputs/*/*/.lock"))
 
 
+SEARCH = (*(word for word in LINE if not word.startswith("model.router")), "train.steps=10", "hydra.launcher.jobs=2")
+
+
 @pytest.mark.long
-def test_a_search_under_a_limit_and_a_front(tmp_path: Path) -> None:
+def test_a_search_under_a_limit(tmp_path: Path) -> None:
     """Optuna is told validation accuracy, or how far over the limit a job is, which is then not trained."""
-    line = ("train.steps=10", "hydra.sweeper.n_trials=3", "hydra.launcher.jobs=2")
     space = ("model.router.num_experts=choice(4,512)", "optim.lr=tag(log,interval(1e-4,1e-2))")
-    words = [word for word in LINE if not word.startswith("model.router")]
-    limited = ["train", "-m", "+search=quality", *words, *line, *space, "hydra.launcher.limit.params_m=0.05"]
+    options = ("hydra.sweeper.n_trials=3", "hydra.launcher.limit.params_m=0.05")
+    limited = ["train", "-m", "+search=quality", *SEARCH, *options, *space]
     out = finish(Started(tmp_path, limited, {}))
     assert "over the limit" in out
     best = yaml.safe_load((tmp_path / "outputs/default/optimization_results.yaml").read_text())
@@ -294,9 +297,12 @@ def test_a_search_under_a_limit_and_a_front(tmp_path: Path) -> None:
     assert all(row["params_m"] <= 0.05 for row in results) and 1 <= len(results) < 3
     assert "done before" in finish(Started(tmp_path, limited, {})), "the same command asks for the same jobs"
 
+
+@pytest.mark.long
+@pytest.mark.thorough
+def test_a_search_for_a_front(tmp_path: Path) -> None:
     other = ("hydra.sweeper.n_trials=2", "study=front", "model.router.num_experts=choice(4,8)")
-    front = ["train", "-m", "+search=pareto", *words, *line, *other]
-    finish(Started(tmp_path, front, {}))
+    finish(Started(tmp_path, ["train", "-m", "+search=pareto", *SEARCH, *other], {}))
     solutions = yaml.safe_load((tmp_path / "outputs/front/optimization_results.yaml").read_text())["solutions"]
     told = {(row["best_validation_top1_pct"], row["train_pflop"]) for row in rows_of(tmp_path / "outputs/front")}
     assert solutions and all(tuple(each["values"]) in told for each in solutions)
@@ -385,7 +391,8 @@ def made(run: Path, rows: Sequence[dict[str, Any]], lock: str = "") -> None:
     run.mkdir(parents=True)
     budgets = {"steps": 100, "epochs": None, "images": None, "minutes": None}
     (run / "config.yaml").write_text(yaml.safe_dump({"train": budgets}))
-    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 99, "spl')
+    lines = [json.dumps({"format": 1} | row) + "\n" for row in rows]
+    (run / "metrics.jsonl").write_text("".join(lines) + '{"step": 99, "spl')
     (run / ".lock").write_text(lock)
 
 
@@ -399,7 +406,7 @@ def test_status_from_files_alone(softmoe: Softmoe, tmp_path: Path) -> None:
         file.write('{"step": 61, "split": "trai\n')  # damage is compare's to name
     made(study / "d-held", rows)
     made(study / "e-done", rows)
-    (study / "e-done" / "result.json").write_text('{"validation_top1_pct": 93.25}')
+    (study / "e-done" / "result.json").write_text('{"format": 1, "validation_top1_pct": 93.25}')
     sweep = study / "sweep-0123abcd"
     sweep.mkdir()
     jobs = [{"run": f"seed={i}", "folder": f"../{name}"} for i, name in enumerate(("e-done", "f-failed", "g-waiting"))]
@@ -467,8 +474,9 @@ BAD: dict[str, tuple[str, str | bytes | None, str]] = {
     "b-bytes": ("result.json", b"\xff\xfe\x00", "result.json is truncated or damaged"),
     "b-nan": ("result.json", '{"validation_top1_pct": NaN}', "result.json is truncated or damaged"),
     "b-word": ("result.json", '{"validation_top1_pct": "\x1b[2Jhigh"}', "result.json is truncated or damaged"),
-    "b-kind": ("result.json", '{"validation_top1_pct": "\\u001b[2Jx"}', "result.json says validation_top1_pct is"),
-    "b-true": ("result.json", '{"validation_top1_pct": true}', "which is not a number"),
+    "b-kind": ("result.json", '{"format": 1, "validation_top1_pct": "\\u001b[2Jx"}', "says validation_top1_pct is"),
+    "b-true": ("result.json", '{"format": 1, "validation_top1_pct": true}', "which is not a number"),
+    "b-format": ("result.json", '{"format": 2}', "result.json has format 2, and this softmoe reads format 1"),
     "c-lock": (".lock", None, ".lock is no file"),
     "d-rows": ("metrics.jsonl", '{"step": "5", "split": "train"}\n', "metrics.jsonl has no row that tells how far"),
     "d-deep": ("metrics.jsonl", "[" * 200_000 + "\n", "metrics.jsonl has no row that tells how far"),

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from softmoe_cli.summary import chance, shown, still_uniform
 from softmoe_cli.terminal import Listened, Screen
 from softmoe_cli.text import flop, gibibytes, in_words
-from softmoe_cli.train import _shown, chance, still_uniform
 from tests.conftest import TINY, Softmoe
 
 
@@ -84,7 +84,7 @@ def test_still_uniform(tmp_path: Path) -> None:
     def told(*last: dict[str, float]) -> str:
         rows = [{"step": 5, "block": 3, "dispatch_max": 0.9} | soft]
         rows += [{"step": 9, "block": i} | row for i, row in enumerate(last)]
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        file.write_text("".join(json.dumps({"format": 1} | row) + "\n" for row in rows))
         return still_uniform(RESULT, file)
 
     assert told(soft | {"dispatch_max": 0.020}, soft | {"dispatch_max": 0.022}) == (
@@ -108,9 +108,9 @@ def test_no_top5_of_five_classes() -> None:
         "best_step": 1, "images": 1, "epochs": 1.0, "steps": 1, "train_pflop": 3.924e-4, "device_s": 63.0,
         "eval_s": 1.0, "save_s": 0.0, "compile_s": 0.0,
     }  # fmt: skip
-    shown = _shown(row, Path("x"))
-    assert "test top-5" not in shown and "test top-5" in _shown(row | {"classes": 6}, Path("x"))
-    assert shown["training cost"] == "392.4 GFLOP, 1 min 3 s"
+    titled = shown(row, Path("x"))
+    assert "test top-5" not in titled and "test top-5" in shown(row | {"classes": 6}, Path("x"))
+    assert titled["training cost"] == "392.4 GFLOP, 1 min 3 s"
 
 
 def test_a_run_tells_its_time_first_and_what_to_type_last(softmoe: Softmoe) -> None:

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from softmoe_cli import memory
+from softmoe_cli import load as loads
+from softmoe_cli import memory, sharded
 from softmoe_cli.compose import compose
 from softmoe_cli.config import WAYS, Model
 from softmoe_cli.cost import account, on_meta
@@ -87,14 +88,14 @@ def predicted(model: Model, load: Load, gpus: int, way: str) -> memory.Memory:
     there, but with what a GPU has: fused attention and products in half precision."""
     memory.prepare = lambda *_: None  # type: ignore[assignment]
     CPU_PRODUCTS[torch.bfloat16] = "fast"
-    return memory.predict(
-        model, CLASSES, batch=load.images * gpus, accumulate=1, recompute=bool(load.recompute), ema=False,
-        precision=load.precision, device=torch.device("cpu"), processes=gpus, way=way,
-    )  # fmt: skip
+    each = loads.Load(
+        model, CLASSES, load.images * gpus, torch.device("cpu"), recompute=load.recompute == 1, precision=load.precision
+    )
+    return memory.predict(each, gpus, way)
 
 
 def possible(model: Model, gpus: int, way: str) -> bool:
-    return way != "expert" or memory.divides(model.router, gpus)
+    return way != "expert" or sharded.divides(model.router, gpus)
 
 
 def fewest(model: Model, load: Load, room: float, way: str) -> int | None:

@@ -1,0 +1,52 @@
+"""What is said when numbers stop being finite."""
+
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from softmoe_cli.errors import RunError
+from softmoe_cli.moe.layer import MoE
+from softmoe_cli.parallel import own_part
+
+
+def exploded(what: str, step: int) -> RunError:
+    """What an evaluation found: the update before it has spoilt the weights."""
+    return RunError(
+        f"{what} at step {step:,}: the last update left weights that are too large or not finite; lower "
+        "optim.lr or set optim.clip_norm, and type the command again"
+    )
+
+
+def not_finite(
+    model: VisionTransformer, x: Tensor, autocast: torch.autocast, first_image: int, step: int, loss: float, norm: float
+) -> RunError:
+    """What an update found, which was not made: where the loss or a gradient first stopped being finite, by going
+    through the same batch again. `first_image` is the place of its first image in the stream of all batches."""
+    broken: list[str] = []
+
+    def remember(name: str) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and not output.isfinite().all():
+                broken.append(name)
+
+        return hook
+
+    hooks = [m.register_forward_hook(remember(name)) for name, m in model.named_modules() if not list(m.children())]
+    hooks += [m.register_forward_hook(remember(name)) for name, m in model.named_modules() if isinstance(m, MoE)]
+    with torch.no_grad(), autocast:
+        model(x)
+    for hook in hooks:
+        hook.remove()
+    gradients = [n for n, p in model.named_parameters() if p.grad is not None and not own_part(p.grad).isfinite().all()]
+    if broken:
+        where = f"first in the output of {broken[0]}"
+    else:
+        where = f"in the gradient of {gradients[-1] if gradients else 'the loss'}"
+    pixels = "finite" if x.isfinite().all() else "not finite"
+    return RunError(
+        f"loss {loss} and gradient norm {norm} at step {step:,} (batch of images {first_image:,} to "
+        f"{first_image + len(x) - 1:,} of the stream; input {pixels}): not finite {where}. The update was not made; "
+        "lower optim.lr, or set optim.clip_norm or train.precision=fp32"
+    )

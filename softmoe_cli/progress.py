@@ -1,0 +1,100 @@
+"""Where a run stands, and how long it goes on."""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from softmoe_cli.config import Config
+from softmoe_cli.optim import span
+from softmoe_cli.text import several
+
+
+@dataclass
+class Progress:
+    """Where a run stands. All of it is in every checkpoint, and to go on nothing else is needed but tensors."""
+
+    step: int = 0
+    compiled_steps: int = 0
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("device", "eval", "save", "compile"), 0.0))
+    device_s: float = 0.0
+    """Seconds of training, summed over the devices."""
+    energy_j: float | None = 0.0
+    loss_sum: float = 0.0
+    aux_sum: float = 0.0
+    loss_steps: int = 0
+    logged: float = 0.0
+    evaluated: float = 0.0
+    best_step: int = 0
+    best_top1_pct: float = -1.0
+    validation: dict[str, float | str | None] = field(default_factory=dict)
+    """The last validation row."""
+
+    def used(self, energy: float | None) -> None:
+        """Adds joules; None, where nobody has measured them, leaves the sum unknown."""
+        self.energy_j = None if energy is None or self.energy_j is None else self.energy_j + energy
+
+    @property
+    def spent(self) -> dict[str, float]:
+        """Seconds by what they went into, and energy where the device tells."""
+        energy = {} if self.energy_j is None else {"energy_kj": self.energy_j / 1000}
+        return {f"{name}_s": s for name, s in (self.seconds | {"device": self.device_s}).items()} | energy
+
+    @contextmanager
+    def booked(self, what: str, devices: int = 1) -> Iterator[None]:
+        """Books the time spent inside under `what`, so that training time is training only."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            took = time.perf_counter() - start
+            self.seconds[what] += took
+            if what == "device":
+                self.device_s += took * devices
+
+    def add_loss(self, loss: float, aux_loss: float) -> None:
+        """Of one more step, for the means of the next training row."""
+        self.loss_sum, self.aux_sum, self.loss_steps = (
+            self.loss_sum + loss,
+            self.aux_sum + aux_loss,
+            self.loss_steps + 1,
+        )
+
+    def mean_losses(self) -> dict[str, float]:
+        """Means over the steps since the last call, which starts the next ones."""
+        means = {"loss": self.loss_sum / self.loss_steps, "aux_loss": self.aux_sum / self.loss_steps}
+        self.loss_sum, self.aux_sum, self.loss_steps = 0.0, 0.0, 0
+        return means
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long: in updates, or in seconds of training."""
+
+    steps: int | None
+    seconds: float | None
+
+    @classmethod
+    def of(cls, config: Config, train_images: int) -> "Budget":
+        t = config.train
+        if t.minutes is not None:
+            return cls(None, 60 * t.minutes)
+        images = t.images if t.images is not None else train_images * (t.epochs or 0)
+        return cls(t.steps if t.steps is not None else math.ceil(images / t.batch_size), None)
+
+    @property
+    def total(self) -> float:
+        return self.steps if self.steps is not None else self.seconds or 0.0
+
+    def position(self, progress: Progress) -> float:
+        """In the unit of `total`."""
+        return progress.step if self.steps is not None else progress.seconds["device"]
+
+    def passed(self, before: float, now: float, every: float) -> bool:
+        """Whether a multiple of the span `every`, or the end, lies in (before, now]."""
+        interval = span(every, self.total)
+        return now // interval > before // interval or (before < self.total <= now)
+
+    def __str__(self) -> str:
+        return several(self.steps, "step") if self.steps is not None else f"{self.total / 60:g} minutes"

@@ -1,0 +1,179 @@
+"""What one of several processes holds beside what a training step holds anyway: the buffers of torch's fully_shard, and
+rows of experts on their way between processes. `memory.predict` asks for it.
+
+Nothing here computes. It allocates tensors without contents where torch allocates real ones, in the order in which
+torch does that, and so stands on the insides of one version of torch: CHECKED_WITH. What holds it against the real
+thing is test_predicted_peak_of_each_of_two_processes.
+"""
+
+from collections.abc import Iterable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from softmoe_cli.moe.divided import DividedExperts, span
+from softmoe_cli.moe.layer import Experts, ragged_experts
+from softmoe_cli.parallel import cut_axis
+
+CHECKED_WITH = "2.15"
+"""The version of torch whose fully_shard this is."""
+
+
+def divides(router: dict[str, Any], processes: int) -> bool:
+    """Whether every one of so many processes gets at least one expert of each MoE layer."""
+    return (router.get("num_experts") or 0) >= processes
+
+
+class Sent(torch.autograd.Function):
+    """Rows that are sent away, and `arriving` ones that come instead; backwards the other way round. Only their memory:
+    nothing is sent."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, arriving: int) -> Tensor:
+        ctx.leaving = len(rows)
+        return rows.new_empty(arriving, rows.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        sent = gradients[0].contiguous()
+        return sent.new_empty(ctx.leaving, sent.shape[1]), None
+
+
+class FirstExperts(DividedExperts):
+    """The experts of a layer that the first of several processes has, where the others are not there to exchange rows
+    with. `groups`: routing groups that each process has of a batch."""
+
+    def __init__(self, whole: Experts, processes: int, groups: list[int]) -> None:
+        nn.Module.__init__(self)
+        self.gelu, self._groups = whole.gelu, groups
+        ends = [span(len(whole.w1), processes, place) for place in range(processes)]
+        self._counts = [end - start for start, end in ends]
+        self._mesh: Any = SimpleNamespace(get_local_rank=lambda: 0)
+        for name, parameter in whole.named_parameters():
+            self.register_parameter(name, nn.Parameter(parameter[: self._counts[0]].detach()))
+
+    def _weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.w1, self.b1, self.w2, self.b2
+
+    def _exchange(self, rows: Tensor, there: list[int], back: list[int]) -> Tensor:
+        arrived: Tensor = Sent.apply(rows.contiguous(), sum(back))
+        return arrived
+
+    def _ragged(self, rows: Tensor, offsets: Tensor) -> Tensor:
+        """Every process gets as many rows as it sends: the images alone would tell which experts get more."""
+        turned = torch.cat(self._exchange(rows, [], [len(rows)]).split(1 + len(rows) // 2))
+        made = ragged_experts(turned, offsets[: self._counts[0]], *self._weights(), self.gelu)
+        return self._exchange(torch.cat(made.split(1 + len(rows) // 2)), [], [len(rows)])
+
+
+class FullyShard:
+    """Allocates and frees buffers without contents at the moments when torch's fully_shard does. The model itself stays
+    whole here; its weights are not to be counted.
+
+    A group is a block, or all that lies outside of the blocks (the last group). Before a group computes, forwards or
+    backwards, its weights are gathered through a buffer of their size. That buffer lives until the next group's is
+    there; on the way back the next one comes before this group is done. A group's gradients are whole until they have
+    been copied to a second buffer, in which the processes add them up, and that one lives until the next group's.
+    """
+
+    def __init__(self, vit: VisionTransformer, processes: int, apart: Iterable[nn.Parameter]) -> None:
+        """`apart`: parameters that are not divided. Single numbers never are."""
+        self._processes = processes
+        self._apart = {*apart, *(parameter for parameter in vit.parameters() if not parameter.ndim)}
+        blocks = [list(block.parameters()) for block in vit.blocks]
+        inside = {parameter for block in blocks for parameter in block}
+        outside = [parameter for parameter in vit.parameters() if parameter not in inside]
+        self._groups = [[p for p in group if p not in self._apart] for group in (*blocks, outside)]
+        self._outside = len(blocks)
+        self._device = next(vit.parameters()).device
+        self._whole: dict[int, Tensor] = {}
+        self._summed: dict[int, Tensor] = {}
+        self._waiting = set(range(len(self._groups)))
+        self._buffer: Tensor | None = None
+        self._sums: Tensor | None = None
+        self._on_the_way_back = False
+        vit.register_forward_pre_hook(lambda _module, _inputs: self._gather(self._outside))
+        for group, block in enumerate(vit.blocks):
+            block.register_forward_pre_hook(lambda _module, inputs, group=group: self._before(group, inputs[0]))
+            block.register_forward_hook(lambda _module, _inputs, out, group=group: self._after(group, out))
+        vit.register_forward_hook(lambda _module, _inputs, out: self._turn(out))
+
+    def own_bytes(self, parameter: nn.Parameter) -> int:
+        """Bytes of a parameter on the process with the largest piece of it."""
+        if parameter in self._apart:
+            return parameter.nbytes
+        length = parameter.shape[cut_axis(parameter.shape, self._processes)]
+        return parameter.numel() // length * -(-length // self._processes) * parameter.element_size()
+
+    def _take(self, parameters: Iterable[nn.Parameter], pieces: int) -> Tensor:
+        size = sum(map(self.own_bytes, parameters)) * pieces
+        return torch.empty(size, dtype=torch.uint8, device=self._device)
+
+    def _all_of(self, group: int) -> Tensor:
+        return self._take(self._groups[group], self._processes)
+
+    def _copy_out(self, group: int) -> None:
+        """From the buffer to weights; what was not cut along its first axis is put together on the way."""
+        self._whole[group] = self._all_of(group)
+        self._take((p for p in self._groups[group] if cut_axis(p.shape, self._processes)), self._processes)
+
+    def _gather(self, group: int) -> None:
+        self._buffer = self._all_of(group)  # while the one before is still there
+        self._copy_out(group)
+
+    def _before(self, group: int, x: Tensor) -> None:
+        if self._on_the_way_back:  # recomputation
+            return
+        self._gather(group)
+
+        def back(_gradient: Tensor) -> None:
+            self._leave(group)
+            if group:
+                self._enter(group - 1)
+
+        if x.requires_grad:
+            x.register_hook(back)
+
+    def _after(self, group: int, out: Tensor) -> None:
+        if self._on_the_way_back:
+            return
+        del self._whole[group]
+        if group == self._outside - 1 and out.requires_grad:
+            out.register_hook(lambda _gradient: self._enter(group))
+
+    def _turn(self, out: Tensor) -> None:
+        self._buffer, self._on_the_way_back = None, True
+        self._waiting = set(range(len(self._groups)))
+        del self._whole[self._outside]
+
+        def back(_gradient: Tensor) -> None:
+            self._buffer = self._all_of(self._outside)
+            self._enter(self._outside)
+
+        out.register_hook(back)
+
+    def _enter(self, group: int) -> None:
+        self._copy_out(group)
+        self._buffer = None
+        if group:
+            self._buffer = self._all_of(group - 1)
+
+    def _leave(self, group: int) -> None:
+        self._whole.pop(group, None)
+        self._waiting.discard(group)
+        self._sums = None
+        trained = [parameter for parameter in self._groups[group] if parameter.grad is not None]
+        self._sums = self._take(trained, self._processes)
+        for parameter in trained:
+            parameter.grad = None
+        self._summed.setdefault(group, self._take(trained, 1))  # a later part's is added to the first's and goes
+
+    def finish(self) -> None:
+        """The end of a backward pass."""
+        for group in sorted(self._waiting):
+            self._leave(group)
+        self._sums = self._buffer = None
+        self._on_the_way_back = False
