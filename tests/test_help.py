@@ -74,6 +74,8 @@ def test_help_fits_a_terminal_and_names_every_option(command: str) -> None:
         if option.key != "model.router" and not (command == "train" and option.meaning.startswith("finetune:")):
             assert f"  {option.key}" in shown
     assert command in cli.ACTIONS
+    if command in SCHEMAS:
+        assert "\n  data=" in help.usage(command, [])
     assert f"  {command}" in usage.HELP and max(map(len, usage.HELP.splitlines())) <= help.WIDTH
 
 
