@@ -17,8 +17,9 @@ from torch import Tensor
 from softmoe_cli.config import Model
 from softmoe_cli.data import ImageSet
 from softmoe_cli.evaluate import Outcomes
-from softmoe_cli.models import build, count_tokens, load_weights
+from softmoe_cli.models import build, count_tokens, load_weights, slot_axes
 from softmoe_cli.moe.layer import Experts, MoE
+from softmoe_cli.moe.routing import Router
 
 SHUFFLES = 3
 DRAWS = 3
@@ -68,28 +69,35 @@ class Audit:
 
     def findings(self, part: str) -> Iterator[Finding]:
         """The findings of one of `config.AUDITS`; none where `not_applicable` has a reason."""
-        parts = {"neighbours": self._neighbours, "capacity": self._capacity, "slots": self._slots}
-        return parts.get(part, self._experts)()
+        parts = {
+            "neighbours": self._neighbours, "capacity": self._capacity, "slots": self._slots, "experts": self._experts,
+        }  # fmt: skip
+        return parts[part]()
 
     def not_applicable(self, part: str) -> str | None:
         """Why a part says nothing about this model."""
-        router, name = self.config.router, self.config.router_name
+        name = self.config.router_name
         if part == "neighbours":
             return None
         if not self.layers:
             return f"{name} has no experts"
-        if part == "capacity" and (self._mixes or "capacity_factor" not in router):
+        slots = self._router.slots_per_expert
+        if part == "capacity" and (slots is None or self._router.capacity_factor(slots, self._tokens) is None):
             return f"{name} has no capacity that could overflow"
-        if part == "slots" and not self._mixes:
+        if part == "slots" and not self._router.slot_axes:
             return f"{name} has no slots of their own weights"
-        if part == "slots" and router["slots_per_expert"] == 1:
+        if part == "slots" and slots == 1:
             return "an expert has one slot, which goes with it: see experts"
         return None
 
     @property
-    def _mixes(self) -> bool:
-        """Whether slots are mixtures by parameters of their own."""
-        return any(key.endswith(".router.phi") for key in self.weights)
+    def _router(self) -> Router:
+        """One of the layers' routers: what is asked of it is the same for all."""
+        return next(iter(self.layers.values())).router
+
+    @property
+    def _tokens(self) -> int:
+        return count_tokens(self.model)
 
     def _variant(self, router: dict[str, Any], weights: dict[str, Tensor]) -> VisionTransformer:
         config = replace(self.config, router=self.config.router | router)
@@ -119,19 +127,20 @@ class Audit:
 
     def _capacity(self) -> Iterator[Finding]:
         """Fewer and more slots per expert than it was trained with, up to one for every token of a group."""
-        router = self.config.router
-        slots, tokens = router["slots_per_expert"], router.get("images_per_group", 1) * count_tokens(self.model)
+        slots, tokens = self._router.slots_per_expert, self._router.images_per_group * self._tokens
+        assert slots is not None
         steps = {min(tokens, max(1, round(slots * step))) for step in CAPACITY_STEPS}
         for p in sorted(steps - {slots}):
-            factor = p * router["num_experts"] / (tokens * router.get("k", 1))
+            factor = self._router.capacity_factor(p, self._tokens)
             now = self.said(self._variant({"slots_per_expert": p}, self.weights), self.images, self.batch_size)
             yield self._finding("capacity", f"{p} slots per expert (factor {factor:.3g}) for {slots}", now)
 
     def _slots(self) -> Iterator[Finding]:
         """The first so many slots of every expert, as if the others had never been: both softmaxes are over fewer."""
-        p = self.config.router["slots_per_expert"]
+        p, axes = self._router.slots_per_expert, slot_axes(self.model)
+        assert p is not None
         for q in sorted({p // 2**halving for halving in range(1, p.bit_length())}):
-            fewer = {k: w[:, :, :q] if k.endswith(".router.phi") else w for k, w in self.weights.items()}
+            fewer = {key: w.narrow(axes[key], 0, q) if key in axes else w for key, w in self.weights.items()}
             now = self.said(self._variant({"slots_per_expert": q}, fewer), self.images, self.batch_size)
             yield self._finding("slots", f"{q} slots per expert for {p}", now)
 
@@ -142,7 +151,7 @@ class Audit:
                 with silenced(layer.experts, [expert]):
                     now = self.said(self.model, self.images, self.batch_size)
                 yield self._finding("experts", f"without expert {expert}", now, block=block)
-        count = next(iter(self.layers.values())).router.num_experts
+        count = self._router.num_experts
         for dropped in sorted({round(share * count) for share in DROPPED_SHARES} - {0, count}):
             for draw in range(DRAWS):
                 rng = np.random.default_rng(draw)

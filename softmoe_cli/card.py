@@ -15,19 +15,32 @@ from typing import Any, Union, get_args, get_origin
 from softmoe_cli.config import Data, Model, Train
 from softmoe_cli.errors import UsageError
 
+FORMAT = 1
+"""Of cards, and of the state.json beside training tensors: what this version writes, and all that it reads."""
+
+
+def other_format(said: dict[str, Any]) -> str | None:
+    """What keeps this version from reading something of a format."""
+    if type(said.get("format")) is int and said["format"] == FORMAT:
+        return None
+    which = f"is of format {json.dumps(said['format'])[:40]}" if "format" in said else "says no format"
+    return f"{which}, and this version of softmoe reads format {FORMAT}; use the version that wrote it"
+
 
 def read_card(text: str, path: Path) -> dict[str, Any]:
-    """The card of a checkpoint: `model` and `data` as of their dataclasses, `classes`, `loss`, `precision`, and where
-    they are given `origin` and `receipt`.
+    """The card of a checkpoint: `format`, `model` and `data` as of their dataclasses, `classes`, `loss`, `precision`,
+    and where they are given `origin` and `receipt`.
 
     Raises:
-        UsageError: softmoe saved no such card.
+        UsageError: this version of softmoe saved no such card.
     """
     start = f"checkpoint={path}: what it says of its model"
     try:
         card = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{start} is no JSON ({error})") from error
+    if isinstance(card, dict) and (fault := other_format(card)) is not None:
+        raise UsageError(f"{start} {fault}")
     fault = _card_fault(card)
     if fault is not None:
         raise UsageError(f"{start} cannot be read: {fault}; softmoe saved no such file")

@@ -1,41 +1,34 @@
 """`softmoe check ROUTER`: what every router must keep, measured. The tests run the same checks."""
 
-import contextlib
 import itertools
-import json
 import math
 import os
-import zipfile
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-from unittest import mock
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten_with_path
 from torch.utils.checkpoint import checkpoint
 
+from softmoe_cli.config import group_of
 from softmoe_cli.cost import counter
 from softmoe_cli.device import compiled
 from softmoe_cli.errors import UsageError, first_line
-from softmoe_cli.models import make_router
+from softmoe_cli.models import make_router, portable_options
 from softmoe_cli.moe.layer import Experts, MoE
-from softmoe_cli.moe.routers.experts_choice import ExpertsChoiceRouter
-from softmoe_cli.moe.routers.soft import SoftRouter
-from softmoe_cli.moe.routers.tokens_choice import (
-    TokensChoiceRouter,
-    choose,
-    grouped_tokens,
-    gshard_loss,
-    importance_loss,
-    load_loss,
+from softmoe_cli.moe.routing import UNKNOWN, Routing, routings, whole_batch
+from softmoe_cli.official import (
+    case_options,
+    compare_case,
+    is_case_of,
+    numbers_of_kinds,
+    official_cases,
+    read_case,
+    tolerance,
+    vectors_folder,
 )
-from softmoe_cli.moe.routers.tokens_choice_bpr import TokensChoiceBPRRouter
-from softmoe_cli.moe.routing import Router, Routing, SparseRouting, routings, whole_batch
 
 DIM, HIDDEN, TOKENS, GROUPS = 16, 24, 16, 4
 EXACT = 1e-10
@@ -97,7 +90,7 @@ class Subject:
 
     def batch(self, dtype: torch.dtype | None = None) -> Tensor:
         generator = torch.Generator().manual_seed(1)
-        images = GROUPS * self.options.get("images_per_group", 1)  # losses may be over more images than slots are
+        images = GROUPS * group_of(self.options)  # losses may be over more images than slots are
         return torch.randn(images, TOKENS, DIM, dtype=torch.float64, generator=generator).to(dtype or self.dtype)
 
 
@@ -189,14 +182,15 @@ def one_expert(subject: Subject) -> Finding:
     """With one expert that has room for every token the layer is its MLP."""
     if "num_experts" not in subject.options:
         raise NotApplicable("it has no option num_experts")
-    if subject.options.get("gate") == "sigmoid":
-        raise NotApplicable("a sigmoid gate weighs even an only expert")
     size = make_router(subject.options, DIM, TOKENS).images_per_group
     alone = {"num_experts": 1, "k": 1, "shared_experts": 0, "slots_per_expert": TOKENS * size, "capacity_factor": None}
     try:
         layer = subject.layer(None, **alone)
     except UsageError as error:
         raise NotApplicable(f"one expert alone cannot be built: {error}") from error
+    reason = layer.router.departs_from_mlp(TOKENS, parts=1)
+    if reason not in (None, UNKNOWN):
+        raise NotApplicable(reason)
     x = subject.batch()
     return bounded(deviation(layer(x), layer.experts(x.flatten(0, 1)[None]).view_as(x)), subject.exact, "difference")
 
@@ -221,8 +215,7 @@ def combine_law(subject: Subject) -> Finding:
     other = rows.square()
     bent = deviation(routing.combine(2 * rows + other), 2 * routing.combine(rows) + routing.combine(other))
     total = routing.combine(torch.ones_like(rows))
-    chosen = layer.router.experts_per_token - layer.router.shared_experts
-    stray = deviation(total, total.clamp(0.0, chosen if subject.options.get("gate") == "sigmoid" else 1.0))
+    stray = deviation(total, total.clamp(0.0, layer.router.most_weight))
     lowest, highest = total.min().item(), total.max().item()
     holds, figure = bounded(max(bent, stray), subject.exact, "largest departure")
     return holds, f"{figure}, a token's weights sum to {lowest:.2g} to {highest:.2g}"
@@ -310,14 +303,13 @@ def cost_formula(subject: Subject) -> Finding:
 
 def rebuilt(subject: Subject) -> Finding:
     """The options that a checkpoint keeps build the same router, for any number of tokens."""
-    layer = subject.layer()
-    again = make_router({"_target_": subject.options["_target_"]} | layer.router.options, DIM, 2 * TOKENS)
-    again.to(subject.dtype).eval().load_state_dict(layer.router.state_dict())
-    x = subject.batch()
-    same = make_router({"_target_": subject.options["_target_"]} | layer.router.options, DIM, TOKENS)
-    same.to(subject.dtype).eval().load_state_dict(layer.router.state_dict())
-    if again.options != layer.router.options:
-        return False, f"{again.options} instead of {layer.router.options}"
+    layer, x = subject.layer(), subject.batch()
+    kept = portable_options(subject.options, layer.router)
+    again, same = make_router(kept, DIM, 2 * TOKENS), make_router(kept, DIM, TOKENS)
+    for router in (again, same):
+        router.to(subject.dtype).eval().load_state_dict(layer.router.state_dict())
+    if portable_options(kept, again) != kept:
+        return False, f"{portable_options(kept, again)} instead of {kept}"
     return bounded(deviation(MoE(same, layer.experts, layer.shared)(x), layer(x)), 0.0, "difference")
 
 
@@ -352,246 +344,6 @@ def compiles(subject: Subject) -> Finding:
     scaled = ((got / size, want / size) for got, want in pairs for size in [want.abs().max().clamp(min=1e-9)])
     worst = max(deviation(got, want) for got, want in scaled)
     return bounded(worst, 1e-4, "one graph; relative difference")
-
-
-# --- the official numbers ---------------------------------------------------------------------------------------------
-
-Case = tuple[dict[str, Any], dict[str, np.ndarray]]
-KINDS: dict[type[Router], str] = {
-    SoftRouter: "soft_layer",
-    TokensChoiceRouter: "tc_layer",
-    TokensChoiceBPRRouter: "tc_layer",
-    ExpertsChoiceRouter: "ec_layer",
-}
-
-
-def vectors_folder() -> Path:
-    """SOFTMOE_VECTORS, or the checkout's copy, which an installed wheel lacks.
-
-    Raises:
-        UsageError: SOFTMOE_VECTORS is not a folder.
-    """
-    given = os.environ.get("SOFTMOE_VECTORS")
-    if given is None:
-        return Path(__file__).resolve().parents[1] / "tests" / "vectors"
-    if not Path(given).is_dir():
-        raise UsageError(f"SOFTMOE_VECTORS={given} is not a folder")
-    return Path(given)
-
-
-def official_cases() -> dict[str, dict[str, Any]]:
-    """The description of every case in the folder, by name.
-
-    Raises:
-        UsageError: SOFTMOE_VECTORS is not a folder, or something in it is not a case.
-    """
-    folder = vectors_folder()
-    return {path.stem: _description(path) for path in sorted(folder.glob("*.npz"))}
-
-
-def _description(arrays: Path) -> dict[str, Any]:
-    if not zipfile.is_zipfile(arrays):
-        raise UsageError(f"{arrays} is broken or no file of arrays; fetch it again or take it out of its folder")
-    try:
-        meta: dict[str, Any] = json.loads(arrays.with_suffix(".json").read_text())
-        if isinstance(meta["kind"], str):
-            return meta
-        fault: object = f"kind={meta['kind']}"
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        fault = f"{type(error).__name__}: {first_line(error)}"
-    raise UsageError(
-        f"{arrays} is no official case, because {arrays.stem}.json beside it does not say a kind ({fault}); set "
-        "SOFTMOE_VECTORS to a folder of official cases alone"
-    )
-
-
-def read_case(name: str) -> Case:
-    """A case's description and its arrays."""
-    path = vectors_folder() / f"{name}.npz"
-    with np.load(path, allow_pickle=False) as arrays:
-        return _description(path), dict(arrays)
-
-
-def numbers_of_kinds(kinds: Iterable[str]) -> str:
-    """ "2 ec_layer, 8 soft_layer" """
-    return ", ".join(f"{number} {kind}" for kind, number in sorted(Counter(kinds).items()))
-
-
-def case_options(meta: dict[str, Any]) -> dict[str, Any]:
-    """The options of our router that are the official arguments of a layer case, its defaults included."""
-    config, router = meta["config"], meta["config"]["router"]
-    options: dict[str, Any] = {"num_experts": config["num_experts"], "noise_std": router.get("noise_std", 1.0)}
-    if meta["kind"] == "soft_layer":
-        slots = router["num_slots"]
-        return options | {"slots_per_expert": slots, "capacity_factor": None if slots else router["capacity_factor"]}
-    dispatcher = router["dispatcher"]
-    options |= {
-        "slots_per_expert": dispatcher.get("capacity"),
-        "capacity_factor": dispatcher.get("capacity_factor"),
-        "capacity_rounding": dispatcher.get("capacity_ceil_or_round", "ceil"),
-        "capacity_multiple": dispatcher.get("capacity_multiple_of", 4) or 1,
-    }
-    options["gate"] = "softmax"
-    if meta["kind"] == "ec_layer":
-        return options
-    return options | {
-        "k": router.get("num_selected_experts", 1),
-        "importance_weight": router.get("importance_loss_weight", 1.0),
-        "load_weight": router.get("load_loss_weight", 1.0) if options["noise_std"] else 0.0,
-        "gshard_weight": router.get("gshard_loss_weight", 0.0),
-        "bias_rate": 0.0,
-        "shared_experts": 0,
-    }
-
-
-def is_case_of(router_class: type[Router], meta: dict[str, Any]) -> bool:
-    """Whether the official numbers of a case are for this router or what it descends from."""
-    kind = next((KINDS[ancestor] for ancestor in router_class.__mro__ if ancestor in KINDS), None)
-    if meta["kind"] != kind:
-        return False
-    first = meta["config"]["router"].get("dispatcher", {}).get("batch_priority", False)
-    return kind != "tc_layer" or first == issubclass(router_class, TokensChoiceBPRRouter)
-
-
-def case_layer(router_class: type[Router], meta: dict[str, Any], z: dict[str, np.ndarray], dtype: torch.dtype) -> MoE:
-    """The layer of a case, with its weights."""
-    config = meta["config"]
-    tokens = z["x_seqs"].shape[1] if "x_seqs" in z else config["tokens"]
-    options = case_options(meta)
-    if meta["kind"] != "soft_layer":
-        options["images_per_group"] = config["group_size"] // tokens
-    router = router_class(config["width"], tokens, **options)
-    layer = MoE(router, Experts(config["num_experts"], config["width"], config["mlp_dim"], gelu="tanh", identical=True))
-    layer.to(dtype).load_state_dict(layer_weights(z, "param/Mlp", "param/Router"))
-    return layer.train(not config.get("deterministic", "noise" not in z))
-
-
-def layer_weights(z: dict[str, np.ndarray], mlp: str, router: str) -> dict[str, Tensor]:
-    """Flax names to ours: an MoE layer's stacked weights have the same layout."""
-    names = {
-        "experts.w1": f"{mlp}/Dense_0/kernel", "experts.b1": f"{mlp}/Dense_0/bias",
-        "experts.w2": f"{mlp}/Dense_1/kernel", "experts.b2": f"{mlp}/Dense_1/bias",
-        "router.phi": f"{router}/mu", "router.scale": f"{router}/scale",
-        "router.gate.kernel": f"{router}/dense/kernel",
-    }  # fmt: skip
-    return {ours: torch.tensor(z[theirs]) for ours, theirs in names.items() if theirs in z}
-
-
-@contextlib.contextmanager
-def drawn(noise: np.ndarray | None) -> Iterator[None]:
-    """Inside, a normal draw is the one that the official code was given."""
-    if noise is None:
-        yield
-        return
-    draw = torch.tensor(noise)
-    with mock.patch("torch.randn_like", lambda like: draw.to(like.dtype).view_as(like)):
-        yield
-
-
-def compare_case(router_class: type[Router], case: Case, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yields (name, ours, official) of everything that a layer case knows; integers are to be equal, the rest close."""
-    meta, z = case
-    layer = case_layer(router_class, meta, z, dtype)
-    x = torch.tensor(z["x_seqs"] if "x_seqs" in z else z["x"]).to(dtype).requires_grad_()
-    with drawn(z.get("noise")):
-        routing = layer.router(x)
-        found: dict[str, Tensor] = {}
-        if isinstance(layer.router, TokensChoiceRouter | ExpertsChoiceRouter):
-            found |= _gated(layer.router, x)
-    rows = routing.dispatch(x)
-    outputs = layer.experts(rows)
-    y = routing.combine(outputs)
-    found |= {"y_f32": y, "y_bf16": rounded(layer, x, routing)}
-    e, slots = layer.router.num_experts, layer.router.slots_per_expert
-    if slots is None:
-        raise ValueError("it has no slots_per_expert, which the official numbers have")
-    found |= {
-        key: value.unflatten(1, (-1, slots)).transpose(0, 1)
-        for key, value in (("expert_inputs", rows), ("expert_outputs", outputs))
-    }
-    if isinstance(routing, SparseRouting):
-        g, s = z["x"].shape[:2]
-        token = torch.where(routing.token < g * s, routing.token % s, s).view(e, g, slots).transpose(0, 1)
-        group, expert, position = (token < s).nonzero(as_tuple=True)
-        found["kept"] = torch.stack([group, token[group, expert, position], expert, position], dim=1)
-        found["capacity"] = torch.tensor(slots)
-        dense = torch.zeros(g, s + 1, e, slots, dtype=routing.gate.dtype)
-        gate = routing.gate.view(e, g, slots).transpose(0, 1)
-        found["combine_weights"] = dense.scatter(1, token[:, None], gate[:, None])[:, :-1]
-        found["tokens_without_expert"] = (found["combine_weights"].flatten(2).count_nonzero(dim=2) == 0).sum(dim=1)
-    else:
-        found |= {"dispatch_weights": routing.dispatch_weights, "combine_weights": routing.combine_weights}
-        numbers = routing.statistics() | layer.router.statistics()
-        for ours, theirs in SOFT_METRICS.items():
-            if ours in numbers:
-                # The official largest cosine is never below the 0 that it puts on the diagonal.
-                value = max(0.0, numbers[ours]) if ours == "slot_cosine_max" else numbers[ours]
-                found[f"metric/{theirs}"] = torch.tensor(value)
-    for key, value in found.items():
-        if f"out/{key}" in z:
-            yield key, value.detach(), torch.tensor(z[f"out/{key}"])
-    yield "auxiliary loss", routing.aux_loss.detach(), torch.tensor(z["out/metric/auxiliary_loss"]).mean()
-    if "loss_weight" in z:
-        loss = (torch.tensor(z["loss_weight"]) * y).sum() + routing.aux_loss
-        yield "loss", loss.detach(), torch.tensor(z["out/loss_f32"])
-        loss.backward()
-        assert x.grad is not None
-        yield "gradient of x", x.grad, torch.tensor(z.get("grad/x_seqs", z.get("grad/x")))
-        want = layer_weights({k.removeprefix("grad/"): v for k, v in z.items()}, "param/Mlp", "param/Router")
-        for key, parameter in layer.named_parameters():
-            got = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
-            yield f"gradient of {key}", got, want[key]
-
-
-SOFT_METRICS = {
-    "dispatch_min": "dispatch_weights_min_mean", "dispatch_max": "dispatch_weights_max_mean",
-    "combine_min": "combine_weights_min_mean", "combine_max": "combine_weights_max_mean",
-    "slot_cosine_min": "mu_similarity_min", "slot_cosine_max": "mu_similarity_max",
-    "slot_cosine_mean": "mu_similarity_mean",
-}  # fmt: skip
-
-
-def _gated(router: TokensChoiceRouter | ExpertsChoiceRouter, x: Tensor) -> dict[str, Tensor]:
-    """Gates, choices and each loss by itself, under their official names."""
-    tokens, keep = grouped_tokens(x, None, router.images_per_group)
-    clean, noisy = router.gate(tokens, router.images_per_group)
-    gates, quiet = router.gate.activate(noisy), router.gate.activate(clean)
-    found = {"gates": gates, "gates_clean": quiet}
-    if isinstance(router, TokensChoiceRouter):
-        found["choice_expert"] = choose(gates, router.k)
-        found["metric/importance_loss"] = importance_loss(quiet)
-        found["metric/gshard_loss"] = gshard_loss(gates, keep)
-        if noisy is not clean:
-            found["metric/load_loss"] = load_loss(clean, noisy, router.gate.std, router.k, keep)
-    return found
-
-
-def rounded(layer: MoE, x: Tensor, routing: Any) -> Tensor:
-    """The official bfloat16 path: tokens and the experts' rows rounded, everything else as it is."""
-    rows = layer.experts(routing.dispatch(x.bfloat16().to(x.dtype)))
-    out: Tensor = routing.combine(rows.bfloat16().to(x.dtype))
-    return out
-
-
-ROUNDING = {torch.float64: 1e-6, torch.float32: 2e-6}
-"""What an official figure, which is float32, may be off by, of the largest of its array; and with ours in float32."""
-
-
-def allowed(least: float, want: Tensor, dtype: torch.dtype) -> float:
-    """How far from official figures ours of a type may be: `least`, or more where they are large and float32."""
-    if not want.numel() or want.dtype == torch.float64:
-        return least
-    return max(least, ROUNDING[dtype] * want.abs().max().item())
-
-
-def tolerance(what: str, want: Tensor, dtype: torch.dtype) -> tuple[float, float]:
-    """(absolute, relative) as the vectors' README states them, for figures of any size."""
-    if not want.is_floating_point():
-        return 0.0, 0.0
-    if what == "y_bf16":  # a value at a rounding boundary may fall to the other side
-        return max(5e-3, 1e-3 * want.abs().max().item()), 0.0
-    relative = 1e-4 if what.startswith("gradient") else 0.0
-    return allowed(5e-5 if what == "loss" else 1e-5, want, dtype), relative
 
 
 def official_numbers(subject: Subject) -> Finding:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from softmoe_cli import data
-from softmoe_cli.config import ExportConfig, Model, check_groups
+from softmoe_cli.config import ExportConfig, Model, check_groups, group_of
 from softmoe_cli.errors import RunError, UsageError, first_line
 from softmoe_cli.models import build, load_weights
 from softmoe_cli.record import RECEIPT, WEIGHTS, Source, made_from, publish, published, seal
@@ -75,7 +75,7 @@ def _fill(config: ExportConfig, model: Model, source: Source, receipt: dict[str,
     splits = data.load(config.data)
     splits.need("validation")
     images, _ = data.first_images(splits.validation, config.data, model, config.images)
-    group = model.router.get("images_per_group", 1)
+    group = group_of(model.router)
     batch = None if group == 1 else group
 
     folder.mkdir(parents=True)

@@ -22,7 +22,7 @@ from timm.models import build_model_with_cfg, register_model
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from softmoe_cli.config import Backbone, Model, placement
+from softmoe_cli.config import Backbone, Model, group_of, placement
 from softmoe_cli.errors import UsageError, first_line, nearest
 from softmoe_cli.moe.layer import Experts, MoE
 from softmoe_cli.moe.routing import Router
@@ -116,8 +116,14 @@ def portable(model: Model, vit: VisionTransformer) -> dict[str, Any]:
     kept = dataclasses.asdict(model)
     for block in vit.blocks:
         if isinstance(block.mlp, MoE):
-            kept["router"] = {"_target_": model.router["_target_"], **block.mlp.router.options}
+            kept["router"] = portable_options(model.router, block.mlp.router)
     return kept
+
+
+def portable_options(options: dict[str, Any], router: Router) -> dict[str, Any]:
+    """A router's options with the slots that came of them: the same router for any number of tokens."""
+    fixed = {"slots_per_expert": router.slots_per_expert, "capacity_factor": None}
+    return options | {key: value for key, value in fixed.items() if key in options}
 
 
 def count_tokens(vit: VisionTransformer) -> int:
@@ -317,7 +323,7 @@ def make_router(options: dict[str, Any], dim: int, num_tokens: int) -> Router:
         if router_class.__module__.startswith("softmoe_cli."):
             raise
         raise UsageError(f"{router_class.__name__} cannot be made: {type(error).__name__}: {error}") from error
-    if router.images_per_group not in (1, given.get("images_per_group", 1)):
+    if router.images_per_group not in (1, group_of(given)):
         raise UsageError(
             f"{router_class.__name__}.images_per_group={router.images_per_group} must come from an option of that "
             "name, which says in what groups images are read and divided among devices"
@@ -382,7 +388,7 @@ def load_weights(
     allow_unexpected: list[str],
     resize_slots: bool = False,
 ) -> LoadReport:
-    """Copies `state` into `vit`: position table resampled by timm, head kept or left new, the soft routers' slots made
+    """Copies `state` into `vit`: position table resampled by timm, head kept or left new, the parameters of slots made
     more or fewer with `resize_slots`, all else exact.
 
     Raises:
@@ -390,6 +396,7 @@ def load_weights(
             (`allow_unexpected` takes names and shell patterns).
     """
     own, report, incoming = vit.state_dict(), LoadReport(), {}
+    slots = slot_axes(vit) if resize_slots else {}
     for key, value in state.items():
         if not value.isfinite().all():
             raise UsageError(f"{key} in the checkpoint holds values that are not finite; it comes from a broken run")
@@ -402,9 +409,10 @@ def load_weights(
         elif key == "pos_embed" and value.shape != own[key].shape:
             incoming[key] = _resample(vit, value)
             report.resized.append(f"{key} {value.shape[1]} -> {own[key].shape[1]} positions")
-        elif resize_slots and key.endswith(".router.phi") and value.shape[:2] == own[key].shape[:2]:
-            incoming[key] = resized_slots(value, own[key].shape[2])
-            report.resized.append(f"{key} {value.shape[2]} -> {own[key].shape[2]} slots per expert")
+        elif key in slots and _alike(value, own[key], but=slots[key]):
+            before, after = value.shape[slots[key]], own[key].shape[slots[key]]
+            incoming[key] = resized_slots(value, slots[key], after)
+            report.resized.append(f"{key} {before} -> {after} slots per expert")
         elif value.shape != own[key].shape:
             raise UsageError(
                 f"the checkpoint is of another architecture: {key} is {tuple(value.shape)} there and "
@@ -437,12 +445,29 @@ SLOT_NOISE = 0.1
 """Noise on slots that are copies, as a share of the parameters' standard deviation: equal slots would stay equal."""
 
 
-def resized_slots(phi: Float[Tensor, "d e p"], slots: int) -> Float[Tensor, "d e q"]:
+def slot_axes(vit: VisionTransformer) -> dict[str, int]:
+    """The axis of an expert's slots in each of a model's parameters that has one."""
+    return {
+        f"{place}.{name}": axis
+        for place, module in vit.named_modules()
+        if isinstance(module, Router)
+        for name, axis in module.slot_axes.items()
+    }
+
+
+def _alike(one: Tensor, other: Tensor, but: int) -> bool:
+    """Whether two shapes differ in one axis at most."""
+    return one.ndim == other.ndim and all(i == but or one.shape[i] == other.shape[i] for i in range(one.ndim))
+
+
+def resized_slots(parameter: Float[Tensor, "..."], axis: int, slots: int) -> Float[Tensor, "..."]:
     """Slot j of an expert's `slots` becomes its old slot floor(j p / slots), so that experts keep their shares of a
     token. The first copy of a slot is exact, the others get SLOT_NOISE, from torch's random state."""
-    old = torch.arange(slots) * phi.shape[2] // slots
+    last = parameter.movedim(axis, -1)
+    old = torch.arange(slots) * last.shape[-1] // slots
     again = torch.cat([torch.zeros(1, dtype=torch.bool), old[1:] == old[:-1]])
-    return phi[:, :, old] + SLOT_NOISE * phi.std() * again * torch.randn(*phi.shape[:2], slots)
+    noise = SLOT_NOISE * parameter.std() * again * torch.randn(*last.shape[:-1], slots)
+    return (last[..., old] + noise).movedim(-1, axis)
 
 
 def proportional_slots(before: Model, after: Model) -> int:
@@ -458,9 +483,7 @@ def proportional_slots(before: Model, after: Model) -> int:
             "it takes the same on both sides, and one that has slots per expert"
         )
     with torch.device("meta"):
-        old, new = (
-            count_tokens(build(model, 2)) * model.router.get("images_per_group", 1) for model in (before, after)
-        )
+        old, new = (count_tokens(build(model, 2)) * group_of(model.router) for model in (before, after))
     return max(1, round(slots * new / old))
 
 

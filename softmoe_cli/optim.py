@@ -14,6 +14,7 @@ from torch.optim.adamw import adamw
 
 from softmoe_cli.config import Optim
 from softmoe_cli.errors import UsageError
+from softmoe_cli.moe.routing import Router
 from softmoe_cli.parallel import part_of
 from softmoe_cli.text import aligned
 
@@ -21,21 +22,26 @@ HEAD = re.compile(r"head\.weight")
 STEM = ("patch_embed.", "pos_embed", "cls_token", "reg_token", "norm_pre.")
 FEWEST_8BIT, BLOCK_8BIT = 4096, 256
 """bitsandbytes: parameters of fewer numbers keep fp32 moments; others share a float32 scale in runs of so many."""
-KERNELS = re.compile(r".*((experts|shared)\.w[12]|router\.scale|router\.gate\.kernel)")
+STACKED = re.compile(r".*(experts|shared)\.w[12]")
 
 
-def decay_of(name: str, parameter: nn.Parameter, optim: Optim) -> float:
-    """Weight decay of one parameter: of kernels, stacked or not, the sparse routers' gates among them, and of the
-    soft router's scale.
+def decays(model: nn.Module, optim: Optim) -> dict[str, float]:
+    """Weight decay of each parameter: of kernels, stacked or not, and of what routers say of theirs.
 
-    Biases (stacked ones are 2-D), norms, position tables, tokens and slot parameters (`phi`) have none. These are
-    the official patterns: `head/kernel`, any other `kernel`, `Moe/Router/scale`.
+    Biases (stacked ones are 2-D), norms, position tables and tokens have none. These are the official patterns:
+    `head/kernel`, any other `kernel`, `Moe/Router/scale`.
     """
-    if HEAD.fullmatch(name):
-        return optim.head_weight_decay
-    if KERNELS.fullmatch(name) or (name.endswith(".weight") and parameter.ndim > 1):
-        return optim.weight_decay
-    return 0.0
+    found = {}
+    for name, parameter in model.named_parameters():
+        matrix = STACKED.fullmatch(name) or (name.endswith(".weight") and parameter.ndim > 1)
+        found[name] = optim.weight_decay if matrix else 0.0
+        if HEAD.fullmatch(name):
+            found[name] = optim.head_weight_decay
+    for place, module in model.named_modules():
+        if isinstance(module, Router) and module.decays is not None:
+            for name, _ in module.named_parameters():
+                found[f"{place}.{name}"] = optim.weight_decay if name in module.decays else 0.0
+    return found
 
 
 def layer_of(name: str, depth: int) -> int:
@@ -65,11 +71,11 @@ def settings(model: nn.Module, optim: Optim) -> list[Setting]:
     """A row for every parameter. Stacked experts are in their block's layer, with the decay of the matrices and biases
     that they are stacks of; what is frozen has neither rate nor decay."""
     depth = len({name.split(".")[1] for name, _ in model.named_parameters() if name.startswith("blocks.")})
-    rows = []
+    decay_of, rows = decays(model, optim), []
     for name, parameter in model.named_parameters():
         layer, trained = layer_of(name, depth), parameter.requires_grad
         scale = 1.0 if optim.layer_decay is None else optim.layer_decay ** (depth + 1 - layer)
-        decay = decay_of(name, parameter, optim)
+        decay = decay_of[name]
         rows.append(Setting(name, parameter, layer, scale if trained else 0.0, decay if trained else 0.0))
     return rows
 

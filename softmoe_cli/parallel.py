@@ -32,7 +32,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
-from softmoe_cli.config import Config
+from softmoe_cli.config import Config, group_of
 from softmoe_cli.device import cores
 from softmoe_cli.errors import RunError, UsageError, first_line
 from softmoe_cli.moe.divided import DividedExperts, span
@@ -122,14 +122,14 @@ class Crew:
         """
         ends = self._ends(config)
         images = config.train.batch_size // config.train.accumulate
-        group = config.model.router.get("images_per_group", 1)
+        group = group_of(config.model.router)
         start, end = ends[self.rank : self.rank + 2]
         return Share(start * group, min(end * group, images), images, (end - start) / ends[-1])
 
     def _ends(self, config: Config) -> list[int]:
         """Where everyone's routing groups of each part of a batch end, from 0."""
         images = config.train.batch_size // config.train.accumulate
-        group = config.model.router.get("images_per_group", 1)
+        group = group_of(config.model.router)
         groups = -(-images // group)
         if groups < self.size:
             kind = f"groups of model.router.images_per_group={group} images" if group > 1 else "images"
@@ -334,7 +334,7 @@ class Average(ModelEmaV3):
 
 def largest_share(images: int, router: dict[str, Any], size: int) -> int:
     """The images of a part of `images` images that the busiest of `size` processes has."""
-    group = router.get("images_per_group", 1)
+    group = group_of(router)
     groups = -(-images // group)
     return min(-(-groups // size) * group, images)
 

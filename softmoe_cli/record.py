@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from softmoe_cli import rows, shards
-from softmoe_cli.card import read_card
+from softmoe_cli.card import FORMAT, other_format, read_card
 from softmoe_cli.config import NOT_SCIENCE, Config
 from softmoe_cli.device import free_memory
 from softmoe_cli.errors import RunError as RunError
@@ -129,6 +129,8 @@ def _state_fault(state: Any) -> str | None:
     """What keeps the plain numbers of a checkpoint from being ours."""
     if not isinstance(state, dict):
         return f"{STATE} holds no numbers by name"
+    if (fault := other_format(state)) is not None:
+        return f"{STATE} {fault}"
     for key in ("step", "best_step"):
         if type(state.get(key)) is not int or not 0 <= state[key] < 2**63:
             return f"{STATE} has no number {key}"
@@ -261,7 +263,7 @@ class Run:
         if broken:
             raise RunError(f"{broken[0]} is not finite at step {step:,}: not saved; the checkpoint before is good")
         self.settle()
-        state = state | {"sizes": {file: self._size(file) for file in ROWS}}
+        state = {"format": FORMAT} | state | {"sizes": {file: self._size(file) for file in ROWS}}
         name, texts = f"{kind}-{step:08d}", {STATE: json.dumps(state)}
         tensors = [piece.tensor for pieces in given for piece in pieces.values()]
         beside = sum(tensor.nbytes for tensor in tensors if tensor.device.type == "cpu")  # a device's is not touched
@@ -352,7 +354,7 @@ class Run:
             crew.gather_aside(None)  # now there is nothing left of an earlier one
             try:
                 folder.mkdir(exist_ok=True)
-                for whole, pieces, text in ((WEIGHTS, weights, json.dumps(card)), (TRAINING, training, "")):
+                for whole, pieces, text in ((WEIGHTS, weights, _text(card)), (TRAINING, training, "")):
                     if pieces:
                         file = folder / shards.file_of(whole, crew.rank, crew.size)
                         shards.write(file, pieces, text)
@@ -507,6 +509,10 @@ def _copied(pieces: dict[str, Piece]) -> dict[str, Piece]:
     return copies
 
 
+def _text(card: dict[str, Any]) -> str:
+    return json.dumps({"format": FORMAT} | card)
+
+
 def write_checkpoint(
     folder: Path, weights: dict[str, Tensor], card: dict[str, Any], training: dict[str, Tensor], texts: dict[str, str]
 ) -> None:
@@ -514,7 +520,7 @@ def write_checkpoint(
     checksums of them all; on disk when this returns. The same contents give the same bytes: safetensors writes a
     header's entries in any order, so there is one."""
     folder.mkdir(parents=True)
-    save_file(weights, folder / WEIGHTS, metadata={"softmoe": json.dumps(card)})
+    save_file(weights, folder / WEIGHTS, metadata={"softmoe": _text(card)})
     if training:
         save_file(training, folder / TRAINING)
     for name, text in texts.items():

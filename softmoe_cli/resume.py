@@ -19,9 +19,6 @@ from softmoe_cli.progress import Progress
 from softmoe_cli.record import Checkpoint, Run, Source, random_state, read_moments, set_random_state
 from softmoe_cli.terminal import Screen
 
-FORMAT = 1
-"""Of a checkpoint's state: a later layout gets the next number."""
-
 
 @dataclass(frozen=True)
 class Trained:
@@ -54,7 +51,7 @@ class Trained:
 
     def state(self, progress: Progress) -> dict[str, Any]:
         """The plain numbers of a checkpoint."""
-        return {"format": FORMAT} | dataclasses.asdict(progress) | {"scaler": self.scaler.state_dict()}
+        return dataclasses.asdict(progress) | {"scaler": self.scaler.state_dict()}
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Puts everything back as the checkpoint has it, random states included."""
@@ -92,13 +89,10 @@ def resume(run: Run, trained: Trained, screen: Screen, crew: Crew) -> Progress:
 
 
 def _progress(checkpoint: Checkpoint) -> Progress:
-    state, keys = checkpoint.state, [field.name for field in dataclasses.fields(Progress)]
-    if state.get("format") != FORMAT or not state.keys() >= set(keys):
-        raise UsageError(
-            f"{checkpoint.path} is of format {state.get('format', 'unknown')}, and this softmoe goes on from format "
-            f"{FORMAT}; go on with the softmoe that wrote it, or remove {checkpoint.path.parents[1]} to run again"
-        )
-    return Progress(**{key: state[key] for key in keys})
+    keys = [field.name for field in dataclasses.fields(Progress)]
+    if lacking := [key for key in keys if key not in checkpoint.state]:
+        raise UsageError(f"{checkpoint.path}: its state lacks {lacking[0]}; remove it to go on from the one before")
+    return Progress(**{key: checkpoint.state[key] for key in keys})
 
 
 def _restore_weights(model: nn.Module, whole: dict[str, Tensor]) -> None:

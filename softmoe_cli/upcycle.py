@@ -25,12 +25,6 @@ from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.evaluate import classification_loss
 from softmoe_cli.models import LoadReport, build, count_tokens, load_weights, patterns, portable
 from softmoe_cli.moe.layer import Experts, MoE
-from softmoe_cli.moe.routers.experts_choice import ExpertsChoiceRouter
-from softmoe_cli.moe.routers.identity import IdentityRouter
-from softmoe_cli.moe.routers.soft import SoftRouter
-from softmoe_cli.moe.routers.tokens_choice import Gate, TokensChoiceRouter
-from softmoe_cli.moe.routers.tokens_choice_dropless import TokensChoiceDroplessRouter
-from softmoe_cli.moe.routers.uniform import UniformRouter
 from softmoe_cli.moe.routing import Router
 from softmoe_cli.record import (
     RECEIPT,
@@ -155,7 +149,7 @@ def transplant(
         if isinstance(block.mlp, MoE):
             place, moe = f"blocks.{index}.mlp", block.mlp
             parts = fill_experts(moe, old.blocks[index].mlp)
-            group_router(moe.router, parts)
+            tie_parts(moe.router, parts)
             if noise:
                 for parameter in moe.experts.parameters():
                     parameter.add_(noise * parameter.std() * torch.randn_like(parameter))
@@ -240,15 +234,13 @@ def carried_moments(
     return found
 
 
-def group_router(router: Router, parts: int) -> None:
+def tie_parts(router: Router, parts: int) -> None:
     """The g parts of one copy start with equal gates, so that a token that chooses one of them chooses all (He et al.,
     2024, Section 3.2: virtual groups)."""
     first = torch.arange(router.num_experts) // parts * parts
-    for module in router.modules():
-        if isinstance(module, Gate):
-            module.kernel.copy_(module.kernel[:, first])
-        elif isinstance(module, SoftRouter):
-            module.phi.copy_(module.phi[:, first])
+    for name, axis in router.expert_axes.items():
+        parameter = router.get_parameter(name)
+        parameter.copy_(parameter.index_select(axis, first))
 
 
 def redraw_units(experts: Experts, share: float) -> None:
@@ -260,33 +252,6 @@ def redraw_units(experts: Experts, share: float) -> None:
         for rows in (w1.T, b1, w2):
             dropped = rows[units]
             rows[units] = dropped.mean() + dropped.std(correction=0) * torch.randn_like(dropped)
-
-
-def obstacle(router: Router, num_tokens: int, parts: int) -> str | None:
-    """Why a layer of copies, in evaluation, is not the MLP; None where it is: every token's weights must add up to one
-    over experts that see that token alone and, with g parts, be equal among the parts of a copy."""
-    room = f"model.router.slots_per_expert={router.images_per_group * num_tokens} model.router.capacity_factor=null"
-    if isinstance(router, TokensChoiceRouter | TokensChoiceDroplessRouter):
-        whole = router.k == router.num_experts and router.gate.function == "softmax"
-        if not router.gate.function.endswith("_chosen") and not whole:
-            return f"its gates ({router.gate.function}) do not add up to one; set model.router.gate=softmax_chosen"
-        if router.k % parts:
-            return f"its k={router.k} does not hold whole copies of {parts} parts; set model.router.k to a multiple"
-        if isinstance(router, TokensChoiceRouter) and router.slots_per_expert < router.images_per_group * num_tokens:
-            return f"its experts have {router.slots_per_expert} slots, and what overflows is dropped; set {room}"
-        return None
-    if isinstance(router, ExpertsChoiceRouter):
-        if router.slots_per_expert == router.group:
-            return None
-        if router.gate.function == "softmax_chosen":
-            return f"a token that no expert takes gets nothing, whatever the gates of the others add up to; set {room}"
-        return f"a token gets only the gates of experts that took it; set {room}"
-    if isinstance(router, IdentityRouter):
-        return None if parts == 1 else "a token meets one part of the MLP only; set model.expert_width=null"
-    if isinstance(router, SoftRouter | UniformRouter):
-        mixed = f"its slots are mixtures of {num_tokens} tokens, and an MLP of a mixture is no mixture of MLPs"
-        return None if num_tokens == 1 else f"{mixed}; choose a router whose experts see single tokens"
-    return "softmoe does not know whether its weights add up to one; leave preserve=false"
 
 
 @torch.no_grad()
@@ -353,7 +318,7 @@ def _check(config: UpcycleConfig, old: VisionTransformer, new: VisionTransformer
             raise UsageError(
                 f"with model/router={name} experts that start equal stay equal; set expert_noise or expert_redraw"
             )
-        reason = obstacle(router, count_tokens(new), parts) if config.preserve else None
+        reason = router.departs_from_mlp(count_tokens(new), parts) if config.preserve else None
         if reason is not None:
             raise UsageError(f"preserve=true cannot hold with model/router={name}: {reason}")
 

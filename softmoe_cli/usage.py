@@ -97,7 +97,7 @@ Makes a mixture of experts of a dense checkpoint.
   softmoe upcycle checkpoint=timm_weights.safetensors data=cifar10 \\
     model.backbone.timm=vit_tiny_patch16_224 ...
   softmoe upcycle checkpoint=RUN model/router=tokens_choice_dropless \\
-    model.router.k=2 model.router.gate=softmax_chosen \\
+    model.router.k=2 model.router.renormalise=true \\
     model.moe_blocks=every_2 preserve=true
   softmoe finetune checkpoint=FOLDER data=...          goes on from there
 

@@ -37,7 +37,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         if cases:
             numbers = Counter(kind for _, kind in cases)
             told = ", ".join(f"{number} {kind}" for kind, number in sorted(numbers.items()))
-            folder = os.environ.get("SOFTMOE_VECTORS", "tests/vectors")
+            folder = os.environ.get("SOFTMOE_VECTORS", "softmoe_cli/vectors")
             terminalreporter.write_line(f"official cases of {folder} {what}: {told}")
 
 

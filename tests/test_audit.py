@@ -12,7 +12,7 @@ from softmoe_cli.audit import Audit, silenced, summary
 from softmoe_cli.conf_files import conf_folder
 from softmoe_cli.data import ImageSet, eval_batches
 from softmoe_cli.evaluate import Outcomes, outcomes
-from softmoe_cli.models import build
+from softmoe_cli.models import build, portable
 from tests.conftest import TINY
 from tests.oracles import compose
 
@@ -35,7 +35,7 @@ def audit(router: str = "soft", *, changed: Weights | None = None, **options: An
     torch.manual_seed(0)
     model = build(config.model, 10)
     if router != "dense":
-        config.model.router |= model.blocks[1].mlp.router.options
+        config.model.router = portable(config.model, model)["router"]
     weights = dict(model.state_dict())
     for key, value in weights.items():
         if key.startswith("head.") or ".experts." in key or key.endswith("gate.kernel"):

@@ -27,7 +27,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file as a run would save it."""
     config = compose(*TINY[1:])
     vit = build(config.model, 10)
-    card: dict[str, Any] = {"model": portable(config.model, vit), "data": asdict(config.data)}
+    card: dict[str, Any] = {"format": 1, "model": portable(config.model, vit), "data": asdict(config.data)}
     card |= {"classes": data.load(config.data).classes, "loss": "softmax", "precision": "fp32"}
     path = tmp_path_factory.mktemp("saved") / "model.safetensors"
     save_file(vit.state_dict(), path, metadata={"softmoe": json.dumps(card)})
@@ -50,7 +50,17 @@ def changed(card: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
 OTHERS: tuple[Any, ...] = (None, "x", 5, {}, True, ...)
 SHAPES: list[tuple[str, Any]] = [
     (key, value)
-    for key in ("model", "data", "model.backbone", "model.router", "classes", "loss", "precision", "data.mean")
+    for key in (
+        "format",
+        "model",
+        "data",
+        "model.backbone",
+        "model.router",
+        "classes",
+        "loss",
+        "precision",
+        "data.mean",
+    )
     for value in OTHERS
 ]
 SHAPES += [(key, []) for key in ("model", "data", "classes", "loss")]
@@ -64,6 +74,12 @@ SHAPES += [("data.root", "${oc.env:HOME}"), ("data.num_classes", 10**30), ("mode
 def test_a_card_of_another_shape_is_one_sentence(key: str, value: Any, saved: Path) -> None:
     card = changed(read_source(str(saved)).card | {"receipt": {}, "origin": "x"}, key, value)
     with pytest.raises(UsageError, match=r"^checkpoint=FILE: what it says of its model"):
+        read_card(json.dumps(card), Path("FILE"))
+
+
+def test_a_card_of_another_format_says_which_is_read(saved: Path) -> None:
+    card = read_source(str(saved)).card | {"format": 2}
+    with pytest.raises(UsageError, match=r"is of format 2, and this version of softmoe reads format 1"):
         read_card(json.dumps(card), Path("FILE"))
 
 
@@ -153,13 +169,21 @@ def test_places_that_cannot_be_read_are_one_sentence(saved: Path, tmp_path: Path
 
 # --- a checkpoint to go on from ---------------------------------------------------------------------------------------
 
-STATE = {"step": 4, "best_step": 2, "sizes": {"metrics.jsonl": 0}, "seconds": {"device": 0.5}, "scaler": {}}
+STATE: dict[str, Any] = {
+    "format": 1,
+    "step": 4,
+    "best_step": 2,
+    "sizes": {"metrics.jsonl": 0},
+    "seconds": {"device": 0.5},
+    "scaler": {},
+}
 STATES: dict[str, Any] = {
     "null": "null", "no JSON": "{", "brackets": "[" * 200_000, "a list": "[]",
     **{f"without {key}": json.dumps({k: v for k, v in STATE.items() if k != key}) for key in STATE},
     **{f"{key} as text": json.dumps(STATE | {key: "x"}) for key in STATE},
     "before the beginning": json.dumps(STATE | {"step": -1}),
     "a size below 0": json.dumps(STATE | {"sizes": {"x": -1}}),
+    "of another format": json.dumps(STATE | {"format": 2}),
 }  # fmt: skip
 RANDOM = {"random.cpu": torch.get_rng_state()}
 
@@ -172,12 +196,9 @@ def test_a_state_that_softmoe_did_not_write_is_one_sentence(kind: str, tmp_path:
         Checkpoint.read(tmp_path / "last-00000004").check()
 
 
-def test_a_state_of_another_format_is_one_sentence(tmp_path: Path) -> None:
-    path = tmp_path / "run" / "checkpoints" / "last-00000004"
-    for given in ("2", "unknown"):
-        state = STATE if given == "unknown" else STATE | {"format": int(given)}
-        with pytest.raises(UsageError, match=rf"is of format {given}, and .* from format 1; .* remove .*/run to run"):
-            _progress(Checkpoint(path, {}, {}, state))
+def test_a_state_that_lacks_progress_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="its state lacks .*; remove it to go on from the one before"):
+        _progress(Checkpoint(tmp_path, {}, {}, STATE))
 
 
 def test_tensors_that_softmoe_did_not_write_are_one_sentence(tmp_path: Path) -> None:

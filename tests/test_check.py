@@ -20,7 +20,7 @@ from softmoe_cli.moe.routing import DenseRouting, SparseRouting, full_precision
 from tests.processes import Started, forked
 
 ROOT = Path(__file__).parent.parent
-OURS = ROOT / "tests/vectors"
+OURS = ROOT / "softmoe_cli/vectors"
 YAMLS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((ROOT / "conf/model/router").glob("*.yaml"))}
 ROUTERS = {name: options for name, options in YAMLS.items() if options["_target_"] is not None}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -33,7 +33,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "dropless, two choices": ("tokens_choice_dropless", {"k": 2, "shared_experts": 2}),
     "dropless, losses over three images": ("tokens_choice_dropless", {"images_per_group": 3, "gshard_weight": 0.01}),
     "experts choose among two images": ("experts_choice", {"images_per_group": 2, "capacity_factor": 2.0}),
-    "experts choose, gates add up to one": ("experts_choice", {"gate": "softmax_chosen"}),
+    "experts choose, gates add up to one": ("experts_choice", {"renormalise": True}),
     "soft with two slots": ("soft", {"slots_per_expert": 2}),
 }
 SUBJECTS = ROUTERS | {name: ROUTERS[router] | changes for name, (router, changes) in VARIANTS.items()}
@@ -212,7 +212,6 @@ class InFloat32(SoftRouter):
             dim, num_tokens, num_experts=num_experts, slots_per_expert=slots_per_expert,
             capacity_factor=capacity_factor, noise_std=noise_std,
         )  # fmt: skip
-        self.options |= {"flavour": flavour}
 
     def forward(self, x: Tensor, keep: Tensor | None = None) -> DenseRouting:
         with full_precision(x):

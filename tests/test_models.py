@@ -250,7 +250,7 @@ def test_make_router_passes_its_options_on() -> None:
 def test_whole_numbers_become_floats() -> None:
     router = make_router(SOFT | {"slots_per_expert": None, "capacity_factor": 2, "noise_std": 1}, 6, 16)
     assert router.slots_per_expert == 8
-    assert type(router.options["noise_std"]) is float
+    assert isinstance(router, SoftRouter) and type(router.noise_std) is float
 
 
 @pytest.mark.parametrize(
@@ -305,7 +305,7 @@ def test_timm_backbone_is_timms() -> None:
 
 def test_experts_go_into_a_timm_backbone() -> None:
     vit = build(compose_timm("vit_tiny_patch16_224", "model.image_size=32", router="soft").model, 10)
-    assert [i for i, block in enumerate(vit.blocks) if isinstance(block.mlp, MoE)] == [10, 11]
+    assert [i for i, block in enumerate(vit.blocks) if isinstance(block.mlp, MoE)] == [6, 7, 8, 9, 10, 11]
     moe = vit.blocks[11].mlp
     assert moe.experts.w1.shape == (16, 192, 768)
     assert moe.experts.gelu == "none"  # timm's is exact
@@ -480,7 +480,7 @@ def test_more_slots_that_are_copies_change_nothing(monkeypatch: pytest.MonkeyPat
     x = torch.randn(2, 5, 8, dtype=torch.float64)
     with torch.no_grad():
         monkeypatch.setattr("softmoe_cli.models.SLOT_NOISE", 0.0)
-        many.phi.copy_(resized_slots(few.phi, 6))
+        many.phi.copy_(resized_slots(few.phi, 2, 6))
         many.scale.copy_(few.scale.fill_(20.0))
         assert (MoE(many, experts)(x) - MoE(few, experts)(x)).abs().max() < 1e-12
 
@@ -488,9 +488,9 @@ def test_more_slots_that_are_copies_change_nothing(monkeypatch: pytest.MonkeyPat
 def test_slots_are_the_nearest_old_ones_and_copies_differ_a_little() -> None:
     torch.manual_seed(0)
     phi = torch.randn(200, 4, 3)
-    assert torch.equal(resized_slots(phi, 3), phi)
-    assert torch.equal(resized_slots(phi, 2), phi[:, :, [0, 1]])
-    more = resized_slots(phi, 7)  # floor(3 j / 7) = 0 0 0 1 1 2 2
+    assert torch.equal(resized_slots(phi, 2, 3), phi)
+    assert torch.equal(resized_slots(phi, 2, 2), phi[:, :, [0, 1]])
+    more = resized_slots(phi, 2, 7)  # floor(3 j / 7) = 0 0 0 1 1 2 2
     assert torch.equal(more[:, :, [0, 3, 5]], phi)
     change = more - phi[:, :, [0, 0, 0, 1, 1, 2, 2]]
     copies = change[:, :, [1, 2, 4, 6]]

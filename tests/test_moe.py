@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import softmoe_cli.moe.routers
-from softmoe_cli.models import make_router
+from softmoe_cli.models import make_router, portable_options
 from softmoe_cli.moe.layer import Experts, MoE
 from softmoe_cli.moe.routers.soft import SoftRouter, soft_logits
 from softmoe_cli.moe.routing import DenseRouting, Router, load_statistics, routings
@@ -261,8 +261,9 @@ def test_routings_sees_one_routing_and_leaves_no_hook(options: dict[str, Any]) -
 
 
 def test_options_of_a_soft_router_keep_its_slots_at_another_number_of_tokens() -> None:
-    router = SoftRouter(4, 16, num_experts=4, slots_per_expert=None, capacity_factor=1.0, noise_std=0.5)
-    again = SoftRouter(4, 64, **router.options)
+    options: dict[str, Any] = {"num_experts": 4, "slots_per_expert": None, "capacity_factor": 1.0, "noise_std": 0.5}
+    router = SoftRouter(4, 16, **options)
+    again = SoftRouter(4, 64, **portable_options(options, router))
     assert again.slots_per_expert == 4
     assert again.noise_std == 0.5
     again.load_state_dict(router.state_dict())

@@ -16,7 +16,7 @@ from softmoe_cli.moe.routing import routings
 from softmoe_cli.optim import (
     constant,
     cosine,
-    decay_of,
+    decays,
     freeze,
     linear,
     optimizer_of,
@@ -145,25 +145,25 @@ PLAIN = (
 def test_who_decays() -> None:
     config = optim(weight_decay=0.25, head_weight_decay=3.0)
     vit = build(compose("model.backbone.class_token=true").model, 10)
-    decays = {name: decay_of(name, parameter, config) for name, parameter in vit.named_parameters()}
-    assert decays["head.weight"] == 3.0
-    assert {name: decays[name] for name in DECAYED} == dict.fromkeys(DECAYED, 0.25)
-    assert {name: decays[name] for name in PLAIN} == dict.fromkeys(PLAIN, 0.0)
-    for name, decay in decays.items():
+    decay = decays(vit, config)
+    assert decay["head.weight"] == 3.0
+    assert {name: decay[name] for name in DECAYED} == dict.fromkeys(DECAYED, 0.25)
+    assert {name: decay[name] for name in PLAIN} == dict.fromkeys(PLAIN, 0.0)
+    for name, share in decay.items():
         last = name.split(".")[-1]
         kernel = last in ("w1", "w2", "scale") or (last == "weight" and "norm" not in name)
-        assert (decay > 0) == kernel, name
+        assert (share > 0) == kernel, name
 
 
-@pytest.mark.parametrize("decays", [(0.25, 3.0), (0.1, 0.1), (0.0, 0.0)])
-def test_groups_hold_every_parameter_once_with_its_decay(decays: tuple[float, float]) -> None:
-    config = optim(weight_decay=decays[0], head_weight_decay=decays[1], lr=0.5, betas=[0.8, 0.7], eps=1e-3)
+@pytest.mark.parametrize("asked", [(0.25, 3.0), (0.1, 0.1), (0.0, 0.0)])
+def test_groups_hold_every_parameter_once_with_its_decay(asked: tuple[float, float]) -> None:
+    config = optim(weight_decay=asked[0], head_weight_decay=asked[1], lr=0.5, betas=[0.8, 0.7], eps=1e-3)
     vit = build(compose().model, 10)
     optimizer = optimizer_of(vit, config)
     names = {id(parameter): name for name, parameter in vit.named_parameters()}
     found = [(names[id(p)], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]]
     assert len(found) == len(names)
-    assert dict(found) == {name: decay_of(name, p, config) for name, p in vit.named_parameters()}
+    assert dict(found) == decays(vit, config)
     for group in optimizer.param_groups:
         assert (group["lr"], group["betas"], group["eps"]) == (0.5, (0.8, 0.7), 1e-3)
 

@@ -1,5 +1,6 @@
 """The rival routers against slow loops written from their papers."""
 
+import itertools
 import math
 from typing import Any
 
@@ -9,8 +10,8 @@ from torch import Tensor
 
 from softmoe_cli.models import make_router
 from softmoe_cli.moe.layer import Experts, MoE
-from softmoe_cli.moe.routers.tokens_choice import gshard_loss, importance_loss, load_loss, squared_variation
 from softmoe_cli.moe.routing import Router, SparseRouting, load_statistics
+from softmoe_cli.moe.sparse import gshard_loss, importance_loss, load_loss, squared_variation
 from tests import oracles
 from tests.test_check import ROUTERS
 
@@ -43,7 +44,7 @@ def sparse(router: Router, x: Tensor) -> SparseRouting:
 
 def gates_of(moe: MoE, x: Tensor, function: str = "softmax") -> list[list[float]]:
     logits = (x @ moe.router.get_parameter("gate.kernel")).tolist()
-    if function.startswith("sigmoid"):
+    if function == "sigmoid":
         return [[1 / (1 + math.exp(-value)) for value in row] for row in logits]
     return [oracles.softmax(row) for row in logits]
 
@@ -58,23 +59,20 @@ def close(got: Tensor, want: Any) -> None:
 
 @pytest.mark.parametrize("router", ["tokens_choice", "tokens_choice_bpr"])
 @pytest.mark.parametrize(
-    ("k", "slots", "gate"),
-    [
-        (k, slots, gate)
-        for k, slots in ((1, 1), (1, 2), (2, 3), (3, 2), (2, 30))
-        for gate in ("softmax", "sigmoid", "softmax_chosen", "sigmoid_chosen")[: 2 if k == 1 else 4]
-    ],
+    ("k", "slots", "renormalise"),
+    [(1, 1, False), (1, 2, False), *itertools.product((2,), (3, 30), (False, True)), (3, 2, False), (3, 2, True)],
 )
+@pytest.mark.parametrize("gate", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("images", [1, 2])
-def test_tokens_choice(router: str, k: int, slots: int, images: int, gate: str) -> None:
-    options = {"k": k, "slots_per_expert": slots, "capacity_factor": None, "images_per_group": images, "gate": gate}
-    moe, x = layer(router, **options, **QUIET), tokens()
+def test_tokens_choice(router: str, k: int, slots: int, images: int, gate: str, renormalise: bool) -> None:
+    options = {"k": k, "slots_per_expert": slots, "capacity_factor": None, "images_per_group": images}
+    moe, x = layer(router, **options, gate=gate, renormalise=renormalise, **QUIET), tokens()
     y, routing = moe(x), sparse(moe.router, x)
     dropped, demand = 0, [0] * EXPERTS
     for group, out in zip(x.view(-1, images * TOKENS, DIM), y.view(-1, images * TOKENS, DIM), strict=True):
         gates = gates_of(moe, group, gate)
         placed = oracles.tokens_choice(gates, gates, k, slots, surest_first=router.endswith("bpr"))
-        if gate.endswith("_chosen"):
+        if renormalise:
             placed.kept = {place: (t, value / sum(sorted(gates[t])[-k:])) for place, (t, value) in placed.kept.items()}
         close(out, oracles.sparse_moe(group.tolist(), placed, *expert_weights(moe)))
         dropped += images * TOKENS - len({token for token, _ in placed.kept.values()})
@@ -96,15 +94,15 @@ def test_dropless_is_tokens_choice_with_room_for_all() -> None:
     assert sparse(moe.router, x).statistics()["dropped_share"] == 0
 
 
-@pytest.mark.parametrize("gate", ["softmax", "softmax_chosen"])
+@pytest.mark.parametrize("renormalise", [False, True])
 @pytest.mark.parametrize(("slots", "images"), [(1, 1), (3, 1), (7, 1), (4, 2), (14, 2)])
-def test_experts_choice(slots: int, images: int, gate: str) -> None:
-    options = {"slots_per_expert": slots, "capacity_factor": None, "images_per_group": images, "gate": gate}
-    moe, x = layer("experts_choice", **options, noise_std=0.0), tokens()
+def test_experts_choice(slots: int, images: int, renormalise: bool) -> None:
+    options = {"slots_per_expert": slots, "capacity_factor": None, "images_per_group": images}
+    moe, x = layer("experts_choice", **options, renormalise=renormalise, noise_std=0.0), tokens()
     y = moe(x)
     for group, out in zip(x.view(-1, images * TOKENS, DIM), y.view(-1, images * TOKENS, DIM), strict=True):
         placed = oracles.experts_choice(gates_of(moe, group), slots)
-        if gate == "softmax_chosen":
+        if renormalise:
             total = [sum(g for token, g in placed.kept.values() if token == t) for t in range(images * TOKENS)]
             placed.kept = {place: (t, g / total[t]) for place, (t, g) in placed.kept.items()}
         close(out, oracles.sparse_moe(group.tolist(), placed, *expert_weights(moe)))
@@ -243,7 +241,7 @@ def test_padding_is_not_asked_for_and_alone_has_no_loss(router: str) -> None:
 
 
 def test_gates_of_zero_are_not_divided() -> None:
-    moe = layer("tokens_choice_dropless", k=2, gate="sigmoid_chosen", **QUIET)
+    moe = layer("tokens_choice_dropless", k=2, gate="sigmoid", renormalise=True, **QUIET)
     with torch.no_grad():
         moe.router.get_parameter("gate.kernel").fill_(-1000.0)
     y = moe(tokens().abs())
@@ -280,7 +278,7 @@ def test_sparse_statistics_by_hand() -> None:
         ("tokens_choice", {"k": 4}, "k=4 experts per token"),
         ("tokens_choice", {"images_per_group": 0}, "images_per_group=0 must be at least 1"),
         ("tokens_choice", {"gate": "tanh"}, "gate=tanh is not one of softmax, sigmoid"),
-        ("tokens_choice", {"gate": "softmax_chosen"}, "with k=1 makes every gate 1"),
+        ("tokens_choice", {"renormalise": True}, "with k=1 makes every gate 1"),
         ("tokens_choice", {"noise_std": 0.0}, "load_weight=0.005 has no effect with noise_std=0"),
         ("tokens_choice", {"bias_rate": -1.0}, "bias_rate=-1.0 must not be negative"),
         ("tokens_choice", {"bias_rate": 0.1}, "bias_rate=0.1 with load_weight=0.005"),
@@ -291,7 +289,6 @@ def test_sparse_statistics_by_hand() -> None:
         ("tokens_choice", {"capacity_factor": math.inf}, "capacity_factor=inf is not a finite number"),
         ("experts_choice", {"slots_per_expert": 8, "capacity_factor": None}, "a group has 7 tokens to choose from"),
         ("experts_choice", {"slots_per_expert": 2}, "give one of them"),
-        ("experts_choice", {"gate": "sigmoid"}, "gate=sigmoid is not one of softmax, softmax_chosen"),
         ("identity", {"num_experts": 8}, "num_experts=8 must be from 1 to the 7 tokens"),
         ("uniform", {"slots_per_expert": 0}, "must be at least 1"),
     ],

@@ -44,8 +44,13 @@ def saved(path: Path, seed: int, *overrides: str, tiny: Sequence[str] = TINY) ->
     torch.manual_seed(seed)
     weights = build(config.model, 10).state_dict()
     torch.nn.init.normal_(weights["head.weight"])
-    card = {"model": dataclasses.asdict(config.model), "data": dataclasses.asdict(config.data), "loss": "softmax"}
-    card |= {"precision": "fp32", "classes": [str(i) for i in range(10)]}
+    card = {
+        "format": 1,
+        "model": dataclasses.asdict(config.model),
+        "data": dataclasses.asdict(config.data),
+        "loss": "softmax",
+    }
+    card |= {"format": 1, "precision": "fp32", "classes": [str(i) for i in range(10)]}
     save_file(weights, path, metadata={"softmoe": json.dumps(card)})
     return path
 
@@ -257,8 +262,13 @@ def four(tmp_path: Path) -> Path:
     torch.manual_seed(0)
     weights = build(config.model, 4).state_dict()
     torch.nn.init.normal_(weights["head.weight"], std=3.0)
-    card = {"model": dataclasses.asdict(config.model), "data": dataclasses.asdict(config.data), "loss": "softmax"}
-    card |= {"precision": "fp32", "classes": list(WNIDS)}
+    card = {
+        "format": 1,
+        "model": dataclasses.asdict(config.model),
+        "data": dataclasses.asdict(config.data),
+        "loss": "softmax",
+    }
+    card |= {"format": 1, "precision": "fp32", "classes": list(WNIDS)}
     save_file(weights, tmp_path / "four.safetensors", metadata={"softmoe": json.dumps(card)})
     return tmp_path / "four.safetensors"
 

@@ -177,7 +177,7 @@ def test_pieces_become_one_checkpoint_when_all_are_there(tmp_path: Path, monkeyp
     monkeypatch.undo()
     assert [path.name for path in run.checkpoints.iterdir()] == ["last-00000005"]
     assert save_together(tmp_path, 7, end=True) == ["", "", ""]
-    save_file(WHOLE, tmp_path / "alone.safetensors", metadata={"softmoe": '{"a": [1, 0.1]}'})
+    save_file(WHOLE, tmp_path / "alone.safetensors", metadata={"softmoe": '{"format": 1, "a": [1, 0.1]}'})
     going_on, _ = Run(tmp_path / "copy").newest()
     assert going_on is not None
     for path in (newest, run.checkpoints / "last-00000007", going_on):

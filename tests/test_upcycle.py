@@ -20,7 +20,7 @@ from softmoe_cli.moe.layer import Experts, MoE
 from softmoe_cli.record import damage, digest_of
 from softmoe_cli.terminal import Screen
 from softmoe_cli.train import train
-from softmoe_cli.upcycle import fill_experts, group_router, obstacle, redraw_units
+from softmoe_cli.upcycle import fill_experts, redraw_units, tie_parts
 from tests.conftest import Softmoe, thinned
 from tests.oracles import compose
 from tests.test_check import ROUTERS
@@ -49,7 +49,7 @@ def layer(mlp: Mlp, name: str, parts: int = 1, tokens: int = TOKENS, **changes: 
     moe = MoE(router, Experts(router.num_experts, DIM, width, gelu="none", identical=True), extra).double()
     with torch.no_grad():
         assert fill_experts(moe, mlp) == parts
-        group_router(moe.router, parts)
+        tie_parts(moe.router, parts)
     return moe.eval()
 
 
@@ -87,35 +87,35 @@ def test_parts_weighed_alike_sum_to_the_mlp(mlp: Mlp, parts: int) -> None:
 
 ROOM = {"slots_per_expert": TOKENS, "capacity_factor": None}
 PRESERVING: dict[str, tuple[str, int, dict[str, Any]]] = {
-    "tokens choice": ("tokens_choice", 1, {"k": 2, "gate": "softmax_chosen", **ROOM}),
-    "sigmoid gates": ("tokens_choice", 1, {"k": 3, "gate": "sigmoid_chosen", **ROOM}),
+    "tokens choice": ("tokens_choice", 1, {"k": 2, "renormalise": True, **ROOM}),
+    "sigmoid gates": ("tokens_choice", 1, {"k": 3, "gate": "sigmoid", "renormalise": True, **ROOM}),
     "all experts": ("tokens_choice", 1, {"k": 4, **ROOM}),
     "groups of two images": (
-        "tokens_choice", 1, {"k": 2, "gate": "softmax_chosen", "images_per_group": 2, **ROOM, "slots_per_expert": 10}
+        "tokens_choice", 1, {"k": 2, "renormalise": True, "images_per_group": 2, **ROOM, "slots_per_expert": 10}
     ),
-    "in parts": ("tokens_choice", 2, {"k": 2, "gate": "softmax_chosen", **ROOM}),
-    "with shared experts": ("tokens_choice", 1, {"k": 2, "gate": "softmax_chosen", "shared_experts": 3, **ROOM}),
-    "surest first": ("tokens_choice_bpr", 1, {"k": 2, "gate": "softmax_chosen", **ROOM}),
-    "dropless": ("tokens_choice_dropless", 1, {"k": 2, "gate": "softmax_chosen"}),
+    "in parts": ("tokens_choice", 2, {"k": 2, "renormalise": True, **ROOM}),
+    "with shared experts": ("tokens_choice", 1, {"k": 2, "renormalise": True, "shared_experts": 3, **ROOM}),
+    "surest first": ("tokens_choice_bpr", 1, {"k": 2, "renormalise": True, **ROOM}),
+    "dropless": ("tokens_choice_dropless", 1, {"k": 2, "renormalise": True}),
     "dropless in parts, shared": (
-        "tokens_choice_dropless", 2, {"k": 2, "gate": "sigmoid_chosen", "shared_experts": 2}
+        "tokens_choice_dropless", 2, {"k": 2, "gate": "sigmoid", "renormalise": True, "shared_experts": 2}
     ),
     "experts choice with room for all": ("experts_choice", 1, ROOM),
     "experts choice in parts": ("experts_choice", 2, ROOM),
-    "experts choice, gates add up to one": ("experts_choice", 1, {"gate": "softmax_chosen", **ROOM}),
+    "experts choice, gates add up to one": ("experts_choice", 1, {"renormalise": True, **ROOM}),
     "identity": ("identity", 1, {}),
 }  # fmt: skip
 OTHER: dict[str, tuple[str, int, dict[str, Any], str]] = {
     "gates as they are": ("tokens_choice", 1, {"k": 2, **ROOM}, "do not add up to one"),
     "sigmoid, all experts": ("tokens_choice", 1, {"k": 4, "gate": "sigmoid", **ROOM}, "do not add up to one"),
-    "overflow": ("tokens_choice", 1, {"k": 2, "gate": "softmax_chosen"}, "set model.router.slots_per_expert=5"),
-    "half a copy": ("tokens_choice", 4, {"k": 2, "gate": "softmax_chosen", **ROOM}, "a multiple"),
+    "overflow": ("tokens_choice", 1, {"k": 2, "renormalise": True}, "set model.router.slots_per_expert=5"),
+    "half a copy": ("tokens_choice", 4, {"k": 2, "renormalise": True, **ROOM}, "a multiple"),
     "dropless": ("tokens_choice_dropless", 1, {"k": 2}, "do not add up to one"),
     "experts choice": ("experts_choice", 1, {}, "set model.router.slots_per_expert=5"),
     "experts choice, gates add up to one": (
         "experts_choice",
         1,
-        {"gate": "softmax_chosen"},
+        {"renormalise": True},
         "a token that no expert takes gets nothing",
     ),
     "identity in parts": ("identity", 2, {}, "one part of the MLP only"),
@@ -128,7 +128,7 @@ OTHER: dict[str, tuple[str, int, dict[str, Any], str]] = {
 def test_function_is_preserved(mlp: Mlp, name: str) -> None:
     router, parts, options = PRESERVING[name]
     moe, x = layer(mlp, router, parts, **options), tokens()
-    assert obstacle(moe.router, TOKENS, parts) is None
+    assert moe.router.departs_from_mlp(TOKENS, parts) is None
     assert (moe(x) - mlp(x)).abs().max() < 1e-12
 
 
@@ -136,7 +136,7 @@ def test_function_is_preserved(mlp: Mlp, name: str) -> None:
 def test_function_is_not_preserved(mlp: Mlp, name: str) -> None:
     router, parts, options, words = OTHER[name]
     moe, x = layer(mlp, router, parts, **options), tokens()
-    assert words in str(obstacle(moe.router, TOKENS, parts))
+    assert words in str(moe.router.departs_from_mlp(TOKENS, parts))
     assert (moe(x) - mlp(x)).abs().max() > 1e-3
 
 
@@ -144,7 +144,7 @@ def test_function_is_not_preserved(mlp: Mlp, name: str) -> None:
 @pytest.mark.parametrize("parts", [1, 2])
 def test_mixtures_of_a_single_token_are_that_token(mlp: Mlp, name: str, parts: int) -> None:
     moe, x = layer(mlp, name, parts, tokens=1), tokens(1)
-    assert obstacle(moe.router, 1, parts) is None
+    assert moe.router.departs_from_mlp(1, parts) is None
     assert (moe(x) - mlp(x)).abs().max() < 1e-12
 
 
@@ -197,9 +197,15 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     vit = build(config.model, 10)
     nn.init.normal_(vit.head.weight)
-    card = {"model": asdict(config.model), "data": asdict(config.data), "classes": data.load(config.data).classes}
+    card = {
+        "format": 1,
+        "model": asdict(config.model),
+        "data": asdict(config.data),
+        "classes": data.load(config.data).classes,
+    }
+    card |= {"loss": "softmax", "precision": "fp32"}
     path = tmp_path_factory.mktemp("dense") / "dense.safetensors"
-    save_file(vit.state_dict(), path, metadata={"softmoe": json.dumps(card | {"loss": "softmax", "precision": "fp32"})})
+    save_file(vit.state_dict(), path, metadata={"softmoe": json.dumps(card)})
     return path
 
 
@@ -233,7 +239,7 @@ def test_a_preserving_start_goes_on(source: Path, softmoe: Softmoe, tmp_path: Pa
     """Nothing changes but the cost; the result is evaluated like its source, and finetuned with its head."""
     line = (
         "upcycle", f"checkpoint={source}", "model/router=tokens_choice_dropless", "model.router.k=2",
-        "model.router.gate=softmax_chosen", "model.moe_blocks=every_1", "folder=up", "preserve=true",
+        "model.router.renormalise=true", "model.moe_blocks=every_1", "folder=up", "preserve=true",
     )  # fmt: skip
     assert softmoe(*line).code == 0
     receipt = json.loads((tmp_path / "up/receipt.json").read_text())
@@ -361,7 +367,7 @@ def test_timm(architecture: str, softmoe: Softmoe, tmp_path: Path) -> None:
     answer = softmoe(
         "upcycle", "checkpoint=timm.safetensors", f"model.backbone.timm={name}", f"model.image_size={size}",
         "data=digits", "model/router=tokens_choice_dropless", "model.router.k=2", "model.router.num_experts=2",
-        "model.router.gate=softmax_chosen", "model.moe_blocks=last_1", "images=2", "preserve=true", "folder=up",
+        "model.router.renormalise=true", "model.moe_blocks=last_1", "images=2", "preserve=true", "folder=up",
     )  # fmt: skip
     if refusal:
         assert answer.code == 2 and refusal in answer.err, answer

@@ -1,4 +1,4 @@
-"""Agreement with the official JAX code, on numbers it computed: every case in tests/vectors, found by its kind,
+"""Agreement with the official JAX code, on numbers it computed: every case in softmoe_cli/vectors, found by its kind,
 or in the folder that SOFTMOE_VECTORS names. A case of a kind that nothing here handles is skipped by name, and the last
 lines say how many were compared and how many not."""
 
@@ -14,8 +14,18 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from softmoe_cli.check import (
-    KINDS,
+from softmoe_cli.config import Backbone, Model
+from softmoe_cli.fewshot import accuracies, best_l2, draws, ridge, statistics, take, whiten
+from softmoe_cli.models import build, make_router
+from softmoe_cli.moe.layer import MoE
+from softmoe_cli.moe.routers.experts_choice import choose_tokens
+from softmoe_cli.moe.routers.soft_uniform import SoftUniformRouter
+from softmoe_cli.moe.routers.tokens_choice_bpr import surest_first
+from softmoe_cli.moe.routers.tokens_choice_dropless import TokensChoiceDroplessRouter
+from softmoe_cli.moe.routers.uniform_soft import UniformSoftRouter
+from softmoe_cli.moe.routing import DenseRouting, Router, SparseRouting, capacity, routings
+from softmoe_cli.moe.sparse import choose, place
+from softmoe_cli.official import (
     ROUNDING,
     allowed,
     case_layer,
@@ -29,20 +39,11 @@ from softmoe_cli.check import (
     tolerance,
     vectors_folder,
 )
-from softmoe_cli.config import Backbone, Model
-from softmoe_cli.fewshot import accuracies, best_l2, draws, ridge, statistics, take, whiten
-from softmoe_cli.models import build
-from softmoe_cli.moe.layer import MoE
-from softmoe_cli.moe.routers.experts_choice import choose_tokens
-from softmoe_cli.moe.routers.soft_uniform import SoftUniformRouter
-from softmoe_cli.moe.routers.tokens_choice import choose, place
-from softmoe_cli.moe.routers.tokens_choice_bpr import surest_first
-from softmoe_cli.moe.routers.tokens_choice_dropless import TokensChoiceDroplessRouter
-from softmoe_cli.moe.routers.uniform_soft import UniformSoftRouter
-from softmoe_cli.moe.routing import DenseRouting, Router, SparseRouting, capacity, routings
 from softmoe_cli.optim import linear, rsqrt
+from tests.test_check import ROUTERS
 
 CASES = official_cases()
+ROUTER_CLASSES = [type(make_router(options, 16, 16)) for options in ROUTERS.values()]
 
 
 def tensor(array: np.ndarray) -> Tensor:
@@ -68,7 +69,7 @@ def told(what: str) -> Callable[[str], str]:
 
 def layer(meta: dict[str, Any], z: dict[str, np.ndarray], dtype: torch.dtype) -> None:
     """Sections 4 to 6 and 8: weights or slots, rows, output and its bfloat16 variant, losses, metrics, gradients."""
-    classes = [router for router in KINDS if is_case_of(router, meta)]
+    classes = [router for router in ROUTER_CLASSES if is_case_of(router, meta)]
     assert classes, f"no router of ours for {meta['case']}"
     compared = 0
     for what, got, want in compare_case(classes[0], (meta, z), dtype):
@@ -187,7 +188,7 @@ def build_vit(config: dict[str, Any], encoder: dict[str, Any], moe: dict[str, An
         name = str(official.get("name", "NoisyTopExpertsPerItemRouter"))
         kind = {"NoisyTopExpertsPerItemRouter": "tc_layer", "NoisyTopItemsPerExpertRouter": "ec_layer"}
         case = {"kind": kind.get(name, "soft_layer"), "config": {"num_experts": moe["num_experts"], "router": official}}
-        router_class = next(router for router in KINDS if is_case_of(router, case))
+        router_class = next(router for router in ROUTER_CLASSES if is_case_of(router, case))
         tokens = (config["image_size"] // config["patch_size"][0]) ** 2 + (config["classifier"] == "token")
         groups = {"images_per_group": moe["group_size"] // tokens} if case["kind"] != "soft_layer" else {}
         target = f"{router_class.__module__}.{router_class.__name__}"
@@ -337,14 +338,14 @@ def test_official_numbers(name: str, dtype: torch.dtype, record_property: Callab
     HANDLERS[kind](*read_case(name), dtype)
 
 
-LAYERS = [name for name, meta in CASES.items() if any(is_case_of(router, meta) for router in KINDS)]
+LAYERS = [name for name, meta in CASES.items() if any(is_case_of(router, meta) for router in ROUTER_CLASSES)]
 every_layer = pytest.mark.parametrize("name", LAYERS)
 
 
 def float32_case(name: str) -> tuple[MoE, Tensor, dict[str, np.ndarray]]:
     """The layer of a case, its tokens, and all that is known of it."""
     meta, arrays = read_case(name)
-    router_class = next(router for router in KINDS if is_case_of(router, meta))
+    router_class = next(router for router in ROUTER_CLASSES if is_case_of(router, meta))
     x = tensor(arrays["x_seqs"] if "x_seqs" in arrays else arrays["x"])
     return case_layer(router_class, meta, arrays, torch.float32), x, arrays
 
@@ -371,7 +372,9 @@ KIN: dict[str, tuple[type[Router], ...]] = {
 @every_layer
 def test_choices_under_bf16_autocast_are_those_of_float32(name: str) -> None:
     made, x, arrays = float32_case(name)
-    routers = [made.router, *(akin(made.router, other, x) for other in KIN[read_case(name)[0]["kind"]])]
+    meta, _ = read_case(name)
+    options = case_options(meta) | {"images_per_group": made.router.images_per_group}
+    routers = [made.router, *(akin(made.router, options, other, x) for other in KIN[meta["kind"]])]
     for router in routers:
         with drawn(arrays.get("noise")):
             plain = router(x)
@@ -383,10 +386,10 @@ def test_choices_under_bf16_autocast_are_those_of_float32(name: str) -> None:
                 assert got.dtype == value.dtype and torch.equal(got, value), f"{type(router).__name__}: {key}"
 
 
-def akin(router: Router, other: type[Router], x: Tensor) -> Router:
+def akin(router: Router, options: dict[str, Any], other: type[Router], x: Tensor) -> Router:
     """Another router with as many of the options as it has, and the parameters."""
     names = [name for name, p in inspect.signature(other).parameters.items() if p.kind is p.KEYWORD_ONLY]
-    made = other(x.shape[2], x.shape[1], **{name: router.options[name] for name in names})
+    made = other(x.shape[2], x.shape[1], **{name: options[name] for name in names})
     made.load_state_dict(router.state_dict())
     return made.train(router.training)
 

@@ -7,9 +7,9 @@ y       = routing.combine(experts(rows, offsets))     b n d
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int, Num
@@ -37,16 +37,35 @@ class Routing(ABC):
         """Plain numbers for the record; computed only here, when asked."""
 
 
+UNKNOWN = "softmoe does not know whether its weights add up to one; leave preserve=false"
+"""What a router that says nothing of it answers to `departs_from_mlp`."""
+
+
 class Router(nn.Module, ABC):
-    """Constructed as `Router(dim, num_tokens, **options)`; the options, all without default, stand in its yaml."""
+    """Constructed as `Router(dim, num_tokens, **options)`; the options, all without default, stand in its yaml.
+
+    What any command must know of a router it asks here. Options of these names mean the same for all routers:
+    `num_experts`, `images_per_group`, and `slots_per_expert` with `capacity_factor`, of which one is null. A checkpoint
+    keeps the slots that came of them, so that its weights fit at any number of tokens.
+    """
 
     num_experts: int
     slots_per_expert: int | None
     """p, slots of an expert in one group of images; None where nothing bounds an expert's rows."""
-    options: dict[str, Any]
-    """The options that rebuild this router for its weights at any number of tokens: what a checkpoint keeps."""
     exempt: ClassVar[dict[str, str]] = {}
     """Checks of `softmoe check` that this router's definition rules out, each with the reason."""
+    official: ClassVar[str | None] = None
+    """Which of the official code's numbers are of this router: a name that official.py knows."""
+    decays: ClassVar[tuple[str, ...] | None] = None
+    """Its parameters with weight decay, by name; None: matrices that are called `weight`, as elsewhere in a model."""
+    expert_axes: ClassVar[Mapping[str, int]] = {}
+    """The axis of the experts in each parameter that has one. When an MLP is cut into parts, the parts of a copy start
+    alike there, so that a token that chooses one of them chooses all."""
+    slot_axes: ClassVar[Mapping[str, int]] = {}
+    """The axis of an expert's slots in each parameter that has one: trained weights can then be given other
+    `slots_per_expert`."""
+    most_weight: float = 1.0
+    """The most that a token's weights can add up to."""
     needs_independent_experts: ClassVar[bool] = False
     """Whether experts that start equal would stay equal."""
     images_per_group: int = 1
@@ -75,6 +94,17 @@ class Router(nn.Module, ABC):
     def combine_flop(self, num_tokens: int) -> int:
         """The part of `flop` that is the product which makes tokens of the experts' rows; 0 where rows are added up."""
         return 0
+
+    def departs_from_mlp(self, num_tokens: int, parts: int) -> str | None:
+        """Why a layer of copies of an MLP is not that MLP in evaluation, and the way out; None where it is: every
+        token's weights add up to one over experts that see that token alone and, with an MLP cut into `parts`, are
+        equal among the parts of a copy."""
+        return UNKNOWN
+
+    def capacity_factor(self, slots: int, num_tokens: int) -> float | None:
+        """Slots of all experts over what `num_tokens` tokens an image ask for, if an expert had so many; None where
+        trained weights cannot be run with other capacities."""
+        return None
 
     @abstractmethod
     def forward(self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None = None) -> Routing:
@@ -138,6 +168,24 @@ class DenseRouting(Routing):
         }
         values = {name: value.item() for name, value in numbers.items()}
         return {"utilisation": 1.0, "dropped_share": 0.0} | load_statistics(load) | values
+
+
+def uniform_weights(
+    keep: Float[Tensor, "b n"], num_experts: int, slots: int
+) -> tuple[Float[Tensor, "b n e p"], Float[Tensor, "b n e p"]]:
+    """Each kept token's equal share in every slot, and every slot's equal share in each kept token."""
+    kept = keep[:, :, None, None].expand(-1, -1, num_experts, slots)
+    return kept / kept.sum(dim=1, keepdim=True).clamp(min=1), kept / (num_experts * slots)
+
+
+def mixtures_depart(num_tokens: int) -> str | None:
+    """`Router.departs_from_mlp` of a router whose slots are mixtures of tokens."""
+    if num_tokens == 1:
+        return None
+    return (
+        f"its slots are mixtures of {num_tokens} tokens, and an MLP of a mixture is no mixture of MLPs; choose a "
+        "router whose experts see single tokens"
+    )
 
 
 class SparseRouting(Routing):

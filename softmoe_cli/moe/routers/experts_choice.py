@@ -1,18 +1,18 @@
 """Experts Choice: Mixture-of-Experts with Expert Choice Routing (Zhou et al., 2022), https://arxiv.org/abs/2202.09368
 
 As the Soft MoE paper's baseline is coded (google-research/vmoe, nn/routing.py): gates are a softmax over the experts
-for each token, each expert takes the tokens with the largest gates for it, and gates are not renormalised unless `gate`
-says so.
+for each token, each expert takes the tokens with the largest gates for it, and gates are not renormalised unless an
+option says so.
 """
 
-from typing import Any
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from softmoe_cli.moe.routers.tokens_choice import Gate, grouped_tokens
 from softmoe_cli.moe.routing import Router, SparseRouting, full_precision, slots_of
+from softmoe_cli.moe.sparse import Gate, grouped_tokens, room_for
 
 
 def choose_tokens(gates: Float[Tensor, "g s e"], keep: Bool[Tensor, "g s"], slots: int) -> Int[Tensor, "g e p"]:
@@ -27,15 +27,12 @@ def choose_tokens(gates: Float[Tensor, "g s e"], keep: Bool[Tensor, "g s"], slot
     return s - 1 - (key.mT.topk(slots, dim=2).values & 0xFFFFFFFF)
 
 
-def renormalise(gate: Float[Tensor, "g e p"], taken: Int[Tensor, "g e p"], num_tokens: int) -> Float[Tensor, "g e p"]:
+def renormalised(gate: Float[Tensor, "g e p"], taken: Int[Tensor, "g e p"], num_tokens: int) -> Float[Tensor, "g e p"]:
     """Gates as shares of their token's sum over the experts that took it: the vision models of Sparse Upcycling
     (Komatsuzaki et al., 2023), https://arxiv.org/abs/2212.05055. Padding, whose gates are zero, keeps them."""
     flat = taken.flatten(1)
     total = gate.new_zeros(gate.shape[0], num_tokens).scatter_add(1, flat, gate.flatten(1))
     return gate / total.gather(1, flat).view_as(gate).clamp(min=torch.finfo(gate.dtype).tiny)
-
-
-GATES = ("softmax", "softmax_chosen")
 
 
 class ExpertsChoiceRouter(Router):
@@ -54,13 +51,17 @@ class ExpertsChoiceRouter(Router):
         capacity_multiple: which p is padded up to a multiple of (the official baseline: 1). Both are for
             `capacity_factor`: a given p stays as it is.
         images_per_group: images whose tokens compete (the official baseline: 1).
-        gate: softmax (the official baseline) or softmax_chosen, whose gates add up to one over the experts that took a
-            token; choices are the same.
+        renormalise: divide a token's gates by their sum over the experts that took it (the official baseline: false);
+            choices are the same.
         noise_std: the logits' noise in training has this over e as its standard deviation.
 
     Raises:
         ValueError: an impossible combination, such as more slots per expert than a group has tokens.
     """
+
+    decays = ("gate.kernel",)
+    expert_axes: ClassVar[dict[str, int]] = {"gate.kernel": 1}
+    official = "ec_layer"
 
     def __init__(
         self,
@@ -73,12 +74,10 @@ class ExpertsChoiceRouter(Router):
         capacity_rounding: str,
         capacity_multiple: int,
         images_per_group: int,
-        gate: str,
+        renormalise: bool,
         noise_std: float,
     ) -> None:
         super().__init__()
-        if gate not in GATES:
-            raise ValueError(f"gate={gate} is not one of {', '.join(GATES)}")
         if images_per_group < 1:
             raise ValueError(f"images_per_group={images_per_group} must be at least 1")
         group = images_per_group * num_tokens
@@ -91,13 +90,8 @@ class ExpertsChoiceRouter(Router):
             )
         self.num_experts, self.images_per_group = num_experts, images_per_group
         self.slots_per_expert: int = slots
-        self.group = group
-        self.gate = Gate(dim, num_experts, function=gate, noise_std=noise_std)
-        self.options: dict[str, Any] = {
-            "num_experts": num_experts, "slots_per_expert": slots, "capacity_factor": None,
-            "capacity_rounding": capacity_rounding, "capacity_multiple": capacity_multiple,
-            "images_per_group": images_per_group, "gate": gate, "noise_std": noise_std,
-        }  # fmt: skip
+        self.group, self.renormalise = group, renormalise
+        self.gate = Gate(dim, num_experts, function="softmax", noise_std=noise_std)
 
     @property
     def experts_per_token(self) -> float:
@@ -110,6 +104,17 @@ class ExpertsChoiceRouter(Router):
         """The gate: one product of n, d and e."""
         return 2 * num_tokens * self.gate.kernel.numel()
 
+    def departs_from_mlp(self, num_tokens: int, parts: int) -> str | None:
+        if self.slots_per_expert == self.group:
+            return None
+        room = room_for(self.images_per_group * num_tokens)
+        if self.renormalise:
+            return f"a token that no expert takes gets nothing, whatever the gates of the others add up to; set {room}"
+        return f"a token gets only the gates of experts that took it; set {room}"
+
+    def capacity_factor(self, slots: int, num_tokens: int) -> float:
+        return slots * self.num_experts / (self.images_per_group * num_tokens)
+
     def forward(self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None = None) -> SparseRouting:
         b, n, _ = x.shape
         with full_precision(x):
@@ -120,8 +125,8 @@ class ExpertsChoiceRouter(Router):
             taken = choose_tokens(gates, kept, self.slots_per_expert)
             real = kept.gather(1, taken.flatten(1)).view_as(taken)
             gate = gates.mT.gather(2, taken) * real
-            if self.gate.function == "softmax_chosen":
-                gate = renormalise(gate, taken, s)
+            if self.renormalise:
+                gate = renormalised(gate, taken, s)
             token = torch.where(real, s * torch.arange(g, device=x.device)[:, None, None] + taken, b * n)
             token, gate = (each.transpose(0, 1).flatten(1) for each in (token, gate))
             return SparseRouting(token, gate, logits.new_zeros(()), real.sum(dim=(0, 2)), (b, n))

@@ -1,7 +1,7 @@
 """Identity: the fixed routing of Soft MoE (Puigcerver et al., 2023), Section 3.6 and Appendix A: token i goes to
 expert i, round robin, and comes back as it is. Tells what experts bring without any mixing or choice."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -32,7 +32,6 @@ class IdentityRouter(Router):
             )
         self.num_experts = num_experts
         self.slots_per_expert = -(-num_tokens // num_experts)
-        self.options: dict[str, Any] = {"num_experts": num_experts}
 
     @property
     def experts_per_token(self) -> float:
@@ -43,6 +42,9 @@ class IdentityRouter(Router):
 
     def flop(self, num_tokens: int) -> int:
         return 0
+
+    def departs_from_mlp(self, num_tokens: int, parts: int) -> str | None:
+        return None if parts == 1 else "a token meets one part of the MLP only; set model.expert_width=null"
 
     def forward(self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None = None) -> SparseRouting:
         b, n, _ = x.shape

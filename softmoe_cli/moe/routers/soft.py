@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from softmoe_cli.moe.routing import DenseRouting, Router, full_precision, noise_like, slots_of
+from softmoe_cli.moe.routing import DenseRouting, Router, full_precision, mixtures_depart, noise_like, slots_of
 
 EPS = 1e-6
 
@@ -104,7 +104,10 @@ class SoftRouter(Router):
         ValueError: when not exactly one of `slots_per_expert` and `capacity_factor` is given, or p would be 0.
     """
 
-    exempt: ClassVar[dict[str, str]] = {"one expert is the dense MLP": "its slots are mixtures of tokens"}
+    decays = ("scale",)
+    expert_axes: ClassVar[dict[str, int]] = {"phi": 1}
+    slot_axes: ClassVar[dict[str, int]] = {"phi": 2}
+    official: ClassVar[str | None] = "soft_layer"
 
     def __init__(
         self,
@@ -123,12 +126,6 @@ class SoftRouter(Router):
         self.num_experts = num_experts
         self.slots_per_expert: int = slots
         self.noise_std = noise_std
-        self.options: dict[str, Any] = {
-            "num_experts": num_experts,
-            "slots_per_expert": slots,
-            "capacity_factor": None,
-            "noise_std": noise_std,
-        }
         self.phi = nn.Parameter(torch.empty(dim, num_experts, slots))
         self.scale = nn.Parameter(torch.ones(()))
         self.reset_parameters()
@@ -153,6 +150,9 @@ class SoftRouter(Router):
 
     def combine_flop(self, num_tokens: int) -> int:
         return 2 * num_tokens * self.phi.numel()
+
+    def departs_from_mlp(self, num_tokens: int, parts: int) -> str | None:
+        return mixtures_depart(num_tokens)
 
     def forward(self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None = None) -> DenseRouting:
         with full_precision(x):

@@ -22,6 +22,7 @@ class TokensChoiceBPRRouter(TokensChoiceRouter):
     """`TokensChoiceRouter`, but the tokens that are surest of their expert are served first."""
 
     exempt: ClassVar[dict[str, str]] = {}
+    official = "tc_layer, surest first"
 
     def priority(self, gates: Float[Tensor, "g s e"]) -> Int[Tensor, "g s"]:
         return surest_first(gates)

@@ -4,14 +4,14 @@ Every token gets its k experts and none is dropped. What MegaBlocks does with bl
 grouped ones on rows sorted by expert, which is also ScatterMoE's form (Tan et al., 2024).
 """
 
-from typing import Any
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from softmoe_cli.moe.routers.tokens_choice import Balanced, Gate, check_choice, choose, in_groups
 from softmoe_cli.moe.routing import Router, SparseRouting, full_precision
+from softmoe_cli.moe.sparse import Balanced, Gate, check_choice, choose, gates_depart, in_groups, renormalised
 
 
 class TokensChoiceDroplessRouter(Router):
@@ -23,14 +23,20 @@ class TokensChoiceDroplessRouter(Router):
         num_experts: e.
         k: experts per token.
         images_per_group: images over which the auxiliary losses are taken; the output does not depend on it.
-        gate, noise_std, importance_weight, load_weight, gshard_weight, bias_rate, shared_experts: as in
-            `TokensChoiceRouter`.
+        gate: softmax, or sigmoid, each expert for itself.
+        renormalise: divide a token's gates by their sum over its k experts.
+        noise_std: the logits' noise in training has this over e as its standard deviation.
+        importance_weight, load_weight, gshard_weight: of the auxiliary losses; 0: none.
+        bias_rate: step of the balancing bias after each update; 0: none.
+        shared_experts: experts beside these that see every token.
 
     Raises:
         ValueError: an impossible combination.
     """
 
     slots_per_expert = None
+    decays = ("gate.kernel",)
+    expert_axes: ClassVar[dict[str, int]] = {"gate.kernel": 1}
 
     def __init__(
         self,
@@ -41,6 +47,7 @@ class TokensChoiceDroplessRouter(Router):
         k: int,
         images_per_group: int,
         gate: str,
+        renormalise: bool,
         noise_std: float,
         importance_weight: float,
         load_weight: float,
@@ -49,9 +56,11 @@ class TokensChoiceDroplessRouter(Router):
         shared_experts: int,
     ) -> None:
         super().__init__()
-        check_choice(k, num_experts, images_per_group, shared_experts, gate)
+        check_choice(k, num_experts, images_per_group, shared_experts, renormalise)
         self.num_experts, self.k, self.shared_experts = num_experts, k, shared_experts
-        self.loss_images = images_per_group
+        self.renormalise, self.loss_images = renormalise, images_per_group
+        if gate == "sigmoid" and not renormalise:
+            self.most_weight = float(k)
         self.gate = Gate(dim, num_experts, function=gate, noise_std=noise_std)
         self.balance = Balanced(
             num_experts,
@@ -61,11 +70,6 @@ class TokensChoiceDroplessRouter(Router):
             gshard_weight=gshard_weight,
             bias_rate=bias_rate,
         )
-        self.options: dict[str, Any] = {
-            "num_experts": num_experts, "k": k, "images_per_group": images_per_group, "gate": gate,
-            "noise_std": noise_std, "importance_weight": importance_weight, "load_weight": load_weight,
-            "gshard_weight": gshard_weight, "bias_rate": bias_rate, "shared_experts": shared_experts,
-        }  # fmt: skip
 
     @property
     def experts_per_token(self) -> float:
@@ -78,6 +82,9 @@ class TokensChoiceDroplessRouter(Router):
         """The gate: one product of n, d and e."""
         return 2 * num_tokens * self.gate.kernel.numel()
 
+    def departs_from_mlp(self, num_tokens: int, parts: int) -> str | None:
+        return gates_depart(self.k, self.num_experts, self.gate.function, self.renormalise, parts)
+
     def forward(self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None = None) -> SparseRouting:
         b, n, _ = x.shape
         with full_precision(x):
@@ -86,7 +93,8 @@ class TokensChoiceDroplessRouter(Router):
             gates = self.gate.activate(noisy)
             chosen = choose(self.balance.scores(gates), self.k)
             # Padding is computed like any token, so that the number of rows is known; its gates are zero.
-            gate = (self.gate.weigh(gates, chosen).gather(2, chosen) * kept[:, :, None]).flatten()
+            weights = renormalised(gates, chosen) if self.renormalise else gates
+            gate = (weights.gather(2, chosen) * kept[:, :, None]).flatten()
             expert = chosen.flatten()
             order = expert.argsort(stable=True)
             offsets = self._count(expert, torch.ones_like(expert)).cumsum(dim=0).int()
@@ -105,4 +113,4 @@ class TokensChoiceDroplessRouter(Router):
         return self.balance.counted()
 
     def after_update(self) -> None:
-        self.balance.settle()
+        self.balance.move_bias()

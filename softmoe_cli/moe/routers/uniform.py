@@ -2,13 +2,11 @@
 token, every token gets the mean of all slots. Tells what experts bring with mixing, but without anything learned about
 it; the paper starts the experts independently, since equal ones would stay equal."""
 
-from typing import Any, ClassVar
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from softmoe_cli.moe.routing import DenseRouting, Router, full_precision
+from softmoe_cli.moe.routing import DenseRouting, Router, full_precision, mixtures_depart, uniform_weights
 
 
 class UniformRouter(Router):
@@ -24,7 +22,6 @@ class UniformRouter(Router):
         ValueError: not a positive number of either.
     """
 
-    exempt: ClassVar[dict[str, str]] = {"one expert is the dense MLP": "its slots are mixtures of tokens"}
     needs_independent_experts = True
 
     def __init__(self, dim: int, num_tokens: int, *, num_experts: int, slots_per_expert: int) -> None:
@@ -33,7 +30,6 @@ class UniformRouter(Router):
             raise ValueError(f"num_experts={num_experts} and slots_per_expert={slots_per_expert} must be at least 1")
         self.dim, self.num_experts = dim, num_experts
         self.slots_per_expert: int = slots_per_expert
-        self.options: dict[str, Any] = {"num_experts": num_experts, "slots_per_expert": slots_per_expert}
 
     @property
     def experts_per_token(self) -> float:
@@ -53,16 +49,11 @@ class UniformRouter(Router):
     def combine_flop(self, num_tokens: int) -> int:
         return self.flop(num_tokens) // 2
 
+    def departs_from_mlp(self, num_tokens: int, parts: int) -> str | None:
+        return mixtures_depart(num_tokens)
+
     def forward(self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None = None) -> DenseRouting:
         with full_precision(x):
             dtype = torch.promote_types(x.dtype, torch.float32)
             kept = torch.ones(x.shape[:2], device=x.device, dtype=dtype) if keep is None else keep.to(dtype)
             return DenseRouting(*uniform_weights(kept, self.num_experts, self.slots_per_expert), kept.new_zeros(()))
-
-
-def uniform_weights(
-    keep: Float[Tensor, "b n"], num_experts: int, slots: int
-) -> tuple[Float[Tensor, "b n e p"], Float[Tensor, "b n e p"]]:
-    """Each kept token's equal share in every slot, and every slot's equal share in each kept token."""
-    kept = keep[:, :, None, None].expand(-1, -1, num_experts, slots)
-    return kept / kept.sum(dim=1, keepdim=True).clamp(min=1), kept / (num_experts * slots)

@@ -8,8 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from softmoe_cli.moe.routers.soft import SoftRouter
-from softmoe_cli.moe.routers.uniform import uniform_weights
-from softmoe_cli.moe.routing import DenseRouting
+from softmoe_cli.moe.routing import DenseRouting, uniform_weights
 
 
 class UniformSoftRouter(SoftRouter):
@@ -17,7 +16,8 @@ class UniformSoftRouter(SoftRouter):
 
     needs_independent_experts = True
 
-    exempt: ClassVar[dict[str, str]] = SoftRouter.exempt | {"official numbers": "no code of it was released"}
+    exempt: ClassVar[dict[str, str]] = {"official numbers": "no code of it was released"}
+    official = None
 
     def train_flop(self, num_tokens: int) -> int:
         """No gradient goes to the dispatch weights."""
