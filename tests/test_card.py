@@ -197,7 +197,7 @@ def test_a_state_that_softmoe_did_not_write_is_one_sentence(kind: str, tmp_path:
 
 
 def test_a_state_that_lacks_progress_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="its state lacks .*; remove it to go on from the one before"):
+    with pytest.raises(UsageError, match=r"its state lacks .*; remove it to go on from the one before"):
         _progress(Checkpoint(tmp_path, {}, {}, STATE))
 
 
