@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from softmoe_cli.compose import admit, changed, contents, door, each_job, other_model, overlay, plain, say_once
+from softmoe_cli.compose import Jobs, admit, changed, contents, door, other_model, overlay, plain, say_once
 from softmoe_cli.config import (
     Config,
     CostConfig,
@@ -51,7 +51,8 @@ def run(arguments: Sequence[str]) -> tuple[int, str]:
     trains = arguments[:1] in (["train"], ["finetune"])
     try:
         with interruptible(functools.partial(_stopped, trains)):
-            return _dispatch([argument for argument in arguments if argument != "--debug"]), ""
+            command, words = _command([argument for argument in arguments if argument != "--debug"])
+            return ACTIONS[command](words), ""
     except KeyboardInterrupt as error:
         if debug:
             traceback.print_exception(error)
@@ -81,36 +82,46 @@ def _failed(error: Exception, debug: bool, typed: Sequence[str]) -> tuple[int, s
     return 2 if isinstance(known, UsageError) else 1, str(known)
 
 
-def _dispatch(arguments: list[str]) -> int:
-    """Runs the command that the first word names; returns its exit status."""
+def _command(arguments: list[str]) -> tuple[str, list[str]]:
+    """The command that is typed and the words for it; where help is asked for, in any of its ways, that is help.
+
+    Raises:
+        UsageError: there is no such command.
+    """
     if any(a == "-sc" or a.startswith("--shell-completion") for a in arguments):
         raise UsageError('what the Tab key completes comes from softmoe: type eval "$(softmoe completion bash)"')
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        topic = arguments[1:]
-        print(_help(_command(topic[0]), topic[1:]) if topic else HELP)
-        return 0
-    if arguments[0] in ("-V", "--version", "version"):
-        from importlib.metadata import version
-
-        print(version("softmoe-cli"))
-        return 0
-    command, rest = _command(arguments[0]), arguments[1:]
+    first, *rest = arguments or ["help"]
+    if first in ("-h", "--help", "help"):
+        return "help", rest
+    if first in ("-V", "--version", "version"):
+        return "version", rest
+    _require_command(first)
     if "-h" in rest or "--help" in rest or rest[:1] == ["help"] or rest[:2] == ["check", "help"]:
-        print(_help(command, [word for word in rest if word not in ("-h", "--help", "help")]))
-        return 0
-    return ACTIONS[command](rest)
+        return "help", [first, *(word for word in rest if word not in ("-h", "--help", "help"))]
+    return first, rest
 
 
-def _command(word: str) -> str:
+def _require_command(word: str) -> None:
     if word not in COMMANDS:
         raise UsageError(f"there is no command '{word}'.{nearest(word, COMMANDS)} Commands: {', '.join(COMMANDS)}")
-    return word
 
 
-def _help(command: str, words: Sequence[str]) -> str:
+def _help(words: list[str]) -> int:
+    if not words:
+        print(HELP)
+        return 0
+    _require_command(words[0])
     from softmoe_cli.help import usage
 
-    return usage(command, words)
+    print(usage(words[0], words[1:]))
+    return 0
+
+
+def _version(_words: list[str]) -> int:
+    from importlib.metadata import version
+
+    print(version("softmoe-cli"))
+    return 0
 
 
 # --- commands that train ----------------------------------------------------------------------------------------------
@@ -122,9 +133,32 @@ def _learn(command: str, arguments: list[str]) -> int:
 
     arguments = check_line(command, arguments)
     if "--groups" in arguments:
-        return each_job(command, [a for a in arguments if a != "--groups"], functools.partial(_groups, command))
-    if not _many(arguments):
-        return each_job(command, arguments, functools.partial(_train, command))
+        return _groups(command, [argument for argument in arguments if argument != "--groups"])
+    jobs = _sweep(command, arguments) if _many(arguments) else Jobs(command, arguments)
+    from softmoe_cli.inherit import resolve
+
+    for config, typed in jobs:
+        with jobs.attempt():
+            checked, source = resolve(command, plain(config, Config), typed)  # before torch is imported
+            if checked.devices > 1 and "RANK" not in os.environ:
+                from softmoe_cli.launch import launch
+
+                launch(checked, command)
+            else:
+                from softmoe_cli.terminal import Screen
+                from softmoe_cli.train import train
+
+                train(checked, command, source, Screen())
+    jobs.end()
+    return 0
+
+
+def _sweep(command: str, arguments: list[str]) -> Jobs:
+    """Has the jobs of a sweep done by its launcher; returns those that are left, which is all where that is Hydra's.
+
+    Raises:
+        RunError: some jobs failed; the message lists them.
+    """
     from softmoe_cli.sweep import Sweep
 
     study = _study_of(arguments)
@@ -136,12 +170,11 @@ def _learn(command: str, arguments: list[str]) -> int:
     if "--plan" in arguments:
         with tempfile.TemporaryDirectory() as folder:  # where Hydra writes files of its own
             arguments = [argument for argument in arguments if argument != "--plan"]
-            arguments += ["hydra.launcher.plan=true", f"hydra.sweep.dir={folder}"]
-            return each_job(command, arguments, functools.partial(_train, command))
-    code = each_job(command, arguments, functools.partial(_train, command))
-    if Sweep.last is not None:  # None with Hydra's own launcher
+            return Jobs(command, [*arguments, "hydra.launcher.plan=true", f"hydra.sweep.dir={folder}"])
+    jobs = Jobs(command, arguments)
+    if Sweep.last is not None:
         Sweep.last.report()
-    return code
+    return jobs
 
 
 def _many(arguments: Sequence[str]) -> bool:
@@ -168,34 +201,22 @@ def _study_of(arguments: Sequence[str]) -> str | None:
     return "-".join(dict.fromkeys(re.split(r"[./]", key)[-1] for key in keys)) or None
 
 
-def _train(command: str, config: Any, typed: list[str]) -> int:
-    from softmoe_cli.inherit import resolve
-
-    checked, source = resolve(command, plain(config, Config), typed)
-    if checked.devices > 1 and "RANK" not in os.environ:
-        from softmoe_cli.launch import launch
-
-        launch(checked, command)
-        return 0
-    from softmoe_cli.terminal import Screen
-    from softmoe_cli.train import train
-
-    train(checked, command, source, Screen())
-    return 0
-
-
-def _groups(command: str, config: Any, typed: list[str]) -> int:
+def _groups(command: str, arguments: list[str]) -> int:
     """`--groups`: prints the learning rate and the decay of each parameter."""
     from softmoe_cli.inherit import resolve
 
-    checked, _ = resolve(command, plain(config, Config), typed)
-    from softmoe_cli import data
-    from softmoe_cli.cost import on_meta
-    from softmoe_cli.optim import freeze, table
+    jobs = Jobs(command, arguments)
+    for config, typed in jobs:
+        with jobs.attempt():
+            checked, _ = resolve(command, plain(config, Config), typed)
+            from softmoe_cli import data
+            from softmoe_cli.cost import on_meta
+            from softmoe_cli.optim import freeze, table
 
-    vit = on_meta(checked.model, checked.data.num_classes or len(data.load(checked.data).classes))
-    freeze(vit, checked.optim.freeze)
-    print(table(vit, checked.optim))
+            vit = on_meta(checked.model, checked.data.num_classes or len(data.load(checked.data).classes))
+            freeze(vit, checked.optim.freeze)
+            print(table(vit, checked.optim))
+    jobs.end()
     return 0
 
 
@@ -208,7 +229,12 @@ def _composing(command: str, job: Callable[[Any, list[str]], int]) -> Callable[[
     def act(arguments: list[str]) -> int:
         from softmoe_cli.explain import check_line
 
-        return each_job(command, check_line(command, arguments), job)
+        jobs, codes = Jobs(command, check_line(command, arguments)), [0]
+        for config, typed in jobs:
+            with jobs.attempt():
+                codes.append(job(config, typed))
+        jobs.end()
+        return max(codes)
 
     return act
 
@@ -454,5 +480,7 @@ ACTIONS: typing.Final[dict[str, Callable[[list[str]], int]]] = {
     "status": _status,
     "list": _list,
     "completion": _completion,
+    "help": _help,
+    "version": _version,
 }
 """Every command: a function from the words after its name to the exit status."""

@@ -3,6 +3,7 @@
 torch is not imported here, and Hydra by the functions that need it: `--help` answers at once.
 """
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -12,7 +13,7 @@ import re
 import statistics
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from softmoe_cli.conf_files import chosen_groups, conf_folder, defaults, files, load, own_conf_folder
@@ -29,72 +30,101 @@ WITHOUT_FILES = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_loggi
 """What conf/_quiet.yaml says, as arguments."""
 
 
-def each_job(command: str, arguments: Sequence[str], job: Callable[[Any, list[str]], int]) -> int:
-    """Composes with Hydra the configurations of a command line that `check_line` has read, and does `job` with each and
-    with the words that were typed for it, one job after the other; a launcher of our own (conf/train.yaml) has them
-    done elsewhere. Returns the largest exit status of a job.
+class Jobs:
+    """The configurations of a command line: one, or with -m several, which are done one after the other. None where
+    Hydra only shows something (--cfg), or where a launcher of our own has the jobs done elsewhere.
 
-    Raises:
-        UsageError: what Hydra or OmegaConf refuses, in one sentence.
-        Exception: the last one of a job; several jobs (-m) go on after it.
+    for config, typed in jobs:  # typed: the overrides of this job
+        with jobs.attempt():
+            ...
+    jobs.end()
     """
-    import hydra
-    from hydra.core.plugins import Plugins
-    from hydra.errors import HydraException
-    from omegaconf import DictConfig
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
 
-    from softmoe_cli.own_conf import OwnConf, OwnSource, ignored
+    def __init__(self, command: str, arguments: Sequence[str]) -> None:
+        """Composes the arguments, which `check_line` has read, with Hydra.
 
-    store_schemas()
-    own = OwnConf.own = own_conf_folder()
-    for plugin in (OwnConf, OwnSource):
-        Plugins.instance().register(plugin)
-    if own is not None and (sentence := ignored(own, command)) is not None:
-        say_once(sentence)
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing and leaving with status 1
-    arguments, codes, began = list(arguments), [0], False
-    failures: list[Exception] = []
+        Raises:
+            UsageError: what Hydra or OmegaConf refuses, in one sentence.
+        """
+        self._command, self._arguments = command, list(arguments)
+        self._composed: list[tuple[Any, list[str]]] = []
+        self._typed: list[str] = []
+        self._failures: list[Exception] = []
+        self._compose()
 
-    def task(config: DictConfig) -> None:
-        nonlocal began
-        began = True
+    def __iter__(self) -> Iterator[tuple[Any, list[str]]]:
+        for config, typed in self._composed:
+            self._typed = typed
+            yield config, typed
+
+    @contextlib.contextmanager
+    def attempt(self) -> Iterator[None]:
+        """Inside, a failure is kept until the end, so that the next job is tried; a defect is raised."""
+        from omegaconf.errors import OmegaConfBaseException
+
         try:
-            codes.append(job(config, typed_words()))
+            yield
+        except OmegaConfBaseException as error:
+            self._keep(UsageError(explain(error, self._command, self._arguments)))
         except Exception as error:
-            unread = isinstance(error, OmegaConfBaseException)
-            known = UsageError(explain(error, command, arguments)) if unread else ours(error, typed_words())
+            known = ours(error, self._typed)
             if known is None:
                 raise
-            if failures:
-                print(f"softmoe: {printable_lines(str(failures[-1]))}", file=sys.stderr)
-            failures.append(known)
+            self._keep(known)
 
-    if any(argument.startswith(("-cn", "--config-name")) for argument in arguments):  # such as a run's config.yaml,
-        arguments += WITHOUT_FILES  # which says nothing of Hydra's own files
-    if any(argument.startswith(("-i", "--info", "--hydra-help")) for argument in arguments):
-        logging.raiseExceptions = False  # Hydra logs it, and `| head` reads no more than the first lines
-    sys.argv = ["softmoe", *arguments]
-    try:
-        hydra.main(version_base=None, config_path=str(conf_folder()), config_name=command)(task)()
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UsageError(explain(error, command, arguments)) from error
-    except (ValueError, TypeError, KeyError, AttributeError, AssertionError, YAMLError) as error:
-        if began or isinstance(error, UsageError):
+    def _keep(self, failure: Exception) -> None:
+        if self._failures:  # the last one is raised at the end
+            print(f"softmoe: {printable_lines(str(self._failures[-1]))}", file=sys.stderr)
+        self._failures.append(failure)
+
+    def end(self) -> None:
+        """Raises the last failure, if there was one."""
+        if self._failures:
+            raise self._failures[-1]
+
+    def _compose(self) -> None:
+        import hydra
+        from hydra.core.hydra_config import HydraConfig
+        from hydra.core.plugins import Plugins
+        from hydra.errors import HydraException
+        from omegaconf import DictConfig
+        from omegaconf.errors import OmegaConfBaseException
+        from yaml import YAMLError
+
+        from softmoe_cli.own_conf import OwnConf, OwnSource, ignored
+
+        store_schemas()
+        own = OwnConf.own = own_conf_folder()
+        for plugin in (OwnConf, OwnSource):
+            Plugins.instance().register(plugin)
+        if own is not None and (sentence := ignored(own, self._command)) is not None:
+            say_once(sentence)
+        arguments = self._arguments
+        if any(word.startswith(("-cn", "--config-name")) for word in arguments):  # such as a run's config.yaml,
+            arguments += WITHOUT_FILES  # which says nothing of Hydra's own files
+        if any(word.startswith(("-i", "--info", "--hydra-help")) for word in arguments):
+            logging.raiseExceptions = False  # Hydra logs it, and `| head` reads no more than the first lines
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing and leaving with status 1
+        sys.argv = ["softmoe", *arguments]
+
+        def task(config: DictConfig) -> None:
+            self._composed.append((config, list(HydraConfig.get().overrides.task)))
+
+        try:
+            hydra.main(version_base=None, config_path=str(conf_folder()), config_name=self._command)(task)()
+        except (HydraException, OmegaConfBaseException) as error:
+            raise UsageError(explain(error, self._command, arguments)) from error
+        except UsageError:
             raise
-        raise UsageError(refused(error, arguments)) from error
-    except RecursionError:
-        if not began:
-            defaults(command, chosen_groups(arguments))  # which says whose defaults list has no end
-        raise
-    except SystemExit as error:  # Hydra has said why
-        if not began and error.code:
-            return 2
-        raise
-    if failures:
-        raise failures[-1]
-    return max(codes)
+        except (ValueError, TypeError, KeyError, AttributeError, AssertionError, YAMLError) as error:
+            raise UsageError(refused(error, arguments)) from error
+        except RecursionError:
+            defaults(self._command, chosen_groups(arguments))  # which says whose defaults list has no end
+            raise
+        except SystemExit as error:
+            if not error.code:
+                raise
+            raise UsageError("") from error  # Hydra has said why
 
 
 @functools.cache
@@ -271,25 +301,19 @@ def compose(*overrides: str) -> Config:
         raise UsageError(explain(error, "train", list(overrides))) from error
 
 
-def typed_words() -> list[str]:
-    """The overrides that were typed for this job, Hydra's own apart."""
-    from hydra.core.hydra_config import HydraConfig
-
-    return list(HydraConfig.get().overrides.task)
-
-
 def names(key: str, typed: Sequence[str]) -> bool:
     return any(override.partition("=")[0].lstrip("+") == key for override in typed)
 
 
 def other_model(to: str, typed: Sequence[str]) -> MatchConfig:
     """The configuration of the model whose cost is to be met; everything but the model is as typed."""
-    from hydra import compose
+    from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
 
     kept = [override for override in typed if re.split(r"[.=/@]", override.lstrip("+~"))[0] != "model"]
     try:
-        config = compose("match", [*kept, *(crossing(to) or [f"model={to}"])])
+        with initialize_config_dir(str(conf_folder()), version_base=None):
+            config = compose("match", [*kept, *(crossing(to) or [f"model={to}"])])
     except HydraException as error:
         raise UsageError(f"to={to}: {explain(error, 'match', []).partition(': ')[2]}") from error
     return door(plain(config, MatchConfig), MatchConfig)

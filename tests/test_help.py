@@ -12,7 +12,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 
-from softmoe_cli import completion, conf_files, explain, help, sizes, usage
+from softmoe_cli import cli, completion, conf_files, explain, help, sizes, usage
 from softmoe_cli.compose import store_schemas
 from softmoe_cli.conf_files import conf_folder
 from softmoe_cli.config import LAUNCHERS, SCHEMAS
@@ -73,6 +73,9 @@ def test_help_fits_a_terminal_and_names_every_option(command: str) -> None:
     for option in help.options(SCHEMAS[command]) if command in SCHEMAS else ():
         if option.key != "model.router" and not (command == "train" and option.meaning.startswith("finetune:")):
             assert f"  {option.key}" in shown
+    assert command in cli.ACTIONS
+    if command in SCHEMAS:
+        assert "\n  data=" in help.usage(command, [])
     assert f"  {command}" in usage.HELP and max(map(len, usage.HELP.splitlines())) <= help.WIDTH
 
 

@@ -40,7 +40,7 @@ def asked(words: list[str]) -> tuple[MatchConfig, MatchConfig, Trial]:
     with initialize_config_dir(str(conf_folder()), version_base=None):
         tree = plain(hydra_compose("match", [*words, "device=cpu"]), MatchConfig)
         config = door(tree, MatchConfig)
-        other = other_model(config.to, words)
+    other = other_model(config.to, words)
     best = match(config, other, functools.partial(changed, tree))
     return config, other, best
 
