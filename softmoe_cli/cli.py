@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from softmoe_cli.compose import Jobs, admit, changed, contents, door, other_model, overlay, plain, say_once
 from softmoe_cli.config import (
     Config,
     CostConfig,
@@ -28,9 +27,10 @@ from softmoe_cli.config import (
 )
 from softmoe_cli.errors import UsageError, first_line, nearest
 from softmoe_cli.failures import defect, ours
+from softmoe_cli.options.compose import Jobs, admit, changed, contents, door, other_model, overlay, plain, say_once
+from softmoe_cli.options.usage import COMMANDS, HELP
 from softmoe_cli.signals import interruptible, leave, nobody_listens
 from softmoe_cli.text import printable_lines
-from softmoe_cli.usage import COMMANDS, HELP
 
 
 def main() -> None:
@@ -111,7 +111,7 @@ def _help(words: list[str]) -> int:
         print(HELP)
         return 0
     _require_command(words[0])
-    from softmoe_cli.help import usage
+    from softmoe_cli.options.help import usage
 
     print(usage(words[0], words[1:]))
     return 0
@@ -129,24 +129,24 @@ def _version(_words: list[str]) -> int:
 
 def _learn(command: str, arguments: list[str]) -> int:
     """`softmoe train` and `softmoe finetune`: one run; of several, with -m, a sweep."""
-    from softmoe_cli.explain import check_line
+    from softmoe_cli.options.explain import check_line
 
     arguments = check_line(command, arguments)
     if "--groups" in arguments:
         return _groups(command, [argument for argument in arguments if argument != "--groups"])
     jobs = _sweep(command, arguments) if _many(arguments) else Jobs(command, arguments)
-    from softmoe_cli.inherit import resolve
+    from softmoe_cli.options.inherit import resolve
 
     for config, typed in jobs:
         with jobs.attempt():
             checked, source = resolve(command, plain(config, Config), typed)  # before torch is imported
             if checked.devices > 1 and "RANK" not in os.environ:
-                from softmoe_cli.launch import launch
+                from softmoe_cli.launch.devices import launch
 
                 launch(checked, command)
             else:
                 from softmoe_cli.terminal import Screen
-                from softmoe_cli.train import train
+                from softmoe_cli.train.loop import train
 
                 train(checked, command, source, Screen())
     jobs.end()
@@ -159,7 +159,7 @@ def _sweep(command: str, arguments: list[str]) -> Jobs:
     Raises:
         RunError: some jobs failed; the message lists them.
     """
-    from softmoe_cli.sweep import Sweep
+    from softmoe_cli.launch.sweep import Sweep
 
     study = _study_of(arguments)
     if study is not None:
@@ -203,17 +203,17 @@ def _study_of(arguments: Sequence[str]) -> str | None:
 
 def _groups(command: str, arguments: list[str]) -> int:
     """`--groups`: prints the learning rate and the decay of each parameter."""
-    from softmoe_cli.inherit import resolve
+    from softmoe_cli.options.inherit import resolve
 
     jobs = Jobs(command, arguments)
     for config, typed in jobs:
         with jobs.attempt():
             checked, _ = resolve(command, plain(config, Config), typed)
-            from softmoe_cli import data
-            from softmoe_cli.cost import on_meta
+            from softmoe_cli.cost.flop import on_meta
+            from softmoe_cli.data import sets
             from softmoe_cli.optim import freeze, table
 
-            vit = on_meta(checked.model, checked.data.num_classes or len(data.load(checked.data).classes))
+            vit = on_meta(checked.model, checked.data.num_classes or len(sets.load(checked.data).classes))
             freeze(vit, checked.optim.freeze)
             print(table(vit, checked.optim))
     jobs.end()
@@ -227,7 +227,7 @@ def _composing(command: str, job: Callable[[Any, list[str]], int]) -> Callable[[
     """The command that composes a configuration from its arguments, or several (-m), and calls `job` with each."""
 
     def act(arguments: list[str]) -> int:
-        from softmoe_cli.explain import check_line
+        from softmoe_cli.options.explain import check_line
 
         jobs, codes = Jobs(command, check_line(command, arguments)), [0]
         for config, typed in jobs:
@@ -249,7 +249,7 @@ def _cost(arguments: list[str]) -> int:
 
     code = _composing("cost", job)(arguments)
     if models:
-        from softmoe_cli.ledger import costs, show
+        from softmoe_cli.cost.command import costs, show
 
         print(show(costs(models), models[0].format, many=_many(arguments)))
     return code
@@ -258,7 +258,7 @@ def _cost(arguments: list[str]) -> int:
 def _match(config: Any, typed: list[str]) -> int:
     tree = plain(config, MatchConfig)
     checked = door(tree, MatchConfig)
-    from softmoe_cli.match import match, show
+    from softmoe_cli.cost.match import match, show
 
     print(show(match(checked, other_model(checked.to, typed), functools.partial(changed, tree)), checked))
     return 0
@@ -266,7 +266,7 @@ def _match(config: Any, typed: list[str]) -> int:
 
 def _data_check(config: Any, _typed: list[str]) -> int:
     checked = door(plain(config, DataCheckConfig), DataCheckConfig)
-    from softmoe_cli.data_check import check
+    from softmoe_cli.data.check import check
 
     return check(checked)
 
@@ -292,8 +292,8 @@ def _evaluate(config: Any, typed: list[str]) -> int:
     for path in paths:
         if path.startswith("timm:"):
             raise UsageError(f"checkpoint={path} knows no classes of a data set here; use softmoe finetune")
-    from softmoe_cli import inherit
-    from softmoe_cli.scorecard import evaluate_checkpoint
+    from softmoe_cli.evaluate.command import evaluate_checkpoint
+    from softmoe_cli.options import inherit
 
     sources = [inherit.read(path) for path in paths]
     model, *_ = [inherit.model_of(source, tree["trust"]) for source in sources]
@@ -316,8 +316,8 @@ def _export(config: Any, typed: list[str]) -> int:
         raise UsageError("softmoe export needs checkpoint=: a run folder, a .safetensors file or hf-hub:OWNER/NAME")
     if tree["checkpoint"].startswith("timm:"):
         raise UsageError(f"checkpoint={tree['checkpoint']} is timm's own; softmoe export is for what softmoe trained")
-    from softmoe_cli import inherit
     from softmoe_cli.export import export, show
+    from softmoe_cli.options import inherit
 
     source = inherit.read(tree["checkpoint"])
     model = inherit.model_of(source, tree["trust"])
@@ -338,8 +338,8 @@ def _upcycle(config: Any, typed: list[str]) -> int:
             "softmoe upcycle needs checkpoint= of a dense model: a run folder, a .safetensors file, "
             "hf-hub:OWNER/NAME or timm:NAME"
         )
-    from softmoe_cli import inherit
-    from softmoe_cli.models import timm_card
+    from softmoe_cli.model.pretrained import timm_card
+    from softmoe_cli.options import inherit
     from softmoe_cli.upcycle import show, upcycle
 
     source = inherit.read(tree["checkpoint"])
@@ -367,9 +367,9 @@ def _upcycle(config: Any, typed: list[str]) -> int:
 
 
 def _compare(arguments: list[str]) -> int:
-    from softmoe_cli import report
+    from softmoe_cli.compare import command as compare_command
 
-    return report.run(arguments)
+    return compare_command.run(arguments)
 
 
 def _check(arguments: list[str]) -> int:
@@ -390,7 +390,7 @@ def _check(arguments: list[str]) -> int:
                 options |= contents(OmegaConf.from_dotlist([argument]))
             except (yaml.YAMLError, OmegaConfBaseException) as error:
                 raise UsageError(f"cannot read '{argument}': {first_line(error)}") from error
-    from softmoe_cli.check import check_router
+    from softmoe_cli.check.command import check_router
 
     outcomes = check_router(options)
     for outcome in outcomes:
@@ -403,7 +403,7 @@ def _check(arguments: list[str]) -> int:
 
 def _router_options(name: str) -> dict[str, Any]:
     """The options in a router's yaml, or the target of a Python file's one router."""
-    from softmoe_cli.conf_files import files, load
+    from softmoe_cli.options.conf_files import files, load
 
     routers = files("model/router")
     if name in routers:
@@ -446,7 +446,7 @@ def _status(arguments: list[str]) -> int:
         raise UsageError(f"softmoe status has no option {unknown[0]}; it has --json")
     if not folders and not Path("outputs").is_dir():
         raise UsageError("there is no folder outputs here; softmoe status FOLDER takes a study, a sweep or a run")
-    from softmoe_cli.status import read, show
+    from softmoe_cli.run.status import read, show
 
     states = read(folders or [Path("outputs")], newest_first=not folders)
     print(json.dumps([dataclasses.asdict(state) for state in states]) if "--json" in arguments else show(states))
@@ -454,14 +454,14 @@ def _status(arguments: list[str]) -> int:
 
 
 def _list(arguments: list[str]) -> int:
-    from softmoe_cli.list import listing
+    from softmoe_cli.options.list import listing
 
     print(listing(arguments))
     return 0
 
 
 def _completion(arguments: list[str]) -> int:
-    from softmoe_cli.completion import complete
+    from softmoe_cli.options.completion import complete
 
     return complete(arguments)
 

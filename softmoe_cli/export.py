@@ -21,11 +21,15 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from softmoe_cli import data
 from softmoe_cli.config import ExportConfig, Model, check_groups, group_of
+from softmoe_cli.data import batches, sets
 from softmoe_cli.errors import RunError, UsageError, first_line
-from softmoe_cli.models import build, load_weights
-from softmoe_cli.record import RECEIPT, WEIGHTS, Source, made_from, publish, published, seal
+from softmoe_cli.model.vit import build
+from softmoe_cli.model.weights import load_weights
+from softmoe_cli.run.checkpoint import WEIGHTS, seal
+from softmoe_cli.run.identity import made_from
+from softmoe_cli.run.receipt import RECEIPT, already_made, make_whole
+from softmoe_cli.run.source import Source
 from softmoe_cli.terminal import Screen
 
 TOLERANCE = 1e-4
@@ -57,10 +61,10 @@ def export(config: ExportConfig, model: Model, source: Source) -> dict[str, Any]
     settings["pixels"] = _pixels(model, source.card)
     folder = Path(config.output_root) / "exported" / f"{model.name.replace('/', '_')}-{made_from(source, settings)}"
     folder = folder if config.folder is None else Path(config.folder)
-    receipt = published(folder, source, settings)
+    receipt = already_made(folder, source, settings)
     if receipt is None:
         receipt = {"source": {"checkpoint": source.label, "digest": source.digest}, "settings": settings}
-        publish(folder, partial(_fill, config, model, source, receipt))
+        make_whole(folder, partial(_fill, config, model, source, receipt))
     else:
         Screen().say(f"{folder} holds this already")
     if config.push is not None:
@@ -72,9 +76,9 @@ def _fill(config: ExportConfig, model: Model, source: Source, receipt: dict[str,
     """Makes the folder and completes its receipt."""
     vit = build(model, source.weights["head.weight"].shape[0]).eval()
     load_weights(vit, source.weights, keep_head=True, allow_unexpected=[])
-    splits = data.load(config.data)
+    splits = sets.load(config.data)
     splits.need("validation")
-    images, _ = data.first_images(splits.validation, config.data, model, config.images)
+    images, _ = batches.first_images(splits.validation, config.data, model, config.images)
     group = group_of(model.router)
     batch = None if group == 1 else group
 
@@ -210,7 +214,7 @@ def _pixels(model: Model, card: dict[str, Any]) -> dict[str, Any]:
 
 def _readme(model: Model, card: dict[str, Any], formats: list[str]) -> str:
     """The page that the hub shows."""
-    needs = "" if _is_timms(model) else ", softmoe_cli.models"
+    needs = "" if _is_timms(model) else ", softmoe_cli.model.hub"
     files = {"torch_export": "`model.pt2` (torch.export)", "onnx": "`model.onnx`"}
     also = f"\nThe same as a program: {', '.join(files[name] for name in formats)}.\n" if formats else ""
     return f"""---

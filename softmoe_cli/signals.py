@@ -141,7 +141,7 @@ def leave(code: int) -> NoReturn:
     except BrokenPipeError:
         nobody_listens()
         code = code or 1
-    if "softmoe_cli.mirror" in sys.modules and sys.modules["softmoe_cli.mirror"].Mirror.stuck:
+    if "softmoe_cli.run.mirror" in sys.modules and sys.modules["softmoe_cli.run.mirror"].Mirror.stuck:
         end_children()
         os._exit(code)  # W&B's own goodbye would wait for a server that does not answer
     sys.exit(code)

@@ -18,25 +18,19 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn import functional as F
 
-from softmoe_cli import data
 from softmoe_cli.config import Model, UpcycleConfig
-from softmoe_cli.cost import Cost, account_model, on_meta
+from softmoe_cli.cost.flop import Cost, account_model, on_meta
+from softmoe_cli.data import batches, sets
 from softmoe_cli.errors import RunError, UsageError
-from softmoe_cli.evaluate import classification_loss
-from softmoe_cli.models import LoadReport, build, count_tokens, load_weights, patterns, portable
+from softmoe_cli.evaluate.quality import classification_loss
+from softmoe_cli.model.vit import build, count_tokens, portable
+from softmoe_cli.model.weights import LoadReport, load_weights, patterns
 from softmoe_cli.moe.layer import Experts, MoE
 from softmoe_cli.moe.routing import Router
-from softmoe_cli.record import (
-    RECEIPT,
-    Source,
-    digest_of,
-    made_from,
-    origin,
-    publish,
-    published,
-    read_moments,
-    write_checkpoint,
-)
+from softmoe_cli.run.checkpoint import digest_of, write_checkpoint
+from softmoe_cli.run.identity import made_from, origin
+from softmoe_cli.run.receipt import RECEIPT, already_made, make_whole
+from softmoe_cli.run.source import Source, read_moments
 from softmoe_cli.terminal import Screen
 from softmoe_cli.text import flop, si
 
@@ -52,7 +46,7 @@ def upcycle(config: UpcycleConfig, source: Source) -> dict[str, Any]:
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    splits = data.load(config.data)
+    splits = sets.load(config.data)
     splits.need("validation")
     classes = config.data.num_classes or len(splits.classes)
     model = replace(config.model, expert_init="independent")
@@ -64,9 +58,9 @@ def upcycle(config: UpcycleConfig, source: Source) -> dict[str, Any]:
     if not (config.expert_noise or config.expert_redraw or model.expert_width):
         model = replace(model, expert_init="identical")
     moments = read_moments(source) if config.carry_optimizer else {}
-    settings = _settings(config, model, data.identity(config.data), moments)
+    settings = _settings(config, model, sets.identity(config.data), moments)
     folder = _folder(config, model, source, settings)
-    if (found := published(folder, source, settings)) is not None:
+    if (found := already_made(folder, source, settings)) is not None:
         Screen().say(f"{folder} holds this already; nothing to do")
         return found | {"folder": str(folder)}
 
@@ -78,14 +72,14 @@ def upcycle(config: UpcycleConfig, source: Source) -> dict[str, Any]:
     new = build(model, classes)
     keys = transplant(old, new, report, noise=config.expert_noise, redraw=config.expert_redraw)
 
-    images, labels = data.first_images(splits.validation, config.data, model, config.images)
+    images, labels = batches.first_images(splits.validation, config.data, model, config.images)
     training = carried_moments(moments, new, keys)
     loss = source.card.get("loss", "softmax")
     changes = measure(old, new, images, labels, keep_head=keep_head, loss=loss, exact=config.preserve)
     weights = {key: value.contiguous() for key, value in new.state_dict().items()}
     receipt: dict[str, Any] = {"source": {"checkpoint": source.label, "digest": source.digest}, "settings": settings}
     receipt |= {"result": {"digest": digest_of(weights)}, "images": len(images), **changes}
-    receipt |= {"cost": {when: _figures(cost) for when, cost in costs.items()}, "keys": keys}
+    receipt |= {"cost": {when: _cost_row(cost) for when, cost in costs.items()}, "keys": keys}
     receipt["unused"] = report.unexpected
     receipt["optimizer"] = _carried(training, new) if training else None
     card = {"model": portable(model, new), "data": asdict(config.data), "classes": splits.classes, "loss": loss}
@@ -96,7 +90,7 @@ def upcycle(config: UpcycleConfig, source: Source) -> dict[str, Any]:
         "train_pflop": source.train_pflop,
     }
     texts = {RECEIPT: json.dumps(receipt, indent=1) + "\n"}
-    publish(folder, lambda temporary: write_checkpoint(temporary, weights, card, training, texts))
+    make_whole(folder, lambda temporary: write_checkpoint(temporary, weights, card, training, texts))
     return receipt | {"folder": str(folder)}
 
 
@@ -366,7 +360,7 @@ def _folder(config: UpcycleConfig, model: Model, source: Source, settings: dict[
     return Path(config.output_root) / "upcycled" / f"{model.name.replace('/', '_')}-{made_from(source, settings)}"
 
 
-def _figures(cost: Cost) -> dict[str, float]:
+def _cost_row(cost: Cost) -> dict[str, float]:
     return {
         "params": cost.params,
         "active_params": cost.active_params,

@@ -25,7 +25,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Which official numbers were compared and which passed over, by the kind that tests/test_vectors.py notes."""
+    """Which official numbers were compared and which passed over, by the kind that tests/check/test_official.py
+    notes."""
     kinds: dict[str, set[tuple[str, str]]] = {"compared": set(), "passed over, because nothing handles them": set()}
     compared, passed_over = kinds.values()
     for outcome, reports in terminalreporter.stats.items():
@@ -37,7 +38,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         if cases:
             numbers = Counter(kind for _, kind in cases)
             told = ", ".join(f"{number} {kind}" for kind, number in sorted(numbers.items()))
-            folder = os.environ.get("SOFTMOE_VECTORS", "softmoe_cli/vectors")
+            folder = os.environ.get("SOFTMOE_VECTORS", "softmoe_cli/check/vectors")
             terminalreporter.write_line(f"official cases of {folder} {what}: {told}")
 
 

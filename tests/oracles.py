@@ -6,8 +6,8 @@ import functools
 import math
 from dataclasses import dataclass
 
-from softmoe_cli import compose as composing
 from softmoe_cli.config import Config
+from softmoe_cli.options import compose as composing
 
 Vector = list[float]
 Matrix = list[Vector]

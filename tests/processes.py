@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from hydra._internal.hydra import Hydra
 
-from softmoe_cli import job, mirror, places, sweep
+from softmoe_cli.launch import job, places, sweep
+from softmoe_cli.run import mirror
 
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["softmoe_cli.train", "softmoe_cli.cli", "softmoe_cli.sweep", "hydra"])
+_SERVER.set_forkserver_preload(["softmoe_cli.train.loop", "softmoe_cli.cli", "softmoe_cli.launch.sweep", "hydra"])
 
 
 def compose_once() -> None:

@@ -5,13 +5,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from softmoe_cli.rows import FORMAT, seal
+from softmoe_cli.run.rows import FORMAT, seal
 
 LOOKS = 8
 
 
 def row(*, router: str = "soft", seed: int = 0, top1_pct: float = 90.0, **changes: Any) -> dict[str, Any]:
-    """A result row as train.py writes it, with `changes` to any of its keys (a double underscore is a dot)."""
+    """A result row as train/summary.py makes it, with `changes` to any of its keys (a double underscore is a dot)."""
     changes = {key.replace("__", "."): value for key, value in changes.items()}
     dense = router == "dense"
     options = {} if dense else {"model.router.num_experts": 16, "model.router.slots_per_expert": 1}

@@ -328,8 +328,8 @@ def test_evaluation_has_the_loss_that_was_trained(softmoe: Softmoe, tmp_path: Pa
 
 
 def test_compose_is_what_the_command_would_run() -> None:
-    from softmoe_cli.compose import compose
-    from softmoe_cli.models import build
+    from softmoe_cli.model.vit import build
+    from softmoe_cli.options.compose import compose
 
     config = compose("model=vit_nano7_soft", "data=fashion_mnist", "model.router.num_experts=8")
     assert build(config.model, num_classes=10).blocks[3].mlp.router.num_experts == 8

@@ -14,7 +14,7 @@ import torch
 
 from softmoe_cli import device
 from softmoe_cli.device import KEPT, Energy, cores, free_memory, keep_freed_memory
-from softmoe_cli.progress import Progress
+from softmoe_cli.train.progress import Progress
 from tests.processes import forked
 
 CPU = torch.device("cpu")

@@ -17,14 +17,18 @@ from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from softmoe_cli import data, export
+from softmoe_cli import export
+from softmoe_cli.data import sets
 from softmoe_cli.errors import RunError, UsageError
-from softmoe_cli.models import build, make_router, portable, read_checkpoint
+from softmoe_cli.model.pretrained import read_checkpoint
+from softmoe_cli.model.router import make_router
+from softmoe_cli.model.vit import build, portable
 from softmoe_cli.moe.layer import Experts, MoE
-from softmoe_cli.record import damage, read_source
+from softmoe_cli.run.checkpoint import damage
+from softmoe_cli.run.source import read_source
 from tests.conftest import Softmoe
 from tests.oracles import compose
-from tests.test_check import ROUTERS
+from tests.routers import ROUTERS
 
 TINY = (
     "model.backbone.width=16", "model.backbone.depth=1", "model.backbone.heads=2", "model.backbone.mlp_width=32",
@@ -40,7 +44,7 @@ def weights_of(folder: Path, *overrides: str) -> tuple[Path, VisionTransformer]:
     vit = build(config.model, 10)
     nn.init.normal_(vit.head.weight)
     card: dict[str, Any] = {"format": 1, "model": portable(config.model, vit), "data": asdict(config.data)}
-    card |= {"classes": data.load(config.data).classes, "loss": "softmax", "precision": "fp32"}
+    card |= {"classes": sets.load(config.data).classes, "loss": "softmax", "precision": "fp32"}
     path = folder / "model.safetensors"
     save_file(vit.state_dict(), path, metadata={"softmoe": json.dumps(card)})
     return path, vit.eval()

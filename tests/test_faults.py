@@ -17,7 +17,7 @@ import pytest
 
 from tests.conftest import TINY
 from tests.processes import Started
-from tests.test_train import finish, same, start, the_run
+from tests.runs import finish, same, start, the_run
 from tests.wrong import images
 
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate")

@@ -7,7 +7,8 @@ import pytest
 
 from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.files import RULE, require_vacant, unused, write_atomically
-from softmoe_cli.record import Source, publish, published
+from softmoe_cli.run.receipt import already_made, make_whole
+from softmoe_cli.run.source import Source
 from tests.conftest import Softmoe
 
 
@@ -72,7 +73,7 @@ def test_what_exists_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(UsageError, match=f"^predictions=.*{TAKEN[name]}"):
         require_vacant("predictions", Path(name))
     with pytest.raises(UsageError, match=f"^folder=.*{TAKEN[name]}"):
-        published(Path(name), Source("x", "digest", {}, {}), {})
+        already_made(Path(name), Source("x", "digest", {}, {}), {})
     require_vacant("predictions", Path("new"))
 
 
@@ -90,13 +91,13 @@ def test_a_folder_is_made_whole_beside_neighbours(tmp_path: Path) -> None:
         fill(folder)
         raise OSError("no room")
 
-    publish(tmp_path / "git", fill)
+    make_whole(tmp_path / "git", fill)
     with pytest.raises(RunError, match="no room"):
-        publish(tmp_path / "config", fail)
+        make_whole(tmp_path / "config", fail)
     assert {path.name for path in tmp_path.iterdir()} == {".git", ".config", "git"}
     assert (tmp_path / ".git" / "inside").read_text() == (tmp_path / ".config" / "inside").read_text() == "mine"
     with pytest.raises(RunError, match="cannot write"):  # there meanwhile
-        publish(tmp_path / "git", fill)
+        make_whole(tmp_path / "git", fill)
     assert (tmp_path / "git" / "weights").read_text() == "new"
 
 

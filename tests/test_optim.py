@@ -10,8 +10,8 @@ from torch import nn
 
 from softmoe_cli.config import Optim
 from softmoe_cli.errors import UsageError
-from softmoe_cli.evaluate import classification_loss
-from softmoe_cli.models import build
+from softmoe_cli.evaluate.quality import classification_loss
+from softmoe_cli.model.vit import build
 from softmoe_cli.moe.routing import routings
 from softmoe_cli.optim import (
     constant,
@@ -28,7 +28,7 @@ from softmoe_cli.optim import (
     state_of,
     table,
 )
-from softmoe_cli.train import Step, update
+from softmoe_cli.train.loop import Step, update
 from tests.oracles import adamw as adamw_oracle
 from tests.oracles import compose
 

@@ -18,21 +18,24 @@ from timm.layers import DropPath
 from torch import Tensor
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 
-from softmoe_cli import data, fit, shards
 from softmoe_cli.config import WAYS, Config
+from softmoe_cli.cost import fit
+from softmoe_cli.cost.fit import _first_that_fits, obstacle
+from softmoe_cli.cost.load import Load
+from softmoe_cli.cost.memory import Memory, predict
+from softmoe_cli.data import batches as data_batches
+from softmoe_cli.data import sets
 from softmoe_cli.errors import RunError, UsageError
-from softmoe_cli.fit import _first_that_fits, obstacle
-from softmoe_cli.launch import Loopback, Note, cause
-from softmoe_cli.load import Load
-from softmoe_cli.memory import Memory, predict
+from softmoe_cli.launch.devices import Loopback, Note, cause
 from softmoe_cli.moe.divided import span
 from softmoe_cli.moe.routing import noise_like, whole_batch
 from softmoe_cli.parallel import Crew, Lost, Turns, WholeBatchDropPath, _contact, largest_share
-from softmoe_cli.setup import images_identity
+from softmoe_cli.run import pieces
+from softmoe_cli.train.setup import images_identity
 from tests.conftest import TINY
 from tests.oracles import compose
 from tests.processes import Started, torchrun
-from tests.test_train import CLOCKS, last, rows, the_run
+from tests.runs import CLOCKS, last, rows, the_run
 
 HOW = {"devices", "parallel", "hardware", "peak_mib", "commit"}
 """What a result says of how it came about."""
@@ -136,7 +139,7 @@ def test_four_stop_two_go_on_one_ends(tmp_path: Path) -> None:
             time.sleep(0.01)
         processes[asked].send(signal.SIGTERM)
         assert "stopped by SIGTERM" in finish(processes, 130)[0]
-        assert len(shards.files(last(the_run(tmp_path / "parts")) / "model.safetensors")) == size
+        assert len(pieces.files(last(the_run(tmp_path / "parts")) / "model.safetensors")) == size
         seen = (the_run(tmp_path / "parts") / "metrics.jsonl").stat().st_size
     assert "going on from step" in finish(start(tmp_path / "parts", 1, *line))[0]
     finish(whole)
@@ -230,7 +233,7 @@ def test_one_process_of_a_machine_reads_what_images_show(tmp_path: Path, monkeyp
         read.append("here")
         return "a"
 
-    monkeypatch.setattr(data, "identity", identity)
+    monkeypatch.setattr(sets, "identity", identity)
     second = Crew(rank=1, size=4, local_rank=1, local_size=2)
     monkeypatch.setattr(Crew, "gather", lambda _, own: [own, "a", None, "a"])
     assert images_identity(settings, second) == "a" and not read
@@ -360,10 +363,10 @@ def test_rows_of_a_batch_are_those_of_the_whole(mixup: float) -> None:
         "augment.crop=resized", "augment.hflip=0.5", "augment.randaugment=[2,10]", "augment.erase=0.5",
         f"augment.mixup={mixup}", f"augment.cutmix={mixup}",
     )  # fmt: skip
-    images = data.load(config.data).train.subset(np.arange(40))
+    images = sets.load(config.data).train.subset(np.arange(40))
 
     def batches(chosen: Tensor | slice) -> list[tuple[Tensor, Tensor]]:
-        made = data.train_batches(
+        made = data_batches.train_batches(
             images, config.data, config.augment, image_size=8, in_chans=1, num_classes=10, batch_size=10,
             label_smoothing=0.1, seed=3, first_step=0, device=CPU, rows=chosen,
         )  # fmt: skip

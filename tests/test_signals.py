@@ -16,13 +16,16 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from softmoe_cli import cli, inherit, job, mirror, plan, status, sweep
-from softmoe_cli.compose import compose
+from softmoe_cli import cli
 from softmoe_cli.config import Wandb
 from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.failures import ours
+from softmoe_cli.launch import job, plan, sweep
+from softmoe_cli.options import inherit
+from softmoe_cli.options.compose import compose
+from softmoe_cli.run import mirror, status
 from softmoe_cli.signals import Asked, end_children, heard
-from softmoe_cli.stop import Stop
+from softmoe_cli.train.stop import Stop
 from tests.conftest import TINY, Softmoe
 from tests.processes import Started, forked
 

@@ -14,16 +14,17 @@ from safetensors.torch import load_file, save_file
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from softmoe_cli import data
-from softmoe_cli.models import build, make_router
+from softmoe_cli.data import sets
+from softmoe_cli.model.router import make_router
+from softmoe_cli.model.vit import build
 from softmoe_cli.moe.layer import Experts, MoE
-from softmoe_cli.record import damage, digest_of
+from softmoe_cli.run.checkpoint import damage, digest_of
 from softmoe_cli.terminal import Screen
-from softmoe_cli.train import train
+from softmoe_cli.train.loop import train
 from softmoe_cli.upcycle import fill_experts, redraw_units, tie_parts
 from tests.conftest import Softmoe, thinned
 from tests.oracles import compose
-from tests.test_check import ROUTERS
+from tests.routers import ROUTERS
 
 DIM, HIDDEN, TOKENS, IMAGES = 6, 8, 5, 4
 QUIET = {"importance_weight": 0.0, "load_weight": 0.0, "noise_std": 0.0}
@@ -201,7 +202,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "format": 1,
         "model": asdict(config.model),
         "data": asdict(config.data),
-        "classes": data.load(config.data).classes,
+        "classes": sets.load(config.data).classes,
     }
     card |= {"loss": "softmax", "precision": "fp32"}
     path = tmp_path_factory.mktemp("dense") / "dense.safetensors"

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from softmoe_cli.summary import chance, shown, still_uniform
 from softmoe_cli.terminal import Listened, Screen
 from softmoe_cli.text import flop, gibibytes, in_words
+from softmoe_cli.train.summary import chance, shown, still_uniform
 from tests.conftest import TINY, Softmoe
 
 

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from tests import synthetic
 from tests.conftest import TINY
 from tests.processes import Attempt, attempt
-from tests.test_scorecard import saved
+from tests.runs import saved
 from tests.wrong import Case, everything, images
 
 NEIGHBOURS = {

@@ -27,10 +27,10 @@ import torch
 from PIL import Image
 from timm.data import create_dataset, create_loader
 
-from softmoe_cli import data
-from softmoe_cli.compose import compose
+from softmoe_cli.compare.intervals import mean_interval
+from softmoe_cli.data import batches, sets
 from softmoe_cli.device import hardware
-from softmoe_cli.intervals import mean_interval
+from softmoe_cli.options.compose import compose
 
 SIDE, CLASSES = 224, 8
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -53,13 +53,13 @@ def write_images(root: Path, count: int) -> None:
 def ours(root: Path, part: str, workers: int, batch: int) -> Iterator[Any]:
     config = compose("data=imagenet", f"data.root={root}", f"data.workers={workers}", "data.num_classes=null")
     config.data.test_fraction = 1
-    images = data.load(config.data).test
+    images = sets.load(config.data).test
     if part == "evaluation":
-        yield from data.eval_batches(
+        yield from batches.eval_batches(
             images, config.data, image_size=SIDE, in_chans=3, batch_size=batch, device=torch.device("cpu")
         )
         return
-    yield from data.train_batches(
+    yield from batches.train_batches(
         images, config.data, config.augment, image_size=SIDE, in_chans=3, num_classes=CLASSES, batch_size=batch,
         label_smoothing=0.0, seed=0, first_step=0, device=torch.device("cpu"),
     )  # fmt: skip

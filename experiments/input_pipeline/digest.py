@@ -16,9 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from softmoe_cli import contents
-from softmoe_cli.compose import compose
-from softmoe_cli.listing import Listing, listing
+from softmoe_cli.data import contents
+from softmoe_cli.data.folders import Listing
+from softmoe_cli.data.listing import listing
+from softmoe_cli.options.compose import compose
 
 
 def write_images(root: Path, count: int, size: int) -> None:

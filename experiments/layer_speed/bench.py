@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from softmoe_cli.device import give_back_freed_memory, hardware, keep_freed_memory
-from softmoe_cli.models import make_router
+from softmoe_cli.model.router import make_router
 from softmoe_cli.moe.layer import Experts, MoE
 from softmoe_cli.moe.routers.soft import SoftRouter
 

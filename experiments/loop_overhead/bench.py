@@ -21,20 +21,20 @@ from typing import Any
 import torch
 from scipy import stats
 
-from softmoe_cli import data
-from softmoe_cli.compose import compose
+from softmoe_cli.data import batches
 from softmoe_cli.device import hardware
-from softmoe_cli.models import build
+from softmoe_cli.model.vit import build
 from softmoe_cli.optim import optimizer_of, schedule
+from softmoe_cli.options.compose import compose
 from softmoe_cli.terminal import Screen
-from softmoe_cli.train import train
+from softmoe_cli.train.loop import train
 
 STEPS, WARMUP, STRETCHES = 1020, 20, 20
 
 
 def main() -> None:
     plain, looped = [], []  # seconds of each step
-    make_batches = data.train_batches
+    make_batches = batches.train_batches
 
     def in_turns(*args: Any, **kwargs: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         batches = make_batches(*args, **kwargs)
@@ -58,7 +58,7 @@ def main() -> None:
             yield x, targets
             looped.append(time.perf_counter() - start + shared)
 
-    data.train_batches = in_turns
+    batches.train_batches = in_turns
     with tempfile.TemporaryDirectory() as root:
         config = compose(
             *sys.argv[1:], "tracking=off", f"output_root={root}", f"train.steps={STEPS}", "train.eval_every=1000000"

@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 
-from softmoe_cli import load as loads
-from softmoe_cli import memory, sharded
-from softmoe_cli.compose import compose
 from softmoe_cli.config import WAYS, Model
-from softmoe_cli.cost import account, on_meta
+from softmoe_cli.cost import load as loads
+from softmoe_cli.cost import memory, sharded
+from softmoe_cli.cost.flop import account, on_meta
 from softmoe_cli.moe.layer import MoE
 from softmoe_cli.moe.processor import CPU_PRODUCTS
+from softmoe_cli.options.compose import compose
 from softmoe_cli.text import aligned
 
 CLASSES, MOST = 1000, 512

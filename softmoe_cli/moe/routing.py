@@ -55,7 +55,7 @@ class Router(nn.Module, ABC):
     exempt: ClassVar[dict[str, str]] = {}
     """Checks of `softmoe check` that this router's definition rules out, each with the reason."""
     official: ClassVar[str | None] = None
-    """Which of the official code's numbers are of this router: a name that official.py knows."""
+    """Which of the official code's numbers are of this router: a name that check/official.py knows."""
     decays: ClassVar[tuple[str, ...] | None] = None
     """Its parameters with weight decay, by name; None: matrices that are called `weight`, as elsewhere in a model."""
     expert_axes: ClassVar[Mapping[str, int]] = {}
@@ -359,11 +359,11 @@ def routings(model: nn.Module) -> Iterator[list[Routing]]:
     """
     seen: list[Routing] = []
 
-    def look(_module: nn.Module, _inputs: object, routing: Routing) -> None:
+    def remember(_module: nn.Module, _inputs: object, routing: Routing) -> None:
         if torch.is_grad_enabled():
             seen.append(routing)
 
-    hooks = [module.register_forward_hook(look) for module in model.modules() if isinstance(module, Router)]
+    hooks = [module.register_forward_hook(remember) for module in model.modules() if isinstance(module, Router)]
     try:
         yield seen
     finally:

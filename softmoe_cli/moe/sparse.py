@@ -207,7 +207,7 @@ class Balanced(nn.Module):
         """What experts are chosen by."""
         return gates + self.bias if self.bias_rate else gates
 
-    def count(self, demand: Int[Tensor, " e"]) -> None:
+    def add_demand(self, demand: Int[Tensor, " e"]) -> None:
         if self.bias_rate and self.training:
             with torch.no_grad():  # in here: torch.export cannot tell of a block in which nothing happens
                 self.demand += demand

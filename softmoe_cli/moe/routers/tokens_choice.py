@@ -136,7 +136,7 @@ class TokensChoiceRouter(Router):
             order = self.priority(gates)
             weights = renormalised(gates, chosen) if self.renormalise else gates
             routing = place(weights, chosen, kept, order, self.slots_per_expert, aux_loss, (x.shape[0], x.shape[1]))
-            self.balance.count(routing.demand)
+            self.balance.add_demand(routing.demand)
             return routing
 
     def counted(self) -> list[Tensor]:

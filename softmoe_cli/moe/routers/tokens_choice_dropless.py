@@ -99,7 +99,7 @@ class TokensChoiceDroplessRouter(Router):
             order = expert.argsort(stable=True)
             offsets = self._count(expert, torch.ones_like(expert)).cumsum(dim=0).int()
             demand = self._count(expert, kept[:, :, None].expand_as(chosen).flatten().long())
-            self.balance.count(demand)
+            self.balance.add_demand(demand)
             same = noisy is clean
             clean, gates, kept = (in_groups(each, self.loss_images) for each in (clean, gates, kept))
             noisy = clean if same else in_groups(noisy, self.loss_images)

@@ -1,0 +1,1 @@
+"""What every router must keep, measured; and the official code's numbers, compared."""

@@ -1,0 +1,118 @@
+"""`softmoe check ROUTER`: every law in turn, and what came out. The tests run the same checks."""
+
+import os
+from typing import Any
+
+import torch
+
+from softmoe_cli.check.laws import (
+    DIM,
+    FAULTS,
+    TOKENS,
+    Check,
+    Finding,
+    NotApplicable,
+    Outcome,
+    Subject,
+    auxiliary_losses,
+    batch_independence,
+    combine_law,
+    compiles,
+    cost_formula,
+    dispatch_law,
+    finite_gradients,
+    float32_decisions,
+    no_leakage,
+    one_expert,
+    padding_is_neutral,
+    rebuilt,
+    statistics,
+    token_permutation,
+)
+from softmoe_cli.check.official import (
+    case_options,
+    compare_case,
+    is_case_of,
+    numbers_of_kinds,
+    official_cases,
+    read_case,
+    tolerance,
+    vectors_folder,
+)
+from softmoe_cli.errors import UsageError, first_line
+
+
+def official_numbers(subject: Subject) -> Finding:
+    """Agreement with the numbers of the official code, in float32 and in float64."""
+    every = official_cases()
+    cases = [name for name, meta in every.items() if is_case_of(subject.router_class, meta)]
+    others = numbers_of_kinds(meta["kind"] for name, meta in every.items() if name not in cases)
+    passed_over = f"; not for it: {others}" if others and "SOFTMOE_VECTORS" in os.environ else ""
+    if not cases:
+        raise NotApplicable(f"there are none for it in {vectors_folder()}{passed_over}")
+    meta = every[cases[0]]
+    theirs = {"_target_", *case_options(meta)} | ({"images_per_group"} if meta["kind"] != "soft_layer" else set())
+    other = sorted(subject.options.keys() ^ theirs)
+    if other:
+        raise NotApplicable(f"the router that they are of has other options: {', '.join(other)}{passed_over}")
+    worst = 0.0
+    for name in cases:
+        case = read_case(name)
+        for dtype in dict.fromkeys((subject.dtype, torch.float32)):
+            for what, got, want in compare_case(subject.router_class, case, dtype):
+                absolute, relative = tolerance(what, want, dtype)
+                if got.shape != want.shape:
+                    return False, f"{name}: {what} is {tuple(got.shape)}, not {tuple(want.shape)}"
+                error = (got.double() - want.double()).abs()
+                if not bool((error <= absolute + relative * want.double().abs()).all()):
+                    return False, f"{name}: {what} is off by {error.max().item():.1e}"
+                if dtype == subject.dtype and what == "y_f32":
+                    worst = max(worst, error.max().item())
+    return True, f"{len(cases)} cases, with their options; outputs within {worst:.1e}{passed_over}"
+
+
+CHECKS: dict[str, Check] = {
+    "images do not see each other": no_leakage,
+    "batch order and size": batch_independence,
+    "token permutation": token_permutation,
+    "padding is neutral": padding_is_neutral,
+    "one expert is the dense MLP": one_expert,
+    "dispatch law": dispatch_law,
+    "combine law": combine_law,
+    "finite gradients": finite_gradients,
+    "float32 under bf16 autocast": float32_decisions,
+    "auxiliary losses": auxiliary_losses,
+    "cost formula": cost_formula,
+    "rebuilt from its options": rebuilt,
+    "statistics": statistics,
+    "official numbers": official_numbers,
+    "compiles in one graph": compiles,
+}
+
+
+def run_check(name: str, subject: Subject) -> Outcome:
+    """One check's verdict: pass, fail or n/a."""
+    if name in subject.router_class.exempt:
+        return Outcome(name, "n/a", subject.router_class.exempt[name])
+    try:
+        holds, figure = CHECKS[name](subject)
+    except NotApplicable as reason:
+        return Outcome(name, "n/a", str(reason))
+    except FAULTS as error:
+        return Outcome(name, "fail", f"{type(error).__name__}: {first_line(error)}")
+    return Outcome(name, "pass" if holds else "fail", figure)
+
+
+def check_router(options: dict[str, Any]) -> list[Outcome]:
+    """Every check of one router.
+
+    Raises:
+        UsageError: the router cannot be built for the checks' sizes, or SOFTMOE_VECTORS is not a folder of cases.
+    """
+    official_cases()
+    try:
+        subject = Subject(options)
+    except UsageError as error:
+        raise UsageError(f"{error} (the checks build it for {TOKENS} tokens of width {DIM})") from error
+    torch.set_num_threads(1)
+    return [run_check(name, subject) for name in CHECKS]

@@ -1,0 +1,336 @@
+"""What every router must keep, one function for each law, measured."""
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import keystr, tree_flatten_with_path
+from torch.utils.checkpoint import checkpoint
+
+from softmoe_cli.config import group_of
+from softmoe_cli.cost.flop import counter
+from softmoe_cli.device import compiled
+from softmoe_cli.errors import UsageError
+from softmoe_cli.model.router import make_router
+from softmoe_cli.model.vit import portable_options
+from softmoe_cli.moe.layer import Experts, MoE
+from softmoe_cli.moe.routing import UNKNOWN, Routing, routings, whole_batch
+
+DIM, HIDDEN, TOKENS, GROUPS = 16, 24, 16, 4
+EXACT = 1e-10
+"""What float64 may lose; all comparisons that need no other bound are in float64, if the router can."""
+SINGLE = 1e-3
+"""The same for float32, where tokens and weights are of the size of 1 to 100."""
+FAULTS = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError)
+
+
+class NotApplicable(Exception):
+    """A check that says nothing about this router, with the reason."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a check found: `figure` is what was measured, or why it does not apply."""
+
+    name: str
+    verdict: str
+    figure: str
+
+
+class Subject:
+    """A router under test: its options, and layers built from them with weights that are all random."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.options = options
+        self.router_class = type(make_router(options, DIM, TOKENS))
+        self.dtype, self.exact = torch.float64, EXACT
+        if not self._doubles():
+            self.dtype, self.exact = torch.float32, SINGLE
+
+    def _doubles(self) -> bool:
+        """Whether the router decides in float64 where weights and tokens are; some do so in float32 whatever comes."""
+        try:
+            kept = decisions(self.layer(torch.float64).router(self.batch(torch.float64))).values()
+        except FAULTS:  # which the checks will tell
+            return False
+        return all(each.dtype == torch.float64 for each in kept if each.is_floating_point() and each.ndim)
+
+    def layer(self, dtype: torch.dtype | None = None, **changes: Any) -> MoE:
+        """An evaluating layer, always with the same weights; `changes` are router options, if it has them."""
+        known = {key: value for key, value in changes.items() if key in self.options}
+        torch.manual_seed(0)
+        router = make_router(self.options | known, DIM, TOKENS)
+        shared = router.shared_experts
+        layer = MoE(
+            router,
+            Experts(router.num_experts, DIM, HIDDEN, gelu="tanh", identical=False),
+            Experts(1, DIM, shared * HIDDEN, gelu="tanh", identical=True) if shared else None,
+        )
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                if parameter.ndim:
+                    parameter.normal_(std=0.5)
+                else:
+                    parameter.fill_(3.0)
+        return layer.to(dtype or self.dtype).eval()
+
+    def batch(self, dtype: torch.dtype | None = None) -> Tensor:
+        generator = torch.Generator().manual_seed(1)
+        images = GROUPS * group_of(self.options)  # losses may be over more images than slots are
+        return torch.randn(images, TOKENS, DIM, dtype=torch.float64, generator=generator).to(dtype or self.dtype)
+
+
+def decisions(routing: Routing) -> dict[str, Tensor]:
+    """Whatever tensors a routing keeps, by where it does."""
+    leaves, _ = tree_flatten_with_path(vars(routing))
+    return {keystr(path): each for path, each in leaves if isinstance(each, Tensor)}
+
+
+def deviation(got: Tensor, want: Tensor) -> float:
+    """The largest absolute difference; infinite where one is NaN, which no comparison would notice."""
+    return (got - want).abs().nan_to_num(nan=math.inf).max().item() if got.numel() else 0.0
+
+
+Finding = tuple[bool, str]
+Check = Callable[[Subject], Finding]
+
+
+def bounded(value: float, bound: float, what: str) -> Finding:
+    return value <= bound, f"{what} {value:.1e}{' in float32' if bound == SINGLE else ''}"
+
+
+def no_leakage(subject: Subject) -> Finding:
+    """The output of one group of images neither changes with other images nor has a gradient to them, be it the first
+    or the last, in evaluation and in training."""
+    layer = subject.layer()
+    x, size = subject.batch(), layer.router.images_per_group
+    worst = 0.0
+
+    def through(images: Tensor) -> Tensor:
+        torch.manual_seed(3)  # the same noise
+        with whole_batch(0, len(images)):
+            return layer(images)
+
+    for training, own in itertools.product((False, True), (slice(size), slice(-size, None))):
+        layer.train(training)
+        rest = torch.ones(len(x), dtype=torch.bool)
+        rest[own] = False
+        other = x.clone()
+        other[rest] = other[rest].flip(0) * 2 + 1
+        moved = deviation(through(other)[own], through(x)[own])
+        leaf = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(through(leaf)[own].square().sum(), leaf)
+        worst = max(worst, moved, deviation(gradient[rest], torch.zeros(())))
+    return bounded(worst, subject.exact, "largest influence")
+
+
+def batch_independence(subject: Subject) -> Finding:
+    """Groups in another order, or one at a time, give the same."""
+    layer = subject.layer()
+    x, size = subject.batch(), layer.router.images_per_group
+    whole = layer(x)
+    order = torch.arange(len(x)).view(-1, size).roll(1, dims=0).flatten()
+    moved = deviation(layer(x[order]), whole[order])
+    alone = torch.cat([layer(part) for part in x.split(size)])
+    return bounded(max(moved, deviation(alone, whole)), subject.exact, "largest change")
+
+
+def token_permutation(subject: Subject) -> Finding:
+    """Permuted tokens give permuted outputs."""
+    layer = subject.layer()
+    x = subject.batch()
+    order = torch.randperm(TOKENS, generator=torch.Generator().manual_seed(2))
+    return bounded(deviation(layer(x[:, order]), layer(x)[:, order]), subject.exact, "largest change")
+
+
+def padding_is_neutral(subject: Subject) -> Finding:
+    """Tokens that `keep` calls padding change nothing, get zero, and have no gradient; so do images that lack to a
+    full group."""
+    layer = subject.layer()
+    x, size = subject.batch(), layer.router.images_per_group
+    padded = torch.cat([x, 100 * torch.ones(len(x), 3, DIM, dtype=x.dtype)], dim=1).requires_grad_()
+    keep = torch.arange(TOKENS + 3).expand(len(x), -1) < TOKENS
+    y = layer(padded, keep)
+    (gradient,) = torch.autograd.grad(y[:, :TOKENS].square().sum(), padded)
+    changes = [deviation(y[:, :TOKENS], layer(x)), deviation(y[:, TOKENS:], torch.zeros(()))]
+    changes += [deviation(gradient[:, TOKENS:], torch.zeros(()))]
+    changes += [deviation(layer.router(padded, keep).aux_loss, layer.router(x).aux_loss)]
+    if size > 1:
+        short = x[: size + 1]
+        full = torch.cat([short, x[: size - 1]])
+        images = torch.ones(2 * size, TOKENS, dtype=torch.bool)
+        images[size + 1 :] = False
+        changes.append(deviation(layer(short), layer(full, images)[: size + 1]))
+    return bounded(max(changes), subject.exact, "largest change")
+
+
+def one_expert(subject: Subject) -> Finding:
+    """With one expert that has room for every token the layer is its MLP."""
+    if "num_experts" not in subject.options:
+        raise NotApplicable("it has no option num_experts")
+    size = make_router(subject.options, DIM, TOKENS).images_per_group
+    alone = {"num_experts": 1, "k": 1, "shared_experts": 0, "slots_per_expert": TOKENS * size, "capacity_factor": None}
+    try:
+        layer = subject.layer(None, **alone)
+    except UsageError as error:
+        raise NotApplicable(f"one expert alone cannot be built: {error}") from error
+    reason = layer.router.departs_from_mlp(TOKENS, parts=1)
+    if reason not in (None, UNKNOWN):
+        raise NotApplicable(reason)
+    x = subject.batch()
+    return bounded(deviation(layer(x), layer.experts(x.flatten(0, 1)[None]).view_as(x)), subject.exact, "difference")
+
+
+def dispatch_law(subject: Subject) -> Finding:
+    """Rows are shares of raw tokens: linear in the tokens, and each row's shares add up to one, or to none."""
+    layer = subject.layer()
+    x = subject.batch()
+    routing, other = layer.router(x), x.flip(0).square()
+    bent = deviation(routing.dispatch(2 * x + other), 2 * routing.dispatch(x) + routing.dispatch(other))
+    total = routing.dispatch(torch.ones_like(x))
+    stray = deviation(torch.minimum(total.abs(), (total - 1).abs()), torch.zeros(()))
+    return bounded(max(bent, stray), subject.exact, "largest departure")
+
+
+def combine_law(subject: Subject) -> Finding:
+    """Outputs are linear in the experts' rows, and a token's weights add up to between zero and what is allowed."""
+    layer = subject.layer()
+    x = subject.batch()
+    routing = layer.router(x)
+    rows = routing.dispatch(x)
+    other = rows.square()
+    bent = deviation(routing.combine(2 * rows + other), 2 * routing.combine(rows) + routing.combine(other))
+    total = routing.combine(torch.ones_like(rows))
+    stray = deviation(total, total.clamp(0.0, layer.router.most_weight))
+    lowest, highest = total.min().item(), total.max().item()
+    holds, figure = bounded(max(bent, stray), subject.exact, "largest departure")
+    return holds, f"{figure}, a token's weights sum to {lowest:.2g} to {highest:.2g}"
+
+
+def finite_gradients(subject: Subject) -> Finding:
+    """In training every parameter gets a gradient, and none is infinite or NaN; not even on tokens that are zero."""
+    layer = subject.layer(torch.float32).train()
+    leaves = dict(layer.named_parameters())
+    for x in (subject.batch(torch.float32), torch.zeros(layer.router.images_per_group, TOKENS, DIM)):
+        x.requires_grad_()
+        with routings(layer) as seen:
+            y = layer(x)
+        weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(3))
+        gradients = torch.autograd.grad((y * weights).sum() + seen[0].aux_loss, [x, *leaves.values()])
+        for name, gradient in zip(["the tokens", *leaves], gradients, strict=True):
+            if not gradient.isfinite().all():
+                return False, f"gradient of {name} is not finite"
+        if x.any():
+            sizes = {n: g.abs().max().item() for n, g in zip(["the tokens", *leaves], gradients, strict=True)}
+    least = min(sizes, key=lambda name: sizes[name])
+    return sizes[least] > 1e-9, f"smallest {sizes[least]:.1e}, of {least}"
+
+
+def float32_decisions(subject: Subject) -> Finding:
+    """Under bf16 autocast the routing is bit for bit what it is without, in float32."""
+    layer = subject.layer(torch.float32)
+    x = subject.batch(torch.float32)
+    plain = decisions(layer.router(x))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half, y = decisions(layer.router(x)), layer(x)
+    for name, want in plain.items():
+        got = half[name]
+        if got.dtype != want.dtype or not torch.equal(got, want):
+            off = deviation(got.double(), want.double()) if got.shape == want.shape else math.inf
+            return False, f"{name} is {got.dtype} and differs by up to {off:.1e}"
+    exact = layer(x)
+    error = ((y.float() - exact).norm() / exact.norm()).item()
+    return error < 0.03, f"decisions {'equal' if plain else 'unknown'}; output off by {100 * error:.2f}%"
+
+
+def auxiliary_losses(subject: Subject) -> Finding:
+    """A batch in two parts has the mean of their losses and the same gradient, and recomputed layers count once; with
+    the noise of training, of which each part gets its own."""
+    layer = subject.layer().train()
+    x = subject.batch()
+
+    def found(parts: int, recompute: bool) -> list[Tensor]:
+        """The loss and all gradients."""
+        layer.zero_grad()
+        total = torch.zeros((), dtype=x.dtype)
+        for i, part in enumerate(x.chunk(parts)):
+            torch.manual_seed(3)
+            with routings(layer) as seen, whole_batch(i * len(part), len(x)):
+                y = checkpoint(layer, part, use_reentrant=False) if recompute else layer(part)
+                aux = sum((routing.aux_loss for routing in seen), torch.zeros(())) / parts
+                (y.square().sum() + 10 * aux).backward()  # within routings: recomputation calls the router again
+            total += aux.detach()
+        return [total, *(p.grad.clone() for p in layer.parameters() if p.grad is not None)]
+
+    whole = found(1, False)
+    if whole[0] == 0:
+        raise NotApplicable("it has no auxiliary loss")
+    worst = max(
+        deviation(got, want)
+        for parts, recompute in ((2, False), (1, True))
+        for got, want in zip(found(parts, recompute), whole, strict=True)
+    )
+    return bounded(worst, max(1e-8, subject.exact), f"loss {whole[0].item():.3g}; largest difference")
+
+
+def cost_formula(subject: Subject) -> Finding:
+    """The FLOPs that the formulas say, forwards and in training, are those that torch's counter sees."""
+    layer = subject.layer(torch.float32)
+    x = subject.batch(torch.float32).to("meta").requires_grad_()
+    with counter() as seen:  # which remembers shapes, not values
+        y = layer.to("meta")(x)
+        forward = seen.get_total_flops()
+        y.sum().backward()
+    got = forward, seen.get_total_flops()
+    rest = layer.flop(TOKENS) - layer.router.flop(TOKENS)
+    want = len(x) * layer.flop(TOKENS), len(x) * (layer.router.train_flop(TOKENS) + 3 * rest)
+    return got == want, "counter {:,} and {:,} in training, formulas {:,} and {:,}".format(*got, *want)
+
+
+def rebuilt(subject: Subject) -> Finding:
+    """The options that a checkpoint keeps build the same router, for any number of tokens."""
+    layer, x = subject.layer(), subject.batch()
+    kept = portable_options(subject.options, layer.router)
+    again, same = make_router(kept, DIM, 2 * TOKENS), make_router(kept, DIM, TOKENS)
+    for router in (again, same):
+        router.to(subject.dtype).eval().load_state_dict(layer.router.state_dict())
+    if portable_options(kept, again) != kept:
+        return False, f"{portable_options(kept, again)} instead of {kept}"
+    return bounded(deviation(MoE(same, layer.experts, layer.shared)(x), layer(x)), 0.0, "difference")
+
+
+SHARES = ("utilisation", "dropped_share", "dead_share", "effective_experts_share")
+
+
+def statistics(subject: Subject) -> Finding:
+    """Statistics are plain finite numbers, and shares from 0 to 1."""
+    layer = subject.layer(torch.float32)
+    numbers = layer.router(subject.batch(torch.float32)).statistics() | layer.router.statistics()
+    bad = [name for name, value in numbers.items() if type(value) is not float or not math.isfinite(value)]
+    bad += [name for name in SHARES if not -1e-6 <= numbers.get(name, 0.0) <= 1 + 1e-6]
+    return not bad, f"{len(numbers)} of them" if not bad else f"{bad[0]} is {numbers[bad[0]]}"
+
+
+def compiles(subject: Subject) -> Finding:
+    """torch.compile takes the training layer as one graph, forwards and backwards, with the same output and gradients,
+    under bf16 autocast too."""
+    layer = subject.layer(torch.float32).train()
+    x = subject.batch(torch.float32).requires_grad_()
+    torch._dynamo.reset()
+    graph = compiled(layer, fullgraph=True, backend="aot_eager")  # Inductor makes code of the same graph
+
+    def found(layer: Callable[[Tensor], Tensor], half: bool) -> list[Tensor]:
+        torch.manual_seed(3)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            y = layer(x)
+        return [y, *torch.autograd.grad(y.float().square().mean(), leaves, materialize_grads=True)]
+
+    leaves = [x, *layer.parameters()]
+    pairs = (pair for half in (False, True) for pair in zip(found(graph, half), found(layer, half), strict=True))
+    scaled = ((got / size, want / size) for got, want in pairs for size in [want.abs().max().clamp(min=1e-9)])
+    worst = max(deviation(got, want) for got, want in scaled)
+    return bounded(worst, 1e-4, "one graph; relative difference")

@@ -1,0 +1,142 @@
+"""Runs become groups, and groups that saw the same images blocks with intervals, verdicts and fronts."""
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from softmoe_cli.compare.groups import LETTERS, Block, Comparison, Group, Question, block_of, key_named, natural, said
+from softmoe_cli.compare.runs import FINGERPRINT, VERSION, FinishedRun, read, single, typed
+from softmoe_cli.compare.verdicts import judge
+from softmoe_cli.errors import UsageError
+from softmoe_cli.run.rows import COSTS, QUALITIES, number
+from softmoe_cli.text import shortened
+
+EVALUATION = (
+    "data", "data.identity", "test_images", "data.num_classes", "data.split_seed", "data.validation_fraction",
+    "data.test_fraction",
+)  # fmt: skip
+"""Qualities are compared only where all of these are equal: the same images, cut the same way."""
+
+
+def compare(folders: Sequence[Path], question: Question) -> Comparison:
+    """Reads, filters, keeps apart, groups and judges.
+
+    Raises:
+        UsageError: folders, keys or a baseline that do not exist, or nothing left to compare.
+    """
+    question.check()
+    runs, left_out = read(folders)
+    runs, doubles = single(runs, question.strict)
+    left_out += doubles
+    if not runs:
+        raise UsageError(f"no finished run below {', '.join(map(str, folders))}{_first(left_out)}")
+    keys = list(dict.fromkeys(key for run in runs for key in run.row))
+    runs = _where(runs, question.where, keys)
+    kept = []
+    for run in runs:
+        lacks = [key for key in (question.quality, question.cost) if not number(run.row.get(key))]
+        if lacks:
+            left_out.append((run.place, f"its result has no number {lacks[0]}"))
+        else:
+            kept.append(run)
+    if not kept:
+        raise UsageError(
+            f"no run has both {question.quality} and {question.cost}; choose others with --quality and --cost"
+        )
+    by = [key_named("by", key, keys) for key in question.by]
+    columns = [key_named("columns", key, [*keys, *COSTS, *QUALITIES]) for key in question.columns]
+    columns = columns or [key for key in ("forward_gflop", "params_m", "device_s") if key != question.cost]
+    notes = [f"{run.place}: {run.damage}; it has no curve" for run in kept if run.damage]
+    notes += _version_notes(kept, question.strict)
+    parts = defaultdict(list)
+    for run in kept:
+        parts[_apart(run, question)].append(run)
+    varying = [i for i, values in enumerate(zip(*parts, strict=True)) if len(set(values)) > 1]
+    blocks = []
+    for key in sorted(parts):
+        title = f"{shortened(key[0], LETTERS)}, {parts[key][0].row.get('test_images', '?')} test images"
+        told = [
+            f"{APART[i]} {shortened(key[i], LETTERS)}"
+            for i in varying
+            if APART[i] not in ("data", "test_images") and key[i]
+        ]
+        blocks.append(block_of("; ".join([title, *told]), parts[key], by, columns, question))
+    if len(blocks) > 1:
+        what = ", ".join(dict.fromkeys(APART[i] for i in varying))
+        notes.append(f"runs that differ in {what} are kept apart: {len(blocks)} tables")
+    judge(blocks, question)
+    for block in blocks:
+        _sort(block, question, keys)
+    asked = columns if question.columns else []
+    return Comparison(question.quality, question.cost, columns, blocks, notes, left_out, asked, typed(kept))
+
+
+APART = (*EVALUATION, "train.loss", *FINGERPRINT, *VERSION)
+
+
+def _first(left_out: list[tuple[str, str]]) -> str:
+    if not left_out:
+        return "; give the folder of a study, such as outputs/default"
+    return f"; left out are {len(left_out)}, first {left_out[0][0]}: {left_out[0][1]}"
+
+
+def _apart(run: FinishedRun, question: Question) -> tuple[str, ...]:
+    """What must be equal for two runs to stand in one table; "" where it need not be."""
+    row = run.row
+    seconds = question.clocked or row.get("train.minutes") is not None  # such a budget buys more on better hardware
+    return (
+        *(said(row.get(key)) for key in EVALUATION),
+        said(row.get("train.loss")) if QUALITIES[question.quality].curve == "loss" else "",
+        *(said(row.get(key)) if seconds else "" for key in FINGERPRINT),
+        *(said(row.get(key)) if question.strict else "" for key in VERSION),
+    )
+
+
+def _version_notes(runs: list[FinishedRun], strict: bool) -> list[str]:
+    versions = Counter(
+        f"commit {run.row.get('commit')}, softmoe {run.row.get('softmoe')}, torch {run.row.get('torch')}"
+        for run in runs
+    )
+    notes = []
+    if len(versions) > 1 and not strict:
+        told = "; ".join(f"{count} of {version}" for version, count in sorted(versions.items()))
+        notes.append(f"runs of {len(versions)} code versions stand together ({told}); --strict keeps them apart")
+    dirty = sum(str(run.row.get("commit")).endswith("-dirty") for run in runs)
+    if dirty:
+        notes.append(f"{dirty} of {len(runs)} runs were made from a checkout with uncommitted changes (-dirty)")
+    return notes
+
+
+def _where(runs: list[FinishedRun], conditions: Sequence[str], keys: list[str]) -> list[FinishedRun]:
+    for condition in conditions:
+        name, equals, values = condition.partition("=")
+        if not equals:
+            raise UsageError(f"--where {condition}: write KEY=VALUE or KEY=VALUE,VALUE")
+        key = key_named("where", name, keys)
+        there = sorted({said(run.row.get(key)) for run in runs})
+        whole = values.startswith("[") or said(values) in there  # a value may have commas of its own
+        wanted = [said(value) for value in ([values] if whole else values.split(","))]
+        runs = [run for run in runs if said(run.row.get(key)) in wanted]
+        if not runs:
+            raise UsageError(f"--where {condition}: no run has that. {key} is {' or '.join(there)}")
+    return runs
+
+
+def _sort(block: Block, question: Question, keys: Iterable[str]) -> None:
+    """Best quality first; other figures and settings ascending; the same order wherever values are equal."""
+    key = "label" if question.sort == "label" else question.sort and key_named("sort", question.sort, keys)
+    key = key or question.quality
+
+    def place(group: Group) -> tuple[Any, ...]:
+        if key == "label":
+            return natural(group.label)
+        values = [run.row.get(key) for run in group.runs]
+        numbers = [float(value) for value in values if value is not None and number(value)]
+        if len(numbers) < len(values):
+            return (1, *natural(said(values[0])), group.label)
+        sign = -1 if key in QUALITIES and QUALITIES[key].better == "higher" else 1
+        return (0, sign * math.fsum(numbers) / len(numbers), group.label)
+
+    block.groups.sort(key=place)

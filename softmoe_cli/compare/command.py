@@ -1,0 +1,242 @@
+"""`softmoe compare`: its options, what it prints, and the files that it writes."""
+
+import argparse
+import csv
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from softmoe_cli.errors import UsageError, nearest
+from softmoe_cli.files import require_vacant, write_atomically
+from softmoe_cli.run.rows import AXES, COSTS, QUALITIES
+
+if TYPE_CHECKING:
+    from softmoe_cli.compare.groups import Comparison, Question
+
+
+OPTIONS: dict[str, tuple[str, str]] = {
+    "quality": ("KEY", f"what is better or worse: {', '.join(QUALITIES)}"),
+    "cost": ("KEY", f"what it takes: {', '.join(COSTS)}"),
+    "by": ("KEY,KEY", "put runs together that agree in these keys, instead of in everything but the seed"),
+    "where": ("KEY=VALUE,VALUE", "only runs that have this; may be given several times"),
+    "columns": ("KEY,KEY", "other columns: figures, or any key of a result"),
+    "sort": ("KEY", "label, a figure or any key; without it the best quality comes first"),
+    "baseline": ("LABEL | KEY=VALUE", "what others are measured against; without it the dense control"),
+    "at": ("AXIS=BUDGET,BUDGET", f"quality at equal {', '.join(AXES)}; AXIS alone chooses budgets that all runs reach"),
+    "strict": ("", "keep runs of different commits and versions apart"),
+    "reference": ("NAME | FILE.csv", "lay the paper's tables (pareto, long_runs) or a CSV beside ours"),
+    "out": ("FOLDER", "where the files go; without it compare/ in the first folder"),
+    "wandb": ("", "send table, figures and files to Weights & Biases as a run of the study's group"),
+    "project": ("NAME", "with --wandb: its project; without it softmoe"),
+}
+FIGURES = ("curves", "pareto")
+PAGE = "index.html"
+PAPER = Path(__file__).resolve().parent / "paper"
+"""The paper's own tables, which --reference knows by name."""
+LISTS = ("by", "columns")
+REPEATED = ("where", "at")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; softmoe compare --help shows the options")
+
+
+def options() -> str:
+    """Every option with its meaning, as `softmoe compare --help` lists them."""
+    lines = ["", "options"]
+    for name, (value, meaning) in OPTIONS.items():
+        lines.append(f"  {f'--{name} {value}':<30} {meaning}")
+    return "\n".join(lines)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Compares, writes and prints.
+
+    Raises:
+        UsageError: an option, a folder or a key that cannot work.
+    """
+    chosen = _parse(arguments)
+    from softmoe_cli.compare.blocks import compare
+    from softmoe_cli.compare.groups import Question
+    from softmoe_cli.compare.tables import flat_rows, terminal
+
+    fields = {f.name for f in dataclasses.fields(Question)}
+    question = Question(**{key: value for key, value in vars(chosen).items() if key in fields and value is not None})
+    reference = _reference(chosen.reference, question) if chosen.reference is not None else None
+    mode = _tracking() if chosen.wandb else "off"
+    comparison = compare(chosen.folders, question)
+    if reference is not None:
+        comparison.reference_name, comparison.reference = reference
+    out = chosen.out or chosen.folders[0] / "compare"
+    files = write(comparison, out)
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    print(terminal(comparison, width))
+    print(f"\n{_files(files, out, width)}")
+    if mode != "off":
+        from softmoe_cli.run.mirror import publish
+
+        axes = (f"{comparison.cost}_mean", f"{comparison.quality}_mean")
+        publish(mode, _settings(comparison, question, chosen.project), out, flat_rows(comparison), axes, files, print)
+    return 0
+
+
+def _files(files: Sequence[str], out: Path, width: int | None) -> str:
+    """Which file to open, and what lies beside it."""
+    from softmoe_cli.text import printable
+
+    forms: dict[str, list[str]] = {}
+    for name in files:
+        stem, _, form = name.rpartition(".")
+        forms.setdefault(stem, []).append(form)
+    beside = [f"{stem}.{'|'.join(found)}" for stem, found in forms.items() if f"{stem}.{found[0]}" != PAGE]
+    told = f"beside it: {', '.join(beside)}"
+    return f"open {printable(str(out / PAGE))}\n{told if width is None else textwrap.fill(told, width)}"
+
+
+def _newest_study() -> str:
+    """What to type where no folder was named."""
+    studies = [folder for folder in Path("outputs").glob("*") if any(folder.glob("*/result.json"))]
+    if not studies:
+        return "softmoe compare needs the folder of a study, and there is none with finished runs in outputs"
+    newest = max(studies, key=lambda folder: folder.stat().st_mtime)
+    count = f"the newest of {len(studies)} in outputs" if len(studies) > 1 else "the only one in outputs"
+    return f"softmoe compare needs the folder of a study, such as {newest} ({count}): softmoe compare {newest}"
+
+
+def _tracking() -> str:
+    """online or offline, as `tracking=auto` would be."""
+    from softmoe_cli.run.mirror import resolve
+
+    mode = resolve("auto")
+    if mode == "off":
+        raise UsageError(f"--wandb has no effect with WANDB_MODE={os.environ.get('WANDB_MODE')}; unset one of them")
+    return mode
+
+
+def _settings(comparison: "Comparison", question: "Question", project: str | None) -> dict[str, Any]:
+    """Of wandb.init. Its id is made of studies and question: asked again, with more seeds, it is the same run."""
+    studies = sorted({str(run.row.get("study")) for group in comparison.groups for run in group.runs})
+    asked = dataclasses.asdict(question)
+    mark = hashlib.sha256(json.dumps([studies, asked], sort_keys=True).encode()).hexdigest()[:10]
+    return {
+        "id": f"compare-{mark}",
+        "project": project or "softmoe",
+        "group": "+".join(studies),
+        "job_type": "compare",
+        "name": f"compare {comparison.quality} by {comparison.cost}",
+        "config": asked | {"signatures": [run.row["signature"] for g in comparison.groups for run in g.runs]},
+    }
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(prog="softmoe compare", add_help=False, allow_abbrev=False)
+    parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER")
+    for name, (value, _) in OPTIONS.items():
+        extra: dict[str, Any] = {}
+        if not value:
+            extra = {"action": "store_true"}
+        elif name in REPEATED:
+            extra = {"action": "append"}
+        elif name == "out":
+            extra = {"type": Path}
+        elif name in LISTS:
+            extra = {"type": lambda text: tuple(filter(None, text.split(",")))}
+        parser.add_argument(f"--{name}", **extra)
+    chosen, unknown = parser.parse_known_intermixed_args(arguments)
+    if unknown:
+        known = [f"--{name}" for name in OPTIONS]
+        option = unknown[0].partition("=")[0]
+        raise UsageError(f"{unknown[0]}: there is no such option.{nearest(option, known)} Options: {', '.join(known)}")
+    if not chosen.folders:
+        raise UsageError(_newest_study())
+    for name in REPEATED:
+        setattr(chosen, name, tuple(getattr(chosen, name) or ()))
+    if chosen.project is not None and not chosen.wandb:
+        raise UsageError(f"--project {chosen.project} has no effect without --wandb")
+    return chosen
+
+
+def _reference(name: str, question: "Question") -> tuple[str, list[dict[str, str]]]:
+    """What to call it, and its rows.
+
+    Raises:
+        UsageError: no such file, or one that can be laid neither behind nor beside a plot of ours.
+    """
+    from softmoe_cli.compare.styles import PUBLISHED
+
+    names = {path.stem: path for path in PAPER.glob("*.csv")}
+    path = names.get(name) or Path(name)
+    if not path.is_file():
+        raise UsageError(f"--reference {name}: no such file.{nearest(name, names)} Names: {', '.join(sorted(names))}")
+    try:
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file, restval=""))
+    except (OSError, ValueError, csv.Error) as error:
+        raise UsageError(f"--reference {name} cannot be read: {error}") from error
+    if not rows or None in rows[0]:
+        raise UsageError(f"--reference {name} holds no rows under a head")
+    ours = (question.cost, question.quality)
+    axes = next((pair for pair in (ours, PUBLISHED) if set(pair) <= rows[0].keys()), None)
+    if axes is None:
+        raise UsageError(
+            f"--reference {name} has neither the columns {' and '.join(ours)} nor {' and '.join(PUBLISHED)}"
+        )
+    from softmoe_cli.compare.styles import KINDS
+
+    for number, row in enumerate(rows, 2):
+        for key in axes:
+            try:
+                finite = math.isfinite(float(row[key] or 0))
+            except ValueError:
+                finite = False
+            if not finite:
+                raise UsageError(f"--reference {name}, line {number}: {key} '{row[key]}' is no number")
+        if row.get("routing") and row["routing"] not in KINDS:
+            kinds = ", ".join(KINDS)
+            raise UsageError(f"--reference {name}, line {number}: routing {row['routing']} is not one of {kinds}")
+    if not any(all(row[key] for key in axes) for row in rows):
+        raise UsageError(f"--reference {name} has no row with both {' and '.join(axes)}")
+    title = "Soft MoE (Puigcerver et al., 2023), " if path.parent == PAPER else ""
+    table = {"pareto": "Table 9", "long_runs": "Table 8"}.get(path.stem, path.name) if title else path.name
+    return title + table, rows
+
+
+def write(comparison: "Comparison", out: Path) -> list[str]:
+    """Writes every file into `out` and returns their names.
+
+    Raises:
+        UsageError: the folder cannot be written, or holds files of these names that are not ours.
+    """
+    from softmoe_cli.compare.figures import figure
+    from softmoe_cli.compare.page import OURS, page
+    from softmoe_cli.compare.tables import comma_separated, json_text, latex, markdown
+
+    drawn = {name: content for each in FIGURES for name, content in figure(comparison, each).items()}
+    texts = {
+        PAGE: page(comparison, drawn, out),  # first: by it the folder is known as ours
+        "table.md": markdown(comparison),
+        "table.tex": latex(comparison),
+        "table.csv": comma_separated(comparison),
+        "table.json": json_text(comparison),
+    }
+    files = {name: text.encode() for name, text in texts.items()} | drawn
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        ours = (out / PAGE).is_file() and OURS in (out / PAGE).read_bytes()
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--out {out} cannot be written: {error}; choose another folder") from error
+    for name in files:
+        if not ours:
+            require_vacant("--out", out / name)
+    for name, content in files.items():
+        write_atomically(out / name, content)
+    return list(files)

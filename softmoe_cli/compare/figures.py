@@ -1,0 +1,210 @@
+"""A comparison as figures: the Pareto plot and the curves, as SVG, PDF and PNG whose bytes depend on the input only."""
+
+import io
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from softmoe_cli.compare.findings import provisos
+from softmoe_cli.compare.groups import Block, Comparison, Group
+from softmoe_cli.compare.intervals import Interval, at_budget
+from softmoe_cli.compare.styles import COLOURS, KINDS, reference_points, same_axes, styles
+from softmoe_cli.compare.tables import units
+from softmoe_cli.run.rows import AXES, CURVES, QUALITIES
+from softmoe_cli.text import shortened
+
+FORMATS: dict[str, Any] = {
+    "svg": {"metadata": {"Date": None}},
+    "pdf": {"metadata": {"CreationDate": None}},
+    "png": {"pil_kwargs": {"compress_level": 3}},  # as small as by default, in less time
+}
+GREY = "#767676"
+LETTERS = 120
+LEFT, PLOT_WIDTH, PLOT_HEIGHT, ABOVE, BETWEEN = 0.8, 5.2, 3.2, 0.35, 1.15
+"""Inches. Panels are placed by these: matplotlib's layout engine takes as long as the drawing."""
+RECIPE: Any = {
+    "font.family": "STIXGeneral", "mathtext.fontset": "stix", "font.size": 12, "pdf.fonttype": 42,
+    "svg.hashsalt": "softmoe", "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+    "grid.alpha": 0.25, "legend.frameon": False, "axes.formatter.useoffset": False, "axes.formatter.limits": (-3, 5),
+    "axes.unicode_minus": False,
+}  # fmt: skip
+"""Fonts are embedded as TrueType, which journals ask for. STIX comes with matplotlib and is embedded fastest; a minus
+sign outside ASCII would need a second font."""
+
+
+def figure(comparison: Comparison, name: str) -> dict[str, bytes]:
+    """`pareto` or `curves`: file name to content."""
+    files = {}
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        mpl.rcParams.update(RECIPE)
+        drawn = _panels(comparison, {"pareto": _pareto, "curves": _curves}[name], apart=name == "pareto")
+        for form, how in FORMATS.items():
+            out = io.BytesIO()
+            drawn.savefig(out, format=form, dpi=160, **how)
+            files[f"{name}.{form}"] = out.getvalue()
+    return files
+
+
+def _panels(comparison: Comparison, draw: Callable[[Axes, Comparison, Block], float], *, apart: bool) -> Figure:
+    """A panel per block, below each other, each with its legend at its side, where it covers nothing."""
+    other = apart and bool(comparison.reference) and not same_axes(comparison)
+    count = len(comparison.blocks) + other
+    figure = Figure()
+    panels = figure.subplots(count, 1, squeeze=False)[:, 0]
+    beside = []
+    for axes, block in zip(panels, comparison.blocks, strict=False):
+        beside.append(draw(axes, comparison, block))
+        axes.set_title(safe(block.title), loc="left", fontsize=12)
+    if other:
+        beside.append(_published(panels[-1], comparison))
+    title = max(axes.title.get_window_extent().width for axes in panels) / figure.dpi
+    width = max(LEFT + PLOT_WIDTH + max(beside), LEFT + 0.2 + title)
+    height = count * (PLOT_HEIGHT + BETWEEN)
+    figure.set_size_inches(width, height)
+    figure.subplots_adjust(
+        left=LEFT / width,
+        right=(LEFT + PLOT_WIDTH) / width,
+        top=1 - ABOVE / height,
+        bottom=(BETWEEN - ABOVE) / height,
+        hspace=BETWEEN / PLOT_HEIGHT,
+    )
+    return figure
+
+
+def safe(text: str) -> str:
+    """Without what matplotlib would read as mathematics or has no letter for, and no longer than a figure bears."""
+    shown = "".join(c if c.isprintable() and ord(c) < 0x250 else "?" for c in shortened(text, LETTERS, "..."))
+    shown = shown.replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown
+
+
+def _legend(axes: Axes, handles: Sequence[Line2D], labels: Sequence[str]) -> float:
+    """A legend at the panel's side, in columns of up to 15 lines; returns the inches that it needs."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    legend = axes.legend(
+        handles, [safe(label) for label in labels], loc="upper left", bbox_to_anchor=(1.01, 1.02),
+        ncols=max(1, math.ceil(len(labels) / 15)),
+    )  # fmt: skip
+    return legend.get_window_extent().width / figure.dpi + 0.2
+
+
+def _pareto(axes: Axes, comparison: Comparison, block: Block) -> float:
+    quality, cost = comparison.quality, comparison.cost
+    marks, unit = styles(comparison.groups), units(comparison)[cost]
+    handles: list[Any] = []
+    labels: list[str] = []
+    if comparison.reference and same_axes(comparison):
+        points = reference_points(comparison)
+        (handle,) = axes.plot(
+            [x * unit.factor for x, _, _ in points], [y for _, y, _ in points], ".", color="#BBBBBB", zorder=1
+        )
+        handles, labels = [handle], [f"reference, not ours: {comparison.reference_name}"]
+    at = {group.label: _point(group, comparison, unit.factor) for group in block.groups}
+    front = sorted(at[group.label] for group in block.groups if group.front)
+    (line,) = axes.plot(*zip(*front, strict=True), "--", color=GREY, linewidth=1, zorder=2, drawstyle="steps-post")
+    groups = sorted(block.groups, key=lambda group: list(marks).index(group.label))
+    colours = [COLOURS[marks[group.label][0]] for group in groups]
+    x, y = np.array([at[group.label] for group in groups]).T
+    x_half, y_half = np.array([[half(group.intervals[key]) or 0.0 for group in groups] for key in (cost, quality)])
+    x_half *= unit.factor
+    # All bars at once: a call for each group makes as many lines as all the rest of the figure.
+    axes.hlines(y, x - x_half, x + x_half, colours, linewidth=1.2, zorder=3)
+    axes.vlines(x, y - y_half, y + y_half, colours, linewidth=1.2, zorder=3)
+    for i, group in enumerate(groups):
+        face = colours[i] if group.front else "white"
+        style: Any = {"color": colours[i], "markerfacecolor": face, "markersize": 8, "zorder": 3}
+        handles += axes.plot(x[i], y[i], marks[group.label][1], **style)
+        labels.append(f"{group.label} ({', '.join([f'n={len(group.runs)}', *provisos(group, cost)])})")
+    _scale(axes, [cost for cost, _ in at.values()])
+    axes.set_xlabel(unit.head)
+    axes.set_ylabel(QUALITIES[quality].title)
+    axes.annotate("bars: 95% t-intervals over seeds", (1, -0.17), xycoords="axes fraction", ha="right", va="top",
+                  fontsize=10, color=GREY)  # fmt: skip
+    return _legend(axes, [*handles, line], [*labels, "Pareto front (filled)"])
+
+
+def _point(group: Group, comparison: Comparison, factor: float) -> tuple[float, float]:
+    cost, quality = group.intervals[comparison.cost], group.intervals[comparison.quality]
+    assert cost is not None and quality is not None
+    return cost.mean * factor, quality.mean
+
+
+def half(interval: Interval | None) -> float | None:
+    """Half the interval's width: what an error bar shows; nothing where it cannot be told or there is no spread."""
+    if interval is None or interval.high is None or interval.high == interval.mean:
+        return None
+    return interval.high - interval.mean
+
+
+def _scale(axes: Axes, x: Sequence[float]) -> None:
+    """Logarithmic where costs span more than a factor of ten."""
+    if min(x) > 0 and max(x) > 10 * min(x):
+        axes.set_xscale("log")
+        # Not "{x:g}": matplotlib would give it a minus that is not ASCII, and embed a second font for that one.
+        axes.xaxis.set_major_formatter(lambda x, _place: f"{x:g}")
+
+
+def curve_axis(comparison: Comparison) -> str:
+    return comparison.cost if comparison.cost in AXES else AXES[0]
+
+
+def _curves(axes: Axes, comparison: Comparison, block: Block) -> float:
+    """A thin line per seed and the mean of a group's seeds where all of them have been looked at."""
+    key, axis = QUALITIES[comparison.quality].curve, curve_axis(comparison)
+    marks, unit = styles(comparison.groups), units(comparison)[axis]
+    handles, labels = [], []
+    thin: list[tuple[Any, str]] = []  # drawn as one, in a fraction of the time
+    for group in sorted(block.groups, key=lambda group: list(marks).index(group.label)):
+        colour, marker = COLOURS[marks[group.label][0]], marks[group.label][1]
+        curves = [[(x * unit.factor, y) for x, y in curve] for run in group.runs if (curve := run.curve(axis, key))]
+        thin += [(curve, colour) for curve in curves]
+        mean = mean_curve(curves)
+        if mean:
+            handles += axes.plot(
+                *zip(*mean, strict=True), color=colour, marker=marker, linewidth=1.8, markersize=5,
+                markevery=max(1, len(mean) // 8), markerfacecolor="white", zorder=2 if marks[group.label][0] else 4,
+            )  # fmt: skip
+            labels.append(f"{group.label} (n={len(curves)})")
+    lines, colours = zip(*thin, strict=True) if thin else ((), ())
+    axes.add_collection(LineCollection(lines, colors=colours, linewidths=0.6, alpha=0.35, zorder=1.9))
+    axes.set_xlabel(unit.head)
+    axes.set_ylabel(CURVES[key].title)
+    axes.autoscale_view()
+    axes.annotate("thin: each seed; thick: their mean", (1, -0.17), xycoords="axes fraction", ha="right", va="top",
+                  fontsize=10, color=GREY)  # fmt: skip
+    return _legend(axes, handles, labels)
+
+
+def mean_curve(curves: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:
+    """The mean of curves at the first one's points, in the range that all of them cover."""
+    if not curves:
+        return []
+    low, high = max(curve[0][0] for curve in curves), min(curve[-1][0] for curve in curves)
+    x = [point for point, _ in curves[0] if low <= point <= high]
+    reached = [[value for curve in curves if (value := at_budget(curve, point)) is not None] for point in x]
+    return [(point, math.fsum(values) / len(curves)) for point, values in zip(x, reached, strict=True)]
+
+
+def _published(axes: Axes, comparison: Comparison) -> float:
+    points = reference_points(comparison)
+    handles, labels = [], []
+    for (kind, name), colour, marker in zip(KINDS.items(), ("#000000", *COLOURS[1:4]), "osD^", strict=True):
+        mine = [(x, y) for x, y, each in points if each == kind]
+        if mine:
+            handles += axes.plot(*zip(*mine, strict=True), marker, color=colour, markersize=4, markerfacecolor="none")
+            labels.append(f"{name}, the paper's")
+    _scale(axes, [x for x, _, _ in points])
+    axes.set_xlabel("training exaFLOP, the paper's convention")
+    axes.set_ylabel("JFT-4B precision@1, %")
+    axes.set_title(safe(f"Reference, not ours: {comparison.reference_name}"), loc="left", fontsize=12)
+    axes.set_facecolor("#F4F4F4")
+    return _legend(axes, handles, labels)

@@ -1,0 +1,392 @@
+"""What is compared: runs that differ in their seed only are a group, and groups that may stand side by side a block."""
+
+import json
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from softmoe_cli.compare.intervals import (
+    Difference,
+    Interval,
+    at_budget,
+    at_chance,
+    budgets,
+    front_probability,
+    mean_interval,
+    on_front,
+)
+from softmoe_cli.compare.runs import FINGERPRINT, FinishedRun
+from softmoe_cli.compare.units import quantity
+from softmoe_cli.errors import UsageError, nearest
+from softmoe_cli.run.rows import AXES, COSTS, QUALITIES, Row, number
+from softmoe_cli.text import shortened
+
+LABELS = {
+    "model.backbone.name": "{}", "backbone": "{}", "model.router._target_": "{}", "router": "{}",
+    "num_experts": "{} experts", "slots_per_expert": "{} slots/expert", "k": "k={}",
+    "expert_width": "experts of width {}", "capacity_factor": "capacity factor {}", "moe_blocks": "blocks {}",
+    "image_size": "{} px", "steps": "{} updates", "epochs": "{} epochs", "images": "{} training images",
+    "minutes": "{} minutes", "batch_size": "{} images/update", "lr": "lr {}", "command": "{}",
+    "checkpoint.origin": "from {}", "checkpoint": "from {}",
+}  # fmt: skip
+"""How a label tells a setting, by its key or the last word of that. These are told whenever they differ, in this order;
+others only where labels would be the same."""
+
+
+@dataclass
+class Budgeted:
+    """Validation quality at one budget: an interval, or the reason why there is none."""
+
+    axis: str
+    budget: float
+    values: list[tuple[int, float]]
+    interval: Interval | None
+    reason: str
+    difference: Difference | None = None
+    verdict: str | None = None
+
+
+@dataclass
+class Group:
+    """Runs that differ in nothing but their seed (or in nothing that --by names).
+
+    `cost_ratio` is their cost over the baseline's, with what the checkpoints of both had cost where that is known;
+    `conditions` say in what else the two were unequal. `at_chance`: no better than guessing, which reaches
+    `chance_pct`.
+    """
+
+    settings: Row
+    runs: list[FinishedRun]
+    label: str = ""
+    intervals: dict[str, Interval | None] = field(default_factory=dict)
+    baseline: str | None = None
+    difference: Difference | None = None
+    verdict: str | None = None
+    p_holm: float | None = None
+    cost_ratio: float | None = None
+    conditions: list[str] = field(default_factory=list)
+    chance_pct: float | None = None
+    at_chance: bool = False
+    front: bool = False
+    front_probability: float | None = None
+    budgets: list[Budgeted] = field(default_factory=list)
+
+    def values(self, key: str) -> list[tuple[int, float]]:
+        return [(run.row["seed"], run.row[key]) for run in self.runs]
+
+    @property
+    def pretrained(self) -> bool:
+        """Whether any of its runs began with a checkpoint, whose training is in none of its costs."""
+        return any(run.row.get("checkpoint") is not None for run in self.runs)
+
+    @property
+    def checkpoint_pflop(self) -> float | None:
+        """What the checkpoints had cost in training, mean over runs; None where any of them does not say."""
+        costs = [run.row.get("checkpoint.train_pflop") for run in self.runs if run.row.get("checkpoint") is not None]
+        known = [cost for cost in costs if cost is not None]
+        return math.fsum(known) / len(self.runs) if known and len(known) == len(costs) else None
+
+
+@dataclass
+class Block:
+    """Groups whose figures may be compared with each other."""
+
+    title: str
+    groups: list[Group]
+    notes: list[str]
+
+
+@dataclass
+class Comparison:
+    """`typed`: the columns that were asked for, none where `columns` are the usual ones; `commands`: what made the
+    runs."""
+
+    quality: str
+    cost: str
+    columns: list[str]
+    blocks: list[Block]
+    notes: list[str]
+    left_out: list[tuple[str, str]]
+    typed: list[str] = field(default_factory=list)
+    commands: list[str] = field(default_factory=list)
+    reference: list[dict[str, str]] = field(default_factory=list)
+    reference_name: str = ""
+
+    @property
+    def groups(self) -> list[Group]:
+        return [group for block in self.blocks for group in block.groups]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of the runs; the command line's options."""
+
+    quality: str = "top1_pct"
+    cost: str = "train_pflop"
+    by: tuple[str, ...] = ()
+    where: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
+    sort: str | None = None
+    baseline: str | None = None
+    at: tuple[str, ...] = ()
+    strict: bool = False
+
+    def check(self) -> None:
+        """Raises UsageError for a figure that does not exist."""
+        for option, key, known in (("quality", self.quality, QUALITIES), ("cost", self.cost, COSTS)):
+            if key not in known:
+                raise UsageError(f"--{option} {key}: no such figure.{nearest(key, known)} Choices: {', '.join(known)}")
+        for each in self.at:
+            self._budgets(each)
+
+    def _budgets(self, text: str) -> tuple[str, list[float] | None]:
+        axis, equals, values = text.partition("=")
+        if axis not in AXES:
+            raise UsageError(f"--at {text}: no such axis.{nearest(axis, AXES)} Choices: {', '.join(AXES)}")
+        if not equals:
+            return axis, None
+        try:
+            numbers = [float(value) for value in values.split(",")]
+        except ValueError:
+            numbers = []
+        if not numbers or not all(math.isfinite(number) and number > 0 for number in numbers):
+            raise UsageError(f"--at {text}: write {axis}=BUDGET,BUDGET with numbers above 0, or {axis} alone")
+        return axis, numbers
+
+    @property
+    def budgets(self) -> list[tuple[str, list[float] | None]]:
+        """(axis, budgets); None: a few that every run covers."""
+        return [self._budgets(text) for text in self.at or ([self.cost] if self.cost in AXES else ["train_pflop"])]
+
+    @property
+    def clocked(self) -> bool:
+        return any(COSTS[key].clocked for key in (self.cost, *(axis for axis, _ in self.budgets)))
+
+
+def block_of(title: str, runs: list[FinishedRun], by: list[str], columns: list[str], question: Question) -> Block:
+    gathered: dict[str, Group] = {}
+    for run in sorted(runs, key=lambda run: (run.row["seed"], run.row["signature"])):
+        settings = run.settings()
+        settings = {key: settings.get(key, run.row.get(key)) for key in by} if by else settings
+        gathered.setdefault(json.dumps(settings, sort_keys=True), Group(settings, [])).runs.append(run)
+    groups = [gathered[key] for key in sorted(gathered)]
+    _name(groups)
+    notes = _mixed_notes(groups) if by else []
+    fingerprints = Counter(" with torch ".join(str(run.row.get(key)) for key in FINGERPRINT) for run in runs)
+    for key in dict.fromkeys([question.quality, question.cost, *columns]):
+        if key not in COSTS and key not in QUALITIES:
+            continue
+        apart = key in COSTS and COSTS[key].clocked and len(fingerprints) > 1
+        for group in groups:
+            numbers = [run.row.get(key) for run in group.runs]
+            whole = all(map(number, numbers)) and not apart
+            group.intervals[key] = mean_interval([float(n) for n in numbers if n is not None]) if whole else None
+        if apart:
+            told = "; ".join(f"{count} on {name}" for name, count in sorted(fingerprints.items()))
+            notes.append(f"{key} is blank: it was measured on different machines ({told}); --cost {key} separates them")
+    _fronts(groups, question)
+    _chance(groups, question)
+    _budgets(groups, question, notes)
+    few = [group.label for group in groups if len(group.runs) == 1]
+    if few:
+        notes.append(f"one seed only, and so no interval: {'; '.join(few)}")
+    notes += _start_notes(groups)
+    return Block(title, groups, notes)
+
+
+def _name(groups: list[Group]) -> None:
+    """Labels of what differs between groups: the well-known settings, then others until no two labels are the same."""
+    keys = sorted({key for group in groups for key in group.settings})
+
+    def distinct(key: str) -> int:
+        return len({said(group.settings[key]) for group in groups if group.settings.get(key) is not None})
+
+    order = list(LABELS)
+    known = sorted((key for key in keys if _known(key)), key=lambda key: order.index(_known(key)))
+    chosen = [key for key in known if distinct(key) > 1]
+    others = [key for key in keys if key not in chosen]
+
+    def labels() -> list[str]:
+        return [", ".join(filter(None, (_part(group, key) for key in chosen))) for group in groups]
+
+    for key in others:
+        told = labels()
+        alike = defaultdict(set)
+        for label, group in zip(told, groups, strict=True):
+            alike[label].add(said(group.settings[key]) if key in group.settings else None)
+        if any(len(values) > 1 for values in alike.values()):
+            chosen.append(key)
+    for group, label in zip(groups, labels(), strict=True):
+        group.label = label or shortened(group.runs[0].row["router"] or group.runs[0].row["name"], LETTERS)
+    for label in {group.label for group in groups}:
+        twins = [group for group in groups if group.label == label]  # such as from two checkpoints of one run
+        odd = [key for key in keys if len({said(twin.settings.get(key)) for twin in twins}) > 1]
+        for twin in twins:
+            twin.label += f" ({', '.join(said(twin.settings.get(key))[-12:] for key in odd)})" if odd else ""
+    seen = Counter[str]()
+    for group in groups:
+        seen[group.label] += 1
+        group.label += f" #{seen[group.label]}" if seen[group.label] > 1 else ""
+
+
+LETTERS = 48
+"""Of one setting in a label, at most."""
+
+
+def _known(key: str) -> str:
+    """The key of LABELS that a setting is told by; empty where there is none."""
+    leaf = key.rpartition(".")[2]
+    if key in LABELS:
+        return key
+    return leaf if leaf in LABELS else ""
+
+
+def _part(group: Group, key: str) -> str:
+    """One setting as a label tells it; nothing where the group has none."""
+    value, row = group.settings.get(key), group.runs[0].row
+    if value is None:
+        return ""
+    if key == "model.router._target_":
+        value = row["router"]
+    if key == "checkpoint.origin":
+        value = _source_name(Path(row["checkpoint"] or value))
+    text = shortened(",".join(map(str, value)) if isinstance(value, list) else said(value), LETTERS)
+    told = LABELS.get(_known(key), f"{key.rpartition('.')[2]} {{}}").format(text)
+    return told.replace("experts", "expert").replace("slots/", "slot/") if text == "1" else told
+
+
+def _source_name(weights: Path) -> str:
+    """The run's name, or the folder's, where that says more than the file's."""
+    if weights.name != "model.safetensors":
+        return weights.name
+    folder = weights.parent
+    return (folder.parents[1] if folder.parent.name == "checkpoints" else folder).name or str(weights)
+
+
+def _mixed_notes(groups: list[Group]) -> list[str]:
+    """What else differs within the groups that --by makes."""
+    mixed = set()
+    for group in groups:
+        settings = [run.settings() for run in group.runs]
+        for key in set().union(*settings):
+            if key not in group.settings and len({said(each.get(key)) for each in settings}) > 1:
+                mixed.add(key)
+    return [f"--by puts runs together that differ in {', '.join(sorted(mixed))}"] if mixed else []
+
+
+def _fronts(groups: list[Group], question: Question) -> None:
+    sign = 1 if QUALITIES[question.quality].better == "higher" else -1
+    means = [[mean_interval([v for _, v in g.values(key)]).mean for g in groups] for key in _plane(question)]
+    chances = front_probability(
+        [([v for _, v in g.values(question.cost)], [sign * v for _, v in g.values(question.quality)]) for g in groups]
+    )
+    for group, front, chance in zip(groups, on_front(means[1], [sign * q for q in means[0]]), chances, strict=True):
+        group.front = bool(front)
+        group.front_probability = chance if len(group.runs) > 1 else None
+
+
+def _chance(groups: list[Group], question: Question) -> None:
+    """Books what an answer that never changes would reach, and whether each group is better: with one guess that is the
+    share of the commonest class, with more it is that many times the mean share of a class."""
+    guesses = QUALITIES[question.quality].guesses
+    if not guesses:
+        return
+    for group in groups:
+        row = group.runs[0].row
+        group.chance_pct = row["chance_pct"] if guesses == 1 else min(100.0, 100 * guesses / row["classes"])
+        images = row["test_images"] if "validation" not in question.quality else None
+        group.at_chance = at_chance([value for _, value in group.values(question.quality)], group.chance_pct, images)
+
+
+def _start_notes(groups: list[Group]) -> list[str]:
+    """A note for each group that began with a checkpoint: what the checkpoint had cost."""
+    notes = []
+    for group in groups:
+        if group.pretrained:
+            cost = group.checkpoint_pflop
+            notes.append(
+                f"{group.label} began with a checkpoint whose cost is not known: its pretraining is not counted"
+                if cost is None
+                else f"{group.label} began with a checkpoint that had cost {quantity('train_pflop', cost)}: "
+                "counted where two groups' training FLOPs are set against each other, and nowhere else"
+            )
+    return notes
+
+
+def _plane(question: Question) -> tuple[str, str]:
+    return question.quality, question.cost
+
+
+def _budgets(groups: list[Group], question: Question, notes: list[str]) -> None:
+    """Validation quality of every run at common budgets; a group's cell is filled only if all its runs reach it."""
+    key = QUALITIES[question.quality].curve
+    for axis, given in question.budgets:
+        curves = {id(run): run.curve(axis, key) for group in groups for run in group.runs}
+        wanted = given or budgets([curve for curve in curves.values() if curve])
+        if not wanted:
+            notes.append(f"no common {axis}: no part of it is covered by every run's curve")
+        for budget in wanted:
+            for group in groups:
+                reached = [(run.row["seed"], at_budget(curves[id(run)], budget)) for run in group.runs]
+                values = [(seed, value) for seed, value in reached if value is not None]
+                reason = ""
+                if len(values) < len(reached):
+                    reason = _unreached([curves[id(run)] for run in group.runs], axis, budget)
+                interval = None if reason else mean_interval([value for _, value in values])
+                group.budgets.append(Budgeted(axis, budget, values, interval, reason))
+
+
+def _unreached(curves: list[list[tuple[float, float]]], axis: str, budget: float) -> str:
+    if not all(curves):
+        return "no curve"
+    early = sum(curve[-1][0] < budget for curve in curves)
+    if early:
+        first = min(curve[-1][0] for curve in curves)
+        return f"{early} of {len(curves)} end before, the first at {quantity(axis, first)}"
+    return f"first look at {quantity(axis, max(curve[0][0] for curve in curves))}"
+
+
+def said(value: Any) -> str:
+    """A value as people type it: null, true, 0.001, [1,3]."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return str(value)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return json.dumps(value, separators=(",", ":")) if not isinstance(value, str) else value
+
+
+def key_named(option: str, key: str, keys: Iterable[str]) -> str:
+    """A key of the rows by its name or by the unique end of its name."""
+    keys = list(keys)
+    if key in keys:
+        return key
+    ends = [each for each in keys if each.endswith(f".{key}")]
+    if len(ends) == 1:
+        return ends[0]
+    hint = f" It could be {' or '.join(ends)}." if ends else nearest(key, keys) or _by_leaf(key, keys)
+    raise UsageError(f"--{option} {key}: no run's result has such a key.{hint}")
+
+
+def _by_leaf(key: str, keys: list[str]) -> str:
+    leaves = {each.rpartition(".")[2]: each for each in keys}
+    close = nearest(key.rpartition(".")[2], leaves)
+    return next((f" Did you mean '{full}'?" for leaf, full in leaves.items() if close.endswith(f" '{leaf}'?")), "")
+
+
+def natural(label: str) -> tuple[Any, ...]:
+    """To sort by: 2 experts come before 16 experts."""
+    parts = re.split(r"(\d+(?:\.\d+)?)", label)
+    return tuple((part, 0.0) if i % 2 == 0 else ("", float(part)) for i, part in enumerate(parts)), label
+
+
+def setting(group: Group, key: str) -> str:
+    """A setting that --columns names, as a cell: the value that all runs of the group have."""
+    values = {said(run.row.get(key)) for run in group.runs}
+    return values.pop() if len(values) == 1 else "mixed"

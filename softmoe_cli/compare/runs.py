@@ -1,0 +1,165 @@
+"""Finished runs as `softmoe compare` reads them: from result.json and metrics.jsonl and nothing else, offline."""
+
+import os
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from softmoe_cli.errors import UsageError, nearest
+from softmoe_cli.run import rows
+from softmoe_cli.run.rows import AXES, EVERY, LOOK, QUALITIES, RESULT, Row, number
+from softmoe_cli.text import printable
+
+FINGERPRINT = ("hardware", "torch")
+"""Seconds and joules are compared within one of these only."""
+NO_CHOICE = ("data.identity", "checkpoint.train_pflop", "checkpoint.digest")
+"""Keys with a dot that are no settings. Of a checkpoint its origin is one: others of that differ by chance only."""
+DENSE_LACKS = ("model.moe_blocks", "model.expert_init")
+VERSION = ("commit", "softmoe", "torch")
+
+
+@dataclass
+class FinishedRun:
+    """A finished run: its result row, when that was written (seconds since 1970), its validation rows, and in `damage`
+    why there are none."""
+
+    folder: Path
+    row: Row
+    finished: float
+    looks: list[Row]
+    damage: str
+
+    @property
+    def place(self) -> str:
+        """The folder as it may be shown."""
+        return printable(str(self.folder))
+
+    def settings(self) -> Row:
+        """What was chosen: everything but seeds. Choices that a dense model does not have are left out."""
+        chosen = {key: value for key, value in self.row.items() if "." in key and key not in NO_CHOICE}
+        chosen["command"] = self.row["command"]
+        if chosen["model.router._target_"] is None:
+            chosen["model.router._target_"] = "dense"
+            for key in DENSE_LACKS:
+                chosen.pop(key, None)
+        return chosen
+
+    def curve(self, axis: str, key: str) -> list[tuple[float, float]]:
+        return [(look[axis], look[key]) for look in self.looks if axis in look and key in look]
+
+
+def read(folders: Sequence[Path]) -> tuple[list[FinishedRun], list[tuple[str, str]]]:
+    """Every run below the folders, sorted by path, and (folder, reason) of what is none.
+
+    Raises:
+        UsageError: a folder that does not exist.
+    """
+    found: dict[Path, Path] = {}
+    for folder in folders:
+        if not os.path.isdir(folder):  # which also says no to a name that is too long
+            parent = folder.parent
+            siblings = [path.name for path in parent.iterdir() if path.is_dir()] if os.path.isdir(parent) else []
+            raise UsageError(f"{folder} is no folder.{nearest(folder.name, siblings)}")
+        for path in _run_folders(folder):
+            found.setdefault(path.resolve(), path)
+    runs, left_out = [], []
+    for path in sorted(found.values()):
+        row, reason = _result(path)
+        if row is None:
+            left_out.append((printable(str(path)), reason))
+        else:
+            finished = (path / "result.json").stat().st_mtime
+            runs.append(FinishedRun(path, row, finished, *_looks(path / "metrics.jsonl", row)))
+    return runs, left_out
+
+
+def _run_folders(top: Path) -> Iterator[Path]:
+    """Folders that hold a run or the beginning of one, and empty ones."""
+    for where, folders, files in os.walk(top):
+        if {"result.json", "metrics.jsonl", "config.yaml"} & set(files) or not (folders or files):
+            folders.clear()
+            yield Path(where)
+        folders[:] = [name for name in folders if not name.startswith(".") and name != "wandb"]
+
+
+def _result(folder: Path) -> tuple[Row | None, str]:
+    """The result row, or why there is none."""
+    try:
+        found = rows.row(folder / "result.json", RESULT)
+    except FileNotFoundError:
+        if not any(folder.iterdir()):
+            return None, "empty"
+        looks, _ = _looks(folder / "metrics.jsonl")
+        return None, "unfinished: no result.json" + (f", last look at step {looks[-1]['step']:,}" if looks else "")
+    except rows.Unreadable as error:
+        return None, f"result.json {error}"
+    return cast(Row, rows.printed(found)), ""
+
+
+def _looks(path: Path, result: Row | None = None) -> tuple[list[Row], str]:
+    """The validation rows, and what is wrong with the file: a damaged one gives none, nor does one that is not what it
+    was when the run wrote its `result`."""
+    try:
+        text = rows.contents(path, rows.MOST_LINES_BYTES)
+    except FileNotFoundError:
+        return [], "metrics.jsonl is missing"
+    except rows.Unreadable as error:
+        return [], f"metrics.jsonl {error}"
+    looks: list[Row] = []
+    lines = text.splitlines()
+    for place, line in enumerate(lines, 1):
+        try:
+            row = rows.parsed(line)
+        except rows.Unreadable:
+            row = None
+        if not isinstance(row, dict):
+            return [], f"metrics.jsonl is damaged in line {place}"
+        if row.get("split") != "validation":
+            continue
+        wrong = rows.fault(row, EVERY | LOOK)
+        if wrong:
+            return [], f"metrics.jsonl {wrong}, in line {place}"
+        if looks and any(row[axis] <= looks[-1][axis] for axis in AXES):
+            return [], f"metrics.jsonl goes back in line {place}"
+        looks.append({rows.printed(key): value for key, value in row.items() if number(value)})
+    if result is not None and rows.seal(text) != {key: result[key] for key in rows.seal(b"")}:
+        return [], (
+            f"metrics.jsonl was changed after the run: it had {result['metrics_rows']:,} rows then and has "
+            f"{len(lines):,} now, or other ones"
+        )
+    return looks, ("" if looks else "metrics.jsonl has no validation row")
+
+
+def typed(runs: list[FinishedRun]) -> list[str]:
+    """The commands of the sweeps that the runs belong to, and of runs of none how many those are."""
+    wanted, commands = {os.path.normpath(run.folder): run for run in runs}, []
+    for study in sorted({run.folder.parent for run in runs}):
+        for file in sorted(study.glob("sweep-*/jobs.json")):
+            try:
+                command, words, jobs = rows.jobs(file)
+            except (FileNotFoundError, rows.Unreadable):
+                continue  # softmoe status names it
+            mine = [wanted.pop(os.path.normpath(file.parent / job["folder"]), None) for job in jobs]
+            if any(mine):
+                commands.append(printable(shlex.join(["softmoe", command, "-m", *words])))
+    if wanted:
+        kinds = sorted({str(run.row.get("command")) for run in wanted.values()})
+        commands.append(
+            f"softmoe {' or '.join(kinds)}, typed once for each of {len(wanted)} runs: see their config.yaml"
+        )
+    return commands
+
+
+def single(runs: list[FinishedRun], strict: bool) -> tuple[list[FinishedRun], list[tuple[str, str]]]:
+    """One run per signature (and code version, if those are kept apart): the first by path."""
+    first: dict[Any, FinishedRun] = {}
+    doubles = []
+    for run in runs:
+        kept = first.setdefault((run.row["signature"], *(str(run.row.get(key)) for key in VERSION if strict)), run)
+        if kept is not run:
+            same = all(kept.row.get(key) == run.row.get(key) for key in QUALITIES)
+            reason = f"the same run as {kept.place}, " + ("equal in quality" if same else "with OTHER quality")
+            doubles.append((run.place, reason))
+    return list(first.values()), doubles

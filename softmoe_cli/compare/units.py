@@ -1,0 +1,90 @@
+"""Figures for people: the unit that suits a column, as many digits as its uncertainty leaves, more or less in words.
+
+Files for programs hold every digit in the units of result.json.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from softmoe_cli.compare.intervals import Interval
+from softmoe_cli.run.rows import QUALITIES, RESULT
+from softmoe_cli.text import FLOP, digits
+
+BYTES = (("KiB", 2.0**10), ("MiB", 2.0**20), ("GiB", 2.0**30), ("TiB", 2.0**40))
+SECONDS = (("s", 1.0), ("h", 3600.0))
+SCALES = {name: scale for scale in (FLOP, BYTES, SECONDS) for name, _ in scale}
+"""Units that people read in several sizes."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A figure's name with the unit that was chosen, the unit alone, and how many of it one of result.json's is."""
+
+    head: str
+    name: str
+    factor: float
+
+
+def unit(key: str, values: Iterable[float]) -> Unit:
+    """The largest unit that is not above the smallest value; where the largest is more than ten thousand times that,
+    not above their geometric mean."""
+    own = RESULT[key].unit if key in RESULT else ""
+    if own not in SCALES:
+        return Unit(titled(key), "", 1.0)
+    scale = SCALES[own]
+    sizes = dict(scale)
+    positive = [value * sizes[own] for value in values if value > 0]
+    low, high = (min(positive), max(positive)) if positive else (sizes[own], sizes[own])
+    bound = math.sqrt(low) * math.sqrt(high) if high > 1e4 * low else low
+    name, size = max((each for each in scale if each[1] <= bound), key=lambda each: each[1], default=scale[0])
+    before, _, after = RESULT[key].title.rpartition(own)
+    return Unit(f"{before}{name}{after}", name, sizes[own] / size)
+
+
+def titled(key: str) -> str:
+    """What tables call a key of a result."""
+    return (RESULT[key].title or key) if key in RESULT else key
+
+
+def quantity(key: str, value: float) -> str:
+    """One figure with its unit: 392.4 GFLOP"""
+    chosen = unit(key, [value])
+    return f"{figure(key, value * chosen.factor)} {chosen.name or RESULT[key].amount}"
+
+
+def figure(key: str, value: float) -> str:
+    """Of a quality two digits after the point where it is a share, else four; of a cost four digits in all."""
+    if key in QUALITIES:
+        return f"{value:.2f}" if key.endswith("_pct") else f"{value:.4f}"
+    return digits(value)
+
+
+def cell(key: str, interval: Interval | None, factor: float = 1.0, *, signed: bool = False) -> str:
+    """`96.47 ± 0.80`, `305 ± 140`; a spread of nothing is not shown, an unknown one neither.
+
+    A cost's half interval has two digits that count, and its mean ends where they do (at the units at the latest); one
+    that is below the mean's sixth digit is a spread of nothing.
+    """
+    if interval is None:
+        return ""
+    mean, sign = interval.mean * factor, "+" if signed and interval.mean > 0 else ""
+    half = 0.0 if interval.high is None else (interval.high - interval.mean) * factor
+    if key in QUALITIES:
+        return f"{sign}{figure(key, mean)}" + (f" ± {figure(key, half)}" if half else "")
+    if half <= abs(mean) * 1e-6 or half == 0:
+        return f"{sign}{figure(key, mean)}"
+    half = float(f"{half:.1e}")
+    places = max(0, 1 - math.floor(math.log10(half)))
+    return f"{sign}{mean:,.{places}f} ± {half:,.{places}f}"
+
+
+def apart(ratio: float, amount: str) -> str:
+    """`19% fewer training FLOPs`, of a ratio to what is compared with; empty within half a percent."""
+    percent = round(100 * abs(ratio - 1))
+    if percent == 0:
+        return ""
+    if ratio >= 2:
+        return f"{ratio:.3g} times the {amount}"
+    less = "fewer" if amount.endswith("s") else "less"
+    return f"{percent}% {'more' if ratio > 1 else less} {amount}"

@@ -1,0 +1,376 @@
+"""What a model computes: parameters, and FLOPs by formula and by torch's counter, without allocating a weight.
+
+Conventions. A multiply-add is 2 FLOPs. Only matrix products count: norms, softmaxes, GELU, biases, gathers, sorts and
+the optimizer count as 0. Attention counts as its two products, fused or not (a fused backward pass forms the scores
+once more, which is the kernel's choice and counts as 0). Training is the forward pass and one product for each operand
+that has a gradient, which pixels and fixed routing weights have not; recomputation repeats every block but its last
+product, whose result no gradient needs.
+
+The paper (Soft MoE, Puigcerver et al., 2023, Tables 1, 8 and 9) counts evaluation in this way but training with a
+multiply-add as 1 and a backward pass as twice the forward pass: its training FLOPs are 1.5 `forward_flop` an image.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from timm.layers import Mlp
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
+
+from softmoe_cli.config import Model
+from softmoe_cli.errors import UsageError, first_line
+from softmoe_cli.model.vit import build, count_tokens
+from softmoe_cli.moe.layer import MoE
+from softmoe_cli.optim import freeze
+
+PARTS = ("embedding and norms", "attn", "mlp", "router", "experts", "shared", "head")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One kind of layer, summed over the blocks that have it; FLOPs per image. Router includes dispatch and combine."""
+
+    name: str
+    params: int
+    active_params: float
+    forward_flop: int
+    train_flop: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One model on one image. `tokens` includes class token and registers.
+
+    `active_params` are those with a part in one token's way through the model, on average: of the routed experts as
+    many as the router lets work for a token. `slots_per_token` is the rows of all experts over the tokens, with empty
+    slots, in an MoE block: the capacity factor that is really paid for. `train_flop` is not whole where a group of
+    images was not full.
+    """
+
+    parts: tuple[Part, ...]
+    tokens: int
+    slots_per_token: float | None
+    frozen_params: int = 0
+    counted_train_flop: float | None = None
+    """Of a model with frozen parameters, whose training is below the sum of its parts'."""
+
+    @property
+    def params(self) -> int:
+        return sum(part.params for part in self.parts)
+
+    @property
+    def active_params(self) -> float:
+        return sum(part.active_params for part in self.parts)
+
+    @property
+    def forward_flop(self) -> int:
+        return sum(part.forward_flop for part in self.parts)
+
+    @property
+    def train_flop(self) -> float:
+        return (
+            sum(part.train_flop for part in self.parts) if self.counted_train_flop is None else self.counted_train_flop
+        )
+
+
+def account(
+    model: Model,
+    num_classes: int,
+    *,
+    batch: int | None = None,
+    recompute: bool = False,
+    frozen: Sequence[str] = (),
+) -> Cost:
+    """The cost of a config by formula; training with frozen parameters by the counter, because what needs no gradient
+    depends on where they are.
+
+    Args:
+        batch: images that go through the model at once in training (a part, under accumulation): where groups of
+            images share slots, the last group's are paid for whether it is full or not. None: full groups.
+        recompute: whether training recomputes the blocks.
+        frozen: patterns as in optim.freeze.
+
+    Raises:
+        UsageError: a model that cannot be built, whose blocks have no formula, or of which nothing is left to train.
+    """
+    vit = on_meta(model, num_classes)
+    cost = account_model(vit, batch=batch, recompute=recompute)
+    if not frozen:
+        return cost
+    freeze(vit, frozen)
+    _, step = count_flop(vit, batch=batch, recompute=recompute)
+    still = sum(p.numel() for p in vit.parameters() if not p.requires_grad)
+    return replace(cost, frozen_params=still, counted_train_flop=step.flop / step.images)
+
+
+def account_model(vit: VisionTransformer, *, batch: int | None, recompute: bool) -> Cost:
+    """`account` of a model that is there."""
+    tokens = count_tokens(vit)
+    layers = [block.mlp for block in vit.blocks if isinstance(block.mlp, MoE)]
+    return Cost(
+        parts=tuple(_parts(vit, batch, recompute)),
+        tokens=tokens,
+        slots_per_token=layers[0].router.rows(tokens) / tokens if layers else None,
+    )
+
+
+def on_meta(model: Model, num_classes: int) -> VisionTransformer:
+    """The model of a config with shapes and no weights, to be costed.
+
+    Raises:
+        UsageError: sizes that torch cannot even write down.
+    """
+    try:
+        with torch.device("meta"):
+            return build(model, num_classes)
+    except (RuntimeError, OverflowError) as error:
+        raise UsageError(f"{model.name}: such sizes cannot be ({first_line(error)}); choose smaller ones") from error
+
+
+def _part_of(name: str) -> str:
+    """The part that a parameter belongs to."""
+    for part in ("experts", "shared", "router", "mlp", "attn"):
+        if f".{part}." in name:
+            return part
+    return "head" if name.startswith("head.") else "embedding and norms"
+
+
+def _parts(vit: VisionTransformer, batch: int | None, recompute: bool) -> Iterator[Part]:
+    """Every part that the model has, in the order of PARTS."""
+    n = count_tokens(vit)
+    params, idle = dict.fromkeys(PARTS, 0), dict.fromkeys(PARTS, 0.0)
+    forward, train = dict.fromkeys(PARTS, 0), dict.fromkeys(PARTS, 0.0)
+    for name, parameter in vit.named_parameters():
+        params[_part_of(name)] += parameter.numel()
+    pixels = 2 * vit.patch_embed.num_patches * vit.patch_embed.proj.weight.numel()
+    forward["embedding and norms"], train["embedding and norms"] = pixels, 2 * pixels
+    for block in vit.blocks:
+        if type(block) is not Block or not isinstance(block.mlp, Mlp | MoE):
+            kind = type(block if type(block) is not Block else block.mlp).__name__
+            raise UsageError(f"no FLOP formula for {kind} blocks; use a ViT with plain blocks and MLPs")
+        d, inner = block.attn.qkv.in_features, block.attn.proj.in_features
+        here = {"attn": 2 * n * d * 3 * inner + 2 * 2 * n * n * inner + 2 * n * inner * d}
+        here_train: dict[str, float] = {}
+        if isinstance(block.mlp, MoE):
+            router, experts, shared = block.mlp.router, block.mlp.experts, block.mlp.shared
+            here |= {"router": router.flop(n), "experts": experts.flop(router.rows(n))}
+            group = router.images_per_group
+            filled = 1.0 if batch is None else -(-batch // group) * group / batch
+            here_train = {"router": filled * router.train_flop(n), "experts": filled * 3 * here["experts"]}
+            if shared is not None:
+                here["shared"] = shared.flop(float(n))
+            routed = router.experts_per_token - router.shared_experts
+            size = sum(p.numel() for p in experts.parameters())
+            idle["experts"] += size * (1 - min(1.0, routed / router.num_experts))
+        else:
+            filled = 1.0
+            here["mlp"] = 2 * n * (block.mlp.fc1.weight.numel() + block.mlp.fc2.weight.numel())
+        again: dict[str, float] = {part: flop * (filled if part in here_train else 1) for part, flop in here.items()}
+        last, flop = _last_product(block, n)
+        again[last] -= flop * (filled if last in here_train else 1)
+        for part, flop in here.items():
+            forward[part] += flop
+            train[part] += here_train.get(part, 3 * flop) + (again[part] if recompute else 0)
+    if isinstance(vit.head, nn.Linear):
+        forward["head"] = 2 * vit.head.weight.numel()
+        train["head"] = 3 * forward["head"]
+    for part in PARTS:
+        if params[part] or forward[part]:
+            yield Part(part, params[part], params[part] - idle[part], forward[part], train[part])
+
+
+def _last_product(block: Block, n: int) -> tuple[str, int]:
+    """(part, FLOPs) of a block's last product where no gradient needs its result: torch's checkpoint stops before it,
+    once it has all that the backward pass asks for. After LayerScale, stochastic depth or gates something does."""
+    mlp = block.mlp
+    needed = not isinstance(block.ls2, nn.Identity) or not isinstance(block.drop_path2, nn.Identity)
+    if isinstance(mlp, Mlp):
+        return "mlp", 0 if needed else 2 * n * mlp.fc2.weight.numel()
+    if mlp.shared is not None:
+        return "shared", 0 if needed else mlp.shared.flop(float(n)) // 2
+    return "router", 0 if needed else mlp.router.combine_flop(n)
+
+
+# --- the counter ------------------------------------------------------------------------------------------------------
+
+
+def _grouped_mm(a: Any, b: Any, *_: Any, **__: Any) -> int:
+    """Rows by runs times a matrix per run, or their transpose: each row of the longer side meets one matrix."""
+    return 2 * math.prod(a) * b[-1]
+
+
+def _matrix_vector(a: Any, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(a)
+
+
+aten = torch.ops.aten
+COUNTED: dict[Any, Callable[..., int]] = {
+    aten._grouped_mm: _grouped_mm,
+    aten.mv: _matrix_vector,
+    aten.dot: _matrix_vector,
+    aten.addmv: lambda _, a, *__, **___: _matrix_vector(a),
+}
+"""Products that torch's counter takes for nothing."""
+
+FREE = {
+    # norms, softmaxes and reductions
+    aten.native_layer_norm, aten.native_layer_norm_backward, aten._softmax, aten._softmax_backward_data,
+    aten._log_softmax, aten._log_softmax_backward_data, aten.mean, aten.sum, aten.var, aten.amax, aten.amin,
+    aten.argmax, aten.argmin, aten.topk, aten.sort, aten.cumsum, aten.max, aten.min, aten.any, aten.all, aten.prod,
+    aten.bincount, aten.histc, aten.norm, aten.linalg_vector_norm,
+    # shapes, copies and new tensors
+    aten.stack, aten.cat, aten.constant_pad_nd, aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty,
+    aten.new_empty_strided, aten.zeros, aten.zeros_like, aten.new_zeros, aten.ones, aten.ones_like, aten.new_ones,
+    aten.full, aten.full_like, aten.new_full, aten.arange, aten.scalar_tensor, aten._to_copy, aten._unsafe_view,
+    aten.slice_backward, aten.select_backward, aten.randn_like, aten.rand_like, aten.bernoulli, aten.bernoulli_,
+    aten.repeat, aten.flip, aten.roll, aten.eye, aten.tril, aten.triu, aten.lift_fresh, aten.copy_, aten.fill_,
+    aten.zero_, aten.masked_fill_, aten.resize_, aten.one_hot, aten.repeat_interleave, aten.split_with_sizes_copy,
+    aten.embedding, aten.embedding_dense_backward,
+    # looking up and adding up
+    aten.gather, aten.gather_backward, aten.scatter, aten.scatter_, aten.scatter_add, aten.scatter_add_,
+    aten.scatter_reduce, aten.index, aten.index_put, aten.index_put_, aten._unsafe_index_put, aten.index_select,
+    aten.index_select_backward, aten.index_add, aten.index_add_, aten.index_fill, aten.index_copy, aten.searchsorted,
+    aten.bucketize, aten.floor_divide, aten.masked_select, aten.nonzero, aten.segment_reduce,
+}  # fmt: skip
+"""Operations that count as 0 by convention, beside views and what torch calls pointwise."""
+
+
+class Uncounted(UsageError):
+    """An operation that nobody counts."""
+
+
+@functools.cache
+def _free(func: Any) -> bool:
+    """Whether an operation counts as 0 by convention."""
+    return func._overloadpacket in FREE or func.is_view or torch.Tag.pointwise in func.tags or func.namespace == "prim"
+
+
+def _shapes(value: Any) -> Any:
+    """What an operation on the meta device can know of its arguments, to look it up by."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype
+    return tuple(map(_shapes, value)) if isinstance(value, list | tuple) else (type(value), value)
+
+
+def _like(made: Tensor) -> Tensor:
+    return torch.empty_strided(made.shape, made.stride(), dtype=made.dtype, device=made.device)
+
+
+@functools.cache
+def _makes_new(func: Any) -> bool:
+    """Whether an operation neither changes its arguments nor returns parts of them."""
+    returned = any(each.alias_info is not None for each in func._schema.returns)
+    return not (func.is_view or func._schema.is_mutable or returned)
+
+
+class _Watch(TorchDispatchMode):
+    """Raises at an operation that is neither counted nor free.
+
+    torch works out the shapes of most results in Python. An operation that makes new tensors is asked once for each
+    set of shapes: a model's blocks repeat themselves.
+    """
+
+    def __init__(self, counted: Any) -> None:
+        super().__init__()
+        self.counted = counted
+        self._known: dict[Any, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._overloadpacket not in self.counted and not _free(func):
+            raise Uncounted(
+                f"nobody counts the FLOPs of {func}: the cost of a model that uses it would be wrong; write it with "
+                "other operations, or add it to COUNTED or FREE in softmoe_cli/cost/flop.py"
+            )
+        if kwargs or not _makes_new(func):
+            return func(*args, **(kwargs or {}))
+        key = func, _shapes(args)
+        if key in self._known:
+            return tree_map_only(Tensor, _like, self._known[key])
+        out = func(*args)
+        if all(made.is_meta for made in tree_leaves(out) if isinstance(made, Tensor)):  # others have contents
+            self._known[key] = out
+        return out
+
+
+@contextmanager
+def counter() -> Iterator[FlopCounterMode]:
+    """torch's counter, extended by COUNTED; `get_total_flops()` and `get_flop_counts()` tell what it saw.
+
+    Raises:
+        Uncounted: an operation that is neither in torch's table nor in COUNTED nor free.
+    """
+    mode = FlopCounterMode(display=False, custom_mapping=COUNTED)
+    with _Watch(mode.flop_registry), mode:  # the watch stands below: it sees what the counter has taken apart
+        yield mode
+
+
+@dataclass(frozen=True)
+class Count:
+    """What the counter saw on `images` images. It cannot tell the parts of a recomputed step from each other."""
+
+    images: int
+    flop: int
+    flop_by_part: dict[str, int] | None
+
+
+def count_forward(vit: VisionTransformer) -> Count:
+    """The FLOPs of a forward pass of one full group of images by torch's counter. `vit` is on the meta device.
+
+    Raises:
+        Uncounted: an operation that nobody counts.
+    """
+    images = _images(vit, None)
+    with counter() as seen, torch.no_grad():
+        vit.eval()(images)
+    return Count(len(images), seen.get_total_flops(), _by_part(seen, type(vit).__name__))
+
+
+def count_flop(vit: VisionTransformer, *, batch: int | None = None, recompute: bool = False) -> tuple[Count, Count]:
+    """What `count_forward` says, and the FLOPs of a forward and a backward pass of `batch` images (None: one full
+    group), in one go where these are full groups."""
+    images, name = _images(vit, batch), type(vit).__name__
+    vit.set_grad_checkpointing(recompute)
+    with counter() as seen:
+        logits = vit.train()(images)
+        forward = Count(len(images), seen.get_total_flops(), _by_part(seen, name))
+        logits.sum().backward()  # losses, auxiliary ones included, have no products
+    step = Count(len(images), seen.get_total_flops(), None if recompute else _by_part(seen, name))
+    return forward if len(images) % _group(vit) == 0 else count_forward(vit), step
+
+
+def _group(vit: VisionTransformer) -> int:
+    """Images that make full groups for every router."""
+    return math.lcm(*(block.mlp.router.images_per_group for block in vit.blocks if isinstance(block.mlp, MoE)))
+
+
+def _images(vit: VisionTransformer, batch: int | None) -> Tensor:
+    """Images without contents; the model is told to compute attention as the two products that it counts as."""
+    for block in vit.blocks:
+        block.attn.fused_attn = False
+    return torch.empty(batch or _group(vit), vit.in_chans, *vit.patch_embed.img_size, device="meta")
+
+
+def _by_part(mode: FlopCounterMode, root: str) -> dict[str, int]:
+    """The counter's figures by module, added up by part; a module's include its children's."""
+    total = {name: sum(ops.values()) for name, ops in mode.get_flop_counts().items()}
+    parts = dict.fromkeys(PARTS, 0)
+    for name, flop in total.items():
+        path = name.removeprefix(f"{root}.").split(".")
+        if path[0] == "blocks" and len(path) == 3 and path[2] in ("attn", "mlp"):
+            inner = {part: total.get(f"{name}.{part}", 0) for part in ("experts", "shared")}
+            routed = f"{name}.router" in total or f"{name}.experts" in total
+            parts["router" if routed else path[2]] += flop - sum(inner.values())
+            for part, own in inner.items():
+                parts[part] += own
+        elif path in (["head"],):
+            parts["head"] += flop
+    parts["embedding and norms"] = total.get("Global", 0) - sum(parts.values())
+    return parts

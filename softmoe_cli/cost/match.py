@@ -1,0 +1,228 @@
+"""`softmoe match`: the value of one free setting with which a model costs what another does.
+
+The settings are whole numbers, so a cost can seldom be met exactly. It is looked for by doubling the value until the
+cost is passed, halving every interval in which it is crossed, and looking at the neighbours of the best: a rounded
+capacity makes some costs go up and down on their way.
+"""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from softmoe_cli.config import MatchConfig
+from softmoe_cli.cost.clock import measure
+from softmoe_cli.cost.command import load_of
+from softmoe_cli.cost.flop import account
+from softmoe_cli.cost.memory import predict
+from softmoe_cli.errors import RunError, UsageError
+
+LARGEST = 2**24
+NEIGHBOURS = 3
+TIMED = ("latency_ms", "train_step_ms")
+Candidate = Callable[[dict[str, Any]], MatchConfig]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One value of the free setting: the overrides that make it, and its cost over the one to be met."""
+
+    overrides: dict[str, Any]
+    cost: float
+    other_cost: float
+
+    @property
+    def ratio(self) -> float:
+        return self.cost / self.other_cost
+
+    def says(self) -> str:
+        return f"{' '.join(f'{k}={v}' for k, v in self.overrides.items())} ({100 * (self.ratio - 1):+.2f}%)".replace(
+            "=None", "=null"
+        )
+
+
+def match(config: MatchConfig, other: MatchConfig, candidate: Candidate) -> Trial:
+    """The best value of `config.free`.
+
+    Args:
+        other: what is to be met.
+        candidate: the configuration with some keys changed.
+
+    Raises:
+        UsageError: the free setting is not one of the model's.
+        RunError: nothing comes within the tolerance; the message names the nearest on both sides.
+    """
+    seen: dict[int, Trial | None] = {}
+    reason = ""
+    timed = config.by in TIMED
+    other_cost = 0.0 if timed else cost_of(other)
+    one_step = cost_of(dataclasses.replace(config, steps=1)) if config.free == "train.steps" else 0.0
+
+    def trial(value: int) -> Trial | None:
+        """None where the model cannot be built with that value."""
+        nonlocal reason
+        if value not in seen:
+            changes = changes_of(config, value)
+            try:
+                if config.free == "train.steps":
+                    seen[value] = Trial(changes, value * one_step, other_cost)
+                elif timed:
+                    seen[value] = _timed(changes, candidate(changes), other)
+                else:
+                    seen[value] = Trial(changes, cost_of(candidate(changes)), other_cost)
+            except UsageError as error:
+                seen[value], reason = None, str(error)
+        return seen[value]
+
+    changes_of(config, 1)
+    search(lambda value: None if (found := trial(value)) is None else found.ratio, 0 if timed else NEIGHBOURS)
+    trials = [found for found in seen.values() if found is not None]
+    if not trials:
+        raise UsageError(f"free={config.free}: {config.model.name} cannot be built with any value of it ({reason})")
+    best = min(trials, key=lambda found: abs(found.ratio - 1))
+    if timed:  # the best of several measurements was also the luckiest: measure it again
+        trials.remove(best)
+        best = _timed(best.overrides, candidate(best.overrides), other)
+        trials.append(best)
+    if abs(best.ratio - 1) <= config.tolerance:
+        return best
+    below = max((found for found in trials if found.ratio < 1), key=lambda found: found.ratio, default=None)
+    above = min((found for found in trials if found.ratio > 1), key=lambda found: found.ratio, default=None)
+    sides = f"nearest below: {below.says() if below else 'none'}, nearest above: {above.says() if above else 'none'}"
+    raise RunError(
+        f"no {config.free} brings {config.by} of {config.model.name} within {100 * config.tolerance:g}% of "
+        f"{other.model.name}'s {best.other_cost:.4g}; {sides}"
+    )
+
+
+def search(ratio: Callable[[int], float | None], neighbours: int) -> None:
+    """Tries values from 1 on until all that matter were tried, and as many `neighbours` of the best on each side.
+
+    `ratio` is a value's cost over the one to be met, or None where the value cannot be.
+    """
+    value, last = 1, 0
+    points: list[tuple[int, float]] = []
+    while value <= LARGEST:
+        found = ratio(value)
+        if found is not None:
+            points.append((value, found))
+        elif points:
+            last = value
+            break  # no larger value will do either
+        if found is not None and found > 1 and len(points) > 1:
+            break
+        value *= 2
+    if not points:  # such as a depth below that of the MoE blocks
+        points = [(v, found) for v in range(1, 65) if (found := ratio(v)) is not None]
+    elif last:  # the largest value that will do
+        low, high = points[-1][0], last
+        while high - low > 1:
+            middle = (low + high) // 2
+            found = ratio(middle)
+            if found is None:
+                high = middle
+            else:
+                low = middle
+                points.append((middle, found))
+    low, high = points[0][0] // 2 if points else 0, points[0][0] if points else 0
+    while high - low > 1:  # the smallest value that will do
+        middle = (low + high) // 2
+        found = ratio(middle)
+        if found is None:
+            low = middle
+        else:
+            high = middle
+            points.append((middle, found))
+    points.sort()
+    for (low, low_ratio), (high, high_ratio) in itertools.pairwise(points):
+        if (low_ratio - 1) * (high_ratio - 1) > 0:
+            continue
+        while high - low > 1:
+            middle = (low + high) // 2
+            found = ratio(middle)
+            if found is None:
+                break
+            if (found - 1) * (low_ratio - 1) > 0:
+                low, low_ratio = middle, found
+            else:
+                high = middle
+        for near in range(max(1, low - neighbours), high + neighbours + 1):
+            ratio(near)
+
+
+def changes_of(config: MatchConfig, value: int) -> dict[str, Any]:
+    """The keys that give the free setting its `value` (a width in units of what heads divide, `moe_blocks` as that many
+    last ones), with what has to go along.
+
+    Raises:
+        UsageError: the model has no such setting.
+    """
+    backbone, router = config.model.backbone, config.model.router
+    if config.free.startswith("model.router."):
+        name = config.free.rpartition(".")[2]
+        if name not in router:
+            raise UsageError(f"free={config.free}: router {config.model.router_name} has no {name}")
+        if name == "slots_per_expert" and "capacity_factor" in router:
+            return {config.free: value, "model.router.capacity_factor": None}
+        return {config.free: value}
+    if config.free == "model.moe_blocks":
+        if router["_target_"] is None:
+            raise UsageError(f"free={config.free}: {config.model.name} is dense")
+        return {config.free: f"last_{value}"}
+    if config.free == "train.steps":
+        return {config.free: value}
+    if backbone.timm is not None:
+        raise UsageError(f"free={config.free}: model.backbone.timm={backbone.timm} brings its own")
+    if config.free == "model.backbone.depth":
+        return {config.free: value}
+    # The number of heads stays and the MLP keeps its ratio; heads of an odd width are for toys.
+    assert backbone.width is not None and backbone.heads is not None and backbone.mlp_width is not None
+    unit = backbone.heads * (2 if backbone.width // backbone.heads >= 32 else 1)
+    mlp = round(value * unit * backbone.mlp_width / backbone.width)
+    return {config.free: value * unit, "model.backbone.mlp_width": mlp}
+
+
+def cost_of(config: MatchConfig) -> float:
+    """The cost that is to be the same, in the unit of its name, where it needs no clock."""
+    load = load_of(config)
+    if config.by == "peak_mib":
+        return predict(load).peak_bytes / 2**20
+    cost = account(load.model, load.num_classes, batch=load.part, recompute=load.recompute)
+    values = {
+        "forward_gflop": cost.forward_flop / 1e9,
+        "train_gflop": cost.train_flop / 1e9,
+        "train_pflop": (config.steps or 0) * load.batch * cost.train_flop / 1e15,
+        "params_m": cost.params / 1e6,
+        "active_params_m": cost.active_params / 1e6,
+    }
+    return values[config.by]
+
+
+def _timed(changes: dict[str, Any], config: MatchConfig, other: MatchConfig) -> Trial:
+    """Both models measured in turn."""
+    own, others = measure([load_of(config), load_of(other)], max(config.repeats, other.repeats))
+    return Trial(changes, getattr(own, config.by), getattr(others, config.by))
+
+
+def show(best: Trial, config: MatchConfig) -> str:
+    """What to type, and how close it comes."""
+    row = {
+        "model": config.model.name,
+        "to": config.to,
+        "by": config.by,
+        "overrides": [f"{key}={'null' if value is None else value}" for key, value in best.overrides.items()],
+        config.by: best.cost,
+        f"to_{config.by}": best.other_cost,
+        "difference_pct": 100 * (best.ratio - 1),
+        "tolerance_pct": 100 * config.tolerance,
+    }
+    if config.format == "json":
+        return json.dumps(row)
+    words = {key: " ".join(value) if isinstance(value, list) else _cell(value) for key, value in row.items()}
+    return "\n".join(f"{key:<18}{word}" for key, word in words.items())
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.5g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,84 @@
+"""From the bytes of an image to a square of pixels."""
+
+import io
+import math
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torchvision.transforms import RandomResizedCrop
+
+from softmoe_cli.data.archives import Stored
+from softmoe_cli.errors import UsageError
+
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""What may be decoded, whatever a file is called: Pillow knows others, of which it has programs run (PostScript)."""
+
+
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, which nobody could raise: ours is data.max_megapixels
+
+
+def opened(stored: Stored, i: int, channels: int, max_megapixels: float) -> Image.Image:
+    """Image i, decoded, grey or RGB.
+
+    Raises:
+        UsageError: it is no image, is cut short, too large, or cannot be read.
+    """
+    try:
+        with Image.open(io.BytesIO(stored.read(i)), formats=FORMATS) as image:
+            if image.width * image.height > max_megapixels * 1e6:  # before anything is decoded
+                raise UsageError(
+                    f"{stored.place(i)} is {image.width:,} x {image.height:,} pixels, and a few bytes can say that; if "
+                    f"it is right, raise data.max_megapixels={max_megapixels:g}"
+                )
+            if image.mode.startswith(("I", "F")):
+                raise ValueError(f"{image.mode} pixels have more than 8 bits; convert it to 8 bits a channel first")
+            mode = "L" if channels == 1 else "RGB"
+            image.load()
+            return image if image.mode == mode else image.convert(mode)
+    except UnidentifiedImageError as error:
+        raise UsageError(
+            f"{stored.place(i)} is not an image that can be read: damaged, or none of {', '.join(FORMATS)}"
+        ) from error
+    except (OSError, EOFError, SyntaxError, ValueError) as error:
+        raise UsageError(f"{stored.place(i)} is not an image that can be read: {error}") from error
+
+
+MOST_RESIZED = 10**8
+"""Pixels."""
+
+
+def centre(image: Image.Image, side: int, crop_pct: float | None) -> UInt8[Tensor, "c s s"]:
+    """The centre square of an image, `side` pixels large (bicubic, antialiased).
+
+    With crop_pct, timm's evaluation transform: the shorter side becomes floor(side / crop_pct) pixels, and of that the
+    centre is kept.
+    """
+    width, height = image.size
+    if crop_pct is None:
+        cut = min(width, height)
+        left, top = (width - cut) / 2, (height - cut) / 2
+        return _pixels(image.resize((side, side), Image.Resampling.BICUBIC, box=(left, top, left + cut, top + cut)))
+    shorter = math.floor(side / crop_pct)
+    w, h = (int(shorter * length / min(width, height)) for length in (width, height))
+    if w * h > MOST_RESIZED:  # a line of pixels: what is far from its centre is cut off before, not after
+        x, y = (max(0, length - 8 * min(width, height)) // 2 for length in (width, height))
+        return centre(image.crop((x, y, width - x, height - y)), side, crop_pct)
+    x, y = round((w - side) / 2), round((h - side) / 2)
+    return _pixels(image.resize((w, h), Image.Resampling.BICUBIC).crop((x, y, x + side, y + side)))
+
+
+def random_square(image: Image.Image, side: int, area: float, hflip: float) -> UInt8[Tensor, "c s s"]:
+    """timm's training transform: a random part of random area and aspect, resized (bicubic, antialiased), perhaps
+    mirrored. It draws from torch's own random state."""
+    top, left, height, width = RandomResizedCrop.get_params(image, [area, 1.0], [3 / 4, 4 / 3])
+    square = image.crop((left, top, left + width, top + height)).resize((side, side), Image.Resampling.BICUBIC)
+    if hflip and float(torch.rand(())) < hflip:
+        square = square.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return _pixels(square)
+
+
+def _pixels(image: Image.Image) -> UInt8[Tensor, "c s s"]:
+    return torch.from_numpy(np.array(image)).view(image.height, image.width, -1).permute(2, 0, 1)

@@ -1,0 +1,37 @@
+"""What lies at `data.root`: parts (train, val, test), classes, and the place and label of every image.
+
+data.format=folder: a folder per class, or a tar per class, or a tar of such folders; in train/ and val/ (and test/),
+or train.tar and val.tar, or one such tree. The other formats are sets of files whose names say the part.
+What is visible and of one set is read; the rest is refused, or counted as passed over.
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from softmoe_cli.config import Data
+from softmoe_cli.data.folders import Listing, appearance, folder
+from softmoe_cli.data.shards import shards
+from softmoe_cli.errors import UsageError
+
+
+def listing(data: Data) -> Listing:
+    """Lists the files of `data`; of archives it reads the index, and never image data.
+
+    Raises:
+        UsageError: files that are missing, damaged or may not be read, or names that do not say which part they
+            belong to.
+    """
+    try:
+        found = folder(Path(data.root)) if data.format == "folder" else shards(data)
+    except OSError as error:
+        raise UsageError(f"{error.filename or data.root} cannot be read: {error.strerror or error}") from error
+    found.faults.extend(_alike(found.classes))
+    return found
+
+
+def _alike(classes: Iterable[str]) -> Iterator[str]:
+    """Classes that are told apart by what nobody sees."""
+    seen: dict[str, str] = {}
+    for name in classes:
+        if (other := seen.setdefault(appearance(name), name)) != name:
+            yield f"the classes {other!a} and {name!a} look alike; if they are one, write them alike"

@@ -1,0 +1,102 @@
+"""The images of `data.name`, divided into training, validation and test; and by what they are known."""
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from softmoe_cli.config import Data
+from softmoe_cli.data.archives import Stored
+from softmoe_cli.data.contents import digest
+from softmoe_cli.data.decode import centre, opened
+from softmoe_cli.data.folders import Listing
+from softmoe_cli.data.known import IDX_NAMES, cifar, cifar_part, digits, fashion_mnist, idx_arrays, idx_paths
+from softmoe_cli.data.listing import listing
+from softmoe_cli.data.splits import ImageSet, Splits, split
+from softmoe_cli.errors import UsageError
+
+
+def num_classes(data: Data, splits: Splits) -> int:
+    """The width of the head: as the configuration says, else as many as the images have."""
+    return data.num_classes or len(splits.classes)
+
+
+def load(data: Data) -> Splits:
+    """Reads the set that `data` names and cuts it.
+
+    Raises:
+        UsageError: files that are missing, unreadable or damaged, or too few of them; the message names them.
+    """
+    readers = {"digits": digits, "fashion_mnist": fashion_mnist, "cifar10": cifar, "cifar100": cifar}
+    splits = _stored(data) if data.format is not None else readers[data.name](data)
+    if data.num_classes is not None and data.num_classes < len(splits.classes):
+        raise UsageError(f"data.num_classes={data.num_classes} is less than the {len(splits.classes)} classes found")
+    return splits
+
+
+def identity(data: Data) -> str | None:
+    """A digest of the images and of what decides their classes; None for the sets that are the same everywhere.
+
+    Raises:
+        UsageError: the files cannot be used.
+    """
+    if data.name == "fashion_mnist" and data.format is None:  # files of these names hold other sets too
+        return hashlib.sha256(b"".join(array.tobytes() for array in idx_arrays(data))).hexdigest()
+    if data.format is None:
+        return None
+    listed = usable(data)
+    return digest(listed.parts, listed.classes)
+
+
+def is_here(data: Data) -> bool:
+    """Whether a set can be read as it lies there, with nothing fetched."""
+    if data.format is not None or data.name == "digits":
+        return True
+    if data.name == "fashion_mnist":
+        return len(idx_paths(data)) == len(IDX_NAMES)
+    return cifar_part(data, train=False) is not None
+
+
+def _stored(data: Data) -> Splits:
+    """train, val and test as they are; or train and val; or one set, which is split.
+
+    With train and val alone, val is the test set, as ImageNet's is in practice, and validation images are held out of
+    train, so that nothing is chosen on what is reported. Files lie class by class; validation and test images come in
+    an order drawn once for all runs, so that the first batch, and every group of images, has many classes.
+    """
+    listed = usable(data)
+    total = sum(len(labels) for _, labels in listed.parts.values())
+    in_memory = not data.from_file and total * data.channels * data.image_size**2 <= data.memory_gib * 2**30
+    sets = {part: _image_set(stored, labels, data, in_memory) for part, (stored, labels) in listed.parts.items()}
+    splits = split(sets, listed.classes, data)
+
+    def mixed(images: ImageSet) -> ImageSet:
+        return images.subset(np.random.default_rng(0).permutation(len(images)))
+
+    return replace(splits, validation=mixed(splits.validation), test=mixed(splits.test), notes=listed.notes)
+
+
+def usable(data: Data) -> Listing:
+    """What there is to train on or to evaluate.
+
+    Raises:
+        UsageError: the files are no such set.
+    """
+    found = listing(data)
+    if found.faults:
+        raise UsageError(found.faults[0])
+    return found
+
+
+def _image_set(stored: Stored, labels: np.ndarray, data: Data, in_memory: bool) -> ImageSet:
+    images = None
+    if in_memory:
+        with ThreadPoolExecutor() as pool:  # PIL decodes outside Python's lock
+            decoded = pool.map(
+                lambda i: centre(opened(stored, i, data.channels, data.max_megapixels), data.image_size, data.crop_pct),
+                range(len(stored)),
+            )
+            images = torch.stack(list(decoded))
+    return ImageSet(torch.from_numpy(labels), images, data.image_size, data.channels, stored)

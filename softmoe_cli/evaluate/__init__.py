@@ -1,0 +1,1 @@
+"""How good a checkpoint is, and what its predictions depend on."""

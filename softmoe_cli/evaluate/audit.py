@@ -1,0 +1,205 @@
+"""What a prediction depends on beside its image: neighbours in the batch, capacity, slots, single experts.
+
+Everything is measured against the checkpoint as it is, image by image, with the same weights.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from softmoe_cli.config import Model
+from softmoe_cli.data.splits import ImageSet
+from softmoe_cli.evaluate.quality import Outcomes
+from softmoe_cli.model.vit import build, count_tokens
+from softmoe_cli.model.weights import load_weights, slot_axes
+from softmoe_cli.moe.layer import Experts, MoE
+from softmoe_cli.moe.routing import Router
+
+SHUFFLES = 3
+DRAWS = 3
+CAPACITY_STEPS = (0.25, 0.5, 0.75, 1.25, 1.5, 2, 4)
+"""Capacities tried, in the checkpoint's own."""
+DROPPED_SHARES = (0.25, 0.5)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One change and what became of the predictions."""
+
+    part: str
+    setting: str
+    block: int | None
+    top1_pct: float
+    top1_change_pct: float
+    """In points."""
+    changed_pct: float
+    """Share of images with another prediction."""
+    probability_change_max: float
+    """Largest change of a label's probability."""
+
+
+class Audit:
+    """Measures a checkpoint on some images.
+
+    Args:
+        config: the checkpoint's model, with `weights`.
+        said: what a model says of images in batches of a size.
+        images: which are looked at, `batch_size` at a time.
+    """
+
+    def __init__(
+        self,
+        config: Model,
+        weights: dict[str, Tensor],
+        said: Callable[[VisionTransformer, ImageSet, int], Outcomes],
+        images: ImageSet,
+        batch_size: int,
+    ) -> None:
+        self.config, self.weights, self.said, self.images = config, weights, said, images
+        self.batch_size = batch_size
+        self.model = self._variant({}, weights)
+        self.layers = {i: block.mlp for i, block in enumerate(self.model.blocks) if isinstance(block.mlp, MoE)}
+        self.reference = said(self.model, images, batch_size)
+
+    def findings(self, part: str) -> Iterator[Finding]:
+        """The findings of one of `config.AUDITS`; none where `not_applicable` has a reason."""
+        parts = {
+            "neighbours": self._neighbours, "capacity": self._capacity, "slots": self._slots, "experts": self._experts,
+        }  # fmt: skip
+        return parts[part]()
+
+    def not_applicable(self, part: str) -> str | None:
+        """Why a part says nothing about this model."""
+        name = self.config.router_name
+        if part == "neighbours":
+            return None
+        if not self.layers:
+            return f"{name} has no experts"
+        slots = self._router.slots_per_expert
+        if part == "capacity" and (slots is None or self._router.capacity_factor(slots, self._tokens) is None):
+            return f"{name} has no capacity that could overflow"
+        if part == "slots" and not self._router.slot_axes:
+            return f"{name} has no slots of their own weights"
+        if part == "slots" and slots == 1:
+            return "an expert has one slot, which goes with it: see experts"
+        return None
+
+    @property
+    def _router(self) -> Router:
+        """One of the layers' routers: what is asked of it is the same for all."""
+        return next(iter(self.layers.values())).router
+
+    @property
+    def _tokens(self) -> int:
+        return count_tokens(self.model)
+
+    def _variant(self, router: dict[str, Any], weights: dict[str, Tensor]) -> VisionTransformer:
+        config = replace(self.config, router=self.config.router | router)
+        model = build(config, weights["head.weight"].shape[0])
+        load_weights(model, weights, keep_head=True, allow_unexpected=[])
+        return model
+
+    def _finding(
+        self, part: str, setting: str, now: Outcomes, order: np.ndarray | None = None, block: int | None = None
+    ) -> Finding:
+        """`order`: which image of the reference each one is."""
+        then = self.reference
+        index = torch.arange(len(then.label)) if order is None else torch.as_tensor(order)
+        changed = (now.prediction != then.prediction[index]).double().mean().item()
+        moved = (now.label_probability - then.label_probability[index]).abs().max().item()
+        return Finding(part, setting, block, now.top1_pct, now.top1_pct - then.top1_pct, 100 * changed, moved)
+
+    def _neighbours(self) -> Iterator[Finding]:
+        """Other sizes of a batch, and other images beside each one."""
+        group = max((layer.router.images_per_group for layer in self.layers.values()), default=1)
+        for size in sorted({1, group, 4 * group} - {self.batch_size}):
+            yield self._finding("neighbours", f"batches of {size}", self.said(self.model, self.images, size))
+        for draw in range(SHUFFLES):
+            order = np.random.default_rng(draw).permutation(len(self.images))
+            now = self.said(self.model, self.images.subset(order), self.batch_size)
+            yield self._finding("neighbours", f"shuffle {draw}, batches of {self.batch_size}", now, order)
+
+    def _capacity(self) -> Iterator[Finding]:
+        """Fewer and more slots per expert than it was trained with, up to one for every token of a group."""
+        slots, tokens = self._router.slots_per_expert, self._router.images_per_group * self._tokens
+        assert slots is not None
+        steps = {min(tokens, max(1, round(slots * step))) for step in CAPACITY_STEPS}
+        for p in sorted(steps - {slots}):
+            factor = self._router.capacity_factor(p, self._tokens)
+            now = self.said(self._variant({"slots_per_expert": p}, self.weights), self.images, self.batch_size)
+            yield self._finding("capacity", f"{p} slots per expert (factor {factor:.3g}) for {slots}", now)
+
+    def _slots(self) -> Iterator[Finding]:
+        """The first so many slots of every expert, as if the others had never been: both softmaxes are over fewer."""
+        p, axes = self._router.slots_per_expert, slot_axes(self.model)
+        assert p is not None
+        for q in sorted({p // 2**halving for halving in range(1, p.bit_length())}):
+            fewer = {key: w.narrow(axes[key], 0, q) if key in axes else w for key, w in self.weights.items()}
+            now = self.said(self._variant({"slots_per_expert": q}, fewer), self.images, self.batch_size)
+            yield self._finding("slots", f"{q} slots per expert for {p}", now)
+
+    def _experts(self) -> Iterator[Finding]:
+        """Experts that return zero: nothing is routed anew. One in turn in every block, then some in all blocks."""
+        for block, layer in self.layers.items():
+            for expert in range(layer.router.num_experts):
+                with silenced(layer.experts, [expert]):
+                    now = self.said(self.model, self.images, self.batch_size)
+                yield self._finding("experts", f"without expert {expert}", now, block=block)
+        count = self._router.num_experts
+        for dropped in sorted({round(share * count) for share in DROPPED_SHARES} - {0, count}):
+            for draw in range(DRAWS):
+                rng = np.random.default_rng(draw)
+                with ExitStack() as stack:
+                    for layer in self.layers.values():
+                        some = rng.choice(count, dropped, replace=False).tolist()
+                        stack.enter_context(silenced(layer.experts, some))
+                    now = self.said(self.model, self.images, self.batch_size)
+                setting = f"without {dropped} of {count} in every block, draw {draw}"
+                yield self._finding("experts", setting, now)
+
+
+@contextmanager
+def silenced(experts: Experts, which: Sequence[int]) -> Iterator[None]:
+    """While open, these experts return zeros."""
+
+    def hook(
+        _module: Experts, inputs: tuple[Tensor, Int[Tensor, " e"] | None], rows: Float[Tensor, "*rows d"]
+    ) -> Float[Tensor, "*rows d"]:
+        chosen = torch.tensor(which, device=rows.device)
+        if inputs[1] is None:
+            return rows.index_fill(0, chosen, 0)
+        expert = torch.searchsorted(
+            inputs[1], torch.arange(len(rows), device=rows.device, dtype=torch.int32), right=True
+        )
+        return rows.masked_fill(torch.isin(expert, chosen)[:, None], 0)
+
+    handle = experts.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def summary(findings: Sequence[Finding]) -> list[Finding]:
+    """Experts in turn as two rows per block, their mean and the worst; everything else as it is."""
+    rows = []
+    for block in dict.fromkeys(finding.block for finding in findings):
+        some = [finding for finding in findings if finding.block == block]
+        if block is None:
+            rows += some
+            continue
+        worst = min(some, key=lambda finding: finding.top1_pct)
+        means = [
+            sum(getattr(finding, key) for finding in some) / len(some)
+            for key in ("top1_pct", "top1_change_pct", "changed_pct", "probability_change_max")
+        ]
+        rows.append(Finding("experts", f"block {block}, one of {len(some)}: mean", block, *means))
+        rows.append(replace(worst, setting=f"block {block}, {worst.setting}: the worst"))
+    return rows

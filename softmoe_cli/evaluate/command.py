@@ -1,0 +1,347 @@
+"""`softmoe evaluate`: everything that is told of a checkpoint, or of an average of several."""
+
+import csv
+import dataclasses
+import io
+import json
+import re
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from softmoe_cli.config import EvaluateConfig, Model, check_groups
+from softmoe_cli.data import sets
+from softmoe_cli.data.batches import eval_batches
+from softmoe_cli.data.splits import ImageSet
+from softmoe_cli.device import arithmetic, hardware, keep_freed_memory
+from softmoe_cli.errors import UsageError
+from softmoe_cli.evaluate import soup
+from softmoe_cli.evaluate.audit import Audit, Finding, summary
+from softmoe_cli.evaluate.fewshot import check_shots, fewshot
+from softmoe_cli.evaluate.quality import Batch, Outcomes, calibration_error, features, outcomes, qualities
+from softmoe_cli.files import require_vacant, write_atomically
+from softmoe_cli.model.vit import build, prepare
+from softmoe_cli.model.weights import load_weights
+from softmoe_cli.run.source import Source
+from softmoe_cli.terminal import Screen
+from softmoe_cli.text import aligned, printable, spreadsheet_cell
+
+
+def evaluate_checkpoint(config: EvaluateConfig, model_config: Model, sources: list[Source]) -> None:
+    """Prints quality, calibration and, where asked for, few-shot quality and the audit, as a table or as JSON.
+
+    Args:
+        model_config: the model of all `sources`, which are averaged.
+
+    Raises:
+        UsageError: the data have other classes than the checkpoint, or a file cannot be written.
+    """
+    card = sources[0].card
+    loss, precision = config.loss or card["loss"], config.precision or card["precision"]
+    check_groups("batch_size", config.batch_size, model_config.router)
+    for key in ("predictions", "confusion"):
+        if (place := getattr(config, key)) is not None:
+            require_vacant(key, Path(place))
+            if not Path(place).parent.is_dir():
+                raise UsageError(f"{key}={place}: {Path(place).parent} is no folder")
+    if config.predictions is not None and config.predictions == config.confusion:
+        raise UsageError(f"predictions={config.predictions} and confusion= are the same file; give each its own")
+    device, autocast = arithmetic(config.device, precision, config.threads)
+    keep_freed_memory(device)
+    splits = sets.load(config.data)
+    shots = ["train"] + ["validation"] * (config.fewshot_l2 == "validation") if config.fewshot else []
+    splits.need(config.split, *shots, *["validation"] * (config.soup == "greedy"))
+    notes = check_shots(splits.train.labels, config.fewshot, "fewshot") if config.fewshot else []
+    if config.real == "timm" and card["classes"] == sorted(card["classes"]):
+        odd = [name for name in card["classes"] if not re.match(r"n\d", name)]
+        if odd:  # classes in the order of other names have other numbers
+            raise UsageError(
+                "real=timm numbers classes in the order of ImageNet's own names, such as n01440764; the checkpoint has "
+                f"{odd[0]}; give a file of labels in the checkpoint's order"
+            )
+    outputs = _outputs(card["classes"], splits.classes, config.data.class_numbers)
+    whole_head = outputs == list(range(len(card["classes"])))
+    if outputs is None:
+        _check_foreign(config, sources[0], splits.classes)
+    for source in sources:
+        if "head.weight" not in source.weights:
+            raise UsageError(f"checkpoint={source.label} has no head; softmoe finetune gives it one")
+
+    def batches(images: ImageSet, batch_size: int = config.batch_size) -> Iterator[Batch]:
+        return eval_batches(
+            images,
+            config.data,
+            image_size=model_config.image_size,
+            in_chans=model_config.in_chans,
+            batch_size=batch_size,
+            device=device,
+        )
+
+    def said(model: VisionTransformer, images: ImageSet, batch_size: int) -> Outcomes:
+        prepare(model, device, precision)
+        seen = model.to(device) if whole_head else Among(model.to(device), outputs or [])
+        return outcomes(seen, batches(images, batch_size), loss=loss, autocast=autocast)
+
+    def built(weights: dict[str, Tensor]) -> VisionTransformer:
+        model = build(model_config, weights["head.weight"].shape[0])
+        load_weights(model, weights, keep_head=True, allow_unexpected=[])
+        return model
+
+    states, kept = [source.weights for source in sources], list(range(len(sources)))
+    if config.soup == "greedy":
+        kept = soup.greedy(states, lambda w: said(built(w), splits.validation, config.batch_size).top1_pct)
+    weights = soup.average([states[i] for i in kept]) if len(kept) > 1 else states[kept[0]]
+    labels = [sources[i].label for i in kept]
+    model = built(weights)
+    images = {"train": splits.train, "validation": splits.validation, "test": splits.test}[config.split]
+
+    right = real_labels(config.real, images, len(card["classes"])) if config.real is not None else []
+
+    row: dict[str, Any] = {"checkpoint": labels[0] if len(labels) == 1 else labels}
+    if len(sources) > 1:
+        row["soup"] = f"{config.soup}, {len(kept)} of {len(sources)}"
+    row |= {"data": config.data.name, "split": config.split}
+    start = time.perf_counter()
+    if outputs is not None:
+        if len(outputs) < len(card["classes"]):
+            row["among"] = f"{len(outputs)} of the {len(card['classes'])} classes that the checkpoint knows"
+        result = said(model, images, config.batch_size)
+        row |= {key: value for key, value in qualities(result) if key != "images_evaluated"}
+        row["ece_pct"] = 100 * calibration_error(result.probability, result.right, config.calibration_bins)
+        if config.real is not None:
+            answers = result.prediction if whole_head else torch.tensor(outputs)[result.prediction]
+            row |= real_qualities(answers, right)
+        row |= _by_class(result, splits.classes) | (_confusion(result) if config.format == "json" else {})
+        _write(config, result, images, splits.classes)
+    else:
+        row["head"] = f"not scored: it knows {_shortly(card['classes'])}, the data have {_shortly(splits.classes)}"
+    row |= {"images": len(images), "eval_s": time.perf_counter() - start, "hardware": hardware(device)}
+    if config.fewshot:
+        prepare(model.to(device), device, precision)
+        apart = config.fewshot_l2 == "validation" and config.split != "validation"
+        chooser = splits.validation if apart else None
+        row["fewshot_l2_chosen_on"] = "validation" if chooser is not None else f"the scored {config.split}"
+        row["fewshot_notes"] = notes
+        row |= dict(
+            fewshot(
+                lambda some: features(model, batches(some), autocast),
+                config.fewshot,
+                splits.train,
+                images,
+                chooser,
+                len(splits.classes),
+                config.fewshot_seed,
+            )
+        )
+    findings: list[Finding] = []
+    if config.audit:
+        some = images
+        if config.audit_images is not None:
+            spread = np.linspace(0, len(images) - 1, min(config.audit_images, len(images)))
+            some = images.subset(spread.round().astype(np.int64))
+        audit = Audit(model_config, weights, said, some, config.batch_size)
+        row["audit_images"] = len(some)
+        row["audit_reference_top1_pct"] = audit.reference.top1_pct
+        reasons = {part: audit.not_applicable(part) for part in config.audit}
+        findings = [each for part in config.audit if reasons[part] is None for each in audit.findings(part)]
+        row["not_applicable"] = {part: reason for part, reason in reasons.items() if reason is not None}
+        row["audit"] = [dataclasses.asdict(finding) for finding in findings]
+    print(json.dumps(row)) if config.format == "json" else _show(row, findings)
+
+
+class Among(nn.Module):
+    """A model's logits of some of its classes only: the others are no possible answer."""
+
+    def __init__(self, model: nn.Module, outputs: list[int]) -> None:
+        super().__init__()
+        self.model, self.outputs = model, outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)[:, self.outputs]
+
+
+def _outputs(known: list[str], found: list[str], by_number: bool) -> list[int] | None:
+    """Which of the head's outputs the classes of the data are, by name or by number; None: some are not among them.
+
+    Raises:
+        UsageError: several outputs have one of the names.
+    """
+    if not by_number and found == known:
+        return list(range(len(known)))
+    times = Counter(known)
+    twice = [name for name in found if times[name] > 1]
+    if twice and not by_number and set(found) <= set(known):
+        raise UsageError(
+            f"the checkpoint has {times[twice[0]]} outputs called '{twice[0]}', so that it is open which one "
+            "the data's class of that name is; set data.class_numbers=true if the data's classes are outputs' numbers"
+        )
+    place = {str(i) if by_number else name: i for i, name in enumerate(known)}
+    return [place[name] for name in found] if set(found) <= set(place) else None
+
+
+REAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.\w+")
+
+
+def real_labels(real: str, images: ImageSet, classes: int) -> list[set[int]]:
+    """The classes that are right for each image, by ImageNet's number in its name; an empty set where raters saw none.
+
+    Are we done with ImageNet? (Beyer et al., 2020), https://arxiv.org/abs/2006.07159.
+
+    Raises:
+        UsageError: not ReaL's file, or images that are not ImageNet's validation images.
+    """
+    path = resources.files("timm.data") / "_info" / "imagenet_real_labels.json" if real == "timm" else Path(real)
+    try:
+        labels = [{int(label) for label in each} for each in json.loads(path.read_text())]
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(f"real={real} is not a JSON list with a list of labels per image: {error}") from error
+    if any(not 0 <= label < classes for each in labels for label in each):
+        raise UsageError(f"real={real} has labels beyond the {classes} classes that the checkpoint knows")
+    places = images.files.places if images.files is not None else [Path("images without names")]
+    found = [(place, REAL_NAME.fullmatch(place.name)) for place in places]
+    odd = [place for place, number in found if number is None or not 1 <= int(number[1]) <= len(labels)]
+    if odd:
+        raise UsageError(f"real={real} has no labels for {odd[0]}: it must be called ILSVRC2012_val_NUMBER")
+    return [labels[int(number[1]) - 1] for _, number in found if number is not None]
+
+
+def real_qualities(prediction: Int64[Tensor, " n"], labels: list[set[int]]) -> dict[str, Any]:
+    """Share of predictions that are one of an image's labels; images without any do not count.
+
+    Raises:
+        UsageError: no image has any.
+    """
+    right = [guess in these for guess, these in zip(prediction.tolist(), labels, strict=True) if these]
+    if not right:
+        raise UsageError("real= has no label for any of these images")
+    return {"real_top1_pct": 100 * sum(right) / len(right), "real_images": len(right)}
+
+
+def _check_foreign(config: EvaluateConfig, source: Source, classes: list[str]) -> None:
+    """Without common classes there is few-shot quality and nothing else."""
+    asks = {
+        "audit": config.audit,
+        "real": config.real,
+        "predictions": config.predictions,
+        "confusion": config.confusion,
+    }
+    asked = [key for key, value in asks.items() if value] + ["soup=greedy"] * (config.soup == "greedy")
+    if config.fewshot and not asked:
+        return
+    raise UsageError(
+        f"checkpoint={source.label} knows {_shortly(source.card['classes'])}, but data={config.data.name} has "
+        f"{_shortly(classes)}"
+        + (f", which {asked[0]} cannot do with" if config.fewshot else "")
+        + "; use softmoe finetune for other classes, or fewshot=[1,5,10,25] alone for the features"
+    )
+
+
+def _shortly(classes: list[str]) -> str:
+    """`10 classes (0, 1, 2, …)`"""
+    return f"{len(classes)} classes ({', '.join(map(printable, classes[:3]))}{', …' if len(classes) > 3 else ''})"
+
+
+SQUARE = 2000
+"""Classes up to which the confusion is a square of numbers: 4 million of them."""
+
+
+def _by_class(said: Outcomes, classes: list[str]) -> dict[str, Any]:
+    """Accuracy of each class that the images have."""
+    totals, rights = said.by_class(len(classes))
+    rows = [
+        {"class": name, "images": total, "top1_pct": 100 * right / total}
+        for name, total, right in zip(classes, totals.tolist(), rights.tolist(), strict=True)
+        if total
+    ]
+    return {"per_class": rows}
+
+
+def _confusion(said: Outcomes) -> dict[str, Any]:
+    """The confusion of labels (rows) with predictions (columns); of many classes, the pairs that there are."""
+    if said.classes <= SQUARE:
+        return {"confusion": said.confusion.tolist()}
+    return {"confusion_pairs": said.pairs.tolist()}
+
+
+def _write(config: EvaluateConfig, said: Outcomes, images: ImageSet, classes: list[str]) -> None:
+    """The files of `predictions=` and `confusion=`. Floats are written in full: what is computed from them is exact."""
+    if config.predictions is not None:
+        head = ["label", "prediction", "probability", "label_probability"]
+        columns: dict[str, Sequence[Any]] = {"index": range(len(images))}
+        columns |= {name: getattr(said, name).tolist() for name in head}
+        columns |= {"file": [printable(str(place)) for place in images.files.places]} if images.files else {}
+        write_atomically(Path(config.predictions), _csv([list(columns), *zip(*columns.values(), strict=True)]))
+    if config.confusion is not None:
+        names = [printable(name) for name in classes]
+        names += [f"output {i}" for i in range(len(classes), said.classes)]
+        if said.classes <= SQUARE:
+            counts = said.confusion.tolist()[: len(classes)]
+            lines = ([name, *row] for name, row in zip(names, counts, strict=False))
+            write_atomically(Path(config.confusion), _csv([["label \\ prediction", *names], *lines]))
+        else:
+            rows = ([names[label], names[prediction], images] for label, prediction, images in said.pairs.tolist())
+            write_atomically(Path(config.confusion), _csv([["label", "prediction", "images"], *rows]))
+
+
+def _csv(rows: Iterable[Sequence[Any]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(map(spreadsheet_cell, row) for row in rows)
+    return text.getvalue()
+
+
+SAID = {
+    "top1_pct": "{} top-1", "top5_pct": "{} top-5", "loss": "{} loss", "nll": "{} NLL", "ece_pct": "calibration",
+    "real_top1_pct": "ReaL top-1", "real_images": "ReaL images", "eval_s": "seconds", "audit_images": "audit images",
+    "audit_reference_top1_pct": "audit, whole", "worst_class": "worst class",
+}  # fmt: skip
+"""What the table calls figures, of which part of the images; the rest as the row does. No longer than its column."""
+
+
+def _show(row: dict[str, Any], findings: list[Finding]) -> None:
+    """The row as a table; classes and confusion as the class that is worst, experts in turn as mean and worst."""
+    shown = {}
+    for key, value in row.items():
+        if key in ("audit", "not_applicable", "fewshot_l2_chosen_on", "fewshot_notes") or re.fullmatch(
+            r"fewshot_\d+_.*", key
+        ):
+            continue
+        if key == "per_class":
+            worst = min(value, key=lambda each: each["top1_pct"])
+            shown["worst_class"] = f"{printable(worst['class'])}, {worst['top1_pct']:.2f}% of {worst['images']}"
+        elif isinstance(value, list):
+            shown[key] = f"the average of {len(value)}: {', '.join(value)}"
+        else:
+            unit = "%" if key.endswith("_pct") else ""
+            shown[key] = f"{value:.{2 if unit else 4}f}{unit}" if isinstance(value, float) else str(value)
+    screen = Screen()
+    screen.table("evaluate", {SAID.get(key, key).format(row["split"]): text for key, text in shown.items()})
+    shots = [key.split("_")[1] for key in row if re.fullmatch(r"fewshot_\d+_l2", key)]
+    if shots:
+        head = ["shots per class", "images", "l2", "top-1, %"]
+        cells = [
+            [k, str(row[f"fewshot_{k}_images"]), f"{row[f'fewshot_{k}_l2']:g}", f"{row[f'fewshot_{k}_top1_pct']:.2f}"]
+            for k in shots
+        ]
+        screen.say(aligned([head, *cells], markdown=False))
+        screen.say(f"ridge regression on the frozen features; l2 chosen on {row['fewshot_l2_chosen_on']} images")
+        for note in row["fewshot_notes"]:
+            screen.say(note)
+    for part, reason in row.get("not_applicable", {}).items():
+        screen.say(f"audit of {part}: {reason}")
+    if findings:
+        head = ["audit", "top-1, %", "change, points", "predictions changed, %", "largest change of a probability"]
+        cells = [
+            [f"{each.part}: {each.setting}", f"{each.top1_pct:.2f}", f"{each.top1_change_pct:+.2f}",
+             f"{each.changed_pct:.2f}", f"{each.probability_change_max:.1e}"]
+            for each in summary(findings)
+        ]  # fmt: skip
+        screen.say(aligned([head, *cells], markdown=False))

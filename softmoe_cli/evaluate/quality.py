@@ -1,0 +1,181 @@
+"""Quality of a model on a set of images, each counted exactly once: an iterator of (name, value)."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Float64, Int64
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from softmoe_cli.moe.routing import Router, Routing, full_precision
+
+Batch = tuple[Tensor, Tensor]
+CALIBRATION_BINS = 15
+"""As in Guo et al., 2017."""
+
+
+def classification_loss(logits: Tensor, targets: Tensor, kind: str) -> Tensor:
+    """Mean over images, in float32 or better. `targets` (b, classes) are shares of each class.
+
+    softmax: cross-entropy. sigmoid: binary cross-entropy summed over classes (the official pretraining loss).
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if kind == "sigmoid":
+        return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(dim=1).mean()
+    return F.cross_entropy(logits, targets)
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """What a model said of n images, in their order, on the CPU.
+
+    Probabilities are the softmax of the logits. That holds for the sigmoid loss too: its classes are independent yes or
+    no with odds e^logit, and given that exactly one of them is true, which is what single labels say, the softmax is
+    their distribution.
+    """
+
+    label: Int64[Tensor, " n"]
+    prediction: Int64[Tensor, " n"]
+    probability: Float64[Tensor, " n"]
+    """Of the prediction."""
+    label_probability: Float64[Tensor, " n"]
+    in_top5: Bool[Tensor, " n"]
+    nll: float
+    """Mean over images of -ln(probability of the label)."""
+    loss: float
+    classes: int
+
+    @property
+    def right(self) -> Bool[Tensor, " n"]:
+        return self.prediction == self.label
+
+    @property
+    def top1_pct(self) -> float:
+        return _share_pct(self.right)
+
+    def by_class(self, classes: int) -> tuple[Int64[Tensor, " c"], Int64[Tensor, " c"]]:
+        """Images, and right predictions, of each of the first `classes` classes."""
+        total, right = (torch.bincount(label, minlength=classes) for label in (self.label, self.label[self.right]))
+        return total[:classes], right[:classes]
+
+    @property
+    def pairs(self) -> Int64[Tensor, "pairs 3"]:
+        """Label, prediction and number of images, of every such pair that there is, ascending."""
+        found, counts = (self.label * self.classes + self.prediction).unique(return_counts=True)
+        return torch.stack([found // self.classes, found % self.classes, counts], dim=1)
+
+    @property
+    def confusion(self) -> Int64[Tensor, "c c"]:
+        """Images by label (row) and prediction (column): of many classes, a square that fits nowhere; see `pairs`."""
+        label, prediction, images = self.pairs.T
+        square = torch.zeros(self.classes, self.classes, dtype=torch.int64)
+        square[label, prediction] = images
+        return square
+
+
+def _share_pct(right: Bool[Tensor, " n"]) -> float:
+    return 100 * int(right.sum()) / len(right)
+
+
+Collect = Callable[[list[Any]], list[Any]]
+"""What was found on every batch, in order, from what was found on those that this process has seen."""
+
+
+def _seen_all(found: list[Any]) -> list[Any]:
+    return found
+
+
+@torch.no_grad()
+def outcomes(
+    model: nn.Module, batches: Iterable[Batch], *, loss: str, autocast: torch.autocast, collect: Collect = _seen_all
+) -> Outcomes:
+    """Every batch once through the model; what it said is fetched from its device at the end. Sums are float64, so that
+    the batch size does not show."""
+    model.eval()
+    said, classes = [], 0
+    with autocast:  # around all batches: a weight is cast once
+        for x, labels in batches:
+            logits = model(x)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            classes = logits.shape[1]
+            best = logits.topk(min(5, classes), dim=1).indices
+            hit = (best == labels[:, None]).any(dim=1)
+            integers = torch.stack([labels, best[:, 0], hit.long()])
+            chances = logits.softmax(dim=1)
+            known = [chances.gather(1, which[:, None])[:, 0] for which in (best[:, 0], labels)]
+            numbers = torch.stack([*known, F.cross_entropy(logits, labels, reduction="none")])
+            mean_loss = classification_loss(logits, F.one_hot(labels, classes).to(logits.dtype), loss)
+            said.append((integers, numbers, mean_loss, len(labels)))
+    said = collect(said)
+    label, prediction, hit = torch.cat([each[0] for each in said], dim=1).cpu()
+    probability, label_probability, nll = torch.cat([each[1] for each in said], dim=1).cpu().double()
+    sizes = torch.tensor([each[3] for each in said], dtype=torch.float64)
+    mean = (torch.stack([each[2] for each in said]).cpu().double() @ sizes).item() / len(label)
+    return Outcomes(label, prediction, probability, label_probability, hit.bool(), nll.mean().item(), mean, classes)
+
+
+def calibration_error(
+    probability: Float64[Tensor, " n"], right: Bool[Tensor, " n"], bins: int = CALIBRATION_BINS
+) -> float:
+    """Expected calibration error (Guo et al., 2017, equation 3, https://arxiv.org/abs/1706.04599), from 0 to 1.
+
+    Images fall into bins of equal width by the probability of their prediction, ((m - 1) / bins, m / bins]; the error
+    is the mean over images of |share that is right - mean probability| of their bin.
+    """
+    edges = torch.arange(1, bins + 1, dtype=torch.float64) / bins
+    place = torch.bucketize(probability, edges).clamp(max=bins - 1)  # a softmax may round to a little over 1
+    excess = torch.zeros(bins, dtype=torch.float64).index_add(0, place, right.double() - probability)
+    return excess.abs().sum().item() / len(probability)
+
+
+def qualities(said: Outcomes) -> Iterator[tuple[str, float]]:
+    """Yields top1_pct, top5_pct, loss, nll, ece_pct and images_evaluated."""
+    yield "top1_pct", said.top1_pct
+    yield "top5_pct", _share_pct(said.in_top5)
+    yield "loss", said.loss
+    yield "nll", said.nll
+    yield "ece_pct", 100 * calibration_error(said.probability, said.right)
+    yield "images_evaluated", len(said.label)
+
+
+def evaluate(
+    model: nn.Module, batches: Iterable[Batch], *, loss: str, autocast: torch.autocast, collect: Collect = _seen_all
+) -> Iterator[tuple[str, float]]:
+    """The `qualities` of a model on labelled images."""
+    return qualities(outcomes(model, batches, loss=loss, autocast=autocast, collect=collect))
+
+
+@torch.no_grad()
+def features(
+    model: VisionTransformer, batches: Iterable[Batch], autocast: torch.autocast, collect: Collect = _seen_all
+) -> Float[Tensor, "n d"]:
+    """What the head would see of every image (pooled, after the last norm), float32, on the CPU."""
+    model.eval()
+    seen: list[Tensor] = []
+    hook = model.head.register_forward_pre_hook(lambda _head, inputs: seen.append(inputs[0].float()))
+    with hook, autocast:
+        for x, _ in batches:
+            model(x)  # as a whole: what is divided among processes comes together around a module's call
+    return torch.cat(collect(seen)).cpu()
+
+
+@torch.no_grad()
+def routing_statistics(model: nn.Module, batch: Batch, autocast: torch.autocast) -> list[dict[str, float]]:
+    """One row of statistics per MoE layer, in the order of the blocks, on one batch."""
+    model.eval()
+    found: list[dict[str, float]] = []
+
+    def remember(router: Router, _inputs: object, routing: Routing) -> None:
+        with full_precision(batch[0]):  # now, when the router's weights are whole
+            found.append(routing.statistics() | router.statistics())
+
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    hooks = [router.register_forward_hook(remember) for router in routers]
+    with autocast:
+        model(batch[0])
+    for hook in hooks:
+        hook.remove()
+    return found

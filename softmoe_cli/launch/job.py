@@ -1,0 +1,136 @@
+"""One job in a process of its own."""
+
+import json
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from softmoe_cli.errors import RunError
+from softmoe_cli.files import not_following, write_atomically
+from softmoe_cli.signals import leave
+from softmoe_cli.text import printable_lines
+
+Run = Callable[[Sequence[str]], tuple[int, str]]
+"""What runs a command line: exit status and the sentence that says why, as cli.run, which is handed down to here."""
+
+GONE_S = 300
+"""How long a job that asked to be queued again waits for Slurm to end it."""
+
+SERVER = multiprocessing.get_context("forkserver")
+
+NOT_FOR_SERVER = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+@dataclass(frozen=True)
+class Order:
+    """One job as a process gets it: what `softmoe` is to run, where, and where its output goes."""
+
+    arguments: list[str]
+    directory: str
+    environment: dict[str, str]
+    log: Path
+
+    @property
+    def failure(self) -> Path:
+        return self.log.with_suffix(".json")
+
+
+def perform(order: Order, run: Run) -> int:
+    """Runs a job's command line, with its output in a log; writes down why it failed. Returns the exit status."""
+    try:
+        os.chdir(order.directory)
+        os.environ.update(order.environment)
+        order.failure.unlink(missing_ok=True)
+        with open(order.log, "a", opener=not_following) as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+    except OSError as error:  # said where the launcher speaks
+        print(f"softmoe: cannot write {order.log}: {error.strerror}", file=sys.stderr)
+        return os.EX_CANTCREAT
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    sys.argv = ["softmoe", *order.arguments]
+    code, reason = run(order.arguments)
+    if reason:
+        try:
+            print(f"softmoe: {printable_lines(reason)}", file=sys.stderr)
+            if code != 130:
+                note(order, reason)
+        except (OSError, RunError):
+            return os.EX_CANTCREAT
+    return code
+
+
+def note(order: Order, reason: str) -> None:
+    """Writes why a job failed."""
+    write_atomically(order.failure, json.dumps({"reason": reason}) + "\n")
+
+
+def start_server(modules: list[str]) -> None:
+    """Starts what processes are forked from. A signal to the whole process group is not for it: without it nobody
+    would know how they end."""
+    SERVER.set_forkserver_preload(modules)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in NOT_FOR_SERVER}
+    multiprocessing.forkserver.ensure_running()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def follow_launcher(leave: Callable[[], object] = lambda: os.kill(os.getpid(), signal.SIGTERM)) -> None:
+    """Puts a process that a launcher started into a process group of its own, so that a Ctrl-C reaches the launcher
+    alone, and has it save and `leave` when the launcher is gone, so that nothing goes on unseen."""
+    os.setpgid(0, 0)
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # SIGUSR2 is for who passes it on as SIGTERM
+        signal.signal(number, signal.SIG_DFL)
+    launcher = multiprocessing.parent_process()
+    assert launcher is not None
+
+    def watch() -> None:
+        launcher.join()
+        leave()
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def in_process(order: Order, run: Run) -> None:
+    """A forked job."""
+    follow_launcher()
+    leave(perform(order, run))
+
+
+def in_worker(order: Order, run: Run) -> int:
+    """A job in a worker of submitit or Ray, whose own handlers make way: SIGUSR2 is submitit's word for a time limit
+    or a preemption that is near. The job then saves, leaves and is queued again."""
+    told: list[int] = []
+
+    def save(number: int, _frame: FrameType | None) -> None:
+        told.append(number)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR2, save)
+    code = perform(order, run)
+    if code == 130 and told:
+        _queue_again()
+    return code
+
+
+def _queue_again() -> None:
+    """Asks submitit for another run of this job; comes back only if there will be none."""
+    import submitit
+
+    print("the job is queued again")
+    try:
+        submitit.JobEnvironment()._requeue(0)  # what submitit does after a checkpoint of its own kind
+    except (OSError, subprocess.SubprocessError) as error:
+        print(f"it is not: {error}")
+    else:
+        time.sleep(GONE_S)

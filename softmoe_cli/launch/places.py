@@ -1,0 +1,161 @@
+"""Where jobs run: processes of this machine, Slurm, Ray."""
+
+import atexit
+import contextlib
+import os
+import secrets
+import signal
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from softmoe_cli.config import RayLauncher, SlurmLauncher
+from softmoe_cli.launch.job import SERVER, Order, Run, in_process, in_worker
+
+
+class Attempt(Protocol):
+    """A job that was started somewhere."""
+
+    def ended(self) -> int | None:
+        """Its exit status, less than zero for a signal's number; None while it goes on."""
+
+    def stop(self, *, now: bool) -> None:
+        """Asks it to save and leave, or ends it now."""
+
+
+class Place(Protocol):
+    """Where jobs are started."""
+
+    def start(self, order: Order) -> Attempt: ...
+
+
+class Processes:
+    """This machine."""
+
+    def __init__(self, _options: object, _folder: Path, run: Run) -> None:
+        self._run = run
+
+    def start(self, order: Order) -> Attempt:
+        return Forked(order, self._run)
+
+
+class Forked:
+    def __init__(self, order: Order, run: Run) -> None:
+        self._process = SERVER.Process(target=in_process, args=(order, run))
+        self._process.start()
+
+    def ended(self) -> int | None:
+        return self._process.exitcode
+
+    def stop(self, *, now: bool) -> None:
+        pid = self._process.pid
+        assert pid is not None
+        with contextlib.suppress(ProcessLookupError):  # it has just left by itself
+            os.kill(pid, signal.SIGTERM if not now else signal.SIGKILL)
+        if now:
+            with contextlib.suppress(ProcessLookupError):  # it has no group yet, and so nobody in it
+                os.killpg(pid, signal.SIGKILL)
+
+
+class Slurm:
+    """Slurm, or processes of submitit's own to try it. What is queued stays known: a launcher that was killed takes up
+    its jobs again."""
+
+    def __init__(self, options: SlurmLauncher, folder: Path, run: Run) -> None:
+        import submitit
+
+        self._run = run
+        self._local, self._folder = options.cluster == "local", folder / "submitit"
+        self._executor = submitit.AutoExecutor(self._folder, cluster=options.cluster)
+        self._executor.update_parameters(
+            name="softmoe", gpus_per_node=options.gpus, cpus_per_task=options.cpus, mem_gb=options.memory_gib,
+            timeout_min=options.timeout_min,
+        )  # fmt: skip
+        if not self._local:
+            self._executor.update_parameters(
+                slurm_partition=options.partition, slurm_account=options.account, slurm_signal_delay_s=120
+            )
+
+    def start(self, order: Order) -> Attempt:
+        import submitit
+
+        ticket = order.log.with_suffix(".slurm")
+        if ticket.exists() and not self._local:
+            return Submitted(submitit.SlurmJob(self._folder, ticket.read_text()), ticket)
+        job = self._executor.submit(in_worker, order, self._run)
+        ticket.write_text(job.job_id)
+        return Submitted(job, ticket)
+
+
+class Submitted:
+    def __init__(self, job: Any, ticket: Path) -> None:
+        self._job, self._ticket = job, ticket
+
+    def ended(self) -> int | None:
+        from submitit.core.utils import FailedJobError, UncompletedJobError
+
+        if not self._job.done():
+            return None
+        self._ticket.unlink(missing_ok=True)
+        try:
+            return int(self._job.result())
+        except (FailedJobError, UncompletedJobError):
+            return 1
+
+    def stop(self, *, now: bool) -> None:
+        self._job.cancel(check=False)
+
+
+class Ray:
+    """A Ray, here or running on several machines that share a file system."""
+
+    def __init__(self, options: RayLauncher, folder: Path, run: Run) -> None:
+        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # gpus=0 hides none: device= decides
+        self._run = run
+        own: dict[str, Any] = {}
+        self._files: tempfile.TemporaryDirectory[str] | None = None
+        if options.address is None:
+            os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # kept in no file
+            self._files = tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp")  # its sockets' names may not be long
+            own = {"include_dashboard": False, "_temp_dir": self._files.name}
+        import ray
+
+        ray.init(address=options.address, log_to_driver=False, configure_logging=False, **own)
+        atexit.register(self._close)
+        self._task = ray.remote(max_calls=1, max_retries=0, num_cpus=options.cpus, num_gpus=options.gpus)(in_worker)
+
+    def start(self, order: Order) -> Attempt:
+        return Task(self._task.remote(order, self._run))
+
+    def _close(self) -> None:
+        import ray
+
+        ray.shutdown()
+        if self._files is not None:
+            self._files.cleanup()
+
+
+class Task:
+    def __init__(self, reference: Any) -> None:
+        self._reference = reference
+
+    def ended(self) -> int | None:
+        import ray
+
+        if not ray.wait([self._reference], timeout=0)[0]:
+            return None
+        try:
+            return int(ray.get(self._reference))
+        except ray.exceptions.RayError:
+            return 1
+
+    def stop(self, *, now: bool) -> None:
+        import ray
+
+        ray.cancel(self._reference, force=now)
+
+
+PLACES: dict[str, Callable[[Any, Path, Run], Place]] = {"local": Processes, "slurm": Slurm, "ray": Ray}
+"""What hydra/launcher= names, made from its options, the sweep's folder and what runs a command line."""

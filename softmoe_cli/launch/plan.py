@@ -1,0 +1,166 @@
+"""What is asked of a sweep's jobs before the first one starts: are they possible, and what will they cost."""
+
+import math
+import os
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from softmoe_cli.config import Config, Launcher, RayLauncher, SlurmLauncher
+from softmoe_cli.errors import RunError, UsageError
+from softmoe_cli.launch.job import follow_launcher
+
+MANY = 10_000
+"""Jobs at a time where a cluster does the queueing."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job, checked. `overrides` include what the launcher settled; `cost` is empty unless somebody asked."""
+
+    run: str
+    overrides: list[str]
+    folder: Path
+    threads: int | None
+    cost: dict[str, float] = field(default_factory=dict)
+    images: str = ""
+    """What the check has learnt of the images (contents.known), so that the job need not read them again."""
+
+
+@dataclass(frozen=True)
+class Inquiry:
+    """What the launcher wants to know of its jobs before it starts any."""
+
+    command: str
+    jobs: list[tuple[str, list[str], dict[str, Any]]]  # name, overrides, composed configuration
+    options: Launcher
+
+
+def answer(inquiry: Inquiry, sender: Connection) -> None:
+    """Checks every job as its own process would, all in one process; sends a job or the reason against it for each,
+    and a word for each job that may run at a time: its GPU, or nothing."""
+    follow_launcher(lambda: os._exit(130))
+    from softmoe_cli.cost.fit import with_largest_batch
+    from softmoe_cli.data.contents import known
+    from softmoe_cli.data.sets import identity
+    from softmoe_cli.failures import defect, ours
+    from softmoe_cli.options.inherit import resolve
+    from softmoe_cli.train.setup import run_folder
+
+    identities: dict[str, str | None] = {}
+    options = inquiry.options
+    slots, threads = _share(options, {tree["device"] for _, _, tree in inquiry.jobs})
+    sharers = max(Counter(slots[: len(inquiry.jobs)]).values(), default=1)  # jobs on one device at a time
+    answers: list[Job | UsageError | RunError] = []
+    for name, overrides, tree in inquiry.jobs:
+        try:
+            config, source = resolve(inquiry.command, tree, overrides)
+            settled = []
+            if config.train.batch_size == "auto":
+                if options.where != "local":
+                    raise UsageError(
+                        f"train.batch_size=auto depends on the device, which hydra/launcher={options.where} does not "
+                        "know yet; give a number"
+                    )
+                config = with_largest_batch(config, sharers)
+                settled.append(f"train.batch_size={config.train.batch_size}")
+            if config.devices > 1 and options.where != "slurm":
+                raise UsageError(
+                    f"devices={config.devices}: the jobs of a sweep have one device each; give them more with "
+                    f"hydra/launcher=slurm hydra.launcher.gpus={config.devices}, or leave out -m"
+                )
+            if config.threads is None:
+                own = max(1, threads // config.devices)
+                config = replace(config, threads=own)
+                settled.append(f"threads={own}")
+            place = repr(config.data)
+            if place not in identities:
+                identities[place] = identity(config.data)
+            folder = run_folder(config, inquiry.command, source, identities[place])
+            cost = _costs(config, times=options.plan) if options.plan or options.limit.given else {}
+            unknown = [key for key in options.limit.given if math.isnan(cost[key])]
+            if unknown:
+                raise UsageError(f"hydra.launcher.limit: train.minutes leaves {unknown[0]} open; give train.steps")
+            answers.append(Job(name, [*overrides, *settled], folder, config.threads, cost, known()))
+        except Exception as error:
+            answers.append(ours(error) or RunError(defect(error)))
+    sender.send((answers, slots))
+
+
+def _share(options: Launcher, devices: set[str]) -> tuple[list[str], int]:
+    """The GPU of each job that may run at a time (an empty word: none of its own), and the threads of every job."""
+    import torch
+
+    from softmoe_cli.device import cores
+
+    if isinstance(options, SlurmLauncher | RayLauncher):
+        here = isinstance(options, SlurmLauncher) and options.cluster == "local"
+        return [""] * (options.jobs or (max(1, cores() // options.cpus) if here else MANY)), options.cpus
+    slots = [""] * (options.jobs or cores())
+    if devices & {"auto", "cuda"} and torch.cuda.is_available():
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+        slots = [gpus[i % len(gpus)] for i in range(options.jobs or len(gpus))]
+    elif devices & {"auto", "mps"} and torch.backends.mps.is_available():
+        slots = [""] * (options.jobs or 1)
+    return slots, max(1, cores() // len(slots))
+
+
+_loaded: dict[str, Any] = {}
+
+_timed: dict[str, tuple[float, float]] = {}
+
+
+def _costs(config: Config, *, times: bool) -> dict[str, float]:
+    """What a job will cost, by formula; and how long, by a few steps of it on this machine. nan: cannot be known."""
+    from softmoe_cli.cost.clock import measure
+    from softmoe_cli.cost.fit import require_place
+    from softmoe_cli.cost.flop import account
+    from softmoe_cli.cost.load import Load
+    from softmoe_cli.cost.memory import predict
+    from softmoe_cli.data import sets
+    from softmoe_cli.device import arithmetic, free_memory
+    from softmoe_cli.train.pace import images_of_a_look, looks
+    from softmoe_cli.train.progress import Budget
+
+    t = config.train
+    key = repr(config.data)
+    if key not in _loaded:
+        splits = sets.load(config.data)
+        sizes = [len(images) for images in (splits.train, splits.validation, splits.test)]
+        _loaded[key] = sets.num_classes(config.data, splits), *sizes
+    classes, images, validation, test = _loaded[key]
+    device, _ = arithmetic(config.device, t.precision, config.threads)
+    require_place(config.optim, device, config.devices)
+    load = Load.of(config, classes, device)
+    cost = account(load.model, classes, batch=load.part, recompute=t.recompute, frozen=config.optim.freeze)
+    peak = predict(load, config.devices, "ddp" if config.parallel == "auto" else config.parallel).peak_bytes
+    budget = Budget.of(config, images)
+    step_s = image_s = math.nan
+    # What the clock knows: one device, all weights trained, AdamW's moments in float32.
+    known = config.devices == 1 and not config.optim.freeze and config.optim.moments == "fp32"
+    if times and known and peak <= free_memory(device):
+        timed = replace(load, optim=None, ema=False)
+        key = repr(timed)
+        if key not in _timed:
+            try:
+                timing = measure([timed], repeats=3)[0]
+                _timed[key] = timing.train_step_ms / 1000, timing.latency_ms / 1000 / t.batch_size
+            except UsageError:  # what fits with SGD need not with AdamW
+                _timed[key] = math.nan, math.nan
+        step_s, image_s = _timed[key]
+    steps = budget.steps if budget.steps is not None else (budget.seconds or 0.0) / step_s
+    look = images_of_a_look(t, validation, classes, routed=config.model.router_name != "dense")
+    evaluated = looks(budget.total, t.eval_every, budget.steps) * look + test
+    return {
+        "params_m": cost.params / 1e6,
+        "active_params_m": cost.active_params / 1e6,
+        "forward_gflop": cost.forward_flop / 1e9,
+        "train_gflop": cost.train_flop / 1e9,
+        "train_pflop": steps * t.batch_size * cost.train_flop / 1e15,
+        "peak_mib": peak / 2**20,
+        "free_mib": free_memory(device) / 2**20,
+        "seconds": (budget.seconds or steps * step_s) + evaluated * image_s,
+    }

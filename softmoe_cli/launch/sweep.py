@@ -1,0 +1,478 @@
+"""The jobs of `softmoe train -m`: each is a process of its own, and all are checked before the first one starts.
+
+The launcher itself imports no model code. Jobs fork from a server that has imported torch and timm, so that they start
+at once; whatever needs a model beforehand (signatures, costs) is worked out in such a process too.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher as HydraLauncher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from softmoe_cli.config import LAUNCHERS, Config, Launcher
+from softmoe_cli.data.contents import KNOWN
+from softmoe_cli.errors import RunError, UsageError
+from softmoe_cli.files import not_following, write_atomically
+from softmoe_cli.launch.job import SERVER, Order, Run, note, start_server
+from softmoe_cli.launch.places import PLACES, Attempt, Place
+from softmoe_cli.launch.plan import Inquiry, Job, answer
+from softmoe_cli.options.compose import plain
+from softmoe_cli.run.rows import RESULT
+from softmoe_cli.run.status import State, held, progress_cells, state, tally
+from softmoe_cli.signals import ASKING, CURSOR, Asked, heard, leave_soon
+from softmoe_cli.text import aligned, flop, in_words, printable_lines, several
+
+PERIOD_S = 0.25
+LEFT_SCREEN = b"\x1b[?1049l" + CURSOR
+"""Goes back from the screen that a terminal's table has for itself."""
+
+
+@dataclass(eq=False)
+class Entry:
+    """A job as the launcher follows it. `word` is a state that its files do not show: done before, held, over the limit
+    or stopped."""
+
+    job: Job
+    log: Path
+    word: str = ""
+    attempt: Attempt | None = None
+    slot: str = ""
+    started: float | None = None
+    first_progress: float = 0.0
+
+    @property
+    def finished(self) -> bool:
+        return (self.job.folder / "result.json").exists()
+
+    def state(self, local: bool) -> State:
+        """The job's state: as its files say, except where the launcher knows more."""
+        found = state(self.job.folder, self.job.run, self.log)
+        if self.attempt is not None:
+            seen = local or found.state in ("running", "running or killed")
+            found = replace(found, state="running" if seen else "queued")
+            if seen and self.started is None:
+                self.started, self.first_progress = time.monotonic(), found.progress or 0.0
+        return replace(found, state=self.word) if self.word else found
+
+    def eta(self, progress: float | None) -> str:
+        if self.attempt is None or self.started is None or progress is None or progress <= self.first_progress:
+            return "-"
+        pace = (time.monotonic() - self.started) / (progress - self.first_progress)
+        return in_words(pace * (1 - progress))
+
+
+class Signals(Asked):
+    """SIGINT, SIGTERM and SIGUSR1 ask the jobs to save and leave and the launcher to wait; a second SIGINT or SIGTERM
+    ends them, and the launcher, at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.told = False
+
+    def hear(self, number: int) -> None:
+        if self.again(number) and not self.now:
+            self.now = True
+            leave_soon(lambda: "\nleft at once; the same command goes on from the last checkpoints\n", LEFT_SCREEN)
+
+
+class Sweep(HydraLauncher):
+    """What hydra.launcher is while one command runs: Hydra, or a searching sweeper, hands it jobs."""
+
+    run: ClassVar[Run]
+    """What runs a job's command line: the command line itself hands it in before it calls Hydra."""
+    last: ClassVar["Sweep | None"] = None
+    """This process's sweep, which Hydra makes and does not show."""
+
+    def __init__(self, **_options: Any) -> None:
+        """Hydra hands the options over here and, with their types, in `setup`."""
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        Sweep.last = self
+        self._failures: list[str] = []
+        launcher = LAUNCHERS[config.hydra.launcher.where]
+        options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(launcher), config.hydra.launcher))
+        assert isinstance(options, Launcher)
+        self._options = options.settled()
+        self._local = self._options.where == "local"
+        needs = {"slurm": "submitit", "ray": "ray"}.get(self._options.where)
+        if needs is not None and importlib.util.find_spec(needs) is None:
+            raise UsageError(
+                f"hydra/launcher={self._options.where} needs {needs}: pip install 'softmoe-cli[{self._options.where}]'"
+            )
+        self._loader, self._config = hydra_context.config_loader, config
+        self._check_objective()
+        self._command = str(config.hydra.job.name)
+        self._typed = list(config.hydra.overrides.task)
+        # What else decides which jobs there are.
+        searched = ("hydra.launcher.limit", "hydra.launcher.objective", "hydra.sweeper.", "hydra/sweeper")
+        others = [word for word in config.hydra.overrides.hydra if word.lstrip("+").startswith(searched)]
+        words = json.dumps([self._command, *self._typed, *others])
+        study = Path(config.output_root) / config.study
+        self._folder = study / f"sweep-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
+        self._entries: list[Entry] = []
+        self._place: Place | None = None
+        self._console = Console(highlight=False, soft_wrap=True, emoji=False)
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # several jobs share the cores: nobody spins
+        start_server(["softmoe_cli.train.loop", "softmoe_cli.cli", "softmoe_cli.launch.sweep"])
+
+    def _check_objective(self) -> None:
+        sweeper = self._config.hydra.sweeper
+        wanted = ["maximize" if RESULT[key].better == "higher" else "minimize" for key in self._options.objective]
+        if "direction" not in sweeper:
+            if wanted or self._options.limit.given:
+                raise UsageError(
+                    f"hydra.launcher.objective={self._options.objective} has no effect without a sweeper that "
+                    "searches; add +search=quality or +search=pareto"
+                )
+            return
+        if self._options.plan:
+            raise UsageError("--plan cannot know the jobs of a search; leave out +search= or hydra/sweeper=")
+        told = sweeper.direction if OmegaConf.is_list(sweeper.direction) else [sweeper.direction]
+        given = [getattr(each, "name", each) for each in told]
+        if given != wanted:
+            raise UsageError(
+                f"hydra.sweeper.direction={given} does not go with hydra.launcher.objective={self._options.objective}, "
+                f"which needs {wanted}; add +search=quality or +search=pareto"
+            )
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
+        """Runs jobs to their ends, and returns what the sweeper wants to know of each.
+
+        Raises:
+            UsageError: some job cannot work; none was started.
+            KeyboardInterrupt: a signal asked to stop; every job has saved and left.
+        """
+        jobs, slots = self._ask(job_overrides)
+        entries = self._number(jobs, initial_job_idx)
+        if self._options.plan:
+            print(_plan(list(dict.fromkeys(entries)), len(slots)))
+            return [JobReturn(status=JobStatus.COMPLETED) for _ in jobs]
+        with self._held():
+            self._write_down()
+            for entry in entries:
+                if entry.word:
+                    continue
+                if self._excess(entry.job) > 1:  # finished or not: an earlier search may have had another limit
+                    entry.word = "over the limit"
+                elif entry.finished:
+                    entry.word = "done before"
+            self._work_off([entry for entry in dict.fromkeys(entries) if not entry.word], slots)
+        return [self._return(overrides, entry) for overrides, entry in zip(job_overrides, entries, strict=True)]
+
+    def _ask(self, job_overrides: Sequence[Sequence[str]]) -> tuple[list[Job], list[str]]:
+        """Composes every job, has it checked, and finds the room for them."""
+        jobs: list[tuple[str, list[str], dict[str, Any]]] = []
+        errors: list[tuple[str, UsageError | RunError]] = []
+        typed = {word.partition("=")[0]: word for word in self._typed}
+        for overrides in job_overrides:
+            config = self._loader.load_sweep_config(self._config, list(overrides))
+            with read_write(config), open_dict(config):
+                del config["hydra"]
+            varied = [each for each in overrides if typed.get(each.partition("=")[0]) != each]
+            name = " ".join(varied or overrides)
+            try:
+                jobs.append((name, list(overrides), plain(config, Config)))
+            except UsageError as error:
+                errors.append((name, error))
+        receiver, sender = SERVER.Pipe(duplex=False)
+        process = SERVER.Process(target=answer, args=(Inquiry(self._command, jobs, self._options), sender))
+        process.start()
+        sender.close()
+        try:
+            answers, slots = receiver.recv()
+        except EOFError as error:
+            process.join()
+            raise RunError(f"the process that checks the jobs has ended: {_cause(process.exitcode or 0)}") from error
+        finally:
+            process.kill()
+        errors += [(job[0], each) for job, each in zip(jobs, answers, strict=True) if not isinstance(each, Job)]
+        if errors:
+            kind = RunError if any(isinstance(error, RunError) for _, error in errors) else UsageError
+            lines = [f"{name}: {error}" for name, error in errors]
+            several = f"{len(lines)} of {len(job_overrides)} jobs cannot work, so none was started:"
+            raise kind("\n  ".join([several, *lines]))
+        return answers, slots
+
+    def _number(self, jobs: list[Job], first: int) -> list[Entry]:
+        """Makes an entry for each job; two jobs that are the same run share one."""
+        if first == 0:
+            self._entries = []
+        known = {entry.job.folder: entry for entry in self._entries}
+        entries = []
+        for job in jobs:
+            entry = known.get(job.folder)
+            if entry is None:
+                entry = known[job.folder] = Entry(job, self._folder / f"{len(self._entries):02}.log")
+                self._entries.append(entry)
+            elif entry in entries:
+                self._say(f"{job.run} is the same run as {entry.job.run}")
+            entries.append(entry)
+        return entries
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        """The sweep's folder, made where there is none, and held against a second launcher."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            lock = os.fdopen(not_following(str(self._folder / ".lock"), os.O_WRONLY | os.O_CREAT), "w")
+        except OSError as error:
+            raise UsageError(
+                f"cannot write to output_root={self._config.output_root}: {error.strerror}: {error.filename}; "
+                "choose another output_root"
+            ) from error
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UsageError(f"the same sweep is running already: softmoe status {self._folder}") from error
+            yield
+
+    def _write_down(self) -> None:
+        """Says in the sweep's folder what its jobs are."""
+        rows = [
+            {"run": e.job.run, "overrides": e.job.overrides, "folder": os.path.relpath(e.job.folder, self._folder)}
+            for e in self._entries
+        ]
+        text = json.dumps({"command": self._command, "typed": self._typed, "jobs": rows}, indent=1)
+        write_atomically(self._folder / "jobs.json", text + "\n")
+        multirun = Path(self._config.hydra.sweep.dir) / "multirun.yaml"
+        if multirun.exists():
+            multirun.replace(self._folder / "multirun.yaml")  # beside its sweep: a study has many
+
+    def _work_off(self, waiting: list[Entry], slots: list[str]) -> None:
+        """Starts the next job when one ends, until all have."""
+        running: list[Entry] = []
+        self._say(f"{tally(self._states())}; logs and state in {self._folder}")
+        signals = Signals()
+        with heard(ASKING, signals.hear), self._screen(signals) as refresh:
+            while waiting or running:
+                for entry in list(running):
+                    assert entry.attempt is not None
+                    code = entry.attempt.ended()
+                    if code is not None:
+                        running.remove(entry)
+                        slots.append(entry.slot)
+                        self._end(entry, code, signals.name is not None)
+                now = signals.now
+                if signals.name is not None and (now or not signals.told):
+                    if not signals.told:
+                        self._say(f"{signals.name}: {len(running)} jobs save and leave; Ctrl-C again ends them at once")
+                    signals.told, waiting = True, []
+                    for entry in running:
+                        assert entry.attempt is not None
+                        entry.attempt.stop(now=now)
+                    if now and not self._local:
+                        break  # whether a cluster has heard is not waited for
+                for entry in list(waiting):
+                    entry.word = "held" if self._local and held(entry.job.folder) else ""
+                    if not entry.word and slots:
+                        waiting.remove(entry)
+                        if entry.finished:  # by the process that held it
+                            entry.word = "done before"
+                            continue
+                        running.append(entry)
+                        self._start(entry, slots.pop(0))
+                refresh()
+                if running or waiting:
+                    time.sleep(PERIOD_S)
+        self._console.print(tally(self._states()))
+        if signals.name is not None:
+            raise KeyboardInterrupt(signals.name)
+
+    def _start(self, entry: Entry, slot: str) -> None:
+        if self._place is None:
+            self._place = PLACES[self._options.where](self._options, self._folder, Sweep.run)
+        entry.slot, entry.started = slot, None
+        entry.attempt = self._place.start(self._order(entry))
+        self._line("started", entry, "")
+
+    def _order(self, entry: Entry) -> Order:
+        environment = dict(os.environ) if self._local else {"OMP_WAIT_POLICY": "passive"}
+        environment |= {"OMP_NUM_THREADS": str(entry.job.threads), KNOWN: entry.job.images}
+        if entry.slot:
+            environment["CUDA_VISIBLE_DEVICES"] = entry.slot
+        arguments = [self._command, *_flags(self._config), *entry.job.overrides]
+        return Order(arguments, os.getcwd(), environment, entry.log.absolute())
+
+    def _end(self, entry: Entry, code: int, stopping: bool) -> None:
+        """Writes down how a job ended."""
+        entry.attempt = None
+        if code == 0:
+            self._line("done", entry, f"  {progress_cells(entry.state(self._local))[1]}")
+        elif stopping:
+            entry.word = "stopped"
+            self._line("stopped", entry, "")
+        else:
+            order, reason = self._order(entry), _cause(code)
+            if order.failure.exists():
+                reason = str(json.loads(order.failure.read_text())["reason"])
+            else:
+                with contextlib.suppress(RunError):  # no room: said here, and by the other jobs
+                    note(order, reason)
+            self._failures.append(f"{entry.job.run}: {reason} ({entry.log})")
+            self._line("failed", entry, f": {reason}")
+
+    def _line(self, word: str, entry: Entry, text: str) -> None:
+        place = self._entries.index(entry) + 1
+        self._say(f"[{place}/{len(self._entries)}] {word:<8} {entry.job.run}{text}  {entry.log}")
+
+    def _say(self, text: str) -> None:
+        """Prints a line, unless a table on the terminal shows it."""
+        if not self._console.is_terminal:
+            self._console.print(printable_lines(text), markup=False)
+
+    def _states(self) -> list[State]:
+        return [entry.state(self._local) for entry in self._entries]
+
+    @contextmanager
+    def _screen(self, signals: Signals) -> Iterator[Callable[[], None]]:
+        """On a terminal a table that `refresh` brings up to date, on a screen of its own: what a terminal does to long
+        lines when its size changes leaves nothing behind."""
+        if not self._console.is_terminal:
+            yield lambda: None
+            return
+        begun, start = time.monotonic(), [state.progress or 0.0 for state in self._states()]
+
+        def refresh() -> None:
+            states = self._states()
+            passed, now = time.monotonic() - begun, [state.progress or 0.0 for state in states]
+            rest, done = len(now) - sum(now), sum(now) - sum(start)
+            left = f", about {in_words(passed * rest / done)} left" if done > len(now) / 100 and rest > 0 else ""
+            foot = f"{tally(states)}; {in_words(passed)} so far{left}\nlogs and state in {self._folder}"
+            if signals.name is not None:
+                foot = f"{signals.name}: jobs save and leave; Ctrl-C again ends them at once\n{foot}"
+            room = self._console.height - foot.count("\n") - 2
+            text = printable_lines(f"{self._table(room, states)}\n{foot}")
+            live.update(Text(text, overflow="fold"), refresh=True)
+
+        with Live(console=self._console, auto_refresh=False, screen=True) as live:
+            yield refresh
+        last = f"{self._table(len(self._entries) + 1, self._states())}\nlogs and state in {self._folder}"
+        self._console.print(printable_lines(last), markup=False)
+
+    def _table(self, height: int, states: list[State]) -> str:
+        """The table of as many jobs as fit into `height` lines; running, queued and failed ones are kept first."""
+        order = sorted(range(len(states)), key=lambda i: states[i].state not in ("running", "queued", "failed"))
+        rows = [["run", "state", "progress", "eta", "val top-1", "log"]]
+        for i in sorted(order[: max(1, height - 1)]):
+            s = states[i]
+            progress, top1 = progress_cells(s)
+            eta = self._entries[i].eta(s.progress or 0.0)
+            rows.append([s.run, s.state, progress, eta, top1, Path(s.log or "-").name])
+        return fitted(rows, self._console.width)
+
+    def report(self) -> None:
+        """Ends a sweep.
+
+        Raises:
+            RunError: some jobs failed; the message lists them.
+        """
+        if self._failures:
+            jobs = f"{several(len(self._failures), 'job')} failed; type the same command to try again"
+            raise RunError("\n  ".join([jobs, *self._failures]))
+
+    def _excess(self, job: Job) -> float:
+        return max((job.cost[key] / most for key, most in self._options.limit.given.items()), default=0.0)
+
+    def _return(self, overrides: Sequence[str], entry: Entry) -> JobReturn:
+        """What a searching sweeper is told: the objective, or how far over the limit, below any quality there is."""
+        told = JobReturn(overrides=list(overrides), working_dir=str(entry.job.folder), status=JobStatus.COMPLETED)
+        if not self._options.objective:
+            return told
+        if entry.word == "over the limit":
+            told.return_value = -self._excess(entry.job)
+        elif entry.finished:
+            result = json.loads((entry.job.folder / "result.json").read_text())
+            values = [result[key] for key in self._options.objective]
+            told.return_value = values if len(values) > 1 else values[0]
+        else:
+            told.status, told.return_value = JobStatus.FAILED, RunError(f"{entry.job.run} failed; see {entry.log}")
+        return told
+
+
+def fitted(rows: list[list[str]], width: int) -> str:
+    """A table with lines of at most `width` letters. What is too long is taken from the first column, a job's name: the
+    sections of its keys, then its beginning."""
+    room = width - sum(2 + max(map(len, column)) for column in [*zip(*rows, strict=True)][1:])
+    if max(len(name) for name, *_ in rows) > room:
+        short = [re.sub(r"\S*\.(?=[^\s=.]+=)", "", name) for name, *_ in rows]  # num_experts=8, without model.router.
+        cut = [name if len(name) <= room else f"…{name[len(name) - max(0, room - 1) :]}" for name in short]
+        rows = [[name, *others] for name, (_, *others) in zip(cut, rows, strict=True)]
+    return aligned(rows, markdown=False)
+
+
+def _cause(code: int) -> str:
+    """Why a process ended that left no note."""
+    if code == 130:
+        return "stopped by a signal of somebody else's; its state is saved"
+    if code == -signal.SIGKILL:
+        return "killed by SIGKILL, which is also what the system does when memory runs out"
+    if code == os.EX_CANTCREAT:
+        return "it cannot write its log, for want of room or rights"
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"its process ended with status {code}"
+
+
+def _flags(config: DictConfig) -> list[str]:
+    """What was typed for Hydra itself and matters to each job: where its configuration comes from, but not where a
+    sweep's jobs run or what they are."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for short, long in (("-cd", "--config-dir"), ("-cp", "--config-path"), ("-cn", "--config-name")):
+        parser.add_argument(short, long)
+    typed = vars(parser.parse_known_args(sys.argv[1:])[0])
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in typed.items() if value is not None]
+    elsewhere = ("hydra/launcher=", "hydra/sweeper", "hydra.launcher", "hydra.sweep", "hydra.mode")
+    return flags + [word for word in config.hydra.overrides.hydra if not word.lstrip("+~").startswith(elsewhere)]
+
+
+def _plan(entries: list[Entry], at_a_time: int) -> str:
+    """The jobs with what they will cost, and the sum of those that are to be done."""
+    rows = [["run", "state", "training", "peak MiB", "time", "folder"]]
+    todo = [entry for entry in entries if not entry.finished]
+    for entry in entries:
+        cost, seen = entry.job.cost, entry.state(True)
+        fits = "" if cost["peak_mib"] <= cost["free_mib"] else " (does not fit)"
+        peak = f"{cost['peak_mib']:,.1f}{fits}"
+        rows.append([seen.run, seen.state, _flop(cost["train_pflop"]), peak, _time(cost["seconds"]), seen.folder])
+    pflop = sum(entry.job.cost["train_pflop"] for entry in todo)
+    times = [entry.job.cost["seconds"] for entry in todo]
+    known = [seconds for seconds in times if not math.isnan(seconds)]
+    together = f", about {_time(sum(known) / min(at_a_time, len(known)))} with {at_a_time} at a time" if known else ""
+    unknown = len(times) - len(known)
+    beside = (
+        f"; not in it: {unknown}, as jobs are not timed that do not fit, or have several devices, frozen weights or "
+        "moments in other than fp32" if unknown else ""
+    )  # fmt: skip
+    return (
+        f"{aligned(rows, markdown=False)}\n\n{len(entries)} jobs, {len(todo)} to do: {_flop(pflop)}, "
+        f"{_time(sum(known)) if known or not todo else 'unknown'} of training and evaluation{together}; from a few "
+        f"steps timed here, saving not counted{beside}"
+    )
+
+
+def _flop(pflop: float) -> str:
+    return "unknown" if math.isnan(pflop) else flop(1e15 * pflop)
+
+
+def _time(seconds: float) -> str:
+    return "unknown" if math.isnan(seconds) else in_words(seconds)

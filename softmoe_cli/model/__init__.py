@@ -1,0 +1,1 @@
+"""A timm ViT with some of its MLPs replaced by mixtures of experts."""

@@ -1,0 +1,56 @@
+"""Our models under an entry point of timm's, so that timm loads what `softmoe export` has pushed."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from timm.models import build_model_with_cfg, register_model
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+
+from softmoe_cli.config import Backbone, Model
+from softmoe_cli.errors import UsageError
+from softmoe_cli.model.vit import build
+
+
+def softmoe_vit(pretrained: bool = False, *, softmoe: dict[str, Any], **arguments: Any) -> VisionTransformer:
+    """timm's entry point to what softmoe trained: the architecture in the config.json of folders from softmoe export.
+
+    `timm.create_model("local-dir:FOLDER", pretrained=True)` comes here once this module is imported; num_classes,
+    in_chans and img_size may be asked for as with timm's own models.
+
+    Args:
+        softmoe: the model's config, as a checkpoint keeps it.
+
+    Raises:
+        UsageError: a model that cannot be built, or with a router that is not softmoe's and not imported yet.
+    """
+    model = Model(**softmoe | {"backbone": Backbone(**softmoe["backbone"])})
+    target = str(model.router["_target_"])
+    if target != "None" and not target.startswith("softmoe_cli.moe.routers."):
+        module = target.rpartition(".")[0]
+        if module not in sys.modules:  # to import a module is to run it, and a file may name any
+            raise UsageError(f"the router {target} is not softmoe's; if you trust it, import {module} first")
+    vit: VisionTransformer = build_model_with_cfg(
+        partial(_adapted, model), "softmoe_vit", pretrained, pretrained_filter_fn=checkpoint_filter_fn, **arguments
+    )
+    return vit
+
+
+def _adapted(
+    model: Model, num_classes: int, img_size: int | Sequence[int], in_chans: int, global_pool: str | None = None
+) -> VisionTransformer:
+    sides = {img_size} if isinstance(img_size, int) else set(img_size)
+    if len(sides) != 1:
+        raise UsageError(f"img_size={img_size}: images of softmoe's models are square")
+    asked = replace(model, image_size=sides.pop(), in_chans=in_chans).settled()
+    vit = build(asked, num_classes or 1)
+    if global_pool not in (None, vit.global_pool):
+        raise UsageError(f"global_pool={global_pool}: this model was trained with {vit.global_pool}")
+    if not num_classes:
+        vit.reset_classifier(0)
+    return vit
+
+
+register_model(softmoe_vit)

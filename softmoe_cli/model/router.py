@@ -1,0 +1,91 @@
+"""A router from its options."""
+
+import inspect
+import sys
+from importlib import import_module
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from softmoe_cli.config import group_of
+from softmoe_cli.errors import UsageError, nearest
+from softmoe_cli.moe.routing import Router
+
+
+def make_router(options: dict[str, Any], dim: int, num_tokens: int) -> Router:
+    """The router that a config's `_target_` names, with the other keys as its arguments.
+
+    The constructor's keyword-only arguments are the schema: unknown, missing and ill-typed keys are errors. Only
+    subclasses of `Router` are ever called; but importing a module runs it, so what a checkpoint names is held against
+    the known routers before it comes here.
+    """
+    router_class = _router_class(str(options["_target_"]))
+    given = {key: value for key, value in options.items() if key != "_target_"}
+    known = {
+        name: get_type_hints(router_class.__init__).get(name)
+        for name, parameter in inspect.signature(router_class).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    }
+    for key, value in given.items():
+        if key not in known:
+            raise UsageError(
+                f"model.router.{key}: {router_class.__name__} has no such option."
+                f"{nearest(key, known)} It has {', '.join(known)}"
+            )
+        if _admits(known[key], value):
+            continue
+        if type(value) is not int or not _admits(known[key], float(value)):
+            names = " or ".join(map(_kind, _kinds(known[key])))
+            raise UsageError(f"model.router.{key}={value} is of type {type(value).__name__}; it must be {names}")
+        given[key] = float(value)
+    missing = known.keys() - given.keys()
+    if missing:
+        raise UsageError(f"model.router.{sorted(missing)[0]} is missing; {router_class.__name__} needs it")
+    try:
+        router = router_class(dim, num_tokens, **given)
+    except ValueError as error:
+        raise UsageError(f"model.router: {error}") from error
+    except Exception as error:
+        if router_class.__module__.startswith("softmoe_cli."):
+            raise
+        raise UsageError(f"{router_class.__name__} cannot be made: {type(error).__name__}: {error}") from error
+    if router.images_per_group not in (1, group_of(given)):
+        raise UsageError(
+            f"{router_class.__name__}.images_per_group={router.images_per_group} must come from an option of that "
+            "name, which says in what groups images are read and divided among devices"
+        )
+    return router
+
+
+def _kinds(annotation: Any) -> tuple[Any, ...]:
+    """What is allowed: one type or several. None: nothing is said."""
+    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+
+
+def _admits(annotation: Any, value: Any) -> bool:
+    for kind in _kinds(annotation):
+        if get_origin(kind) is Literal:
+            if value in get_args(kind):
+                return True
+        elif kind in (None, Any) or type(value) is (get_origin(kind) or kind):
+            return True
+    return False
+
+
+def _kind(annotation: Any) -> str:
+    if annotation is NoneType:
+        return "null"
+    return " or ".join(map(str, get_args(annotation))) if get_origin(annotation) is Literal else annotation.__name__
+
+
+def _router_class(target: str) -> type[Router]:
+    module, _, name = target.rpartition(".")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # a router of one's own is a file in the working folder
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UsageError(f"model.router._target_={target} cannot be imported: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, Router)):
+        raise UsageError(f"model.router._target_={target} is not a subclass of softmoe_cli.moe.routing.Router")
+    return found

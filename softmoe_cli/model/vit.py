@@ -1,0 +1,214 @@
+"""A timm VisionTransformer with some of its MLPs replaced."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import timm
+import torch
+from timm.layers import GELU, Attention, GELUTanh, Mlp, lecun_normal_
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import nn
+
+from softmoe_cli.config import Model, placement
+from softmoe_cli.errors import UsageError, first_line, nearest
+from softmoe_cli.model.router import make_router
+from softmoe_cli.moe.layer import Experts, MoE
+from softmoe_cli.moe.routing import Router
+
+
+def build(model: Model, num_classes: int) -> VisionTransformer:
+    """The model of a config, freshly initialised from torch's random state.
+
+    Raises:
+        UsageError: a router, placement or timm model that cannot be built.
+    """
+    if model.backbone.timm is None:
+        vit = _official_vit(model, num_classes)
+    else:
+        vit = _timm_vit(model.backbone.timm, model, num_classes)
+    if model.router["_target_"] is not None:
+        blocks = placement(model.moe_blocks, len(vit.blocks))
+        if not blocks:
+            raise UsageError(f"model.moe_blocks=[] leaves router {model.router_name} without a block; name some")
+        for index in blocks:
+            block = vit.blocks[index]
+            block.mlp = _moe(block.mlp, model, num_tokens=count_tokens(vit))
+    return vit
+
+
+def portable(model: Model, vit: VisionTransformer) -> dict[str, Any]:
+    """The model's config as a checkpoint keeps it: routers with their slots fixed, for any number of tokens."""
+    kept = dataclasses.asdict(model)
+    for block in vit.blocks:
+        if isinstance(block.mlp, MoE):
+            kept["router"] = portable_options(model.router, block.mlp.router)
+    return kept
+
+
+def portable_options(options: dict[str, Any], router: Router) -> dict[str, Any]:
+    """A router's options with the slots that came of them: the same router for any number of tokens."""
+    fixed = {"slots_per_expert": router.slots_per_expert, "capacity_factor": None}
+    return options | {key: value for key, value in fixed.items() if key in options}
+
+
+def count_tokens(vit: VisionTransformer) -> int:
+    """n: patches, class token and registers of one image."""
+    return int(vit.patch_embed.num_patches + vit.num_prefix_tokens)
+
+
+def _official_vit(model: Model, num_classes: int) -> VisionTransformer:
+    """timm's ViT with the choices of the official Soft MoE configs, each of them an option of `Backbone`."""
+    c = model.backbone
+    assert c.width is not None and c.heads is not None and c.mlp_width is not None
+    assert c.norm_eps is not None and c.pos_std is not None
+    norm = partial(nn.LayerNorm, eps=c.norm_eps)
+    abstract = torch.get_default_device().type == "meta"  # nothing to initialise, and it takes its time
+    vit = VisionTransformer(
+        img_size=model.image_size,
+        patch_size=c.patch_size,
+        in_chans=model.in_chans,
+        num_classes=num_classes,
+        global_pool=c.pool,
+        embed_dim=c.width,
+        depth=c.depth,
+        num_heads=c.heads,
+        mlp_ratio=c.mlp_width / c.width,
+        qk_norm=c.qk_norm != "none",
+        init_values=c.layer_scale,
+        class_token=c.class_token,
+        fc_norm=c.norm_after_pool,
+        drop_path_rate=c.drop_path,
+        norm_layer=norm,
+        act_layer=GELUTanh if c.gelu == "tanh" else nn.GELU,
+        weight_init="skip" if abstract else "",
+    )
+    if c.qk_norm == "scale":
+        for block in vit.blocks:
+            for name in ("q_norm", "k_norm"):
+                setattr(block.attn, name, norm(c.width // c.heads, bias=False))
+    if c.init == "official" and not abstract:
+        _init_official(vit)
+    nn.init.normal_(vit.pos_embed, std=c.pos_std)
+    return vit
+
+
+@torch.no_grad()
+def _init_official(vit: VisionTransformer) -> None:
+    """The initialisation of the official code's backbone (vmoe's vit_moe.py and Flax's defaults)."""
+    for name, module in vit.named_modules():
+        if isinstance(module, nn.Conv2d):
+            lecun_normal_(module.weight)
+        elif isinstance(module, nn.Linear):
+            for matrix in module.weight.chunk(3 if name.endswith("qkv") else 1):  # q, k, v have a fan each
+                nn.init.xavier_uniform_(matrix)
+        else:
+            continue
+        if module.bias is not None:
+            nn.init.normal_(module.bias, std=1e-6 if ".mlp." in name else 0.0)
+    if vit.cls_token is not None:
+        nn.init.zeros_(vit.cls_token)
+    nn.init.zeros_(vit.head.weight)
+    nn.init.constant_(vit.head.bias, -math.log(vit.num_classes))
+
+
+def _timm_vit(name: str, model: Model, num_classes: int) -> VisionTransformer:
+    if not timm.is_model(name):
+        raise UsageError(f"timm has no model '{name}'.{nearest(name.split('.')[0], timm.list_models('*vit*'))}")
+    try:
+        vit = timm.create_model(
+            name,
+            img_size=model.image_size,
+            in_chans=model.in_chans,
+            num_classes=num_classes,
+            drop_path_rate=model.backbone.drop_path or 0.0,
+            pretrained=False,
+        )
+    except (TypeError, AssertionError, RuntimeError) as error:
+        raise UsageError(
+            f"timm's {name} cannot be built at model.image_size={model.image_size}: {first_line(error)}"
+        ) from error
+    vit = plain_vit(name, vit)
+    patch = vit.patch_embed.patch_size[0]
+    if model.image_size % patch:
+        raise UsageError(
+            f"model.image_size={model.image_size} is not a multiple of {patch}, the patch of timm's {name}; "
+            f"the nearest sizes that are: {max(1, model.image_size // patch) * patch}, "
+            f"{(model.image_size // patch + 1) * patch}"
+        )
+    return vit
+
+
+def plain_vit(name: str, vit: nn.Module) -> VisionTransformer:
+    """Only what the cost formula and the loading of weights know."""
+    # Subclasses have more: DeiT's second head, for one, is in no formula and knows no other classes.
+    if not isinstance(vit, VisionTransformer) or type(vit) is not VisionTransformer:
+        raise UsageError(f"timm's {name} is a {type(vit).__name__}, not a plain VisionTransformer")
+    strange = {type(block).__name__ for block in vit.blocks if type(block) is not Block}
+    strange |= {type(block.attn).__name__ for block in vit.blocks if type(block) is Block and not _is_plain(block.attn)}
+    if vit.attn_pool is not None:
+        strange.add(type(vit.attn_pool).__name__)
+    if strange:
+        raise UsageError(f"timm's {name} has {', '.join(sorted(strange))}; softmoe knows ViTs with plain blocks only")
+    return vit
+
+
+def _is_plain(attention: nn.Module) -> bool:
+    return type(attention) is Attention
+
+
+def _moe(mlp: nn.Module, model: Model, num_tokens: int) -> MoE:
+    """Router and experts in the shape of the dense MLP that they replace."""
+    if (
+        not isinstance(mlp, Mlp)
+        or not isinstance(mlp.act, nn.GELU | GELU | GELUTanh)
+        or not isinstance(mlp.norm, nn.Identity)
+    ):
+        plumbing = (nn.Linear, nn.Dropout, nn.Identity)
+        inside = ", ".join(type(part).__name__ for part in mlp.children() if not isinstance(part, plumbing))
+        raise UsageError(
+            f"model.backbone.timm={model.backbone.timm} has {type(mlp).__name__} blocks with {inside}; "
+            "experts replace plain GELU MLPs"
+        )
+    dim, hidden = mlp.fc1.in_features, model.expert_width or mlp.fc1.out_features
+    router = make_router(model.router, dim, num_tokens)
+    if router.needs_independent_experts and model.expert_init == "identical":
+        raise UsageError(
+            f"model.expert_init=identical: with router {model.router_name} experts that start equal stay equal; "
+            "set model.expert_init=independent"
+        )
+    if router.slots_per_expert is None:
+        _check_runs([dim, hidden], "fp32")
+    gelu = "tanh" if isinstance(mlp.act, GELUTanh) else "none"
+    identical = model.expert_init == "identical"
+    shared = router.shared_experts
+    return MoE(
+        router,
+        Experts(router.num_experts, dim, hidden, gelu=gelu, identical=identical),
+        # Several shared experts are one of their summed width.
+        Experts(1, dim, shared * hidden, gelu=gelu, identical=True) if shared else None,
+    )
+
+
+def _check_runs(widths: Sequence[int], precision: str) -> None:
+    """Raises UsageError where torch's grouped product would refuse: its rows must take whole 16 bytes."""
+    unit = 4 if precision == "fp32" else 8
+    if any(width % unit for width in widths):
+        raise UsageError(
+            f"a router without capacity multiplies runs of rows, in {precision} only of multiples of {unit} numbers: "
+            f"the model is {widths[0]} wide, its experts {widths[1]}; change model.backbone.width or model.expert_width"
+        )
+
+
+def prepare(vit: VisionTransformer, device: torch.device, precision: str) -> None:
+    """Unfused attention on a CPU in half precision, where the fused backward pass is several times slower.
+
+    Raises:
+        UsageError: experts whose width this precision cannot multiply.
+    """
+    for block in vit.blocks:
+        block.attn.fused_attn = block.attn.fused_attn and (device.type != "cpu" or precision == "fp32")
+        if isinstance(block.mlp, MoE) and block.mlp.router.slots_per_expert is None:
+            _check_runs(block.mlp.experts.w1.shape[1:], precision)

@@ -1,0 +1,192 @@
+"""What conf/ says, read without Hydra: its folders, the choices of each group, and the values that they give.
+
+A conf folder of the user's in the working directory comes first everywhere.
+"""
+
+import functools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from softmoe_cli.errors import UsageError
+
+GROUPS = {
+    "model": "a named model: backbone, router and place of the experts",
+    "model/backbone": "the backbone alone",
+    "model/router": "the router alone",
+    "data": "a data set, or the format of your own files",
+    "recipe": "optimizer, augmentation and budget",
+    "experiment": "a study's settings",
+    "search": "with -m: a search with Optuna",
+    "hydra/launcher": "with -m: where a sweep's jobs run",
+}
+"""What is chosen by name, GROUP=CHOICE, and is a folder of conf/."""
+
+TITLES = {
+    "models": ("model", "models, model="),
+    "backbones": ("model/backbone", "backbones, model/backbone="),
+    "routers": ("model/router", "routers, model/router="),
+    "data": ("data", "data sets, data="),
+    "recipes": ("recipe", "recipes, recipe="),
+    "experiments": ("experiment", "experiments, +experiment="),
+    "searches": ("search", "searches with Optuna, -m +search="),
+    "launchers": ("hydra/launcher", "where a sweep's jobs run, -m hydra/launcher="),
+}
+"""What `softmoe list` takes: the word, the group and the heading."""
+
+ADDED = ("experiment", "search")
+"""Groups of which nothing is chosen until it is added, +GROUP=CHOICE."""
+
+
+def conf_folder() -> Path:
+    """conf/ beside the package in a checkout, inside it in an installed wheel."""
+    here = Path(__file__).resolve().parents[1]
+    return here / "conf" if (here / "conf").is_dir() else here.parent / "conf"
+
+
+def own_conf_folder() -> Path | None:
+    """A conf folder of the user's in the working directory, if it is not ours."""
+    own = Path.cwd() / "conf"
+    return own if own.is_dir() and own.resolve() != conf_folder() else None
+
+
+def files(group: str) -> dict[str, Path]:
+    """The yaml file of each choice of a group, by name; one's own conf folder comes last, so that it replaces."""
+    found = {}
+    for root in (conf_folder(), own_conf_folder()):
+        if root is None:
+            continue
+        folder = root / group
+        # Folders in model/ and hydra/ are groups of their own; elsewhere they are part of a name.
+        pattern = "*.yaml" if group in ("model", "hydra/launcher") else "**/*.yaml"
+        for file in folder.glob(pattern):
+            name = file.relative_to(folder).with_suffix("").as_posix()
+            if not file.name.startswith("_") and file.is_file():
+                found[name] = file
+    return dict(sorted(found.items()))
+
+
+def read(file: Path) -> str:
+    """The text of a yaml file.
+
+    Raises:
+        UsageError: it cannot be read or is no UTF-8.
+    """
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = "it is no UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror
+        raise UsageError(f"{file} cannot be read: {why}") from error
+
+
+def load(file: Path) -> dict[str, Any]:
+    """The contents of a yaml file.
+
+    Raises:
+        UsageError: it cannot be read, is no YAML, or holds something other than keys with values.
+    """
+    import yaml
+
+    try:
+        body = yaml.load(read(file), Loader=_loader())
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise UsageError(f"{file} is no YAML: {getattr(error, 'problem', None) or 'no text'}{where}") from error
+    if not isinstance(body, dict | None):
+        raise UsageError(f"{file} holds no keys with values")
+    return body or {}
+
+
+@functools.cache
+def _loader() -> Any:
+    """A YAML reader that takes 1e-4 for a number, as OmegaConf does; the one in C where it is installed."""
+    import yaml
+
+    class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+        pass
+
+    number = (
+        r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+|\.[0-9]+(?:[eE][-+]?[0-9]+)?)"
+    )
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"^{number}$"), list("-+0123456789."))
+    return Loader
+
+
+def defaults(command: str, chosen: Mapping[str, str]) -> dict[str, Any]:
+    """The values that conf/ gives to a command's options with these choices of groups, as Hydra would compose them; it
+    would take a second.
+
+    Raises:
+        UsageError: a file of one's own that cannot be read.
+    """
+    tree: dict[str, Any] = {}
+    _lay(tree, "", "data_check" if command == "data" else command, chosen)
+    return tree
+
+
+def _lay(tree: dict[str, Any], group: str, name: str, chosen: Mapping[str, str], above: tuple[Path, ...] = ()) -> None:
+    """Merges one file, and those in its defaults list, into the tree. `above`: the files whose lists led to it."""
+    places = [root / group / f"{name}.yaml" for root in (own_conf_folder() if group else None, conf_folder()) if root]
+    file = next((place for place in places if place.is_file()), None)
+    if file is None:  # a schema, which Hydra has from Python, or a file of Hydra's own
+        return
+    if file in above:
+        raise UsageError(f"{file}: its defaults list leads back to the file itself, by {above[-1]}")
+    above = (*above, file)
+    body = load(file)
+    listed = body.pop("defaults", [])
+    entries = listed if isinstance(listed, list) else []
+    if "_self_" not in entries:
+        entries = [*entries, "_self_"]
+    for entry in entries:
+        if entry == "_self_":
+            for part in reversed(() if "# @package _global_" in read(file) or not group else group.split("/")):
+                body = {part: body}
+            _merge(tree, body)
+        elif isinstance(entry, str) and entry != name:
+            _lay(tree, group, entry, chosen, above)
+        elif isinstance(entry, dict):
+            for key, choice in entry.items():
+                inner = str(key).removeprefix("override ")
+                inner = inner[1:] if inner.startswith("/") else f"{group}/{inner}".lstrip("/")
+                choice = chosen.get(inner, choice)
+                if isinstance(choice, str) and (inner, choice) != (group, name):
+                    _lay(tree, inner, choice, chosen, above)
+
+
+def _merge(tree: dict[str, Any], other: Mapping[str, Any]) -> None:
+    for key, value in other.items():
+        if isinstance(value, dict) and isinstance(tree.get(key), dict):
+            _merge(tree[key], value)
+        else:
+            tree[key] = dict(value) if isinstance(value, dict) else value
+
+
+def value_of(tree: Mapping[str, Any], key: str, asked: tuple[str, ...] = ()) -> Any:
+    """What stands at a.b.c, with ${x.y} followed; KeyError where nothing does, or where that leads back to a key that
+    was `asked` for before."""
+    node: Any = tree
+    for part in key.split("."):
+        if not isinstance(node, dict) or key in asked:
+            raise KeyError(key)
+        node = node[part]
+    other = re.fullmatch(r"\$\{(\.?)([\w.]+)\}", node) if isinstance(node, str) else None
+    if other is None:
+        return node
+    return value_of(tree, f"{key.rpartition('.')[0]}.{other[2]}" if other[1] else other[2], (*asked, key))
+
+
+def keys(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Every key of the tree, in its order, sections before what is in them."""
+    for key, value in tree.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from keys(value, f"{prefix}{key}.")
+
+
+def chosen_groups(arguments: Sequence[str]) -> dict[str, str]:
+    """The choice of each group that a command line names; choices that do not exist are left out."""
+    pairs = (argument.lstrip("+").partition("=")[::2] for argument in arguments)
+    return {group: choice for group, choice in pairs if group in GROUPS and choice in files(group)}

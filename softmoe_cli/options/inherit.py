@@ -1,0 +1,270 @@
+"""What a checkpoint decides of a configuration: the model, the pixels, which images are held out, whose code runs."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from softmoe_cli.config import Config, Data, Model
+from softmoe_cli.errors import UsageError
+from softmoe_cli.options.compose import door, names, overlay, say_once
+from softmoe_cli.options.conf_files import load, own_conf_folder
+
+if TYPE_CHECKING:
+    from softmoe_cli.run.source import Source
+
+
+def resolve(command: str, tree: dict[str, Any], typed: Sequence[str]) -> "tuple[Config, Source | None]":
+    """What `softmoe train` or `finetune` would run: the checked configuration and the weights to start from.
+
+    Raises:
+        UsageError: it cannot work.
+    """
+    from softmoe_cli.run import mirror
+
+    if command == "train":
+        checked = door(tree, Config)
+        if checked.slots != "kept":
+            raise UsageError(f"slots={checked.slots} belongs to softmoe finetune: there is no checkpoint to keep to")
+        for key in ("checkpoint", "trust"):
+            if (value := getattr(checked, key)) is not None:
+                raise UsageError(f"{key}={value} belongs to softmoe finetune; softmoe train starts afresh")
+        mirror.check(checked)
+        return checked, None
+    if not tree["checkpoint"]:
+        raise UsageError(
+            "softmoe finetune needs checkpoint=: a run folder, a .safetensors file, hf-hub:OWNER/NAME or timm:NAME"
+        )
+    from softmoe_cli.model.weights import proportional_slots
+
+    source = read(tree["checkpoint"])
+    take_model(tree, source, typed)
+    checked = door(tree, Config)
+    mirror.check(checked)
+    if checked.slots == "proportional":
+        for key in ("model.router.slots_per_expert", "model.router.capacity_factor"):
+            if names(key, typed):
+                raise UsageError(f"slots=proportional and {key} both say how many slots there are; leave one out")
+        if "model" not in source.card:
+            raise UsageError(f"slots=proportional: checkpoint={source.label} does not say how many slots it has")
+        kept = door(source.card["model"], Model)
+        checked.model.router |= {"slots_per_expert": proportional_slots(kept, checked.model)}
+    return checked, source
+
+
+def read(checkpoint: str) -> "Source":
+    """Reads what `checkpoint=` names; says so where every weight's name has the same prefix, which is left out.
+
+    Raises:
+        UsageError: nothing usable there.
+    """
+    from softmoe_cli.model.pretrained import read_checkpoint
+
+    source = read_checkpoint(checkpoint)
+    if source.prefix:
+        say_once(f"checkpoint={source.label}: every name in it begins with '{source.prefix}'; read without that")
+    return source
+
+
+def take_model(tree: dict[str, Any], source: "Source", typed: Sequence[str]) -> None:
+    """Fills in the checkpoint's model and pixel normalisation, except where something else was typed."""
+    card, label = source.card, source.label
+    if "model" not in card and (not isinstance(tree["model"], dict) or tree["model"].get("image_size") == "???"):
+        raise UsageError(f"checkpoint={label} does not say what model it is; name one with model=")
+    tree["model"] = overlay(card.get("model", {}), tree["model"])
+    if not any(names(key, typed) for key in ("model", "model/router", "model.router._target_")):
+        require_trust(tree["model"], source, tree.get("trust"))
+    if "classes" in card:  # ours, not timm's
+        same = isinstance(tree["model"]["router"], dict) and tree["model"]["router"].get("_target_")
+        router = card["model"]["router"]
+        _described(source, router if same == router["_target_"] else {"_target_": None})
+    for key in ("mean", "std"):
+        if key in card.get("data", {}) and not names(f"data.{key}", typed):
+            tree["data"][key] = card["data"][key]
+    keep_cut(tree["data"], card.get("data", {}), typed)
+
+
+def require_trust(model: dict[str, Any], source: "Source", trusted: str | None) -> None:
+    """Refuses a router that only a checkpoint's own words name, `trusted` apart: to import a module is to run it. The
+    folder where the command is typed vouches for it in conf/model/router, but not for a checkpoint inside itself: who
+    downloads one gets the other with it.
+
+    Raises:
+        UsageError: nobody vouches for it.
+    """
+    target = model["router"].get("_target_") if isinstance(model.get("router"), dict) else None
+    if target is None or target != source.card.get("model", {}).get("router", {}).get("_target_"):
+        return
+    if target.startswith("softmoe_cli.moe.routers.") or target == trusted:
+        return
+    own = own_conf_folder()
+    files = sorted((own / "model/router").glob("*.yaml")) if own else []
+    vouching = next((file for file in files if load(file).get("_target_") == target), None)
+    here, place = Path.cwd().resolve(), Path(source.label)
+    inside = here in place.resolve().parents or here in Path(os.path.abspath(place)).parents
+    if vouching is None:
+        raise UsageError(
+            f"checkpoint={source.label} names the router {target}, which is not softmoe's; if you trust it, put its "
+            f"yaml into conf/model/router where you type the command, or say trust={target}"
+        )
+    if inside and not source.label.startswith("hf-hub:"):
+        raise UsageError(
+            f"checkpoint={source.label} names the router {target}, which is not softmoe's, and what vouches for it "
+            f"({vouching}) lies in the same folder; if you trust that, say trust={target}"
+        )
+
+
+def model_of(source: "Source", trusted: str | None) -> Model:
+    """The model that a checkpoint describes, once its weights are found to be of that model.
+
+    Raises:
+        UsageError: it does not say so, it cannot be, or nobody vouches for its router.
+    """
+    if "model" not in source.card:
+        raise UsageError(f"checkpoint={source.label} does not say what model it is; softmoe saved no such file")
+    require_trust(source.card["model"], source, trusted)
+    return _described(source, source.card["model"]["router"])
+
+
+def _described(source: "Source", router: dict[str, Any]) -> Model:
+    """The model of the checkpoint's card with this router, compared with the weights before anything is built."""
+    from softmoe_cli.model.weights import require_described
+
+    try:
+        model = door(source.card["model"] | {"router": dict(router)}, Model)
+    except UsageError as error:
+        raise UsageError(f"checkpoint={source.label} says that it is a model that cannot be: {error}") from error
+    require_described(source, model)
+    return model
+
+
+def names_data(data: Any) -> bool:
+    """Whether the command line names a data set."""
+    return isinstance(data, dict) and data.get("name", "???") != "???"
+
+
+def check_here(data: Data, source: "Source") -> None:
+    """Raises UsageError where the set would have to be downloaded although only the checkpoint names it."""
+    from softmoe_cli.data.sets import is_here
+
+    if not is_here(data):
+        raise UsageError(
+            f"checkpoint={source.label} names data={data.name}, which is not in data.root={data.root}; only a set that "
+            f"is typed is fetched: add data={data.name}"
+        )
+
+
+def take_data(tree: dict[str, Any], source: "Source", typed: Sequence[str]) -> None:
+    """Fills in the checkpoint's data set. Where another set was named, only its mean and deviation of pixels."""
+    named = names_data(tree["data"])
+    tree["data"] = overlay(source.card["data"], tree["data"])
+    if tree["data"]["image_size"] == "auto":
+        own = same_set(tree["data"], source.card["data"])
+        tree["data"]["image_size"] = (source.card["data"] if own else source.card["model"])["image_size"]
+    if named:
+        for key in ("mean", "std"):
+            if not names(f"data.{key}", typed):
+                tree["data"][key] = source.card["data"][key]
+        keep_cut(tree["data"], source.card["data"], typed)
+
+
+def keep_cut(data: dict[str, Any], card: dict[str, Any], typed: Sequence[str]) -> None:
+    """The checkpoint's own set is cut as it was for the checkpoint, unless typed otherwise: another cut would have
+    images that were trained on among those that are held out."""
+    if "name" not in card or data["test_fraction"] == 1:  # all of it is for evaluation
+        return
+    other = {key: card[key] for key in CUT if key in card and data[key] != card[key]}
+    other = {key: value for key, value in other.items() if not names(f"data.{key}", typed)}
+    words = " ".join(f"data.{key}={value}" for key, value in other.items())
+    if other and same_set(data, card):
+        data |= other
+        said = f"cut as for the checkpoint: {words}"
+    elif other and data.get("name") == card["name"] and data.get("format") == card.get("format"):
+        said = (
+            f"data.root={data['root']} is not the checkpoint's {card['root']}, so it is cut anew; if these are the "
+            f"images that it was trained on, add {words}"
+        )
+    else:
+        return
+    if os.environ.get("RANK", "0") == "0":
+        say_once(said)
+
+
+def take_backbone(model: dict[str, Any], source: "Source", typed: Sequence[str]) -> None:
+    """Fills in the checkpoint's backbone and image size, for an upcycling that chooses router, blocks and experts only.
+
+    Raises:
+        UsageError: something else was typed, or the checkpoint has a router already.
+    """
+    if names("model.expert_init", typed):
+        raise UsageError(
+            "model.expert_init has no effect here: experts start as copies; see expert_noise, expert_redraw"
+        )
+    own = source.card.get("model")
+    if own is None:
+        if model["image_size"] == "???":
+            raise UsageError(
+                f"checkpoint={source.label} does not say what model it is; name timm's with "
+                "model.backbone.timm=NAME, or one of ours with model="
+            )
+        return
+    if own["router"]["_target_"] is not None:
+        raise UsageError(
+            f"checkpoint={source.label} has a router already ({own['router']['_target_']}); use a dense one"
+        )
+    chosen = model["backbone"]
+    free = ("name", "drop_path", "pos_std", "init")  # what says nothing of trained weights
+    for key, value in own["backbone"].items():
+        if str(chosen[key]).startswith("${suits:"):  # follows the images, and so the checkpoint
+            chosen[key] = value
+        if key not in free and chosen[key] not in ("???", value):
+            raise UsageError(
+                f"the backbone chosen has {key}={chosen[key]}, but checkpoint={source.label} has {key}={value} "
+                f"({own['backbone']['name']}); choose only model/router=, model.moe_blocks= and the router's options"
+            )
+        if key == "name":
+            chosen[key] = value
+    if not names("model.image_size", typed):
+        model["image_size"] = own["image_size"]
+    model["in_chans"] = own["in_chans"]
+
+
+COMMON = ("model", "classes", "loss", "precision")
+
+
+def check_alike(sources: Sequence["Source"], data: dict[str, Any]) -> None:
+    """Raises UsageError unless all are of one model for the same classes, loss, precision and pixels, and those that
+    were trained on the set that they are evaluated on, of the same cut of it: of another, some would have been trained
+    on the images that choose and score."""
+    own = [source for source in sources if same_set(data, source.card["data"])]
+    for other in sources[1:]:
+        _check_pair(sources[0], other, ("mean", "std"))
+    for other in own[1:]:
+        _check_pair(own[0], other, CUT)
+
+
+def _check_pair(first: "Source", other: "Source", keys: Sequence[str]) -> None:
+    said = [
+        {key: s.card[key] for key in COMMON}
+        | {f"data.{key}": s.card["data"].get(key) for key in keys}
+        | {key: tuple(value.shape) for key, value in s.weights.items()}
+        for s in (first, other)
+    ]
+    odd = [key for key in said[0] | said[1] if said[0].get(key) != said[1].get(key)]
+    if odd:
+        values = [f" ({s[odd[0]]})" if isinstance(s.get(odd[0]), int | float | tuple) else "" for s in said]
+        raise UsageError(
+            f"checkpoint={first.label}{values[0]} and {other.label}{values[1]} differ in {odd[0]}; only "
+            "checkpoints of the same architecture, and of the same cut of the data evaluated, can be averaged"
+        )
+
+
+CUT = ("split_seed", "test_fraction", "validation_fraction")
+"""Keys of data that say which images are held out."""
+
+
+def same_set(data: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether both name the same images: one data set, and where it is read from files, one place."""
+    if any(data.get(key) != other.get(key) for key in ("name", "format")):
+        return False
+    return data.get("format") is None or Path(data["root"]).resolve() == Path(other["root"]).resolve()

@@ -1,0 +1,211 @@
+"""A checkpoint is a folder with SHA256SUMS: written, sealed, found again, held against its sums."""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from softmoe_cli.errors import UsageError
+from softmoe_cli.files import sync
+from softmoe_cli.run import pieces, rows
+from softmoe_cli.run.card import card_text, other_format
+from softmoe_cli.run.pieces import Piece
+
+WEIGHTS, TRAINING, STATE, SUMS = "model.safetensors", "training.safetensors", "state.json", "SHA256SUMS"
+FIRST_WEIGHT = "patch_embed.proj.weight"
+"""A name that every ViT's weights have."""
+OURS = re.compile(r"(last|best)-\d+|\.(last|best)-\d+(-before)?")
+"""Checkpoints and unfinished ones: nothing else in their folder is ever removed."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One checkpoint as read back: weights by state-dict key, training tensors, and plain numbers."""
+
+    path: Path
+    weights: dict[str, Tensor]
+    training: dict[str, Tensor]
+    state: dict[str, Any]
+
+    @classmethod
+    def read(cls, path: Path) -> "Checkpoint":
+        """The one that `Run.newest` has found.
+
+        Raises:
+            UsageError: its checksums are right, and softmoe did not write it.
+        """
+        try:
+            state = json.loads((path / STATE).read_text())
+            return cls(path, load_file(path / WEIGHTS), load_file(path / TRAINING), state)
+        except (OSError, ValueError, RecursionError, SafetensorError) as error:
+            raise UsageError(
+                f"{path} cannot be read ({error}); remove it to go on from the checkpoint before"
+            ) from error
+
+    def check(self) -> None:
+        """Holds its numbers and random state against what training writes, before anything is taken from it.
+
+        Raises:
+            UsageError: its checksums are right, and softmoe did not write it.
+        """
+        fault = _state_fault(self.state) or _random_fault(self.training)
+        if fault is not None:
+            raise UsageError(f"{self.path}: {fault}; remove it to go on from the checkpoint before")
+
+
+def _state_fault(state: Any) -> str | None:
+    """What keeps the plain numbers of a checkpoint from being ours."""
+    if not isinstance(state, dict):
+        return f"{STATE} holds no numbers by name"
+    if (fault := other_format(state)) is not None:
+        return f"{STATE} {fault}"
+    for key in ("step", "best_step"):
+        if type(state.get(key)) is not int or not 0 <= state[key] < 2**63:
+            return f"{STATE} has no number {key}"
+    for key, kinds in {"sizes": (int,), "seconds": (int, float)}.items():
+        numbers = state.get(key)
+        if not isinstance(numbers, dict) or not all(type(n) in kinds and n >= 0 for n in numbers.values()):
+            return f"{STATE} has no numbers {key}"
+    if "device" not in state["seconds"]:
+        return f"{STATE} has no numbers seconds"
+    return None if isinstance(state.get("scaler"), dict) else f"{STATE} has no scaler"
+
+
+def _random_fault(training: dict[str, Tensor]) -> str | None:
+    own, there = torch.get_rng_state(), training.get("random.cpu")
+    if there is None or there.shape != own.shape or there.dtype != own.dtype:
+        return f"{TRAINING} has no random state of this torch"
+    return None
+
+
+def numbered(folder: Path, kind: str) -> list[Path]:
+    """The checkpoints of a kind in a folder, newest first; not what a user has put there under other names."""
+    found = [path for path in folder.glob(f"{kind}-*") if OURS.fullmatch(path.name)]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    (step,) = re.findall(r"\d+", checkpoint.name)
+    return int(step)
+
+
+def between_names(folder: Path) -> list[tuple[Path, Path]]:
+    """Checkpoints that a process which ended between two names has left without theirs, and that."""
+    pairs = [
+        (before, before.with_name(before.name.removeprefix(".").removesuffix("-before")))
+        for before in folder.glob(".*-before")
+        if OURS.fullmatch(before.name)
+    ]
+    return [(before, final) for before, final in pairs if not final.exists()]
+
+
+def room_beside(copy: int, free: int) -> bool:
+    """Whether a copy of so many bytes of a CPU's memory leaves training enough of what is free."""
+    return 4 * copy <= free
+
+
+def own_pieces(tensors: dict[str, Tensor], first: bool) -> dict[str, Piece]:
+    """What this process writes of them."""
+    found = {key: pieces.own(value, first=first) for key, value in tensors.items()}
+    return {key: piece for key, piece in found.items() if piece is not None}
+
+
+def copied_pieces(pieces: dict[str, Piece]) -> dict[str, Piece]:
+    """In memory that nobody writes to; from CUDA through pinned memory, all at once."""
+    copies: dict[str, Piece] = {}
+    for key, piece in pieces.items():
+        value = piece.tensor
+        copy = value.to("cpu", copy=True, non_blocking=value.is_cuda, memory_format=torch.contiguous_format)
+        copies[key] = piece._replace(tensor=copy)
+    if any(piece.tensor.is_cuda for piece in pieces.values()):
+        torch.cuda.synchronize()
+    return copies
+
+
+def write_checkpoint(
+    folder: Path, weights: dict[str, Tensor], card: dict[str, Any], training: dict[str, Tensor], texts: dict[str, str]
+) -> None:
+    """Makes the folder of a checkpoint: weights with their card, training tensors if any, other files by name, and the
+    checksums of them all; on disk when this returns. The same contents give the same bytes: safetensors writes a
+    header's entries in any order, so there is one."""
+    folder.mkdir(parents=True)
+    save_file(weights, folder / WEIGHTS, metadata={"softmoe": card_text(card)})
+    if training:
+        save_file(training, folder / TRAINING)
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    seal(folder)
+
+
+def seal(folder: Path, known: dict[str, str] | None = None) -> None:
+    """Writes the checksums of all files in a folder, of which some may be `known`; on disk when this returns.
+
+    Raises:
+        OSError: one that is known is not there.
+    """
+    known = known or {}
+    files = sorted({file.name for file in folder.iterdir()} | known.keys())
+    digests = {file: known.get(file) or sha256(folder / file) for file in files}
+    (folder / SUMS).write_text("".join(f"{digest}  {file}\n" for file, digest in digests.items()))
+    for file in [*files, SUMS]:
+        sync(folder / file)
+    sync(folder)
+
+
+def digest_of(weights: dict[str, Tensor]) -> str:
+    """SHA-256 of names and values, whatever file they stand in."""
+    digest = hashlib.sha256()
+    for key in sorted(weights):
+        digest.update(key.encode() + weights[key].numpy().tobytes())
+    return digest.hexdigest()
+
+
+def damage(checkpoint: Path, files: tuple[str, ...] | None = (WEIGHTS, TRAINING, STATE)) -> str | None:
+    """What is wrong with a checkpoint folder, or None when all files that it lists are there and `files` (None: all),
+    whole or in pieces, match their checksums."""
+    try:
+        said = rows.contents(checkpoint / SUMS).decode(errors="replace")
+    except FileNotFoundError:
+        return f"{SUMS} is missing"
+    except rows.Unreadable as error:
+        return f"{SUMS} {error}"
+    lines = [line.split("  ", 1) for line in said.splitlines()]
+    if not lines or any(len(line) != 2 for line in lines):
+        return f"{SUMS} is unreadable"
+    for digest, file in lines:
+        if Path(file).name != file or not (checkpoint / file).is_file():
+            return f"{file} is missing"
+        if (files is None or pieces.whole_of(file) in files) and sha256(checkpoint / file) != digest:
+            return f"{file} does not match its checksum"
+    return None
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def random_state() -> dict[str, Tensor]:
+    """torch's random states, on the CPU and on the CUDA or MPS device: dropout, stochastic depth and router noise draw
+    from them. Order and augmentation are functions of seed and step and need no state."""
+    states = {"random.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["random.cuda.0"] = torch.cuda.get_rng_state()
+    if torch.backends.mps.is_available():
+        states["random.mps"] = torch.mps.get_rng_state()
+    return states
+
+
+def set_random_state(states: dict[str, Tensor]) -> None:
+    torch.set_rng_state(states["random.cpu"])
+    if torch.cuda.is_available() and "random.cuda.0" in states:
+        torch.cuda.set_rng_state(states["random.cuda.0"])
+    if torch.backends.mps.is_available() and "random.mps" in states:
+        torch.mps.set_rng_state(states["random.mps"])

@@ -1,0 +1,63 @@
+"""What makes a run this run: the signature of what it computes, and where its weights come from."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from softmoe_cli.config import NOT_SCIENCE, Config
+from softmoe_cli.run.source import Source
+
+
+def signature(config: Config, command: str, source_digest: str | None, data_digest: str | None) -> str:
+    """Ten hex digits of what the run computes: its scientific config, the command, the weights that it starts from and,
+    where the config does not say it, which images it reads."""
+    given = [digest for digest in (data_digest,) if digest]
+    text = json.dumps([command, source_digest, _science(config), *given], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def _science(config: Config) -> dict[str, Any]:
+    science = dataclasses.asdict(config)
+    for key in NOT_SCIENCE:
+        section, _, leaf = key.rpartition(".")
+        del (science[section] if section else science)[leaf]
+    return _whole_numbers(science)
+
+
+def flat_science(config: Config) -> dict[str, Any]:
+    """What the signature is made of, as `section.key`: a result row tells with it which runs differ in what."""
+
+    def walk(node: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for key, value in node.items():
+            if isinstance(value, dict):
+                yield from walk(value, f"{prefix}{key}.")
+            else:
+                yield f"{prefix}{key}", value
+
+    return dict(walk(_science(config), ""))
+
+
+def _whole_numbers(value: Any) -> Any:
+    """With whole numbers as int: `capacity_factor=2` and `2.0` are one run."""
+    if isinstance(value, dict):
+        return {key: _whole_numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_whole_numbers(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def made_from(source: "Source", settings: dict[str, Any]) -> str:
+    """Ten hex digits of what a folder is made from and how: part of its name where none is chosen."""
+    return hashlib.sha256(json.dumps([source.digest, settings], sort_keys=True).encode()).hexdigest()[:10]
+
+
+def origin(command: str, settings: dict[str, Any], source: Source | None) -> str:
+    """Ten hex digits that weights made alike have in common: with the same settings but for the seed, from weights
+    with a common origin. What they differ in is chance, so that comparisons may group what was finetuned from them."""
+    start = source.card.get("origin", source.digest) if source else None
+    text = json.dumps(
+        [command, start, {key: value for key, value in settings.items() if key != "seed"}], sort_keys=True
+    )
+    return hashlib.sha256(text.encode()).hexdigest()[:10]

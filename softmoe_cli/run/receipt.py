@@ -1,0 +1,57 @@
+"""Folders that are made from a checkpoint, whole or not at all, with a receipt of what they are made from."""
+
+import json
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from softmoe_cli.errors import RunError, UsageError
+from softmoe_cli.files import clear, require_vacant, sync, unused
+from softmoe_cli.run.checkpoint import damage
+from softmoe_cli.run.source import Source
+
+RECEIPT = "receipt.json"
+"""In folders that are made from a checkpoint: from what, how, and what came out."""
+
+
+def make_whole(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Makes a folder whole or not at all: `fill` makes it under another name.
+
+    Raises:
+        RunError: it cannot be written, or is there meanwhile.
+    """
+    temporary = unused(folder)
+    try:
+        fill(temporary)
+        temporary.rename(folder)
+        sync(folder.parent)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"cannot write {folder}: {error}; choose another folder, or make room") from error
+    finally:
+        clear(temporary)
+
+
+def already_made(folder: Path, source: "Source", settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The receipt of a folder that was made before from the same source with the same settings; None where there is
+    nothing yet.
+
+    Raises:
+        UsageError: something else is there, or nothing can be.
+    """
+    made = {"settings": json.loads(json.dumps(settings)), "digest": source.digest}
+    receipt: Any = None
+    fault: str | None = None
+    with suppress(OSError, ValueError, RecursionError):  # all of which is another's
+        if (folder / RECEIPT).is_file() and (fault := damage(folder, files=None)) is None:
+            receipt = json.loads((folder / RECEIPT).read_text())
+    if fault is not None:
+        raise UsageError(f"folder={folder} exists and is damaged ({fault}); choose another name or remove it first")
+    if isinstance(receipt, dict) and isinstance(receipt.get("source"), dict):
+        found = {"settings": receipt.get("settings"), "digest": receipt["source"].get("digest")}
+        if found == made:
+            return receipt
+    require_vacant("folder", folder)
+    return None

@@ -1,0 +1,167 @@
+"""Weights to start from, read from a run, a checkpoint or a file, with what is known of them."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from softmoe_cli.errors import RunError, UsageError
+from softmoe_cli.run import pieces, rows
+from softmoe_cli.run.card import read_card
+from softmoe_cli.run.checkpoint import (
+    FIRST_WEIGHT,
+    TRAINING,
+    WEIGHTS,
+    between_names,
+    damage,
+    digest_of,
+    numbered,
+    sha256,
+    step_of,
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Weights to start from or to evaluate: `card` is what the file says of its model and classes, `prefix` what every
+    name in the file began with and does not here."""
+
+    label: str
+    digest: str
+    weights: dict[str, Tensor]
+    card: dict[str, Any]
+    prefix: str = ""
+
+    @property
+    def train_pflop(self) -> float | None:
+        """What its training had cost, from the first weights on; None where the file does not say."""
+        cost: Any = self.card.get("train_pflop")
+        return float(cost) if rows.number(cost) and cost >= 0 else None
+
+
+def read_source(checkpoint: str) -> Source:
+    """Reads `checkpoint=`: a run folder (its newest undamaged checkpoint), a checkpoint folder, or a file.
+
+    Raises:
+        UsageError: nothing there, nothing undamaged, or not a safetensors file. Pickles are never opened.
+    """
+    if not checkpoint.strip():  # which a path would take for the working folder
+        raise UsageError(f"checkpoint={checkpoint} is empty, as $NAME is where NAME is not set; give it a value")
+    path = Path(checkpoint)
+    try:
+        if path.is_dir():
+            path = _weights_in(path)
+            if not path.exists():
+                return _joined_source(path)
+        if not path.is_file():
+            path.stat()
+            raise UsageError(f"checkpoint={checkpoint} is neither a file nor a folder")
+        digest = sha256(path)
+    except UsageError:
+        raise
+    except FileNotFoundError as error:
+        raise UsageError(f"checkpoint={checkpoint} does not exist") from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(f"checkpoint={checkpoint} cannot be read: {reason}") from error
+    try:
+        with safe_open(path, framework="pt") as file:
+            card = (file.metadata() or {}).get("softmoe")
+            weights = {key: file.get_tensor(key) for key in list(file.keys())}
+    except SafetensorError as error:
+        with path.open("rb") as raw:
+            pickled = raw.read(2) in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+        reason = (
+            "is a pickle, which can run code when opened; save its weights with safetensors first"
+            if pickled
+            else f"is no safetensors file, or is truncated or damaged ({error})"
+        )
+        raise UsageError(f"checkpoint={path} {reason}") from error
+    return _source(path, digest, weights, card)
+
+
+def _source(path: Path, digest: str, weights: dict[str, Tensor], text: str | None) -> Source:
+    """What a file holds, with the names that its weights have in a model.
+
+    Raises:
+        UsageError: more classes than outputs, or a card that softmoe did not write.
+    """
+    card = read_card(text, path) if text is not None else {}
+    prefix, weights = _without_prefix(weights)
+    head = weights.get("head.weight")
+    if card and head is not None and (head.ndim != 2 or len(head) < len(card["classes"])):
+        raise UsageError(
+            f"checkpoint={path} speaks of {len(card['classes'])} classes, and its head.weight is {tuple(head.shape)}; "
+            "softmoe saved no such file"
+        )
+    return Source(str(path), digest, weights, card, prefix)
+
+
+def _without_prefix(weights: dict[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
+    """A ViT's weights without what wrappers put before every name (DistributedDataParallel, torch.compile, averages of
+    weights, trainers), and that; without the count that torch's averages keep beside them."""
+    named = {key: value for key, value in weights.items() if key != "n_averaged"}
+    ends = (key.removesuffix(FIRST_WEIGHT) for key in named if key.endswith(f".{FIRST_WEIGHT}"))
+    prefix = next(ends, "")
+    if not prefix or not all(key.startswith(prefix) for key in named):
+        return "", weights
+    return prefix, {key.removeprefix(prefix): value for key, value in named.items()}
+
+
+def _joined_source(path: Path) -> Source:
+    """Of weights in pieces: as if `path` had been written, which is what it will be when the run ends."""
+    try:
+        weights, text = pieces.joined(path)
+    except RunError as error:
+        raise UsageError(f"checkpoint={path.parent}: {error}") from error
+    digest = hashlib.sha256(save(weights, metadata={"softmoe": text})).hexdigest()
+    return _source(path, digest, weights, text)
+
+
+def read_moments(source: Source, digest: str | None = None) -> dict[str, dict[str, Tensor]]:
+    """AdamW's state (`exp_avg`, `exp_avg_sq`, `step`) of each parameter, from the training tensors beside a
+    checkpoint's weights; nothing where there are none. With `digest` they must be the tensors of that digest.
+
+    Raises:
+        UsageError: they are damaged, or not the ones that the weights speak of.
+    """
+    folder, tensors = Path(source.label).parent, {}
+    if Path(source.label).name == WEIGHTS and ((folder / TRAINING).is_file() or pieces.files(folder / TRAINING)):
+        fault = damage(folder)
+        if fault is not None:
+            raise UsageError(f"checkpoint={folder}: {fault}")
+        tensors = pieces.read(folder / TRAINING)
+    tensors = {key: value for key, value in tensors.items() if key.startswith("optimizer.")}
+    if digest is not None and digest_of(tensors) != digest:
+        raise UsageError(
+            f"checkpoint={source.label} was upcycled with optimizer moments, and {folder / TRAINING} does not hold "
+            "them; name the whole folder, or upcycle with carry_optimizer=false"
+        )
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        name, _, kind = key.removeprefix("optimizer.").rpartition(".")
+        found.setdefault(name, {})[kind] = value
+    return {name: state for name, state in found.items() if state.keys() == {"exp_avg", "exp_avg_sq", "step"}}
+
+
+def _weights_in(folder: Path) -> Path:
+    """The weights file of a run or checkpoint folder, its checksum tested."""
+    if (folder / WEIGHTS).is_file() or pieces.files(folder / WEIGHTS):
+        candidates = [folder]
+    else:
+        found = numbered(folder / "checkpoints", "last")
+        found += [before for before, final in between_names(folder / "checkpoints") if final.name.startswith("last-")]
+        candidates = sorted(found, key=step_of, reverse=True)
+    if not candidates:
+        raise UsageError(f"checkpoint={folder} holds no checkpoint: neither {WEIGHTS} nor checkpoints/last-*")
+    faults = []
+    for candidate in candidates:
+        fault = damage(candidate)
+        if fault is None:
+            return candidate / WEIGHTS
+        faults.append(f"{candidate.name}: {fault}")
+    raise UsageError(f"checkpoint={folder} holds no undamaged checkpoint ({'; '.join(faults)})")

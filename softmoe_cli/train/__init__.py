@@ -1,0 +1,1 @@
+"""The loop, told once, and what it consists of."""

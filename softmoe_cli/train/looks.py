@@ -1,0 +1,100 @@
+"""What is looked at on the way: quality on the validation images, routing, few-shot quality; and at the end the test
+images, once."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softmoe_cli.data import batches, splits
+from softmoe_cli.evaluate.fewshot import fewshot
+from softmoe_cli.evaluate.quality import evaluate, features, routing_statistics
+from softmoe_cli.moe.layer import MoE
+from softmoe_cli.train.blame import exploded
+from softmoe_cli.train.recording import Recording
+from softmoe_cli.train.stop import Stop
+
+
+@dataclass(frozen=True)
+class Looks:
+    """Evaluations of the model that counts; each writes its rows and can be stopped between two batches.
+
+    Raises, from every method:
+        RunError: the last update has spoilt the weights.
+        Interrupted: a signal asked to stop; no row was written.
+    """
+
+    recording: Recording
+    stop: Stop
+
+    def validation(self) -> dict[str, Any]:
+        """The row of a look at the validation images.
+
+        Routing statistics of every MoE layer on the first images, the same ones each time, go into routing.jsonl; their
+        means over layers, which are few enough for W&B, into the validation row, beside few-shot quality."""
+        setup, model = self.recording.setup, self.recording.trained.evaluated
+        with self.recording.progress.booked("eval"):
+            layers = routing_statistics(model, next(self._batches(setup.splits.validation, [0])), setup.autocast)
+            shots = self._few_shots() if setup.config.train.fewshot else {}
+        keys = layers[0] if layers else ()
+        means = {f"routing_{key}": sum(layer[key] for layer in layers) / len(layers) for key in keys}
+        row = self._quality("validation", setup.splits.validation, means | shots)
+        for block, numbers in zip(self.moe_blocks, layers, strict=True):  # last, so that a stop leaves all rows or none
+            self.recording.run.append("routing.jsonl", {"step": row["step"], "block": block, **numbers})
+        return row
+
+    def test(self) -> dict[str, Any]:
+        """The row of the one reading of the test images."""
+        return self._quality("test", self.recording.setup.splits.test, {})
+
+    @property
+    def moe_blocks(self) -> list[int]:
+        blocks = self.recording.trained.model.blocks
+        return [place for place, block in enumerate(blocks) if isinstance(block.mlp, MoE)]
+
+    def _quality(self, split: str, images: splits.ImageSet, beside: dict[str, float]) -> dict[str, Any]:
+        setup, progress = self.recording.setup, self.recording.progress
+        turns = setup.crew.turns(len(images), setup.config.train.eval_batch_size)
+        with progress.booked("eval"):
+            batches = self.stop.watch(self._batches(images, turns.own))
+            found = evaluate(
+                self.recording.trained.evaluated, batches, loss=setup.config.train.loss, autocast=setup.autocast,
+                collect=turns.collect,
+            )  # fmt: skip
+            values = dict(found)
+        if not math.isfinite(values["loss"]):
+            raise exploded(f"{split} loss {values['loss']}", progress.step)
+        return self.recording.row(split, values | beside)
+
+    def _few_shots(self) -> dict[str, float]:
+        """Of shots drawn with the seed of the data's cut, so that every run of a study has the same."""
+        setup = self.recording.setup
+        numbers = fewshot(
+            self._features, setup.config.train.fewshot, setup.splits.train, setup.splits.validation, None,
+            len(setup.splits.classes), setup.config.data.split_seed,
+        )  # fmt: skip
+        return {key: value for key, value in numbers if key.endswith("top1_pct")}
+
+    def _features(self, images: splits.ImageSet) -> Tensor:
+        setup = self.recording.setup
+        turns = setup.crew.turns(len(images), setup.config.train.eval_batch_size)
+        batches = self.stop.watch(self._batches(images, turns.own))
+        found = features(self.recording.trained.evaluated, batches, setup.autocast, turns.collect)
+        if not torch.isfinite(found).all():
+            raise exploded("features that are not finite", self.recording.progress.step)
+        return found
+
+    def _batches(self, images: splits.ImageSet, turns: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        config = self.recording.setup.config
+        return batches.eval_batches(
+            images,
+            config.data,
+            image_size=config.model.image_size,
+            in_chans=config.model.in_chans,
+            batch_size=config.train.eval_batch_size,
+            device=self.recording.setup.device,
+            turns=turns,
+        )

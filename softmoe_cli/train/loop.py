@@ -1,0 +1,317 @@
+"""The loop, told once, top to bottom. Finetuning is this with other numbers and given weights."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from softmoe_cli import parallel
+from softmoe_cli.config import Config, check_tokens
+from softmoe_cli.cost.fit import require_place, settle, with_largest_batch
+from softmoe_cli.cost.flop import account
+from softmoe_cli.cost.load import Load
+from softmoe_cli.data import batches, sets, workers
+from softmoe_cli.device import arithmetic, compiled, free_memory, keep_freed_memory, precision_context
+from softmoe_cli.errors import RunError, UsageError, first_line
+from softmoe_cli.evaluate.fewshot import check_shots
+from softmoe_cli.evaluate.quality import classification_loss
+from softmoe_cli.model.vit import build, prepare
+from softmoe_cli.model.weights import LoadReport
+from softmoe_cli.moe.layer import MoE
+from softmoe_cli.moe.routing import Router, Routing, full_precision, routings
+from softmoe_cli.optim import freeze, optimizer_of, schedule
+from softmoe_cli.parallel import ALONE, Average, Crew, own_part
+from softmoe_cli.run.folder import Run
+from softmoe_cli.run.source import Source
+from softmoe_cli.terminal import Screen
+from softmoe_cli.train import summary
+from softmoe_cli.train.blame import not_finite
+from softmoe_cli.train.looks import Looks
+from softmoe_cli.train.pace import FirstSteps, forecast
+from softmoe_cli.train.progress import Budget
+from softmoe_cli.train.recording import Recording
+from softmoe_cli.train.resume import Trained, carry_moments, load_source, resume
+from softmoe_cli.train.setup import Setup, images_identity, run_folder
+from softmoe_cli.train.stop import Interrupted, Stop
+
+SMALLEST_SCALE = 2.0**-14
+"""fp16: gradients that are not finite even at this loss scale are not saved by a smaller one."""
+
+
+def train(config: Config, command: str, source: Source | None, screen: Screen) -> dict[str, Any]:
+    """Runs one configuration to its end, or from where it stopped, and returns its result row.
+
+    Raises:
+        UsageError: something in the configuration cannot work; nothing was written.
+        RunError: the run broke; its folder holds the last good state.
+        Interrupted: a signal asked to stop; the state is saved.
+    """
+    with parallel.joined(config) as crew:
+        if not crew.first:
+            screen = Screen(quiet=True)
+        if config.train.batch_size == "auto":
+            config = with_largest_batch(config)
+            number = config.train.batch_size
+            screen.say(
+                f"train.batch_size=auto: {number}; type train.batch_size={number} to have the same run elsewhere"
+            )
+        config = replace(config, devices=crew.size)  # under torchrun it may not say
+        images_digest = images_identity(config.data, crew)
+        run = Run(run_folder(config, command, source, images_digest), crew)
+        if run.result is not None:
+            screen.say(f"{run.folder} is finished; nothing to do")
+            summary.close(screen, run.result, run.folder)
+            return run.result
+        try:
+            return _train(run, config, command, source, images_digest, screen, crew)
+        finally:
+            workers.end_workers()  # they share the folder's lock
+            run.close()
+
+
+def _train(
+    run: Run,
+    config: Config,
+    command: str,
+    source: Source | None,
+    images_digest: str | None,
+    screen: Screen,
+    crew: Crew,
+) -> dict[str, Any]:
+    """A run, from its images to its result."""
+    # --- data: the images, and how often they are seen
+    device, autocast = arithmetic(config.device, config.train.precision, config.threads)
+    require_place(config.optim, device, crew.size)
+    share = crew.share(config)
+    with crew.in_turn():
+        splits = sets.load(config.data)
+    classes = sets.num_classes(config.data, splits)
+    notes = check_shots(splits.train.labels, config.train.fewshot, "train.fewshot") if config.train.fewshot else []
+    budget = Budget.of(config, len(splits.train))
+    learning_rate = schedule(config.optim, budget.total)
+
+    # --- cost: what an image costs, and what fits
+    load = Load.of(config, classes, device)
+    cost = account(config.model, classes, batch=load.part, recompute=load.recompute, frozen=config.optim.freeze)
+    check_tokens(config, cost.tokens)
+    fit = settle(load, config.parallel, crew)
+    crew.way, crew.why = fit.way, fit.why
+    if fit.way != "ddp":  # divided weights change between uses
+        autocast = precision_context(device.type, config.train.precision, cached=False)
+    setup = Setup(config, command, source, images_digest, splits, budget, device, autocast, crew, cost, fit)
+    screen.table(command, summary.header(setup, run.folder))
+    for note in notes:
+        screen.row("few-shot", note)
+    kept = keep_freed_memory(device, fit.memory.peak_bytes, free_memory(device) // crew.local_size)
+    screen.row("memory", summary.memory_row(fit, device, kept=kept))
+
+    # --- model: new weights, or those of the source
+    with crew.one_by_one():
+        torch.manual_seed(config.seed)
+        model = build(config.model, classes)
+        freeze(model, config.optim.freeze)
+        loaded = load_source(model, source, config, splits.classes, screen) if source is not None else LoadReport()
+        prepare(model, device, config.train.precision)
+        model.set_grad_checkpointing(config.train.recompute)
+        average = Average(model, decay=config.train.ema) if config.train.ema is not None else None
+        for each in (model, average.module) if average is not None else (model,):
+            crew.spread(each, config, device)
+    routers = [block.mlp.router for block in model.blocks if isinstance(block.mlp, MoE)]
+    adjusting = [router for router in routers if _trains(router)]
+
+    # --- optimizer
+    optimizer = optimizer_of(model, config.optim)
+    if source is not None:
+        carry_moments(model, optimizer, source, loaded, config, screen)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
+    trained = Trained(model, average, optimizer, scaler)
+
+    # --- record: the run's folder, where it stands, and what it writes down
+    run.open(config)
+    progress = resume(run, trained, screen, crew)
+    pace = forecast(setup, model) if crew.size == 1 else None
+    if pace is not None:
+        screen.row("time", summary.time_row(setup, pace, progress))
+    recording = Recording(setup, run, progress, trained, screen.say)
+
+    # --- evaluation, and what ends the run
+    stop = Stop(crew)
+    looks = Looks(recording, stop)
+    first_steps = FirstSteps(progress, budget, config.train.eval_every, pace, screen.say)
+
+    # --- loop
+    batches = _batches(setup, share.rows(config.train.accumulate), progress.step)
+    forward = crew.prepare(model.train())
+    if config.train.compile:
+        forward = compiled(forward)
+    saved_at, save_took, first_step = time.monotonic(), 0.0, progress.step
+    with stop, routings(model) as seen, screen, recording:
+        step = Step(model, forward, optimizer, scaler, autocast, seen, config, crew)
+        try:
+            while True:
+                here = budget.position(progress)
+                if budget.passed(progress.evaluated, here, config.train.eval_every):
+                    first_steps.tell()
+                    row = looks.validation()
+                    better = row["top1_pct"] > progress.best_top1_pct
+                    screen.evaluation(row, "best" if better else "")
+                    progress.evaluated, progress.validation = here, row
+                    if better:
+                        progress.best_step, progress.best_top1_pct = progress.step, row["top1_pct"]
+                        recording.save("best")
+                    model.train()
+                if here >= budget.total:
+                    break
+                if screen.console.unread:
+                    stop.name = stop.name or "SIGPIPE"
+                stop.check()
+                rest = max(config.train.save_seconds, 50 * save_took) - (time.monotonic() - saved_at)
+                if crew.largest_of_all(rest if run.idle else math.inf) < 0:
+                    start = time.monotonic()
+                    recording.save("last")
+                    saved_at, save_took = time.monotonic(), time.monotonic() - start
+
+                compiles = config.train.compile and progress.step == first_step
+                with progress.booked("compile" if compiles else "device", crew.size):
+                    lr, scale = learning_rate(here), scaler.get_scale()
+                    x, targets = next(batches)
+                    loss, aux_loss, norm = update(step, x, targets, lr)
+                    updated = math.isfinite(loss) and math.isfinite(norm)
+                    rescaling = math.isfinite(loss) and SMALLEST_SCALE < scaler.get_scale() < scale
+                    if not updated and not rescaling:
+                        first_image = progress.step * config.train.batch_size
+                        raise not_finite(model, x, autocast, first_image, progress.step, loss, norm)
+                    _adjust(adjusting, crew, updated=updated)
+                    if updated and average is not None:
+                        average.update(model)
+                if budget.steps is None:
+                    progress.seconds["device"] = crew.largest_of_all(progress.seconds["device"])
+                progress.step += 1
+                progress.compiled_steps += compiles
+                progress.add_loss(loss, aux_loss)
+                first_steps.add()
+                now = budget.position(progress)
+                timed = progress.step - progress.compiled_steps
+                images_per_s = timed * config.train.batch_size / max(progress.seconds["device"], 1e-9)
+                screen.step(now / budget.total, loss, lr, images_per_s)
+                if budget.passed(progress.logged, now, config.train.log_every):
+                    beside = {"lr": lr, "grad_norm": norm if updated else None, "images_per_s": images_per_s}
+                    recording.row("train", progress.mean_losses() | beside)
+                    progress.logged = now
+            recording.save("last", end=True)  # before the test row: should the run die between them, that is done again
+            test = looks.test()
+            screen.evaluation(test)
+            with progress.booked("save"):
+                run.wait_until_saved()
+        except (Interrupted, workers.WorkersError, UsageError) as error:  # an image that cannot be read
+            if isinstance(error, Interrupted) or (crew.size == 1 and progress.step > first_step):
+                recording.save("last")
+                run.wait_until_saved()
+            raise
+        except torch.OutOfMemoryError as error:
+            raise RunError(
+                f"out of memory at step {progress.step:,} ({first_line(error)}); lower train.batch_size, "
+                "raise train.accumulate or set train.recompute=true"
+            ) from error
+    router = recording.card["model"]["router"]
+    result = summary.result(setup, run.folder, progress, test, router, looks.moe_blocks)
+    recording.finish(result)
+    summary.close(screen, result, run.folder)
+    return result
+
+
+def _batches(setup: Setup, rows: Tensor | slice, first_step: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """What a process sees of each batch of training images: `rows` of it."""
+    config = setup.config
+    return batches.train_batches(
+        setup.splits.train,
+        config.data,
+        config.augment,
+        image_size=config.model.image_size,
+        in_chans=config.model.in_chans,
+        num_classes=setup.num_classes,
+        batch_size=config.train.batch_size,
+        label_smoothing=config.train.label_smoothing,
+        seed=config.seed,
+        first_step=first_step,
+        device=setup.device,
+        rows=rows,
+    )
+
+
+@dataclass(frozen=True)
+class Step:
+    """What every update works with. `seen`: the routings of the last forward pass."""
+
+    model: VisionTransformer
+    forward: Callable[[Tensor], Tensor]
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    autocast: torch.autocast
+    seen: list[Routing]
+    config: Config
+    crew: Crew = ALONE
+
+
+def update(step: Step, x: Tensor, targets: Tensor, lr: float) -> tuple[float, float, float]:
+    """One update on one batch, computed in `accumulate` equal parts whose gradients add up to the whole batch's; of
+    several processes each has its share of every part.
+
+    Returns the mean loss over images without and the auxiliary loss, and the gradients' norm before clipping.
+    The weights stay as they were, and the gradients can be looked at, when loss or norm is not finite; where only the
+    norm is not, a scaler then lowers its scale.
+    """
+    config, crew, optimizer, scaler = step.config, step.crew, step.optimizer, step.scaler
+    optimizer.zero_grad(set_to_none=True)  # of an update that was not made
+    parts, share = config.train.accumulate, crew.share(config)
+    total = torch.zeros(2, device=x.device)
+    with step.autocast:  # around all parts: a weight that it has cast once stays cast until the update
+        for part, (part_x, part_targets) in enumerate(zip(x.chunk(parts), targets.chunk(parts), strict=True), start=1):
+            step.seen.clear()
+            with crew.passing(step.forward, share, last=part == parts):
+                logits = step.forward(part_x)
+                with full_precision(x):
+                    loss = classification_loss(logits, part_targets, config.train.loss) * share.of_images / parts
+                    aux = sum((routing.aux_loss for routing in step.seen), loss.new_zeros(())) * share.of_groups / parts
+                    total += torch.stack([loss.detach(), aux.detach()])
+                    scaler.scale(loss + aux).backward()
+    step.seen.clear()
+    crew.add(total)
+    scaler.unscale_(optimizer)
+    norm = crew.norm(step.model)
+    if config.optim.clip_norm is not None:
+        gradients = [own_part(p.grad) for p in step.model.parameters() if p.grad is not None]
+        torch._foreach_mul_(gradients, (config.optim.clip_norm / (norm + 1e-6)).clamp(max=1.0))
+    main, aux_loss, norm_value = torch.cat([total, norm.reshape(1)]).tolist()
+    if math.isfinite(main) and (math.isfinite(norm_value) or scaler.is_enabled()):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        if math.isfinite(norm_value):  # else not even a call: a first one would leave moments that were never written
+            scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)  # now, so that looks and checkpoints find their memory free
+        scaler.update()
+    return main, aux_loss, norm_value
+
+
+def _trains(router: Router) -> bool:
+    """Whether a router adjusts itself after updates: one whose parameters are all frozen does not."""
+    parameters = list(router.parameters())
+    return not parameters or any(parameter.requires_grad for parameter in parameters)
+
+
+def _adjust(routers: Sequence[Router], crew: Crew, *, updated: bool) -> None:
+    """Lets routers adjust what is no parameter, by what all processes have counted; what was counted for an update that
+    was not made is forgotten."""
+    for router in routers:
+        for counted in router.counted():
+            if updated:
+                crew.add(counted)
+            else:
+                counted.zero_()
+        if updated:
+            router.after_update()

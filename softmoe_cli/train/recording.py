@@ -1,0 +1,103 @@
+"""What a run writes down on its way: rows and checkpoints in its folder, and the rows on Weights & Biases."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import InitVar, asdict, dataclass, field
+from types import TracebackType
+from typing import Any
+
+from softmoe_cli.device import Energy
+from softmoe_cli.model.vit import portable
+from softmoe_cli.run import mirror
+from softmoe_cli.run.folder import Run
+from softmoe_cli.run.identity import flat_science, origin
+from softmoe_cli.run.mirror import Mirror
+from softmoe_cli.train.progress import Progress
+from softmoe_cli.train.resume import Trained
+from softmoe_cli.train.setup import Setup
+from softmoe_cli.train.summary import wandb_settings
+
+
+@dataclass
+class Recording:
+    """Every row and checkpoint says what the run has cost until then."""
+
+    setup: Setup
+    run: Run
+    progress: Progress
+    trained: Trained
+    say: InitVar[Callable[[str], None]]
+    """Prints a sentence."""
+    card: dict[str, Any] = field(init=False)
+    """What a weights file says of its model, whatever the step."""
+
+    def __post_init__(self, say: Callable[[str], None]) -> None:
+        config, writes = self.setup.config, self.setup.crew.first
+        self.card = {
+            "model": portable(config.model, self.trained.model),
+            "data": asdict(config.data),
+            "classes": self.setup.splits.classes,
+            "loss": config.train.loss,
+            "precision": config.train.precision,
+        }
+        science = flat_science(config) | {"data.identity": self.setup.images_digest}
+        self._origin = origin(self.setup.command, science, self.setup.source)
+        self._energy = Energy(self.setup.device)
+        self._mirror = Mirror(
+            mirror.resolve(config.tracking) if writes else "off",
+            wandb_settings(self.setup, self.run.folder),
+            self.run.folder,
+            self.run.rows("metrics.jsonl") if writes else [],
+            say,
+        )
+
+    def row(self, split: str, values: Mapping[str, float | None]) -> dict[str, Any]:
+        """Writes a row of metrics, with where the run stands and what it has cost."""
+        progress = self.progress
+        images = progress.step * self.setup.config.train.batch_size
+        row = {"step": progress.step, "images": images, "epoch": images / len(self.setup.splits.train), "split": split}
+        self._add_energy()
+        row |= {**values, "train_pflop": self.setup.train_pflop(progress.step), **progress.spent}
+        self.run.append("metrics.jsonl", row)
+        self._mirror.row(row)
+        return row
+
+    def save(self, kind: str, *, end: bool = False) -> None:
+        """Writes a checkpoint: `last`, to go on from, or `best`, weights only."""
+        progress, budget = self.progress, self.setup.budget
+        # Weights have an origin in common where they differ by chance. At which step a run is best is chance, and at
+        # which it ends too where the budget is in minutes.
+        at: str | int = progress.step
+        if kind == "best":
+            at = "best"
+        elif end or progress.step == budget.steps:
+            at = "end"
+        with progress.booked("save"):
+            self._add_energy()
+            self.run.save(
+                kind,
+                progress.step,
+                self.trained.weights(),
+                {} if kind == "best" else self.trained.tensors(),
+                self.trained.state(progress),
+                self.card | {"origin": f"{self._origin}-{at}", "train_pflop": self.setup.pflop_in_all(progress.step)},
+                end=end,
+            )
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Writes the result, which ends the run."""
+        self.run.finish(result)
+        self._mirror.close(result)
+
+    def __enter__(self) -> "Recording":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Without a result, where the run has broken off inside."""
+        if kind is not None:
+            self._mirror.close(None)
+
+    def _add_energy(self) -> None:
+        """What the devices have used since the last time."""
+        self.progress.used(self.setup.crew.joules(self._energy.used(), self.setup.device))

@@ -1,0 +1,67 @@
+"""What a run is before its first step: all that is decided once and then only read."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from softmoe_cli.config import Config, Data
+from softmoe_cli.cost.fit import Fit
+from softmoe_cli.cost.flop import Cost
+from softmoe_cli.data import sets
+from softmoe_cli.data.splits import Splits
+from softmoe_cli.errors import UsageError
+from softmoe_cli.parallel import Crew
+from softmoe_cli.run.identity import signature
+from softmoe_cli.run.source import Source
+from softmoe_cli.train.progress import Budget
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run that has not begun. `images_digest` is what `sets.identity` says of its images."""
+
+    config: Config
+    command: str
+    source: Source | None
+    images_digest: str | None
+    splits: Splits
+    budget: Budget
+    device: torch.device
+    autocast: torch.autocast
+    crew: Crew
+    cost: Cost
+    fit: Fit
+
+    @property
+    def num_classes(self) -> int:
+        return sets.num_classes(self.config.data, self.splits)
+
+    def train_pflop(self, step: int) -> float:
+        """Of this run's training up to a step."""
+        return step * self.config.train.batch_size * self.cost.train_flop / 1e15
+
+    def pflop_in_all(self, step: int) -> float | None:
+        """The same with the training of the weights that it began with; None where their file does not say."""
+        before = self.source.train_pflop if self.source else 0.0
+        return None if before is None else before + self.train_pflop(step)
+
+
+def images_identity(settings: Data, crew: Crew) -> str | None:
+    """`sets.identity`, for which the first process of each machine reads the images, and no other one.
+
+    Raises:
+        UsageError: the images cannot be used, or are others on another machine.
+    """
+    of_each = crew.gather(sets.identity(settings) if crew.local_rank == 0 else None)
+    digests = {digest for digest in of_each if digest is not None}
+    if len(digests) > 1:
+        raise UsageError(f"data.root={settings.root} holds other images on one machine than on another")
+    return next(iter(digests), None)
+
+
+def run_folder(config: Config, command: str, source: Source | None, images_digest: str | None) -> Path:
+    """Where a run on these images (`sets.identity`) goes."""
+    name = config.name or f"{config.model.name}-{config.data.name}"
+    mark = signature(config, command, source.digest if source else None, images_digest)
+    return Path(config.output_root) / config.study / f"{name.replace('/', '_')}-{mark}"

@@ -1,0 +1,279 @@
+"""What a run says of itself: before its first step, what it is and needs; at its end, what it reached and cost."""
+
+import platform
+import shlex
+import subprocess
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import softmoe_cli
+from softmoe_cli.compare.intervals import at_chance
+from softmoe_cli.config import WANDB_LETTERS, Config
+from softmoe_cli.cost.fit import Fit
+from softmoe_cli.data import splits
+from softmoe_cli.device import KEPT, hardware, slower
+from softmoe_cli.run import rows
+from softmoe_cli.run.checkpoint import room_beside
+from softmoe_cli.run.identity import flat_science
+from softmoe_cli.terminal import Screen
+from softmoe_cli.text import flop, gibibytes, in_words, si
+from softmoe_cli.train.pace import Pace
+from softmoe_cli.train.progress import Progress
+from softmoe_cli.train.setup import Setup
+
+
+def header(setup: Setup, folder: Path) -> dict[str, str]:
+    """Title -> what the run is, for its first table."""
+    config, cost, splits, crew = setup.config, setup.cost, setup.splits, setup.crew
+    m, t = config.model, config.train
+    router = m.router_name
+    if router != "dense":
+        options = ", ".join(f"{k}={v}" for k, v in m.router.items() if k != "_target_" and v is not None)
+        router += f" ({options}) in blocks {m.moe_blocks}; {cost.slots_per_token:.2f} slots per token"
+    sizes = f"{len(splits.train):,} train / {len(splits.validation):,} validation / {len(splits.test):,} test"
+    parts = f" in {t.accumulate} parts" if t.accumulate > 1 else ""
+    compiled = ", compiled" if t.compile else ""
+    frozen = f", {si(cost.frozen_params)} frozen" if cost.frozen_params else ""
+    extra = {"optimizer": _optimizer(config), "regularised by": _regularisation(config)}
+    return {
+        "model": f"{m.backbone.name}, {m.image_size} px, {cost.tokens:,} tokens",
+        "router": router,
+        "parameters": f"{si(cost.params)} total, {si(cost.active_params)} active per token{frozen}",
+        "cost per image": f"{flop(cost.forward_flop)} forward, {flop(cost.train_flop)} training",
+        "data": f"{config.data.name}: {sizes} images, {len(splits.classes)} classes",
+        **splits.notes,
+        "budget": f"{setup.budget}, {t.batch_size} images each{parts}; {config.optim.schedule}, lr {config.optim.lr:g}",
+        **{key: value for key, value in extra.items() if value},
+        "device": f"{_hardware(setup)}, {t.precision}{slower(setup.device, t.precision)}{compiled}",
+        **({"processes": crew.describe(config)} if crew.size > 1 else {}),
+        "folder": str(folder),
+    }
+
+
+def _hardware(setup: Setup) -> str:
+    name = hardware(setup.device)
+    return f"{setup.crew.size} x {name}" if setup.crew.size > 1 else name
+
+
+def _optimizer(config: Config) -> str:
+    """What is not AdamW on everything alike."""
+    o = config.optim
+    words = []
+    if o.name == "sgd":
+        words.append(f"SGD with momentum {o.momentum:g}")
+    if o.moments != "fp32":
+        words.append({"8bit": "AdamW with 8-bit moments", "offload": "AdamW in the machine's memory"}[o.moments])
+    if o.layer_decay is not None:
+        words.append(f"learning rate times {o.layer_decay:g} from layer to layer, towards the patches")
+    if o.freeze:
+        words.append(f"frozen: {', '.join(o.freeze)} (no gradient, no decay, no moments)")
+    return "; ".join(words)
+
+
+def _regularisation(config: Config) -> str:
+    a, t = config.augment, config.train
+    given = {
+        "drop path": config.model.backbone.drop_path, "RandAugment": a.randaugment, "erasing": a.erase,
+        "mixup": a.mixup, "cutmix": a.cutmix, "label smoothing": t.label_smoothing, "averaged weights": t.ema,
+    }  # fmt: skip
+    return ", ".join(f"{key} {value}" for key, value in given.items() if value)
+
+
+def memory_row(fit: Fit, device: torch.device, *, kept: bool) -> str:
+    """`kept`: freed memory is kept for what comes next, and then takes room too."""
+    memory = fit.memory
+    words = [
+        f"{gibibytes(memory.peak_bytes)} at the peak (weights, gradients, moments {gibibytes(memory.state_bytes)}; "
+        f"activations {gibibytes(memory.activation_bytes)}) of {gibibytes(fit.free)} free"
+    ]
+    if kept:
+        words.append(f"up to {gibibytes(round(KEPT * memory.peak_bytes))} with freed memory that is kept for speed")
+    if memory.beside_bytes:
+        words.append(
+            f"{gibibytes(memory.beside_bytes)} of moments in the machine's memory, up to twice that while a checkpoint "
+            "is written"
+        )
+    copy = memory.state_bytes - memory.gradient_bytes
+    if device.type == "cpu" and room_beside(copy, fit.free - memory.peak_bytes):
+        words.append(f"{gibibytes(copy)} more while a checkpoint is written")
+    return "; ".join(words)
+
+
+def time_row(setup: Setup, pace: Pace, progress: Progress) -> str:
+    """How long the run will take, and how that is known."""
+    known = "from a forward pass and FLOPs"
+    if setup.splits.train.images is None:
+        known += ", decoding not counted"
+    return f"{pace.left(setup.budget, progress, setup.config.train.eval_every)}; {known}"
+
+
+def wandb_settings(setup: Setup, folder: Path) -> dict[str, Any]:
+    """Keyword arguments of wandb.init."""
+    config, w = setup.config, setup.config.wandb
+    return {
+        "id": folder.name.rpartition("-")[2],
+        "project": w.project,
+        "entity": w.entity,
+        "group": w.group or config.study,
+        "job_type": setup.command,
+        "tags": w.tags,
+        "name": w.name or folder.name[-WANDB_LETTERS:],
+        "config": asdict(config),
+    }
+
+
+def result(
+    setup: Setup, folder: Path, progress: Progress, test: dict[str, Any], router: dict[str, Any], moe_blocks: list[int]
+) -> dict[str, Any]:
+    """One flat row: what the run was, what it reached on the test images with its last weights, what it cost, and every
+    scientific setting as `section.key`, so that rows alone tell which runs differ in what. `router`: its options as the
+    model has them."""
+    config, source, cost, splits = setup.config, setup.source, setup.cost, setup.splits
+    m, images = config.model, progress.step * config.train.batch_size
+    return {
+        "name": folder.name,
+        "signature": folder.name.rpartition("-")[2],
+        "study": config.study,
+        "command": setup.command,
+        "checkpoint": source.label if source else None,
+        "seed": config.seed,
+        "backbone": m.backbone.name,
+        "router": m.router_name,
+        "num_experts": router.get("num_experts"),
+        "slots_per_expert": router.get("slots_per_expert"),
+        "slots_per_token": cost.slots_per_token,
+        "images_per_group": router.get("images_per_group"),
+        "moe_blocks": ",".join(map(str, moe_blocks)),
+        "image_size": m.image_size,
+        "tokens": cost.tokens,
+        "data": config.data.name,
+        "train_images": len(splits.train),
+        "test_images": test["images_evaluated"],
+        "classes": len(splits.classes),
+        "chance_pct": _commonest_pct(splits.test),
+        "top1_pct": test["top1_pct"],
+        "top5_pct": test["top5_pct"],
+        "loss": test["loss"],
+        "nll": test["nll"],
+        "ece_pct": test["ece_pct"],
+        "validation_top1_pct": progress.validation["top1_pct"],
+        "validation_loss": progress.validation["loss"],
+        **{f"validation_{key}": value for key, value in progress.validation.items() if key.startswith("fewshot_")},
+        "best_validation_top1_pct": progress.best_top1_pct,
+        "best_step": progress.best_step,
+        "steps": progress.step,
+        "images": images,
+        "epochs": images / len(splits.train),
+        "batch_size": config.train.batch_size,
+        "lr": config.optim.lr,
+        "precision": config.train.precision,
+        "params_m": cost.params / 1e6,
+        "active_params_m": cost.active_params / 1e6,
+        "forward_gflop": cost.forward_flop / 1e9,
+        "train_gflop": cost.train_flop / 1e9,
+        "peak_mib": setup.fit.memory.peak_bytes / 2**20,
+        "train_pflop": setup.train_pflop(progress.step),
+        **progress.spent,
+        "devices": setup.crew.size,
+        "parallel": setup.crew.way if setup.crew.size > 1 else None,
+        "hardware": _hardware(setup),
+        "torch": torch.__version__,
+        "softmoe": version("softmoe-cli"),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "checkpoint.train_pflop": source.train_pflop if source else None,
+        "checkpoint.digest": source.digest if source else None,
+        "checkpoint.origin": source.card.get("origin", source.digest) if source else None,
+        **flat_science(config),
+        "data.identity": setup.images_digest,
+    }
+
+
+def _commonest_pct(images: splits.ImageSet) -> float:
+    """The share of the commonest class: what a model reaches that always gives the same answer."""
+    return 100 * int(images.labels.bincount().max()) / len(images)
+
+
+def _commit() -> str | None:
+    """The commit of a checkout, marked when it had changes; None for an installed wheel."""
+    here = Path(softmoe_cli.__file__).resolve().parents[1]
+    if not (here / ".git").exists():
+        return None
+    try:
+        told = subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+        )
+    except OSError:  # a machine without git
+        return None
+    return told.stdout.strip() or None
+
+
+def close(screen: Screen, result: dict[str, Any], folder: Path) -> None:
+    """The closing table, and what may be typed next: lines of their own, to be copied whole."""
+    screen.table("result", shown(result, folder))
+    screen.table("next", {})
+    screen.say(f"  softmoe evaluate checkpoint={shlex.quote(str(folder))}")
+    screen.say(f"  softmoe compare {shlex.quote(str(folder.parent))}")
+
+
+def shown(result: dict[str, Any], folder: Path) -> dict[str, str]:
+    """Title -> what the result says, for the closing table."""
+    energy = f"; {result['energy_kj']:.4g} kJ in all" if result.get("energy_kj") is not None else ""
+    compilation = f", compilation {in_words(result['compile_s'])}" if result["compile_s"] else ""
+    titled = {
+        "test top-1": f"{result['top1_pct']:.2f}%  ({result['test_images']:,} images, read once, last weights)",
+        "chance": chance(result),
+        "test top-5": f"{result['top5_pct']:.2f}%" if result["classes"] > 5 else "",
+        "test loss": f"{result['loss']:.4f}",
+        "validation top-1": f"{result['validation_top1_pct']:.2f}%  (best {result['best_validation_top1_pct']:.2f}% "
+        f"at step {result['best_step']:,})",
+        "routing": still_uniform(result, folder / "routing.jsonl"),
+        "trained on": f"{result['images']:,} images, {result['epochs']:.1f} epochs, {result['steps']:,} steps",
+        "training cost": f"{flop(1e15 * result['train_pflop'])}, {in_words(result['device_s'])}{energy}",
+        "beside it": f"evaluation {in_words(result['eval_s'])}, saving {in_words(result['save_s'])}{compilation}",
+        "folder": str(folder),
+    }
+    return {key: value for key, value in titled.items() if value}
+
+
+def chance(result: dict[str, Any]) -> str:
+    """A sentence where top-1 on the test images cannot be told from that of a model which always answers with their
+    commonest class; else nothing."""
+    if not at_chance([result["top1_pct"]], result["chance_pct"], result["test_images"]):
+        return ""
+    return (
+        f"top-1 cannot be told from chance: always the commonest of {result['classes']} classes is right for "
+        f"{result['chance_pct']:.1f}% of these {result['test_images']:,} images"
+    )
+
+
+UNIFORM = 1.5
+"""A mean largest share below so many times the uniform one counts as almost uniform."""
+
+
+def still_uniform(result: dict[str, Any], file: Path) -> str:
+    """A sentence where the last look found that the slots of a learned soft router mix all tokens almost alike; else
+    nothing. `file`: routing.jsonl."""
+    try:
+        all_looks = rows.lines(file, rows.ROUTING)
+    except FileNotFoundError:
+        return ""
+    except rows.Unreadable as error:
+        return f"{file} {error}"
+    keys = ("scale", "dispatch_max", "dispatch_min")
+    last = [row for row in all_looks if row["step"] == all_looks[-1]["step"]]
+    last = [row for row in last if all(row.get(key) is not None for key in keys)]
+    last = [row for row in last if row["dispatch_max"] > 1.001 * row["dispatch_min"]]  # else uniform by design
+    if not last:
+        return ""
+    largest, uniform = sum(row["dispatch_max"] for row in last) / len(last), 1 / result["tokens"]
+    if largest >= UNIFORM * uniform:
+        return ""
+    return (
+        f"still almost uniform: a slot's largest share of a token is {largest:.4f} in the mean, and {uniform:.4f} "
+        "where all tokens are mixed alike"
+    )

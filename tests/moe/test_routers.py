@@ -1,0 +1,298 @@
+"""The rival routers against slow loops written from their papers."""
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from softmoe_cli.model.router import make_router
+from softmoe_cli.moe.layer import Experts, MoE
+from softmoe_cli.moe.routing import Router, SparseRouting, load_statistics
+from softmoe_cli.moe.sparse import gshard_loss, importance_loss, load_loss, squared_variation
+from tests import oracles
+from tests.routers import ROUTERS
+
+DIM, HIDDEN, TOKENS, EXPERTS, IMAGES = 5, 6, 7, 3, 4
+QUIET = {"noise_std": 0.0, "importance_weight": 0.0, "load_weight": 0.0}
+
+
+def layer(router: str, **changes: Any) -> MoE:
+    """A float64 layer whose parameters are all random."""
+    torch.manual_seed(0)
+    options = ROUTERS[router] | {"num_experts": EXPERTS}
+    made = make_router(options | {key: value for key, value in changes.items() if key in options}, DIM, TOKENS)
+    shared = Experts(1, DIM, made.shared_experts * HIDDEN, gelu="tanh", identical=True) if made.shared_experts else None
+    moe = MoE(made, Experts(EXPERTS, DIM, HIDDEN, gelu="tanh", identical=False), shared).double()
+    with torch.no_grad():
+        for parameter in moe.parameters():
+            parameter.normal_(std=0.7)
+    return moe.eval()
+
+
+def tokens() -> Tensor:
+    return torch.randn(IMAGES, TOKENS, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def sparse(router: Router, x: Tensor) -> SparseRouting:
+    routing = router(x)
+    assert isinstance(routing, SparseRouting)
+    return routing
+
+
+def gates_of(moe: MoE, x: Tensor, function: str = "softmax") -> list[list[float]]:
+    logits = (x @ moe.router.get_parameter("gate.kernel")).tolist()
+    if function == "sigmoid":
+        return [[1 / (1 + math.exp(-value)) for value in row] for row in logits]
+    return [oracles.softmax(row) for row in logits]
+
+
+def expert_weights(moe: MoE) -> list[Any]:
+    return [parameter.tolist() for parameter in moe.experts.parameters()]
+
+
+def close(got: Tensor, want: Any) -> None:
+    torch.testing.assert_close(got.detach(), torch.tensor(want, dtype=torch.float64), atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("router", ["tokens_choice", "tokens_choice_bpr"])
+@pytest.mark.parametrize(
+    ("k", "slots", "renormalise"),
+    [(1, 1, False), (1, 2, False), *itertools.product((2,), (3, 30), (False, True)), (3, 2, False), (3, 2, True)],
+)
+@pytest.mark.parametrize("gate", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("images", [1, 2])
+def test_tokens_choice(router: str, k: int, slots: int, images: int, gate: str, renormalise: bool) -> None:
+    options = {"k": k, "slots_per_expert": slots, "capacity_factor": None, "images_per_group": images}
+    moe, x = layer(router, **options, gate=gate, renormalise=renormalise, **QUIET), tokens()
+    y, routing = moe(x), sparse(moe.router, x)
+    dropped, demand = 0, [0] * EXPERTS
+    for group, out in zip(x.view(-1, images * TOKENS, DIM), y.view(-1, images * TOKENS, DIM), strict=True):
+        gates = gates_of(moe, group, gate)
+        placed = oracles.tokens_choice(gates, gates, k, slots, surest_first=router.endswith("bpr"))
+        if renormalise:
+            placed.kept = {place: (t, value / sum(sorted(gates[t])[-k:])) for place, (t, value) in placed.kept.items()}
+        close(out, oracles.sparse_moe(group.tolist(), placed, *expert_weights(moe)))
+        dropped += images * TOKENS - len({token for token, _ in placed.kept.values()})
+        demand = [a + b for a, b in zip(demand, placed.demand, strict=True)]
+    assert routing.demand.tolist() == demand
+    statistics = routing.statistics()
+    assert statistics["dropped_share"] == pytest.approx(dropped / (IMAGES * TOKENS))
+    assert dropped > 0 or k * slots > 2
+
+
+def test_dropless_is_tokens_choice_with_room_for_all() -> None:
+    moe = layer("tokens_choice_dropless", k=2, **QUIET)
+    x = tokens()
+    y = moe(x)
+    for image, out in zip(x, y, strict=True):
+        gates = gates_of(moe, image)
+        placed = oracles.tokens_choice(gates, gates, 2, 2 * TOKENS, surest_first=False)
+        close(out, oracles.sparse_moe(image.tolist(), placed, *expert_weights(moe)))
+    assert sparse(moe.router, x).statistics()["dropped_share"] == 0
+
+
+@pytest.mark.parametrize("renormalise", [False, True])
+@pytest.mark.parametrize(("slots", "images"), [(1, 1), (3, 1), (7, 1), (4, 2), (14, 2)])
+def test_experts_choice(slots: int, images: int, renormalise: bool) -> None:
+    options = {"slots_per_expert": slots, "capacity_factor": None, "images_per_group": images}
+    moe, x = layer("experts_choice", **options, renormalise=renormalise, noise_std=0.0), tokens()
+    y = moe(x)
+    for group, out in zip(x.view(-1, images * TOKENS, DIM), y.view(-1, images * TOKENS, DIM), strict=True):
+        placed = oracles.experts_choice(gates_of(moe, group), slots)
+        if renormalise:
+            total = [sum(g for token, g in placed.kept.values() if token == t) for t in range(images * TOKENS)]
+            placed.kept = {place: (t, g / total[t]) for place, (t, g) in placed.kept.items()}
+        close(out, oracles.sparse_moe(group.tolist(), placed, *expert_weights(moe)))
+
+
+def test_identity() -> None:
+    moe, x = layer("identity"), tokens()
+    for image, out in zip(x, moe(x), strict=True):
+        placed = oracles.Placed({(t % EXPERTS, t // EXPERTS): (t, 1.0) for t in range(TOKENS)}, [])
+        close(out, oracles.sparse_moe(image.tolist(), placed, *expert_weights(moe)))
+
+
+@pytest.mark.parametrize("router", ["uniform", "soft_uniform", "uniform_soft"])
+def test_fixed_routings_of_the_paper(router: str) -> None:
+    """Learned weights as the soft oracle has them, fixed ones 1/n and 1/(e p)."""
+    p = 2
+    moe, x = layer(router, slots_per_expert=p), tokens()
+    weights = dict(moe.router.named_parameters())
+    phi = weights["phi"].tolist() if weights else [[[0.0] * p for _ in range(EXPERTS)] for _ in range(DIM)]
+    scale = weights["scale"].item() if weights else 1.0
+    for image, out in zip(x, moe(x), strict=True):
+        soft = oracles.soft_moe(image.tolist(), phi, scale, *expert_weights(moe))
+        if router in ("uniform", "uniform_soft"):
+            mean = image.mean(dim=0).tolist()
+            outputs = [[oracles.mlp(mean, *(w[i] for w in expert_weights(moe)))] * p for i in range(EXPERTS)]
+        else:
+            outputs = soft.outputs
+        flat = torch.tensor(outputs, dtype=torch.float64).flatten(0, 1)
+        if router in ("uniform", "soft_uniform"):
+            want = flat.mean(dim=0).expand(TOKENS, DIM)
+        else:
+            want = torch.tensor(soft.combine, dtype=torch.float64).flatten(1) @ flat
+        close(out, want.tolist())
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_auxiliary_losses(k: int) -> None:
+    generator = torch.Generator().manual_seed(2)
+    clean = torch.randn(2, 6, EXPERTS, dtype=torch.float64, generator=generator)
+    noisy = clean + 0.3 * torch.randn(2, 6, EXPERTS, dtype=torch.float64, generator=generator)
+    gates, keep = noisy.softmax(dim=2), torch.ones(2, 6, dtype=torch.bool)
+    close(importance_loss(gates), [oracles.importance_loss(group) for group in gates.tolist()])
+    close(gshard_loss(gates, keep), [oracles.gshard_loss(group) for group in gates.tolist()])
+    pairs = zip(clean.tolist(), noisy.tolist(), strict=True)
+    close(load_loss(clean, noisy, 0.3, k, keep), [oracles.load_loss(quiet, loud, 0.3, k) for quiet, loud in pairs])
+
+
+def test_losses_are_weighted_and_leave_with_their_weight() -> None:
+    moe, x = layer("tokens_choice", noise_std=0.0, importance_weight=0.5, load_weight=0.0, gshard_weight=0.25), tokens()
+    groups = [gates_of(moe, image) for image in x]
+    want = sum(0.5 * oracles.importance_loss(g) + 0.25 * oracles.gshard_loss(g) for g in groups) / len(groups)
+    assert moe.router(x).aux_loss.item() == pytest.approx(want, rel=1e-12)
+    assert layer("tokens_choice", **QUIET).router(x).aux_loss.item() == 0
+
+
+@pytest.mark.parametrize("router", ["tokens_choice", "tokens_choice_dropless"])
+def test_sigmoid_gates_are_balanced_by_their_shares(router: str) -> None:
+    """Smaller gates alone are no smaller loss."""
+    moe, x = layer(router, gate="sigmoid", **QUIET | {"gshard_weight": 0.25}), tokens()
+    shares = [[[g / sum(row) for g in row] for row in gates_of(moe, image, "sigmoid")] for image in x]
+    want = sum(0.25 * oracles.gshard_loss(group) for group in shares) / len(shares)
+    assert moe.router(x).aux_loss.item() == pytest.approx(want, rel=1e-12)
+
+
+@pytest.mark.parametrize("router", ["tokens_choice", "experts_choice"])
+def test_gate_noise_is_drawn_in_training_only_and_divided_by_the_experts(router: str) -> None:
+    moe = layer(router, noise_std=6.0)
+    gate, x = moe.router.get_submodule("gate"), torch.randn(50, 40, DIM, dtype=torch.float64)
+    clean, quiet = gate.eval()(x)
+    assert clean is quiet
+    clean, noisy = gate.train()(x)
+    assert (noisy - clean).std().item() == pytest.approx(6.0 / EXPERTS, rel=0.03)
+
+
+def test_balancing_bias_moves_choices_but_not_gates() -> None:
+    moe = layer("tokens_choice_dropless", k=1, bias_rate=0.5, **QUIET)
+    router, x = moe.router, tokens()
+    before = sparse(router, x)
+    router.after_update()
+    assert torch.equal(router.get_buffer("balance.bias"), torch.zeros(EXPERTS, dtype=torch.float64))  # eval counts none
+    router.train()
+    demand = sparse(router, x).demand.double()
+    router.after_update()
+    want = 0.5 * (demand.mean() - demand).sign()
+    assert demand.max() > demand.min()
+    assert torch.equal(router.get_buffer("balance.bias"), want)
+    after = sparse(router.eval(), x)
+    gates = [gates_of(moe, image) for image in x]
+    for image in range(IMAGES):
+        scores = [[g + b for g, b in zip(row, want.tolist(), strict=True)] for row in gates[image]]
+        placed = oracles.tokens_choice(gates[image], scores, 1, TOKENS, surest_first=False)
+        close(moe(x)[image], oracles.sparse_moe(x[image].tolist(), placed, *expert_weights(moe)))
+    assert after.demand.tolist() != before.demand.tolist()
+
+
+@pytest.mark.parametrize("router", ["tokens_choice", "tokens_choice_dropless"])
+def test_shared_experts_see_every_token(router: str) -> None:
+    moe, x = layer(router, shared_experts=2, **QUIET), tokens()
+    assert moe.shared is not None
+    both = moe(x)
+    w1, b1, w2, b2 = (parameter.tolist()[0] for parameter in moe.shared.parameters())
+    moe.shared = None
+    want = [[oracles.mlp(token, w1, b1, w2, b2) for token in image] for image in x.tolist()]
+    close(both - moe(x), want)
+
+
+def test_fair_capacity_gives_every_router_the_same_slots() -> None:
+    """196 tokens: with rounding and no multiple the sparse routers have the slots that the soft router has."""
+    for experts, slots in ((32, 6), (64, 3), (128, 2)):
+        for name in ("soft", "tokens_choice", "tokens_choice_bpr", "experts_choice"):
+            options = ROUTERS[name] | {"num_experts": experts, "slots_per_expert": None, "capacity_factor": 1.0}
+            assert make_router(options, DIM, 196).slots_per_expert == slots, name
+
+
+def test_a_group_that_is_not_full_keeps_its_slots() -> None:
+    """Three images in groups of two: the last one alone has a whole group's slots to itself."""
+    moe = layer("tokens_choice", k=1, slots_per_expert=4, capacity_factor=None, images_per_group=2, **QUIET)
+    x = tokens()[:3]
+    gates = gates_of(moe, x[2])
+    placed = oracles.tokens_choice(gates, gates, 1, 4, surest_first=False)
+    close(moe(x)[2], oracles.sparse_moe(x[2].tolist(), placed, *expert_weights(moe)))
+
+
+@pytest.mark.parametrize("router", ["tokens_choice", "tokens_choice_dropless"])
+def test_padding_is_not_asked_for_and_alone_has_no_loss(router: str) -> None:
+    weights = {"importance_weight": 0.5, "gshard_weight": 0.5, "load_weight": 0.5}
+    moe, x = layer(router, k=2, noise_std=1.0, **weights), tokens()
+    keep = torch.zeros(IMAGES, TOKENS, dtype=torch.bool)
+    keep[0, :3] = True
+    assert int(moe.router.train()(x, keep).demand.sum()) == 2 * 3
+    loss = moe.router(x, keep).aux_loss
+    loss.backward()
+    gradient = moe.router.get_parameter("gate.kernel").grad
+    assert gradient is not None and gradient.isfinite().all() and loss.isfinite()
+    assert squared_variation(torch.zeros(1, EXPERTS)).item() == 0
+
+
+def test_gates_of_zero_are_not_divided() -> None:
+    moe = layer("tokens_choice_dropless", k=2, gate="sigmoid", renormalise=True, **QUIET)
+    with torch.no_grad():
+        moe.router.get_parameter("gate.kernel").fill_(-1000.0)
+    y = moe(tokens().abs())
+    (100 * y.sum()).backward()
+    gradient = moe.router.get_parameter("gate.kernel").grad
+    assert y.isfinite().all() and gradient is not None and gradient.isfinite().all()
+
+
+def test_load_statistics() -> None:
+    load = torch.tensor([6.0, 2.0, 0.0, 0.0])
+    numbers = load_statistics(load)
+    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    assert numbers == pytest.approx(
+        {"dead_share": 0.5, "load_max": 3.0, "effective_experts_share": math.exp(entropy) / 4}, rel=1e-12
+    )
+
+
+def test_sparse_statistics_by_hand() -> None:
+    """Two experts of two slots, three tokens: 0 and 2 at the first expert, 0 again at the second, 1 dropped."""
+    token = torch.tensor([[0, 2], [0, 3]])
+    gate = torch.tensor([[0.5, 0.25], [0.3, 0.0]])
+    routing = SparseRouting(token, gate, torch.zeros(()), torch.tensor([3, 1]), (1, 3))
+    numbers = routing.statistics()
+    assert numbers["utilisation"] == 0.75
+    assert numbers["dropped_share"] == pytest.approx(1 / 3)
+    assert numbers["gate_mean"] == pytest.approx(1.05 / 3)
+    assert numbers["load_max"] == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize(
+    ("router", "changes", "words"),
+    [
+        ("tokens_choice", {"k": 0}, "k=0 experts per token must be from 1 to num_experts=3"),
+        ("tokens_choice", {"k": 4}, "k=4 experts per token"),
+        ("tokens_choice", {"images_per_group": 0}, "images_per_group=0 must be at least 1"),
+        ("tokens_choice", {"gate": "tanh"}, "gate=tanh is not one of softmax, sigmoid"),
+        ("tokens_choice", {"renormalise": True}, "with k=1 makes every gate 1"),
+        ("tokens_choice", {"noise_std": 0.0}, "load_weight=0.005 has no effect with noise_std=0"),
+        ("tokens_choice", {"bias_rate": -1.0}, "bias_rate=-1.0 must not be negative"),
+        ("tokens_choice", {"bias_rate": 0.1}, "bias_rate=0.1 with load_weight=0.005"),
+        ("tokens_choice", {"noise_std": math.nan}, "noise_std=nan must not be negative"),
+        ("tokens_choice", {"shared_experts": -1}, "shared_experts=-1 must not be negative"),
+        ("tokens_choice", {"capacity_rounding": "floor"}, "capacity_rounding=floor is not one of ceil, round"),
+        ("tokens_choice", {"capacity_factor": 0.01}, "gives 0 slots per expert"),
+        ("tokens_choice", {"capacity_factor": math.inf}, "capacity_factor=inf is not a finite number"),
+        ("experts_choice", {"slots_per_expert": 8, "capacity_factor": None}, "a group has 7 tokens to choose from"),
+        ("experts_choice", {"slots_per_expert": 2}, "give one of them"),
+        ("identity", {"num_experts": 8}, "num_experts=8 must be from 1 to the 7 tokens"),
+        ("uniform", {"slots_per_expert": 0}, "must be at least 1"),
+    ],
+)
+def test_impossible_routers_are_refused(router: str, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(Exception, match=words):
+        layer(router, **changes)

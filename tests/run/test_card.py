@@ -1,0 +1,260 @@
+"""A checkpoint may say anything of itself: nothing is imported or allocated for it before that is known to be so."""
+
+import copy
+import json
+import resource
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from softmoe_cli.data import sets
+from softmoe_cli.errors import RunError, UsageError
+from softmoe_cli.model.vit import build, portable
+from softmoe_cli.model.weights import load_weights
+from softmoe_cli.options.inherit import model_of
+from softmoe_cli.run.card import read_card
+from softmoe_cli.run.checkpoint import Checkpoint, write_checkpoint
+from softmoe_cli.run.folder import Run
+from softmoe_cli.run.source import Source, read_source
+from softmoe_cli.train.resume import _progress
+from tests.conftest import TINY, Softmoe
+from tests.oracles import compose
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file as a run would save it."""
+    config = compose(*TINY[1:])
+    vit = build(config.model, 10)
+    card: dict[str, Any] = {"format": 1, "model": portable(config.model, vit), "data": asdict(config.data)}
+    card |= {"classes": sets.load(config.data).classes, "loss": "softmax", "precision": "fp32"}
+    path = tmp_path_factory.mktemp("saved") / "model.safetensors"
+    save_file(vit.state_dict(), path, metadata={"softmoe": json.dumps(card)})
+    return path
+
+
+def changed(card: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    card = copy.deepcopy(card)
+    *sections, leaf = key.split(".")
+    node = card
+    for section in sections:
+        node = node[section]
+    if value is ...:
+        del node[leaf]
+    else:
+        node[leaf] = value
+    return card
+
+
+OTHERS: tuple[Any, ...] = (None, "x", 5, {}, True, ...)
+SHAPES: list[tuple[str, Any]] = [
+    (key, value)
+    for key in (
+        "format",
+        "model",
+        "data",
+        "model.backbone",
+        "model.router",
+        "classes",
+        "loss",
+        "precision",
+        "data.mean",
+    )
+    for value in OTHERS
+]
+SHAPES += [(key, []) for key in ("model", "data", "classes", "loss")]
+SHAPES += [("receipt", None), ("receipt", [1]), ("receipt", "x"), ("receipt", {"optimizer": []}), ("origin", 5)]
+SHAPES += [("model.router._target_", 5), ("model.moe_blocks", 5), ("model.image_size", 8.5), ("model.nosuch", 1)]
+SHAPES += [("loss", "hinge"), ("precision", "fp8"), ("classes", ["a", 5]), ("data.mean", [float("nan")])]
+SHAPES += [("data.root", "${oc.env:HOME}"), ("data.num_classes", 10**30), ("model.backbone.name", "\x1b[31m")]
+
+
+@pytest.mark.parametrize(("key", "value"), SHAPES, ids=str)
+def test_a_card_of_another_shape_is_one_sentence(key: str, value: Any, saved: Path) -> None:
+    card = changed(read_source(str(saved)).card | {"receipt": {}, "origin": "x"}, key, value)
+    with pytest.raises(UsageError, match=r"^checkpoint=FILE: what it says of its model"):
+        read_card(json.dumps(card), Path("FILE"))
+
+
+def test_a_card_of_another_format_says_which_is_read(saved: Path) -> None:
+    card = read_source(str(saved)).card | {"format": 2}
+    with pytest.raises(UsageError, match=r"is of format 2, and this version of softmoe reads format 1"):
+        read_card(json.dumps(card), Path("FILE"))
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, '{"a":' * 200_000, "", "hello", "null", "[]", "9" * 5000])
+def test_a_card_that_is_no_card_is_one_sentence(text: str) -> None:
+    with pytest.raises(UsageError, match=r"^checkpoint=FILE: what it says of its model"):
+        read_card(text, Path("FILE"))
+
+
+def test_a_card_as_saved_is_read(saved: Path) -> None:
+    card = read_source(str(saved)).card
+    assert read_card(json.dumps(card), Path("FILE")) == card
+
+
+SIZES = {
+    f"{key}={value:g}": (key, value)
+    for key in ("router.num_experts", "image_size", "backbone.width", "backbone.depth", "backbone.mlp_width")
+    for value in (2**20, 2**40, 2**62)
+} | {"router.slots_per_expert=2^40": ("router.slots_per_expert", 2**40), "depth": ("backbone.depth", 1)}  # fmt: skip
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_sizes_are_held_against_the_weights_before_they_are_taken(size: str, saved: Path) -> None:
+    source = read_source(str(saved))
+    card = changed(source.card, f"model.{SIZES[size][0]}", SIZES[size][1])
+    with pytest.raises(UsageError, match=r"^checkpoint=x "):
+        model_of(Source("x", "", source.weights, card), None)
+
+
+def test_sizes_are_held_against_the_weights_by_every_command(softmoe: Softmoe, saved: Path, tmp_path: Path) -> None:
+    card = changed(read_source(str(saved)).card, "model.backbone.mlp_width", 2**40)
+    save_file(load_file(saved), tmp_path / "x.safetensors", metadata={"softmoe": json.dumps(card)})
+    for command in ("evaluate", "export", "finetune", "upcycle"):
+        answer = softmoe(command, "checkpoint=x.safetensors", *["data=digits"] * (command != "export"))
+        assert answer.code == 2 and answer.err.startswith("softmoe: checkpoint=x.safetensors "), answer
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.bool, torch.complex64], ids=str)
+def test_weights_that_are_no_fractions_are_refused(kind: torch.dtype, saved: Path) -> None:
+    vit = build(compose(*TINY[1:]).model, 10)
+    weights = load_file(saved)
+    with pytest.raises(UsageError, match=r"norm\.weight in the checkpoint is of torch"):
+        load_weights(
+            vit, weights | {"norm.weight": weights["norm.weight"].to(kind)}, keep_head=True, allow_unexpected=[]
+        )
+
+
+def test_fewer_outputs_than_classes_are_refused(saved: Path, tmp_path: Path) -> None:
+    weights = load_file(saved) | {"head.weight": torch.zeros(3, 16)}
+    save_file(weights, tmp_path / "x.safetensors", metadata={"softmoe": json.dumps(read_source(str(saved)).card)})
+    with pytest.raises(UsageError, match="10 classes"):
+        read_source(str(tmp_path / "x.safetensors"))
+
+
+PREFIXES = ("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model.", "state_dict.", "ema.module.")
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_what_wrappers_put_before_every_name_is_taken_off(prefix: str, saved: Path, tmp_path: Path) -> None:
+    weights = load_file(saved)
+    wrapped = {f"{prefix}{key}": value for key, value in weights.items()}
+    if "ema" in prefix:
+        wrapped["n_averaged"] = torch.tensor(3)  # torch.optim.swa_utils
+    save_file(wrapped, tmp_path / "x.safetensors")
+    source = read_source(str(tmp_path / "x.safetensors"))
+    assert source.prefix == prefix and source.weights.keys() == weights.keys()
+    save_file(wrapped | {"other": torch.ones(1)}, tmp_path / "x.safetensors")  # not before every name
+    assert read_source(str(tmp_path / "x.safetensors")).weights.keys() == {*wrapped, "other"}
+
+
+def test_names_of_a_wrapper_are_told(softmoe: Softmoe, saved: Path, tmp_path: Path) -> None:
+    wrapped = {f"module.{key}": value for key, value in load_file(saved).items()}
+    save_file(wrapped, tmp_path / "x.safetensors", metadata={"softmoe": json.dumps(read_source(str(saved)).card)})
+    answer = softmoe("evaluate", "checkpoint=x.safetensors", "threads=1")
+    assert answer.code == 0 and "every name in it begins with 'module.'" in answer.err, answer
+
+
+def test_places_that_cannot_be_read_are_one_sentence(saved: Path, tmp_path: Path) -> None:
+    for name in ("n" * 300, "a\0b", f"{saved}/x", "/proc/self/mem"):
+        with pytest.raises(UsageError, match=r"^checkpoint="):
+            read_source(name)
+    (tmp_path / "SHA256SUMS").mkdir()
+    (tmp_path / "model.safetensors").write_bytes(saved.read_bytes())
+    with pytest.raises(UsageError, match="SHA256SUMS is no file"):
+        read_source(str(tmp_path))
+
+
+# --- a checkpoint to go on from ---------------------------------------------------------------------------------------
+
+STATE: dict[str, Any] = {
+    "format": 1,
+    "step": 4,
+    "best_step": 2,
+    "sizes": {"metrics.jsonl": 0},
+    "seconds": {"device": 0.5},
+    "scaler": {},
+}
+STATES: dict[str, Any] = {
+    "null": "null", "no JSON": "{", "brackets": "[" * 200_000, "a list": "[]",
+    **{f"without {key}": json.dumps({k: v for k, v in STATE.items() if k != key}) for key in STATE},
+    **{f"{key} as text": json.dumps(STATE | {key: "x"}) for key in STATE},
+    "before the beginning": json.dumps(STATE | {"step": -1}),
+    "a size below 0": json.dumps(STATE | {"sizes": {"x": -1}}),
+    "of another format": json.dumps(STATE | {"format": 2}),
+}  # fmt: skip
+RANDOM = {"random.cpu": torch.get_rng_state()}
+
+
+@pytest.mark.parametrize("kind", STATES)
+def test_a_state_that_softmoe_did_not_write_is_one_sentence(kind: str, tmp_path: Path) -> None:
+    """Its checksums may be right."""
+    write_checkpoint(tmp_path / "last-00000004", {"x": torch.ones(1)}, {}, RANDOM, {"state.json": STATES[kind]})
+    with pytest.raises(UsageError, match=r"last-00000004.*; remove it to go on from the checkpoint before"):
+        Checkpoint.read(tmp_path / "last-00000004").check()
+
+
+def test_a_state_that_lacks_progress_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"its state lacks .*; remove it to go on from the one before"):
+        _progress(Checkpoint(tmp_path, {}, {}, STATE))
+
+
+def test_tensors_that_softmoe_did_not_write_are_one_sentence(tmp_path: Path) -> None:
+    texts = {"state.json": json.dumps(STATE)}
+    write_checkpoint(tmp_path / "good", {"x": torch.ones(1)}, {}, RANDOM, texts)
+    Checkpoint.read(tmp_path / "good").check()
+    for name, tensors in {"none": {"y": torch.ones(1)}, "short": {"random.cpu": torch.zeros(3).byte()}}.items():
+        write_checkpoint(tmp_path / name, {"x": torch.ones(1)}, {}, tensors, texts)
+        with pytest.raises(UsageError, match="no random state"):
+            Checkpoint.read(tmp_path / name).check()
+    (tmp_path / "good" / "model.safetensors").write_bytes(b"garbage")
+    with pytest.raises(UsageError, match="remove it to go on"):
+        Checkpoint.read(tmp_path / "good")
+
+
+def test_files_of_a_run_that_cannot_be_read_are_one_sentence(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"format": 1}\n\xff{"step"\n')
+    with pytest.raises(UsageError, match=r"metrics\.jsonl is damaged in line 2.*remove"):
+        run.rows("metrics.jsonl")
+    for name, content in {"brackets": b"[" * 200_000, "bytes": b"\xff", "less": b'{"signature": "x"}'}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result.json").write_bytes(content)
+        with pytest.raises(UsageError, match=r"result\.json .*; remove it to run again"):
+            _ = Run(tmp_path / name).result
+    (tmp_path / "result.json").mkdir()
+    with pytest.raises(UsageError, match=r"result\.json is no file; remove it to run again"):
+        _ = run.result
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="can be no run's folder: Not a directory"):
+        _ = Run(tmp_path / "file" / "run").result
+
+
+def test_no_byte_left_when_a_run_begins_is_one_sentence(tmp_path: Path) -> None:
+    run, before = Run(tmp_path / "run"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        with pytest.raises(RunError, match=r"cannot write .*\.lock"):
+            run.open(compose())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        run.close()
+
+
+@pytest.mark.parametrize("name", [".lock", "metrics.jsonl"])
+def test_links_in_a_runs_folder_are_not_followed(name: str, tmp_path: Path) -> None:
+    """A folder that was downloaded may hold one, to any file of the user's."""
+    (tmp_path / "mine").write_text("mine")
+    run = Run(tmp_path / "run")
+    run.checkpoints.mkdir(parents=True)
+    (run.folder / name).symlink_to(tmp_path / "mine")
+    write = run.append if name == "metrics.jsonl" else lambda *_: run.open(compose())
+    with pytest.raises((UsageError, RunError), match="symbolic links"):
+        write("metrics.jsonl", {"step": 1})
+    run.close()
+    assert (tmp_path / "mine").read_text() == "mine"

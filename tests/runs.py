@@ -1,0 +1,83 @@
+"""Runs and checkpoints that several tests make and look into."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from softmoe_cli.config import CostConfig
+from softmoe_cli.model.vit import build
+from tests import oracles
+from tests.conftest import TINY
+from tests.oracles import compose
+from tests.processes import Started
+
+
+def costed(model: str = "vit_nano4_soft", **changes: Any) -> CostConfig:
+    config = compose(f"model={model}", "data=fashion_mnist")
+    options: dict[str, Any] = {
+        "batch_size": 8, "accumulate": 1, "recompute": False, "precision": "fp32", "compile": False, "clock": False,
+        "repeats": 3, "format": "table", "device": "cpu", "threads": 1, "devices": 1, "parallel": "ddp",
+    }  # fmt: skip
+    return CostConfig(model=config.model, data=config.data, **(options | changes))
+
+
+def saved(path: Path, seed: int, *overrides: str, tiny: Sequence[str] = TINY) -> Path:
+    """A checkpoint file with weights that nobody trained."""
+    config = oracles.compose(*tiny, *overrides)
+    torch.manual_seed(seed)
+    weights = build(config.model, 10).state_dict()
+    torch.nn.init.normal_(weights["head.weight"])
+    card = {
+        "format": 1,
+        "model": dataclasses.asdict(config.model),
+        "data": dataclasses.asdict(config.data),
+        "loss": "softmax",
+    }
+    card |= {"format": 1, "precision": "fp32", "classes": [str(i) for i in range(10)]}
+    save_file(weights, path, metadata={"softmoe": json.dumps(card)})
+    return path
+
+
+CLOCKS = {"device_s", "eval_s", "save_s", "compile_s", "images_per_s", "energy_kj"}
+
+
+def start(folder: Path, *arguments: str, **environment: str) -> Started:
+    return Started(folder, ["train", *TINY, "threads=1", *arguments], environment)
+
+
+def finish(process: Started, code: int = 0) -> str:
+    left, out = process.wait()
+    assert left == code, out
+    return out
+
+
+def the_run(folder: Path) -> Path:
+    (run,) = (folder / "outputs" / "default").iterdir()
+    return run
+
+
+def rows(run: Path, file: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (run / file).read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in CLOCKS} for row in found]
+
+
+def last(run: Path) -> Path:
+    return sorted((run / "checkpoints").glob("last-*"))[-1]
+
+
+def same(a: Path, b: Path) -> None:
+    """Every row, every weight and every optimizer moment, bit for bit; random states too."""
+    assert rows(a) == rows(b)
+    assert rows(a, "routing.jsonl") == rows(b, "routing.jsonl")
+    for file in ("model.safetensors", "training.safetensors"):
+        x, y = load_file(last(a) / file), load_file(last(b) / file)
+        assert x.keys() == y.keys()
+        assert [key for key in x if not torch.equal(x[key], y[key])] == []
+    x, y = (json.loads((run / "result.json").read_text()) for run in (a, b))
+    chance = CLOCKS | {"commit", "metrics_sha256"}  # a commit may come while the tests run; rows have clocks
+    assert {k: v for k, v in x.items() if k not in chance} == {k: v for k, v in y.items() if k not in chance}

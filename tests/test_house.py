@@ -1,0 +1,143 @@
+"""The rules of the house: imports go down, moe/ stands alone, files and functions are short, README shows the rooms."""
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.oracles import compose
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "softmoe_cli"
+FILES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
+
+LONG_FILES: dict[str, str] = {
+    "softmoe_cli/config.py": "every option of every command, with its bounds and meaning: read one section at a time",
+}
+"""Files of more than 500 lines, and why."""
+LONG_FUNCTIONS: dict[str, str] = {
+    "softmoe_cli/evaluate/command.py: evaluate_checkpoint": "one measure after another, as they are told",
+    "softmoe_cli/train/loop.py: _train": "the loop, told once, from the first line of a run to its last",
+}
+"""Functions of more than 80 lines, as `file: function`, and why."""
+
+
+def imported(tree: ast.Module) -> Iterator[str]:
+    """What a file imports, at its top and inside functions, as dotted names of modules."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module is not None and not node.level, "imports are absolute"
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                yield whole if whole in FILES else node.module
+
+
+def room(name: str) -> str:
+    """`softmoe_cli.data.sets` lies in the room `data`; a file of the top floor is a room of its own."""
+    return [*name.split("."), name][1]
+
+
+def circle(arrows: dict[str, set[str]]) -> list[str]:
+    """Some names that lie on a circle, or nothing: what only points at names that are done is done."""
+    left = {name: set(targets) for name, targets in arrows.items()}
+    while done := [name for name, targets in left.items() if not targets & left.keys()]:
+        for name in done:
+            del left[name]
+    return sorted(left)
+
+
+def test_imports_go_down() -> None:
+    """Files can be put on floors so that each imports from floors below only, and so can rooms."""
+    files = {name: {each for each in imported(tree) if each in FILES} - {name} for name, tree in TREES.items()}
+    rooms: dict[str, set[str]] = {room(name): set() for name in files}
+    for name, targets in files.items():
+        rooms[room(name)] |= {room(each) for each in targets} - {room(name)}
+    assert circle(files) == [] == circle(rooms)
+
+
+def test_moe_needs_torch_and_jaxtyping_only() -> None:
+    allowed = {"torch", "jaxtyping", *sys.stdlib_module_names}
+    for name, tree in TREES.items():
+        if name.startswith("softmoe_cli.moe"):
+            foreign = {each for each in imported(tree) if each.partition(".")[0] not in allowed}
+            assert {each for each in foreign if not each.startswith("softmoe_cli.moe")} == set(), name
+
+
+def test_the_package_knows_nothing_of_tests_and_experiments() -> None:
+    """It imports nothing of theirs, and no string in it names a path there; docstrings may."""
+    path = re.compile(r"(^|[\s/'\"(])(tests|experiments)/")
+    for name, tree in TREES.items():
+        assert {each.partition(".")[0] for each in imported(tree)}.isdisjoint({"tests", "experiments"}), name
+        told = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in told:
+                assert not path.search(node.value), f"{name}, line {node.lineno}: {node.value!r}"
+            if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div) and isinstance(node.right, ast.Constant):
+                assert node.right.value not in ("tests", "experiments"), f"{name}, line {node.lineno}"
+
+
+def test_files_and_functions_are_short() -> None:
+    """The lists above hold exactly those that are not."""
+    files, functions = set(), set()
+    for name, tree in TREES.items():
+        place = str(FILES[name].relative_to(ROOT))
+        if len(FILES[name].read_text().splitlines()) > 500:
+            files.add(place)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno + 1 > 80:
+                functions.add(f"{place}: {node.name}")
+    assert files == set(LONG_FILES)
+    assert functions == set(LONG_FUNCTIONS)
+
+
+def rooms() -> list[Path]:
+    return sorted(path for path in PACKAGE.iterdir() if (path / "__init__.py").is_file())
+
+
+def test_a_room_has_three_files_at_least() -> None:
+    for each in rooms():
+        assert len([path for path in each.glob("*.py") if path.name != "__init__.py"]) >= 3, each.name
+
+
+def test_readme_shows_the_rooms() -> None:
+    """A block that begins with `softmoe_cli/`, then `name/  one line` for each room and `name.py  one line` for each
+    file beside them."""
+    readme = (ROOT / "README.md").read_text()
+    block = re.search(r"^```\w*\nsoftmoe_cli/[^\n]*\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
+    assert block is not None, "README.md has no tree of softmoe_cli/"
+    lines = [line.split(maxsplit=1) for line in block[1].splitlines() if line.strip()]
+    assert all(len(line) == 2 for line in lines), "each with its one line"
+    beside = [path.name for path in PACKAGE.glob("*.py") if not path.name.startswith("__")]
+    assert sorted(line[0] for line in lines) == sorted([*(f"{path.name}/" for path in rooms()), *beside])
+
+
+EXPERIMENTS = sorted((ROOT / "conf/experiment").rglob("*.yaml"))
+NAMES = [str(path.relative_to(ROOT / "conf/experiment").with_suffix("")) for path in EXPERIMENTS if path.stem[0] != "_"]
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_an_experiment_says_what_it_asks_and_found(path: Path) -> None:
+    """Its question, command, needs and result; or it inherits them from a file that does."""
+    text = path.read_text()
+    heads = re.findall(r"^# (Question|Command|Needs|Result) {2,}\S", text, re.MULTILINE)
+    shared = re.search(r"^defaults:\n(?: +- .*\n)*? +- (\S+/_\w+)\n", text, re.MULTILINE)
+    if shared is None:
+        assert heads == ["Question", "Command", "Needs", "Result"]
+        result = re.search(r"^# Result +(\S+)", text, re.MULTILINE)
+        assert result is not None and (ROOT / result[1]).is_file()
+    else:
+        assert heads == [] and (ROOT / "conf/experiment" / f"{shared[1]}.yaml") in EXPERIMENTS
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_experiment_composes(name: str) -> None:
+    assert compose(f"+experiment={name}").study == name.partition("/")[0]
