@@ -198,7 +198,8 @@ esac
 @pytest.mark.parametrize("ends_by_itself", [True, False])
 def test_the_readmes_batch_script(ends_by_itself: bool, tmp_path: Path) -> None:
     """Run by bash with stand-ins for Slurm: told that its time is over, it has the run saved, then queues it again."""
-    (script,) = re.findall(r"^```\n(#!/bin/bash\n.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    text = (ROOT / "softmoe_cli/launch/README.md").read_text()
+    (script,) = re.findall(r"^```\n(#!/bin/bash\n.*?)^```", text, re.DOTALL | re.MULTILINE)
     work = ":" if ends_by_itself else "while :; do sleep 0.05; done"
     for name in ("srun", "scontrol"):
         (tmp_path / name).write_text(STUB.format(name=name, work=work))
