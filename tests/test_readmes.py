@@ -33,7 +33,7 @@ READMES = {
 NOT_RUN = {
     "make": "installs from the network, and make test is what runs this test",
     "pip": "installs from the network",
-    "torchrun": "takes devices for each process; tests/test_parallel.py starts it with a small model",
+    "torchrun": "takes devices for each process; tests/test_parallel.py starts the same processes with a small model",
     "wandb": "sends to a server",
     "#!/bin/bash": "a batch script, which tests/launch/test_sweep.py runs with stand-ins for Slurm",
     "+search=quality": "Optuna warns when it is imported; tests/launch/test_sweep.py runs it in a process of its own",
