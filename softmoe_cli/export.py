@@ -24,6 +24,7 @@ from torch.export import Dim, ExportedProgram
 from softmoe_cli.config import ExportConfig, Model, check_groups, group_of
 from softmoe_cli.data import batches, sets
 from softmoe_cli.errors import RunError, UsageError, first_line
+from softmoe_cli.model.hub import softmoe_vit
 from softmoe_cli.model.vit import build
 from softmoe_cli.model.weights import load_weights
 from softmoe_cli.run.checkpoint import WEIGHTS, seal
@@ -187,7 +188,7 @@ def hub_config(model: Model, vit: VisionTransformer, card: dict[str, Any]) -> di
     """config.json as timm has it: a dense model of timm's under timm's name, any other as `softmoe_vit`."""
     plain = _is_timms(model)
     return {
-        "architecture": str(model.backbone.timm).split(".")[0] if plain else "softmoe_vit",
+        "architecture": str(model.backbone.timm).split(".")[0] if plain else softmoe_vit.__name__,
         "num_classes": vit.num_classes,
         "num_features": vit.num_features,
         "global_pool": vit.global_pool,
