@@ -32,13 +32,13 @@ def saved(path: Path, seed: int, *overrides: str, tiny: Sequence[str] = TINY) ->
     torch.manual_seed(seed)
     weights = build(config.model, 10).state_dict()
     torch.nn.init.normal_(weights["head.weight"])
-    card = {
+    card: dict[str, Any] = {
         "format": 1,
         "model": dataclasses.asdict(config.model),
         "data": dataclasses.asdict(config.data),
         "loss": "softmax",
     }
-    card |= {"format": 1, "precision": "fp32", "classes": [str(i) for i in range(10)]}
+    card |= {"precision": "fp32", "classes": [str(i) for i in range(10)]}
     save_file(weights, path, metadata={"softmoe": json.dumps(card)})
     return path
 

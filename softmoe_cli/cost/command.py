@@ -9,13 +9,11 @@ from typing import Any
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from softmoe_cli.config import CostConfig, Measured
+from softmoe_cli.config import CostConfig
 from softmoe_cli.cost.clock import Timing, measure, rank
 from softmoe_cli.cost.flop import account_model, count_flop, on_meta
-from softmoe_cli.cost.load import Load
+from softmoe_cli.cost.load import load_of
 from softmoe_cli.cost.memory import predict
-from softmoe_cli.device import arithmetic
-from softmoe_cli.errors import UsageError
 from softmoe_cli.text import aligned, several
 
 CONVENTION = (
@@ -23,21 +21,6 @@ CONVENTION = (
     "training is forward and backward; counter is torch's, on the meta device"
 )
 Row = dict[str, Any]
-
-
-def load_of(config: Measured) -> Load:
-    """What the configuration asks the cost of.
-
-    Raises:
-        UsageError: a number of classes that only the files know, or a device that is not there.
-    """
-    if config.data.num_classes is None:
-        raise UsageError(f"data={config.data.name} does not say how many classes it has; give data.num_classes")
-    device, _ = arithmetic(config.device, config.precision, None)
-    return Load(
-        config.model, config.data.num_classes, config.batch_size, device, config.accumulate, config.recompute,
-        config.precision, config.compile, config.threads,
-    )  # fmt: skip
 
 
 def formula_row(config: CostConfig, vit: VisionTransformer) -> Row:

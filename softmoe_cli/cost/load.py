@@ -4,7 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
-from softmoe_cli.config import Config, Model, Optim
+from softmoe_cli.config import Config, Measured, Model, Optim
+from softmoe_cli.device import arithmetic
+from softmoe_cli.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -40,3 +42,18 @@ class Load:
     def part(self) -> int:
         """Images that go through the model at once."""
         return self.batch // self.accumulate
+
+
+def load_of(config: Measured) -> Load:
+    """What the configuration asks the cost of.
+
+    Raises:
+        UsageError: a number of classes that only the files know, or a device that is not there.
+    """
+    if config.data.num_classes is None:
+        raise UsageError(f"data={config.data.name} does not say how many classes it has; give data.num_classes")
+    device, _ = arithmetic(config.device, config.precision, None)
+    return Load(
+        config.model, config.data.num_classes, config.batch_size, device, config.accumulate, config.recompute,
+        config.precision, config.compile, config.threads,
+    )  # fmt: skip

@@ -14,8 +14,8 @@ from typing import Any
 
 from softmoe_cli.config import MatchConfig
 from softmoe_cli.cost.clock import measure
-from softmoe_cli.cost.command import load_of
 from softmoe_cli.cost.flop import account
+from softmoe_cli.cost.load import load_of
 from softmoe_cli.cost.memory import predict
 from softmoe_cli.errors import RunError, UsageError
 

@@ -114,7 +114,7 @@ def launch(config: Config, command: str) -> None:
         if engine.startswith(("torch.distributed.elastic", "torch.multiprocessing")):
             logging.getLogger(engine).setLevel(logging.CRITICAL)  # what matters is said here
     # Slurm may tell every process of a job that its time is near; the one that takes it passes it on as SIGTERM.
-    start_server(["softmoe_cli.train.loop", "softmoe_cli.cli"])
+    start_server(["softmoe_cli.train.loop"])
     asked = Asked()
 
     def hear(number: int) -> None:

@@ -11,12 +11,13 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 from urllib.parse import urlparse
 
 from softmoe_cli.config import WANDB_LETTERS, Config
 from softmoe_cli.errors import UsageError, first_line, nearest
 from softmoe_cli.run.rows import AXES, EVERY
+from softmoe_cli.signals import waits_for_nobody
 
 MODES = {"online": "online", "offline": "offline", "run": "online", "dryrun": "offline", "disabled": "off"}
 """What WANDB_MODE may say: W&B's words, two of them older ones."""
@@ -104,9 +105,6 @@ class Mirror:
         say: prints a sentence.
     """
 
-    stuck: ClassVar[bool] = False
-    """Whether some mirror gave up waiting: the process must then leave without W&B's own goodbye, which would wait."""
-
     def __init__(
         self,
         mode: str,
@@ -163,8 +161,10 @@ def _ends(thread: threading.Thread, patience_s: float, mode: str) -> bool:
     thread.join(patience_s)
     while thread.is_alive() and time.monotonic() < start + LAST_WAIT_S and _answers(mode):
         thread.join(1)  # slow is not broken: what is on its way arrives
-    Mirror.stuck = Mirror.stuck or thread.is_alive()
-    return not thread.is_alive()
+    if thread.is_alive():
+        waits_for_nobody.append("W&B")  # whose own goodbye would wait too
+        return False
+    return True
 
 
 def _answers(mode: str) -> bool:

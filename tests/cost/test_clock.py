@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from softmoe_cli.cost.clock import Workload, fingerprint, measure, rank
-from softmoe_cli.cost.command import load_of
-from softmoe_cli.cost.load import Load
+from softmoe_cli.cost.load import Load, load_of
 from softmoe_cli.errors import UsageError
 from tests.runs import costed
 
