@@ -57,7 +57,7 @@ def by_part(flop: Mapping[str, float], images: int) -> dict[str, int]:
 
 
 def test_every_model_is_listed() -> None:
-    assert len(MODELS) >= 31
+    assert len(MODELS) > 20
     assert {"vit_s16_dense", "vit_h14_soft", "vit_nano7_soft"} <= set(MODELS)
 
 
