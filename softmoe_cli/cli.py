@@ -147,8 +147,10 @@ def _learn(command: str, arguments: list[str]) -> int:
             else:
                 from softmoe_cli.terminal import Screen
                 from softmoe_cli.train.loop import train
+                from softmoe_cli.train.setup import begin
 
-                train(checked, command, source, Screen())
+                with begin(checked, command, source, Screen()) as begun:
+                    train(begun)
     jobs.end()
     return 0
 

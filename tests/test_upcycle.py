@@ -21,6 +21,7 @@ from softmoe_cli.moe.layer import Experts, MoE
 from softmoe_cli.run.checkpoint import damage, digest_of
 from softmoe_cli.terminal import Screen
 from softmoe_cli.train.loop import train
+from softmoe_cli.train.setup import begin
 from softmoe_cli.upcycle import fill_experts, redraw_units, tie_parts
 from tests.conftest import Softmoe, thinned
 from tests.oracles import compose
@@ -393,7 +394,9 @@ def test_timm(architecture: str, softmoe: Softmoe, tmp_path: Path) -> None:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dense run's checkpoint, with moments."""
     folder = tmp_path_factory.mktemp("trained")
-    train(compose(*TINY, "tracking=off", f"output_root={folder}", "train.steps=20"), "train", None, Screen())
+    config = compose(*TINY, "tracking=off", f"output_root={folder}", "train.steps=20")
+    with begin(config, "train", None, Screen()) as begun:
+        train(begun)
     return next(folder.glob("*/*/checkpoints/last-*"))
 
 

@@ -28,6 +28,7 @@ from softmoe_cli.optim import optimizer_of, schedule
 from softmoe_cli.options.compose import compose
 from softmoe_cli.terminal import Screen
 from softmoe_cli.train.loop import train
+from softmoe_cli.train.setup import begin
 
 STEPS, WARMUP, STRETCHES = 1020, 20, 20
 
@@ -63,8 +64,8 @@ def main() -> None:
         config = compose(
             *sys.argv[1:], "tracking=off", f"output_root={root}", f"train.steps={STEPS}", "train.eval_every=1000000"
         )
-        with contextlib.redirect_stdout(io.StringIO()):
-            train(config, "train", None, Screen())
+        with contextlib.redirect_stdout(io.StringIO()), begin(config, "train", None, Screen()) as begun:
+            train(begun)
     ours, bare = looped[WARMUP:], plain[WARMUP : len(looped)]
     size = len(ours) // STRETCHES
     pieces = [slice(i * size, (i + 1) * size) for i in range(STRETCHES)]

@@ -185,6 +185,7 @@ def _process(config: Config, command: str, directory: str, environment: dict[str
     from softmoe_cli.parallel import ATTEMPT, Lost
     from softmoe_cli.terminal import Screen
     from softmoe_cli.train.loop import train
+    from softmoe_cli.train.setup import begin
 
     rank, attempt, screen = int(os.environ["RANK"]), int(os.environ[ATTEMPT]), Screen()
     if attempt and rank == 0:
@@ -199,7 +200,9 @@ def _process(config: Config, command: str, directory: str, environment: dict[str
         sys.stdout.flush()
 
     try:
-        train(config, command, read_checkpoint(config.checkpoint) if config.checkpoint else None, screen)
+        source = read_checkpoint(config.checkpoint) if config.checkpoint else None
+        with begin(config, command, source, screen) as begun:
+            train(begun)
     except KeyboardInterrupt as error:
         leave(130, str(error))
         with contextlib.suppress(RuntimeError):

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from softmoe_cli.config import SCHEMAS
 from softmoe_cli.errors import UsageError, nearest
-from softmoe_cli.options.conf_files import ADDED, GROUPS, TITLES, chosen_groups, files, load
+from softmoe_cli.options.conf_files import ADDED, GROUPS, TITLES, chosen_groups, files, load, router_options
 from softmoe_cli.options.explain import known_keys
-from softmoe_cli.options.help import ROUTER_OPTIONS, launcher_options, options
+from softmoe_cli.options.help import launcher_options, options
 from softmoe_cli.options.usage import COMMANDS
 
 SCRIPTS = {
@@ -137,7 +137,7 @@ def _compare_flags() -> list[str]:
 
 def _router_options(name: str) -> Iterable[str]:
     file = files("model/router").get(name)
-    return (key for key in load(file) if key != "_target_") if file is not None else ROUTER_OPTIONS
+    return (key for key in load(file) if key != "_target_") if file is not None else router_options()
 
 
 def _keys(command: str, rest: Sequence[str], typed: str) -> Iterator[str]:

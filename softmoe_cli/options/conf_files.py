@@ -3,6 +3,7 @@
 A conf folder of the user's in the working directory comes first everywhere.
 """
 
+import contextlib
 import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -97,6 +98,22 @@ def load(file: Path) -> dict[str, Any]:
     if not isinstance(body, dict | None):
         raise UsageError(f"{file} holds no keys with values")
     return body or {}
+
+
+def router_options(target: str | None = None) -> dict[str, str]:
+    """What every option of a router means: the comment behind it in conf/model/router, or nothing. Those of the router
+    that is called `target` come first. Files that cannot be read are left out: who chooses one is told why."""
+    own: dict[str, str] = {}
+    others: dict[str, str] = {}
+    for file in files("model/router").values():
+        with contextlib.suppress(UsageError):
+            body = load(file)
+            found = own if body.get("_target_") == target else others
+            said = dict(re.findall(r"^(\w+):.*?[ \t]#[ \t]*(.+)$", read(file), re.MULTILINE))
+            for key in body:
+                if key not in ("_target_", "defaults"):
+                    found[key] = found.get(key) or said.get(key, "")
+    return own | {key: said for key, said in others.items() if not own.get(key)}
 
 
 @functools.cache

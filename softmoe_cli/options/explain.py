@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import re
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -18,8 +19,9 @@ from softmoe_cli.options.conf_files import (
     keys,
     load,
     own_conf_folder,
+    router_options,
 )
-from softmoe_cli.options.help import ROUTER_OPTIONS, Option, launcher_options, options
+from softmoe_cli.options.help import Option, launcher_options, options
 from softmoe_cli.text import printable
 
 if TYPE_CHECKING:
@@ -61,9 +63,7 @@ SYNONYMS = {
     "embed_dim": "model.backbone.width", "hidden_dim": "model.backbone.width", "hidden_size": "model.backbone.width",
     "num_heads": "model.backbone.heads", "n_heads": "model.backbone.heads", "mlp_dim": "model.backbone.mlp_width",
     "patch": "model.backbone.patch_size", "arch": "model", "architecture": "model", "backbone": "model/backbone",
-    "router": "model/router", "routing": "model/router", "experts": "model.router.num_experts",
-    "n_experts": "model.router.num_experts", "topk": "model.router.k", "top_k": "model.router.k",
-    "slots": "model.router.slots_per_expert", "capacity": "model.router.capacity_factor",
+    "router": "model/router", "routing": "model/router",
     "aa": "augment.randaugment", "rand_augment": "augment.randaugment", "random_erasing": "augment.erase",
     "reprob": "augment.erase", "flip": "augment.hflip", "ckpt": "checkpoint", "resume": "checkpoint",
     "pretrained": "checkpoint", "weights": "checkpoint", "out": "output_root", "output": "output_root",
@@ -72,7 +72,8 @@ SYNONYMS = {
     "random_seed": "seed", "launcher": "hydra/launcher",
     "optim_lr": "optim.lr",
 }  # fmt: skip
-"""Other programs' names of our options. Of several the first that the command has is suggested."""
+"""Other programs' names of our options. Of several the first that the command has is suggested. Those of a router's
+options stand in its yaml file, as `k: 1  # experts that each token takes (elsewhere top_k, topk)`."""
 
 DROPOUT = (
     "dropout", "drop", "drop_rate", "dropout_rate", "attn_drop", "attn_drop_rate", "proj_drop_rate",
@@ -347,7 +348,7 @@ def _did_you_mean(key: str, known: Sequence[str]) -> str:
     leaf = key.rpartition(".")[2]
     if leaf in DROPOUT:
         return f" {NO_DROPOUT}"
-    if leaf in ROUTER_OPTIONS and any(k.startswith("model.") for k in known):
+    if leaf in router_options() and any(k.startswith("model.") for k in known):
         having = [name for name, file in files("model/router").items() if leaf in load(file)]
         return f" model.router.{leaf} is an option of model/router={', '.join(having)}"
     return ""
@@ -362,6 +363,10 @@ def _meant(key: str, known: Sequence[str]) -> str | None:
     for other in SYNONYMS.get(leaf, "").split():
         if other in known:
             return other
+    for option, meaning in router_options().items():
+        elsewhere = re.search(r"\(elsewhere ([^)]*)\)", meaning)
+        if elsewhere and leaf in elsewhere[1].split(", ") and f"model.router.{option}" in known:
+            return f"model.router.{option}"
     same = [k for k in known if k.rpartition(".")[2] == leaf and k != key]
     if same:
         return max(same, key=lambda k: (difflib.SequenceMatcher(None, key, k).ratio(), -len(k)))

@@ -12,7 +12,16 @@ from typing import Any
 
 from softmoe_cli.config import LAUNCHERS, SCHEMAS, Launcher, typed
 from softmoe_cli.errors import UsageError
-from softmoe_cli.options.conf_files import ADDED, GROUPS, chosen_groups, conf_folder, defaults, load, value_of
+from softmoe_cli.options.conf_files import (
+    ADDED,
+    GROUPS,
+    chosen_groups,
+    conf_folder,
+    defaults,
+    load,
+    router_options,
+    value_of,
+)
 from softmoe_cli.options.usage import USAGE
 
 EVERYDAY = (
@@ -21,25 +30,6 @@ EVERYDAY = (
     "optim.lr", "optim.weight_decay", "seed", "study", "name", "device", "devices", "threads", "tracking", "slots",
 )  # fmt: skip
 """What `--help` shows of train and finetune, and of other commands beside the options that are theirs alone."""
-
-ROUTER_OPTIONS = {
-    "num_experts": "experts in each MoE block",
-    "slots_per_expert": "rows that an expert computes; null: from capacity_factor",
-    "capacity_factor": "rows of all experts as a share of the tokens; null: from slots_per_expert",
-    "capacity_rounding": "of the slots that come of it: round, as the soft router, or ceil (V-MoE)",
-    "capacity_multiple": "slots are rounded up to a multiple of this (V-MoE 4)",
-    "images_per_group": "images that share the slots",
-    "k": "experts that each token takes",
-    "gate": "softmax or sigmoid",
-    "renormalise": "true: a token's gates add up to one over its experts",
-    "noise_std": "noise on the logits in training; sparse routers divide it by the number of experts",
-    "importance_weight": "weight of the loss that evens the experts' gates (V-MoE)",
-    "load_weight": "weight of the loss that evens the experts' load (V-MoE)",
-    "gshard_weight": "weight of GShard's loss of both",
-    "bias_rate": "step of a bias that evens the load without a loss",
-    "shared_experts": "experts that every token takes besides",
-}
-"""What an option of a router means; which router has it, and with which value, stands in conf/model/router."""
 
 WIDTH = 80
 MEANING = 28
@@ -199,10 +189,10 @@ def _router(tree: Mapping[str, Any]) -> str:
 def _router_options(tree: Mapping[str, Any]) -> Iterator[Option]:
     """The chosen router's options; of all routers where none is chosen."""
     router = tree.get("model", {}).get("router")
-    names = router if isinstance(router, dict) else ROUTER_OPTIONS
-    for name in names:
+    meanings = router_options(router.get("_target_") if isinstance(router, dict) else None)
+    for name in router if isinstance(router, dict) else meanings:
         if name != "_target_" and (_router(tree) != "dense"):
-            yield Option(f"model.router.{name}", ROUTER_OPTIONS.get(name, "see its yaml file"), "", ())
+            yield Option(f"model.router.{name}", meanings.get(name) or "its yaml file does not say", "", ())
 
 
 def _router_lines(tree: Mapping[str, Any], found: Sequence[Option]) -> list[str]:

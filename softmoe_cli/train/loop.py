@@ -3,16 +3,15 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from softmoe_cli import parallel
 from softmoe_cli.config import Config, check_tokens
-from softmoe_cli.cost.fit import require_place, settle, with_largest_batch
+from softmoe_cli.cost.fit import require_place, settle
 from softmoe_cli.cost.flop import account
 from softmoe_cli.cost.load import Load
 from softmoe_cli.data import batches, sets, workers
@@ -26,9 +25,6 @@ from softmoe_cli.moe.layer import MoE
 from softmoe_cli.moe.routing import Router, Routing, full_precision, routings
 from softmoe_cli.optim import freeze, optimizer_of, schedule
 from softmoe_cli.parallel import ALONE, Average, Crew, own_part
-from softmoe_cli.run.folder import Run
-from softmoe_cli.run.source import Source
-from softmoe_cli.terminal import Screen
 from softmoe_cli.train import summary
 from softmoe_cli.train.blame import not_finite
 from softmoe_cli.train.looks import Looks
@@ -36,58 +32,30 @@ from softmoe_cli.train.pace import FirstSteps, forecast
 from softmoe_cli.train.progress import Budget
 from softmoe_cli.train.recording import Recording
 from softmoe_cli.train.resume import Trained, carry_moments, load_source, resume
-from softmoe_cli.train.setup import Setup, images_identity, run_folder
+from softmoe_cli.train.setup import Begun, Setup
 from softmoe_cli.train.stop import Interrupted, Stop
 
 SMALLEST_SCALE = 2.0**-14
 """fp16: gradients that are not finite even at this loss scale are not saved by a smaller one."""
 
 
-def train(config: Config, command: str, source: Source | None, screen: Screen) -> dict[str, Any]:
-    """Runs one configuration to its end, or from where it stopped, and returns its result row.
+def train(begun: Begun) -> dict[str, Any]:
+    """Trains a run to its end, or from where it stopped, from its images to its result row, which it returns.
 
     Raises:
         UsageError: something in the configuration cannot work; nothing was written.
         RunError: the run broke; its folder holds the last good state.
         Interrupted: a signal asked to stop; the state is saved.
     """
-    with parallel.joined(config) as crew:
-        if not crew.first:
-            screen = Screen(quiet=True)
-        if config.train.batch_size == "auto":
-            config = with_largest_batch(config)
-            number = config.train.batch_size
-            screen.say(
-                f"train.batch_size=auto: {number}; type train.batch_size={number} to have the same run elsewhere"
-            )
-        config = replace(config, devices=crew.size)  # under torchrun it may not say
-        images_digest = images_identity(config.data, crew)
-        run = Run(run_folder(config, command, source, images_digest), crew)
-        if run.result is not None:
-            screen.say(f"{run.folder} is finished; nothing to do")
-            summary.close(screen, run.result, run.folder)
-            return run.result
-        try:
-            return _train(run, config, command, source, images_digest, screen, crew)
-        finally:
-            workers.end_workers()  # they share the folder's lock
-            run.close()
+    run, config, source, screen, crew = begun.run, begun.config, begun.source, begun.screen, begun.crew
+    if run.result is not None:
+        screen.say(f"{run.folder} is finished; nothing to do")
+        summary.close(screen, run.result, run.folder)
+        return run.result
 
-
-def _train(
-    run: Run,
-    config: Config,
-    command: str,
-    source: Source | None,
-    images_digest: str | None,
-    screen: Screen,
-    crew: Crew,
-) -> dict[str, Any]:
-    """A run, from its images to its result."""
     # --- data: the images, and how often they are seen
     device, autocast = arithmetic(config.device, config.train.precision, config.threads)
     require_place(config.optim, device, crew.size)
-    share = crew.share(config)
     with crew.in_turn():
         splits = sets.load(config.data)
     classes = sets.num_classes(config.data, splits)
@@ -103,8 +71,8 @@ def _train(
     crew.way, crew.why = fit.way, fit.why
     if fit.way != "ddp":  # divided weights change between uses
         autocast = precision_context(device.type, config.train.precision, cached=False)
-    setup = Setup(config, command, source, images_digest, splits, budget, device, autocast, crew, cost, fit)
-    screen.table(command, summary.header(setup, run.folder))
+    setup = Setup(config, begun.command, source, begun.images_digest, splits, budget, device, autocast, crew, cost, fit)
+    screen.table(begun.command, summary.header(setup, run.folder))
     for note in notes:
         screen.row("few-shot", note)
     kept = keep_freed_memory(device, fit.memory.peak_bytes, free_memory(device) // crew.local_size)
@@ -121,8 +89,7 @@ def _train(
         average = Average(model, decay=config.train.ema) if config.train.ema is not None else None
         for each in (model, average.module) if average is not None else (model,):
             crew.spread(each, config, device)
-    routers = [block.mlp.router for block in model.blocks if isinstance(block.mlp, MoE)]
-    adjusting = [router for router in routers if _trains(router)]
+    adjusting = _adjusting(model)
 
     # --- optimizer
     optimizer = optimizer_of(model, config.optim)
@@ -145,7 +112,7 @@ def _train(
     first_steps = FirstSteps(progress, budget, config.train.eval_every, pace, screen.say)
 
     # --- loop
-    batches = _batches(setup, share.rows(config.train.accumulate), progress.step)
+    batches = _batches(setup, crew.share(config).rows(config.train.accumulate), progress.step)
     forward = crew.prepare(model.train())
     if config.train.compile:
         forward = compiled(forward)
@@ -218,8 +185,7 @@ def _train(
                 f"out of memory at step {progress.step:,} ({first_line(error)}); lower train.batch_size, "
                 "raise train.accumulate or set train.recompute=true"
             ) from error
-    router = recording.card["model"]["router"]
-    result = summary.result(setup, run.folder, progress, test, router, looks.moe_blocks)
+    result = summary.result(setup, run.folder, progress, test, recording.card["model"]["router"], looks.moe_blocks)
     recording.finish(result)
     summary.close(screen, result, run.folder)
     return result
@@ -298,10 +264,11 @@ def update(step: Step, x: Tensor, targets: Tensor, lr: float) -> tuple[float, fl
     return main, aux_loss, norm_value
 
 
-def _trains(router: Router) -> bool:
-    """Whether a router adjusts itself after updates: one whose parameters are all frozen does not."""
-    parameters = list(router.parameters())
-    return not parameters or any(parameter.requires_grad for parameter in parameters)
+def _adjusting(model: VisionTransformer) -> list[Router]:
+    """The routers that adjust themselves after updates: one whose parameters are all frozen does not."""
+    routers = [block.mlp.router for block in model.blocks if isinstance(block.mlp, MoE)]
+    trains = [[parameter.requires_grad for parameter in router.parameters()] for router in routers]
+    return [router for router, each in zip(routers, trains, strict=True) if not each or any(each)]
 
 
 def _adjust(routers: Sequence[Router], crew: Crew, *, updated: bool) -> None:

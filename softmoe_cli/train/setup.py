@@ -1,20 +1,64 @@
 """What a run is before its first step: all that is decided once and then only read."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from softmoe_cli import parallel
 from softmoe_cli.config import Config, Data
-from softmoe_cli.cost.fit import Fit
+from softmoe_cli.cost.fit import Fit, with_largest_batch
 from softmoe_cli.cost.flop import Cost
-from softmoe_cli.data import sets
+from softmoe_cli.data import sets, workers
 from softmoe_cli.data.splits import Splits
 from softmoe_cli.errors import UsageError
 from softmoe_cli.parallel import Crew
+from softmoe_cli.run.folder import Run
 from softmoe_cli.run.identity import signature
 from softmoe_cli.run.source import Source
+from softmoe_cli.terminal import Screen
 from softmoe_cli.train.progress import Budget
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A run that has its folder and its processes. `images_digest` is what `sets.identity` says of its images."""
+
+    run: Run
+    config: Config
+    command: str
+    source: Source | None
+    images_digest: str | None
+    screen: Screen
+    crew: Crew
+
+
+@contextmanager
+def begin(config: Config, command: str, source: Source | None, screen: Screen) -> Iterator[Begun]:
+    """Joins the processes that train one model and takes the run's folder; lets go of both at the end.
+
+    Raises:
+        UsageError: its images cannot be used, or no batch fits.
+    """
+    with parallel.joined(config) as crew:
+        if not crew.first:
+            screen = Screen(quiet=True)
+        if config.train.batch_size == "auto":
+            config = with_largest_batch(config)
+            number = config.train.batch_size
+            screen.say(
+                f"train.batch_size=auto: {number}; type train.batch_size={number} to have the same run elsewhere"
+            )
+        config = replace(config, devices=crew.size)  # under torchrun it may not say
+        images_digest = images_identity(config.data, crew)
+        run = Run(run_folder(config, command, source, images_digest), crew)
+        try:
+            yield Begun(run, config, command, source, images_digest, screen, crew)
+        finally:
+            workers.end_workers()  # they share the folder's lock
+            run.close()
 
 
 @dataclass(frozen=True)

@@ -1,118 +1,17 @@
-"""The rival routers against slow loops written from their papers."""
+"""What several routers share: losses, noise, capacity, statistics, fixed weights, refusals."""
 
-import itertools
 import math
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from softmoe_cli.model.router import make_router
-from softmoe_cli.moe.layer import Experts, MoE
-from softmoe_cli.moe.routing import Router, SparseRouting, load_statistics
+from softmoe_cli.moe.routing import SparseRouting, load_statistics
 from softmoe_cli.moe.sparse import gshard_loss, importance_loss, load_loss, squared_variation
 from tests import oracles
+from tests.moe.layers import DIM, EXPERTS, IMAGES, QUIET, TOKENS, close, expert_weights, gates_of, layer, tokens
 from tests.routers import ROUTERS
-
-DIM, HIDDEN, TOKENS, EXPERTS, IMAGES = 5, 6, 7, 3, 4
-QUIET = {"noise_std": 0.0, "importance_weight": 0.0, "load_weight": 0.0}
-
-
-def layer(router: str, **changes: Any) -> MoE:
-    """A float64 layer whose parameters are all random."""
-    torch.manual_seed(0)
-    options = ROUTERS[router] | {"num_experts": EXPERTS}
-    made = make_router(options | {key: value for key, value in changes.items() if key in options}, DIM, TOKENS)
-    shared = Experts(1, DIM, made.shared_experts * HIDDEN, gelu="tanh", identical=True) if made.shared_experts else None
-    moe = MoE(made, Experts(EXPERTS, DIM, HIDDEN, gelu="tanh", identical=False), shared).double()
-    with torch.no_grad():
-        for parameter in moe.parameters():
-            parameter.normal_(std=0.7)
-    return moe.eval()
-
-
-def tokens() -> Tensor:
-    return torch.randn(IMAGES, TOKENS, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-
-
-def sparse(router: Router, x: Tensor) -> SparseRouting:
-    routing = router(x)
-    assert isinstance(routing, SparseRouting)
-    return routing
-
-
-def gates_of(moe: MoE, x: Tensor, function: str = "softmax") -> list[list[float]]:
-    logits = (x @ moe.router.get_parameter("gate.kernel")).tolist()
-    if function == "sigmoid":
-        return [[1 / (1 + math.exp(-value)) for value in row] for row in logits]
-    return [oracles.softmax(row) for row in logits]
-
-
-def expert_weights(moe: MoE) -> list[Any]:
-    return [parameter.tolist() for parameter in moe.experts.parameters()]
-
-
-def close(got: Tensor, want: Any) -> None:
-    torch.testing.assert_close(got.detach(), torch.tensor(want, dtype=torch.float64), atol=1e-12, rtol=1e-12)
-
-
-@pytest.mark.parametrize("router", ["tokens_choice", "tokens_choice_bpr"])
-@pytest.mark.parametrize(
-    ("k", "slots", "renormalise"),
-    [(1, 1, False), (1, 2, False), *itertools.product((2,), (3, 30), (False, True)), (3, 2, False), (3, 2, True)],
-)
-@pytest.mark.parametrize("gate", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("images", [1, 2])
-def test_tokens_choice(router: str, k: int, slots: int, images: int, gate: str, renormalise: bool) -> None:
-    options = {"k": k, "slots_per_expert": slots, "capacity_factor": None, "images_per_group": images}
-    moe, x = layer(router, **options, gate=gate, renormalise=renormalise, **QUIET), tokens()
-    y, routing = moe(x), sparse(moe.router, x)
-    dropped, demand = 0, [0] * EXPERTS
-    for group, out in zip(x.view(-1, images * TOKENS, DIM), y.view(-1, images * TOKENS, DIM), strict=True):
-        gates = gates_of(moe, group, gate)
-        placed = oracles.tokens_choice(gates, gates, k, slots, surest_first=router.endswith("bpr"))
-        if renormalise:
-            placed.kept = {place: (t, value / sum(sorted(gates[t])[-k:])) for place, (t, value) in placed.kept.items()}
-        close(out, oracles.sparse_moe(group.tolist(), placed, *expert_weights(moe)))
-        dropped += images * TOKENS - len({token for token, _ in placed.kept.values()})
-        demand = [a + b for a, b in zip(demand, placed.demand, strict=True)]
-    assert routing.demand.tolist() == demand
-    statistics = routing.statistics()
-    assert statistics["dropped_share"] == pytest.approx(dropped / (IMAGES * TOKENS))
-    assert dropped > 0 or k * slots > 2
-
-
-def test_dropless_is_tokens_choice_with_room_for_all() -> None:
-    moe = layer("tokens_choice_dropless", k=2, **QUIET)
-    x = tokens()
-    y = moe(x)
-    for image, out in zip(x, y, strict=True):
-        gates = gates_of(moe, image)
-        placed = oracles.tokens_choice(gates, gates, 2, 2 * TOKENS, surest_first=False)
-        close(out, oracles.sparse_moe(image.tolist(), placed, *expert_weights(moe)))
-    assert sparse(moe.router, x).statistics()["dropped_share"] == 0
-
-
-@pytest.mark.parametrize("renormalise", [False, True])
-@pytest.mark.parametrize(("slots", "images"), [(1, 1), (3, 1), (7, 1), (4, 2), (14, 2)])
-def test_experts_choice(slots: int, images: int, renormalise: bool) -> None:
-    options = {"slots_per_expert": slots, "capacity_factor": None, "images_per_group": images}
-    moe, x = layer("experts_choice", **options, renormalise=renormalise, noise_std=0.0), tokens()
-    y = moe(x)
-    for group, out in zip(x.view(-1, images * TOKENS, DIM), y.view(-1, images * TOKENS, DIM), strict=True):
-        placed = oracles.experts_choice(gates_of(moe, group), slots)
-        if renormalise:
-            total = [sum(g for token, g in placed.kept.values() if token == t) for t in range(images * TOKENS)]
-            placed.kept = {place: (t, g / total[t]) for place, (t, g) in placed.kept.items()}
-        close(out, oracles.sparse_moe(group.tolist(), placed, *expert_weights(moe)))
-
-
-def test_identity() -> None:
-    moe, x = layer("identity"), tokens()
-    for image, out in zip(x, moe(x), strict=True):
-        placed = oracles.Placed({(t % EXPERTS, t // EXPERTS): (t, 1.0) for t in range(TOKENS)}, [])
-        close(out, oracles.sparse_moe(image.tolist(), placed, *expert_weights(moe)))
 
 
 @pytest.mark.parametrize("router", ["uniform", "soft_uniform", "uniform_soft"])
@@ -150,14 +49,6 @@ def test_auxiliary_losses(k: int) -> None:
     close(load_loss(clean, noisy, 0.3, k, keep), [oracles.load_loss(quiet, loud, 0.3, k) for quiet, loud in pairs])
 
 
-def test_losses_are_weighted_and_leave_with_their_weight() -> None:
-    moe, x = layer("tokens_choice", noise_std=0.0, importance_weight=0.5, load_weight=0.0, gshard_weight=0.25), tokens()
-    groups = [gates_of(moe, image) for image in x]
-    want = sum(0.5 * oracles.importance_loss(g) + 0.25 * oracles.gshard_loss(g) for g in groups) / len(groups)
-    assert moe.router(x).aux_loss.item() == pytest.approx(want, rel=1e-12)
-    assert layer("tokens_choice", **QUIET).router(x).aux_loss.item() == 0
-
-
 @pytest.mark.parametrize("router", ["tokens_choice", "tokens_choice_dropless"])
 def test_sigmoid_gates_are_balanced_by_their_shares(router: str) -> None:
     """Smaller gates alone are no smaller loss."""
@@ -177,27 +68,6 @@ def test_gate_noise_is_drawn_in_training_only_and_divided_by_the_experts(router:
     assert (noisy - clean).std().item() == pytest.approx(6.0 / EXPERTS, rel=0.03)
 
 
-def test_balancing_bias_moves_choices_but_not_gates() -> None:
-    moe = layer("tokens_choice_dropless", k=1, bias_rate=0.5, **QUIET)
-    router, x = moe.router, tokens()
-    before = sparse(router, x)
-    router.after_update()
-    assert torch.equal(router.get_buffer("balance.bias"), torch.zeros(EXPERTS, dtype=torch.float64))  # eval counts none
-    router.train()
-    demand = sparse(router, x).demand.double()
-    router.after_update()
-    want = 0.5 * (demand.mean() - demand).sign()
-    assert demand.max() > demand.min()
-    assert torch.equal(router.get_buffer("balance.bias"), want)
-    after = sparse(router.eval(), x)
-    gates = [gates_of(moe, image) for image in x]
-    for image in range(IMAGES):
-        scores = [[g + b for g, b in zip(row, want.tolist(), strict=True)] for row in gates[image]]
-        placed = oracles.tokens_choice(gates[image], scores, 1, TOKENS, surest_first=False)
-        close(moe(x)[image], oracles.sparse_moe(x[image].tolist(), placed, *expert_weights(moe)))
-    assert after.demand.tolist() != before.demand.tolist()
-
-
 @pytest.mark.parametrize("router", ["tokens_choice", "tokens_choice_dropless"])
 def test_shared_experts_see_every_token(router: str) -> None:
     moe, x = layer(router, shared_experts=2, **QUIET), tokens()
@@ -210,20 +80,12 @@ def test_shared_experts_see_every_token(router: str) -> None:
 
 
 def test_fair_capacity_gives_every_router_the_same_slots() -> None:
-    """196 tokens: with rounding and no multiple the sparse routers have the slots that the soft router has."""
+    """196 tokens: with rounding and no multiple the sparse routers have the slots that the soft ones have."""
     for experts, slots in ((32, 6), (64, 3), (128, 2)):
-        for name in ("soft", "tokens_choice", "tokens_choice_bpr", "experts_choice"):
-            options = ROUTERS[name] | {"num_experts": experts, "slots_per_expert": None, "capacity_factor": 1.0}
-            assert make_router(options, DIM, 196).slots_per_expert == slots, name
-
-
-def test_a_group_that_is_not_full_keeps_its_slots() -> None:
-    """Three images in groups of two: the last one alone has a whole group's slots to itself."""
-    moe = layer("tokens_choice", k=1, slots_per_expert=4, capacity_factor=None, images_per_group=2, **QUIET)
-    x = tokens()[:3]
-    gates = gates_of(moe, x[2])
-    placed = oracles.tokens_choice(gates, gates, 1, 4, surest_first=False)
-    close(moe(x)[2], oracles.sparse_moe(x[2].tolist(), placed, *expert_weights(moe)))
+        for name, options in ROUTERS.items():
+            if "capacity_factor" in options:
+                fair = options | {"num_experts": experts, "slots_per_expert": None, "capacity_factor": 1.0}
+                assert make_router(fair, DIM, 196).slots_per_expert == slots, name
 
 
 @pytest.mark.parametrize("router", ["tokens_choice", "tokens_choice_dropless"])
@@ -238,16 +100,6 @@ def test_padding_is_not_asked_for_and_alone_has_no_loss(router: str) -> None:
     gradient = moe.router.get_parameter("gate.kernel").grad
     assert gradient is not None and gradient.isfinite().all() and loss.isfinite()
     assert squared_variation(torch.zeros(1, EXPERTS)).item() == 0
-
-
-def test_gates_of_zero_are_not_divided() -> None:
-    moe = layer("tokens_choice_dropless", k=2, gate="sigmoid", renormalise=True, **QUIET)
-    with torch.no_grad():
-        moe.router.get_parameter("gate.kernel").fill_(-1000.0)
-    y = moe(tokens().abs())
-    (100 * y.sum()).backward()
-    gradient = moe.router.get_parameter("gate.kernel").grad
-    assert y.isfinite().all() and gradient is not None and gradient.isfinite().all()
 
 
 def test_load_statistics() -> None:

@@ -93,8 +93,27 @@ def test_help_shows_values_kinds_groups_and_the_chosen_router(softmoe: Softmoe) 
 
 
 def test_every_router_option_has_a_meaning() -> None:
-    taken = {key for file in conf_files.files("model/router").values() for key in conf_files.load(file)} - {"_target_"}
-    assert taken == set(help.ROUTER_OPTIONS)
+    """Its yaml file says it, behind the option."""
+    for name, file in conf_files.files("model/router").items():
+        body = conf_files.load(file)
+        meanings = conf_files.router_options(body["_target_"])
+        assert all(meanings[key] for key in body if key != "_target_"), name
+        assert file.read_text().count("  # ") == len(body) - 1, name
+
+
+def test_help_reads_what_a_router_of_ones_own_says(softmoe: Softmoe, tmp_path: Path) -> None:
+    routers = tmp_path / "conf/model/router"
+    routers.mkdir(parents=True)
+    (routers / "mine.yaml").write_text(
+        "_target_: my_router.Mine\nnum_experts: 4  # mine alone\nzzz: 2  # to agree (elsewhere voters)\nodd: '#'\n"
+    )
+    (routers / "broken.yaml").write_text("a: [1")
+    text = " ".join(softmoe("train", "model/router=mine", "--help").out.split())
+    assert "model.router.num_experts=16 mine alone model.router.zzz=2 to agree (elsewhere voters)" in text
+    assert "model.router.odd=# its yaml file does not say" in text
+    assert "Did you mean 'model.router.zzz'?" in softmoe("train", "model/router=mine", "voters=3").err
+    (routers / "broken.yaml").unlink()
+    assert "model.router.zzz is an option of model/router=mine" in softmoe("train", "zzz=3").err
 
 
 def test_a_launchers_options_are_said_once() -> None:
