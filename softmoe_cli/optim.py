@@ -26,7 +26,7 @@ STACKED = re.compile(r".*(experts|shared)\.w[12]")
 
 
 def decays(model: nn.Module, optim: Optim) -> dict[str, float]:
-    """Weight decay of each parameter: of kernels, stacked or not, and of what routers say of theirs.
+    """Weight decay of each parameter: kernels, stacked or not, have it, and so do the parameters that a router names.
 
     Biases (stacked ones are 2-D), norms, position tables and tokens have none. These are the official patterns:
     `head/kernel`, any other `kernel`, `Moe/Router/scale`.
@@ -101,9 +101,10 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
 
 
 def optimizer_of(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
-    """The optimizer of what is not frozen, with one group per weight decay and share of the learning rate (`lr_scale`,
-    for who sets the rate). AdamW's decay is decoupled and multiplied by the learning rate; SGD's is a part of the
-    gradient. SGD's momentum is a plain sum of gradients, as in optax: buffer = momentum * buffer + gradient."""
+    """The optimizer of all parameters that are not frozen, with one group per weight decay and share of the learning
+    rate (`lr_scale`, for the code that sets the rate). AdamW's decay is decoupled and multiplied by the learning rate;
+    SGD's is a part of the gradient. SGD's momentum is a plain sum of gradients, as in optax: buffer = momentum * buffer
+    + gradient."""
     groups: dict[tuple[float, float, type[Tensor]], list[nn.Parameter]] = {}
     for row in settings(model, optim):
         if not row.frozen:
@@ -193,7 +194,7 @@ def table(model: nn.Module, optim: Optim) -> str:
 
 
 def moment_bytes(optim: Optim | None, numbers: int) -> int:
-    """Of the moments of a parameter of so many numbers; without `optim`, of AdamW's in float32."""
+    """Bytes of the moments of a parameter of so many numbers; without `optim`, of AdamW's moments in float32."""
     if optim is not None and optim.name == "sgd":
         return 4 * numbers * bool(optim.momentum)
     if optim is not None and optim.moments == "8bit" and numbers >= FEWEST_8BIT:

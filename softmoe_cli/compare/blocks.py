@@ -1,4 +1,4 @@
-"""Runs become groups, and groups that saw the same images blocks with intervals, verdicts and fronts."""
+"""Puts runs into groups, and groups that saw the same images into blocks with intervals, verdicts and fronts."""
 
 import math
 from collections import Counter, defaultdict
@@ -21,7 +21,7 @@ EVALUATION = (
 
 
 def compare(folders: Sequence[Path], question: Question) -> Comparison:
-    """Reads, filters, keeps apart, groups and judges.
+    """Reads and filters the runs, separates those that cannot be compared, groups them and judges the groups.
 
     Raises:
         UsageError: folders, keys or a baseline that do not exist, or nothing left to compare.
@@ -85,7 +85,7 @@ def _first(left_out: list[tuple[str, str]]) -> str:
 def _apart(run: FinishedRun, question: Question) -> tuple[str, ...]:
     """What must be equal for two runs to stand in one table; "" where it need not be."""
     row = run.row
-    seconds = question.clocked or row.get("train.minutes") is not None  # such a budget buys more on better hardware
+    seconds = question.clocked or row.get("train.minutes") is not None  # minutes buy more training on better hardware
     return (
         *(said(row.get(key)) for key in EVALUATION),
         said(row.get("train.loss")) if QUALITIES[question.quality].curve == "loss" else "",
@@ -125,7 +125,7 @@ def _where(runs: list[FinishedRun], conditions: Sequence[str], keys: list[str]) 
 
 
 def _sort(block: Block, question: Question, keys: Iterable[str]) -> None:
-    """Best quality first; other figures and settings ascending; the same order wherever values are equal."""
+    """Best quality first, other figures and settings ascending; ties always in the same order."""
     key = "label" if question.sort == "label" else question.sort and key_named("sort", question.sort, keys)
     key = key or question.quality
 

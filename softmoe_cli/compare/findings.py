@@ -1,4 +1,4 @@
-"""A comparison in sentences: who is on the front, and what came out."""
+"""A comparison in sentences: which groups are on the front, and the verdicts."""
 
 from softmoe_cli.compare.groups import Block, Comparison, Group
 from softmoe_cli.compare.units import cell
@@ -10,17 +10,17 @@ VERDICTS = {"better": "is better than", "worse": "is worse than", "not distingui
 
 
 def pretraining(group: Group, cost: str) -> list[str]:
-    """That a checkpoint's training is in no cost of the group."""
+    """A note that the training of a group's checkpoint is in none of its costs."""
     return ["pretraining not counted"] if group.pretrained and COSTS[cost].trained else []
 
 
 def provisos(group: Group, cost: str) -> list[str]:
-    """What must be known of a group beside its being on the front."""
+    """What a reader must know about a group that is on the front."""
     return [*(["at chance"] if group.at_chance else []), *pretraining(group, cost)]
 
 
 def front(comparison: Comparison, block: Block) -> str:
-    """Who is on the front, cheapest first."""
+    """The groups on the front, cheapest first."""
     told = []
     there = [group for group in block.groups if group.front]
     for group in sorted(there, key=lambda group: mean(group, comparison.cost)):
@@ -36,7 +36,7 @@ def mean(group: Group, key: str) -> float:
 
 
 def headline(comparison: Comparison, block: Block) -> list[str]:
-    """Of a few groups each against its baseline; of many how many are what, and the best."""
+    """For a few groups, each against its baseline; for many groups, how many got each verdict, and the best group."""
     quality = comparison.quality
     judged = [group for group in block.groups if group.difference]
     if not judged:

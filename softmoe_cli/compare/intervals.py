@@ -116,9 +116,9 @@ def verdicts(differences: Mapping[Any, Difference], *, higher_is_better: bool) -
 def at_chance(values: Sequence[float], chance_pct: float, images: int | None) -> bool:
     """Whether shares of right answers, in percent, are not surely above what guessing reaches.
 
-    They are surely above it if the 95% interval of their mean is, which takes three of them; or if each of them is:
-    whoever guesses on as many `images` has so many right with a probability of 2.5% at most (binomial). Where neither
-    can be asked their mean decides.
+    They are surely above it if the 95% interval of their mean is, which takes three values; or if each value is so high
+    that guessing on as many `images` reaches it with a probability of 2.5% at most (binomial). If neither test is
+    possible, their mean decides.
     """
     interval = mean_interval(values)
     if interval.mean <= chance_pct:
@@ -157,7 +157,8 @@ def budgets(curves: Sequence[Sequence[tuple[float, float]]], count: int = 3) -> 
 def on_front(cost: Any, quality: Any) -> Any:
     """Which points of the last axis nothing dominates; lower cost and higher quality are better.
 
-    A point is dominated when another is at least as good in both and better in one, so that equal points share a fate.
+    A point is dominated when another is at least as good in both and better in one. Equal points are therefore on the
+    front together or not at all.
     """
     cost, quality = np.asarray(cost, float), np.asarray(quality, float)
     order = np.lexsort((-quality, cost), axis=-1)

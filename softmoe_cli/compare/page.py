@@ -85,7 +85,8 @@ def _section(index: int, block: Block, mine: list[Table], comparison: Comparison
 
 
 def _routing(block: Block) -> Table | None:
-    """What the routers did at each run's last look: mean over seeds (and, as the rows hold it, over layers)."""
+    """What the routers did at each run's last look: mean over seeds (and over layers, because the rows hold such
+    means)."""
     rows: list[dict[str, float]] = []
     for group in block.groups:
         lasts = [run.looks[-1] for run in group.runs if run.looks]

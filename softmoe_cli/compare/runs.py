@@ -13,9 +13,10 @@ from softmoe_cli.run.rows import AXES, EVERY, LOOK, QUALITIES, RESULT, Row, numb
 from softmoe_cli.text import printable
 
 FINGERPRINT = ("hardware", "torch")
-"""Seconds and joules are compared within one of these only."""
+"""Seconds and joules are compared only between runs that are equal in these."""
 NO_CHOICE = ("data.identity", "checkpoint.train_pflop", "checkpoint.digest")
-"""Keys with a dot that are no settings. Of a checkpoint its origin is one: others of that differ by chance only."""
+"""Keys with a dot that are no settings. A checkpoint's origin is a setting: checkpoints of one origin differ by chance
+only."""
 DENSE_LACKS = ("model.moe_blocks", "model.expert_init")
 VERSION = ("commit", "softmoe", "torch")
 
@@ -33,7 +34,7 @@ class FinishedRun:
 
     @property
     def place(self) -> str:
-        """The folder as it may be shown."""
+        """The folder's path with unprintable characters escaped."""
         return printable(str(self.folder))
 
     def settings(self) -> Row:
@@ -51,14 +52,14 @@ class FinishedRun:
 
 
 def read(folders: Sequence[Path]) -> tuple[list[FinishedRun], list[tuple[str, str]]]:
-    """Every run below the folders, sorted by path, and (folder, reason) of what is none.
+    """Every run below the folders, sorted by path, and (folder, reason) for each folder that holds no finished run.
 
     Raises:
         UsageError: a folder that does not exist.
     """
     found: dict[Path, Path] = {}
     for folder in folders:
-        if not os.path.isdir(folder):  # which also says no to a name that is too long
+        if not os.path.isdir(folder):  # which is also false for a name that is too long
             parent = folder.parent
             siblings = [path.name for path in parent.iterdir() if path.is_dir()] if os.path.isdir(parent) else []
             raise UsageError(f"{folder} is no folder.{nearest(folder.name, siblings)}")
@@ -99,8 +100,8 @@ def _result(folder: Path) -> tuple[Row | None, str]:
 
 
 def _looks(path: Path, result: Row | None = None) -> tuple[list[Row], str]:
-    """The validation rows, and what is wrong with the file: a damaged one gives none, nor does one that is not what it
-    was when the run wrote its `result`."""
+    """The validation rows, and what is wrong with their file. A damaged file gives no rows, and neither does a file
+    that has changed since the run wrote its `result`."""
     try:
         text = rows.contents(path, rows.MOST_LINES_BYTES)
     except FileNotFoundError:
@@ -133,7 +134,7 @@ def _looks(path: Path, result: Row | None = None) -> tuple[list[Row], str]:
 
 
 def typed(runs: list[FinishedRun]) -> list[str]:
-    """The commands of the sweeps that the runs belong to, and of runs of none how many those are."""
+    """The commands of the sweeps that the runs belong to, and the number of runs that belong to no sweep."""
     wanted, commands = {os.path.normpath(run.folder): run for run in runs}, []
     for study in sorted({run.folder.parent for run in runs}):
         for file in sorted(study.glob("sweep-*/jobs.json")):

@@ -26,7 +26,7 @@ Row = dict[str, Any]
 
 
 def load_of(config: Measured) -> Load:
-    """What the configuration asks the cost of.
+    """The load whose cost the configuration asks for.
 
     Raises:
         UsageError: a number of classes that only the files know, or a device that is not there.
@@ -41,7 +41,7 @@ def load_of(config: Measured) -> Load:
 
 
 def formula_row(config: CostConfig, vit: VisionTransformer) -> Row:
-    """Everything about a model that needs no counting and no measuring. `vit` is it, on the meta device."""
+    """Everything about a model that needs no counting and no measuring. `vit` is the model on the meta device."""
     load = load_of(config)
     cost = account_model(vit, batch=load.part, recompute=load.recompute)
     memory = predict(load, config.devices, config.parallel)

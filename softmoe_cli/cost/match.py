@@ -1,8 +1,8 @@
 """`softmoe match`: the value of one free setting with which a model costs what another does.
 
-The settings are whole numbers, so a cost can seldom be met exactly. It is looked for by doubling the value until the
-cost is passed, halving every interval in which it is crossed, and looking at the neighbours of the best: a rounded
-capacity makes some costs go up and down on their way.
+The settings are whole numbers, so a cost can seldom be met exactly. The search doubles the value until the cost is
+passed, halves every interval in which it is crossed, and looks at the neighbours of the best value: a rounded capacity
+makes some costs go up and down on their way.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ Candidate = Callable[[dict[str, Any]], MatchConfig]
 
 @dataclass(frozen=True)
 class Trial:
-    """One value of the free setting: the overrides that make it, and its cost over the one to be met."""
+    """One value of the free setting: the overrides that set it, and its cost over the target cost."""
 
     overrides: dict[str, Any]
     cost: float
@@ -47,7 +47,7 @@ def match(config: MatchConfig, other: MatchConfig, candidate: Candidate) -> Tria
     """The best value of `config.free`.
 
     Args:
-        other: what is to be met.
+        other: the model whose cost is the target.
         candidate: the configuration with some keys changed.
 
     Raises:
@@ -100,7 +100,7 @@ def match(config: MatchConfig, other: MatchConfig, candidate: Candidate) -> Tria
 def search(ratio: Callable[[int], float | None], neighbours: int) -> None:
     """Tries values from 1 on until all that matter were tried, and as many `neighbours` of the best on each side.
 
-    `ratio` is a value's cost over the one to be met, or None where the value cannot be.
+    `ratio` gives a value's cost over the target cost, or None if no model can be built with the value.
     """
     value, last = 1, 0
     points: list[tuple[int, float]] = []
@@ -185,7 +185,7 @@ def changes_of(config: MatchConfig, value: int) -> dict[str, Any]:
 
 
 def cost_of(config: MatchConfig) -> float:
-    """The cost that is to be the same, in the unit of its name, where it needs no clock."""
+    """The cost that is to be matched, in the unit of its name, if it needs no clock."""
     load = load_of(config)
     if config.by == "peak_mib":
         return predict(load).peak_bytes / 2**20

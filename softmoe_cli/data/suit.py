@@ -1,4 +1,4 @@
-"""What suits the images: the side that they are cut to where data.image_size=auto, and the small backbone for it."""
+"""Chooses what suits the images: their side where data.image_size=auto, and the small backbone for that side."""
 
 import io
 import statistics
@@ -14,7 +14,7 @@ BACKBONES = {16: "vit_nano2", 32: "vit_nano4", 96: "vit_micro8"}
 LARGE = "vit_micro16"
 """For larger images."""
 SIDES = (8, 12, 16, 20, 24, 28, 32, 48, 64, 96, 128, 160, 192, 224)
-"""Sides that `auto` chooses from, in pixels: few of them, so that a few other files give the same run."""
+"""Sides that `auto` chooses from, in pixels: few of them, so that adding or removing a few files gives the same run."""
 SAMPLE = 64
 """Images whose size is read."""
 

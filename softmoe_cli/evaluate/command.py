@@ -1,4 +1,4 @@
-"""`softmoe evaluate`: everything that is told of a checkpoint, or of an average of several."""
+"""`softmoe evaluate`: measures a checkpoint, or an average of several."""
 
 import csv
 import dataclasses
@@ -159,7 +159,7 @@ def evaluate_checkpoint(config: EvaluateConfig, model_config: Model, sources: li
 
 
 class Among(nn.Module):
-    """A model's logits of some of its classes only: the others are no possible answer."""
+    """A model's logits for some of its classes only: the other classes are no possible answer."""
 
     def __init__(self, model: nn.Module, outputs: list[int]) -> None:
         super().__init__()
@@ -170,7 +170,7 @@ class Among(nn.Module):
 
 
 def _outputs(known: list[str], found: list[str], by_number: bool) -> list[int] | None:
-    """Which of the head's outputs the classes of the data are, by name or by number; None: some are not among them.
+    """The head's output for each class of the data, by name or by number; None: some classes have no output.
 
     Raises:
         UsageError: several outputs have one of the names.
@@ -218,7 +218,7 @@ def real_qualities(prediction: Int64[Tensor, " n"], labels: list[set[int]]) -> d
     """Share of predictions that are one of an image's labels; images without any do not count.
 
     Raises:
-        UsageError: no image has any.
+        UsageError: no image has a label.
     """
     right = [guess in these for guess, these in zip(prediction.tolist(), labels, strict=True) if these]
     if not right:
@@ -303,11 +303,13 @@ SAID = {
     "real_top1_pct": "ReaL top-1", "real_images": "ReaL images", "eval_s": "seconds", "audit_images": "audit images",
     "audit_reference_top1_pct": "audit, whole", "worst_class": "worst class",
 }  # fmt: skip
-"""What the table calls figures, of which part of the images; the rest as the row does. No longer than its column."""
+"""Names of figures in the table, with the part of the images that they are of; other figures keep their keys. A name is
+no longer than its column."""
 
 
 def _show(row: dict[str, Any], findings: list[Finding]) -> None:
-    """The row as a table; classes and confusion as the class that is worst, experts in turn as mean and worst."""
+    """Prints the row as a table: of classes and confusion the worst class, of experts in turn the mean and the
+    worst."""
     shown = {}
     for key, value in row.items():
         if key in ("audit", "not_applicable", "fewshot_l2_chosen_on", "fewshot_notes") or re.fullmatch(

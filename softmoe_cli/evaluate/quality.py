@@ -30,7 +30,7 @@ def classification_loss(logits: Tensor, targets: Tensor, kind: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Outcomes:
-    """What a model said of n images, in their order, on the CPU.
+    """What a model predicted for n images, in their order, on the CPU.
 
     Probabilities are the softmax of the logits. That holds for the sigmoid loss too: its classes are independent yes or
     no with odds e^logit, and given that exactly one of them is true, which is what single labels say, the softmax is
@@ -40,7 +40,7 @@ class Outcomes:
     label: Int64[Tensor, " n"]
     prediction: Int64[Tensor, " n"]
     probability: Float64[Tensor, " n"]
-    """Of the prediction."""
+    """The probability of the prediction."""
     label_probability: Float64[Tensor, " n"]
     in_top5: Bool[Tensor, " n"]
     nll: float
@@ -69,7 +69,8 @@ class Outcomes:
 
     @property
     def confusion(self) -> Int64[Tensor, "c c"]:
-        """Images by label (row) and prediction (column): of many classes, a square that fits nowhere; see `pairs`."""
+        """Images by label (row) and prediction (column). With many classes this square does not fit into memory; see
+        `pairs`."""
         label, prediction, images = self.pairs.T
         square = torch.zeros(self.classes, self.classes, dtype=torch.int64)
         square[label, prediction] = images
@@ -81,7 +82,8 @@ def _share_pct(right: Bool[Tensor, " n"]) -> float:
 
 
 Collect = Callable[[list[Any]], list[Any]]
-"""What was found on every batch, in order, from what was found on those that this process has seen."""
+"""Takes this process's findings, one for each of its batches; returns those of all processes, in the order of the
+batches."""
 
 
 def _seen_all(found: list[Any]) -> list[Any]:
@@ -92,8 +94,8 @@ def _seen_all(found: list[Any]) -> list[Any]:
 def outcomes(
     model: nn.Module, batches: Iterable[Batch], *, loss: str, autocast: torch.autocast, collect: Collect = _seen_all
 ) -> Outcomes:
-    """Every batch once through the model; what it said is fetched from its device at the end. Sums are float64, so that
-    the batch size does not show."""
+    """Runs every batch through the model once; fetches the results from the device at the end. Sums are float64, so
+    that the batch size does not change them."""
     model.eval()
     said, classes = [], 0
     with autocast:  # around all batches: a weight is cast once
@@ -158,7 +160,7 @@ def features(
     hook = model.head.register_forward_pre_hook(lambda _head, inputs: seen.append(inputs[0].float()))
     with hook, autocast:
         for x, _ in batches:
-            model(x)  # as a whole: what is divided among processes comes together around a module's call
+            model(x)  # called as a module: weights that are divided among processes are gathered around such a call
     return torch.cat(collect(seen)).cpu()
 
 

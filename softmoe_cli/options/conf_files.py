@@ -115,8 +115,8 @@ def _loader() -> Any:
 
 
 def defaults(command: str, chosen: Mapping[str, str]) -> dict[str, Any]:
-    """The values that conf/ gives to a command's options with these choices of groups, as Hydra would compose them; it
-    would take a second.
+    """The values that conf/ gives to a command's options with these choices of groups, as Hydra would compose them, but
+    without Hydra, which takes a second.
 
     Raises:
         UsageError: a file of one's own that cannot be read.
@@ -165,8 +165,8 @@ def _merge(tree: dict[str, Any], other: Mapping[str, Any]) -> None:
 
 
 def value_of(tree: Mapping[str, Any], key: str, asked: tuple[str, ...] = ()) -> Any:
-    """What stands at a.b.c, with ${x.y} followed; KeyError where nothing does, or where that leads back to a key that
-    was `asked` for before."""
+    """The value at the key a.b.c, with ${x.y} followed. KeyError if there is none, or if the references lead back to a
+    key in `asked`."""
     node: Any = tree
     for part in key.split("."):
         if not isinstance(node, dict) or key in asked:

@@ -56,14 +56,14 @@ def whole_of(file: str) -> str:
 
 
 def write(path: Path, pieces: dict[str, Piece], text: str) -> None:
-    """A file of pieces; `text` is what the header of the whole is to say."""
+    """Writes a file of pieces; `text` is what the header of the whole file is to say."""
     places = {key: (piece.offset, piece.shape) for key, piece in pieces.items()}
     said = json.dumps({"text": text, "places": places})
     save_file({key: piece.tensor for key, piece in pieces.items()}, path, metadata={"pieces": said})
 
 
 def files(path: Path) -> list[Path]:
-    """Those in which the pieces of `path` are, in any order; none where it is whole, or missing."""
+    """The files with the pieces of `path`, in any order; none if `path` is whole, or missing."""
     return [file for file in path.parent.glob("*.safetensors") if file != path and whole_of(file.name) == path.name]
 
 
@@ -77,7 +77,7 @@ def joined(path: Path) -> tuple[dict[str, Tensor], str]:
     before the pieces are known to be the whole.
 
     Raises:
-        RunError: they are not.
+        RunError: the pieces are not the whole.
     """
     places: dict[str, list[Place]] = {}
     text = ""

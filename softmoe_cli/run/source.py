@@ -49,7 +49,7 @@ def read_source(checkpoint: str) -> Source:
     Raises:
         UsageError: nothing there, nothing undamaged, or not a safetensors file. Pickles are never opened.
     """
-    if not checkpoint.strip():  # which a path would take for the working folder
+    if not checkpoint.strip():  # an empty path would mean the working folder
         raise UsageError(f"checkpoint={checkpoint} is empty, as $NAME is where NAME is not set; give it a value")
     path = Path(checkpoint)
     try:
@@ -102,8 +102,9 @@ def _source(path: Path, digest: str, weights: dict[str, Tensor], text: str | Non
 
 
 def _without_prefix(weights: dict[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
-    """A ViT's weights without what wrappers put before every name (DistributedDataParallel, torch.compile, averages of
-    weights, trainers), and that; without the count that torch's averages keep beside them."""
+    """The prefix of every name, and a ViT's weights without it. Wrappers put prefixes before every name
+    (DistributedDataParallel, torch.compile, averages of weights, trainers). The count that torch's averages keep beside
+    the weights is left out."""
     named = {key: value for key, value in weights.items() if key != "n_averaged"}
     ends = (key.removesuffix(FIRST_WEIGHT) for key in named if key.endswith(f".{FIRST_WEIGHT}"))
     prefix = next(ends, "")
@@ -113,7 +114,7 @@ def _without_prefix(weights: dict[str, Tensor]) -> tuple[str, dict[str, Tensor]]
 
 
 def _joined_source(path: Path) -> Source:
-    """Of weights in pieces: as if `path` had been written, which is what it will be when the run ends."""
+    """The source for weights in pieces: as if `path` had been written, as it will be when the run ends."""
     try:
         weights, text = pieces.joined(path)
     except RunError as error:

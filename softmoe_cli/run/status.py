@@ -65,7 +65,7 @@ def read(folders: Iterable[Path], *, newest_first: bool = False) -> list[State]:
     """
     states: dict[str, State] = {}
     for folder in folders:
-        if not os.path.isdir(folder):  # which also says no to a name that is too long
+        if not os.path.isdir(folder):  # which is also false for a name that is too long
             raise UsageError(f"{folder} is no folder")
         found = False
         for pattern in ("jobs.json", "sweep-*/jobs.json", "*/sweep-*/jobs.json"):
@@ -105,7 +105,7 @@ def sweep(folder: Path) -> Iterator[State]:
 
 
 def state(folder: Path, name: str, log: Path | None) -> State:
-    """One run, and the job of a sweep that it is, if its log is given."""
+    """The state of one run or, if its `log` is given, of the job of a sweep that it is."""
     metrics, config = folder / "metrics.jsonl", folder / "config.yaml"
     shown = str(log) if log is not None and os.path.exists(log) else None
     found = State(name, "waiting", 0.0, None, _age(metrics), None, shown, str(folder))
@@ -160,8 +160,8 @@ def _failure(note: Path) -> str:
 
 
 def _holder(lock: Path) -> str | None:
-    """The machine whose process holds a run's folder, as far as can be known: a lock is seen on its own machine only,
-    so of another one counts what the lock file says, which a killed process cannot take back.
+    """The machine whose process holds a run's folder, as far as can be known. A lock is visible on its own machine
+    only; for other machines the text in the lock file counts, which a killed process cannot remove.
 
     Raises:
         rows.Unreadable: what lies there is no lock.

@@ -60,7 +60,7 @@ def train(config: Config, command: str, source: Source | None, screen: Screen) -
             screen.say(
                 f"train.batch_size=auto: {number}; type train.batch_size={number} to have the same run elsewhere"
             )
-        config = replace(config, devices=crew.size)  # under torchrun it may not say
+        config = replace(config, devices=crew.size)  # under torchrun it need not be typed
         images_digest = images_identity(config.data, crew)
         run = Run(run_folder(config, command, source, images_digest), crew)
         if run.result is not None:
@@ -226,7 +226,7 @@ def _train(
 
 
 def _batches(setup: Setup, rows: Tensor | slice, first_step: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """What a process sees of each batch of training images: `rows` of it."""
+    """Endless batches of training images: of each batch the `rows` of this process."""
     config = setup.config
     return batches.train_batches(
         setup.splits.train,
@@ -262,9 +262,9 @@ def update(step: Step, x: Tensor, targets: Tensor, lr: float) -> tuple[float, fl
     """One update on one batch, computed in `accumulate` equal parts whose gradients add up to the whole batch's; of
     several processes each has its share of every part.
 
-    Returns the mean loss over images without and the auxiliary loss, and the gradients' norm before clipping.
-    The weights stay as they were, and the gradients can be looked at, when loss or norm is not finite; where only the
-    norm is not, a scaler then lowers its scale.
+    Returns the mean loss over images without the auxiliary loss, the auxiliary loss, and the gradients' norm before
+    clipping. The weights stay as they were, and the gradients can be looked at, when loss or norm is not finite; where
+    only the norm is not, a scaler then lowers its scale.
     """
     config, crew, optimizer, scaler = step.config, step.crew, step.optimizer, step.scaler
     optimizer.zero_grad(set_to_none=True)  # of an update that was not made
@@ -305,8 +305,8 @@ def _trains(router: Router) -> bool:
 
 
 def _adjust(routers: Sequence[Router], crew: Crew, *, updated: bool) -> None:
-    """Lets routers adjust what is no parameter, by what all processes have counted; what was counted for an update that
-    was not made is forgotten."""
+    """Lets routers adjust what is no parameter, from the counts of all processes; the counts of an update that was not
+    made are dropped."""
     for router in routers:
         for counted in router.counted():
             if updated:
