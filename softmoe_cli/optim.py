@@ -16,7 +16,7 @@ from softmoe_cli.config import Optim
 from softmoe_cli.errors import UsageError
 from softmoe_cli.moe.routing import Router
 from softmoe_cli.parallel import part_of
-from softmoe_cli.text import aligned
+from softmoe_cli.text import aligned, several
 
 HEAD = re.compile(r"head\.weight")
 STEM = ("patch_embed.", "pos_embed", "cls_token", "reg_token", "norm_pre.")
@@ -189,14 +189,14 @@ def table(model: nn.Module, optim: Optim) -> str:
     trained = [row for row in rows if not row.frozen]
     groups = len({(row.weight_decay, row.lr_scale) for row in trained})
     some, every = (sum(row.parameter.numel() for row in part) for part in (trained, rows))
-    end = f"{optim.name} trains {some:,} of {every:,} parameters in {groups} group{'s' * (groups != 1)}"
+    end = f"{optim.name} trains {some:,} of {every:,} parameters in {several(groups, 'group')}"
     return f"{aligned([head, *lines], False)}\n\n{end}"
 
 
 def moment_bytes(optim: Optim | None, numbers: int) -> int:
     """Bytes of the moments of a parameter of so many numbers; without `optim`, of AdamW's moments in float32."""
     if optim is not None and optim.name == "sgd":
-        return 4 * numbers * bool(optim.momentum)
+        return 4 * numbers if optim.momentum else 0
     if optim is not None and optim.moments == "8bit" and numbers >= FEWEST_8BIT:
         return 2 * (numbers + 4 * math.ceil(numbers / BLOCK_8BIT))
     return 8 * numbers

@@ -330,9 +330,16 @@ def _fate(place: str, name: str, moe: MoE, parts: int, noise: float, redraw: flo
             [f"{moe.router.num_experts // parts} copies"],
             {"w2": parts / copies, "b2": 1 / copies}.get(leaf, 1),
         )
-        steps += [f"in {parts} parts"] * (parts > 1 and leaf != "b2") + [f"noise {noise:g}"] * (noise > 0)
-        steps += [f"{redraw:g} of the units redrawn"] * (redraw > 0 and leaf != "b2")
-    steps += ["transposed"] * (leaf in ("w1", "w2")) + [f"times {factor:g}"] * (factor != 1)
+        if parts > 1 and leaf != "b2":
+            steps.append(f"in {parts} parts")
+        if noise > 0:
+            steps.append(f"noise {noise:g}")
+        if redraw > 0 and leaf != "b2":
+            steps.append(f"{redraw:g} of the units redrawn")
+    if leaf in ("w1", "w2"):
+        steps.append("transposed")
+    if factor != 1:
+        steps.append(f"times {factor:g}")
     return {"from": f"{place}.{LAYERS[leaf]}", "how": ", ".join(steps)}
 
 

@@ -23,7 +23,7 @@ NEIGHBOURS = {
 """Files that are no business of any command."""
 
 CASES = everything({"model": {"router": {}, "backbone": {}}, "data": {}})
-GROUPS = [pytest.param(name, marks=[pytest.mark.thorough] * ("thorough" in name)) for name in CASES]
+GROUPS = [pytest.param(name, marks=[pytest.mark.thorough] if "thorough" in name else []) for name in CASES]
 
 
 @pytest.fixture(scope="module")

@@ -64,7 +64,9 @@ class Listing:
         first = next(iter(self.parts.values()))[1]
         empty = np.flatnonzero(np.bincount(first, minlength=len(self.classes)) == 0)
         if len(empty):
-            some = ", ".join(printable(self.classes[i]) for i in empty[:3]) + ", …" * (len(empty) > 3)
+            some = ", ".join(printable(self.classes[i]) for i in empty[:3])
+            if len(empty) > 3:
+                some += ", …"
             notes["without images"] = f"{len(empty):,} of {len(self.classes):,} classes: {some}"
             if empty.tolist() == [0] and self.classes[:2] == ["0", "1"]:
                 notes["without images"] += " (labels begin with 1)"
@@ -111,7 +113,8 @@ def folder(root: Path) -> Listing:
     elif root.is_file() and root.suffix == ".tar":
         trees = _tar_trees(root, walk)
     else:
-        raise UsageError(f"data.root={root} is not a folder" + ", nor a .tar of one" * root.exists())
+        nor_a_tar = ", nor a .tar of one" if root.exists() else ""
+        raise UsageError(f"data.root={root} is not a folder{nor_a_tar}")
     classes = sorted({name for _, tree in trees.values() for name in tree})
     faults = [_empty(place / name) for place, tree in trees.values() for name in tree if not len(tree[name])]
     (first, tree), *others = trees.values()

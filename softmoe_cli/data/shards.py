@@ -167,7 +167,9 @@ def _no_ids(largest: int, different: int, file: Path, data: Data) -> None:
     """Raises UsageError for labels that are ids and no classes' numbers: a list of classes, and a model's head, as long
     as the largest id would take all memory."""
     if largest >= MANY_CLASSES and largest + 1 > max(2 * different, data.num_classes or 0):
-        way_out = f"; or, if there are so many, set data.num_classes={largest + 1}" * (largest < MOST_CLASSES)
+        way_out = ""
+        if largest < MOST_CLASSES:
+            way_out = f"; or, if there are so many, set data.num_classes={largest + 1}"
         raise UsageError(
             f"{file} has the label {largest}, but data.root={data.root} has {different:,} different labels in all: "
             f"numbers that leave most classes without an image are ids. Number the classes from 0{way_out}"

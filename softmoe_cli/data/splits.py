@@ -91,7 +91,7 @@ def hold_out(
 
 
 def _some(emptied: list[tuple[str, int]]) -> str:
-    return ", ".join(printable(name) for name, _ in emptied[:5]) + ", …" * (len(emptied) > 5)
+    return ", ".join(printable(name) for name, _ in emptied[:5]) + (", …" if len(emptied) > 5 else "")
 
 
 def with_validation(train: ImageSet, test: ImageSet, classes: list[str], data: Data) -> Splits:

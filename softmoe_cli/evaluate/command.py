@@ -58,8 +58,12 @@ def evaluate_checkpoint(config: EvaluateConfig, model_config: Model, sources: li
     device, autocast = arithmetic(config.device, precision, config.threads)
     keep_freed_memory(device)
     splits = sets.load(config.data)
-    shots = ["train"] + ["validation"] * (config.fewshot_l2 == "validation") if config.fewshot else []
-    splits.need(config.split, *shots, *["validation"] * (config.soup == "greedy"))
+    needed = [config.split]
+    if config.fewshot:
+        needed.append("train")
+    if (config.fewshot and config.fewshot_l2 == "validation") or config.soup == "greedy":
+        needed.append("validation")
+    splits.need(*needed)
     notes = check_shots(splits.train.labels, config.fewshot, "fewshot") if config.fewshot else []
     if config.real == "timm" and card["classes"] == sorted(card["classes"]):
         odd = [name for name in card["classes"] if not re.match(r"n\d", name)]
@@ -234,7 +238,9 @@ def _check_foreign(config: EvaluateConfig, source: Source, classes: list[str]) -
         "predictions": config.predictions,
         "confusion": config.confusion,
     }
-    asked = [key for key, value in asks.items() if value] + ["soup=greedy"] * (config.soup == "greedy")
+    asked = [key for key, value in asks.items() if value]
+    if config.soup == "greedy":
+        asked.append("soup=greedy")
     if config.fewshot and not asked:
         return
     raise UsageError(
