@@ -434,8 +434,8 @@ def _router_options(name: str) -> dict[str, Any]:
     ]
     concrete = [each for each in own if not inspect.isabstract(each)]
     if len(concrete) != 1:
-        found = ", ".join(each.__name__ for each in concrete) or "none"
-        raise UsageError(f"{name} must define one subclass of softmoe_cli.moe.routing.Router; it has {found}")
+        names = ", ".join(each.__name__ for each in concrete) or "none"
+        raise UsageError(f"{name} must define one subclass of softmoe_cli.moe.routing.Router; it has {names}")
     return {"_target_": f"{path.stem}.{concrete[0].__name__}"}
 
 

@@ -93,9 +93,9 @@ def _fill(config: ExportConfig, model: Model, source: Source, receipt: dict[str,
         programs |= {name: makers[name](graph, folder, model.router_name) for name in sorted(set(config.formats))}
     with torch.no_grad():
         expected = vit(images)
-        found = {name: difference(name, program, images, expected, batch) for name, program in programs.items()}
+        differences = {name: difference(name, program, images, expected, batch) for name, program in programs.items()}
     packages = ("torch", "timm", *(ONNX_PACKAGES if "onnx" in config.formats else ()))
-    receipt |= {"images": len(images), "images_at_a_time": batch or "any", "programs": found}
+    receipt |= {"images": len(images), "images_at_a_time": batch or "any", "programs": differences}
     receipt |= {"largest_output": expected.abs().max().item(), "versions": {name: version(name) for name in packages}}
     (folder / RECEIPT).write_text(json.dumps(receipt, indent=1) + "\n")
     seal(folder)

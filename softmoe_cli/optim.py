@@ -31,17 +31,17 @@ def decays(model: nn.Module, optim: Optim) -> dict[str, float]:
     Biases (stacked ones are 2-D), norms, position tables and tokens have none. These are the official patterns:
     `head/kernel`, any other `kernel`, `Moe/Router/scale`.
     """
-    found = {}
+    decay_of = {}
     for name, parameter in model.named_parameters():
         matrix = STACKED.fullmatch(name) or (name.endswith(".weight") and parameter.ndim > 1)
-        found[name] = optim.weight_decay if matrix else 0.0
+        decay_of[name] = optim.weight_decay if matrix else 0.0
         if HEAD.fullmatch(name):
-            found[name] = optim.head_weight_decay
+            decay_of[name] = optim.head_weight_decay
     for place, module in model.named_modules():
         if isinstance(module, Router) and module.decays is not None:
             for name, _ in module.named_parameters():
-                found[f"{place}.{name}"] = optim.weight_decay if name in module.decays else 0.0
-    return found
+                decay_of[f"{place}.{name}"] = optim.weight_decay if name in module.decays else 0.0
+    return decay_of
 
 
 def layer_of(name: str, depth: int) -> int:

@@ -214,7 +214,7 @@ def carried_moments(
     expert gets the state of the units that it was made from, unscaled: AdamW's step does not depend on a gradient's
     scale. Parameters that are new, resampled or drawn again have no state and start at zero, with a count of steps of
     their own."""
-    found: dict[str, Tensor] = {}
+    carried: dict[str, Tensor] = {}
     for name, parameter in new.named_parameters():
         origin, how = keys[name]["from"], keys[name]["how"] or ""
         if origin is None or "resampled" in how or "redrawn" in how:
@@ -225,8 +225,8 @@ def carried_moments(
                 value = stacked(leaf, value, len(parameter), value.numel() // parameter[0].numel())
             elif key != "step" and place.endswith(".shared"):
                 value = side_by_side(leaf, value, parameter.numel() // value.numel())
-            found[f"optimizer.{name}.{key}"] = value.clone(memory_format=torch.contiguous_format)
-    return found
+            carried[f"optimizer.{name}.{key}"] = value.clone(memory_format=torch.contiguous_format)
+    return carried
 
 
 def tie_parts(router: Router, parts: int) -> None:

@@ -224,14 +224,14 @@ def _gated(router: Any, x: Tensor) -> dict[str, Tensor]:
     tokens, keep = grouped_tokens(x, None, router.images_per_group)
     clean, noisy = router.gate(tokens, router.images_per_group)
     gates, quiet = router.gate.activate(noisy), router.gate.activate(clean)
-    found = {"gates": gates, "gates_clean": quiet}
+    numbers = {"gates": gates, "gates_clean": quiet}
     if router.official != "ec_layer":
-        found["choice_expert"] = choose(gates, router.k)
-        found["metric/importance_loss"] = importance_loss(quiet)
-        found["metric/gshard_loss"] = gshard_loss(gates, keep)
+        numbers["choice_expert"] = choose(gates, router.k)
+        numbers["metric/importance_loss"] = importance_loss(quiet)
+        numbers["metric/gshard_loss"] = gshard_loss(gates, keep)
         if noisy is not clean:
-            found["metric/load_loss"] = load_loss(clean, noisy, router.gate.std, router.k, keep)
-    return found
+            numbers["metric/load_loss"] = load_loss(clean, noisy, router.gate.std, router.k, keep)
+    return numbers
 
 
 def rounded(layer: MoE, x: Tensor, routing: Any) -> Tensor:

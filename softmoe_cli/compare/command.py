@@ -98,8 +98,8 @@ def _files(files: Sequence[str], out: Path, width: int | None) -> str:
         stem, _, form = name.rpartition(".")
         forms.setdefault(stem, []).append(form)
     beside = [f"{stem}.{'|'.join(found)}" for stem, found in forms.items() if f"{stem}.{found[0]}" != PAGE]
-    told = f"beside it: {', '.join(beside)}"
-    return f"open {printable(str(out / PAGE))}\n{told if width is None else textwrap.fill(told, width)}"
+    others = f"beside it: {', '.join(beside)}"
+    return f"open {printable(str(out / PAGE))}\n{others if width is None else textwrap.fill(others, width)}"
 
 
 def _newest_study() -> str:

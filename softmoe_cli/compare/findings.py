@@ -21,13 +21,13 @@ def provisos(group: Group, cost: str) -> list[str]:
 
 def front(comparison: Comparison, block: Block) -> str:
     """The groups on the front, cheapest first."""
-    told = []
+    names = []
     there = [group for group in block.groups if group.front]
     for group in sorted(there, key=lambda group: mean(group, comparison.cost)):
         chance = [] if group.front_probability is None else [f"{100 * group.front_probability:.0f}%"]
         words = [*chance, *provisos(group, comparison.cost)]
-        told.append(group.label + (f" ({', '.join(words)})" if words else ""))
-    return f"On the front, by {COSTS[comparison.cost].amount}: {'; '.join(told)}"
+        names.append(group.label + (f" ({', '.join(words)})" if words else ""))
+    return f"On the front, by {COSTS[comparison.cost].amount}: {'; '.join(names)}"
 
 
 def mean(group: Group, key: str) -> float:
@@ -52,8 +52,11 @@ def headline(comparison: Comparison, block: Block) -> list[str]:
     kinds = [group.verdict for group in judged]
     counts = [f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds)]
     best = (max if QUALITIES[quality].better == "higher" else min)(block.groups, key=lambda group: mean(group, quality))
-    told = sentences.get(best.label, f"{best.label}, with {cell(quality, best.intervals[quality])}.")
-    return [f"{len(judged)} groups are measured against a baseline: {', '.join(counts)}.", f"The best mean: {told}"]
+    best_sentence = sentences.get(best.label, f"{best.label}, with {cell(quality, best.intervals[quality])}.")
+    return [
+        f"{len(judged)} groups are measured against a baseline: {', '.join(counts)}.",
+        f"The best mean: {best_sentence}",
+    ]
 
 
 def _sentence(quality: str, group: Group) -> str:
@@ -66,5 +69,5 @@ def _sentence(quality: str, group: Group) -> str:
     seeds = several(interval.n, "seed")
     beside = [*group.conditions, *(["itself at chance"] if group.at_chance else [])]
     apart = f"{cell(quality, interval, signed=True)}{points}"
-    told = f"{group.label} {verdict} {group.baseline} in {name}: {apart} ({p}{seeds})"
-    return f"{told}; {', '.join(beside)}." if beside else f"{told}."
+    sentence = f"{group.label} {verdict} {group.baseline} in {name}: {apart} ({p}{seeds})"
+    return f"{sentence}; {', '.join(beside)}." if beside else f"{sentence}."

@@ -57,16 +57,16 @@ def read(folders: Sequence[Path]) -> tuple[list[FinishedRun], list[tuple[str, st
     Raises:
         UsageError: a folder that does not exist.
     """
-    found: dict[Path, Path] = {}
+    run_folders: dict[Path, Path] = {}
     for folder in folders:
         if not os.path.isdir(folder):  # which is also false for a name that is too long
             parent = folder.parent
             siblings = [path.name for path in parent.iterdir() if path.is_dir()] if os.path.isdir(parent) else []
             raise UsageError(f"{folder} is no folder.{nearest(folder.name, siblings)}")
         for path in _run_folders(folder):
-            found.setdefault(path.resolve(), path)
+            run_folders.setdefault(path.resolve(), path)
     runs, left_out = [], []
-    for path in sorted(found.values()):
+    for path in sorted(run_folders.values()):
         row, reason = _result(path)
         if row is None:
             left_out.append((printable(str(path)), reason))
@@ -88,7 +88,7 @@ def _run_folders(top: Path) -> Iterator[Path]:
 def _result(folder: Path) -> tuple[Row | None, str]:
     """The result row, or why there is none."""
     try:
-        found = rows.row(folder / "result.json", RESULT)
+        result = rows.row(folder / "result.json", RESULT)
     except FileNotFoundError:
         if not any(folder.iterdir()):
             return None, "empty"
@@ -96,7 +96,7 @@ def _result(folder: Path) -> tuple[Row | None, str]:
         return None, "unfinished: no result.json" + (f", last look at step {looks[-1]['step']:,}" if looks else "")
     except rows.Unreadable as error:
         return None, f"result.json {error}"
-    return cast(Row, rows.printed(found)), ""
+    return cast(Row, rows.printed(result)), ""
 
 
 def _looks(path: Path, result: Row | None = None) -> tuple[list[Row], str]:
@@ -158,9 +158,9 @@ def single(runs: list[FinishedRun], strict: bool) -> tuple[list[FinishedRun], li
     first: dict[Any, FinishedRun] = {}
     doubles = []
     for run in runs:
-        kept = first.setdefault((run.row["signature"], *(str(run.row.get(key)) for key in VERSION if strict)), run)
-        if kept is not run:
-            same = all(kept.row.get(key) == run.row.get(key) for key in QUALITIES)
-            reason = f"the same run as {kept.place}, " + ("equal in quality" if same else "with OTHER quality")
+        first_run = first.setdefault((run.row["signature"], *(str(run.row.get(key)) for key in VERSION if strict)), run)
+        if first_run is not run:
+            same = all(first_run.row.get(key) == run.row.get(key) for key in QUALITIES)
+            reason = f"the same run as {first_run.place}, " + ("equal in quality" if same else "with OTHER quality")
             doubles.append((run.place, reason))
     return list(first.values()), doubles

@@ -43,18 +43,18 @@ def settle(load: Load, parallel: str = "auto", crew: Crew = ALONE) -> Fit:
         UsageError: the run is impossible as configured, or does not fit; the message says what would fit.
     """
     free = free_memory(load.device)
-    own = _of_each(free, load.device, crew)
+    free_of_each = _of_each(free, load.device, crew)
     if crew.size == 1:
         way, why, memory = "ddp", "", predict(load)
     elif parallel == "auto":
-        way, why, memory = _first_that_fits(load, own, crew)
+        way, why, memory = _first_that_fits(load, free_of_each, crew)
     else:
         if (fault := obstacle(parallel, load, crew.size)) is not None:
             raise UsageError(f"parallel={parallel} {fault}")
         way, why, memory = parallel, f"parallel={parallel}", predict(load, crew.size, parallel)
     _require_machine(memory, load.device, crew, way)
-    if _needed(load, memory) > own:
-        raise UsageError(_Room(load, own, crew.size, way).refusal(memory))
+    if _needed(load, memory) > free_of_each:
+        raise UsageError(_Room(load, free_of_each, crew.size, way).refusal(memory))
     return Fit(way, why, memory, free)
 
 
@@ -169,7 +169,7 @@ class _Room:
     def _divided(self, memory: Memory) -> list[str]:
         """Other ways to share the training, by as many processes or more. More of them bring no memory where the device
         is the machine's CPU."""
-        load, found = self.load, []
+        load, changes = self.load, []
         if load.precision == "fp16" or (load.optim is not None and load.optim.moments != "fp32"):
             return []  # neither works with divided weights
         state = memory.state_bytes * (1 if self.way == "ddp" else self.processes)
@@ -180,10 +180,10 @@ class _Room:
             while size <= most:
                 possible = state <= size * self.free and (way != "expert" or divides(load.model.router, size))
                 if possible and predict(load, size, way).peak_bytes <= self.free:  # a prediction takes a second
-                    found.append(f"parallel={way} on {size} devices" if size > self.processes else f"parallel={way}")
+                    changes.append(f"parallel={way} on {size} devices" if size > self.processes else f"parallel={way}")
                     break
                 size *= 2
-        return found
+        return changes
 
     def _smaller_moments(self) -> list[str]:
         optim, found = self.load.optim, []
@@ -199,19 +199,19 @@ class _Room:
 
     def _smaller_batches(self) -> list[str]:
         """Smaller batches: more parts, recomputation, fewer images."""
-        load, found, group = self.load, [], group_of(self.load.model.router)
+        load, changes, group = self.load, [], group_of(self.load.model.router)
         divisors = (n for n in range(load.accumulate + 1, load.batch + 1) if load.batch % (n * group) == 0)
         parts = next((n for n in divisors if self._peak(replace(load, accumulate=n)) <= self.free), None)
         if parts is not None:
-            found.append(f"train.accumulate={parts}")
+            changes.append(f"train.accumulate={parts}")
         if not load.recompute and self._peak(replace(load, recompute=True)) <= self.free:
-            found.append("train.recompute=true")
+            changes.append("train.recompute=true")
         unit = 1
         if load.accumulate > 1 or load.batch % group == 0:
             unit = load.accumulate * group
         if batch := self.largest(load.batch - 1, unit):
-            found.append(f"train.batch_size={batch}, the largest that fits as it is")
-        return found
+            changes.append(f"train.batch_size={batch}, the largest that fits as it is")
+        return changes
 
     def largest(self, top: int, unit: int) -> int:
         """The largest batch up to `top`, a multiple of `unit`, that fits; 0 if there is none."""

@@ -134,7 +134,7 @@ def tar_members(path: Path) -> list[Range]:
         UsageError: not a tar, a compressed one, one that is cut short or goes on behind its end, or one with an image
             that is a link or sparse.
     """
-    found = []
+    members = []
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
@@ -142,7 +142,7 @@ def tar_members(path: Path) -> list[Range]:
                 if member.size < 0:
                     raise tarfile.ReadError(f"{name} has a size below 0")
                 if member.isreg() and not member.issparse():
-                    found.append((name, member.offset_data, member.size))
+                    members.append((name, member.offset_data, member.size))
                 elif is_image(name) and not member.isdir():
                     raise UsageError(
                         f"{path}: {name} is a link, sparse, or no file; pack the files themselves (tar --dereference "
@@ -164,7 +164,7 @@ def tar_members(path: Path) -> list[Range]:
         raise UsageError(
             f"{path} cannot be read as a tar: {error or 'not a tar'}; it must be uncompressed and whole"
         ) from error
-    return found
+    return members
 
 
 def tar_images(path: Path) -> tuple[list[Range], list[str]]:
@@ -420,8 +420,8 @@ def arrow(path: Path, image: str, label: str) -> Labelled:
 
 def _arrow_labels(column: Any, where: str) -> list[int | str]:
     """The values of a column. Whole numbers and truth values are converted all at once."""
-    found: list[Any] = column.to_pylist()
-    found = [int(value) if isinstance(value, bool) else value for value in found]
-    if all(type(value) is int for value in found) and min(found) >= 0:
-        return found
-    return [_checked(value, False, where) for value in found]
+    values: list[Any] = column.to_pylist()
+    values = [int(value) if isinstance(value, bool) else value for value in values]
+    if all(type(value) is int for value in values) and min(values) >= 0:
+        return values
+    return [_checked(value, False, where) for value in values]

@@ -90,10 +90,10 @@ def _times(stored: Stored) -> bytes:
     numbers = []
     for path in dict.fromkeys(_paths(stored)):
         try:
-            found = os.stat(path)
+            stat = os.stat(path)
         except OSError as error:
             raise _unreadable(path, error) from error
-        four = found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns
+        four = stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns
         numbers.append(b"%d %d %d %d\n" % four)  # of any size: times before 1970 are below 0
     ranges = [column.tobytes() for column in (stored.holder, stored.offset, stored.size)]
     return b"".join([*numbers, *ranges])
@@ -117,17 +117,17 @@ def _picture(path: bytes, offset: int, size: int) -> bytes:
                 if not stat.S_ISREG(found.st_mode):
                     raise OSError(0, "it is no file")
                 offset, size = 0, found.st_size
-            seen = hashlib.sha256(b"%d\n" % size)
+            sha = hashlib.sha256(b"%d\n" % size)
             begin = os.pread(file, size if size <= WHOLE else PIECE, offset)
             if size <= WHOLE:
-                seen.update(begin)
+                sha.update(begin)
             elif begin.startswith(COMPRESSED):
                 for i in range(PIECES):
-                    seen.update(os.pread(file, PIECE, offset + (size - PIECE) * i // (PIECES - 1)))
+                    sha.update(os.pread(file, PIECE, offset + (size - PIECE) * i // (PIECES - 1)))
             else:
                 for start in range(0, size, 2**20):
-                    seen.update(os.pread(file, min(2**20, size - start), offset + start))
-            return seen.digest()
+                    sha.update(os.pread(file, min(2**20, size - start), offset + start))
+            return sha.digest()
         finally:
             os.close(file)
     except OSError as error:

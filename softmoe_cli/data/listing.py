@@ -22,11 +22,11 @@ def listing(data: Data) -> Listing:
             belong to.
     """
     try:
-        found = folder(Path(data.root)) if data.format == "folder" else shards(data)
+        listed = folder(Path(data.root)) if data.format == "folder" else shards(data)
     except OSError as error:
         raise UsageError(f"{error.filename or data.root} cannot be read: {error.strerror or error}") from error
-    found.faults.extend(_alike(found.classes))
-    return found
+    listed.faults.extend(_alike(listed.classes))
+    return listed
 
 
 def _alike(classes: Iterable[str]) -> Iterator[str]:

@@ -84,10 +84,10 @@ def usable(data: Data) -> Listing:
     Raises:
         UsageError: the files have a fault.
     """
-    found = listing(data)
-    if found.faults:
-        raise UsageError(found.faults[0])
-    return found
+    listed = listing(data)
+    if listed.faults:
+        raise UsageError(listed.faults[0])
+    return listed
 
 
 def _image_set(stored: Stored, labels: np.ndarray, data: Data, in_memory: bool) -> ImageSet:

@@ -44,14 +44,14 @@ def shorter_sides(data: Data) -> list[int]:
     from softmoe_cli.data.sets import usable
 
     stored, _ = next(iter(usable(data).parts.values()))
-    found = []
+    sides = []
     for i in np.unique(np.linspace(0, max(0, len(stored) - 1), min(SAMPLE, len(stored))).astype(int)).tolist():
         try:
             with Image.open(io.BytesIO(stored.read(i)), formats=FORMATS) as image:
-                found.append(min(image.size))
+                sides.append(min(image.size))
         except (OSError, EOFError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError):
             continue
-    if not found:
+    if not sides:
         opened(stored, 0, data.channels, data.max_megapixels)  # says why it cannot be read
         raise UsageError(f"data.image_size=auto: no image in data.root={data.root} could be read; try again")
-    return found
+    return sides

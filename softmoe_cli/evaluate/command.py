@@ -211,11 +211,11 @@ def real_labels(real: str, images: ImageSet, classes: int) -> list[set[int]]:
     if any(not 0 <= label < classes for each in labels for label in each):
         raise UsageError(f"real={real} has labels beyond the {classes} classes that the checkpoint knows")
     places = images.files.places if images.files is not None else [Path("images without names")]
-    found = [(place, REAL_NAME.fullmatch(place.name)) for place in places]
-    odd = [place for place, number in found if number is None or not 1 <= int(number[1]) <= len(labels)]
+    matches = [(place, REAL_NAME.fullmatch(place.name)) for place in places]
+    odd = [place for place, number in matches if number is None or not 1 <= int(number[1]) <= len(labels)]
     if odd:
         raise UsageError(f"real={real} has no labels for {odd[0]}: it must be called ILSVRC2012_val_NUMBER")
-    return [labels[int(number[1]) - 1] for _, number in found if number is not None]
+    return [labels[int(number[1]) - 1] for _, number in matches if number is not None]
 
 
 def real_qualities(prediction: Int64[Tensor, " n"], labels: list[set[int]]) -> dict[str, Any]:

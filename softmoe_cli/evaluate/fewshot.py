@@ -46,13 +46,15 @@ def check_shots(labels: Int64[Tensor, " n"], shots: Sequence[int], key: str) -> 
     """
     counts = np.bincount(labels.numpy())
     counts = counts[counts > 0]
-    said = []
+    sentences = []
     for k in shots:
         if k > counts.max():
             raise UsageError(f"{key}={k}: no class has so many training images; the largest has {counts.max()}")
         if fewer := int((counts < k).sum()):
-            said.append(f"{fewer} of {len(counts)} classes have fewer than {k} training images, all of which are taken")
-    return said
+            sentences.append(
+                f"{fewer} of {len(counts)} classes have fewer than {k} training images, all of which are taken"
+            )
+    return sentences
 
 
 def statistics(x: Float[Tensor, "r d"]) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"]]:

@@ -97,7 +97,7 @@ def outcomes(
     """Runs every batch through the model once; fetches the results from the device at the end. Sums are float64, so
     that the batch size does not change them."""
     model.eval()
-    said, classes = [], 0
+    answers, classes = [], 0
     with autocast:  # around all batches: a weight is cast once
         for x, labels in batches:
             logits = model(x)
@@ -110,12 +110,12 @@ def outcomes(
             known = [chances.gather(1, which[:, None])[:, 0] for which in (best[:, 0], labels)]
             numbers = torch.stack([*known, F.cross_entropy(logits, labels, reduction="none")])
             mean_loss = classification_loss(logits, F.one_hot(labels, classes).to(logits.dtype), loss)
-            said.append((integers, numbers, mean_loss, len(labels)))
-    said = collect(said)
-    label, prediction, hit = torch.cat([each[0] for each in said], dim=1).cpu()
-    probability, label_probability, nll = torch.cat([each[1] for each in said], dim=1).cpu().double()
-    sizes = torch.tensor([each[3] for each in said], dtype=torch.float64)
-    mean = (torch.stack([each[2] for each in said]).cpu().double() @ sizes).item() / len(label)
+            answers.append((integers, numbers, mean_loss, len(labels)))
+    answers = collect(answers)
+    label, prediction, hit = torch.cat([each[0] for each in answers], dim=1).cpu()
+    probability, label_probability, nll = torch.cat([each[1] for each in answers], dim=1).cpu().double()
+    sizes = torch.tensor([each[3] for each in answers], dtype=torch.float64)
+    mean = (torch.stack([each[2] for each in answers]).cpu().double() @ sizes).item() / len(label)
     return Outcomes(label, prediction, probability, label_probability, hit.bool(), nll.mean().item(), mean, classes)
 
 
@@ -156,23 +156,23 @@ def features(
 ) -> Float[Tensor, "n d"]:
     """What the head would see of every image (pooled, after the last norm), float32, on the CPU."""
     model.eval()
-    seen: list[Tensor] = []
-    hook = model.head.register_forward_pre_hook(lambda _head, inputs: seen.append(inputs[0].float()))
+    pooled: list[Tensor] = []
+    hook = model.head.register_forward_pre_hook(lambda _head, inputs: pooled.append(inputs[0].float()))
     with hook, autocast:
         for x, _ in batches:
             model(x)  # called as a module: weights that are divided among processes are gathered around such a call
-    return torch.cat(collect(seen)).cpu()
+    return torch.cat(collect(pooled)).cpu()
 
 
 @torch.no_grad()
 def routing_statistics(model: nn.Module, batch: Batch, autocast: torch.autocast) -> list[dict[str, float]]:
     """One row of statistics per MoE layer, in the order of the blocks, on one batch."""
     model.eval()
-    found: list[dict[str, float]] = []
+    statistics: list[dict[str, float]] = []
 
     def remember(router: Router, _inputs: object, routing: Routing) -> None:
         with full_precision(batch[0]):  # now, when the router's weights are whole
-            found.append(routing.statistics() | router.statistics())
+            statistics.append(routing.statistics() | router.statistics())
 
     routers = [module for module in model.modules() if isinstance(module, Router)]
     hooks = [router.register_forward_hook(remember) for router in routers]
@@ -180,4 +180,4 @@ def routing_statistics(model: nn.Module, batch: Batch, autocast: torch.autocast)
         model(batch[0])
     for hook in hooks:
         hook.remove()
-    return found
+    return statistics

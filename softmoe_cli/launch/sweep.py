@@ -67,13 +67,13 @@ class Entry:
 
     def state(self, local: bool) -> State:
         """The job's state: as its files say, except where the launcher knows more."""
-        found = state(self.job.folder, self.job.run, self.log)
+        job_state = state(self.job.folder, self.job.run, self.log)
         if self.attempt is not None:
-            seen = local or found.state in ("running", "running or killed")
-            found = replace(found, state="running" if seen else "queued")
-            if seen and self.started is None:
-                self.started, self.first_progress = time.monotonic(), found.progress or 0.0
-        return replace(found, state=self.word) if self.word else found
+            started = local or job_state.state in ("running", "running or killed")
+            job_state = replace(job_state, state="running" if started else "queued")
+            if started and self.started is None:
+                self.started, self.first_progress = time.monotonic(), job_state.progress or 0.0
+        return replace(job_state, state=self.word) if self.word else job_state
 
     def eta(self, progress: float | None) -> str:
         if self.attempt is None or self.started is None or progress is None or progress <= self.first_progress:
@@ -397,18 +397,19 @@ class Sweep(HydraLauncher):
 
     def _return(self, overrides: Sequence[str], entry: Entry) -> JobReturn:
         """What a searching sweeper is told: the objective, or how far over the limit, below any quality there is."""
-        told = JobReturn(overrides=list(overrides), working_dir=str(entry.job.folder), status=JobStatus.COMPLETED)
+        job_return = JobReturn(overrides=list(overrides), working_dir=str(entry.job.folder), status=JobStatus.COMPLETED)
         if not self._options.objective:
-            return told
+            return job_return
         if entry.word == "over the limit":
-            told.return_value = -self._excess(entry.job)
+            job_return.return_value = -self._excess(entry.job)
         elif entry.finished:
             result = json.loads((entry.job.folder / "result.json").read_text())
             values = [result[key] for key in self._options.objective]
-            told.return_value = values if len(values) > 1 else values[0]
+            job_return.return_value = values if len(values) > 1 else values[0]
         else:
-            told.status, told.return_value = JobStatus.FAILED, RunError(f"{entry.job.run} failed; see {entry.log}")
-        return told
+            job_return.status = JobStatus.FAILED
+            job_return.return_value = RunError(f"{entry.job.run} failed; see {entry.log}")
+        return job_return
 
 
 def fitted(rows: list[list[str]], width: int) -> str:

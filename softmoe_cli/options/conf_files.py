@@ -53,7 +53,7 @@ def own_conf_folder() -> Path | None:
 
 def files(group: str) -> dict[str, Path]:
     """The yaml file of each choice of a group, by name; one's own conf folder comes last, so that it replaces."""
-    found = {}
+    by_name = {}
     for root in (conf_folder(), own_conf_folder()):
         if root is None:
             continue
@@ -63,8 +63,8 @@ def files(group: str) -> dict[str, Path]:
         for file in folder.glob(pattern):
             name = file.relative_to(folder).with_suffix("").as_posix()
             if not file.name.startswith("_") and file.is_file():
-                found[name] = file
-    return dict(sorted(found.items()))
+                by_name[name] = file
+    return dict(sorted(by_name.items()))
 
 
 def read(file: Path) -> str:

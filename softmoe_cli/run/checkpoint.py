@@ -87,8 +87,8 @@ def _random_fault(training: dict[str, Tensor]) -> str | None:
 
 def numbered(folder: Path, kind: str) -> list[Path]:
     """The checkpoints of a kind in a folder, newest first; not what a user has put there under other names."""
-    found = [path for path in folder.glob(f"{kind}-*") if OURS.fullmatch(path.name)]
-    return sorted(found, key=step_of, reverse=True)
+    checkpoints = [path for path in folder.glob(f"{kind}-*") if OURS.fullmatch(path.name)]
+    return sorted(checkpoints, key=step_of, reverse=True)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -114,8 +114,8 @@ def room_beside(copy: int, free: int) -> bool:
 
 def own_pieces(tensors: dict[str, Tensor], first: bool) -> dict[str, Piece]:
     """The pieces of the tensors that this process writes."""
-    found = {key: pieces.own(value, first=first) for key, value in tensors.items()}
-    return {key: piece for key, piece in found.items() if piece is not None}
+    by_key = {key: pieces.own(value, first=first) for key, value in tensors.items()}
+    return {key: piece for key, piece in by_key.items() if piece is not None}
 
 
 def copied_pieces(pieces: dict[str, Piece]) -> dict[str, Piece]:
@@ -172,12 +172,12 @@ def damage(checkpoint: Path, files: tuple[str, ...] | None = (WEIGHTS, TRAINING,
     """What is wrong with a checkpoint folder, or None when all files that it lists are there and `files` (None: all),
     whole or in pieces, match their checksums."""
     try:
-        said = rows.contents(checkpoint / SUMS).decode(errors="replace")
+        sums = rows.contents(checkpoint / SUMS).decode(errors="replace")
     except FileNotFoundError:
         return f"{SUMS} is missing"
     except rows.Unreadable as error:
         return f"{SUMS} {error}"
-    lines = [line.split("  ", 1) for line in said.splitlines()]
+    lines = [line.split("  ", 1) for line in sums.splitlines()]
     if not lines or any(len(line) != 2 for line in lines):
         return f"{SUMS} is unreadable"
     for digest, file in lines:

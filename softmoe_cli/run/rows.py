@@ -346,13 +346,13 @@ def row(path: Path, keys: Mapping[str, Key]) -> Row:
         FileNotFoundError: there is none.
         Unreadable: the file is no such object.
     """
-    found = parsed(contents(path), finite=True)
-    if not isinstance(found, dict):
+    parsed_row = parsed(contents(path), finite=True)
+    if not isinstance(parsed_row, dict):
         raise Unreadable("is no row of softmoe")
-    wrong = fault(found, keys)
+    wrong = fault(parsed_row, keys)
     if wrong:
         raise Unreadable(wrong)
-    return found
+    return parsed_row
 
 
 def lines(path: Path, keys: Mapping[str, Key]) -> list[Row]:
@@ -362,7 +362,7 @@ def lines(path: Path, keys: Mapping[str, Key]) -> list[Row]:
         FileNotFoundError: there is none.
         Unreadable: one of its lines is no such object.
     """
-    found = []
+    parsed_rows = []
     for place, line in enumerate(contents(path, MOST_LINES_BYTES).splitlines(), 1):
         try:
             row = parsed(line)
@@ -371,8 +371,8 @@ def lines(path: Path, keys: Mapping[str, Key]) -> list[Row]:
         wrong = fault(row, keys) if isinstance(row, dict) else "is no row of softmoe"
         if wrong:
             raise Unreadable(f"is damaged in line {place}: it {wrong}")
-        found.append(row)
-    return found
+        parsed_rows.append(row)
+    return parsed_rows
 
 
 def jobs(path: Path) -> tuple[str, list[str], list[Row]]:
@@ -381,17 +381,17 @@ def jobs(path: Path) -> tuple[str, list[str], list[Row]]:
     Raises:
         FileNotFoundError, Unreadable: there is none, or it is damaged; the message says which job.
     """
-    said = row(path, {"command": _said(TEXT, "train or finetune", optional=True)})
-    found, typed = said.get("jobs"), said.get("typed") or []
-    if not isinstance(found, list):
+    sweep_row = row(path, {"command": _said(TEXT, "train or finetune", optional=True)})
+    job_rows, typed = sweep_row.get("jobs"), sweep_row.get("typed") or []
+    if not isinstance(job_rows, list):
         raise Unreadable("has no list of jobs")
     if not isinstance(typed, list) or not all(isinstance(word, str) for word in typed):
         raise Unreadable("says typed is no list of words")
-    for place, job in enumerate(found):
+    for place, job in enumerate(job_rows):
         wrong = fault(job, JOB) if isinstance(job, dict) else "is no row"
         if wrong:
             raise Unreadable(f"is damaged: job {place} {wrong}")
-    return said.get("command") or "train", typed, found
+    return sweep_row.get("command") or "train", typed, job_rows
 
 
 @dataclass(frozen=True)

@@ -142,11 +142,11 @@ def read_moments(source: Source, digest: str | None = None) -> dict[str, dict[st
             f"checkpoint={source.label} was upcycled with optimizer moments, and {folder / TRAINING} does not hold "
             "them; name the whole folder, or upcycle with carry_optimizer=false"
         )
-    found: dict[str, dict[str, Tensor]] = {}
+    moments: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         name, _, kind = key.removeprefix("optimizer.").rpartition(".")
-        found.setdefault(name, {})[kind] = value
-    return {name: state for name, state in found.items() if state.keys() == {"exp_avg", "exp_avg_sq", "step"}}
+        moments.setdefault(name, {})[kind] = value
+    return {name: state for name, state in moments.items() if state.keys() == {"exp_avg", "exp_avg_sq", "step"}}
 
 
 def _weights_in(folder: Path) -> Path:
@@ -154,9 +154,11 @@ def _weights_in(folder: Path) -> Path:
     if (folder / WEIGHTS).is_file() or pieces.files(folder / WEIGHTS):
         candidates = [folder]
     else:
-        found = numbered(folder / "checkpoints", "last")
-        found += [before for before, final in between_names(folder / "checkpoints") if final.name.startswith("last-")]
-        candidates = sorted(found, key=step_of, reverse=True)
+        checkpoints = numbered(folder / "checkpoints", "last")
+        checkpoints += [
+            before for before, final in between_names(folder / "checkpoints") if final.name.startswith("last-")
+        ]
+        candidates = sorted(checkpoints, key=step_of, reverse=True)
     if not candidates:
         raise UsageError(f"checkpoint={folder} holds no checkpoint: neither {WEIGHTS} nor checkpoints/last-*")
     faults = []

@@ -204,12 +204,12 @@ def _commit() -> str | None:
     if not (here / ".git").exists():
         return None
     try:
-        told = subprocess.run(
+        git = subprocess.run(
             ["git", "-C", str(here), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
         )
     except OSError:  # a machine without git
         return None
-    return told.stdout.strip() or None
+    return git.stdout.strip() or None
 
 
 def close(screen: Screen, result: dict[str, Any], folder: Path) -> None:
