@@ -38,7 +38,7 @@ def mlp(x: Vector, w1: Matrix, b1: Vector, w2: Matrix, b2: Vector) -> Vector:
 
 @dataclass
 class SoftMoE:
-    """What one image meets: dispatch[s][e][p], combine[s][e][p], slots[e][p], outputs[e][p] and y[s]."""
+    """The numbers of one image: dispatch[s][e][p], combine[s][e][p], slots[e][p], outputs[e][p] and y[s]."""
 
     dispatch: Cube
     combine: Cube

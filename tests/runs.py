@@ -1,4 +1,4 @@
-"""Runs and checkpoints that several tests make and look into."""
+"""Runs and checkpoints that several tests make and read."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ def costed(model: str = "vit_nano4_soft", **changes: Any) -> CostConfig:
 
 
 def saved(path: Path, seed: int, *overrides: str, tiny: Sequence[str] = TINY) -> Path:
-    """A checkpoint file with weights that nobody trained."""
+    """A checkpoint file with random weights."""
     config = oracles.compose(*tiny, *overrides)
     torch.manual_seed(seed)
     weights = build(config.model, 10).state_dict()
@@ -79,5 +79,5 @@ def same(a: Path, b: Path) -> None:
         assert x.keys() == y.keys()
         assert [key for key in x if not torch.equal(x[key], y[key])] == []
     x, y = (json.loads((run / "result.json").read_text()) for run in (a, b))
-    chance = CLOCKS | {"commit", "metrics_sha256"}  # a commit may come while the tests run; rows have clocks
+    chance = CLOCKS | {"commit", "metrics_sha256"}  # a commit may be made while the tests run; rows have clocks
     assert {k: v for k, v in x.items() if k not in chance} == {k: v for k, v in y.items() if k not in chance}
