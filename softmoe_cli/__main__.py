@@ -1,10 +1,10 @@
-"""`python -m softmoe_cli` is `softmoe`: what lies in the working folder is not imported for it."""
+"""`python -m softmoe_cli` runs `softmoe`, without importing modules from the working folder."""
 
 import sys
 from pathlib import Path
 
 if Path(sys.path[0]) == Path.cwd() != Path(__file__).resolve().parents[1]:
-    del sys.path[0]  # python -m puts it there, and with it every hydra_plugins/ and yaml.py of a downloaded folder
+    del sys.path[0]  # python -m puts the working folder there, with every hydra_plugins/ and yaml.py in it
 
 from softmoe_cli.cli import main
 

@@ -36,7 +36,7 @@ from softmoe_cli.text import printable_lines
 def main() -> None:
     """The entry point: runs sys.argv and exits with 0, 1 (it failed, or found faults), 2 (cannot work) or 130
     (interrupted)."""
-    for stream in (sys.stdout, sys.stderr):  # a name or a terminal may not be UTF-8
+    for stream in (sys.stdout, sys.stderr):  # file names and terminals may not be UTF-8
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     code, text = run(sys.argv[1:])
@@ -83,7 +83,7 @@ def _failed(error: Exception, debug: bool, typed: Sequence[str]) -> tuple[int, s
 
 
 def _command(arguments: list[str]) -> tuple[str, list[str]]:
-    """The command that is typed and the words for it; where help is asked for, in any of its ways, that is help.
+    """Splits the words into a command and its arguments; every way to ask for help becomes the command `help`.
 
     Raises:
         UsageError: there is no such command.
@@ -128,7 +128,7 @@ def _version(_words: list[str]) -> int:
 
 
 def _learn(command: str, arguments: list[str]) -> int:
-    """`softmoe train` and `softmoe finetune`: one run; of several, with -m, a sweep."""
+    """`softmoe train` and `softmoe finetune`: one run or, with -m, a sweep of several."""
     from softmoe_cli.options.explain import check_line
 
     arguments = check_line(command, arguments)
@@ -156,7 +156,8 @@ def _learn(command: str, arguments: list[str]) -> int:
 
 
 def _sweep(command: str, arguments: list[str]) -> Jobs:
-    """Has the jobs of a sweep done by its launcher; returns those that are left, which is all where that is Hydra's.
+    """Lets a sweep's launcher run its jobs; returns the jobs that are still to be run here: all, if the launcher is
+    Hydra's.
 
     Raises:
         RunError: some jobs failed; the message lists them.
@@ -170,7 +171,7 @@ def _sweep(command: str, arguments: list[str]) -> Jobs:
     admit(Sweep)
     Sweep.run, Sweep.last = staticmethod(run), None
     if "--plan" in arguments:
-        with tempfile.TemporaryDirectory() as folder:  # where Hydra writes files of its own
+        with tempfile.TemporaryDirectory() as folder:  # Hydra writes its own files there
             arguments = [argument for argument in arguments if argument != "--plan"]
             return Jobs(command, [*arguments, "hydra.launcher.plan=true", f"hydra.sweep.dir={folder}"])
     jobs = Jobs(command, arguments)
@@ -184,8 +185,8 @@ def _many(arguments: Sequence[str]) -> bool:
 
 
 def _study_of(arguments: Sequence[str]) -> str | None:
-    """What a sweep's folder is called where nobody says it: the last words of the keys that vary, in the order in which
-    they were typed. None where the study is typed, or an experiment's, or where Hydra has yet to refuse the words.
+    """The default name of a sweep's folder: the last words of the keys that vary, in the order in which they were
+    typed. None if the command line or an experiment names the study, or if Hydra will refuse the words.
 
     `model/router=dense,soft seed=0,1` -> `router-seed`
     """
@@ -426,7 +427,7 @@ def _router_options(name: str) -> dict[str, Any]:
 
     try:
         module = importlib.import_module(path.stem)
-    except (Exception, SystemExit) as error:  # whatever it raises is its own
+    except (Exception, SystemExit) as error:  # the user's file may raise anything
         raise UsageError(f"{name} cannot be imported: {type(error).__name__}: {first_line(error)}") from error
     own = [
         each
@@ -435,8 +436,8 @@ def _router_options(name: str) -> dict[str, Any]:
     ]
     concrete = [each for each in own if not inspect.isabstract(each)]
     if len(concrete) != 1:
-        found = ", ".join(each.__name__ for each in concrete) or "none"
-        raise UsageError(f"{name} must define one subclass of softmoe_cli.moe.routing.Router; it has {found}")
+        names = ", ".join(each.__name__ for each in concrete) or "none"
+        raise UsageError(f"{name} must define one subclass of softmoe_cli.moe.routing.Router; it has {names}")
     return {"_target_": f"{path.stem}.{concrete[0].__name__}"}
 
 

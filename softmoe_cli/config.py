@@ -21,7 +21,7 @@ MISSING: Any = "???"
 WIDEST = 65_535
 """Pixels on a side that a JPEG may have."""
 MOST_CLASSES = 10**7
-"""A list of more names takes minutes and gigabytes before anything is said."""
+"""The most classes: a longer list of names takes minutes and gigabytes before the first message."""
 
 
 def typed(value: Any) -> str:
@@ -47,13 +47,13 @@ def option(
 
 
 def _check_values(section: "Section") -> None:
-    """Holds every value of a section against the bounds beside its type."""
+    """Checks every value of a section against the bounds that stand beside its type."""
     for f in dataclasses.fields(section):
         value, limits = getattr(section, f.name), f.metadata
         key = ".".join(filter(None, [section.path, f.name]))
         if value is None or not limits:
             continue
-        if isinstance(value, str) and not value.strip() and section.path != "wandb":  # whose own rules say more
+        if isinstance(value, str) and not value.strip() and section.path != "wandb":  # wandb's own check says more
             raise UsageError(f"{key}={value} is empty, as $NAME is where NAME is not set; give it a value")
         if isinstance(value, list) and any(isinstance(item, list | dict) for item in value):
             raise UsageError(f"{key}={typed(value)} is a list that holds others; write [a,b]")
@@ -97,7 +97,7 @@ class Section:
         """Raises UsageError where the values, whose bounds are kept, do not go together. Changes nothing."""
 
     def filled(self) -> Self:
-        """A copy with what its choices imply; itself where they imply nothing."""
+        """A copy with the values that its choices imply; itself if they imply nothing."""
         return self
 
 
@@ -189,8 +189,8 @@ class Model(Section):
             )
 
     def filled(self) -> Self:
-        """Block numbers for words. A dense control is the same run whatever placement and options its rivals sweep
-        over, so that it has none."""
+        """Replaces words for blocks by block numbers. A dense control has no placement and no router options, so that
+        it is the same run whatever its rivals sweep over."""
         if self.router["_target_"] is None:
             bare = {"_target_": None}
             return replace(self, moe_blocks=[], router=bare, expert_init="identical", expert_width=None)
@@ -478,7 +478,7 @@ class Wandb(Section):
     name: str | None = option("null: the run's name")
 
     def check(self) -> None:
-        """W&B's own limits: what it refuses would cost the record of the run."""
+        """Checks W&B's own limits: W&B would refuse the run, and the record of the run would be lost."""
         for key in ("project", "entity", "group", "name"):
             value = getattr(self, key)
             if value is not None and not 1 <= len(value) <= WANDB_LETTERS:
@@ -512,7 +512,7 @@ def check_channels(data: Data, in_chans: int) -> None:
 
 
 def check_tokens(config: "Config", tokens: int) -> None:
-    """Very many tokens are seldom meant, and then have to be asked for."""
+    """Refuses very many tokens, which are seldom meant, unless they are asked for."""
     if tokens > config.train.max_tokens:
         m = config.model
         raise UsageError(
@@ -524,14 +524,14 @@ def check_tokens(config: "Config", tokens: int) -> None:
 
 
 def check_devices(devices: int, batch: int, parts: int) -> None:
-    """Each device has an image of each part of a batch, or more."""
+    """Checks that each device has at least one image of each part of a batch."""
     if batch // parts < devices:
         raise UsageError(f"devices={devices} cannot divide {batch // parts} images; use a larger batch_size")
 
 
 def check_groups(key: str, images: int, router: dict[str, Any], parts: int = 1) -> None:
-    """Evaluation, and each of several parts of a training batch, in whole groups, so that the size does not show in the
-    result."""
+    """Checks that evaluation batches, and each of several parts of a training batch, are whole routing groups, so that
+    their size does not change the result."""
     group = group_of(router)
     if images % (parts * group):
         at_once = "" if parts == 1 else f" is computed in train.accumulate={parts} parts, each of which"
@@ -542,13 +542,13 @@ def check_groups(key: str, images: int, router: dict[str, Any], parts: int = 1) 
 
 
 def group_of(router: dict[str, Any]) -> int:
-    """A router's `images_per_group`; 1 where it has none, or one that its constructor will refuse."""
+    """A router's `images_per_group`; 1 if it has none, or one that its constructor will refuse."""
     group = router.get("images_per_group", 1)
     return group if isinstance(group, int) and group > 0 else 1
 
 
 NAME_BYTES = 255
-"""In the name of a file or folder, on nearly every file system; a letter may have four."""
+"""The most bytes in the name of a file or folder, on nearly every file system; a letter may take four."""
 
 
 def _bytes(name: str) -> int:
@@ -831,7 +831,7 @@ class MatchConfig(Measured):
 
 @dataclass
 class Limit(Section):
-    """The most that a job of a search may cost; known before it runs."""
+    """The most that a job of a search may cost; a job's cost is known before it runs."""
 
     path: ClassVar[str] = "hydra.launcher.limit"
     train_pflop: float | None = option("search: most that a job may cost, or it is not trained", above=0)
@@ -912,8 +912,8 @@ NOT_SCIENCE = (
     "data.crop", "data.area", "train.default_epochs", "train.max_tokens", "train.log_every", "train.eval_batch_size",
     "train.fewshot", "train.save_seconds", "slots",
 )  # fmt: skip
-"""Keys that change where, when or how fast, never which numbers come out, or that only others read: left out of the
-signature. (The number that `slots` comes to stands in model.router.)"""
+"""Keys that are left out of the signature: they change where, when or how fast a run goes but never its numbers, or
+only other programs read them. (The number that `slots` becomes stands in model.router.)"""
 
 
 SCHEMAS: dict[str, type[Section]] = {

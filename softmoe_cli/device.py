@@ -42,8 +42,8 @@ tokens)."""
 
 
 def keep_freed_memory(device: torch.device, peak: int = 0, free: int = 0) -> bool:
-    """Has glibc keep what the main thread frees for what it allocates next, on a CPU where KEPT times `peak` bytes are
-    free. Returns whether memory is kept.
+    """Makes glibc keep the memory that the main thread frees and use it again, on a CPU where KEPT times `peak` bytes
+    are free. Returns whether memory is kept.
 
     By itself glibc gives blocks of 32 MiB and more back to the system, which hands them out again zeroed, page by page
     (what that costs: experiments/layer_speed). Where there is too little room, every freed block of 1 MiB and more is
@@ -80,9 +80,9 @@ def precision_context(device: str, precision: str, cached: bool = True) -> torch
 
 
 def compiled(call: T, **options: Any) -> T:
-    """torch.compile, whose backward pass is outside of autocast, as the one that is not compiled is. torch would
-    compute it in what the forward pass is called under, and the routers' gradients with it in half precision. The
-    setting is torch's own, for all that this process compiles."""
+    """torch.compile with the backward pass outside of autocast, as it is without compiling. By default torch would run
+    it under the forward pass's autocast, and compute the routers' gradients in half precision. The setting is torch's
+    own: it holds for everything that this process compiles."""
     from torch._functorch import config
 
     config.backward_pass_autocast = "off"
@@ -109,12 +109,12 @@ def hardware(device: torch.device) -> str:
 
 
 class Energy:
-    """Reads what a device says of the energy it uses: NVIDIA's GPUs through NVML, CPUs through Linux's RAPL zones,
-    which count for the whole device, other programs included. Many machines keep it to themselves."""
+    """Reads the energy that a device uses: NVIDIA's GPUs through NVML, CPUs through Linux's RAPL zones, which count for
+    the whole device, other programs included. Many machines do not let users read it."""
 
     def __init__(self, device: torch.device, zones: Path = Path("/sys/class/powercap")) -> None:
         self._gpu = _nvml_handle(device) if device.type == "cuda" else None
-        packages = sorted(zones.glob("intel-rapl:[0-9]*")) if device.type == "cpu" else []  # AMD's bear the name too
+        packages = sorted(zones.glob("intel-rapl:[0-9]*")) if device.type == "cpu" else []  # AMD's too
         self._packages = [zone for zone in packages if zone.name.count(":") == 1]
         self._before = self._counters()
 
@@ -138,13 +138,13 @@ class Energy:
                 (int((zone / "energy_uj").read_text()), int((zone / "max_energy_range_uj").read_text()) + 1)
                 for zone in self._packages
             ]
-        except OSError:  # root's alone, as is usual
+        except OSError:  # usually only root may read it
             return None
         return counters or None
 
 
 def _nvml_handle(device: torch.device) -> Any:
-    """NVML's handle of a CUDA device, whose number may be another there; None where there is no NVML."""
+    """NVML's handle of a CUDA device, which may have another number in NVML; None where there is no NVML."""
     try:
         pynvml.nvmlInit()
         return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")

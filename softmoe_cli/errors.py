@@ -14,8 +14,8 @@ class RunError(RuntimeError):
 
 def nearest(word: str, choices: Iterable[str]) -> str:
     """` Did you mean 'x'?` for the choice closest to `word`, else the empty string."""
-    found = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
-    return f" Did you mean '{found[0]}'?" if found else ""
+    matches = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
+    return f" Did you mean '{matches[0]}'?" if matches else ""
 
 
 def first_line(error: object) -> str:

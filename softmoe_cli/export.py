@@ -1,6 +1,6 @@
 """`softmoe export`: a checkpoint as a folder that timm, torch.export, ONNX and the Hugging Face hub understand.
 
-What is written is read back as its users read it and held against the model on images.
+Every file is read back as its users read it and compared with the model on images.
 """
 
 import json
@@ -94,9 +94,9 @@ def _fill(config: ExportConfig, model: Model, source: Source, receipt: dict[str,
         programs |= {name: makers[name](graph, folder, model.router_name) for name in sorted(set(config.formats))}
     with torch.no_grad():
         expected = vit(images)
-        found = {name: difference(name, program, images, expected, batch) for name, program in programs.items()}
+        differences = {name: difference(name, program, images, expected, batch) for name, program in programs.items()}
     packages = ("torch", "timm", *(ONNX_PACKAGES if "onnx" in config.formats else ()))
-    receipt |= {"images": len(images), "images_at_a_time": batch or "any", "programs": found}
+    receipt |= {"images": len(images), "images_at_a_time": batch or "any", "programs": differences}
     receipt |= {"largest_output": expected.abs().max().item(), "versions": {name: version(name) for name in packages}}
     (folder / RECEIPT).write_text(json.dumps(receipt, indent=1) + "\n")
     seal(folder)
@@ -134,7 +134,7 @@ def trace(model: nn.Module, example: Tensor, batch: int | None, router: str) -> 
     free = {0: Dim("batch", min=1)} if batch is None else {}
     try:
         return torch.export.export(model, (example,), dynamic_shapes=(free,))
-    except RuntimeError as error:  # all of torch.export's own are
+    except RuntimeError as error:  # torch.export's own errors all are
         raise UsageError(
             f"torch.export cannot follow router {router} ({first_line(error)}); leave formats=[]"
         ) from error
@@ -148,7 +148,7 @@ def write_torch_export(graph: ExportedProgram, folder: Path, router: str) -> Pro
 
 
 def write_onnx(graph: ExportedProgram, folder: Path, router: str) -> Program:
-    """model.onnx, in opset 20, and it in ONNX Runtime on the CPU.
+    """Writes model.onnx, in opset 20, and returns it as a program of ONNX Runtime on the CPU.
 
     Raises:
         UsageError: a router with an operator that ONNX lacks.
@@ -185,7 +185,7 @@ def write_onnx(graph: ExportedProgram, folder: Path, router: str) -> Program:
 
 
 def hub_config(model: Model, vit: VisionTransformer, card: dict[str, Any]) -> dict[str, Any]:
-    """config.json as timm has it: a dense model of timm's under timm's name, any other as `softmoe_vit`."""
+    """config.json in timm's form: a dense timm model under timm's name, any other model as `softmoe_vit`."""
     plain = _is_timms(model)
     return {
         "architecture": str(model.backbone.timm).split(".")[0] if plain else softmoe_vit.__name__,
@@ -205,7 +205,7 @@ def hub_config(model: Model, vit: VisionTransformer, card: dict[str, Any]) -> di
 
 
 def _pixels(model: Model, card: dict[str, Any]) -> dict[str, Any]:
-    """What timm is told of how images become pixels: what the model was measured with."""
+    """How timm is to turn images into pixels: as when the model was measured."""
     return {
         "interpolation": "bicubic" if card["data"]["format"] else "bilinear",
         "crop_pct": card["data"]["crop_pct"] or 1.0,
@@ -264,7 +264,7 @@ def push(folder: Path, name: str) -> str:
     hub = HfApi()
     try:
         hub.create_repo(name, private=True, exist_ok=True)
-        # A program of other weights may not stay beside these.
+        # An earlier program of other weights must not stay beside these weights.
         hub.upload_folder(
             repo_id=name, folder_path=folder, commit_message="softmoe export", delete_patterns=["model.*"]
         )

@@ -1,7 +1,8 @@
-"""What else can go wrong: errors of the system, of memory and of text, told apart from defects of softmoe.
+"""Tells apart the other errors: of the system, of memory, of text, and defects of softmoe.
 
-A command says its own errors itself, with the key and the way out. What reaches this place was raised by Python, torch
-or the system: by class and origin it is somebody's input (UsageError), the machine's state (RunError), or a defect.
+A command reports the errors that it expects itself, with the key and the way out. Errors that come here were raised by
+Python, torch or the system. Their class and origin tell the cause: the user's input (UsageError), the machine's state
+(RunError), or a defect.
 """
 
 import errno
@@ -18,16 +19,16 @@ from softmoe_cli.text import shortened
 PLACE = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EFBIG: "choose another file system"}
 FILES = {errno.EMFILE, errno.ENFILE}
 STATE = {errno.EIO, errno.ESTALE, errno.ENOMEM, errno.EAGAIN, errno.ETIMEDOUT, errno.ENOTCONN, errno.EREMOTEIO}
-"""Of the machine's: the same command may work later."""
+"""Errors of the machine's state: the same command may work later."""
 MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "unable to allocate")
 SHOWN = 500
-"""Letters of a place that a sentence repeats."""
+"""The most letters of a path that a sentence repeats."""
 PARSERS = ("json", "yaml", "omegaconf", "antlr4", "hydra")
 
 
 def ours(error: BaseException, typed: Sequence[str] = ()) -> UsageError | RunError | None:
-    """An error as one of softmoe's, which names the key that was `typed` with the path in question; None for a
-    defect."""
+    """Translates an error into one of softmoe's, which names the key that was `typed` with the path in question; None
+    for a defect."""
     if isinstance(error, UsageError | RunError):
         return error
     if isinstance(error, OSError):
@@ -80,7 +81,7 @@ def _module(error: BaseException) -> str:
 
 
 def defect(error: BaseException) -> str:
-    """Prints the traceback of an error that nobody expected; returns the sentence that says whose it is."""
+    """Prints the traceback of an error that nobody expected; returns the sentence that says whose defect it is."""
     traceback.print_exception(error)
     what = f"{type(error).__name__}: {first_line(error)}"
     file = _own_code(error)

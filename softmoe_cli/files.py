@@ -1,4 +1,4 @@
-"""Files that hold the old content or the new one, whenever the power goes; and what is never overwritten."""
+"""Writes files so that they hold the old content or the new one even after a power cut; refuses to overwrite."""
 
 import contextlib
 import errno
@@ -10,14 +10,15 @@ from pathlib import Path
 from softmoe_cli.errors import RunError, UsageError
 
 RULE = "What exists is not overwritten: give a name that nothing has, or remove it first."
-"""Of every file and folder that a command is told to write; `--help` says it."""
+"""The rule for every file and folder that a command is told to write; `--help` prints it."""
 
 
 def require_vacant(key: str, path: Path) -> None:
-    """Holds a place that `key` names against RULE, before any work is done for it. A link counts, wherever it leads.
+    """Checks a path that `key` names against RULE, before any work is done for it. A link counts as a file, wherever it
+    leads.
 
     Raises:
-        UsageError: something is there, or nothing can be.
+        UsageError: something is there, or nothing can be written there.
     """
     try:
         path.lstat()
@@ -30,13 +31,14 @@ def require_vacant(key: str, path: Path) -> None:
 
 
 def unused(path: Path) -> Path:
-    """A name beside `path` that nobody has, for what is not finished. Whoever makes it makes it anew (`x`, `mkdir`), so
-    that neither a neighbour nor what a link leads to can be hit."""
+    """An unused name beside `path`, for a file or folder that is not finished. The caller must create it as new (`x`,
+    `mkdir`), so that neither another file nor the target of a link can be overwritten."""
     return path.with_name(f".{path.name[:60]}-{secrets.token_hex(6)}")  # names have up to 255 bytes
 
 
 def not_following(path: str, flags: int) -> int:
-    """An `opener` for files that grow or are held: what a link of their name leads to is another's."""
+    """An `opener` for files that are appended to or locked: it follows no link, because the target may be somebody
+    else's file."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
@@ -67,7 +69,7 @@ def cannot_write(path: Path, error: OSError) -> RunError:
 
 
 def clear(path: Path) -> None:
-    """Removes what is called so, of a link the link alone; what cannot be removed stays."""
+    """Removes a file or folder; of a link, only the link. What cannot be removed stays."""
     with contextlib.suppress(OSError):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)

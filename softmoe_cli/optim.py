@@ -16,7 +16,7 @@ from softmoe_cli.config import Optim
 from softmoe_cli.errors import UsageError
 from softmoe_cli.moe.routing import Router
 from softmoe_cli.parallel import part_of
-from softmoe_cli.text import aligned
+from softmoe_cli.text import aligned, several
 
 HEAD = re.compile(r"head\.weight")
 STEM = ("patch_embed.", "pos_embed", "cls_token", "reg_token", "norm_pre.")
@@ -26,22 +26,22 @@ STACKED = re.compile(r".*(experts|shared)\.w[12]")
 
 
 def decays(model: nn.Module, optim: Optim) -> dict[str, float]:
-    """Weight decay of each parameter: of kernels, stacked or not, and of what routers say of theirs.
+    """Weight decay of each parameter: kernels, stacked or not, have it, and so do the parameters that a router names.
 
     Biases (stacked ones are 2-D), norms, position tables and tokens have none. These are the official patterns:
     `head/kernel`, any other `kernel`, `Moe/Router/scale`.
     """
-    found = {}
+    decay_of = {}
     for name, parameter in model.named_parameters():
         matrix = STACKED.fullmatch(name) or (name.endswith(".weight") and parameter.ndim > 1)
-        found[name] = optim.weight_decay if matrix else 0.0
+        decay_of[name] = optim.weight_decay if matrix else 0.0
         if HEAD.fullmatch(name):
-            found[name] = optim.head_weight_decay
+            decay_of[name] = optim.head_weight_decay
     for place, module in model.named_modules():
         if isinstance(module, Router) and module.decays is not None:
             for name, _ in module.named_parameters():
-                found[f"{place}.{name}"] = optim.weight_decay if name in module.decays else 0.0
-    return found
+                decay_of[f"{place}.{name}"] = optim.weight_decay if name in module.decays else 0.0
+    return decay_of
 
 
 def layer_of(name: str, depth: int) -> int:
@@ -101,9 +101,10 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
 
 
 def optimizer_of(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
-    """The optimizer of what is not frozen, with one group per weight decay and share of the learning rate (`lr_scale`,
-    for who sets the rate). AdamW's decay is decoupled and multiplied by the learning rate; SGD's is a part of the
-    gradient. SGD's momentum is a plain sum of gradients, as in optax: buffer = momentum * buffer + gradient."""
+    """The optimizer of all parameters that are not frozen, with one group per weight decay and share of the learning
+    rate (`lr_scale`, for the code that sets the rate). AdamW's decay is decoupled and multiplied by the learning rate;
+    SGD's is a part of the gradient. SGD's momentum is a plain sum of gradients, as in optax: buffer = momentum * buffer
+    + gradient."""
     groups: dict[tuple[float, float, type[Tensor]], list[nn.Parameter]] = {}
     for row in settings(model, optim):
         if not row.frozen:
@@ -188,14 +189,14 @@ def table(model: nn.Module, optim: Optim) -> str:
     trained = [row for row in rows if not row.frozen]
     groups = len({(row.weight_decay, row.lr_scale) for row in trained})
     some, every = (sum(row.parameter.numel() for row in part) for part in (trained, rows))
-    end = f"{optim.name} trains {some:,} of {every:,} parameters in {groups} group{'s' * (groups != 1)}"
+    end = f"{optim.name} trains {some:,} of {every:,} parameters in {several(groups, 'group')}"
     return f"{aligned([head, *lines], False)}\n\n{end}"
 
 
 def moment_bytes(optim: Optim | None, numbers: int) -> int:
-    """Of the moments of a parameter of so many numbers; without `optim`, of AdamW's in float32."""
+    """Bytes of the moments of a parameter of so many numbers; without `optim`, of AdamW's moments in float32."""
     if optim is not None and optim.name == "sgd":
-        return 4 * numbers * bool(optim.momentum)
+        return 4 * numbers if optim.momentum else 0
     if optim is not None and optim.moments == "8bit" and numbers >= FEWEST_8BIT:
         return 2 * (numbers + 4 * math.ceil(numbers / BLOCK_8BIT))
     return 8 * numbers

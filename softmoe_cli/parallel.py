@@ -1,11 +1,11 @@
 """Several processes that train one model: who does what, who has what, and what they tell each other.
 
-Every process goes through the same loop. Of each part of a batch it takes a run of whole routing groups; what it adds
-up, the others add theirs to; what only one can do (files, W&B, the terminal), the first process does. So that the
-numbers do not depend on how many there are, noise is drawn for a whole batch by every process, which keeps its rows.
+Every process runs the same loop. It takes a run of whole routing groups from each part of a batch. Sums are added up
+over all processes; what only one process can do (files, W&B, the terminal), the first one does. Every process draws
+noise for the whole batch and keeps its own rows, so that the numbers do not depend on the number of processes.
 
-Of the model each has all (ddp), a part of every weight (fsdp), or some experts of each layer and a part of all other
-weights (expert). Parts are DTensors; gradients, moments and averages are divided as the weights are.
+Each process has the whole model (ddp), a part of every weight (fsdp), or some experts of each layer and a part of all
+other weights (expert). Parts are DTensors; gradients, moments and averages are divided as the weights are.
 """
 
 import math
@@ -50,7 +50,7 @@ PATIENCE = timedelta(minutes=30)
 
 
 class Lost(RunError):
-    """Another process is gone; why, that one says."""
+    """Another process is gone; that process says why."""
 
 
 @dataclass(frozen=True)
@@ -77,21 +77,22 @@ class Share:
 
 @dataclass(frozen=True)
 class Turns:
-    """Which batches of an evaluation are a process's own, and how what all found comes together."""
+    """Which batches of an evaluation belong to this process, and how the findings of all processes come together."""
 
     batches: int
     crew: "Crew"
 
     @property
     def own(self) -> list[int]:
-        """Every process has as many, because a model whose weights are spread needs all at each of its turns; what is
-        too much, the first batch once more, is not counted."""
+        """The batches of this process. Every process gets the same number, because a model with divided weights needs
+        all processes for each batch; a batch too many repeats the first one and is not counted."""
         rounds = -(-self.batches // self.crew.size)
         turns = range(self.crew.rank, rounds * self.crew.size, self.crew.size)
         return [turn if turn < self.batches else 0 for turn in turns]
 
     def collect(self, found: list[T]) -> list[T]:
-        """What was found on each batch, in the order of the batches, from what was found on one's own."""
+        """The findings for all batches, in the order of the batches, from the findings for this process's own
+        batches."""
         if self.crew.size == 1:
             return found
         everyones = self.crew.gather(tree_map_only(Tensor, Tensor.cpu, found))
@@ -99,7 +100,7 @@ class Turns:
 
 
 class Crew:
-    """The processes of one run as one of them sees them; alone, everything is at once what it asks for."""
+    """The processes of one run, as one of them sees them. A process that is alone gets its own values back at once."""
 
     def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, local_size: int = 1) -> None:
         self.rank, self.size, self.local_rank, self.local_size = rank, size, local_rank, local_size
@@ -164,7 +165,7 @@ class Crew:
         return tensor
 
     def largest_of_all(self, number: float) -> float:
-        """The largest of all processes' numbers: what they decide by must be the same to all."""
+        """The largest of all processes' numbers, so that all processes decide by the same number."""
         if self.size == 1:
             return number
         known = torch.tensor([number], dtype=torch.float64)
@@ -180,7 +181,7 @@ class Crew:
         return box[0]
 
     def gather(self, items: T) -> list[T]:
-        """Everyone's, by rank."""
+        """The items of all processes, by rank."""
         if self.size == 1:
             return [items]
         everyones: list[Any] = [None] * self.size
@@ -188,14 +189,14 @@ class Crew:
         return everyones
 
     def gather_aside(self, items: T) -> list[T]:
-        """`gather` between the threads that write checkpoints, which does not meet what the loops say to each other."""
+        """`gather` for the threads that write checkpoints, apart from the messages of the training loops."""
         everyones: list[Any] = [None] * self.size
         dist.all_gather_object(everyones, items, group=self._aside)
         return everyones
 
     @contextmanager
     def in_turn(self) -> Iterator[None]:
-        """The first process of each machine goes first, the others when it is done: for what is fetched to a disk."""
+        """The first process of each machine goes first, the others when it is done: for files that are downloaded."""
         if self.size > 1 and self.local_rank:
             dist.barrier()
         yield
@@ -204,7 +205,8 @@ class Crew:
 
     @contextmanager
     def one_by_one(self) -> Iterator[None]:
-        """The processes of a machine one after the other, where they divide what is whole only in here."""
+        """The processes of a machine one after the other, if they divide the model: each has the whole model in
+        here."""
         turns = int(self.largest_of_all(self.local_size)) if self.way != "ddp" else 0
         before = min(self.local_rank, turns)
         for _ in range(before):
@@ -222,13 +224,13 @@ class Crew:
         return None if math.isnan(total) else total
 
     def spread(self, model: VisionTransformer, config: Config, device: torch.device) -> None:
-        """Moves to the device what this process has of a model; the rest is let go, block by block."""
+        """Moves this process's part of a model to the device and frees the rest, block by block."""
         if self.way == "ddp":
             model.to(device)
             return
         assert dist.group.WORLD is not None
         mesh = DeviceMesh.from_group(dist.group.WORLD, device.type)
-        apart = {parameter for parameter in model.parameters() if parameter.ndim == 0}  # a number has no parts
+        apart = {parameter for parameter in model.parameters() if parameter.ndim == 0}  # one number cannot be divided
         for number in apart:
             number.data = number.data.to(device)
         groups = [end - start for start, end in pairwise(self._ends(config))]
@@ -248,7 +250,7 @@ class Crew:
         return Shard(cut_axis(parameter.shape, self.size))
 
     def prepare(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
-        """The forward pass whose gradients are everyone's, added up while they come."""
+        """The forward pass; the gradients of its backward pass are added up over all processes as they are computed."""
         if self.size == 1:
             return model
         for module in list(model.modules()):
@@ -259,7 +261,7 @@ class Crew:
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             self._undivided = [parameter for parameter in trained if not isinstance(parameter, DTensor)]
             return model
-        own = [name for name, _ in model.named_buffers()]  # equal by themselves, or counted by each for itself
+        own = [name for name, _ in model.named_buffers()]  # equal by themselves, or counted by each process
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, own)
         parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
         parallel.register_comm_hook(None, _add_up)
@@ -284,7 +286,7 @@ class Crew:
             torch._foreach_copy_(gradients, list(self.add(torch.stack(gradients))))
 
     def norm(self, model: nn.Module) -> Tensor:
-        """Of all gradients, 0-dim."""
+        """The norm of all gradients, 0-dim."""
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         parts = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
         if not parts:
@@ -298,12 +300,13 @@ ALONE = Crew()
 
 
 def own_part(tensor: Tensor) -> Tensor:
-    """What this process has of it, sharing its memory."""
+    """This process's part of a tensor; the two share memory."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 def part_of(whole: Tensor, like: Tensor) -> Tensor:
-    """What a process has of a whole tensor if of another one it has `like`, on the same device."""
+    """This process's part of a whole tensor, given its part `like` of another tensor of that shape, on the same
+    device."""
     if not isinstance(like, DTensor) or whole.ndim == 0:
         return whole.to(like.device)
     axis = _axis_of(like)
@@ -399,11 +402,11 @@ def joined(config: Config) -> Iterator[Crew]:
 
 @contextmanager
 def _contact() -> Iterator[None]:
-    """Turns the engine's word for a process that is gone into ours."""
+    """Turns torch's error about a process that is gone into Lost."""
     try:
         yield
     except RunError:
-        raise  # ours, whatever words are in it
+        raise  # our own error, whatever its text
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error):
             raise Lost(f"lost contact with another process ({first_line(error)})") from error

@@ -20,7 +20,8 @@ ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 LEAVE_S = 1.5
 """How long the main thread has to leave by itself."""
 TWICE_S = {signal.SIGINT: 0.1, signal.SIGTERM: 1.0}
-"""How long after the first signal another one is the same request: timeout and torchrun tell what they start twice."""
+"""How long after the first signal another one is the same request: timeout and torchrun signal their processes
+twice."""
 CURSOR = b"\x1b[?25h"
 """Shows a terminal's cursor, which progress bars hide."""
 
@@ -67,7 +68,7 @@ class Asked:
         self._when = 0.0
 
     def again(self, number: int) -> bool:
-        """Takes a signal. Whether it is a second request, which asks to leave at once."""
+        """Takes a signal; returns whether it is a second request, which asks to leave at once."""
         if self.name is None:
             self.name, self._when = signal.Signals(number).name, time.monotonic()
             return False
@@ -87,7 +88,7 @@ def interruptible(sentence: Callable[[str], str]) -> Iterator[None]:
             leave_soon(lambda: "" if said.is_set() else text)
 
     def act(number: int) -> None:
-        if asked.name is None:  # a second one would meet whoever is tidying up
+        if asked.name is None:  # a second exception would disturb the tidying up
             asked.again(number)
             raise KeyboardInterrupt(asked.name)
 

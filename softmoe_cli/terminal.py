@@ -60,7 +60,7 @@ class Screen:
         self.console.print(escape(printable_lines(text)))
 
     def table(self, title: str, rows: dict[str, str]) -> None:
-        """A row per word: on a terminal wrapped between words, in a file a line."""
+        """A table with a row for each word: on a terminal wrapped between words, in a file one line each."""
         self.console.print(f"[bold]{escape(title)}[/bold]")
         for key, value in rows.items():
             self.row(key, value)

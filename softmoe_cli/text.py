@@ -29,7 +29,7 @@ def digits(number: float) -> str:
 
 
 def gibibytes(number: float) -> str:
-    """In GiB; what would be less than a tenth of one, in MiB."""
+    """In GiB; less than a tenth of a GiB in MiB."""
     return f"{number / 2**30:.2f} GiB" if number >= 0.1 * 2**30 else f"{number / 2**20:.1f} MiB"
 
 
@@ -54,11 +54,13 @@ def several(number: float, noun: str) -> str:
 
 
 OBEYED = {"Cc", "Cs", "Zl", "Zp", "LRE", "RLE", "PDF", "LRO", "RLO", "LRI", "RLI", "FSI", "PDI"}
-"""Unicode's classes of what moves, colours, hides or turns round what stands beside it, and of half characters."""
+"""Unicode's classes of characters that move, colour, hide or turn round the text beside them, and of half
+characters."""
 
 
 def printable(text: str) -> str:
-    """A name of somebody else's, on one line: what a terminal would obey or cannot show becomes an escape.
+    """A name that somebody else chose, on one line: characters that a terminal would obey or cannot show become
+    escapes.
 
     ESC becomes \\x1b, a line break \\n, and a byte of a name that is not UTF-8 (which Python holds as half a character)
     \\xe9. Everything else stays as it is, in every script.

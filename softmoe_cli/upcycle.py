@@ -35,7 +35,7 @@ from softmoe_cli.terminal import Screen
 from softmoe_cli.text import flop, si
 
 EXACT = 1e-9
-"""What a whole model in float64 may lose where the maths says that nothing changes."""
+"""The largest allowed difference of a whole model in float64 if the maths says that nothing changes."""
 
 
 def upcycle(config: UpcycleConfig, source: Source) -> dict[str, Any]:
@@ -177,7 +177,7 @@ def fill_experts(moe: MoE, mlp: Mlp) -> int:
 
 
 LAYERS = {"w1": "fc1.weight", "b1": "fc1.bias", "w2": "fc2.weight", "b2": "fc2.bias"}
-"""Where in an MLP the tensors of its experts come from."""
+"""An expert's tensor -> the tensor of an MLP that it comes from."""
 
 
 def stacked(leaf: str, value: Tensor, experts: int, parts: int) -> Float[Tensor, "e ..."]:
@@ -210,10 +210,11 @@ def side_by_side(leaf: str, value: Tensor, copies: int) -> Float[Tensor, "1 ..."
 def carried_moments(
     moments: dict[str, dict[str, Tensor]], new: VisionTransformer, keys: dict[str, dict[str, str | None]]
 ) -> dict[str, Tensor]:
-    """AdamW's state for the parameters of `new` that come from ones that have it, as `optimizer.NAME.KEY`. Each expert
-    has that of the units that it was made from, unscaled: AdamW's step does not depend on a gradient's scale. What is
-    new, resampled or drawn again has none and starts at zero, with a count of steps of its own."""
-    found: dict[str, Tensor] = {}
+    """AdamW's state for the parameters of `new` that come from parameters with a state, as `optimizer.NAME.KEY`. Each
+    expert gets the state of the units that it was made from, unscaled: AdamW's step does not depend on a gradient's
+    scale. Parameters that are new, resampled or drawn again have no state and start at zero, with a count of steps of
+    their own."""
+    carried: dict[str, Tensor] = {}
     for name, parameter in new.named_parameters():
         origin, how = keys[name]["from"], keys[name]["how"] or ""
         if origin is None or "resampled" in how or "redrawn" in how:
@@ -224,8 +225,8 @@ def carried_moments(
                 value = stacked(leaf, value, len(parameter), value.numel() // parameter[0].numel())
             elif key != "step" and place.endswith(".shared"):
                 value = side_by_side(leaf, value, parameter.numel() // value.numel())
-            found[f"optimizer.{name}.{key}"] = value.clone(memory_format=torch.contiguous_format)
-    return found
+            carried[f"optimizer.{name}.{key}"] = value.clone(memory_format=torch.contiguous_format)
+    return carried
 
 
 def tie_parts(router: Router, parts: int) -> None:
@@ -329,14 +330,21 @@ def _fate(place: str, name: str, moe: MoE, parts: int, noise: float, redraw: flo
             [f"{moe.router.num_experts // parts} copies"],
             {"w2": parts / copies, "b2": 1 / copies}.get(leaf, 1),
         )
-        steps += [f"in {parts} parts"] * (parts > 1 and leaf != "b2") + [f"noise {noise:g}"] * (noise > 0)
-        steps += [f"{redraw:g} of the units redrawn"] * (redraw > 0 and leaf != "b2")
-    steps += ["transposed"] * (leaf in ("w1", "w2")) + [f"times {factor:g}"] * (factor != 1)
+        if parts > 1 and leaf != "b2":
+            steps.append(f"in {parts} parts")
+        if noise > 0:
+            steps.append(f"noise {noise:g}")
+        if redraw > 0 and leaf != "b2":
+            steps.append(f"{redraw:g} of the units redrawn")
+    if leaf in ("w1", "w2"):
+        steps.append("transposed")
+    if factor != 1:
+        steps.append(f"times {factor:g}")
     return {"from": f"{place}.{LAYERS[leaf]}", "how": ", ".join(steps)}
 
 
 def _carried(training: dict[str, Tensor], new: VisionTransformer) -> dict[str, Any]:
-    """What a receipt says of moments, and by which digest a finetuning knows them again."""
+    """What a receipt says of moments, and the digest by which finetuning recognises them."""
     fresh = [name for name, _ in new.named_parameters() if f"optimizer.{name}.step" not in training]
     steps = max(int(value) for key, value in training.items() if key.endswith(".step"))
     tensors = sum(key.endswith(".step") for key in training)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_HUB_CACHE"] = os.devnull  # nor what was fetched before
+os.environ["HF_HUB_CACHE"] = os.devnull  # nor from files that were fetched before
 os.environ["WANDB_MODE"] = "offline"
 for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "RANK", "WORLD_SIZE"):
     os.environ.pop(name, None)
@@ -20,13 +20,13 @@ torch.set_num_threads(1)  # tests are small: a second thread costs more than it 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The long ones first: no worker is left alone with one at the end."""
+    """Runs long tests first: so no worker is left alone with a long one at the end."""
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Which official numbers were compared and which passed over, by the kind that tests/check/test_official.py
-    notes."""
+    """Prints which official numbers were compared and which were passed over, by the kind that
+    tests/check/test_official.py notes."""
     kinds: dict[str, set[tuple[str, str]]] = {"compared": set(), "passed over, because nothing handles them": set()}
     compared, passed_over = kinds.values()
     for outcome, reports in terminalreporter.stats.items():
@@ -50,11 +50,13 @@ def _nothing_goes_on() -> Iterator[None]:
 
 
 def thinned(cases: Iterable[Any], keep: int) -> list[Any]:
-    """Cases of a parametrized test, of which so many, spread evenly, are for make test and the others for make long."""
+    """Cases of a parametrized test: `keep` of them, spread evenly, are for make test, and all others for make long."""
     cases = list(cases)
     short = {len(cases) * i // keep for i in range(keep)}
     return [
-        pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=[pytest.mark.thorough] * (i not in short))
+        pytest.param(
+            *(case if isinstance(case, tuple) else (case,)), marks=[] if i in short else [pytest.mark.thorough]
+        )
         for i, case in enumerate(cases)
     ]
 

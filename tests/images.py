@@ -1,4 +1,4 @@
-"""Small images on the disk in every form that is read: folders, tars, shards, records, Arrow files."""
+"""Small images on the disk in every form that softmoe reads: folders, tars, shards, records, Arrow files."""
 
 import io
 import itertools
@@ -98,7 +98,7 @@ def as_part_tars(root: Path) -> Path:
 
 
 def samples(part: str, label: str) -> Files:
-    """As WebDataset's writer names them: KEY.png, KEY.cls, KEY.json."""
+    """Files named as WebDataset's writer names them: KEY.png, KEY.cls, KEY.json."""
     found: Files = {}
     for name, content in below(WHOLE, part).items():
         kind, _, number = name.partition("/")
@@ -112,7 +112,7 @@ def samples(part: str, label: str) -> Files:
 def shards(root: Path, label: str = "number", names: str = "set-{}-{:03d}.tar") -> Path:
     for part in ("train", "val"):
         files = list(samples(part, label).items())
-        for i in range(3):  # samples do not straddle shards
+        for i in range(3):  # a sample must lie in one shard
             pack(root / names.format(part, i), dict(files[len(files) // 3 * i : len(files) // 3 * (i + 1)]))
     return root
 
@@ -124,7 +124,7 @@ IMAGE = picture(0)
 
 
 def example(features: dict[str, bytes | int | list[int] | float]) -> bytes:
-    """A tf.train.Example, serialised by protobuf from TensorFlow's definition of it."""
+    """A tf.train.Example, serialised by protobuf from TensorFlow's definition of the message."""
     return EXAMPLE(
         features={"feature": {name: _feature(value) for name, value in features.items()}}
     ).SerializeToString()
@@ -189,7 +189,7 @@ def as_tfds(root: Path, label: str = "label") -> Path:
 
 
 def as_arrow(root: Path, label: str = "label") -> Path:
-    """As `datasets` 5 saves a DatasetDict: a stream file per part, and what the columns are."""
+    """Files as `datasets` 5 saves a DatasetDict: a stream file per part, and a description of the columns."""
     pa = pytest.importorskip("pyarrow")
     for part, word in (("train", "train"), ("val", "test")):
         files = below(WHOLE, part)

@@ -38,7 +38,7 @@ def mlp(x: Vector, w1: Matrix, b1: Vector, w2: Matrix, b2: Vector) -> Vector:
 
 @dataclass
 class SoftMoE:
-    """What one image meets: dispatch[s][e][p], combine[s][e][p], slots[e][p], outputs[e][p] and y[s]."""
+    """The numbers of one image: dispatch[s][e][p], combine[s][e][p], slots[e][p], outputs[e][p] and y[s]."""
 
     dispatch: Cube
     combine: Cube
@@ -179,7 +179,7 @@ def solve(matrix: Matrix, right: Vector) -> Vector:
 def ridge(x: Matrix, labels: list[int], classes: int, l2: float) -> Matrix:
     """Weights [d][c] of (X^T X + l2 I) w = X^T y, with y 1 for an image's class and -1 for the others."""
     d = len(x[0])
-    square = [[sum(row[i] * row[j] for row in x) + l2 * (i == j) for j in range(d)] for i in range(d)]
+    square = [[sum(row[i] * row[j] for row in x) + (l2 if i == j else 0.0) for j in range(d)] for i in range(d)]
     columns = []
     for c in range(classes):
         y = [1.0 if label == c else -1.0 for label in labels]

@@ -24,14 +24,14 @@ _SERVER.set_forkserver_preload(["softmoe_cli.train.loop", "softmoe_cli.cli", "so
 
 
 def compose_once() -> None:
-    """Hydra composes a configuration twice: before it runs, to see whether the files ask for a sweep. Ours never do,
-    and it takes a third of the time of a short run."""
+    """Stops Hydra from composing each configuration twice: the first time only shows whether the files ask for a sweep.
+    Ours never do, and it takes a third of the time of a short run."""
     Hydra.get_mode = lambda *_, **__: None  # type: ignore[method-assign]
 
 
 class Started:
-    """A running command: a process of its own, with its own signals, group, folder and output. What torch makes without
-    being told a type is of `dtype`; `first` is called before anything else. With `own_server` what it forks comes from
+    """A running command: a process of its own, with its own signals, group, folder and output. Tensors without a given
+    type are of `dtype`; `first` is called before anything else. With `own_server` the command forks its processes from
     a server of its own, with its own output."""
 
     def __init__(
@@ -73,7 +73,7 @@ started: list[Started] = []
 
 
 def end_all() -> None:
-    """Ends what a test that failed has left running, which would take the cores from all others."""
+    """Ends processes that a failed test has left running: they would take the cores from all other tests."""
     while started:
         process = started.pop()
         if not process.ended:
@@ -133,7 +133,7 @@ def _attempt(folder: Path, arguments: list[str], out: Path, err: Path) -> None:
 
 def torchrun(size: int) -> list[dict[str, str]]:
     """The environment that torchrun would give to each of so many processes."""
-    # Below what the system gives to whoever asks for any port, so that none takes it before it is used.
+    # The system picks ports for others from above this range, so that nobody takes the port before it is used.
     port = 10_000 + 7 * os.getpid() % 20_000
     while True:
         with socket.socket() as tried, contextlib.suppress(OSError):
@@ -141,7 +141,7 @@ def torchrun(size: int) -> list[dict[str, str]]:
             break
         port += 1
     told = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    told["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # no word about names that do not resolve
+    told["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # no message about names that do not resolve
     ranks = [told | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(size)]
     return [{key: str(value) for key, value in each.items()} for each in ranks]
 
@@ -155,7 +155,7 @@ def together(size: int, work: Callable[..., None], *arguments: Any) -> None:
         processes[-1].start()
     while any(process.is_alive() for process in processes):
         wait([process.sentinel for process in processes if process.is_alive()])
-        if any(process.exitcode for process in processes):  # the others would wait for it
+        if any(process.exitcode for process in processes):  # the others would wait for the one that failed
             for process in processes:
                 process.kill()
     assert not any(process.exitcode for process in processes)
@@ -179,12 +179,12 @@ def _main(
     os.setsid()
     _write_to(out)
     compose_once()
-    mirror.LAST_WAIT_S = 300  # the machine may be slow, and the file is looked at
+    mirror.LAST_WAIT_S = 300  # the machine may be slow, and the test reads the file
     sys.argv = ["softmoe", *arguments]
     if dtype:
         torch.set_default_dtype(getattr(torch, dtype))
     if address is not None:
-        # A sweep's own server would import everything once more: its jobs fork from the one that this one came from.
+        # A sweep's own server would import everything again; so its jobs fork from the server that forked this process.
         vars(_forkserver()).update(_forkserver_address=address, ensure_running=lambda: None)
         multiprocessing.forkserver.ensure_running = lambda: None
         for module in (job, places, sweep):
@@ -207,10 +207,10 @@ def _told(out: Path, work: Callable[..., None], arguments: Sequence[Any]) -> Non
 
 
 class _Same:
-    """The server of all tests as a sweep's own one, which has the folder and environment of its sweep."""
+    """The server of all tests, used as a sweep's own server: jobs get the sweep's folder and environment."""
 
     def set_forkserver_preload(self, _modules: list[str]) -> None:
-        """They are loaded."""
+        """Does nothing: the modules are loaded already."""
 
     def Pipe(self, duplex: bool) -> tuple[Connection, Connection]:
         return _SERVER.Pipe(duplex)

@@ -1,4 +1,4 @@
-"""The routers that are shipped, by their files."""
+"""The options of every router that is shipped, from its yaml."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Runs and checkpoints that several tests make and look into."""
+"""Runs and checkpoints that several tests make and read."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ def costed(model: str = "vit_nano4_soft", **changes: Any) -> CostConfig:
 
 
 def saved(path: Path, seed: int, *overrides: str, tiny: Sequence[str] = TINY) -> Path:
-    """A checkpoint file with weights that nobody trained."""
+    """A checkpoint file with random weights."""
     config = oracles.compose(*tiny, *overrides)
     torch.manual_seed(seed)
     weights = build(config.model, 10).state_dict()

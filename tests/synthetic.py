@@ -1,4 +1,4 @@
-"""Finished runs that nobody trained: folders with the rows that the loop writes."""
+"""Finished runs without any training: folders with the rows that the loop would write."""
 
 import hashlib
 import json
@@ -49,7 +49,7 @@ def row(*, router: str = "soft", seed: int = 0, top1_pct: float = 90.0, **change
 
 
 def looks(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of metrics.jsonl that end where the result does: training rows, validation rows, a test row."""
+    """Rows of metrics.jsonl whose last values are the result's: training rows, validation rows, a test row."""
     rows = []
     for i in range(1, LOOKS + 1):
         share = i / LOOKS
@@ -76,14 +76,14 @@ def write(folder: Path, result: dict[str, Any]) -> Path:
 
 
 def rewrite(run: Path, metrics: str, result: dict[str, Any] | None = None) -> None:
-    """Other rows for a run, with a result that vouches for them."""
+    """Replaces the rows of a run, and its result by one that belongs to these rows."""
     result = json.loads((run / "result.json").read_text()) if result is None else result
     (run / "metrics.jsonl").write_text(metrics)
     (run / "result.json").write_text(json.dumps(result | seal(metrics.encode()), indent=1))
 
 
 def study(folder: Path, seeds: int = 3) -> Path:
-    """dense, soft and tokens_choice; soft is 3 points better than dense, tokens_choice hardly."""
+    """Runs of dense, soft and tokens_choice; soft is 3 points better than dense, tokens_choice hardly better."""
     wobble = (0.0, 0.4, -0.3, 0.2, -0.1)
     for seed in range(seeds):
         write(folder, row(router="dense", seed=seed, top1_pct=90 + seed))

@@ -246,7 +246,7 @@ def tree(root: Path, parts: tuple[str, ...] = ("",), classes: str = "ab", count:
 
 
 def test_wrong_folders(softmoe: Softmoe, tmp_path: Path) -> None:
-    """Each wrong folder by its own sentence; the run's folder is never made."""
+    """Each wrong folder gets its own sentence; the run's folder is never made."""
 
     def answer(name: str) -> str:
         got = softmoe("train", *TINY, "data=folder", f"data.root={name}", "data.image_size=8", "model.in_chans=3")
@@ -304,7 +304,7 @@ def test_wrong_card(kind: str, command: str, finished: Path, softmoe: Softmoe, t
 
 
 def test_colour_weights_take_grey_images(softmoe: Softmoe, tmp_path: Path) -> None:
-    """Means of three colours go on to grey images, which are repeated; so do a timm checkpoint's."""
+    """The means of three colours are used for grey images, which are repeated; a timm checkpoint's means too."""
     tree(tmp_path / "images")
     line = ("train", *TINY, "data=folder", "data.root=images", "data.image_size=8", "train.batch_size=4")
     assert softmoe(*line, "train.steps=2", "data.mean=[0.4,0.5,0.6]", "data.std=[0.2,0.2,0.3]").code == 0
@@ -343,7 +343,7 @@ def test_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
     )
     assert told.stderr == ""
     reader, writer = os.pipe()
-    os.close(reader)  # and few words are written only when all is said
+    os.close(reader)  # a command that prints little writes only at its end
     told = subprocess.run(
         [sys.executable, "-m", "softmoe_cli", "--version"],
         stdout=writer,

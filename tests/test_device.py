@@ -30,7 +30,7 @@ def zone(root: Path, name: str, joules: float, span: float = 1000) -> None:
 def test_packages_add_up_parts_do_not_and_counters_start_again(tmp_path: Path) -> None:
     zone(tmp_path, "intel-rapl:0", 10)
     zone(tmp_path, "intel-rapl:1", 990)
-    zone(tmp_path, "intel-rapl:0:0", 1)  # the cores of package 0, which counts them too
+    zone(tmp_path, "intel-rapl:0:0", 1)  # the cores of package 0, whose counter includes them
     energy = Energy(CPU, tmp_path)
     zone(tmp_path, "intel-rapl:0", 14)
     zone(tmp_path, "intel-rapl:1", 5)
@@ -94,7 +94,8 @@ def test_freed_memory_is_used_again(tmp_path: Path) -> None:
 
 
 def page_faults() -> None:
-    """Prints the page faults of 64 MiB five times, each freed before the next: as glibc has it, then kept."""
+    """Prints the page faults of 64 MiB five times, each block freed before the next: first as glibc does it, then with
+    freed memory kept."""
     faults = []
     for _ in range(2):
         torch.ones(1 << 24)
@@ -114,7 +115,7 @@ def test_freed_memory_is_kept_where_there_is_room_for_it(tmp_path: Path) -> None
 
 
 def rooms() -> None:
-    """Prints whether it is kept: not on a GPU, not where the gaps would not fit, and where they do."""
+    """Prints whether freed memory is kept: not on a GPU, not where the gaps would not fit, and where they fit."""
     room = round(KEPT * 2**20)
     asked = ((torch.device("cuda"), 2**60), (CPU, room - 1), (CPU, room))
     print(json.dumps([keep_freed_memory(device, 2**20, free) for device, free in asked]))
@@ -122,7 +123,7 @@ def rooms() -> None:
 
 @glibc
 def test_what_was_freed_is_given_back_when_free_memory_is_read(tmp_path: Path) -> None:
-    """A block of 256 MiB, kept until then."""
+    """A block of 256 MiB is kept until then."""
     assert forked(tmp_path / "out.txt", resident) == 0
     kept, after = json.loads((tmp_path / "out.txt").read_text())
     assert kept - after > 250 * 2**20

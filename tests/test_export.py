@@ -1,4 +1,4 @@
-"""Export: every router as a program, held against the model; folders that timm, the hub and softmoe read back."""
+"""Export: every router as a program, compared with the model; folders that timm, the hub and softmoe read back."""
 
 import copy
 import json
@@ -86,7 +86,7 @@ def tokens(images: int) -> Tensor:
 
 @pytest.mark.thorough
 def test_routers_that_sort_and_scatter_in_onnx(tmp_path: Path) -> None:
-    """For any number of images."""
+    """The programs take any number of images."""
     model, x = Zoo("experts_choice", "tokens_choice_bpr"), tokens(5)
     with torch.no_grad():
         expected = model(x)
@@ -107,7 +107,7 @@ def test_rows_that_are_not_equal_are_for_torch_export_alone(tmp_path: Path) -> N
 
 
 def test_groups_of_images_stay_together(tmp_path: Path) -> None:
-    """Where images compete for slots a program takes a group, no more and no less, and gives what the model gives."""
+    """Where images compete for slots, a program takes exactly one group and gives what the model gives."""
     model, x = Zoo("tokens_choice", images_per_group=2, capacity_factor=0.5), tokens(4)
     with torch.no_grad():
         expected, alone = model(x), torch.cat([model(each) for each in x.split(1)])

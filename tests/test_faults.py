@@ -109,7 +109,7 @@ def test_any_file_operation_may_fail(name: str, kinds: tuple[str, ...], tmp_path
         code, out = process.wait()
         if kind == KILL:
             assert code == -signal.SIGKILL, out
-        elif not (kind == BROKEN and code == 0):  # one operation may be tried again, or be of no weight
+        elif not (kind == BROKEN and code == 0):  # an operation may be tried again, or may not matter
             assert code in (1, 2), out  # 2 where nothing had begun
             reason = os.strerror(errno.ENOSPC if kind == FULL else errno.EIO)
             assert out.strip().splitlines()[-1].startswith("softmoe: ") and reason in out, out

@@ -1,4 +1,4 @@
-"""What is written replaces nothing that was not asked for."""
+"""Files that softmoe writes replace nothing that it was not asked to replace."""
 
 import os
 from pathlib import Path
@@ -13,7 +13,7 @@ from tests.conftest import Softmoe
 
 
 def test_a_file_is_written_beside_neighbours(tmp_path: Path) -> None:
-    """A hidden file of nearly the same name is another's, and a link is not followed."""
+    """A hidden file of nearly the same name belongs to somebody else, and a link is not followed."""
     (tmp_path / ".bashrc").write_text("mine")
     write_atomically(tmp_path / "bashrc", "new")
     assert (tmp_path / ".bashrc").read_text() == "mine" and (tmp_path / "bashrc").read_text() == "new"
@@ -96,7 +96,7 @@ def test_a_folder_is_made_whole_beside_neighbours(tmp_path: Path) -> None:
         make_whole(tmp_path / "config", fail)
     assert {path.name for path in tmp_path.iterdir()} == {".git", ".config", "git"}
     assert (tmp_path / ".git" / "inside").read_text() == (tmp_path / ".config" / "inside").read_text() == "mine"
-    with pytest.raises(RunError, match="cannot write"):  # there meanwhile
+    with pytest.raises(RunError, match="cannot write"):  # somebody else has made it meanwhile
         make_whole(tmp_path / "git", fill)
     assert (tmp_path / "git" / "weights").read_text() == "new"
 

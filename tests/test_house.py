@@ -47,7 +47,8 @@ def room(name: str) -> str:
 
 
 def circle(arrows: dict[str, set[str]]) -> list[str]:
-    """Some names that lie on a circle, or nothing: what only points at names that are done is done."""
+    """Some names that lie on a circle, or nothing. Removes, again and again, the names that point at removed names
+    only."""
     left = {name: set(targets) for name, targets in arrows.items()}
     while done := [name for name, targets in left.items() if not targets & left.keys()]:
         for name in done:
@@ -73,7 +74,8 @@ def test_moe_needs_torch_and_jaxtyping_only() -> None:
 
 
 def test_the_package_knows_nothing_of_tests_and_experiments() -> None:
-    """It imports nothing of theirs, and no string in it names a path there; docstrings may."""
+    """The package imports nothing from tests/ and experiments/, and no string in it, docstrings apart, names a path
+    there."""
     path = re.compile(r"(^|[\s/'\"(])(tests|experiments)/")
     for name, tree in TREES.items():
         assert {each.partition(".")[0] for each in imported(tree)}.isdisjoint({"tests", "experiments"}), name
@@ -86,7 +88,7 @@ def test_the_package_knows_nothing_of_tests_and_experiments() -> None:
 
 
 def test_files_and_functions_are_short() -> None:
-    """The lists above hold exactly those that are not."""
+    """The lists above hold exactly the long ones."""
     files, functions = set(), set()
     for name, tree in TREES.items():
         place = str(FILES[name].relative_to(ROOT))
@@ -109,8 +111,8 @@ def test_a_room_has_three_files_at_least() -> None:
 
 
 def test_readme_shows_the_rooms() -> None:
-    """A block that begins with `softmoe_cli/`, then `name/  one line` for each room and `name.py  one line` for each
-    file beside them."""
+    """README has a block that begins with `softmoe_cli/`, then `name/ one line` for each room and `name.py one line`
+    for each file beside them."""
     readme = (ROOT / "README.md").read_text()
     block = re.search(r"^```\w*\nsoftmoe_cli/[^\n]*\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
     assert block is not None, "README.md has no tree of softmoe_cli/"
@@ -126,7 +128,7 @@ NAMES = [str(path.relative_to(ROOT / "conf/experiment").with_suffix("")) for pat
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_an_experiment_says_what_it_asks_and_found(path: Path) -> None:
-    """Its question, command, needs and result; or it inherits them from a file that does."""
+    """A file says its question, command, needs and result, or inherits them from a file that does."""
     text = path.read_text()
     heads = re.findall(r"^# (Question|Command|Needs|Result) {2,}\S", text, re.MULTILINE)
     shared = re.search(r"^defaults:\n(?: +- .*\n)*? +- (\S+/_\w+)\n", text, re.MULTILINE)

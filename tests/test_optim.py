@@ -1,4 +1,4 @@
-"""Schedules at their corners, who decays, who is frozen, and optimizers against plain arithmetic."""
+"""Schedules at their corners, which parameters decay or are frozen, and optimizers against plain arithmetic."""
 
 import copy
 import math
@@ -199,7 +199,8 @@ def test_adamw_equals_plain_arithmetic(moments: str, monkeypatch: pytest.MonkeyP
 
 
 def test_moments_of_8_bits() -> None:
-    """Only large weights have them: small ones are updated as by AdamW, others nearly, at first to the digit."""
+    """Only large weights have 8-bit moments. Small weights are updated as by AdamW; large ones nearly so, at first
+    exactly."""
     torch.manual_seed(0)
     body = nn.Linear(64, 65)
     model = nn.ModuleDict({"head": nn.Linear(64, 4), "body": body})
@@ -225,7 +226,7 @@ def test_moments_of_8_bits() -> None:
 
 @pytest.mark.parametrize("moments", ["fp32", "8bit", "offload"])
 def test_an_optimizer_goes_on_where_another_one_was(moments: str) -> None:
-    """To the same bits; and an update that the loss scaler refuses moves nothing."""
+    """The two optimizers reach the same bits; an update that the loss scaler refuses moves nothing."""
     torch.manual_seed(0)
     model = nn.ModuleDict({"head": nn.Linear(64, 4), "body": nn.Linear(64, 65)})
     config = optim(moments=moments, lr=0.01, weight_decay=0.3, head_weight_decay=2.0)
@@ -260,7 +261,8 @@ def test_an_optimizer_goes_on_where_another_one_was(moments: str) -> None:
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_an_update_that_overflows_leaves_weights_and_moments(name: str) -> None:
-    """At the very first one, where moments are made, and again; the scale is halved until one is made."""
+    """Tested at the first update, where moments are made, and at a later one; the scale is halved until an update is
+    made."""
     config = compose("model/router=dense", "model.backbone.depth=1", "model.backbone.width=16",
                      "model.backbone.heads=2", "model.backbone.mlp_width=32", f"optim.name={name}",
                      "optim.momentum=0.9" if name == "sgd" else "optim.clip_norm=1.0")  # fmt: skip

@@ -1,4 +1,4 @@
-"""Several processes train the model that one would: the same batches, numbers and files."""
+"""Several processes train the same model as one process would: the same batches, numbers and files."""
 
 import contextlib
 import json
@@ -38,13 +38,13 @@ from tests.processes import Started, torchrun
 from tests.runs import CLOCKS, last, rows, the_run
 
 HOW = {"devices", "parallel", "hardware", "peak_mib", "commit"}
-"""What a result says of how it came about."""
+"""Keys of a result that say how it was computed."""
 EVERYTHING = (
     "train.steps=50", "train.batch_size=20", "train.accumulate=2", "train.eval_batch_size=48", "train.ema=0.9",
     "train.fewshot=[1]", "augment.mixup=0.2", "augment.crop=resized", "augment.randaugment=[1,5]", "augment.erase=0.3",
     "model.backbone.drop_path=0.2", "train.log_every=1", "train.eval_every=25",
 )  # fmt: skip
-"""All that is random, parts that no number of processes divides, and evaluations whose last batch is short."""
+"""Every random option, sizes that no number of processes divides, and evaluations whose last batch is short."""
 CPU = torch.device("cpu")
 
 
@@ -128,7 +128,8 @@ def test_the_numbers_do_not_depend_on_the_number_of_processes(
 
 @pytest.mark.long
 def test_four_stop_two_go_on_one_ends(tmp_path: Path) -> None:
-    """A signal to any one of them stops all at the same step; what each had of the model does not matter."""
+    """A signal to any one of the processes stops all at the same step; resuming works whatever part of the model each
+    had."""
     line = (*EVERYTHING, "model.router.noise_std=0.5")
     whole = start(tmp_path / "whole", 1, *line)
     seen = 0
@@ -250,7 +251,8 @@ def load(config: Config) -> Load:
 
 
 def test_memory_of_each_of_several_processes() -> None:
-    """A quarter of the batch's activations; gradients are there from the start, and twice while parts add up."""
+    """Each process has a quarter of the batch's activations; gradients exist from the start, and twice while parts add
+    up."""
     whole = compose("model/backbone=vit_nano4", "data=fashion_mnist", "train.batch_size=64")
     quarter = compose("model/backbone=vit_nano4", "data=fashion_mnist", "train.batch_size=16")
     own, alone = predict(load(whole), 4), predict(load(quarter))
@@ -333,7 +335,7 @@ def test_what_cannot_be_divided(softmoe: Any) -> None:
 def test_auto_takes_the_first_way_that_fits(
     needed: tuple[int | None, ...], expected: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of 100 bytes free on this device, when another process has 95; None: there are no experts to divide."""
+    """100 bytes are free on this device, and 95 on another process's; None: there are no experts to divide."""
 
     class Tight(Crew):
         def largest_of_all(self, number: float) -> float:
@@ -378,7 +380,7 @@ def test_rows_of_a_batch_are_those_of_the_whole(mixup: float) -> None:
 
 
 def test_noise_is_that_of_the_whole_batch() -> None:
-    """And the random state moves on as if the whole had been there."""
+    """The random state also moves on as if the whole batch had been drawn."""
     x = torch.empty(12, 3, 4)
     torch.manual_seed(0)
     whole, after = noise_like(x), torch.rand(())
@@ -417,7 +419,7 @@ def test_every_batch_is_counted_once(batches: int, size: int) -> None:
 
 
 def test_what_ended_a_run(tmp_path: Path) -> None:
-    """The first error that is not about another process; or else the one that had no time to say anything."""
+    """The cause is the first error that is not about another process; else the process that left no note."""
 
     def note(rank: int, moment: float, text: str, lost: bool) -> None:
         written = asdict(Note(rank, moment, 1, text, lost))

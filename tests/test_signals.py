@@ -30,7 +30,7 @@ from tests.conftest import TINY, Softmoe
 from tests.processes import Started, forked
 
 LONG = "torch.linalg.eigvals(torch.randn(4000, 4000))"
-"""One operation of a minute or more, during which no line of Python runs in the main thread."""
+"""One operation that takes a minute or more, during which the main thread runs no line of Python."""
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
@@ -60,7 +60,7 @@ def send(number: int, *after: float) -> None:
 @pytest.mark.parametrize("work", [LONG, "time.sleep(600)", "exec('try: time.sleep(600)\\nfinally: time.sleep(600)')"])
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_one_signal_ends_a_command(name: str, work: str, tmp_path: Path) -> None:
-    """In one operation, between two, and where tidying up does not end."""
+    """The signal comes during an operation, between two operations, and during a clean-up that does not end."""
     (tmp_path / "slow.py").write_text(f"import time, torch\nopen('begun', 'w')\n{work}\n")
     process = Started(tmp_path, ["check", "slow.py"], {})
     while not (tmp_path / "begun").exists():
@@ -71,7 +71,7 @@ def test_one_signal_ends_a_command(name: str, work: str, tmp_path: Path) -> None
 
 
 def test_a_request_told_twice_is_one() -> None:
-    """timeout sends its signal to what it has started, and then to the whole group; torchrun passes Ctrl-C on."""
+    """timeout signals the process that it has started, and then the whole group; torchrun passes Ctrl-C on."""
     asked = Asked()
     assert [asked.again(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT)] == [False] * 3
     assert asked.name == "SIGINT"
@@ -94,7 +94,7 @@ def test_what_was_heard_before_is_heard_again() -> None:
 
 
 def test_nobody_is_left_behind(tmp_path: Path) -> None:
-    """Neither a process nor what it has started: both hold a lock while they live."""
+    """Neither the process nor its children are left: both hold a lock while they live."""
     lock = tmp_path / "lock"
     assert forked(tmp_path / "told.txt", with_a_family, lock) == 0
     with lock.open() as file:
@@ -217,7 +217,7 @@ REFUSED = {
 
 
 def test_a_full_place_before_a_sweep_begins(softmoe: Softmoe, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The system does not say which file, as it does not where a file is made and nothing fits into it."""
+    """The system does not say which file it was, for example where a new file does not fit."""
 
     def save(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -261,7 +261,7 @@ def test_the_environment_that_wandb_refuses(
 @pytest.mark.parametrize("tags", [[], ["t" * 64], ["t" * 65], [""]])
 @pytest.mark.parametrize("project", ["a" * 128, "a b.c", "/", "a" * 129])
 def test_wandbs_limits_are_these(project: str, tags: list[str]) -> None:
-    """As the installed W&B checks them itself."""
+    """The same names are refused by the installed W&B itself."""
     import wandb
 
     theirs = refused(lambda: wandb.Settings(project=project, run_tags=tuple(tags)))
@@ -349,7 +349,7 @@ def test_the_table_of_a_sweep_keeps_the_quality_in_every_width(width: int) -> No
 
 
 def test_names_are_printed_as_they_are(softmoe: Softmoe, tmp_path: Path) -> None:
-    """What a terminal would obey is escaped, and no word between colons becomes an emoji."""
+    """Characters that a terminal would obey are escaped, and no word between colons becomes an emoji."""
     (tmp_path / "a\x1b[31m:dog:").mkdir()
     answer = softmoe("data", "check", "data=folder", 'data.root="a\x1b[31m:dog:"')
     assert answer.code == 2 and r"a\x1b[31m:dog:" in answer.err

@@ -1,4 +1,4 @@
-"""Names and cells of others, made harmless for terminals and spreadsheets."""
+"""Names and cells that others wrote, made harmless for terminals and spreadsheets."""
 
 import csv
 import io
@@ -23,7 +23,7 @@ from softmoe_cli.text import printable, spreadsheet_cell
 )
 def test_what_a_terminal_would_obey_is_an_escape(name: str, shown: str) -> None:
     assert printable(name) == shown
-    printable(name).encode()  # nothing is left that could not be written
+    printable(name).encode()  # everything that is left can be written
 
 
 @pytest.mark.parametrize(

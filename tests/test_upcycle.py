@@ -41,7 +41,7 @@ def mlp() -> Mlp:
 
 
 def layer(mlp: Mlp, name: str, parts: int = 1, tokens: int = TOKENS, **changes: Any) -> MoE:
-    """An evaluating layer made from `mlp`."""
+    """A layer in evaluation mode, made from `mlp`."""
     torch.manual_seed(1)
     options = ROUTERS[name] | {"num_experts": 4}
     options |= {key: value for key, value in (QUIET | changes).items() if key in options}
@@ -60,7 +60,7 @@ def tokens(n: int = TOKENS) -> Tensor:
 
 
 def test_experts_as_slow_loops_make_them(mlp: Mlp) -> None:
-    """Two parts and one shared copy, so that each of both counts a half: every number looked up by hand."""
+    """Two parts and one shared copy, each of which counts a half: every number is computed by hand."""
     g, width, copies = 2, HIDDEN // 2, 2
     moe = layer(mlp, "tokens_choice", parts=g, shared_experts=2)
     for expert in range(4):

@@ -77,7 +77,7 @@ def test_chance() -> None:
 
 
 def test_still_uniform(tmp_path: Path) -> None:
-    """Read from the last look, over its layers; a routing that is uniform by design is no news."""
+    """Reads the last look, over its layers; a routing that is uniform by design is not reported."""
     file = tmp_path / "routing.jsonl"
     soft = {"dispatch_min": 0.014, "scale": 1.0}
 
@@ -114,7 +114,7 @@ def test_no_top5_of_five_classes() -> None:
 
 
 def test_a_run_tells_its_time_first_and_what_to_type_last(softmoe: Softmoe) -> None:
-    """Also where it is finished already."""
+    """The same lines come again where the run is finished already."""
     answer = softmoe("train", *TINY, "train.steps=3", "output_root=my runs")
     assert answer.code == 0, answer
     lines = answer.out.splitlines()

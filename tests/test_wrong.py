@@ -1,4 +1,5 @@
-"""What cannot work ends with one sentence and the right status: no traceback, silence, hang, crash or lost file."""
+"""A command that cannot work ends with one sentence and the right status: no traceback, silence, hang, crash or lost
+file."""
 
 import hashlib
 import json
@@ -20,15 +21,15 @@ NEIGHBOURS = {
     ".git/HEAD": "ref", ".env": "KEY=1", ".bashrc": "alias", ".config/x": "x", ".kept": "x", "kept/file": "mine",
     ".predictions.csv": "x", "kept/index.html": "mine",
 }  # fmt: skip
-"""Files that are no business of any command."""
+"""Files that no command may touch."""
 
 CASES = everything({"model": {"router": {}, "backbone": {}}, "data": {}})
-GROUPS = [pytest.param(name, marks=[pytest.mark.thorough] * ("thorough" in name)) for name in CASES]
+GROUPS = [pytest.param(name, marks=[pytest.mark.thorough] if "thorough" in name else []) for name in CASES]
 
 
 @pytest.fixture(scope="module")
 def fine(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What is as it should be, by the words that stand for it in a case's line."""
+    """The good files, by the words that stand for them in a case's line."""
     folder = tmp_path_factory.mktemp("fine")
     images(folder / "images")
     synthetic.study(folder / "runs")
@@ -99,5 +100,5 @@ def test_what_cannot_work(group: str, fine: dict[str, str], tmp_path: Path) -> N
 
 
 def test_there_are_enough_of_them() -> None:
-    """Beside the thorough ones."""
+    """There are also enough cases without the thorough ones."""
     assert sum(len(cases) for name, cases in CASES.items() if "thorough" not in name) >= 300

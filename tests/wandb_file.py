@@ -1,5 +1,5 @@
 """Reads a W&B offline file, for which W&B has no public reader: records in the framing of LevelDB's log, each a
-protobuf message that W&B keeps to itself. Good enough to see in a test what was recorded."""
+protobuf message whose definition W&B does not publish. A test can see with it what was recorded."""
 
 import time
 from pathlib import Path
@@ -33,7 +33,7 @@ def records(path: Path) -> list[Any]:
             continue
         size, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
         if position + HEAD + size > len(data):
-            break  # it is being written
+            break  # the record is still being written
         part = (b"" if kind in (FULL, FIRST) else part) + data[position + HEAD : position + HEAD + size]
         position += HEAD + size
         if kind in (FULL, LAST):

@@ -1,7 +1,7 @@
 """Command lines, files and checkpoints that cannot work: what each is, and the status it must end with.
 
-A case is run in a folder of its own that `prepare` fills. FINE stands for a checkpoint and IMAGES for a set of images
-that are as they should be, so that only one thing of a case is wrong.
+A case is run in a folder of its own that `prepare` fills. FINE stands for a checkpoint without faults and IMAGES for a
+set of images without faults, so that only one thing in a case is wrong.
 """
 
 import io
@@ -18,7 +18,7 @@ from PIL import Image
 from tests import synthetic
 
 USE, RUN, SAID = 2, 1, 0
-"""Cannot work as typed; ran and failed, or found faults; works, and says what is wrong."""
+"""Exit statuses: cannot work as typed; ran and failed, or found faults; works, and says what is wrong."""
 
 
 class Case(NamedTuple):
@@ -26,7 +26,7 @@ class Case(NamedTuple):
     status: tuple[int, ...] = (USE,)
     prepare: Callable[[Path], None] = lambda folder: None
     thorough: bool = False
-    """More of a kind: for make long."""
+    """Whether the case is one more of its kind, for make long only."""
 
 
 Cases = dict[str, Case]
@@ -175,7 +175,8 @@ CARDS: dict[str, Any] = {
     "download": {"data.name": "cifar10", "data.root": "elsewhere"}, "key of nobody": {"model.nosuch": 1},
 }  # fmt: skip
 FINE_AFTER_ALL = ("classes escape", "origin list", "receipt list")
-"""What need not be refused, as long as nothing else goes wrong: a text is shown escaped, and some keys are not read."""
+"""Cases that need not be refused, as long as nothing else goes wrong: text is shown escaped, and some keys are not
+read."""
 
 
 def changed(card: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -225,7 +226,7 @@ def _file(name: str, content: bytes) -> Callable[[Path], None]:
 
 
 def _run_folder(change: Callable[[Path], None]) -> Callable[[Path], None]:
-    """A run's folder with one checkpoint, as it is written, and then a change to it."""
+    """A run's folder with one checkpoint as softmoe writes it, and then a change to the folder."""
 
     def prepare(folder: Path) -> None:
         import hashlib
@@ -295,7 +296,7 @@ def _pipe(name: str) -> Callable[[Path], None]:
 
 
 def _pieces(said: dict[str, Any]) -> Callable[[Path], None]:
-    """One file of two that several processes wrote, with what it says of where its tensors belong."""
+    """One of two files that several processes wrote; `said` is what it says about where its tensors belong."""
 
     def change(checkpoint: Path) -> None:
         import hashlib
@@ -430,7 +431,8 @@ def _bytes_named(folder: Path) -> None:
 
 
 def _study_with(name: str, content: bytes | None) -> Callable[[Path], None]:
-    """Four good runs of two routers and a fifth folder, in which one file is of this content (None: a folder)."""
+    """Four good runs of two routers and a fifth folder, in which the file `name` has this content (None: it is a
+    folder)."""
 
     def prepare(folder: Path) -> None:
         synthetic.study(folder / "s", seeds=2)
@@ -529,7 +531,7 @@ def own() -> Iterator[tuple[str, Case]]:
         content = text.encode("utf-8", "surrogateescape")
         line = ("cost", *([lines[kind]] if kind in lines else []))
         line = ("train", lines[kind], "train.steps=1", "tracking=off") if kind == "experiment" else line
-        # A root configuration of one's own is passed over, or refused.
+        # A root configuration in the user's conf folder is passed over, or refused.
         status = (USE, SAID) if kind == "conf" else (USE,)
         yield f"conf: {name}", Case(line, status, _file(file, content))
         yield f"conf, list: {name}", Case(("list",), (SAID, USE), _file(file, content))
@@ -559,7 +561,7 @@ def everything(card: dict[str, Any]) -> dict[str, Cases]:
     groups: dict[str, Cases] = {}
     for kind, each in found.items():
         cases = dict(each)
-        if kind != "options":  # whose commands share them
+        if kind != "options":  # the commands of options share cases
             for name in list(cases)[::5]:
                 cases[name] = cases[name]._replace(thorough=True)
         for thorough in (False, True):

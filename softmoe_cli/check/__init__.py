@@ -1,1 +1,1 @@
-"""What every router must keep, measured; and the official code's numbers, compared."""
+"""Checks the laws that every router must obey, and compares a router with the official code's numbers."""

@@ -1,4 +1,4 @@
-"""`softmoe check ROUTER`: every law in turn, and what came out. The tests run the same checks."""
+"""`softmoe check ROUTER`: runs every check on a router and reports the results. The tests run the same checks."""
 
 import os
 from typing import Any

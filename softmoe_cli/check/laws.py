@@ -1,4 +1,4 @@
-"""What every router must keep, one function for each law, measured."""
+"""The laws that every router must obey: one function measures each law."""
 
 import itertools
 import math
@@ -22,19 +22,20 @@ from softmoe_cli.moe.routing import UNKNOWN, Routing, routings, whole_batch
 
 DIM, HIDDEN, TOKENS, GROUPS = 16, 24, 16, 4
 EXACT = 1e-10
-"""What float64 may lose; all comparisons that need no other bound are in float64, if the router can."""
+"""The largest allowed error in float64. Comparisons are in float64 if the router can, and use this bound unless they
+name another."""
 SINGLE = 1e-3
-"""The same for float32, where tokens and weights are of the size of 1 to 100."""
+"""The largest allowed error in float32, for tokens and weights with sizes from 1 to 100."""
 FAULTS = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError)
 
 
 class NotApplicable(Exception):
-    """A check that says nothing about this router, with the reason."""
+    """Raised by a check that does not apply to this router; the message says why."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a check found: `figure` is what was measured, or why it does not apply."""
+    """The result of a check: `figure` is the measured value, or the reason why the check does not apply."""
 
     name: str
     verdict: str
@@ -42,7 +43,7 @@ class Outcome:
 
 
 class Subject:
-    """A router under test: its options, and layers built from them with weights that are all random."""
+    """A router under test: its options, and layers that are built from them, with every weight drawn at random."""
 
     def __init__(self, options: dict[str, Any]) -> None:
         self.options = options
@@ -52,15 +53,17 @@ class Subject:
             self.dtype, self.exact = torch.float32, SINGLE
 
     def _doubles(self) -> bool:
-        """Whether the router decides in float64 where weights and tokens are; some do so in float32 whatever comes."""
+        """Whether the router computes in float64 when weights and tokens are float64; some routers always use
+        float32."""
         try:
             kept = decisions(self.layer(torch.float64).router(self.batch(torch.float64))).values()
-        except FAULTS:  # which the checks will tell
+        except FAULTS:  # the checks will report this
             return False
         return all(each.dtype == torch.float64 for each in kept if each.is_floating_point() and each.ndim)
 
     def layer(self, dtype: torch.dtype | None = None, **changes: Any) -> MoE:
-        """An evaluating layer, always with the same weights; `changes` are router options, if it has them."""
+        """A layer in evaluation mode, always with the same weights; `changes` replace those router options that the
+        router has."""
         known = {key: value for key, value in changes.items() if key in self.options}
         torch.manual_seed(0)
         router = make_router(self.options | known, DIM, TOKENS)
@@ -80,18 +83,18 @@ class Subject:
 
     def batch(self, dtype: torch.dtype | None = None) -> Tensor:
         generator = torch.Generator().manual_seed(1)
-        images = GROUPS * group_of(self.options)  # losses may be over more images than slots are
+        images = GROUPS * group_of(self.options)  # groups for losses may be larger than groups for slots
         return torch.randn(images, TOKENS, DIM, dtype=torch.float64, generator=generator).to(dtype or self.dtype)
 
 
 def decisions(routing: Routing) -> dict[str, Tensor]:
-    """Whatever tensors a routing keeps, by where it does."""
+    """Every tensor that a routing keeps, by its path in the object."""
     leaves, _ = tree_flatten_with_path(vars(routing))
     return {keystr(path): each for path, each in leaves if isinstance(each, Tensor)}
 
 
 def deviation(got: Tensor, want: Tensor) -> float:
-    """The largest absolute difference; infinite where one is NaN, which no comparison would notice."""
+    """The largest absolute difference; infinite if a value is NaN, because no comparison with NaN is true."""
     return (got - want).abs().nan_to_num(nan=math.inf).max().item() if got.numel() else 0.0
 
 
@@ -104,8 +107,8 @@ def bounded(value: float, bound: float, what: str) -> Finding:
 
 
 def no_leakage(subject: Subject) -> Finding:
-    """The output of one group of images neither changes with other images nor has a gradient to them, be it the first
-    or the last, in evaluation and in training."""
+    """The output of a group of images neither depends on other images nor sends gradients to them. Tried on the first
+    and on the last group, in evaluation and in training."""
     layer = subject.layer()
     x, size = subject.batch(), layer.router.images_per_group
     worst = 0.0
@@ -129,7 +132,7 @@ def no_leakage(subject: Subject) -> Finding:
 
 
 def batch_independence(subject: Subject) -> Finding:
-    """Groups in another order, or one at a time, give the same."""
+    """Groups in another order, or one at a time, give the same outputs."""
     layer = subject.layer()
     x, size = subject.batch(), layer.router.images_per_group
     whole = layer(x)
@@ -148,8 +151,8 @@ def token_permutation(subject: Subject) -> Finding:
 
 
 def padding_is_neutral(subject: Subject) -> Finding:
-    """Tokens that `keep` calls padding change nothing, get zero, and have no gradient; so do images that lack to a
-    full group."""
+    """Padding tokens (`keep` is false) change no other output, get zero and have no gradient; so do the images that are
+    missing in a group that is not full."""
     layer = subject.layer()
     x, size = subject.batch(), layer.router.images_per_group
     padded = torch.cat([x, 100 * torch.ones(len(x), 3, DIM, dtype=x.dtype)], dim=1).requires_grad_()
@@ -186,7 +189,8 @@ def one_expert(subject: Subject) -> Finding:
 
 
 def dispatch_law(subject: Subject) -> Finding:
-    """Rows are shares of raw tokens: linear in the tokens, and each row's shares add up to one, or to none."""
+    """Each expert row is a weighted sum of tokens: linear in the tokens, with weights that add up to one, or to
+    zero."""
     layer = subject.layer()
     x = subject.batch()
     routing, other = layer.router(x), x.flip(0).square()
@@ -197,7 +201,8 @@ def dispatch_law(subject: Subject) -> Finding:
 
 
 def combine_law(subject: Subject) -> Finding:
-    """Outputs are linear in the experts' rows, and a token's weights add up to between zero and what is allowed."""
+    """Outputs are linear in the experts' rows, and a token's weights add up to a number from zero to the router's
+    maximum."""
     layer = subject.layer()
     x = subject.batch()
     routing = layer.router(x)
@@ -212,7 +217,7 @@ def combine_law(subject: Subject) -> Finding:
 
 
 def finite_gradients(subject: Subject) -> Finding:
-    """In training every parameter gets a gradient, and none is infinite or NaN; not even on tokens that are zero."""
+    """In training every parameter gets a gradient without infinite or NaN values, even when tokens are zero."""
     layer = subject.layer(torch.float32).train()
     leaves = dict(layer.named_parameters())
     for x in (subject.batch(torch.float32), torch.zeros(layer.router.images_per_group, TOKENS, DIM)):
@@ -231,7 +236,7 @@ def finite_gradients(subject: Subject) -> Finding:
 
 
 def float32_decisions(subject: Subject) -> Finding:
-    """Under bf16 autocast the routing is bit for bit what it is without, in float32."""
+    """Under bf16 autocast the routing has the same bits as without autocast: it is computed in float32."""
     layer = subject.layer(torch.float32)
     x = subject.batch(torch.float32)
     plain = decisions(layer.router(x))
@@ -248,8 +253,8 @@ def float32_decisions(subject: Subject) -> Finding:
 
 
 def auxiliary_losses(subject: Subject) -> Finding:
-    """A batch in two parts has the mean of their losses and the same gradient, and recomputed layers count once; with
-    the noise of training, of which each part gets its own."""
+    """A batch computed in two parts gives the mean of the parts' losses and the same gradient; a recomputed layer
+    counts once. Training noise is on: each part gets its own."""
     layer = subject.layer().train()
     x = subject.batch()
 
@@ -262,7 +267,7 @@ def auxiliary_losses(subject: Subject) -> Finding:
             with routings(layer) as seen, whole_batch(i * len(part), len(x)):
                 y = checkpoint(layer, part, use_reentrant=False) if recompute else layer(part)
                 aux = sum((routing.aux_loss for routing in seen), torch.zeros(())) / parts
-                (y.square().sum() + 10 * aux).backward()  # within routings: recomputation calls the router again
+                (y.square().sum() + 10 * aux).backward()  # inside `routings`: recomputation calls the router again
             total += aux.detach()
         return [total, *(p.grad.clone() for p in layer.parameters() if p.grad is not None)]
 
@@ -278,7 +283,7 @@ def auxiliary_losses(subject: Subject) -> Finding:
 
 
 def cost_formula(subject: Subject) -> Finding:
-    """The FLOPs that the formulas say, forwards and in training, are those that torch's counter sees."""
+    """The FLOPs by formula, of a forward pass and of training, are equal to those that torch's counter counts."""
     layer = subject.layer(torch.float32)
     x = subject.batch(torch.float32).to("meta").requires_grad_()
     with counter() as seen:  # which remembers shapes, not values
@@ -321,7 +326,7 @@ def compiles(subject: Subject) -> Finding:
     layer = subject.layer(torch.float32).train()
     x = subject.batch(torch.float32).requires_grad_()
     torch._dynamo.reset()
-    graph = compiled(layer, fullgraph=True, backend="aot_eager")  # Inductor makes code of the same graph
+    graph = compiled(layer, fullgraph=True, backend="aot_eager")  # Inductor would compile the same graph
 
     def found(layer: Callable[[Tensor], Tensor], half: bool) -> list[Tensor]:
         torch.manual_seed(3)

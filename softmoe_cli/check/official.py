@@ -1,4 +1,4 @@
-"""The numbers of the official JAX code, read and held against a router's: what `softmoe check` and the tests compare.
+"""Reads the numbers of the official JAX code and compares a router with them, for `softmoe check` and the tests.
 
 The numbers lie in vectors/, and vectors/README.md says how they were made. This is the one file outside moe/ that knows
 the names of routers' options and parameters: it translates the official ones.
@@ -27,7 +27,7 @@ Case = tuple[dict[str, Any], dict[str, np.ndarray]]
 
 
 def vectors_folder() -> Path:
-    """SOFTMOE_VECTORS, or the package's own.
+    """The folder of the official numbers: SOFTMOE_VECTORS, or else the package's own.
 
     Raises:
         UsageError: SOFTMOE_VECTORS is not a folder.
@@ -79,7 +79,7 @@ def numbers_of_kinds(kinds: Iterable[str]) -> str:
 
 
 def case_options(meta: dict[str, Any]) -> dict[str, Any]:
-    """The options of our router that are the official arguments of a layer case, its defaults included."""
+    """Translates the official arguments of a layer case, defaults included, into options of our router."""
     config, router = meta["config"], meta["config"]["router"]
     options: dict[str, Any] = {"num_experts": config["num_experts"], "noise_std": router.get("noise_std", 1.0)}
     if meta["kind"] == "soft_layer":
@@ -107,12 +107,12 @@ def case_options(meta: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_case_of(router_class: type[Router], meta: dict[str, Any]) -> bool:
-    """Whether the official numbers of a case are for this router, or for what it descends from: `Router.official`."""
+    """Whether the official numbers of a case are for this router or for a parent class of it: `Router.official`."""
     return router_class.official is not None and _whose(meta) == router_class.official
 
 
 def _whose(meta: dict[str, Any]) -> str | None:
-    """What `Router.official` says of the router that a case is of; None where it is of no layer."""
+    """The value of `Router.official` of the router that a case belongs to; None if the case has no layer."""
     if meta["kind"] not in ("soft_layer", "tc_layer", "ec_layer"):
         return None
     by_priority = meta["config"]["router"].get("dispatcher", {}).get("batch_priority", False)
@@ -120,7 +120,7 @@ def _whose(meta: dict[str, Any]) -> str | None:
 
 
 def case_layer(router_class: type[Router], meta: dict[str, Any], z: dict[str, np.ndarray], dtype: torch.dtype) -> MoE:
-    """The layer of a case, with its weights."""
+    """Builds the layer of a case, with the case's weights."""
     config = meta["config"]
     tokens = z["x_seqs"].shape[1] if "x_seqs" in z else config["tokens"]
     options = case_options(meta)
@@ -145,7 +145,7 @@ def layer_weights(z: dict[str, np.ndarray], mlp: str, router: str) -> dict[str, 
 
 @contextlib.contextmanager
 def drawn(noise: np.ndarray | None) -> Iterator[None]:
-    """Inside, a normal draw is the one that the official code was given."""
+    """While open, torch's normal draws return the noise that the official code was given."""
     if noise is None:
         yield
         return
@@ -155,7 +155,8 @@ def drawn(noise: np.ndarray | None) -> Iterator[None]:
 
 
 def compare_case(router_class: type[Router], case: Case, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yields (name, ours, official) of everything that a layer case knows; integers are to be equal, the rest close."""
+    """Yields (name, our value, official value) for everything in a layer case. Integers must be equal, the rest
+    close."""
     meta, z = case
     layer = case_layer(router_class, meta, z, dtype)
     x = torch.tensor(z["x_seqs"] if "x_seqs" in z else z["x"]).to(dtype).requires_grad_()
@@ -223,29 +224,30 @@ def _gated(router: Any, x: Tensor) -> dict[str, Tensor]:
     tokens, keep = grouped_tokens(x, None, router.images_per_group)
     clean, noisy = router.gate(tokens, router.images_per_group)
     gates, quiet = router.gate.activate(noisy), router.gate.activate(clean)
-    found = {"gates": gates, "gates_clean": quiet}
+    numbers = {"gates": gates, "gates_clean": quiet}
     if router.official != "ec_layer":
-        found["choice_expert"] = choose(gates, router.k)
-        found["metric/importance_loss"] = importance_loss(quiet)
-        found["metric/gshard_loss"] = gshard_loss(gates, keep)
+        numbers["choice_expert"] = choose(gates, router.k)
+        numbers["metric/importance_loss"] = importance_loss(quiet)
+        numbers["metric/gshard_loss"] = gshard_loss(gates, keep)
         if noisy is not clean:
-            found["metric/load_loss"] = load_loss(clean, noisy, router.gate.std, router.k, keep)
-    return found
+            numbers["metric/load_loss"] = load_loss(clean, noisy, router.gate.std, router.k, keep)
+    return numbers
 
 
 def rounded(layer: MoE, x: Tensor, routing: Any) -> Tensor:
-    """The official bfloat16 path: tokens and the experts' rows rounded, everything else as it is."""
+    """Computes as the official bfloat16 path does: rounds tokens and the experts' rows, and nothing else."""
     rows = layer.experts(routing.dispatch(x.bfloat16().to(x.dtype)))
     out: Tensor = routing.combine(rows.bfloat16().to(x.dtype))
     return out
 
 
 ROUNDING = {torch.float64: 1e-6, torch.float32: 2e-6}
-"""What an official figure, which is float32, may be off by, of the largest of its array; and with ours in float32."""
+"""The allowed error by our precision, as a share of the largest value of an array; official numbers are float32."""
 
 
 def allowed(least: float, want: Tensor, dtype: torch.dtype) -> float:
-    """How far from official figures ours of a type may be: `least`, or more where they are large and float32."""
+    """The allowed distance between our numbers and the official ones: `least`, or more where the official ones are
+    large."""
     if not want.numel() or want.dtype == torch.float64:
         return least
     return max(least, ROUNDING[dtype] * want.abs().max().item())

@@ -1,1 +1,1 @@
-"""Finished runs against each other: groups, intervals, verdicts, tables, figures, a page."""
+"""Compares finished runs: groups, intervals, verdicts, tables, figures, a page."""

@@ -1,4 +1,4 @@
-"""Runs become groups, and groups that saw the same images blocks with intervals, verdicts and fronts."""
+"""Puts runs into groups, and groups that saw the same images into blocks with intervals, verdicts and fronts."""
 
 import math
 from collections import Counter, defaultdict
@@ -21,7 +21,7 @@ EVALUATION = (
 
 
 def compare(folders: Sequence[Path], question: Question) -> Comparison:
-    """Reads, filters, keeps apart, groups and judges.
+    """Reads and filters the runs, separates those that cannot be compared, groups them and judges the groups.
 
     Raises:
         UsageError: folders, keys or a baseline that do not exist, or nothing left to compare.
@@ -34,35 +34,35 @@ def compare(folders: Sequence[Path], question: Question) -> Comparison:
         raise UsageError(f"no finished run below {', '.join(map(str, folders))}{_first(left_out)}")
     keys = list(dict.fromkeys(key for run in runs for key in run.row))
     runs = _where(runs, question.where, keys)
-    kept = []
+    usable = []
     for run in runs:
         lacks = [key for key in (question.quality, question.cost) if not number(run.row.get(key))]
         if lacks:
             left_out.append((run.place, f"its result has no number {lacks[0]}"))
         else:
-            kept.append(run)
-    if not kept:
+            usable.append(run)
+    if not usable:
         raise UsageError(
             f"no run has both {question.quality} and {question.cost}; choose others with --quality and --cost"
         )
     by = [key_named("by", key, keys) for key in question.by]
     columns = [key_named("columns", key, [*keys, *COSTS, *QUALITIES]) for key in question.columns]
     columns = columns or [key for key in ("forward_gflop", "params_m", "device_s") if key != question.cost]
-    notes = [f"{run.place}: {run.damage}; it has no curve" for run in kept if run.damage]
-    notes += _version_notes(kept, question.strict)
+    notes = [f"{run.place}: {run.damage}; it has no curve" for run in usable if run.damage]
+    notes += _version_notes(usable, question.strict)
     parts = defaultdict(list)
-    for run in kept:
+    for run in usable:
         parts[_apart(run, question)].append(run)
     varying = [i for i, values in enumerate(zip(*parts, strict=True)) if len(set(values)) > 1]
     blocks = []
     for key in sorted(parts):
         title = f"{shortened(key[0], LETTERS)}, {parts[key][0].row.get('test_images', '?')} test images"
-        told = [
+        differing = [
             f"{APART[i]} {shortened(key[i], LETTERS)}"
             for i in varying
             if APART[i] not in ("data", "test_images") and key[i]
         ]
-        blocks.append(block_of("; ".join([title, *told]), parts[key], by, columns, question))
+        blocks.append(block_of("; ".join([title, *differing]), parts[key], by, columns, question))
     if len(blocks) > 1:
         what = ", ".join(dict.fromkeys(APART[i] for i in varying))
         notes.append(f"runs that differ in {what} are kept apart: {len(blocks)} tables")
@@ -70,7 +70,7 @@ def compare(folders: Sequence[Path], question: Question) -> Comparison:
     for block in blocks:
         _sort(block, question, keys)
     asked = columns if question.columns else []
-    return Comparison(question.quality, question.cost, columns, blocks, notes, left_out, asked, typed(kept))
+    return Comparison(question.quality, question.cost, columns, blocks, notes, left_out, asked, typed(usable))
 
 
 APART = (*EVALUATION, "train.loss", *FINGERPRINT, *VERSION)
@@ -85,7 +85,7 @@ def _first(left_out: list[tuple[str, str]]) -> str:
 def _apart(run: FinishedRun, question: Question) -> tuple[str, ...]:
     """What must be equal for two runs to stand in one table; "" where it need not be."""
     row = run.row
-    seconds = question.clocked or row.get("train.minutes") is not None  # such a budget buys more on better hardware
+    seconds = question.clocked or row.get("train.minutes") is not None  # minutes buy more training on better hardware
     return (
         *(said(row.get(key)) for key in EVALUATION),
         said(row.get("train.loss")) if QUALITIES[question.quality].curve == "loss" else "",
@@ -125,7 +125,7 @@ def _where(runs: list[FinishedRun], conditions: Sequence[str], keys: list[str]) 
 
 
 def _sort(block: Block, question: Question, keys: Iterable[str]) -> None:
-    """Best quality first; other figures and settings ascending; the same order wherever values are equal."""
+    """Best quality first, other figures and settings ascending; ties always in the same order."""
     key = "label" if question.sort == "label" else question.sort and key_named("sort", question.sort, keys)
     key = key or question.quality
 

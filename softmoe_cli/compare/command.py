@@ -98,12 +98,12 @@ def _files(files: Sequence[str], out: Path, width: int | None) -> str:
         stem, _, form = name.rpartition(".")
         forms.setdefault(stem, []).append(form)
     beside = [f"{stem}.{'|'.join(found)}" for stem, found in forms.items() if f"{stem}.{found[0]}" != PAGE]
-    told = f"beside it: {', '.join(beside)}"
-    return f"open {printable(str(out / PAGE))}\n{told if width is None else textwrap.fill(told, width)}"
+    others = f"beside it: {', '.join(beside)}"
+    return f"open {printable(str(out / PAGE))}\n{others if width is None else textwrap.fill(others, width)}"
 
 
 def _newest_study() -> str:
-    """What to type where no folder was named."""
+    """What to type, as a message for a command line that names no folder."""
     studies = [folder for folder in Path("outputs").glob("*") if any(folder.glob("*/result.json"))]
     if not studies:
         return "softmoe compare needs the folder of a study, and there is none with finished runs in outputs"
@@ -123,7 +123,8 @@ def _tracking() -> str:
 
 
 def _settings(comparison: "Comparison", question: "Question", project: str | None) -> dict[str, Any]:
-    """Of wandb.init. Its id is made of studies and question: asked again, with more seeds, it is the same run."""
+    """Arguments of wandb.init. The id depends on studies and question only: the same question, asked again with more
+    seeds, updates the same W&B run."""
     studies = sorted({str(run.row.get("study")) for group in comparison.groups for run in group.runs})
     asked = dataclasses.asdict(question)
     mark = hashlib.sha256(json.dumps([studies, asked], sort_keys=True).encode()).hexdigest()[:10]
@@ -166,10 +167,10 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _reference(name: str, question: "Question") -> tuple[str, list[dict[str, str]]]:
-    """What to call it, and its rows.
+    """The title of the table that --reference names, and its rows.
 
     Raises:
-        UsageError: no such file, or one that can be laid neither behind nor beside a plot of ours.
+        UsageError: there is no such file, or its columns fit no plot.
     """
     from softmoe_cli.compare.styles import PUBLISHED
 
@@ -222,7 +223,7 @@ def write(comparison: "Comparison", out: Path) -> list[str]:
 
     drawn = {name: content for each in FIGURES for name, content in figure(comparison, each).items()}
     texts = {
-        PAGE: page(comparison, drawn, out),  # first: by it the folder is known as ours
+        PAGE: page(comparison, drawn, out),  # written first: it marks the folder as ours
         "table.md": markdown(comparison),
         "table.tex": latex(comparison),
         "table.csv": comma_separated(comparison),

@@ -28,7 +28,7 @@ FORMATS: dict[str, Any] = {
 GREY = "#767676"
 LETTERS = 120
 LEFT, PLOT_WIDTH, PLOT_HEIGHT, ABOVE, BETWEEN = 0.8, 5.2, 3.2, 0.35, 1.15
-"""Inches. Panels are placed by these: matplotlib's layout engine takes as long as the drawing."""
+"""Inches that place the panels: matplotlib's layout engine would take as long as the drawing."""
 RECIPE: Any = {
     "font.family": "STIXGeneral", "mathtext.fontset": "stix", "font.size": 12, "pdf.fonttype": 42,
     "svg.hashsalt": "softmoe", "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
@@ -54,7 +54,7 @@ def figure(comparison: Comparison, name: str) -> dict[str, bytes]:
 
 
 def _panels(comparison: Comparison, draw: Callable[[Axes, Comparison, Block], float], *, apart: bool) -> Figure:
-    """A panel per block, below each other, each with its legend at its side, where it covers nothing."""
+    """A panel per block, one below the other, each with its legend beside it, where the legend covers nothing."""
     other = apart and bool(comparison.reference) and not same_axes(comparison)
     count = len(comparison.blocks) + other
     figure = Figure()
@@ -80,7 +80,8 @@ def _panels(comparison: Comparison, draw: Callable[[Axes, Comparison, Block], fl
 
 
 def safe(text: str) -> str:
-    """Without what matplotlib would read as mathematics or has no letter for, and no longer than a figure bears."""
+    """The text without characters that matplotlib reads as mathematics or has no letter for, cut to what a figure can
+    show."""
     shown = "".join(c if c.isprintable() and ord(c) < 0x250 else "?" for c in shortened(text, LETTERS, "..."))
     shown = shown.replace("$", r"\$")
     return f" {shown}" if shown.startswith("_") else shown
@@ -116,7 +117,7 @@ def _pareto(axes: Axes, comparison: Comparison, block: Block) -> float:
     x, y = np.array([at[group.label] for group in groups]).T
     x_half, y_half = np.array([[half(group.intervals[key]) or 0.0 for group in groups] for key in (cost, quality)])
     x_half *= unit.factor
-    # All bars at once: a call for each group makes as many lines as all the rest of the figure.
+    # One call draws all bars: a call per group would double the number of lines in the figure.
     axes.hlines(y, x - x_half, x + x_half, colours, linewidth=1.2, zorder=3)
     axes.vlines(x, y - y_half, y + y_half, colours, linewidth=1.2, zorder=3)
     for i, group in enumerate(groups):
@@ -139,7 +140,7 @@ def _point(group: Group, comparison: Comparison, factor: float) -> tuple[float, 
 
 
 def half(interval: Interval | None) -> float | None:
-    """Half the interval's width: what an error bar shows; nothing where it cannot be told or there is no spread."""
+    """Half the interval's width, as an error bar shows it; None where it is unknown or zero."""
     if interval is None or interval.high is None or interval.high == interval.mean:
         return None
     return interval.high - interval.mean
@@ -158,11 +159,11 @@ def curve_axis(comparison: Comparison) -> str:
 
 
 def _curves(axes: Axes, comparison: Comparison, block: Block) -> float:
-    """A thin line per seed and the mean of a group's seeds where all of them have been looked at."""
+    """A thin line per seed, and the mean of a group's seeds where all of them were evaluated."""
     key, axis = QUALITIES[comparison.quality].curve, curve_axis(comparison)
     marks, unit = styles(comparison.groups), units(comparison)[axis]
     handles, labels = [], []
-    thin: list[tuple[Any, str]] = []  # drawn as one, in a fraction of the time
+    thin: list[tuple[Any, str]] = []  # drawn in one call, which is much faster
     for group in sorted(block.groups, key=lambda group: list(marks).index(group.label)):
         colour, marker = COLOURS[marks[group.label][0]], marks[group.label][1]
         curves = [[(x * unit.factor, y) for x, y in curve] for run in group.runs if (curve := run.curve(axis, key))]

@@ -1,4 +1,4 @@
-"""A comparison in sentences: who is on the front, and what came out."""
+"""A comparison in sentences: which groups are on the front, and the verdicts."""
 
 from softmoe_cli.compare.groups import Block, Comparison, Group
 from softmoe_cli.compare.units import cell
@@ -10,24 +10,24 @@ VERDICTS = {"better": "is better than", "worse": "is worse than", "not distingui
 
 
 def pretraining(group: Group, cost: str) -> list[str]:
-    """That a checkpoint's training is in no cost of the group."""
+    """A note that the training of a group's checkpoint is in none of its costs."""
     return ["pretraining not counted"] if group.pretrained and COSTS[cost].trained else []
 
 
 def provisos(group: Group, cost: str) -> list[str]:
-    """What must be known of a group beside its being on the front."""
+    """What a reader must know about a group that is on the front."""
     return [*(["at chance"] if group.at_chance else []), *pretraining(group, cost)]
 
 
 def front(comparison: Comparison, block: Block) -> str:
-    """Who is on the front, cheapest first."""
-    told = []
+    """The groups on the front, cheapest first."""
+    names = []
     there = [group for group in block.groups if group.front]
     for group in sorted(there, key=lambda group: mean(group, comparison.cost)):
         chance = [] if group.front_probability is None else [f"{100 * group.front_probability:.0f}%"]
         words = [*chance, *provisos(group, comparison.cost)]
-        told.append(group.label + (f" ({', '.join(words)})" if words else ""))
-    return f"On the front, by {COSTS[comparison.cost].amount}: {'; '.join(told)}"
+        names.append(group.label + (f" ({', '.join(words)})" if words else ""))
+    return f"On the front, by {COSTS[comparison.cost].amount}: {'; '.join(names)}"
 
 
 def mean(group: Group, key: str) -> float:
@@ -36,7 +36,7 @@ def mean(group: Group, key: str) -> float:
 
 
 def headline(comparison: Comparison, block: Block) -> list[str]:
-    """Of a few groups each against its baseline; of many how many are what, and the best."""
+    """For a few groups, each against its baseline; for many groups, how many got each verdict, and the best group."""
     quality = comparison.quality
     judged = [group for group in block.groups if group.difference]
     if not judged:
@@ -52,8 +52,11 @@ def headline(comparison: Comparison, block: Block) -> list[str]:
     kinds = [group.verdict for group in judged]
     counts = [f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds)]
     best = (max if QUALITIES[quality].better == "higher" else min)(block.groups, key=lambda group: mean(group, quality))
-    told = sentences.get(best.label, f"{best.label}, with {cell(quality, best.intervals[quality])}.")
-    return [f"{len(judged)} groups are measured against a baseline: {', '.join(counts)}.", f"The best mean: {told}"]
+    best_sentence = sentences.get(best.label, f"{best.label}, with {cell(quality, best.intervals[quality])}.")
+    return [
+        f"{len(judged)} groups are measured against a baseline: {', '.join(counts)}.",
+        f"The best mean: {best_sentence}",
+    ]
 
 
 def _sentence(quality: str, group: Group) -> str:
@@ -66,5 +69,5 @@ def _sentence(quality: str, group: Group) -> str:
     seeds = several(interval.n, "seed")
     beside = [*group.conditions, *(["itself at chance"] if group.at_chance else [])]
     apart = f"{cell(quality, interval, signed=True)}{points}"
-    told = f"{group.label} {verdict} {group.baseline} in {name}: {apart} ({p}{seeds})"
-    return f"{told}; {', '.join(beside)}." if beside else f"{told}."
+    sentence = f"{group.label} {verdict} {group.baseline} in {name}: {apart} ({p}{seeds})"
+    return f"{sentence}; {', '.join(beside)}." if beside else f"{sentence}."

@@ -1,4 +1,4 @@
-"""What is compared: runs that differ in their seed only are a group, and groups that may stand side by side a block."""
+"""What is compared: runs that differ only in their seed form a group, and groups that may be compared form a block."""
 
 import json
 import math
@@ -33,8 +33,8 @@ LABELS = {
     "minutes": "{} minutes", "batch_size": "{} images/update", "lr": "lr {}", "command": "{}",
     "checkpoint.origin": "from {}", "checkpoint": "from {}",
 }  # fmt: skip
-"""How a label tells a setting, by its key or the last word of that. These are told whenever they differ, in this order;
-others only where labels would be the same."""
+"""How a label writes a setting, found by its key or the last word of its key. Labels contain these settings whenever
+they differ, in this order; they contain others only if labels would otherwise be equal."""
 
 
 @dataclass
@@ -54,9 +54,8 @@ class Budgeted:
 class Group:
     """Runs that differ in nothing but their seed (or in nothing that --by names).
 
-    `cost_ratio` is their cost over the baseline's, with what the checkpoints of both had cost where that is known;
-    `conditions` say in what else the two were unequal. `at_chance`: no better than guessing, which reaches
-    `chance_pct`.
+    `cost_ratio` is the group's cost over the baseline's, both with the cost of their checkpoints where that is known;
+    `conditions` say what else was unequal. `at_chance`: no better than guessing, which reaches `chance_pct`.
     """
 
     settings: Row
@@ -80,12 +79,14 @@ class Group:
 
     @property
     def pretrained(self) -> bool:
-        """Whether any of its runs began with a checkpoint, whose training is in none of its costs."""
+        """Whether a run of the group began with a checkpoint. The checkpoint's training is in none of the group's
+        costs."""
         return any(run.row.get("checkpoint") is not None for run in self.runs)
 
     @property
     def checkpoint_pflop(self) -> float | None:
-        """What the checkpoints had cost in training, mean over runs; None where any of them does not say."""
+        """The training cost of the checkpoints that the runs began with, mean over runs; None if one of them is
+        unknown."""
         costs = [run.row.get("checkpoint.train_pflop") for run in self.runs if run.row.get("checkpoint") is not None]
         known = [cost for cost in costs if cost is not None]
         return math.fsum(known) / len(self.runs) if known and len(known) == len(costs) else None
@@ -102,8 +103,8 @@ class Block:
 
 @dataclass
 class Comparison:
-    """`typed`: the columns that were asked for, none where `columns` are the usual ones; `commands`: what made the
-    runs."""
+    """`typed`: the columns that the user asked for, empty where `columns` are the usual ones. `commands`: the commands
+    that made the runs."""
 
     quality: str
     cost: str
@@ -234,11 +235,11 @@ def _name(groups: list[Group]) -> None:
 
 
 LETTERS = 48
-"""Of one setting in a label, at most."""
+"""The most letters that one setting takes in a label."""
 
 
 def _known(key: str) -> str:
-    """The key of LABELS that a setting is told by; empty where there is none."""
+    """The key of LABELS that fits a setting; empty if there is none."""
     leaf = key.rpartition(".")[2]
     if key in LABELS:
         return key
@@ -246,7 +247,7 @@ def _known(key: str) -> str:
 
 
 def _part(group: Group, key: str) -> str:
-    """One setting as a label tells it; nothing where the group has none."""
+    """One setting as a label writes it; empty if the group does not have the setting."""
     value, row = group.settings.get(key), group.runs[0].row
     if value is None:
         return ""
@@ -268,7 +269,7 @@ def _source_name(weights: Path) -> str:
 
 
 def _mixed_notes(groups: list[Group]) -> list[str]:
-    """What else differs within the groups that --by makes."""
+    """Notes on what else differs within the groups that --by makes."""
     mixed = set()
     for group in groups:
         settings = [run.settings() for run in group.runs]
@@ -290,8 +291,9 @@ def _fronts(groups: list[Group], question: Question) -> None:
 
 
 def _chance(groups: list[Group], question: Question) -> None:
-    """Books what an answer that never changes would reach, and whether each group is better: with one guess that is the
-    share of the commonest class, with more it is that many times the mean share of a class."""
+    """Stores the accuracy of a model that always gives the same answer, and whether each group is better. With one
+    guess that accuracy is the share of the commonest class; with more guesses it is that many times the mean share of a
+    class."""
     guesses = QUALITIES[question.quality].guesses
     if not guesses:
         return
@@ -381,7 +383,7 @@ def _by_leaf(key: str, keys: list[str]) -> str:
 
 
 def natural(label: str) -> tuple[Any, ...]:
-    """To sort by: 2 experts come before 16 experts."""
+    """A key for sorting with which 2 experts come before 16 experts."""
     parts = re.split(r"(\d+(?:\.\d+)?)", label)
     return tuple((part, 0.0) if i % 2 == 0 else ("", float(part)) for i, part in enumerate(parts)), label
 

@@ -102,23 +102,23 @@ def verdicts(differences: Mapping[Any, Difference], *, higher_is_better: bool) -
     """better, worse, not distinguishable or too few seeds, and Holm's p, of each of one family of comparisons."""
     tested = {key: d.p for key, d in differences.items() if d.p is not None and d.interval.n >= MIN_SEEDS}
     adjusted = dict(zip(tested, holm(list(tested.values())), strict=True))
-    found: dict[Any, tuple[str, float | None]] = {}
+    verdict_of: dict[Any, tuple[str, float | None]] = {}
     for key, d in differences.items():
         if d.interval.n < MIN_SEEDS:
-            found[key] = ("too few seeds", None)
+            verdict_of[key] = ("too few seeds", None)
         elif key not in adjusted or adjusted[key] >= 1 - LEVEL:
-            found[key] = ("not distinguishable", adjusted.get(key))
+            verdict_of[key] = ("not distinguishable", adjusted.get(key))
         else:
-            found[key] = ("better" if (d.interval.mean > 0) == higher_is_better else "worse", adjusted[key])
-    return found
+            verdict_of[key] = ("better" if (d.interval.mean > 0) == higher_is_better else "worse", adjusted[key])
+    return verdict_of
 
 
 def at_chance(values: Sequence[float], chance_pct: float, images: int | None) -> bool:
     """Whether shares of right answers, in percent, are not surely above what guessing reaches.
 
-    They are surely above it if the 95% interval of their mean is, which takes three of them; or if each of them is:
-    whoever guesses on as many `images` has so many right with a probability of 2.5% at most (binomial). Where neither
-    can be asked their mean decides.
+    They are surely above it if the 95% interval of their mean is, which takes three values; or if each value is so high
+    that guessing on as many `images` reaches it with a probability of 2.5% at most (binomial). If neither test is
+    possible, their mean decides.
     """
     interval = mean_interval(values)
     if interval.mean <= chance_pct:
@@ -150,14 +150,15 @@ def budgets(curves: Sequence[Sequence[tuple[float, float]]], count: int = 3) -> 
     if low > high or high <= 0:
         return []
     digit = 10 ** (math.floor(math.log10(high)) - 2)
-    found = [math.floor(high / 2**i / digit + 1e-9) * digit for i in reversed(range(count))]
-    return [float(f"{budget:.6g}") for budget in found if low <= budget <= high]
+    candidates = [math.floor(high / 2**i / digit + 1e-9) * digit for i in reversed(range(count))]
+    return [float(f"{budget:.6g}") for budget in candidates if low <= budget <= high]
 
 
 def on_front(cost: Any, quality: Any) -> Any:
     """Which points of the last axis nothing dominates; lower cost and higher quality are better.
 
-    A point is dominated when another is at least as good in both and better in one, so that equal points share a fate.
+    A point is dominated when another is at least as good in both and better in one. Equal points are therefore on the
+    front together or not at all.
     """
     cost, quality = np.asarray(cost, float), np.asarray(quality, float)
     order = np.lexsort((-quality, cost), axis=-1)

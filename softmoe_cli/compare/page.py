@@ -38,9 +38,9 @@ def page(comparison: Comparison, figures: dict[str, bytes], out: Path) -> str:
         told = f"<b>{escape(block.title)}.</b> " if len(comparison.blocks) > 1 else ""
         body.append(f'<p class="lead">{told}{escape(" ".join(headline(comparison, block)))}</p>')
     body.append(f"<p>{len(comparison.groups)} groups, {runs} finished runs. {escape(LEGEND)}.</p>")
-    found = tables(comparison)
+    all_tables = tables(comparison)
     for index, block in enumerate(comparison.blocks):
-        mine = [table for table in found if table.block == block.title]
+        mine = [table for table in all_tables if table.block == block.title]
         body.append(_section(index, block, mine, comparison))
     body += [_details(table) for table in reference_tables(comparison)]
     if comparison.reference:
@@ -85,7 +85,8 @@ def _section(index: int, block: Block, mine: list[Table], comparison: Comparison
 
 
 def _routing(block: Block) -> Table | None:
-    """What the routers did at each run's last look: mean over seeds (and, as the rows hold it, over layers)."""
+    """What the routers did at each run's last look: mean over seeds (and over layers, because the rows hold such
+    means)."""
     rows: list[dict[str, float]] = []
     for group in block.groups:
         lasts = [run.looks[-1] for run in group.runs if run.looks]

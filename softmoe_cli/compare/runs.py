@@ -13,9 +13,10 @@ from softmoe_cli.run.rows import AXES, EVERY, LOOK, QUALITIES, RESULT, Row, numb
 from softmoe_cli.text import printable
 
 FINGERPRINT = ("hardware", "torch")
-"""Seconds and joules are compared within one of these only."""
+"""Seconds and joules are compared only between runs that are equal in these."""
 NO_CHOICE = ("data.identity", "checkpoint.train_pflop", "checkpoint.digest")
-"""Keys with a dot that are no settings. Of a checkpoint its origin is one: others of that differ by chance only."""
+"""Keys with a dot that are no settings. A checkpoint's origin is a setting: checkpoints of one origin differ by chance
+only."""
 DENSE_LACKS = ("model.moe_blocks", "model.expert_init")
 VERSION = ("commit", "softmoe", "torch")
 
@@ -33,7 +34,7 @@ class FinishedRun:
 
     @property
     def place(self) -> str:
-        """The folder as it may be shown."""
+        """The folder's path with unprintable characters escaped."""
         return printable(str(self.folder))
 
     def settings(self) -> Row:
@@ -51,21 +52,21 @@ class FinishedRun:
 
 
 def read(folders: Sequence[Path]) -> tuple[list[FinishedRun], list[tuple[str, str]]]:
-    """Every run below the folders, sorted by path, and (folder, reason) of what is none.
+    """Every run below the folders, sorted by path, and (folder, reason) for each folder that holds no finished run.
 
     Raises:
         UsageError: a folder that does not exist.
     """
-    found: dict[Path, Path] = {}
+    run_folders: dict[Path, Path] = {}
     for folder in folders:
-        if not os.path.isdir(folder):  # which also says no to a name that is too long
+        if not os.path.isdir(folder):  # which is also false for a name that is too long
             parent = folder.parent
             siblings = [path.name for path in parent.iterdir() if path.is_dir()] if os.path.isdir(parent) else []
             raise UsageError(f"{folder} is no folder.{nearest(folder.name, siblings)}")
         for path in _run_folders(folder):
-            found.setdefault(path.resolve(), path)
+            run_folders.setdefault(path.resolve(), path)
     runs, left_out = [], []
-    for path in sorted(found.values()):
+    for path in sorted(run_folders.values()):
         row, reason = _result(path)
         if row is None:
             left_out.append((printable(str(path)), reason))
@@ -87,7 +88,7 @@ def _run_folders(top: Path) -> Iterator[Path]:
 def _result(folder: Path) -> tuple[Row | None, str]:
     """The result row, or why there is none."""
     try:
-        found = rows.row(folder / "result.json", RESULT)
+        result = rows.row(folder / "result.json", RESULT)
     except FileNotFoundError:
         if not any(folder.iterdir()):
             return None, "empty"
@@ -95,12 +96,12 @@ def _result(folder: Path) -> tuple[Row | None, str]:
         return None, "unfinished: no result.json" + (f", last look at step {looks[-1]['step']:,}" if looks else "")
     except rows.Unreadable as error:
         return None, f"result.json {error}"
-    return cast(Row, rows.printed(found)), ""
+    return cast(Row, rows.printed(result)), ""
 
 
 def _looks(path: Path, result: Row | None = None) -> tuple[list[Row], str]:
-    """The validation rows, and what is wrong with the file: a damaged one gives none, nor does one that is not what it
-    was when the run wrote its `result`."""
+    """The validation rows, and what is wrong with their file. A damaged file gives no rows, and neither does a file
+    that has changed since the run wrote its `result`."""
     try:
         text = rows.contents(path, rows.MOST_LINES_BYTES)
     except FileNotFoundError:
@@ -133,7 +134,7 @@ def _looks(path: Path, result: Row | None = None) -> tuple[list[Row], str]:
 
 
 def typed(runs: list[FinishedRun]) -> list[str]:
-    """The commands of the sweeps that the runs belong to, and of runs of none how many those are."""
+    """The commands of the sweeps that the runs belong to, and the number of runs that belong to no sweep."""
     wanted, commands = {os.path.normpath(run.folder): run for run in runs}, []
     for study in sorted({run.folder.parent for run in runs}):
         for file in sorted(study.glob("sweep-*/jobs.json")):
@@ -157,9 +158,9 @@ def single(runs: list[FinishedRun], strict: bool) -> tuple[list[FinishedRun], li
     first: dict[Any, FinishedRun] = {}
     doubles = []
     for run in runs:
-        kept = first.setdefault((run.row["signature"], *(str(run.row.get(key)) for key in VERSION if strict)), run)
-        if kept is not run:
-            same = all(kept.row.get(key) == run.row.get(key) for key in QUALITIES)
-            reason = f"the same run as {kept.place}, " + ("equal in quality" if same else "with OTHER quality")
+        first_run = first.setdefault((run.row["signature"], *(str(run.row.get(key)) for key in VERSION if strict)), run)
+        if first_run is not run:
+            same = all(first_run.row.get(key) == run.row.get(key) for key in QUALITIES)
+            reason = f"the same run as {first_run.place}, " + ("equal in quality" if same else "with OTHER quality")
             doubles.append((run.place, reason))
     return list(first.values()), doubles

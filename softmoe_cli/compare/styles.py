@@ -6,13 +6,13 @@ from collections.abc import Iterable
 from softmoe_cli.compare.groups import Comparison, Group, natural
 
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-"""Okabe and Ito, Color Universal Design (2008), without the yellow that white paper swallows."""
+"""Okabe and Ito, Color Universal Design (2008), without the yellow, which is hard to see on white paper."""
 MARKERS = "osD^vPX*"
 
 
 def styles(groups: Iterable[Group]) -> dict[str, tuple[int, str]]:
-    """Number of the colour and marker by label, the same in every figure; what others are measured against comes first,
-    in black. Labels that begin alike (mostly a router) share a colour where that leaves no two groups alike."""
+    """Label -> (number of the colour, marker), the same in every figure. Baselines come first, in black. Labels that
+    begin alike (mostly a router) share a colour if all groups still look different."""
     groups = list(groups)
     baselines = {group.baseline for group in groups}
     labels = sorted({group.label for group in groups}, key=lambda label: (label not in baselines, natural(label)))

@@ -98,7 +98,7 @@ def _groups(comparison: Comparison, block: Block, shown: dict[str, Unit], *, bri
 
 
 def _minus(block: Block) -> str:
-    """The head of differences: to whom, where that is one whose label is no list."""
+    """The head of the column of differences; it names the baseline if there is only one and its label is short."""
     baselines = {group.baseline for group in block.groups if group.baseline}
     (name, *others) = baselines or {"its baseline"}
     return f"minus {name}" if not others and "," not in name and len(name) < 25 else "minus its baseline"
@@ -116,7 +116,7 @@ def _cost(group: Group, cost: str, shown: Unit) -> str:
 
 
 def _budgets(comparison: Comparison, block: Block, shown: dict[str, Unit]) -> list[Table]:
-    """A table per axis: a budget below the other, and under each the groups."""
+    """A table per axis: budgets one below the other, and the groups under each."""
     found = []
     key = QUALITIES[comparison.quality].curve
     judged = any(each.difference for group in block.groups for each in group.budgets)
@@ -157,7 +157,7 @@ def remarks(comparison: Comparison) -> list[str]:
 
 
 def terminal(comparison: Comparison, width: int | None = None) -> str:
-    """What is printed; on a terminal no wider than that, in a file a line per group and note."""
+    """What is printed: on a terminal no wider than `width`, in a file one line per group and note."""
     shown, parts = units(comparison), []
 
     def laid_out(table: Table) -> str:
@@ -194,7 +194,7 @@ def markdown(comparison: Comparison) -> str:
 
 
 def escaped(text: str) -> str:
-    """On one line, with what Markdown and HTML would take as theirs made harmless."""
+    """The text on one line, with the special characters of Markdown and HTML escaped."""
     text = " ".join(text.split())
     for character in "\\`*<>[]":
         text = text.replace(character, f"\\{character}")
@@ -224,7 +224,7 @@ def latex(comparison: Comparison) -> str:
 
 
 def _tex(text: str) -> str:
-    """Characters that TeX takes as its own are named; those that its fonts may lack are question marks."""
+    """TeX's special characters become commands; characters that its fonts may lack become question marks."""
     return "".join(
         TEX.get(c, c if (c.isascii() and c.isprintable()) or ("À" <= c <= "ÿ" and c.isalpha()) else "?")
         for c in " ".join(text.split())
@@ -232,7 +232,7 @@ def _tex(text: str) -> str:
 
 
 def _tex_number(text: str) -> str:
-    """A cell, whose sign is a minus and no hyphen where it begins with a number."""
+    """A cell; if it begins with a number, the number's sign is a minus instead of a hyphen."""
     return f"$-${_tex(text[1:])}" if re.match(r"-[\d.]", text) else _tex(text)
 
 

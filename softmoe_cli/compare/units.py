@@ -1,4 +1,4 @@
-"""Figures for people: the unit that suits a column, as many digits as its uncertainty leaves, more or less in words.
+"""Numbers for people: a unit that suits the column, as many digits as the uncertainty justifies, ratios in words.
 
 Files for programs hold every digit in the units of result.json.
 """
@@ -19,7 +19,8 @@ SCALES = {name: scale for scale in (FLOP, BYTES, SECONDS) for name, _ in scale}
 
 @dataclass(frozen=True)
 class Unit:
-    """A figure's name with the unit that was chosen, the unit alone, and how many of it one of result.json's is."""
+    """A figure's name with the chosen unit, the unit alone, and the factor from result.json's unit to the chosen
+    one."""
 
     head: str
     name: str
@@ -27,8 +28,8 @@ class Unit:
 
 
 def unit(key: str, values: Iterable[float]) -> Unit:
-    """The largest unit that is not above the smallest value; where the largest is more than ten thousand times that,
-    not above their geometric mean."""
+    """The largest unit that is not above the smallest value; if the values span more than a factor of ten thousand, the
+    largest unit that is not above their geometric mean."""
     own = RESULT[key].unit if key in RESULT else ""
     if own not in SCALES:
         return Unit(titled(key), "", 1.0)
@@ -54,17 +55,17 @@ def quantity(key: str, value: float) -> str:
 
 
 def figure(key: str, value: float) -> str:
-    """Of a quality two digits after the point where it is a share, else four; of a cost four digits in all."""
+    """A quality gets two digits after the point if it is a share, else four; a cost gets four digits in all."""
     if key in QUALITIES:
         return f"{value:.2f}" if key.endswith("_pct") else f"{value:.4f}"
     return digits(value)
 
 
 def cell(key: str, interval: Interval | None, factor: float = 1.0, *, signed: bool = False) -> str:
-    """`96.47 ± 0.80`, `305 ± 140`; a spread of nothing is not shown, an unknown one neither.
+    """`96.47 ± 0.80`, `305 ± 140`; a spread that is zero or unknown is not shown.
 
-    A cost's half interval has two digits that count, and its mean ends where they do (at the units at the latest); one
-    that is below the mean's sixth digit is a spread of nothing.
+    A cost's half interval has two significant digits, and its mean is rounded to the same place (at most to units). A
+    half interval below the mean's sixth digit counts as zero.
     """
     if interval is None:
         return ""
@@ -80,7 +81,8 @@ def cell(key: str, interval: Interval | None, factor: float = 1.0, *, signed: bo
 
 
 def apart(ratio: float, amount: str) -> str:
-    """`19% fewer training FLOPs`, of a ratio to what is compared with; empty within half a percent."""
+    """`19% fewer training FLOPs`, from the ratio to the baseline's amount; empty if the two differ by less than half a
+    percent."""
     percent = round(100 * abs(ratio - 1))
     if percent == 0:
         return ""

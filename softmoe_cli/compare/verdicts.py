@@ -1,4 +1,4 @@
-"""Every group against its baseline: which one that is, verdicts, and in what else the two were unequal."""
+"""Compares every group with its baseline: finds the baseline, gives verdicts, and says what else was unequal."""
 
 import math
 
@@ -9,7 +9,7 @@ from softmoe_cli.errors import UsageError, nearest
 from softmoe_cli.run.rows import COSTS, QUALITIES
 
 ROUTED = ("model.moe_blocks", "model.expert_init", "model.expert_width")
-"""Settings, beside model.router.*, that come with a router and say nothing of which dense control is its own."""
+"""Settings that, like model.router.*, come with a router: they do not help to find the dense control of a group."""
 
 
 def judge(blocks: list[Block], question: Question) -> None:
@@ -64,7 +64,7 @@ def _conditions(group: Group, baseline: Group, cost: str) -> None:
     means = {key: [_mean(each, key) for each in pair] for key in ("steps", "images")}
     if all(value > 0 for both in means.values() for value in both):
         ratios = {key: ours / theirs for key, (ours, theirs) in means.items()}
-        key = "images" if apart(ratios["steps"] / ratios["images"], "") else "steps"  # updates may be of other sizes
+        key = "images" if apart(ratios["steps"] / ratios["images"], "") else "steps"  # batch sizes may differ
         if apart(ratios["images"], "") and cost not in ratios:
             group.conditions.append(f"{means[key][0]:,.0f} {COSTS[key].amount} against {means[key][1]:,.0f}")
     if COSTS[cost].trained and (group.pretrained or baseline.pretrained):
@@ -72,7 +72,7 @@ def _conditions(group: Group, baseline: Group, cost: str) -> None:
 
 
 def _mean(group: Group, key: str) -> float:
-    """Of a figure of every run; 0 where one lacks it."""
+    """The mean of a figure of every run; 0 if a run lacks it."""
     values = [run.row.get(key) or 0.0 for run in group.runs]
     return math.fsum(values) / len(values) if all(values) else 0.0
 

@@ -1,7 +1,8 @@
 """What a model costs on this machine: latency, throughput and peak memory, by measuring them.
 
 Every workload is warmed up, then all take turns, so that a machine that slows down slows all of them. Times are medians
-with the distance between the quartiles. A figure says on what it was measured, and `rank` compares only like with like.
+with the distance between the quartiles. A figure names the hardware it was measured on, and `rank` compares only
+figures of the same hardware.
 """
 
 import statistics
@@ -48,7 +49,8 @@ def fingerprint(device: torch.device, precision: str, compiled: bool) -> str:
 
 
 class Workload:
-    """A load's model with a batch of random pixels, and AdamW. This process gets the load's threads."""
+    """A load's model with a batch of random pixels, and AdamW. Making it gives this process the load's number of
+    threads."""
 
     def __init__(self, load: Load) -> None:
         self.device, self.compiled, self.accumulate = load.device, load.compile, load.accumulate
@@ -92,7 +94,7 @@ class Workload:
             torch.mps.synchronize()
 
     def peak(self) -> int | None:
-        """Bytes that this workload holds at the peak of a step, others' left out."""
+        """Bytes that this workload holds at the peak of a step, without those of other workloads."""
         self.optimizer.zero_grad(set_to_none=True)
         state = [*self.model.parameters(), *self.model.buffers(), self.x]
         state += [t for moments in self.optimizer.state.values() for t in moments.values() if t.device == self.device]
@@ -130,7 +132,7 @@ def measure(loads: Sequence[Load], repeats: int) -> list[Timing]:
         keep_freed_memory(device, size, free)
     workloads = []
     for load in loads:
-        torch.set_num_threads(threads)  # what those that name no number get
+        torch.set_num_threads(threads)  # the number for loads that name none
         workloads.append(Workload(load))
     times: dict[tuple[int, str], list[float]] = {}
     for turn in range(-WARM_UP, repeats):

@@ -24,7 +24,7 @@ Row = dict[str, Any]
 
 
 def formula_row(config: CostConfig, vit: VisionTransformer) -> Row:
-    """Everything about a model that needs no counting and no measuring. `vit` is it, on the meta device."""
+    """Everything about a model that needs no counting and no measuring. `vit` is the model on the meta device."""
     load = load_of(config)
     cost = account_model(vit, batch=load.part, recompute=load.recompute)
     memory = predict(load, config.devices, config.parallel)

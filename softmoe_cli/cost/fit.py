@@ -1,4 +1,4 @@
-"""What fits where: decided once, before a run begins; and what would fit where the run does not."""
+"""Decides once, before a run begins, how it fits into memory; proposes what would fit where the run does not."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ from softmoe_cli.text import gibibytes
 PLACES_8BIT = ("cpu", "cuda")
 """Where bitsandbytes has AdamW."""
 MOST_DEVICES = 1024
-"""No refusal proposes more."""
+"""The most devices that a refusal proposes."""
 CPU = torch.device("cpu")
 
 
@@ -40,26 +40,26 @@ def settle(load: Load, parallel: str = "auto", crew: Crew = ALONE) -> Fit:
     `config.WAYS` that fits on every device, or where none does the one that needs least.
 
     Raises:
-        UsageError: it cannot be as the configuration has it, or cannot fit; the message says what would.
+        UsageError: the run is impossible as configured, or does not fit; the message says what would fit.
     """
     free = free_memory(load.device)
-    own = _of_each(free, load.device, crew)
+    free_of_each = _of_each(free, load.device, crew)
     if crew.size == 1:
         way, why, memory = "ddp", "", predict(load)
     elif parallel == "auto":
-        way, why, memory = _first_that_fits(load, own, crew)
+        way, why, memory = _first_that_fits(load, free_of_each, crew)
     else:
         if (fault := obstacle(parallel, load, crew.size)) is not None:
             raise UsageError(f"parallel={parallel} {fault}")
         way, why, memory = parallel, f"parallel={parallel}", predict(load, crew.size, parallel)
     _require_machine(memory, load.device, crew, way)
-    if _needed(load, memory) > own:
-        raise UsageError(_Room(load, own, crew.size, way).refusal(memory))
+    if _needed(load, memory) > free_of_each:
+        raise UsageError(_Room(load, free_of_each, crew.size, way).refusal(memory))
     return Fit(way, why, memory, free)
 
 
 def _of_each(free: int, device: torch.device, crew: Crew) -> int:
-    """Bytes for each process: those of one machine share its memory where the device is its CPU."""
+    """Free bytes for each process: on a CPU, the processes of one machine share its memory."""
     return free // crew.local_size if device.type == "cpu" else free
 
 
@@ -101,7 +101,8 @@ def obstacle(way: str, load: Load, processes: int) -> str | None:
 
 
 def require_place(optim: Optim, device: torch.device, processes: int = 1) -> None:
-    """Raises UsageError where moments cannot be kept so on this device, or on so many."""
+    """Raises UsageError if the optimizer's moments cannot be kept as configured on this device, or in so many
+    processes."""
     fault = _misplaced(optim, device, processes)
     if fault is not None:
         raise UsageError(f"optim.moments={optim.moments} {fault}")
@@ -118,7 +119,8 @@ def _misplaced(optim: Optim, device: torch.device, processes: int) -> str | None
 
 
 def _require_machine(memory: Memory, device: torch.device, crew: Crew, way: str) -> None:
-    """Raises UsageError where the machine has no room for what is kept or joined beside the device."""
+    """Raises UsageError if the machine has no room for what is kept or joined in its own memory instead of the
+    device's."""
     machine = free_memory(CPU)
     if memory.beside_bytes > machine:
         raise UsageError(
@@ -136,7 +138,7 @@ def _require_machine(memory: Memory, device: torch.device, crew: Crew, way: str)
 
 @dataclass(frozen=True)
 class _Room:
-    """What a load that does not fit could be instead, to fit into `free` bytes of each process."""
+    """Changes to a load that does not fit, with which it would fit into `free` bytes of each process."""
 
     load: Load
     free: int
@@ -167,9 +169,9 @@ class _Room:
     def _divided(self, memory: Memory) -> list[str]:
         """Other ways to share the training, by as many processes or more. More of them bring no memory where the device
         is the machine's CPU."""
-        load, found = self.load, []
+        load, changes = self.load, []
         if load.precision == "fp16" or (load.optim is not None and load.optim.moments != "fp32"):
-            return []  # what is divided has neither
+            return []  # neither works with divided weights
         state = memory.state_bytes * (1 if self.way == "ddp" else self.processes)
         groups = load.part // group_of(load.model.router)
         most = min(groups, MOST_DEVICES if load.device.type == "cuda" else self.processes)
@@ -177,11 +179,11 @@ class _Room:
             size = 2 * self.processes if way == self.way else max(2, self.processes)
             while size <= most:
                 possible = state <= size * self.free and (way != "expert" or divides(load.model.router, size))
-                if possible and predict(load, size, way).peak_bytes <= self.free:  # which takes a second
-                    found.append(f"parallel={way} on {size} devices" if size > self.processes else f"parallel={way}")
+                if possible and predict(load, size, way).peak_bytes <= self.free:  # a prediction takes a second
+                    changes.append(f"parallel={way} on {size} devices" if size > self.processes else f"parallel={way}")
                     break
                 size *= 2
-        return found
+        return changes
 
     def _smaller_moments(self) -> list[str]:
         optim, found = self.load.optim, []
@@ -196,20 +198,20 @@ class _Room:
         return found
 
     def _smaller_batches(self) -> list[str]:
-        """More parts, recomputation, fewer images."""
-        load, found, group = self.load, [], group_of(self.load.model.router)
+        """Smaller batches: more parts, recomputation, fewer images."""
+        load, changes, group = self.load, [], group_of(self.load.model.router)
         divisors = (n for n in range(load.accumulate + 1, load.batch + 1) if load.batch % (n * group) == 0)
         parts = next((n for n in divisors if self._peak(replace(load, accumulate=n)) <= self.free), None)
         if parts is not None:
-            found.append(f"train.accumulate={parts}")
+            changes.append(f"train.accumulate={parts}")
         if not load.recompute and self._peak(replace(load, recompute=True)) <= self.free:
-            found.append("train.recompute=true")
+            changes.append("train.recompute=true")
         unit = 1
         if load.accumulate > 1 or load.batch % group == 0:
             unit = load.accumulate * group
         if batch := self.largest(load.batch - 1, unit):
-            found.append(f"train.batch_size={batch}, the largest that fits as it is")
-        return found
+            changes.append(f"train.batch_size={batch}, the largest that fits as it is")
+        return changes
 
     def largest(self, top: int, unit: int) -> int:
         """The largest batch up to `top`, a multiple of `unit`, that fits; 0 if there is none."""
@@ -218,8 +220,8 @@ class _Room:
 
 
 def with_largest_batch(config: Config, sharers: int = 1) -> Config:
-    """The configuration with a number for `train.batch_size=auto`, so that the signature knows it. `sharers`: runs that
-    will be on the device at a time."""
+    """The configuration with a number for `train.batch_size=auto`, so that the number is in the signature. `sharers`:
+    runs that will share the device at a time."""
     device, _ = arithmetic(config.device, config.train.precision, config.threads)
     require_place(config.optim, device)
     splits = sets.load(config.data)

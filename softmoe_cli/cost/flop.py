@@ -49,10 +49,10 @@ class Part:
 class Cost:
     """One model on one image. `tokens` includes class token and registers.
 
-    `active_params` are those with a part in one token's way through the model, on average: of the routed experts as
-    many as the router lets work for a token. `slots_per_token` is the rows of all experts over the tokens, with empty
-    slots, in an MoE block: the capacity factor that is really paid for. `train_flop` is not whole where a group of
-    images was not full.
+    `active_params` are the parameters that one token passes through, on average: of the routed experts, as many as the
+    router uses for one token. `slots_per_token` is the rows of all experts, empty ones included, over the tokens of an
+    MoE block: the capacity factor that is really paid for. `train_flop` is no whole number if a group of images was not
+    full.
     """
 
     parts: tuple[Part, ...]
@@ -60,7 +60,7 @@ class Cost:
     slots_per_token: float | None
     frozen_params: int = 0
     counted_train_flop: float | None = None
-    """Of a model with frozen parameters, whose training is below the sum of its parts'."""
+    """Training FLOPs of a model with frozen parameters, which are fewer than the sum of its parts' training FLOPs."""
 
     @property
     def params(self) -> int:
@@ -112,7 +112,7 @@ def account(
 
 
 def account_model(vit: VisionTransformer, *, batch: int | None, recompute: bool) -> Cost:
-    """`account` of a model that is there."""
+    """`account` of a model that is already built."""
     tokens = count_tokens(vit)
     layers = [block.mlp for block in vit.blocks if isinstance(block.mlp, MoE)]
     return Cost(
@@ -123,10 +123,10 @@ def account_model(vit: VisionTransformer, *, batch: int | None, recompute: bool)
 
 
 def on_meta(model: Model, num_classes: int) -> VisionTransformer:
-    """The model of a config with shapes and no weights, to be costed.
+    """The model of a config with shapes and no weights, for computing its cost.
 
     Raises:
-        UsageError: sizes that torch cannot even write down.
+        UsageError: sizes that torch cannot represent.
     """
     try:
         with torch.device("meta"):
@@ -188,8 +188,9 @@ def _parts(vit: VisionTransformer, batch: int | None, recompute: bool) -> Iterat
 
 
 def _last_product(block: Block, n: int) -> tuple[str, int]:
-    """(part, FLOPs) of a block's last product where no gradient needs its result: torch's checkpoint stops before it,
-    once it has all that the backward pass asks for. After LayerScale, stochastic depth or gates something does."""
+    """(part, FLOPs) of a block's last product if no gradient needs its result: torch's checkpoint stops before it,
+    because the backward pass asks for nothing later. LayerScale, stochastic depth or gates after it do need its
+    result."""
     mlp = block.mlp
     needed = not isinstance(block.ls2, nn.Identity) or not isinstance(block.drop_path2, nn.Identity)
     if isinstance(mlp, Mlp):
@@ -203,7 +204,8 @@ def _last_product(block: Block, n: int) -> tuple[str, int]:
 
 
 def _grouped_mm(a: Any, b: Any, *_: Any, **__: Any) -> int:
-    """Rows by runs times a matrix per run, or their transpose: each row of the longer side meets one matrix."""
+    """FLOPs of runs of rows, each times its own matrix, or of the transpose: each row of the longer side meets one
+    matrix."""
     return 2 * math.prod(a) * b[-1]
 
 
@@ -218,7 +220,7 @@ COUNTED: dict[Any, Callable[..., int]] = {
     aten.dot: _matrix_vector,
     aten.addmv: lambda _, a, *__, **___: _matrix_vector(a),
 }
-"""Products that torch's counter takes for nothing."""
+"""Products that torch's own counter does not count."""
 
 FREE = {
     # norms, softmaxes and reductions
@@ -244,7 +246,7 @@ FREE = {
 
 
 class Uncounted(UsageError):
-    """An operation that nobody counts."""
+    """Raised for an operation that is neither counted nor free."""
 
 
 @functools.cache
@@ -254,7 +256,7 @@ def _free(func: Any) -> bool:
 
 
 def _shapes(value: Any) -> Any:
-    """What an operation on the meta device can know of its arguments, to look it up by."""
+    """An operation's arguments with shapes instead of tensors on the meta device, as a key for looking it up."""
     if isinstance(value, Tensor):
         return value.shape, value.stride(), value.dtype
     return tuple(map(_shapes, value)) if isinstance(value, list | tuple) else (type(value), value)
@@ -308,7 +310,7 @@ def counter() -> Iterator[FlopCounterMode]:
         Uncounted: an operation that is neither in torch's table nor in COUNTED nor free.
     """
     mode = FlopCounterMode(display=False, custom_mapping=COUNTED)
-    with _Watch(mode.flop_registry), mode:  # the watch stands below: it sees what the counter has taken apart
+    with _Watch(mode.flop_registry), mode:  # the counter is asked first; the watch sees what it takes apart
         yield mode
 
 

@@ -1,4 +1,4 @@
-"""What a device is given to compute: the one thing that memory, clock and cost are asked about."""
+"""The work that a device is given: memory, clock and cost are all computed for a Load."""
 
 from dataclasses import dataclass
 
@@ -31,7 +31,7 @@ class Load:
 
     @classmethod
     def of(cls, config: Config, num_classes: int, device: torch.device) -> "Load":
-        """What training with this configuration is; `train.batch_size` is a number by now."""
+        """The load of training with this configuration, whose `train.batch_size` must be a number."""
         t = config.train
         return cls(
             config.model, num_classes, t.batch_size, device, t.accumulate, t.recompute, t.precision, t.compile,
@@ -45,7 +45,7 @@ class Load:
 
 
 def load_of(config: Measured) -> Load:
-    """What the configuration asks the cost of.
+    """The load whose cost the configuration asks for.
 
     Raises:
         UsageError: a number of classes that only the files know, or a device that is not there.

@@ -1,8 +1,8 @@
 """`softmoe match`: the value of one free setting with which a model costs what another does.
 
-The settings are whole numbers, so a cost can seldom be met exactly. It is looked for by doubling the value until the
-cost is passed, halving every interval in which it is crossed, and looking at the neighbours of the best: a rounded
-capacity makes some costs go up and down on their way.
+The settings are whole numbers, so a cost can seldom be met exactly. The search doubles the value until the cost is
+passed, halves every interval in which it is crossed, and looks at the neighbours of the best value: a rounded capacity
+makes some costs go up and down on their way.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ Candidate = Callable[[dict[str, Any]], MatchConfig]
 
 @dataclass(frozen=True)
 class Trial:
-    """One value of the free setting: the overrides that make it, and its cost over the one to be met."""
+    """One value of the free setting: the overrides that set it, and its cost over the target cost."""
 
     overrides: dict[str, Any]
     cost: float
@@ -47,14 +47,14 @@ def match(config: MatchConfig, other: MatchConfig, candidate: Candidate) -> Tria
     """The best value of `config.free`.
 
     Args:
-        other: what is to be met.
+        other: the model whose cost is the target.
         candidate: the configuration with some keys changed.
 
     Raises:
         UsageError: the free setting is not one of the model's.
         RunError: nothing comes within the tolerance; the message names the nearest on both sides.
     """
-    seen: dict[int, Trial | None] = {}
+    tried: dict[int, Trial | None] = {}
     reason = ""
     timed = config.by in TIMED
     other_cost = 0.0 if timed else cost_of(other)
@@ -63,22 +63,22 @@ def match(config: MatchConfig, other: MatchConfig, candidate: Candidate) -> Tria
     def trial(value: int) -> Trial | None:
         """None where the model cannot be built with that value."""
         nonlocal reason
-        if value not in seen:
+        if value not in tried:
             changes = changes_of(config, value)
             try:
                 if config.free == "train.steps":
-                    seen[value] = Trial(changes, value * one_step, other_cost)
+                    tried[value] = Trial(changes, value * one_step, other_cost)
                 elif timed:
-                    seen[value] = _timed(changes, candidate(changes), other)
+                    tried[value] = _timed(changes, candidate(changes), other)
                 else:
-                    seen[value] = Trial(changes, cost_of(candidate(changes)), other_cost)
+                    tried[value] = Trial(changes, cost_of(candidate(changes)), other_cost)
             except UsageError as error:
-                seen[value], reason = None, str(error)
-        return seen[value]
+                tried[value], reason = None, str(error)
+        return tried[value]
 
     changes_of(config, 1)
     search(lambda value: None if (found := trial(value)) is None else found.ratio, 0 if timed else NEIGHBOURS)
-    trials = [found for found in seen.values() if found is not None]
+    trials = [found for found in tried.values() if found is not None]
     if not trials:
         raise UsageError(f"free={config.free}: {config.model.name} cannot be built with any value of it ({reason})")
     best = min(trials, key=lambda found: abs(found.ratio - 1))
@@ -100,52 +100,52 @@ def match(config: MatchConfig, other: MatchConfig, candidate: Candidate) -> Tria
 def search(ratio: Callable[[int], float | None], neighbours: int) -> None:
     """Tries values from 1 on until all that matter were tried, and as many `neighbours` of the best on each side.
 
-    `ratio` is a value's cost over the one to be met, or None where the value cannot be.
+    `ratio` gives a value's cost over the target cost, or None if no model can be built with the value.
     """
     value, last = 1, 0
     points: list[tuple[int, float]] = []
     while value <= LARGEST:
-        found = ratio(value)
-        if found is not None:
-            points.append((value, found))
+        value_ratio = ratio(value)
+        if value_ratio is not None:
+            points.append((value, value_ratio))
         elif points:
             last = value
             break  # no larger value will do either
-        if found is not None and found > 1 and len(points) > 1:
+        if value_ratio is not None and value_ratio > 1 and len(points) > 1:
             break
         value *= 2
     if not points:  # such as a depth below that of the MoE blocks
-        points = [(v, found) for v in range(1, 65) if (found := ratio(v)) is not None]
+        points = [(v, value_ratio) for v in range(1, 65) if (value_ratio := ratio(v)) is not None]
     elif last:  # the largest value that will do
         low, high = points[-1][0], last
         while high - low > 1:
             middle = (low + high) // 2
-            found = ratio(middle)
-            if found is None:
+            value_ratio = ratio(middle)
+            if value_ratio is None:
                 high = middle
             else:
                 low = middle
-                points.append((middle, found))
+                points.append((middle, value_ratio))
     low, high = points[0][0] // 2 if points else 0, points[0][0] if points else 0
     while high - low > 1:  # the smallest value that will do
         middle = (low + high) // 2
-        found = ratio(middle)
-        if found is None:
+        value_ratio = ratio(middle)
+        if value_ratio is None:
             low = middle
         else:
             high = middle
-            points.append((middle, found))
+            points.append((middle, value_ratio))
     points.sort()
     for (low, low_ratio), (high, high_ratio) in itertools.pairwise(points):
         if (low_ratio - 1) * (high_ratio - 1) > 0:
             continue
         while high - low > 1:
             middle = (low + high) // 2
-            found = ratio(middle)
-            if found is None:
+            value_ratio = ratio(middle)
+            if value_ratio is None:
                 break
-            if (found - 1) * (low_ratio - 1) > 0:
-                low, low_ratio = middle, found
+            if (value_ratio - 1) * (low_ratio - 1) > 0:
+                low, low_ratio = middle, value_ratio
             else:
                 high = middle
         for near in range(max(1, low - neighbours), high + neighbours + 1):
@@ -185,7 +185,7 @@ def changes_of(config: MatchConfig, value: int) -> dict[str, Any]:
 
 
 def cost_of(config: MatchConfig) -> float:
-    """The cost that is to be the same, in the unit of its name, where it needs no clock."""
+    """The cost that is to be matched, in the unit of its name, if it needs no clock."""
     load = load_of(config)
     if config.by == "peak_mib":
         return predict(load).peak_bytes / 2**20

@@ -49,9 +49,9 @@ class Memory:
     activation_bytes: int
     peak_bytes: int
     saving_bytes: int
-    """Of what is divided, joined at the end in the memory of the first process's machine."""
+    """Bytes of divided tensors, which are joined at the end in the memory of the first process's machine."""
     beside_bytes: int = 0
-    """Of moments that are kept in the machine's memory instead of the device's."""
+    """Bytes of moments that are kept in the machine's memory instead of the device's."""
 
     @property
     def state_bytes(self) -> int:
@@ -63,8 +63,8 @@ PRODUCTS = {getattr(torch.ops.aten, name).default for name in ("mm", "addmm", "b
 
 
 class Live(TorchDispatchMode):
-    """Adds up the bytes of the tensors that are alive: `now`, and at most (`peak`) since `peak` was last set, with what
-    matrix products borrow while they run."""
+    """Adds up the bytes of all live tensors: `now`, and the largest sum since `peak` was last set. Buffers that matrix
+    products borrow while they run are included."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class Live(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.prim.device.default:  # asked for at every operation: a short way to the answer
+        if func is torch.ops.prim.device.default:  # asked for at every operation: this answer is faster
             return args[0].fake_device
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
@@ -160,7 +160,7 @@ def predict(load: Load, processes: int = 1, way: str = "ddp") -> Memory:
 
 
 def _first_experts(vit: VisionTransformer, load: Load, processes: int) -> list[FirstExperts]:
-    """Puts the first process's experts into the place of all, and returns them."""
+    """Replaces all experts by the first process's experts, and returns those."""
     groups = -(-load.part // group_of(load.model.router))
     ends = [groups * place // processes for place in range(processes + 1)]
     of_each = sorted((end - start for start, end in pairwise(ends)), reverse=True)
@@ -182,7 +182,7 @@ def _step(
     live.peak, kept = live.now, 0
     parts = list(zip(x.chunk(load.accumulate), targets.chunk(load.accumulate), strict=True))
     if load.accumulate > 1 or ddp:
-        parts = [parts[0], parts[-1]]  # a second part meets the gradients of the first, and later ones the same as it
+        parts = [parts[0], parts[-1]]  # the second part meets the first's gradients; later parts are like the second
     # As in training, autocast keeps what it has cast of weights that are not divided.
     with routings(vit) as seen, precision_context(x.device.type, load.precision, cached=shard is None):
         for part_x, part_targets in parts:

@@ -1,9 +1,9 @@
-"""What one of several processes holds beside what a training step holds anyway: the buffers of torch's fully_shard, and
-rows of experts on their way between processes. `memory.predict` asks for it.
+"""The memory that one of several processes needs beside a training step's: the buffers of torch's fully_shard, and rows
+of experts on their way between processes. `memory.predict` uses it.
 
-Nothing here computes. It allocates tensors without contents where torch allocates real ones, in the order in which
-torch does that, and so stands on the insides of one version of torch: CHECKED_WITH. What holds it against the real
-thing is test_predicted_peak_of_each_of_two_processes.
+Nothing here computes. This code allocates tensors without contents in the order in which torch allocates real ones, and
+so depends on the internals of one version of torch: CHECKED_WITH. Its predictions are compared with real memory by
+test_predicted_peak_of_each_of_two_processes.
 """
 
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ from softmoe_cli.moe.layer import Experts, ragged_experts
 from softmoe_cli.parallel import cut_axis
 
 CHECKED_WITH = "2.15"
-"""The version of torch whose fully_shard this is."""
+"""The version of torch whose fully_shard is imitated here."""
 
 
 def divides(router: dict[str, Any], processes: int) -> bool:
@@ -43,8 +43,8 @@ class Sent(torch.autograd.Function):
 
 
 class FirstExperts(DividedExperts):
-    """The experts of a layer that the first of several processes has, where the others are not there to exchange rows
-    with. `groups`: routing groups that each process has of a batch."""
+    """The first process's experts of a layer, without other processes to exchange rows with. `groups`: routing groups
+    that each process has of a batch."""
 
     def __init__(self, whole: Experts, processes: int, groups: list[int]) -> None:
         nn.Module.__init__(self)
@@ -63,7 +63,8 @@ class FirstExperts(DividedExperts):
         return arrived
 
     def _ragged(self, rows: Tensor, offsets: Tensor) -> Tensor:
-        """Every process gets as many rows as it sends: the images alone would tell which experts get more."""
+        """Assumes that every process gets as many rows as it sends: only real images could tell which experts get
+        more."""
         turned = torch.cat(self._exchange(rows, [], [len(rows)]).split(1 + len(rows) // 2))
         made = ragged_experts(turned, offsets[: self._counts[0]], *self._weights(), self.gelu)
         return self._exchange(torch.cat(made.split(1 + len(rows) // 2)), [], [len(rows)])
@@ -116,12 +117,13 @@ class FullyShard:
         return self._take(self._groups[group], self._processes)
 
     def _copy_out(self, group: int) -> None:
-        """From the buffer to weights; what was not cut along its first axis is put together on the way."""
+        """Copies the buffer to the weights; a weight that was not cut along its first axis is put together on the
+        way."""
         self._whole[group] = self._all_of(group)
         self._take((p for p in self._groups[group] if cut_axis(p.shape, self._processes)), self._processes)
 
     def _gather(self, group: int) -> None:
-        self._buffer = self._all_of(group)  # while the one before is still there
+        self._buffer = self._all_of(group)  # while the buffer before it is still there
         self._copy_out(group)
 
     def _before(self, group: int, x: Tensor) -> None:
@@ -169,7 +171,7 @@ class FullyShard:
         self._sums = self._take(trained, self._processes)
         for parameter in trained:
             parameter.grad = None
-        self._summed.setdefault(group, self._take(trained, 1))  # a later part's is added to the first's and goes
+        self._summed.setdefault(group, self._take(trained, 1))  # a later part's is added to the first's and freed
 
     def finish(self) -> None:
         """The end of a backward pass."""

@@ -28,8 +28,8 @@ IMAGE_ENDINGS = (
     ".gif",
 )  # fmt: skip
 LARGEST_IMAGE, LARGEST_LABEL, LONGEST_NAME, LONGEST_CLASS = 2**30, 2**24, 1024, 1000
-"""Bytes of an image, of a .cls or .json and of a name below its holder; letters of a class's name. Nothing real has
-more, and a few bytes of a file may say so."""
+"""Limits: bytes of an image, of a .cls or .json and of a name below its holder; letters of a class's name. No real file
+has more, but a few wrong bytes in a file may claim more."""
 SAMPLE = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")
 """WebDataset: what stands before the first dot of a member's name is the sample, what follows is the field."""
 
@@ -75,7 +75,7 @@ class Stored:
 
     @classmethod
     def joined(cls, parts: Iterable["Stored"]) -> "Stored":
-        """One after the other."""
+        """The images of all parts, one part after the other."""
         known: dict[Path, int] = {}
         several, holders = list(parts), []
         for part in several:
@@ -104,7 +104,7 @@ class Stored:
         """The bytes of image i.
 
         Raises:
-            OSError: what cannot be read, is a pipe or a device, is larger than images are, or ends too early.
+            OSError: the file cannot be read, is a pipe or a device, is too large for an image, or ends too early.
         """
         alone = self.offset[i] < 0
         path = self.place(i) if alone else self.holders[self.holder[i]]
@@ -134,7 +134,7 @@ def tar_members(path: Path) -> list[Range]:
         UsageError: not a tar, a compressed one, one that is cut short or goes on behind its end, or one with an image
             that is a link or sparse.
     """
-    found = []
+    members = []
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
@@ -142,7 +142,7 @@ def tar_members(path: Path) -> list[Range]:
                 if member.size < 0:
                     raise tarfile.ReadError(f"{name} has a size below 0")
                 if member.isreg() and not member.issparse():
-                    found.append((name, member.offset_data, member.size))
+                    members.append((name, member.offset_data, member.size))
                 elif is_image(name) and not member.isdir():
                     raise UsageError(
                         f"{path}: {name} is a link, sparse, or no file; pack the files themselves (tar --dereference "
@@ -164,11 +164,11 @@ def tar_members(path: Path) -> list[Range]:
         raise UsageError(
             f"{path} cannot be read as a tar: {error or 'not a tar'}; it must be uncompressed and whole"
         ) from error
-    return found
+    return members
 
 
 def tar_images(path: Path) -> tuple[list[Range], list[str]]:
-    """Those that are images by their names, and the names of the others.
+    """The members that are images by their names, and the names of the others.
 
     Raises:
         UsageError: as `tar_members`, or two of one name.
@@ -182,7 +182,7 @@ def tar_images(path: Path) -> tuple[list[Range], list[str]]:
 
 
 def is_image(name: str) -> bool:
-    """By its ending; nothing that is hidden, or below a hidden folder."""
+    """Whether a name ends like an image's and is not hidden, or below a hidden folder."""
     return name.lower().endswith(IMAGE_ENDINGS) and not any_hidden(name)
 
 
@@ -192,7 +192,7 @@ def any_hidden(name: str) -> bool:
 
 
 def is_hidden(name: str) -> bool:
-    """Names that programs give to what they keep for themselves: a dot in front, or a NAS's previews."""
+    """Whether a program keeps a file of this name for itself: a dot in front, or a NAS's previews."""
     return (name.startswith(".") and name not in (".", "..")) or name == "@eaDir"
 
 
@@ -242,7 +242,7 @@ def webdataset(path: Path, label: str | None) -> Labelled:
 
 
 def _dotted(fields: dict[str, Range]) -> str:
-    """What is wrong where images hide behind fields of several words."""
+    """What is wrong with a sample that has no image: its fields, or a dot too many in the image's name."""
     dotted = [name for field, (name, _, _) in fields.items() if "." in field and f".{field}".endswith(IMAGE_ENDINGS)]
     if not dotted:
         return f" (its fields: {', '.join(f'.{field}' for field in itertools.islice(fields, 5))})"
@@ -255,7 +255,7 @@ def _dotted(fields: dict[str, Range]) -> str:
 def _label(raw: bytes, key: str | None, sample: str) -> int | str:
     try:
         value: Any = raw.decode("utf-8-sig").strip()
-        if key is not None:  # numbers that are longer than any class's become floats, which no label is
+        if key is not None:  # a number with too many digits for a class becomes a float, which is no label
             value = json.loads(value, parse_int=lambda digits: int(digits) if len(digits) < 19 else float(digits))[key]
         elif value.isdecimal() and len(value) < 19:
             value = int(value)
@@ -267,7 +267,7 @@ def _label(raw: bytes, key: str | None, sample: str) -> int | str:
 
 
 def _checked(value: Any, written: bool, where: str) -> int | str:
-    """A label as it was found; `written`: as text, so that a text of digits is a number."""
+    """Checks a label that was found. `written`: it was stored as text, so that a text of digits means a number."""
     if type(value) is str and (len(value) > LONGEST_CLASS or (written and value.isdecimal())):
         raise UsageError(f"{where}: its label {value[:20]}… of {len(value):,} letters is no class")
     if type(value) not in (int, str) or re.fullmatch(r"|-\d+", str(value)):
@@ -392,10 +392,7 @@ def arrow(path: Path, image: str, label: str) -> Labelled:
             file.seek(0)
             for batch in pa.ipc.open_stream(file):
                 rows, numbers = batch.column(image), batch.column(label)
-                for column in (
-                    rows,
-                    numbers,
-                ):  # nothing in the file is true before: what it says may lead out of memory
+                for column in (rows, numbers):  # check the file's sizes: they may lead out of memory
                     column.validate(full=True)
                 pictures = rows.field("bytes")
                 kind = pictures.type
@@ -422,9 +419,9 @@ def arrow(path: Path, image: str, label: str) -> Labelled:
 
 
 def _arrow_labels(column: Any, where: str) -> list[int | str]:
-    """The values of a column, whole numbers and truth by the million at once."""
-    found: list[Any] = column.to_pylist()
-    found = [int(value) if isinstance(value, bool) else value for value in found]
-    if all(type(value) is int for value in found) and min(found) >= 0:
-        return found
-    return [_checked(value, False, where) for value in found]
+    """The values of a column. Whole numbers and truth values are converted all at once."""
+    values: list[Any] = column.to_pylist()
+    values = [int(value) if isinstance(value, bool) else value for value in values]
+    if all(type(value) is int for value in values) and min(values) >= 0:
+        return values
+    return [_checked(value, False, where) for value in values]

@@ -41,11 +41,11 @@ class _Decoded(Dataset):
     crop_pct: float | None
     max_megapixels: float
     augment: Augment | None = None
-    """What is done to training images here, and not to whole batches."""
+    """The changes to training images that are made here, image by image, and not on whole batches."""
     from_file: bool = False
     seed: int = 0
     batch_size: int = 0
-    """Of the whole batch, of which the images are `rows`: seeds are drawn for all of it."""
+    """The size of the whole batch, of which `rows` are the images: seeds are drawn for all of it."""
     rows: Int64[Tensor, " r"] | slice = field(default_factory=lambda: slice(None))
 
     def __getitem__(self, asked: tuple[int, list[int]]) -> UInt8[Tensor, "b c s s"]:
@@ -61,7 +61,7 @@ class _Decoded(Dataset):
                 for picture, seed in zip(pictures, seeds.tolist(), strict=True):
                     torch.default_generator.manual_seed(seed)
                     squares.append(random_square(picture, self.side, change.area, change.hflip))
-        batch: Tensor = default_collate(squares)  # in a worker: straight into memory that the run shares
+        batch: Tensor = default_collate(squares)  # a worker writes straight into memory that the run shares
         if change is not None and change.randaugment is not None:
             seeds = _seeds(self.batch_size, self.rows, _generator(self.seed, step))
             batch = randaugment(batch, change.randaugment, seeds)
@@ -88,12 +88,12 @@ ORDER, CHANGE, MIX, ERASE, CUT = range(5)
 
 
 def _generator(seed: int, step: int, purpose: int = CHANGE) -> torch.Generator:
-    """What the changes of a batch are drawn from."""
+    """The generator that the changes of a batch are drawn from."""
     return torch.Generator().manual_seed(_seed(seed, purpose, step))
 
 
 def _seeds(batch_size: int, rows: Int64[Tensor, " r"] | slice, rng: torch.Generator) -> Int64[Tensor, " r"]:
-    """A seed for each image of a batch, of which those of `rows` are wanted: an image's own does not depend on them."""
+    """The seeds of the images `rows` of a batch: an image's seed does not depend on which others are asked for."""
     return torch.randint(2**62, (batch_size,), generator=rng)[rows]
 
 
@@ -130,8 +130,8 @@ def train_batches(
 ) -> Iterator[tuple[Float[Tensor, "r c s s"], Float[Tensor, "r classes"]]]:
     """Endless batches of augmented, normalised images and the shares of each class in their targets.
 
-    `rows` are the positions in a batch of the images that are wanted, ascending: no others are read, but for those that
-    are mixed with them. What is done to an image does not depend on them.
+    `rows` are the wanted positions in a batch, ascending: only these images, and those that are mixed with them, are
+    read. What is done to an image does not depend on `rows`.
     """
     mixup = None
     made: Int64[Tensor, " m"] | slice = rows
@@ -151,11 +151,11 @@ def train_batches(
         rng = _generator(seed, step)
         if augment.randaugment is not None:
             seeds = _seeds(batch_size, made, rng)
-            if images.images is not None:  # else done where it was decoded, with the same seeds
+            if images.images is not None:  # else this was done while decoding, with the same seeds
                 raw = randaugment(raw, augment.randaugment, seeds)
         x = normalise(raw, in_chans, mean, std)
         if _cuts_files(augment, data.from_file):
-            pass  # cut and mirrored where it was decoded
+            pass  # already cut and mirrored while decoding
         elif augment.crop == "resized":
             x = resized_crop(x, boxes(batch_size, augment.area, rng)[made].to(device), image_size)
         else:

@@ -33,7 +33,7 @@ BESIDE = {
     "transparency": "have an alpha channel or a transparent colour, which is dropped",
     "frames": "have further frames or pages; the first is seen",
 }
-"""What a file says of its picture beside the pixels, and what becomes of it."""
+"""What a file may say of its picture beside the pixels, and what softmoe does with it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Seen:
     digest: bytes
     fault: str | None = None
     beside: tuple[str, ...] = ()
-    """Of BESIDE."""
+    """The keys of BESIDE that the image has."""
 
 
 class _Files(Dataset):
@@ -69,7 +69,7 @@ class _Files(Dataset):
 
 
 def _beside(raw: bytes) -> Iterator[str]:
-    """What of BESIDE an image has; what cannot be told, because it is damaged, it does not have."""
+    """The keys of BESIDE that an image has. What cannot be read because it is damaged counts as absent."""
     with Image.open(io.BytesIO(raw), formats=decode.FORMATS) as image:
         has = {
             "orientation": lambda: image.getexif().get(ExifTags.Base.Orientation) in range(2, 9),
@@ -83,7 +83,7 @@ def _beside(raw: bytes) -> Iterator[str]:
 
 
 def check(config: DataCheckConfig) -> int:
-    """Prints what a data set holds and what is wrong with it; 1 if anything is.
+    """Prints what a data set holds and what is wrong with it; returns 1 if anything is wrong.
 
     Raises:
         UsageError: there is nothing to read.
@@ -145,7 +145,7 @@ def _fault(kind: str, sentence: str, places: list[str] | None = None) -> dict[st
 
 
 def _parts(settings: Any, found: Listing, faults: list[dict[str, Any]]) -> dict[str, ImageSet]:
-    """As a run would split them; as they lie on disk where it could not."""
+    """The images as a run would split them, or as they lie on disk if a run could not split them."""
     on_disk = {
         part or "all": ImageSet(torch.from_numpy(labels), None, settings.image_size, settings.channels, stored)
         for part, (stored, labels) in found.parts.items()
@@ -178,7 +178,7 @@ def _unreadable(part: str, images: ImageSet, seen: list[Seen]) -> Iterator[dict[
 
 
 def _duplicates(parts: dict[str, ImageSet], seen: dict[str, list[Seen]]) -> Iterator[dict[str, Any]]:
-    """The same pixels in two parts, and with two labels in one."""
+    """Finds the same pixels in two parts, and the same pixels with two labels in one part."""
     first = {part: _first(seen[part]) for part in parts}
     names = list(parts)
     for i, a in enumerate(names):

@@ -1,7 +1,8 @@
-"""Which images a set holds and what decides their classes, as one digest.
+"""One digest of the images in a set and of what decides their classes.
 
-It is the same for the same set at another place or on another machine; another picture, name, label, class or part
-gives another one. Times are therefore not in it: they only tell whether a file has to be read again.
+The digest is the same for the same set at another place or on another machine; another picture, name, label, class or
+part gives another digest. Times of files are therefore not part of it: they only tell whether a file has to be read
+again.
 """
 
 import hashlib
@@ -18,30 +19,32 @@ from softmoe_cli.data.archives import Stored
 from softmoe_cli.errors import UsageError
 
 WHOLE = 256 * 2**10
-"""Bytes up to which an image counts whole: a disk that has to look for its pieces takes as long for them."""
+"""Images of up to so many bytes are read whole: a disk takes as long to look for their pieces."""
 PIECES, PIECE = 16, 2**10
-"""Of a larger one that is compressed, so many pieces of so many bytes, spread evenly from its first to its last."""
+"""Of a larger compressed image so many pieces of so many bytes are read, spread evenly from its first byte to its
+last."""
 COMPRESSED = (b"\xff\xd8\xff", b"\x89PNG")
-"""How JPEG and PNG begin, of which pieces are enough: a PNG ends with a checksum of what it shows; the size of a JPEG,
-and all that follows a change, depend on the picture. That is nearly always so: of 240 JPEGs of 330 KiB with one changed
-block one kept its size and all pieces. Of all others, WebP and GIF too, every byte counts."""
+"""The first bytes of a JPEG and of a PNG, of which pieces are enough: a PNG ends with a checksum of what it shows; the
+size of a JPEG, and all that follows a change, depend on the picture. That is nearly always so: of 240 JPEGs of 330 KiB
+with one changed block one kept its size and all pieces. Images of other formats, WebP and GIF too, are read whole."""
 AT_ONCE, THREADS = 256, 16
 """Images that a thread reads one after the other; threads, which mostly wait for a disk or a network."""
 
 KNOWN = "SOFTMOE_KNOWN_IMAGES"
-"""Environment of a sweep's jobs: what the launcher has found, so that not every job reads the set anew."""
+"""A variable of the environment of a sweep's jobs: the digests that the launcher has found, so that not every job reads
+the set anew."""
 
 MANY = 50_000
-"""Images from which on reading them all takes so long that it is said: 6 s where this was measured."""
+"""From so many images on, a message says that they are being read: it took 6 s where this was measured."""
 
 Parts = Mapping[str, tuple[Stored, np.ndarray]]
 
 _known: dict[str, str] = {}
-"""Digests, by digests of all that says that no file has changed."""
+"""Digests of sets, each by a digest of everything that shows that no file has changed."""
 
 
 def digest(parts: Parts, classes: Sequence[str]) -> str:
-    """Of the classes' names and, by part and in their order, the images' labels, names and contents.
+    """The digest of the classes' names and, part by part and in their order, of the images' labels, names and contents.
 
     Raises:
         UsageError: a file that cannot be read, or is none.
@@ -62,7 +65,7 @@ def digest(parts: Parts, classes: Sequence[str]) -> str:
 
 
 def known() -> str:
-    """All that this process knows, for the environment of others."""
+    """All digests that this process knows, for the environment of other processes."""
     return " ".join(map(":".join, _known.items()))
 
 
@@ -82,15 +85,15 @@ def _paths(stored: Stored) -> list[bytes]:
 
 
 def _times(stored: Stored) -> bytes:
-    """Of every file its size, inode and times: of writing, which programs set as they like, and of any change, which
-    the system sets. Not its device, whose number is another one on each machine of a cluster."""
+    """Each file's size, inode and times: the time of writing, which programs set as they like, and the time of any
+    change, which the system sets. The device is left out: its number differs between the machines of a cluster."""
     numbers = []
     for path in dict.fromkeys(_paths(stored)):
         try:
-            found = os.stat(path)
+            stat = os.stat(path)
         except OSError as error:
             raise _unreadable(path, error) from error
-        four = found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns
+        four = stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns
         numbers.append(b"%d %d %d %d\n" % four)  # of any size: times before 1970 are below 0
     ranges = [column.tobytes() for column in (stored.holder, stored.offset, stored.size)]
     return b"".join([*numbers, *ranges])
@@ -107,24 +110,24 @@ def _pictures(stored: Stored) -> bytes:
 def _picture(path: bytes, offset: int, size: int) -> bytes:
     """The digest of an image's size and of all its bytes, or of pieces; from `offset` on, or a whole file (-1)."""
     try:
-        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would have it wait
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would wait
         try:
             if offset < 0:
                 found = os.fstat(file)
                 if not stat.S_ISREG(found.st_mode):
                     raise OSError(0, "it is no file")
                 offset, size = 0, found.st_size
-            seen = hashlib.sha256(b"%d\n" % size)
+            sha = hashlib.sha256(b"%d\n" % size)
             begin = os.pread(file, size if size <= WHOLE else PIECE, offset)
             if size <= WHOLE:
-                seen.update(begin)
+                sha.update(begin)
             elif begin.startswith(COMPRESSED):
                 for i in range(PIECES):
-                    seen.update(os.pread(file, PIECE, offset + (size - PIECE) * i // (PIECES - 1)))
+                    sha.update(os.pread(file, PIECE, offset + (size - PIECE) * i // (PIECES - 1)))
             else:
                 for start in range(0, size, 2**20):
-                    seen.update(os.pread(file, min(2**20, size - start), offset + start))
-            return seen.digest()
+                    sha.update(os.pread(file, min(2**20, size - start), offset + start))
+            return sha.digest()
         finally:
             os.close(file)
     except OSError as error:

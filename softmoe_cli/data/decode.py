@@ -14,7 +14,7 @@ from softmoe_cli.data.archives import Stored
 from softmoe_cli.errors import UsageError
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-"""What may be decoded, whatever a file is called: Pillow knows others, of which it has programs run (PostScript)."""
+"""Formats that are decoded, whatever a file is called: for some other formats Pillow runs programs (PostScript)."""
 
 
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, which nobody could raise: ours is data.max_megapixels
@@ -47,7 +47,7 @@ def opened(stored: Stored, i: int, channels: int, max_megapixels: float) -> Imag
 
 
 MOST_RESIZED = 10**8
-"""Pixels."""
+"""The most pixels of an image when it is resized."""
 
 
 def centre(image: Image.Image, side: int, crop_pct: float | None) -> UInt8[Tensor, "c s s"]:
@@ -63,7 +63,7 @@ def centre(image: Image.Image, side: int, crop_pct: float | None) -> UInt8[Tenso
         return _pixels(image.resize((side, side), Image.Resampling.BICUBIC, box=(left, top, left + cut, top + cut)))
     shorter = math.floor(side / crop_pct)
     w, h = (int(shorter * length / min(width, height)) for length in (width, height))
-    if w * h > MOST_RESIZED:  # a line of pixels: what is far from its centre is cut off before, not after
+    if w * h > MOST_RESIZED:  # a very long image: what is far from its centre is cut off before resizing
         x, y = (max(0, length - 8 * min(width, height)) // 2 for length in (width, height))
         return centre(image.crop((x, y, width - x, height - y)), side, crop_pct)
     x, y = round((w - side) / 2), round((h - side) / 2)

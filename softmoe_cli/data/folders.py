@@ -25,7 +25,7 @@ Tree = dict[str, Stored]
 
 @dataclass
 class Passed:
-    """What is not read, by kind (an ending, or a place): how many, and the first of them."""
+    """Files that are not read, by kind (an ending, or a place): how many, and the first one."""
 
     kinds: dict[str, tuple[int, str]] = field(default_factory=dict)
 
@@ -34,13 +34,13 @@ class Passed:
         self.kinds[kind] = count + 1, min(first, str(place))
 
     def file(self, place: str) -> None:
-        """One that is no image, or no archive, by its name."""
+        """Notes a file that is no image, or no archive, by its name."""
         ending = os.path.splitext(place)[1].lower()
         usual = re.fullmatch(r"\.[a-z0-9_~-]{1,10}", ending)
         self.add(ending if usual else "with other endings" if ending else "without an ending", place)
 
     def __str__(self) -> str:
-        """Programs' own hidden files are no news."""
+        """The files in words, without the hidden files that programs keep for themselves."""
         return ", ".join(f"{count:,} {kind}" for kind, (count, _) in sorted(self.kinds.items()) if kind != HIDDEN)
 
 
@@ -64,7 +64,9 @@ class Listing:
         first = next(iter(self.parts.values()))[1]
         empty = np.flatnonzero(np.bincount(first, minlength=len(self.classes)) == 0)
         if len(empty):
-            some = ", ".join(printable(self.classes[i]) for i in empty[:3]) + ", …" * (len(empty) > 3)
+            some = ", ".join(printable(self.classes[i]) for i in empty[:3])
+            if len(empty) > 3:
+                some += ", …"
             notes["without images"] = f"{len(empty):,} of {len(self.classes):,} classes: {some}"
             if empty.tolist() == [0] and self.classes[:2] == ["0", "1"]:
                 notes["without images"] += " (labels begin with 1)"
@@ -97,11 +99,11 @@ def text(name: str) -> str:
 
 @dataclass
 class _Walk:
-    """What is met on the way beside images."""
+    """What a walk through folders meets beside images."""
 
     passed: Passed = field(default_factory=Passed)
     broken: list[str] = field(default_factory=list)
-    """By an image's name, what is none: links that lead nowhere, pipes, devices."""
+    """Names of images that are no files: links that lead nowhere, pipes, devices."""
 
 
 def folder(root: Path) -> Listing:
@@ -111,7 +113,8 @@ def folder(root: Path) -> Listing:
     elif root.is_file() and root.suffix == ".tar":
         trees = _tar_trees(root, walk)
     else:
-        raise UsageError(f"data.root={root} is not a folder" + ", nor a .tar of one" * root.exists())
+        nor_a_tar = ", nor a .tar of one" if root.exists() else ""
+        raise UsageError(f"data.root={root} is not a folder{nor_a_tar}")
     classes = sorted({name for _, tree in trees.values() for name in tree})
     faults = [_empty(place / name) for place, tree in trees.values() for name in tree if not len(tree[name])]
     (first, tree), *others = trees.values()
@@ -124,7 +127,7 @@ def folder(root: Path) -> Listing:
     if walk.broken:
         more = f", and {len(walk.broken) - 1:,} others are too" if len(walk.broken) > 1 else ""
         broken = f"{min(walk.broken)} is a link that leads nowhere, a pipe or a device{more}"
-        faults.insert(0, f"{broken}; get the image, or take it away")  # it may be why a class has none
+        faults.insert(0, f"{broken}; get the image, or take it away")  # this may be why a class has no images
     numbers = {name: number for number, name in enumerate(classes)}
     parts = {}
     for part, (_, tree) in trees.items():
@@ -152,7 +155,7 @@ def _folder_trees(root: Path, walk: _Walk) -> dict[str, tuple[Path, Tree]]:
 
 
 def _named(root: Path, names: Iterable[str]) -> None:
-    """Raises UsageError for parts by other names, which would be taken for classes."""
+    """Raises UsageError for folders that are parts under other names and would be taken for classes."""
     parts = [(name, part) for name in sorted(names) if (part := PART_FOLDER.fullmatch(name)) is not None]
     for name, part in parts:
         if name not in PARTS and (len(parts) > 1 or name.lower() in PARTS):  # a single "valid" may be a class
@@ -163,7 +166,8 @@ def _named(root: Path, names: Iterable[str]) -> None:
 
 
 def complete(root: Path, found: Iterable[str]) -> dict[str, str]:
-    """Part -> what it is called on disk: test alone beside train is val, as Hugging Face and Kaggle cut many sets."""
+    """Part -> its name on disk. A test part beside train, without a val, serves as val: Hugging Face and Kaggle cut
+    many sets like this."""
     parts = [part for part in PARTS if part in found]
     if parts == ["train", "test"]:
         return {"train": "train", "val": "test"}
@@ -223,8 +227,8 @@ def _images_in(root: Path, folder: Path, walk: _Walk) -> list[str]:
 
 
 def visible(top: Path, passed: Passed) -> Iterator[tuple[str, bool]]:
-    """What lies below a folder at any depth, and whether it is a regular file; links are followed, one that leads back
-    up once. What is hidden is passed over.
+    """Everything below a folder at any depth, and whether it is a regular file. Links are followed; a link that leads
+    back up is followed once. Hidden names are passed over.
 
     Raises:
         OSError: a folder that cannot be read.
@@ -266,7 +270,7 @@ def _images_of(tar: Path, walk: _Walk) -> list[Range]:
 
 
 def _tar_trees(root: Path, walk: _Walk) -> dict[str, tuple[Path, Tree]]:
-    """A tar as if it were the folder that was packed, with or without that folder's own name."""
+    """Reads a tar as if it were the folder that was packed, with or without that folder's own name."""
     images = _images_of(root, walk)
     tops = {name.split("/")[0] for name, _, _ in images}
     if len(tops) == 1 and not tops & set(PARTS) and all(name.count("/") > 1 for name, _, _ in images):
@@ -287,7 +291,7 @@ def _tar_trees(root: Path, walk: _Walk) -> dict[str, tuple[Path, Tree]]:
 
 
 def _by_folder(tar: Path, images: Sequence[Range], walk: _Walk) -> Tree:
-    """By the first folder of their names."""
+    """The images, grouped by the first folder of their names."""
     tree: dict[str, list[Range]] = {}
     for image in sorted(images):
         folder, slash, _ = image[0].partition("/")

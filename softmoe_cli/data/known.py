@@ -25,7 +25,8 @@ FASHION_CLASSES = (
 
 
 def digits(data: Data) -> Splits:
-    """The table that scikit-learn ships: 64 pixels and the digit in a row. To import it for this takes a second."""
+    """The table that scikit-learn ships: 64 pixels and the digit in a row. Importing scikit-learn for it would take a
+    second."""
     package = find_spec("sklearn")
     assert package is not None and package.submodule_search_locations is not None
     with gzip.open(Path(package.submodule_search_locations[0]) / "datasets" / "data" / "digits.csv.gz", "rt") as rows:
@@ -61,7 +62,7 @@ def idx_arrays(data: Data) -> list[np.ndarray]:
     """Training images and labels, test images and labels.
 
     Raises:
-        UsageError: other files by their names.
+        UsageError: files of these names hold something else.
     """
     paths = idx_paths(data)
     if len(paths) < len(IDX_NAMES):
@@ -90,7 +91,8 @@ def _first_existing(folders: list[Path], name: str) -> Path | None:
 
 
 LARGEST_IDX = 2**31
-"""Bytes: Fashion-MNIST's largest file has 47 million, and what is gzipped can be a thousand times as large."""
+"""The most bytes: Fashion-MNIST's largest file has 47 million, and a gzipped file may unpack to a thousand times its
+size."""
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -148,8 +150,8 @@ CIFAR = {"cifar10": ("CIFAR10", "cifar-10-batches-py"), "cifar100": ("CIFAR100",
 
 
 def cifar_part(data: Data, *, train: bool) -> Any:
-    """torchvision holds every file against its known MD5 before it unpickles anything; None: one is not there, or
-    another."""
+    """A part of a CIFAR set; None if a file is missing or is another one. torchvision compares every file with its
+    known MD5 before it unpickles anything."""
     from torchvision import datasets
 
     try:

@@ -1,8 +1,8 @@
 """What lies at `data.root`: parts (train, val, test), classes, and the place and label of every image.
 
-data.format=folder: a folder per class, or a tar per class, or a tar of such folders; in train/ and val/ (and test/),
-or train.tar and val.tar, or one such tree. The other formats are sets of files whose names say the part.
-What is visible and of one set is read; the rest is refused, or counted as passed over.
+data.format=folder: a folder per class, or a tar per class, or a tar of such folders; in train/ and val/ (and test/), or
+train.tar and val.tar, or one such tree. The other formats are sets of files whose names say the part. Visible files of
+one set are read; other files are refused, or counted as passed over.
 """
 
 from collections.abc import Iterable, Iterator
@@ -22,15 +22,15 @@ def listing(data: Data) -> Listing:
             belong to.
     """
     try:
-        found = folder(Path(data.root)) if data.format == "folder" else shards(data)
+        listed = folder(Path(data.root)) if data.format == "folder" else shards(data)
     except OSError as error:
         raise UsageError(f"{error.filename or data.root} cannot be read: {error.strerror or error}") from error
-    found.faults.extend(_alike(found.classes))
-    return found
+    listed.faults.extend(_alike(listed.classes))
+    return listed
 
 
 def _alike(classes: Iterable[str]) -> Iterator[str]:
-    """Classes that are told apart by what nobody sees."""
+    """Sentences about classes whose names look the same."""
     seen: dict[str, str] = {}
     for name in classes:
         if (other := seen.setdefault(appearance(name), name)) != name:

@@ -1,4 +1,4 @@
-"""The images of `data.name`, divided into training, validation and test; and by what they are known."""
+"""The images of `data.name`, divided into training, validation and test images, and the digest that identifies them."""
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
@@ -79,15 +79,15 @@ def _stored(data: Data) -> Splits:
 
 
 def usable(data: Data) -> Listing:
-    """What there is to train on or to evaluate.
+    """The listing of a set that can be used for training or evaluation.
 
     Raises:
-        UsageError: the files are no such set.
+        UsageError: the files have a fault.
     """
-    found = listing(data)
-    if found.faults:
-        raise UsageError(found.faults[0])
-    return found
+    listed = listing(data)
+    if listed.faults:
+        raise UsageError(listed.faults[0])
+    return listed
 
 
 def _image_set(stored: Stored, labels: np.ndarray, data: Data, in_memory: bool) -> ImageSet:

@@ -1,4 +1,4 @@
-"""Sets of archives whose names say the part and the number: which there are, and what lies beside them."""
+"""Finds the archives of a set, whose names say their part and number, and reads the files beside them."""
 
 import json
 import os
@@ -21,12 +21,13 @@ PART_WORD = re.compile(r"(?:^|[-_./])(train|val|test)(?:ing|id|idation)?(?=[-_./
 NUMBERED = re.compile(r"(.*-)(\d+)(-of-(\d+).*)")
 ENDINGS = {"webdataset": r"\.tar", "tfds": r"\.tfrecord-\d+-of-\d+", "arrow": r"\.arrow"}
 MANY_CLASSES = 2**16
-"""Above this, numbers that leave most classes without an image are ids and no classes (ImageNet-21k has 21,841)."""
+"""Labels above this number that leave most classes without an image are taken for ids, not for classes (ImageNet-21k
+has 21,841 classes)."""
 
 
 @dataclass(frozen=True)
 class Said:
-    """What a file beside the archives says of them: the classes' names, and the columns of images and of labels."""
+    """What a file beside the archives says: the classes' names, and the columns of images and of labels."""
 
     file: Path
     names: list[str]
@@ -163,10 +164,12 @@ def shards(data: Data) -> Listing:
 
 
 def _no_ids(largest: int, different: int, file: Path, data: Data) -> None:
-    """Raises UsageError for numbers that are no classes' numbers: a list of classes, and a model's head, as wide as
-    they are large would take all memory."""
+    """Raises UsageError for labels that are ids and no classes' numbers: a list of classes, and a model's head, as long
+    as the largest id would take all memory."""
     if largest >= MANY_CLASSES and largest + 1 > max(2 * different, data.num_classes or 0):
-        way_out = f"; or, if there are so many, set data.num_classes={largest + 1}" * (largest < MOST_CLASSES)
+        way_out = ""
+        if largest < MOST_CLASSES:
+            way_out = f"; or, if there are so many, set data.num_classes={largest + 1}"
         raise UsageError(
             f"{file} has the label {largest}, but data.root={data.root} has {different:,} different labels in all: "
             f"numbers that leave most classes without an image are ids. Number the classes from 0{way_out}"
@@ -174,7 +177,7 @@ def _no_ids(largest: int, different: int, file: Path, data: Data) -> None:
 
 
 def _renumbered(file: Path, index: _Index, own: Said, first: Said, remarks: list[str]) -> list[int]:
-    """An archive's different labels as numbers of the first one's names.
+    """Translates an archive's different labels into numbers of the first archive's class names.
 
     Raises:
         UsageError: a number that has no name, or names that the other archives do not have.
@@ -235,7 +238,7 @@ _indices: dict[Any, _Index] = {}
 
 
 def _said(files: Iterable[Path], data: Data) -> dict[Path, Said]:
-    """What is said of each archive in the nearest file of the kind that its format has.
+    """Archive -> what the nearest description file of its format says of it.
 
     Raises:
         UsageError: one that cannot be read; an Arrow file that has none.
@@ -261,7 +264,7 @@ def _said(files: Iterable[Path], data: Data) -> dict[Path, Said]:
 
 
 def _lines(place: Path) -> list[str]:
-    """A name a line."""
+    """The lines of a file with one name on each line."""
     text = read_text(place).rstrip()
     names = [line.strip() for line in text.split("\n")] if text else []
     if "" in names:

@@ -49,7 +49,7 @@ class Splits:
     """Word -> what the header of a run says of the files."""
 
     def need(self, *parts: str) -> None:
-        """Raises UsageError when a part has no images, as those have that are for evaluation only."""
+        """Raises UsageError if one of the parts has no images, as in sets that are for evaluation only."""
         for part in parts:
             if not len(getattr(self, part)):
                 raise UsageError(f"there are no {part} images: with data.test_fraction=1 all are test images")
@@ -91,7 +91,7 @@ def hold_out(
 
 
 def _some(emptied: list[tuple[str, int]]) -> str:
-    return ", ".join(printable(name) for name, _ in emptied[:5]) + ", …" * (len(emptied) > 5)
+    return ", ".join(printable(name) for name, _ in emptied[:5]) + (", …" if len(emptied) > 5 else "")
 
 
 def with_validation(train: ImageSet, test: ImageSet, classes: list[str], data: Data) -> Splits:

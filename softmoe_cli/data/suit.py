@@ -1,4 +1,4 @@
-"""What suits the images: the side that they are cut to where data.image_size=auto, and the small backbone for it."""
+"""Chooses what suits the images: their side where data.image_size=auto, and the small backbone for that side."""
 
 import io
 import statistics
@@ -14,7 +14,7 @@ BACKBONES = {16: "vit_nano2", 32: "vit_nano4", 96: "vit_micro8"}
 LARGE = "vit_micro16"
 """For larger images."""
 SIDES = (8, 12, 16, 20, 24, 28, 32, 48, 64, 96, 128, 160, 192, 224)
-"""Sides that `auto` chooses from, in pixels: few of them, so that a few other files give the same run."""
+"""Sides that `auto` chooses from, in pixels: few of them, so that adding or removing a few files gives the same run."""
 SAMPLE = 64
 """Images whose size is read."""
 
@@ -44,14 +44,14 @@ def shorter_sides(data: Data) -> list[int]:
     from softmoe_cli.data.sets import usable
 
     stored, _ = next(iter(usable(data).parts.values()))
-    found = []
+    sides = []
     for i in np.unique(np.linspace(0, max(0, len(stored) - 1), min(SAMPLE, len(stored))).astype(int)).tolist():
         try:
             with Image.open(io.BytesIO(stored.read(i)), formats=FORMATS) as image:
-                found.append(min(image.size))
+                sides.append(min(image.size))
         except (OSError, EOFError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError):
             continue
-    if not found:
+    if not sides:
         opened(stored, 0, data.channels, data.max_megapixels)  # says why it cannot be read
         raise UsageError(f"data.image_size=auto: no image in data.root={data.root} could be read; try again")
-    return found
+    return sides

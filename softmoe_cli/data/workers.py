@@ -1,4 +1,4 @@
-"""Processes that decode images; what is said when one of them ends, and that none outlives us."""
+"""Processes that decode images: starts them, says why one of them ended, and ends them all with the run."""
 
 import atexit
 import errno
@@ -23,11 +23,11 @@ from softmoe_cli.errors import RunError, UsageError, first_line
 
 
 class WorkersError(RunError):
-    """What decodes images cannot go on, for a reason that is not in the images. The model is as it was."""
+    """The processes that decode images cannot go on, for a reason that is not in the images. The model is unchanged."""
 
 
 class _Answers(Dataset):
-    """Another set's items, each as (item, None) or as (None, why there is none)."""
+    """The items of another data set, each as (item, None), or as (None, error)."""
 
     def __init__(self, items: Dataset) -> None:
         self._items = items
@@ -36,7 +36,7 @@ class _Answers(Dataset):
         try:
             item = self._items[asked]
             if isinstance(item, Tensor) and get_worker_info() is not None:
-                item.share_memory_()  # here, where it can still be said that it cannot: a queue would lose the item
+                item.share_memory_()  # here, where a failure can still be reported: a queue would lose the item
             return item, None
         except UsageError as error:
             return None, error
@@ -83,7 +83,7 @@ def by_workers(
     try:
         try:
             answers = _started(loader)
-        finally:  # some of them, where not all could be
+        finally:  # also the workers that started before one could not start
             own = [process for process in multiprocessing.active_children() if process not in others]
             _working.update(own)
             _end_with(os.getpid())
@@ -99,13 +99,13 @@ def by_workers(
             raise
         raise WorkersError(why) from error
     finally:
-        answers = None  # with which torch asks them to end, unless an exception keeps it
+        answers = None  # torch then asks the workers to end, unless an exception still holds the iterator
         _end(own)
 
 
 def _started(loader: DataLoader[Any]) -> Iterator[Any]:
-    """The loader's iterator. torch has the end of a worker raise an error wherever the main process happens to be, in
-    the middle of an update too; it is enough to hear of it where the next item is asked for."""
+    """The loader's iterator. torch raises the error about an ended worker at any point of the main process, even in the
+    middle of an update; here it is raised where the next item is asked for."""
     before = signal.getsignal(signal.SIGCHLD)
     try:
         return iter(loader)
@@ -115,8 +115,8 @@ def _started(loader: DataLoader[Any]) -> Iterator[Any]:
 
 
 def _why(error: Exception, workers: list[Any], count: int) -> str | None:
-    """What happened to the processes that decode; None: nothing, the error is another."""
-    if not isinstance(error, RuntimeError):  # who is at the other end may just be going
+    """What happened to the processes that decode; None: nothing, the error has another cause."""
+    if not isinstance(error, RuntimeError):  # the worker at the other end may just be ending
         for worker in workers:
             worker.join(0.2)
     killed = [-worker.exitcode for worker in workers if worker.exitcode is not None and worker.exitcode < 0]
@@ -138,8 +138,8 @@ def _why(error: Exception, workers: list[Any], count: int) -> str | None:
 
 
 def _prepare_worker(_number: int) -> None:
-    """One thread; and signals to the whole process group are the main process's business, whose end is the worker's.
-    What cannot be handed over ends the worker, or the main process would wait for it for ever."""
+    """Prepares a worker: it has one thread, ignores signals to the process group, and ends with the main process. An
+    item that cannot be handed over ends the worker; the main process would wait for the item for ever."""
     torch.set_num_threads(1)
     threading.Thread(target=_follow, daemon=True).start()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
@@ -165,13 +165,13 @@ _working: set[Any] = set()
 
 
 def end_workers() -> None:
-    """Ends all processes that decode, whoever still holds their iterators, as the traceback of an error does."""
+    """Ends all processes that decode, even if something still holds their iterators, such as an error's traceback."""
     _end(list(_working))
 
 
 def _end(workers: list[Any]) -> None:
     for worker in workers:
-        worker.kill()  # they are deaf to what is kinder, and have nothing to lose
+        worker.kill()  # they ignore SIGTERM, and have nothing to lose
     for worker in workers:
         worker.join()
         _working.discard(worker)
@@ -179,6 +179,6 @@ def _end(workers: list[Any]) -> None:
 
 @functools.cache
 def _end_with(_process: int) -> None:
-    """Has the workers of this process end before Python, or multiprocessing in a forked process, waits for them."""
+    """Ends the workers of this process before Python, or multiprocessing in a forked process, would wait for them."""
     atexit.register(end_workers)
     Finalize(None, end_workers, exitpriority=0)

@@ -25,7 +25,7 @@ from softmoe_cli.moe.routing import Router
 SHUFFLES = 3
 DRAWS = 3
 CAPACITY_STEPS = (0.25, 0.5, 0.75, 1.25, 1.5, 2, 4)
-"""Capacities tried, in the checkpoint's own."""
+"""Capacities that are tried, as multiples of the checkpoint's own."""
 DROPPED_SHARES = (0.25, 0.5)
 
 
@@ -38,7 +38,7 @@ class Finding:
     block: int | None
     top1_pct: float
     top1_change_pct: float
-    """In points."""
+    """Change of top-1 accuracy, in percentage points."""
     changed_pct: float
     """Share of images with another prediction."""
     probability_change_max: float
@@ -50,8 +50,8 @@ class Audit:
 
     Args:
         config: the checkpoint's model, with `weights`.
-        said: what a model says of images in batches of a size.
-        images: which are looked at, `batch_size` at a time.
+        said: gives the outcomes of a model on images in batches of a given size.
+        images: the images to predict, `batch_size` at a time.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Audit:
 
     @property
     def _router(self) -> Router:
-        """One of the layers' routers: what is asked of it is the same for all."""
+        """The router of one layer: what is asked of it has the same answer in all layers."""
         return next(iter(self.layers.values())).router
 
     @property
@@ -109,7 +109,7 @@ class Audit:
     def _finding(
         self, part: str, setting: str, now: Outcomes, order: np.ndarray | None = None, block: int | None = None
     ) -> Finding:
-        """`order`: which image of the reference each one is."""
+        """`order`: for each image of `now`, its number in the reference."""
         then = self.reference
         index = torch.arange(len(then.label)) if order is None else torch.as_tensor(order)
         changed = (now.prediction != then.prediction[index]).double().mean().item()
@@ -137,7 +137,8 @@ class Audit:
             yield self._finding("capacity", f"{p} slots per expert (factor {factor:.3g}) for {slots}", now)
 
     def _slots(self) -> Iterator[Finding]:
-        """The first so many slots of every expert, as if the others had never been: both softmaxes are over fewer."""
+        """Keeps only the first slots of every expert, as if the model had no others: both softmaxes are over fewer
+        slots."""
         p, axes = self._router.slots_per_expert, slot_axes(self.model)
         assert p is not None
         for q in sorted({p // 2**halving for halving in range(1, p.bit_length())}):
@@ -146,7 +147,8 @@ class Audit:
             yield self._finding("slots", f"{q} slots per expert for {p}", now)
 
     def _experts(self) -> Iterator[Finding]:
-        """Experts that return zero: nothing is routed anew. One in turn in every block, then some in all blocks."""
+        """Lets experts return zero, without routing anew: each expert in turn in every block, then some in all
+        blocks."""
         for block, layer in self.layers.items():
             for expert in range(layer.router.num_experts):
                 with silenced(layer.experts, [expert]):
@@ -188,7 +190,8 @@ def silenced(experts: Experts, which: Sequence[int]) -> Iterator[None]:
 
 
 def summary(findings: Sequence[Finding]) -> list[Finding]:
-    """Experts in turn as two rows per block, their mean and the worst; everything else as it is."""
+    """Shortens the findings of single experts to two rows per block, their mean and the worst; others stay as they
+    are."""
     rows = []
     for block in dict.fromkeys(finding.block for finding in findings):
         some = [finding for finding in findings if finding.block == block]

@@ -1,4 +1,4 @@
-"""`softmoe evaluate`: everything that is told of a checkpoint, or of an average of several."""
+"""`softmoe evaluate`: measures a checkpoint, or an average of several."""
 
 import csv
 import dataclasses
@@ -58,8 +58,12 @@ def evaluate_checkpoint(config: EvaluateConfig, model_config: Model, sources: li
     device, autocast = arithmetic(config.device, precision, config.threads)
     keep_freed_memory(device)
     splits = sets.load(config.data)
-    shots = ["train"] + ["validation"] * (config.fewshot_l2 == "validation") if config.fewshot else []
-    splits.need(config.split, *shots, *["validation"] * (config.soup == "greedy"))
+    needed = [config.split]
+    if config.fewshot:
+        needed.append("train")
+    if (config.fewshot and config.fewshot_l2 == "validation") or config.soup == "greedy":
+        needed.append("validation")
+    splits.need(*needed)
     notes = check_shots(splits.train.labels, config.fewshot, "fewshot") if config.fewshot else []
     if config.real == "timm" and card["classes"] == sorted(card["classes"]):
         odd = [name for name in card["classes"] if not re.match(r"n\d", name)]
@@ -159,7 +163,7 @@ def evaluate_checkpoint(config: EvaluateConfig, model_config: Model, sources: li
 
 
 class Among(nn.Module):
-    """A model's logits of some of its classes only: the others are no possible answer."""
+    """A model's logits for some of its classes only: the other classes are no possible answer."""
 
     def __init__(self, model: nn.Module, outputs: list[int]) -> None:
         super().__init__()
@@ -170,7 +174,7 @@ class Among(nn.Module):
 
 
 def _outputs(known: list[str], found: list[str], by_number: bool) -> list[int] | None:
-    """Which of the head's outputs the classes of the data are, by name or by number; None: some are not among them.
+    """The head's output for each class of the data, by name or by number; None: some classes have no output.
 
     Raises:
         UsageError: several outputs have one of the names.
@@ -207,18 +211,18 @@ def real_labels(real: str, images: ImageSet, classes: int) -> list[set[int]]:
     if any(not 0 <= label < classes for each in labels for label in each):
         raise UsageError(f"real={real} has labels beyond the {classes} classes that the checkpoint knows")
     places = images.files.places if images.files is not None else [Path("images without names")]
-    found = [(place, REAL_NAME.fullmatch(place.name)) for place in places]
-    odd = [place for place, number in found if number is None or not 1 <= int(number[1]) <= len(labels)]
+    matches = [(place, REAL_NAME.fullmatch(place.name)) for place in places]
+    odd = [place for place, number in matches if number is None or not 1 <= int(number[1]) <= len(labels)]
     if odd:
         raise UsageError(f"real={real} has no labels for {odd[0]}: it must be called ILSVRC2012_val_NUMBER")
-    return [labels[int(number[1]) - 1] for _, number in found if number is not None]
+    return [labels[int(number[1]) - 1] for _, number in matches if number is not None]
 
 
 def real_qualities(prediction: Int64[Tensor, " n"], labels: list[set[int]]) -> dict[str, Any]:
     """Share of predictions that are one of an image's labels; images without any do not count.
 
     Raises:
-        UsageError: no image has any.
+        UsageError: no image has a label.
     """
     right = [guess in these for guess, these in zip(prediction.tolist(), labels, strict=True) if these]
     if not right:
@@ -234,7 +238,9 @@ def _check_foreign(config: EvaluateConfig, source: Source, classes: list[str]) -
         "predictions": config.predictions,
         "confusion": config.confusion,
     }
-    asked = [key for key, value in asks.items() if value] + ["soup=greedy"] * (config.soup == "greedy")
+    asked = [key for key, value in asks.items() if value]
+    if config.soup == "greedy":
+        asked.append("soup=greedy")
     if config.fewshot and not asked:
         return
     raise UsageError(
@@ -303,11 +309,13 @@ SAID = {
     "real_top1_pct": "ReaL top-1", "real_images": "ReaL images", "eval_s": "seconds", "audit_images": "audit images",
     "audit_reference_top1_pct": "audit, whole", "worst_class": "worst class",
 }  # fmt: skip
-"""What the table calls figures, of which part of the images; the rest as the row does. No longer than its column."""
+"""Names of figures in the table, with the part of the images that they are of; other figures keep their keys. A name is
+no longer than its column."""
 
 
 def _show(row: dict[str, Any], findings: list[Finding]) -> None:
-    """The row as a table; classes and confusion as the class that is worst, experts in turn as mean and worst."""
+    """Prints the row as a table: of classes and confusion the worst class, of experts in turn the mean and the
+    worst."""
     shown = {}
     for key, value in row.items():
         if key in ("audit", "not_applicable", "fewshot_l2_chosen_on", "fewshot_notes") or re.fullmatch(

@@ -23,7 +23,7 @@ BIAS = 100.0
 """The constant feature that stands for a bias; being large, it is hardly regularised."""
 EPS = 1e-5
 AT_ONCE = 2**24
-"""Numbers: scores of images by class, of which there may be ten thousands."""
+"""The most scores (images times classes) in memory at a time: there may be ten thousands of classes."""
 
 
 def draws(labels: Int64[Tensor, " n"], seed: int) -> list[np.ndarray]:
@@ -33,7 +33,8 @@ def draws(labels: Int64[Tensor, " n"], seed: int) -> list[np.ndarray]:
 
 
 def take(orders: Sequence[np.ndarray], shots: int) -> np.ndarray:
-    """The images of `shots` shots, class by class; all of a class that has fewer. More shots add to fewer ones."""
+    """The images of `shots` shots, class by class; all images of a class that has fewer. A larger number of shots
+    contains the smaller ones."""
     return np.concatenate([order[:shots] for order in orders])
 
 
@@ -45,13 +46,15 @@ def check_shots(labels: Int64[Tensor, " n"], shots: Sequence[int], key: str) -> 
     """
     counts = np.bincount(labels.numpy())
     counts = counts[counts > 0]
-    said = []
+    sentences = []
     for k in shots:
         if k > counts.max():
             raise UsageError(f"{key}={k}: no class has so many training images; the largest has {counts.max()}")
         if fewer := int((counts < k).sum()):
-            said.append(f"{fewer} of {len(counts)} classes have fewer than {k} training images, all of which are taken")
-    return said
+            sentences.append(
+                f"{fewer} of {len(counts)} classes have fewer than {k} training images, all of which are taken"
+            )
+    return sentences
 
 
 def statistics(x: Float[Tensor, "r d"]) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"]]:
@@ -60,7 +63,7 @@ def statistics(x: Float[Tensor, "r d"]) -> tuple[Float[Tensor, " d"], Float[Tens
 
 
 def whiten(x: Float[Tensor, "m d"], mean: Float[Tensor, " d"], std: Float[Tensor, " d"]) -> Float[Tensor, "m d+1"]:
-    """Features with the mean and deviation of those fitted to, and the constant one behind them."""
+    """Features normalised with the mean and deviation of the images fitted to, and the constant feature behind them."""
     return F.pad((x - mean) / std, (0, 1), value=BIAS)
 
 

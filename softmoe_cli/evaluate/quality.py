@@ -30,7 +30,7 @@ def classification_loss(logits: Tensor, targets: Tensor, kind: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Outcomes:
-    """What a model said of n images, in their order, on the CPU.
+    """What a model predicted for n images, in their order, on the CPU.
 
     Probabilities are the softmax of the logits. That holds for the sigmoid loss too: its classes are independent yes or
     no with odds e^logit, and given that exactly one of them is true, which is what single labels say, the softmax is
@@ -40,7 +40,7 @@ class Outcomes:
     label: Int64[Tensor, " n"]
     prediction: Int64[Tensor, " n"]
     probability: Float64[Tensor, " n"]
-    """Of the prediction."""
+    """The probability of the prediction."""
     label_probability: Float64[Tensor, " n"]
     in_top5: Bool[Tensor, " n"]
     nll: float
@@ -69,7 +69,8 @@ class Outcomes:
 
     @property
     def confusion(self) -> Int64[Tensor, "c c"]:
-        """Images by label (row) and prediction (column): of many classes, a square that fits nowhere; see `pairs`."""
+        """Images by label (row) and prediction (column). With many classes this square does not fit into memory; see
+        `pairs`."""
         label, prediction, images = self.pairs.T
         square = torch.zeros(self.classes, self.classes, dtype=torch.int64)
         square[label, prediction] = images
@@ -81,7 +82,8 @@ def _share_pct(right: Bool[Tensor, " n"]) -> float:
 
 
 Collect = Callable[[list[Any]], list[Any]]
-"""What was found on every batch, in order, from what was found on those that this process has seen."""
+"""Takes this process's findings, one for each of its batches; returns those of all processes, in the order of the
+batches."""
 
 
 def _seen_all(found: list[Any]) -> list[Any]:
@@ -92,10 +94,10 @@ def _seen_all(found: list[Any]) -> list[Any]:
 def outcomes(
     model: nn.Module, batches: Iterable[Batch], *, loss: str, autocast: torch.autocast, collect: Collect = _seen_all
 ) -> Outcomes:
-    """Every batch once through the model; what it said is fetched from its device at the end. Sums are float64, so that
-    the batch size does not show."""
+    """Runs every batch through the model once; fetches the results from the device at the end. Sums are float64, so
+    that the batch size does not change them."""
     model.eval()
-    said, classes = [], 0
+    answers, classes = [], 0
     with autocast:  # around all batches: a weight is cast once
         for x, labels in batches:
             logits = model(x)
@@ -108,12 +110,12 @@ def outcomes(
             known = [chances.gather(1, which[:, None])[:, 0] for which in (best[:, 0], labels)]
             numbers = torch.stack([*known, F.cross_entropy(logits, labels, reduction="none")])
             mean_loss = classification_loss(logits, F.one_hot(labels, classes).to(logits.dtype), loss)
-            said.append((integers, numbers, mean_loss, len(labels)))
-    said = collect(said)
-    label, prediction, hit = torch.cat([each[0] for each in said], dim=1).cpu()
-    probability, label_probability, nll = torch.cat([each[1] for each in said], dim=1).cpu().double()
-    sizes = torch.tensor([each[3] for each in said], dtype=torch.float64)
-    mean = (torch.stack([each[2] for each in said]).cpu().double() @ sizes).item() / len(label)
+            answers.append((integers, numbers, mean_loss, len(labels)))
+    answers = collect(answers)
+    label, prediction, hit = torch.cat([each[0] for each in answers], dim=1).cpu()
+    probability, label_probability, nll = torch.cat([each[1] for each in answers], dim=1).cpu().double()
+    sizes = torch.tensor([each[3] for each in answers], dtype=torch.float64)
+    mean = (torch.stack([each[2] for each in answers]).cpu().double() @ sizes).item() / len(label)
     return Outcomes(label, prediction, probability, label_probability, hit.bool(), nll.mean().item(), mean, classes)
 
 
@@ -154,23 +156,23 @@ def features(
 ) -> Float[Tensor, "n d"]:
     """What the head would see of every image (pooled, after the last norm), float32, on the CPU."""
     model.eval()
-    seen: list[Tensor] = []
-    hook = model.head.register_forward_pre_hook(lambda _head, inputs: seen.append(inputs[0].float()))
+    pooled: list[Tensor] = []
+    hook = model.head.register_forward_pre_hook(lambda _head, inputs: pooled.append(inputs[0].float()))
     with hook, autocast:
         for x, _ in batches:
-            model(x)  # as a whole: what is divided among processes comes together around a module's call
-    return torch.cat(collect(seen)).cpu()
+            model(x)  # called as a module: weights that are divided among processes are gathered around such a call
+    return torch.cat(collect(pooled)).cpu()
 
 
 @torch.no_grad()
 def routing_statistics(model: nn.Module, batch: Batch, autocast: torch.autocast) -> list[dict[str, float]]:
     """One row of statistics per MoE layer, in the order of the blocks, on one batch."""
     model.eval()
-    found: list[dict[str, float]] = []
+    statistics: list[dict[str, float]] = []
 
     def remember(router: Router, _inputs: object, routing: Routing) -> None:
         with full_precision(batch[0]):  # now, when the router's weights are whole
-            found.append(routing.statistics() | router.statistics())
+            statistics.append(routing.statistics() | router.statistics())
 
     routers = [module for module in model.modules() if isinstance(module, Router)]
     hooks = [router.register_forward_hook(remember) for router in routers]
@@ -178,4 +180,4 @@ def routing_statistics(model: nn.Module, batch: Batch, autocast: torch.autocast)
         model(batch[0])
     for hook in hooks:
         hook.remove()
-    return found
+    return statistics

@@ -1,1 +1,1 @@
-"""Where jobs run: a sweep's, on this machine or a cluster; and the processes of one run."""
+"""Runs the jobs of a sweep, on this machine or a cluster, and the processes of one run."""

@@ -1,7 +1,7 @@
 """`devices=N`: starts N processes of this machine that train together, through torch's elastic launcher.
 
-When one goes wrong all end, and the launcher says what the first one said; or all start again from the last checkpoint,
-where `restarts=` asks for it. Where torchrun has started the processes none of this is needed.
+When one process fails, all end, and the launcher repeats the message of the first one that failed; with `restarts=` all
+start again from the last checkpoint. Processes that torchrun has started need none of this.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ from softmoe_cli.launch.job import follow_launcher, start_server
 from softmoe_cli.signals import ASKING, Asked, end_children, heard, leave_soon
 
 GRACE_S = 120
-"""How long processes that were asked to save and leave have for it before they are ended."""
+"""How many seconds processes have to save and leave, when asked to, before they are killed."""
 TAKEN_S = 3
 """How long a process that has saved waits for the launcher to read its exit status."""
 
@@ -58,8 +58,8 @@ class Note:
 
 
 class Loopback(RendezvousHandler):
-    """Where the launcher and the processes of one machine meet: a store that no other machine reaches. What torch's own
-    choices listen on is every interface of the machine, and part of what they read there is unpickled."""
+    """Where the launcher and the processes of one machine meet: a store that no other machine reaches. torch's own
+    choices listen on every interface of the machine, and unpickle part of what they read there."""
 
     BACKEND, ADDRESS = "softmoe_loopback", "127.0.0.1"
 
@@ -81,7 +81,7 @@ class Loopback(RendezvousHandler):
         return self.BACKEND
 
     def next_rendezvous(self) -> RendezvousInfo:
-        self._round += 1  # nothing of a round before counts
+        self._round += 1  # keys of an earlier round do not count
         store = PrefixStore(f"{self._run}.{self._round}", self._store)
         return RendezvousInfo(store, 0, 1, RendezvousStoreInfo(self.ADDRESS, self._port))
 
@@ -112,7 +112,7 @@ def launch(config: Config, command: str) -> None:
 
     for engine in logging.root.manager.loggerDict:
         if engine.startswith(("torch.distributed.elastic", "torch.multiprocessing")):
-            logging.getLogger(engine).setLevel(logging.CRITICAL)  # what matters is said here
+            logging.getLogger(engine).setLevel(logging.CRITICAL)  # the launcher prints what matters
     # Slurm may tell every process of a job that its time is near; the one that takes it passes it on as SIGTERM.
     start_server(["softmoe_cli.train.loop"])
     asked = Asked()
@@ -121,11 +121,11 @@ def launch(config: Config, command: str) -> None:
         if asked.again(number):
             leave_soon(lambda: "\nleft at once; the same command goes on from the last checkpoint\n")
 
-    # What torchrun tells its processes, this one may have too, from a job's script or an image.
+    # This process may itself have the variables of torchrun, from a job's script or an image.
     environment = {name: value for name, value in os.environ.items() if name not in (*TOLD, ATTEMPT)}
     inside = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
     if inside is not None:
-        environment.setdefault("GLOO_SOCKET_IFNAME", inside)  # without it what the machine's name leads to
+        environment.setdefault("GLOO_SOCKET_IFNAME", inside)  # else gloo looks up the machine's name
     rendezvous_handler_registry.register(Loopback.BACKEND, Loopback)
     with heard(ASKING, hear), tempfile.TemporaryDirectory(prefix="softmoe-") as folder:
         elastic = LaunchConfig(
@@ -151,20 +151,20 @@ def launch(config: Config, command: str) -> None:
                 raise KeyboardInterrupt(notes(Path(folder))[0].text) from error
             raise UsageError(text) if code == 2 else RunError(f"{text}; type the same command to go on") from error
         finally:
-            end_children()  # a second Ctrl-C leaves them to us
+            end_children()  # after a second Ctrl-C we end them
         if any(codes.values()):
             raise KeyboardInterrupt(notes(Path(folder))[0].text)
 
 
 def notes(folder: Path) -> list[Note]:
-    """Those of the last attempt, the earliest first."""
+    """The notes of the last attempt, the earliest first."""
     found = [Note(**json.loads(path.read_text())) for path in folder.glob("note-*.json")]
     return sorted(found, key=lambda note: note.time)
 
 
 def cause(folder: Path, devices: int, exits: dict[int, int]) -> tuple[int, str]:
     """Exit status and the sentence that says why `devices` processes ended: the first error that is not about another
-    process; or else the process that said nothing, because something ended it. `exits` are the statuses known."""
+    process; else the process that left no note, because something killed it. `exits` are the known statuses."""
     found = notes(folder)
     for note in found:
         if not note.lost:

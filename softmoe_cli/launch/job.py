@@ -20,7 +20,7 @@ from softmoe_cli.signals import leave
 from softmoe_cli.text import printable_lines
 
 Run = Callable[[Sequence[str]], tuple[int, str]]
-"""What runs a command line: exit status and the sentence that says why, as cli.run, which is handed down to here."""
+"""The function that runs a command line and returns exit status and reason: cli.run, which is passed down to here."""
 
 GONE_S = 300
 """How long a job that asked to be queued again waits for Slurm to end it."""
@@ -53,7 +53,7 @@ def perform(order: Order, run: Run) -> int:
         with open(order.log, "a", opener=not_following) as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
-    except OSError as error:  # said where the launcher speaks
+    except OSError as error:  # said on the launcher's own output
         print(f"softmoe: cannot write {order.log}: {error.strerror}", file=sys.stderr)
         return os.EX_CANTCREAT
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
@@ -75,8 +75,8 @@ def note(order: Order, reason: str) -> None:
 
 
 def start_server(modules: list[str]) -> None:
-    """Starts what processes are forked from. A signal to the whole process group is not for it: without it nobody
-    would know how they end."""
+    """Starts the server that processes are forked from. The server ignores signals to the process group: without it
+    nobody would learn how the processes end."""
     SERVER.set_forkserver_preload(modules)
     before = {number: signal.signal(number, signal.SIG_IGN) for number in NOT_FOR_SERVER}
     multiprocessing.forkserver.ensure_running()
@@ -85,8 +85,8 @@ def start_server(modules: list[str]) -> None:
 
 
 def follow_launcher(leave: Callable[[], object] = lambda: os.kill(os.getpid(), signal.SIGTERM)) -> None:
-    """Puts a process that a launcher started into a process group of its own, so that a Ctrl-C reaches the launcher
-    alone, and has it save and `leave` when the launcher is gone, so that nothing goes on unseen."""
+    """Puts a process that a launcher started into a process group of its own, so that a Ctrl-C reaches only the
+    launcher. When the launcher is gone, the process saves and calls `leave`, so that nothing goes on unseen."""
     os.setpgid(0, 0)
     for number in (signal.SIGTERM, signal.SIGUSR1):  # SIGUSR2 is for who passes it on as SIGTERM
         signal.signal(number, signal.SIG_DFL)
@@ -101,14 +101,14 @@ def follow_launcher(leave: Callable[[], object] = lambda: os.kill(os.getpid(), s
 
 
 def in_process(order: Order, run: Run) -> None:
-    """A forked job."""
+    """Runs a job in a process that was forked for it."""
     follow_launcher()
     leave(perform(order, run))
 
 
 def in_worker(order: Order, run: Run) -> int:
-    """A job in a worker of submitit or Ray, whose own handlers make way: SIGUSR2 is submitit's word for a time limit
-    or a preemption that is near. The job then saves, leaves and is queued again."""
+    """Runs a job in a worker of submitit or Ray, in place of their signal handlers. With SIGUSR2 submitit warns of a
+    time limit or a preemption: the job then saves, leaves and is queued again."""
     told: list[int] = []
 
     def save(number: int, _frame: FrameType | None) -> None:

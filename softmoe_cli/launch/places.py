@@ -158,4 +158,4 @@ class Task:
 
 
 PLACES: dict[str, Callable[[Any, Path, Run], Place]] = {"local": Processes, "slurm": Slurm, "ray": Ray}
-"""What hydra/launcher= names, made from its options, the sweep's folder and what runs a command line."""
+"""A name for hydra/launcher= -> the function that makes the place from its options, the sweep's folder and a Run."""

@@ -139,7 +139,7 @@ def _costs(config: Config, *, times: bool) -> dict[str, float]:
     peak = predict(load, config.devices, "ddp" if config.parallel == "auto" else config.parallel).peak_bytes
     budget = Budget.of(config, images)
     step_s = image_s = math.nan
-    # What the clock knows: one device, all weights trained, AdamW's moments in float32.
+    # The clock can measure only this: one device, all weights trained, AdamW's moments in float32.
     known = config.devices == 1 and not config.optim.freeze and config.optim.moments == "fp32"
     if times and known and peak <= free_memory(device):
         timed = replace(load, optim=None, ema=False)
@@ -148,7 +148,7 @@ def _costs(config: Config, *, times: bool) -> dict[str, float]:
             try:
                 timing = measure([timed], repeats=3)[0]
                 _timed[key] = timing.train_step_ms / 1000, timing.latency_ms / 1000 / t.batch_size
-            except UsageError:  # what fits with SGD need not with AdamW
+            except UsageError:  # a job that fits with SGD may not fit with AdamW
                 _timed[key] = math.nan, math.nan
         step_s, image_s = _timed[key]
     steps = budget.steps if budget.steps is not None else (budget.seconds or 0.0) / step_s

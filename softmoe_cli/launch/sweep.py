@@ -45,7 +45,7 @@ from softmoe_cli.text import aligned, flop, in_words, printable_lines, several
 
 PERIOD_S = 0.25
 LEFT_SCREEN = b"\x1b[?1049l" + CURSOR
-"""Goes back from the screen that a terminal's table has for itself."""
+"""Leaves the second screen of a terminal, on which the table is drawn."""
 
 
 @dataclass(eq=False)
@@ -67,13 +67,13 @@ class Entry:
 
     def state(self, local: bool) -> State:
         """The job's state: as its files say, except where the launcher knows more."""
-        found = state(self.job.folder, self.job.run, self.log)
+        job_state = state(self.job.folder, self.job.run, self.log)
         if self.attempt is not None:
-            seen = local or found.state in ("running", "running or killed")
-            found = replace(found, state="running" if seen else "queued")
-            if seen and self.started is None:
-                self.started, self.first_progress = time.monotonic(), found.progress or 0.0
-        return replace(found, state=self.word) if self.word else found
+            started = local or job_state.state in ("running", "running or killed")
+            job_state = replace(job_state, state="running" if started else "queued")
+            if started and self.started is None:
+                self.started, self.first_progress = time.monotonic(), job_state.progress or 0.0
+        return replace(job_state, state=self.word) if self.word else job_state
 
     def eta(self, progress: float | None) -> str:
         if self.attempt is None or self.started is None or progress is None or progress <= self.first_progress:
@@ -97,12 +97,12 @@ class Signals(Asked):
 
 
 class Sweep(HydraLauncher):
-    """What hydra.launcher is while one command runs: Hydra, or a searching sweeper, hands it jobs."""
+    """The launcher that Hydra uses while one command runs: Hydra, or a searching sweeper, gives it jobs."""
 
     run: ClassVar[Run]
-    """What runs a job's command line: the command line itself hands it in before it calls Hydra."""
+    """Runs a job's command line; cli.py sets this before it calls Hydra."""
     last: ClassVar["Sweep | None"] = None
-    """This process's sweep, which Hydra makes and does not show."""
+    """This process's sweep: Hydra makes it and does not return it."""
 
     def __init__(self, **_options: Any) -> None:
         """Hydra hands the options over here and, with their types, in `setup`."""
@@ -124,7 +124,7 @@ class Sweep(HydraLauncher):
         self._check_objective()
         self._command = str(config.hydra.job.name)
         self._typed = list(config.hydra.overrides.task)
-        # What else decides which jobs there are.
+        # Other settings that decide which jobs there are.
         searched = ("hydra.launcher.limit", "hydra.launcher.objective", "hydra.sweeper.", "hydra/sweeper")
         others = [word for word in config.hydra.overrides.hydra if word.lstrip("+").startswith(searched)]
         words = json.dumps([self._command, *self._typed, *others])
@@ -133,7 +133,7 @@ class Sweep(HydraLauncher):
         self._entries: list[Entry] = []
         self._place: Place | None = None
         self._console = Console(highlight=False, soft_wrap=True, emoji=False)
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # several jobs share the cores: nobody spins
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # jobs share the cores: no thread may spin
         start_server(["softmoe_cli.train.loop", "softmoe_cli.cli", "softmoe_cli.launch.sweep"])
 
     def _check_objective(self) -> None:
@@ -283,12 +283,12 @@ class Sweep(HydraLauncher):
                         assert entry.attempt is not None
                         entry.attempt.stop(now=now)
                     if now and not self._local:
-                        break  # whether a cluster has heard is not waited for
+                        break  # do not wait until the cluster has answered
                 for entry in list(waiting):
                     entry.word = "held" if self._local and held(entry.job.folder) else ""
                     if not entry.word and slots:
                         waiting.remove(entry)
-                        if entry.finished:  # by the process that held it
+                        if entry.finished:  # the process that held the run has finished it
                             entry.word = "done before"
                             continue
                         running.append(entry)
@@ -347,8 +347,8 @@ class Sweep(HydraLauncher):
 
     @contextmanager
     def _screen(self, signals: Signals) -> Iterator[Callable[[], None]]:
-        """On a terminal a table that `refresh` brings up to date, on a screen of its own: what a terminal does to long
-        lines when its size changes leaves nothing behind."""
+        """On a terminal, shows a table that `refresh` updates, on a second screen: when the terminal changes its size
+        and breaks long lines, nothing of them stays behind."""
         if not self._console.is_terminal:
             yield lambda: None
             return
@@ -397,18 +397,19 @@ class Sweep(HydraLauncher):
 
     def _return(self, overrides: Sequence[str], entry: Entry) -> JobReturn:
         """What a searching sweeper is told: the objective, or how far over the limit, below any quality there is."""
-        told = JobReturn(overrides=list(overrides), working_dir=str(entry.job.folder), status=JobStatus.COMPLETED)
+        job_return = JobReturn(overrides=list(overrides), working_dir=str(entry.job.folder), status=JobStatus.COMPLETED)
         if not self._options.objective:
-            return told
+            return job_return
         if entry.word == "over the limit":
-            told.return_value = -self._excess(entry.job)
+            job_return.return_value = -self._excess(entry.job)
         elif entry.finished:
             result = json.loads((entry.job.folder / "result.json").read_text())
             values = [result[key] for key in self._options.objective]
-            told.return_value = values if len(values) > 1 else values[0]
+            job_return.return_value = values if len(values) > 1 else values[0]
         else:
-            told.status, told.return_value = JobStatus.FAILED, RunError(f"{entry.job.run} failed; see {entry.log}")
-        return told
+            job_return.status = JobStatus.FAILED
+            job_return.return_value = RunError(f"{entry.job.run} failed; see {entry.log}")
+        return job_return
 
 
 def fitted(rows: list[list[str]], width: int) -> str:
@@ -434,8 +435,8 @@ def _cause(code: int) -> str:
 
 
 def _flags(config: DictConfig) -> list[str]:
-    """What was typed for Hydra itself and matters to each job: where its configuration comes from, but not where a
-    sweep's jobs run or what they are."""
+    """Options for Hydra itself that each job needs too: where its configuration comes from, but not where a sweep's
+    jobs run or which jobs there are."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for short, long in (("-cd", "--config-dir"), ("-cp", "--config-path"), ("-cn", "--config-name")):
         parser.add_argument(short, long)

@@ -56,7 +56,7 @@ def _pulled(checkpoint: str) -> str:
 
 
 def timm_card(name: str) -> dict[str, Any]:
-    """What a checkpoint of ours would say of a timm model's pretrained weights: its model and its pixels."""
+    """The card that a checkpoint of ours would have for a timm model's pretrained weights: its model and its pixels."""
     about = timm.get_pretrained_cfg(name)
     if about is None:
         raise UsageError(f"timm has no model '{name}'.{nearest(name.split('.')[0], timm.list_models('*vit*'))}")

@@ -1,4 +1,4 @@
-"""A router from its options."""
+"""Builds a router from its options."""
 
 import inspect
 import sys
@@ -16,7 +16,7 @@ def make_router(options: dict[str, Any], dim: int, num_tokens: int) -> Router:
     """The router that a config's `_target_` names, with the other keys as its arguments.
 
     The constructor's keyword-only arguments are the schema: unknown, missing and ill-typed keys are errors. Only
-    subclasses of `Router` are ever called; but importing a module runs it, so what a checkpoint names is held against
+    subclasses of `Router` are ever called; but importing a module runs it, so a name in a checkpoint is compared with
     the known routers before it comes here.
     """
     router_class = _router_class(str(options["_target_"]))
@@ -58,7 +58,7 @@ def make_router(options: dict[str, Any], dim: int, num_tokens: int) -> Router:
 
 
 def _kinds(annotation: Any) -> tuple[Any, ...]:
-    """What is allowed: one type or several. None: nothing is said."""
+    """The types that an annotation allows: one, or several of a union."""
     return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
 
 

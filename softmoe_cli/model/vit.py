@@ -49,7 +49,8 @@ def portable(model: Model, vit: VisionTransformer) -> dict[str, Any]:
 
 
 def portable_options(options: dict[str, Any], router: Router) -> dict[str, Any]:
-    """A router's options with the slots that came of them: the same router for any number of tokens."""
+    """A router's options with the number of slots that resulted: they build the same router for any number of
+    tokens."""
     fixed = {"slots_per_expert": router.slots_per_expert, "capacity_factor": None}
     return options | {key: value for key, value in fixed.items() if key in options}
 
@@ -65,7 +66,7 @@ def _official_vit(model: Model, num_classes: int) -> VisionTransformer:
     assert c.width is not None and c.heads is not None and c.mlp_width is not None
     assert c.norm_eps is not None and c.pos_std is not None
     norm = partial(nn.LayerNorm, eps=c.norm_eps)
-    abstract = torch.get_default_device().type == "meta"  # nothing to initialise, and it takes its time
+    abstract = torch.get_default_device().type == "meta"  # there is nothing to initialise, and initialising takes time
     vit = VisionTransformer(
         img_size=model.image_size,
         patch_size=c.patch_size,
@@ -142,8 +143,8 @@ def _timm_vit(name: str, model: Model, num_classes: int) -> VisionTransformer:
 
 
 def plain_vit(name: str, vit: nn.Module) -> VisionTransformer:
-    """Only what the cost formula and the loading of weights know."""
-    # Subclasses have more: DeiT's second head, for one, is in no formula and knows no other classes.
+    """Accepts only what the cost formula and the loading of weights know."""
+    # Subclasses have more parts: DeiT's second head, for example, has no formula and cannot get other classes.
     if not isinstance(vit, VisionTransformer) or type(vit) is not VisionTransformer:
         raise UsageError(f"timm's {name} is a {type(vit).__name__}, not a plain VisionTransformer")
     strange = {type(block).__name__ for block in vit.blocks if type(block) is not Block}
@@ -203,7 +204,7 @@ def _check_runs(widths: Sequence[int], precision: str) -> None:
 
 
 def prepare(vit: VisionTransformer, device: torch.device, precision: str) -> None:
-    """Unfused attention on a CPU in half precision, where the fused backward pass is several times slower.
+    """Turns off fused attention on a CPU in half precision, where its backward pass is several times slower.
 
     Raises:
         UsageError: experts whose width this precision cannot multiply.

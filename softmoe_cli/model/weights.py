@@ -124,10 +124,10 @@ def resized_slots(parameter: Float[Tensor, "..."], axis: int, slots: int) -> Flo
 
 
 def proportional_slots(before: Model, after: Model) -> int:
-    """Slots per expert that are to `after`'s tokens what `before`'s are to its own, rounded, at least one.
+    """Slots per expert with which `after` has as many slots per token as `before`, rounded, at least one.
 
     Raises:
-        UsageError: there are none to keep in proportion.
+        UsageError: `before` has no slots per expert.
     """
     slots = before.router.get("slots_per_expert")
     if slots is None or before.router_name != after.router_name:
@@ -156,7 +156,7 @@ def _resample(vit: VisionTransformer, table: Tensor) -> Tensor:
 
 
 def require_described(source: Source, model: Model) -> None:
-    """Holds weights against the model that their own card describes, by names and shapes: a few words in a file must
+    """Compares weights, by names and shapes, with the model that their own card describes: a few words in a file must
     not decide how much is allocated.
 
     Args:
@@ -176,7 +176,7 @@ def require_described(source: Source, model: Model) -> None:
             vit = build(model, 1 if head is None else len(head))
     except UsageError as error:
         raise UsageError(f"{start}: {error}") from error
-    except (RuntimeError, TypeError, OverflowError) as error:  # sizes that torch cannot even write down
+    except (RuntimeError, TypeError, OverflowError) as error:  # sizes that torch cannot represent
         raise UsageError(f"{start}: such sizes cannot be ({first_line(error)})") from error
     own = vit.state_dict()
     whole = model.router["_target_"] == source.card["model"]["router"]["_target_"]

@@ -18,7 +18,8 @@ from softmoe_cli.moe.layer import Experts, experts, ragged_experts
 
 
 def span(length: int, size: int, place: int) -> tuple[int, int]:
-    """Where a process's part of an axis begins and ends, in DTensor's way: all have as much, the last ones the rest."""
+    """Where a process's part of an axis begins and ends, as DTensor cuts it: all parts are equal, the last ones get the
+    rest."""
     each = -(-length // size)
     return min(each * place, length), min(each * (place + 1), length)
 
@@ -86,12 +87,13 @@ class DividedExperts(Experts):
         return everyones.tolist()
 
     def _exchange(self, rows: Float[Tensor, "r d"], there: list[int], back: list[int]) -> Float[Tensor, "s d"]:
-        """Sends everyone its run of rows, and gets as many as each has for this one."""
+        """Sends every process its run of rows, and receives the runs that the others have for this one."""
         return all_to_all_single_autograd(rows.contiguous(), back, there, self._mesh)
 
 
 def _turned(rows: Float[Tensor, "r d"], sizes: Int[Tensor, "m n"]) -> Float[Tensor, "r d"]:
-    """Runs of rows of these sizes, which follow each other line by line, column by column."""
+    """Reorders runs of rows. `sizes` is a matrix of their lengths: the runs come line by line and are returned column
+    by column."""
     runs = rows.split(sizes.flatten().tolist())
     order = torch.arange(sizes.numel()).view(sizes.shape).T.flatten().tolist()
     return torch.cat([runs[place] for place in order]) if order else rows

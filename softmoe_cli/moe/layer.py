@@ -45,7 +45,7 @@ def grouped(
     rows: Float[Tensor, "r d"], weights: Float[Tensor, "e d h"], offsets: Int[Tensor, " e"]
 ) -> Float[Tensor, "r h"]:
     """rows[i] @ weights[expert of i]; `rows` are sorted by expert."""
-    if rows.dtype == torch.float64:  # which torch's grouped product lacks; only checks of the maths come here
+    if rows.dtype == torch.float64:  # torch's grouped product has no float64; only checks of the maths use it
         sizes = offsets.diff(prepend=offsets.new_zeros(1)).tolist()
         return torch.cat([part @ weight for part, weight in zip(rows.split(sizes), weights, strict=True)])
     return F.grouped_mm(rows, weights.to(rows.dtype), offs=offsets)

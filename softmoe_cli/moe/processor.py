@@ -1,4 +1,4 @@
-"""What this machine's CPU does with a product of half precision, and what it takes for it."""
+"""How fast this machine's CPU multiplies in half precision, and how much memory such a product takes."""
 
 import os
 import platform
@@ -30,8 +30,8 @@ takes 3.8 times as long as in float32 (Xeon with AVX-512, torch 2.15), one in lo
 
 
 def borrowed(product: Tensor) -> int:
-    """Bytes that computing this result of mm, addmm, bmm or baddbmm takes beside it, until it is there: where products
-    are emulated, a float32 buffer, of the whole matrix or, of a batch of them, of one matrix for each thread."""
+    """Bytes that mm, addmm, bmm or baddbmm takes while it computes this result, beside the result: if products are
+    emulated, a float32 buffer of the whole matrix or, in a batch of matrices, of one matrix for each thread."""
     if product.device.type != "cpu" or CPU_PRODUCTS.get(product.dtype) != "emulated":
         return 0
     matrices = min(len(product), torch.get_num_threads()) if product.ndim == 3 else 1

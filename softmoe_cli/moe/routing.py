@@ -38,15 +38,15 @@ class Routing(ABC):
 
 
 UNKNOWN = "softmoe does not know whether its weights add up to one; leave preserve=false"
-"""What a router that says nothing of it answers to `departs_from_mlp`."""
+"""The answer of `departs_from_mlp` by a router that does not define it."""
 
 
 class Router(nn.Module, ABC):
     """Constructed as `Router(dim, num_tokens, **options)`; the options, all without default, stand in its yaml.
 
-    What any command must know of a router it asks here. Options of these names mean the same for all routers:
-    `num_experts`, `images_per_group`, and `slots_per_expert` with `capacity_factor`, of which one is null. A checkpoint
-    keeps the slots that came of them, so that its weights fit at any number of tokens.
+    Here commands learn everything that they must know of a router. Options of these names mean the same for all
+    routers: `num_experts`, `images_per_group`, and `slots_per_expert` with `capacity_factor`, of which one is null. A
+    checkpoint keeps the slots that came of them, so that its weights fit at any number of tokens.
     """
 
     num_experts: int
@@ -102,8 +102,8 @@ class Router(nn.Module, ABC):
         return UNKNOWN
 
     def capacity_factor(self, slots: int, num_tokens: int) -> float | None:
-        """Slots of all experts over what `num_tokens` tokens an image ask for, if an expert had so many; None where
-        trained weights cannot be run with other capacities."""
+        """The capacity factor with `slots` slots per expert: slots of all experts over what `num_tokens` tokens an
+        image ask for. None if trained weights cannot be run with other capacities."""
         return None
 
     @abstractmethod
@@ -115,7 +115,8 @@ class Router(nn.Module, ABC):
         return {}
 
     def counted(self) -> list[Tensor]:
-        """What forward passes have added up for `after_update`; processes that share a batch add theirs together."""
+        """Tensors that forward passes have added up for `after_update`; processes that share a batch add theirs
+        together."""
         return []
 
     def after_update(self) -> None:

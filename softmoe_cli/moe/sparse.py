@@ -109,7 +109,7 @@ def grouped_tokens(
 
 
 def in_groups(each: Shaped[Tensor, "b n *d"], images: int) -> Shaped[Tensor, "g s *d"]:
-    """Of `images` consecutive images each; zeros (and false) fill up the last one."""
+    """Groups of `images` consecutive images each; zeros (and false) fill up the last group."""
     missing = -each.shape[0] % images
     if missing:
         each = torch.cat([each, each.new_zeros(missing, *each.shape[1:])])
@@ -204,7 +204,7 @@ class Balanced(nn.Module):
             self.register_buffer("demand", torch.zeros(num_experts), persistent=False)
 
     def scores(self, gates: Float[Tensor, "g s e"]) -> Float[Tensor, "g s e"]:
-        """What experts are chosen by."""
+        """The scores that experts are chosen by."""
         return gates + self.bias if self.bias_rate else gates
 
     def add_demand(self, demand: Int[Tensor, " e"]) -> None:

@@ -50,11 +50,11 @@ PATHS = ("checkpoint", "data.root", "folder", "output_root", "predictions", "con
 
 
 def complete(arguments: Sequence[str]) -> int:
-    """`softmoe completion SHELL` prints its script; `softmoe completion answer LINE [END]` what may stand for the last
-    word of a line, or for its end, a word to a line, and nothing where nothing fits.
+    """`softmoe completion SHELL` prints its script; `softmoe completion answer LINE [END]` prints the words, one per
+    line, that may replace the last word of LINE, or END, the end of that word.
 
     Raises:
-        UsageError: a shell that there is none for.
+        UsageError: there is no script for that shell.
     """
     if arguments[:1] == ["answer"]:
         for word in answers(*arguments[1:3]):
@@ -68,13 +68,13 @@ def complete(arguments: Sequence[str]) -> int:
 
 
 def answers(line: str, end: str | None = None) -> list[str]:
-    """What the last word of a command line up to the cursor, or the end of that word, may become, as it would be
-    typed."""
+    """What the last word of a command line up to the cursor, or `end`, the end of that word, may become when it is
+    completed."""
     words = _words(line)
     *before, typed = words[1:] or [""]
     try:
         found = [word for word in dict.fromkeys(_candidates(before, typed)) if word.startswith(typed) and word != typed]
-    except (UsageError, OSError):  # of a file of one's own; the command itself will say so
+    except (UsageError, OSError):  # a file in the user's conf folder is wrong; the command itself will say so
         return []
     if end is not None:
         kept = len(typed) - len(_words(end)[-1].lstrip("=:"))
@@ -188,7 +188,7 @@ def _runs() -> Iterator[str]:
 
 
 def _folders(typed: str) -> Iterator[str]:
-    """Studies, and the runs in the one that is typed; other folders where the way there is typed."""
+    """Studies, and the runs in the study that is typed; other folders once the path to them is typed."""
     studies = [str(folder) for folder in sorted(Path("outputs").glob("*")) if folder.is_dir()]
     yield from studies
     yield from (path for path in _paths(typed, "/") if path[:-1] not in studies)

@@ -119,7 +119,7 @@ class Jobs:
         except (ValueError, TypeError, KeyError, AttributeError, AssertionError, YAMLError) as error:
             raise UsageError(refused(error, arguments)) from error
         except RecursionError:
-            defaults(self._command, chosen_groups(arguments))  # which says whose defaults list has no end
+            defaults(self._command, chosen_groups(arguments))  # names the file whose defaults list has no end
             raise
         except SystemExit as error:
             if not error.code:
@@ -129,9 +129,9 @@ class Jobs:
 
 @functools.cache
 def admit(launcher: type) -> None:
-    """Has Hydra take a launcher of our own package. Up to 1.3 it makes only those of its namespace hydra_plugins, which
-    would be a folder beside the package that every Hydra program of the environment imports, and the check is a method
-    of Hydra's (the same in 1.3.2 and 1.3.8); from 1.4 on (1.4.0rc3) to be registered is enough."""
+    """Makes Hydra accept a launcher of our own package. Hydra up to 1.3 makes only launchers from its namespace
+    hydra_plugins, a folder beside the package that every Hydra program of the environment would import. The check is a
+    method of Hydra's (the same in 1.3.2 and 1.3.8), replaced here; from 1.4 on (1.4.0rc3) registering is enough."""
     from hydra.core.plugins import Plugins
 
     Plugins.instance().register(launcher)
@@ -180,7 +180,7 @@ def plain(config: Any, section: type) -> dict[str, Any]:
     _refuse_unknown(tree, section)
     root = OmegaConf.select(config, "data.root", throw_on_resolution_failure=False)
     if root is not None:
-        tree["data"]["root"] = root  # resolved: it is held against a checkpoint's
+        tree["data"]["root"] = root  # resolved, because it is compared with a checkpoint's
     return tree
 
 
@@ -258,7 +258,8 @@ TIMM_SIDE = 224
 
 @functools.cache
 def _register_resolvers() -> None:
-    """What conf/ calls in ${…}: `suits:SIDE,KEY`, a setting of the small backbone for images of so many pixels."""
+    """Registers what conf/ calls in ${…}: `suits:SIDE,KEY`, a setting of the small backbone for images of so many
+    pixels."""
     from omegaconf import OmegaConf
 
     from softmoe_cli.data.suit import backbone_for

@@ -54,7 +54,7 @@ def own_conf_folder() -> Path | None:
 
 def files(group: str) -> dict[str, Path]:
     """The yaml file of each choice of a group, by name; one's own conf folder comes last, so that it replaces."""
-    found = {}
+    by_name = {}
     for root in (conf_folder(), own_conf_folder()):
         if root is None:
             continue
@@ -64,8 +64,8 @@ def files(group: str) -> dict[str, Path]:
         for file in folder.glob(pattern):
             name = file.relative_to(folder).with_suffix("").as_posix()
             if not file.name.startswith("_") and file.is_file():
-                found[name] = file
-    return dict(sorted(found.items()))
+                by_name[name] = file
+    return dict(sorted(by_name.items()))
 
 
 def read(file: Path) -> str:
@@ -132,8 +132,8 @@ def _loader() -> Any:
 
 
 def defaults(command: str, chosen: Mapping[str, str]) -> dict[str, Any]:
-    """The values that conf/ gives to a command's options with these choices of groups, as Hydra would compose them; it
-    would take a second.
+    """The values that conf/ gives to a command's options with these choices of groups, as Hydra would compose them, but
+    without Hydra, which takes a second.
 
     Raises:
         UsageError: a file of one's own that cannot be read.
@@ -182,8 +182,8 @@ def _merge(tree: dict[str, Any], other: Mapping[str, Any]) -> None:
 
 
 def value_of(tree: Mapping[str, Any], key: str, asked: tuple[str, ...] = ()) -> Any:
-    """What stands at a.b.c, with ${x.y} followed; KeyError where nothing does, or where that leads back to a key that
-    was `asked` for before."""
+    """The value at the key a.b.c, with ${x.y} followed. KeyError if there is none, or if the references lead back to a
+    key in `asked`."""
     node: Any = tree
     for part in key.split("."):
         if not isinstance(node, dict) or key in asked:

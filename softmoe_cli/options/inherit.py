@@ -85,12 +85,12 @@ def take_model(tree: dict[str, Any], source: "Source", typed: Sequence[str]) -> 
 
 
 def require_trust(model: dict[str, Any], source: "Source", trusted: str | None) -> None:
-    """Refuses a router that only a checkpoint's own words name, `trusted` apart: to import a module is to run it. The
-    folder where the command is typed vouches for it in conf/model/router, but not for a checkpoint inside itself: who
-    downloads one gets the other with it.
+    """Refuses a router that only the checkpoint names, unless it is `trusted`: importing a module runs its code. A
+    router in conf/model/router of the working folder is accepted too, but not for a checkpoint inside that folder:
+    whoever downloads the folder gets both.
 
     Raises:
-        UsageError: nobody vouches for it.
+        UsageError: only the checkpoint names the router.
     """
     target = model["router"].get("_target_") if isinstance(model.get("router"), dict) else None
     if target is None or target != source.card.get("model", {}).get("router", {}).get("_target_"):
@@ -118,7 +118,8 @@ def model_of(source: "Source", trusted: str | None) -> Model:
     """The model that a checkpoint describes, once its weights are found to be of that model.
 
     Raises:
-        UsageError: it does not say so, it cannot be, or nobody vouches for its router.
+        UsageError: the checkpoint describes no model, or one that cannot be built, or only the checkpoint names its
+            router.
     """
     if "model" not in source.card:
         raise UsageError(f"checkpoint={source.label} does not say what model it is; softmoe saved no such file")
@@ -213,7 +214,7 @@ def take_backbone(model: dict[str, Any], source: "Source", typed: Sequence[str])
             f"checkpoint={source.label} has a router already ({own['router']['_target_']}); use a dense one"
         )
     chosen = model["backbone"]
-    free = ("name", "drop_path", "pos_std", "init")  # what says nothing of trained weights
+    free = ("name", "drop_path", "pos_std", "init")  # settings that trained weights do not depend on
     for key, value in own["backbone"].items():
         if str(chosen[key]).startswith("${suits:"):  # follows the images, and so the checkpoint
             chosen[key] = value
@@ -233,9 +234,9 @@ COMMON = ("model", "classes", "loss", "precision")
 
 
 def check_alike(sources: Sequence["Source"], data: dict[str, Any]) -> None:
-    """Raises UsageError unless all are of one model for the same classes, loss, precision and pixels, and those that
-    were trained on the set that they are evaluated on, of the same cut of it: of another, some would have been trained
-    on the images that choose and score."""
+    """Raises UsageError unless all sources have the same model, classes, loss, precision and pixels and, where they
+    were trained on the set that they are evaluated on, the same cut of it: with another cut, some would have been
+    trained on the images that choose and score."""
     own = [source for source in sources if same_set(data, source.card["data"])]
     for other in sources[1:]:
         _check_pair(sources[0], other, ("mean", "std"))

@@ -28,10 +28,10 @@ CHOICES = re.compile(r"override /hydra/sweeper(/sampler)?")
 
 def ignored(own: Path, command: str) -> str | None:
     """A sentence that names a file of the user's conf folder that is not read; None where there is none."""
-    found = [path for path in (own / f"{command}.yaml", own / "run.yaml", own / "hydra") if path.exists()]
-    if not found:
+    unread = [path for path in (own / f"{command}.yaml", own / "run.yaml", own / "hydra") if path.exists()]
+    if not unread:
         return None
-    return f"{found[0]} is not read: a conf folder of your own adds {', '.join(GROUPS[:-1])} and {GROUPS[-1]} only"
+    return f"{unread[0]} is not read: a conf folder of your own adds {', '.join(GROUPS[:-1])} and {GROUPS[-1]} only"
 
 
 class OwnConf(SearchPathPlugin):
@@ -55,13 +55,13 @@ class OwnSource(FileConfigSource):
         path = Path(self.path) / self._normalize_file_name(config_path)
         tree = load(path)
         try:
-            found = super().load_config(config_path)
+            result = super().load_config(config_path)
         except ValueError as error:
             raise UsageError(f"{path} cannot be read: {first_line(error)}") from error
-        fault = _fault(tree, config_path.split("/")[0], found.header["package"])
+        fault = _fault(tree, config_path.split("/")[0], result.header["package"])
         if fault is not None:
             raise UsageError(f"{path}: {fault}")
-        return found
+        return result
 
     def available(self) -> bool:
         return True

@@ -11,8 +11,8 @@ from pathlib import Path
 from softmoe_cli.config import Model
 
 SIDES = (28, 32, 48, 64, 96, 128, 224)
-"""Of the images of a model that takes them as the data set has them: the first that its patches divide, with four of
-them or more to a side."""
+"""Image sides for a model that takes images in the data set's own size: the first of these that its patches divide,
+with at least four patches to a side, is used."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ def read_sizes(conf: Path) -> dict[str, Size]:
 
 
 def size(model: Model) -> Size:
-    """By cost/flop.py's formula: of a paper's model with a head of 1,000 classes, of a smaller one with 10."""
+    """The size by cost/flop.py's formula: a paper's model gets a head of 1,000 classes, a smaller model one of 10."""
     from softmoe_cli.cost.flop import account
 
     cost = account(model, 1000 if model.image_size >= 224 else 10)

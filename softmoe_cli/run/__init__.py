@@ -1,1 +1,1 @@
-"""A run is a folder: its identity, rows, checkpoints and result; and what is read back from it."""
+"""A run is a folder: its identity, rows, checkpoints and result; and how they are read back."""

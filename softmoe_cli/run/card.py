@@ -1,7 +1,7 @@
-"""What the header of a checkpoint says of its model: read and held against its types here, once for all commands.
+"""What the header of a checkpoint says of its model: read and checked against its types, for all commands.
 
-A file may say anything. What is well-formed here may still be no model that can be built, and no model of these
-weights: `Model.check`, `weights.require_described`.
+A file may say anything. A card that passes here may still describe a model that cannot be built, or not the model of
+these weights; see `Model.check`, `weights.require_described`.
 """
 
 import json
@@ -16,11 +16,11 @@ from softmoe_cli.config import Data, Model, Train
 from softmoe_cli.errors import UsageError
 
 FORMAT = 1
-"""Of cards, and of the state.json beside training tensors: what this version writes, and all that it reads."""
+"""The format of cards, and of the state.json beside training tensors, that this version writes; it reads no other."""
 
 
 def other_format(said: dict[str, Any]) -> str | None:
-    """What keeps this version from reading something of a format."""
+    """Why this version cannot read something of another format; None if it can."""
     if type(said.get("format")) is int and said["format"] == FORMAT:
         return None
     which = f"is of format {json.dumps(said['format'])[:40]}" if "format" in said else "says no format"
@@ -79,7 +79,7 @@ def _card_fault(card: Any) -> str | None:
 
 
 def _receipt_fault(receipt: Any) -> str | None:
-    """Of what finetuning takes from the receipt of `softmoe upcycle`."""
+    """What is wrong with those parts of an upcycling's receipt that finetuning uses; None if nothing is."""
     if not isinstance(receipt, dict):
         return f"receipt is {_kind(receipt)}"
     carried = receipt.get("optimizer")
@@ -89,7 +89,7 @@ def _receipt_fault(receipt: Any) -> str | None:
 
 
 def _section_fault(said: Any, section: type, path: str) -> str | None:
-    """What keeps a mapping from being a dataclass of the configuration."""
+    """Why a mapping is no dataclass of the configuration; None if it is one."""
     if not isinstance(said, dict):
         return f"{path} is {_kind(said)}"
     hints = typing.get_type_hints(section)

@@ -1,4 +1,4 @@
-"""A checkpoint is a folder with SHA256SUMS: written, sealed, found again, held against its sums."""
+"""A checkpoint is a folder with SHA256SUMS. This file writes, seals, finds and checks checkpoints."""
 
 import hashlib
 import json
@@ -36,10 +36,10 @@ class Checkpoint:
 
     @classmethod
     def read(cls, path: Path) -> "Checkpoint":
-        """The one that `Run.newest` has found.
+        """Reads the checkpoint that `Run.newest` has found.
 
         Raises:
-            UsageError: its checksums are right, and softmoe did not write it.
+            UsageError: its checksums are right, but softmoe did not write it.
         """
         try:
             state = json.loads((path / STATE).read_text())
@@ -50,10 +50,10 @@ class Checkpoint:
             ) from error
 
     def check(self) -> None:
-        """Holds its numbers and random state against what training writes, before anything is taken from it.
+        """Checks that its numbers and random state are such as training writes, before anything is taken from it.
 
         Raises:
-            UsageError: its checksums are right, and softmoe did not write it.
+            UsageError: its checksums are right, but softmoe did not write it.
         """
         fault = _state_fault(self.state) or _random_fault(self.training)
         if fault is not None:
@@ -61,7 +61,7 @@ class Checkpoint:
 
 
 def _state_fault(state: Any) -> str | None:
-    """What keeps the plain numbers of a checkpoint from being ours."""
+    """Why the plain numbers of a checkpoint are not ours; None if they are."""
     if not isinstance(state, dict):
         return f"{STATE} holds no numbers by name"
     if (fault := other_format(state)) is not None:
@@ -87,8 +87,8 @@ def _random_fault(training: dict[str, Tensor]) -> str | None:
 
 def numbered(folder: Path, kind: str) -> list[Path]:
     """The checkpoints of a kind in a folder, newest first; not what a user has put there under other names."""
-    found = [path for path in folder.glob(f"{kind}-*") if OURS.fullmatch(path.name)]
-    return sorted(found, key=step_of, reverse=True)
+    checkpoints = [path for path in folder.glob(f"{kind}-*") if OURS.fullmatch(path.name)]
+    return sorted(checkpoints, key=step_of, reverse=True)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -97,7 +97,8 @@ def step_of(checkpoint: Path) -> int:
 
 
 def between_names(folder: Path) -> list[tuple[Path, Path]]:
-    """Checkpoints that a process which ended between two names has left without theirs, and that."""
+    """(path, right name) of each checkpoint that has only a temporary name, because a process ended while renaming
+    it."""
     pairs = [
         (before, before.with_name(before.name.removeprefix(".").removesuffix("-before")))
         for before in folder.glob(".*-before")
@@ -112,13 +113,13 @@ def room_beside(copy: int, free: int) -> bool:
 
 
 def own_pieces(tensors: dict[str, Tensor], first: bool) -> dict[str, Piece]:
-    """What this process writes of them."""
-    found = {key: pieces.own(value, first=first) for key, value in tensors.items()}
-    return {key: piece for key, piece in found.items() if piece is not None}
+    """The pieces of the tensors that this process writes."""
+    by_key = {key: pieces.own(value, first=first) for key, value in tensors.items()}
+    return {key: piece for key, piece in by_key.items() if piece is not None}
 
 
 def copied_pieces(pieces: dict[str, Piece]) -> dict[str, Piece]:
-    """In memory that nobody writes to; from CUDA through pinned memory, all at once."""
+    """Copies pieces to memory that nobody writes to; from CUDA through pinned memory, all at once."""
     copies: dict[str, Piece] = {}
     for key, piece in pieces.items():
         value = piece.tensor
@@ -134,7 +135,7 @@ def write_checkpoint(
 ) -> None:
     """Makes the folder of a checkpoint: weights with their card, training tensors if any, other files by name, and the
     checksums of them all; on disk when this returns. The same contents give the same bytes: safetensors writes a
-    header's entries in any order, so there is one."""
+    header's entries in any order, so the header has only one."""
     folder.mkdir(parents=True)
     save_file(weights, folder / WEIGHTS, metadata={"softmoe": card_text(card)})
     if training:
@@ -171,12 +172,12 @@ def damage(checkpoint: Path, files: tuple[str, ...] | None = (WEIGHTS, TRAINING,
     """What is wrong with a checkpoint folder, or None when all files that it lists are there and `files` (None: all),
     whole or in pieces, match their checksums."""
     try:
-        said = rows.contents(checkpoint / SUMS).decode(errors="replace")
+        sums = rows.contents(checkpoint / SUMS).decode(errors="replace")
     except FileNotFoundError:
         return f"{SUMS} is missing"
     except rows.Unreadable as error:
         return f"{SUMS} {error}"
-    lines = [line.split("  ", 1) for line in said.splitlines()]
+    lines = [line.split("  ", 1) for line in sums.splitlines()]
     if not lines or any(len(line) != 2 for line in lines):
         return f"{SUMS} is unreadable"
     for digest, file in lines:

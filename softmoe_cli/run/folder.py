@@ -56,8 +56,8 @@ ROWS = ("metrics.jsonl", "routing.jsonl")
 
 
 class Run:
-    """A run's folder, held by one process at a time. Of several that train together the first writes; the others read,
-    and write their pieces of weights that all have divided.
+    """A run's folder, held by one process at a time. If several processes train together, the first one writes; the
+    others read, and write only their pieces of divided weights.
 
     Training does not wait for the disk: it goes on when a checkpoint is copied to memory, and a thread writes the copy.
     One is written at a time.
@@ -106,14 +106,16 @@ class Run:
             raise UsageError(f"{self.folder} is in use by another process that runs the same configuration")
         try:
             self._lock.truncate(0)
-            # Whose process it is, for who looks from another machine; unbuffered, or closing it would write it again.
+            # Names machine and process for readers on other machines; unbuffered, or closing would write the name
+            # again.
             os.write(self._lock.fileno(), f"{platform.node()} {os.getpid()}".encode())
         except OSError as error:
             raise cannot_write(self.folder / ".lock", error) from error
         write_atomically(self.folder / "config.yaml", yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
 
     def close(self) -> None:
-        """Lets the checkpoint that is being written be whole, lets go of the folder, and says so to other machines."""
+        """Waits for the checkpoint that is being written, unlocks the folder, and empties the lock file for other
+        machines."""
         self._writer.shutdown()
         if self._lock is not None:
             self._lock.truncate(0)
@@ -172,7 +174,7 @@ class Run:
         name, texts = f"{kind}-{step:08d}", {STATE: json.dumps(state)}
         tensors = [piece.tensor for pieces in given for piece in pieces.values()]
         beside = sum(tensor.nbytes for tensor in tensors if tensor.device.type == "cpu")  # a device's is not touched
-        cpu = torch.device("cpu")  # what is freed and kept goes back only where that decides: training takes it again
+        cpu = torch.device("cpu")  # count kept memory as taken first; give it back only if that decides
         copied = any(room_beside(beside, free_memory(cpu, trim=trim)) for trim in (False, True))
         if copied:
             given = [copied_pieces(pieces) for pieces in given]
@@ -213,7 +215,8 @@ class Run:
 
     @contextmanager
     def _taken(self, name: str) -> Iterator[Path]:
-        """Another name for a checkpoint, which gets its own when all is well inside; older ones go only afterwards."""
+        """A temporary name for a checkpoint, which gets its own name if all goes well inside; older ones are removed
+        only then."""
         final, temporary = self.checkpoints / name, self.checkpoints / f".{name}"
         if self._writes:
             clear(temporary)
@@ -309,14 +312,14 @@ class Run:
         )
 
     def _prune(self) -> None:
-        """Keeps two `last` checkpoints and every `best` that they speak of."""
+        """Keeps two `last` checkpoints and every `best` that these name."""
         if not self._writes:
             return
         lasts = self._found("last")
         keep = set(lasts[:2])
         for path in lasts[:2]:
             if damage(path, files=(STATE,)) is None:
-                with suppress(ValueError, TypeError, KeyError, RecursionError):  # no state of ours keeps nothing
+                with suppress(ValueError, TypeError, KeyError, RecursionError):  # a foreign state names none
                     keep.add(self.checkpoints / f"best-{json.loads((path / STATE).read_text())['best_step']:08d}")
         for path in self.checkpoints.iterdir():
             if path not in keep and OURS.fullmatch(path.name) and path.is_dir():
@@ -344,7 +347,7 @@ class Run:
         return None, notes
 
     def rewind(self, sizes: dict[str, int]) -> None:
-        """Cuts the rows back to what a checkpoint vouches for; later ones will be written again."""
+        """Cuts the files of rows back to the sizes that a checkpoint names; later rows will be written again."""
         if not self._writes:
             return
         for file in ROWS:
@@ -356,7 +359,7 @@ class Run:
                     written.truncate(size)
 
     def finish(self, row: dict[str, Any]) -> None:
-        """Writes result.json, which says what metrics.jsonl was by now."""
+        """Writes result.json, which also records what metrics.jsonl is by now."""
         if self._writes:
             whole = {"format": rows.FORMAT} | row | rows.seal((self.folder / "metrics.jsonl").read_bytes())
             write_atomically(self.folder / "result.json", json.dumps(whole, indent=1, allow_nan=False) + "\n")

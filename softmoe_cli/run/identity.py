@@ -27,7 +27,8 @@ def _science(config: Config) -> dict[str, Any]:
 
 
 def flat_science(config: Config) -> dict[str, Any]:
-    """What the signature is made of, as `section.key`: a result row tells with it which runs differ in what."""
+    """The values that the signature is made of, as `section.key`. With them in a result row, rows show in what runs
+    differ."""
 
     def walk(node: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
         for key, value in node.items():
@@ -40,7 +41,7 @@ def flat_science(config: Config) -> dict[str, Any]:
 
 
 def _whole_numbers(value: Any) -> Any:
-    """With whole numbers as int: `capacity_factor=2` and `2.0` are one run."""
+    """The value with whole numbers as int: `capacity_factor=2` and `2.0` are one run."""
     if isinstance(value, dict):
         return {key: _whole_numbers(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -54,8 +55,9 @@ def made_from(source: "Source", settings: dict[str, Any]) -> str:
 
 
 def origin(command: str, settings: dict[str, Any], source: Source | None) -> str:
-    """Ten hex digits that weights made alike have in common: with the same settings but for the seed, from weights
-    with a common origin. What they differ in is chance, so that comparisons may group what was finetuned from them."""
+    """Ten hex digits that are equal for weights that were made with the same settings but for the seed, from weights of
+    one origin. Two checkpoints of one origin differ only by chance, so comparisons may group runs that were finetuned
+    from them."""
     start = source.card.get("origin", source.digest) if source else None
     text = json.dumps(
         [command, start, {key: value for key, value in settings.items() if key != "seed"}], sort_keys=True

@@ -8,8 +8,9 @@ from typing import TextIO
 
 
 def locked(file: TextIO) -> bool:
-    """Locks a file. Half a second's patience, because softmoe status tries locks for a moment, and a quarter of a
-    minute's where the process that it names is gone: workers that decode for it share its lock and end after it."""
+    """Locks a file; returns whether that succeeded. It tries for half a second, because softmoe status holds locks for
+    a moment, and for 15 seconds if the process that the lock names is gone: its decoding workers share the lock and end
+    after it."""
     for tries in range(300):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

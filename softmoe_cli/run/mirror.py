@@ -49,10 +49,10 @@ def resolve(tracking: str) -> str:
 
 
 def check(config: Config) -> None:
-    """What W&B would refuse when the run is on its way, and with it the record of the run.
+    """Checks what W&B would refuse later, when the run is on its way, and then not record.
 
     Raises:
-        UsageError: it would; the sentence names the key or the variable.
+        UsageError: W&B would refuse it; the sentence names the key or the variable.
     """
     if resolve(config.tracking) == "off":
         return

@@ -51,19 +51,19 @@ def file_of(name: str, rank: int, size: int) -> str:
 
 def whole_of(file: str) -> str:
     """The name of the whole that a file has pieces of, or its own."""
-    found = PIECES.fullmatch(file)
-    return f"{found['name']}.safetensors" if found else file
+    match = PIECES.fullmatch(file)
+    return f"{match['name']}.safetensors" if match else file
 
 
 def write(path: Path, pieces: dict[str, Piece], text: str) -> None:
-    """A file of pieces; `text` is what the header of the whole is to say."""
+    """Writes a file of pieces; `text` is what the header of the whole file is to say."""
     places = {key: (piece.offset, piece.shape) for key, piece in pieces.items()}
-    said = json.dumps({"text": text, "places": places})
-    save_file({key: piece.tensor for key, piece in pieces.items()}, path, metadata={"pieces": said})
+    header = json.dumps({"text": text, "places": places})
+    save_file({key: piece.tensor for key, piece in pieces.items()}, path, metadata={"pieces": header})
 
 
 def files(path: Path) -> list[Path]:
-    """Those in which the pieces of `path` are, in any order; none where it is whole, or missing."""
+    """The files with the pieces of `path`, in any order; none if `path` is whole, or missing."""
     return [file for file in path.parent.glob("*.safetensors") if file != path and whole_of(file.name) == path.name]
 
 
@@ -77,14 +77,14 @@ def joined(path: Path) -> tuple[dict[str, Tensor], str]:
     before the pieces are known to be the whole.
 
     Raises:
-        RunError: they are not.
+        RunError: the pieces are not the whole.
     """
     places: dict[str, list[Place]] = {}
     text = ""
     for file in files(path):
-        said, found = _places(file)
-        text = said
-        for key, place in found.items():
+        text_of_file, places_in_file = _places(file)
+        text = text_of_file
+        for key, place in places_in_file.items():
             places.setdefault(key, []).append(place)
     if not places:
         raise RunError(f"{path} is in pieces that are not the whole of it")
@@ -117,23 +117,23 @@ def _places(file: Path) -> tuple[str, dict[str, Place]]:
     Raises:
         RunError: softmoe wrote no such file.
     """
-    found: dict[str, Place] = {}
+    in_file: dict[str, Place] = {}
     try:
         with safe_open(file, framework="pt") as opened:
-            said = json.loads((opened.metadata() or {})["pieces"])
-            if not isinstance(said["text"], str):
+            header = json.loads((opened.metadata() or {})["pieces"])
+            if not isinstance(header["text"], str):
                 raise TypeError("its text is none")
-            for key, (offset, shape) in said["places"].items():
+            for key, (offset, shape) in header["places"].items():
                 piece = opened.get_slice(key)
                 sides = piece.get_shape()
                 spans = [(start, start + side) for start, side in zip(offset, sides, strict=True)]
                 inside = [start >= 0 and end <= whole for (start, end), whole in zip(spans, shape, strict=True)]
                 if not all(inside) or not all(type(number) is int for number in (*offset, *shape)):
                     raise ValueError(f"{key} lies outside")
-                found[key] = Place(file, piece.get_dtype(), tuple(spans), tuple(shape))
+                in_file[key] = Place(file, piece.get_dtype(), tuple(spans), tuple(shape))
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise RunError(f"{file} holds no pieces that softmoe wrote ({error})") from error
-    return said["text"], found
+    return header["text"], in_file
 
 
 def _are_whole(places: list[Place]) -> bool:

@@ -14,14 +14,14 @@ from softmoe_cli.run.checkpoint import damage
 from softmoe_cli.run.source import Source
 
 RECEIPT = "receipt.json"
-"""In folders that are made from a checkpoint: from what, how, and what came out."""
+"""The name of a file in folders made from a checkpoint: it says from what they were made, how, and what came out."""
 
 
 def make_whole(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Makes a folder whole or not at all: `fill` makes it under another name.
+    """Makes a folder whole or not at all: `fill` first makes it under another name.
 
     Raises:
-        RunError: it cannot be written, or is there meanwhile.
+        RunError: the folder cannot be written, or somebody else has made it meanwhile.
     """
     temporary = unused(folder)
     try:
@@ -39,12 +39,12 @@ def already_made(folder: Path, source: "Source", settings: dict[str, Any]) -> di
     nothing yet.
 
     Raises:
-        UsageError: something else is there, or nothing can be.
+        UsageError: something else is there, or nothing can be made there.
     """
     made = {"settings": json.loads(json.dumps(settings)), "digest": source.digest}
     receipt: Any = None
     fault: str | None = None
-    with suppress(OSError, ValueError, RecursionError):  # all of which is another's
+    with suppress(OSError, ValueError, RecursionError):  # then the receipt is not ours
         if (folder / RECEIPT).is_file() and (fault := damage(folder, files=None)) is None:
             receipt = json.loads((folder / RECEIPT).read_text())
     if fault is not None:

@@ -1,7 +1,7 @@
 """The rows of a run: what each key says, declared once, and how every reader takes rows from their files.
 
-A file may be cut, edited by hand, or be another program's. What a row holds against its declaration is named, with the
-reason, and costs its own run only.
+A file may be cut, edited by hand, or written by another program. A value that contradicts the declaration of its key is
+named, with the reason, and only its own run is left out.
 """
 
 import hashlib
@@ -22,7 +22,8 @@ from softmoe_cli.text import printable, shortened
 
 Row = dict[str, Any]
 FORMAT = 1
-"""Of metrics.jsonl, routing.jsonl and result.json: every row says it, and a row of another format is not read."""
+"""The format of metrics.jsonl, routing.jsonl and result.json: every row says it, and a row of another format is not
+read."""
 
 
 # --- what a value may be ----------------------------------------------------------------------------------------------
@@ -30,14 +31,14 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Kind:
-    """What a key holds, in words, and how that is told."""
+    """What a key may hold, in words, and the test of whether a value is that."""
 
     said: str
     holds: Callable[[Any], bool]
 
 
 def number(value: Any) -> bool:
-    """Whether it is a number that can be squared and divided by: far from where floats end, four times over."""
+    """Whether a value is a number that can be squared and divided by: a fourth power of it is still within float64."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
     return value == 0 or 1e-50 <= abs(value) <= 1e50
@@ -145,7 +146,7 @@ TRAIN = {
     "grad_norm": _said(NUMBER, "of the last update, before clipping; null where that was not made", null=True),
     "images_per_s": _said(NUMBER, "images of all updates so far over the seconds of training"),
 }
-"""Beside EVERY in rows of split train."""
+"""Keys beside EVERY in rows of split train."""
 LOOK = {
     "top1_pct": _quality("validation top-1, %", "higher", "top1_pct", 1),
     "top5_pct": _quality("validation top-5, %", "higher", "top5_pct", 5),
@@ -154,8 +155,8 @@ LOOK = {
     "ece_pct": _quality("validation calibration error, %", "lower", "ece_pct"),
     "images_evaluated": _said(COUNT, "images that were looked at"),
 }
-"""Beside EVERY in rows of split validation or test; their titles are those of the validation rows, which curves are
-made of. Validation rows have `routing_NAME` for each NAME of ROUTING, its mean over layers, and FEWSHOT."""
+"""Keys beside EVERY in rows of split validation or test; their titles are those of the validation rows, which curves
+are made of. Validation rows have `routing_NAME` for each NAME of ROUTING, its mean over layers, and FEWSHOT."""
 FEWSHOT = "fewshot_{}_top1_pct"
 """In validation rows, and in results after `validation_`, for each number of `train.fewshot`."""
 ROUTING = {
@@ -328,7 +329,7 @@ def _finite(text: str) -> float:
 
 
 def printed(value: Any) -> Any:
-    """The same with every word made printable, names of keys too."""
+    """The value with every word in it made printable, names of keys too."""
     if isinstance(value, str):
         return printable(value)
     if isinstance(value, list):
@@ -343,15 +344,15 @@ def row(path: Path, keys: Mapping[str, Key]) -> Row:
 
     Raises:
         FileNotFoundError: there is none.
-        Unreadable: it is none.
+        Unreadable: the file is no such object.
     """
-    found = parsed(contents(path), finite=True)
-    if not isinstance(found, dict):
+    parsed_row = parsed(contents(path), finite=True)
+    if not isinstance(parsed_row, dict):
         raise Unreadable("is no row of softmoe")
-    wrong = fault(found, keys)
+    wrong = fault(parsed_row, keys)
     if wrong:
         raise Unreadable(wrong)
-    return found
+    return parsed_row
 
 
 def lines(path: Path, keys: Mapping[str, Key]) -> list[Row]:
@@ -359,9 +360,9 @@ def lines(path: Path, keys: Mapping[str, Key]) -> list[Row]:
 
     Raises:
         FileNotFoundError: there is none.
-        Unreadable: one of them is none.
+        Unreadable: one of its lines is no such object.
     """
-    found = []
+    parsed_rows = []
     for place, line in enumerate(contents(path, MOST_LINES_BYTES).splitlines(), 1):
         try:
             row = parsed(line)
@@ -370,8 +371,8 @@ def lines(path: Path, keys: Mapping[str, Key]) -> list[Row]:
         wrong = fault(row, keys) if isinstance(row, dict) else "is no row of softmoe"
         if wrong:
             raise Unreadable(f"is damaged in line {place}: it {wrong}")
-        found.append(row)
-    return found
+        parsed_rows.append(row)
+    return parsed_rows
 
 
 def jobs(path: Path) -> tuple[str, list[str], list[Row]]:
@@ -380,17 +381,17 @@ def jobs(path: Path) -> tuple[str, list[str], list[Row]]:
     Raises:
         FileNotFoundError, Unreadable: there is none, or it is damaged; the message says which job.
     """
-    said = row(path, {"command": _said(TEXT, "train or finetune", optional=True)})
-    found, typed = said.get("jobs"), said.get("typed") or []
-    if not isinstance(found, list):
+    sweep_row = row(path, {"command": _said(TEXT, "train or finetune", optional=True)})
+    job_rows, typed = sweep_row.get("jobs"), sweep_row.get("typed") or []
+    if not isinstance(job_rows, list):
         raise Unreadable("has no list of jobs")
     if not isinstance(typed, list) or not all(isinstance(word, str) for word in typed):
         raise Unreadable("says typed is no list of words")
-    for place, job in enumerate(found):
+    for place, job in enumerate(job_rows):
         wrong = fault(job, JOB) if isinstance(job, dict) else "is no row"
         if wrong:
             raise Unreadable(f"is damaged: job {place} {wrong}")
-    return said.get("command") or "train", typed, found
+    return sweep_row.get("command") or "train", typed, job_rows
 
 
 @dataclass(frozen=True)
@@ -410,7 +411,7 @@ def budget(path: Path) -> Budget:
         FileNotFoundError, Unreadable: there is none, or it tells no budget.
     """
     text, loader = contents(path), getattr(yaml, "CBaseLoader", yaml.BaseLoader)
-    try:  # every scalar as it is written: nothing is needed of all that YAML can make of one
+    try:  # scalars stay as they are written: no YAML type is needed
         depth = 0
         for event in yaml.parse(text, Loader=loader):  # libyaml's composer ends the process at great depth
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)

@@ -49,7 +49,7 @@ def read_source(checkpoint: str) -> Source:
     Raises:
         UsageError: nothing there, nothing undamaged, or not a safetensors file. Pickles are never opened.
     """
-    if not checkpoint.strip():  # which a path would take for the working folder
+    if not checkpoint.strip():  # an empty path would mean the working folder
         raise UsageError(f"checkpoint={checkpoint} is empty, as $NAME is where NAME is not set; give it a value")
     path = Path(checkpoint)
     try:
@@ -102,8 +102,9 @@ def _source(path: Path, digest: str, weights: dict[str, Tensor], text: str | Non
 
 
 def _without_prefix(weights: dict[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
-    """A ViT's weights without what wrappers put before every name (DistributedDataParallel, torch.compile, averages of
-    weights, trainers), and that; without the count that torch's averages keep beside them."""
+    """The prefix of every name, and a ViT's weights without it. Wrappers put prefixes before every name
+    (DistributedDataParallel, torch.compile, averages of weights, trainers). The count that torch's averages keep beside
+    the weights is left out."""
     named = {key: value for key, value in weights.items() if key != "n_averaged"}
     ends = (key.removesuffix(FIRST_WEIGHT) for key in named if key.endswith(f".{FIRST_WEIGHT}"))
     prefix = next(ends, "")
@@ -113,7 +114,7 @@ def _without_prefix(weights: dict[str, Tensor]) -> tuple[str, dict[str, Tensor]]
 
 
 def _joined_source(path: Path) -> Source:
-    """Of weights in pieces: as if `path` had been written, which is what it will be when the run ends."""
+    """The source for weights in pieces: as if `path` had been written, as it will be when the run ends."""
     try:
         weights, text = pieces.joined(path)
     except RunError as error:
@@ -141,11 +142,11 @@ def read_moments(source: Source, digest: str | None = None) -> dict[str, dict[st
             f"checkpoint={source.label} was upcycled with optimizer moments, and {folder / TRAINING} does not hold "
             "them; name the whole folder, or upcycle with carry_optimizer=false"
         )
-    found: dict[str, dict[str, Tensor]] = {}
+    moments: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         name, _, kind = key.removeprefix("optimizer.").rpartition(".")
-        found.setdefault(name, {})[kind] = value
-    return {name: state for name, state in found.items() if state.keys() == {"exp_avg", "exp_avg_sq", "step"}}
+        moments.setdefault(name, {})[kind] = value
+    return {name: state for name, state in moments.items() if state.keys() == {"exp_avg", "exp_avg_sq", "step"}}
 
 
 def _weights_in(folder: Path) -> Path:
@@ -153,9 +154,11 @@ def _weights_in(folder: Path) -> Path:
     if (folder / WEIGHTS).is_file() or pieces.files(folder / WEIGHTS):
         candidates = [folder]
     else:
-        found = numbered(folder / "checkpoints", "last")
-        found += [before for before, final in between_names(folder / "checkpoints") if final.name.startswith("last-")]
-        candidates = sorted(found, key=step_of, reverse=True)
+        checkpoints = numbered(folder / "checkpoints", "last")
+        checkpoints += [
+            before for before, final in between_names(folder / "checkpoints") if final.name.startswith("last-")
+        ]
+        candidates = sorted(checkpoints, key=step_of, reverse=True)
     if not candidates:
         raise UsageError(f"checkpoint={folder} holds no checkpoint: neither {WEIGHTS} nor checkpoints/last-*")
     faults = []

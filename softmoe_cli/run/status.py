@@ -65,18 +65,18 @@ def read(folders: Iterable[Path], *, newest_first: bool = False) -> list[State]:
     """
     states: dict[str, State] = {}
     for folder in folders:
-        if not os.path.isdir(folder):  # which also says no to a name that is too long
+        if not os.path.isdir(folder):  # which is also false for a name that is too long
             raise UsageError(f"{folder} is no folder")
-        found = False
+        holds_runs = False
         for pattern in ("jobs.json", "sweep-*/jobs.json", "*/sweep-*/jobs.json"):
             for file in sorted(folder.glob(pattern)):
-                found = True
+                holds_runs = True
                 states |= {each.folder: each for each in sweep(file.parent)}
         for pattern in ("config.yaml", "*/config.yaml", "*/*/config.yaml"):
             runs = [file.parent for file in sorted(folder.glob(pattern))]
-            found = found or bool(runs)
+            holds_runs = holds_runs or bool(runs)
             states |= {str(run): state(run, run.name, None) for run in runs if str(run) not in states}
-        if not found:
+        if not holds_runs:
             raise UsageError(f"{folder} holds neither a run nor a sweep; softmoe train makes them in outputs/STUDY")
     studies: dict[str, list[State]] = {}
     for each in states.values():
@@ -99,49 +99,49 @@ def sweep(folder: Path) -> Iterator[State]:
     again = None if held(folder) else shlex.join(["softmoe", command, "-m", *typed])
     for number, job in enumerate(jobs):
         run = Path(os.path.normpath(folder / job["folder"]))
-        found = state(run, job["run"], folder / f"{number:02}.log")
-        goes_on = again if found.state in ("stopped", "waiting", "failed") else None
-        yield replace(found, resume=goes_on)
+        job_state = state(run, job["run"], folder / f"{number:02}.log")
+        goes_on = again if job_state.state in ("stopped", "waiting", "failed") else None
+        yield replace(job_state, resume=goes_on)
 
 
 def state(folder: Path, name: str, log: Path | None) -> State:
-    """One run, and the job of a sweep that it is, if its log is given."""
+    """The state of one run or, if its `log` is given, of the job of a sweep that it is."""
     metrics, config = folder / "metrics.jsonl", folder / "config.yaml"
     shown = str(log) if log is not None and os.path.exists(log) else None
-    found = State(name, "waiting", 0.0, None, _age(metrics), None, shown, str(folder))
+    run_state = State(name, "waiting", 0.0, None, _age(metrics), None, shown, str(folder))
     try:
         done = rows.row(folder / "result.json", DONE)
         top1_pct, age_s = done["validation_top1_pct"], _age(folder / "result.json")
-        return replace(found, state="done", progress=1.0, top1_pct=top1_pct, age_s=age_s)
+        return replace(run_state, state="done", progress=1.0, top1_pct=top1_pct, age_s=age_s)
     except FileNotFoundError:
         pass
     except rows.Unreadable as error:
-        return replace(found, state="damaged", progress=None, reason=f"result.json {error}")
+        return replace(run_state, state="damaged", progress=None, reason=f"result.json {error}")
     try:
         last, top1_pct = _last_rows(metrics)
-        found = replace(found, top1_pct=top1_pct)
+        run_state = replace(run_state, top1_pct=top1_pct)
     except rows.Unreadable as error:
-        last, found = None, replace(found, state="damaged", progress=None, reason=f"metrics.jsonl {error}")
+        last, run_state = None, replace(run_state, state="damaged", progress=None, reason=f"metrics.jsonl {error}")
     try:
         budget = rows.budget(config)
-        if found.state != "damaged":
+        if run_state.state != "damaged":
             again = shlex.join(["softmoe", budget.command, "-cp", os.path.abspath(folder), "-cn", "config"])
             progress = _progress(budget, last) if last else 0.0
-            found = replace(found, state="stopped", progress=progress, resume=again)
+            run_state = replace(run_state, state="stopped", progress=progress, resume=again)
     except FileNotFoundError:
         if last:
-            found = replace(found, state="damaged", progress=None, reason="config.yaml is missing")
+            run_state = replace(run_state, state="damaged", progress=None, reason="config.yaml is missing")
     except rows.Unreadable as error:
-        found = replace(found, state="damaged", progress=None, reason=f"config.yaml {error}")
+        run_state = replace(run_state, state="damaged", progress=None, reason=f"config.yaml {error}")
     try:
         holder = _holder(folder / ".lock")
     except rows.Unreadable as error:
-        return replace(found, state="damaged", reason=f".lock {error}", resume=None)
+        return replace(run_state, state="damaged", reason=f".lock {error}", resume=None)
     if holder == platform.node():
-        return replace(found, state="running", resume=None)
+        return replace(run_state, state="running", resume=None)
     if log is not None and os.path.exists(log.with_suffix(".json")):
-        return replace(found, state="failed", reason=_failure(log.with_suffix(".json")))
-    return found if holder is None else replace(found, state="running or killed", resume=None)
+        return replace(run_state, state="failed", reason=_failure(log.with_suffix(".json")))
+    return run_state if holder is None else replace(run_state, state="running or killed", resume=None)
 
 
 def _age(file: Path) -> float | None:
@@ -160,8 +160,8 @@ def _failure(note: Path) -> str:
 
 
 def _holder(lock: Path) -> str | None:
-    """The machine whose process holds a run's folder, as far as can be known: a lock is seen on its own machine only,
-    so of another one counts what the lock file says, which a killed process cannot take back.
+    """The machine whose process holds a run's folder, as far as can be known. A lock is visible on its own machine
+    only; for other machines the text in the lock file counts, which a killed process cannot remove.
 
     Raises:
         rows.Unreadable: what lies there is no lock.

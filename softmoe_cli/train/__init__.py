@@ -1,1 +1,1 @@
-"""The loop, told once, and what it consists of."""
+"""The training loop and its parts."""

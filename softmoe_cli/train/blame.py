@@ -1,4 +1,4 @@
-"""What is said when numbers stop being finite."""
+"""The messages when numbers stop being finite."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from softmoe_cli.parallel import own_part
 
 
 def exploded(what: str, step: int) -> RunError:
-    """What an evaluation found: the update before it has spoilt the weights."""
+    """The error for an evaluation whose numbers are not finite: the update before it has spoilt the weights."""
     return RunError(
         f"{what} at step {step:,}: the last update left weights that are too large or not finite; lower "
         "optim.lr or set optim.clip_norm, and type the command again"
@@ -22,8 +22,8 @@ def exploded(what: str, step: int) -> RunError:
 def not_finite(
     model: VisionTransformer, x: Tensor, autocast: torch.autocast, first_image: int, step: int, loss: float, norm: float
 ) -> RunError:
-    """What an update found, which was not made: where the loss or a gradient first stopped being finite, by going
-    through the same batch again. `first_image` is the place of its first image in the stream of all batches."""
+    """The error for an update that was not made. Goes through the same batch again to find where the loss or a gradient
+    first stopped being finite. `first_image` is the place of the batch's first image in the stream of all batches."""
     broken: list[str] = []
 
     def remember(name: str) -> Any:

@@ -20,7 +20,7 @@ from softmoe_cli.train.stop import Stop
 
 @dataclass(frozen=True)
 class Looks:
-    """Evaluations of the model that counts; each writes its rows and can be stopped between two batches.
+    """Evaluations of the model whose quality counts; each writes its rows and can be stopped between two batches.
 
     Raises, from every method:
         RunError: the last update has spoilt the weights.
@@ -70,7 +70,8 @@ class Looks:
         return self.recording.row(split, values | beside)
 
     def _few_shots(self) -> dict[str, float]:
-        """Of shots drawn with the seed of the data's cut, so that every run of a study has the same."""
+        """Few-shot quality. Shots are drawn with the seed of the data's cut, so that every run of a study has the same
+        shots."""
         setup = self.recording.setup
         numbers = fewshot(
             self._features, setup.config.train.fewshot, setup.splits.train, setup.splits.validation, None,

@@ -192,7 +192,7 @@ def train(begun: Begun) -> dict[str, Any]:
 
 
 def _batches(setup: Setup, rows: Tensor | slice, first_step: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """What a process sees of each batch of training images: `rows` of it."""
+    """Endless batches of training images: of each batch the `rows` of this process."""
     config = setup.config
     return batches.train_batches(
         setup.splits.train,
@@ -228,9 +228,9 @@ def update(step: Step, x: Tensor, targets: Tensor, lr: float) -> tuple[float, fl
     """One update on one batch, computed in `accumulate` equal parts whose gradients add up to the whole batch's; of
     several processes each has its share of every part.
 
-    Returns the mean loss over images without and the auxiliary loss, and the gradients' norm before clipping.
-    The weights stay as they were, and the gradients can be looked at, when loss or norm is not finite; where only the
-    norm is not, a scaler then lowers its scale.
+    Returns the mean loss over images without the auxiliary loss, the auxiliary loss, and the gradients' norm before
+    clipping. The weights stay as they were, and the gradients can be looked at, when loss or norm is not finite; where
+    only the norm is not, a scaler then lowers its scale.
     """
     config, crew, optimizer, scaler = step.config, step.crew, step.optimizer, step.scaler
     optimizer.zero_grad(set_to_none=True)  # of an update that was not made
@@ -272,8 +272,8 @@ def _adjusting(model: VisionTransformer) -> list[Router]:
 
 
 def _adjust(routers: Sequence[Router], crew: Crew, *, updated: bool) -> None:
-    """Lets routers adjust what is no parameter, by what all processes have counted; what was counted for an update that
-    was not made is forgotten."""
+    """Lets routers adjust what is no parameter, from the counts of all processes; the counts of an update that was not
+    made are dropped."""
     for router in routers:
         for counted in router.counted():
             if updated:

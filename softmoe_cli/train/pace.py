@@ -77,7 +77,8 @@ class Pace:
     test_s: float | None
 
     def at(self, step_s: float) -> "Pace":
-        """The same pace where an update turns out to take so long: evaluations take longer in proportion."""
+        """The same pace for the case that an update takes `step_s` seconds: evaluations then take longer in
+        proportion."""
         if self.look_s is None or self.test_s is None:
             return Pace(step_s, None, None)
         rate = step_s / self.step_s
@@ -106,8 +107,8 @@ class Pace:
 
 
 def forecast(setup: Setup, model: VisionTransformer) -> Pace:
-    """What a forward pass says of the updates and evaluations to come: an update takes as many times longer as it has
-    FLOPs."""
+    """Predicts the time of updates and evaluations from a forward pass: an update takes as many times longer as it has
+    more FLOPs."""
     config, cost = setup.config, setup.cost
     part = config.train.batch_size // config.train.accumulate
     image_s = forward_s(model, setup.device, setup.autocast, config.model.image_size, cost.forward_flop, part)
@@ -135,7 +136,7 @@ class FirstSteps:
         self._told = False
 
     def add(self) -> None:
-        """A step more."""
+        """Notes the time after one more step."""
         if not self._told:
             self._device_s.append(self._progress.seconds["device"])
             if len(self._device_s) == PACE_STEPS + 1:

@@ -13,7 +13,7 @@ from softmoe_cli.text import several
 
 @dataclass
 class Progress:
-    """Where a run stands. All of it is in every checkpoint, and to go on nothing else is needed but tensors."""
+    """Where a run stands. Every checkpoint holds all of it; beside it only tensors are needed to go on."""
 
     step: int = 0
     compiled_steps: int = 0
@@ -54,7 +54,7 @@ class Progress:
                 self.device_s += took * devices
 
     def add_loss(self, loss: float, aux_loss: float) -> None:
-        """Of one more step, for the means of the next training row."""
+        """Adds the losses of one more step, for the means of the next training row."""
         self.loss_sum, self.aux_sum, self.loss_steps = (
             self.loss_sum + loss,
             self.aux_sum + aux_loss,
@@ -62,7 +62,7 @@ class Progress:
         )
 
     def mean_losses(self) -> dict[str, float]:
-        """Means over the steps since the last call, which starts the next ones."""
+        """Mean losses over the steps since the last call; the call starts new means."""
         means = {"loss": self.loss_sum / self.loss_steps, "aux_loss": self.aux_sum / self.loss_steps}
         self.loss_sum, self.aux_sum, self.loss_steps = 0.0, 0.0, 0
         return means
@@ -70,7 +70,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Budget:
-    """How long: in updates, or in seconds of training."""
+    """How long a run trains: in updates, or in seconds of training."""
 
     steps: int | None
     seconds: float | None
@@ -88,7 +88,7 @@ class Budget:
         return self.steps if self.steps is not None else self.seconds or 0.0
 
     def position(self, progress: Progress) -> float:
-        """In the unit of `total`."""
+        """How much of the budget is used, in the unit of `total`."""
         return progress.step if self.steps is not None else progress.seconds["device"]
 
     def passed(self, before: float, now: float, every: float) -> bool:

@@ -64,8 +64,8 @@ class Recording:
     def save(self, kind: str, *, end: bool = False) -> None:
         """Writes a checkpoint: `last`, to go on from, or `best`, weights only."""
         progress, budget = self.progress, self.setup.budget
-        # Weights have an origin in common where they differ by chance. At which step a run is best is chance, and at
-        # which it ends too where the budget is in minutes.
+        # Weights that differ only by chance have one origin. The step at which a run is best depends on chance, and so
+        # does its last step if the budget is in minutes.
         at: str | int = progress.step
         if kind == "best":
             at = "best"
@@ -94,10 +94,10 @@ class Recording:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Without a result, where the run has broken off inside."""
+        """Closes the run without a result if it has broken off inside."""
         if kind is not None:
             self._mirror.close(None)
 
     def _add_energy(self) -> None:
-        """What the devices have used since the last time."""
+        """Adds the energy that the devices have used since the last time."""
         self.progress.used(self.setup.crew.joules(self._energy.used(), self.setup.device))

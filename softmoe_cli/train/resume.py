@@ -24,7 +24,7 @@ from softmoe_cli.train.progress import Progress
 
 @dataclass(frozen=True)
 class Trained:
-    """What training changes. `average` is the one of the weights, where there is one."""
+    """What training changes. `average` is the average of the weights, if there is one."""
 
     model: VisionTransformer
     average: Average | None
@@ -37,7 +37,7 @@ class Trained:
         return self.model if self.average is None else self.average.module
 
     def weights(self) -> dict[str, Tensor]:
-        """Of the model that is evaluated."""
+        """The weights of the model that is evaluated."""
         return {key: value.contiguous() for key, value in self.evaluated.state_dict().items()}
 
     def tensors(self) -> dict[str, Tensor]:

@@ -82,7 +82,7 @@ class Setup:
         return sets.num_classes(self.config.data, self.splits)
 
     def train_pflop(self, step: int) -> float:
-        """Of this run's training up to a step."""
+        """The cost of this run's training up to a step."""
         return step * self.config.train.batch_size * self.cost.train_flop / 1e15
 
     def pflop_in_all(self, step: int) -> float | None:

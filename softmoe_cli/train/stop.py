@@ -48,7 +48,7 @@ class Stop(Asked):
             )
 
     def check(self) -> None:
-        """Between two steps, or two batches of an evaluation.
+        """Called between two steps, or two batches of an evaluation.
 
         Raises:
             Interrupted: some process of the run was asked to stop.

@@ -60,7 +60,7 @@ def _hardware(setup: Setup) -> str:
 
 
 def _optimizer(config: Config) -> str:
-    """What is not AdamW on everything alike."""
+    """The optimizer in words, as far as it is not AdamW with the same settings for all parameters."""
     o = config.optim
     words = []
     if o.name == "sgd":
@@ -84,7 +84,7 @@ def _regularisation(config: Config) -> str:
 
 
 def memory_row(fit: Fit, device: torch.device, *, kept: bool) -> str:
-    """`kept`: freed memory is kept for what comes next, and then takes room too."""
+    """The header's line about memory. `kept`: freed memory is kept for what comes next, and then takes room too."""
     memory = fit.memory
     words = [
         f"{gibibytes(memory.peak_bytes)} at the peak (weights, gradients, moments {gibibytes(memory.state_bytes)}; "
@@ -204,12 +204,12 @@ def _commit() -> str | None:
     if not (here / ".git").exists():
         return None
     try:
-        told = subprocess.run(
+        git = subprocess.run(
             ["git", "-C", str(here), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
         )
     except OSError:  # a machine without git
         return None
-    return told.stdout.strip() or None
+    return git.stdout.strip() or None
 
 
 def close(screen: Screen, result: dict[str, Any], folder: Path) -> None:

@@ -237,7 +237,7 @@ def test_a_part_without_images_is_refused(tmp_path: Path) -> None:
     pack(tmp_path / "train-1.tar", {})
     pack(
         tmp_path / "val-0.tar",
-        {f"{i}{end}": [IMAGE, b"%d" % (i % 2)][end == ".cls"] for i in range(4) for end in (".png", ".cls")},
+        {f"{i}{end}": b"%d" % (i % 2) if end == ".cls" else IMAGE for i in range(4) for end in (".png", ".cls")},
     )
     with pytest.raises(UsageError, match=r"train-0\.tar holds no image, nor do the 1 others of train"):
         load(settings("webdataset", tmp_path))
