@@ -113,7 +113,7 @@ def launch(config: Config, command: str) -> None:
     for engine in logging.root.manager.loggerDict:
         if engine.startswith(("torch.distributed.elastic", "torch.multiprocessing")):
             logging.getLogger(engine).setLevel(logging.CRITICAL)  # the launcher prints what matters
-    # Slurm may tell every process of a job that its time is near; the one that takes it passes it on as SIGTERM.
+    # Slurm may warn every process of a job that its time is nearly over; the process that handles it sends SIGTERM.
     start_server(["softmoe_cli.train.loop"])
     asked = Asked()
 
@@ -207,7 +207,7 @@ def _process(config: Config, command: str, directory: str, environment: dict[str
         leave(130, str(error))
         with contextlib.suppress(RuntimeError):
             dist.barrier()  # the first one may still be saving
-        # The launcher takes our word at once, unless it was told to stop itself, or is gone.
+        # The launcher reads our exit status at once, unless it was asked to stop itself, or is gone.
         ending = threading.Timer(TAKEN_S, os._exit, (130,))
         ending.daemon = True
         ending.start()

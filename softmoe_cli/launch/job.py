@@ -88,7 +88,7 @@ def follow_launcher(leave: Callable[[], object] = lambda: os.kill(os.getpid(), s
     """Puts a process that a launcher started into a process group of its own, so that a Ctrl-C reaches only the
     launcher. When the launcher is gone, the process saves and calls `leave`, so that nothing goes on unseen."""
     os.setpgid(0, 0)
-    for number in (signal.SIGTERM, signal.SIGUSR1):  # SIGUSR2 is for who passes it on as SIGTERM
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # SIGUSR2 stays ignored: one process passes it on as SIGTERM
         signal.signal(number, signal.SIG_DFL)
     launcher = multiprocessing.parent_process()
     assert launcher is not None

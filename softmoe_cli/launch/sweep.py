@@ -328,7 +328,7 @@ class Sweep(HydraLauncher):
             if order.failure.exists():
                 reason = str(json.loads(order.failure.read_text())["reason"])
             else:
-                with contextlib.suppress(RunError):  # no room: said here, and by the other jobs
+                with contextlib.suppress(RunError):  # the disk is full: the line below says why
                     note(order, reason)
             self._failures.append(f"{entry.job.run}: {reason} ({entry.log})")
             self._line("failed", entry, f": {reason}")

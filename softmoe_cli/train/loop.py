@@ -257,9 +257,9 @@ def update(step: Step, x: Tensor, targets: Tensor, lr: float) -> tuple[float, fl
     if math.isfinite(main) and (math.isfinite(norm_value) or scaler.is_enabled()):
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        if math.isfinite(norm_value):  # else not even a call: a first one would leave moments that were never written
+        if math.isfinite(norm_value):  # else do not call it: a first call would make moments and leave them unset
             scaler.step(optimizer)
-            optimizer.zero_grad(set_to_none=True)  # now, so that looks and checkpoints find their memory free
+            optimizer.zero_grad(set_to_none=True)  # now, so that looks and checkpoints can use their memory
         scaler.update()
     return main, aux_loss, norm_value
 
