@@ -10,8 +10,8 @@ from softmoe_cli.options.sizes import Size, read_sizes
 
 LIST_WIDTH = 100
 CROSSING = """\
-  Any backbone goes with any router: model=vit_s16_soft model/backbone=vit_b16 model/router=experts_choice,
-  or of the small ones: model=small model/backbone=vit_micro2 model/router=experts_choice"""
+  Any backbone goes with any router, as model=vit_s16_soft model/backbone=vit_b16
+  model/router=experts_choice, or model=small model/backbone=vit_micro2 model/router=soft"""
 """What reaches the models that have no name."""
 
 
