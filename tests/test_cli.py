@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from softmoe_cli.errors import UsageError
 from softmoe_cli.optim import span
-from tests.conftest import TINY, Softmoe
+from tests.conftest import TINY, Softmoe, thinned
 from tests.oracles import compose
 from tests.processes import Started
 
@@ -138,7 +138,7 @@ WRONG_LINES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", WRONG_LINES)
+@pytest.mark.parametrize("name", thinned(WRONG_LINES, 46))
 def test_wrong_line(name: str, softmoe: Softmoe, tmp_path: Path) -> None:
     if name == "device" and torch.cuda.is_available():
         pytest.skip("this machine has CUDA")

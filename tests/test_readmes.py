@@ -86,7 +86,7 @@ def once() -> dict[str, list[list[str]]]:
 
 
 COMMANDS = once()
-RARE = ("cost", "data", "evaluate")
+RARE = ("cost", "data", "evaluate", "model", "moe", "train")
 """Rooms whose commands are tried by `make long` only: their own tests run most of them, and composing takes time."""
 
 

@@ -26,7 +26,7 @@ from softmoe_cli.options.compose import compose
 from softmoe_cli.run import mirror, status
 from softmoe_cli.signals import Asked, end_children, heard
 from softmoe_cli.train.stop import Stop
-from tests.conftest import TINY, Softmoe
+from tests.conftest import TINY, Softmoe, thinned
 from tests.processes import Started, forked
 
 LONG = "torch.linalg.eigvals(torch.randn(4000, 4000))"
@@ -228,7 +228,7 @@ def test_a_full_place_before_a_sweep_begins(softmoe: Softmoe, monkeypatch: pytes
     assert answer.err == "softmoe: No space left on device; make room and type the same command again\n"
 
 
-@pytest.mark.parametrize("line", REFUSED)
+@pytest.mark.parametrize("line", thinned([(line,) for line in REFUSED], 9))
 def test_refused_before_anything_is_made(line: tuple[str, ...], softmoe: Softmoe, tmp_path: Path) -> None:
     answer = softmoe(*line)
     assert answer.code == 2 and REFUSED[line] in answer.err and "Traceback" not in answer.err

@@ -211,7 +211,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("name", thinned(ROUTERS, 4))
 def test_every_router(name: str, source: Path, softmoe: Softmoe) -> None:
     noise = ["expert_noise=0.1"] if name.startswith("uniform") else []
     answer = softmoe(
@@ -237,6 +237,7 @@ def test_every_router(name: str, source: Path, softmoe: Softmoe) -> None:
     assert told.code == 0, told
 
 
+@pytest.mark.thorough
 def test_a_preserving_start_goes_on(source: Path, softmoe: Softmoe, tmp_path: Path) -> None:
     """Nothing changes but the cost; the result is evaluated like its source, and finetuned with its head."""
     line = (
@@ -332,7 +333,7 @@ WRONG = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize("name", thinned(WRONG, 8))
 def test_wrong_line(name: str, source: Path, softmoe: Softmoe, tmp_path: Path) -> None:
     line, words = WRONG[name]
     answer = softmoe("upcycle", *line.replace("SOURCE", str(source)).split())

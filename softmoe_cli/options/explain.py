@@ -213,7 +213,8 @@ def _unread(word: str, command: str) -> str:
             way = f"{group}={word}"
         else:
             found = word if word in known else _meant(word, known)
-            way = f"{'+' * (found in ADDED)}{found}=VALUE" if found else "KEY=VALUE"
+            added = "+" if found in ADDED else ""
+            way = f"{added}{found}=VALUE" if found else "KEY=VALUE"
         return f"cannot read '{short(word)}': write KEY=VALUE" + (f", here {way}" if way != "KEY=VALUE" else "")
     if not all(part.isidentifier() and part.isascii() for part in key.replace("/", ".").split(".")):
         return f"cannot read '{short(word)}': '{short(key)}' is no key.{_did_you_mean(key, known_keys(command, ()))}"

@@ -49,7 +49,7 @@ def _whole_numbers(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def made_from(source: "Source", settings: dict[str, Any]) -> str:
+def made_from(source: Source, settings: dict[str, Any]) -> str:
     """Ten hex digits of what a folder is made from and how: part of its name where none is chosen."""
     return hashlib.sha256(json.dumps([source.digest, settings], sort_keys=True).encode()).hexdigest()[:10]
 

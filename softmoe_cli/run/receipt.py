@@ -34,7 +34,7 @@ def make_whole(folder: Path, fill: Callable[[Path], None]) -> None:
         clear(temporary)
 
 
-def already_made(folder: Path, source: "Source", settings: dict[str, Any]) -> dict[str, Any] | None:
+def already_made(folder: Path, source: Source, settings: dict[str, Any]) -> dict[str, Any] | None:
     """The receipt of a folder that was made before from the same source with the same settings; None where there is
     nothing yet.
 

@@ -207,6 +207,7 @@ def measure_ways(folder: Path) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.thorough
 def test_predicted_peak_of_each_of_two_processes(tmp_path: Path) -> None:
     together(2, measure_ways, tmp_path)
     measured = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]

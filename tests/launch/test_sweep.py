@@ -139,7 +139,8 @@ PLACES = {
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("place", thinned(PLACES, 1))
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.thorough
 def test_other_places_give_the_same_results(place: str, tmp_path: Path, alone: Callable[[str], Path]) -> None:
     line = ("train.steps=30", "seed=0,1", "hydra.launcher.jobs=2", f"hydra/launcher={PLACES[place][0]}")
     out = finish(launch(tmp_path, *line, *PLACES[place][1:]))

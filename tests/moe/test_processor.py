@@ -19,6 +19,7 @@ from softmoe_cli.moe import layer, processor
 from softmoe_cli.moe.layer import Experts, MoE
 from softmoe_cli.moe.processor import CPU_PRODUCTS
 from softmoe_cli.moe.routers.soft import SoftRouter
+from tests.conftest import thinned
 
 BF16, FP16 = torch.bfloat16, torch.float16
 SIDES = ("fast", "emulated", "loops")
@@ -145,7 +146,7 @@ print(json.dumps([CPU_PRODUCTS[half], found]))
 """
 
 
-@pytest.mark.parametrize("most", ["AVX2", "AVX512_CORE"])
+@pytest.mark.parametrize("most", thinned(["AVX2", "AVX512_CORE"], 1))
 def test_what_is_borrowed_is_the_allocators(most: str) -> None:
     """In a fresh process, because oneDNN asks once how much of the processor it may use. Of a processor with AVX-512
     this tries both sides, of another the one it has."""

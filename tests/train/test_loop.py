@@ -442,7 +442,7 @@ def test_accumulation_gives_the_large_batch_update(softmoe: Softmoe, tmp_path: P
 
 @pytest.mark.parametrize(
     "options",
-    [
+    thinned([(options,) for options in [
         ("train.precision=bf16", "train.recompute=true"),
         ("train.precision=fp16", "model.expert_init=independent", "model.backbone.layer_scale=0.1",
          "model.backbone.norm_after_pool=true"),
@@ -453,7 +453,7 @@ def test_accumulation_gives_the_large_batch_update(softmoe: Softmoe, tmp_path: P
         ("train.epochs=0.1", "optim.schedule=constant", "model/router=dense", "model.backbone.class_token=true",
          "model.backbone.pool=token"),
         ("train.minutes=0.005", "optim.schedule=linear"),
-    ],
+    ]], 4),
     ids=lambda options: options[0],
 )  # fmt: skip
 def test_options_run(options: tuple[str, ...], softmoe: Softmoe, tmp_path: Path) -> None:
@@ -509,6 +509,7 @@ def test_a_signal_that_nobody_can_be_told_of_still_stops(monkeypatch: pytest.Mon
 
 
 @pytest.mark.long
+@pytest.mark.thorough
 def test_compile(tmp_path: Path) -> None:
     """In a process of its own, where no shape checker is in the way; the losses are the eager ones."""
     alone = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # each process that it would have help from imports torch first
