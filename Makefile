@@ -24,7 +24,7 @@ test: .venv/test
 	$(BIN)/mypy >.venv/types 2>&1 & mypy=$$!; \
 	$(BIN)/python -m pytest --collect-only -qq -n 0 >.venv/collected; \
 	$(BIN)/python -m pytest; tests=$$?; \
-	wait $$mypy; types=$$?; cat .venv/types; exit $$((tests + types))
+	wait $$mypy; types=$$?; cat .venv/types; exit $$((tests | types))
 
 long: test
 	$(BIN)/python -m pytest -m thorough

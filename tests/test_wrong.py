@@ -100,7 +100,7 @@ def test_what_cannot_work(group: str, fine: dict[str, str], tmp_path: Path) -> N
 
 
 def test_there_are_enough_of_them() -> None:
-    """In all, and of every kind without the thorough ones."""
-    assert sum(map(len, CASES.values())) >= 700
-    short = {name.split()[0] for name in CASES if "thorough" not in name}
-    assert short == {name.split()[0] for name in CASES}
+    """Also without the thorough ones."""
+    short = {name: cases for name, cases in CASES.items() if "thorough" not in name}
+    assert sum(map(len, short.values())) >= 300
+    assert {name.split()[0] for name in short} == {name.split()[0] for name in CASES}

@@ -1,4 +1,4 @@
-"""A run is a folder: its identity, its rows, its checkpoints, its result.
+"""A run is a folder: its rows, its checkpoints, its result. What makes it this run is in run/identity.py.
 
 outputs/<study>/<name>-<signature>/
   config.yaml      fully resolved
