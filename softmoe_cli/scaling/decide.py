@@ -71,6 +71,8 @@ class Choice:
 
 GRID = 241
 """Sizes that are looked at before the search between them."""
+FINER = 101
+"""Sizes between two of these, where a search would take too long."""
 MOST_IMAGES = 1e6
 """Times the images of the runs, beyond which a loss counts as out of reach."""
 MOST_DEVICES = 64
@@ -131,7 +133,10 @@ class _Search:
             return None
         least = int(np.nanargmin(np.where(holds, objective, math.inf)))
         if not exact:
-            return float(grid[least]), float(objective[least])
+            finer = np.linspace(grid[max(0, least - 1)], grid[min(GRID - 1, least + 1)], FINER)
+            _, objective, holds = self.at(finer)
+            least = int(np.nanargmin(np.where(holds, objective, math.inf)))
+            return float(finer[least]), float(objective[least])
         ends = [
             self._edge(grid[least], grid[max(0, least - 1)]),
             self._edge(grid[least], grid[min(GRID - 1, least + 1)]),
@@ -177,7 +182,7 @@ def best_choice(
         experts: how many; 1 is a dense model.
         span: the least and the largest size that is looked at.
         images: the least and the most images of the runs, where the search for a loss begins.
-        exact: False: the best of a grid of sizes, for many draws.
+        exact: False: the best of two grids of sizes, the second within the first, for many draws.
     """
     found = Choice(experts, reason="no size keeps all limits" if aim.loss is None else "no size reaches the loss")
     counts = range(1, 2)

@@ -48,13 +48,13 @@ class Form:
     shares: bool = False
 
 
-MOST_EXPERTS_NEED = 5
-"""Different numbers of experts with which E_max is fitted; with fewer nothing is seen to saturate, and it is
-infinite."""
+EXPERTS_NEED = {"log_start": 4, "log_most": 5}
+"""Different numbers of experts with which E_start and E_max are fitted. With fewer than five nothing is seen to
+saturate, and E_max is infinite; with fewer than four E_start is 1."""
 
 
 def _experts(free: Free) -> dict[str, Number]:
-    start = 1 + np.exp(free["log_start"])
+    start = 1 + np.exp(free["log_start"]) if "log_start" in free else 1.0
     return {"E_start": start, "E_max": start + np.exp(free["log_most"]) if "log_most" in free else math.inf}
 
 

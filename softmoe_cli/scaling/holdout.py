@@ -11,20 +11,20 @@ from dataclasses import dataclass
 import numpy as np
 
 from softmoe_cli.errors import UsageError
-from softmoe_cli.scaling.fit import STARTS, Fit, Points, fit_law, missing
+from softmoe_cli.scaling.fit import STARTS, LawFit, Points, fit_law, missing
 from softmoe_cli.scaling.forms import Form
 
 SHARE = 0.2
 """Of the configurations, the dearest ones, which are held out."""
 NEAREST = 3
-FEW_STARTS = 8
+FEW_STARTS = 3
 """Searches of a fit that is made again without some runs: one of them begins at the fit to all."""
 DISTANCES = ("N", "D", "E", "S", "G", "C")
 """Sizes in which neighbours are near, as far as they vary."""
 
 
 @dataclass(frozen=True)
-class Trial:
+class Tested:
     """A law on these runs.
 
     Attributes:
@@ -34,7 +34,7 @@ class Trial:
         held: predictions (configurations) of the fit without the dearest fifth, for figures.
     """
 
-    fit: Fit
+    fit: LawFit
     largest: float | None
     by_size: float | None
     held: np.ndarray
@@ -54,7 +54,7 @@ def dearest(points: Points, share: float = SHARE) -> np.ndarray:
     return np.isin(points.config, held)
 
 
-def apart_by(form: Form, points: Points, held: np.ndarray, fit: Fit) -> tuple[np.ndarray, np.ndarray]:
+def apart_by(form: Form, points: Points, held: np.ndarray, fit: LawFit) -> tuple[np.ndarray, np.ndarray]:
     """Differences on the residuals' scale, and predictions, of the held-out configurations by a fit to the others.
 
     Raises:
@@ -73,7 +73,7 @@ def rms(apart: np.ndarray) -> float:
     return float(np.sqrt(np.mean(np.square(apart))))
 
 
-def trial(form: Form, points: Points, delta: float | None = None, starts: int = STARTS) -> Trial:
+def trial(form: Form, points: Points, delta: float | None = None, starts: int = STARTS) -> Tested:
     """Fits a law to all runs, and without the dearest, and without each size in turn."""
     fit = fit_law(form, points, delta=delta, starts=starts)
     lacks, largest, by_size, held = "", None, None, np.array([])
@@ -89,7 +89,7 @@ def trial(form: Form, points: Points, delta: float | None = None, starts: int = 
         by_size = rms(np.concatenate(parts))
     except UsageError as error:
         lacks = lacks or str(error)
-    return Trial(fit, largest, by_size, held, lacks)
+    return Tested(fit, largest, by_size, held, lacks)
 
 
 def last_value(points: Points, held: np.ndarray) -> np.ndarray:
@@ -132,7 +132,7 @@ def trivial_errors(points: Points) -> dict[str, float]:
     return {name: rms(predict(points, held)) for name, predict in TRIVIAL.items()}
 
 
-def ranked(trials: Sequence[Trial]) -> list[Trial]:
+def ranked(trials: Sequence[Tested]) -> list[Tested]:
     """The laws, the least error on the dearest runs first; those that have none last, by Akaike's criterion."""
     return sorted(trials, key=lambda each: (each.largest is None, each.largest or 0.0, each.fit.aicc, each.name))
 
@@ -140,7 +140,7 @@ def ranked(trials: Sequence[Trial]) -> list[Trial]:
 EXPERTS_IN = ("E", "S", "G")
 
 
-def verdict(trials: Sequence[Trial], trivial: dict[str, float]) -> dict[str, str]:
+def verdict(trials: Sequence[Tested], trivial: dict[str, float]) -> dict[str, str]:
     """Why a law may not decide, by name; empty where it may: it must beat the trivial predictors, and a law of experts
     also the laws without them."""
     plain = [each.largest for each in trials if each.largest is not None and not _of_experts(each)]
@@ -159,5 +159,5 @@ def verdict(trials: Sequence[Trial], trivial: dict[str, float]) -> dict[str, str
     return found
 
 
-def _of_experts(each: Trial) -> bool:
+def _of_experts(each: Tested) -> bool:
     return any(size in EXPERTS_IN for size in each.fit.form.law.sizes)
