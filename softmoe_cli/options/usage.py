@@ -210,7 +210,7 @@ the decision that they imply.
                                   error on runs that were held out
   softmoe scaling outputs/scaling_small --train-pflop 0.5
                                   the best experts, size and images for that
-  softmoe scaling outputs/scaling_small --device-s 3600 --costs costs.json \
+  softmoe scaling outputs/scaling_small --device-s 3600 --costs costs.json \\
     --latency-ms 4 --experts 4,16,32
   softmoe scaling outputs/scaling_small --loss 0.3 --served 1e9 --next
                                   cheapest to train and to serve a billion

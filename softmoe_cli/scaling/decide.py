@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import brentq
+from scipy.optimize import brentq, minimize_scalar
 
 from softmoe_cli.scaling.laws import Number
 
@@ -73,6 +73,8 @@ GRID = 241
 """Sizes that are looked at before the search between them."""
 FINER = 101
 """Sizes between two of these, where a search would take too long."""
+NEAR = 1e-3
+"""How near to a minimum its slope is followed, in logarithms of the size."""
 MOST_IMAGES = 1e6
 """Times the images of the runs, beyond which a loss counts as out of reach."""
 MOST_DEVICES = 64
@@ -137,18 +139,19 @@ class _Search:
             _, objective, holds = self.at(finer)
             least = int(np.nanargmin(np.where(holds, objective, math.inf)))
             return float(finer[least]), float(objective[least])
-        ends = [
-            self._edge(grid[least], grid[max(0, least - 1)]),
-            self._edge(grid[least], grid[min(GRID - 1, least + 1)]),
-        ]
-        slopes = [self._slope(end) for end in ends]
-        if slopes[0] >= 0 or ends[0] == ends[1]:
-            at = ends[0]
-        elif slopes[1] <= 0:
-            at = ends[1]
-        else:
-            at = float(brentq(self._slope, *ends, xtol=1e-13, rtol=1e-13))
+        low, high = (self._edge(grid[least], grid[min(max(least + way, 0), GRID - 1)]) for way in (-1, 1))
+        between = minimize_scalar(self._held, bounds=(low, high), method="bounded", options={"xatol": 1e-9})
+        at = min((low, high, float(between.x)), key=self._held)
+        near = [max(low, at - NEAR), min(high, at + NEAR)]
+        slopes = [self._slope(end) for end in near]
+        if slopes[0] < 0 < slopes[1]:  # a minimum between limits: its place by the slope, which is sharper
+            at = float(brentq(self._slope, *near, xtol=1e-13, rtol=1e-13))
         return at, float(self.at(at)[1])
+
+    def _held(self, log_size: float) -> float:
+        """The objective; infinite where a limit does not hold."""
+        _, objective, holds = self.at(log_size)
+        return float(objective) if holds else math.inf
 
     def _edge(self, inside: float, outside: float) -> float:
         """The last size from `inside` towards `outside` at which all limits hold."""
