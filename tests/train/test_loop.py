@@ -433,7 +433,7 @@ def test_wandb_offline_mirrors_the_run(tmp_path: Path) -> None:
     looks = [row for row in history if "validation/top1_pct" in row]
     assert len(looks) >= 10 and sum("test/top1_pct" in row for row in history) == 1
     steps = {each.metric.name: each.metric.step_metric for each in kept if each.WhichOneof("record_type") == "metric"}
-    for key in ("top1_pct", "top5_pct", "loss"):
+    for key in ("top1_pct", "top5_pct", "loss", "nll", "ece_pct"):
         for axis in ("train_pflop", "device_s"):
             assert steps[f"by_{axis}/{key}"] == axis
             assert all(row[f"by_{axis}/{key}"] == row[f"validation/{key}"] for row in looks)
