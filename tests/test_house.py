@@ -87,6 +87,17 @@ def test_the_package_knows_nothing_of_tests_and_experiments() -> None:
                 assert node.right.value not in ("tests", "experiments"), f"{name}, line {node.lineno}"
 
 
+def test_one_function_ends_a_process_at_once() -> None:
+    """What a process has started, and its terminal, are looked after in one place: signals.leave_now."""
+    calls = [
+        name
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and node.attr == "_exit"
+    ]
+    assert calls == ["softmoe_cli.signals"]
+
+
 def test_files_and_functions_are_short() -> None:
     """The lists above hold exactly the long ones."""
     files, functions = set(), set()
