@@ -52,8 +52,8 @@ def grouped(
 
 
 class Stacked(nn.Module):
-    """e MLPs, d to h to d, with biases, as stacked weights: `w1` (e d h), `b1` (e h), `w2` (e h d), `b2` (e d). A subclass
-    says which rows come to them."""
+    """The weights of e MLPs, d to h to d, stacked: `w1` (e d h), `b1` (e h), `w2` (e h d), `b2` (e d). A subclass says
+    which rows they meet."""
 
     def __init__(self, w1: nn.Parameter, b1: nn.Parameter, w2: nn.Parameter, b2: nn.Parameter, *, gelu: str) -> None:
         super().__init__()
