@@ -360,7 +360,7 @@ class Optim(Section):
         "instead of the GPU's",
         choices=("fp32", "8bit", "offload"),
     )
-    weight_decay: float = option("of kernels and of the soft router's scale, multiplied by the learning rate", low=0)
+    weight_decay: float = option("of kernels and of what the router names, multiplied by the learning rate", low=0)
     head_weight_decay: float = option("of the head's kernel", low=0)
     layer_decay: float | None = option(
         "the learning rate of each layer as a share of the next one's, the head's being lr; null: all alike",

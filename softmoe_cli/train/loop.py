@@ -50,7 +50,7 @@ def train(begun: Begun) -> dict[str, Any]:
     run, config, source, screen, crew = begun.run, begun.config, begun.source, begun.screen, begun.crew
     if run.result is not None:
         screen.say(f"{run.folder} is finished; nothing to do")
-        summary.close(screen, run.result, run.folder)
+        summary.close(screen, run.result, run.folder, config.model)
         return run.result
 
     # --- data: the images, and how often they are seen
@@ -187,7 +187,7 @@ def train(begun: Begun) -> dict[str, Any]:
             ) from error
     result = summary.result(setup, run.folder, progress, test, recording.card["model"]["router"], looks.moe_blocks)
     recording.finish(result)
-    summary.close(screen, result, run.folder)
+    summary.close(screen, result, run.folder, config.model)
     return result
 
 

@@ -12,10 +12,11 @@ import torch
 
 import softmoe_cli
 from softmoe_cli.compare.intervals import at_chance
-from softmoe_cli.config import WANDB_LETTERS, Config
+from softmoe_cli.config import WANDB_LETTERS, Config, Model
 from softmoe_cli.cost.fit import Fit
 from softmoe_cli.data import splits
 from softmoe_cli.device import KEPT, hardware, slower
+from softmoe_cli.model.router import router_class
 from softmoe_cli.run import rows
 from softmoe_cli.run.checkpoint import room_beside
 from softmoe_cli.run.identity import flat_science
@@ -212,16 +213,16 @@ def _commit() -> str | None:
     return git.stdout.strip() or None
 
 
-def close(screen: Screen, result: dict[str, Any], folder: Path) -> None:
+def close(screen: Screen, result: dict[str, Any], folder: Path, model: Model) -> None:
     """The closing table, and what may be typed next: lines of their own, to be copied whole."""
-    screen.table("result", shown(result, folder))
+    screen.table("result", shown(result, folder, remark(result, folder, model)))
     screen.table("next", {})
     screen.say(f"  softmoe evaluate checkpoint={shlex.quote(str(folder))}")
     screen.say(f"  softmoe compare {shlex.quote(str(folder.parent))}")
 
 
-def shown(result: dict[str, Any], folder: Path) -> dict[str, str]:
-    """Title -> what the result says, for the closing table."""
+def shown(result: dict[str, Any], folder: Path, routing: str) -> dict[str, str]:
+    """Title -> what the result says, for the closing table. `routing`: what the router says of it."""
     energy = f"; {result['energy_kj']:.4g} kJ in all" if result.get("energy_kj") is not None else ""
     compilation = f", compilation {in_words(result['compile_s'])}" if result["compile_s"] else ""
     titled = {
@@ -231,7 +232,7 @@ def shown(result: dict[str, Any], folder: Path) -> dict[str, str]:
         "test loss": f"{result['loss']:.4f}",
         "validation top-1": f"{result['validation_top1_pct']:.2f}%  (best {result['best_validation_top1_pct']:.2f}% "
         f"at step {result['best_step']:,})",
-        "routing": still_uniform(result, folder / "routing.jsonl"),
+        "routing": routing,
         "trained on": f"{result['images']:,} images, {result['epochs']:.1f} epochs, {result['steps']:,} steps",
         "training cost": f"{flop(1e15 * result['train_pflop'])}, {in_words(result['device_s'])}{energy}",
         "beside it": f"evaluation {in_words(result['eval_s'])}, saving {in_words(result['save_s'])}{compilation}",
@@ -251,29 +252,17 @@ def chance(result: dict[str, Any]) -> str:
     )
 
 
-UNIFORM = 1.5
-"""A mean largest share below so many times the uniform one counts as almost uniform."""
-
-
-def still_uniform(result: dict[str, Any], file: Path) -> str:
-    """A sentence where the last look found that the slots of a learned soft router mix all tokens almost alike; else
-    nothing. `file`: routing.jsonl."""
+def remark(result: dict[str, Any], folder: Path, model: Model) -> str:
+    """What the router says of the last look in routing.jsonl; nothing where there is no router."""
+    target = model.router["_target_"]
+    if target is None:
+        return ""
+    file = folder / "routing.jsonl"
     try:
-        all_looks = rows.lines(file, rows.ROUTING)
+        looks = rows.lines(file, rows.ROUTING)
     except FileNotFoundError:
         return ""
     except rows.Unreadable as error:
         return f"{file} {error}"
-    keys = ("scale", "dispatch_max", "dispatch_min")
-    last = [row for row in all_looks if row["step"] == all_looks[-1]["step"]]
-    last = [row for row in last if all(row.get(key) is not None for key in keys)]
-    last = [row for row in last if row["dispatch_max"] > 1.001 * row["dispatch_min"]]  # else uniform by design
-    if not last:
-        return ""
-    largest, uniform = sum(row["dispatch_max"] for row in last) / len(last), 1 / result["tokens"]
-    if largest >= UNIFORM * uniform:
-        return ""
-    return (
-        f"still almost uniform: a slot's largest share of a token is {largest:.4f} in the mean, and {uniform:.4f} "
-        "where all tokens are mixed alike"
-    )
+    last = [row for row in looks if row["step"] == looks[-1]["step"]]
+    return router_class(target).remark(last, result["tokens"])
