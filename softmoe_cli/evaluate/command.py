@@ -25,7 +25,7 @@ from softmoe_cli.data.splits import ImageSet
 from softmoe_cli.device import arithmetic, hardware, keep_freed_memory
 from softmoe_cli.errors import UsageError
 from softmoe_cli.evaluate import soup
-from softmoe_cli.evaluate.audit import Audit, Finding, summary
+from softmoe_cli.evaluate.audit import Audit, Effect, summary
 from softmoe_cli.evaluate.fewshot import check_shots, fewshot
 from softmoe_cli.evaluate.quality import Batch, Outcomes, calibration_error, features, outcomes, qualities
 from softmoe_cli.files import require_vacant, write_atomically
@@ -146,7 +146,7 @@ def evaluate_checkpoint(config: EvaluateConfig, model_config: Model, sources: li
                 config.fewshot_seed,
             )
         )
-    findings: list[Finding] = []
+    findings: list[Effect] = []
     if config.audit:
         some = images
         if config.audit_images is not None:
@@ -313,7 +313,7 @@ SAID = {
 no longer than its column."""
 
 
-def _show(row: dict[str, Any], findings: list[Finding]) -> None:
+def _show(row: dict[str, Any], findings: list[Effect]) -> None:
     """Prints the row as a table: of classes and confusion the worst class, of experts in turn the mean and the
     worst."""
     shown = {}

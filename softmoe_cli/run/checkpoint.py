@@ -118,14 +118,14 @@ def own_pieces(tensors: dict[str, Tensor], first: bool) -> dict[str, Piece]:
     return {key: piece for key, piece in by_key.items() if piece is not None}
 
 
-def copied_pieces(pieces: dict[str, Piece]) -> dict[str, Piece]:
-    """Copies pieces to memory that nobody writes to; from CUDA through pinned memory, all at once."""
+def copied_pieces(own: dict[str, Piece]) -> dict[str, Piece]:
+    """Copies this process's pieces to memory that nobody writes to; from CUDA through pinned memory, all at once."""
     copies: dict[str, Piece] = {}
-    for key, piece in pieces.items():
+    for key, piece in own.items():
         value = piece.tensor
         copy = value.to("cpu", copy=True, non_blocking=value.is_cuda, memory_format=torch.contiguous_format)
         copies[key] = piece._replace(tensor=copy)
-    if any(piece.tensor.is_cuda for piece in pieces.values()):
+    if any(piece.tensor.is_cuda for piece in own.values()):
         torch.cuda.synchronize()
     return copies
 

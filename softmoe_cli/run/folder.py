@@ -32,7 +32,7 @@ from softmoe_cli.files import cannot_write, clear, not_following, sync, write_at
 from softmoe_cli.parallel import ALONE, Crew
 from softmoe_cli.run import pieces as run_pieces
 from softmoe_cli.run import rows
-from softmoe_cli.run.card import FORMAT, card_text
+from softmoe_cli.run.card import CARD_FORMAT, card_text
 from softmoe_cli.run.checkpoint import (
     OURS,
     STATE,
@@ -135,7 +135,7 @@ class Run:
     def rows(self, file: str) -> list[dict[str, Any]]:
         path = self.folder / file
         try:
-            return rows.lines(path, rows.FORMATS)
+            return rows.lines(path, rows.FORMAT_KEY)
         except FileNotFoundError:
             return []
         except rows.Unreadable as error:
@@ -170,7 +170,7 @@ class Run:
         if broken:
             raise RunError(f"{broken[0]} is not finite at step {step:,}: not saved; the checkpoint before is good")
         self.wait_until_saved()
-        state = {"format": FORMAT} | state | {"sizes": {file: self._size(file) for file in ROWS}}
+        state = {"format": CARD_FORMAT} | state | {"sizes": {file: self._size(file) for file in ROWS}}
         name, texts = f"{kind}-{step:08d}", {STATE: json.dumps(state)}
         tensors = [piece.tensor for pieces in given for piece in pieces.values()]
         beside = sum(tensor.nbytes for tensor in tensors if tensor.device.type == "cpu")  # a device's is not touched
@@ -265,7 +265,7 @@ class Run:
                 for whole, pieces, text in ((WEIGHTS, weights, card_text(card)), (TRAINING, training, "")):
                     if pieces:
                         file = folder / run_pieces.file_of(whole, crew.rank, crew.size)
-                        run_pieces.write(file, pieces, text)
+                        run_pieces.write_pieces(file, pieces, text)
                         sums[file.name] = sha256(file)
                         sync(file)
             except (OSError, SafetensorError) as error:
@@ -286,9 +286,9 @@ class Run:
         """Puts whole files in the place of pieces; until their checksums are there, the pieces count."""
         if f"  {WEIGHTS}\n" in (path / SUMS).read_text():
             return
-        weights, card = run_pieces.joined(path / WEIGHTS)
-        training = run_pieces.joined(path / TRAINING)[0] if run_pieces.files(path / TRAINING) else {}
-        pieces = [file for name in (WEIGHTS, TRAINING) for file in run_pieces.files(path / name)]
+        weights, card = run_pieces.whole_tensors(path / WEIGHTS)
+        training = run_pieces.whole_tensors(path / TRAINING)[0] if run_pieces.piece_files(path / TRAINING) else {}
+        pieces = [file for name in (WEIGHTS, TRAINING) for file in run_pieces.piece_files(path / name)]
         temporary = path.with_name(f".{path.name}")
         clear(temporary)
         try:
@@ -361,7 +361,7 @@ class Run:
     def finish(self, row: dict[str, Any]) -> None:
         """Writes result.json, which also records what metrics.jsonl is by now."""
         if self._writes:
-            whole = {"format": rows.FORMAT} | row | rows.seal((self.folder / "metrics.jsonl").read_bytes())
+            whole = {"format": rows.FORMAT} | row | rows.metrics_digest((self.folder / "metrics.jsonl").read_bytes())
             write_atomically(self.folder / "result.json", json.dumps(whole, indent=1, allow_nan=False) + "\n")
 
     def _size(self, file: str) -> int:

@@ -29,13 +29,13 @@ from softmoe_cli.train.setup import Setup
 
 def header(setup: Setup, folder: Path) -> dict[str, str]:
     """Title -> what the run is, for its first table."""
-    config, cost, splits, crew = setup.config, setup.cost, setup.splits, setup.crew
+    config, cost, images, crew = setup.config, setup.cost, setup.splits, setup.crew
     m, t = config.model, config.train
     router = m.router_name
     if router != "dense":
         options = ", ".join(f"{k}={v}" for k, v in m.router.items() if k != "_target_" and v is not None)
         router += f" ({options}) in blocks {m.moe_blocks}; {cost.slots_per_token:.2f} slots per token"
-    sizes = f"{len(splits.train):,} train / {len(splits.validation):,} validation / {len(splits.test):,} test"
+    sizes = f"{len(images.train):,} train / {len(images.validation):,} validation / {len(images.test):,} test"
     parts = f" in {t.accumulate} parts" if t.accumulate > 1 else ""
     compiled = ", compiled" if t.compile else ""
     frozen = f", {si(cost.frozen_params)} frozen" if cost.frozen_params else ""
@@ -45,8 +45,8 @@ def header(setup: Setup, folder: Path) -> dict[str, str]:
         "router": router,
         "parameters": f"{si(cost.params)} total, {si(cost.active_params)} active per token{frozen}",
         "cost per image": f"{flop(cost.forward_flop)} forward, {flop(cost.train_flop)} training",
-        "data": f"{config.data.name}: {sizes} images, {len(splits.classes)} classes",
-        **splits.notes,
+        "data": f"{config.data.name}: {sizes} images, {len(images.classes)} classes",
+        **images.notes,
         "budget": f"{setup.budget}, {t.batch_size} images each{parts}; {config.optim.schedule}, lr {config.optim.lr:g}",
         **{key: value for key, value in extra.items() if value},
         "device": f"{_hardware(setup)}, {t.precision}{slower(setup.device, t.precision)}{compiled}",
@@ -127,14 +127,14 @@ def wandb_settings(setup: Setup, folder: Path) -> dict[str, Any]:
     }
 
 
-def result(
+def result_row(
     setup: Setup, folder: Path, progress: Progress, test: dict[str, Any], router: dict[str, Any], moe_blocks: list[int]
 ) -> dict[str, Any]:
     """One flat row: what the run was, what it reached on the test images with its last weights, what it cost, and every
     scientific setting as `section.key`, so that rows alone tell which runs differ in what. `router`: its options as the
     model has them."""
-    config, source, cost, splits = setup.config, setup.source, setup.cost, setup.splits
-    m, images = config.model, progress.step * config.train.batch_size
+    config, source, cost, images = setup.config, setup.source, setup.cost, setup.splits
+    m, seen = config.model, progress.step * config.train.batch_size
     return {
         "name": folder.name,
         "signature": folder.name.rpartition("-")[2],
@@ -152,10 +152,10 @@ def result(
         "image_size": m.image_size,
         "tokens": cost.tokens,
         "data": config.data.name,
-        "train_images": len(splits.train),
+        "train_images": len(images.train),
         "test_images": test["images_evaluated"],
-        "classes": len(splits.classes),
-        "chance_pct": _commonest_pct(splits.test),
+        "classes": len(images.classes),
+        "chance_pct": _commonest_pct(images.test),
         "top1_pct": test["top1_pct"],
         "top5_pct": test["top5_pct"],
         "loss": test["loss"],
@@ -167,8 +167,8 @@ def result(
         "best_validation_top1_pct": progress.best_top1_pct,
         "best_step": progress.best_step,
         "steps": progress.step,
-        "images": images,
-        "epochs": images / len(splits.train),
+        "images": seen,
+        "epochs": seen / len(images.train),
         "batch_size": config.train.batch_size,
         "lr": config.optim.lr,
         "precision": config.train.precision,
