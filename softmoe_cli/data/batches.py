@@ -24,11 +24,11 @@ from softmoe_cli.data.pixels import (
     erased,
     mixed_images,
     normalise,
+    pixel_statistics,
     randaugment,
     resize,
     resized_crop,
     shift_crop,
-    statistics,
 )
 from softmoe_cli.data.splits import ImageSet
 from softmoe_cli.data.workers import by_workers
@@ -155,7 +155,7 @@ def train_batches(
         made, kept = _with_partners(rows, batch_size)
     off = label_smoothing / num_classes
     labels = images.labels.to(device)
-    mean, std = statistics(data, device)
+    mean, std = pixel_statistics(data, device)
     black = (-mean / std).expand(in_chans)
     changes = _Changes(augment, data.from_file and augment.crop == "resized", seed, batch_size, made)
     order = enumerate((index[made] for index in stream(len(images), batch_size, seed, first_step)), start=first_step)
@@ -244,7 +244,7 @@ def eval_batches(
 ) -> Iterator[tuple[Float[Tensor, "b c s s"], Int64[Tensor, " b"]]]:
     """Every image exactly once, in order, as it is; the last batch is short where the sizes do not divide. `turns`:
     only the batches of these numbers."""
-    mean, std = statistics(data, device)
+    mean, std = pixel_statistics(data, device)
     indices = torch.arange(len(images)).split(batch_size)
     if turns is not None:
         indices = tuple(indices[turn] for turn in turns)

@@ -24,7 +24,7 @@ from softmoe_cli.data.splits import ImageSet, Splits
 from softmoe_cli.device import arithmetic, hardware, keep_freed_memory
 from softmoe_cli.errors import UsageError
 from softmoe_cli.evaluate import soup
-from softmoe_cli.evaluate.audit import Audit, Finding, summary
+from softmoe_cli.evaluate.audit import Audit, Effect, summary
 from softmoe_cli.evaluate.fewshot import check_shots, fewshot
 from softmoe_cli.evaluate.quality import Batch, Outcomes, calibration_error, features, outcomes, qualities
 from softmoe_cli.evaluate.real import check_order, real_labels, real_qualities
@@ -85,7 +85,7 @@ def evaluate_checkpoint(config: EvaluateConfig, model_config: Model, sources: li
     row |= {"images": len(images), "eval_s": time.perf_counter() - start, "hardware": hardware(device)}
     if config.fewshot:
         row |= _few_shots(judge, model, splits, images, notes)
-    findings: list[Finding] = []
+    findings: list[Effect] = []
     if config.audit:
         audited, findings = _audited(judge, weights, images)
         row |= audited
@@ -175,7 +175,7 @@ def _few_shots(
     return {"fewshot_l2_chosen_on": chosen_on, "fewshot_notes": notes, **dict(found)}
 
 
-def _audited(judge: Judge, weights: dict[str, Tensor], images: ImageSet) -> tuple[dict[str, Any], list[Finding]]:
+def _audited(judge: Judge, weights: dict[str, Tensor], images: ImageSet) -> tuple[dict[str, Any], list[Effect]]:
     """What the audit finds on the images, or on some that are spread evenly over them."""
     config = judge.config
     if config.audit_images is not None:
@@ -324,7 +324,7 @@ SAID = {
 no longer than its column."""
 
 
-def _show(row: dict[str, Any], findings: list[Finding]) -> None:
+def _show(row: dict[str, Any], findings: list[Effect]) -> None:
     """Prints the row as a table: of classes and confusion the worst class, of experts in turn the mean and the
     worst."""
     shown = {}

@@ -21,7 +21,7 @@ import yaml
 
 from softmoe_cli.config import Config
 from softmoe_cli.errors import RunError, UsageError
-from softmoe_cli.files import cannot_write, not_following, size, write_atomically
+from softmoe_cli.files import cannot_write, file_bytes, not_following, write_atomically
 from softmoe_cli.parallel import ALONE, Crew
 from softmoe_cli.run import rows
 from softmoe_cli.run.lock import locked
@@ -104,7 +104,7 @@ class Run:
     def rows(self, file: str) -> list[dict[str, Any]]:
         path = self.folder / file
         try:
-            return rows.lines(path, rows.FORMATS)
+            return rows.lines(path, rows.FORMAT_KEY)
         except FileNotFoundError:
             return []
         except rows.Unreadable as error:
@@ -116,7 +116,7 @@ class Run:
             return
         for file in ROWS:
             path, length = self.folder / file, sizes.get(file, 0)
-            if size(path) < length:
+            if file_bytes(path) < length:
                 raise RunError(f"{path} is shorter than its checkpoint says; restore it or remove {self.folder}")
             if path.exists():
                 with open(path, "r+", opener=not_following) as written:
@@ -125,5 +125,5 @@ class Run:
     def finish(self, row: dict[str, Any]) -> None:
         """Writes result.json, which also records what metrics.jsonl is by now."""
         if self._writes:
-            whole = {"format": rows.FORMAT} | row | rows.seal((self.folder / "metrics.jsonl").read_bytes())
+            whole = {"format": rows.FORMAT} | row | rows.metrics_digest((self.folder / "metrics.jsonl").read_bytes())
             write_atomically(self.folder / "result.json", json.dumps(whole, indent=1, allow_nan=False) + "\n")

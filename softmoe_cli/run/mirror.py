@@ -31,7 +31,7 @@ INIT_TIMEOUT_S = 10
 LAST_WAIT_S = 30
 
 
-def resolve(tracking: str) -> str:
+def tracking_of(tracking: str) -> str:
     """online, offline or off for `tracking=`; auto is what WANDB_MODE says, else online when W&B has a key.
 
     Raises:
@@ -53,7 +53,7 @@ def check(config: Config) -> None:
     Raises:
         UsageError: W&B would refuse it; the sentence names the key or the variable.
     """
-    if resolve(config.tracking) == "off":
+    if tracking_of(config.tracking) == "off":
         return
     if config.wandb.group is None and len(config.study) > WANDB_LETTERS:
         raise UsageError(

@@ -15,10 +15,10 @@ from torch.distributed.tensor import DTensor
 
 from softmoe_cli.device import free_memory
 from softmoe_cli.errors import RunError
-from softmoe_cli.files import clear, size, sync
+from softmoe_cli.files import clear, file_bytes, sync
 from softmoe_cli.parallel import Crew
 from softmoe_cli.run import pieces as run_pieces
-from softmoe_cli.run.card import FORMAT, card_text
+from softmoe_cli.run.card import CARD_FORMAT, card_text
 from softmoe_cli.run.checkpoint import (
     OURS,
     STATE,
@@ -81,7 +81,7 @@ class Checkpoints:
         if broken:
             raise RunError(f"{broken[0]} is not finite at step {step:,}: not saved; the checkpoint before is good")
         self.wait()
-        state = {"format": FORMAT} | state | {"sizes": {file.name: size(file) for file in self._rows}}
+        state = {"format": CARD_FORMAT} | state | {"sizes": {file.name: file_bytes(file) for file in self._rows}}
         name, texts = f"{kind}-{step:08d}", {STATE: json.dumps(state)}
         tensors = [piece.tensor for pieces in given for piece in pieces.values()]
         beside = sum(tensor.nbytes for tensor in tensors if tensor.device.type == "cpu")  # a device's is not touched
@@ -201,7 +201,7 @@ class Checkpoints:
                 for whole, pieces, text in ((WEIGHTS, weights, card_text(card)), (TRAINING, training, "")):
                     if pieces:
                         file = folder / run_pieces.file_of(whole, crew.rank, crew.size)
-                        run_pieces.write(file, pieces, text)
+                        run_pieces.write_pieces(file, pieces, text)
                         sums[file.name] = sha256(file)
                         sync(file)
             except (OSError, SafetensorError) as error:
@@ -222,9 +222,9 @@ class Checkpoints:
         """Puts whole files in the place of pieces; until their checksums are there, the pieces count."""
         if f"  {WEIGHTS}\n" in (path / SUMS).read_text():
             return
-        weights, card = run_pieces.joined(path / WEIGHTS)
-        training = run_pieces.joined(path / TRAINING)[0] if run_pieces.files(path / TRAINING) else {}
-        pieces = [file for name in (WEIGHTS, TRAINING) for file in run_pieces.files(path / name)]
+        weights, card = run_pieces.whole_tensors(path / WEIGHTS)
+        training = run_pieces.whole_tensors(path / TRAINING)[0] if run_pieces.piece_files(path / TRAINING) else {}
+        pieces = [file for name in (WEIGHTS, TRAINING) for file in run_pieces.piece_files(path / name)]
         temporary = path.with_name(f".{path.name}")
         clear(temporary)
         try:
@@ -273,13 +273,13 @@ def _own_pieces(tensors: dict[str, Tensor], first: bool) -> dict[str, Piece]:
     return {key: piece for key, piece in by_key.items() if piece is not None}
 
 
-def _copied_pieces(pieces: dict[str, Piece]) -> dict[str, Piece]:
-    """Copies pieces to memory that nobody writes to; from CUDA through pinned memory, all at once."""
+def _copied_pieces(own: dict[str, Piece]) -> dict[str, Piece]:
+    """Copies this process's pieces to memory that nobody writes to; from CUDA through pinned memory, all at once."""
     copies: dict[str, Piece] = {}
-    for key, piece in pieces.items():
+    for key, piece in own.items():
         value = piece.tensor
         copy = value.to("cpu", copy=True, non_blocking=value.is_cuda, memory_format=torch.contiguous_format)
         copies[key] = piece._replace(tensor=copy)
-    if any(piece.tensor.is_cuda for piece in pieces.values()):
+    if any(piece.tensor.is_cuda for piece in own.values()):
         torch.cuda.synchronize()
     return copies
