@@ -24,7 +24,6 @@ LONG_FILES: dict[str, str] = {
 }
 """Files of more than 500 lines, and why."""
 LONG_FUNCTIONS: dict[str, str] = {
-    "softmoe_cli/evaluate/command.py: evaluate_checkpoint": "one measure after another, as they are told",
     "softmoe_cli/train/loop.py: train": "the loop, told once, from the first line of a run to its last",
 }
 """Functions of more than 80 lines, as `file: function`, and why."""
@@ -88,6 +87,17 @@ def test_the_package_knows_nothing_of_tests_and_experiments() -> None:
                 assert not path.search(node.value), f"{name}, line {node.lineno}: {node.value!r}"
             if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div) and isinstance(node.right, ast.Constant):
                 assert node.right.value not in ("tests", "experiments"), f"{name}, line {node.lineno}"
+
+
+def test_one_function_ends_a_process_at_once() -> None:
+    """What a process has started, and its terminal, are looked after in one place: signals.leave_now."""
+    calls = [
+        name
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and node.attr == "_exit"
+    ]
+    assert calls == ["softmoe_cli.signals"]
 
 
 def test_files_and_functions_are_short() -> None:

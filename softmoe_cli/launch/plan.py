@@ -11,6 +11,7 @@ from typing import Any
 from softmoe_cli.config import Config, Launcher, RayLauncher, SlurmLauncher
 from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.launch.job import follow_launcher
+from softmoe_cli.signals import leave_now
 
 CLUSTER_JOBS = 10_000
 """Jobs at a time where a cluster does the queueing."""
@@ -41,7 +42,7 @@ class Inquiry:
 def answer(inquiry: Inquiry, sender: Connection) -> None:
     """Checks every job as its own process would, all in one process; sends a job or the reason against it for each,
     and a word for each job that may run at a time: its GPU, or nothing."""
-    follow_launcher(lambda: os._exit(130))
+    follow_launcher(lambda: leave_now(130))
     from softmoe_cli.cost.fit import with_largest_batch
     from softmoe_cli.data.contents import known
     from softmoe_cli.data.sets import identity

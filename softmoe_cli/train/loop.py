@@ -138,7 +138,7 @@ def train(begun: Begun) -> dict[str, Any]:
                     stop.name = stop.name or "SIGPIPE"
                 stop.check()
                 rest = max(config.train.save_seconds, 50 * save_took) - (time.monotonic() - saved_at)
-                if crew.largest_of_all(rest if run.idle else math.inf) < 0:
+                if crew.largest_of_all(rest if run.checkpoints.idle else math.inf) < 0:
                     start = time.monotonic()
                     recording.save("last")
                     saved_at, save_took = time.monotonic(), time.monotonic() - start
@@ -174,11 +174,11 @@ def train(begun: Begun) -> dict[str, Any]:
             test = looks.test()
             screen.evaluation(test)
             with progress.booked("save"):
-                run.wait_until_saved()
+                run.checkpoints.wait()
         except (Interrupted, workers.WorkersError, UsageError) as error:  # an image that cannot be read
             if isinstance(error, Interrupted) or (crew.size == 1 and progress.step > first_step):
                 recording.save("last")
-                run.wait_until_saved()
+                run.checkpoints.wait()
             raise
         except torch.OutOfMemoryError as error:
             raise RunError(

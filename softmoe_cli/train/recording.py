@@ -73,7 +73,7 @@ class Recording:
             at = "end"
         with progress.booked("save"):
             self._add_energy()
-            self.run.save(
+            self.run.checkpoints.save(
                 kind,
                 progress.step,
                 self.trained.weights(),

@@ -18,8 +18,8 @@ from softmoe_cli.data import splits
 from softmoe_cli.device import KEPT, hardware, slower
 from softmoe_cli.model.router import router_class
 from softmoe_cli.run import rows
-from softmoe_cli.run.checkpoint import room_beside
 from softmoe_cli.run.identity import flat_science
+from softmoe_cli.run.saving import room_beside
 from softmoe_cli.terminal import Screen
 from softmoe_cli.text import flop, gibibytes, in_words, si
 from softmoe_cli.train.pace import Pace

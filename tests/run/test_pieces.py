@@ -146,13 +146,13 @@ class Threads:
 def save_together(folder: Path, step: int, *, end: bool) -> list[str]:
     """A checkpoint of three processes; what each has to complain of."""
     runs = [Run(folder, crew) for crew in Threads(3).crews]
-    runs[0].checkpoints.mkdir(parents=True, exist_ok=True)
+    runs[0].checkpoints.folder.mkdir(parents=True, exist_ok=True)
 
     def write_own(rank: int) -> str:
         texts = {"state.json": json.dumps({"best_step": 0})}
         mine = pieces(3)[rank]
         try:
-            runs[rank]._write_pieces(f"last-{step:08d}", mine, mine, texts, {"a": [1, 0.1]}, end=end)
+            runs[rank].checkpoints._write_pieces(f"last-{step:08d}", mine, mine, texts, {"a": [1, 0.1]}, end=end)
         except RunError as error:
             return str(error)
         return ""
@@ -166,7 +166,7 @@ def test_pieces_become_one_checkpoint_when_all_are_there(tmp_path: Path, monkeyp
     what the end leaves is what one process would have written."""
     assert save_together(tmp_path, 5, end=False) == ["", "", ""]
     run = Run(tmp_path)
-    newest = run.checkpoints / "last-00000005"
+    newest = run.checkpoints.folder / "last-00000005"
     shutil.copytree(newest, tmp_path / "copy" / "checkpoints" / newest.name)
     assert not (newest / "model.safetensors").exists()
 
@@ -179,12 +179,12 @@ def test_pieces_become_one_checkpoint_when_all_are_there(tmp_path: Path, monkeyp
     for complaint in save_together(tmp_path, 6, end=False):
         assert "process 1: [Errno 28] No space left on device; earlier checkpoints are untouched" in complaint
     monkeypatch.undo()
-    assert [path.name for path in run.checkpoints.iterdir()] == ["last-00000005"]
+    assert [path.name for path in run.checkpoints.folder.iterdir()] == ["last-00000005"]
     assert save_together(tmp_path, 7, end=True) == ["", "", ""]
     save_file(WHOLE, tmp_path / "alone.safetensors", metadata={"softmoe": '{"format": 1, "a": [1, 0.1]}'})
-    going_on, _ = Run(tmp_path / "copy").newest()
+    going_on, _ = Run(tmp_path / "copy").checkpoints.newest()
     assert going_on is not None
-    for path in (newest, run.checkpoints / "last-00000007", going_on):
+    for path in (newest, run.checkpoints.folder / "last-00000007", going_on):
         assert sorted(file.name for file in path.glob("*.safetensors")) == ["model.safetensors", "training.safetensors"]
         assert (path / "model.safetensors").read_bytes() == (tmp_path / "alone.safetensors").read_bytes()
         assert damage(path, files=None) is None
@@ -209,9 +209,9 @@ def test_joining_that_stops_half_way_is_done_again(tmp_path: Path, monkeypatch: 
         monkeypatch.setattr(Path, "replace", replace)
         if done < 3:
             with pytest.raises(RunError, match="Input/output error"):
-                Run(tmp_path).newest()
+                Run(tmp_path).checkpoints.newest()
         else:
-            assert Run(tmp_path).newest() == (path, [])
+            assert Run(tmp_path).checkpoints.newest() == (path, [])
         assert damage(path, files=None) is None
     found = Checkpoint.read(path)
     assert equal(found.weights) and equal(found.training) and not run_pieces.piece_files(path / "model.safetensors")

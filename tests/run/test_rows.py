@@ -74,9 +74,9 @@ def test_another_format_is_one_sentence(value: Any) -> None:
 
 
 def test_documents_tell_the_declared_words() -> None:
-    """The table of routing statistics, wherever a README has it."""
+    """The tables of routing statistics and of training's rows, wherever a README has them."""
     texts = [path.read_text() for path in Path(__file__).parents[2].glob("**/README.md") if ".venv" not in path.parts]
     lines = {line for text in texts for line in text.splitlines()}
-    for key, each in ROUTING.items():
-        if each.optional:
+    for key, each in (ROUTING | TRAIN).items():
+        if each.optional or key in TRAIN:
             assert f"| `{key}` | {each.meaning} |" in lines
