@@ -256,7 +256,7 @@ def test_every_group_has_a_look_of_its_own(tmp_path: Path) -> None:
     assert look["dense"] == (0, "o")
 
 
-def test_names_that_figures_cannot_figure_files(nasty: Comparison) -> None:
+def test_names_that_figures_cannot_draw(nasty: Comparison) -> None:
     assert all(figure_files(nasty, "pareto").values()) and all(figure_files(nasty, "curves").values())
 
 
