@@ -8,183 +8,22 @@ import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
-from urllib.parse import unquote, unquote_to_bytes
+from urllib.parse import unquote_to_bytes
 
 import pytest
 
 from softmoe_cli.compare import command as compare_command
 from softmoe_cli.compare.blocks import compare
 from softmoe_cli.compare.command import PAPER, _reference, _settings
-from softmoe_cli.compare.figures import figure_files
 from softmoe_cli.compare.groups import Comparison, Question
-from softmoe_cli.compare.styles import reference_points, styles
-from softmoe_cli.compare.tables import comma_separated, flat_rows, json_text, latex, markdown, tables, terminal
+from softmoe_cli.compare.styles import reference_points
+from softmoe_cli.compare.tables import markdown, terminal
 from softmoe_cli.errors import UsageError
 from tests.conftest import TINY, Softmoe
 from tests.processes import Started
 from tests.synthetic import row, study, write
 from tests.wandb_file import recorded
-
-NASTY = "</script><b>&\"'|`*_x_* ~^#$%{}\\ é [l](u) $\\alpha$"
-
-
-@pytest.fixture
-def compared(tmp_path: Path) -> Comparison:
-    return compare([study(tmp_path / "made_up")], Question())
-
-
-@pytest.fixture
-def nasty(tmp_path: Path) -> Comparison:
-    """Words that every format takes for its own, in every place that files can put words into."""
-    for seed in range(3):
-        for kind in ("", NASTY):
-            write(
-                tmp_path / "runs", row(seed=seed, top1_pct=90 + seed, study=NASTY, model__backbone__name=f"net{kind}")
-            )
-    (tmp_path / "runs" / "<i>empty").mkdir()
-    return compare([tmp_path / "runs"], Question(columns=("study",)))
-
-
-def test_csv_reads_back_to_the_same_numbers(compared: Comparison) -> None:
-    back = list(csv.DictReader(comma_separated(compared).splitlines()))
-    assert len(back) == 3
-    for read, wrote in zip(back, flat_rows(compared), strict=True):
-        for key, value in wrote.items():
-            kept = read[key]
-            assert (
-                (float(kept) == value) if isinstance(value, float) else (kept == ("" if value is None else str(value)))
-            )
-    dense = next(each for each in back if each["group"] == "dense")
-    assert float(dense["top1_pct_mean"]) == 91
-    assert dense["seeds"] == "0 1 2"
-    assert float(dense["top1_pct_at_train_pflop_0.000128_mean"]) == pytest.approx(92)
-
-
-def test_json_holds_everything(compared: Comparison) -> None:
-    back = json.loads(json_text(compared))
-    soft = back["blocks"][0]["groups"][0]
-    assert (soft["label"], soft["verdict"], soft["baseline"]) == ("soft", "better", "dense")
-    top1 = compared.groups[0].intervals["top1_pct"]
-    assert top1 is not None and soft["figures"]["top1_pct"]["mean"] == top1.mean
-    assert [run["top1_pct"] for run in soft["runs"]] == [run.row["top1_pct"] for run in compared.groups[0].runs]
-    assert len(soft["budgets"][0]["values"]) == 3
-
-
-@pytest.mark.parametrize("which", ["compared", "nasty"])
-def test_markdown_tables_have_as_many_cells_as_heads(which: str, request: pytest.FixtureRequest) -> None:
-    comparison = request.getfixturevalue(which)
-    text = markdown(comparison)
-    bodies = [part.split("\n\n")[1].splitlines() for part in text.split("## ")[1:] if "\n\n| " in part]
-    assert len(bodies) == len(tables(comparison))
-    for lines, table in zip(bodies, tables(comparison), strict=True):
-        cells = [line.replace("\\|", "").strip("| ").split("|") for line in lines]
-        assert {len(each) for each in cells} == {len(table.head)}
-        assert all(set(rule.strip()) <= set("-:") and "-" in rule for rule in cells[1])
-        assert len(lines) == 2 + len(table.rows)
-    assert "<b>" not in text.replace("\\<b\\>", "")
-
-
-@pytest.mark.parametrize("which", ["compared", "nasty"])
-def test_latex(which: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    """Compiles, where there is a TeX; nothing in it is left to TeX's own reading."""
-    text = latex(request.getfixturevalue(which))
-    bare = text.replace("\\&", "").replace("\\%", "").replace("\\#", "").replace("\\_", "").replace("\\$", "")
-    rows = [line for line in bare.splitlines() if line.endswith(r" \\")]
-    assert len({line.count("&") for line in rows}) == 2, "two tables"
-    for line in rows:
-        assert not set("%#_~^") & set(line)
-    assert text.count("\\toprule") == text.count("\\bottomrule") == 2
-    if shutil.which("pdflatex") is None:
-        pytest.skip("no pdflatex here: escapes only")
-    (tmp_path / "table.tex").write_text(text)
-    (tmp_path / "doc.tex").write_text(
-        r"\documentclass{article}\usepackage[T1]{fontenc}\usepackage{booktabs}\usepackage{graphicx}\begin{document}\input{table.tex}\end{document}"
-    )
-    told = subprocess.run(
-        ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "doc.tex"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert told.returncode == 0, told.stdout[-2000:]
-    assert "undefined" not in told.stdout and "Overfull" not in told.stdout
-
-
-def test_page_has_a_section_for_each_block(tmp_path: Path) -> None:
-    from softmoe_cli.compare.page import page
-
-    study(tmp_path)
-    for hardware in ("AMD: one", "AMD: two"):
-        write(tmp_path / hardware, row(seed=7, hardware=hardware, train__minutes=5))
-        write(tmp_path / hardware, row(seed=len(hardware) + ord(hardware[-1]), hardware=hardware, train__minutes=5))
-    comparison = compare([tmp_path], Question())
-    sections = page(comparison, {"pareto.svg": b"", "curves.svg": b""}, tmp_path).split("<section>")[1:]
-    assert [each.partition("</section>")[0].count("<table ") for each in sections] == [3, 3, 3]
-
-
-def test_page_draws_seconds_of_one_machine_only(tmp_path: Path) -> None:
-    from softmoe_cli.compare.page import page
-
-    def axes() -> list[str]:
-        text = page(compare([study_folder], Question()), {"pareto.svg": b"", "curves.svg": b""}, tmp_path)
-        return list(json.loads(text.partition('id="data">')[2].partition("</script>")[0])["axes"][0])
-
-    study_folder = study(tmp_path / "runs")
-    assert axes() == ["train_pflop", "device_s", "images"]
-    write(study_folder, row(seed=5, hardware="NVIDIA H100"))
-    assert axes() == ["train_pflop", "images"]
-
-
-class Reader(HTMLParser):
-    """Checks that what opens closes, and gathers attributes, data and words."""
-
-    VOID = ("meta", "img", "br", "!doctype")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.attributes: list[tuple[str, str | None]] = []
-        self.words: dict[str, list[str]] = {}
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.attributes += attrs
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.words.setdefault(self.open[-1] if self.open else "", []).append(data)
-
-
-@pytest.mark.parametrize("which", ["compared", "nasty"])
-def test_page_stands_alone(which: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    from softmoe_cli.compare.page import page
-
-    comparison = request.getfixturevalue(which)
-    text = page(comparison, {"pareto.svg": b"<svg/>", "curves.svg": b"<svg/>"}, tmp_path)
-    reader = Reader()
-    reader.feed(text)
-    reader.close()
-    assert reader.open == []
-    assert "http:" not in text and "https:" not in text and "@import" not in text and "url(" not in text
-    links = [value or "" for name, value in reader.attributes if name == "href"]
-    assert all((tmp_path / unquote(link)).is_dir() for link in links) and len(links) == sum(
-        len(group.runs) for group in comparison.groups
-    )
-    assert all((value or "").startswith("data:") for name, value in reader.attributes if name == "src")
-    data, _ = reader.words["script"]
-    told = json.loads(data)
-    labels = {each["label"] for each in told["blocks"][0]}
-    assert labels == {group.label for group in comparison.groups}
-    assert "routing_utilisation" in next(each for each in told["blocks"][0] if each["label"] != "dense")["names"]
-    assert "b" not in reader.words, "no tag that a run's name brought along"
-    assert any("utilisation" in word for word in reader.words["button"])
-    assert labels <= set(reader.words["th"])
 
 
 def test_the_same_bytes_again_and_without_torch(softmoe: Softmoe, tmp_path: Path) -> None:
@@ -245,19 +84,6 @@ def test_folders_whose_names_are_no_text(tmp_path: Path, capsys: pytest.CaptureF
     links = re.findall(r'href="([^"]+)/"', (tmp_path / "out" / "index.html").read_text())
     there = [tmp_path / "out" / os.fsdecode(unquote_to_bytes(link)) for link in links]
     assert len(there) == 9 and all(map(Path.is_dir, there))
-
-
-def test_every_group_has_a_look_of_its_own(tmp_path: Path) -> None:
-    for experts in range(1, 30):
-        write(tmp_path, row(model__router__num_experts=experts, top1_pct=80 + experts / 10))
-    write(tmp_path, row(router="dense"))
-    look = styles(compare([tmp_path], Question()).groups)
-    assert len(set(look.values())) == 30
-    assert look["dense"] == (0, "o")
-
-
-def test_names_that_figures_cannot_draw(nasty: Comparison) -> None:
-    assert all(figure_files(nasty, "pareto").values()) and all(figure_files(nasty, "curves").values())
 
 
 def test_the_papers_tables_beside_ours(softmoe: Softmoe, tmp_path: Path, compared: Comparison) -> None:
@@ -383,121 +209,6 @@ def test_two_real_runs(softmoe: Softmoe, tmp_path: Path) -> None:
     assert [each["budget"] for each in soft["budgets"]] == [240, 480, 960]
     assert "earlier version" not in answer.out
     assert terminal(compare([Path("outputs/two")], Question(at=("images",)))) in answer.out
-
-
-def test_a_terminal_of_eighty_columns(compared: Comparison) -> None:
-    """What decides fits; a file has a line for each group instead."""
-    told = terminal(compared, 80)
-    assert max(map(len, told.splitlines())) <= 80
-    head = told.splitlines()[1:3]
-    assert all(word in " ".join(head) for word in ("group", "minus dense", "verdict", "GFLOP"))
-    assert "parameters" not in told.partition("On the front")[0], "the rest with --columns"
-    (soft,) = [line for line in terminal(compared).splitlines() if re.match("soft  +3", line) and "better" in line]
-    assert soft.split() == ["soft", "3", "94.01", "±", "2.40", "+3.01", "±", "0.22", "better,", "at", "16%", "more",
-                            "training", "FLOPs", "148.5"]  # fmt: skip
-    sentence = "soft is better than dense in test top-1: +3.01 ± 0.22 points (p = 0.00057, 3 seeds); at 16% more"
-    assert sentence in told.replace("\n  ", " ")
-
-
-def test_equal_cost_has_differences_and_verdicts(compared: Comparison) -> None:
-    table = tables(compared)[1]
-    assert table.head == ["group", "n", "at training GFLOP", "validation top-1, %", "minus dense", "verdict"]
-    assert [row[2] for row in table.rows] == ["32"] * 3 + ["64"] * 3 + ["128"] * 3
-    soft = compared.groups[0].budgets[2]
-    assert soft.difference is not None
-    (row,) = [row for row in table.rows if row[0] == "soft" and row[2] == "128"]
-    assert row[4].startswith(f"{soft.difference.interval.mean:+.2f} ± ") and row[5] == soft.verdict == "worse"
-    told = flat_rows(compared)[0]
-    assert told["top1_pct_at_train_pflop_0.000128_difference_mean"] == soft.difference.interval.mean
-    assert told["top1_pct_at_train_pflop_0.000128_verdict"] == "worse"
-    dense = [row for row in table.rows if row[0] == "dense"]
-    assert all(row[4:] == ["", "baseline"] for row in dense)
-
-
-@pytest.fixture
-def odd(tmp_path: Path) -> Comparison:
-    """A group at chance, one finetuned from what is known, one from what is not; names that spreadsheets compute."""
-    for seed in range(3):
-        write(tmp_path / "odd", row(router="dense", seed=seed, top1_pct=40 + 7 * seed, data__num_classes=3))
-        write(tmp_path / "odd", row(seed=seed, top1_pct=33.3, data__num_classes=3, train_pflop=1e-4))
-        for name, cost in (("=SUM(A1)", 0.002), ("@x", None)):
-            tuned: dict[str, Any] = {"command": "finetune", "checkpoint": name, "checkpoint__origin": name}
-            tuned |= {"checkpoint__train_pflop": cost, "data__num_classes": 3, "top1_pct": 70 + seed}
-            write(tmp_path / "odd", row(seed=seed, model__backbone__name=name, **tuned))
-    return compare([tmp_path / "odd"], Question())
-
-
-def test_words_stand_in_the_row(odd: Comparison) -> None:
-    rows = {row[0]: dict(zip(tables(odd)[0].head, row, strict=True)) for row in tables(odd)[0].rows}
-    chance = next(row for label, row in rows.items() if label.startswith("vit_nano2, soft"))
-    assert chance["test top-1, %"] == "33.30\nat chance" and chance["front"] == "yes,\nat chance"
-    known = next(row for label, row in rows.items() if "SUM" in label)
-    unknown = next(row for label, row in rows.items() if "@x" in label)
-    assert known["training GFLOP"] == "148.5\n+ 2,000 of its checkpoint"
-    assert unknown["training GFLOP"] == "148.5\n+ pretraining, not counted"
-    assert known["front"] == unknown["front"] == "yes,\npretraining not counted" or not unknown["front"]
-    assert "pretraining counted" in known["verdict"] and "pretraining not counted" in unknown["verdict"]
-    back = {each["group"]: each for each in csv.DictReader(comma_separated(odd).splitlines())}
-    cells = next(each for label, each in back.items() if "SUM" in label)
-    assert cells["group"].startswith("'=SUM(A1)"), "no spreadsheet computes it"
-    assert (cells["pretrained"], float(cells["checkpoint_train_pflop"])) == ("True", 0.002)
-    assert cells["conditions"].endswith("; pretraining counted") and cells["at_chance"] == "False"
-    told = {each["label"]: each for each in json.loads(json_text(odd))["blocks"][0]["groups"]}
-    assert next(each for label, each in told.items() if "@x" in label)["checkpoint_train_pflop"] is None
-    assert any(each["at_chance"] for each in told.values())
-
-
-def test_a_minus_is_no_hyphen_in_latex(compared: Comparison, odd: Comparison) -> None:
-    for comparison in (compared, odd):
-        text = latex(comparison)
-        assert re.search(r"& \$-\$\d", text) and not re.search(r"& -\d", text)
-
-
-def test_the_page_tells_what_was_run(tmp_path: Path) -> None:
-    from softmoe_cli.compare.page import page
-
-    runs = study(tmp_path / "out puts" / "a&b")
-    folder = runs / "sweep-1"
-    folder.mkdir()
-    jobs = [{"run": run.name, "folder": f"../{run.name}"} for run in sorted(runs.iterdir()) if "sweep" not in run.name]
-    (folder / "jobs.json").write_text(json.dumps({"command": "train", "typed": ["seed=0,1,2", "a=<b>"], "jobs": jobs}))
-    (runs / "sweep-2").mkdir()
-    (runs / "sweep-2" / "jobs.json").write_text("{")
-    for run in runs.glob("*/result.json"):
-        os.utime(run, (1_700_000_000, 1_700_000_000))
-    text = page(compare([runs], Question()), {"pareto.svg": b"", "curves.svg": b""}, tmp_path / "elsewhere")
-    reader = Reader()
-    reader.feed(text)
-    facts = reader.words["dd"][2:]  # after the routing table's words
-    assert facts[0] == "softmoe train -m seed=0,1,2 'a=<b>'" and "2023-11-14 (UTC" in facts[1]
-    assert "AMD EPYC, 1 threads, torch 2.15.0+cu132 (9 runs)" in facts
-    assert "softmoe 0.1.0, commit 7d27ecc (9 runs)" in facts
-    assert "digits: 1,295 training images, 359 test images (9 runs)" in facts
-    assert "200 updates of 32 images (9 runs)" in facts
-    links = [value or "" for name, value in reader.attributes if name == "href"]
-    assert len(links) == 9 and all(link.startswith("../out%20puts/a%26b/vit_nano2_") for link in links)
-    assert any("soft is better than dense" in word for word in reader.words["p"]), "the headline"
-    assert {"utilisation", "load_max"} <= set(reader.words["dt"]), "the routing table's words"
-    heads = [value for name, value in reader.attributes if name == "data-head"]
-    assert "verdict" in heads, "which a card names on a narrow screen"
-
-
-def test_names_too_long_to_draw(tmp_path: Path) -> None:
-    from softmoe_cli.compare.page import page
-
-    for seed, letters in enumerate(("x" * 20_000, "y" * 20_000)):
-        own: dict[str, Any] = {
-            "study": letters,
-            "model__backbone__name": letters,
-            "data": "z" * 20_000,
-            "hardware": letters,
-        }
-        write(tmp_path / "runs", row(seed=seed, name=f"run{seed}", **own))
-    comparison = compare([tmp_path / "runs"], Question())
-    drawn = figure_files(comparison, "curves")
-    assert int.from_bytes(drawn["curves.png"][16:20], "big") < 160 * 25, "inches"
-    text = page(comparison, drawn | {"pareto.svg": b""}, tmp_path)
-    assert len(text.partition("<h2>")[0]) < 20_000
 
 
 def test_what_to_open_and_what_to_name(softmoe: Softmoe, tmp_path: Path) -> None:
