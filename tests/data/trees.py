@@ -19,11 +19,8 @@ from softmoe_cli.errors import UsageError
 from tests.oracles import compose
 
 CPU = torch.device("cpu")
-
 CLASSES = ("ant", "bee", "cat")
-
 SIDE = 8
-
 Batch = tuple[Tensor, Tensor]
 
 
