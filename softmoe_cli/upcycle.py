@@ -368,7 +368,7 @@ def _folder(config: UpcycleConfig, model: Model, source: Source, settings: dict[
     return Path(config.output_root) / "upcycled" / f"{model.name.replace('/', '_')}-{made_from(source, settings)}"
 
 
-def _cost_row(cost: Cost) -> dict[str, float]:
+def _cost_row(cost: Cost) -> dict[str, int | float]:
     return {
         "params": cost.params,
         "active_params": cost.active_params,

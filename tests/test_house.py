@@ -3,6 +3,7 @@
 import ast
 import re
 import sys
+import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,6 +88,17 @@ def test_the_package_knows_nothing_of_tests_and_experiments() -> None:
                 assert not path.search(node.value), f"{name}, line {node.lineno}: {node.value!r}"
             if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div) and isinstance(node.right, ast.Constant):
                 assert node.right.value not in ("tests", "experiments"), f"{name}, line {node.lineno}"
+
+
+def test_annotations_of_shapes_are_checked() -> None:
+    """Each file that writes a shape beside a tensor is among those whose calls pytest checks. data/ is not named as a
+    whole: the checks of files that read listings by the million make their tests take three times as long."""
+    options = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]["addopts"]
+    *checked, _ = re.findall(r"--jaxtyping-packages=(\S+)", options)[0].split(",")
+    assert set(checked) <= FILES.keys()
+    for name, tree in TREES.items():
+        if "jaxtyping" in imported(tree):
+            assert any(f"{name}.".startswith(f"{each}.") for each in checked), f"{name} is not in --jaxtyping-packages"
 
 
 def test_one_function_ends_a_process_at_once() -> None:
