@@ -85,6 +85,6 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def size(path: Path) -> int:
+def file_bytes(path: Path) -> int:
     """Bytes of a file; 0 where there is none."""
     return path.stat().st_size if path.exists() else 0

@@ -25,7 +25,7 @@ from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.evaluate.quality import classification_loss
 from softmoe_cli.model.vit import build, count_tokens, portable
 from softmoe_cli.model.weights import LoadReport, load_weights, patterns
-from softmoe_cli.moe.layer import Experts, MoE
+from softmoe_cli.moe.layer import MoE, Stacked
 from softmoe_cli.moe.routing import Router
 from softmoe_cli.run.checkpoint import digest_of, write_checkpoint
 from softmoe_cli.run.identity import made_from, origin
@@ -238,7 +238,7 @@ def tie_parts(router: Router, parts: int) -> None:
         parameter.copy_(parameter.index_select(axis, first))
 
 
-def redraw_units(experts: Experts, share: float) -> None:
+def redraw_units(experts: Stacked, share: float) -> None:
     """Draws `share` of each expert's hidden units again, normal with mean and standard deviation of what they replace:
     Drop-Upcycling (Nakamura et al., 2025, Section 3), https://arxiv.org/abs/2502.19261."""
     width = experts.w1.shape[2]

@@ -7,15 +7,17 @@ import gc
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import softmoe_cli.cli
+import softmoe_cli.launch.sweep
+import softmoe_cli.train.loop  # noqa: F401 (for the processes that are forked)
 from softmoe_cli.model.vit import build
 from tests.conftest import TINY
 from tests.oracles import compose
 
 with torch.device("meta"):
     vit = build(compose(*TINY).model, 10)
-with FakeTensorMode(
-    allow_non_fake_inputs=True
-):  # as memory is predicted, but forwards only: after a backward pass torch can no longer be forked
+# As memory is predicted, but forwards only: after a backward pass torch can no longer be forked.
+with FakeTensorMode(allow_non_fake_inputs=True):
     vit.to_empty(device="cpu")(torch.empty(4, 1, 8, 8)).sum()
 del vit
 gc.collect()

@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from softmoe_cli.moe.divided import Visited, in_proportion, span
-from softmoe_cli.moe.layer import Experts, ragged_experts
+from softmoe_cli.moe.layer import Stacked, ragged_experts
 from softmoe_cli.parallel import cut_axis
 
 CHECKED_WITH = "2.15"
@@ -45,7 +45,7 @@ class FirstExperts(Visited):
     """The first process's experts of a layer in training, without other processes to exchange rows with. `groups`:
     routing groups that each process has of a batch."""
 
-    def __init__(self, whole: Experts, processes: int, groups: list[int]) -> None:
+    def __init__(self, whole: Stacked, processes: int, groups: list[int]) -> None:
         spans = [span(len(whole.w1), processes, place) for place in range(processes)]
         first = slice(*spans[0])
         super().__init__((nn.Parameter(each[first].detach()) for each in whole.parameters()), spans, 0, gelu=whole.gelu)

@@ -19,7 +19,7 @@ from softmoe_cli.data.splits import ImageSet
 from softmoe_cli.evaluate.quality import Outcomes
 from softmoe_cli.model.vit import build, count_tokens
 from softmoe_cli.model.weights import load_weights, slot_axes
-from softmoe_cli.moe.layer import Experts, MoE
+from softmoe_cli.moe.layer import MoE, Stacked
 from softmoe_cli.moe.routing import Router
 
 SHUFFLES = 3
@@ -168,11 +168,11 @@ class Audit:
 
 
 @contextmanager
-def silenced(experts: Experts, which: Sequence[int]) -> Iterator[None]:
+def silenced(experts: Stacked, which: Sequence[int]) -> Iterator[None]:
     """While open, these experts return zeros."""
 
     def hook(
-        _module: Experts, inputs: tuple[Tensor, Int[Tensor, " e"] | None], rows: Float[Tensor, "*rows d"]
+        _module: Stacked, inputs: tuple[Tensor, Int[Tensor, " e"] | None], rows: Float[Tensor, "*rows d"]
     ) -> Float[Tensor, "*rows d"]:
         chosen = torch.tensor(which, device=rows.device)
         if inputs[1] is None:

@@ -15,7 +15,7 @@ from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from softmoe_cli.moe.layer import Experts, Stacked, experts, ragged_experts
+from softmoe_cli.moe.layer import Stacked, experts, ragged_experts
 
 
 def span(length: int, size: int, place: int) -> tuple[int, int]:
@@ -84,7 +84,7 @@ class DividedExperts(Visited):
         groups: routing groups that each of them has of a batch in training; a routing's rows are in proportion.
     """
 
-    def __init__(self, whole: Experts, mesh: DeviceMesh, groups: Sequence[int]) -> None:
+    def __init__(self, whole: Stacked, mesh: DeviceMesh, groups: Sequence[int]) -> None:
         spans = [span(len(whole.w1), mesh.size(), place) for place in range(mesh.size())]
         own = [
             nn.Parameter(distribute_tensor(all_of_it.detach(), mesh, [Shard(0)], src_data_rank=None),

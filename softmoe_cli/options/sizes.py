@@ -34,7 +34,7 @@ def read_sizes(conf: Path) -> dict[str, Size]:
     return {name: Size(*map(int, figures)) for name, *figures in rows}
 
 
-def model_size(model: Model) -> Size:
+def size(model: Model) -> Size:
     """The size by cost/flop.py's formula: a paper's model gets a head of 1,000 classes, a smaller model one of 10."""
     from softmoe_cli.cost.flop import account
 
@@ -65,7 +65,7 @@ def sized(name: str) -> Size | None:
         for part in path:
             node = node[part]
         node[leaf] = value_of(tree, key)
-    return model_size(door(tree["model"], Model))
+    return size(door(tree["model"], Model))
 
 
 if __name__ == "__main__":

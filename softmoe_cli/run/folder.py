@@ -21,7 +21,7 @@ import yaml
 
 from softmoe_cli.config import Config
 from softmoe_cli.errors import RunError, UsageError
-from softmoe_cli.files import cannot_write, not_following, size, write_atomically
+from softmoe_cli.files import cannot_write, file_bytes, not_following, write_atomically
 from softmoe_cli.parallel import ALONE, Crew
 from softmoe_cli.run import rows
 from softmoe_cli.run.lock import locked
@@ -116,7 +116,7 @@ class Run:
             return
         for file in ROWS:
             path, length = self.folder / file, sizes.get(file, 0)
-            if size(path) < length:
+            if file_bytes(path) < length:
                 raise RunError(f"{path} is shorter than its checkpoint says; restore it or remove {self.folder}")
             if path.exists():
                 with open(path, "r+", opener=not_following) as written:

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from softmoe_cli.device import free_memory
 from softmoe_cli.errors import RunError
-from softmoe_cli.files import clear, size, sync
+from softmoe_cli.files import clear, file_bytes, sync
 from softmoe_cli.parallel import Crew
 from softmoe_cli.run import pieces as run_pieces
 from softmoe_cli.run.card import CARD_FORMAT, card_text
@@ -81,7 +81,7 @@ class Checkpoints:
         if broken:
             raise RunError(f"{broken[0]} is not finite at step {step:,}: not saved; the checkpoint before is good")
         self.wait()
-        state = {"format": CARD_FORMAT} | state | {"sizes": {file.name: size(file) for file in self._rows}}
+        state = {"format": CARD_FORMAT} | state | {"sizes": {file.name: file_bytes(file) for file in self._rows}}
         name, texts = f"{kind}-{step:08d}", {STATE: json.dumps(state)}
         tensors = [piece.tensor for pieces in given for piece in pieces.values()]
         beside = sum(tensor.nbytes for tensor in tensors if tensor.device.type == "cpu")  # a device's is not touched
@@ -273,13 +273,13 @@ def _own_pieces(tensors: dict[str, Tensor], first: bool) -> dict[str, Piece]:
     return {key: piece for key, piece in by_key.items() if piece is not None}
 
 
-def _copied_pieces(pieces: dict[str, Piece]) -> dict[str, Piece]:
-    """Copies pieces to memory that nobody writes to; from CUDA through pinned memory, all at once."""
+def _copied_pieces(own: dict[str, Piece]) -> dict[str, Piece]:
+    """Copies this process's pieces to memory that nobody writes to; from CUDA through pinned memory, all at once."""
     copies: dict[str, Piece] = {}
-    for key, piece in pieces.items():
+    for key, piece in own.items():
         value = piece.tensor
         copy = value.to("cpu", copy=True, non_blocking=value.is_cuda, memory_format=torch.contiguous_format)
         copies[key] = piece._replace(tensor=copy)
-    if any(piece.tensor.is_cuda for piece in pieces.values()):
+    if any(piece.tensor.is_cuda for piece in own.values()):
         torch.cuda.synchronize()
     return copies
