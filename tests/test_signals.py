@@ -17,7 +17,7 @@ import torch
 from omegaconf import OmegaConf
 
 from softmoe_cli import cli
-from softmoe_cli.config import Wandb
+from softmoe_cli.config.run import Wandb
 from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.failures import ours
 from softmoe_cli.launch import job, plan, sweep

@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from softmoe_cli.config import Augment, Data
+from softmoe_cli.config.data import Data
+from softmoe_cli.config.recipe import Augment
 from softmoe_cli.data.archives import Stored
 from softmoe_cli.data.batches import eval_batches, stream, train_batches
 from softmoe_cli.data.decode import centre, opened

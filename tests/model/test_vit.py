@@ -11,7 +11,8 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from softmoe_cli.config import Config, placement
+from softmoe_cli.config.model import placement
+from softmoe_cli.config.run import Config
 from softmoe_cli.cost.flop import account
 from softmoe_cli.errors import UsageError
 from softmoe_cli.model.router import make_router
