@@ -14,7 +14,7 @@ import torch
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from PIL import Image
 
-from softmoe_cli.config import Data
+from softmoe_cli.config.data import Data
 from softmoe_cli.data.batches import eval_batches
 from softmoe_cli.data.folders import Listing
 from softmoe_cli.data.listing import listing

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from softmoe_cli.config import Config
+from softmoe_cli.config.run import Config
 from softmoe_cli.cost import fit
 from softmoe_cli.cost.load import Load
 from softmoe_cli.cost.memory import Memory, predict

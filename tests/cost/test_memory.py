@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
-from softmoe_cli.config import Config
+from softmoe_cli.config.run import Config
 from softmoe_cli.cost import fit
 from softmoe_cli.cost.fit import Fit, require_place, settle
 from softmoe_cli.cost.memory import Live, predict

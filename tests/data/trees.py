@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from softmoe_cli.config import Augment, Data
+from softmoe_cli.config.data import Data
+from softmoe_cli.config.recipe import Augment
 from softmoe_cli.data.archives import Stored
 from softmoe_cli.data.batches import train_batches
 from softmoe_cli.data.decode import centre, opened

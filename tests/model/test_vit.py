@@ -9,7 +9,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from softmoe_cli.config import Config, placement
+from softmoe_cli.config.model import placement
+from softmoe_cli.config.run import Config
 from softmoe_cli.cost.flop import account
 from softmoe_cli.errors import UsageError
 from softmoe_cli.model.vit import build, count_tokens

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from softmoe_cli.config import SCHEMAS
+from softmoe_cli.config.commands import SCHEMAS
 from softmoe_cli.options import conf_files, explain
 from tests.conftest import Softmoe
 

@@ -12,7 +12,8 @@ from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 
 from softmoe_cli import cli
-from softmoe_cli.config import LAUNCHERS, SCHEMAS
+from softmoe_cli.config.commands import SCHEMAS
+from softmoe_cli.config.launch import LAUNCHERS
 from softmoe_cli.errors import UsageError
 from softmoe_cli.options import conf_files, help, usage
 from softmoe_cli.options.compose import store_schemas

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from softmoe_cli.config import Wandb
+from softmoe_cli.config.run import Wandb
 from softmoe_cli.options.compose import compose
 from softmoe_cli.run import mirror
 from tests.conftest import Softmoe
