@@ -20,13 +20,20 @@ from softmoe_cli.launch import job, places, sweep
 from softmoe_cli.run import mirror
 
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["softmoe_cli.train.loop", "softmoe_cli.cli", "softmoe_cli.launch.sweep", "hydra"])
+_SERVER.set_forkserver_preload(["tests.warm"])
 
 
 def compose_once() -> None:
     """Stops Hydra from composing each configuration twice: the first time only shows whether the files ask for a sweep.
     Ours never do, and it takes a third of the time of a short run."""
     Hydra.get_mode = lambda *_, **__: None  # type: ignore[method-assign]
+
+
+def share_server(replace: Callable[[object, str, object], object]) -> None:
+    """Lets sweeps of this process fork their jobs from the server of all tests: one of their own would import
+    everything again."""
+    for module in (job, places, sweep):
+        replace(module, "SERVER", _Same())
 
 
 class Started:
@@ -184,11 +191,10 @@ def _main(
     if dtype:
         torch.set_default_dtype(getattr(torch, dtype))
     if address is not None:
-        # A sweep's own server would import everything again; so its jobs fork from the server that forked this process.
+        # Jobs fork from the server that forked this process.
         vars(_forkserver()).update(_forkserver_address=address, ensure_running=lambda: None)
         multiprocessing.forkserver.ensure_running = lambda: None
-        for module in (job, places, sweep):
-            module.SERVER = _Same()  # type: ignore[attr-defined]
+        share_server(setattr)
     first()
     from softmoe_cli.cli import main
 

@@ -17,7 +17,8 @@ from hydra.plugins.sweeper import Sweeper
 from omegaconf import open_dict, read_write
 from PIL import Image
 
-from softmoe_cli.config import Config, Model
+from softmoe_cli.config.model import Model
+from softmoe_cli.config.run import Config
 from softmoe_cli.cost.flop import on_meta
 from softmoe_cli.launch.sweep import Sweep
 from softmoe_cli.options.compose import plain
@@ -45,7 +46,7 @@ WORK = (
     "softmoe_cli.train.setup.begin", "softmoe_cli.launch.devices.launch", "softmoe_cli.upcycle.upcycle",
     "softmoe_cli.evaluate.command.evaluate_checkpoint", "softmoe_cli.export.export", "softmoe_cli.cost.command.costs",
     "softmoe_cli.cost.match.match", "softmoe_cli.compare.blocks.compare", "softmoe_cli.check.command.check_router",
-    "softmoe_cli.data.check.check",
+    "softmoe_cli.data.check.check_data",
 )  # fmt: skip
 """What commands call with all that was checked. softmoe list, status, completion, --help, --groups and --cfg run."""
 

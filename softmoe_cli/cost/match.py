@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from softmoe_cli.config import MatchConfig
+from softmoe_cli.config.commands import MatchConfig
 from softmoe_cli.cost.clock import measure
 from softmoe_cli.cost.flop import account
 from softmoe_cli.cost.load import load_of
@@ -206,7 +206,7 @@ def _timed(changes: dict[str, Any], config: MatchConfig, other: MatchConfig) -> 
     return Trial(changes, getattr(own, config.by), getattr(others, config.by))
 
 
-def show(best: Trial, config: MatchConfig) -> str:
+def show_match(best: Trial, config: MatchConfig) -> str:
     """What to type, and how close it comes."""
     row = {
         "model": config.model.name,

@@ -11,13 +11,13 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.nn import functional as F
 
-from softmoe_cli.config import Data
+from softmoe_cli.config.data import Data
 
 CACHED = 2**18
 """Numbers that a CPU's cache holds, so that pixels stay in it from one operation to the next."""
 
 
-def statistics(data: Data, device: torch.device) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:
+def pixel_statistics(data: Data, device: torch.device) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:
     return torch.tensor(data.mean, device=device), torch.tensor(data.std, device=device)
 
 

@@ -10,15 +10,17 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from softmoe_cli.config import LAUNCHERS, SCHEMAS, Launcher, typed
+from softmoe_cli.config.commands import SCHEMAS
+from softmoe_cli.config.launch import LAUNCHERS, Launcher
+from softmoe_cli.config.option import typed
 from softmoe_cli.errors import UsageError
 from softmoe_cli.options.conf_files import (
     ADDED,
-    GROUPS,
+    CONF_GROUPS,
     chosen_groups,
     conf_folder,
     defaults,
-    load,
+    load_yaml,
     router_options,
     value_of,
 )
@@ -47,7 +49,7 @@ def bold(text: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """A key that a command takes, with what config.py says of it."""
+    """A key that a command takes, with what config/ says of it."""
 
     key: str
     meaning: str
@@ -99,7 +101,7 @@ def _kind(hint: Any, limits: Mapping[str, Any]) -> str:
     return " ".join(filter(None, [word, ", ".join(bounds)])) + (", or null" if null and word else "")
 
 
-def row(head: str, meaning: str, width: int = WIDTH, column: int = MEANING) -> str:
+def help_row(head: str, meaning: str, width: int = WIDTH, column: int = MEANING) -> str:
     """One row: `head`, and its meaning beside it, or below it where `head` is long."""
     lines = textwrap.wrap(meaning, width - column, break_long_words=False, break_on_hyphens=False) or [""]
     first = f"  {head:<{column - 3}} {lines[0]}".rstrip() if len(head) < column - 2 else f"  {head}"
@@ -112,10 +114,10 @@ def _option_row(option: Option, tree: Mapping[str, Any]) -> str:
     try:
         value = value_of(tree, option.key)
     except KeyError:
-        return row(option.key, meaning)
+        return help_row(option.key, meaning)
     if "${" in str(value):  # of the environment, or of what only a run knows
-        return row(option.key, f"{meaning}; follows other settings")
-    return row(f"{option.key}={'' if value == '???' else typed(value)}", meaning)
+        return help_row(option.key, f"{meaning}; follows other settings")
+    return help_row(f"{option.key}={'' if value == '???' else typed(value)}", meaning)
 
 
 def usage(command: str, arguments: Sequence[str]) -> str:
@@ -130,7 +132,7 @@ def usage(command: str, arguments: Sequence[str]) -> str:
         from softmoe_cli.scaling.command import SCALING_OPTIONS
 
         known = OPTIONS if command == "compare" else SCALING_OPTIONS
-        rows = [row(f"--{name} {value}".rstrip(), meaning) for name, (value, meaning) in known.items()]
+        rows = [help_row(f"--{name} {value}".rstrip(), meaning) for name, (value, meaning) in known.items()]
         return "\n".join([USAGE[command], "", bold("options"), *rows])
     if command not in SCHEMAS:
         return USAGE[command]
@@ -206,14 +208,14 @@ def _router_lines(tree: Mapping[str, Any], found: Sequence[Option]) -> list[str]
 def _group_lines(command: str, tree: Mapping[str, Any], chosen: Mapping[str, str]) -> list[str]:
     """The groups that a command has, with what is chosen of each."""
     file = conf_folder() / f"{'data_check' if command == 'data' else command}.yaml"
-    listed = [entry for entry in load(file).get("defaults", []) if isinstance(entry, dict)]
+    listed = [entry for entry in load_yaml(file).get("defaults", []) if isinstance(entry, dict)]
     picked = {key.removeprefix("override "): value for entry in listed for key, value in entry.items()}
     lines = [bold("groups, GROUP=CHOICE; softmoe list shows the choices")]
-    for group, meaning in GROUPS.items():
+    for group, meaning in CONF_GROUPS.items():
         section = group.partition("/")[0]
         if group in ADDED:
             if command in ("train", "finetune"):
-                lines.append(row(f"+{group}={chosen.get(group, '')}", meaning))
+                lines.append(help_row(f"+{group}={chosen.get(group, '')}", meaning))
             continue
         if section not in picked and group not in picked:
             continue
@@ -226,5 +228,5 @@ def _group_lines(command: str, tree: Mapping[str, Any], chosen: Mapping[str, str
         if (command, group) == ("upcycle", "model/router"):  # a dense checkpoint has none
             follows = "; to be chosen"
         none = not choice or str(choice).startswith(("_", "${"))
-        lines.append(row(f"{group}={'' if none else choice}", f"{meaning}{follows}" if none else meaning))
+        lines.append(help_row(f"{group}={'' if none else choice}", f"{meaning}{follows}" if none else meaning))
     return lines

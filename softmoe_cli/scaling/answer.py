@@ -30,7 +30,7 @@ from softmoe_cli.scaling.points import Family, dense_parameters, sizes_of
 SIZES = ("N", "N_act", "N_total")
 MOST_OUTSIDE = 10.0
 """How far beyond the runs a decision may lie, as a factor, unless more is asked for."""
-SEARCHED = 1000.0
+SPAN_FACTOR = 1000.0
 """How far beyond the runs sizes are searched, so that a best one far away is seen to be there."""
 
 
@@ -162,7 +162,7 @@ def decision(
         return float(mine.min()), float(mine.max())
 
     def span(e: float) -> tuple[float, float]:
-        return box(e)[0] / SEARCHED, box(e)[1] * SEARCHED
+        return box(e)[0] / SPAN_FACTOR, box(e)[1] * SPAN_FACTOR
 
     world = law_world(family, fit, cost, device_mib)
     choices = [best_choice(aim, world, e, span(e), images) for e in experts]
@@ -370,9 +370,9 @@ def read_one(folder: Path) -> FinishedRun:
     Raises:
         UsageError: the folder holds no finished run, or several.
     """
-    from softmoe_cli.compare.runs import read
+    from softmoe_cli.compare.runs import read_runs
 
-    runs, left_out = read([folder])
+    runs, left_out = read_runs([folder])
     if len(runs) != 1:
         why = f": {left_out[0][1]}" if left_out else ""
         raise UsageError(f"--check {folder} must be the folder of one finished run, and it holds {len(runs)}{why}")

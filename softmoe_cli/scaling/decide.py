@@ -77,7 +77,7 @@ NEAR = 1e-3
 """How near to a minimum its slope is followed, in logarithms of the size."""
 MOST_IMAGES = 1e6
 """Times the images of the runs, beyond which a loss counts as out of reach."""
-MOST_DEVICES = 64
+MOST_SERVING = 64
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class _Search:
                 holds = np.isfinite(images)
             else:
                 budget = aim.train if aim.total is None else aim.total - aim.served * price
-                images = (budget if aim.train is None or aim.total is None else np.minimum(budget, aim.train)) / train
+                images = budget / train
                 loss = world.loss(size, images, self.experts)
                 objective = np.log(loss if aim.goal == "loss" else price)
                 holds = (images > 0) & np.isfinite(loss)
@@ -191,7 +191,7 @@ def best_choice(
     counts = range(1, 2)
     if world.memory is not None:
         fewest = max(1, math.ceil(float(world.memory(span[0], experts))))
-        counts = range(fewest, max(fewest, min(aim.devices or MOST_DEVICES, MOST_DEVICES)) + 1)
+        counts = range(fewest, max(fewest, min(aim.devices or MOST_SERVING, MOST_SERVING)) + 1)
     for devices in counts:
         if aim.devices is not None and devices > aim.devices:
             break

@@ -197,8 +197,10 @@ def fit_law(
         raise UsageError(lack)
     names = free_names(form, points)
     sizes = form.law.sizes
-    same = near is not None and near.names == names
-    centre = near.centre if same else {s: float(np.mean(np.log(points.sizes[s]))) for s in sizes if s != "S"}
+    same = near if near is not None and near.names == names else None
+    centre = {s: float(np.mean(np.log(points.sizes[s]))) for s in sizes if s != "S"}
+    if same is not None:
+        centre = dict(same.centre)
     blank = LawFit(
         form, np.zeros(len(names)), names, centre, delta or auto_delta(points), math.inf, 0, 0, len(points.loss)
     )
@@ -209,8 +211,8 @@ def fit_law(
         low + offset + (high - low) * qmc.Sobol(len(names), rng=np.random.default_rng(0)).random(_power(starts))
     )
     begins = begins[:starts]
-    if same:
-        begins.append(near.free)
+    if same is not None:
+        begins.append(same.free)
     found = [_search(blank, points, begin, tolerance=1e-8, most=100) for begin in begins]
     rough = min(found, key=lambda each: each.cost)
     best = _search(blank, points, rough.free)

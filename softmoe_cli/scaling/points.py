@@ -37,11 +37,10 @@ class Family:
 def dense_parameters(row: Row) -> float | None:
     """N: parameters of the dense model of the same depth and width, attention and MLPs alone. None for a backbone of
     timm's, whose row does not say its sizes."""
-    width, depth, heads, hidden, norm = (
-        row.get(f"model.backbone.{key}") for key in ("width", "depth", "heads", "mlp_width", "qk_norm")
-    )
-    if None in (width, depth, heads, hidden):
+    width, depth, heads, hidden = (row.get(f"model.backbone.{key}") for key in ("width", "depth", "heads", "mlp_width"))
+    if width is None or depth is None or heads is None or hidden is None:
         return None
+    norm = row.get("model.backbone.qk_norm")
     attention = 4 * width * width + 4 * width + {"scale": 2, "affine": 4}.get(str(norm), 0) * (width // heads)
     return float(depth * (attention + 2 * width * hidden + hidden + width))
 

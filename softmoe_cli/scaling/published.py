@@ -146,7 +146,7 @@ def saturating_tables() -> list[Table]:
     return [Table("Saturating law (Zhai et al. 2021, arXiv 2106.04560)", note, head, rows)]
 
 
-ROUTING = {"Dense": "dense", "Soft": "soft", "EC": "experts_choice", "TC": "tokens_choice"}
+ROUTER_OF = {"Dense": "dense", "Soft": "soft", "EC": "experts_choice", "TC": "tokens_choice"}
 JFT_CLASSES = 29_593
 QUALITY_OF = {"jft_prec1_pct": 1 - 1 / JFT_CLASSES, "imagenet_10shot_pct": 1 - 1 / 1000}
 """The paper's qualities, and the error of guessing."""
@@ -173,7 +173,7 @@ def soft_moe_tables() -> list[Table]:
     rows = []
     for quality in QUALITY_OF:
         off: dict[str, list[np.ndarray]] = {}
-        for kind, name in ROUTING.items():
+        for kind, name in ROUTER_OF.items():
             points = paper_points(kind, quality)
             held = dearest(points, HALF)
             told = {}

@@ -9,7 +9,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from softmoe_cli.config import Config
+from softmoe_cli.config.run import Config
 from softmoe_cli.errors import UsageError
 from softmoe_cli.model.weights import LoadReport, load_weights, patterns
 from softmoe_cli.moe.layer import MoE
@@ -75,7 +75,7 @@ def resume(run: Run, trained: Trained, screen: Screen, crew: Crew) -> Progress:
     Raises:
         UsageError: the checkpoint is of another format or model.
     """
-    path, notes = crew.ask_first(run.newest)
+    path, notes = crew.ask_first(run.checkpoints.newest)
     for note in notes:
         screen.say(note)
     if path is None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -85,7 +86,7 @@ def test_units_do_not_matter(name: str) -> None:
 def test_the_unit_matters_to_the_law_whose_interaction_is_not_free_of_it() -> None:
     """Yun et al.'s: in millions, d log N log e changes sign where N is one million, and no coefficient makes up."""
     runs = points("inference_optimal", d=-0.02)
-    scaled = dataclasses.replace(runs, sizes=runs.sizes | {"N": runs.sizes["N"] * 1e-6})
+    scaled = dataclasses.replace(runs, sizes={**runs.sizes, "N": runs.sizes["N"] * 1e-6})
     a, b = (fit_law(FORMS["inference_optimal"], each, starts=8) for each in (runs, scaled))
     assert a.cost < 1e-12 < 1e-6 < b.cost
 
@@ -156,7 +157,7 @@ def test_an_error_is_held_at_that_of_guessing() -> None:
     assert held_at(0.5).shares
 
 
-DEGENERATE = {
+DEGENERATE: dict[str, tuple[dict[str, Sequence[float]], str]] = {
     "two sizes": ({"N": (1e4, 1e6)}, "chinchilla needs 3 values of N, and the runs have 2 values"),
     "one number of images": ({"D": (1e5,)}, "chinchilla needs 3 values of D, and the runs have 1 value"),
     "one E": ({"E": (4,)}, "inference_optimal needs 3 values of E, and the runs have 1 value"),
@@ -168,7 +169,7 @@ DEGENERATE = {
 def test_what_runs_lack_is_said_in_one_sentence(case: str) -> None:
     values, want = DEGENERATE[case]
     name = (want or "inference_optimal").split()[0]
-    runs = points(name, values=VALUES | values)
+    runs = points(name, values={**VALUES, **values})
     assert missing(FORMS[name], runs) == want
     if want:
         with pytest.raises(UsageError, match=want):
@@ -184,14 +185,14 @@ def test_other_lacks() -> None:
     assert "grow together" in missing(FORMS["chinchilla"], one)
     assert missing(FORMS["granular_moe"], runs) == "granular_moe needs N_total and G, which these runs do not tell"
     known = dataclasses.replace(points("routed_bilinear"), sizes=points("routed_bilinear").sizes)
-    varied = dataclasses.replace(known, sizes=known.sizes | {"D": np.arange(len(known.loss)) % 2 + 1.0})
+    varied = dataclasses.replace(known, sizes={**known.sizes, "D": np.arange(len(known.loss)) % 2 + 1.0})
     assert missing(FORMS["routed_bilinear"], varied) == "routed_bilinear knows no D, and the runs have 2 values of it"
     few = points("chinchilla", values={"N": (1e4, 1e5, 1e6), "D": (1e5, 2e5, 4e5)}).taken(np.array([0, 1, 3, 5, 7]))
     assert "5 free numbers, and there are 5 configurations" in missing(FORMS["chinchilla"], few)
 
 
 def test_with_few_numbers_of_experts_nothing_saturates() -> None:
-    runs = points("routed_bilinear", values=VALUES | {"E": (1, 4, 16)}, E_max=math.inf)
+    runs = points("routed_bilinear", values=VALUES | {"E": (1, 4, 16)}, E_start=1.0, E_max=math.inf)
     fit = fit_law(FORMS["routed_bilinear"], runs, starts=4)
     assert fit.coefficients()["E_max"] == math.inf and "log_most" not in fit.names
     assert fit.cost < 1e-12

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from softmoe_cli.compare.runs import read
+from softmoe_cli.compare.runs import read_runs
 from softmoe_cli.cost.flop import account
 from softmoe_cli.errors import UsageError
 from softmoe_cli.scaling.answer import law_world, may_decide, prices, proposal, sizes_at
@@ -30,7 +30,7 @@ DENSE: dict[str, Any] = {"experts": (1,), "images": (48_000, 96_000, 192_000), "
 
 
 def family(folder: Path, **changes: Any) -> Family:
-    runs, _ = read([planted_study(folder, **changes)])
+    runs, _ = read_runs([planted_study(folder, **changes)])
     (found,) = families(runs, "validation_loss")
     return found
 
@@ -52,7 +52,7 @@ def test_families_share_the_dense_runs(tmp_path: Path) -> None:
     folder = planted_study(tmp_path, widths=(16,), images=(48_000,), seeds=2)
     for seed in range(2):
         write(folder, row(router="tokens_choice", seed=seed))
-    runs, _ = read([folder])
+    runs, _ = read_runs([folder])
     found = {each.name: each for each in families(runs, "validation_loss")}
     assert {name: len(each.runs) for name, each in found.items()} == {"soft": 6, "tokens_choice": 4}
     assert len(np.unique(found["soft"].points.config)) == 3
@@ -64,7 +64,7 @@ def test_families_share_the_dense_runs(tmp_path: Path) -> None:
 def test_what_varies_beside_the_sizes_is_said(tmp_path: Path) -> None:
     planted_study(tmp_path, widths=(16,), images=(48_000,), seeds=1)
     write(tmp_path, planted(16, 1, 48_000, 0, optim__lr=0.01) | {"signature": "other", "name": "other"})
-    runs, _ = read([tmp_path])
+    runs, _ = read_runs([tmp_path])
     (found,) = families(runs, "validation_loss")
     assert found.notes == [
         "runs differ in optim.lr (0.003, 0.01) too, which the laws take as chance; --where keeps one"
@@ -188,7 +188,7 @@ def test_proposals_compose(softmoe: Softmoe, tmp_path: Path) -> None:
     command line works as typed."""
     assert softmoe("train", *TINY, "train.steps=2", "train.batch_size=8", "model.backbone.qk_norm=scale").code == 0
     (run,) = (tmp_path / "outputs/default").iterdir()
-    runs, _ = read([run])
+    runs, _ = read_runs([run])
     (found,) = families(runs, "validation_loss")
     size = float(found.points.sizes["N"][0])
     made = proposal(found, "N", 4 * size, 803.0, 2.0)
