@@ -13,7 +13,7 @@ from softmoe_cli.compare.styles import COLOURS, MARKERS
 from softmoe_cli.scaling.costs import surface
 from softmoe_cli.scaling.fit import percentiles
 from softmoe_cli.scaling.holdout import dearest
-from softmoe_cli.scaling.report import Report
+from softmoe_cli.scaling.report import Report, experts_said
 
 BAND_POINTS = 24
 
@@ -53,7 +53,7 @@ def _law_panel(axes: Axes, report: Report) -> float:
             for size in np.unique(points.sizes[first][mine]):
                 _band(axes, report, mine & (points.sizes[first] == size), colour)
         handles.append(handle)
-        labels.append("dense" if e == 1 else f"{e:.0f} experts")
+        labels.append(experts_said(float(e)))
     axes.set_xscale("log")
     axes.set_xlabel("training PFLOP")
     axes.set_ylabel(safe(report.quality if not points.share else f"error, from {report.quality}"))

@@ -82,6 +82,7 @@ def run_scaling(arguments: Sequence[str]) -> int:
     from softmoe_cli.compare.blocks import kept_apart, usable_runs, version_notes
     from softmoe_cli.compare.groups import Question
     from softmoe_cli.scaling.answer import read_one
+    from softmoe_cli.scaling.fit import Unidentified
     from softmoe_cli.scaling.points import check_quality, families
 
     mode = tracking_mode() if chosen.wandb else "off"
@@ -97,8 +98,15 @@ def run_scaling(arguments: Sequence[str]) -> int:
     if len(parts) > 1:
         titles = "; ".join(title for title, _ in parts)
         raise UsageError(f"runs that differ in {', '.join(varying)} fit no law together; choose with --where: {titles}")
-    reports = [_report(family, quality, chosen, held, seconds) for family in families(runs, quality)]
-    notes = [*version_notes(runs, False), *(f"left out: {folder}: {reason}" for folder, reason in left_out)]
+    reports, lacking = [], []
+    for family in families(runs, quality):
+        try:
+            reports.append(_report(family, quality, chosen, held, seconds))
+        except Unidentified as error:
+            lacking.append(str(error))
+    if not reports:
+        raise UsageError("; ".join(lacking))
+    notes = [*lacking, *version_notes(runs, False), *(f"left out: {folder}: {reason}" for folder, reason in left_out)]
     out = chosen.out or chosen.folders[0] / "scaling"
     files = _write(reports, notes, left_out, out)
     _show(reports, notes, files, out)
@@ -191,9 +199,13 @@ def _of_scratch(
 def _report(
     family: "Family", quality: str, chosen: argparse.Namespace, held: "FinishedRun | None", seconds: bool
 ) -> "Report":
-    """One router's laws, and the decision where one is asked for."""
+    """One router's laws, and the decision where one is asked for.
+
+    Raises:
+        Unidentified: the runs identify none; the message says what they lack.
+    """
     from softmoe_cli.scaling.answer import held_against, may_decide
-    from softmoe_cli.scaling.fit import bootstrap, identified
+    from softmoe_cli.scaling.fit import Unidentified, bootstrap, identified
     from softmoe_cli.scaling.forms import FORMS
     from softmoe_cli.scaling.holdout import ranked, trial, trivial_errors, verdict
     from softmoe_cli.scaling.report import Report
@@ -203,7 +215,7 @@ def _report(
             raise UsageError(f"--law {name}: no such law.{nearest(name, FORMS)} Laws: {', '.join(FORMS)}")
     forms, lacks = identified(family.points, chosen.law or ())
     if not forms:
-        raise UsageError(f"{family.name}: the runs identify no law: {'; '.join(lacks)}")
+        raise Unidentified(f"{family.name}: the runs identify no law: {'; '.join(lacks)}")
     tested = ranked([trial(form, family.points, chosen.delta) for form in forms])
     trivial = trivial_errors(family.points)
     report = Report(family, quality, tested, trivial, verdict(tested, trivial), lacks)
@@ -249,6 +261,7 @@ def _decide(report: "Report", fit: "LawFit", chosen: argparse.Namespace, seconds
     """Adds the decision, what would test it, and the next run."""
     from softmoe_cli.scaling.answer import decision, next_run, predicted, prices, proposal, sizes_at, with_room
     from softmoe_cli.scaling.costs import clock_rows
+    from softmoe_cli.scaling.report import experts_said
 
     family, size = report.family, fit.form.law.sizes[0]
     clock, where = clock_rows(chosen.costs, chosen.batch) if chosen.costs is not None else (None, "")
@@ -267,7 +280,7 @@ def _decide(report: "Report", fit: "LawFit", chosen: argparse.Namespace, seconds
     made = decision(family, fit, report.draws, aim, cost, experts, chosen.device_mib, far=chosen.extrapolate)
     report.decision = made
     if made.best is None:
-        report.undecided = "; ".join(f"{each.experts:.0f} experts: {each.reason}" for each in made.choices)
+        report.undecided = "; ".join(f"{experts_said(each.experts)}: {each.reason}" for each in made.choices)
         return
     best = made.best
     offered = proposal(family, size, best.size, best.images, best.experts)

@@ -24,6 +24,10 @@ SAME = 0.01
 """Starts that end within this share of the best one agree with it."""
 
 
+class Unidentified(UsageError):
+    """The runs do not identify a law; the message says what is missing."""
+
+
 @dataclass(frozen=True)
 class Points:
     """Finished runs as a law sees them; every array has an entry for each run.
@@ -190,11 +194,11 @@ def fit_law(
         near: a fit of the law to other runs, where one more search begins.
 
     Raises:
-        UsageError: the runs do not identify the law; the message says what is missing.
+        Unidentified: the runs do not identify the law.
     """
     lack = missing(form, points)
     if lack:
-        raise UsageError(lack)
+        raise Unidentified(lack)
     names = free_names(form, points)
     sizes = form.law.sizes
     same = near if near is not None and near.names == names else None

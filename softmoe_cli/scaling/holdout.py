@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from softmoe_cli.errors import UsageError
-from softmoe_cli.scaling.fit import STARTS, LawFit, Points, fit_law, missing
+from softmoe_cli.scaling.fit import STARTS, LawFit, Points, Unidentified, fit_law, missing
 from softmoe_cli.scaling.forms import Form
 
 SHARE = 0.2
@@ -58,11 +57,11 @@ def apart_by(form: Form, points: Points, held: np.ndarray, fit: LawFit) -> tuple
     """Differences on the residuals' scale, and predictions, of the held-out configurations by a fit to the others.
 
     Raises:
-        UsageError: the others do not identify the law.
+        Unidentified: the others do not identify the law.
     """
     lack = missing(form, points.taken(~held))
     if lack:
-        raise UsageError(f"without what is held out, {lack}")
+        raise Unidentified(f"without what is held out, {lack}")
     rest = fit_law(form, points.taken(~held), delta=fit.delta, starts=FEW_STARTS, near=fit)
     means = points.taken(held).means()
     predicted = rest.predict(means.sizes)
@@ -80,14 +79,14 @@ def trial(form: Form, points: Points, delta: float | None = None, starts: int = 
     try:
         apart, held = apart_by(form, points, dearest(points), fit)
         largest = rms(apart)
-    except UsageError as error:
+    except Unidentified as error:
         lacks = str(error)
     parts = []
     try:
         for size in np.unique(points.size):
             parts.append(apart_by(form, points, points.size == size, fit)[0])
         by_size = rms(np.concatenate(parts))
-    except UsageError as error:
+    except Unidentified as error:
         lacks = lacks or str(error)
     return Tested(fit, largest, by_size, held, lacks)
 

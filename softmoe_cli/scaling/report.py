@@ -141,12 +141,16 @@ def spent(value: float, unit: str) -> str:
     return in_words(value) if unit == "s" else quantity("train_pflop", value)
 
 
+def experts_said(experts: float) -> str:
+    return "dense" if experts == 1 else f"{experts:.0f} experts"
+
+
 def decision_table(report: Report) -> Table:
     made = report.decision
     assert made is not None
     rows = []
     for each in made.choices:
-        name = "dense" if each.experts == 1 else f"{each.experts:.0f} experts"
+        name = experts_said(each.experts)
         if each.reason:
             rows.append([name, "", "", "", "", "", "", each.reason])
             continue
@@ -183,7 +187,7 @@ def answer_lines(report: Report) -> list[str]:
         lines.append(f"{report.family.name}: no decision: {report.undecided}.")
     if made is not None and made.best is not None:
         best = made.best
-        what = "a dense model" if best.experts == 1 else f"{best.experts:.0f} experts"
+        what = "a dense model" if best.experts == 1 else experts_said(best.experts)
         span = made.spans[best.experts]
         lines.append(
             f"{report.family.name}: {what}, {made.size} {_with(best.size, span['size'], si)}, on "
@@ -192,7 +196,7 @@ def answer_lines(report: Report) -> list[str]:
         )
         if made.second is not None:
             other, more = made.second
-            name = "dense" if other.experts == 1 else f"{other.experts:.0f} experts"
+            name = experts_said(other.experts)
             of = {"loss": "a loss", "serve": "a serving cost", "total": "a cost"}[made.aim.goal]
             lines.append(f"The second best, {name}, has {of} {100 * more:.2g}% higher.")
     if report.proposal is not None and report.proposed is not None:
@@ -213,7 +217,7 @@ def answer_lines(report: Report) -> list[str]:
 
 def _others(made: Decision) -> str:
     others = [
-        f"{'dense' if e == 1 else f'{e:.0f} experts'} in {100 * share:.0f}%"
+        f"{experts_said(e)} in {100 * share:.0f}%"
         for e, share in sorted(made.shares.items(), key=lambda each: -each[1])
         if made.best is not None and e != made.best.experts and share > 0.005
     ]

@@ -29,6 +29,12 @@ from tests.wandb_file import recorded
 DENSE: dict[str, Any] = {"experts": (1,), "images": (48_000, 96_000, 192_000), "seeds": 2}
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No figure, which takes longer than the laws."""
+    monkeypatch.setattr("softmoe_cli.scaling.bands.law_figure", lambda _: {})
+
+
 def family(folder: Path, **changes: Any) -> Family:
     runs, _ = read_runs([planted_study(folder, **changes)])
     (found,) = families(runs, "validation_loss")
@@ -71,7 +77,7 @@ def test_what_varies_beside_the_sizes_is_said(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.long
+@pytest.mark.thorough
 def test_the_answer_is_that_of_the_planted_law(softmoe: Softmoe, tmp_path: Path) -> None:
     """The best experts, size, images and loss within the noise; the files; a run held against the law; exit 0."""
     folder = planted_study(tmp_path / "study", images=(48_000, 96_000, 192_000), noise=0.002)
@@ -129,6 +135,7 @@ def test_laws_without_a_decision(softmoe: Softmoe, tmp_path: Path) -> None:
     assert (tmp_path / "laws/laws.svg").is_file() and "no decision" not in answer.out
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_no_law_beats_what_needs_none(softmoe: Softmoe, tmp_path: Path) -> None:
     """Losses by chance: exit 1, and no decision, with the reason."""
     for width in (16, 32, 64, 128):
@@ -141,11 +148,12 @@ def test_no_law_beats_what_needs_none(softmoe: Softmoe, tmp_path: Path) -> None:
     assert "no decision: the best law, chinchilla, is not good enough: no better than the " in answer.out
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_refused_far_from_the_runs(softmoe: Softmoe, tmp_path: Path) -> None:
     folder = planted_study(tmp_path / "dense", **DENSE)
     far = ("scaling", str(folder), "--law", "chinchilla", "--draws", "3", "--train-pflop", "100")
     answer = softmoe(*far)
-    assert re.search(r"1 experts: refused: a factor of \S+ outside the runs; --extrapolate asks for it", answer.out)
+    assert re.search(r"dense: refused: a factor of \S+ outside the runs; --extrapolate asks for it", answer.out)
     asked = softmoe(*far, "--extrapolate")
     assert "extrapolated by a factor of" in asked.out and "To test it" in asked.out
     repeated = planted_study(tmp_path / "repeated", **DENSE)
@@ -156,6 +164,7 @@ def test_refused_far_from_the_runs(softmoe: Softmoe, tmp_path: Path) -> None:
     assert "the most images of the runs, which repeat them; --extrapolate asks for it" in again.out
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_measured_costs(softmoe: Softmoe, tmp_path: Path) -> None:
     """The clock's rows are found by parameters and FLOPs; a latency limits the size; others' rows are counted."""
     folder = planted_study(tmp_path / "dense", **DENSE)
@@ -183,6 +192,7 @@ def test_measured_costs(softmoe: Softmoe, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.thorough
 def test_proposals_compose(softmoe: Softmoe, tmp_path: Path) -> None:
     """The run that would test a decision: width, experts and images of a run's own configuration are changed, and the
     command line works as typed."""
@@ -228,7 +238,7 @@ def test_published(softmoe: Softmoe, tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "papers").iterdir()} == {"index.html", "table.md", "table.tex"}
 
 
-@pytest.mark.long
+@pytest.mark.thorough
 def test_wandb_gets_the_laws(tmp_path: Path) -> None:
     """In a process of its own: what W&B leaves in the environment would reach the processes of other tests."""
     planted_study(tmp_path / "runs", **DENSE)
@@ -266,10 +276,16 @@ WRONG = {
 }
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_wrong_options(softmoe: Softmoe, tmp_path: Path) -> None:
     planted_study(tmp_path / "outputs", widths=(16, 32, 64), experts=(1,), images=(48_000, 96_000, 192_000), seeds=1)
     for words, want in WRONG.items():
-        answer = softmoe("scaling", "outputs", *words.split(), *(["--law", "chinchilla"] if "costs" in words else []))
+        answer = softmoe(
+            "scaling",
+            "outputs",
+            *words.split(),
+            *(["--law", "chinchilla", "--draws", "2"] if "nowhere.json" in words else []),
+        )
         assert answer.code == 2 and want in answer.err, f"{words}: {answer.err}"
     assert "scaling needs the folder of a study" in softmoe("scaling").err
     with pytest.raises(UsageError, match="no effect without --wandb"):
