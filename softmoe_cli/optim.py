@@ -14,7 +14,7 @@ from torch.optim.adamw import adamw
 
 from softmoe_cli.config import Optim
 from softmoe_cli.errors import UsageError
-from softmoe_cli.moe.routing import Router
+from softmoe_cli.moe.kind import Decider, Layer
 from softmoe_cli.parallel import part_of
 from softmoe_cli.text import aligned, several
 
@@ -26,7 +26,8 @@ STACKED = re.compile(r".*(experts|shared)\.w[12]")
 
 
 def decays(model: nn.Module, optim: Optim) -> dict[str, float]:
-    """Weight decay of each parameter: kernels, stacked or not, have it, and so do the parameters that a router names.
+    """Weight decay of each parameter: kernels, stacked or not, have it, and so do the parameters that a router
+    or layer names.
 
     Biases (stacked ones are 2-D), norms, position tables and tokens have none. These are the official patterns:
     `head/kernel`, any other `kernel`, `Moe/Router/scale`.
@@ -38,7 +39,7 @@ def decays(model: nn.Module, optim: Optim) -> dict[str, float]:
         if HEAD.fullmatch(name):
             decay_of[name] = optim.head_weight_decay
     for place, module in model.named_modules():
-        if isinstance(module, Router) and module.decays is not None:
+        if isinstance(module, Decider | Layer) and module.decays is not None:
             for name, _ in module.named_parameters():
                 decay_of[f"{place}.{name}"] = optim.weight_decay if name in module.decays else 0.0
     return decay_of

@@ -25,6 +25,7 @@ from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.evaluate.quality import classification_loss
 from softmoe_cli.model.vit import build, count_tokens, portable
 from softmoe_cli.model.weights import LoadReport, load_weights, patterns
+from softmoe_cli.moe.kind import Layer
 from softmoe_cli.moe.layer import Experts, MoE
 from softmoe_cli.moe.routing import Router
 from softmoe_cli.run.checkpoint import digest_of, write_checkpoint
@@ -294,8 +295,10 @@ def _head(weights: dict[str, Tensor]) -> torch.Size | None:
 def _check(config: UpcycleConfig, old: VisionTransformer, new: VisionTransformer) -> None:
     """Refuses what cannot work before anything is allocated: `old` and `new` are on the meta device."""
     for before, after in zip(old.blocks, new.blocks, strict=True):
-        if not isinstance(after.mlp, MoE):
+        if not isinstance(after.mlp, Layer):
             continue
+        if not isinstance(after.mlp, MoE):
+            raise UsageError(f"model/router={config.model.router_name}: its experts are no MLPs, to start from one's")
         router, width, hidden = after.mlp.router, after.mlp.experts.w1.shape[2], before.mlp.fc1.out_features
         e, shared, parts, name = router.num_experts, router.shared_experts, hidden // width, config.model.router_name
         if hidden % width:

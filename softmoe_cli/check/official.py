@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from softmoe_cli.errors import UsageError, first_line
+from softmoe_cli.moe.kind import Decider
 from softmoe_cli.moe.layer import Experts, MoE
 from softmoe_cli.moe.routing import Router, SparseRouting
 from softmoe_cli.moe.sparse import choose, grouped_tokens, gshard_loss, importance_loss, load_loss
@@ -106,7 +107,7 @@ def case_options(meta: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def is_case_of(router_class: type[Router], meta: dict[str, Any]) -> bool:
+def is_case_of(router_class: type[Decider], meta: dict[str, Any]) -> bool:
     """Whether the official numbers of a case are for this router or for a parent class of it: `Router.official`."""
     return router_class.official is not None and _whose(meta) == router_class.official
 

@@ -4,13 +4,12 @@ Everything is measured against the checkpoint as it is, image by image, with the
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -19,8 +18,7 @@ from softmoe_cli.data.splits import ImageSet
 from softmoe_cli.evaluate.quality import Outcomes
 from softmoe_cli.model.vit import build, count_tokens
 from softmoe_cli.model.weights import load_weights, slot_axes
-from softmoe_cli.moe.layer import Experts, MoE
-from softmoe_cli.moe.routing import Router
+from softmoe_cli.moe.kind import Decider, Layer
 
 SHUFFLES = 3
 DRAWS = 3
@@ -65,7 +63,7 @@ class Audit:
         self.config, self.weights, self.said, self.images = config, weights, said, images
         self.batch_size = batch_size
         self.model = self._variant({}, weights)
-        self.layers = {i: block.mlp for i, block in enumerate(self.model.blocks) if isinstance(block.mlp, MoE)}
+        self.layers = {i: block.mlp for i, block in enumerate(self.model.blocks) if isinstance(block.mlp, Layer)}
         self.reference = said(self.model, images, batch_size)
 
     def findings(self, part: str) -> Iterator[Finding]:
@@ -92,7 +90,7 @@ class Audit:
         return None
 
     @property
-    def _router(self) -> Router:
+    def _router(self) -> Decider:
         """The router of one layer: what is asked of it has the same answer in all layers."""
         return next(iter(self.layers.values())).router
 
@@ -151,7 +149,7 @@ class Audit:
         blocks."""
         for block, layer in self.layers.items():
             for expert in range(layer.router.num_experts):
-                with silenced(layer.experts, [expert]):
+                with layer.silenced([expert]):
                     now = self.said(self.model, self.images, self.batch_size)
                 yield self._finding("experts", f"without expert {expert}", now, block=block)
         count = self._router.num_experts
@@ -161,32 +159,10 @@ class Audit:
                 with ExitStack() as stack:
                     for layer in self.layers.values():
                         some = rng.choice(count, dropped, replace=False).tolist()
-                        stack.enter_context(silenced(layer.experts, some))
+                        stack.enter_context(layer.silenced(some))
                     now = self.said(self.model, self.images, self.batch_size)
                 setting = f"without {dropped} of {count} in every block, draw {draw}"
                 yield self._finding("experts", setting, now)
-
-
-@contextmanager
-def silenced(experts: Experts, which: Sequence[int]) -> Iterator[None]:
-    """While open, these experts return zeros."""
-
-    def hook(
-        _module: Experts, inputs: tuple[Tensor, Int[Tensor, " e"] | None], rows: Float[Tensor, "*rows d"]
-    ) -> Float[Tensor, "*rows d"]:
-        chosen = torch.tensor(which, device=rows.device)
-        if inputs[1] is None:
-            return rows.index_fill(0, chosen, 0)
-        expert = torch.searchsorted(
-            inputs[1], torch.arange(len(rows), device=rows.device, dtype=torch.int32), right=True
-        )
-        return rows.masked_fill(torch.isin(expert, chosen)[:, None], 0)
-
-    handle = experts.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def summary(findings: Sequence[Finding]) -> list[Finding]:

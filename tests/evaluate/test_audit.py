@@ -10,7 +10,7 @@ from torch import Tensor
 
 from softmoe_cli.data.batches import eval_batches
 from softmoe_cli.data.splits import ImageSet
-from softmoe_cli.evaluate.audit import Audit, silenced, summary
+from softmoe_cli.evaluate.audit import Audit, summary
 from softmoe_cli.evaluate.quality import Outcomes, outcomes
 from softmoe_cli.model.vit import build, portable
 from softmoe_cli.options.conf_files import conf_folder
@@ -101,7 +101,7 @@ def test_a_silenced_expert_is_one_whose_last_weights_are_zero(router: str) -> No
         key = f"blocks.1.mlp.experts.{name}"
         changed[key] = changed[key].index_fill(0, torch.tensor([1, 2]), 0)
     want = made.said(made._variant({}, changed), made.images, 8)
-    with silenced(layer.experts, [1, 2]):
+    with layer.silenced([1, 2]):
         got = made.said(made.model, made.images, 8)
     assert torch.equal(got.label_probability, want.label_probability)
     assert not torch.equal(got.label_probability, made.reference.label_probability)
