@@ -209,7 +209,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", thinned(ROUTERS, 4))
+@pytest.mark.parametrize("name", thinned([name for name in ROUTERS if not name.startswith("mumoe_")], 4))
 def test_every_router(name: str, source: Path, softmoe: Softmoe) -> None:
     noise = ["expert_noise=0.1"] if name.startswith("uniform") else []
     answer = softmoe(

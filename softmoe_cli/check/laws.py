@@ -21,7 +21,7 @@ from softmoe_cli.moe.kind import UNKNOWN, Decision, Layer
 from softmoe_cli.moe.layer import MoE
 from softmoe_cli.moe.routing import Routing, routings, whole_batch
 
-DIM, HIDDEN, TOKENS, GROUPS = 16, 24, 16, 4
+DIM, HIDDEN, TOKENS, GROUPS = 16, 128, 16, 4
 EXACT = 1e-10
 """The largest allowed error in float64. Comparisons are in float64 if the router can, and use this bound unless they
 name another."""
@@ -181,6 +181,8 @@ def one_expert(subject: Subject) -> Finding:
         layer = subject.layer(None, **alone)
     except UsageError as error:
         raise NotApplicable(f"one expert alone cannot be built: {error}") from error
+    if not isinstance(layer, MoE):
+        raise NotApplicable("its experts are linear maps, not MLPs")
     reason = layer.router.departs_from_mlp(TOKENS, parts=1)
     if reason not in (None, UNKNOWN):
         raise NotApplicable(reason)

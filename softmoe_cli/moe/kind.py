@@ -150,6 +150,14 @@ class Layer(nn.Module, ABC):
         """Options of the router whose values came of the model, with these values: what a checkpoint keeps, so that
         its weights fit into whatever is built from it."""
 
+    def hold(
+        self, w1: Float[Tensor, "h d"], b1: Float[Tensor, " h"], w2: Float[Tensor, "d h"], b2: Float[Tensor, " d"]
+    ) -> dict[str, tuple[str, str]] | None:
+        """Becomes exactly this MLP, where the router does not depart from one. Says for each of its parameters that it
+        changed from which weight of the MLP it is, by the name here, and how. None where the experts are MLPs
+        themselves: then softmoe upcycle fills them."""
+        return None
+
     @abstractmethod
     def silenced(self, which: Sequence[int]) -> AbstractContextManager[None]:
         """While open, these experts add nothing; nothing is decided anew."""

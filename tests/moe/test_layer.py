@@ -22,7 +22,7 @@ from tests.routers import ROUTERS, YAMLS
 
 every_router = pytest.mark.parametrize("options", ROUTERS.values(), ids=ROUTERS.keys())
 
-DIM, HIDDEN, TOKENS, IMAGES = 12, 20, 16, 3
+DIM, HIDDEN, TOKENS, IMAGES = 12, 128, 16, 3
 
 
 def soft(dim: int, num_tokens: int, e: int, p: int, *, noise_std: float = 0.0) -> SoftRouter:
