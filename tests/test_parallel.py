@@ -106,6 +106,10 @@ def alike(a: Path, b: Path, tolerance: float) -> None:
             ),
         ),
         ("tokens_choice_dropless", 2, ("expert",), ("train.steps=5", "model.router.num_experts=3")),
+        pytest.param(
+            "mumoe_cp", 2, ("ddp", "fsdp"), ("train.accumulate=1", "train.recompute=true"),
+            marks=pytest.mark.thorough,
+        ),
     ],
 )  # fmt: skip
 def test_the_numbers_do_not_depend_on_the_number_of_processes(

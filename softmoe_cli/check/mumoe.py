@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from softmoe_cli.moe.factorised import Experts, FactorisedRouter, Levels, Maps
+from softmoe_cli.moe.factorised import Experts, Factorised, FactorisedRouter, Levels, Maps
 
 KINDS = ("mumoe_layer",)
 Case = tuple[dict[str, Any], dict[str, np.ndarray]]
@@ -43,14 +43,16 @@ def compare(router_class: Any, case: Case, dtype: torch.dtype) -> Iterator[tuple
     x = torch.tensor(z["x"]).to(dtype).requires_grad_()
     tokens = x if x.ndim == 3 else x[:, None]
     levels = router(tokens).levels
-    inner = tokens if norm is None else norm(tokens)
-    hidden = maps[0](inner, levels)
-    y = maps[1](F.gelu(hidden), levels) if len(maps) > 1 else hidden
-    yield "y", y.detach(), torch.tensor(z["out/y"])
     if len(maps) > 1:
-        yield "hidden", hidden.detach(), torch.tensor(z["mid/hidden"])
-        block = Experts(maps[0], maps[1], norm, "none")
-        yield "y of the block", block(tokens, levels).detach(), torch.tensor(z["out/y"])
+        hidden: list[Tensor] = []
+        maps[0].register_forward_hook(lambda _module, _inputs, out: hidden.append(out.detach()))
+        y: Tensor = Factorised(router, Experts(maps[0], maps[1], norm, "none"), c["output_dim"], options["rank"])(
+            tokens
+        )
+        yield "hidden", hidden[0], torch.tensor(z["mid/hidden"])
+    else:
+        y = maps[0](tokens if norm is None else norm(tokens), levels)
+    yield "y", y.detach(), torch.tensor(z["out/y"])
     zeros = torch.tensor(sum(int((shares == 0).sum()) for shares in levels))
     yield "coefficients that are zero", zeros, torch.tensor(meta["exact_zero_coefficients"])
     for level, shares in enumerate(levels):

@@ -299,7 +299,9 @@ class Factorised(Layer):
         coefficients: Coefficients = self.router(x, keep)
 
         def through(tokens: Tensor) -> Tensor:
-            y: Tensor = self.experts(tokens, tuple(level.to(tokens.dtype) for level in coefficients.levels))
+            # Of its own, so that its gradient is that of the experts alone, which counters of FLOPs go by.
+            own = tokens.view_as(tokens)
+            y: Tensor = self.experts(own, tuple(level.to(tokens.dtype) for level in coefficients.levels))
             return y if keep is None else y.masked_fill(~keep[:, :, None], 0)
 
         return in_fast_precision(x, self.experts.first.of_input.dtype, through)

@@ -3,7 +3,7 @@ in a CP decomposition.
 
 Their N, I, O and R are e, the widths before and after a map, and `rank`. As in the official code: the gate sees what
 the layer is given; both layers have one set of coefficients, one rank, and biases. Unlike it: blocks take what a ViT's
-norm made, so `input_norm` (its `apply_ln`) is off by default.
+norm made, so `input_norm` (its `apply_ln`) is off by default; and GELU is the backbone's, as in the MLP beside it.
 """
 
 from collections.abc import Sequence
