@@ -19,7 +19,7 @@ from softmoe_cli.model.router import make_layer, make_router
 from softmoe_cli.model.vit import portable_options
 from softmoe_cli.moe.kind import UNKNOWN, Decision, Layer
 from softmoe_cli.moe.layer import MoE
-from softmoe_cli.moe.routing import Routing, routings, whole_batch
+from softmoe_cli.moe.routing import Router, Routing, routings, whole_batch
 
 DIM, HIDDEN, TOKENS, GROUPS = 16, 128, 16, 4
 EXACT = 1e-10
@@ -175,14 +175,14 @@ def one_expert(subject: Subject) -> Finding:
     """With one expert that has room for every token the layer is its MLP."""
     if "num_experts" not in subject.options:
         raise NotApplicable("it has no option num_experts")
-    size = make_router(subject.options, DIM, TOKENS).images_per_group
-    alone = {"num_experts": 1, "k": 1, "shared_experts": 0, "slots_per_expert": TOKENS * size, "capacity_factor": None}
+    router = make_router(subject.options, DIM, TOKENS)
+    if not isinstance(router, Router):
+        raise NotApplicable("its experts are linear maps, not MLPs")
+    room = {"slots_per_expert": TOKENS * router.images_per_group, "capacity_factor": None}
     try:
-        layer = subject.layer(None, **alone)
+        layer = subject.layer(None, **{"num_experts": 1, **room, **router.of_one_expert})
     except UsageError as error:
         raise NotApplicable(f"one expert alone cannot be built: {error}") from error
-    if not isinstance(layer, MoE):
-        raise NotApplicable("its experts are linear maps, not MLPs")
     reason = layer.router.departs_from_mlp(TOKENS, parts=1)
     if reason not in (None, UNKNOWN):
         raise NotApplicable(reason)

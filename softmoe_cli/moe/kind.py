@@ -89,6 +89,12 @@ class Decider(nn.Module, ABC):
         """Plain numbers about its own parameters."""
         return {}
 
+    @classmethod
+    def remark(cls, layers: Sequence[Mapping[str, Any]], num_tokens: int) -> str:
+        """A sentence for the end of a run, about the statistics of its last look, one row of routing.jsonl for each
+        layer; empty where there is nothing to say."""
+        return ""
+
     def share_batches(self) -> None:
         """Called once in each of several processes that share every batch, for what is taken over a whole batch."""
         return

@@ -9,7 +9,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int, Num
@@ -50,6 +50,8 @@ class Router(Decider):
     """Whether experts that start equal would stay equal."""
     shared_experts: int = 0
     """Experts beside the routed ones that see every token."""
+    of_one_expert: ClassVar[Mapping[str, Any]] = {}
+    """Options of its own with which a layer of `num_experts=1` is that one expert and nothing else."""
 
     @property
     @abstractmethod
