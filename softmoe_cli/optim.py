@@ -18,7 +18,6 @@ from softmoe_cli.moe.kind import Decider, Layer
 from softmoe_cli.parallel import part_of
 from softmoe_cli.text import aligned, several
 
-HEAD = re.compile(r"head\.weight")
 STEM = ("patch_embed.", "pos_embed", "cls_token", "reg_token", "norm_pre.")
 FEWEST_8BIT, BLOCK_8BIT = 4096, 256
 """bitsandbytes: parameters of fewer numbers keep fp32 moments; others share a float32 scale in runs of so many."""
@@ -36,12 +35,13 @@ def decays(model: nn.Module, optim: Optim) -> dict[str, float]:
     for name, parameter in model.named_parameters():
         matrix = STACKED.fullmatch(name) or (name.endswith(".weight") and parameter.ndim > 1)
         decay_of[name] = optim.weight_decay if matrix else 0.0
-        if HEAD.fullmatch(name):
-            decay_of[name] = optim.head_weight_decay
     for place, module in model.named_modules():
         if isinstance(module, Decider | Layer) and module.decays is not None:
             for name, _ in module.named_parameters():
                 decay_of[f"{place}.{name}"] = optim.weight_decay if name in module.decays else 0.0
+    for name in decay_of:
+        if name.startswith("head.") and name != "head.bias":
+            decay_of[name] = optim.head_weight_decay
     return decay_of
 
 

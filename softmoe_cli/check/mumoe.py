@@ -9,27 +9,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from softmoe_cli.moe.factorised import Experts, Factorised, FactorisedRouter, Levels, Maps
+from softmoe_cli.moe.factorised import Factorised, FactorisedRouter, Levels, Maps, Pair
 
-KINDS = ("mumoe_layer",)
-Case = tuple[dict[str, Any], dict[str, np.ndarray]]
-NORMS = {"bn": "batch", "ln": "layer"}
+MUMOE_KINDS = ("mumoe_layer",)
+_Case = tuple[dict[str, Any], dict[str, np.ndarray]]
+_NORMS = {"bn": "batch", "ln": "layer"}
 
 
-def options_of(meta: dict[str, Any]) -> dict[str, Any]:
+def mumoe_options(meta: dict[str, Any]) -> dict[str, Any]:
     """Translates the arguments of a case into options of our router. The middle number of a ring's ranks is ignored, as
     by the official code."""
     c = meta["config"]
     first, second = [*c["expert_dims"], None][:2]
     rank = c["ranks"] if isinstance(c["ranks"], int) else [each[0] for each in c["ranks"]]
     options = {"num_experts": first, "num_experts_2": second, "rank": rank, "gate": c["act"]}
-    return options | {"norm": NORMS[c["normalization"]], "bias": c["use_bias"], "input_norm": c["apply_ln"]}
+    return options | {"norm": _NORMS[c["normalization"]], "bias": c["use_bias"], "input_norm": c["apply_ln"]}
 
 
-def compare(router_class: Any, case: Case, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yields (name, our value, official value) for everything in a case of `KINDS`."""
+def compare_mumoe(router_class: Any, case: _Case, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Yields (name, our value, official value) for everything in a case of `MUMOE_KINDS`."""
     meta, z = case
-    c, options = meta["config"], options_of(meta)
+    c, options = meta["config"], mumoe_options(meta)
     router: FactorisedRouter = router_class(c["input_dim"], 1, **options)
     widths = [c["input_dim"], c["output_dim"], *([c["second_dim"]] if c["second_dim"] else [])]
     maps = [router.maps(inputs, outputs, options["rank"]) for inputs, outputs in pairwise(widths)]
@@ -46,9 +46,7 @@ def compare(router_class: Any, case: Case, dtype: torch.dtype) -> Iterator[tuple
     if len(maps) > 1:
         hidden: list[Tensor] = []
         maps[0].register_forward_hook(lambda _module, _inputs, out: hidden.append(out.detach()))
-        y: Tensor = Factorised(router, Experts(maps[0], maps[1], norm, "none"), c["output_dim"], options["rank"])(
-            tokens
-        )
+        y: Tensor = Factorised(router, Pair(maps[0], maps[1], norm, "none"), c["output_dim"], options["rank"])(tokens)
         yield "hidden", hidden[0], torch.tensor(z["mid/hidden"])
     else:
         y = maps[0](tokens if norm is None else norm(tokens), levels)

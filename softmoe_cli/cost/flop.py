@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from softmoe_cli.config import Model
 from softmoe_cli.errors import UsageError, first_line
 from softmoe_cli.model.vit import build, count_tokens
-from softmoe_cli.moe.kind import Layer
+from softmoe_cli.moe.kind import Decider, Layer
 from softmoe_cli.optim import freeze
 
 PARTS = ("embedding and norms", "attn", "mlp", "router", "experts", "shared", "head")
@@ -118,11 +118,12 @@ def account_model(vit: VisionTransformer, *, batch: int | None, recompute: bool)
     tokens = count_tokens(vit)
     layers = [block.mlp for block in vit.blocks if isinstance(block.mlp, Layer)]
     rows = layers[0].rows(tokens) if layers else None
+    deciders = [module for module in vit.modules() if isinstance(module, Decider)]
     return Cost(
         parts=tuple(_parts(vit, batch, recompute)),
         tokens=tokens,
         slots_per_token=None if rows is None else rows / tokens,
-        whole_batches=layers[0].router.whole_batches if layers else None,
+        whole_batches=next((each.whole_batches for each in deciders if each.whole_batches), None),
     )
 
 
@@ -141,10 +142,12 @@ def on_meta(model: Model, num_classes: int) -> VisionTransformer:
 
 def _part_of(name: str) -> str:
     """The part that a parameter belongs to."""
+    if name.startswith("head."):
+        return "head"
     for part in ("experts", "shared", "router", "mlp", "attn"):
         if f".{part}." in name:
             return part
-    return "head" if name.startswith("head.") else "embedding and norms"
+    return "embedding and norms"
 
 
 def _parts(vit: VisionTransformer, batch: int | None, recompute: bool) -> Iterator[Part]:
@@ -178,8 +181,9 @@ def _parts(vit: VisionTransformer, batch: int | None, recompute: bool) -> Iterat
         for part, flop in here.items():
             forward[part] += flop
             train[part] += here_train.get(part, 3 * flop) + (again[part] if recompute else 0)
-    if isinstance(vit.head, nn.Linear):
-        forward["head"] = 2 * vit.head.weight.numel()
+    if not isinstance(vit.head, nn.Identity):
+        linear = isinstance(vit.head, nn.Linear)
+        forward["head"] = 2 * vit.head.weight.numel() if linear else vit.head.flop()
         train["head"] = 3 * forward["head"]
     for part in PARTS:
         if params[part] or forward[part]:

@@ -41,6 +41,9 @@ class Effect:
     """Share of images with another prediction."""
     probability_change_max: float
     """Largest change of a label's probability."""
+    polysemanticity: float | None = None
+    """How far an expert is from mattering to one class only, from 0; None where several are left out, or nothing is
+    lost."""
 
 
 class Audit:
@@ -151,7 +154,8 @@ class Audit:
             for expert in range(layer.router.num_experts):
                 with layer.silenced([expert]):
                     now = self.said(self.model, self.images, self.batch_size)
-                yield self._finding("experts", f"without expert {expert}", now, block=block)
+                found = self._finding("experts", f"without expert {expert}", now, block=block)
+                yield replace(found, polysemanticity=polysemanticity(self.reference, now))
         count = self._router.num_experts
         for dropped in sorted({round(share * count) for share in DROPPED_SHARES} - {0, count}):
             for draw in range(AUDIT_DRAWS):
@@ -163,6 +167,21 @@ class Audit:
                     now = self.said(self.model, self.images, self.batch_size)
                 setting = f"without {dropped} of {count} in every block, draw {draw}"
                 yield self._finding("experts", setting, now)
+
+
+def polysemanticity(then: Outcomes, now: Outcomes) -> float | None:
+    """How many classes an expert matters to: the classes' losses of accuracy without it, as a vector of length one, and
+    its distance from the unit vector of the class that loses most. 0: one class only. None if no class loses.
+
+    Class-level polysemanticity of muMoE (Oldfield et al., 2024), https://arxiv.org/abs/2402.12550; whether they
+    normalise in this way could not be checked."""
+    images, before = then.by_class(then.classes)
+    lost = (before - now.by_class(then.classes)[1]).double() / images.clamp(min=1)
+    if not lost.max() > 0:
+        return None
+    lost /= lost.norm()
+    lost[lost.argmax()] -= 1
+    return lost.norm().item()
 
 
 def summary(findings: Sequence[Effect]) -> list[Effect]:
@@ -179,6 +198,8 @@ def summary(findings: Sequence[Effect]) -> list[Effect]:
             sum(getattr(finding, key) for finding in some) / len(some)
             for key in ("top1_pct", "top1_change_pct", "changed_pct", "probability_change_max")
         ]
-        rows.append(Effect("experts", f"block {block}, one of {len(some)}: mean", block, *means))
+        known = [finding.polysemanticity for finding in some if finding.polysemanticity is not None]
+        mean = sum(known) / len(known) if known else None
+        rows.append(Effect("experts", f"block {block}, one of {len(some)}: mean", block, *means, mean))
         rows.append(replace(worst, setting=f"block {block}, {worst.setting}: the worst"))
     return rows

@@ -10,7 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from softmoe_cli.moe.kind import Decider, Decision
+from softmoe_cli.moe.kind import Decider, Decision, Layer
 from softmoe_cli.moe.routing import full_precision
 
 Batch = tuple[Tensor, Tensor]
@@ -175,7 +175,7 @@ def routing_statistics(model: nn.Module, batch: Batch, autocast: torch.autocast)
         with full_precision(batch[0]):  # now, when the router's weights are whole
             statistics.append(decision.statistics() | router.statistics())
 
-    routers = [module for module in model.modules() if isinstance(module, Decider)]
+    routers = [module.router for module in model.modules() if isinstance(module, Layer)]
     hooks = [router.register_forward_hook(remember) for router in routers]
     with autocast:
         model(batch[0])

@@ -10,7 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from softmoe_cli.config import group_of
 from softmoe_cli.errors import UsageError, nearest
 from softmoe_cli.moe.kind import Decider, Layer
-from softmoe_cli.moe.layer import layer_of
+from softmoe_cli.moe.layer import layer_for
 
 
 def make_router(options: dict[str, Any], dim: int, num_tokens: int) -> Decider:
@@ -66,7 +66,7 @@ def make_layer(options: dict[str, Any], dim: int, hidden: int, num_tokens: int, 
     """
     router = make_router(options, dim, num_tokens)
     try:
-        return layer_of(router, dim, hidden, gelu=gelu, identical=identical)
+        return layer_for(router, dim, hidden, gelu=gelu, identical=identical)
     except ValueError as error:
         raise UsageError(f"model.router: {error}") from error
 

@@ -2,8 +2,10 @@
 
 import dataclasses
 import math
+import pkgutil
 from collections.abc import Sequence
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import timm
@@ -15,6 +17,8 @@ from torch import nn
 from softmoe_cli.config import Model, placement
 from softmoe_cli.errors import UsageError, first_line, nearest
 from softmoe_cli.model.router import make_layer
+from softmoe_cli.moe import routers
+from softmoe_cli.moe.factorised import FactorisedRouter
 from softmoe_cli.moe.kind import Layer
 from softmoe_cli.moe.routing import Router
 
@@ -36,7 +40,37 @@ def build(model: Model, num_classes: int) -> VisionTransformer:
         for index in blocks:
             block = vit.blocks[index]
             block.mlp = _layer(block.mlp, model, num_tokens=count_tokens(vit))
+    if model.head != "linear":
+        vit.head = _head(model, vit.head.in_features, num_classes)
     return vit
+
+
+def _head(model: Model, dim: int, num_classes: int) -> nn.Module:
+    """Factorised experts with as many parameters as the linear head of so many classes."""
+    found = _heads()
+    if model.head not in found:
+        names = ["linear", *found]
+        raise UsageError(f"model.head={model.head} is none of {', '.join(names)}.{nearest(model.head, names)}")
+    options = {"num_experts": model.head_experts, "num_experts_2": None, "rank": "matched", "gate": "entmax15"}
+    options |= {"norm": model.head_norm, "bias": True, "input_norm": False}
+    kind: Any = found[model.head]
+    try:
+        head: nn.Module = kind(dim, 1, **options).head(num_classes)
+    except ValueError as error:
+        raise UsageError(f"model.head={model.head} with model.head_experts={model.head_experts}: {error}") from error
+    return head
+
+
+def _heads() -> dict[str, type[FactorisedRouter]]:
+    """The routers that can make a head, by the names of their files."""
+    found = {}
+    for each in pkgutil.iter_modules(routers.__path__):
+        module = import_module(f"{routers.__name__}.{each.name}")
+        own = [kind for kind in vars(module).values() if getattr(kind, "__module__", None) == module.__name__]
+        for kind in own:
+            if isinstance(kind, type) and issubclass(kind, FactorisedRouter):
+                found[each.name] = kind
+    return found
 
 
 def portable(model: Model, vit: VisionTransformer) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from softmoe_cli.moe.kind import Decision
 from softmoe_cli.moe.routing import load_statistics
 
-EPS = 1e-5
+NORM_EPS = 1e-5
 MOMENTUM = 0.1
 
 
@@ -54,7 +54,7 @@ def entmax15(logits: Float[Tensor, "*rows e"]) -> Float[Tensor, "*rows e"]:
 
 
 FUNCTIONS = {"entmax15": entmax15, "softmax": lambda logits: logits.softmax(dim=-1)}
-NORMS = ("batch", "layer")
+GATE_NORMS = ("batch", "layer")
 
 
 class _SumOfAll(torch.autograd.Function):
@@ -100,7 +100,7 @@ class BatchNorm(nn.Module):
     ) -> Float[Tensor, "b n e"]:
         """`batch`: by this batch's means, not by the running ones."""
         if not batch:
-            return (logits - self.mean) * (self.variance + EPS).rsqrt()
+            return (logits - self.mean) * (self.variance + NORM_EPS).rsqrt()
         if logits.shape[0] * logits.shape[1] == 1 and not self.over_processes:
             raise ValueError("norm=batch has no variance over one token; use a larger batch or norm=layer")
         kept = torch.ones_like(logits[..., :1]) if keep is None else keep[..., None].to(logits.dtype)
@@ -111,7 +111,7 @@ class BatchNorm(nn.Module):
         with torch.no_grad():
             self.batch_mean.copy_(total[:-1] / count)
             self.batch_variance.copy_(variance * (count / (count - 1)))
-        return centred * (variance + EPS).rsqrt()
+        return centred * (variance + NORM_EPS).rsqrt()
 
     def _whole(self, part: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
         if not self.over_processes:
@@ -140,7 +140,7 @@ class Level(nn.Module):
             # A frozen gate goes by its running means, which then stand still as well.
             normalised: Tensor = self.norm(logits, keep, batch=self.training and self.kernel.requires_grad)
         else:
-            normalised = nn.functional.layer_norm(logits, logits.shape[-1:], eps=EPS)
+            normalised = nn.functional.layer_norm(logits, logits.shape[-1:], eps=NORM_EPS)
         return FUNCTIONS[self.function](normalised)
 
 

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from softmoe_cli.moe.coefficients import FUNCTIONS, NORMS, BatchNorm, Coefficients, Level
+from softmoe_cli.moe.coefficients import FUNCTIONS, GATE_NORMS, BatchNorm, Coefficients, Level
 from softmoe_cli.moe.kind import Decider, Layer
 from softmoe_cli.moe.layer import in_fast_precision
 from softmoe_cli.moe.routing import full_precision
@@ -45,6 +45,10 @@ class Maps(nn.Module, ABC):
         """The part of `flop` that is the last product."""
         return 2 * num_tokens * self.of_output.numel()
 
+    @abstractmethod
+    def output(self) -> Float[Tensor, "o k"]:
+        """The matrix of the last product, from the factor of the output."""
+
     @property
     @abstractmethod
     def spare(self) -> int:
@@ -56,8 +60,11 @@ class Maps(nn.Module, ABC):
         `spare` at most. Directions that are left stay as they are, but add nothing yet."""
 
     @abstractmethod
+    def mixed(self, x: Float[Tensor, "b n i"], levels: Levels) -> Float[Tensor, "b n k"]:
+        """All but the last product. `levels`: coefficients for the experts of each level."""
+
     def forward(self, x: Float[Tensor, "b n i"], levels: Levels) -> Float[Tensor, "b n o"]:
-        """`levels`: coefficients for the experts of each level."""
+        return self.mixed(x, levels) @ self.output().mT
 
 
 def uniform(*shape: int, fan: int) -> nn.Parameter:
@@ -70,7 +77,7 @@ def with_bias(x: Float[Tensor, "b n i"], factor: Float[Tensor, "j r"], bias: boo
     return F.linear(x, factor[:-1].mT, factor[-1]) if bias else x @ factor
 
 
-class Experts(nn.Module):
+class Pair(nn.Module):
     """The two layers of a block: maps, GELU, maps. `norm`: LayerNorm on what the maps see."""
 
     def __init__(self, first: Maps, second: Maps, norm: nn.LayerNorm | None, gelu: str) -> None:
@@ -122,8 +129,8 @@ class FactorisedRouter(Decider):
                 raise ValueError(f"{name}={value} must be at least 1")
         if gate not in FUNCTIONS:
             raise ValueError(f"gate={gate} is not one of {', '.join(FUNCTIONS)}")
-        if norm not in NORMS:
-            raise ValueError(f"norm={norm} is not one of {', '.join(NORMS)}")
+        if norm not in GATE_NORMS:
+            raise ValueError(f"norm={norm} is not one of {', '.join(GATE_NORMS)}")
         self.num_experts, self.dim, self.rank, self.bias, self.input_norm = num_experts, dim, rank, bias, input_norm
         self.experts_by_level = (num_experts,) if num_experts_2 is None else (num_experts, num_experts_2)
         self.levels = nn.ModuleList(Level(dim, e, function=gate, norm=norm) for e in self.experts_by_level)
@@ -156,7 +163,19 @@ class FactorisedRouter(Decider):
         rank = self._matched(widths, target) if self.rank == "matched" else self.rank
         first, second = (self.maps(inputs, outputs, rank) for inputs, outputs in widths)
         norm = nn.LayerNorm(self.dim) if self.input_norm else None
-        return Factorised(self, Experts(first, second, norm, gelu), hidden, rank)
+        return Factorised(self, Pair(first, second, norm, gelu), hidden, rank)
+
+    def head(self, classes: int) -> "FactorisedHead":
+        """One layer of maps in the place of a linear head.
+
+        Raises:
+            ValueError: no such head can be.
+        """
+        widths = ((self.dim, classes),)
+        rank = self._matched(widths, self.dim * classes + classes) if self.rank == "matched" else self.rank
+        if self.whole_batches is not None:
+            self.whole_batches = self.whole_batches.replace("model.router.norm", "model.head_norm")
+        return FactorisedHead(self, self.maps(self.dim, classes, rank))
 
     def _matched(self, widths: Sequence[tuple[int, int]], target: int) -> Any:
         """The smallest rank with which the layer has `target` parameters or more: the gate is charged to it, and the
@@ -167,7 +186,7 @@ class FactorisedRouter(Decider):
         if beside >= target:
             raise ValueError(
                 f"num_experts={self.num_experts}: whatever the rank, gate and experts have {beside:,} parameters, and "
-                f"rank=matched is to equal {target:,} of the MLP; use fewer experts, or a number for rank"
+                f"rank=matched is to equal {target:,}; use fewer experts, or a number for rank"
             )
         return self.rank_of(-(-(target - beside) // sum(each for _, each in sizes)))
 
@@ -216,9 +235,9 @@ class Factorised(Layer):
     """Two layers of factorised experts in the place of an MLP, with one set of coefficients for both."""
 
     router: FactorisedRouter
-    experts: Experts
+    experts: Pair
 
-    def __init__(self, router: FactorisedRouter, experts: Experts, hidden: int, rank: Any) -> None:
+    def __init__(self, router: FactorisedRouter, experts: Pair, hidden: int, rank: Any) -> None:
         super().__init__()
         self.router = router
         self.experts = experts
@@ -305,3 +324,28 @@ class Factorised(Layer):
             return y if keep is None else y.masked_fill(~keep[:, :, None], 0)
 
         return in_fast_precision(x, self.experts.first.of_input.dtype, through)
+
+
+class FactorisedHead(nn.Module):
+    """One layer of factorised experts in the place of a linear head. `weight` is the matrix of its last product, which
+    has a row for each class, as a linear head's has."""
+
+    def __init__(self, router: FactorisedRouter, maps: Maps) -> None:
+        super().__init__()
+        self.router = router
+        self.weight = nn.Parameter(maps.output().detach().clone())
+        self.maps = maps
+        del maps.of_output
+
+    def flop(self) -> int:
+        """FLOPs per image; a multiply-add counts as 2."""
+        return self.router.flop(1) + self.maps.flop(1) + 2 * self.weight.numel()
+
+    def forward(self, features: Float[Tensor, "b d"]) -> Float[Tensor, "b c"]:
+        x = features[:, None]
+        coefficients: Coefficients = self.router(x)
+
+        def through(tokens: Tensor) -> Tensor:
+            return self.maps.mixed(tokens, [level.to(tokens.dtype) for level in coefficients.levels]) @ self.weight.mT
+
+        return in_fast_precision(x, self.weight.dtype, through).squeeze(1)

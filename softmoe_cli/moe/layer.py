@@ -106,7 +106,7 @@ class Experts(Stacked):
 
 def in_fast_precision(
     x: Float[Tensor, "b n d"], whole: torch.dtype, compute: Callable[[Tensor], Tensor]
-) -> Float[Tensor, "b n d"]:
+) -> Float[Tensor, "b n o"]:
     """What `compute` makes of tokens, under autocast rounded once, before they are read again and again; in `whole`,
     the parameters' precision, on a CPU where half precision would only take longer."""
     device = x.device.type
@@ -192,7 +192,7 @@ class MoE(Layer):
         return y
 
 
-def layer_of(router: Decider, dim: int, hidden: int, *, gelu: str, identical: bool) -> Layer:
+def layer_for(router: Decider, dim: int, hidden: int, *, gelu: str, identical: bool) -> Layer:
     """The layer that a router decides for, in the place of an MLP from `dim` to `hidden` units and back: its own, or
     one with MLPs as experts, which start equal if `identical`.
 

@@ -21,7 +21,7 @@ from softmoe_cli.evaluate.fewshot import check_shots
 from softmoe_cli.evaluate.quality import classification_loss
 from softmoe_cli.model.vit import build, prepare
 from softmoe_cli.model.weights import LoadReport
-from softmoe_cli.moe.kind import Decider, Decision, Layer
+from softmoe_cli.moe.kind import Decider, Decision
 from softmoe_cli.moe.routing import full_precision, routings
 from softmoe_cli.optim import freeze, optimizer_of, schedule
 from softmoe_cli.parallel import ALONE, Average, Crew, own_part
@@ -268,7 +268,7 @@ def update(step: Step, x: Tensor, targets: Tensor, lr: float) -> tuple[float, fl
 
 def _adjusting(model: VisionTransformer) -> list[Decider]:
     """The routers that adjust themselves after updates: one whose parameters are all frozen does not."""
-    routers = [block.mlp.router for block in model.blocks if isinstance(block.mlp, Layer)]
+    routers = [module for module in model.modules() if isinstance(module, Decider)]
     trains = [[parameter.requires_grad for parameter in router.parameters()] for router in routers]
     return [router for router, each in zip(routers, trains, strict=True) if not each or any(each)]
 

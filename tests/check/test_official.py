@@ -203,7 +203,11 @@ def build_vit(config: dict[str, Any], encoder: dict[str, Any], moe: dict[str, An
         norm_after_pool=False, qk_norm="scale" if encoder.get("attention_qk_norm") else "none", gelu="tanh",
         norm_eps=1e-6, pos_std=0.02, layer_scale=None, drop_path=0.0, init="official",
     )  # fmt: skip
-    model = Model(backbone, router, config["image_size"], 3, list(moe.get("layers", [])), "identical", None)
+    blocks = list(moe.get("layers", []))
+    model = Model(
+        backbone, router, config["image_size"], 3, blocks, "identical", None, head="linear", head_experts=None,
+        head_norm=None,
+    )  # fmt: skip
     vit = build(model.settled(), config["num_classes"])
     if config.get("representation_size"):  # a layer between pooling and head that no Soft MoE model has
         middle = torch.nn.Linear(config["hidden_size"], config["representation_size"])

@@ -68,6 +68,41 @@ def test_predicted_peak_is_the_allocators(name: str, precision: str, recompute: 
 
 
 @every_kind
+def test_a_factorised_head(name: str, softmoe: Softmoe, tmp_path: Path) -> None:
+    """As many parameters as the linear head, counted, trained, evaluated and stopped like it."""
+    wide = ("model.backbone.width=48", "model.backbone.heads=4", "model.head_experts=3")
+    line = ("train", *TINY, *wide, f"model.head={name}", "train.steps=6", "train.batch_size=8", "train.eval_every=1.0")
+    assert softmoe(*line).code == 0
+    run = the_run(tmp_path)
+    weights = load_file(last(run) / "model.safetensors")
+    own = {key: value for key, value in weights.items() if key.startswith("head.") and ".norm." not in key}
+    assert 490 <= sum(value.numel() for value in own.values()) < 490 + 240
+    assert len(weights["head.weight"]) == 10 and weights["head.router.levels.0.norm.mean"].any()
+    row = json.loads(softmoe("evaluate", f"checkpoint={run}", "format=json").out)
+    assert row["top1_pct"] == json.loads((run / "result.json").read_text())["top1_pct"]
+    counted = json.loads(softmoe("cost", *TINY[1:], *wide, f"model.head={name}", "data=digits", "format=json").out)
+    assert counted["forward_gflop"] == pytest.approx(counted["counter_forward_gflop"], rel=1e-12)
+    assert counted["train_gflop"] == pytest.approx(counted["counter_train_gflop"], rel=1e-12)
+    assert all(part["train_gflop"] == part["counter_train_gflop"] for part in counted["parts"])
+    assert "set train.accumulate=1 or model.head_norm=layer" in softmoe(*line, "train.accumulate=2").err
+    assert softmoe(*line, "train.accumulate=2", "model.head_norm=layer").code == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("model.head=mumoe_pc",), "model.head=mumoe_pc is none of linear, mumoe_cp, mumoe_tr"),
+        (("model.head=mumoe_cp", "model.head_experts=64"), "with model.head_experts=64: num_experts=64: whatever"),
+        (("model.head=mumoe_cp", "train.batch_size=1"), "head_norm=batch has no variance over train.batch_size=1"),
+        (("model.head=mumoe_cp", "model.head_norm=null"), "model.head=mumoe_cp needs model.head_experts and"),
+    ],
+)  # fmt: skip
+def test_impossible_heads_are_refused(words: tuple[str, ...], told: str, softmoe: Softmoe) -> None:
+    answer = softmoe("train", *TINY, *words)
+    assert answer.code == 2 and told in answer.err, answer
+
+
+@every_kind
 def test_experts_that_share_their_weights_are_not_divided(name: str, softmoe: Softmoe) -> None:
     answer = softmoe("cost", f"model/router={name}", "data=fashion_mnist", "model.router.num_experts=8", "devices=2",
                      "parallel=expert")  # fmt: skip

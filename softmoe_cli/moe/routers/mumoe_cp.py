@@ -43,11 +43,14 @@ class CPMaps(Maps):
         for factor in self.of_experts:
             factor[:, :used] = 1
 
-    def forward(self, x: Float[Tensor, "b n i"], levels: Levels) -> Float[Tensor, "b n o"]:
+    def output(self) -> Float[Tensor, "o r"]:
+        return self.of_output
+
+    def mixed(self, x: Float[Tensor, "b n i"], levels: Levels) -> Float[Tensor, "b n r"]:
         y = with_bias(x, self.of_input, self.bias)
         for coefficients, factor in zip(levels, self.of_experts, strict=True):
             y = y * (coefficients @ factor)
-        return y @ self.of_output.mT
+        return y
 
 
 class MuMoECPRouter(FactorisedRouter):

@@ -54,7 +54,10 @@ class TRMaps(Maps):
             core[:used] = torch.eye(used, core.shape[2])[:, None]
             core[used:, :, :used] = 0
 
-    def forward(self, x: Float[Tensor, "b n i"], levels: Levels) -> Float[Tensor, "b n o"]:
+    def output(self) -> Float[Tensor, "o k"]:
+        return self.of_output.permute(1, 2, 0).flatten(1)
+
+    def mixed(self, x: Float[Tensor, "b n i"], levels: Levels) -> Float[Tensor, "b n k"]:
         b, n, _ = x.shape
         before, rows, last = self.of_input.shape
         ring: Tensor | None = None
@@ -64,7 +67,7 @@ class TRMaps(Maps):
         assert ring is not None
         inputs = with_bias(x, self.of_input.transpose(0, 1).reshape(rows, before * last), self.bias)
         ring = torch.bmm(ring, inputs.view(b * n, before, last))
-        return ring.view(b, n, -1) @ self.of_output.permute(2, 0, 1).flatten(0, 1)
+        return ring.view(b, n, -1)
 
 
 class MuMoETRRouter(FactorisedRouter):
