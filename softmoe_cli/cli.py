@@ -15,16 +15,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from softmoe_cli.config import (
-    Config,
+from softmoe_cli.config.commands import (
     CostConfig,
     DataCheckConfig,
     EvaluateConfig,
     ExportConfig,
     MatchConfig,
     UpcycleConfig,
-    check_channels,
 )
+from softmoe_cli.config.data import check_channels
+from softmoe_cli.config.run import Config
 from softmoe_cli.errors import UsageError, first_line, nearest
 from softmoe_cli.failures import defect, ours
 from softmoe_cli.options.compose import Jobs, admit, changed, door, other_model, overlay, plain, say_once, tree_of

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from softmoe_cli.config import Optim
+from softmoe_cli.config.recipe import Optim
 from softmoe_cli.errors import UsageError
 from softmoe_cli.moe.kind import Decider, Layer
 from softmoe_cli.parallel import part_of

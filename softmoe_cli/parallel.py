@@ -32,7 +32,8 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
-from softmoe_cli.config import Config, group_of
+from softmoe_cli.config.model import group_of
+from softmoe_cli.config.run import Config
 from softmoe_cli.device import cores
 from softmoe_cli.errors import RunError, UsageError, first_line
 from softmoe_cli.moe.divided import DividedExperts, span

@@ -18,7 +18,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn import functional as F
 
-from softmoe_cli.config import Model, UpcycleConfig
+from softmoe_cli.config.commands import UpcycleConfig
+from softmoe_cli.config.model import Model
 from softmoe_cli.cost.flop import Cost, account_model, on_meta
 from softmoe_cli.data import batches, sets
 from softmoe_cli.errors import RunError, UsageError

@@ -18,7 +18,7 @@ from timm.layers import DropPath
 from torch import Tensor
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 
-from softmoe_cli.config import WAYS, Config
+from softmoe_cli.config.run import WAYS, Config
 from softmoe_cli.cost import fit
 from softmoe_cli.cost.fit import _first_that_fits, obstacle
 from softmoe_cli.cost.load import Load

@@ -17,7 +17,8 @@ from hydra.plugins.sweeper import Sweeper
 from omegaconf import open_dict, read_write
 from PIL import Image
 
-from softmoe_cli.config import Config, Model
+from softmoe_cli.config.model import Model
+from softmoe_cli.config.run import Config
 from softmoe_cli.cost.flop import on_meta
 from softmoe_cli.launch.sweep import Sweep
 from softmoe_cli.options.compose import plain

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten_with_path
 from torch.utils.checkpoint import checkpoint
 
-from softmoe_cli.config import group_of
+from softmoe_cli.config.model import group_of
 from softmoe_cli.cost.flop import counter
 from softmoe_cli.device import compiled
 from softmoe_cli.errors import UsageError

@@ -5,7 +5,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from softmoe_cli.config import WAYS, Config, Optim, group_of
+from softmoe_cli.config.model import group_of
+from softmoe_cli.config.recipe import Optim
+from softmoe_cli.config.run import WAYS, Config
 from softmoe_cli.cost.flop import account, on_meta
 from softmoe_cli.cost.load import Load
 from softmoe_cli.cost.memory import Memory, predict

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from softmoe_cli.config import Model
+from softmoe_cli.config.model import Model
 from softmoe_cli.errors import UsageError, first_line
 from softmoe_cli.model.vit import build, count_tokens
 from softmoe_cli.moe.kind import Decider, Layer

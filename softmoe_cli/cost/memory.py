@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from softmoe_cli.config import group_of
+from softmoe_cli.config.model import group_of
 from softmoe_cli.cost.load import Load
 from softmoe_cli.cost.sharded import FirstExperts, FullyShard, indivisible
 from softmoe_cli.device import precision_context

@@ -17,7 +17,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from softmoe_cli.config import EvaluateConfig, Model, check_groups
+from softmoe_cli.config.commands import EvaluateConfig
+from softmoe_cli.config.model import Model, check_groups
 from softmoe_cli.data import sets
 from softmoe_cli.data.batches import eval_batches
 from softmoe_cli.data.splits import ImageSet, Splits

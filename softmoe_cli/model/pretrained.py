@@ -6,7 +6,7 @@ from typing import Any
 
 import timm
 
-from softmoe_cli.config import Backbone
+from softmoe_cli.config.model import Backbone
 from softmoe_cli.errors import UsageError, first_line, nearest
 from softmoe_cli.model.vit import plain_vit
 from softmoe_cli.run.checkpoint import digest_of

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from softmoe_cli.config import group_of
+from softmoe_cli.config.model import group_of
 from softmoe_cli.errors import UsageError, nearest
 from softmoe_cli.moe.kind import Decider, Layer
 from softmoe_cli.moe.layer import layer_for

@@ -14,7 +14,7 @@ from timm.layers import GELU, Attention, GELUTanh, Mlp, lecun_normal_
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
-from softmoe_cli.config import Model, placement
+from softmoe_cli.config.model import Model, placement
 from softmoe_cli.errors import UsageError, first_line, nearest
 from softmoe_cli.model.router import make_layer
 from softmoe_cli.moe import routers

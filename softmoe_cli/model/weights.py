@@ -11,7 +11,7 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from softmoe_cli.config import Model, group_of
+from softmoe_cli.config.model import Model, group_of
 from softmoe_cli.errors import UsageError, first_line
 from softmoe_cli.model.vit import build, count_tokens
 from softmoe_cli.moe.kind import Decider

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from softmoe_cli.config import BUDGETS
+from softmoe_cli.config.recipe import BUDGETS
 from softmoe_cli.errors import first_line
 from softmoe_cli.text import printable, shortened
 

@@ -10,7 +10,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from softmoe_cli.config import Config, check_tokens
+from softmoe_cli.config.run import Config, check_tokens
 from softmoe_cli.cost.fit import require_place, settle
 from softmoe_cli.cost.flop import account
 from softmoe_cli.cost.load import Load

@@ -9,7 +9,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from softmoe_cli.config import Config
+from softmoe_cli.config.run import Config
 from softmoe_cli.errors import UsageError
 from softmoe_cli.model.weights import LoadReport, load_weights, patterns
 from softmoe_cli.moe.kind import Layer

@@ -12,7 +12,8 @@ import torch
 
 import softmoe_cli
 from softmoe_cli.compare.intervals import at_chance
-from softmoe_cli.config import WANDB_LETTERS, Config, Model
+from softmoe_cli.config.model import Model
+from softmoe_cli.config.run import WANDB_LETTERS, Config
 from softmoe_cli.cost.fit import Fit
 from softmoe_cli.data import splits
 from softmoe_cli.device import KEPT, hardware, slower

@@ -29,7 +29,7 @@ from softmoe_cli.check.official import (
     tolerance,
     vectors_folder,
 )
-from softmoe_cli.config import Backbone, Model
+from softmoe_cli.config.model import Backbone, Model
 from softmoe_cli.evaluate.fewshot import accuracies, best_l2, draws, feature_statistics, ridge, take, whiten
 from softmoe_cli.model.router import make_router
 from softmoe_cli.model.vit import build
