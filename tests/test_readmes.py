@@ -37,7 +37,7 @@ NOT_RUN = {
     "pip": "installs from the network",
     "torchrun": "takes devices for each process; tests/test_parallel.py starts the same processes with a small model",
     "wandb": "sends to a server",
-    "#!/bin/bash": "a batch script, which tests/launch/test_sweep.py runs with stand-ins for Slurm",
+    "#!/bin/bash": "a batch script, which tests/launch/test_places.py runs with stand-ins for Slurm",
     "+search=quality": "Optuna warns when it is imported; tests/launch/test_sweep.py runs it in a process of its own",
     "+search=pareto": "the same",
 }
