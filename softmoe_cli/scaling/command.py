@@ -90,8 +90,8 @@ def run_scaling(arguments: Sequence[str]) -> int:
     check_quality(quality)
     seconds = chosen.device_s is not None or chosen.total_s is not None or bool(chosen.served and chosen.costs)
     question = Question(quality, "device_s" if seconds else "train_pflop", where=chosen.where)
-    held = read_one(chosen.check) if chosen.check is not None else None
     runs, left_out, _ = usable_runs(chosen.folders, question)
+    held = read_one(chosen.check) if chosen.check is not None else None
     runs, more = _of_scratch(runs, held)
     left_out += more
     parts, varying = kept_apart(runs, question)
