@@ -106,6 +106,9 @@ def run_scaling(arguments: Sequence[str]) -> int:
             lacking.append(str(error))
     if not reports:
         raise UsageError("; ".join(lacking))
+    if held is not None and not any(report.checked for report in reports):
+        names = ", ".join(report.family.name for report in reports)
+        raise UsageError(f"--check {held.place}: its router is {held.row['router']}, and the laws are of {names}")
     notes = [*lacking, *version_notes(runs, False), *(f"left out: {folder}: {reason}" for folder, reason in left_out)]
     out = chosen.out or chosen.folders[0] / "scaling"
     files = _write(reports, notes, left_out, out)

@@ -78,6 +78,7 @@ NEAR = 1e-3
 MOST_IMAGES = 1e6
 """Times the images of the runs, beyond which a loss counts as out of reach."""
 MOST_SERVING = 64
+"""Devices that are looked at where no number of them is given."""
 
 
 @dataclass(frozen=True)
@@ -188,26 +189,30 @@ def best_choice(
         exact: False: the best of two grids of sizes, the second within the first, for many draws.
     """
     found = Choice(experts, reason="no size keeps all limits" if aim.loss is None else "no size reaches the loss")
-    counts = range(1, 2)
-    if world.memory is not None:
-        fewest = max(1, math.ceil(float(world.memory(span[0], experts))))
-        counts = range(fewest, max(fewest, min(aim.devices or MOST_SERVING, MOST_SERVING)) + 1)
-    for devices in counts:
-        if aim.devices is not None and devices > aim.devices:
-            break
+    for devices in _device_counts(aim, world, experts, span):
         search = _Search(aim, world, experts, devices, images)
         best = search.best(span, exact=exact)
         if best is None or best[1] >= found.objective:
             continue
         size = math.exp(best[0])
         seen = float(search.at(best[0])[0])
+        filled = 1 if world.memory is None else max(1, math.ceil(float(world.memory(size, experts)) * (1 - 1e-9)))
         found = Choice(
             experts, size, seen, float(world.loss(size, seen, experts)), float(world.train(size, experts)) * seen,
-            float(world.serve(size, experts)) * devices, devices, best[1],
+            float(world.serve(size, experts)) * filled, filled, best[1],
         )  # fmt: skip
-        if aim.goal == "loss" and aim.total is None and aim.devices is None:
-            break  # more devices cost nothing here and change nothing
     return found
+
+
+def _device_counts(aim: Aim, world: World, experts: float, span: tuple[float, float]) -> range:
+    """How many devices the weights may fill. Where their number costs nothing, only the most of them matters."""
+    most = aim.devices or MOST_SERVING
+    if world.memory is None:
+        return range(1, 2)
+    if aim.goal == "loss" and aim.total is None:
+        return range(most, most + 1)
+    ends = [math.ceil(float(world.memory(size, experts))) for size in span]
+    return range(max(1, ends[0]), min(most, max(1, ends[1])) + 1)
 
 
 def winner(choices: Sequence[Choice]) -> Choice | None:

@@ -255,6 +255,14 @@ def test_wandb_gets_the_laws(tmp_path: Path) -> None:
     assert media == {"table", "laws", "page"}
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_a_run_of_another_router_is_not_held_against_the_law(softmoe: Softmoe, tmp_path: Path) -> None:
+    folder = planted_study(tmp_path / "dense", **DENSE)
+    other = write(tmp_path, row(router="tokens_choice"))
+    answer = softmoe("scaling", str(folder), "--law", "chinchilla", "--draws", "2", "--check", str(other))
+    assert answer.code == 2 and "its router is tokens_choice, and the laws are of dense" in answer.err
+
+
 WRONG = {
     "--quality ece_pct": "--quality ece_pct: no law is fitted to that.",
     "--law chinchila": "--law chinchila: no such law. Did you mean 'chinchilla'? Laws: ",

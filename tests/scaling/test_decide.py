@@ -107,6 +107,8 @@ def test_devices_are_whole() -> None:
     found = best(world=world, total=1e12, served=1e6)
     assert found.devices == math.ceil(found.size / 1e4)
     assert found.price == pytest.approx(found.devices * WORLD.serve(found.size, 4.0))
+    free = best(world=world, train=1e12)
+    assert free.size == pytest.approx(best(train=1e12).size) and free.devices == math.ceil(free.size / 1e4)
     few = best(world=world, train=1e12, devices=1)
     assert few.size == pytest.approx(1e4, rel=1e-9)
     none = best_choice(Aim(train=1e12, devices=1), world, 4.0, (1e6, 1e7), IMAGES)
