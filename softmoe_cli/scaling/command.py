@@ -34,7 +34,10 @@ SCALING_OPTIONS: dict[str, tuple[str, str]] = {
     "quality": ("KEY", "what is fitted: a loss, or the error of an accuracy; without it validation_loss"),
     "where": ("KEY=VALUE,VALUE", "only runs that have this; may be given several times"),
     "law": ("NAME,NAME", "only these laws; the best of them decides"),
-    "delta": ("NUMBER", "Huber's, of log loss; without it 1.345 times the scatter of seeds"),
+    "delta": (
+        "NUMBER",
+        "Huber's, of log loss; without it 1.345 times the scatter of seeds, or of a first fit",
+    ),
     "draws": ("COUNT", "of the bootstrap; without it 400"),
     "train-pflop": ("PFLOP", "the most that training may take"),
     "device-s": ("SECONDS", "the same in seconds of training, summed over devices; runs of one machine only"),
