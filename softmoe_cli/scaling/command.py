@@ -53,7 +53,7 @@ SCALING_OPTIONS: dict[str, tuple[str, str]] = {
     "device-mib": ("MIB", "memory of a device that serves: weights fill whole ones, at 4 bytes"),
     "devices": ("COUNT", "with --device-mib: the most of them"),
     "experts": ("COUNT,COUNT", "numbers of experts to choose among, dense always; without it those of the runs"),
-    "extrapolate": ("", "answer also beyond ten times the runs, or beyond their images where these repeat"),
+    "extrapolate": ("", "answer also beyond ten times the runs, and beyond the images that are different"),
     "next": ("", "the cheapest next run that would narrow the answer"),
     "check": ("RUN", "hold a finished run against what a law fitted without it predicts"),
     "published": ("NAME,NAME", "the papers' tables from their coefficients, laws on the Soft MoE paper's rows; or all"),

@@ -50,7 +50,7 @@ def test_sizes_are_those_of_the_ledger() -> None:
         assert dense_parameters(told) == parts["attn"] + parts["mlp"]
     assert dense_parameters({"model.backbone.width": None}) is None
     soft = sizes_of(planted(32, 16, 96_000, 0))
-    assert (soft["E"], soft["D"], soft["G"], soft["U"]) == (16, 96_000, 1, 400_000)
+    assert (soft["E"], soft["D"], soft["G"], soft["U"]) == (16, 96_000, 1, 4_000_000)
     assert soft["S"] == 1 - 1 / 16 and sizes_of(planted(32, 1, 96_000, 0))["S"] == 0
 
 
@@ -159,9 +159,12 @@ def test_refused_far_from_the_runs(softmoe: Softmoe, tmp_path: Path) -> None:
     repeated = planted_study(tmp_path / "repeated", **DENSE)
     for run in repeated.iterdir():
         result = json.loads((run / "result.json").read_text())
-        (run / "result.json").write_text(json.dumps(result | {"epochs": 3.0}))
-    again = softmoe("scaling", str(repeated), "--law", "chinchilla", "--draws", "3", "--train-pflop", "0.02")
-    assert "the most images of the runs, which repeat them; --extrapolate asks for it" in again.out
+        (run / "result.json").write_text(
+            json.dumps(result | {"train_images": 48_000, "epochs": result["images"] / 48_000})
+        )
+    again = softmoe("scaling", str(repeated), "--law", "chinchilla", "--draws", "3", "--train-pflop", "0.002")
+    assert "and chinchilla takes those that come again as fresh; --extrapolate asks for it" in again.out
+    assert "images come again, up to 4 times" in again.out
 
 
 @pytest.mark.usefixtures("undrawn")
