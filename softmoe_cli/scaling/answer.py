@@ -227,17 +227,8 @@ def proposal(family: Family, size: str, wanted: float, images: float, experts: f
     batch = int(row["batch_size"])
     count = max(1, round(images / batch)) * batch
     budgets = [f"train.{key}=null" for key in ("steps", "epochs", "minutes") if row.get(f"train.{key}") is not None]
-    words = [
-        "softmoe",
-        "train",
-        "-cp",
-        os.path.abspath(run.folder),
-        "-cn",
-        "config",
-        *changed,
-        f"train.images={count}",
-        *budgets,
-    ]
+    words = ["softmoe", "train", "-cp", os.path.abspath(run.folder), "-cn", "config", *changed]
+    words += [f"train.images={count}", *budgets]
     return Proposal(shlex.join(words), float(points.sizes[size][at]) * factor, count, experts)
 
 
