@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from softmoe_cli.config import Model
 from softmoe_cli.errors import UsageError, first_line
+from softmoe_cli.model.blocks import CarryingBlock
 from softmoe_cli.model.vit import build, count_tokens
 from softmoe_cli.moe.layer import MoE
 from softmoe_cli.optim import freeze
@@ -153,8 +154,9 @@ def _parts(vit: VisionTransformer, batch: int | None, recompute: bool) -> Iterat
     pixels = 2 * vit.patch_embed.num_patches * vit.patch_embed.proj.weight.numel()
     forward["embedding and norms"], train["embedding and norms"] = pixels, 2 * pixels
     for block in vit.blocks:
-        if type(block) is not Block or not isinstance(block.mlp, Mlp | MoE):
-            kind = type(block if type(block) is not Block else block.mlp).__name__
+        plain = type(block) in (Block, CarryingBlock)
+        if not plain or not isinstance(block.mlp, Mlp | MoE):
+            kind = type(block.mlp if plain else block).__name__
             raise UsageError(f"no FLOP formula for {kind} blocks; use a ViT with plain blocks and MLPs")
         d, inner = block.attn.qkv.in_features, block.attn.proj.in_features
         here = {"attn": 2 * n * d * 3 * inner + 2 * 2 * n * n * inner + 2 * n * inner * d}

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import timm
@@ -14,6 +15,7 @@ from torch import nn
 
 from softmoe_cli.config import Model, placement
 from softmoe_cli.errors import UsageError, first_line, nearest
+from softmoe_cli.model.blocks import CarryingBlock
 from softmoe_cli.model.router import make_router
 from softmoe_cli.moe.layer import Experts, MoE
 from softmoe_cli.moe.routing import Router
@@ -36,7 +38,21 @@ def build(model: Model, num_classes: int) -> VisionTransformer:
         for index in blocks:
             block = vit.blocks[index]
             block.mlp = _moe(block.mlp, model, num_tokens=count_tokens(vit))
+        _join(vit, blocks)
     return vit
+
+
+def _join(vit: VisionTransformer, blocks: Sequence[int]) -> None:
+    """Lets the layers of these blocks hand on what their routers carry, through the blocks between them."""
+    routers = [vit.blocks[index].mlp.router for index in blocks]
+    if not routers[0].carries:
+        return
+    for earlier, router in pairwise(routers):
+        router.follow(earlier)
+    first, last = blocks[0], blocks[-1]
+    if first < last:
+        for index in range(first, last + 1):
+            vit.blocks[index] = CarryingBlock(vit.blocks[index], first=index == first, last=index == last)
 
 
 def portable(model: Model, vit: VisionTransformer) -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """The layer: MoE(x) = combine(experts(dispatch(x))), with the experts' weights stacked."""
 
+from typing import overload
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from softmoe_cli.moe.processor import CPU_PRODUCTS
-from softmoe_cli.moe.routing import Router, Routing, full_precision
+from softmoe_cli.moe.routing import Carried, Router, Routing, full_precision
 
 
 def experts(
@@ -108,8 +110,28 @@ class MoE(nn.Module):
         shared = self.shared.flop(float(num_tokens)) if self.shared is not None else 0
         return self.router.flop(num_tokens) + self.experts.flop(self.router.rows(num_tokens)) + shared
 
-    def forward(self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b n d"]:
-        routing = self.router(x, keep)
+    @overload
+    def forward(self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b n d"]: ...
+
+    @overload
+    def forward(
+        self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None, carried: Carried
+    ) -> tuple[Float[Tensor, "b n d"], Carried]: ...
+
+    def forward(
+        self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None = None, carried: Carried | None = None
+    ) -> Float[Tensor, "b n d"] | tuple[Float[Tensor, "b n d"], Carried]:
+        """The tokens that the experts made; given what an earlier layer has `carried`, also what this one hands on."""
+        if carried is None:
+            return self._computed(x, keep, self.router(x, keep))
+        routing = self.router(x, keep, carried)
+        assert routing.carried is not None
+        return self._computed(x, keep, routing), routing.carried
+
+    def _computed(
+        self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None, routing: Routing
+    ) -> Float[Tensor, "b n d"]:
+        """In the precision that autocast asks for, where this device is fast in it."""
         device = x.device.type
         if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
             return self._through(x, keep, routing)

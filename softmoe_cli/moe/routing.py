@@ -9,16 +9,25 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
 
 
+class Carried(NamedTuple):
+    """What layers of a kind hand on from one to the next of the same forward pass, beside the tokens."""
+
+    logits: Float[Tensor, "b n e"] | None = None
+    """The last router's logits, float32; None before the first layer."""
+
+
 class Routing(ABC):
     """One decision of one router about one batch."""
 
+    carried: Carried | None = None
+    """What the layer hands on, where its router `carries`."""
     aux_loss: Float[Tensor, ""]
     offsets: Int[Tensor, " e"] | None
     """Where each expert's rows end, when they are a single run of rows sorted by expert; None when every expert has
@@ -72,6 +81,9 @@ class Router(nn.Module, ABC):
     """Images whose tokens compete for the same slots: results depend on batch neighbours where it is not 1."""
     shared_experts: int = 0
     """Experts beside the routed ones that see every token."""
+    carries: bool = False
+    """Whether a layer hands `Carried` on to the next one: `forward` then takes it as a third argument, and its routing
+    has it."""
 
     @property
     @abstractmethod
@@ -109,6 +121,10 @@ class Router(nn.Module, ABC):
     @abstractmethod
     def forward(self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None = None) -> Routing:
         """Decides about a batch. Tokens where `keep` is false are padding: they take no slot and get zero."""
+
+    def follow(self, earlier: "Router") -> None:
+        """Makes what a layer needs to use what an earlier one of its model hands on. Called once, when it is built, if
+        its router `carries` and is not the first."""
 
     def statistics(self) -> dict[str, float]:
         """Plain numbers about the router's parameters."""
