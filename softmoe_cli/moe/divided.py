@@ -66,6 +66,8 @@ class DividedExperts(Experts):
         sizes[rank] = offsets.diff(prepend=offsets.new_zeros(1)).cpu()
         dist.all_reduce(sizes)
         there = [int(part.sum()) for part in sizes[rank].split(self._counts)]
+        behind = rows.new_zeros(len(rows) - sum(there), rows.shape[1])
+        rows = rows[: sum(there)]
         mine = sizes[:, slice(*self._spans[rank])]
         back = mine.sum(dim=1).tolist()
         arrived = _turned(self._exchange(rows, there, back), mine)
@@ -74,7 +76,7 @@ class DividedExperts(Experts):
             made = ragged_experts(arrived, ends, *self._weights(), self.gelu)
         else:  # nothing, but with a gradient: all processes keep moments of the same weights
             made = experts(arrived[None][:0], *self._weights(), self.gelu).flatten(0, 1)
-        return self._exchange(_turned(made, mine.T), back, there)
+        return torch.cat([self._exchange(_turned(made, mine.T), back, there), behind])
 
     def _rows_of_each(self, own: int) -> list[int]:
         """Rows of an expert that each process has, if this one has `own`."""

@@ -36,10 +36,13 @@ def ragged_experts(
     b2: Float[Tensor, "e d"],
     gelu: str,
 ) -> Float[Tensor, "r d"]:
-    """Each expert's MLP on its run of rows, which ends at its offset: two grouped products."""
+    """Each expert's MLP on its run of rows, which ends at its offset: two grouped products. What is returned for rows
+    behind the last offset means nothing, and its gradient must be zero."""
     place = torch.arange(rows.shape[0], device=rows.device, dtype=offsets.dtype)
-    expert = torch.searchsorted(offsets, place, right=True)
-    hidden = F.gelu(grouped(rows, w1, offsets) + b1.to(rows.dtype).index_select(0, expert), approximate=gelu)
+    expert = torch.searchsorted(offsets, place, right=True).clamp(max=len(offsets) - 1)
+    inner = grouped(rows, w1, offsets) + b1.to(rows.dtype).index_select(0, expert)
+    # A grouped product leaves the rest of its result as it found the memory: neither that nor its gradient may count.
+    hidden = F.gelu(inner.masked_fill((place >= offsets[-1])[:, None], 0), approximate=gelu)
     return grouped(hidden, w2, offsets) + b2.to(rows.dtype).index_select(0, expert)
 
 
@@ -49,7 +52,9 @@ def grouped(
     """rows[i] @ weights[expert of i]; `rows` are sorted by expert."""
     if rows.dtype == torch.float64:  # torch's grouped product has no float64; only checks of the maths use it
         sizes = offsets.diff(prepend=offsets.new_zeros(1)).tolist()
-        return torch.cat([part @ weight for part, weight in zip(rows.split(sizes), weights, strict=True)])
+        rest = rows.new_zeros(len(rows) - sum(sizes), weights.shape[2])
+        parts = rows[: sum(sizes)].split(sizes)
+        return torch.cat([*(part @ weight for part, weight in zip(parts, weights, strict=True)), rest])
     return F.grouped_mm(rows, weights.to(rows.dtype), offs=offsets)
 
 

@@ -31,7 +31,9 @@ class Routing(ABC):
     aux_loss: Float[Tensor, ""]
     offsets: Int[Tensor, " e"] | None
     """Where each expert's rows end, when they are a single run of rows sorted by expert; None when every expert has
-    as many rows as the next."""
+    as many rows as the next. Rows behind the last end are nobody's: they are not computed."""
+    landed: Int[Tensor, ""] | None = None
+    """Rows that hold a choice, where the images decide how many that are; None where `Router.rows` says it."""
 
     @abstractmethod
     def dispatch(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "*rows d"]:
@@ -92,7 +94,12 @@ class Router(nn.Module, ABC):
 
     @abstractmethod
     def rows(self, num_tokens: int) -> float:
-        """Rows per image that the experts compute, empty ones included."""
+        """Rows per image that the experts compute, empty ones included. Where the images decide (`Routing.landed`): as
+        many as the router's balance aims at."""
+
+    def train_rows(self, num_tokens: int) -> float:
+        """The same in training."""
+        return self.rows(num_tokens)
 
     @abstractmethod
     def flop(self, num_tokens: int) -> int:
