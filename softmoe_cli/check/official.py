@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from softmoe_cli.check import zero_computation
 from softmoe_cli.errors import UsageError, first_line
 from softmoe_cli.moe.layer import Experts, MoE
 from softmoe_cli.moe.routing import Router, SparseRouting
@@ -80,6 +81,8 @@ def numbers_of_kinds(kinds: Iterable[str]) -> str:
 
 def case_options(meta: dict[str, Any]) -> dict[str, Any]:
     """Translates the official arguments of a layer case, defaults included, into options of our router."""
+    if meta["kind"] in zero_computation.KINDS:
+        return zero_computation.options_of(meta)
     config, router = meta["config"], meta["config"]["router"]
     options: dict[str, Any] = {"num_experts": config["num_experts"], "noise_std": router.get("noise_std", 1.0)}
     if meta["kind"] == "soft_layer":
@@ -113,6 +116,8 @@ def is_case_of(router_class: type[Router], meta: dict[str, Any]) -> bool:
 
 def _whose(meta: dict[str, Any]) -> str | None:
     """The value of `Router.official` of the router that a case belongs to; None if the case has no layer."""
+    if meta["kind"] in zero_computation.KINDS:
+        return "zero_computation"
     if meta["kind"] not in ("soft_layer", "tc_layer", "ec_layer"):
         return None
     by_priority = meta["config"]["router"].get("dispatcher", {}).get("batch_priority", False)
@@ -158,6 +163,9 @@ def compare_case(router_class: type[Router], case: Case, dtype: torch.dtype) -> 
     """Yields (name, our value, official value) for everything in a layer case. Integers must be equal, the rest
     close."""
     meta, z = case
+    if meta["kind"] in zero_computation.KINDS:
+        yield from zero_computation.compare(router_class, case, dtype)
+        return
     layer = case_layer(router_class, meta, z, dtype)
     x = torch.tensor(z["x_seqs"] if "x_seqs" in z else z["x"]).to(dtype).requires_grad_()
     with drawn(z.get("noise")):

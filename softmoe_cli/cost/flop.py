@@ -62,6 +62,8 @@ class Cost:
     frozen_params: int = 0
     counted_train_flop: float | None = None
     """Training FLOPs of a model with frozen parameters, which are fewer than the sum of its parts' training FLOPs."""
+    landed_row_flop: float | None = None
+    """Training FLOPs of one row of an expert, where the images decide how many rows there are (`Routing.landed`)."""
 
     @property
     def params(self) -> int:
@@ -74,6 +76,14 @@ class Cost:
     @property
     def forward_flop(self) -> int:
         return sum(part.forward_flop for part in self.parts)
+
+    def landed_train_flop(self, images: int, landed: int) -> float:
+        """Training FLOPs of so many images of whose choices so many have `landed`: rows that hold nothing count as 0
+        in it. What no images decide is as `train_flop` says."""
+        if self.landed_row_flop is None:
+            return images * self.train_flop
+        rest = sum(part.train_flop for part in self.parts if part.name != "experts")
+        return images * rest + landed * self.landed_row_flop
 
     @property
     def train_flop(self) -> float:
@@ -116,10 +126,12 @@ def account_model(vit: VisionTransformer, *, batch: int | None, recompute: bool)
     """`account` of a model that is already built."""
     tokens = count_tokens(vit)
     layers = [block.mlp for block in vit.blocks if isinstance(block.mlp, MoE)]
+    counts = bool(layers) and layers[0].router.counts_landed
     return Cost(
         parts=tuple(_parts(vit, batch, recompute)),
         tokens=tokens,
-        slots_per_token=layers[0].router.rows(tokens) / tokens if layers else None,
+        slots_per_token=layers[0].router.train_rows(tokens) / tokens if layers else None,
+        landed_row_flop=(4 if recompute else 3) * layers[0].experts.flop(1.0) if counts else None,
     )
 
 
@@ -161,12 +173,15 @@ def _parts(vit: VisionTransformer, batch: int | None, recompute: bool) -> Iterat
         d, inner = block.attn.qkv.in_features, block.attn.proj.in_features
         here = {"attn": 2 * n * d * 3 * inner + 2 * 2 * n * n * inner + 2 * n * inner * d}
         here_train: dict[str, float] = {}
+        here_again: dict[str, float] = {}
         if isinstance(block.mlp, MoE):
             router, experts, shared = block.mlp.router, block.mlp.experts, block.mlp.shared
             here |= {"router": router.flop(n), "experts": experts.flop(router.rows(n))}
             group = router.images_per_group
             filled = 1.0 if batch is None else -(-batch // group) * group / batch
-            here_train = {"router": filled * router.train_flop(n), "experts": filled * 3 * here["experts"]}
+            trained = experts.flop(router.train_rows(n))
+            here_again = {"router": filled * here["router"], "experts": filled * trained}
+            here_train = {"router": filled * router.train_flop(n), "experts": filled * 3 * trained}
             if shared is not None:
                 here["shared"] = shared.flop(float(n))
             routed = router.experts_per_token - router.shared_experts
@@ -175,7 +190,7 @@ def _parts(vit: VisionTransformer, batch: int | None, recompute: bool) -> Iterat
         else:
             filled = 1.0
             here["mlp"] = 2 * n * (block.mlp.fc1.weight.numel() + block.mlp.fc2.weight.numel())
-        again: dict[str, float] = {part: flop * (filled if part in here_train else 1) for part, flop in here.items()}
+        again: dict[str, float] = here | here_again
         last, flop = _last_product(block, n)
         again[last] -= flop * (filled if last in here_train else 1)
         for part, flop in here.items():

@@ -50,7 +50,8 @@ def grouped(
     rows: Float[Tensor, "r d"], weights: Float[Tensor, "e d h"], offsets: Int[Tensor, " e"]
 ) -> Float[Tensor, "r h"]:
     """rows[i] @ weights[expert of i]; `rows` are sorted by expert."""
-    if rows.dtype == torch.float64:  # torch's grouped product has no float64; only checks of the maths use it
+    odd = any(width * rows.element_size() % 16 for width in weights.shape[1:])
+    if odd or rows.dtype == torch.float64:  # which torch's grouped product has not; only checks of the maths use them
         sizes = offsets.diff(prepend=offsets.new_zeros(1)).tolist()
         rest = rows.new_zeros(len(rows) - sum(sizes), weights.shape[2])
         parts = rows[: sum(sizes)].split(sizes)

@@ -83,6 +83,8 @@ class Router(nn.Module, ABC):
     """Images whose tokens compete for the same slots: results depend on batch neighbours where it is not 1."""
     shared_experts: int = 0
     """Experts beside the routed ones that see every token."""
+    counts_landed: bool = False
+    """Whether its routings say how many rows hold a choice (`Routing.landed`): what it costs depends on the images."""
     carries: bool = False
     """Whether a layer hands `Carried` on to the next one: `forward` then takes it as a third argument, and its routing
     has it."""

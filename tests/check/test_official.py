@@ -321,9 +321,23 @@ def fewshot(meta: dict[str, Any], z: dict[str, np.ndarray], dtype: torch.dtype) 
         close(tensor(np.stack(accuracy)[:, best]), z["out/best_accuracy"][i], "best accuracy", atol=1e-6)
 
 
+def zero_computation_tables(meta: dict[str, Any], z: dict[str, np.ndarray], _dtype: torch.dtype) -> None:
+    """Section 14: Equations 8 and 10 and Table 1 of MoE++, before any rounding."""
+    module = pytest.importorskip(f"{MODULES}.zero_computation")
+    assert meta["config"]["columns"] == ["tokens", "n_ffn", "n_zc", "tau", "gamma"]
+    for row, (tokens, ffn, free, tau, gamma) in enumerate(z["rows_f64"].tolist()):
+        room = module.capacities(int(tokens), int(ffn), int(free), tau, gamma)
+        assert room == pytest.approx(z["out/capacity_f64"][row].tolist(), rel=1e-12)
+        share = module.ffn_share(int(ffn), int(free), tau)
+        assert share == pytest.approx(z["out/complexity_ratio_f64"][row], rel=1e-12)
+    found = [module.num_constants(e, 1, 1) for e in z["n_ffn"].tolist()]
+    assert found == pytest.approx(z["out/n_const_f64"].tolist(), rel=1e-12)
+
+
 HANDLERS = {
     "soft_layer": layer, "tc_layer": layer, "ec_layer": layer, "tc_ties": ties, "ec_ties": ties, "capacity": capacities,
-    "vit": vit, "lr_schedule": lr_schedule, "fewshot": fewshot,
+    "vit": vit, "lr_schedule": lr_schedule, "fewshot": fewshot, "zero_computation_layer": layer,
+    "zero_computation_paper": layer, "zero_computation_tables": zero_computation_tables,
 }  # fmt: skip
 
 
@@ -338,7 +352,11 @@ def test_official_numbers(name: str, dtype: torch.dtype, record_property: Callab
     HANDLERS[kind](*read_case(name), dtype)
 
 
-LAYERS = [name for name, meta in CASES.items() if any(is_case_of(router, meta) for router in ROUTER_CLASSES.values())]
+LAYERS = [
+    name
+    for name, meta in CASES.items()
+    if "router" in meta["config"] and any(is_case_of(router, meta) for router in ROUTER_CLASSES.values())
+]
 every_layer = pytest.mark.parametrize("name", LAYERS)
 
 
@@ -397,7 +415,7 @@ def akin(router: Router, options: dict[str, Any], other: type[Router], x: Tensor
 
 OFFICIAL = {
     "soft": "soft_layer", "tokens_choice": "tc_layer", "tokens_choice_bpr": "tc_layer, surest first",
-    "experts_choice": "ec_layer",
+    "experts_choice": "ec_layer", "zero_computation": "zero_computation",
 }  # fmt: skip
 
 

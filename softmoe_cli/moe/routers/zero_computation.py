@@ -169,6 +169,7 @@ class ZeroComputationRouting(SparseRouting):
         values = {name: value.item() for name, value in numbers.items()}
         own = super().statistics()
         own |= {"dropped_share": 1 - landed.any(dim=2)[keep].float().mean().item()}
+        own |= {"utilisation": 1.0} if self.offsets is not None else {}  # rows behind the last one are not computed
         return own | {"gate_mean": ((weights * landed).sum() / tokens).item()} | values
 
 
@@ -201,6 +202,7 @@ class ZeroComputationRouter(Router):
     """
 
     slots_per_expert = None
+    counts_landed = True
     exempt: ClassVar[dict[str, str]] = {
         "combine law": "copy and constant experts add to a token what no row made",
     }
@@ -302,14 +304,19 @@ class ZeroComputationRouter(Router):
     ) -> ZeroComputationRouting:
         with full_precision(x):
             tokens, kept = grouped_tokens(x, keep, self.loss_images)
-            logits, _ = self.gate(tokens)
-            if self.residual is not None:
-                if carried is None or carried.logits is None:
-                    raise ValueError("this layer follows another one and needs what that hands on")
-                logits = logits + self.residual(in_groups(carried.logits, self.loss_images))
+            logits = self.scores(tokens, carried)
             routing = self.route(logits, tokens, kept, (x.shape[0], x.shape[1]))
             routing.carried = Carried(logits.reshape(-1, x.shape[1], logits.shape[2])[: x.shape[0]])
             return routing
+
+    def scores(self, tokens: Float[Tensor, "g s d"], carried: Carried | None) -> Float[Tensor, "g s all"]:
+        """Equation 6: G(x), before any softmax or normalisation, which is also what is handed on."""
+        logits: Tensor = self.gate(tokens)[0]
+        if self.residual is None:
+            return logits
+        if carried is None or carried.logits is None:
+            raise ValueError("this layer follows another one and needs what that hands on")
+        return logits + self.residual(in_groups(carried.logits, self.loss_images))
 
     def route(
         self,
