@@ -68,7 +68,7 @@ def portable_options(options: dict[str, Any], router: Router) -> dict[str, Any]:
     """A router's options with the number of slots that resulted: they build the same router for any number of
     tokens."""
     fixed = {"slots_per_expert": router.slots_per_expert, "capacity_factor": None}
-    return options | {key: value for key, value in fixed.items() if key in options}
+    return options | {key: fixed[key] for key in fixed if key in options and "slots_per_expert" in options}
 
 
 def count_tokens(vit: VisionTransformer) -> int:
