@@ -128,7 +128,7 @@ def test_the_numbers_do_not_depend_on_the_number_of_processes(
     for way in ways:
         together = start(tmp_path / way, size, *line, f"parallel={way}", dtype=dtype)
         outs = finish(together)
-        assert [bool(out) for out in outs] == [True, *[False] * (size - 1)], "only the first one speaks"
+        assert [bool(out) for out in outs] == [True, *[False] * (size - 1)], f"only the first one speaks {outs[1:]}"
         assert f"({way})" in outs[0]
     finish(alone)
     for way in ways:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 class Carried(NamedTuple):
     """What layers of a kind hand on from one to the next of the same forward pass, beside the tokens."""
 
-    logits: Float[Tensor, "b n e"] | None = None
-    """The last router's logits, float32; None before the first layer."""
+    logits: Float[Tensor, "g s e"] | None = None
+    """The last router's logits, float32, in the groups that these layers have; None before the first one."""
 
 
 class Routing(ABC):

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from softmoe_cli.moe.routing import Carried, Router, SparseRouting, full_precision
-from softmoe_cli.moe.sparse import Gate, choose, grouped_tokens, in_groups, positions, seat, surest_first
+from softmoe_cli.moe.sparse import Gate, choose, grouped_tokens, positions, seat, surest_first
 
 KINDS = ("ffn", "constant", "copy", "zero")
 Gates = Literal["softmax", "renormalised", "top2_softmax"]
@@ -306,7 +306,7 @@ class ZeroComputationRouter(Router):
             tokens, kept = grouped_tokens(x, keep, self.loss_images)
             logits = self.scores(tokens, carried)
             routing = self.route(logits, tokens, kept, (x.shape[0], x.shape[1]))
-            routing.carried = Carried(logits.reshape(-1, x.shape[1], logits.shape[2])[: x.shape[0]])
+            routing.carried = Carried(logits)
             return routing
 
     def scores(self, tokens: Float[Tensor, "g s d"], carried: Carried | None) -> Float[Tensor, "g s all"]:
@@ -316,7 +316,7 @@ class ZeroComputationRouter(Router):
             return logits
         if carried is None or carried.logits is None:
             raise ValueError("this layer follows another one and needs what that hands on")
-        return logits + self.residual(in_groups(carried.logits, self.loss_images))
+        return logits + self.residual(carried.logits)
 
     def route(
         self,
