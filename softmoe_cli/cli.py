@@ -27,7 +27,7 @@ from softmoe_cli.config import (
 )
 from softmoe_cli.errors import UsageError, first_line, nearest
 from softmoe_cli.failures import defect, ours
-from softmoe_cli.options.compose import Jobs, admit, changed, contents, door, other_model, overlay, plain, say_once
+from softmoe_cli.options.compose import Jobs, admit, changed, door, other_model, overlay, plain, say_once, tree_of
 from softmoe_cli.options.usage import COMMANDS, HELP
 from softmoe_cli.signals import interruptible, leave, nobody_listens
 from softmoe_cli.text import printable_lines
@@ -252,26 +252,26 @@ def _cost(arguments: list[str]) -> int:
 
     code = _composing("cost", job)(arguments)
     if models:
-        from softmoe_cli.cost.command import costs, show
+        from softmoe_cli.cost.command import costs, show_costs
 
-        print(show(costs(models), models[0].format, many=_many(arguments)))
+        print(show_costs(costs(models), models[0].format, many=_many(arguments)))
     return code
 
 
 def _match(config: Any, typed: list[str]) -> int:
     tree = plain(config, MatchConfig)
     checked = door(tree, MatchConfig)
-    from softmoe_cli.cost.match import match, show
+    from softmoe_cli.cost.match import match, show_match
 
-    print(show(match(checked, other_model(checked.to, typed), functools.partial(changed, tree)), checked))
+    print(show_match(match(checked, other_model(checked.to, typed), functools.partial(changed, tree)), checked))
     return 0
 
 
 def _data_check(config: Any, _typed: list[str]) -> int:
     checked = door(plain(config, DataCheckConfig), DataCheckConfig)
-    from softmoe_cli.data.check import check
+    from softmoe_cli.data.check import check_data
 
-    return check(checked)
+    return check_data(checked)
 
 
 def _data(arguments: list[str]) -> int:
@@ -298,7 +298,7 @@ def _evaluate(config: Any, typed: list[str]) -> int:
     from softmoe_cli.evaluate.command import evaluate_checkpoint
     from softmoe_cli.options import inherit
 
-    sources = [inherit.read(path) for path in paths]
+    sources = [inherit.named_source(path) for path in paths]
     model, *_ = [inherit.model_of(source, tree["trust"]) for source in sources]
     named = inherit.names_data(tree["data"])
     inherit.take_data(tree, sources[0], typed)
@@ -319,10 +319,10 @@ def _export(config: Any, typed: list[str]) -> int:
         raise UsageError("softmoe export needs checkpoint=: a run folder, a .safetensors file or hf-hub:OWNER/NAME")
     if tree["checkpoint"].startswith("timm:"):
         raise UsageError(f"checkpoint={tree['checkpoint']} is timm's own; softmoe export is for what softmoe trained")
-    from softmoe_cli.export import export, show
+    from softmoe_cli.export import export, show_export
     from softmoe_cli.options import inherit
 
-    source = inherit.read(tree["checkpoint"])
+    source = inherit.named_source(tree["checkpoint"])
     model = inherit.model_of(source, tree["trust"])
     named = inherit.names_data(tree["data"])
     inherit.take_data(tree, source, typed)
@@ -330,7 +330,7 @@ def _export(config: Any, typed: list[str]) -> int:
     check_channels(checked.data, model.in_chans)
     if not named:
         inherit.check_here(checked.data, source)
-    show(export(checked, model, source), checked.format)
+    show_export(export(checked, model, source), checked.format)
     return 0
 
 
@@ -343,9 +343,9 @@ def _upcycle(config: Any, typed: list[str]) -> int:
         )
     from softmoe_cli.model.pretrained import timm_card
     from softmoe_cli.options import inherit
-    from softmoe_cli.upcycle import show, upcycle
+    from softmoe_cli.upcycle import show_upcycle, upcycle
 
-    source = inherit.read(tree["checkpoint"])
+    source = inherit.named_source(tree["checkpoint"])
     name = tree["model"]["backbone"]["timm"]
     if "model" not in source.card and name not in (None, "???"):
         source = dataclasses.replace(source, card=timm_card(name))
@@ -362,7 +362,7 @@ def _upcycle(config: Any, typed: list[str]) -> int:
     checked = door(tree, UpcycleConfig)
     if not named:
         inherit.check_here(checked.data, source)
-    show(upcycle(checked, source), checked.format)
+    show_upcycle(upcycle(checked, source), checked.format)
     return 0
 
 
@@ -372,7 +372,7 @@ def _upcycle(config: Any, typed: list[str]) -> int:
 def _compare(arguments: list[str]) -> int:
     from softmoe_cli.compare import command as compare_command
 
-    return compare_command.run(arguments)
+    return compare_command.compare_folders(arguments)
 
 
 def _check(arguments: list[str]) -> int:
@@ -390,7 +390,7 @@ def _check(arguments: list[str]) -> int:
     for argument in arguments:
         if "=" in argument:
             try:
-                options |= contents(OmegaConf.from_dotlist([argument]))
+                options |= tree_of(OmegaConf.from_dotlist([argument]))
             except (yaml.YAMLError, OmegaConfBaseException) as error:
                 raise UsageError(f"cannot read '{argument}': {first_line(error)}") from error
     from softmoe_cli.check.command import check_router
@@ -406,11 +406,11 @@ def _check(arguments: list[str]) -> int:
 
 def _router_options(name: str) -> dict[str, Any]:
     """The options in a router's yaml, or the target of a Python file's one router."""
-    from softmoe_cli.options.conf_files import files, load
+    from softmoe_cli.options.conf_files import files, load_yaml
 
     routers = files("model/router")
     if name in routers:
-        options = load(routers[name])
+        options = load_yaml(routers[name])
         if options.get("_target_") is None:
             raise UsageError(f"{name} has no router to check")
         return options
@@ -449,17 +449,17 @@ def _status(arguments: list[str]) -> int:
         raise UsageError(f"softmoe status has no option {unknown[0]}; it has --json")
     if not folders and not Path("outputs").is_dir():
         raise UsageError("there is no folder outputs here; softmoe status FOLDER takes a study, a sweep or a run")
-    from softmoe_cli.run.status import read, show
+    from softmoe_cli.run.status import read_states, show_states
 
-    states = read(folders or [Path("outputs")], newest_first=not folders)
-    print(json.dumps([dataclasses.asdict(state) for state in states]) if "--json" in arguments else show(states))
+    states = read_states(folders or [Path("outputs")], newest_first=not folders)
+    print(json.dumps([dataclasses.asdict(state) for state in states]) if "--json" in arguments else show_states(states))
     return 0
 
 
 def _list(arguments: list[str]) -> int:
-    from softmoe_cli.options.list import listing
+    from softmoe_cli.options.list import list_choices
 
-    print(listing(arguments))
+    print(list_choices(arguments))
     return 0
 
 

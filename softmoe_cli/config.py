@@ -232,7 +232,7 @@ def placement(moe_blocks: Any, depth: int) -> list[int]:
 
 
 KNOWN_SETS = ("digits", "fashion_mnist", "cifar10", "cifar100")
-FORMATS = ("folder", "webdataset", "tfds", "arrow")
+DATA_FORMATS = ("folder", "webdataset", "tfds", "arrow")
 
 
 @dataclass
@@ -241,7 +241,7 @@ class Data(Section):
 
     path: ClassVar[str] = "data"
     name: str = option("which set; of your own files, what tables call it")
-    format: str | None = option("how your own files are stored; null: a set that softmoe knows", choices=FORMATS)
+    format: str | None = option("how your own files are stored; null: a set that softmoe knows", choices=DATA_FORMATS)
     root: str = option("where its files are, or are downloaded to; unused by digits")
     label: str | None = option("archives: the field, feature or column with the labels; null: cls or label")
     class_numbers: bool = option(
@@ -295,7 +295,7 @@ class Data(Section):
             if self.name not in KNOWN_SETS:
                 raise UsageError(
                     f"data.name={self.name} is not one of {', '.join(KNOWN_SETS)}.{nearest(self.name, KNOWN_SETS)} "
-                    f"For files of your own set data.format: {', '.join(FORMATS)}"
+                    f"For files of your own set data.format: {', '.join(DATA_FORMATS)}"
                 )
             given = {"label": self.label, "crop_pct": self.crop_pct, "from_file": self.from_file or None}
             for key, value in given.items():
@@ -360,7 +360,7 @@ class Optim(Section):
         "instead of the GPU's",
         choices=("fp32", "8bit", "offload"),
     )
-    weight_decay: float = option("of kernels and of the soft router's scale, multiplied by the learning rate", low=0)
+    weight_decay: float = option("of kernels and of what the router names, multiplied by the learning rate", low=0)
     head_weight_decay: float = option("of the head's kernel", low=0)
     layer_decay: float | None = option(
         "the learning rate of each layer as a share of the next one's, the head's being lr; null: all alike",

@@ -94,7 +94,7 @@ def _fill(config: ExportConfig, model: Model, source: Source, receipt: dict[str,
         programs |= {name: makers[name](graph, folder, model.router_name) for name in sorted(set(config.formats))}
     with torch.no_grad():
         expected = vit(images)
-        differences = {name: difference(name, program, images, expected, batch) for name, program in programs.items()}
+        differences = {name: distance(name, program, images, expected, batch) for name, program in programs.items()}
     packages = ("torch", "timm", *(ONNX_PACKAGES if "onnx" in config.formats else ()))
     receipt |= {"images": len(images), "images_at_a_time": batch or "any", "programs": differences}
     receipt |= {"largest_output": expected.abs().max().item(), "versions": {name: version(name) for name in packages}}
@@ -102,7 +102,7 @@ def _fill(config: ExportConfig, model: Model, source: Source, receipt: dict[str,
     seal(folder)
 
 
-def difference(
+def distance(
     name: str, program: Program, images: Tensor, expected: Float[Tensor, "b k"], batch: int | None
 ) -> dict[str, float]:
     """How far a program's outputs are from `expected`: all images at once, and the first one alone, or `batch` at a
@@ -276,7 +276,7 @@ def push(folder: Path, name: str) -> str:
     return f"https://huggingface.co/{name}"
 
 
-def show(receipt: dict[str, Any], form: str) -> None:
+def show_export(receipt: dict[str, Any], form: str) -> None:
     """Prints a receipt as a table or as JSON."""
     if form == "json":
         print(json.dumps(receipt))

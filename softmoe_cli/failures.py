@@ -18,10 +18,10 @@ from softmoe_cli.text import shortened
 
 PLACE = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EFBIG: "choose another file system"}
 FILES = {errno.EMFILE, errno.ENFILE}
-STATE = {errno.EIO, errno.ESTALE, errno.ENOMEM, errno.EAGAIN, errno.ETIMEDOUT, errno.ENOTCONN, errno.EREMOTEIO}
+STATE_ERRORS = {errno.EIO, errno.ESTALE, errno.ENOMEM, errno.EAGAIN, errno.ETIMEDOUT, errno.ENOTCONN, errno.EREMOTEIO}
 """Errors of the machine's state: the same command may work later."""
 MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "unable to allocate")
-SHOWN = 500
+PATH_LETTERS = 500
 """The most letters of a path that a sentence repeats."""
 PARSERS = ("json", "yaml", "omegaconf", "antlr4", "hydra")
 
@@ -58,12 +58,12 @@ def _of_system(error: OSError, typed: Sequence[str]) -> UsageError | RunError | 
         value = word.partition("=")[2]
         if value and where.startswith((f"{value}/", f"{value}:")):
             where = f"{word}: {where}"
-    where = shortened(where, SHOWN)
+    where = shortened(where, PATH_LETTERS)
     if error.errno in PLACE:
         return RunError(f"{where}{what}; {PLACE[error.errno]} and type the same command again")
     if error.errno in FILES:
         return RunError(f"{where}{what}; raise the limit with ulimit -n, or lower data.workers")
-    if error.errno in STATE or isinstance(error, ConnectionError):
+    if error.errno in STATE_ERRORS or isinstance(error, ConnectionError):
         return RunError(f"{where}{what}; type the same command again")
     if error.errno == errno.ENAMETOOLONG:
         return UsageError(f"{where}{what}: a name may have 255 bytes, a path 4,096; choose a shorter one")

@@ -202,7 +202,7 @@ def moment_bytes(optim: Optim | None, numbers: int) -> int:
     return 8 * numbers
 
 
-def span(value: float, total: float) -> float:
+def span_length(value: float, total: float) -> float:
     """A span of the config: below 1 a share of the budget `total`, else the same unit as `total`."""
     return value * total if value < 1 else value
 
@@ -243,7 +243,7 @@ def constant(t: float, total: float, *, peak: float, warmup: float, cooldown: fl
 
 def schedule(optim: Optim, total: float) -> Callable[[float], float]:
     """The learning rate as a function of the position: steps of `total` steps, or seconds of `total` seconds."""
-    warmup, cooldown = span(optim.warmup, total), span(optim.cooldown, total)
+    warmup, cooldown = span_length(optim.warmup, total), span_length(optim.cooldown, total)
     if warmup + cooldown > total:
         raise UsageError(
             f"optim.warmup={optim.warmup:g} and optim.cooldown={optim.cooldown:g} do not fit a budget of {total:g}; "

@@ -102,21 +102,22 @@ def interruptible(sentence: Callable[[str], str]) -> Iterator[None]:
 
 def leave_soon(text: Callable[[], str], terminal: bytes = CURSOR) -> None:
     """Ends the process in LEAVE_S, unless it ends before."""
-    timer = threading.Timer(LEAVE_S, lambda: leave_now(text(), terminal))
+    timer = threading.Timer(LEAVE_S, lambda: leave_now(130, text(), terminal))
     timer.daemon = True
     timer.start()
 
 
-def leave_now(text: str, terminal: bytes = CURSOR) -> NoReturn:
-    """Ends the process and what it has started, whatever they are doing. Files are whole: each is written under
-    another name and then renamed."""
+def leave_now(code: int, text: str = "", terminal: bytes = b"") -> NoReturn:
+    """Ends the process and what it has started, from any thread and whatever the others are doing: Python's own end
+    would wait for them, for queues that nobody reads and for servers that do not answer. Files are whole: each is
+    written under another name and then renamed."""
     try:
         end_children()
-        if os.isatty(1):
+        if terminal and os.isatty(1):
             os.write(1, terminal)
         tell(text)
     finally:
-        os._exit(130)
+        os._exit(code)
 
 
 def end_children() -> None:
@@ -147,8 +148,7 @@ def leave(code: int) -> NoReturn:
         nobody_listens()
         code = code or 1
     if waits_for_nobody:
-        end_children()
-        os._exit(code)
+        leave_now(code)
     sys.exit(code)
 
 

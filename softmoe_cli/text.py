@@ -20,10 +20,10 @@ FLOP = (("FLOP", 1.0), ("kFLOP", 1e3), ("MFLOP", 1e6), ("GFLOP", 1e9), ("TFLOP",
 def flop(number: float) -> str:
     """24250000 -> 24.25 MFLOP"""
     name, size = max((each for each in FLOP if each[1] <= number), key=lambda each: each[1], default=FLOP[0])
-    return f"{digits(number / size)} {name}"
+    return f"{four_digits(number / size)} {name}"
 
 
-def digits(number: float) -> str:
+def four_digits(number: float) -> str:
     """Four digits in all, and every digit before the point: 24.25, 12,346"""
     return f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.4g}"
 

@@ -25,7 +25,7 @@ from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.evaluate.quality import classification_loss
 from softmoe_cli.model.vit import build, count_tokens, portable
 from softmoe_cli.model.weights import LoadReport, load_weights, patterns
-from softmoe_cli.moe.layer import Experts, MoE
+from softmoe_cli.moe.layer import MoE, Stacked
 from softmoe_cli.moe.routing import Router
 from softmoe_cli.run.checkpoint import digest_of, write_checkpoint
 from softmoe_cli.run.identity import made_from, origin
@@ -34,7 +34,7 @@ from softmoe_cli.run.source import Source, read_moments
 from softmoe_cli.terminal import Screen
 from softmoe_cli.text import flop, si
 
-EXACT = 1e-9
+EXACT_MODEL = 1e-9
 """The largest allowed difference of a whole model in float64 if the maths says that nothing changes."""
 
 
@@ -75,7 +75,7 @@ def upcycle(config: UpcycleConfig, source: Source) -> dict[str, Any]:
     images, labels = batches.first_images(splits.validation, config.data, model, config.images)
     training = carried_moments(moments, new, keys)
     loss = source.card.get("loss", "softmax")
-    changes = measure(old, new, images, labels, keep_head=keep_head, loss=loss, exact=config.preserve)
+    changes = measure_both(old, new, images, labels, keep_head=keep_head, loss=loss, exact=config.preserve)
     weights = {key: value.contiguous() for key, value in new.state_dict().items()}
     receipt: dict[str, Any] = {"source": {"checkpoint": source.label, "digest": source.digest}, "settings": settings}
     receipt |= {"result": {"digest": digest_of(weights)}, "images": len(images), **changes}
@@ -94,7 +94,7 @@ def upcycle(config: UpcycleConfig, source: Source) -> dict[str, Any]:
     return receipt | {"folder": str(folder)}
 
 
-def show(receipt: dict[str, Any], form: str) -> None:
+def show_upcycle(receipt: dict[str, Any], form: str) -> None:
     """Prints a receipt as a table or, without its key map, as JSON."""
     if form == "json":
         print(json.dumps({key: value for key, value in receipt.items() if key != "keys"}))
@@ -216,11 +216,11 @@ def carried_moments(
     their own."""
     carried: dict[str, Tensor] = {}
     for name, parameter in new.named_parameters():
-        origin, how = keys[name]["from"], keys[name]["how"] or ""
-        if origin is None or "resampled" in how or "redrawn" in how:
+        old_name, how = keys[name]["from"], keys[name]["how"] or ""
+        if old_name is None or "resampled" in how or "redrawn" in how:
             continue
         place, _, leaf = name.rpartition(".")
-        for key, value in moments.get(origin, {}).items():
+        for key, value in moments.get(old_name, {}).items():
             if key != "step" and place.endswith(".experts"):
                 value = stacked(leaf, value, len(parameter), value.numel() // parameter[0].numel())
             elif key != "step" and place.endswith(".shared"):
@@ -239,7 +239,7 @@ def tie_parts(router: Router, parts: int) -> None:
         experts.copy_(experts.index_select(axis, first))
 
 
-def redraw_units(experts: Experts, share: float) -> None:
+def redraw_units(experts: Stacked, share: float) -> None:
     """Draws `share` of each expert's hidden units again, normal with mean and standard deviation of what they replace:
     Drop-Upcycling (Nakamura et al., 2025, Section 3), https://arxiv.org/abs/2502.19261."""
     width = experts.w1.shape[2]
@@ -251,7 +251,7 @@ def redraw_units(experts: Experts, share: float) -> None:
 
 
 @torch.no_grad()
-def measure(
+def measure_both(
     old: VisionTransformer,
     new: VisionTransformer,
     images: Float[Tensor, "b c s s"],
@@ -276,7 +276,7 @@ def measure(
 
     before, after = outputs(old), outputs(new)
     change = (after - before).abs()
-    if exact and not change.max().item() <= EXACT:
+    if exact and not change.max().item() <= EXACT_MODEL:
         raise RunError(f"preserve=true, but an output changes by {change.max().item():.2g}: an error of softmoe's")
     row = {"outputs": "logits" if keep_head else "features", "precision": str(dtype).removeprefix("torch.")}
     numbers: dict[str, float | None] = {"mean_size": before.abs().mean().item(), "mean_change": change.mean().item()}
@@ -369,7 +369,7 @@ def _folder(config: UpcycleConfig, model: Model, source: Source, settings: dict[
     return Path(config.output_root) / "upcycled" / f"{model.name.replace('/', '_')}-{made_from(source, settings)}"
 
 
-def _cost_row(cost: Cost) -> dict[str, float]:
+def _cost_row(cost: Cost) -> dict[str, int | float]:
     return {
         "params": cost.params,
         "active_params": cost.active_params,

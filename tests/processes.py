@@ -20,7 +20,7 @@ from softmoe_cli.launch import job, places, sweep
 from softmoe_cli.run import mirror
 
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["softmoe_cli.train.loop", "softmoe_cli.cli", "softmoe_cli.launch.sweep", "hydra"])
+_SERVER.set_forkserver_preload(["tests.warm"])
 
 
 def compose_once() -> None:

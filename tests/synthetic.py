@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from softmoe_cli.run.rows import FORMAT, seal
+from softmoe_cli.run.rows import FORMAT, metrics_digest
 
 LOOKS = 8
 
@@ -79,7 +79,7 @@ def rewrite(run: Path, metrics: str, result: dict[str, Any] | None = None) -> No
     """Replaces the rows of a run, and its result by one that belongs to these rows."""
     result = json.loads((run / "result.json").read_text()) if result is None else result
     (run / "metrics.jsonl").write_text(metrics)
-    (run / "result.json").write_text(json.dumps(result | seal(metrics.encode()), indent=1))
+    (run / "result.json").write_text(json.dumps(result | metrics_digest(metrics.encode()), indent=1))
 
 
 def study(folder: Path, seeds: int = 3) -> Path:

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from softmoe_cli.errors import UsageError
-from softmoe_cli.optim import span
+from softmoe_cli.optim import span_length
 from tests.conftest import TINY, Softmoe, thinned
 from tests.oracles import compose
 from tests.processes import Started
@@ -475,7 +475,7 @@ def test_the_sgd_recipe_is_the_published_one() -> None:
     o, t, a = config.optim, config.train, config.augment
     assert (o.name, o.momentum, o.lr, o.final_lr, o.schedule, o.clip_norm) == ("sgd", 0.9, 0.003, 1e-5, "cosine", 10)
     assert (t.steps, t.batch_size, t.loss, t.label_smoothing, t.ema) == (10_000, 1024, "softmax", 0, None)
-    assert (span(o.warmup, 10_000), o.weight_decay, o.head_weight_decay, o.layer_decay) == (500, 0, 0, None)
+    assert (span_length(o.warmup, 10_000), o.weight_decay, o.head_weight_decay, o.layer_decay) == (500, 0, 0, None)
     assert (a.crop, a.area, a.hflip, a.mixup, a.cutmix, a.randaugment, a.erase) == ("resized", 0.05, 0.5, 0, 0, None, 0)
 
 

@@ -91,7 +91,7 @@ def test_routers_that_sort_and_scatter_in_onnx(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = model(x)
     program = export.write_onnx(export.trace(model, tokens(2), None, "zoo"), tmp_path, "zoo")
-    assert export.difference("zoo", program, x, expected, None)["max_difference"] < 1e-5
+    assert export.distance("zoo", program, x, expected, None)["max_difference"] < 1e-5
 
 
 @pytest.mark.thorough
@@ -101,7 +101,7 @@ def test_rows_that_are_not_equal_are_for_torch_export_alone(tmp_path: Path) -> N
         expected = model(x)
     graph = export.trace(model, tokens(2), None, DROPLESS)
     program = export.write_torch_export(graph, tmp_path, DROPLESS)
-    assert export.difference("", program, x, expected, None)["max_difference"] < 1e-5
+    assert export.distance("", program, x, expected, None)["max_difference"] < 1e-5
     with pytest.raises(UsageError, match=r"no operator for aten\S+ of router tokens_choice_dropless"):
         export.write_onnx(graph, tmp_path, DROPLESS)
 
@@ -113,7 +113,7 @@ def test_groups_of_images_stay_together(tmp_path: Path) -> None:
         expected, alone = model(x), torch.cat([model(each) for each in x.split(1)])
     assert (expected - alone).abs().max() > 1e-3, "groups must matter, or this shows nothing"
     program = export.write_torch_export(export.trace(model, tokens(2), 2, "tokens_choice"), tmp_path, "tokens_choice")
-    assert export.difference("", program, x, expected, 2)["max_difference"] < 1e-5
+    assert export.distance("", program, x, expected, 2)["max_difference"] < 1e-5
     with pytest.raises(AssertionError, match="Guard failed"):
         program(x[:1])
 
@@ -123,13 +123,13 @@ def test_how_far_outputs_may_be_off(size: float, off: float, allowed: bool) -> N
     expected = size * torch.eye(3)
     wrong: Callable[[Tensor], Tensor] = lambda x: expected[: len(x)] + off  # noqa: E731
     if allowed:
-        found = export.difference("onnx", wrong, images(3), expected, None)
+        found = export.distance("onnx", wrong, images(3), expected, None)
         assert found == {"max_difference": pytest.approx(off, rel=0.01), "same_top1": 3}
         return
     with pytest.raises(RunError, match=r"formats=onnx: outputs are off by 0.0002 where 0.0001 is allowed, on 4 of 4"):
-        export.difference("onnx", wrong, images(3), expected, None)
+        export.distance("onnx", wrong, images(3), expected, None)
     with pytest.raises(RunError, match="off by nan"):
-        export.difference("onnx", lambda x: expected[: len(x)] * torch.nan, images(3), expected, None)
+        export.distance("onnx", lambda x: expected[: len(x)] * torch.nan, images(3), expected, None)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

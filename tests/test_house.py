@@ -3,6 +3,8 @@
 import ast
 import re
 import sys
+import tomllib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,10 +25,11 @@ LONG_FILES: dict[str, str] = {
 }
 """Files of more than 500 lines, and why."""
 LONG_FUNCTIONS: dict[str, str] = {
-    "softmoe_cli/evaluate/command.py: evaluate_checkpoint": "one measure after another, as they are told",
     "softmoe_cli/train/loop.py: train": "the loop, told once, from the first line of a run to its last",
 }
 """Functions of more than 80 lines, as `file: function`, and why."""
+TWICE: dict[str, str] = {"T": "a type variable, bound anew in each file"}
+"""Public names that several files define, and why."""
 
 
 def imported(tree: ast.Module) -> Iterator[str]:
@@ -87,6 +90,28 @@ def test_the_package_knows_nothing_of_tests_and_experiments() -> None:
                 assert node.right.value not in ("tests", "experiments"), f"{name}, line {node.lineno}"
 
 
+def test_annotations_of_shapes_are_checked() -> None:
+    """Each file that writes a shape beside a tensor is among those whose calls pytest checks. data/ is not named as a
+    whole: the checks of files that read listings by the million make their tests take three times as long."""
+    options = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]["addopts"]
+    *checked, _ = re.findall(r"--jaxtyping-packages=(\S+)", options)[0].split(",")
+    assert set(checked) <= FILES.keys()
+    for name, tree in TREES.items():
+        if "jaxtyping" in imported(tree):
+            assert any(f"{name}.".startswith(f"{each}.") for each in checked), f"{name} is not in --jaxtyping-packages"
+
+
+def test_one_function_ends_a_process_at_once() -> None:
+    """What a process has started, and its terminal, are looked after in one place: signals.leave_now."""
+    calls = [
+        name
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and node.attr == "_exit"
+    ]
+    assert calls == ["softmoe_cli.signals"]
+
+
 def test_files_and_functions_are_short() -> None:
     """The lists above hold exactly the long ones."""
     files, functions = set(), set()
@@ -99,6 +124,39 @@ def test_files_and_functions_are_short() -> None:
                 functions.add(f"{place}: {node.name}")
     assert files == set(LONG_FILES)
     assert functions == set(LONG_FUNCTIONS)
+
+
+def defined(tree: ast.Module) -> set[str]:
+    """The public names that a file defines at its top."""
+    names = set()
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {each.id for target in targets for each in ast.walk(target) if isinstance(each, ast.Name)}
+    return {name for name in names if not name.startswith("_")}
+
+
+def test_a_public_name_means_one_thing() -> None:
+    """No two files define the same one at their top; the list above holds exactly the exceptions."""
+    times = Counter(name for tree in TREES.values() for name in defined(tree))
+    assert {name for name, count in times.items() if count > 1} == set(TWICE)
+
+
+def test_no_local_name_hides_an_imported_one() -> None:
+    for name, tree in TREES.items():
+        aliases = [
+            each for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom) for each in node.names
+        ]
+        foreign = {(each.asname or each.name).partition(".")[0] for each in aliases}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                own = {each.arg for each in ast.walk(node) if isinstance(each, ast.arg)}
+                own |= {
+                    each.id for each in ast.walk(node) if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store)
+                }
+                assert not own & foreign, f"{name}, {node.name}"
 
 
 def rooms() -> list[Path]:

@@ -24,7 +24,7 @@ from softmoe_cli.optim import (
     rsqrt,
     schedule,
     settings,
-    span,
+    span_length,
     state_of,
     table,
 )
@@ -96,7 +96,7 @@ def test_constant() -> None:
     ("value", "total", "want"), [(0.1, 500, 50), (0.0, 500, 0), (1.0, 500, 1), (30, 500, 30), (0.999, 1000, 999)]
 )
 def test_span_is_a_share_below_one_and_a_count_from_one_on(value: float, total: float, want: float) -> None:
-    assert span(value, total) == pytest.approx(want)
+    assert span_length(value, total) == pytest.approx(want)
 
 
 @pytest.mark.parametrize(

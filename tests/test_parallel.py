@@ -151,7 +151,7 @@ def test_four_stop_two_go_on_one_ends(tmp_path: Path) -> None:
             time.sleep(0.01)
         processes[asked].send(signal.SIGTERM)
         assert "stopped by SIGTERM" in finish(processes, 130)[0]
-        assert len(pieces.files(last(the_run(tmp_path / "parts")) / "model.safetensors")) == size
+        assert len(pieces.piece_files(last(the_run(tmp_path / "parts")) / "model.safetensors")) == size
         seen = (the_run(tmp_path / "parts") / "metrics.jsonl").stat().st_size
     assert "going on from step" in finish(start(tmp_path / "parts", 1, *line))[0]
     finish(whole)

@@ -172,11 +172,11 @@ def test_a_defect_says_whose_it_is(softmoe: Softmoe, tmp_path: Path, monkeypatch
         raise KeyError("folder")
 
     (tmp_path / "outputs").mkdir()
-    monkeypatch.setattr(status, "read", lambda *_, **__: status.ago("x"))  # type: ignore[arg-type]
+    monkeypatch.setattr(status, "read_states", lambda *_, **__: status.ago("x"))  # type: ignore[arg-type]
     answer = softmoe("status", "outputs")
     assert answer.code == 1 and answer.err.startswith("Traceback")
     assert answer.err.splitlines()[-1].startswith("softmoe: TypeError: ") and "a defect of softmoe" in answer.err
-    monkeypatch.setattr(status, "read", wrong)
+    monkeypatch.setattr(status, "read_states", wrong)
     answer = softmoe("status", "outputs")
     assert answer.code == 1 and f"raised in {__file__}, line " in answer.err.splitlines()[-1]
 
@@ -279,7 +279,7 @@ def refused(check: Callable[[], object]) -> bool:
 @pytest.mark.parametrize(("mode", "meant"), [("dryrun", "offline"), ("run", "online"), ("disabled", "off")])
 def test_wandbs_older_words(mode: str, meant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", mode)
-    assert mirror.resolve("auto") == meant
+    assert mirror.tracking_of("auto") == meant
 
 
 STUDIES = {

@@ -1,4 +1,4 @@
-"""Names and cells that others wrote, made harmless for terminals and spreadsheets."""
+"""Numbers with their units; names and cells that others wrote, made harmless for terminals and spreadsheets."""
 
 import csv
 import io
@@ -6,7 +6,26 @@ import os
 
 import pytest
 
-from softmoe_cli.text import printable, spreadsheet_cell
+from softmoe_cli.text import flop, gibibytes, in_words, printable, spreadsheet_cell
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0, "0 ms"), (0.0234, "23.4 ms"), (0.9996, "1.0 s"), (1.58, "1.6 s"), (9.96, "10 s"), (59.6, "1 min"),
+        (63, "1 min 3 s"), (3599.7, "1 h"), (3900, "1 h 5 min"), (54_000, "15 h"), (47.999 * 3600, "48 h"),
+        (300_000, "3.5 days"),
+    ],
+)  # fmt: skip
+def test_durations(seconds: float, words: str) -> None:
+    assert in_words(seconds) == words
+
+
+def test_units_are_chosen() -> None:
+    assert [flop(n) for n in (24.25e6, 1.5e9, 3.924e11, 2.2e15, 9e20, 12, 0)] == [
+        "24.25 MFLOP", "1.5 GFLOP", "392.4 GFLOP", "2.2 PFLOP", "900 EFLOP", "12 FLOP", "0 FLOP"
+    ]  # fmt: skip
+    assert [gibibytes(n * 2**20) for n in (0.5, 12.34, 200, 3000)] == ["0.5 MiB", "12.3 MiB", "0.20 GiB", "2.93 GiB"]
 
 
 @pytest.mark.parametrize(

@@ -175,10 +175,10 @@ def one_expert(subject: Subject) -> Finding:
     """With one expert that has room for every token the layer is its MLP."""
     if "num_experts" not in subject.options:
         raise NotApplicable("it has no option num_experts")
-    size = make_router(subject.options, DIM, TOKENS).images_per_group
-    alone = {"num_experts": 1, "k": 1, "shared_experts": 0, "slots_per_expert": TOKENS * size, "capacity_factor": None}
+    router = make_router(subject.options, DIM, TOKENS)
+    room = {"slots_per_expert": TOKENS * router.images_per_group, "capacity_factor": None}
     try:
-        layer = subject.layer(None, **alone)
+        layer = subject.layer(None, **{"num_experts": 1, **room, **router.of_one_expert})
     except UsageError as error:
         raise NotApplicable(f"one expert alone cannot be built: {error}") from error
     reason = layer.router.departs_from_mlp(TOKENS, parts=1)

@@ -81,7 +81,7 @@ def numbers_of_kinds(kinds: Iterable[str]) -> str:
 
 def case_options(meta: dict[str, Any]) -> dict[str, Any]:
     """Translates the official arguments of a layer case, defaults included, into options of our router."""
-    if meta["kind"] in zero_computation.KINDS:
+    if meta["kind"] in zero_computation.PLUS_PLUS_KINDS:
         return zero_computation.options_of(meta)
     config, router = meta["config"], meta["config"]["router"]
     options: dict[str, Any] = {"num_experts": config["num_experts"], "noise_std": router.get("noise_std", 1.0)}
@@ -116,7 +116,7 @@ def is_case_of(router_class: type[Router], meta: dict[str, Any]) -> bool:
 
 def _whose(meta: dict[str, Any]) -> str | None:
     """The value of `Router.official` of the router that a case belongs to; None if the case has no layer."""
-    if meta["kind"] in zero_computation.KINDS:
+    if meta["kind"] in zero_computation.PLUS_PLUS_KINDS:
         return "zero_computation"
     if meta["kind"] not in ("soft_layer", "tc_layer", "ec_layer"):
         return None
@@ -163,8 +163,8 @@ def compare_case(router_class: type[Router], case: Case, dtype: torch.dtype) -> 
     """Yields (name, our value, official value) for everything in a layer case. Integers must be equal, the rest
     close."""
     meta, z = case
-    if meta["kind"] in zero_computation.KINDS:
-        yield from zero_computation.compare(router_class, case, dtype)
+    if meta["kind"] in zero_computation.PLUS_PLUS_KINDS:
+        yield from zero_computation.compare_layers(router_class, case, dtype)
         return
     layer = case_layer(router_class, meta, z, dtype)
     x = torch.tensor(z["x_seqs"] if "x_seqs" in z else z["x"]).to(dtype).requires_grad_()

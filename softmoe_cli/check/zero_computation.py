@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from softmoe_cli.moe.layer import Experts
 from softmoe_cli.moe.routing import Carried, Router
 
-KINDS = ("zero_computation_layer", "zero_computation_paper")
+PLUS_PLUS_KINDS = ("zero_computation_layer", "zero_computation_paper")
 Found = Iterator[tuple[str, Tensor, Tensor]]
 
 
@@ -23,7 +23,7 @@ def options_of(meta: dict[str, Any]) -> dict[str, Any]:
     """Translates the arguments of a case, defaults included, into options of our router."""
     c = meta["config"]
     options = {"num_experts": c["n_ffn"], "num_zero": c["n_zero"], "num_copy": c["n_copy"]}
-    options |= {"num_constant": c["n_constant"], "k": c["top_k"], "surest_first": False, "images_per_group": 1}
+    options |= {"num_constant": c["n_constant"], "k": c["top_k"], "batch_priority": False, "images_per_group": 1}
     options |= {"tau": c.get("tau", 0.75), "capacity_factor": c.get("capacity_factor"), "gating_residual": True}
     options["capacity_counts_choices"] = c.get("capacity_counts_choices", True)
     options["logits_norm"] = c["moe_gate_norm_std"] if c.get("moe_use_logits_norm") else None
@@ -116,7 +116,7 @@ class Layer:
         return routing.combine(self.experts(rows, *([] if routing.offsets is None else [routing.offsets]))), routing
 
 
-def compare(
+def compare_layers(
     router_class: type[Router], case: tuple[dict[str, Any], dict[str, np.ndarray]], dtype: torch.dtype
 ) -> Found:
     """Yields (name, our value, theirs) for everything in a case."""

@@ -6,8 +6,18 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from softmoe_cli.compare.groups import LETTERS, Block, Comparison, Group, Question, block_of, key_named, natural, said
-from softmoe_cli.compare.runs import FINGERPRINT, VERSION, FinishedRun, read, single, typed
+from softmoe_cli.compare.groups import (
+    LABEL_LETTERS,
+    Block,
+    Comparison,
+    Group,
+    Question,
+    block_of,
+    key_named,
+    natural,
+    said,
+)
+from softmoe_cli.compare.runs import FINGERPRINT, VERSION, FinishedRun, read_runs, single, sweep_commands
 from softmoe_cli.compare.verdicts import judge
 from softmoe_cli.errors import UsageError
 from softmoe_cli.run.rows import COSTS, QUALITIES, number
@@ -27,7 +37,7 @@ def compare(folders: Sequence[Path], question: Question) -> Comparison:
         UsageError: folders, keys or a baseline that do not exist, or nothing left to compare.
     """
     question.check()
-    runs, left_out = read(folders)
+    runs, left_out = read_runs(folders)
     runs, doubles = single(runs, question.strict)
     left_out += doubles
     if not runs:
@@ -56,9 +66,9 @@ def compare(folders: Sequence[Path], question: Question) -> Comparison:
     varying = [i for i, values in enumerate(zip(*parts, strict=True)) if len(set(values)) > 1]
     blocks = []
     for key in sorted(parts):
-        title = f"{shortened(key[0], LETTERS)}, {parts[key][0].row.get('test_images', '?')} test images"
+        title = f"{shortened(key[0], LABEL_LETTERS)}, {parts[key][0].row.get('test_images', '?')} test images"
         differing = [
-            f"{APART[i]} {shortened(key[i], LETTERS)}"
+            f"{APART[i]} {shortened(key[i], LABEL_LETTERS)}"
             for i in varying
             if APART[i] not in ("data", "test_images") and key[i]
         ]
@@ -70,7 +80,7 @@ def compare(folders: Sequence[Path], question: Question) -> Comparison:
     for block in blocks:
         _sort(block, question, keys)
     asked = columns if question.columns else []
-    return Comparison(question.quality, question.cost, columns, blocks, notes, left_out, asked, typed(usable))
+    return Comparison(question.quality, question.cost, columns, blocks, notes, left_out, asked, sweep_commands(usable))
 
 
 APART = (*EVALUATION, "train.loss", *FINGERPRINT, *VERSION)

@@ -50,7 +50,7 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; softmoe compare --help shows the options")
 
 
-def options() -> str:
+def options_help() -> str:
     """Every option with its meaning, as `softmoe compare --help` lists them."""
     lines = ["", "options"]
     for name, (value, meaning) in OPTIONS.items():
@@ -58,7 +58,7 @@ def options() -> str:
     return "\n".join(lines)
 
 
-def run(arguments: Sequence[str]) -> int:
+def compare_folders(arguments: Sequence[str]) -> int:
     """Compares, writes and prints.
 
     Raises:
@@ -77,7 +77,7 @@ def run(arguments: Sequence[str]) -> int:
     if reference is not None:
         comparison.reference_name, comparison.reference = reference
     out = chosen.out or chosen.folders[0] / "compare"
-    files = write(comparison, out)
+    files = write_comparison(comparison, out)
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     print(terminal(comparison, width))
     print(f"\n{_files(files, out, width)}")
@@ -114,9 +114,9 @@ def _newest_study() -> str:
 
 def _tracking() -> str:
     """online or offline, as `tracking=auto` would be."""
-    from softmoe_cli.run.mirror import resolve
+    from softmoe_cli.run.mirror import tracking_of
 
-    mode = resolve("auto")
+    mode = tracking_of("auto")
     if mode == "off":
         raise UsageError(f"--wandb has no effect with WANDB_MODE={os.environ.get('WANDB_MODE')}; unset one of them")
     return mode
@@ -211,17 +211,17 @@ def _reference(name: str, question: "Question") -> tuple[str, list[dict[str, str
     return title + table, rows
 
 
-def write(comparison: "Comparison", out: Path) -> list[str]:
+def write_comparison(comparison: "Comparison", out: Path) -> list[str]:
     """Writes every file into `out` and returns their names.
 
     Raises:
         UsageError: the folder cannot be written, or holds files of these names that are not ours.
     """
-    from softmoe_cli.compare.figures import figure
-    from softmoe_cli.compare.page import OURS, page
+    from softmoe_cli.compare.figures import figure_files
+    from softmoe_cli.compare.page import PAGE_MARK, page
     from softmoe_cli.compare.tables import comma_separated, json_text, latex, markdown
 
-    drawn = {name: content for each in FIGURES for name, content in figure(comparison, each).items()}
+    drawn = {name: content for each in FIGURES for name, content in figure_files(comparison, each).items()}
     texts = {
         PAGE: page(comparison, drawn, out),  # written first: it marks the folder as ours
         "table.md": markdown(comparison),
@@ -232,7 +232,7 @@ def write(comparison: "Comparison", out: Path) -> list[str]:
     files = {name: text.encode() for name, text in texts.items()} | drawn
     try:
         out.mkdir(parents=True, exist_ok=True)
-        ours = (out / PAGE).is_file() and OURS in (out / PAGE).read_bytes()
+        ours = (out / PAGE).is_file() and PAGE_MARK in (out / PAGE).read_bytes()
     except (OSError, ValueError) as error:
         raise UsageError(f"--out {out} cannot be written: {error}; choose another folder") from error
     for name in files:

@@ -20,13 +20,13 @@ from softmoe_cli.compare.tables import units
 from softmoe_cli.run.rows import AXES, CURVES, QUALITIES
 from softmoe_cli.text import shortened
 
-FORMATS: dict[str, Any] = {
+FIGURE_FORMATS: dict[str, Any] = {
     "svg": {"metadata": {"Date": None}},
     "pdf": {"metadata": {"CreationDate": None}},
     "png": {"pil_kwargs": {"compress_level": 3}},  # as small as by default, in less time
 }
 GREY = "#767676"
-LETTERS = 120
+DRAWN_LETTERS = 120
 LEFT, PLOT_WIDTH, PLOT_HEIGHT, ABOVE, BETWEEN = 0.8, 5.2, 3.2, 0.35, 1.15
 """Inches that place the panels: matplotlib's layout engine would take as long as the drawing."""
 RECIPE: Any = {
@@ -39,14 +39,14 @@ RECIPE: Any = {
 sign outside ASCII would need a second font."""
 
 
-def figure(comparison: Comparison, name: str) -> dict[str, bytes]:
+def figure_files(comparison: Comparison, name: str) -> dict[str, bytes]:
     """`pareto` or `curves`: file name to content."""
     files = {}
     with mpl.rc_context():
         mpl.rcdefaults()
         mpl.rcParams.update(RECIPE)
         drawn = _panels(comparison, {"pareto": _pareto, "curves": _curves}[name], apart=name == "pareto")
-        for form, how in FORMATS.items():
+        for form, how in FIGURE_FORMATS.items():
             out = io.BytesIO()
             drawn.savefig(out, format=form, dpi=160, **how)
             files[f"{name}.{form}"] = out.getvalue()
@@ -82,7 +82,7 @@ def _panels(comparison: Comparison, draw: Callable[[Axes, Comparison, Block], fl
 def safe(text: str) -> str:
     """The text without characters that matplotlib reads as mathematics or has no letter for, cut to what a figure can
     show."""
-    shown = "".join(c if c.isprintable() and ord(c) < 0x250 else "?" for c in shortened(text, LETTERS, "..."))
+    shown = "".join(c if c.isprintable() and ord(c) < 0x250 else "?" for c in shortened(text, DRAWN_LETTERS, "..."))
     shown = shown.replace("$", r"\$")
     return f" {shown}" if shown.startswith("_") else shown
 

@@ -154,7 +154,7 @@ class Question:
             numbers = [float(value) for value in values.split(",")]
         except ValueError:
             numbers = []
-        if not numbers or not all(math.isfinite(number) and number > 0 for number in numbers):
+        if not numbers or not all(math.isfinite(each) and each > 0 for each in numbers):
             raise UsageError(f"--at {text}: write {axis}=BUDGET,BUDGET with numbers above 0, or {axis} alone")
         return axis, numbers
 
@@ -222,7 +222,7 @@ def _name(groups: list[Group]) -> None:
         if any(len(values) > 1 for values in alike.values()):
             chosen.append(key)
     for group, label in zip(groups, labels(), strict=True):
-        group.label = label or shortened(group.runs[0].row["router"] or group.runs[0].row["name"], LETTERS)
+        group.label = label or shortened(group.runs[0].row["router"] or group.runs[0].row["name"], LABEL_LETTERS)
     for label in {group.label for group in groups}:
         twins = [group for group in groups if group.label == label]  # such as from two checkpoints of one run
         odd = [key for key in keys if len({said(twin.settings.get(key)) for twin in twins}) > 1]
@@ -234,7 +234,7 @@ def _name(groups: list[Group]) -> None:
         group.label += f" #{seen[group.label]}" if seen[group.label] > 1 else ""
 
 
-LETTERS = 48
+LABEL_LETTERS = 48
 """The most letters that one setting takes in a label."""
 
 
@@ -255,7 +255,7 @@ def _part(group: Group, key: str) -> str:
         value = row["router"]
     if key == "checkpoint.origin":
         value = _source_name(Path(row["checkpoint"] or value))
-    text = shortened(",".join(map(str, value)) if isinstance(value, list) else said(value), LETTERS)
+    text = shortened(",".join(map(str, value)) if isinstance(value, list) else said(value), LABEL_LETTERS)
     told = LABELS.get(_known(key), f"{key.rpartition('.')[2]} {{}}").format(text)
     return told.replace("experts", "expert").replace("slots/", "slot/") if text == "1" else told
 

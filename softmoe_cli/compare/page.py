@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import quote
 
 from softmoe_cli.compare.findings import front, headline, provisos
-from softmoe_cli.compare.groups import LETTERS, Block, Comparison, Group
+from softmoe_cli.compare.groups import LABEL_LETTERS, Block, Comparison, Group
 from softmoe_cli.compare.intervals import Interval
 from softmoe_cli.compare.runs import FINGERPRINT, FinishedRun
 from softmoe_cli.compare.styles import KINDS, reference_points, same_axes, styles
@@ -25,7 +25,7 @@ from softmoe_cli.run.rows import AXES, COSTS, CURVES, QUALITIES, ROUTING, number
 from softmoe_cli.text import printable, shortened
 
 TEMPLATE = Path(__file__).with_suffix(".html")
-OURS = b'<meta name="generator" content="softmoe compare">'
+PAGE_MARK = b'<meta name="generator" content="softmoe compare">'
 """Marks a page as written by this command: only a folder with such a page is written over."""
 
 
@@ -63,7 +63,7 @@ def page(comparison: Comparison, figures: dict[str, bytes], out: Path) -> str:
 def _studies(comparison: Comparison) -> str:
     names = sorted({str(run.row.get("study")) for group in comparison.groups for run in group.runs})
     more = f" and {len(names) - STUDIES} more" if len(names) > STUDIES else ""
-    return ", ".join(shortened(name, LETTERS) for name in names[:STUDIES]) + more
+    return ", ".join(shortened(name, LABEL_LETTERS) for name in names[:STUDIES]) + more
 
 
 STUDIES = 3

@@ -51,7 +51,7 @@ class FinishedRun:
         return [(look[axis], look[key]) for look in self.looks if axis in look and key in look]
 
 
-def read(folders: Sequence[Path]) -> tuple[list[FinishedRun], list[tuple[str, str]]]:
+def read_runs(folders: Sequence[Path]) -> tuple[list[FinishedRun], list[tuple[str, str]]]:
     """Every run below the folders, sorted by path, and (folder, reason) for each folder that holds no finished run.
 
     Raises:
@@ -125,7 +125,7 @@ def _looks(path: Path, result: Row | None = None) -> tuple[list[Row], str]:
         if looks and any(row[axis] <= looks[-1][axis] for axis in AXES):
             return [], f"metrics.jsonl goes back in line {place}"
         looks.append({rows.printed(key): value for key, value in row.items() if number(value)})
-    if result is not None and rows.seal(text) != {key: result[key] for key in rows.seal(b"")}:
+    if result is not None and rows.metrics_digest(text) != {key: result[key] for key in rows.metrics_digest(b"")}:
         return [], (
             f"metrics.jsonl was changed after the run: it had {result['metrics_rows']:,} rows then and has "
             f"{len(lines):,} now, or other ones"
@@ -133,7 +133,7 @@ def _looks(path: Path, result: Row | None = None) -> tuple[list[Row], str]:
     return looks, ("" if looks else "metrics.jsonl has no validation row")
 
 
-def typed(runs: list[FinishedRun]) -> list[str]:
+def sweep_commands(runs: list[FinishedRun]) -> list[str]:
     """The commands of the sweeps that the runs belong to, and the number of runs that belong to no sweep."""
     wanted, commands = {os.path.normpath(run.folder): run for run in runs}, []
     for study in sorted({run.folder.parent for run in runs}):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from softmoe_cli.compare.intervals import Interval
 from softmoe_cli.run.rows import QUALITIES, RESULT
-from softmoe_cli.text import FLOP, digits
+from softmoe_cli.text import FLOP, four_digits
 
 BYTES = (("KiB", 2.0**10), ("MiB", 2.0**20), ("GiB", 2.0**30), ("TiB", 2.0**40))
 SECONDS = (("s", 1.0), ("h", 3600.0))
@@ -58,7 +58,7 @@ def figure(key: str, value: float) -> str:
     """A quality gets two digits after the point if it is a share, else four; a cost gets four digits in all."""
     if key in QUALITIES:
         return f"{value:.2f}" if key.endswith("_pct") else f"{value:.4f}"
-    return digits(value)
+    return four_digits(value)
 
 
 def cell(key: str, interval: Interval | None, factor: float = 1.0, *, signed: bool = False) -> str:

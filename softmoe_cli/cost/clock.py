@@ -39,13 +39,13 @@ class Timing:
     hardware: str
 
 
-def fingerprint(device: torch.device, precision: str, compiled: bool) -> str:
+def fingerprint(device: torch.device, precision: str, is_compiled: bool) -> str:
     """What a time depends on beside the model: device, driver, threads, torch, precision, eager or compiled."""
     driver = Path("/proc/driver/nvidia/version")
     words = [hardware(device)]
     if device.type == "cuda" and driver.exists():
         words.append(next(f"driver {word}" for word in driver.read_text().split() if word[0].isdigit()))
-    return ", ".join([*words, f"torch {torch.__version__}", precision, "compiled" if compiled else "eager"])
+    return ", ".join([*words, f"torch {torch.__version__}", precision, "compiled" if is_compiled else "eager"])
 
 
 class Workload:

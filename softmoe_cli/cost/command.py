@@ -20,10 +20,10 @@ CONVENTION = (
     "1 multiply-add = 2 FLOPs; matrix products only, router, dispatch and combine included; FLOPs are per image, "
     "training is forward and backward; counter is torch's, on the meta device"
 )
-Row = dict[str, Any]
+CostRow = dict[str, Any]
 
 
-def formula_row(config: CostConfig, vit: VisionTransformer) -> Row:
+def formula_row(config: CostConfig, vit: VisionTransformer) -> CostRow:
     """Everything about a model that needs no counting and no measuring. `vit` is the model on the meta device."""
     load = load_of(config)
     cost = account_model(vit, batch=load.part, recompute=load.recompute)
@@ -62,7 +62,7 @@ def formula_row(config: CostConfig, vit: VisionTransformer) -> Row:
     }
 
 
-def costs(configs: Sequence[CostConfig]) -> list[Row]:
+def costs(configs: Sequence[CostConfig]) -> list[CostRow]:
     """A row per model: formula, counter, and the clock where asked for.
 
     Raises:
@@ -92,7 +92,7 @@ def costs(configs: Sequence[CostConfig]) -> list[Row]:
     return rows
 
 
-def _clock_row(timing: Timing, batch: int) -> Row:
+def _clock_row(timing: Timing, batch: int) -> CostRow:
     return {
         "latency_ms": timing.latency_ms,
         "latency_spread_ms": timing.latency_spread_ms,
@@ -119,7 +119,7 @@ TABLE = {
 """The columns of a table, and their heads."""
 
 
-def show(rows: list[Row], form: str, *, many: bool) -> str:
+def show_costs(rows: list[CostRow], form: str, *, many: bool) -> str:
     """The rows as `form`: one model by part with a total, or a line per model."""
     if form == "json":
         return json.dumps([{"convention": CONVENTION, **row} for row in rows] if many else {
@@ -153,7 +153,7 @@ def show(rows: list[Row], form: str, *, many: bool) -> str:
     return "\n\n".join(chapters)
 
 
-def _about(row: Row) -> str:
+def _about(row: CostRow) -> str:
     slots = "" if row["slots_per_token"] is None else f", {row['slots_per_token']:.2f} slots per token"
     recompute = ", recomputed" if row["recompute"] else ""
     each = f" on each of {row['devices']} devices, {row['parallel']}" if row["devices"] > 1 else ""

@@ -206,7 +206,7 @@ def _timed(changes: dict[str, Any], config: MatchConfig, other: MatchConfig) -> 
     return Trial(changes, getattr(own, config.by), getattr(others, config.by))
 
 
-def show(best: Trial, config: MatchConfig) -> str:
+def show_match(best: Trial, config: MatchConfig) -> str:
     """What to type, and how close it comes."""
     row = {
         "model": config.model.name,

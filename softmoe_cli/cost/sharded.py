@@ -7,7 +7,6 @@ test_predicted_peak_of_each_of_two_processes.
 """
 
 from collections.abc import Iterable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,8 +14,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from softmoe_cli.model.blocks import tokens_of
-from softmoe_cli.moe.divided import DividedExperts, span
-from softmoe_cli.moe.layer import Experts, ragged_experts
+from softmoe_cli.moe.divided import Visited, in_proportion, span
+from softmoe_cli.moe.layer import Stacked, ragged_experts
 from softmoe_cli.moe.routing import Carried
 from softmoe_cli.parallel import cut_axis
 
@@ -44,32 +43,32 @@ class Sent(torch.autograd.Function):
         return sent.new_empty(ctx.leaving, sent.shape[1]), None
 
 
-class FirstExperts(DividedExperts):
-    """The first process's experts of a layer, without other processes to exchange rows with. `groups`: routing groups
-    that each process has of a batch."""
+class FirstExperts(Visited):
+    """The first process's experts of a layer in training, without other processes to exchange rows with. `groups`:
+    routing groups that each process has of a batch."""
 
-    def __init__(self, whole: Experts, processes: int, groups: list[int]) -> None:
-        nn.Module.__init__(self)
-        self.gelu, self._groups = whole.gelu, groups
-        ends = [span(len(whole.w1), processes, place) for place in range(processes)]
-        self._counts = [end - start for start, end in ends]
-        self._mesh: Any = SimpleNamespace(get_local_rank=lambda: 0)
-        for name, parameter in whole.named_parameters():
-            self.register_parameter(name, nn.Parameter(parameter[: self._counts[0]].detach()))
+    def __init__(self, whole: Stacked, processes: int, groups: list[int]) -> None:
+        spans = [span(len(whole.w1), processes, place) for place in range(processes)]
+        first = slice(*spans[0])
+        super().__init__((nn.Parameter(each[first].detach()) for each in whole.parameters()), spans, 0, gelu=whole.gelu)
+        self._groups = groups
 
-    def _weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def local_weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.w1, self.b1, self.w2, self.b2
 
-    def _exchange(self, rows: Tensor, there: list[int], back: list[int]) -> Tensor:
+    def rows_of_each(self, own: int) -> list[int]:
+        return in_proportion(own, self._groups, self.place)
+
+    def exchange(self, rows: Tensor, there: list[int], back: list[int]) -> Tensor:
         arrived: Tensor = Sent.apply(rows.contiguous(), sum(back))
         return arrived
 
-    def _ragged(self, rows: Tensor, offsets: Tensor) -> Tensor:
+    def ragged(self, rows: Tensor, offsets: Tensor) -> Tensor:
         """Assumes that every process gets as many rows as it sends: only real images could tell which experts get
         more."""
-        turned = torch.cat(self._exchange(rows, [], [len(rows)]).split(1 + len(rows) // 2))
-        made = ragged_experts(turned, offsets[: self._counts[0]], *self._weights(), self.gelu)
-        return self._exchange(torch.cat(made.split(1 + len(rows) // 2)), [], [len(rows)])
+        turned = torch.cat(self.exchange(rows, [], [len(rows)]).split(1 + len(rows) // 2))
+        made = ragged_experts(turned, offsets[: self.counts[0]], *self.local_weights(), self.gelu)
+        return self.exchange(torch.cat(made.split(1 + len(rows) // 2)), [], [len(rows)])
 
 
 class FullyShard:

@@ -4,8 +4,9 @@ Everything random about a training batch is a function of (seed, step): order, c
 A resumed run therefore sees the same batches bit for bit, with no state saved and any number of workers.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import tee
 
 import numpy as np
 import torch
@@ -16,67 +17,90 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from softmoe_cli.config import Augment, Data, Model
+from softmoe_cli.data.archives import Stored
 from softmoe_cli.data.decode import centre, opened, random_square
 from softmoe_cli.data.pixels import (
     boxes,
     erased,
     mixed_images,
     normalise,
+    pixel_statistics,
     randaugment,
     resize,
     resized_crop,
     shift_crop,
-    statistics,
 )
 from softmoe_cli.data.splits import ImageSet
 from softmoe_cli.data.workers import by_workers
 
 
 @dataclass(frozen=True)
-class _Decoded(Dataset):
-    """(step, list of indices) -> a decoded batch, in the worker that is asked."""
+class _Changes:
+    """What is done to training images. A batch has `batch_size` images, and chance is drawn for all of them; only
+    `rows` of them are made.
 
-    images: ImageSet
+    `at_the_file`: images are cut and mirrored where they are decoded, each from its whole file; otherwise the decoded
+    squares are, batch by batch.
+    """
+
+    augment: Augment
+    at_the_file: bool
+    seed: int
+    batch_size: int
+    rows: Int64[Tensor, " r"] | slice
+
+    def chance(self, step: int, purpose: int) -> torch.Generator:
+        """The generator that is drawn from for one purpose in one batch."""
+        return torch.Generator().manual_seed(_seed(self.seed, purpose, step))
+
+    def seeds(self, chance: torch.Generator) -> Int64[Tensor, " r"]:
+        """A seed for each image: it does not depend on which others are made."""
+        return torch.randint(2**62, (self.batch_size,), generator=chance)[self.rows]
+
+
+@dataclass(frozen=True)
+class _Decoder(Dataset):
+    """(step, list of indices) -> their images' pixels, in the worker that is asked. Without `changes` the centres."""
+
+    files: Stored
+    channels: int
     side: int
     crop_pct: float | None
     max_megapixels: float
-    augment: Augment | None = None
-    """The changes to training images that are made here, image by image, and not on whole batches."""
-    from_file: bool = False
-    seed: int = 0
-    batch_size: int = 0
-    """The size of the whole batch, of which `rows` are the images: seeds are drawn for all of it."""
-    rows: Int64[Tensor, " r"] | slice = field(default_factory=lambda: slice(None))
+    changes: _Changes | None
 
     def __getitem__(self, asked: tuple[int, list[int]]) -> UInt8[Tensor, "b c s s"]:
-        (step, index), files, change = asked, self.images.files, self.augment
-        assert files is not None
-        pictures = (opened(files, i, self.images.channels, self.max_megapixels) for i in index)
-        if change is None or not _cuts_files(change, self.from_file):
+        (step, index), changes = asked, self.changes
+        pictures = (opened(self.files, i, self.channels, self.max_megapixels) for i in index)
+        if changes is None or not changes.at_the_file:
             squares = [centre(picture, self.side, self.crop_pct) for picture in pictures]
         else:
             squares = []
             with torch.random.fork_rng(devices=[]):
-                seeds = _seeds(self.batch_size, self.rows, _generator(self.seed, step, CUT))
+                seeds = changes.seeds(changes.chance(step, CUT))
                 for picture, seed in zip(pictures, seeds.tolist(), strict=True):
                     torch.default_generator.manual_seed(seed)
-                    squares.append(random_square(picture, self.side, change.area, change.hflip))
+                    squares.append(random_square(picture, self.side, changes.augment.area, changes.augment.hflip))
         batch: Tensor = default_collate(squares)  # a worker writes straight into memory that the run shares
-        if change is not None and change.randaugment is not None:
-            seeds = _seeds(self.batch_size, self.rows, _generator(self.seed, step))
-            batch = randaugment(batch, change.randaugment, seeds)
+        if changes is not None and changes.augment.randaugment is not None:
+            batch = randaugment(batch, changes.augment.randaugment, changes.seeds(changes.chance(step, CHANGE)))
         return batch
 
 
-def _cuts_files(augment: Augment, from_file: bool) -> bool:
-    return from_file and augment.crop == "resized"
-
-
-def _decoded(
-    decoded: _Decoded, steps: Iterator[tuple[int, Int64[Tensor, " b"]]], data: Data, device: torch.device
-) -> Iterator[Tensor]:
-    asked = ((step, index.tolist()) for step, index in steps)
-    for batch in by_workers(decoded, asked, data, prefetch=data.prefetch, pinned=device.type == "cuda"):
+def _pixels_of_files(
+    images: ImageSet,
+    data: Data,
+    image_size: int,
+    order: Iterable[tuple[int, Int64[Tensor, " b"]]],
+    changes: _Changes | None,
+    device: torch.device,
+) -> Iterator[UInt8[Tensor, "b c s s"]]:
+    """The pixels of each batch of `order` (steps with indices), which is asked for ahead of time."""
+    assert images.files is not None
+    side = image_size if data.from_file else images.side
+    decoder = _Decoder(images.files, images.channels, side, data.crop_pct, data.max_megapixels, changes)
+    asked = ((step, index.tolist()) for step, index in order)
+    for batch in by_workers(decoder, asked, data, prefetch=data.prefetch, pinned=device.type == "cuda"):
         yield batch.to(device, non_blocking=True)
 
 
@@ -85,16 +109,6 @@ def _seed(seed: int, purpose: int, number: int) -> int:
 
 
 ORDER, CHANGE, MIX, ERASE, CUT = range(5)
-
-
-def _generator(seed: int, step: int, purpose: int = CHANGE) -> torch.Generator:
-    """The generator that the changes of a batch are drawn from."""
-    return torch.Generator().manual_seed(_seed(seed, purpose, step))
-
-
-def _seeds(batch_size: int, rows: Int64[Tensor, " r"] | slice, rng: torch.Generator) -> Int64[Tensor, " r"]:
-    """The seeds of the images `rows` of a batch: an image's seed does not depend on which others are asked for."""
-    return torch.randint(2**62, (batch_size,), generator=rng)[rows]
 
 
 def stream(length: int, batch_size: int, seed: int, first_step: int) -> Iterator[Int64[Tensor, " b"]]:
@@ -141,34 +155,21 @@ def train_batches(
         made, kept = _with_partners(rows, batch_size)
     off = label_smoothing / num_classes
     labels = images.labels.to(device)
-    mean, std = statistics(data, device)
+    mean, std = pixel_statistics(data, device)
     black = (-mean / std).expand(in_chans)
-    side = image_size if data.from_file else images.side
-    decoded = _Decoded(
-        images, side, data.crop_pct, data.max_megapixels, augment, data.from_file, seed, batch_size, made
-    )
-    for step, (index, raw) in enumerate(_raw(decoded, data, first_step, device), start=first_step):
-        rng = _generator(seed, step)
+    changes = _Changes(augment, data.from_file and augment.crop == "resized", seed, batch_size, made)
+    order = enumerate((index[made] for index in stream(len(images), batch_size, seed, first_step)), start=first_step)
+    for step, index, raw in _raw(images, data, image_size, order, changes, device):
+        chance = changes.chance(step, CHANGE)
         if augment.randaugment is not None:
-            seeds = _seeds(batch_size, made, rng)
+            seeds = changes.seeds(chance)
             if images.images is not None:  # else this was done while decoding, with the same seeds
                 raw = randaugment(raw, augment.randaugment, seeds)
         x = normalise(raw, in_chans, mean, std)
-        if _cuts_files(augment, data.from_file):
-            pass  # already cut and mirrored while decoding
-        elif augment.crop == "resized":
-            x = resized_crop(x, boxes(batch_size, augment.area, rng)[made].to(device), image_size)
-        else:
-            reach = round(augment.shift * x.shape[-1]) if augment.crop == "shift" else 0
-            if reach:
-                shift = torch.randint(-reach, reach + 1, (2, batch_size), generator=rng)[:, made]
-                x = shift_crop(x, shift.to(device), black)
-            x = resize(x, image_size)
-        if augment.hflip and not _cuts_files(augment, data.from_file):
-            flip = (torch.rand(batch_size, generator=rng) < augment.hflip)[made].to(device)
-            x = torch.where(flip.view(-1, 1, 1, 1), x.flip(3), x)
+        if not changes.at_the_file:
+            x = _cut_and_mirrored(x, changes, image_size, black, chance)
         if augment.erase:
-            x = erased(augment.erase, x, _seeds(batch_size, made, _generator(seed, step, ERASE)))
+            x = erased(augment.erase, x, changes.seeds(changes.chance(step, ERASE)))
         if mixup is None:
             yield x, one_hot(labels[index], num_classes, 1 - label_smoothing + off, off)
         else:
@@ -188,21 +189,47 @@ def _with_partners(
 
 
 def _raw(
-    decoded: _Decoded, data: Data, first_step: int, device: torch.device
-) -> Iterator[tuple[Int64[Tensor, " r"], UInt8[Tensor, "r c s s"]]]:
-    images, seed = decoded.images, decoded.seed
-    order = (index[decoded.rows] for index in stream(len(images), decoded.batch_size, seed, first_step))
+    images: ImageSet,
+    data: Data,
+    image_size: int,
+    order: Iterable[tuple[int, Int64[Tensor, " r"]]],
+    changes: _Changes,
+    device: torch.device,
+) -> Iterator[tuple[int, Int64[Tensor, " r"], UInt8[Tensor, "r c s s"]]]:
+    """Step, indices and pixels of each batch of `order`."""
     if images.images is not None:
-        pixels = images.images.to(device)
-        for index in order:
+        in_memory = images.images.to(device)
+        for step, index in order:
             moved = index.to(device)
-            yield moved, pixels[moved]
+            yield step, moved, in_memory[moved]
     else:
-        again = (index[decoded.rows] for index in stream(len(images), decoded.batch_size, seed, first_step))
-        for index, batch in zip(
-            order, _decoded(decoded, enumerate(again, start=first_step), data, device), strict=False
-        ):
-            yield index.to(device), batch
+        order, ahead = tee(order)
+        pixels = _pixels_of_files(images, data, image_size, ahead, changes, device)
+        for (step, index), batch in zip(order, pixels, strict=True):
+            yield step, index.to(device), batch
+
+
+def _cut_and_mirrored(
+    x: Float[Tensor, "b c s s"],
+    changes: _Changes,
+    image_size: int,
+    black: Float[Tensor, " c"],
+    chance: torch.Generator,
+) -> Float[Tensor, "b c t t"]:
+    """Each image's own part of the square, at the model's size, perhaps mirrored."""
+    augment, size, rows = changes.augment, changes.batch_size, changes.rows
+    if augment.crop == "resized":
+        x = resized_crop(x, boxes(size, augment.area, chance)[rows].to(x.device), image_size)
+    else:
+        reach = round(augment.shift * x.shape[-1]) if augment.crop == "shift" else 0
+        if reach:
+            shift = torch.randint(-reach, reach + 1, (2, size), generator=chance)[:, rows]
+            x = shift_crop(x, shift.to(x.device), black)
+        x = resize(x, image_size)
+    if augment.hflip:
+        flip = (torch.rand(size, generator=chance) < augment.hflip)[rows].to(x.device)
+        x = torch.where(flip.view(-1, 1, 1, 1), x.flip(3), x)
+    return x
 
 
 def eval_batches(
@@ -217,15 +244,14 @@ def eval_batches(
 ) -> Iterator[tuple[Float[Tensor, "b c s s"], Int64[Tensor, " b"]]]:
     """Every image exactly once, in order, as it is; the last batch is short where the sizes do not divide. `turns`:
     only the batches of these numbers."""
-    mean, std = statistics(data, device)
+    mean, std = pixel_statistics(data, device)
     indices = torch.arange(len(images)).split(batch_size)
     if turns is not None:
         indices = tuple(indices[turn] for turn in turns)
     if images.images is not None:
         raws: Iterator[Tensor] = (images.images[index] for index in indices)
     else:
-        side = image_size if data.from_file else images.side
-        raws = _decoded(_Decoded(images, side, data.crop_pct, data.max_megapixels), enumerate(indices), data, device)
+        raws = _pixels_of_files(images, data, image_size, enumerate(indices), None, device)
     for index, raw in zip(indices, raws, strict=True):
         x = resize(normalise(raw.to(device), in_chans, mean, std), image_size)
         yield x, images.labels[index].to(device)

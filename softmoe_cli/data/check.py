@@ -18,14 +18,14 @@ from torch.utils.data import Dataset
 from softmoe_cli.config import DataCheckConfig
 from softmoe_cli.data import decode, sets, workers
 from softmoe_cli.data.archives import IMAGE_ENDINGS, Stored
-from softmoe_cli.data.folders import HIDDEN, Listing, Passed
+from softmoe_cli.data.folders import HIDDEN_FILES, Listing, Passed
 from softmoe_cli.data.listing import listing
 from softmoe_cli.data.splits import ImageSet, split
 from softmoe_cli.errors import UsageError
 from softmoe_cli.terminal import Screen
 from softmoe_cli.text import aligned, gibibytes, printable
 
-SHOWN = 10
+EXAMPLES_SHOWN = 10
 """Examples of each kind of fault that the table names; JSON has all."""
 SPLITS = ("train", "validation", "test")
 BESIDE = {
@@ -70,7 +70,7 @@ class _Files(Dataset):
 
 def _beside(raw: bytes) -> Iterator[str]:
     """The keys of BESIDE that an image has. What cannot be read because it is damaged counts as absent."""
-    with Image.open(io.BytesIO(raw), formats=decode.FORMATS) as image:
+    with Image.open(io.BytesIO(raw), formats=decode.IMAGE_FORMATS) as image:
         has = {
             "orientation": lambda: image.getexif().get(ExifTags.Base.Orientation) in range(2, 9),
             "transparency": lambda: image.has_transparency_data,
@@ -82,7 +82,7 @@ def _beside(raw: bytes) -> Iterator[str]:
                     yield kind
 
 
-def check(config: DataCheckConfig) -> int:
+def check_data(config: DataCheckConfig) -> int:
     """Prints what a data set holds and what is wrong with it; returns 1 if anything is wrong.
 
     Raises:
@@ -246,12 +246,12 @@ def _show(report: dict[str, Any]) -> None:
         say(f"note: {note}")
     for fault in report["faults"]:
         say(f"wrong: {fault['sentence']}")
-        for place in fault["places"][:SHOWN]:
+        for place in fault["places"][:EXAMPLES_SHOWN]:
             say(f"  {place}")
-        if len(fault["places"]) > SHOWN:
-            say(f"  and {len(fault['places']) - SHOWN:,} more; format=json has all")
+        if len(fault["places"]) > EXAMPLES_SHOWN:
+            say(f"  and {len(fault['places']) - EXAMPLES_SHOWN:,} more; format=json has all")
     if not report["faults"]:
-        others = any(each["kind"] != HIDDEN for each in report["passed_over"])
+        others = any(each["kind"] != HIDDEN_FILES for each in report["passed_over"])
         read = f"each of these {report['images']:,} images" if others else "every image"
         say(f"{read} was read; no class is empty, no image is in two parts or under two labels")
 

@@ -18,7 +18,7 @@ import numpy as np
 from softmoe_cli.data.archives import Stored
 from softmoe_cli.errors import UsageError
 
-WHOLE = 256 * 2**10
+READ_WHOLE = 256 * 2**10
 """Images of up to so many bytes are read whole: a disk takes as long to look for their pieces."""
 PIECES, PIECE = 16, 2**10
 """Of a larger compressed image so many pieces of so many bytes are read, spread evenly from its first byte to its
@@ -90,10 +90,10 @@ def _times(stored: Stored) -> bytes:
     numbers = []
     for path in dict.fromkeys(_paths(stored)):
         try:
-            stat = os.stat(path)
+            found = os.stat(path)
         except OSError as error:
             raise _unreadable(path, error) from error
-        four = stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns
+        four = found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns
         numbers.append(b"%d %d %d %d\n" % four)  # of any size: times before 1970 are below 0
     ranges = [column.tobytes() for column in (stored.holder, stored.offset, stored.size)]
     return b"".join([*numbers, *ranges])
@@ -118,8 +118,8 @@ def _picture(path: bytes, offset: int, size: int) -> bytes:
                     raise OSError(0, "it is no file")
                 offset, size = 0, found.st_size
             sha = hashlib.sha256(b"%d\n" % size)
-            begin = os.pread(file, size if size <= WHOLE else PIECE, offset)
-            if size <= WHOLE:
+            begin = os.pread(file, size if size <= READ_WHOLE else PIECE, offset)
+            if size <= READ_WHOLE:
                 sha.update(begin)
             elif begin.startswith(COMPRESSED):
                 for i in range(PIECES):

@@ -13,7 +13,7 @@ from torchvision.transforms import RandomResizedCrop
 from softmoe_cli.data.archives import Stored
 from softmoe_cli.errors import UsageError
 
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """Formats that are decoded, whatever a file is called: for some other formats Pillow runs programs (PostScript)."""
 
 
@@ -27,7 +27,7 @@ def opened(stored: Stored, i: int, channels: int, max_megapixels: float) -> Imag
         UsageError: it is no image, is cut short, too large, or cannot be read.
     """
     try:
-        with Image.open(io.BytesIO(stored.read(i)), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(stored.read(i)), formats=IMAGE_FORMATS) as image:
             if image.width * image.height > max_megapixels * 1e6:  # before anything is decoded
                 raise UsageError(
                     f"{stored.place(i)} is {image.width:,} x {image.height:,} pixels, and a few bytes can say that; if "
@@ -40,7 +40,7 @@ def opened(stored: Stored, i: int, channels: int, max_megapixels: float) -> Imag
             return image if image.mode == mode else image.convert(mode)
     except UnidentifiedImageError as error:
         raise UsageError(
-            f"{stored.place(i)} is not an image that can be read: damaged, or none of {', '.join(FORMATS)}"
+            f"{stored.place(i)} is not an image that can be read: damaged, or none of {', '.join(IMAGE_FORMATS)}"
         ) from error
     except (OSError, EOFError, SyntaxError, ValueError) as error:
         raise UsageError(f"{stored.place(i)} is not an image that can be read: {error}") from error

@@ -15,9 +15,9 @@ from softmoe_cli.data.archives import IMAGE_ENDINGS, Range, Stored, is_hidden, i
 from softmoe_cli.errors import UsageError
 from softmoe_cli.text import printable
 
-PARTS = ("train", "val", "test")
+DATA_PARTS = ("train", "val", "test")
 PART_FOLDER = re.compile(r"(train|val|test)(?:ing|id|idation)?", re.IGNORECASE)
-HIDDEN, LOOSE, OTHERS = "hidden", "images beside the class folders", "files and folders beside the parts"
+HIDDEN_FILES, LOOSE, OTHERS = "hidden", "images beside the class folders", "files and folders beside the parts"
 
 Tree = dict[str, Stored]
 """Class name -> its images, both sorted."""
@@ -41,7 +41,7 @@ class Passed:
 
     def __str__(self) -> str:
         """The files in words, without the hidden files that programs keep for themselves."""
-        return ", ".join(f"{count:,} {kind}" for kind, (count, _) in sorted(self.kinds.items()) if kind != HIDDEN)
+        return ", ".join(f"{count:,} {kind}" for kind, (count, _) in sorted(self.kinds.items()) if kind != HIDDEN_FILES)
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def told_apart(names: Sequence[str]) -> str:
     return ", ".join(some) + " (they look alike, but are written with other characters; write them alike)"
 
 
-def text(name: str) -> str:
+def class_text(name: str) -> str:
     """A class's name as every file can hold it: bytes that are not UTF-8 as escapes."""
     try:
         name.encode()
@@ -133,7 +133,7 @@ def folder(root: Path) -> Listing:
     for part, (_, tree) in trees.items():
         labels = [np.full(len(images), numbers[name], np.int64) for name, images in tree.items()]
         parts[part] = Stored.joined(tree.values()), np.concatenate(labels)
-    return Listing([text(name) for name in classes], parts, faults, walk.passed)
+    return Listing([class_text(name) for name in classes], parts, faults, walk.passed)
 
 
 def _empty(place: Path) -> str:
@@ -144,31 +144,31 @@ def _folder_trees(root: Path, walk: _Walk) -> dict[str, tuple[Path, Tree]]:
     entries = _entries(root, walk.passed)
     folders = {path.name for path in entries if path.is_dir()}
     _named(root, folders)
-    found = {part: root / part if part in folders else root / f"{part}.tar" for part in PARTS}
+    found = {part: root / part if part in folders else root / f"{part}.tar" for part in DATA_PARTS}
     found = {part: place for part, place in found.items() if place.exists()}
     if not found:
         return {"": (root, _tree(root, root, walk))}
     for path in entries:
         if path not in found.values():
             walk.passed.add(OTHERS, path)
-    return {part: (found[lies], _tree(root, found[lies], walk)) for part, lies in complete(root, found).items()}
+    return {part: (found[lies], _tree(root, found[lies], walk)) for part, lies in parts_on_disk(root, found).items()}
 
 
 def _named(root: Path, names: Iterable[str]) -> None:
     """Raises UsageError for folders that are parts under other names and would be taken for classes."""
     parts = [(name, part) for name in sorted(names) if (part := PART_FOLDER.fullmatch(name)) is not None]
     for name, part in parts:
-        if name not in PARTS and (len(parts) > 1 or name.lower() in PARTS):  # a single "valid" may be a class
+        if name not in DATA_PARTS and (len(parts) > 1 or name.lower() in DATA_PARTS):  # a single "valid" may be a class
             raise UsageError(
                 f"{root / name} must be called {part[1].lower()}, or it would be taken for a class; if it is one, "
                 f"call it {name}_"
             )
 
 
-def complete(root: Path, found: Iterable[str]) -> dict[str, str]:
+def parts_on_disk(root: Path, found: Iterable[str]) -> dict[str, str]:
     """Part -> its name on disk. A test part beside train, without a val, serves as val: Hugging Face and Kaggle cut
     many sets like this."""
-    parts = [part for part in PARTS if part in found]
+    parts = [part for part in DATA_PARTS if part in found]
     if parts == ["train", "test"]:
         return {"train": "train", "val": "test"}
     if parts not in (["train", "val"], ["train", "val", "test"]):
@@ -209,7 +209,7 @@ def _entries(folder: Path, passed: Passed) -> list[Path]:
     entries = sorted(folder.iterdir())
     for path in entries:
         if is_hidden(path.name):
-            passed.add(HIDDEN, path)
+            passed.add(HIDDEN_FILES, path)
     return [path for path in entries if not is_hidden(path.name)]
 
 
@@ -243,7 +243,7 @@ def visible(top: Path, passed: Passed) -> Iterator[tuple[str, bool]]:
         with os.scandir(folder) as entries:
             for entry in entries:
                 if is_hidden(entry.name):
-                    passed.add(HIDDEN, entry.path)
+                    passed.add(HIDDEN_FILES, entry.path)
                 elif _is(entry, os.DirEntry.is_dir):
                     inner.append(entry.path)
                 else:
@@ -263,7 +263,7 @@ def _images_of(tar: Path, walk: _Walk) -> list[Range]:
     images, others = tar_images(tar)
     for name in others:
         if archives.any_hidden(name):
-            walk.passed.add(HIDDEN, tar / name)
+            walk.passed.add(HIDDEN_FILES, tar / name)
         else:
             walk.passed.file(f"{tar}/{name}")
     return images
@@ -273,21 +273,23 @@ def _tar_trees(root: Path, walk: _Walk) -> dict[str, tuple[Path, Tree]]:
     """Reads a tar as if it were the folder that was packed, with or without that folder's own name."""
     images = _images_of(root, walk)
     tops = {name.split("/")[0] for name, _, _ in images}
-    if len(tops) == 1 and not tops & set(PARTS) and all(name.count("/") > 1 for name, _, _ in images):
+    if len(tops) == 1 and not tops & set(DATA_PARTS) and all(name.count("/") > 1 for name, _, _ in images):
         top = len(next(iter(tops))) + 1
         images = [(name[top:], offset, size) for name, offset, size in images]
         tops = {name.split("/")[0] for name, _, _ in images}
     _named(root, tops)
-    if not tops & set(PARTS):
+    if not tops & set(DATA_PARTS):
         return {"": (root, _by_folder(root, images, walk))}
     below: dict[str, list[Range]] = defaultdict(list)
     for name, at, size in images:
         part, _, rest = name.partition("/")
-        if part in PARTS:
+        if part in DATA_PARTS:
             below[part].append((rest, at, size))
         else:
             walk.passed.add(OTHERS, root / name)
-    return {part: (root / lies, _by_folder(root, below[lies], walk)) for part, lies in complete(root, below).items()}
+    return {
+        part: (root / lies, _by_folder(root, below[lies], walk)) for part, lies in parts_on_disk(root, below).items()
+    }
 
 
 def _by_folder(tar: Path, images: Sequence[Range], walk: _Walk) -> Tree:

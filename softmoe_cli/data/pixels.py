@@ -17,7 +17,7 @@ CACHED = 2**18
 """Numbers that a CPU's cache holds, so that pixels stay in it from one operation to the next."""
 
 
-def statistics(data: Data, device: torch.device) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:
+def pixel_statistics(data: Data, device: torch.device) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:
     return torch.tensor(data.mean, device=device), torch.tensor(data.std, device=device)
 
 

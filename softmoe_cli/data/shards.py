@@ -14,7 +14,7 @@ import numpy as np
 from softmoe_cli.config import MOST_CLASSES, Data
 from softmoe_cli.data import archives
 from softmoe_cli.data.archives import Stored
-from softmoe_cli.data.folders import Listing, Passed, complete, text, told_apart, visible
+from softmoe_cli.data.folders import Listing, Passed, class_text, parts_on_disk, told_apart, visible
 from softmoe_cli.errors import UsageError
 
 PART_WORD = re.compile(r"(?:^|[-_./])(train|val|test)(?:ing|id|idation)?(?=[-_./\d]|$)", re.IGNORECASE)
@@ -74,7 +74,7 @@ def archives_by_part(data: Data, passed: Passed) -> dict[str, list[Path]]:
         return {"": next(iter(parts.values()))}
     if "" in parts:
         raise UsageError(f"{parts[''][0]} does not say whether it is train, val or test, while others do")
-    return {part: parts[lies] for part, lies in complete(root, parts).items()}
+    return {part: parts[lies] for part, lies in parts_on_disk(root, parts).items()}
 
 
 def _one_set(root: Path, parts: dict[str, list[Path]]) -> None:
@@ -160,7 +160,7 @@ def shards(data: Data) -> Listing:
     for part, files in parts.items():
         labels = [np.array(coded[file], np.int64)[read[file].each] for file in files]
         found[part] = Stored.joined(read[file].stored for file in files), np.concatenate(labels)
-    return Listing([text(name) for name in classes], found, [], passed, tuple(dict.fromkeys(remarks)))
+    return Listing([class_text(name) for name in classes], found, [], passed, tuple(dict.fromkeys(remarks)))
 
 
 def _no_ids(largest: int, different: int, file: Path, data: Data) -> None:

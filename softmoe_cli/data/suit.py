@@ -15,7 +15,7 @@ LARGE = "vit_micro16"
 """For larger images."""
 SIDES = (8, 12, 16, 20, 24, 28, 32, 48, 64, 96, 128, 160, 192, 224)
 """Sides that `auto` chooses from, in pixels: few of them, so that adding or removing a few files gives the same run."""
-SAMPLE = 64
+SIZES_READ = 64
 """Images whose size is read."""
 
 
@@ -40,14 +40,14 @@ def shorter_sides(data: Data) -> list[int]:
     """
     from PIL import Image, UnidentifiedImageError
 
-    from softmoe_cli.data.decode import FORMATS, opened
+    from softmoe_cli.data.decode import IMAGE_FORMATS, opened
     from softmoe_cli.data.sets import usable
 
     stored, _ = next(iter(usable(data).parts.values()))
     sides = []
-    for i in np.unique(np.linspace(0, max(0, len(stored) - 1), min(SAMPLE, len(stored))).astype(int)).tolist():
+    for i in np.unique(np.linspace(0, max(0, len(stored) - 1), min(SIZES_READ, len(stored))).astype(int)).tolist():
         try:
-            with Image.open(io.BytesIO(stored.read(i)), formats=FORMATS) as image:
+            with Image.open(io.BytesIO(stored.read(i)), formats=IMAGE_FORMATS) as image:
                 sides.append(min(image.size))
         except (OSError, EOFError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError):
             continue

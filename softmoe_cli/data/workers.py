@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from softmoe_cli.config import Data
 from softmoe_cli.device import cores
 from softmoe_cli.errors import RunError, UsageError, first_line
+from softmoe_cli.signals import leave_now
 
 
 class WorkersError(RunError):
@@ -152,12 +153,11 @@ def _follow() -> None:
     main = multiprocessing.parent_process()
     assert main is not None
     main.join()
-    os._exit(0)
+    leave_now(0)
 
 
 def _hand_nothing_over(error: Exception, _item: Any) -> None:
-    os.write(2, f"softmoe: a decoded image cannot be handed over: {first_line(error)}\n".encode())
-    os._exit(1)
+    leave_now(1, f"softmoe: a decoded image cannot be handed over: {first_line(error)}\n")
 
 
 _working: set[Any] = set()

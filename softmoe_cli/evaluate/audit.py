@@ -19,18 +19,18 @@ from softmoe_cli.data.splits import ImageSet
 from softmoe_cli.evaluate.quality import Outcomes
 from softmoe_cli.model.vit import build, count_tokens
 from softmoe_cli.model.weights import load_weights, slot_axes
-from softmoe_cli.moe.layer import Experts, MoE
+from softmoe_cli.moe.layer import MoE, Stacked
 from softmoe_cli.moe.routing import Router
 
 SHUFFLES = 3
-DRAWS = 3
+AUDIT_DRAWS = 3
 CAPACITY_STEPS = (0.25, 0.5, 0.75, 1.25, 1.5, 2, 4)
 """Capacities that are tried, as multiples of the checkpoint's own."""
 DROPPED_SHARES = (0.25, 0.5)
 
 
 @dataclass(frozen=True)
-class Finding:
+class Effect:
     """One change and what became of the predictions."""
 
     part: str
@@ -68,7 +68,7 @@ class Audit:
         self.layers = {i: block.mlp for i, block in enumerate(self.model.blocks) if isinstance(block.mlp, MoE)}
         self.reference = said(self.model, images, batch_size)
 
-    def findings(self, part: str) -> Iterator[Finding]:
+    def findings(self, part: str) -> Iterator[Effect]:
         """The findings of one of `config.AUDITS`; none where `not_applicable` has a reason."""
         parts = {
             "neighbours": self._neighbours, "capacity": self._capacity, "slots": self._slots, "experts": self._experts,
@@ -108,15 +108,15 @@ class Audit:
 
     def _finding(
         self, part: str, setting: str, now: Outcomes, order: np.ndarray | None = None, block: int | None = None
-    ) -> Finding:
+    ) -> Effect:
         """`order`: for each image of `now`, its number in the reference."""
         then = self.reference
         index = torch.arange(len(then.label)) if order is None else torch.as_tensor(order)
         changed = (now.prediction != then.prediction[index]).double().mean().item()
         moved = (now.label_probability - then.label_probability[index]).abs().max().item()
-        return Finding(part, setting, block, now.top1_pct, now.top1_pct - then.top1_pct, 100 * changed, moved)
+        return Effect(part, setting, block, now.top1_pct, now.top1_pct - then.top1_pct, 100 * changed, moved)
 
-    def _neighbours(self) -> Iterator[Finding]:
+    def _neighbours(self) -> Iterator[Effect]:
         """Other sizes of a batch, and other images beside each one."""
         group = max((layer.router.images_per_group for layer in self.layers.values()), default=1)
         for size in sorted({1, group, 4 * group} - {self.batch_size}):
@@ -126,7 +126,7 @@ class Audit:
             now = self.said(self.model, self.images.subset(order), self.batch_size)
             yield self._finding("neighbours", f"shuffle {draw}, batches of {self.batch_size}", now, order)
 
-    def _capacity(self) -> Iterator[Finding]:
+    def _capacity(self) -> Iterator[Effect]:
         """Fewer and more slots per expert than it was trained with, up to one for every token of a group."""
         slots, tokens = self._router.slots_per_expert, self._router.images_per_group * self._tokens
         assert slots is not None
@@ -136,7 +136,7 @@ class Audit:
             now = self.said(self._variant({"slots_per_expert": p}, self.weights), self.images, self.batch_size)
             yield self._finding("capacity", f"{p} slots per expert (factor {factor:.3g}) for {slots}", now)
 
-    def _slots(self) -> Iterator[Finding]:
+    def _slots(self) -> Iterator[Effect]:
         """Keeps only the first slots of every expert, as if the model had no others: both softmaxes are over fewer
         slots."""
         p, axes = self._router.slots_per_expert, slot_axes(self.model)
@@ -146,7 +146,7 @@ class Audit:
             now = self.said(self._variant({"slots_per_expert": q}, fewer), self.images, self.batch_size)
             yield self._finding("slots", f"{q} slots per expert for {p}", now)
 
-    def _experts(self) -> Iterator[Finding]:
+    def _experts(self) -> Iterator[Effect]:
         """Lets experts return zero, without routing anew: each expert in turn in every block, then some in all
         blocks."""
         for block, layer in self.layers.items():
@@ -156,7 +156,7 @@ class Audit:
                 yield self._finding("experts", f"without expert {expert}", now, block=block)
         count = self._router.num_experts
         for dropped in sorted({round(share * count) for share in DROPPED_SHARES} - {0, count}):
-            for draw in range(DRAWS):
+            for draw in range(AUDIT_DRAWS):
                 rng = np.random.default_rng(draw)
                 with ExitStack() as stack:
                     for layer in self.layers.values():
@@ -168,11 +168,11 @@ class Audit:
 
 
 @contextmanager
-def silenced(experts: Experts, which: Sequence[int]) -> Iterator[None]:
+def silenced(experts: Stacked, which: Sequence[int]) -> Iterator[None]:
     """While open, these experts return zeros."""
 
     def hook(
-        _module: Experts, inputs: tuple[Tensor, Int[Tensor, " e"] | None], rows: Float[Tensor, "*rows d"]
+        _module: Stacked, inputs: tuple[Tensor, Int[Tensor, " e"] | None], rows: Float[Tensor, "*rows d"]
     ) -> Float[Tensor, "*rows d"]:
         chosen = torch.tensor(which, device=rows.device)
         if inputs[1] is None:
@@ -189,7 +189,7 @@ def silenced(experts: Experts, which: Sequence[int]) -> Iterator[None]:
         handle.remove()
 
 
-def summary(findings: Sequence[Finding]) -> list[Finding]:
+def summary(findings: Sequence[Effect]) -> list[Effect]:
     """Shortens the findings of single experts to two rows per block, their mean and the worst; others stay as they
     are."""
     rows = []
@@ -203,6 +203,6 @@ def summary(findings: Sequence[Finding]) -> list[Finding]:
             sum(getattr(finding, key) for finding in some) / len(some)
             for key in ("top1_pct", "top1_change_pct", "changed_pct", "probability_change_max")
         ]
-        rows.append(Finding("experts", f"block {block}, one of {len(some)}: mean", block, *means))
+        rows.append(Effect("experts", f"block {block}, one of {len(some)}: mean", block, *means))
         rows.append(replace(worst, setting=f"block {block}, {worst.setting}: the worst"))
     return rows

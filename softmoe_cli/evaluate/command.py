@@ -8,26 +8,26 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from importlib import resources
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int64
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from softmoe_cli.config import EvaluateConfig, Model, check_groups
 from softmoe_cli.data import sets
 from softmoe_cli.data.batches import eval_batches
-from softmoe_cli.data.splits import ImageSet
+from softmoe_cli.data.splits import ImageSet, Splits
 from softmoe_cli.device import arithmetic, hardware, keep_freed_memory
 from softmoe_cli.errors import UsageError
 from softmoe_cli.evaluate import soup
-from softmoe_cli.evaluate.audit import Audit, Finding, summary
+from softmoe_cli.evaluate.audit import Audit, Effect, summary
 from softmoe_cli.evaluate.fewshot import check_shots, fewshot
 from softmoe_cli.evaluate.quality import Batch, Outcomes, calibration_error, features, outcomes, qualities
+from softmoe_cli.evaluate.real import check_order, real_labels, real_qualities
 from softmoe_cli.files import require_vacant, write_atomically
 from softmoe_cli.model.vit import build, prepare
 from softmoe_cli.model.weights import load_weights
@@ -45,9 +45,153 @@ def evaluate_checkpoint(config: EvaluateConfig, model_config: Model, sources: li
     Raises:
         UsageError: the data have other classes than the checkpoint, or a file cannot be written.
     """
-    card = sources[0].card
-    loss, precision = config.loss or card["loss"], config.precision or card["precision"]
+    known = sources[0].card["classes"]
     check_groups("batch_size", config.batch_size, model_config.router)
+    _check_files(config)
+    precision = config.precision or sources[0].card["precision"]
+    device, autocast = arithmetic(config.device, precision, config.threads)
+    keep_freed_memory(device)
+    splits = sets.load(config.data)
+    splits.need(*_parts(config))
+    images = {"train": splits.train, "validation": splits.validation, "test": splits.test}[config.split]
+    notes = check_shots(splits.train.labels, config.fewshot, "fewshot") if config.fewshot else []
+    if config.real is not None:
+        check_order(config.real, known)
+    outputs = _outputs(known, splits.classes, config.data.class_numbers)
+    if outputs is None:
+        _check_foreign(config, sources[0], splits.classes)
+    for source in sources:
+        if "head.weight" not in source.weights:
+            raise UsageError(f"checkpoint={source.label} has no head; softmoe finetune gives it one")
+
+    loss = config.loss or sources[0].card["loss"]
+    judge = Judge(config, model_config, None if outputs == list(range(len(known))) else outputs, loss, precision,
+                  device, autocast)  # fmt: skip
+    kept, weights = _average(judge, sources, splits.validation)
+    model = judge.built(weights)
+    right = real_labels(config.real, images, len(known)) if config.real is not None else []
+    labels = [source.label for source in kept]
+    row: dict[str, Any] = {"checkpoint": labels[0] if len(labels) == 1 else labels}
+    if len(sources) > 1:
+        row["soup"] = f"{config.soup}, {len(kept)} of {len(sources)}"
+    row |= {"data": config.data.name, "split": config.split}
+    start = time.perf_counter()
+    if outputs is None:
+        row["head"] = f"not scored: it knows {_shortly(known)}, the data have {_shortly(splits.classes)}"
+    else:
+        if len(outputs) < len(known):
+            row["among"] = f"{len(outputs)} of the {len(known)} classes that the checkpoint knows"
+        row |= _scored(judge, model, images, splits.classes, right)
+    row |= {"images": len(images), "eval_s": time.perf_counter() - start, "hardware": hardware(device)}
+    if config.fewshot:
+        row |= _few_shots(judge, model, splits, images, notes)
+    findings: list[Effect] = []
+    if config.audit:
+        audited, findings = _audited(judge, weights, images)
+        row |= audited
+    print(json.dumps(row)) if config.format == "json" else _show(row, findings)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Builds models from weights and says what they predict. `outputs`: the head's outputs for the classes of the data,
+    where these are not all of them or not in their order."""
+
+    config: EvaluateConfig
+    model: Model
+    outputs: list[int] | None
+    loss: str
+    precision: str
+    device: torch.device
+    autocast: torch.autocast
+
+    def built(self, weights: dict[str, Tensor]) -> VisionTransformer:
+        model = build(self.model, weights["head.weight"].shape[0])
+        load_weights(model, weights, keep_head=True, allow_unexpected=[])
+        return model
+
+    def batches(self, images: ImageSet, batch_size: int) -> Iterator[Batch]:
+        return eval_batches(
+            images,
+            self.config.data,
+            image_size=self.model.image_size,
+            in_chans=self.model.in_chans,
+            batch_size=batch_size,
+            device=self.device,
+        )
+
+    def outcomes(self, model: VisionTransformer, images: ImageSet, batch_size: int) -> Outcomes:
+        prepare(model, self.device, self.precision)
+        seen = model.to(self.device) if self.outputs is None else Among(model.to(self.device), self.outputs)
+        return outcomes(seen, self.batches(images, batch_size), loss=self.loss, autocast=self.autocast)
+
+
+def _average(judge: Judge, sources: list[Source], validation: ImageSet) -> tuple[list[Source], dict[str, Tensor]]:
+    """The checkpoints that are averaged, and their average."""
+    kept = sources
+    if judge.config.soup == "greedy":
+
+        def score(weights: dict[str, Tensor]) -> float:
+            return judge.outcomes(judge.built(weights), validation, judge.config.batch_size).top1_pct
+
+        kept = [sources[i] for i in soup.greedy([source.weights for source in sources], score)]
+    weights = [source.weights for source in kept]
+    return kept, soup.average(weights) if len(kept) > 1 else weights[0]
+
+
+def _scored(
+    judge: Judge, model: VisionTransformer, images: ImageSet, classes: list[str], right: list[set[int]]
+) -> dict[str, Any]:
+    """Quality, calibration, quality by class; writes the files that are asked for. `right`: ReaL's labels."""
+    config = judge.config
+    result = judge.outcomes(model, images, config.batch_size)
+    row = {key: value for key, value in qualities(result) if key != "images_evaluated"}
+    row["ece_pct"] = 100 * calibration_error(result.probability, result.right, config.calibration_bins)
+    if config.real is not None:
+        answers = result.prediction if judge.outputs is None else torch.tensor(judge.outputs)[result.prediction]
+        row |= real_qualities(answers, right)
+    _write(config, result, images, classes)
+    return row | _by_class(result, classes) | (_confusion(result) if config.format == "json" else {})
+
+
+def _few_shots(
+    judge: Judge, model: VisionTransformer, splits: Splits, images: ImageSet, notes: list[str]
+) -> dict[str, Any]:
+    """Quality of the features. The strength of its ridge is chosen on other images than the scored ones, if there are
+    such."""
+    config = judge.config
+    prepare(model.to(judge.device), judge.device, judge.precision)
+    apart = config.fewshot_l2 == "validation" and config.split != "validation"
+    found = fewshot(
+        lambda some: features(model, judge.batches(some, config.batch_size), judge.autocast),
+        config.fewshot,
+        splits.train,
+        images,
+        splits.validation if apart else None,
+        len(splits.classes),
+        config.fewshot_seed,
+    )
+    chosen_on = "validation" if apart else f"the scored {config.split}"
+    return {"fewshot_l2_chosen_on": chosen_on, "fewshot_notes": notes, **dict(found)}
+
+
+def _audited(judge: Judge, weights: dict[str, Tensor], images: ImageSet) -> tuple[dict[str, Any], list[Effect]]:
+    """What the audit finds on the images, or on some that are spread evenly over them."""
+    config = judge.config
+    if config.audit_images is not None:
+        spread = np.linspace(0, len(images) - 1, min(config.audit_images, len(images)))
+        images = images.subset(spread.round().astype(np.int64))
+    audit = Audit(judge.model, weights, judge.outcomes, images, config.batch_size)
+    row: dict[str, Any] = {"audit_images": len(images), "audit_reference_top1_pct": audit.reference.top1_pct}
+    reasons = {part: audit.not_applicable(part) for part in config.audit}
+    findings = [each for part in config.audit if reasons[part] is None for each in audit.findings(part)]
+    row["not_applicable"] = {part: reason for part, reason in reasons.items() if reason is not None}
+    row["audit"] = [dataclasses.asdict(finding) for finding in findings]
+    return row, findings
+
+
+def _check_files(config: EvaluateConfig) -> None:
+    """Checks that the files can be made, before any work is done for them."""
     for key in ("predictions", "confusion"):
         if (place := getattr(config, key)) is not None:
             require_vacant(key, Path(place))
@@ -55,111 +199,16 @@ def evaluate_checkpoint(config: EvaluateConfig, model_config: Model, sources: li
                 raise UsageError(f"{key}={place}: {Path(place).parent} is no folder")
     if config.predictions is not None and config.predictions == config.confusion:
         raise UsageError(f"predictions={config.predictions} and confusion= are the same file; give each its own")
-    device, autocast = arithmetic(config.device, precision, config.threads)
-    keep_freed_memory(device)
-    splits = sets.load(config.data)
+
+
+def _parts(config: EvaluateConfig) -> list[str]:
+    """The parts of the data set that are needed."""
     needed = [config.split]
     if config.fewshot:
         needed.append("train")
     if (config.fewshot and config.fewshot_l2 == "validation") or config.soup == "greedy":
         needed.append("validation")
-    splits.need(*needed)
-    notes = check_shots(splits.train.labels, config.fewshot, "fewshot") if config.fewshot else []
-    if config.real == "timm" and card["classes"] == sorted(card["classes"]):
-        odd = [name for name in card["classes"] if not re.match(r"n\d", name)]
-        if odd:  # classes in the order of other names have other numbers
-            raise UsageError(
-                "real=timm numbers classes in the order of ImageNet's own names, such as n01440764; the checkpoint has "
-                f"{odd[0]}; give a file of labels in the checkpoint's order"
-            )
-    outputs = _outputs(card["classes"], splits.classes, config.data.class_numbers)
-    whole_head = outputs == list(range(len(card["classes"])))
-    if outputs is None:
-        _check_foreign(config, sources[0], splits.classes)
-    for source in sources:
-        if "head.weight" not in source.weights:
-            raise UsageError(f"checkpoint={source.label} has no head; softmoe finetune gives it one")
-
-    def batches(images: ImageSet, batch_size: int = config.batch_size) -> Iterator[Batch]:
-        return eval_batches(
-            images,
-            config.data,
-            image_size=model_config.image_size,
-            in_chans=model_config.in_chans,
-            batch_size=batch_size,
-            device=device,
-        )
-
-    def said(model: VisionTransformer, images: ImageSet, batch_size: int) -> Outcomes:
-        prepare(model, device, precision)
-        seen = model.to(device) if whole_head else Among(model.to(device), outputs or [])
-        return outcomes(seen, batches(images, batch_size), loss=loss, autocast=autocast)
-
-    def built(weights: dict[str, Tensor]) -> VisionTransformer:
-        model = build(model_config, weights["head.weight"].shape[0])
-        load_weights(model, weights, keep_head=True, allow_unexpected=[])
-        return model
-
-    states, kept = [source.weights for source in sources], list(range(len(sources)))
-    if config.soup == "greedy":
-        kept = soup.greedy(states, lambda w: said(built(w), splits.validation, config.batch_size).top1_pct)
-    weights = soup.average([states[i] for i in kept]) if len(kept) > 1 else states[kept[0]]
-    labels = [sources[i].label for i in kept]
-    model = built(weights)
-    images = {"train": splits.train, "validation": splits.validation, "test": splits.test}[config.split]
-
-    right = real_labels(config.real, images, len(card["classes"])) if config.real is not None else []
-
-    row: dict[str, Any] = {"checkpoint": labels[0] if len(labels) == 1 else labels}
-    if len(sources) > 1:
-        row["soup"] = f"{config.soup}, {len(kept)} of {len(sources)}"
-    row |= {"data": config.data.name, "split": config.split}
-    start = time.perf_counter()
-    if outputs is not None:
-        if len(outputs) < len(card["classes"]):
-            row["among"] = f"{len(outputs)} of the {len(card['classes'])} classes that the checkpoint knows"
-        result = said(model, images, config.batch_size)
-        row |= {key: value for key, value in qualities(result) if key != "images_evaluated"}
-        row["ece_pct"] = 100 * calibration_error(result.probability, result.right, config.calibration_bins)
-        if config.real is not None:
-            answers = result.prediction if whole_head else torch.tensor(outputs)[result.prediction]
-            row |= real_qualities(answers, right)
-        row |= _by_class(result, splits.classes) | (_confusion(result) if config.format == "json" else {})
-        _write(config, result, images, splits.classes)
-    else:
-        row["head"] = f"not scored: it knows {_shortly(card['classes'])}, the data have {_shortly(splits.classes)}"
-    row |= {"images": len(images), "eval_s": time.perf_counter() - start, "hardware": hardware(device)}
-    if config.fewshot:
-        prepare(model.to(device), device, precision)
-        apart = config.fewshot_l2 == "validation" and config.split != "validation"
-        chooser = splits.validation if apart else None
-        row["fewshot_l2_chosen_on"] = "validation" if chooser is not None else f"the scored {config.split}"
-        row["fewshot_notes"] = notes
-        row |= dict(
-            fewshot(
-                lambda some: features(model, batches(some), autocast),
-                config.fewshot,
-                splits.train,
-                images,
-                chooser,
-                len(splits.classes),
-                config.fewshot_seed,
-            )
-        )
-    findings: list[Finding] = []
-    if config.audit:
-        some = images
-        if config.audit_images is not None:
-            spread = np.linspace(0, len(images) - 1, min(config.audit_images, len(images)))
-            some = images.subset(spread.round().astype(np.int64))
-        audit = Audit(model_config, weights, said, some, config.batch_size)
-        row["audit_images"] = len(some)
-        row["audit_reference_top1_pct"] = audit.reference.top1_pct
-        reasons = {part: audit.not_applicable(part) for part in config.audit}
-        findings = [each for part in config.audit if reasons[part] is None for each in audit.findings(part)]
-        row["not_applicable"] = {part: reason for part, reason in reasons.items() if reason is not None}
-        row["audit"] = [dataclasses.asdict(finding) for finding in findings]
-    print(json.dumps(row)) if config.format == "json" else _show(row, findings)
+    return needed
 
 
 class Among(nn.Module):
@@ -190,44 +239,6 @@ def _outputs(known: list[str], found: list[str], by_number: bool) -> list[int] |
         )
     place = {str(i) if by_number else name: i for i, name in enumerate(known)}
     return [place[name] for name in found] if set(found) <= set(place) else None
-
-
-REAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.\w+")
-
-
-def real_labels(real: str, images: ImageSet, classes: int) -> list[set[int]]:
-    """The classes that are right for each image, by ImageNet's number in its name; an empty set where raters saw none.
-
-    Are we done with ImageNet? (Beyer et al., 2020), https://arxiv.org/abs/2006.07159.
-
-    Raises:
-        UsageError: not ReaL's file, or images that are not ImageNet's validation images.
-    """
-    path = resources.files("timm.data") / "_info" / "imagenet_real_labels.json" if real == "timm" else Path(real)
-    try:
-        labels = [{int(label) for label in each} for each in json.loads(path.read_text())]
-    except (OSError, ValueError, TypeError) as error:
-        raise UsageError(f"real={real} is not a JSON list with a list of labels per image: {error}") from error
-    if any(not 0 <= label < classes for each in labels for label in each):
-        raise UsageError(f"real={real} has labels beyond the {classes} classes that the checkpoint knows")
-    places = images.files.places if images.files is not None else [Path("images without names")]
-    matches = [(place, REAL_NAME.fullmatch(place.name)) for place in places]
-    odd = [place for place, number in matches if number is None or not 1 <= int(number[1]) <= len(labels)]
-    if odd:
-        raise UsageError(f"real={real} has no labels for {odd[0]}: it must be called ILSVRC2012_val_NUMBER")
-    return [labels[int(number[1]) - 1] for _, number in matches if number is not None]
-
-
-def real_qualities(prediction: Int64[Tensor, " n"], labels: list[set[int]]) -> dict[str, Any]:
-    """Share of predictions that are one of an image's labels; images without any do not count.
-
-    Raises:
-        UsageError: no image has a label.
-    """
-    right = [guess in these for guess, these in zip(prediction.tolist(), labels, strict=True) if these]
-    if not right:
-        raise UsageError("real= has no label for any of these images")
-    return {"real_top1_pct": 100 * sum(right) / len(right), "real_images": len(right)}
 
 
 def _check_foreign(config: EvaluateConfig, source: Source, classes: list[str]) -> None:
@@ -313,7 +324,7 @@ SAID = {
 no longer than its column."""
 
 
-def _show(row: dict[str, Any], findings: list[Finding]) -> None:
+def _show(row: dict[str, Any], findings: list[Effect]) -> None:
     """Prints the row as a table: of classes and confusion the worst class, of experts in turn the mean and the
     worst."""
     shown = {}

@@ -21,8 +21,8 @@ L2 = tuple(2.0**power for power in range(-10, 20))
 """The official grid."""
 BIAS = 100.0
 """The constant feature that stands for a bias; being large, it is hardly regularised."""
-EPS = 1e-5
-AT_ONCE = 2**24
+STD_EPS = 1e-5
+SCORES_AT_ONCE = 2**24
 """The most scores (images times classes) in memory at a time: there may be ten thousands of classes."""
 
 
@@ -57,9 +57,9 @@ def check_shots(labels: Int64[Tensor, " n"], shots: Sequence[int], key: str) -> 
     return sentences
 
 
-def statistics(x: Float[Tensor, "r d"]) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"]]:
+def feature_statistics(x: Float[Tensor, "r d"]) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"]]:
     """Mean and population standard deviation + 1e-5 of each feature."""
-    return x.mean(dim=0), x.std(dim=0, correction=0) + EPS
+    return x.mean(dim=0), x.std(dim=0, correction=0) + STD_EPS
 
 
 def whiten(x: Float[Tensor, "m d"], mean: Float[Tensor, " d"], std: Float[Tensor, " d"]) -> Float[Tensor, "m d+1"]:
@@ -89,9 +89,9 @@ def accuracies(
     fitted: tuple[Tensor, Tensor], scored: tuple[Tensor, Tensor], classes: int, l2: Float[Tensor, " l"]
 ) -> tuple[Float[Tensor, " l"], Int64[Tensor, "l m"]]:
     """Share of right predictions for every l2, and the predictions, from features (r d, m d) and labels of both."""
-    mean, std = statistics(fitted[0])
+    mean, std = feature_statistics(fitted[0])
     weights = ridge(whiten(fitted[0], mean, std), fitted[1], classes, l2)
-    seen = whiten(scored[0], mean, std).split(max(1, AT_ONCE // classes))
+    seen = whiten(scored[0], mean, std).split(max(1, SCORES_AT_ONCE // classes))
     predicted = torch.stack([torch.cat([(some @ w).argmax(dim=1) for some in seen]) for w in weights])
     return (predicted == scored[1]).double().mean(dim=1), predicted
 

@@ -37,7 +37,7 @@ from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.failures import defect, ours
 from softmoe_cli.files import write_atomically
 from softmoe_cli.launch.job import follow_launcher, start_server
-from softmoe_cli.signals import ASKING, Asked, end_children, heard, leave_soon
+from softmoe_cli.signals import ASKING, Asked, end_children, heard, leave_now, leave_soon
 
 GRACE_S = 120
 """How many seconds processes have to save and leave, when asked to, before they are killed."""
@@ -208,7 +208,7 @@ def _process(config: Config, command: str, directory: str, environment: dict[str
         with contextlib.suppress(RuntimeError):
             dist.barrier()  # the first one may still be saving
         # The launcher reads our exit status at once, unless it was asked to stop itself, or is gone.
-        ending = threading.Timer(TAKEN_S, os._exit, (130,))
+        ending = threading.Timer(TAKEN_S, leave_now, (130,))
         ending.daemon = True
         ending.start()
         return 130
@@ -216,6 +216,5 @@ def _process(config: Config, command: str, directory: str, environment: dict[str
         known = ours(error)
         text = defect(error) if known is None else str(known)
         leave(2 if isinstance(known, UsageError) else 1, text, isinstance(known, Lost))
-        end_children()
-        os._exit(1)
+        leave_now(1)
     return 0

@@ -19,7 +19,7 @@ from softmoe_cli.files import not_following, write_atomically
 from softmoe_cli.signals import leave
 from softmoe_cli.text import printable_lines
 
-Run = Callable[[Sequence[str]], tuple[int, str]]
+RunCommand = Callable[[Sequence[str]], tuple[int, str]]
 """The function that runs a command line and returns exit status and reason: cli.run, which is passed down to here."""
 
 GONE_S = 300
@@ -44,7 +44,7 @@ class Order:
         return self.log.with_suffix(".json")
 
 
-def perform(order: Order, run: Run) -> int:
+def perform(order: Order, run: RunCommand) -> int:
     """Runs a job's command line, with its output in a log; writes down why it failed. Returns the exit status."""
     try:
         os.chdir(order.directory)
@@ -84,9 +84,9 @@ def start_server(modules: list[str]) -> None:
         signal.signal(number, handler)
 
 
-def follow_launcher(leave: Callable[[], object] = lambda: os.kill(os.getpid(), signal.SIGTERM)) -> None:
+def follow_launcher(stop: Callable[[], object] = lambda: os.kill(os.getpid(), signal.SIGTERM)) -> None:
     """Puts a process that a launcher started into a process group of its own, so that a Ctrl-C reaches only the
-    launcher. When the launcher is gone, the process saves and calls `leave`, so that nothing goes on unseen."""
+    launcher. When the launcher is gone, the process saves and calls `stop`, so that nothing goes on unseen."""
     os.setpgid(0, 0)
     for number in (signal.SIGTERM, signal.SIGUSR1):  # SIGUSR2 stays ignored: one process passes it on as SIGTERM
         signal.signal(number, signal.SIG_DFL)
@@ -95,18 +95,18 @@ def follow_launcher(leave: Callable[[], object] = lambda: os.kill(os.getpid(), s
 
     def watch() -> None:
         launcher.join()
-        leave()
+        stop()
 
     threading.Thread(target=watch, daemon=True).start()
 
 
-def in_process(order: Order, run: Run) -> None:
+def in_process(order: Order, run: RunCommand) -> None:
     """Runs a job in a process that was forked for it."""
     follow_launcher()
     leave(perform(order, run))
 
 
-def in_worker(order: Order, run: Run) -> int:
+def in_worker(order: Order, run: RunCommand) -> int:
     """Runs a job in a worker of submitit or Ray, in place of their signal handlers. With SIGUSR2 submitit warns of a
     time limit or a preemption: the job then saves, leaves and is queued again."""
     told: list[int] = []

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from softmoe_cli.config import RayLauncher, SlurmLauncher
-from softmoe_cli.launch.job import SERVER, Order, Run, in_process, in_worker
+from softmoe_cli.launch.job import SERVER, Order, RunCommand, in_process, in_worker
 
 
 class Attempt(Protocol):
@@ -33,7 +33,7 @@ class Place(Protocol):
 class Processes:
     """This machine."""
 
-    def __init__(self, _options: object, _folder: Path, run: Run) -> None:
+    def __init__(self, _options: object, _folder: Path, run: RunCommand) -> None:
         self._run = run
 
     def start(self, order: Order) -> Attempt:
@@ -41,7 +41,7 @@ class Processes:
 
 
 class Forked:
-    def __init__(self, order: Order, run: Run) -> None:
+    def __init__(self, order: Order, run: RunCommand) -> None:
         self._process = SERVER.Process(target=in_process, args=(order, run))
         self._process.start()
 
@@ -62,7 +62,7 @@ class Slurm:
     """Slurm, or processes of submitit's own to try it. What is queued stays known: a launcher that was killed takes up
     its jobs again."""
 
-    def __init__(self, options: SlurmLauncher, folder: Path, run: Run) -> None:
+    def __init__(self, options: SlurmLauncher, folder: Path, run: RunCommand) -> None:
         import submitit
 
         self._run = run
@@ -110,7 +110,7 @@ class Submitted:
 class Ray:
     """A Ray, here or running on several machines that share a file system."""
 
-    def __init__(self, options: RayLauncher, folder: Path, run: Run) -> None:
+    def __init__(self, options: RayLauncher, folder: Path, run: RunCommand) -> None:
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
         os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # gpus=0 hides none: device= decides
         self._run = run
@@ -157,5 +157,5 @@ class Task:
         ray.cancel(self._reference, force=now)
 
 
-PLACES: dict[str, Callable[[Any, Path, Run], Place]] = {"local": Processes, "slurm": Slurm, "ray": Ray}
+PLACES: dict[str, Callable[[Any, Path, RunCommand], Place]] = {"local": Processes, "slurm": Slurm, "ray": Ray}
 """A name for hydra/launcher= -> the function that makes the place from its options, the sweep's folder and a Run."""

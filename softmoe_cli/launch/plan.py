@@ -11,8 +11,9 @@ from typing import Any
 from softmoe_cli.config import Config, Launcher, RayLauncher, SlurmLauncher
 from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.launch.job import follow_launcher
+from softmoe_cli.signals import leave_now
 
-MANY = 10_000
+CLUSTER_JOBS = 10_000
 """Jobs at a time where a cluster does the queueing."""
 
 
@@ -41,7 +42,7 @@ class Inquiry:
 def answer(inquiry: Inquiry, sender: Connection) -> None:
     """Checks every job as its own process would, all in one process; sends a job or the reason against it for each,
     and a word for each job that may run at a time: its GPU, or nothing."""
-    follow_launcher(lambda: os._exit(130))
+    follow_launcher(lambda: leave_now(130))
     from softmoe_cli.cost.fit import with_largest_batch
     from softmoe_cli.data.contents import known
     from softmoe_cli.data.sets import identity
@@ -97,7 +98,7 @@ def _share(options: Launcher, devices: set[str]) -> tuple[list[str], int]:
 
     if isinstance(options, SlurmLauncher | RayLauncher):
         here = isinstance(options, SlurmLauncher) and options.cluster == "local"
-        return [""] * (options.jobs or (max(1, cores() // options.cpus) if here else MANY)), options.cpus
+        return [""] * (options.jobs or (max(1, cores() // options.cpus) if here else CLUSTER_JOBS)), options.cpus
     slots = [""] * (options.jobs or cores())
     if devices & {"auto", "cuda"} and torch.cuda.is_available():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -140,8 +141,8 @@ def _costs(config: Config, *, times: bool) -> dict[str, float]:
     budget = Budget.of(config, images)
     step_s = image_s = math.nan
     # The clock can measure only this: one device, all weights trained, AdamW's moments in float32.
-    known = config.devices == 1 and not config.optim.freeze and config.optim.moments == "fp32"
-    if times and known and peak <= free_memory(device):
+    can_be_timed = config.devices == 1 and not config.optim.freeze and config.optim.moments == "fp32"
+    if times and can_be_timed and peak <= free_memory(device):
         timed = replace(load, optim=None, ema=False)
         key = repr(timed)
         if key not in _timed:

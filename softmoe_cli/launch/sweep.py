@@ -34,7 +34,7 @@ from softmoe_cli.config import LAUNCHERS, Config, Launcher
 from softmoe_cli.data.contents import KNOWN
 from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.files import not_following, write_atomically
-from softmoe_cli.launch.job import SERVER, Order, Run, note, start_server
+from softmoe_cli.launch.job import SERVER, Order, RunCommand, note, start_server
 from softmoe_cli.launch.places import PLACES, Attempt, Place
 from softmoe_cli.launch.plan import Inquiry, Job, answer
 from softmoe_cli.options.compose import plain
@@ -99,7 +99,7 @@ class Signals(Asked):
 class Sweep(HydraLauncher):
     """The launcher that Hydra uses while one command runs: Hydra, or a searching sweeper, gives it jobs."""
 
-    run: ClassVar[Run]
+    run: ClassVar[RunCommand]
     """Runs a job's command line; cli.py sets this before it calls Hydra."""
     last: ClassVar["Sweep | None"] = None
     """This process's sweep: Hydra makes it and does not return it."""
@@ -210,8 +210,8 @@ class Sweep(HydraLauncher):
         if errors:
             kind = RunError if any(isinstance(error, RunError) for _, error in errors) else UsageError
             lines = [f"{name}: {error}" for name, error in errors]
-            several = f"{len(lines)} of {len(job_overrides)} jobs cannot work, so none was started:"
-            raise kind("\n  ".join([several, *lines]))
+            head = f"{len(lines)} of {len(job_overrides)} jobs cannot work, so none was started:"
+            raise kind("\n  ".join([head, *lines]))
         return answers, slots
 
     def _number(self, jobs: list[Job], first: int) -> list[Entry]:
@@ -352,11 +352,11 @@ class Sweep(HydraLauncher):
         if not self._console.is_terminal:
             yield lambda: None
             return
-        begun, start = time.monotonic(), [state.progress or 0.0 for state in self._states()]
+        begun, start = time.monotonic(), [each.progress or 0.0 for each in self._states()]
 
         def refresh() -> None:
             states = self._states()
-            passed, now = time.monotonic() - begun, [state.progress or 0.0 for state in states]
+            passed, now = time.monotonic() - begun, [each.progress or 0.0 for each in states]
             rest, done = len(now) - sum(now), sum(now) - sum(start)
             left = f", about {in_words(passed * rest / done)} left" if done > len(now) / 100 and rest > 0 else ""
             foot = f"{tally(states)}; {in_words(passed)} so far{left}\nlogs and state in {self._folder}"

@@ -19,17 +19,17 @@ def make_router(options: dict[str, Any], dim: int, num_tokens: int) -> Router:
     subclasses of `Router` are ever called; but importing a module runs it, so a name in a checkpoint is compared with
     the known routers before it comes here.
     """
-    router_class = _router_class(str(options["_target_"]))
+    kind = router_class(str(options["_target_"]))
     given = {key: value for key, value in options.items() if key != "_target_"}
     known = {
-        name: get_type_hints(router_class.__init__).get(name)
-        for name, parameter in inspect.signature(router_class).parameters.items()
+        name: get_type_hints(kind.__init__).get(name)
+        for name, parameter in inspect.signature(kind).parameters.items()
         if parameter.kind is parameter.KEYWORD_ONLY
     }
     for key, value in given.items():
         if key not in known:
             raise UsageError(
-                f"model.router.{key}: {router_class.__name__} has no such option."
+                f"model.router.{key}: {kind.__name__} has no such option."
                 f"{nearest(key, known)} It has {', '.join(known)}"
             )
         if _admits(known[key], value):
@@ -40,18 +40,18 @@ def make_router(options: dict[str, Any], dim: int, num_tokens: int) -> Router:
         given[key] = float(value)
     missing = known.keys() - given.keys()
     if missing:
-        raise UsageError(f"model.router.{sorted(missing)[0]} is missing; {router_class.__name__} needs it")
+        raise UsageError(f"model.router.{sorted(missing)[0]} is missing; {kind.__name__} needs it")
     try:
-        router = router_class(dim, num_tokens, **given)
+        router = kind(dim, num_tokens, **given)
     except ValueError as error:
         raise UsageError(f"model.router: {error}") from error
     except Exception as error:
-        if router_class.__module__.startswith("softmoe_cli."):
+        if kind.__module__.startswith("softmoe_cli."):
             raise
-        raise UsageError(f"{router_class.__name__} cannot be made: {type(error).__name__}: {error}") from error
+        raise UsageError(f"{kind.__name__} cannot be made: {type(error).__name__}: {error}") from error
     if router.images_per_group not in (1, group_of(given)):
         raise UsageError(
-            f"{router_class.__name__}.images_per_group={router.images_per_group} must come from an option of that "
+            f"{kind.__name__}.images_per_group={router.images_per_group} must come from an option of that "
             "name, which says in what groups images are read and divided among devices"
         )
     return router
@@ -78,7 +78,12 @@ def _kind(annotation: Any) -> str:
     return " or ".join(map(str, get_args(annotation))) if get_origin(annotation) is Literal else annotation.__name__
 
 
-def _router_class(target: str) -> type[Router]:
+def router_class(target: str) -> type[Router]:
+    """The class that a `_target_` names.
+
+    Raises:
+        UsageError: there is none, or it is no router.
+    """
     module, _, name = target.rpartition(".")
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # a router of one's own is a file in the working folder

@@ -59,8 +59,23 @@ def grouped(
     return F.grouped_mm(rows, weights.to(rows.dtype), offs=offsets)
 
 
-class Experts(nn.Module):
-    """e MLPs, d to h to d, with biases.
+class Stacked(nn.Module):
+    """The weights of e MLPs, d to h to d, stacked: `w1` (e d h), `b1` (e h), `w2` (e h d), `b2` (e d). A subclass says
+    which rows they meet."""
+
+    def __init__(self, w1: nn.Parameter, b1: nn.Parameter, w2: nn.Parameter, b2: nn.Parameter, *, gelu: str) -> None:
+        super().__init__()
+        self.w1, self.b1, self.w2, self.b2 = w1, b1, w2, b2
+        self.gelu = gelu
+
+    def flop(self, rows: float) -> int:
+        """FLOPs of both products on `rows` rows; a multiply-add counts as 2, biases and GELU as 0."""
+        _, dim, hidden = self.w1.shape
+        return round(rows * 2 * 2 * dim * hidden)
+
+
+class Experts(Stacked):
+    """All experts of a layer, in this process.
 
     Initialisation follows the official code: Xavier-uniform kernels per expert (the expert axis stays out
     of the fans), biases normal with std 1e-6, and all experts of a layer equal unless `identical` is false
@@ -68,13 +83,9 @@ class Experts(nn.Module):
     """
 
     def __init__(self, num_experts: int, dim: int, hidden: int, *, gelu: str, identical: bool) -> None:
-        super().__init__()
-        self.gelu = gelu
+        shapes = (num_experts, dim, hidden), (num_experts, hidden), (num_experts, hidden, dim), (num_experts, dim)
+        super().__init__(*(nn.Parameter(torch.empty(shape)) for shape in shapes), gelu=gelu)
         self.identical = identical
-        self.w1 = nn.Parameter(torch.empty(num_experts, dim, hidden))
-        self.b1 = nn.Parameter(torch.empty(num_experts, hidden))
-        self.w2 = nn.Parameter(torch.empty(num_experts, hidden, dim))
-        self.b2 = nn.Parameter(torch.empty(num_experts, dim))
         self.reset_parameters()
 
     @torch.no_grad()
@@ -88,11 +99,6 @@ class Experts(nn.Module):
             if self.identical:
                 parameter[1:] = parameter[:1]
 
-    def flop(self, rows: float) -> int:
-        """FLOPs of both products on `rows` rows; a multiply-add counts as 2, biases and GELU as 0."""
-        _, dim, hidden = self.w1.shape
-        return round(rows * 2 * 2 * dim * hidden)
-
     def forward(
         self, rows: Float[Tensor, "*rows d"], offsets: Int[Tensor, " e"] | None = None
     ) -> Float[Tensor, "*rows d"]:
@@ -105,7 +111,7 @@ class MoE(nn.Module):
     """A router and its experts, in the place of a block's MLP. `shared` sees every token, whatever the router says
     (DeepSeekMoE, Dai et al., 2024, Section 3.2)."""
 
-    def __init__(self, router: Router, experts: Experts, shared: Experts | None = None) -> None:
+    def __init__(self, router: Router, experts: Stacked, shared: Experts | None = None) -> None:
         super().__init__()
         self.router = router
         self.experts = experts

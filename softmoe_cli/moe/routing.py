@@ -7,9 +7,9 @@ y       = routing.combine(experts(rows, offsets))     b n d
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int, Num
@@ -83,6 +83,8 @@ class Router(nn.Module, ABC):
     """Images whose tokens compete for the same slots: results depend on batch neighbours where it is not 1."""
     shared_experts: int = 0
     """Experts beside the routed ones that see every token."""
+    of_one_expert: ClassVar[Mapping[str, Any]] = {}
+    """Options of its own with which a layer of `num_experts=1` is that one expert and nothing else."""
     counts_landed: bool = False
     """Whether its routings say how many rows hold a choice (`Routing.landed`): what it costs depends on the images."""
     carries: bool = False
@@ -138,6 +140,12 @@ class Router(nn.Module, ABC):
     def statistics(self) -> dict[str, float]:
         """Plain numbers about the router's parameters."""
         return {}
+
+    @classmethod
+    def remark(cls, layers: Sequence[Mapping[str, Any]], num_tokens: int) -> str:
+        """A sentence for the end of a run, about the statistics of its last look, one row of routing.jsonl for each
+        layer; empty where there is nothing to say."""
+        return ""
 
     def counted(self) -> list[Tensor]:
         """Tensors that forward passes have added up for `after_update`; processes that share a batch add theirs

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from softmoe_cli.config import SCHEMAS
 from softmoe_cli.errors import UsageError, nearest
-from softmoe_cli.options.conf_files import ADDED, GROUPS, TITLES, chosen_groups, files, load, router_options
+from softmoe_cli.options.conf_files import ADDED, CONF_GROUPS, TITLES, chosen_groups, files, load_yaml, router_options
 from softmoe_cli.options.explain import known_keys
 from softmoe_cli.options.help import launcher_options, options
 from softmoe_cli.options.usage import COMMANDS
@@ -137,7 +137,7 @@ def _compare_flags() -> list[str]:
 
 def _router_options(name: str) -> Iterable[str]:
     file = files("model/router").get(name)
-    return (key for key in load(file) if key != "_target_") if file is not None else router_options()
+    return (key for key in load_yaml(file) if key != "_target_") if file is not None else router_options()
 
 
 def _keys(command: str, rest: Sequence[str], typed: str) -> Iterator[str]:
@@ -147,11 +147,11 @@ def _keys(command: str, rest: Sequence[str], typed: str) -> Iterator[str]:
     known = known_keys(command, rest)
     sections = {key.rpartition(".")[0] for key in known}
     for group in known:
-        if group in GROUPS:
+        if group in CONF_GROUPS:
             yield f"{'+' if group in ADDED else plus}{group}="
     for key in known:
         parts = key.split(".")
-        if key in GROUPS or len(parts) < depth:
+        if key in CONF_GROUPS or len(parts) < depth:
             continue
         head = ".".join(parts[:depth])
         if head in sections:
@@ -167,7 +167,7 @@ def _values(command: str, typed: str) -> Iterator[str]:
     key, _, value = typed.partition("=")
     begun = value[: max(value.rfind(","), value.rfind("[")) + 1]
     name = key.lstrip("+")
-    if name in GROUPS:
+    if name in CONF_GROUPS:
         found: Iterable[str] = files(name)
     elif name == "to" and command == "match":
         found = files("model")

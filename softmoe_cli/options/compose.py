@@ -19,7 +19,7 @@ from typing import Any
 from softmoe_cli.config import LAUNCHERS, SCHEMAS, Config, Data, DataCheckConfig, MatchConfig, Section, check_side
 from softmoe_cli.errors import UsageError, first_line
 from softmoe_cli.failures import ours
-from softmoe_cli.options.conf_files import chosen_groups, conf_folder, defaults, files, load, own_conf_folder
+from softmoe_cli.options.conf_files import chosen_groups, conf_folder, defaults, files, load_yaml, own_conf_folder
 from softmoe_cli.options.explain import crossing, explain, no_key, refused
 from softmoe_cli.options.help import options
 from softmoe_cli.text import printable_lines
@@ -176,7 +176,7 @@ def plain(config: Any, section: type) -> dict[str, Any]:
     """
     from omegaconf import OmegaConf
 
-    tree = contents(config)
+    tree = tree_of(config)
     _refuse_unknown(tree, section)
     root = OmegaConf.select(config, "data.root", throw_on_resolution_failure=False)
     if root is not None:
@@ -184,7 +184,7 @@ def plain(config: Any, section: type) -> dict[str, Any]:
     return tree
 
 
-def contents(config: Any) -> dict[str, Any]:
+def tree_of(config: Any) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     tree = OmegaConf.to_container(config, resolve=False, throw_on_missing=False)
@@ -267,7 +267,7 @@ def _register_resolvers() -> None:
     def suits(side: Any, key: str) -> Any:
         if not isinstance(side, int):
             raise ValueError(f"the model follows data.image_size={side}, which the command settles when it runs")
-        return load(files("model/backbone")[backbone_for(side)])[key]
+        return load_yaml(files("model/backbone")[backbone_for(side)])[key]
 
     OmegaConf.register_new_resolver("suits", suits, replace=True)
 
@@ -322,14 +322,14 @@ def other_model(to: str, typed: Sequence[str]) -> MatchConfig:
 
 def changed(tree: dict[str, Any], changes: dict[str, Any]) -> MatchConfig:
     """The configuration in `tree` with some keys changed."""
-    changed = copy.deepcopy(tree)
+    other = copy.deepcopy(tree)
     for key, value in changes.items():
         *sections, leaf = key.split(".")
-        node = changed
+        node = other
         for section in sections:
             node = node[section]
         node[leaf] = value
-    return door(changed, MatchConfig)
+    return door(other, MatchConfig)
 
 
 @functools.cache

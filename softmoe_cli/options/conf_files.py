@@ -12,7 +12,7 @@ from typing import Any
 
 from softmoe_cli.errors import UsageError
 
-GROUPS = {
+CONF_GROUPS = {
     "model": "a named model: backbone, router and place of the experts",
     "model/backbone": "the backbone alone",
     "model/router": "the router alone",
@@ -68,7 +68,7 @@ def files(group: str) -> dict[str, Path]:
     return dict(sorted(by_name.items()))
 
 
-def read(file: Path) -> str:
+def read_yaml(file: Path) -> str:
     """The text of a yaml file.
 
     Raises:
@@ -81,7 +81,7 @@ def read(file: Path) -> str:
         raise UsageError(f"{file} cannot be read: {why}") from error
 
 
-def load(file: Path) -> dict[str, Any]:
+def load_yaml(file: Path) -> dict[str, Any]:
     """The contents of a yaml file.
 
     Raises:
@@ -90,7 +90,7 @@ def load(file: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        body = yaml.load(read(file), Loader=_loader())
+        body = yaml.load(read_yaml(file), Loader=_loader())
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
@@ -107,9 +107,9 @@ def router_options(target: str | None = None) -> dict[str, str]:
     others: dict[str, str] = {}
     for file in files("model/router").values():
         with contextlib.suppress(UsageError):
-            body = load(file)
+            body = load_yaml(file)
             found = own if body.get("_target_") == target else others
-            said = dict(re.findall(r"^(\w+):.*?[ \t]#[ \t]*(.+)$", read(file), re.MULTILINE))
+            said = dict(re.findall(r"^(\w+):.*?[ \t]#[ \t]*(.+)$", read_yaml(file), re.MULTILINE))
             for key in body:
                 if key not in ("_target_", "defaults"):
                     found[key] = found.get(key) or said.get(key, "")
@@ -152,14 +152,14 @@ def _lay(tree: dict[str, Any], group: str, name: str, chosen: Mapping[str, str],
     if file in above:
         raise UsageError(f"{file}: its defaults list leads back to the file itself, by {above[-1]}")
     above = (*above, file)
-    body = load(file)
+    body = load_yaml(file)
     listed = body.pop("defaults", [])
     entries = listed if isinstance(listed, list) else []
     if "_self_" not in entries:
         entries = [*entries, "_self_"]
     for entry in entries:
         if entry == "_self_":
-            for part in reversed(() if "# @package _global_" in read(file) or not group else group.split("/")):
+            for part in reversed(() if "# @package _global_" in read_yaml(file) or not group else group.split("/")):
                 body = {part: body}
             _merge(tree, body)
         elif isinstance(entry, str) and entry != name:
@@ -206,4 +206,4 @@ def keys(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 def chosen_groups(arguments: Sequence[str]) -> dict[str, str]:
     """The choice of each group that a command line names; choices that do not exist are left out."""
     pairs = (argument.lstrip("+").partition("=")[::2] for argument in arguments)
-    return {group: choice for group, choice in pairs if group in GROUPS and choice in files(group)}
+    return {group: choice for group, choice in pairs if group in CONF_GROUPS and choice in files(group)}

@@ -11,13 +11,13 @@ from softmoe_cli.config import SCHEMAS
 from softmoe_cli.errors import UsageError, first_line, nearest
 from softmoe_cli.options.conf_files import (
     ADDED,
-    GROUPS,
+    CONF_GROUPS,
     TITLES,
     chosen_groups,
     defaults,
     files,
     keys,
-    load,
+    load_yaml,
     own_conf_folder,
     router_options,
 )
@@ -82,17 +82,17 @@ DROPOUT = (
 NO_DROPOUT = "softmoe has no dropout; what leaves out whole blocks in training is model.backbone.drop_path"
 """Said instead of "Did you mean": drop_path leaves out blocks and dropout leaves out numbers."""
 
-SHOWN = 200
+ARGUMENT_LETTERS = 200
 """Letters of a typed argument that a sentence repeats."""
 
 
 def short(text: str) -> str:
     """A typed word as a sentence repeats it: on one line, without control characters, its middle cut out where long."""
     text = printable(text)
-    return text if len(text) <= SHOWN else f"{text[: SHOWN // 2]}… ({len(text):,} letters)"
+    return text if len(text) <= ARGUMENT_LETTERS else f"{text[: ARGUMENT_LETTERS // 2]}… ({len(text):,} letters)"
 
 
-OURS = ("--plan", "--groups", "--debug")
+OWN_FLAGS = ("--plan", "--groups", "--debug")
 """Flags that are not Hydra's."""
 
 
@@ -127,7 +127,7 @@ def check_line(command: str, arguments: Sequence[str]) -> list[str]:
     overrides = [a for a in arguments if "=" in a and not a.startswith("-")]
     ordered = [a for a in arguments if a not in overrides] + overrides
     try:
-        told, unknown = parser.parse_known_args([a for a in ordered if a not in OURS])
+        told, unknown = parser.parse_known_args([a for a in ordered if a not in OWN_FLAGS])
     except _Flags as error:
         raise UsageError(f"{error}; softmoe {_spoken(command)} --help shows what there is") from error
     unknown = [word for word in unknown if word.startswith("-")]
@@ -154,9 +154,14 @@ def check_line(command: str, arguments: Sequence[str]) -> list[str]:
             raise UsageError(
                 f"{short(word)}: several values make a sweep, which takes -m (--multirun); a list is [a,b]"
             )
-        if key in GROUPS and key not in ADDED and word.startswith("+"):
+        if key in CONF_GROUPS and key not in ADDED and word.startswith("+"):
             raise UsageError(f"{short(word)}: {key} is chosen already; leave out the +")
-        if key in GROUPS and equals and not parsed.is_sweep_override() and not isinstance(parsed.value(), str | list):
+        if (
+            key in CONF_GROUPS
+            and equals
+            and not parsed.is_sweep_override()
+            and not isinstance(parsed.value(), str | list)
+        ):
             raise UsageError(f"{short(word)}: {key} takes the name of a choice.{_choices(key, '')}")
     _refuse_unknown_to_hydra(ordered)
     return ordered
@@ -191,7 +196,7 @@ def _flag(flag: str, command: str, arguments: Sequence[str], parser: "ArgumentPa
     if not value and follows and not follows[0].startswith("-") and "=" not in follows[0]:
         value = follows[0]
     known = known_keys(command, arguments)
-    flags = [option for action in parser._actions for option in action.option_strings] + list(OURS)
+    flags = [option for action in parser._actions for option in action.option_strings] + list(OWN_FLAGS)
     close = difflib.get_close_matches(flag, flags, n=1, cutoff=0.8)
     if close:
         return f"{flag}: there is no such option. Did you mean '{close[0]}'?"
@@ -207,7 +212,7 @@ def _unread(word: str, command: str) -> str:
     """The sentence for a word that Hydra cannot parse."""
     key, equals, _ = word.lstrip("+").partition("=")
     if not equals:
-        group = next((group for group in GROUPS if word in files(group)), None)
+        group = next((group for group in CONF_GROUPS if word in files(group)), None)
         known = known_keys(command, ())
         if group is not None:
             way = f"{group}={word}"
@@ -234,7 +239,7 @@ def explain(error: Exception, command: str, arguments: Sequence[str]) -> str:
 
     if isinstance(error, MissingConfigException) and error.missing_cfg_file is not None:
         path = str(error.missing_cfg_file)
-        group = max((g for g in (*GROUPS, "hydra/sweeper") if path.startswith(f"{g}/")), key=len, default="")
+        group = max((g for g in (*CONF_GROUPS, "hydra/sweeper") if path.startswith(f"{g}/")), key=len, default="")
         if group:
             return no_choice(group, path.removeprefix(f"{group}/"), error.options)
     text = " ".join(str(error).split())
@@ -271,9 +276,9 @@ def refused(error: Exception, arguments: Sequence[str]) -> str:
     expect."""
     own = own_conf_folder()
     chosen = [files(group)[name] for group, name in chosen_groups(arguments).items()]
-    for file in [*chosen, *(file for group in GROUPS for file in files(group).values())]:
+    for file in [*chosen, *(file for group in CONF_GROUPS for file in files(group).values())]:
         if own is not None and own in file.parents:
-            load(file)  # which says what is wrong with it
+            load_yaml(file)  # which says what is wrong with it
     told = " ".join(short(argument) for argument in arguments)
     return f"cannot use '{short(told)}': {short(first_line(error))}"
 
@@ -308,9 +313,9 @@ def crossing(name: str) -> list[str]:
     )
     if not backbone:
         return []
-    if "_small" in load(backbones[backbone]).get("defaults", []):
+    if "_small" in load_yaml(backbones[backbone]).get("defaults", []):
         return ["model=small", f"model/backbone={backbone}", f"model/router={router}"]
-    large = [model for model, file in models.items() if "_paper" in load(file).get("defaults", [])]
+    large = [model for model, file in models.items() if "_paper" in load_yaml(file).get("defaults", [])]
     same = [model for model in large if model.endswith(f"_{router}") and model.removesuffix(f"_{router}") in backbones]
     if same:
         return [f"model={difflib.get_close_matches(name, same, n=1, cutoff=0)[0]}", f"model/backbone={backbone}"]
@@ -319,7 +324,7 @@ def crossing(name: str) -> list[str]:
 
 def _choices(group: str, name: str, there: Iterable[str] = ()) -> str:
     """A group's choices: all, or of more than ten the five that are nearest to `name`."""
-    choices = list(files(group)) if group in GROUPS else list(there)
+    choices = list(files(group)) if group in CONF_GROUPS else list(there)
     if len(choices) <= 10:
         return f" Choices: {', '.join(choices)}"
     word = next(title for title, (each, _) in TITLES.items() if each == group)
@@ -350,7 +355,7 @@ def _did_you_mean(key: str, known: Sequence[str]) -> str:
     if leaf in DROPOUT:
         return f" {NO_DROPOUT}"
     if leaf in router_options() and any(k.startswith("model.") for k in known):
-        having = [name for name, file in files("model/router").items() if leaf in load(file)]
+        having = [name for name, file in files("model/router").items() if leaf in load_yaml(file)]
         return f" model.router.{leaf} is an option of model/router={', '.join(having)}"
     return ""
 
@@ -383,9 +388,9 @@ def known_keys(command: str, arguments: Sequence[str]) -> list[str]:
     """Every key and group of the command, with the router that is chosen."""
     found = list(keys(_without_hydra(defaults(command, chosen_groups(arguments)))))
     found += [option.key for option in _options(command)]
-    groups = [group for group in GROUPS if group.partition("/")[0] in {key.partition(".")[0] for key in found}]
+    groups = [group for group in CONF_GROUPS if group.partition("/")[0] in {key.partition(".")[0] for key in found}]
     if command in ("train", "finetune"):
-        groups = list(GROUPS)
+        groups = list(CONF_GROUPS)
     return list(dict.fromkeys([key for key in found if not key.endswith("._target_")] + groups))
 
 

@@ -14,11 +14,11 @@ from softmoe_cli.config import LAUNCHERS, SCHEMAS, Launcher, typed
 from softmoe_cli.errors import UsageError
 from softmoe_cli.options.conf_files import (
     ADDED,
-    GROUPS,
+    CONF_GROUPS,
     chosen_groups,
     conf_folder,
     defaults,
-    load,
+    load_yaml,
     router_options,
     value_of,
 )
@@ -99,7 +99,7 @@ def _kind(hint: Any, limits: Mapping[str, Any]) -> str:
     return " ".join(filter(None, [word, ", ".join(bounds)])) + (", or null" if null and word else "")
 
 
-def row(head: str, meaning: str, width: int = WIDTH, column: int = MEANING) -> str:
+def help_row(head: str, meaning: str, width: int = WIDTH, column: int = MEANING) -> str:
     """One row: `head`, and its meaning beside it, or below it where `head` is long."""
     lines = textwrap.wrap(meaning, width - column, break_long_words=False, break_on_hyphens=False) or [""]
     first = f"  {head:<{column - 3}} {lines[0]}".rstrip() if len(head) < column - 2 else f"  {head}"
@@ -112,10 +112,10 @@ def _option_row(option: Option, tree: Mapping[str, Any]) -> str:
     try:
         value = value_of(tree, option.key)
     except KeyError:
-        return row(option.key, meaning)
+        return help_row(option.key, meaning)
     if "${" in str(value):  # of the environment, or of what only a run knows
-        return row(option.key, f"{meaning}; follows other settings")
-    return row(f"{option.key}={'' if value == '???' else typed(value)}", meaning)
+        return help_row(option.key, f"{meaning}; follows other settings")
+    return help_row(f"{option.key}={'' if value == '???' else typed(value)}", meaning)
 
 
 def usage(command: str, arguments: Sequence[str]) -> str:
@@ -128,7 +128,7 @@ def usage(command: str, arguments: Sequence[str]) -> str:
     if command == "compare":
         from softmoe_cli.compare.command import OPTIONS
 
-        rows = [row(f"--{name} {value}".rstrip(), meaning) for name, (value, meaning) in OPTIONS.items()]
+        rows = [help_row(f"--{name} {value}".rstrip(), meaning) for name, (value, meaning) in OPTIONS.items()]
         return "\n".join([USAGE[command], "", bold("options"), *rows])
     if command not in SCHEMAS:
         return USAGE[command]
@@ -204,14 +204,14 @@ def _router_lines(tree: Mapping[str, Any], found: Sequence[Option]) -> list[str]
 def _group_lines(command: str, tree: Mapping[str, Any], chosen: Mapping[str, str]) -> list[str]:
     """The groups that a command has, with what is chosen of each."""
     file = conf_folder() / f"{'data_check' if command == 'data' else command}.yaml"
-    listed = [entry for entry in load(file).get("defaults", []) if isinstance(entry, dict)]
+    listed = [entry for entry in load_yaml(file).get("defaults", []) if isinstance(entry, dict)]
     picked = {key.removeprefix("override "): value for entry in listed for key, value in entry.items()}
     lines = [bold("groups, GROUP=CHOICE; softmoe list shows the choices")]
-    for group, meaning in GROUPS.items():
+    for group, meaning in CONF_GROUPS.items():
         section = group.partition("/")[0]
         if group in ADDED:
             if command in ("train", "finetune"):
-                lines.append(row(f"+{group}={chosen.get(group, '')}", meaning))
+                lines.append(help_row(f"+{group}={chosen.get(group, '')}", meaning))
             continue
         if section not in picked and group not in picked:
             continue
@@ -224,5 +224,5 @@ def _group_lines(command: str, tree: Mapping[str, Any], chosen: Mapping[str, str
         if (command, group) == ("upcycle", "model/router"):  # a dense checkpoint has none
             follows = "; to be chosen"
         none = not choice or str(choice).startswith(("_", "${"))
-        lines.append(row(f"{group}={'' if none else choice}", f"{meaning}{follows}" if none else meaning))
+        lines.append(help_row(f"{group}={'' if none else choice}", f"{meaning}{follows}" if none else meaning))
     return lines

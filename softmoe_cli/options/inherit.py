@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from softmoe_cli.config import Config, Data, Model
 from softmoe_cli.errors import UsageError
 from softmoe_cli.options.compose import door, names, overlay, say_once
-from softmoe_cli.options.conf_files import load, own_conf_folder
+from softmoe_cli.options.conf_files import load_yaml, own_conf_folder
 
 if TYPE_CHECKING:
     from softmoe_cli.run.source import Source
@@ -37,7 +37,7 @@ def resolve(command: str, tree: dict[str, Any], typed: Sequence[str]) -> "tuple[
         )
     from softmoe_cli.model.weights import proportional_slots
 
-    source = read(tree["checkpoint"])
+    source = named_source(tree["checkpoint"])
     take_model(tree, source, typed)
     checked = door(tree, Config)
     mirror.check(checked)
@@ -52,7 +52,7 @@ def resolve(command: str, tree: dict[str, Any], typed: Sequence[str]) -> "tuple[
     return checked, source
 
 
-def read(checkpoint: str) -> "Source":
+def named_source(checkpoint: str) -> "Source":
     """Reads what `checkpoint=` names; says so where every weight's name has the same prefix, which is left out.
 
     Raises:
@@ -99,7 +99,7 @@ def require_trust(model: dict[str, Any], source: "Source", trusted: str | None) 
         return
     own = own_conf_folder()
     files = sorted((own / "model/router").glob("*.yaml")) if own else []
-    vouching = next((file for file in files if load(file).get("_target_") == target), None)
+    vouching = next((file for file in files if load_yaml(file).get("_target_") == target), None)
     here, place = Path.cwd().resolve(), Path(source.label)
     inside = here in place.resolve().parents or here in Path(os.path.abspath(place)).parents
     if vouching is None:
@@ -174,7 +174,7 @@ def keep_cut(data: dict[str, Any], card: dict[str, Any], typed: Sequence[str]) -
     images that were trained on among those that are held out."""
     if "name" not in card or data["test_fraction"] == 1:  # all of it is for evaluation
         return
-    other = {key: card[key] for key in CUT if key in card and data[key] != card[key]}
+    other = {key: card[key] for key in CUT_KEYS if key in card and data[key] != card[key]}
     other = {key: value for key, value in other.items() if not names(f"data.{key}", typed)}
     words = " ".join(f"data.{key}={value}" for key, value in other.items())
     if other and same_set(data, card):
@@ -241,7 +241,7 @@ def check_alike(sources: Sequence["Source"], data: dict[str, Any]) -> None:
     for other in sources[1:]:
         _check_pair(sources[0], other, ("mean", "std"))
     for other in own[1:]:
-        _check_pair(own[0], other, CUT)
+        _check_pair(own[0], other, CUT_KEYS)
 
 
 def _check_pair(first: "Source", other: "Source", keys: Sequence[str]) -> None:
@@ -260,7 +260,7 @@ def _check_pair(first: "Source", other: "Source", keys: Sequence[str]) -> None:
         )
 
 
-CUT = ("split_seed", "test_fraction", "validation_fraction")
+CUT_KEYS = ("split_seed", "test_fraction", "validation_fraction")
 """Keys of data that say which images are held out."""
 
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from softmoe_cli.errors import UsageError, nearest
-from softmoe_cli.options.conf_files import TITLES, conf_folder, files, read
-from softmoe_cli.options.help import bold, row
+from softmoe_cli.options.conf_files import TITLES, conf_folder, files, read_yaml
+from softmoe_cli.options.help import bold, help_row
 from softmoe_cli.options.sizes import Size, read_sizes
 
 LIST_WIDTH = 100
@@ -15,7 +15,7 @@ CROSSING = """\
 """What reaches the models that have no name."""
 
 
-def listing(arguments: Sequence[str]) -> str:
+def list_choices(arguments: Sequence[str]) -> str:
     """What `softmoe list ARGUMENTS` prints.
 
     Raises:
@@ -50,7 +50,7 @@ def _titled(word: str) -> str:
 def comment(file: Path) -> str:
     """The first comment of a yaml file, which says what it is."""
     try:
-        lines = read(file).splitlines()
+        lines = read_yaml(file).splitlines()
     except UsageError as error:
         return str(error).removeprefix(f"{file} ")
     return next((line[2:] for line in lines if line.startswith("# ") and not line.startswith("# @")), "")
@@ -64,7 +64,7 @@ def _block(group: str, title: str, wanted: str) -> str:
         return ""
     width = max(len(name) for name in rows)
     if group != "model":
-        body = [row(name, text, LIST_WIDTH, width + 4) for name, text in rows.items()]
+        body = [help_row(name, text, LIST_WIDTH, width + 4) for name, text in rows.items()]
         return "\n".join([bold(title), *body])
     sizes = read_sizes(conf_folder())
     head = f"  {'':<{width}}   px  tokens  params, M    GFLOP"
@@ -73,7 +73,7 @@ def _block(group: str, title: str, wanted: str) -> str:
     for name, text in rows.items():
         own = ours[name].parent != conf_folder() / group
         figures = _figures(None if own else sizes.get(name))
-        body.append(row(f"{name:<{width}} {figures}", text, LIST_WIDTH, len(head) + 2))
+        body.append(help_row(f"{name:<{width}} {figures}", text, LIST_WIDTH, len(head) + 2))
     return "\n".join([bold(title), head, *body, "", CROSSING])
 
 

@@ -15,10 +15,10 @@ from hydra.plugins.config_source import ConfigResult
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 
 from softmoe_cli.errors import UsageError, first_line
-from softmoe_cli.options.conf_files import load
+from softmoe_cli.options.conf_files import load_yaml
 
-GROUPS = ("model", "data", "recipe", "experiment", "search")
-WHOLE = GROUPS[2:]
+OWN_GROUPS = ("model", "data", "recipe", "experiment", "search")
+GLOBAL_GROUPS = OWN_GROUPS[2:]
 """Groups whose files may speak of all options: `# @package _global_`."""
 LAUNCHER = ("objective", "limit")
 SWEEPER = ("params", "direction", "n_trials", "n_jobs", "max_failure_rate", "sampler")
@@ -31,7 +31,8 @@ def ignored(own: Path, command: str) -> str | None:
     unread = [path for path in (own / f"{command}.yaml", own / "run.yaml", own / "hydra") if path.exists()]
     if not unread:
         return None
-    return f"{unread[0]} is not read: a conf folder of your own adds {', '.join(GROUPS[:-1])} and {GROUPS[-1]} only"
+    groups = f"{', '.join(OWN_GROUPS[:-1])} and {OWN_GROUPS[-1]}"
+    return f"{unread[0]} is not read: a conf folder of your own adds {groups} only"
 
 
 class OwnConf(SearchPathPlugin):
@@ -53,7 +54,7 @@ class OwnSource(FileConfigSource):
 
     def load_config(self, config_path: str) -> ConfigResult:
         path = Path(self.path) / self._normalize_file_name(config_path)
-        tree = load(path)
+        tree = load_yaml(path)
         try:
             result = super().load_config(config_path)
         except ValueError as error:
@@ -76,22 +77,22 @@ class OwnSource(FileConfigSource):
 def _allowed(config_path: str) -> bool:
     """Whether a path stays below one of the groups; a folder called hydra would become Hydra's node."""
     first, *others = re.split(r"[/.]", config_path.removesuffix(".yaml"))
-    return first in GROUPS and not {"hydra", ""} & set(others)
+    return first in OWN_GROUPS and not {"hydra", ""} & set(others)
 
 
 def _fault(tree: dict[str, Any], group: str, package: str | None) -> str | None:
     """What is wrong with a file of the user's conf folder: it says what only ours may say. None: nothing is."""
     where = "type it, as in softmoe train -m hydra/launcher=slurm"
-    if package is not None and (package != "_global_" or group not in WHOLE):
+    if package is not None and (package != "_global_" or group not in GLOBAL_GROUPS):
         return f"# @package {package} has no place here; leave it out"
     for entry in tree.get("defaults") or []:
         for said in map(str, entry if isinstance(entry, dict) else [entry]):
-            if "hydra" in said and not (CHOICES.fullmatch(said) and group in WHOLE):
+            if "hydra" in said and not (CHOICES.fullmatch(said) and group in GLOBAL_GROUPS):
                 return f"its defaults choose {said}, which is Hydra's own; {where}"
     if "hydra" not in tree:
         return None
     node = tree["hydra"]
-    if group not in WHOLE or not isinstance(node, dict) or not node.keys() <= {"launcher", "sweeper"}:
+    if group not in GLOBAL_GROUPS or not isinstance(node, dict) or not node.keys() <= {"launcher", "sweeper"}:
         return f"it speaks of hydra, which a conf folder of your own may not; {where}"
     for key, known in {"launcher": LAUNCHER, "sweeper": SWEEPER}.items():
         options = node.get(key) or {}

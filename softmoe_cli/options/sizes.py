@@ -10,7 +10,7 @@ from pathlib import Path
 
 from softmoe_cli.config import Model
 
-SIDES = (28, 32, 48, 64, 96, 128, 224)
+SIDES_TO_TRY = (28, 32, 48, 64, 96, 128, 224)
 """Image sides for a model that takes images in the data set's own size: the first of these that its patches divide,
 with at least four patches to a side, is used."""
 
@@ -57,7 +57,7 @@ def sized(name: str) -> Size | None:
     patch = tree["model"]["backbone"]["patch_size"]
     if not isinstance(patch, int):
         return None
-    side = next(side for side in SIDES if side % patch == 0 and side >= 4 * patch)
+    side = next(side for side in SIDES_TO_TRY if side % patch == 0 and side >= 4 * patch)
     tree["data"] |= {"image_size": side, "channels": 3}
     for key in keys(tree["model"], "model."):
         *path, leaf = key.split(".")

@@ -15,16 +15,16 @@ from typing import Any, Union, get_args, get_origin
 from softmoe_cli.config import Data, Model, Train
 from softmoe_cli.errors import UsageError
 
-FORMAT = 1
+CARD_FORMAT = 1
 """The format of cards, and of the state.json beside training tensors, that this version writes; it reads no other."""
 
 
 def other_format(said: dict[str, Any]) -> str | None:
     """Why this version cannot read something of another format; None if it can."""
-    if type(said.get("format")) is int and said["format"] == FORMAT:
+    if type(said.get("format")) is int and said["format"] == CARD_FORMAT:
         return None
     which = f"is of format {json.dumps(said['format'])[:40]}" if "format" in said else "says no format"
-    return f"{which}, and this version of softmoe reads format {FORMAT}; use the version that wrote it"
+    return f"{which}, and this version of softmoe reads format {CARD_FORMAT}; use the version that wrote it"
 
 
 def read_card(text: str, path: Path) -> dict[str, Any]:
@@ -132,4 +132,4 @@ def _kind(value: Any) -> str:
 
 
 def card_text(card: dict[str, Any]) -> str:
-    return json.dumps({"format": FORMAT} | card)
+    return json.dumps({"format": CARD_FORMAT} | card)

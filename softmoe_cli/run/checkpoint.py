@@ -1,4 +1,5 @@
-"""A checkpoint is a folder with SHA256SUMS. This file writes, seals, finds and checks checkpoints."""
+"""A checkpoint is a folder with SHA256SUMS: its files, written, sealed, found, checked and read. When a run writes one
+is in run/saving.py."""
 
 import hashlib
 import json
@@ -16,7 +17,6 @@ from softmoe_cli.errors import UsageError
 from softmoe_cli.files import sync
 from softmoe_cli.run import pieces, rows
 from softmoe_cli.run.card import card_text, other_format
-from softmoe_cli.run.pieces import Piece
 
 WEIGHTS, TRAINING, STATE, SUMS = "model.safetensors", "training.safetensors", "state.json", "SHA256SUMS"
 FIRST_WEIGHT = "patch_embed.proj.weight"
@@ -36,7 +36,7 @@ class Checkpoint:
 
     @classmethod
     def read(cls, path: Path) -> "Checkpoint":
-        """Reads the checkpoint that `Run.newest` has found.
+        """Reads the checkpoint that `Checkpoints.newest` has found.
 
         Raises:
             UsageError: its checksums are right, but softmoe did not write it.
@@ -105,29 +105,6 @@ def between_names(folder: Path) -> list[tuple[Path, Path]]:
         if OURS.fullmatch(before.name)
     ]
     return [(before, final) for before, final in pairs if not final.exists()]
-
-
-def room_beside(copy: int, free: int) -> bool:
-    """Whether a copy of so many bytes of a CPU's memory leaves training enough of what is free."""
-    return 4 * copy <= free
-
-
-def own_pieces(tensors: dict[str, Tensor], first: bool) -> dict[str, Piece]:
-    """The pieces of the tensors that this process writes."""
-    by_key = {key: pieces.own(value, first=first) for key, value in tensors.items()}
-    return {key: piece for key, piece in by_key.items() if piece is not None}
-
-
-def copied_pieces(pieces: dict[str, Piece]) -> dict[str, Piece]:
-    """Copies pieces to memory that nobody writes to; from CUDA through pinned memory, all at once."""
-    copies: dict[str, Piece] = {}
-    for key, piece in pieces.items():
-        value = piece.tensor
-        copy = value.to("cpu", copy=True, non_blocking=value.is_cuda, memory_format=torch.contiguous_format)
-        copies[key] = piece._replace(tensor=copy)
-    if any(piece.tensor.is_cuda for piece in pieces.values()):
-        torch.cuda.synchronize()
-    return copies
 
 
 def write_checkpoint(

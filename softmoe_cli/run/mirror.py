@@ -16,7 +16,7 @@ from urllib.parse import urlparse
 
 from softmoe_cli.config import WANDB_LETTERS, Config
 from softmoe_cli.errors import UsageError, first_line, nearest
-from softmoe_cli.run.rows import AXES, EVERY
+from softmoe_cli.run.rows import AXES, CURVES, EVERY
 from softmoe_cli.signals import waits_for_nobody
 
 MODES = {"online": "online", "offline": "offline", "run": "online", "dryrun": "offline", "disabled": "off"}
@@ -27,12 +27,11 @@ AXIS = "images"
 """A W&B metric has one x axis of its own. Validation quality is sent again under by_AXIS/ for each of the other axes,
 so that W&B's charts show it against all at once."""
 OTHER_AXES = tuple(axis for axis in AXES if axis != AXIS)
-SENT_AGAIN = ("top1_pct", "top5_pct", "loss")
 INIT_TIMEOUT_S = 10
 LAST_WAIT_S = 30
 
 
-def resolve(tracking: str) -> str:
+def tracking_of(tracking: str) -> str:
     """online, offline or off for `tracking=`; auto is what WANDB_MODE says, else online when W&B has a key.
 
     Raises:
@@ -54,7 +53,7 @@ def check(config: Config) -> None:
     Raises:
         UsageError: W&B would refuse it; the sentence names the key or the variable.
     """
-    if resolve(config.tracking) == "off":
+    if tracking_of(config.tracking) == "off":
         return
     if config.wandb.group is None and len(config.study) > WANDB_LETTERS:
         raise UsageError(
@@ -142,7 +141,7 @@ class Mirror:
         run = _init(self._mode, self._settings, self._folder, self._say)
         run.define_metric("*", step_metric=AXIS)
         for axis in OTHER_AXES:  # by their full names, which go before the *
-            for key in SENT_AGAIN:
+            for key in CURVES:
                 run.define_metric(f"by_{axis}/{key}", step_metric=axis)
         for row in self._earlier[run.step :]:
             run.log(_named(row))
@@ -214,7 +213,7 @@ def _named(row: dict[str, Any]) -> dict[str, Any]:
         if key not in ("format", "split") and value is not None
     }
     if row["split"] == "validation":
-        named |= {f"by_{axis}/{key}": row[key] for axis in OTHER_AXES for key in SENT_AGAIN}
+        named |= {f"by_{axis}/{key}": row[key] for axis in OTHER_AXES for key in CURVES}
     return named
 
 

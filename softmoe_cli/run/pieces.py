@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from softmoe_cli.errors import RunError
 
-PIECES = re.compile(r"(?P<name>.+)\.\d+-of-\d+\.safetensors")
+PIECE_NAME = re.compile(r"(?P<name>.+)\.\d+-of-\d+\.safetensors")
 
 
 class Piece(NamedTuple):
@@ -51,37 +51,37 @@ def file_of(name: str, rank: int, size: int) -> str:
 
 def whole_of(file: str) -> str:
     """The name of the whole that a file has pieces of, or its own."""
-    match = PIECES.fullmatch(file)
+    match = PIECE_NAME.fullmatch(file)
     return f"{match['name']}.safetensors" if match else file
 
 
-def write(path: Path, pieces: dict[str, Piece], text: str) -> None:
+def write_pieces(path: Path, pieces: dict[str, Piece], text: str) -> None:
     """Writes a file of pieces; `text` is what the header of the whole file is to say."""
     places = {key: (piece.offset, piece.shape) for key, piece in pieces.items()}
     header = json.dumps({"text": text, "places": places})
     save_file({key: piece.tensor for key, piece in pieces.items()}, path, metadata={"pieces": header})
 
 
-def files(path: Path) -> list[Path]:
+def piece_files(path: Path) -> list[Path]:
     """The files with the pieces of `path`, in any order; none if `path` is whole, or missing."""
     return [file for file in path.parent.glob("*.safetensors") if file != path and whole_of(file.name) == path.name]
 
 
-def read(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a file, joined where it is in pieces."""
-    return joined(path)[0] if not path.exists() else load_file(path)
+    return whole_tensors(path)[0] if not path.exists() else load_file(path)
 
 
-def joined(path: Path) -> tuple[dict[str, Tensor], str]:
+def whole_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
     """The whole tensors of which there are pieces, and what the header of the whole is to say. Nothing is allocated
     before the pieces are known to be the whole.
 
     Raises:
         RunError: the pieces are not the whole.
     """
-    places: dict[str, list[Place]] = {}
+    places: dict[str, list[Span]] = {}
     text = ""
-    for file in files(path):
+    for file in piece_files(path):
         text_of_file, places_in_file = _places(file)
         text = text_of_file
         for key, place in places_in_file.items():
@@ -102,7 +102,7 @@ def joined(path: Path) -> tuple[dict[str, Tensor], str]:
     return tensors, text
 
 
-class Place(NamedTuple):
+class Span(NamedTuple):
     """Where in a whole of `shape` the piece in a file belongs: from where to where in each dimension."""
 
     file: Path
@@ -111,13 +111,13 @@ class Place(NamedTuple):
     shape: tuple[int, ...]
 
 
-def _places(file: Path) -> tuple[str, dict[str, Place]]:
+def _places(file: Path) -> tuple[str, dict[str, Span]]:
     """What the header of the whole is to say, and the places of a file's pieces.
 
     Raises:
         RunError: softmoe wrote no such file.
     """
-    in_file: dict[str, Place] = {}
+    in_file: dict[str, Span] = {}
     try:
         with safe_open(file, framework="pt") as opened:
             header = json.loads((opened.metadata() or {})["pieces"])
@@ -130,13 +130,13 @@ def _places(file: Path) -> tuple[str, dict[str, Place]]:
                 inside = [start >= 0 and end <= whole for (start, end), whole in zip(spans, shape, strict=True)]
                 if not all(inside) or not all(type(number) is int for number in (*offset, *shape)):
                     raise ValueError(f"{key} lies outside")
-                in_file[key] = Place(file, piece.get_dtype(), tuple(spans), tuple(shape))
+                in_file[key] = Span(file, piece.get_dtype(), tuple(spans), tuple(shape))
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise RunError(f"{file} holds no pieces that softmoe wrote ({error})") from error
     return header["text"], in_file
 
 
-def _are_whole(places: list[Place]) -> bool:
+def _are_whole(places: list[Span]) -> bool:
     """Whether pieces of one shape and type fill it, each number once."""
     if len({(place.kind, place.shape) for place in places}) > 1:
         return False

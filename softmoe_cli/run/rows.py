@@ -118,7 +118,7 @@ def _statistic(meaning: str) -> Key:
     return Key(NUMBER, meaning=meaning, optional=True)
 
 
-FORMATS = {"format": _said(COUNT, "of the row: its keys and what they say")}
+FORMAT_KEY = {"format": _said(COUNT, "of the row: its keys and what they say")}
 SPENT = {
     "train_pflop": Key(NUMBER, "training PFLOP", unit="PFLOP", amount="training FLOPs", axis=True, trained=True),
     "device_s": Key(NUMBER, "training s", "seconds of training, summed over devices", unit="s", amount="training time",
@@ -134,7 +134,7 @@ SPENT = {
 }  # fmt: skip
 """What a run has cost so far: in every row, and in the result."""
 EVERY = {
-    **FORMATS,
+    **FORMAT_KEY,
     "step": _said(NUMBER, "updates so far"),
     "images": Key(NUMBER, "training images", "images so far", amount="training images", axis=True, trained=True),
     "epoch": _said(NUMBER, "images so far over images of the training part"),
@@ -163,7 +163,7 @@ are made of. Validation rows have `routing_NAME` for each NAME of ROUTING, its m
 FEWSHOT = "fewshot_{}_top1_pct"
 """In validation rows, and in results after `validation_`, for each number of `train.fewshot`."""
 ROUTING = {
-    **FORMATS,
+    **FORMAT_KEY,
     "step": _said(NUMBER, "updates so far"),
     "block": _said(WHOLE, "which of the model's blocks the row is of"),
     "utilisation": _statistic("share of slots that hold a token; empty ones are computed all the same"),
@@ -195,7 +195,7 @@ ROUTING = {
 }  # fmt: skip
 """A row of routing.jsonl. Which statistics there are is the router's; one of your own may have others."""
 RESULT = {
-    **FORMATS,
+    **FORMAT_KEY,
     "metrics_rows": _said(COUNT, "rows of metrics.jsonl when the run ended"),
     "metrics_sha256": _said(TEXT, "SHA-256 of metrics.jsonl then, so that a later change is noticed"),
     "name": _said(TEXT, "of the run's folder"),
@@ -299,7 +299,7 @@ def fault(row: Mapping[str, Any], keys: Mapping[str, Key]) -> str:
     return ""
 
 
-def seal(metrics: bytes) -> Row:
+def metrics_digest(metrics: bytes) -> Row:
     """What a result says of its metrics.jsonl, so that a later change of that file is noticed."""
     return {"metrics_rows": metrics.count(b"\n"), "metrics_sha256": hashlib.sha256(metrics).hexdigest()}
 
@@ -411,7 +411,7 @@ def jobs(path: Path) -> tuple[str, list[str], list[Row]]:
 
 
 @dataclass(frozen=True)
-class Budget:
+class ConfiguredBudget:
     """What a run may use: `amount` of the budget `key` (train.KEY); and the command that it belongs to."""
 
     key: str
@@ -420,7 +420,7 @@ class Budget:
     command: str
 
 
-def budget(path: Path) -> Budget:
+def budget(path: Path) -> ConfiguredBudget:
     """The budget of a run, from its config.yaml.
 
     Raises:
@@ -446,7 +446,7 @@ def budget(path: Path) -> Budget:
         raise Unreadable(f"has none of {', '.join(f'train.{key}' for key in BUDGETS)}")
     amount = _amount(f"train.{given[0]}", train[given[0]])
     devices = _amount("devices", said.get("devices", "1"))
-    return Budget(given[0], amount, devices, "train" if said.get("checkpoint") in NOTHING else "finetune")
+    return ConfiguredBudget(given[0], amount, devices, "train" if said.get("checkpoint") in NOTHING else "finetune")
 
 
 DEEPEST = 50

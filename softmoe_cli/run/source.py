@@ -116,7 +116,7 @@ def _without_prefix(weights: dict[str, Tensor]) -> tuple[str, dict[str, Tensor]]
 def _joined_source(path: Path) -> Source:
     """The source for weights in pieces: as if `path` had been written, as it will be when the run ends."""
     try:
-        weights, text = pieces.joined(path)
+        weights, text = pieces.whole_tensors(path)
     except RunError as error:
         raise UsageError(f"checkpoint={path.parent}: {error}") from error
     digest = hashlib.sha256(save(weights, metadata={"softmoe": text})).hexdigest()
@@ -131,11 +131,11 @@ def read_moments(source: Source, digest: str | None = None) -> dict[str, dict[st
         UsageError: they are damaged, or not the ones that the weights speak of.
     """
     folder, tensors = Path(source.label).parent, {}
-    if Path(source.label).name == WEIGHTS and ((folder / TRAINING).is_file() or pieces.files(folder / TRAINING)):
+    if Path(source.label).name == WEIGHTS and ((folder / TRAINING).is_file() or pieces.piece_files(folder / TRAINING)):
         fault = damage(folder)
         if fault is not None:
             raise UsageError(f"checkpoint={folder}: {fault}")
-        tensors = pieces.read(folder / TRAINING)
+        tensors = pieces.read_tensors(folder / TRAINING)
     tensors = {key: value for key, value in tensors.items() if key.startswith("optimizer.")}
     if digest is not None and digest_of(tensors) != digest:
         raise UsageError(
@@ -151,7 +151,7 @@ def read_moments(source: Source, digest: str | None = None) -> dict[str, dict[st
 
 def _weights_in(folder: Path) -> Path:
     """The weights file of a run or checkpoint folder, its checksum tested."""
-    if (folder / WEIGHTS).is_file() or pieces.files(folder / WEIGHTS):
+    if (folder / WEIGHTS).is_file() or pieces.piece_files(folder / WEIGHTS):
         candidates = [folder]
     else:
         checkpoints = numbered(folder / "checkpoints", "last")

@@ -35,7 +35,7 @@ STATES = (
     "running", "running or killed", "queued", "held", "failed", "stopped", "waiting", "over the limit", "damaged",
     "done", "done before",
 )  # fmt: skip
-SHOWN = 5
+COMMANDS_SHOWN = 5
 """The most commands to go on with that are shown below one table."""
 
 
@@ -56,7 +56,7 @@ class State:
     resume: str | None = None
 
 
-def read(folders: Iterable[Path], *, newest_first: bool = False) -> list[State]:
+def read_states(folders: Iterable[Path], *, newest_first: bool = False) -> list[State]:
     """Every job of the sweeps in these folders, and every other run; a study after the other, those that wrote last
     first if asked for. What is damaged costs its own line only.
 
@@ -231,14 +231,14 @@ def _step(line: bytes) -> rows.Row | None:
     return row if isinstance(row, dict) and not rows.fault(row, STEP) else None
 
 
-def _progress(budget: rows.Budget, row: rows.Row) -> float:
+def _progress(budget: rows.ConfiguredBudget, row: rows.Row) -> float:
     """The share of a run's budget that its last row has used."""
     minutes = row["device_s"] / budget.devices / 60  # device_s adds devices up
     used = {"steps": row["step"], "epochs": row["epoch"], "images": row["images"], "minutes": minutes}
     return min(1.0, max(0.0, float(used[budget.key] / budget.amount)))
 
 
-def show(states: list[State]) -> str:
+def show_states(states: list[State]) -> str:
     """The table of `softmoe status`: a part for each study, with how many of its runs are in which state, why some
     failed, and what to type to go on."""
     studies: dict[str, list[State]] = {}
@@ -254,9 +254,9 @@ def _study(name: str, states: list[State]) -> str:
         table.append([printable(s.run), s.state, *progress_cells(s), ago(s.age_s), printable(log)])
     told = [f"{s.state}: {printable(s.run)}: {printable(s.reason)}" for s in states if s.reason]
     again = list(dict.fromkeys(s.resume for s in states if s.resume))
-    told += [f"to go on: {printable(command)}" for command in again[:SHOWN]]
-    if len(again) > SHOWN:
-        told.append(f"and {len(again) - SHOWN} more, each with its own folder")
+    told += [f"to go on: {printable(command)}" for command in again[:COMMANDS_SHOWN]]
+    if len(again) > COMMANDS_SHOWN:
+        told.append(f"and {len(again) - COMMANDS_SHOWN} more, each with its own folder")
     return "\n".join([printable(name) or ".", aligned(table, markdown=False), "", tally(states), *told])
 
 

@@ -59,9 +59,9 @@ class Looks:
         setup, progress = self.recording.setup, self.recording.progress
         turns = setup.crew.turns(len(images), setup.config.train.eval_batch_size)
         with progress.booked("eval"):
-            batches = self.stop.watch(self._batches(images, turns.own))
+            parts = self.stop.watch(self._batches(images, turns.own))
             found = evaluate(
-                self.recording.trained.evaluated, batches, loss=setup.config.train.loss, autocast=setup.autocast,
+                self.recording.trained.evaluated, parts, loss=setup.config.train.loss, autocast=setup.autocast,
                 collect=turns.collect,
             )  # fmt: skip
             values = dict(found)
@@ -82,8 +82,8 @@ class Looks:
     def _features(self, images: splits.ImageSet) -> Tensor:
         setup = self.recording.setup
         turns = setup.crew.turns(len(images), setup.config.train.eval_batch_size)
-        batches = self.stop.watch(self._batches(images, turns.own))
-        found = features(self.recording.trained.evaluated, batches, setup.autocast, turns.collect)
+        parts = self.stop.watch(self._batches(images, turns.own))
+        found = features(self.recording.trained.evaluated, parts, setup.autocast, turns.collect)
         if not torch.isfinite(found).all():
             raise exploded("features that are not finite", self.recording.progress.step)
         return found

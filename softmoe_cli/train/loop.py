@@ -50,7 +50,7 @@ def train(begun: Begun) -> dict[str, Any]:
     run, config, source, screen, crew = begun.run, begun.config, begun.source, begun.screen, begun.crew
     if run.result is not None:
         screen.say(f"{run.folder} is finished; nothing to do")
-        summary.close(screen, run.result, run.folder)
+        summary.close(screen, run.result, run.folder, config.model)
         return run.result
 
     # --- data: the images, and how often they are seen
@@ -113,7 +113,7 @@ def train(begun: Begun) -> dict[str, Any]:
     first_steps = FirstSteps(progress, budget, config.train.eval_every, pace, screen.say)
 
     # --- loop
-    batches = _batches(setup, crew.share(config).rows(config.train.accumulate), progress.step)
+    training = _batches(setup, crew.share(config).rows(config.train.accumulate), progress.step)
     forward = crew.prepare(model.train())
     if config.train.compile:
         forward = compiled(forward)
@@ -139,7 +139,7 @@ def train(begun: Begun) -> dict[str, Any]:
                     stop.name = stop.name or "SIGPIPE"
                 stop.check()
                 rest = max(config.train.save_seconds, 50 * save_took) - (time.monotonic() - saved_at)
-                if crew.largest_of_all(rest if run.idle else math.inf) < 0:
+                if crew.largest_of_all(rest if run.checkpoints.idle else math.inf) < 0:
                     start = time.monotonic()
                     recording.save("last")
                     saved_at, save_took = time.monotonic(), time.monotonic() - start
@@ -147,7 +147,7 @@ def train(begun: Begun) -> dict[str, Any]:
                 compiles = config.train.compile and progress.step == first_step
                 with progress.booked("compile" if compiles else "device", crew.size):
                     lr, scale = learning_rate(here), scaler.get_scale()
-                    x, targets = next(batches)
+                    x, targets = next(training)
                     loss, aux_loss, norm = update(step, x, targets, lr)
                     updated = math.isfinite(loss) and math.isfinite(norm)
                     rescaling = math.isfinite(loss) and SMALLEST_SCALE < scaler.get_scale() < scale
@@ -175,20 +175,20 @@ def train(begun: Begun) -> dict[str, Any]:
             test = looks.test()
             screen.evaluation(test)
             with progress.booked("save"):
-                run.wait_until_saved()
+                run.checkpoints.wait()
         except (Interrupted, workers.WorkersError, UsageError) as error:  # an image that cannot be read
             if isinstance(error, Interrupted) or (crew.size == 1 and progress.step > first_step):
                 recording.save("last")
-                run.wait_until_saved()
+                run.checkpoints.wait()
             raise
         except torch.OutOfMemoryError as error:
             raise RunError(
                 f"out of memory at step {progress.step:,} ({first_line(error)}); lower train.batch_size, "
                 "raise train.accumulate or set train.recompute=true"
             ) from error
-    result = summary.result(setup, run.folder, progress, test, recording.card["model"]["router"], looks.moe_blocks)
+    result = summary.result_row(setup, run.folder, progress, test, recording.card["model"]["router"], looks.moe_blocks)
     recording.finish(result)
-    summary.close(screen, result, run.folder)
+    summary.close(screen, result, run.folder, config.model)
     return result
 
 

@@ -9,7 +9,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from softmoe_cli.config import Train
-from softmoe_cli.optim import span
+from softmoe_cli.optim import span_length
 from softmoe_cli.text import in_words, several
 from softmoe_cli.train.progress import Budget, Progress
 from softmoe_cli.train.setup import Setup
@@ -20,7 +20,7 @@ WARM_STEPS ones, which are slower, are left out where there are others."""
 
 TIMED_FLOP = 10**10
 """FLOPs of the forward pass that is timed on a CPU: a few tenths of a second on one core."""
-TWICE_S = 0.5
+AGAIN_BELOW_S = 0.5
 """A first forward pass that took less is done again, because much of it was setting things up."""
 
 
@@ -34,7 +34,7 @@ def forward_s(
     training, took = model.training, [0.0]
     model.eval()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad(), autocast:
-        while len(took) < 3 and took[-1] < TWICE_S:
+        while len(took) < 3 and took[-1] < AGAIN_BELOW_S:
             start = time.perf_counter()
             model(x)
             if device.type == "cuda":
@@ -50,7 +50,7 @@ def looks(total: float, every: float, steps: int | None, done: float = 0.0) -> i
     """Evaluations on the validation images that are to come after the position `done` of a budget of `total`: one
     after each multiple of the span `every`, and one at the end. `steps` is that budget where it counts steps, since no
     step is followed by two."""
-    interval = span(every, total)
+    interval = span_length(every, total)
     if steps is None:
         return max(1, math.ceil(total / interval - 1e-9) - math.floor(done / interval + 1e-9))
     if interval < 1:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from softmoe_cli.config import Config
-from softmoe_cli.optim import span
+from softmoe_cli.optim import span_length
 from softmoe_cli.text import several
 
 
@@ -96,7 +96,7 @@ class Budget:
 
     def passed(self, before: float, now: float, every: float) -> bool:
         """Whether a multiple of the span `every`, or the end, lies in (before, now]."""
-        interval = span(every, self.total)
+        interval = span_length(every, self.total)
         return now // interval > before // interval or (before < self.total <= now)
 
     def __str__(self) -> str:

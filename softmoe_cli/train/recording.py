@@ -47,7 +47,7 @@ class Recording:
         self._origin = origin(self.setup.command, science, self.setup.source)
         self._energy = Energy(self.setup.device)
         self._mirror = Mirror(
-            mirror.resolve(config.tracking) if writes else "off",
+            mirror.tracking_of(config.tracking) if writes else "off",
             wandb_settings(self.setup, self.run.folder),
             self.run.folder,
             self.run.rows("metrics.jsonl") if writes else [],
@@ -77,7 +77,7 @@ class Recording:
             at = "end"
         with progress.booked("save"):
             self._book()
-            self.run.save(
+            self.run.checkpoints.save(
                 kind,
                 progress.step,
                 self.trained.weights(),

@@ -75,7 +75,7 @@ def resume(run: Run, trained: Trained, screen: Screen, crew: Crew) -> Progress:
     Raises:
         UsageError: the checkpoint is of another format or model.
     """
-    path, notes = crew.ask_first(run.newest)
+    path, notes = crew.ask_first(run.checkpoints.newest)
     for note in notes:
         screen.say(note)
     if path is None:

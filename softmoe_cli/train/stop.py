@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 from softmoe_cli.parallel import ALONE, Crew
-from softmoe_cli.signals import ASKING, Asked, heard, leave_now, tell
+from softmoe_cli.signals import ASKING, CURSOR, Asked, heard, leave_now, tell
 
 T = TypeVar("T")
 
@@ -35,7 +35,7 @@ class Stop(Asked):
     def hear(self, number: int) -> None:
         first = self.name is None
         if self.again(number):
-            leave_now("\nleft at once; the same command goes on from the last checkpoint\n")
+            leave_now(130, "\nleft at once; the same command goes on from the last checkpoint\n", CURSOR)
         if first and self._crew.first:
             so_far = time.monotonic() - self._checked
             words = ""

@@ -12,13 +12,14 @@ import torch
 
 import softmoe_cli
 from softmoe_cli.compare.intervals import at_chance
-from softmoe_cli.config import WANDB_LETTERS, Config
+from softmoe_cli.config import WANDB_LETTERS, Config, Model
 from softmoe_cli.cost.fit import Fit
 from softmoe_cli.data import splits
 from softmoe_cli.device import KEPT, hardware, slower
+from softmoe_cli.model.router import router_class
 from softmoe_cli.run import rows
-from softmoe_cli.run.checkpoint import room_beside
 from softmoe_cli.run.identity import flat_science
+from softmoe_cli.run.saving import room_beside
 from softmoe_cli.terminal import Screen
 from softmoe_cli.text import flop, gibibytes, in_words, si
 from softmoe_cli.train.pace import Pace
@@ -28,13 +29,13 @@ from softmoe_cli.train.setup import Setup
 
 def header(setup: Setup, folder: Path) -> dict[str, str]:
     """Title -> what the run is, for its first table."""
-    config, cost, splits, crew = setup.config, setup.cost, setup.splits, setup.crew
+    config, cost, images, crew = setup.config, setup.cost, setup.splits, setup.crew
     m, t = config.model, config.train
     router = m.router_name
     if router != "dense":
         options = ", ".join(f"{k}={v}" for k, v in m.router.items() if k != "_target_" and v is not None)
         router += f" ({options}) in blocks {m.moe_blocks}; {cost.slots_per_token:.2f} slots per token"
-    sizes = f"{len(splits.train):,} train / {len(splits.validation):,} validation / {len(splits.test):,} test"
+    sizes = f"{len(images.train):,} train / {len(images.validation):,} validation / {len(images.test):,} test"
     parts = f" in {t.accumulate} parts" if t.accumulate > 1 else ""
     compiled = ", compiled" if t.compile else ""
     frozen = f", {si(cost.frozen_params)} frozen" if cost.frozen_params else ""
@@ -44,8 +45,8 @@ def header(setup: Setup, folder: Path) -> dict[str, str]:
         "router": router,
         "parameters": f"{si(cost.params)} total, {si(cost.active_params)} active per token{frozen}",
         "cost per image": f"{flop(cost.forward_flop)} forward, {flop(cost.train_flop)} training",
-        "data": f"{config.data.name}: {sizes} images, {len(splits.classes)} classes",
-        **splits.notes,
+        "data": f"{config.data.name}: {sizes} images, {len(images.classes)} classes",
+        **images.notes,
         "budget": f"{setup.budget}, {t.batch_size} images each{parts}; {config.optim.schedule}, lr {config.optim.lr:g}",
         **{key: value for key, value in extra.items() if value},
         "device": f"{_hardware(setup)}, {t.precision}{slower(setup.device, t.precision)}{compiled}",
@@ -126,14 +127,14 @@ def wandb_settings(setup: Setup, folder: Path) -> dict[str, Any]:
     }
 
 
-def result(
+def result_row(
     setup: Setup, folder: Path, progress: Progress, test: dict[str, Any], router: dict[str, Any], moe_blocks: list[int]
 ) -> dict[str, Any]:
     """One flat row: what the run was, what it reached on the test images with its last weights, what it cost, and every
     scientific setting as `section.key`, so that rows alone tell which runs differ in what. `router`: its options as the
     model has them."""
-    config, source, cost, splits = setup.config, setup.source, setup.cost, setup.splits
-    m, images = config.model, progress.step * config.train.batch_size
+    config, source, cost, images = setup.config, setup.source, setup.cost, setup.splits
+    m, seen = config.model, progress.step * config.train.batch_size
     return {
         "name": folder.name,
         "signature": folder.name.rpartition("-")[2],
@@ -151,10 +152,10 @@ def result(
         "image_size": m.image_size,
         "tokens": cost.tokens,
         "data": config.data.name,
-        "train_images": len(splits.train),
+        "train_images": len(images.train),
         "test_images": test["images_evaluated"],
-        "classes": len(splits.classes),
-        "chance_pct": _commonest_pct(splits.test),
+        "classes": len(images.classes),
+        "chance_pct": _commonest_pct(images.test),
         "top1_pct": test["top1_pct"],
         "top5_pct": test["top5_pct"],
         "loss": test["loss"],
@@ -166,8 +167,8 @@ def result(
         "best_validation_top1_pct": progress.best_top1_pct,
         "best_step": progress.best_step,
         "steps": progress.step,
-        "images": images,
-        "epochs": images / len(splits.train),
+        "images": seen,
+        "epochs": seen / len(images.train),
         "batch_size": config.train.batch_size,
         "lr": config.optim.lr,
         "precision": config.train.precision,
@@ -212,16 +213,16 @@ def _commit() -> str | None:
     return git.stdout.strip() or None
 
 
-def close(screen: Screen, result: dict[str, Any], folder: Path) -> None:
+def close(screen: Screen, result: dict[str, Any], folder: Path, model: Model) -> None:
     """The closing table, and what may be typed next: lines of their own, to be copied whole."""
-    screen.table("result", shown(result, folder))
+    screen.table("result", shown(result, folder, remark(result, folder, model)))
     screen.table("next", {})
     screen.say(f"  softmoe evaluate checkpoint={shlex.quote(str(folder))}")
     screen.say(f"  softmoe compare {shlex.quote(str(folder.parent))}")
 
 
-def shown(result: dict[str, Any], folder: Path) -> dict[str, str]:
-    """Title -> what the result says, for the closing table."""
+def shown(result: dict[str, Any], folder: Path, routing: str) -> dict[str, str]:
+    """Title -> what the result says, for the closing table. `routing`: what the router says of it."""
     energy = f"; {result['energy_kj']:.4g} kJ in all" if result.get("energy_kj") is not None else ""
     compilation = f", compilation {in_words(result['compile_s'])}" if result["compile_s"] else ""
     titled = {
@@ -231,7 +232,7 @@ def shown(result: dict[str, Any], folder: Path) -> dict[str, str]:
         "test loss": f"{result['loss']:.4f}",
         "validation top-1": f"{result['validation_top1_pct']:.2f}%  (best {result['best_validation_top1_pct']:.2f}% "
         f"at step {result['best_step']:,})",
-        "routing": still_uniform(result, folder / "routing.jsonl"),
+        "routing": routing,
         "trained on": f"{result['images']:,} images, {result['epochs']:.1f} epochs, {result['steps']:,} steps",
         "training cost": f"{flop(1e15 * result['train_pflop'])}, {in_words(result['device_s'])}{energy}",
         "beside it": f"evaluation {in_words(result['eval_s'])}, saving {in_words(result['save_s'])}{compilation}",
@@ -251,29 +252,17 @@ def chance(result: dict[str, Any]) -> str:
     )
 
 
-UNIFORM = 1.5
-"""A mean largest share below so many times the uniform one counts as almost uniform."""
-
-
-def still_uniform(result: dict[str, Any], file: Path) -> str:
-    """A sentence where the last look found that the slots of a learned soft router mix all tokens almost alike; else
-    nothing. `file`: routing.jsonl."""
+def remark(result: dict[str, Any], folder: Path, model: Model) -> str:
+    """What the router says of the last look in routing.jsonl; nothing where there is no router."""
+    target = model.router["_target_"]
+    if target is None:
+        return ""
+    file = folder / "routing.jsonl"
     try:
-        all_looks = rows.lines(file, rows.ROUTING)
+        looks = rows.lines(file, rows.ROUTING)
     except FileNotFoundError:
         return ""
     except rows.Unreadable as error:
         return f"{file} {error}"
-    keys = ("scale", "dispatch_max", "dispatch_min")
-    last = [row for row in all_looks if row["step"] == all_looks[-1]["step"]]
-    last = [row for row in last if all(row.get(key) is not None for key in keys)]
-    last = [row for row in last if row["dispatch_max"] > 1.001 * row["dispatch_min"]]  # else uniform by design
-    if not last:
-        return ""
-    largest, uniform = sum(row["dispatch_max"] for row in last) / len(last), 1 / result["tokens"]
-    if largest >= UNIFORM * uniform:
-        return ""
-    return (
-        f"still almost uniform: a slot's largest share of a token is {largest:.4f} in the mean, and {uniform:.4f} "
-        "where all tokens are mixed alike"
-    )
+    last = [row for row in looks if row["step"] == looks[-1]["step"]]
+    return router_class(target).remark(last, result["tokens"])

@@ -29,7 +29,7 @@ from softmoe_cli.check.official import (
     vectors_folder,
 )
 from softmoe_cli.config import Backbone, Model
-from softmoe_cli.evaluate.fewshot import accuracies, best_l2, draws, ridge, statistics, take, whiten
+from softmoe_cli.evaluate.fewshot import accuracies, best_l2, draws, feature_statistics, ridge, take, whiten
 from softmoe_cli.model.router import make_router
 from softmoe_cli.model.vit import build
 from softmoe_cli.moe.layer import MoE
@@ -303,7 +303,7 @@ def fewshot(meta: dict[str, Any], z: dict[str, np.ndarray], dtype: torch.dtype) 
             want = {key: z[f"out/{name}/shot{k}/{key}"] for key in ("index", "mean", "std", "w", "w_f64", "pred")}
             index = take(draws(y, meta["config"]["permutation_seed"]), k)
             assert index.tolist() == want["index"].tolist()
-            mean, std = statistics(x[index])
+            mean, std = feature_statistics(x[index])
             close(mean, want["mean"], "mean", atol=1e-5)
             close(std, want["std"], "std", atol=1e-5)
             classes = want["w"].shape[2]

@@ -18,7 +18,7 @@ import pytest
 from softmoe_cli.compare import command as compare_command
 from softmoe_cli.compare.blocks import compare
 from softmoe_cli.compare.command import PAPER, _reference, _settings
-from softmoe_cli.compare.figures import figure
+from softmoe_cli.compare.figures import figure_files
 from softmoe_cli.compare.groups import Comparison, Question
 from softmoe_cli.compare.styles import reference_points, styles
 from softmoe_cli.compare.tables import comma_separated, flat_rows, json_text, latex, markdown, tables, terminal
@@ -219,15 +219,15 @@ def test_what_was_not_made_here_is_not_made_anew(
     tmp_path: Path, compared: Comparison, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A folder of ours is, file by file."""
-    monkeypatch.setattr("softmoe_cli.compare.figures.figure", lambda _, name: {f"{name}.svg": b"drawn"})
+    monkeypatch.setattr("softmoe_cli.compare.figures.figure_files", lambda _, name: {f"{name}.svg": b"drawn"})
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "table.csv").write_text("mine")
     with pytest.raises(UsageError, match=r"--out=.*table\.csv exists"):
-        compare_command.write(compared, tmp_path / "out")
+        compare_command.write_comparison(compared, tmp_path / "out")
     assert [path.read_text() for path in (tmp_path / "out").iterdir()] == ["mine"]
     (tmp_path / "out" / "table.csv").rename(tmp_path / "out" / "mine.csv")
-    names = compare_command.write(compared, tmp_path / "out")
-    assert compare_command.write(compared, tmp_path / "out") == names
+    names = compare_command.write_comparison(compared, tmp_path / "out")
+    assert compare_command.write_comparison(compared, tmp_path / "out") == names
     assert {path.name for path in (tmp_path / "out").iterdir()} == {*names, "mine.csv"}
 
 
@@ -239,7 +239,7 @@ def test_folders_whose_names_are_no_text(tmp_path: Path, capsys: pytest.CaptureF
     (runs / os.fsdecode(b"empty \xfd")).mkdir()
     (two / "metrics.jsonl").unlink()
     os.rename(two, runs / os.fsdecode(b"without curve \xfc"))
-    assert compare_command.run([str(runs), "--out", str(tmp_path / "out")]) == 0
+    assert compare_command.compare_folders([str(runs), "--out", str(tmp_path / "out")]) == 0
     told = capsys.readouterr().out
     assert all(rf"{name}" in told for name in (r"twin \xfe", r"empty \xfd", r"without curve \xfc")), told
     links = re.findall(r'href="([^"]+)/"', (tmp_path / "out" / "index.html").read_text())
@@ -256,8 +256,8 @@ def test_every_group_has_a_look_of_its_own(tmp_path: Path) -> None:
     assert look["dense"] == (0, "o")
 
 
-def test_names_that_figures_cannot_draw(nasty: Comparison) -> None:
-    assert all(figure(nasty, "pareto").values()) and all(figure(nasty, "curves").values())
+def test_names_that_figures_cannot_figure_files(nasty: Comparison) -> None:
+    assert all(figure_files(nasty, "pareto").values()) and all(figure_files(nasty, "curves").values())
 
 
 def test_the_papers_tables_beside_ours(softmoe: Softmoe, tmp_path: Path, compared: Comparison) -> None:
@@ -494,7 +494,7 @@ def test_names_too_long_to_draw(tmp_path: Path) -> None:
         }
         write(tmp_path / "runs", row(seed=seed, name=f"run{seed}", **own))
     comparison = compare([tmp_path / "runs"], Question())
-    drawn = figure(comparison, "curves")
+    drawn = figure_files(comparison, "curves")
     assert int.from_bytes(drawn["curves.png"][16:20], "big") < 160 * 25, "inches"
     text = page(comparison, drawn | {"pareto.svg": b""}, tmp_path)
     assert len(text.partition("<h2>")[0]) < 20_000

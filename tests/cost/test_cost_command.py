@@ -12,7 +12,7 @@ import torch
 
 from softmoe_cli.cli import main
 from softmoe_cli.config import WAYS
-from softmoe_cli.cost.command import CONVENTION, costs, show
+from softmoe_cli.cost.command import CONVENTION, costs, show_costs
 from softmoe_cli.cost.load import Load
 from softmoe_cli.cost.memory import predict
 from softmoe_cli.errors import UsageError
@@ -46,11 +46,11 @@ def test_formats_say_the_same() -> None:
     rows = costs([costed(), costed("vit_nano4_dense", recompute=True)])
     for many in (True, False):
         here = rows if many else rows[:1]
-        loaded = json.loads(show(here, "json", many=many))
+        loaded = json.loads(show_costs(here, "json", many=many))
         assert [each["params_m"] for each in (loaded if many else [loaded])] == [row["params_m"] for row in here]
-        lines = list(csv.DictReader(io.StringIO(show(here, "csv", many=many))))
+        lines = list(csv.DictReader(io.StringIO(show_costs(here, "csv", many=many))))
         assert [float(line["train_gflop"]) for line in lines if line["model"]] == [row["train_gflop"] for row in here]
-        table, markdown = (show(here, form, many=many) for form in ("table", "markdown"))
+        table, markdown = (show_costs(here, form, many=many) for form in ("table", "markdown"))
         assert table.startswith(CONVENTION)
         assert markdown.startswith(CONVENTION)
         assert f"{rows[0]['params_m']:.4g}" in table

@@ -9,7 +9,7 @@ from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 
 from softmoe_cli.config import FREE_KEYS, MATCHED, MatchConfig
-from softmoe_cli.cost.match import Trial, cost_of, match, search, show
+from softmoe_cli.cost.match import Trial, cost_of, match, search, show_match
 from softmoe_cli.errors import RunError
 from softmoe_cli.options.compose import changed, door, other_model, plain
 from softmoe_cli.options.conf_files import conf_folder
@@ -58,7 +58,7 @@ def test_requests_land_within_tolerance(name: str) -> None:
     assert cost_of(again) == best.cost
     assert cost_of(other) == best.other_cost
     assert abs(cost_of(again) / cost_of(other) - 1) <= config.tolerance
-    assert typed[0] in show(best, config)
+    assert typed[0] in show_match(best, config)
 
 
 def test_when_nothing_meets_it_both_sides_are_named() -> None:

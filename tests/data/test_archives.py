@@ -341,7 +341,7 @@ def test_evaluation_sees_what_timm_shows(tmp_path: Path, size: tuple[int, int], 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_training_sees_what_timm_shows(tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Crop, resizing and mirroring to the bit, with torchvision's draws of the same law instead of timm's."""
-    from softmoe_cli.data.batches import CUT, _generator, _seeds
+    from softmoe_cli.data.batches import CUT, _Changes
 
     write(tmp_path, {f"{name}/0.jpg": picture(i, (90, 70), "JPEG") for i, name in enumerate(CLASSES)})
     data = settings("folder", tmp_path, from_file=True, test_fraction=1, mean=[0.4], std=[0.2], workers=workers)
@@ -363,10 +363,11 @@ def test_training_sees_what_timm_shows(tmp_path: Path, workers: int, monkeypatch
         )  # fmt: skip
         return [x for x, _ in itertools.islice(found, 4 - first_step)]
 
-    whole = ours(0)
+    whole, drawn = ours(0), _Changes(change, True, 3, size, slice(None))
     for step, index in zip(range(4), stream(3, size, 3, 0), strict=False):
         want = []
-        for i, seed in zip(index.tolist(), _seeds(size, slice(None), _generator(3, step, CUT)).tolist(), strict=True):
+        seeds = drawn.seeds(drawn.chance(step, CUT)).tolist()
+        for i, seed in zip(index.tolist(), seeds, strict=True):
             torch.manual_seed(seed)
             want.append(timm(Image.open(images.files.places[i])))
         torch.testing.assert_close(whole[step], torch.stack(want), atol=1e-6, rtol=1e-6)

@@ -121,7 +121,7 @@ def test_every_byte_of_what_is_not_compressed_counts(tmp_path: Path, kind: str) 
     data = folder(tmp_path, kind=kind, side=600)  # 1,080,000 bytes, GIF fewer
     before, path = identity(data), tmp_path / CLASSES[0] / f"0.{kind.lower()}"
     raw = bytearray(path.read_bytes())
-    assert len(raw) > contents.WHOLE
+    assert len(raw) > contents.READ_WHOLE
     raw[len(raw) // 2 + 1234] ^= 1
     path.write_bytes(raw)
     assert identity(data) != before
@@ -140,7 +140,7 @@ def test_of_what_is_compressed_pieces_are_read(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(os, "pread", read)
     before = identity(data)
-    assert size > contents.WHOLE and sum(asked) <= 9 * 17 * 1024
+    assert size > contents.READ_WHOLE and sum(asked) <= 9 * 17 * 1024
     folder(tmp_path, first=50, kind="PNG", side=340)
     assert identity(data) != before
 

@@ -13,9 +13,9 @@ from softmoe_cli.evaluate.fewshot import (
     best_l2,
     check_shots,
     draws,
+    feature_statistics,
     fewshot,
     ridge,
-    statistics,
     take,
     whiten,
 )
@@ -35,7 +35,7 @@ def clouds(images: int, width: int, classes: int, seed: int = 0) -> tuple[Tensor
 @pytest.mark.parametrize(("images", "width"), [(12, 4), (5, 9), (7, 6)], ids=["tall", "wide", "square"])
 def test_ridge_is_the_solution_of_its_equations(images: int, width: int) -> None:
     x, labels = clouds(images, width, 3)
-    white = whiten(x, *statistics(x))
+    white = whiten(x, *feature_statistics(x))
     for l2, got in zip((0.5, 64.0), ridge(white, labels, 3, torch.tensor([0.5, 64.0])), strict=True):
         want = torch.tensor(oracles.ridge(white.tolist(), labels.tolist(), 3, l2))
         torch.testing.assert_close(got, want.double(), rtol=1e-7, atol=1e-9)
@@ -106,6 +106,6 @@ def test_nothing_is_as_large_as_images_times_classes(monkeypatch: pytest.MonkeyP
     """Scores come so many at a time, and are the same ones."""
     fitted, scored = clouds(20, 6, 4), clouds(30, 6, 4, seed=1)
     whole = accuracies(fitted, scored, 4, GRID)
-    monkeypatch.setattr("softmoe_cli.evaluate.fewshot.AT_ONCE", 12)
+    monkeypatch.setattr("softmoe_cli.evaluate.fewshot.SCORES_AT_ONCE", 12)
     again = accuracies(fitted, scored, 4, GRID)
     assert torch.equal(whole[0], again[0]) and torch.equal(whole[1], again[1])

@@ -124,7 +124,7 @@ def test_twelve_jobs_with_a_raise_a_kill_too_little_memory_and_a_killed_launcher
     assert not finished(folders["raises"]) and not finished(folders["large"])
     logs = {log.stem: log.read_text() for log in study.glob("sweep-*/*.log")}
     assert all(logs[f"{i:02}"].count("test top-1") <= 1 for i in (0, *range(3, 12))), "0: ended as it was to be said"
-    states = {each.run.removeprefix("+experiment="): each.state for each in status.read([study])}
+    states = {each.run.removeprefix("+experiment="): each.state for each in status.read_states([study])}
     assert states == {name: "failed" if name in ("raises", "large") else "done" for name in order}
 
 
@@ -234,13 +234,13 @@ def test_an_interrupt_saves_every_job(tmp_path: Path) -> None:
     study = tmp_path / "outputs" / "default"
     until(lambda: len([file for file in study.glob("*/metrics.jsonl") if file.stat().st_size]) == 2)
     assert "the same sweep is running already" in finish(launch(tmp_path, *line), 2)
-    assert [each.state for each in status.read([study])] == ["running", "running", "waiting"]
+    assert [each.state for each in status.read_states([study])] == ["running", "running", "waiting"]
     process.send(signal.SIGINT)
     out = finish(process, 130)
     assert "SIGINT: 2 jobs save and leave" in out
     assert out.rstrip().endswith("softmoe: stopped by SIGINT; type the same command to go on")
     assert len({saved.parent for saved in study.glob("*/checkpoints/last-*")}) == 2
-    assert [each.state for each in status.read([study])] == ["stopped", "stopped", "waiting"]
+    assert [each.state for each in status.read_states([study])] == ["stopped", "stopped", "waiting"]
 
 
 @pytest.mark.long

@@ -10,7 +10,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 
 from softmoe_cli.device import compiled
-from softmoe_cli.export import difference, trace, write_torch_export
+from softmoe_cli.export import distance, trace, write_torch_export
 from softmoe_cli.model.blocks import CarryingBlock
 from softmoe_cli.model.vit import build
 from softmoe_cli.moe.layer import MoE
@@ -129,7 +129,7 @@ def test_torch_export_takes_the_whole_model(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = model(x)
     program = write_torch_export(trace(model, images(2), None, "zero_computation"), tmp_path, "zero_computation")
-    assert difference("", program, x, expected, None)["max_difference"] < 1e-4
+    assert distance("", program, x, expected, None)["max_difference"] < 1e-4
 
 
 @pytest.mark.thorough

@@ -95,7 +95,7 @@ def test_help_shows_values_kinds_groups_and_the_chosen_router(softmoe: Softmoe) 
 def test_every_router_option_has_a_meaning() -> None:
     """Its yaml file says it, behind the option."""
     for name, file in conf_files.files("model/router").items():
-        body = conf_files.load(file)
+        body = conf_files.load_yaml(file)
         meanings = conf_files.router_options(body["_target_"])
         assert all(meanings[key] for key in body if key != "_target_"), name
         assert file.read_text().count("  # ") == len(body) - 1, name
@@ -366,7 +366,7 @@ def test_completion_imports_neither_torch_nor_hydra(studies: Path) -> None:
 
 def test_a_model_that_has_no_name_is_crossed(softmoe: Softmoe) -> None:
     """The words that replace its name lead to its backbone and router; where one has a name there are none."""
-    routers = {name: conf_files.load(file)["_target_"] for name, file in conf_files.files("model/router").items()}
+    routers = {name: conf_files.load_yaml(file)["_target_"] for name, file in conf_files.files("model/router").items()}
     for backbone in conf_files.files("model/backbone").keys() - {"small", "timm"}:
         for router, target in routers.items():
             words = explain.crossing(f"{backbone}_{router}")

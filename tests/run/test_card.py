@@ -2,7 +2,6 @@
 
 import copy
 import json
-import resource
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from softmoe_cli.data import sets
-from softmoe_cli.errors import RunError, UsageError
+from softmoe_cli.errors import UsageError
 from softmoe_cli.model.vit import build, portable
 from softmoe_cli.model.weights import load_weights
 from softmoe_cli.options.inherit import model_of
 from softmoe_cli.run.card import read_card
-from softmoe_cli.run.checkpoint import Checkpoint, write_checkpoint
-from softmoe_cli.run.folder import Run
 from softmoe_cli.run.source import Source, read_source
-from softmoe_cli.train.resume import _progress
 from tests.conftest import TINY, Softmoe
 from tests.oracles import compose
 
@@ -168,93 +164,3 @@ def test_places_that_cannot_be_read_are_one_sentence(saved: Path, tmp_path: Path
     (tmp_path / "model.safetensors").write_bytes(saved.read_bytes())
     with pytest.raises(UsageError, match="SHA256SUMS is no file"):
         read_source(str(tmp_path))
-
-
-# --- a checkpoint to go on from ---------------------------------------------------------------------------------------
-
-STATE: dict[str, Any] = {
-    "format": 1,
-    "step": 4,
-    "best_step": 2,
-    "sizes": {"metrics.jsonl": 0},
-    "seconds": {"device": 0.5},
-    "scaler": {},
-}
-STATES: dict[str, Any] = {
-    "null": "null", "no JSON": "{", "brackets": "[" * 200_000, "a list": "[]",
-    **{f"without {key}": json.dumps({k: v for k, v in STATE.items() if k != key}) for key in STATE},
-    **{f"{key} as text": json.dumps(STATE | {key: "x"}) for key in STATE},
-    "before the beginning": json.dumps(STATE | {"step": -1}),
-    "a size below 0": json.dumps(STATE | {"sizes": {"x": -1}}),
-    "of another format": json.dumps(STATE | {"format": 2}),
-}  # fmt: skip
-RANDOM = {"random.cpu": torch.get_rng_state()}
-
-
-@pytest.mark.parametrize("kind", STATES)
-def test_a_state_that_softmoe_did_not_write_is_one_sentence(kind: str, tmp_path: Path) -> None:
-    """Its checksums may be right."""
-    write_checkpoint(tmp_path / "last-00000004", {"x": torch.ones(1)}, {}, RANDOM, {"state.json": STATES[kind]})
-    with pytest.raises(UsageError, match=r"last-00000004.*; remove it to go on from the checkpoint before"):
-        Checkpoint.read(tmp_path / "last-00000004").check()
-
-
-def test_a_state_that_lacks_progress_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"its state lacks .*; remove it to go on from the one before"):
-        _progress(Checkpoint(tmp_path, {}, {}, STATE))
-
-
-def test_tensors_that_softmoe_did_not_write_are_one_sentence(tmp_path: Path) -> None:
-    texts = {"state.json": json.dumps(STATE)}
-    write_checkpoint(tmp_path / "good", {"x": torch.ones(1)}, {}, RANDOM, texts)
-    Checkpoint.read(tmp_path / "good").check()
-    for name, tensors in {"none": {"y": torch.ones(1)}, "short": {"random.cpu": torch.zeros(3).byte()}}.items():
-        write_checkpoint(tmp_path / name, {"x": torch.ones(1)}, {}, tensors, texts)
-        with pytest.raises(UsageError, match="no random state"):
-            Checkpoint.read(tmp_path / name).check()
-    (tmp_path / "good" / "model.safetensors").write_bytes(b"garbage")
-    with pytest.raises(UsageError, match="remove it to go on"):
-        Checkpoint.read(tmp_path / "good")
-
-
-def test_files_of_a_run_that_cannot_be_read_are_one_sentence(tmp_path: Path) -> None:
-    run = Run(tmp_path)
-    (tmp_path / "metrics.jsonl").write_bytes(b'{"format": 1}\n\xff{"step"\n')
-    with pytest.raises(UsageError, match=r"metrics\.jsonl is damaged in line 2.*remove"):
-        run.rows("metrics.jsonl")
-    for name, content in {"brackets": b"[" * 200_000, "bytes": b"\xff", "less": b'{"signature": "x"}'}.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "result.json").write_bytes(content)
-        with pytest.raises(UsageError, match=r"result\.json .*; remove it to run again"):
-            _ = Run(tmp_path / name).result
-    (tmp_path / "result.json").mkdir()
-    with pytest.raises(UsageError, match=r"result\.json is no file; remove it to run again"):
-        _ = run.result
-    (tmp_path / "file").touch()
-    with pytest.raises(UsageError, match="can be no run's folder: Not a directory"):
-        _ = Run(tmp_path / "file" / "run").result
-
-
-def test_no_byte_left_when_a_run_begins_is_one_sentence(tmp_path: Path) -> None:
-    run, before = Run(tmp_path / "run"), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
-    try:
-        with pytest.raises(RunError, match=r"cannot write .*\.lock"):
-            run.open(compose())
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        run.close()
-
-
-@pytest.mark.parametrize("name", [".lock", "metrics.jsonl"])
-def test_links_in_a_runs_folder_are_not_followed(name: str, tmp_path: Path) -> None:
-    """A folder that was downloaded may hold one, to any file of the user's."""
-    (tmp_path / "mine").write_text("mine")
-    run = Run(tmp_path / "run")
-    run.checkpoints.mkdir(parents=True)
-    (run.folder / name).symlink_to(tmp_path / "mine")
-    write = run.append if name == "metrics.jsonl" else lambda *_: run.open(compose())
-    with pytest.raises((UsageError, RunError), match="symbolic links"):
-        write("metrics.jsonl", {"step": 1})
-    run.close()
-    assert (tmp_path / "mine").read_text() == "mine"

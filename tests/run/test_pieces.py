@@ -20,7 +20,7 @@ from softmoe_cli.parallel import Crew
 from softmoe_cli.run import pieces as run_pieces
 from softmoe_cli.run.checkpoint import Checkpoint, damage, seal
 from softmoe_cli.run.folder import Run
-from softmoe_cli.run.pieces import Piece, file_of, joined, whole_of, write
+from softmoe_cli.run.pieces import Piece, file_of, whole_of, whole_tensors, write_pieces
 from softmoe_cli.run.source import read_source
 from tests.conftest import TINY, Softmoe
 from tests.runs import last, the_run
@@ -58,10 +58,12 @@ def test_joined_pieces_are_the_whole(tmp_path: Path) -> None:
     """Whatever the cut, the type and the number of dimensions; also where a process has nothing."""
     path = tmp_path / "model.safetensors"
     for rank, mine in enumerate([*pieces(3), {}]):
-        write(tmp_path / file_of(path.name, rank, 4), mine, "card")
+        write_pieces(tmp_path / file_of(path.name, rank, 4), mine, "card")
     save_file({"other": torch.ones(1)}, tmp_path / "training.safetensors")
-    assert len(run_pieces.files(path)) == 4 and {whole_of(file.name) for file in run_pieces.files(path)} == {path.name}
-    tensors, text = joined(path)
+    assert len(run_pieces.piece_files(path)) == 4 and {
+        whole_of(file.name) for file in run_pieces.piece_files(path)
+    } == {path.name}
+    tensors, text = whole_tensors(path)
     assert equal(tensors) and text == "card"
 
 
@@ -69,9 +71,9 @@ def test_joined_pieces_are_the_whole(tmp_path: Path) -> None:
 def test_a_piece_too_few_is_no_checkpoint(lost: int, tmp_path: Path) -> None:
     for rank, mine in enumerate(pieces(3)):
         if rank != lost:
-            write(tmp_path / file_of("model.safetensors", rank, 3), mine, "")
+            write_pieces(tmp_path / file_of("model.safetensors", rank, 3), mine, "")
     with pytest.raises(RunError, match="in pieces that are not the whole of it: "):
-        joined(tmp_path / "model.safetensors")
+        whole_tensors(tmp_path / "model.safetensors")
 
 
 def crafted(path: Path, said: Any, **tensors: Tensor) -> None:
@@ -105,7 +107,7 @@ def test_pieces_of_a_file_that_softmoe_did_not_write(kind: str, tmp_path: Path) 
     """One sentence, before anything of the size that they speak of is taken."""
     crafted(tmp_path / "model.1-of-1.safetensors", PLACES[kind], x=torch.ones(4))
     with pytest.raises(RunError, match=r"no pieces that softmoe wrote|not the whole of it"):
-        joined(tmp_path / "model.safetensors")
+        whole_tensors(tmp_path / "model.safetensors")
     seal(tmp_path)
     with pytest.raises(UsageError, match=r"^checkpoint="):
         read_source(str(tmp_path))
@@ -117,7 +119,7 @@ def test_pieces_that_lie_on_one_another_are_not_the_whole(tmp_path: Path) -> Non
         said = {"text": "", "places": {"x": [[0], [4]]}}
         crafted(tmp_path / f"model.{rank + 1}-of-2.safetensors", said, x=torch.ones(2))
     with pytest.raises(RunError, match="not the whole of it: x"):
-        joined(tmp_path / "model.safetensors")
+        whole_tensors(tmp_path / "model.safetensors")
 
 
 class Threads:
@@ -144,13 +146,13 @@ class Threads:
 def save_together(folder: Path, step: int, *, end: bool) -> list[str]:
     """A checkpoint of three processes; what each has to complain of."""
     runs = [Run(folder, crew) for crew in Threads(3).crews]
-    runs[0].checkpoints.mkdir(parents=True, exist_ok=True)
+    runs[0].checkpoints.folder.mkdir(parents=True, exist_ok=True)
 
     def write_own(rank: int) -> str:
         texts = {"state.json": json.dumps({"best_step": 0})}
         mine = pieces(3)[rank]
         try:
-            runs[rank]._write_pieces(f"last-{step:08d}", mine, mine, texts, {"a": [1, 0.1]}, end=end)
+            runs[rank].checkpoints._write_pieces(f"last-{step:08d}", mine, mine, texts, {"a": [1, 0.1]}, end=end)
         except RunError as error:
             return str(error)
         return ""
@@ -164,25 +166,25 @@ def test_pieces_become_one_checkpoint_when_all_are_there(tmp_path: Path, monkeyp
     what the end leaves is what one process would have written."""
     assert save_together(tmp_path, 5, end=False) == ["", "", ""]
     run = Run(tmp_path)
-    newest = run.checkpoints / "last-00000005"
+    newest = run.checkpoints.folder / "last-00000005"
     shutil.copytree(newest, tmp_path / "copy" / "checkpoints" / newest.name)
     assert not (newest / "model.safetensors").exists()
 
     def full(path: Path, mine: dict[str, Piece], text: str) -> None:
         if ".2-of-3" in path.name:
             raise OSError(errno.ENOSPC, "No space left on device")
-        write(path, mine, text)
+        write_pieces(path, mine, text)
 
-    monkeypatch.setattr(run_pieces, "write", full)
+    monkeypatch.setattr(run_pieces, "write_pieces", full)
     for complaint in save_together(tmp_path, 6, end=False):
         assert "process 1: [Errno 28] No space left on device; earlier checkpoints are untouched" in complaint
     monkeypatch.undo()
-    assert [path.name for path in run.checkpoints.iterdir()] == ["last-00000005"]
+    assert [path.name for path in run.checkpoints.folder.iterdir()] == ["last-00000005"]
     assert save_together(tmp_path, 7, end=True) == ["", "", ""]
     save_file(WHOLE, tmp_path / "alone.safetensors", metadata={"softmoe": '{"format": 1, "a": [1, 0.1]}'})
-    going_on, _ = Run(tmp_path / "copy").newest()
+    going_on, _ = Run(tmp_path / "copy").checkpoints.newest()
     assert going_on is not None
-    for path in (newest, run.checkpoints / "last-00000007", going_on):
+    for path in (newest, run.checkpoints.folder / "last-00000007", going_on):
         assert sorted(file.name for file in path.glob("*.safetensors")) == ["model.safetensors", "training.safetensors"]
         assert (path / "model.safetensors").read_bytes() == (tmp_path / "alone.safetensors").read_bytes()
         assert damage(path, files=None) is None
@@ -207,12 +209,12 @@ def test_joining_that_stops_half_way_is_done_again(tmp_path: Path, monkeypatch: 
         monkeypatch.setattr(Path, "replace", replace)
         if done < 3:
             with pytest.raises(RunError, match="Input/output error"):
-                Run(tmp_path).newest()
+                Run(tmp_path).checkpoints.newest()
         else:
-            assert Run(tmp_path).newest() == (path, [])
+            assert Run(tmp_path).checkpoints.newest() == (path, [])
         assert damage(path, files=None) is None
     found = Checkpoint.read(path)
-    assert equal(found.weights) and equal(found.training) and not run_pieces.files(path / "model.safetensors")
+    assert equal(found.weights) and equal(found.training) and not run_pieces.piece_files(path / "model.safetensors")
 
 
 def test_who_reads_a_checkpoint_in_pieces_joins_it(softmoe: Softmoe, tmp_path: Path) -> None:
@@ -249,7 +251,7 @@ def divide(path: Path) -> None:
     """A checkpoint of one process as two would have written it, each every second tensor."""
     (path / "SHA256SUMS").unlink()
     for name in ("model.safetensors", "training.safetensors"):
-        tensors = run_pieces.read(path / name)
+        tensors = run_pieces.read_tensors(path / name)
         with safe_open(path / name, framework="pt") as file:
             text = (file.metadata() or {}).get("softmoe", "")
         for rank in range(2):
@@ -257,6 +259,6 @@ def divide(path: Path) -> None:
                 key: Piece(value, (0,) * value.ndim, tuple(value.shape))
                 for key, value in list(tensors.items())[rank::2]
             }
-            write(path / file_of(name, rank, 2), mine, text)
+            write_pieces(path / file_of(name, rank, 2), mine, text)
         (path / name).unlink()
     seal(path)

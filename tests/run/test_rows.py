@@ -10,7 +10,7 @@ import torch
 
 from softmoe_cli.config import FORESEEN, MATCHED, SEARCHED, Config
 from softmoe_cli.model.router import make_router
-from softmoe_cli.options.conf_files import files, load
+from softmoe_cli.options.conf_files import files, load_yaml
 from softmoe_cli.options.help import options
 from softmoe_cli.run import rows
 from softmoe_cli.run.rows import COSTS, EVERY, FEWSHOT, LOOK, QUALITIES, RESULT, ROUTING, TRAIN
@@ -36,18 +36,18 @@ def test_a_run_writes_what_is_declared(softmoe: Softmoe, tmp_path: Path) -> None
 
     result = rows.row(run / "result.json", RESULT)
     settings = {option.key for option in options(Config)}
-    settings |= {f"model.router.{key}" for key in load(files("model/router")["soft"])}
+    settings |= {f"model.router.{key}" for key in load_yaml(files("model/router")["soft"])}
     assert result.keys() - settings - RESULT.keys() == {f"validation_{FEWSHOT.format(1)}"}
     assert RESULT.keys() - result.keys() <= {"energy_kj"}
     assert result["metrics_rows"] == len(written)
-    assert rows.seal((run / "metrics.jsonl").read_bytes()).items() <= result.items()
+    assert rows.metrics_digest((run / "metrics.jsonl").read_bytes()).items() <= result.items()
 
 
 def test_every_statistic_is_some_routers() -> None:
     found: set[str] = set()
     for name, file in files("model/router").items():
-        if load(file).get("_target_") is not None:
-            router = make_router(load(file), 16, 16)
+        if load_yaml(file).get("_target_") is not None:
+            router = make_router(load_yaml(file), 16, 16)
             own = router(torch.randn(4, 16, 16)).statistics() | router.statistics()
             assert own.keys() <= ROUTING.keys(), name
             found |= own.keys()
@@ -67,16 +67,16 @@ def test_what_is_declared_fits_together() -> None:
 
 @pytest.mark.parametrize("value", [None, 2, "1", True, [1]])
 def test_another_format_is_one_sentence(value: Any) -> None:
-    told = rows.fault({"format": value, "step": 1}, rows.FORMATS)
+    told = rows.fault({"format": value, "step": 1}, rows.FORMAT_KEY)
     assert re.fullmatch(r"has format .*, and this softmoe reads format 1", told)
-    assert "format none" in rows.fault({"step": 1}, rows.FORMATS)
-    assert not rows.fault({"format": 1}, rows.FORMATS)
+    assert "format none" in rows.fault({"step": 1}, rows.FORMAT_KEY)
+    assert not rows.fault({"format": 1}, rows.FORMAT_KEY)
 
 
 def test_documents_tell_the_declared_words() -> None:
-    """The table of routing statistics, wherever a README has it."""
+    """The tables of routing statistics and of training's rows, wherever a README has them."""
     texts = [path.read_text() for path in Path(__file__).parents[2].glob("**/README.md") if ".venv" not in path.parts]
     lines = {line for text in texts for line in text.splitlines()}
-    for key, each in ROUTING.items():
-        if each.optional:
+    for key, each in (ROUTING | TRAIN).items():
+        if each.optional or key in TRAIN:
             assert f"| `{key}` | {each.meaning} |" in lines

@@ -1,19 +1,13 @@
 """The loop through its real parts: processes, signals, files. Same configuration, same numbers, whatever happens."""
 
-import errno
-import fcntl
 import functools
 import json
-import math
 import os
-import platform
 import random
 import resource
 import shutil
 import signal
-import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -26,13 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from softmoe_cli.cli import main
-from softmoe_cli.errors import RunError
 from softmoe_cli.parallel import Average
-from softmoe_cli.run import checkpoint
-from softmoe_cli.run import folder as run_folder
-from softmoe_cli.run.checkpoint import OURS, Checkpoint
-from softmoe_cli.run.folder import Run
-from softmoe_cli.run.lock import locked
 from softmoe_cli.train.stop import Interrupted, Stop
 from softmoe_cli.train.summary import _commit
 from tests.conftest import TINY, Softmoe, thinned
@@ -150,15 +138,6 @@ def test_finetune_options_resume_to_the_same_bits(name: str, softmoe: Softmoe, t
     assert bool(bytes_kept) == (name == "8bit")
 
 
-def test_a_folder_has_one_writer(tmp_path: Path) -> None:
-    process = start(tmp_path, "train.steps=5000")
-    while not list(tmp_path.glob("outputs/*/*/metrics.jsonl")):
-        time.sleep(0.01)
-    assert "in use by another process" in finish(start(tmp_path, "train.steps=5000"), 2)
-    process.send(signal.SIGKILL)
-    process.wait()
-
-
 def test_the_images_are_part_of_what_a_run_is(softmoe: Softmoe, tmp_path: Path) -> None:
     for name, change in (("a", 0), ("b", 1)):
         for label, grey in (("x", 40), ("y", 200)):
@@ -223,148 +202,6 @@ def test_a_stop_during_validation_leaves_no_row(
     names = [sorted(path.name for path in (run / "checkpoints").iterdir()) for run in (whole, resumed)]
     assert f"best-{json.loads((whole / 'result.json').read_text())['best_step']:08d}" in names[0]
     assert set(names[0]) <= {*names[1], *[name for name in names[0] if name.startswith("last")]}
-
-
-def test_a_checkpoint_saved_again_is_the_new_one(tmp_path: Path) -> None:
-    run = Run(tmp_path)
-    run.checkpoints.mkdir()
-    for value in (1.0, 2.0):
-        run.save("best", 5, {"w": torch.tensor([value])}, {}, {"best_step": 5}, {})
-    run.wait_until_saved()
-    assert load_file(run.checkpoints / "best-00000005" / "model.safetensors")["w"].item() == 2.0
-    with pytest.raises(RunError, match="w is not finite at step 6"):
-        run.save("last", 6, {"w": torch.tensor([math.nan])}, {}, {}, {})
-
-
-SAVED: tuple[Any, ...] = ({"best_step": 5}, {})
-
-
-class Disk:
-    """Takes a checkpoint when it is ready, and then may have been too small for it."""
-
-    def __init__(self) -> None:
-        self.ready, self.full = threading.Event(), False
-        self.writers: list[threading.Thread] = []
-        self._write = checkpoint.write_checkpoint
-
-    def __call__(self, *given: Any) -> None:
-        self.writers.append(threading.current_thread())
-        self.ready.wait(60)
-        self._write(*given)
-        if self.full:
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-
-def opened(folder: Path, monkeypatch: pytest.MonkeyPatch, disk: Disk) -> Run:
-    monkeypatch.setattr(run_folder, "write_checkpoint", disk)
-    run = Run(folder)
-    run.checkpoints.mkdir()
-    return run
-
-
-def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is written is the moment of the save: its weights, its moments, its rows."""
-    disk = Disk()
-    run = opened(tmp_path, monkeypatch, disk)
-    weight, moment = torch.tensor([1.0]), torch.tensor([2.0])
-    run.append("metrics.jsonl", {"step": 5})
-    run.save("last", 5, {"w": weight}, {"m": moment}, *SAVED)
-    weight.add_(10)
-    moment.add_(10)
-    run.append("metrics.jsonl", {"step": 6})
-    assert not run.idle and run.newest() == (None, [])
-    disk.ready.set()
-    run.wait_until_saved()
-    path, _ = run.newest()
-    assert run.idle and path is not None
-    found = Checkpoint.read(path)
-    assert (found.weights["w"].item(), found.training["m"].item()) == (1.0, 2.0)
-    run.rewind(found.state["sizes"])
-    assert run.rows("metrics.jsonl") == [{"format": 1, "step": 5}]
-
-
-def test_a_run_that_ends_waits_for_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    disk = Disk()
-    run = opened(tmp_path, monkeypatch, disk)
-    run.save("last", 5, {"w": torch.ones(1)}, {}, *SAVED)
-    threading.Timer(0.05, disk.ready.set).start()
-    run.close()
-    assert run.newest()[0] is not None
-
-
-def test_without_room_for_a_copy_training_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    disk = Disk()
-    disk.ready.set()
-    run = opened(tmp_path, monkeypatch, disk)
-    for step, free in ((5, 16), (6, 15)):
-        monkeypatch.setattr(run_folder, "free_memory", lambda device, trim=True, free=free: free)
-        run.save("last", step, {"w": torch.ones(1)}, {}, *SAVED)
-        run.wait_until_saved()
-    assert disk.writers[0] is not disk.writers[1] is threading.current_thread()
-    assert len(list(run.checkpoints.glob("last-*"))) == 2
-
-
-@pytest.mark.parametrize("asked", ["idle", "settle", "save"])
-def test_a_failed_write_is_told_when_asked_for(asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As what it is; the checkpoint before is there, and nothing else."""
-    disk = Disk()
-    disk.ready.set()
-    run = opened(tmp_path, monkeypatch, disk)
-    run.save("last", 5, {"w": torch.ones(1)}, {}, *SAVED)
-    run.wait_until_saved()
-
-    def until_idle() -> None:
-        while not run.idle:
-            time.sleep(0.001)
-
-    def save_again() -> None:
-        run.save("best", 7, {"w": torch.ones(1)}, {}, *SAVED)
-
-    ask = {"idle": until_idle, "settle": run.wait_until_saved, "save": save_again}
-    disk.full = True
-    run.save("last", 6, {"w": torch.ones(1)}, {}, *SAVED)
-    with pytest.raises(RunError, match="No space left on device; earlier checkpoints are untouched"):
-        ask[asked]()
-    assert [path.name for path in run.checkpoints.iterdir()] == ["last-00000005"]
-
-
-def test_what_is_not_ours_stays(softmoe: Softmoe, tmp_path: Path) -> None:
-    line = ("train", *TINY, "train.steps=10")
-    assert softmoe(*line).code == 0
-    run = the_run(tmp_path)
-    (run / "checkpoints" / "README").write_text("mine")
-    for name in ("keep-this", "last-mine", "last-00000010-mine"):
-        shutil.copytree(last(run), run / "checkpoints" / name)
-    (run / "checkpoints" / ".last-00000010-before").mkdir()
-    (run / "result.json").unlink()
-    assert softmoe(*line).code == 0
-    left = {path.name for path in (run / "checkpoints").iterdir() if not OURS.fullmatch(path.name)}
-    assert left == {"README", "keep-this", "last-mine", "last-00000010-mine"}
-    assert (run / "checkpoints" / "last-00000010").exists() and not list((run / "checkpoints").glob(".*"))
-
-
-def test_a_checkpoint_between_two_names_is_read(softmoe: Softmoe, tmp_path: Path) -> None:
-    """Its process has ended after it had taken the name away, and before it gave it to the next one."""
-    assert softmoe("train", *TINY, "train.steps=10").code == 0
-    run = the_run(tmp_path)
-    last(run).rename(run / "checkpoints" / ".last-00000010-before")
-    answer = softmoe("evaluate", f"checkpoint={run}")
-    assert answer.code == 0, answer
-
-
-def test_a_lock_is_waited_for_where_its_process_is_gone(tmp_path: Path) -> None:
-    gone = subprocess.Popen(["true"])
-    gone.wait()
-    for pid, waits in ((gone.pid, True), (os.getpid(), False)):
-        path = tmp_path / str(pid)
-        with path.open("a+") as theirs, path.open("a+") as ours:
-            fcntl.flock(theirs, fcntl.LOCK_EX)
-            theirs.write(f"{platform.node()} {pid}")
-            theirs.flush()
-            leaves = threading.Timer(0.8, fcntl.flock, (theirs, fcntl.LOCK_UN))
-            if waits:
-                leaves.start()
-            assert locked(ours) == waits
 
 
 def test_a_router_without_parameters_is_told_of_updates(softmoe: Softmoe, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -600,7 +437,7 @@ def test_wandb_offline_mirrors_the_run(tmp_path: Path) -> None:
     looks = [row for row in history if "validation/top1_pct" in row]
     assert len(looks) >= 10 and sum("test/top1_pct" in row for row in history) == 1
     steps = {each.metric.name: each.metric.step_metric for each in kept if each.WhichOneof("record_type") == "metric"}
-    for key in ("top1_pct", "top5_pct", "loss"):
+    for key in ("top1_pct", "top5_pct", "loss", "nll", "ece_pct"):
         for axis in ("train_pflop", "device_s"):
             assert steps[f"by_{axis}/{key}"] == axis
             assert all(row[f"by_{axis}/{key}"] == row[f"validation/{key}"] for row in looks)

@@ -27,7 +27,9 @@ def choose_tokens(gates: Float[Tensor, "g s e"], keep: Bool[Tensor, "g s"], slot
     return s - 1 - (key.mT.topk(slots, dim=2).values & 0xFFFFFFFF)
 
 
-def renormalised(gate: Float[Tensor, "g e p"], taken: Int[Tensor, "g e p"], num_tokens: int) -> Float[Tensor, "g e p"]:
+def renormalised_by_token(
+    gate: Float[Tensor, "g e p"], taken: Int[Tensor, "g e p"], num_tokens: int
+) -> Float[Tensor, "g e p"]:
     """Gates as shares of their token's sum over the experts that took it: the vision models of Sparse Upcycling
     (Komatsuzaki et al., 2023), https://arxiv.org/abs/2212.05055. Padding, whose gates are zero, keeps them."""
     flat = taken.flatten(1)
@@ -126,7 +128,7 @@ class ExpertsChoiceRouter(Router):
             real = kept.gather(1, taken.flatten(1)).view_as(taken)
             gate = gates.mT.gather(2, taken) * real
             if self.renormalise:
-                gate = renormalised(gate, taken, s)
+                gate = renormalised_by_token(gate, taken, s)
             token = torch.where(real, s * torch.arange(g, device=x.device)[:, None, None] + taken, b * n)
             token, gate = (each.transpose(0, 1).flatten(1) for each in (token, gate))
             return SparseRouting(token, gate, logits.new_zeros(()), real.sum(dim=(0, 2)), (b, n))

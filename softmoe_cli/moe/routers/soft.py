@@ -7,6 +7,7 @@ starts truncated-normal with std 1/sqrt(d e) (Appendix E says Glorot).
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from softmoe_cli.moe.routing import DenseRouting, Router, full_precision, mixtures_depart, noise_like, slots_of
 
 EPS = 1e-6
+UNIFORM = 1.5
+"""A mean largest share below so many times the uniform one counts as almost uniform."""
 
 
 def l2_normalize(x: Float[Tensor, "..."], dim: int) -> Float[Tensor, "..."]:
@@ -165,6 +168,17 @@ class SoftRouter(Router):
     def statistics(self) -> dict[str, float]:
         """The scale, and how alike the slots' parameters are: cosines of all pairs."""
         return {"scale": self.scale.item()} | cosines(l2_normalize(self.phi, dim=0).flatten(1).T)
+
+    @classmethod
+    def remark(cls, layers: Sequence[Mapping[str, Any]], num_tokens: int) -> str:
+        """Says it where the slots mix all tokens almost alike, as they do at the start."""
+        shares = [row["dispatch_max"] for row in layers if "dispatch_max" in row]
+        if not shares or sum(shares) / len(shares) >= UNIFORM / num_tokens:
+            return ""
+        return (
+            f"still almost uniform: a slot's largest share of a token is {sum(shares) / len(shares):.4f} in the mean, "
+            f"and {1 / num_tokens:.4f} where all tokens are mixed alike"
+        )
 
 
 def cosines(vectors: Float[Tensor, "m d"]) -> dict[str, float]:

@@ -4,7 +4,7 @@ Every token gets its k experts and none is dropped. What MegaBlocks does with bl
 grouped ones on rows sorted by expert, which is also ScatterMoE's form (Tan et al., 2024).
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -37,6 +37,7 @@ class TokensChoiceDroplessRouter(Router):
     slots_per_expert = None
     decays = ("gate.kernel",)
     expert_axes: ClassVar[dict[str, int]] = {"gate.kernel": 1}
+    of_one_expert: ClassVar[dict[str, Any]] = {"k": 1, "shared_experts": 0}
 
     def __init__(
         self,

@@ -1,7 +1,8 @@
 """Uniform / Soft: the ablation of Soft MoE (Puigcerver et al., 2023), Section 3.6 and Appendix A, with uniform
 dispatch and learned combine: every slot is the mean token, so experts must start different."""
 
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -22,6 +23,11 @@ class UniformSoftRouter(SoftRouter):
     def train_flop(self, num_tokens: int) -> int:
         """No gradient goes to the dispatch weights."""
         return super().train_flop(num_tokens) - self.combine_flop(num_tokens)
+
+    @classmethod
+    def remark(cls, layers: Sequence[Mapping[str, Any]], num_tokens: int) -> str:
+        """Nothing: its slots are uniform by definition."""
+        return ""
 
     def forward(self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None = None) -> DenseRouting:
         routing = super().forward(x, keep)

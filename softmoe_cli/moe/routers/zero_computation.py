@@ -12,7 +12,7 @@ choices; `capacity_counts_choices` reads its T as K T.
 
 import math
 from collections.abc import Callable
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from softmoe_cli.moe.routing import Carried, Router, SparseRouting, full_precision
 from softmoe_cli.moe.sparse import Gate, choose, grouped_tokens, positions, seat, surest_first
 
-KINDS = ("ffn", "constant", "copy", "zero")
+EXPERT_KINDS = ("ffn", "constant", "copy", "zero")
 Gates = Literal["softmax", "renormalised", "top2_softmax"]
 
 
@@ -120,7 +120,7 @@ class ZeroComputationRouting(SparseRouting):
     """A row for each choice that landed on an expert with an MLP; what the other experts make of the tokens stands in
     `direct`, None where it is nothing.
 
-    `rows` are token, gate and offsets as in `SparseRouting`, `counts` the experts of each of KINDS.
+    `rows` are token, gate and offsets as in `SparseRouting`, `counts` the experts of each of EXPERT_KINDS.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ class ZeroComputationRouting(SparseRouting):
         kept, ends = keep[:, :, None].expand_as(chosen), torch.tensor(self._counts).cumsum(0).tolist()
         dropped = self._dropped(self.choices) & kept
         tokens, numbers = keep.sum().clamp(min=1), {}
-        for kind, end, count in zip(KINDS, ends, self._counts, strict=True):
+        for kind, end, count in zip(EXPERT_KINDS, ends, self._counts, strict=True):
             of_kind = kept & (chosen < end) & (chosen >= end - count)
             numbers[f"{kind}_share"] = of_kind.sum() / (tokens * chosen.shape[2])
             numbers[f"{kind}_dropped_share"] = (of_kind & dropped).sum() / of_kind.sum().clamp(min=1)
@@ -190,7 +190,7 @@ class ZeroComputationRouter(Router):
             1 / (tau e + N_ZC) (the paper: 0.75).
         capacity_factor: room in training over what balanced choices need (the paper: 1.1); null: room for all.
         capacity_counts_choices: whether capacities are shares of the k s choices, or of the s tokens, as printed.
-        surest_first: tokens with the largest gate are served first (Batch Priority Routing), not in their order.
+        batch_priority: tokens with the largest gate are served first (Batch Priority Routing), not in their order.
         images_per_group: images whose tokens compete for room, and over which the balance loss is taken.
         gates: what a choice is multiplied by, see `choice_gates`.
         logits_norm: standard deviation that gates and choices give the logits (the released model: 1); null: their own.
@@ -209,6 +209,9 @@ class ZeroComputationRouter(Router):
     decays = ("gate.kernel", "residual.weight", "constants.kernel")
     expert_axes: ClassVar[dict[str, int]] = {"gate.kernel": 1}
     official = "zero_computation"
+    of_one_expert: ClassVar[dict[str, Any]] = {
+        "k": 1, "num_zero": 0, "num_copy": 0, "num_constant": 0, "gates": "softmax",
+    }  # fmt: skip
 
     def __init__(
         self,
@@ -223,7 +226,7 @@ class ZeroComputationRouter(Router):
         tau: float,
         capacity_factor: float | None,
         capacity_counts_choices: bool,
-        surest_first: bool,
+        batch_priority: bool,
         images_per_group: int,
         gates: Gates,
         logits_norm: float | None,
@@ -236,7 +239,7 @@ class ZeroComputationRouter(Router):
         self.counts = (num_experts, num_constant, num_copy, num_zero)
         _check(self.counts, k, tau, capacity_factor, images_per_group, gates, logits_norm, balance_weight)
         self.num_experts, self.k, self.tau, self.gates = num_experts, k, tau, gates
-        self.factor, self.counts_choices, self.surest_first = capacity_factor, capacity_counts_choices, surest_first
+        self.factor, self.counts_choices, self.batch_priority = capacity_factor, capacity_counts_choices, batch_priority
         self.loss_images = images_per_group
         self.images_per_group = images_per_group if capacity_factor is not None else 1
         self.logits_norm, self.carries, self.balance_weight = logits_norm, gating_residual, balance_weight
@@ -344,7 +347,7 @@ class ZeroComputationRouter(Router):
 
     def _order(self, logits: Float[Tensor, "g s all"]) -> Int[Tensor, "g s"] | None:
         """The order in which tokens are served; None: as they come."""
-        return surest_first(logits.softmax(dim=2)) if self.surest_first else None
+        return surest_first(logits.softmax(dim=2)) if self.batch_priority else None
 
     def _overflow(self, choices: Choices) -> Bool[Tensor, "g s k"]:
         """Which choices the capacity in training drops: all first choices are served before any second one."""

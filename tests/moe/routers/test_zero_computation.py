@@ -95,7 +95,7 @@ def oracle(
         each = choices * options["capacity_factor"] / (tau * e + free)
         room = [math.ceil(tau * each) if j < e else math.ceil(each) for j in range(every)]
     order = list(range(len(group)))
-    if options["surest_first"]:
+    if options["batch_priority"]:
         order.sort(key=lambda t: (-max(oracles.softmax(logits[t])), t))
     y = [[0.0] * D for _ in group]
     for rank in range(k):
@@ -125,7 +125,7 @@ CASES: dict[str, Options] = {
     "softmax of the chosen": {"gates": "top2_softmax", "logits_norm": 1.5},
     "the released model": {"logits_norm": 1.0, "capacity_factor": None},
     "printed capacities": {"capacity_counts_choices": False, "tau": 0.25, "gates": "softmax"},
-    "surest first": {"surest_first": True, "capacity_factor": 0.6},
+    "surest first": {"batch_priority": True, "capacity_factor": 0.6},
     "groups of images": {"images_per_group": 2, "capacity_factor": 0.7},
     "three choices, two zeros, no constant": {"k": 3, "num_zero": 2, "num_copy": 2, "num_constant": 0},
     "one choice": {"k": 1, "gates": "softmax"},

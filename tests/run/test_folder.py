@@ -1,0 +1,65 @@
+"""A run's folder: one writer, rows on disk when they happen, files of others named and left alone."""
+
+import resource
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from softmoe_cli.errors import RunError, UsageError
+from softmoe_cli.run.folder import Run
+from tests.oracles import compose
+from tests.runs import finish, start
+
+
+def test_files_of_a_run_that_cannot_be_read_are_one_sentence(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"format": 1}\n\xff{"step"\n')
+    with pytest.raises(UsageError, match=r"metrics\.jsonl is damaged in line 2.*remove"):
+        run.rows("metrics.jsonl")
+    for name, content in {"brackets": b"[" * 200_000, "bytes": b"\xff", "less": b'{"signature": "x"}'}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result.json").write_bytes(content)
+        with pytest.raises(UsageError, match=r"result\.json .*; remove it to run again"):
+            _ = Run(tmp_path / name).result
+    (tmp_path / "result.json").mkdir()
+    with pytest.raises(UsageError, match=r"result\.json is no file; remove it to run again"):
+        _ = run.result
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="can be no run's folder: Not a directory"):
+        _ = Run(tmp_path / "file" / "run").result
+
+
+def test_no_byte_left_when_a_run_begins_is_one_sentence(tmp_path: Path) -> None:
+    run, before = Run(tmp_path / "run"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        with pytest.raises(RunError, match=r"cannot write .*\.lock"):
+            run.open(compose())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        run.close()
+
+
+@pytest.mark.parametrize("name", [".lock", "metrics.jsonl"])
+def test_links_in_a_runs_folder_are_not_followed(name: str, tmp_path: Path) -> None:
+    """A folder that was downloaded may hold one, to any file of the user's."""
+    (tmp_path / "mine").write_text("mine")
+    run = Run(tmp_path / "run")
+    run.checkpoints.folder.mkdir(parents=True)
+    (run.folder / name).symlink_to(tmp_path / "mine")
+    write = run.append if name == "metrics.jsonl" else lambda *_: run.open(compose())
+    with pytest.raises((UsageError, RunError), match="symbolic links"):
+        write("metrics.jsonl", {"step": 1})
+    run.close()
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_a_folder_has_one_writer(tmp_path: Path) -> None:
+    process = start(tmp_path, "train.steps=5000")
+    while not list(tmp_path.glob("outputs/*/*/metrics.jsonl")):
+        time.sleep(0.01)
+    assert "in use by another process" in finish(start(tmp_path, "train.steps=5000"), 2)
+    process.send(signal.SIGKILL)
+    process.wait()
