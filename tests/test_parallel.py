@@ -106,6 +106,10 @@ def alike(a: Path, b: Path, tolerance: float) -> None:
             ),
         ),
         ("tokens_choice_dropless", 2, ("expert",), ("train.steps=5", "model.router.num_experts=3")),
+        pytest.param(
+            "mumoe_cp", 2, ("ddp", "fsdp"), ("train.accumulate=1", "train.recompute=true"),
+            marks=pytest.mark.thorough,
+        ),
     ],
 )  # fmt: skip
 def test_the_numbers_do_not_depend_on_the_number_of_processes(
@@ -316,7 +320,7 @@ def test_what_cannot_be_divided(softmoe: Any) -> None:
     assert "parallel=fsdp has no effect in one process" in softmoe("train", *TINY, "parallel=fsdp").err
     config = compose("model.router.num_experts=4")
     assert "cannot divide 4 experts over 8 processes" in (obstacle("expert", load(config), 8) or "")
-    assert "dense has none" in (obstacle("expert", load(compose("model/router=dense")), 8) or "")
+    assert "cannot divide no experts" in (obstacle("expert", load(compose("model/router=dense")), 8) or "")
     assert "no loss scale" in (obstacle("fsdp", load(compose("train.precision=fp16")), 8) or "")
     assert "optim.moments=8bit; set that to" in (obstacle("fsdp", load(compose("optim.moments=8bit")), 8) or "")
     assert obstacle("fsdp", load(config), 8) is None

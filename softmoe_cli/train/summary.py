@@ -35,7 +35,8 @@ def header(setup: Setup, folder: Path) -> dict[str, str]:
     router = m.router_name
     if router != "dense":
         options = ", ".join(f"{k}={v}" for k, v in m.router.items() if k != "_target_" and v is not None)
-        router += f" ({options}) in blocks {m.moe_blocks}; {cost.slots_per_token:.2f} slots per token"
+        slots = "all experts" if cost.slots_per_token is None else f"{cost.slots_per_token:.2f} slots"
+        router += f" ({options}) in blocks {m.moe_blocks}; {slots} per token"
     sizes = f"{len(images.train):,} train / {len(images.validation):,} validation / {len(images.test):,} test"
     parts = f" in {t.accumulate} parts" if t.accumulate > 1 else ""
     compiled = ", compiled" if t.compile else ""
