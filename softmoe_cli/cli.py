@@ -15,16 +15,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from softmoe_cli.config import (
-    Config,
+from softmoe_cli.config.commands import (
     CostConfig,
     DataCheckConfig,
     EvaluateConfig,
     ExportConfig,
     MatchConfig,
     UpcycleConfig,
-    check_channels,
 )
+from softmoe_cli.config.data import check_channels
+from softmoe_cli.config.run import Config
 from softmoe_cli.errors import UsageError, first_line, nearest
 from softmoe_cli.failures import defect, ours
 from softmoe_cli.options.compose import Jobs, admit, changed, door, other_model, overlay, plain, say_once, tree_of
@@ -423,7 +423,7 @@ def _router_options(name: str) -> dict[str, Any]:
     import importlib
     import inspect
 
-    from softmoe_cli.moe.routing import Router
+    from softmoe_cli.moe.kind import Decider
 
     try:
         module = importlib.import_module(path.stem)
@@ -432,7 +432,7 @@ def _router_options(name: str) -> dict[str, Any]:
     own = [
         each
         for each in vars(module).values()
-        if isinstance(each, type) and issubclass(each, Router) and each.__module__ == path.stem
+        if isinstance(each, type) and issubclass(each, Decider) and each.__module__ == path.stem
     ]
     concrete = [each for each in own if not inspect.isabstract(each)]
     if len(concrete) != 1:

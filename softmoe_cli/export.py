@@ -21,7 +21,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from softmoe_cli.config import ExportConfig, Model, check_groups, group_of
+from softmoe_cli.config.commands import ExportConfig
+from softmoe_cli.config.model import Model, check_groups, group_of
 from softmoe_cli.data import batches, sets
 from softmoe_cli.errors import RunError, UsageError, first_line
 from softmoe_cli.model.hub import softmoe_vit

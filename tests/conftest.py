@@ -1,6 +1,5 @@
 """What every test shares: no network, one thread, a working folder of its own, and the command line in-process."""
 
-import gc
 import logging
 import os
 import sys
@@ -23,16 +22,6 @@ torch.set_num_threads(1)  # tests are small: a second thread costs more than it 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Runs long tests first: so no worker is left alone with a long one at the end."""
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
-
-
-def pytest_collection_finish() -> None:
-    """What was imported stays: so it is no longer searched for garbage."""
-    gc.collect()
-    gc.freeze()
-
-
-def pytest_unconfigure() -> None:
-    gc.unfreeze()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -85,9 +74,10 @@ Softmoe = Callable[..., Answer]
 def softmoe(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Softmoe:
     """Runs a command line as `softmoe` would, in a fresh working folder; returns exit status and output."""
     from softmoe_cli import cli
-    from tests.processes import compose_once
+    from tests.processes import compose_once, share_server
 
     compose_once()
+    share_server(monkeypatch.setattr)
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str) -> Answer:

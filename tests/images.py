@@ -6,6 +6,7 @@ import json
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +14,12 @@ import torch
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from PIL import Image
 
-from softmoe_cli.config import Data
+from softmoe_cli.config.data import Data
 from softmoe_cli.data.batches import eval_batches
+from softmoe_cli.data.folders import Listing
+from softmoe_cli.data.listing import listing
 from softmoe_cli.data.splits import ImageSet, Splits
+from softmoe_cli.errors import UsageError
 from tests.oracles import compose
 
 CPU = torch.device("cpu")
@@ -201,4 +205,44 @@ def as_arrow(root: Path, label: str = "label") -> Path:
             out.write_table(table, max_chunksize=7)
         features = {"img": {"_type": "Image"}, label: {"names": list(CLASSES), "_type": "ClassLabel"}}
         (root / word / "dataset_info.json").write_text(json.dumps({"features": features}))
+    return root
+
+
+def listed(kind: str, root: Path, **changes: object) -> Listing:
+    return listing(settings(kind, root, **changes))
+
+
+def refused_set(kind: str, root: Path, words: str, **changes: object) -> None:
+    with pytest.raises(UsageError, match=words):
+        listed(kind, root, **changes)
+
+
+def as_labelled(root: Path, kind: str, labels: list[Any]) -> dict[str, object]:
+    """A set with an image for each label; what else it is called with."""
+    if kind in ("cls", "json"):
+        files: Files = {}
+        for i, label in enumerate(labels):
+            text = json.dumps({"n": label}) if kind == "json" else str(label)
+            files |= {f"{i}.png": picture(i), f"{i}.{kind}": text.encode()}
+        pack(root / "0.tar", files)
+    elif kind == "tfds":
+        records(
+            root / "a.tfrecord-00000-of-00001",
+            [example({"image": picture(i), "label": label}) for i, label in enumerate(labels)],
+        )
+    else:
+        save_arrow(root, labels, None)
+    return {"label": "n"} if kind == "json" else {}
+
+
+def save_arrow(root: Path, labels: list[Any], names: tuple[str, ...] | None) -> Path:
+    pa = pytest.importorskip("pyarrow")
+    root.mkdir(parents=True, exist_ok=True)
+    pictures = pa.array([{"bytes": picture(i), "path": f"{i}.png"} for i in range(len(labels))])
+    table = pa.table({"image": pictures, "label": labels})
+    with pa.OSFile(str(root / "0.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as out:
+        out.write_table(table)
+    feature = {"_type": "ClassLabel"} | ({"names": list(names)} if names else {})
+    text = json.dumps({"features": {"image": {"_type": "Image"}, "label": feature}})
+    (root / "dataset_info.json").write_text(text)
     return root

@@ -6,7 +6,7 @@ import functools
 import math
 from dataclasses import dataclass
 
-from softmoe_cli.config import Config
+from softmoe_cli.config.run import Config
 from softmoe_cli.options import compose as composing
 
 Vector = list[float]

@@ -29,6 +29,13 @@ def compose_once() -> None:
     Hydra.get_mode = lambda *_, **__: None  # type: ignore[method-assign]
 
 
+def share_server(replace: Callable[[object, str, object], object]) -> None:
+    """Lets sweeps of this process fork their jobs from the server of all tests: one of their own would import
+    everything again."""
+    for module in (job, places, sweep):
+        replace(module, "SERVER", _Same())
+
+
 class Started:
     """A running command: a process of its own, with its own signals, group, folder and output. Tensors without a given
     type are of `dtype`; `first` is called before anything else. With `own_server` the command forks its processes from
@@ -184,11 +191,10 @@ def _main(
     if dtype:
         torch.set_default_dtype(getattr(torch, dtype))
     if address is not None:
-        # A sweep's own server would import everything again; so its jobs fork from the server that forked this process.
+        # Jobs fork from the server that forked this process.
         vars(_forkserver()).update(_forkserver_address=address, ensure_running=lambda: None)
         multiprocessing.forkserver.ensure_running = lambda: None
-        for module in (job, places, sweep):
-            module.SERVER = _Same()  # type: ignore[attr-defined]
+        share_server(setattr)
     first()
     from softmoe_cli.cli import main
 

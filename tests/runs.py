@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from softmoe_cli.config import CostConfig
+from softmoe_cli.config.commands import CostConfig
 from softmoe_cli.model.vit import build
 from tests import oracles
 from tests.conftest import TINY

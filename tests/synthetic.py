@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from softmoe_cli.compare.blocks import compare
+from softmoe_cli.compare.groups import Comparison, Group, Question
 from softmoe_cli.run.rows import FORMAT, metrics_digest
 
 LOOKS = 8
@@ -90,3 +92,12 @@ def study(folder: Path, seeds: int = 3) -> Path:
         write(folder, row(router="soft", seed=seed, top1_pct=93 + seed + wobble[seed] / 4))
         write(folder, row(router="tokens_choice", seed=seed, top1_pct=90.1 + seed + wobble[seed]))
     return folder
+
+
+def asked(*folders: Path, **question: Any) -> Comparison:
+    return compare(folders, Question(**question))
+
+
+def group(comparison: Comparison, label: str) -> Group:
+    (found,) = [each for each in comparison.groups if each.label == label]
+    return found

@@ -11,10 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from softmoe_cli.errors import UsageError
-from softmoe_cli.optim import span_length
 from tests.conftest import TINY, Softmoe, thinned
-from tests.oracles import compose
 from tests.processes import Started
 
 DENSE = "model=vit_nano2_dense"
@@ -327,16 +324,6 @@ def test_evaluation_has_the_loss_that_was_trained(softmoe: Softmoe, tmp_path: Pa
     assert told["loss"] == pytest.approx(json.loads((run / "result.json").read_text())["loss"], rel=1e-5)
 
 
-def test_compose_is_what_the_command_would_run() -> None:
-    from softmoe_cli.model.vit import build
-    from softmoe_cli.options.compose import compose
-
-    config = compose("model=vit_nano7_soft", "data=fashion_mnist", "model.router.num_experts=8")
-    assert build(config.model, num_classes=10).blocks[3].mlp.router.num_experts == 8
-    with pytest.raises(UsageError, match="Did you mean 'seed'"):
-        compose("sede=1")
-
-
 def test_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
     told = subprocess.run(
         f"{sys.executable} -m softmoe_cli list | head -1", shell=True, capture_output=True, text=True, check=True
@@ -418,26 +405,6 @@ def test_finished_runs_are_not_repeated_and_sweeps_make_a_run_each(softmoe: Soft
     assert [run.stat().st_mtime_ns for run in runs] == before
 
 
-def test_hydra_as_users_know_it(softmoe: Softmoe, tmp_path: Path) -> None:
-    assert "num_experts: 16" in softmoe("train", "--cfg", "job").out
-    assert "softmoe-own" not in softmoe("train", "--info", "searchpath").out
-    own = tmp_path / "conf" / "experiment"
-    own.mkdir(parents=True)
-    (own / "mine.yaml").write_text("# @package _global_\n# mine\nseed: 7\ndefaults:\n  - override /recipe: finetune\n")
-    told = softmoe("train", "+experiment=mine", "--cfg", "job").out
-    assert "seed: 7" in told and "default_epochs: 20" in told
-    assert "mine" in softmoe("list").out
-    assert "softmoe-own" in softmoe("train", "--info", "searchpath").out
-
-
-def test_precedence_recipe_experiment_command_line(softmoe: Softmoe, tmp_path: Path) -> None:
-    own = tmp_path / "conf" / "experiment"
-    own.mkdir(parents=True)
-    (own / "mine.yaml").write_text("# @package _global_\noptim:\n  lr: 0.5\n")
-    assert "lr: 0.5" in softmoe("finetune", "+experiment=mine", "checkpoint=x", "--cfg", "job").out
-    assert "lr: 0.25" in softmoe("train", "+experiment=mine", "optim.lr=0.25", "--cfg", "job").out
-
-
 @pytest.mark.parametrize("line", ["--help", "train --help", "finetune --help", "evaluate --help", "list", "--version"])
 def test_help_returns_at_once(line: str) -> None:
     """Help imports neither torch nor timm nor wandb nor Hydra's composition."""
@@ -455,28 +422,6 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     left, out = Started(tmp_path, ["finetune", "--debug"], {}).wait()
     assert left == 2 and "Traceback" in out
     assert out.splitlines()[-1].startswith("softmoe: finetune needs checkpoint=")
-
-
-def test_groups(softmoe: Softmoe, tmp_path: Path) -> None:
-    answer = softmoe("train", *TINY, "optim.layer_decay=0.5", "optim.freeze=[blocks.0.attn.*]", "--groups")
-    assert answer.code == 0, answer
-    lines = {line.split()[0]: line.split()[1:] for line in answer.out.splitlines() if line}
-    assert lines["pos_embed"] == ["1x16x16", "0", "0.125", "0"]
-    assert lines["blocks.1.mlp.experts.w1"] == ["4x16x32", "2", "0.5", "0.05"]
-    assert lines["blocks.1.mlp.experts.b1"] == ["4x32", "2", "0.5", "0"]
-    assert lines["blocks.0.attn.qkv.weight"] == ["48x16", "1", "frozen"]
-    assert "adamw trains 7,195 of 8,299 parameters in 8 groups" in answer.out
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_sgd_recipe_is_the_published_one() -> None:
-    """google-research/vmoe, configs/vmoe_paper/*_ft_ilsvrc2012.py."""
-    config = compose("recipe=finetune_sgd", "data=folder", "data.root=x", "data.image_size=32", "data.num_classes=1000")
-    o, t, a = config.optim, config.train, config.augment
-    assert (o.name, o.momentum, o.lr, o.final_lr, o.schedule, o.clip_norm) == ("sgd", 0.9, 0.003, 1e-5, "cosine", 10)
-    assert (t.steps, t.batch_size, t.loss, t.label_smoothing, t.ema) == (10_000, 1024, "softmax", 0, None)
-    assert (span_length(o.warmup, 10_000), o.weight_decay, o.head_weight_decay, o.layer_decay) == (500, 0, 0, None)
-    assert (a.crop, a.area, a.hflip, a.mixup, a.cutmix, a.randaugment, a.erase) == ("resized", 0.05, 0.5, 0, 0, None, 0)
 
 
 def test_finetune_at_a_higher_resolution(finished: Path, softmoe: Softmoe) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from softmoe_cli.config import Optim
+from softmoe_cli.config.recipe import Optim
 from softmoe_cli.errors import UsageError
 from softmoe_cli.evaluate.quality import classification_loss
 from softmoe_cli.model.vit import build

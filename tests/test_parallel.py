@@ -18,7 +18,7 @@ from timm.layers import DropPath
 from torch import Tensor
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 
-from softmoe_cli.config import WAYS, Config
+from softmoe_cli.config.run import WAYS, Config
 from softmoe_cli.cost import fit
 from softmoe_cli.cost.fit import _first_that_fits, obstacle
 from softmoe_cli.cost.load import Load
@@ -106,6 +106,10 @@ def alike(a: Path, b: Path, tolerance: float) -> None:
             ),
         ),
         ("tokens_choice_dropless", 2, ("expert",), ("train.steps=5", "model.router.num_experts=3")),
+        pytest.param(
+            "mumoe_cp", 2, ("ddp", "fsdp"), ("train.accumulate=1", "train.recompute=true"),
+            marks=pytest.mark.thorough,
+        ),
         pytest.param(
             "zero_computation", 2, ("ddp", "fsdp", "expert"),
             ("model.moe_blocks=every_1", "model.router.images_per_group=2", "train.recompute=true"),
@@ -327,7 +331,7 @@ def test_what_cannot_be_divided(softmoe: Any) -> None:
     assert "parallel=fsdp has no effect in one process" in softmoe("train", *TINY, "parallel=fsdp").err
     config = compose("model.router.num_experts=4")
     assert "cannot divide 4 experts over 8 processes" in (obstacle("expert", load(config), 8) or "")
-    assert "dense has none" in (obstacle("expert", load(compose("model/router=dense")), 8) or "")
+    assert "cannot divide no experts" in (obstacle("expert", load(compose("model/router=dense")), 8) or "")
     assert "no loss scale" in (obstacle("fsdp", load(compose("train.precision=fp16")), 8) or "")
     assert "optim.moments=8bit; set that to" in (obstacle("fsdp", load(compose("optim.moments=8bit")), 8) or "")
     assert obstacle("fsdp", load(config), 8) is None

@@ -17,7 +17,8 @@ from hydra.plugins.sweeper import Sweeper
 from omegaconf import open_dict, read_write
 from PIL import Image
 
-from softmoe_cli.config import Config, Model
+from softmoe_cli.config.model import Model
+from softmoe_cli.config.run import Config
 from softmoe_cli.cost.flop import on_meta
 from softmoe_cli.launch.sweep import Sweep
 from softmoe_cli.options.compose import plain
@@ -36,7 +37,7 @@ NOT_RUN = {
     "pip": "installs from the network",
     "torchrun": "takes devices for each process; tests/test_parallel.py starts the same processes with a small model",
     "wandb": "sends to a server",
-    "#!/bin/bash": "a batch script, which tests/launch/test_sweep.py runs with stand-ins for Slurm",
+    "#!/bin/bash": "a batch script, which tests/launch/test_places.py runs with stand-ins for Slurm",
     "+search=quality": "Optuna warns when it is imported; tests/launch/test_sweep.py runs it in a process of its own",
     "+search=pareto": "the same",
 }

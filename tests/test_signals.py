@@ -8,22 +8,15 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
-import torch
 from omegaconf import OmegaConf
 
 from softmoe_cli import cli
-from softmoe_cli.config import Wandb
-from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.failures import ours
-from softmoe_cli.launch import job, plan, sweep
-from softmoe_cli.options import inherit
-from softmoe_cli.options.compose import compose
-from softmoe_cli.run import mirror, status
+from softmoe_cli.launch import job
+from softmoe_cli.run import status
 from softmoe_cli.signals import Asked, end_children, heard
 from softmoe_cli.train.stop import Stop
 from tests.conftest import TINY, Softmoe, thinned
@@ -137,30 +130,6 @@ def unread(folder: Path, line: list[str]) -> None:
     cli.main()
 
 
-ERRORS: dict[str, tuple[BaseException, type[Exception] | None, str]] = {
-    "full": (OSError(errno.ENOSPC, "No space left on device"), RunError, "No space left on device; make room"),
-    "full file": (OSError(errno.ENOSPC, "No space left", "a/b"), RunError, "a/b: No space left; make room"),
-    "too long": (OSError(errno.ENAMETOOLONG, "File name too long", "n"), UsageError, "n: File name too long: a"),
-    "typed": (NotADirectoryError(errno.ENOTDIR, "Not a directory", "x/y/z"), UsageError, "output_root=x/y: x/y/z: "),
-    "files": (OSError(errno.EMFILE, "Too many open files"), RunError, "raise the limit with ulimit -n"),
-    "disk": (OSError(errno.EIO, "Input/output error"), RunError, "Input/output error; type the same command again"),
-    "memory": (MemoryError(), RunError, "out of memory"),
-    "torch": (torch.OutOfMemoryError("CUDA out of memory"), RunError, "out of memory (CUDA out of memory)"),
-    "cpu": (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), RunError, "out of memory ("),
-    "ascii": (UnicodeEncodeError("ascii", "a\u4e2d", 1, 2, "no"), UsageError, r"'\u4e2d' cannot be written in ascii"),
-    "without a file": (OSError("odd"), None, ""),
-    "a defect": (KeyError("x"), None, ""),
-    "deep, but in our code": (RecursionError(), None, ""),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", ERRORS)
-def test_errors_by_class_and_origin(name: str) -> None:
-    error, kind, words = ERRORS[name]
-    found = ours(error, ["output_root=x/y", "seed=1"])
-    assert type(found) is (type(None) if kind is None else kind) and words in str(found or "")
-
-
 def test_brackets_without_end() -> None:
     with pytest.raises(RecursionError) as raised:
         json.loads("[" * 100_000)
@@ -233,119 +202,6 @@ def test_refused_before_anything_is_made(line: tuple[str, ...], softmoe: Softmoe
     answer = softmoe(*line)
     assert answer.code == 2 and REFUSED[line] in answer.err and "Traceback" not in answer.err
     assert not any(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "words"),
-    [
-        (
-            "WANDB_MODE",
-            "ofline",
-            "WANDB_MODE=ofline is not one of online, offline, run, dryrun, disabled. Did",
-        ),
-        ("WANDB_PROJECT", "a/b", "WANDB_PROJECT=a/b: W&B refuses it (Invalid project name"),
-        ("WANDB_TAGS", "a,,b", "WANDB_TAGS=a,,b: W&B refuses it (Tag at index 1 is empty"),
-        ("WANDB_RESUME", "maybe", "WANDB_RESUME=maybe: W&B refuses it"),
-        ("WANDB_API_KEY", " secret", "WANDB_API_KEY: W&B refuses it (API key cannot start or end with whitespace)"),
-    ],
-)
-def test_the_environment_that_wandb_refuses(
-    name: str, value: str, words: str, softmoe: Softmoe, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(name, value)
-    answer = softmoe("train")
-    assert answer.code == 2 and words in answer.err and "secret" not in answer.err
-    mirror.check(compose("tracking=off", "study=" + "s" * 200))  # nothing is sent
-
-
-@pytest.mark.parametrize("tags", [[], ["t" * 64], ["t" * 65], [""]])
-@pytest.mark.parametrize("project", ["a" * 128, "a b.c", "/", "a" * 129])
-def test_wandbs_limits_are_these(project: str, tags: list[str]) -> None:
-    """The same names are refused by the installed W&B itself."""
-    import wandb
-
-    theirs = refused(lambda: wandb.Settings(project=project, run_tags=tuple(tags)))
-    assert refused(Wandb(project, None, None, tags, None).check) == theirs
-
-
-def refused(check: Callable[[], object]) -> bool:
-    try:
-        check()
-    except Exception:
-        return True
-    return False
-
-
-@pytest.mark.parametrize(("mode", "meant"), [("dryrun", "offline"), ("run", "online"), ("disabled", "off")])
-def test_wandbs_older_words(mode: str, meant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_MODE", mode)
-    assert mirror.tracking_of("auto") == meant
-
-
-STUDIES = {
-    ("model/router=dense,soft", "seed=0,1,2", "train.steps=5"): "router-seed",
-    ("model.router.num_experts=8,16",): "num_experts",
-    ("optim.lr=tag(log,interval(1e-4,1e-2))", "model=choice(vit_nano2_soft,vit_nano2_dense)"): "lr-model",
-    ("seed=range(3)",): "seed",
-    ("seed=1", "model.moe_blocks=[1,2]"): None,
-    ("seed=0,1", "study=mine"): None,
-    ("seed=0,1", "+experiment=expert_count"): None,
-    ("seed=0,1", "name='"): None,
-}
-
-
-@pytest.mark.parametrize("words", STUDIES)
-def test_a_sweep_is_named_after_what_varies(words: tuple[str, ...]) -> None:
-    assert cli._study_of(["-m", *words]) == STUDIES[words]
-
-
-def test_a_dangling_link_in_a_sweep(softmoe: Softmoe, tmp_path: Path) -> None:
-    for label in "ab":
-        (tmp_path / "images" / label).mkdir(parents=True)
-        (tmp_path / "images" / label / "x.png").symlink_to("nowhere.png")
-    answer = softmoe("train", "-m", *TINY, "data=folder", "data.root=images", "seed=0,1")
-    assert answer.code == 2 and "x.png" in answer.err and "Traceback" not in answer.err
-
-
-def test_the_process_that_checks_the_jobs_is_killed(softmoe: Softmoe, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "answer", killed)
-    answer = softmoe("train", "-m", *TINY, "seed=0,1")
-    words = "the process that checks the jobs has ended: killed by SIGKILL, which is also what the system does"
-    assert answer.code == 1 and words in answer.err and "Traceback" not in answer.err
-
-
-def killed(_inquiry: plan.Inquiry, _sender: Connection) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_a_defect_in_the_process_that_checks_the_jobs(softmoe: Softmoe, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "answer", confused)
-    answer = softmoe("train", "-m", *TINY, "seed=0,1")
-    assert answer.code == 1 and "2 of 2 jobs cannot work" in answer.err
-    assert "seed=1: ValueError: odd; raised in" in answer.err
-
-
-_ANSWER = plan.answer
-
-
-def confused(inquiry: plan.Inquiry, sender: Connection) -> None:
-    inherit.resolve = odd  # type: ignore[assignment]
-    _ANSWER(inquiry, sender)
-
-
-def odd(*_: object) -> None:
-    raise ValueError("odd")
-
-
-@pytest.mark.parametrize("width", [60, 80, 200])
-def test_the_table_of_a_sweep_keeps_the_quality_in_every_width(width: int) -> None:
-    rows = [["run", "state", "progress", "eta", "val top-1", "log"]]
-    for experts in (4, 8):
-        name = f"model.router.num_experts={experts} optim.lr=0.001"
-        rows.append([name, "running", "51%", "1m05s", "87.41%", "00.log"])
-    text = sweep.fitted(rows, width)
-    assert all(len(line) <= width for line in text.splitlines()) and text.count("87.41%") == 2
-    assert ("model.router.num_experts=4" in text) == (width == 200) and "=4" in text
 
 
 def test_names_are_printed_as_they_are(softmoe: Softmoe, tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from softmoe_cli.config import WAYS, Model
+from softmoe_cli.config.model import Model
+from softmoe_cli.config.run import WAYS
 from softmoe_cli.cost import load as loads
 from softmoe_cli.cost import memory, sharded
 from softmoe_cli.cost.flop import account, on_meta

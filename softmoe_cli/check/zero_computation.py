@@ -16,7 +16,7 @@ from softmoe_cli.moe.layer import Experts
 from softmoe_cli.moe.routing import Carried, Router
 
 PLUS_PLUS_KINDS = ("zero_computation_layer", "zero_computation_paper")
-Found = Iterator[tuple[str, Tensor, Tensor]]
+Compared = Iterator[tuple[str, Tensor, Tensor]]
 
 
 def options_of(meta: dict[str, Any]) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def options_of(meta: dict[str, Any]) -> dict[str, Any]:
     return options | {"gates": "top2_softmax" if c["moe_use_mixtral_gating"] else "renormalised", "balance_weight": 0.0}
 
 
-class Gated(nn.Module):
+class GatedExperts(nn.Module):
     """Experts without biases, (silu(first half of a x) * second half) b, on runs of rows."""
 
     def __init__(self, up: Tensor, down: Tensor) -> None:
@@ -48,7 +48,7 @@ class Gated(nn.Module):
         return torch.cat([*made, torch.zeros_like(rows[sum(sizes) :])])
 
 
-class Layer:
+class PlusPlusLayer:
     """A layer of a case with its weights, as `grads` names them: theirs, ours, and whether ours is turned."""
 
     def __init__(
@@ -68,7 +68,7 @@ class Layer:
         ]
         if c["ffn"] == "swiglu":
             given = (self._array(z, f"experts/{name}/weight", dtype) for name in ("up_proj", "down_proj"))
-            self.experts: nn.Module = Gated(*given)
+            self.experts: nn.Module = GatedExperts(*given)
         else:
             self.experts = Experts(c["n_ffn"], width, c["ffn_hidden"], gelu="tanh", identical=True)
         self.router.to(dtype).train(meta["kind"] == "zero_computation_paper")
@@ -92,7 +92,7 @@ class Layer:
         if router.constants is not None:
             yield "experts/const/v", router.constants.vector, False
             yield "experts/const/wg", router.constants.kernel, False
-        if isinstance(experts, Gated):
+        if isinstance(experts, GatedExperts):
             yield "experts/up_proj/weight", experts.up, False
             yield "experts/down_proj/weight", experts.down, False
         elif isinstance(experts, Experts):
@@ -118,7 +118,7 @@ class Layer:
 
 def compare_layers(
     router_class: type[Router], case: tuple[dict[str, Any], dict[str, np.ndarray]], dtype: torch.dtype
-) -> Found:
+) -> Compared:
     """Yields (name, our value, theirs) for everything in a case."""
     meta, z = case
     given = torch.tensor(z["x"]).to(dtype).requires_grad_()
@@ -127,7 +127,7 @@ def compare_layers(
     carried = Carried(None if before is None else before.view(*x.shape[:2], -1))
     layers, outs, losses = [], [], []
     for place in range(meta["config"]["layers"]):
-        layers.append(Layer(router_class, meta, z, place, x.shape[1], dtype))
+        layers.append(PlusPlusLayer(router_class, meta, z, place, x.shape[1], dtype))
         y, routing = layers[-1](x, carried)
         logits = routing.choices.logits
         yield from _decided(place, layers[-1].router, routing, z)
@@ -158,7 +158,7 @@ def compare_layers(
             yield f"gradient of {layer.of}{theirs}", got, torch.tensor(z[f"grad/{layer.of}{theirs}"])
 
 
-def _decided(place: int, router: Any, routing: Any, z: dict[str, np.ndarray]) -> Found:
+def _decided(place: int, router: Any, routing: Any, z: dict[str, np.ndarray]) -> Compared:
     """What a layer decided, as far as the case says it."""
     chosen, weights, landed, _, logits = routing.choices
     shares = logits.softmax(dim=2)

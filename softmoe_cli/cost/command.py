@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from softmoe_cli.config import CostConfig
+from softmoe_cli.config.commands import CostConfig
 from softmoe_cli.cost.clock import Timing, measure, rank
 from softmoe_cli.cost.flop import account_model, count_flop, on_meta
 from softmoe_cli.cost.load import load_of

@@ -4,7 +4,10 @@ from dataclasses import dataclass
 
 import torch
 
-from softmoe_cli.config import Config, Measured, Model, Optim
+from softmoe_cli.config.commands import Measured
+from softmoe_cli.config.model import Model
+from softmoe_cli.config.recipe import Optim
+from softmoe_cli.config.run import Config
 from softmoe_cli.device import arithmetic
 from softmoe_cli.errors import UsageError
 

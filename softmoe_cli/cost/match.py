@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from softmoe_cli.config import MatchConfig
+from softmoe_cli.config.commands import MatchConfig
 from softmoe_cli.cost.clock import measure
 from softmoe_cli.cost.flop import account
 from softmoe_cli.cost.load import load_of

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from softmoe_cli.model.blocks import tokens_of
 from softmoe_cli.moe.divided import Visited, in_proportion, span
-from softmoe_cli.moe.layer import Stacked, ragged_experts
+from softmoe_cli.moe.kind import Layer
+from softmoe_cli.moe.layer import MoE, Stacked, ragged_experts
 from softmoe_cli.moe.routing import Carried
 from softmoe_cli.parallel import cut_axis
 
@@ -23,9 +24,15 @@ CHECKED_WITH = "2.15"
 """The version of torch whose fully_shard is imitated here."""
 
 
-def divides(router: dict[str, Any], processes: int) -> bool:
-    """Whether every one of so many processes gets at least one expert of each MoE layer."""
-    return (router.get("num_experts") or 0) >= processes
+def indivisible(vit: VisionTransformer, processes: int) -> str | None:
+    """What keeps so many processes from getting at least one expert of each MoE layer; None where nothing does."""
+    layers = [block.mlp for block in vit.blocks if isinstance(block.mlp, Layer)]
+    if not layers:
+        return "no experts"
+    if not all(isinstance(layer, MoE) for layer in layers):
+        return "experts that share their weights"
+    experts = layers[0].router.num_experts
+    return f"{experts} experts" if experts < processes else None
 
 
 class Sent(torch.autograd.Function):

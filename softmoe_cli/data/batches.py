@@ -16,7 +16,9 @@ from timm.data.mixup import one_hot
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from softmoe_cli.config import Augment, Data, Model
+from softmoe_cli.config.data import Data
+from softmoe_cli.config.model import Model
+from softmoe_cli.config.recipe import Augment
 from softmoe_cli.data.archives import Stored
 from softmoe_cli.data.decode import centre, opened, random_square
 from softmoe_cli.data.pixels import (

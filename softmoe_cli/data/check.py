@@ -15,7 +15,7 @@ import torch
 from PIL import ExifTags, Image
 from torch.utils.data import Dataset
 
-from softmoe_cli.config import DataCheckConfig
+from softmoe_cli.config.commands import DataCheckConfig
 from softmoe_cli.data import decode, sets, workers
 from softmoe_cli.data.archives import IMAGE_ENDINGS, Stored
 from softmoe_cli.data.folders import HIDDEN_FILES, Listing, Passed

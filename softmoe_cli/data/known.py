@@ -13,7 +13,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from softmoe_cli.config import Data
+from softmoe_cli.config.data import Data
 from softmoe_cli.data.splits import ImageSet, Splits, with_test, with_validation
 from softmoe_cli.errors import UsageError, first_line
 from softmoe_cli.text import gibibytes

@@ -8,7 +8,7 @@ one set are read; other files are refused, or counted as passed over.
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from softmoe_cli.config import Data
+from softmoe_cli.config.data import Data
 from softmoe_cli.data.folders import Listing, appearance, folder
 from softmoe_cli.data.shards import shards
 from softmoe_cli.errors import UsageError

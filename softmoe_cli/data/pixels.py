@@ -11,7 +11,7 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.nn import functional as F
 
-from softmoe_cli.config import Data
+from softmoe_cli.config.data import Data
 
 CACHED = 2**18
 """Numbers that a CPU's cache holds, so that pixels stay in it from one operation to the next."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from softmoe_cli.config import Data
+from softmoe_cli.config.data import Data
 from softmoe_cli.data.archives import Stored
 from softmoe_cli.data.contents import digest
 from softmoe_cli.data.decode import centre, opened

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from softmoe_cli.config import MOST_CLASSES, Data
+from softmoe_cli.config.data import MOST_CLASSES, Data
 from softmoe_cli.data import archives
 from softmoe_cli.data.archives import Stored
 from softmoe_cli.data.folders import Listing, Passed, class_text, parts_on_disk, told_apart, visible

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
-from softmoe_cli.config import Data
+from softmoe_cli.config.data import Data
 from softmoe_cli.data.archives import Stored
 from softmoe_cli.errors import UsageError
 from softmoe_cli.text import printable

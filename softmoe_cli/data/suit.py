@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from softmoe_cli.config import Data
+from softmoe_cli.config.data import Data
 from softmoe_cli.errors import UsageError
 
 BACKBONES = {16: "vit_nano2", 32: "vit_nano4", 96: "vit_micro8"}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from softmoe_cli.config import Data
+from softmoe_cli.config.data import Data
 from softmoe_cli.device import cores
 from softmoe_cli.errors import RunError, UsageError, first_line
 from softmoe_cli.signals import leave_now

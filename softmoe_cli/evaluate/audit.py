@@ -4,23 +4,21 @@ Everything is measured against the checkpoint as it is, image by image, with the
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from softmoe_cli.config import Model
+from softmoe_cli.config.model import Model
 from softmoe_cli.data.splits import ImageSet
 from softmoe_cli.evaluate.quality import Outcomes
 from softmoe_cli.model.vit import build, count_tokens
 from softmoe_cli.model.weights import load_weights, slot_axes
-from softmoe_cli.moe.layer import MoE, Stacked
-from softmoe_cli.moe.routing import Router
+from softmoe_cli.moe.kind import Decider, Layer
 
 SHUFFLES = 3
 AUDIT_DRAWS = 3
@@ -43,6 +41,9 @@ class Effect:
     """Share of images with another prediction."""
     probability_change_max: float
     """Largest change of a label's probability."""
+    polysemanticity: float | None = None
+    """How far an expert is from mattering to one class only, from 0; None where several are left out, or nothing is
+    lost."""
 
 
 class Audit:
@@ -65,7 +66,7 @@ class Audit:
         self.config, self.weights, self.said, self.images = config, weights, said, images
         self.batch_size = batch_size
         self.model = self._variant({}, weights)
-        self.layers = {i: block.mlp for i, block in enumerate(self.model.blocks) if isinstance(block.mlp, MoE)}
+        self.layers = {i: block.mlp for i, block in enumerate(self.model.blocks) if isinstance(block.mlp, Layer)}
         self.reference = said(self.model, images, batch_size)
 
     def findings(self, part: str) -> Iterator[Effect]:
@@ -92,7 +93,7 @@ class Audit:
         return None
 
     @property
-    def _router(self) -> Router:
+    def _router(self) -> Decider:
         """The router of one layer: what is asked of it has the same answer in all layers."""
         return next(iter(self.layers.values())).router
 
@@ -151,9 +152,10 @@ class Audit:
         blocks."""
         for block, layer in self.layers.items():
             for expert in range(layer.router.num_experts):
-                with silenced(layer.experts, [expert]):
+                with layer.silenced([expert]):
                     now = self.said(self.model, self.images, self.batch_size)
-                yield self._finding("experts", f"without expert {expert}", now, block=block)
+                found = self._finding("experts", f"without expert {expert}", now, block=block)
+                yield replace(found, polysemanticity=polysemanticity(self.reference, now))
         count = self._router.num_experts
         for dropped in sorted({round(share * count) for share in DROPPED_SHARES} - {0, count}):
             for draw in range(AUDIT_DRAWS):
@@ -161,32 +163,25 @@ class Audit:
                 with ExitStack() as stack:
                     for layer in self.layers.values():
                         some = rng.choice(count, dropped, replace=False).tolist()
-                        stack.enter_context(silenced(layer.experts, some))
+                        stack.enter_context(layer.silenced(some))
                     now = self.said(self.model, self.images, self.batch_size)
                 setting = f"without {dropped} of {count} in every block, draw {draw}"
                 yield self._finding("experts", setting, now)
 
 
-@contextmanager
-def silenced(experts: Stacked, which: Sequence[int]) -> Iterator[None]:
-    """While open, these experts return zeros."""
+def polysemanticity(then: Outcomes, now: Outcomes) -> float | None:
+    """How many classes an expert matters to: the classes' losses of accuracy without it, as a vector of length one, and
+    its distance from the unit vector of the class that loses most. 0: one class only. None if no class loses.
 
-    def hook(
-        _module: Stacked, inputs: tuple[Tensor, Int[Tensor, " e"] | None], rows: Float[Tensor, "*rows d"]
-    ) -> Float[Tensor, "*rows d"]:
-        chosen = torch.tensor(which, device=rows.device)
-        if inputs[1] is None:
-            return rows.index_fill(0, chosen, 0)
-        expert = torch.searchsorted(
-            inputs[1], torch.arange(len(rows), device=rows.device, dtype=torch.int32), right=True
-        )
-        return rows.masked_fill(torch.isin(expert, chosen)[:, None], 0)
-
-    handle = experts.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
+    Class-level polysemanticity of muMoE (Oldfield et al., 2024), https://arxiv.org/abs/2402.12550; whether they
+    normalise in this way could not be checked."""
+    images, before = then.by_class(then.classes)
+    lost = (before - now.by_class(then.classes)[1]).double() / images.clamp(min=1)
+    if not lost.max() > 0:
+        return None
+    lost /= lost.norm()
+    lost[lost.argmax()] -= 1
+    return lost.norm().item()
 
 
 def summary(findings: Sequence[Effect]) -> list[Effect]:
@@ -203,6 +198,8 @@ def summary(findings: Sequence[Effect]) -> list[Effect]:
             sum(getattr(finding, key) for finding in some) / len(some)
             for key in ("top1_pct", "top1_change_pct", "changed_pct", "probability_change_max")
         ]
-        rows.append(Effect("experts", f"block {block}, one of {len(some)}: mean", block, *means))
+        known = [finding.polysemanticity for finding in some if finding.polysemanticity is not None]
+        mean = sum(known) / len(known) if known else None
+        rows.append(Effect("experts", f"block {block}, one of {len(some)}: mean", block, *means, mean))
         rows.append(replace(worst, setting=f"block {block}, {worst.setting}: the worst"))
     return rows

@@ -17,7 +17,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from softmoe_cli.config import EvaluateConfig, Model, check_groups
+from softmoe_cli.config.commands import EvaluateConfig
+from softmoe_cli.config.model import Model, check_groups
 from softmoe_cli.data import sets
 from softmoe_cli.data.batches import eval_batches
 from softmoe_cli.data.splits import ImageSet, Splits
@@ -358,9 +359,14 @@ def _show(row: dict[str, Any], findings: list[Effect]) -> None:
         screen.say(f"audit of {part}: {reason}")
     if findings:
         head = ["audit", "top-1, %", "change, points", "predictions changed, %", "largest change of a probability"]
+        shown = summary(findings)
         cells = [
             [f"{each.part}: {each.setting}", f"{each.top1_pct:.2f}", f"{each.top1_change_pct:+.2f}",
              f"{each.changed_pct:.2f}", f"{each.probability_change_max:.1e}"]
-            for each in summary(findings)
+            for each in shown
         ]  # fmt: skip
+        if any(each.polysemanticity is not None for each in shown):
+            head.append("polysemanticity")
+            for cell, each in zip(cells, shown, strict=True):
+                cell.append("" if each.polysemanticity is None else f"{each.polysemanticity:.2f}")
         screen.say(aligned([head, *cells], markdown=False))

@@ -32,7 +32,7 @@ from torch.distributed.elastic.rendezvous import (
 )
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from softmoe_cli.config import Config
+from softmoe_cli.config.run import Config
 from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.failures import defect, ours
 from softmoe_cli.files import write_atomically

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from softmoe_cli.config import RayLauncher, SlurmLauncher
+from softmoe_cli.config.launch import RayLauncher, SlurmLauncher
 from softmoe_cli.launch.job import SERVER, Order, RunCommand, in_process, in_worker
 
 

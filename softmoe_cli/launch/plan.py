@@ -8,7 +8,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from softmoe_cli.config import Config, Launcher, RayLauncher, SlurmLauncher
+from softmoe_cli.config.launch import Launcher, RayLauncher, SlurmLauncher
+from softmoe_cli.config.run import Config
 from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.launch.job import follow_launcher
 from softmoe_cli.signals import leave_now

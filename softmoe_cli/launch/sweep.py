@@ -30,7 +30,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from softmoe_cli.config import LAUNCHERS, Config, Launcher
+from softmoe_cli.config.launch import LAUNCHERS, Launcher
+from softmoe_cli.config.run import Config
 from softmoe_cli.data.contents import KNOWN
 from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.files import not_following, write_atomically

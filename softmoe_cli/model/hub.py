@@ -9,7 +9,7 @@ from typing import Any
 from timm.models import build_model_with_cfg, register_model
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
-from softmoe_cli.config import Backbone, Model
+from softmoe_cli.config.model import Backbone, Model
 from softmoe_cli.errors import UsageError
 from softmoe_cli.model.vit import build
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import timm
 
-from softmoe_cli.config import Backbone
+from softmoe_cli.config.model import Backbone
 from softmoe_cli.errors import UsageError, first_line, nearest
 from softmoe_cli.model.vit import plain_vit
 from softmoe_cli.run.checkpoint import digest_of
@@ -69,6 +69,9 @@ def timm_card(name: str) -> dict[str, Any]:
             "in_chans": about.input_size[0],
             "moe_blocks": [],
             "expert_width": None,
+            "head": "linear",
+            "head_experts": None,
+            "head_norm": None,
             "expert_init": "identical",
         },
         "data": {"mean": list(about.mean), "std": list(about.std)},

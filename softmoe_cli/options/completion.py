@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from softmoe_cli.config import SCHEMAS
+from softmoe_cli.config.commands import SCHEMAS
 from softmoe_cli.errors import UsageError, nearest
 from softmoe_cli.options.conf_files import ADDED, CONF_GROUPS, TITLES, chosen_groups, files, load_yaml, router_options
 from softmoe_cli.options.explain import known_keys

@@ -16,7 +16,11 @@ import typing
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from softmoe_cli.config import LAUNCHERS, SCHEMAS, Config, Data, DataCheckConfig, MatchConfig, Section, check_side
+from softmoe_cli.config.commands import SCHEMAS, DataCheckConfig, MatchConfig
+from softmoe_cli.config.data import Data, check_side
+from softmoe_cli.config.launch import LAUNCHERS
+from softmoe_cli.config.option import Section
+from softmoe_cli.config.run import Config
 from softmoe_cli.errors import UsageError, first_line
 from softmoe_cli.failures import ours
 from softmoe_cli.options.conf_files import chosen_groups, conf_folder, defaults, files, load_yaml, own_conf_folder

@@ -7,7 +7,7 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from softmoe_cli.config import SCHEMAS
+from softmoe_cli.config.commands import SCHEMAS
 from softmoe_cli.errors import UsageError, first_line, nearest
 from softmoe_cli.options.conf_files import (
     ADDED,
@@ -395,7 +395,7 @@ def known_keys(command: str, arguments: Sequence[str]) -> list[str]:
 
 
 def _options(command: str) -> Iterator[Option]:
-    """What config.py says of the command's options."""
+    """What config/ says of the command's options."""
     yield from options(SCHEMAS["data" if command == "data_check" else command])
     if command in ("train", "finetune"):
         for _, each in launcher_options():

@@ -10,7 +10,9 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from softmoe_cli.config import LAUNCHERS, SCHEMAS, Launcher, typed
+from softmoe_cli.config.commands import SCHEMAS
+from softmoe_cli.config.launch import LAUNCHERS, Launcher
+from softmoe_cli.config.option import typed
 from softmoe_cli.errors import UsageError
 from softmoe_cli.options.conf_files import (
     ADDED,
@@ -47,7 +49,7 @@ def bold(text: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """A key that a command takes, with what config.py says of it."""
+    """A key that a command takes, with what config/ says of it."""
 
     key: str
     meaning: str

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from softmoe_cli.config import Config, Data, Model
+from softmoe_cli.config.data import Data
+from softmoe_cli.config.model import Model
+from softmoe_cli.config.run import Config
 from softmoe_cli.errors import UsageError
 from softmoe_cli.options.compose import door, names, overlay, say_once
 from softmoe_cli.options.conf_files import load_yaml, own_conf_folder

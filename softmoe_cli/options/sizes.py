@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 
-from softmoe_cli.config import Model
+from softmoe_cli.config.model import Model
 
 SIDES_TO_TRY = (28, 32, 48, 64, 96, 128, 224)
 """Image sides for a model that takes images in the data set's own size: the first of these that its patches divide,

@@ -12,7 +12,9 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
-from softmoe_cli.config import Data, Model, Train
+from softmoe_cli.config.data import Data
+from softmoe_cli.config.model import Model
+from softmoe_cli.config.recipe import Train
 from softmoe_cli.errors import UsageError
 
 CARD_FORMAT = 1

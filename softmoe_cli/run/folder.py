@@ -19,7 +19,7 @@ from typing import Any, TextIO
 
 import yaml
 
-from softmoe_cli.config import Config
+from softmoe_cli.config.run import Config
 from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.files import cannot_write, file_bytes, not_following, write_atomically
 from softmoe_cli.parallel import ALONE, Crew

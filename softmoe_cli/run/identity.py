@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from softmoe_cli.config import NOT_SCIENCE, Config
+from softmoe_cli.config.run import NOT_SCIENCE, Config
 from softmoe_cli.run.source import Source
 
 

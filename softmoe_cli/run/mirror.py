@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
 
-from softmoe_cli.config import WANDB_LETTERS, Config
+from softmoe_cli.config.run import WANDB_LETTERS, Config
 from softmoe_cli.errors import UsageError, first_line, nearest
 from softmoe_cli.run.rows import AXES, CURVES, EVERY
 from softmoe_cli.signals import waits_for_nobody

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from softmoe_cli.config import BUDGETS
+from softmoe_cli.config.recipe import BUDGETS
 from softmoe_cli.errors import first_line
 from softmoe_cli.text import printable, shortened
 
@@ -192,6 +192,10 @@ ROUTING = {
     "slot_cosine_mean": _statistic("how alike the slots' parameters are: the mean over pairs (soft)"),
     "slot_cosine_max": _statistic("how alike the slots' parameters are: the most alike pair (soft)"),
     "scale": _statistic("the learned scale of the logits; near 1 the routing is still almost uniform (soft)"),
+    "coefficient_entropy": _statistic("entropy of a token's coefficients in nats, mean over tokens (muMoE)"),
+    "coefficient_zeros": _statistic("share of coefficients that are exactly zero (muMoE)"),
+    "coefficient_max": _statistic("a token's largest coefficient, mean over tokens (muMoE)"),
+    "specialist_share": _statistic("share of experts that have half of some token or more (muMoE)"),
 }  # fmt: skip
 """A row of routing.jsonl. Which statistics there are is the router's; one of your own may have others."""
 RESULT = {

@@ -10,7 +10,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from softmoe_cli.config import Config, check_tokens
+from softmoe_cli.config.run import Config, check_tokens
 from softmoe_cli.cost.fit import require_place, settle
 from softmoe_cli.cost.flop import account
 from softmoe_cli.cost.load import Load
@@ -21,8 +21,8 @@ from softmoe_cli.evaluate.fewshot import check_shots
 from softmoe_cli.evaluate.quality import classification_loss
 from softmoe_cli.model.vit import build, prepare
 from softmoe_cli.model.weights import LoadReport
-from softmoe_cli.moe.layer import MoE
-from softmoe_cli.moe.routing import Router, Routing, full_precision, routings
+from softmoe_cli.moe.kind import Decider, Decision
+from softmoe_cli.moe.routing import full_precision, routings
 from softmoe_cli.optim import freeze, optimizer_of, schedule
 from softmoe_cli.parallel import ALONE, Average, Crew, own_part
 from softmoe_cli.train import summary
@@ -67,6 +67,8 @@ def train(begun: Begun) -> dict[str, Any]:
     load = Load.of(config, classes, device)
     cost = account(config.model, classes, batch=load.part, recompute=load.recompute, frozen=config.optim.freeze)
     check_tokens(config, cost.tokens)
+    if cost.whole_batches and config.train.accumulate > 1:
+        raise UsageError(f"train.accumulate={config.train.accumulate}: {cost.whole_batches}")
     fit = settle(load, config.parallel, crew)
     crew.way, crew.why = fit.way, fit.why
     if fit.way != "ddp":  # divided weights change between uses
@@ -221,7 +223,7 @@ class Step:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     autocast: torch.autocast
-    seen: list[Routing]
+    seen: list[Decision]
     config: Config
     crew: Crew = ALONE
     landed: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
@@ -270,14 +272,14 @@ def update(step: Step, x: Tensor, targets: Tensor, lr: float) -> tuple[float, fl
     return main, aux_loss, norm_value
 
 
-def _adjusting(model: VisionTransformer) -> list[Router]:
+def _adjusting(model: VisionTransformer) -> list[Decider]:
     """The routers that adjust themselves after updates: one whose parameters are all frozen does not."""
-    routers = [block.mlp.router for block in model.blocks if isinstance(block.mlp, MoE)]
+    routers = [module for module in model.modules() if isinstance(module, Decider)]
     trains = [[parameter.requires_grad for parameter in router.parameters()] for router in routers]
     return [router for router, each in zip(routers, trains, strict=True) if not each or any(each)]
 
 
-def _adjust(routers: Sequence[Router], crew: Crew, *, updated: bool) -> None:
+def _adjust(routers: Sequence[Decider], crew: Crew, *, updated: bool) -> None:
     """Lets routers adjust what is no parameter, from the counts of all processes; the counts of an update that was not
     made are dropped."""
     for router in routers:

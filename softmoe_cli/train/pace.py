@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from softmoe_cli.config import Train
+from softmoe_cli.config.recipe import Train
 from softmoe_cli.optim import span_length
 from softmoe_cli.text import in_words, several
 from softmoe_cli.train.progress import Budget, Progress

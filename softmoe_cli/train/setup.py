@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from softmoe_cli import parallel
-from softmoe_cli.config import Config, Data
+from softmoe_cli.config.data import Data
+from softmoe_cli.config.run import Config
 from softmoe_cli.cost.fit import Fit, with_largest_batch
 from softmoe_cli.cost.flop import Cost
 from softmoe_cli.data import sets, workers

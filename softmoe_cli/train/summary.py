@@ -12,7 +12,8 @@ import torch
 
 import softmoe_cli
 from softmoe_cli.compare.intervals import at_chance
-from softmoe_cli.config import WANDB_LETTERS, Config, Model
+from softmoe_cli.config.model import Model
+from softmoe_cli.config.run import WANDB_LETTERS, Config
 from softmoe_cli.cost.fit import Fit
 from softmoe_cli.data import splits
 from softmoe_cli.device import KEPT, hardware, slower
@@ -34,7 +35,8 @@ def header(setup: Setup, folder: Path) -> dict[str, str]:
     router = m.router_name
     if router != "dense":
         options = ", ".join(f"{k}={v}" for k, v in m.router.items() if k != "_target_" and v is not None)
-        router += f" ({options}) in blocks {m.moe_blocks}; {cost.slots_per_token:.2f} slots per token"
+        slots = "all experts" if cost.slots_per_token is None else f"{cost.slots_per_token:.2f} slots"
+        router += f" ({options}) in blocks {m.moe_blocks}; {slots} per token"
     sizes = f"{len(images.train):,} train / {len(images.validation):,} validation / {len(images.test):,} test"
     parts = f" in {t.accumulate} parts" if t.accumulate > 1 else ""
     compiled = ", compiled" if t.compile else ""

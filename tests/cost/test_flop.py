@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from softmoe_cli.compare.command import PAPER
-from softmoe_cli.config import Model
+from softmoe_cli.config.model import Model
 from softmoe_cli.cost.flop import PARTS, Cost, Uncounted, account, count_flop, count_forward, counter, on_meta
 from softmoe_cli.errors import UsageError
 from softmoe_cli.model.vit import build

@@ -8,7 +8,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 
-from softmoe_cli.config import FREE_KEYS, MATCHED, MatchConfig
+from softmoe_cli.config.commands import FREE_KEYS, MATCHED, MatchConfig
 from softmoe_cli.cost.match import Trial, cost_of, match, search, show_match
 from softmoe_cli.errors import RunError
 from softmoe_cli.options.compose import changed, door, other_model, plain

@@ -1,4 +1,4 @@
-"""Predicted memory against what the allocator hands out, and the refusals and choices made of it."""
+"""Predicted memory against what the allocator hands out."""
 
 import json
 import platform
@@ -13,18 +13,16 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
-from softmoe_cli.config import Config
+from softmoe_cli.config.run import Config
 from softmoe_cli.cost import fit
-from softmoe_cli.cost.fit import Fit, largest_batch, last_within, require_place, settle
-from softmoe_cli.cost.load import Load
-from softmoe_cli.cost.memory import Live, Memory, predict
+from softmoe_cli.cost.fit import Fit, require_place, settle
+from softmoe_cli.cost.memory import Live, predict
 from softmoe_cli.cost.sharded import CHECKED_WITH
 from softmoe_cli.device import KEPT, _control_group_free, keep_freed_memory, precision_context
 from softmoe_cli.errors import UsageError
 from softmoe_cli.model.vit import build, prepare
 from softmoe_cli.moe import layer
 from softmoe_cli.moe.processor import CPU_PRODUCTS
-from softmoe_cli.moe.routers.soft import SoftRouter
 from softmoe_cli.moe.routing import routings
 from softmoe_cli.optim import freeze, optimizer_of, state_of
 from softmoe_cli.parallel import ALONE, Crew, joined, own_part
@@ -32,11 +30,9 @@ from softmoe_cli.text import gibibytes
 from softmoe_cli.train.loop import Step, update
 from softmoe_cli.train.summary import memory_row
 from tests.conftest import thinned
-from tests.oracles import compose
+from tests.cost.loads import CPU, FOUR, composed, held, load, with_free
 from tests.processes import forked, together
 
-CPU = torch.device("cpu")
-FOUR = Crew(size=4, local_size=4)
 CASES = [
     ("dense", "fp32", 1, False),
     ("dense", "bf16", 2, True),
@@ -46,27 +42,6 @@ CASES = [
     ("tokens_choice_dropless", "fp32", 2, False),
     ("experts_choice", "fp32", 1, True),
 ]
-
-
-def composed(router: str = "soft", *overrides: str) -> Config:
-    options = [] if router == "dense" else ["model.router.num_experts=16", "model.expert_init=independent"]
-    return compose(
-        f"model/router={router}",
-        "data=fashion_mnist",
-        "model/backbone=vit_nano4",
-        "model.backbone.depth=2",
-        "model.moe_blocks=last_1",
-        *options,
-        *overrides,
-    )
-
-
-def load(config: Config, device: torch.device = CPU, **changes: Any) -> Load:
-    return replace(Load.of(config, 10, device), **changes)
-
-
-def held(config: Config, processes: int = 1, way: str = "ddp", **changes: Any) -> Memory:
-    return predict(load(config, **changes), processes, way)
 
 
 def allocated_peak(config: Config, crew: Crew = ALONE) -> int:
@@ -218,28 +193,6 @@ def test_predicted_peak_of_each_of_two_processes(tmp_path: Path) -> None:
         assert predicted == pytest.approx(min(peaks), rel=0.05), f"{case}: {versions}"
 
 
-def test_what_is_divided_is_divided() -> None:
-    """Weights, gradients, moments and average; in `expert` a process has a quarter of the experts and no more."""
-    config = composed("soft", "train.batch_size=32", "train.ema=0.9")
-    whole = held(config, 4)
-    for way in ("fsdp", "expert"):
-        part = held(config, 4, way)
-        assert part.state_bytes == pytest.approx(whole.state_bytes / 4, rel=0.01)
-        assert part.state_bytes == 5 * part.weight_bytes
-        assert part.state_bytes < part.peak_bytes < whole.peak_bytes
-        assert part.activation_bytes == pytest.approx(whole.activation_bytes, rel=0.2)
-    experts = sum(p.nbytes for name, p in build(config.model, 10).named_parameters() if ".experts." in name)
-    fsdp, expert = (held(config, 4, way).peak_bytes for way in ("fsdp", "expert"))
-    assert fsdp - expert > experts, "what is gathered in fsdp are the experts"
-
-
-def test_experts_that_cannot_be_divided() -> None:
-    with pytest.raises(UsageError, match="parallel=expert cannot divide no experts over 4 devices"):
-        held(composed("dense", "train.batch_size=32"), 4, "expert")
-    with pytest.raises(UsageError, match="parallel=expert cannot divide 16 experts over 32 devices"):
-        held(composed("soft", "train.batch_size=32"), 32, "expert")
-
-
 def test_a_checkpoint_that_has_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is whole, wherever the device is."""
     config = composed("soft", "train.batch_size=32", "train.ema=0.9")
@@ -249,25 +202,6 @@ def test_a_checkpoint_that_has_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
     with_free(monkeypatch, part.saving_bytes)
     with pytest.raises(UsageError, match="of weights and moments in the first process's memory"):
         settle(load(config), "fsdp", FOUR)
-
-
-def test_a_refusal_names_ways_to_divide(monkeypatch: pytest.MonkeyPatch) -> None:
-    config, cuda = composed("soft", "train.batch_size=4"), torch.device("cuda")
-    fsdp, expert = (held(config, 4, way).peak_bytes for way in ("fsdp", "expert"))
-    monkeypatch.setattr(fit, "predict", lambda asked, *rest: predict(replace(asked, device=CPU), *rest))
-
-    def have(free: int) -> None:
-        monkeypatch.setattr(fit, "free_memory", lambda device: free if device.type == "cuda" else 2**60)
-
-    have(fsdp)
-    with pytest.raises(UsageError, match=r"set parallel=fsdp or (set )?parallel=expert"):
-        settle(load(config, cuda), "ddp", FOUR)
-    have(expert)
-    with pytest.raises(UsageError, match=r"with parallel=fsdp.* set parallel=expert"):
-        settle(load(config, cuda), "fsdp", FOUR)
-    assert settle(load(config, cuda), "expert", FOUR).memory.peak_bytes == expert
-    with pytest.raises(UsageError, match="set parallel=expert on 4 devices or choose a smaller"):
-        settle(load(config, cuda))
 
 
 def test_what_is_frozen_has_neither_gradient_nor_moments() -> None:
@@ -360,71 +294,6 @@ def test_live_bytes_come_and_go() -> None:
         assert live.now == 4000
         del view
         assert live.now == 0
-
-
-@pytest.mark.parametrize("limit", [99, 100, 101, 250, 777, 10_000])
-def test_the_largest_number_within_a_limit(limit: int) -> None:
-    def size(i: int) -> int:
-        return 90 + 10 * i + max(0, i - 20)
-
-    want = max((i for i in range(1, 51) if size(i) <= limit), default=0)
-    assert last_within(size, limit, 50) == want
-
-
-def with_free(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
-    monkeypatch.setattr(fit, "free_memory", lambda device: free)
-
-
-def test_a_run_that_cannot_fit_is_refused_with_what_would(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = composed("soft", "train.batch_size=16", "model.backbone.depth=3")
-    need = held(config)
-    with_free(monkeypatch, need.peak_bytes)
-    assert settle(load(config)).memory == need
-    free = (4 * need.peak_bytes + need.state_bytes) // 5
-    with_free(monkeypatch, free)
-    with pytest.raises(UsageError) as refusal:
-        settle(load(config))
-    text = str(refusal.value)
-    assert "train.batch_size=16 needs" in text
-    assert "\n" not in text
-    fits: dict[str, Memory] = {}
-    for way in text.partition("; set ")[2].split(" or "):
-        key, _, value = way.partition(",")[0].partition("=")
-        change: dict[str, Any] = {"batch": int(value)} if "batch" in key else {}
-        change |= {"accumulate": int(value)} if "acc" in key else {}
-        change |= {"optim": replace(config.optim, moments=value)} if "moments" in key else {}
-        fits[key] = held(config, **(change or {"recompute": True}))
-        assert fits[key].peak_bytes <= free
-        if "batch" in key:
-            assert held(config, batch=int(value) + 1).peak_bytes > free
-    assert set(fits) == {"optim.moments", "train.accumulate", "train.recompute", "train.batch_size"}
-    with_free(monkeypatch, need.state_bytes - 1)
-    with pytest.raises(UsageError, match="choose a smaller model, fewer experts"):
-        settle(load(config))
-
-
-def test_auto_is_the_largest_power_of_two_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = composed("soft", "train.batch_size=auto")
-    assert config.train.batch_size == "auto"
-    with_free(monkeypatch, held(config, batch=50).peak_bytes)
-    assert largest_batch(load(config), 1000, paired=False) == 32
-    assert largest_batch(load(config), 20, paired=False) == 16
-    assert largest_batch(load(config), 1000, paired=False, sharers=3) < 32
-    groups = ("model.router.images_per_group=3", "train.accumulate=2", "train.batch_size=6", "train.eval_batch_size=63")
-    grouped = composed("tokens_choice", *groups)
-    assert largest_batch(load(grouped), 100, paired=False) % 6 == 0
-    with_free(monkeypatch, 1000)
-    with pytest.raises(UsageError, match=r"train\.batch_size=auto: 1 images do not fit"):
-        largest_batch(load(config), 1000, paired=False)
-
-
-def test_a_router_whose_sizes_depend_on_the_images_has_no_prediction(monkeypatch: pytest.MonkeyPatch) -> None:
-    def look(router: SoftRouter, x: torch.Tensor, keep: torch.Tensor | None = None) -> float:
-        return x.sum().item()
-
-    monkeypatch.setattr(SoftRouter, "forward", look)
-    with pytest.raises(UsageError, match="soft asks what numbers a tensor holds"):
-        held(composed("soft", "train.batch_size=2"))
 
 
 def test_memory_of_a_control_group(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from softmoe_cli.config import Data
+from softmoe_cli.config.data import Data
 from softmoe_cli.data import contents
 from softmoe_cli.data.archives import Stored
 from softmoe_cli.data.sets import identity

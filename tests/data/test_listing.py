@@ -7,17 +7,14 @@ import shutil
 import stat
 import tempfile
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from softmoe_cli.data.archives import LONGEST_NAME, Stored
 from softmoe_cli.data.folders import Listing
-from softmoe_cli.data.listing import listing
 from softmoe_cli.data.sets import load
 from softmoe_cli.errors import UsageError
 from tests.conftest import TINY, Softmoe
@@ -26,14 +23,16 @@ from tests.images import (
     IMAGE,
     WHOLE,
     Files,
-    as_arrow,
+    as_labelled,
     as_tfds,
     below,
     everything,
     example,
+    listed,
     pack,
     picture,
     records,
+    refused_set,
     settings,
     shards,
     write,
@@ -42,17 +41,8 @@ from tests.images import (
 SMALL = {f"{name}/{i}.png": picture(10 * k + i) for k, name in enumerate(CLASSES) for i in range(3)}
 
 
-def of(kind: str, root: Path, **changes: object) -> Listing:
-    return listing(settings(kind, root, **changes))
-
-
 def images(found: Listing) -> int:
     return sum(len(labels) for _, labels in found.parts.values())
-
-
-def refused(kind: str, root: Path, words: str, **changes: object) -> None:
-    with pytest.raises(UsageError, match=words):
-        of(kind, root, **changes)
 
 
 # --- one visible set --------------------------------------------------------------------------------------------------
@@ -62,31 +52,31 @@ def refused(kind: str, root: Path, words: str, **changes: object) -> None:
 def test_archives_of_several_sets_are_refused(tmp_path: Path, places: tuple[str, str]) -> None:
     for i, place in enumerate(places):
         pack(tmp_path / place / f"x-train-{i}.tar", {"0.png": picture(i), "0.cls": b"0"})
-    refused("webdataset", tmp_path, "has archives in .* and in .*: versions or copies of a set")
-    assert images(of("webdataset", tmp_path / places[1])) == 1
+    refused_set("webdataset", tmp_path, "has archives in .* and in .*: versions or copies of a set")
+    assert images(listed("webdataset", tmp_path / places[1])) == 1
 
 
 def test_versions_that_have_different_parts_are_not_one_set(tmp_path: Path) -> None:
     pack(tmp_path / "1.0.0/train.tar", {"0.png": picture(0), "0.cls": b"0"})
     pack(tmp_path / "2.0.0/val.tar", {"0.png": picture(1), "0.cls": b"0"})
-    refused("webdataset", tmp_path, r"has archives in .*1\.0\.0 and in .*2\.0\.0")
+    refused_set("webdataset", tmp_path, r"has archives in .*1\.0\.0 and in .*2\.0\.0")
 
 
 def test_parts_may_lie_in_folders_of_their_own(tmp_path: Path) -> None:
     for part in ("train", "validation", "test"):
         pack(tmp_path / f"shards/{part}-set/x/0.tar", {"0.png": picture(len(part)), "0.cls": b"0"})
-    assert list(of("webdataset", tmp_path).parts) == ["train", "val", "test"]
+    assert list(listed("webdataset", tmp_path).parts) == ["train", "val", "test"]
 
 
 def test_hidden_archives_are_passed_over_and_counted(tmp_path: Path) -> None:
     shards(tmp_path / "data")
-    plain = images(of("webdataset", tmp_path))
+    plain = images(listed("webdataset", tmp_path))
     pack(tmp_path / ".Trash-0/files/set-train-007.tar", {"0.png": picture(0), "0.cls": b"0"})
     pack(tmp_path / "data/@eaDir/set-train-007.tar", {"0.png": picture(0), "0.cls": b"0"})
     (tmp_path / "data/._set-train-000.tar").write_bytes(b"Mac OS X")
     (tmp_path / "data/set-train-008.tar.gz").write_bytes(b"")
     (tmp_path / "data/README.md").write_text("")
-    found = of("webdataset", tmp_path)
+    found = listed("webdataset", tmp_path)
     assert images(found) == plain
     assert found.passed.kinds == {
         "hidden": (3, str(tmp_path / ".Trash-0")), ".gz": (1, str(tmp_path / "data/set-train-008.tar.gz")),
@@ -100,21 +90,21 @@ def test_an_archive_that_is_there_twice_is_refused(tmp_path: Path, how: str) -> 
     first = tmp_path / "set-train-000.tar"
     twin = tmp_path / ("set-val-009.tar" if how == "other part" else "set-train-000 (copy).tar")
     twin.symlink_to(first) if how == "link" else shutil.copy(first, twin)
-    refused("webdataset", tmp_path, r"set-train-000.*\.tar and .*\.tar hold the same images")
+    refused_set("webdataset", tmp_path, r"set-train-000.*\.tar and .*\.tar hold the same images")
 
 
 def test_archives_of_equal_shape_with_other_pixels_are_no_copies(tmp_path: Path) -> None:
     raw = [b"P5 8 8 255\n" + bytes([i]) * 64 for i in range(2)]
     for i in range(2):
         records(tmp_path / f"x.tfrecord-0000{i}-of-00002", [example({"image": raw[i], "label": 0})])
-    assert images(of("tfds", tmp_path)) == 2
+    assert images(listed("tfds", tmp_path)) == 2
 
 
 def test_names_of_classes_lie_beside_the_records(tmp_path: Path) -> None:
     as_tfds(tmp_path / "set/1.0.0")
-    assert of("tfds", tmp_path).classes == list(CLASSES)
+    assert listed("tfds", tmp_path).classes == list(CLASSES)
     (tmp_path / "set/1.0.0/label.labels.txt").rename(tmp_path / "label.labels.txt")
-    assert of("tfds", tmp_path).classes == list(CLASSES), "or above"
+    assert listed("tfds", tmp_path).classes == list(CLASSES), "or above"
 
 
 def test_train_and_test_alone_are_the_same_for_folders_tars_and_shards(tmp_path: Path) -> None:
@@ -142,7 +132,7 @@ def test_what_is_passed_over_is_counted_and_named(softmoe: Softmoe, tmp_path: Pa
         "bee/photo": b"", "bee/sub/d.HEIC": b"", "cat/e.jpg~": b"", "loose.png": picture(92), "cat/.DS_Store": b"",
     }  # fmt: skip
     root = write(tmp_path / "images", SMALL | more)
-    found = of("folder", root)
+    found = listed("folder", root)
     assert images(found) == len(SMALL) + 2
     assert found.notes["passed over"] == (
         "2 .heic, 1 .jpg~, 1 images beside the class folders, 1 without an ending; softmoe data check names them"
@@ -161,7 +151,7 @@ def test_what_is_passed_over_is_counted_and_named(softmoe: Softmoe, tmp_path: Pa
 
 def test_what_lies_beside_the_parts_is_passed_over(tmp_path: Path) -> None:
     files = WHOLE | {"extra/ant/0.png": picture(0), "train/loose.png": picture(1)}
-    for found in (of("folder", write(tmp_path / "a", files)), of("folder", pack(tmp_path / "a.tar", files))):
+    for found in (listed("folder", write(tmp_path / "a", files)), listed("folder", pack(tmp_path / "a.tar", files))):
         assert images(found) == len(WHOLE)
         assert {kind: count for kind, (count, _) in found.passed.kinds.items()} == {
             "files and folders beside the parts": 1, "images beside the class folders": 1,
@@ -189,7 +179,7 @@ def test_what_is_no_file_is_named_and_not_waited_for(softmoe: Softmoe, tmp_path:
         "pipe": lambda: os.mkfifo(odd), "device": lambda: odd.symlink_to("/dev/zero"),
         "socket": lambda: os.mknod(odd, stat.S_IFSOCK | 0o600),
     }[kind]()  # fmt: skip
-    found = of("folder", tmp_path / "images")
+    found = listed("folder", tmp_path / "images")
     words = "odd.png is a link that leads nowhere, a pipe or a device; get the image, or take it away"
     assert len(found.faults) == 1 and words in found.faults[0] and images(found) == len(SMALL)
     with pytest.raises(UsageError, match=words):
@@ -204,7 +194,7 @@ def test_what_is_no_file_is_named_and_not_waited_for(softmoe: Softmoe, tmp_path:
 def test_an_archive_that_is_no_file_is_named_and_not_waited_for(tmp_path: Path) -> None:
     pack(tmp_path / "0.tar", {"0.png": IMAGE, "0.cls": b"0"})
     os.mkfifo(tmp_path / "1.tar")
-    refused("webdataset", tmp_path, r"1\.tar is a link that leads nowhere, a pipe or a device")
+    refused_set("webdataset", tmp_path, r"1\.tar is a link that leads nowhere, a pipe or a device")
 
 
 def test_files_larger_than_images_are_not_read(tmp_path: Path) -> None:
@@ -247,7 +237,7 @@ def test_what_may_not_be_read_is_named(open_folder: Path, what: str) -> None:
     if os.geteuid() == 0:
         os.seteuid(65534)
     kind = "folder" if what in ("root", "class folder") else "tfds" if what == "records" else "webdataset"
-    refused(kind, root, rf"{place} cannot be read.*Permission denied")
+    refused_set(kind, root, rf"{place} cannot be read.*Permission denied")
 
 
 def test_a_root_with_too_long_a_name(softmoe: Softmoe) -> None:
@@ -273,140 +263,6 @@ def test_empty_words_are_refused(softmoe: Softmoe, line: tuple[str, ...]) -> Non
 # --- labels -----------------------------------------------------------------------------------------------------------
 
 
-def as_labelled(root: Path, kind: str, labels: list[Any]) -> dict[str, object]:
-    """A set with an image for each label; what else it is called with."""
-    if kind in ("cls", "json"):
-        files: Files = {}
-        for i, label in enumerate(labels):
-            text = json.dumps({"n": label}) if kind == "json" else str(label)
-            files |= {f"{i}.png": picture(i), f"{i}.{kind}": text.encode()}
-        pack(root / "0.tar", files)
-    elif kind == "tfds":
-        records(
-            root / "a.tfrecord-00000-of-00001",
-            [example({"image": picture(i), "label": label}) for i, label in enumerate(labels)],
-        )
-    else:
-        save_arrow(root, labels, None)
-    return {"label": "n"} if kind == "json" else {}
-
-
-def save_arrow(root: Path, labels: list[Any], names: tuple[str, ...] | None) -> Path:
-    pa = pytest.importorskip("pyarrow")
-    root.mkdir(parents=True, exist_ok=True)
-    pictures = pa.array([{"bytes": picture(i), "path": f"{i}.png"} for i in range(len(labels))])
-    table = pa.table({"image": pictures, "label": labels})
-    with pa.OSFile(str(root / "0.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as out:
-        out.write_table(table)
-    feature = {"_type": "ClassLabel"} | ({"names": list(names)} if names else {})
-    text = json.dumps({"features": {"image": {"_type": "Image"}, "label": feature}})
-    (root / "dataset_info.json").write_text(text)
-    return root
-
-
-@pytest.mark.parametrize("kind", ["cls", "json", "tfds", "arrow"])
-@pytest.mark.parametrize("stray", [30_000_000, 3_735_928_559, 999_999_999_999, 10**17])
-def test_numbers_that_are_ids_are_refused(tmp_path: Path, kind: str, stray: int) -> None:
-    changes = as_labelled(tmp_path, kind, [0, 1, stray, 1])
-    refused(
-        "webdataset" if kind in ("cls", "json") else kind, tmp_path,
-        rf"{tmp_path}/.* has the label {stray}, but .* has 3 different labels in all: numbers .* from 0$",
-        **changes,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", ["cls", "json"])
-@pytest.mark.parametrize("digits", [30, 5000])
-def test_numbers_of_many_digits_are_refused(tmp_path: Path, kind: str, digits: int) -> None:
-    label = b"9" * digits
-    pack(tmp_path / "0.tar", {"0.png": IMAGE, f"0.{kind}": b'{"n": %s}' % label if kind == "json" else label})
-    words = r"sample 0: its label .* (is no class|is neither a number from 0 nor a name)"
-    refused("webdataset", tmp_path, words, label="n" if kind == "json" else None)
-
-
-def test_as_many_classes_as_imagenet_21k_are_taken(tmp_path: Path) -> None:
-    as_labelled(tmp_path, "cls", [0, 21_840])
-    assert len(of("webdataset", tmp_path).classes) == 21_841
-    as_labelled(tmp_path, "cls", [0, 70_000])
-    refused("webdataset", tmp_path, r"or, if there are so many, set data\.num_classes=70001")
-    assert len(of("webdataset", tmp_path, num_classes=70_001).classes) == 70_001
-    (tmp_path / "classnames.txt").write_text("\n".join(map(str, range(70_001))))
-    assert len(of("webdataset", tmp_path).classes) == 70_001
-
-
-@pytest.mark.parametrize(
-    ("files", "words"),
-    [
-        ({"a.cls": b"caf\xe9"}, r"a: its \.cls is no text in UTF-8"),
-        ({"a.cls": b"x" * 2000}, "of 2,000 letters is no class"), ({"a.json": b'{"n": [1]}'}, "is neither a number"),
-        ({"a.cls": b"0" * 2**25}, r"has a \.cls of 33,554,432 bytes"),
-        ({"a.json": b"[" * 100_000}, r"its \.json holds no data\.label=n"),
-    ],
-)  # fmt: skip
-def test_labels_that_are_none_are_refused(tmp_path: Path, files: Files, words: str) -> None:
-    pack(tmp_path / "0.tar", {"a.png": IMAGE} | files)
-    refused("webdataset", tmp_path, words, label="n" if "a.json" in files else None)
-
-
-def test_each_split_may_number_its_classes_in_its_own_order(tmp_path: Path) -> None:
-    save_arrow(tmp_path / "train", [0, 1, 2], CLASSES)
-    save_arrow(tmp_path / "test", [0, 1, 2, 2], CLASSES[::-1])
-    found = of("arrow", tmp_path)
-    assert found.classes == list(CLASSES)
-    assert [labels.tolist() for _, labels in found.parts.values()] == [[0, 1, 2], [2, 1, 0, 0]]
-    assert "test/dataset_info.json has the classes in another order than" in found.notes["labels"]
-    save_arrow(tmp_path / "test", [0, 1, 2, 2], ("ant", "bee", "cow"))
-    refused(
-        "arrow", tmp_path, r"train/dataset_info\.json and .*test/dataset_info\.json name different classes: cat, cow"
-    )
-
-
-@pytest.mark.parametrize("kind", ["webdataset", "tfds"])
-def test_each_part_may_have_its_own_file_of_names(tmp_path: Path, kind: str) -> None:
-    file = {"webdataset": "classnames.txt", "tfds": "label.labels.txt"}[kind]
-    for part, names in (("train", CLASSES), ("val", CLASSES[::-1])):
-        as_labelled(tmp_path / part, {"webdataset": "cls", "tfds": "tfds"}[kind], [0, 0, 2])
-        (tmp_path / part / file).write_text("\n".join(names))
-    write(tmp_path / "val", {})
-    if kind == "webdataset":  # other images than in train, or they would be a copy
-        pack(tmp_path / "val/0.tar", {"9.png": picture(9), "9.cls": b"0", "8.png": picture(8), "8.cls": b"2"})
-    else:
-        rows = [example({"image": picture(9 - i), "label": 2 * i}) for i in range(2)]
-        records(tmp_path / "val/a.tfrecord-00000-of-00001", rows)
-    assert [labels.tolist() for _, labels in of(kind, tmp_path).parts.values()] == [[0, 0, 2], [2, 0]]
-
-
-@pytest.mark.parametrize(
-    ("raw", "words"),
-    [
-        ("café\nb\nc".encode("latin-1"), r"classnames\.txt is not in UTF-8: byte 3 is 0xe9"),
-        ("a\nb\nc".encode("utf-16"), r"classnames\.txt is not in UTF-8"),
-        ("a\nb\nc".encode("utf-16-le"), r"classnames\.txt is not in UTF-8 but looks like UTF-16"),
-        (b"a\n\nc", "has an empty line between its names"), (b"", ""), ("\ufeffa\r\nb\r\nc\r\n\r\n".encode(), ""),
-    ],
-)  # fmt: skip
-def test_files_of_names(tmp_path: Path, raw: bytes, words: str) -> None:
-    as_labelled(tmp_path, "cls", [0, 1, 2])
-    (tmp_path / "classnames.txt").write_bytes(raw)
-    if words:
-        refused("webdataset", tmp_path, words)
-    else:
-        assert of("webdataset", tmp_path).classes == (["a", "b", "c"] if raw else ["0", "1", "2"])
-
-
-@pytest.mark.parametrize("raw", [b"[" * 100_000, b'{"features": [1]}', b"{}", b'{"features": {"a": "\xe9"}}', b"null"])
-def test_damaged_descriptions_of_arrow_files(tmp_path: Path, raw: bytes) -> None:
-    save_arrow(tmp_path, [0, 1], None)
-    (tmp_path / "dataset_info.json").write_bytes(raw)
-    refused("arrow", tmp_path, r"dataset_info\.json (does not describe a data set|is not in UTF-8)")
-
-
-@pytest.mark.parametrize("keys", [("cat.v000.jpg", "cat.v000.cls"), ("1.crop.png", "1.cls"), ("22.05.png", "22.cls")])
-def test_dots_in_names_of_samples_are_explained(tmp_path: Path, keys: tuple[str, str]) -> None:
-    pack(tmp_path / "0.tar", dict(zip(keys, (IMAGE, b"0"), strict=True)))
-    refused("webdataset", tmp_path, rf"A sample's name ends at its first dot, so that {keys[0]} is its field \.")
-
-
 # --- names ------------------------------------------------------------------------------------------------------------
 
 ALIKE = {
@@ -420,11 +276,13 @@ def test_names_that_look_alike_are_told_apart(tmp_path: Path, kind: str) -> None
     one, two = ALIKE[kind]
     parts = {f"{part}/{name}/0.png": picture(i) for i, name in enumerate(("dog", "x")) for part in ("train", "val")}
     write(tmp_path / "a", parts | {f"train/{one}/0.png": picture(5), f"val/{two}/0.png": picture(6)})
-    different = of("folder", tmp_path / "a").faults[0]
+    different = listed("folder", tmp_path / "a").faults[0]
     assert "different classes" in different and ascii(one) in different and ascii(two) in different
     assert "(they look alike, but are written with other characters; write them alike)" in different
     write(tmp_path / "b", SMALL | {f"{one}/0.png": picture(5), f"{two}/0.png": picture(6)})
-    assert any(f"{min(one, two)!a} and {max(one, two)!a} look alike" in f for f in of("folder", tmp_path / "b").faults)
+    assert any(
+        f"{min(one, two)!a} and {max(one, two)!a} look alike" in f for f in listed("folder", tmp_path / "b").faults
+    )
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -440,14 +298,14 @@ def test_names_that_a_terminal_would_obey_are_escaped(softmoe: Softmoe, tmp_path
     for name in (r"gu\x1b[31mrken", r"ni\xf1o", r"a\u202eb"):
         assert f"{root.name}/{name}/{name}.png is not an image" in answer.out
     assert "passed over: 2 .txt, such as" in answer.out
-    classes = of("folder", root).classes
+    classes = listed("folder", root).classes
     assert r"ni\xf1o" in classes and all(name.encode() for name in classes)
 
 
 def test_one_long_name_does_not_widen_all(tmp_path: Path) -> None:
     names = {f"{'y' * 3_000_000 if i == 7 else i}.png": b"x" for i in range(12)}
     path = pack(tmp_path / "0.tar", {f"{k}/{name}": content for k in "ab" for name, content in names.items()})
-    refused("folder", path, rf"0\.tar has a name of 3,000,00\d letters, .*; {LONGEST_NAME} are enough")
+    refused_set("folder", path, rf"0\.tar has a name of 3,000,00\d letters, .*; {LONGEST_NAME} are enough")
 
 
 # --- what files say beside their pixels -------------------------------------------------------------------------------
@@ -473,47 +331,3 @@ def test_turned_transparent_and_moving_pictures_are_counted(softmoe: Softmoe, tm
 
 
 # --- damaged Arrow files ----------------------------------------------------------------------------------------------
-
-
-def test_offsets_beyond_an_arrow_file_are_refused(tmp_path: Path) -> None:
-    """Read in a process of its own, which they would end."""
-    root = save_arrow(tmp_path, ["ant", "bee", "cat", "ant"], None)
-    raw = (root / "0.arrow").read_bytes()
-    ends = np.array([0, 3, 6, 9, 12], np.int32).tobytes()
-    assert raw.count(ends) == 1
-    for wrong in ([0, 3, 6, 9, 2**31 - 1], [2**30, 2**30 + 3, 2**30 + 6, 2**30 + 9, 2**30 + 12], [0, 3, 1, 9, 12]):
-        (root / "0.arrow").write_bytes(raw.replace(ends, np.array(wrong, np.int32).tobytes()))
-        assert in_a_process(lambda: refused("arrow", root, "is no Arrow file with images in image")) == 0
-
-
-def in_a_process(check: Callable[[], None]) -> int:
-    child = os.fork()
-    if not child:
-        try:
-            check()
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def test_images_that_are_missing_or_no_bytes_in_arrow_files(tmp_path: Path) -> None:
-    pa = pytest.importorskip("pyarrow")
-    root = save_arrow(tmp_path, [0, 1], None)
-    one, kind = {"bytes": IMAGE, "path": None}, pa.struct([("bytes", pa.binary_view()), ("path", pa.string())])
-    viewed = pa.array([one, one], kind)
-    for column, words in (
-        (pa.array([None, one]), "is missing in some rows"),
-        (viewed, "holds binary_view; images must"),
-    ):
-        table = pa.table({"image": column, "label": [0, 1]})
-        with pa.OSFile(str(root / "0.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as out:
-            out.write_table(table)
-        refused("arrow", root, words)
-
-
-def test_the_arrow_files_of_a_set_with_parts(tmp_path: Path) -> None:
-    assert as_arrow(tmp_path / "a").is_dir() and len(of("arrow", tmp_path / "a").parts) == 2
-    shutil.copytree(tmp_path / "a", tmp_path / "b/copy")
-    shutil.copytree(tmp_path / "a", tmp_path / "b/other")
-    refused("arrow", tmp_path / "b", "has archives in .*copy/.* and in .*other/")

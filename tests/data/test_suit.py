@@ -9,7 +9,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from softmoe_cli.config import Config
+from softmoe_cli.config.run import Config
 from softmoe_cli.data.suit import SIDES, backbone_for, side_for
 from softmoe_cli.errors import UsageError
 from softmoe_cli.options.compose import say_once

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from softmoe_cli.config import Data
+from softmoe_cli.config.data import Data
 from softmoe_cli.data import batches, sets
 from softmoe_cli.data.workers import WorkersError, end_workers
 from softmoe_cli.errors import UsageError

@@ -168,3 +168,24 @@ def test_values_that_follow_each_other_have_none_in_help(softmoe: Softmoe, tmp_p
     put(tmp_path, "model/round.yaml", "image_size: ${model.in_chans}\nin_chans: ${.image_size}\n")
     answer = softmoe("cost", "model=round", "--help")
     assert answer.code == 0 and "\n  model.image_size  " in answer.out
+
+
+def test_a_conf_of_ones_own_that_cannot_be_read(softmoe: Softmoe, tmp_path: Path) -> None:
+    routers, models = tmp_path / "conf/model/router", tmp_path / "conf/model"
+    (routers / "hollow.yaml").mkdir(parents=True)
+    (routers / "latin.yaml").write_bytes(b"# caf\xe9\n_target_: x.Y\n")
+    (routers / "broken.yaml").write_text("# broken\n_target_: [x\n")
+    (routers / "list.yaml").write_text("- a\n")
+    (models / "latin.yaml").write_bytes(b"# caf\xe9\nimage_size: 8\n")
+    told = softmoe("list")
+    assert told.code == 0 and "latin" in told.out and "it is no UTF-8" in told.out and "hollow" not in told.out
+    for router, words in {"latin": "is no UTF-8", "broken": "is no YAML", "list": "no keys with values"}.items():
+        answer = softmoe("check", router)
+        assert answer.code == 2 and words in answer.err and f"{router}.yaml" in answer.err
+    (tmp_path / "conf/experiment").mkdir()
+    (tmp_path / "conf/experiment/cut.yaml").write_text("a: [1")
+    (models / "odd.yaml").write_text("defaults: 3\n")
+    assert softmoe("train", "model=odd", "--help").code == 0
+    assert "cut.yaml is no YAML" in softmoe("train", "+experiment=cut").err
+    answer = softmoe("train", "model=latin")
+    assert answer.code == 2 and "latin.yaml" in answer.err and len(answer.err.splitlines()) == 1

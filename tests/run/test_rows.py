@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from softmoe_cli.config import FORESEEN, MATCHED, SEARCHED, Config
+from softmoe_cli.config.commands import MATCHED
+from softmoe_cli.config.launch import FORESEEN, SEARCHED
+from softmoe_cli.config.run import Config
 from softmoe_cli.model.router import make_router
 from softmoe_cli.options.conf_files import files, load_yaml
 from softmoe_cli.options.help import options

@@ -10,6 +10,7 @@ from softmoe_cli.device import precision_context
 from softmoe_cli.model.vit import build
 from softmoe_cli.train.pace import FirstSteps, Pace, forward_s, images_of_a_look, looks
 from softmoe_cli.train.progress import Budget, Progress
+from tests.conftest import TINY, Softmoe
 from tests.oracles import compose
 
 CPU = torch.device("cpu")
@@ -131,3 +132,7 @@ def test_resuming_counts_what_is_left() -> None:
     assert "40 s of training, 40 steps of 1.0 s" in told and "4 times on validation images" in told
     minutes = Pace(0.1, 0.0, 0.0).left(Budget(None, 120.0), Progress(), 0.1)
     assert minutes.startswith("about 2 min: 2 min of training, 1,200 steps of 100 ms")
+
+
+def test_the_first_steps_tell_the_pace(softmoe: Softmoe) -> None:
+    assert " of training, 18 steps of " in softmoe("train", *TINY, "train.steps=20").out

@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
-from softmoe_cli.train.summary import chance, remark, shown
+import pytest
+
+from softmoe_cli.train.summary import _commit, chance, remark, shown
 from tests.conftest import TINY, Softmoe
 from tests.oracles import compose
 
@@ -69,3 +71,8 @@ def test_a_run_tells_its_time_first_and_what_to_type_last(softmoe: Softmoe) -> N
     assert lines[-3:] == next_lines
     assert softmoe("train", *TINY, "train.steps=3", "output_root=my runs").out.splitlines()[-3:] == next_lines
     assert "MiB at the peak" in answer.out and ", 1 thread, " in answer.out
+
+
+def test_a_machine_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert _commit() is None

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from softmoe_cli.config import EvaluateConfig
+from softmoe_cli.config.commands import EvaluateConfig
 from softmoe_cli.data import known
 from softmoe_cli.data.archives import Stored
 from softmoe_cli.data.splits import ImageSet

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from softmoe_cli.cli import main
-from softmoe_cli.config import WAYS
+from softmoe_cli.config.run import WAYS
 from softmoe_cli.cost.command import CONVENTION, costs, show_costs
 from softmoe_cli.cost.load import Load
 from softmoe_cli.cost.memory import predict

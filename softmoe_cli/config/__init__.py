@@ -1,0 +1,1 @@
+"""Every option that exists: its type, its meaning and what values it may take."""

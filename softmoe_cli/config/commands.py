@@ -1,0 +1,195 @@
+"""The options of all other commands, and what each command composes."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from softmoe_cli.config.data import Data, check_channels
+from softmoe_cli.config.model import Model, check_groups
+from softmoe_cli.config.option import Section, option
+from softmoe_cli.config.run import DEVICES, WAYS, Config, check_devices
+from softmoe_cli.errors import UsageError
+
+
+@dataclass
+class DataCheckConfig(Section):
+    """What `softmoe data check` composes."""
+
+    path: ClassVar[str] = ""
+    data: Data = field(default_factory=Data)
+    format: str = option("what is printed", choices=("table", "json"))
+
+
+AUDITS = ("neighbours", "capacity", "slots", "experts")
+
+
+@dataclass
+class EvaluateConfig(Section):
+    """What `softmoe evaluate` composes."""
+
+    path: ClassVar[str] = ""
+    checkpoint: Any = option("a run folder, a .safetensors file or hf-hub:OWNER/NAME; of a list, the average")
+    trust: str | None = option("a router of the checkpoint's that is not softmoe's, as module.Class: its code will run")
+    soup: str = option(
+        "a list of checkpoints: all of them, or those that do not lower validation top-1", choices=("uniform", "greedy")
+    )
+    data: Data = field(default_factory=Data)
+    split: str = option("which images", choices=("test", "validation", "train"))
+    batch_size: int = option("images per forward pass", low=1)
+    loss: str | None = option("as in train.loss; null: the checkpoint's", choices=("softmax", "sigmoid"))
+    precision: str | None = option("as in train.precision; null: the checkpoint's", choices=("fp32", "bf16", "fp16"))
+    calibration_bins: int = option("bins of equal width of the expected calibration error", low=1)
+    real: str | None = option(
+        "ImageNet's validation images: top-1 by ReaL labels too; a JSON file of theirs, or timm, which brings it"
+    )
+    predictions: str | None = option("a CSV file for what the model said of each image")
+    confusion: str | None = option(
+        "a CSV file for the images by label and prediction; above 2,000 classes, the pairs that there are"
+    )
+    fewshot: list[int] = option("shots per class from the training images, for few-shot quality of the features", low=1)
+    fewshot_l2: str = option(
+        "which images choose the ridge's l2; scored, the paper's rule, is optimistic", choices=("validation", "scored")
+    )
+    fewshot_seed: int = option("of the draw of the shots", low=0)
+    audit: list[str] = option("what predictions are held against changes of", choices=AUDITS)
+    audit_images: int | None = option("look at so many images of the split; null: all", low=1)
+    format: str = option("what is printed", choices=("table", "json"))
+    device: str = option("auto: cuda, else mps, else cpu", choices=DEVICES)
+    threads: int | None = option("CPU threads; null: torch's choice", low=1)
+
+    def check(self) -> None:
+        idle = {
+            "soup=greedy": self.soup == "greedy" and not isinstance(self.checkpoint, list),
+            f"audit_images={self.audit_images}": self.audit_images is not None and not self.audit,
+            f"fewshot_l2={self.fewshot_l2}": self.fewshot_l2 == "scored" and not self.fewshot,
+        }
+        needs = dict(zip(idle, ("a list of checkpoints", "audit", "fewshot"), strict=True))
+        for word, is_idle in idle.items():
+            if is_idle:
+                raise UsageError(f"{word} has no effect without {needs[word]}")
+
+
+@dataclass
+class UpcycleConfig(Section):
+    """What `softmoe upcycle` composes."""
+
+    path: ClassVar[str] = ""
+    checkpoint: str = option("a dense model: a run folder, a .safetensors file, hf-hub:OWNER/NAME or timm:NAME")
+    allow_unexpected: list[str] = option("weights that may be left unused, by name or by pattern (*)")
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    expert_noise: float = option("noise on the copies, as a share of each tensor's standard deviation", low=0)
+    expert_redraw: float = option(
+        "share of each expert's hidden units that are drawn again (Drop-Upcycling)", low=0, high=1
+    )
+    carry_optimizer: bool = option("start a finetuning from AdamW's moments too, where the checkpoint has them")
+    preserve: bool = option("an error unless the new model computes what the old one did; measured in float64")
+    seed: int = option("of the router, the noise and what is drawn again", low=0, high=2**31 - 1)
+    images: int = option("validation images, the first ones, on which the receipt compares both models", low=1)
+    folder: str | None = option("where the checkpoint goes; null: output_root/upcycled/NAME-SIGNATURE")
+    output_root: str = option("the folder of all studies")
+    format: str = option("what is printed", choices=("table", "json"))
+    threads: int | None = option("CPU threads; null: torch's choice", low=1)
+
+    def check(self) -> None:
+        check_channels(self.data, self.model.in_chans)
+        check_groups("images", self.images, self.model.router)
+        if self.preserve and (self.expert_noise or self.expert_redraw):
+            raise UsageError(
+                f"preserve=true cannot hold with expert_noise={self.expert_noise:g} and "
+                f"expert_redraw={self.expert_redraw:g}: experts must stay copies; set both to 0"
+            )
+
+
+PROGRAMS = ("torch_export", "onnx")
+
+
+@dataclass
+class ExportConfig(Section):
+    """What `softmoe export` composes."""
+
+    path: ClassVar[str] = ""
+    checkpoint: str = option("a run folder, a .safetensors file or hf-hub:OWNER/NAME")
+    trust: str | None = option("a router of the checkpoint's that is not softmoe's, as module.Class: its code will run")
+    data: Data = field(default_factory=Data)
+    formats: list[str] = option("programs beside the weights, each held against the model on images", choices=PROGRAMS)
+    images: int = option("validation images, the first ones, on which outputs are compared", low=1)
+    push: str | None = option("OWNER/NAME on the Hugging Face hub, where the folder is copied to; made private if new")
+    folder: str | None = option("where everything goes; null: output_root/exported/NAME-SIGNATURE")
+    output_root: str = option("the folder of all studies")
+    format: str = option("what is printed", choices=("table", "json"))
+    threads: int | None = option("CPU threads; null: torch's choice", low=1)
+
+
+@dataclass
+class Measured(Section):
+    """What `softmoe cost` and `softmoe match` have in common: a model, and what is measured of it."""
+
+    path: ClassVar[str] = ""
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    batch_size: int = option("images per update, for memory and clock", low=1)
+    accumulate: int = option("as in train.accumulate", low=1)
+    recompute: bool = option("as in train.recompute")
+    precision: str = option("as in train.precision", choices=("fp32", "bf16", "fp16"))
+    compile: bool = option("torch.compile the model that the clock measures")
+    repeats: int = option("times that the clock measures each", low=3)
+    device: str = option("auto: cuda, else mps, else cpu", choices=DEVICES)
+    threads: int | None = option("CPU threads; null: torch's choice", low=1)
+
+    def check(self) -> None:
+        if self.batch_size % self.accumulate:
+            raise UsageError(f"accumulate={self.accumulate} does not divide batch_size={self.batch_size}")
+
+
+@dataclass
+class CostConfig(Measured):
+    """What `softmoe cost` composes."""
+
+    devices: int = option("devices that share each batch, here or elsewhere: memory is that of each", low=1)
+    parallel: str = option("as in softmoe train: what each of several devices has of the model", choices=WAYS)
+    clock: bool = option("measure latency, throughput and peak memory on this machine")
+    format: str = option("what is printed", choices=("table", "json", "csv", "markdown"))
+
+    def check(self) -> None:
+        super().check()
+        if self.devices == 1 and self.parallel != "ddp":
+            raise UsageError(f"parallel={self.parallel} has no effect with devices=1")
+        if self.devices > 1 and self.clock:
+            raise UsageError(f"clock=true measures one device; leave out devices={self.devices}")
+        check_devices(self.devices, self.batch_size, self.accumulate)
+
+
+MATCHED = (
+    "forward_gflop", "train_gflop", "train_pflop", "params_m", "active_params_m", "peak_mib", "latency_ms",
+    "train_step_ms",
+)  # fmt: skip
+FREE_KEYS = (
+    "model.router.num_experts", "model.router.slots_per_expert", "model.moe_blocks", "model.backbone.depth",
+    "model.backbone.width", "train.steps",
+)  # fmt: skip
+
+
+@dataclass
+class MatchConfig(Measured):
+    """What `softmoe match` composes."""
+
+    free: str = option("the one setting to solve for", choices=FREE_KEYS)
+    to: str = option("the model whose cost is to be met, as in model=, or BACKBONE_ROUTER where that has no name")
+    by: str = option("the cost that is to be the same", choices=MATCHED)
+    tolerance: float = option("largest difference, as a share of the other's cost", above=0, high=1)
+    steps: int | None = option("by=train_pflop: updates that the other model is trained", low=1)
+    format: str = option("what is printed", choices=("table", "json"))
+
+    def check(self) -> None:
+        super().check()
+        if (self.by == "train_pflop") != (self.steps is not None):
+            raise UsageError(f"by={self.by} and steps={self.steps}: steps belong to by=train_pflop, which needs them")
+        if self.free == "train.steps" and self.by != "train_pflop":
+            raise UsageError(f"free=train.steps changes no {self.by}; use by=train_pflop with steps=")
+
+
+SCHEMAS: dict[str, type[Section]] = {
+    "train": Config, "finetune": Config, "evaluate": EvaluateConfig, "cost": CostConfig, "match": MatchConfig,
+    "upcycle": UpcycleConfig, "export": ExportConfig, "data": DataCheckConfig,
+}  # fmt: skip
+"""What each command composes."""

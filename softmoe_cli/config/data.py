@@ -1,0 +1,113 @@
+"""The options of a data set."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from softmoe_cli.config.option import MISSING, Section, option, typed
+from softmoe_cli.errors import UsageError, nearest
+
+WIDEST = 65_535
+"""Pixels on a side that a JPEG may have."""
+MOST_CLASSES = 10**7
+"""The most classes: a longer list of names takes minutes and gigabytes before the first message."""
+KNOWN_SETS = ("digits", "fashion_mnist", "cifar10", "cifar100")
+DATA_FORMATS = ("folder", "webdataset", "tfds", "arrow")
+
+
+@dataclass
+class Data(Section):
+    """A set of images with labels, cut into training, validation and test images once and for all."""
+
+    path: ClassVar[str] = "data"
+    name: str = option("which set; of your own files, what tables call it")
+    format: str | None = option("how your own files are stored; null: a set that softmoe knows", choices=DATA_FORMATS)
+    root: str = option("where its files are, or are downloaded to; unused by digits")
+    label: str | None = option("archives: the field, feature or column with the labels; null: cls or label")
+    class_numbers: bool = option(
+        "evaluation: classes are called by their numbers among the checkpoint's, as in ImageNet-V2"
+    )
+    num_classes: int | None = option(
+        "classes, and width of the model's head; null: as many as the files have", low=1, high=MOST_CLASSES
+    )
+    image_size: Any = option(
+        "pixels on the side of a decoded image; files are resized and cut to it; auto: the model's or, where that "
+        "follows the images, what suits them",
+        low=1,
+        high=WIDEST,
+    )
+    crop_pct: float | None = option(
+        "share of a file's shorter side that the centre square keeps, as in timm; null: all", above=0, high=1
+    )
+    from_file: bool = option(
+        "resize every file once, to model.image_size and with timm's transforms, instead of going through image_size"
+    )
+    channels: int = option("1 for grey, 3 for colour", low=1, high=3)
+    mean: list[float] = option("subtracted from pixels in [0, 1]: one number, or one per channel")
+    std: list[float] = option("divides the pixels after that", above=0)
+    hflip: float = option("how often a mirrored image would still be natural; recipes read it", low=0, high=1)
+    shift: float = option("how far, as a share of its side, an image may be moved; recipes read it", low=0, high=1)
+    crop: str = option("which augment.crop suits it; recipes read it", choices=("none", "shift", "resized"))
+    area: float = option("which augment.area suits it; recipes read it", above=0, high=1)
+    split_seed: int = option(
+        "seed of the split where the set brings none, not the run's; for a checkpoint's own set it is the checkpoint's",
+        low=0,
+    )
+    validation_fraction: float = option("share held out of the training images for choices", above=0, high=0.5)
+    test_fraction: float = option(
+        "share held out as test where the set brings no test images; 1: all are, for evaluation only", above=0, high=1
+    )
+    workers: int | None = option(
+        "processes that decode files that are not in memory; null: one per CPU core; 0: the run's own", low=0
+    )
+    prefetch: int = option("batches that each of these processes decodes ahead", low=1)
+    memory_gib: float = option("files that decode to more than this are read from disk as it goes", low=0)
+    max_megapixels: float = option("larger images are refused before they are decoded", above=0)
+
+    def check(self) -> None:
+        if "://" in self.root:
+            raise UsageError(
+                f"data.root={self.root} is an address; a run must find each image again at any time, so download the "
+                "set and name its folder"
+            )
+        check_side(self.name, self.format, self.image_size)
+        if self.format is None:
+            if self.name not in KNOWN_SETS:
+                raise UsageError(
+                    f"data.name={self.name} is not one of {', '.join(KNOWN_SETS)}.{nearest(self.name, KNOWN_SETS)} "
+                    f"For files of your own set data.format: {', '.join(DATA_FORMATS)}"
+                )
+            given = {"label": self.label, "crop_pct": self.crop_pct, "from_file": self.from_file or None}
+            for key, value in given.items():
+                if value is not None:
+                    raise UsageError(f"data.{key}={value} has no effect on data={self.name}, which has no files")
+        if self.format == "folder" and self.label is not None:
+            raise UsageError(f"data.label={self.label} has no effect with data.format=folder: folders are the labels")
+        if self.class_numbers and self.test_fraction != 1:
+            raise UsageError("data.class_numbers=true is for evaluation only, with data.test_fraction=1")
+        if 0.5 < self.test_fraction < 1:
+            raise UsageError(f"data.test_fraction={self.test_fraction:g} is neither at most 0.5 nor 1")
+        if self.channels == 2:
+            raise UsageError("data.channels=2 is neither 1 (grey) nor 3 (colour)")
+        for key in ("mean", "std"):
+            if len(getattr(self, key)) not in (1, 3):
+                raise UsageError(f"data.{key}={getattr(self, key)} needs 1 number, or 3 for three colours")
+
+
+def check_side(name: str, format: str | None, side: Any) -> None:
+    """A number of pixels or, where there are files to look at, auto."""
+    if side == "auto" and format is None:
+        raise UsageError(f"data.image_size=auto is for files of your own; give data={name} a number of pixels")
+    if side not in ("auto", MISSING) and type(side) is not int:
+        raise UsageError(f"data.image_size={typed(side)} is neither a whole number of pixels nor auto")
+
+
+def check_channels(data: Data, in_chans: int) -> None:
+    """Grey images can be repeated into colour channels; nothing else converts by itself."""
+    if data.channels not in (1, in_chans):
+        raise UsageError(
+            f"model.in_chans={in_chans} cannot take data.channels={data.channels} of data={data.name}; "
+            f"set data.channels={in_chans} to convert the images"
+        )
+    for key in ("mean", "std"):
+        if len(getattr(data, key)) not in (1, in_chans):
+            raise UsageError(f"data.{key}={getattr(data, key)} needs 1 or model.in_chans={in_chans} numbers")

@@ -1,0 +1,182 @@
+"""The options of `softmoe train` and `softmoe finetune`, and which of them make a run another run."""
+
+import os
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from softmoe_cli.config.data import Data, check_channels
+from softmoe_cli.config.model import Model, check_groups
+from softmoe_cli.config.option import Section, option
+from softmoe_cli.config.recipe import Augment, Optim, Train
+from softmoe_cli.errors import UsageError
+from softmoe_cli.text import printable
+
+WANDB_LETTERS = 128
+"""Letters that W&B takes in a project, a group or a name."""
+
+
+@dataclass
+class Wandb(Section):
+    """Where on Weights & Biases the run is mirrored."""
+
+    path: ClassVar[str] = "wandb"
+    project: str = option("project")
+    entity: str | None = option("user or team; null: your default")
+    group: str | None = option("null: the study")
+    tags: list[str] = option("tags")
+    name: str | None = option("null: the run's name")
+
+    def check(self) -> None:
+        """Checks W&B's own limits: W&B would refuse the run, and the record of the run would be lost."""
+        for key in ("project", "entity", "group", "name"):
+            value = getattr(self, key)
+            if value is not None and not 1 <= len(value) <= WANDB_LETTERS:
+                raise UsageError(
+                    f"wandb.{key}={value} has {len(value)} characters; W&B takes 1 to {WANDB_LETTERS}"
+                    + ("" if key == "project" else ", and null leaves the choice to it")
+                )
+        for key in ("project", "entity"):
+            wrong = [letter for letter in "/\\#?%:" if letter in (getattr(self, key) or "")]
+            if wrong:
+                raise UsageError(
+                    f"wandb.{key}={getattr(self, key)} has '{wrong[0]}' in it; W&B takes none of / \\ # ? % : there"
+                )
+        for tag in self.tags:
+            if not 1 <= len(tag) <= 64:
+                raise UsageError(
+                    f"wandb.tags={self.tags}: the tag '{tag}' has {len(tag)} characters; W&B takes 1 to 64"
+                )
+
+
+def check_tokens(config: "Config", tokens: int) -> None:
+    """Refuses very many tokens, which are seldom meant, unless they are asked for."""
+    if tokens > config.train.max_tokens:
+        m = config.model
+        raise UsageError(
+            f"{m.name} at model.image_size={m.image_size} has {tokens:,} tokens, more than "
+            f"train.max_tokens={config.train.max_tokens}, and attention's cost grows with their square; choose larger "
+            "patches (without model= they follow the images) or smaller images (data.image_size, model.image_size), or "
+            f"set train.max_tokens={tokens}"
+        )
+
+
+def check_devices(devices: int, batch: int, parts: int) -> None:
+    """Checks that each device has at least one image of each part of a batch."""
+    if batch // parts < devices:
+        raise UsageError(f"devices={devices} cannot divide {batch // parts} images; use a larger batch_size")
+
+
+NAME_BYTES = 255
+"""The most bytes in the name of a file or folder, on nearly every file system; a letter may take four."""
+
+
+def _bytes(name: str) -> int:
+    return len(os.fsencode(name))
+
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+WAYS = ("ddp", "fsdp", "expert")
+"""How several processes train one model, in the order in which `parallel=auto` tries them."""
+
+
+@dataclass
+class Config(Section):
+    """What `softmoe train` and `softmoe finetune` compose."""
+
+    path: ClassVar[str] = ""
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    augment: Augment = field(default_factory=Augment)
+    optim: Optim = field(default_factory=Optim)
+    train: Train = field(default_factory=Train)
+    wandb: Wandb = field(default_factory=Wandb)
+    seed: int = option("of weights, order and augmentation", low=0, high=2**31 - 1)
+    study: str = option("the folder that a run's folder stands in (experiment)")
+    name: str | None = option("what the run's folder is called before its signature; null: model-data")
+    output_root: str = option("the folder of all studies")
+    checkpoint: str | None = option("finetune: a run folder, a .safetensors file, hf-hub:OWNER/NAME or timm:NAME")
+    allow_unexpected: list[str] = option("finetune: weights that may be left unused, by name or by pattern (*)")
+    trust: str | None = option(
+        "finetune: a router of the checkpoint's that is not softmoe's, as module.Class: its code will run"
+    )
+    slots: str = option(
+        "finetune: slots per expert as in the checkpoint, or in proportion to the tokens",
+        choices=("kept", "proportional"),
+    )
+    tracking: str = option(
+        "Weights & Biases; auto: WANDB_MODE, else online when a key is configured, else offline",
+        choices=("auto", "online", "offline", "off"),
+    )
+    device: str = option("auto: cuda, else mps, else cpu", choices=DEVICES)
+    threads: int | None = option("CPU threads; null: torch's choice", low=1)
+    devices: int = option("devices of this machine that share each batch, a process on each", low=1)
+    parallel: str = option(
+        "what each of several processes has: ddp: the whole model; fsdp: a share of every weight; expert: some experts "
+        "of each layer, and a share of all else; auto: the first of these that fits",
+        choices=("auto", *WAYS),
+    )
+    restarts: int = option("with devices: how often a failure restarts all of them from the last checkpoint", low=0)
+
+    def check(self) -> None:
+        if self.data.test_fraction == 1:
+            raise UsageError(
+                f"data={self.data.name} has data.test_fraction=1: its images are for softmoe evaluate only"
+            )
+        if self.restarts and self.devices == 1:
+            raise UsageError(
+                f"restarts={self.restarts} has no effect with devices=1; torchrun has --max-restarts of its own"
+            )
+        settled = self.train.batch_size != "auto"
+        if settled and (self.augment.mixup or self.augment.cutmix) and self.train.batch_size % 2:
+            raise UsageError(
+                f"augment.mixup and augment.cutmix pair images: train.batch_size={self.train.batch_size} must be even"
+            )
+        if self.model.backbone.patch_size is not None:  # else timm knows, when the model is made
+            side = self.model.image_size // self.model.backbone.patch_size
+            check_tokens(self, side**2 + bool(self.model.backbone.class_token))
+        check_channels(self.data, self.model.in_chans)
+        check_groups("train.eval_batch_size", self.train.eval_batch_size, self.model.router)
+        if settled and self.train.accumulate > 1:
+            check_groups("train.batch_size", self.train.batch_size, self.model.router, self.train.accumulate)
+        if self.model.head_norm == "batch" and self.model.head != "linear" and self.train.batch_size == 1:
+            raise UsageError("model.head_norm=batch has no variance over train.batch_size=1; set it to layer")
+        if self.train.minutes is not None:
+            spans = {
+                "optim.warmup": self.optim.warmup,
+                "optim.cooldown": self.optim.cooldown,
+                "train.log_every": self.train.log_every,
+                "train.eval_every": self.train.eval_every,
+            }
+            for key, span in spans.items():
+                if span >= 1:
+                    raise UsageError(
+                        f"{key}={span:g} counts steps, which train.minutes={self.train.minutes:g} does not know; "
+                        "give a share below 1"
+                    )
+            if self.optim.schedule == "rsqrt":
+                raise UsageError(
+                    "optim.schedule=rsqrt counts steps, which train.minutes does not know; "
+                    "use cosine, linear or constant"
+                )
+        if self.devices > 1 and self.train.batch_size != "auto":
+            check_devices(self.devices, self.train.batch_size, self.train.accumulate)
+        for key, text in {"study": self.study, "name": self.name or "x"}.items():
+            if not text or text.startswith(("/", ".")) or ".." in text.split("/") or printable(text) != text:
+                raise UsageError(f"{key}={text!a} must be a plain folder name")
+        longest = {"study": max(self.study.split("/"), key=_bytes), "name": f"{self.name}-0123456789"}
+        for key, text in longest.items():
+            if _bytes(text) > NAME_BYTES:
+                extra = " with the signature behind it" if key == "name" else ""
+                raise UsageError(
+                    f"{key}={text[:30]}… has {_bytes(text)} bytes{extra}; a folder's name may have {NAME_BYTES}"
+                )
+
+
+NOT_SCIENCE = (
+    "output_root", "study", "name", "tracking", "wandb", "device", "threads", "devices", "parallel", "restarts",
+    "checkpoint", "trust", "data.root", "data.workers", "data.prefetch", "data.memory_gib", "data.max_megapixels",
+    "data.crop", "data.area", "train.default_epochs", "train.max_tokens", "train.log_every", "train.eval_batch_size",
+    "train.fewshot", "train.save_seconds", "slots",
+)  # fmt: skip
+"""Keys that are left out of the signature: they change where, when or how fast a run goes but never its numbers, or
+only other programs read them. (The number that `slots` becomes stands in model.router.)"""

@@ -1,0 +1,116 @@
+"""The page: a section for each block, alone in one file."""
+
+import json
+import os
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+
+from softmoe_cli.compare.blocks import compare
+from softmoe_cli.compare.groups import Question
+from tests.synthetic import row, study, write
+
+
+def test_page_has_a_section_for_each_block(tmp_path: Path) -> None:
+    from softmoe_cli.compare.page import page
+
+    study(tmp_path)
+    for hardware in ("AMD: one", "AMD: two"):
+        write(tmp_path / hardware, row(seed=7, hardware=hardware, train__minutes=5))
+        write(tmp_path / hardware, row(seed=len(hardware) + ord(hardware[-1]), hardware=hardware, train__minutes=5))
+    comparison = compare([tmp_path], Question())
+    sections = page(comparison, {"pareto.svg": b"", "curves.svg": b""}, tmp_path).split("<section>")[1:]
+    assert [each.partition("</section>")[0].count("<table ") for each in sections] == [3, 3, 3]
+
+
+def test_page_draws_seconds_of_one_machine_only(tmp_path: Path) -> None:
+    from softmoe_cli.compare.page import page
+
+    def axes() -> list[str]:
+        text = page(compare([study_folder], Question()), {"pareto.svg": b"", "curves.svg": b""}, tmp_path)
+        return list(json.loads(text.partition('id="data">')[2].partition("</script>")[0])["axes"][0])
+
+    study_folder = study(tmp_path / "runs")
+    assert axes() == ["train_pflop", "device_s", "images"]
+    write(study_folder, row(seed=5, hardware="NVIDIA H100"))
+    assert axes() == ["train_pflop", "images"]
+
+
+class Reader(HTMLParser):
+    """Checks that what opens closes, and gathers attributes, data and words."""
+
+    VOID = ("meta", "img", "br", "!doctype")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.words: dict[str, list[str]] = {}
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += attrs
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.setdefault(self.open[-1] if self.open else "", []).append(data)
+
+
+@pytest.mark.parametrize("which", ["compared", "nasty"])
+def test_page_stands_alone(which: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    from softmoe_cli.compare.page import page
+
+    comparison = request.getfixturevalue(which)
+    text = page(comparison, {"pareto.svg": b"<svg/>", "curves.svg": b"<svg/>"}, tmp_path)
+    reader = Reader()
+    reader.feed(text)
+    reader.close()
+    assert reader.open == []
+    assert "http:" not in text and "https:" not in text and "@import" not in text and "url(" not in text
+    links = [value or "" for name, value in reader.attributes if name == "href"]
+    assert all((tmp_path / unquote(link)).is_dir() for link in links) and len(links) == sum(
+        len(group.runs) for group in comparison.groups
+    )
+    assert all((value or "").startswith("data:") for name, value in reader.attributes if name == "src")
+    data, _ = reader.words["script"]
+    told = json.loads(data)
+    labels = {each["label"] for each in told["blocks"][0]}
+    assert labels == {group.label for group in comparison.groups}
+    assert "routing_utilisation" in next(each for each in told["blocks"][0] if each["label"] != "dense")["names"]
+    assert "b" not in reader.words, "no tag that a run's name brought along"
+    assert any("utilisation" in word for word in reader.words["button"])
+    assert labels <= set(reader.words["th"])
+
+
+def test_the_page_tells_what_was_run(tmp_path: Path) -> None:
+    from softmoe_cli.compare.page import page
+
+    runs = study(tmp_path / "out puts" / "a&b")
+    folder = runs / "sweep-1"
+    folder.mkdir()
+    jobs = [{"run": run.name, "folder": f"../{run.name}"} for run in sorted(runs.iterdir()) if "sweep" not in run.name]
+    (folder / "jobs.json").write_text(json.dumps({"command": "train", "typed": ["seed=0,1,2", "a=<b>"], "jobs": jobs}))
+    (runs / "sweep-2").mkdir()
+    (runs / "sweep-2" / "jobs.json").write_text("{")
+    for run in runs.glob("*/result.json"):
+        os.utime(run, (1_700_000_000, 1_700_000_000))
+    text = page(compare([runs], Question()), {"pareto.svg": b"", "curves.svg": b""}, tmp_path / "elsewhere")
+    reader = Reader()
+    reader.feed(text)
+    facts = reader.words["dd"][2:]  # after the routing table's words
+    assert facts[0] == "softmoe train -m seed=0,1,2 'a=<b>'" and "2023-11-14 (UTC" in facts[1]
+    assert "AMD EPYC, 1 threads, torch 2.15.0+cu132 (9 runs)" in facts
+    assert "softmoe 0.1.0, commit 7d27ecc (9 runs)" in facts
+    assert "digits: 1,295 training images, 359 test images (9 runs)" in facts
+    assert "200 updates of 32 images (9 runs)" in facts
+    links = [value or "" for name, value in reader.attributes if name == "href"]
+    assert len(links) == 9 and all(link.startswith("../out%20puts/a%26b/vit_nano2_") for link in links)
+    assert any("soft is better than dense" in word for word in reader.words["p"]), "the headline"
+    assert {"utilisation", "load_max"} <= set(reader.words["dt"]), "the routing table's words"
+    heads = [value for name, value in reader.attributes if name == "data-head"]
+    assert "verdict" in heads, "which a card names on a narrow screen"

@@ -1,0 +1,17 @@
+"""Every group looks like no other."""
+
+from pathlib import Path
+
+from softmoe_cli.compare.blocks import compare
+from softmoe_cli.compare.groups import Question
+from softmoe_cli.compare.styles import styles
+from tests.synthetic import row, write
+
+
+def test_every_group_has_a_look_of_its_own(tmp_path: Path) -> None:
+    for experts in range(1, 30):
+        write(tmp_path, row(model__router__num_experts=experts, top1_pct=80 + experts / 10))
+    write(tmp_path, row(router="dense"))
+    look = styles(compare([tmp_path], Question()).groups)
+    assert len(set(look.values())) == 30
+    assert look["dense"] == (0, "o")

@@ -1,0 +1,100 @@
+"""Where jobs run: here, Slurm, Ray; and the README's batch script."""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.launch.sweeps import below, finish, launch, runs, until
+from tests.oracles import compose
+from tests.runs import same
+
+ROOT = Path(__file__).resolve().parents[2]
+PLACES = {
+    "submitit": ("slurm", "hydra.launcher.cluster=local", "hydra.launcher.gpus=0", "hydra.launcher.cpus=1"),
+    "ray": ("ray", "hydra.launcher.cpus=1"),
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.thorough
+def test_other_places_give_the_same_results(place: str, tmp_path: Path, alone: Callable[[str], Path]) -> None:
+    line = ("train.steps=30", "seed=0,1", "hydra.launcher.jobs=2", f"hydra/launcher={PLACES[place][0]}")
+    out = finish(launch(tmp_path, *line, *PLACES[place][1:]))
+    assert out.splitlines()[-1] == "2 done"
+    for seed, folder in runs(tmp_path).items():
+        same(alone(seed), folder)
+
+
+@pytest.mark.long
+@pytest.mark.thorough
+def test_a_job_of_two_processes_whose_end_is_near_is_queued_again(tmp_path: Path) -> None:
+    """submitit's signal reaches all that the job has started, as it may under Slurm."""
+    line = ("train.steps=2000", "train.log_every=1", "devices=2", "hydra/launcher=slurm", *PLACES["submitit"][1:])
+    process = launch(tmp_path, *line)
+
+    def task() -> int | None:
+        for pid in below(process.pid):
+            with contextlib.suppress(OSError):
+                if b"submitit.core._submit" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    return pid
+        return None
+
+    rows = until(lambda: next(tmp_path.glob("outputs/default/*/metrics.jsonl"), None))
+    until(lambda: rows.stat().st_size)
+    first = until(task)
+    for pid in [*below(first), first]:
+        os.kill(pid, signal.SIGUSR2)
+    until(lambda: task() not in (None, first))
+    process.send(signal.SIGINT)
+    assert "failed" not in finish(process, 130)
+    told = next(tmp_path.glob("outputs/default/sweep-*/00.log")).read_text()
+    assert told.count("the job is queued again") == 1 and "was killed" not in told
+    assert list(rows.parent.glob("checkpoints/last-*"))
+
+
+STUB = """#!/bin/bash
+trap 'echo saved >> "$LOG"; exit 143' TERM
+echo "{name} $*" >> "$LOG"
+case "{name} $1" in
+  "scontrol show") echo node7 ;;
+  "srun torchrun") {work} ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("ends_by_itself", [True, False])
+def test_the_readmes_batch_script(ends_by_itself: bool, tmp_path: Path) -> None:
+    """Run by bash with stand-ins for Slurm: told that its time is over, it has the run saved, then queues it again."""
+    text = (ROOT / "softmoe_cli/launch/README.md").read_text()
+    (script,) = re.findall(r"^```\n(#!/bin/bash\n.*?)^```", text, re.DOTALL | re.MULTILINE)
+    work = ":" if ends_by_itself else "while :; do sleep 0.05; done"
+    for name in ("srun", "scontrol"):
+        (tmp_path / name).write_text(STUB.format(name=name, work=work))
+        (tmp_path / name).chmod(0o755)
+    log = tmp_path / "log"
+    slurm = {"SLURM_JOB_ID": "41", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[7-8]", "LOG": str(log)}
+    environment = os.environ | slurm | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    with subprocess.Popen(["bash", "-c", script], env=environment, start_new_session=True) as job:
+        try:
+            if not ends_by_itself:
+                until(lambda: log.exists() and "srun" in log.read_text())
+                time.sleep(0.5)  # srun runs before bash knows its number
+                job.send_signal(signal.SIGUSR1)
+            job.wait(300)
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # as it should be
+                os.killpg(job.pid, signal.SIGKILL)
+    told = log.read_text().splitlines()
+    command = next(line for line in told if line.startswith("srun "))
+    assert "--nnodes=2" in command and "--rdzv-endpoint=node7:29500" in command and "--rdzv-id=41" in command
+    program, _, overrides = command.partition(" -m softmoe_cli train ")
+    assert program.startswith("srun torchrun ") and compose(*overrides.split()).model.name == "vit_b16_soft"
+    assert told[2:] == ([] if ends_by_itself else ["saved", "scontrol requeue 41"])

@@ -1,0 +1,59 @@
+"""What is asked before the first job."""
+
+import os
+import signal
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+
+from softmoe_cli.launch import plan, sweep
+from softmoe_cli.options import inherit
+from tests.conftest import TINY, Softmoe
+from tests.launch.sweeps import LINE
+
+
+def test_a_plan_writes_nothing(softmoe: Softmoe, tmp_path: Path) -> None:
+    answer = softmoe("train", "-m", *LINE, "train.steps=100", "seed=0,1", "data.hflip=0,0.5", "--plan")
+    assert answer.code == 0, answer
+    assert "seed=1 data.hflip=0.5" in answer.out or "data.hflip=0.5" in answer.out
+    lines = answer.out.splitlines()
+    assert lines[-1].startswith("4 jobs, 4 to do: 1.412 GFLOP, ") and "at a time" in lines[-1]
+    assert all("waiting" in line and "outputs/default/vit_nano2_soft-digits-" in line for line in lines[1:5])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_is_of_a_sweep(softmoe: Softmoe) -> None:
+    for line in (("train", "--plan"), ("cost", "-m", "--plan")):
+        answer = softmoe(*line)
+        assert answer.code == 2 and "--plan lists the jobs of a sweep" in answer.err
+
+
+def test_the_process_that_checks_the_jobs_is_killed(softmoe: Softmoe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "answer", killed)
+    answer = softmoe("train", "-m", *TINY, "seed=0,1")
+    words = "the process that checks the jobs has ended: killed by SIGKILL, which is also what the system does"
+    assert answer.code == 1 and words in answer.err and "Traceback" not in answer.err
+
+
+def killed(_inquiry: plan.Inquiry, _sender: Connection) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_defect_in_the_process_that_checks_the_jobs(softmoe: Softmoe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "answer", confused)
+    answer = softmoe("train", "-m", *TINY, "seed=0,1")
+    assert answer.code == 1 and "2 of 2 jobs cannot work" in answer.err
+    assert "seed=1: ValueError: odd; raised in" in answer.err
+
+
+_ANSWER = plan.answer
+
+
+def confused(inquiry: plan.Inquiry, sender: Connection) -> None:
+    inherit.resolve = odd  # type: ignore[assignment]
+    _ANSWER(inquiry, sender)
+
+
+def odd(*_: object) -> None:
+    raise ValueError("odd")
