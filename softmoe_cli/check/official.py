@@ -164,7 +164,7 @@ def drawn(noise: np.ndarray | None) -> Iterator[None]:
         yield
 
 
-def compare_case(router_class: type[Router], case: Case, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
+def compare_case(router_class: type[Decider], case: Case, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Yields (name, our value, official value) for everything in a layer case. Integers must be equal, the rest
     close."""
     meta, z = case
@@ -174,6 +174,7 @@ def compare_case(router_class: type[Router], case: Case, dtype: torch.dtype) -> 
     if meta["kind"] in zero_computation.PLUS_PLUS_KINDS:
         yield from zero_computation.compare_layers(router_class, case, dtype)
         return
+    assert issubclass(router_class, Router)
     layer = case_layer(router_class, meta, z, dtype)
     x = torch.tensor(z["x_seqs"] if "x_seqs" in z else z["x"]).to(dtype).requires_grad_()
     with drawn(z.get("noise")):

@@ -106,7 +106,7 @@ class Model(Section):
     def filled(self) -> Self:
         """Replaces words for blocks by block numbers. A dense control has no placement and no router options, so that
         it is the same run whatever its rivals sweep over."""
-        head = {} if self.head != "linear" else {"head_experts": None, "head_norm": None}
+        head: dict[str, Any] = {} if self.head != "linear" else {"head_experts": None, "head_norm": None}
         if self.router["_target_"] is None:
             bare = {"_target_": None}
             return replace(self, moe_blocks=[], router=bare, expert_init="identical", expert_width=None, **head)

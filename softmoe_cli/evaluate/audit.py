@@ -200,6 +200,7 @@ def summary(findings: Sequence[Effect]) -> list[Effect]:
         ]
         known = [finding.polysemanticity for finding in some if finding.polysemanticity is not None]
         mean = sum(known) / len(known) if known else None
-        rows.append(Effect("experts", f"block {block}, one of {len(some)}: mean", block, *means, mean))
+        average = Effect("experts", f"block {block}, one of {len(some)}: mean", block, *means)
+        rows.append(replace(average, polysemanticity=mean))
         rows.append(replace(worst, setting=f"block {block}, {worst.setting}: the worst"))
     return rows

@@ -35,6 +35,7 @@ from softmoe_cli.model.router import make_router
 from softmoe_cli.model.vit import build
 from softmoe_cli.moe.coefficients import entmax15
 from softmoe_cli.moe.factorised import FactorisedRouter
+from softmoe_cli.moe.kind import Decider
 from softmoe_cli.moe.layer import MoE
 from softmoe_cli.moe.routing import DenseRouting, Router, SparseRouting, capacity, routings
 from softmoe_cli.moe.sparse import choose, place
@@ -402,6 +403,7 @@ def float32_case(name: str) -> tuple[MoE, Tensor, dict[str, np.ndarray]]:
     meta, arrays = read_case(name)
     router_class = next(router for router in ROUTER_CLASSES.values() if is_case_of(router, meta))
     x = tensor(arrays["x_seqs"] if "x_seqs" in arrays else arrays["x"])
+    assert issubclass(router_class, Router)
     return case_layer(router_class, meta, arrays, torch.float32), x, arrays
 
 
@@ -442,7 +444,7 @@ def test_choices_under_bf16_autocast_are_those_of_float32(name: str) -> None:
                 assert got.dtype == value.dtype and torch.equal(got, value), f"{type(router).__name__}: {key}"
 
 
-def akin(router: Router, options: dict[str, Any], other: type[Router], x: Tensor) -> Router:
+def akin(router: Router, options: dict[str, Any], other: type[Decider], x: Tensor) -> Decider:
     """Another router with as many of the options as it has, and the parameters."""
     names = [name for name, p in inspect.signature(other).parameters.items() if p.kind is p.KEYWORD_ONLY]
     made = other(x.shape[2], x.shape[1], **{name: options[name] for name in names})

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import TINY, Softmoe
-from tests.cost.test_memory import allocated_peak, composed, held
+from tests.cost.loads import composed, held
+from tests.cost.test_memory import allocated_peak
 from tests.routers import ROUTERS
 from tests.runs import last, same, the_run
 
