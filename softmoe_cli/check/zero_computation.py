@@ -135,7 +135,7 @@ def compare_layers(
         yield name, y.detach().view(z[f"out/{place}/y"].shape), torch.tensor(z[f"out/{place}/y"])
         outs.append(y)
         losses.append(routing.aux_loss)
-        x, carried = x + y, Carried(logits.view(*x.shape[:2], -1))
+        x, carried = x + y, routing.carried or Carried(logits)
     weight = torch.tensor(z["loss_weight"]).view_as(x)
     loss = (weight * outs[-1]).sum() + sum(losses)
     if meta["kind"] == "zero_computation_layer":
