@@ -70,6 +70,14 @@ class Decider(nn.Module, ABC):
         a gradient costs as much again. Routers with fixed weights have fewer."""
         return 3 * self.flop(num_tokens)
 
+    kinds: Sequence[str] = ()
+    """Kinds of experts that tokens can do without, where there are several. Its decisions then say what has `landed`
+    (`Routing`)."""
+
+    def without(self, kind: str) -> AbstractContextManager[None]:
+        """While open, tokens choose no expert of one of `kinds`."""
+        raise NotImplementedError(f"experts of {type(self).__name__} are of one kind")
+
     def departs_from_mlp(self, num_tokens: int, parts: int) -> str | None:
         """Why a layer of copies of an MLP is not that MLP in evaluation, and the way out; None where it is: every
         token's weights add up to one over experts that see that token alone and, with an MLP cut into `parts`, are

@@ -11,7 +11,8 @@ choices; `capacity_counts_choices` reads its T as K T.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -246,6 +247,7 @@ class ZeroComputationRouter(Router):
         self.gate = Gate(dim, sum(self.counts), function="softmax", noise_std=0.0)
         self.constants = Constants(num_constant, dim) if num_constant else None
         self.residual: nn.Linear | None = None
+        self._forbidden: str | None = None
 
     @property
     def num_free(self) -> int:
@@ -297,6 +299,18 @@ class ZeroComputationRouter(Router):
             )
         return None
 
+    @property
+    def kinds(self) -> Sequence[str]:  # type: ignore[override]
+        return [kind for kind, count in zip(EXPERT_KINDS, self.counts, strict=True) if count]
+
+    @contextmanager
+    def without(self, kind: str) -> Iterator[None]:
+        before, self._forbidden = self._forbidden, kind
+        try:
+            yield
+        finally:
+            self._forbidden = before
+
     def follow(self, earlier: Router) -> None:
         experts = sum(self.counts)
         self.residual = nn.Linear(experts, experts, bias=False)
@@ -330,6 +344,11 @@ class ZeroComputationRouter(Router):
     ) -> ZeroComputationRouting:
         """The decision by given logits; `shape`: images and tokens of the batch."""
         scaled = logits if self.logits_norm is None else normalised(logits, self.logits_norm)
+        if self._forbidden is not None:
+            place = EXPERT_KINDS.index(self._forbidden)
+            first = sum(self.counts[:place])
+            scaled = scaled.clone()
+            scaled[..., first : first + self.counts[place]] = -math.inf
         chosen = choose(scaled.softmax(dim=2), self.k)
         weights = choice_gates(scaled, chosen, self.gates, self.counts[3])
         landed = keep[:, :, None].expand_as(chosen)
