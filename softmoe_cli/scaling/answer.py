@@ -102,7 +102,7 @@ def law_world(family: Family, fit: LawFit, cost: Prices, device_mib: float | Non
 
 
 @dataclass
-class Verdict:
+class Answer:
     """An answer with how sure it is.
 
     Attributes:
@@ -150,7 +150,7 @@ def may_decide(fit: LawFit, family: Family) -> str:
 def decision(
     family: Family, fit: LawFit, drawn_free: np.ndarray, aim: Aim, cost: Prices, experts: Sequence[float],
     device_mib: float | None, *, far: bool,
-) -> Verdict:  # fmt: skip
+) -> Answer:  # fmt: skip
     """The best of these numbers of experts, with intervals from the bootstrap's laws; `far`: extrapolation was asked
     for."""
     size, points = fit.form.law.sizes[0], family.points
@@ -189,7 +189,7 @@ def decision(
         for place, e in enumerate(kept)
     }
     best = winner(judged)
-    return Verdict(
+    return Answer(
         aim, size, cost, judged, win_shares(drawn), spans, factors, best, second_price(judged), drawn
     )  # fmt: skip
 
@@ -257,7 +257,7 @@ def _width(row: Row, factor: float) -> tuple[list[str], float]:
 def with_room(
     family: Family,
     fit: LawFit,
-    made: Verdict,
+    made: Answer,
     offered: Proposal,
     images: tuple[float, float],
     device_mib: float | None,
@@ -319,7 +319,7 @@ class Next:
     narrower: float
 
 
-def next_run(family: Family, fit: LawFit, drawn_free: np.ndarray, made: Verdict, *, far: bool) -> Next | None:
+def next_run(family: Family, fit: LawFit, drawn_free: np.ndarray, made: Answer, *, far: bool) -> Next | None:
     """Of the runs' sizes, experts and images, and of twice the most images, the cheapest run that narrows the answer at
     least half as much as the best of them.
 

@@ -53,7 +53,7 @@ EXPERTS_NEED = {"log_start": 4, "log_most": 5}
 saturate, and E_max is infinite; with fewer than four E_start is 1."""
 
 
-STEEP, LARGEST = math.log(20), math.log(1e9)
+STEEP, HUGE = math.log(20), math.log(1e9)
 """The logarithms of the largest exponent and of the largest number: beyond them nothing changes but that numbers
 overflow."""
 
@@ -67,8 +67,8 @@ def _exponent(logarithm: Number) -> Number:
 
 
 def _experts(free: Free) -> dict[str, Number]:
-    start = 1 + _bounded(free["log_start"], LARGEST) if "log_start" in free else 1.0
-    return {"E_start": start, "E_max": start + _bounded(free["log_most"], LARGEST) if "log_most" in free else math.inf}
+    start = 1 + _bounded(free["log_start"], HUGE) if "log_start" in free else 1.0
+    return {"E_start": start, "E_max": start + _bounded(free["log_most"], HUGE) if "log_most" in free else math.inf}
 
 
 def _inference_optimal(free: Free, centre: Mapping[str, float]) -> dict[str, Number]:
@@ -128,7 +128,7 @@ def _chinchilla(free: Free, centre: Mapping[str, float]) -> dict[str, Number]:
 
 
 def _data_constrained(free: Free, centre: Mapping[str, float]) -> dict[str, Number]:
-    return _chinchilla(free, centre) | {"R_star": _bounded(free["log_R"], LARGEST)}
+    return _chinchilla(free, centre) | {"R_star": _bounded(free["log_R"], HUGE)}
 
 
 def _saturating_compute(free: Free, centre: Mapping[str, float]) -> dict[str, Number]:
