@@ -4,7 +4,7 @@ import math
 import os
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -154,6 +154,8 @@ def decision(
     """The best of these numbers of experts, with intervals from the bootstrap's laws; `far`: extrapolation was asked
     for."""
     size, points = fit.form.law.sizes[0], family.points
+    if not far and "U" not in fit.form.law.sizes:
+        aim = replace(aim, images=max(float(points.sizes["D"].max()), float(points.sizes["U"].max())))
     images = (float(points.sizes["D"].min()), float(points.sizes["D"].max()))
     ends = (float(points.sizes["E"].min()), float(points.sizes["E"].max()))
 
@@ -168,15 +170,10 @@ def decision(
     world = law_world(family, fit, cost, device_mib)
     choices = [best_choice(aim, world, e, span(e), images) for e in experts]
     factors = {each.experts: outside(each, box(each.experts), images, ends) for each in choices if not each.reason}
-    most = math.inf if "U" in fit.form.law.sizes else max(images[1], float(points.sizes["U"].max()))
     judged = []
     for each in choices:
-        if not each.reason and not far:
-            if factors[each.experts] > MOST_OUTSIDE:
-                each = _refused(each, f"a factor of {factors[each.experts]:.3g} outside the runs")
-            elif each.images > most * (1 + 1e-9):
-                more = f"{each.images / most:.3g} times the most images that were seen or are different"
-                each = _refused(each, f"{more}, and {fit.form.law.name} takes those that come again as fresh")
+        if not each.reason and not far and factors[each.experts] > MOST_OUTSIDE:
+            each = _refused(each, f"a factor of {factors[each.experts]:.3g} outside the runs")
         judged.append(each)
     worlds: Iterator[World] = (law_world(family, fit, cost, device_mib, free) for free in drawn_free)
     kept = [each.experts for each in judged if not each.reason]

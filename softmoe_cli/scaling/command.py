@@ -273,7 +273,7 @@ def _decide(report: "Report", fit: "LawFit", chosen: argparse.Namespace, seconds
     clock, where = clock_rows(chosen.costs, chosen.batch) if chosen.costs is not None else (None, "")
     if clock and seconds and chosen.served:
         machines = {str(run.row["hardware"]) for run in family.runs}
-        if machines != {str(clock[0]["hardware"])}:
+        if not all(f"{clock[0]['hardware']}, ".startswith(f"{machine}, ") for machine in machines):
             told = f"{clock[0]['hardware']}, and the runs on {' and '.join(sorted(machines))}"
             raise UsageError(f"--costs was measured on {told}: seconds of both cannot be added")
     cost = prices(family, size, clock, where, seconds=seconds)

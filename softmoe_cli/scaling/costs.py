@@ -89,7 +89,7 @@ def clock_rows(path: Path, batch: int | None) -> tuple[list[Row], str]:
     rows = [row for row in rows if batch is None or row["batch_size"] == batch]
     if not rows:
         raise UsageError(f"--batch {batch}: --costs {path} has batches of {', '.join(map(str, sizes))} only")
-    machines = sorted({f"{row['hardware']}, torch {row['torch']}" for row in rows})
+    machines = sorted({str(row["hardware"]) for row in rows})
     if len(machines) > 1:
         raise UsageError(f"--costs {path} was measured on {' and on '.join(machines)}; give a file of one machine")
     return rows, f"batches of {rows[0]['batch_size']} on {machines[0]}"

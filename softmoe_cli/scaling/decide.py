@@ -26,6 +26,7 @@ class Aim:
         served: images that will be served.
         serve: the most that serving an image may cost.
         devices: the most devices that the weights may fill.
+        images: the most images that a model may be trained on; a budget that buys more is not spent whole.
     """
 
     train: float | None = None
@@ -34,6 +35,7 @@ class Aim:
     served: float = 0.0
     serve: float | None = None
     devices: int | None = None
+    images: float = math.inf
 
     @property
     def goal(self) -> str:
@@ -75,6 +77,7 @@ FINER = 101
 """Sizes between two of these, where a search would take too long."""
 NEAR = 1e-3
 """How near to a minimum its slope is followed, in logarithms of the size."""
+ROUNDING = 1e-12
 MOST_IMAGES = 1e6
 """Times the images of the runs, beyond which a loss counts as out of reach."""
 MOST_SERVING = 64
@@ -100,10 +103,10 @@ class _Search:
             if aim.goal == "total":
                 images = self._images_for(size, aim.loss or 0.0)
                 objective = np.log(train * images + aim.served * price)
-                holds = np.isfinite(images)
+                holds = np.isfinite(images) & (images <= aim.images * (1 + 1e-12))
             else:
                 budget = aim.train if aim.total is None else aim.total - aim.served * price
-                images = budget / train
+                images = np.minimum(budget / train, aim.images)
                 loss = world.loss(size, images, self.experts)
                 objective = np.log(loss if aim.goal == "loss" else price)
                 holds = (images > 0) & np.isfinite(loss)
@@ -146,7 +149,9 @@ class _Search:
         near = [max(low, at - NEAR), min(high, at + NEAR)]
         slopes = [self._slope(end) for end in near]
         if slopes[0] < 0 < slopes[1]:  # a minimum between limits: its place by the slope, which is sharper
-            at = float(brentq(self._slope, *near, xtol=1e-13, rtol=1e-13))
+            sharper = float(brentq(self._slope, *near, xtol=1e-13, rtol=1e-13))
+            if self._held(sharper) <= self._held(at) + ROUNDING:  # not so at a corner, which has no slope
+                at = sharper
         return at, float(self.at(at)[1])
 
     def _held(self, log_size: float) -> float:

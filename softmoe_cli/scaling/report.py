@@ -174,6 +174,8 @@ def _state(made: Answer, each: Choice, factor: float) -> str:
     parts = ["best"] if made.best is each else []
     if factor > 1 + 1e-6:
         parts.append(f"extrapolated by a factor of {factor:.3g}")
+    if each.images > made.aim.images * (1 - 1e-6):
+        parts.append("all images that are fresh to the law")
     if each.devices > 1:
         parts.append(f"on {each.devices} devices")
     return ", ".join(parts)

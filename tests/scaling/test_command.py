@@ -166,7 +166,7 @@ def test_refused_far_from_the_runs(softmoe: Softmoe, tmp_path: Path) -> None:
             json.dumps(result | {"train_images": 48_000, "epochs": result["images"] / 48_000})
         )
     again = softmoe("scaling", str(repeated), "--law", "chinchilla", "--draws", "3", "--train-pflop", "0.002")
-    assert "and chinchilla takes those that come again as fresh; --extrapolate asks for it" in again.out
+    assert "best, all images that are fresh to the law" in again.out and " on 192k [" in again.out
     assert "images come again, up to 4 times" in again.out
 
 
@@ -180,7 +180,8 @@ def test_measured_costs(softmoe: Softmoe, tmp_path: Path) -> None:
         made = planted(width, 1, 48_000, 0)
         size = dense_parameters(made)
         assert size is not None
-        model = {key: made[key] for key in ("params_m", "forward_gflop", "hardware", "torch")}
+        model = {key: made[key] for key in ("params_m", "forward_gflop")}
+        model["hardware"] = f"{made['hardware']}, torch 2, fp32, eager"
         measured.append(model | {"latency_ms": size / 1e4, "batch_size": 2})
     measured.append(measured[0] | {"params_m": 77.0})
     (tmp_path / "costs.json").write_text(json.dumps(measured))

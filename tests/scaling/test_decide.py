@@ -101,6 +101,19 @@ def test_tighter_limits_never_help(e: float) -> None:
     assert devices == sorted(devices, reverse=True)
 
 
+def test_no_more_images_than_allowed() -> None:
+    """A limit that binds: a larger model, part of the budget unspent or none; the loss is that of brute force."""
+    free = best(train=1e12)
+    bound = best(train=1e12, images=free.images / 3)
+    assert bound.images == pytest.approx(free.images / 3) and bound.size > free.size and bound.loss > free.loss
+    sizes = np.geomspace(*SPAN, 20_000)
+    losses = loss(sizes, np.minimum(1e12 / (6 * sizes * 1.04), free.images / 3), 4.0)
+    assert bound.loss <= losses.min() * (1 + 1e-9) and bound.loss == pytest.approx(losses.min(), rel=1e-4)
+    target = best(loss=1.5, served=0.0)
+    fewer = best(loss=1.5, served=0.0, images=target.images / 2)
+    assert fewer.images <= target.images / 2 * (1 + 1e-9) and fewer.train > target.train
+
+
 def test_devices_are_whole() -> None:
     """Weights of 1.2 devices take two, each paid for; none beyond the most."""
     world = World(loss, WORLD.train, WORLD.serve, lambda n, _: n / 1e4)
