@@ -77,7 +77,7 @@ FINER = 101
 """Sizes between two of these, where a search would take too long."""
 NEAR = 1e-3
 """How near to a minimum its slope is followed, in logarithms of the size."""
-ROUNDING = 1e-12
+LEAST_GAIN = 1e-12
 MOST_IMAGES = 1e6
 """Times the images of the runs, beyond which a loss counts as out of reach."""
 MOST_SERVING = 64
@@ -150,7 +150,7 @@ class _Search:
         slopes = [self._slope(end) for end in near]
         if slopes[0] < 0 < slopes[1]:  # a minimum between limits: its place by the slope, which is sharper
             sharper = float(brentq(self._slope, *near, xtol=1e-13, rtol=1e-13))
-            if self._held(sharper) <= self._held(at) + ROUNDING:  # not so at a corner, which has no slope
+            if self._held(sharper) <= self._held(at) + LEAST_GAIN:  # not so at a corner, which has no slope
                 at = sharper
         return at, float(self.at(at)[1])
 
