@@ -250,7 +250,8 @@ def tie_parts(router: Router, parts: int) -> None:
     first = torch.arange(router.num_experts) // parts * parts
     for name, axis in router.expert_axes.items():
         parameter = router.get_parameter(name)
-        parameter.copy_(parameter.index_select(axis, first))
+        experts = parameter.narrow(axis, 0, len(first))  # a router may have others behind those with an MLP
+        experts.copy_(experts.index_select(axis, first))
 
 
 def redraw_units(experts: Stacked, share: float) -> None:

@@ -295,13 +295,13 @@ def auxiliary_losses(subject: Subject) -> Finding:
 
 def cost_formula(subject: Subject) -> Finding:
     """The FLOPs by formula, of a forward pass and of training, are equal to those that torch's counter counts."""
-    layer = subject.layer(torch.float32)
+    layer = subject.layer(torch.float32).to("meta")
     x = subject.batch(torch.float32).to("meta").requires_grad_()
-    with counter() as seen:  # which remembers shapes, not values
-        y = layer.to("meta")(x)
-        forward = seen.get_total_flops()
-        y.sum().backward()
-    got = forward, seen.get_total_flops()
+    with counter() as forward:  # which remembers shapes, not values
+        layer(x)
+    with counter() as step:
+        layer.train()(x).sum().backward()
+    got = forward.get_total_flops(), step.get_total_flops()
     training = sum(flop for _, flop in layer.flop_by_part(TOKENS).values())
     want = len(x) * layer.flop(TOKENS), len(x) * training
     return got == want, "counter {:,} and {:,} in training, formulas {:,} and {:,}".format(*got, *want)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from softmoe_cli.check import mumoe
+from softmoe_cli.check import mumoe, zero_computation
 from softmoe_cli.errors import UsageError, first_line
 from softmoe_cli.moe.kind import Decider
 from softmoe_cli.moe.layer import Experts, MoE
@@ -84,6 +84,8 @@ def case_options(meta: dict[str, Any]) -> dict[str, Any]:
     """Translates the official arguments of a layer case, defaults included, into options of our router."""
     if meta["kind"] in mumoe.MUMOE_KINDS:
         return mumoe.mumoe_options(meta)
+    if meta["kind"] in zero_computation.PLUS_PLUS_KINDS:
+        return zero_computation.options_of(meta)
     config, router = meta["config"], meta["config"]["router"]
     options: dict[str, Any] = {"num_experts": config["num_experts"], "noise_std": router.get("noise_std", 1.0)}
     if meta["kind"] == "soft_layer":
@@ -119,6 +121,8 @@ def _whose(meta: dict[str, Any]) -> str | None:
     """The value of `Router.official` of the router that a case belongs to; None if the case has no layer."""
     if meta["kind"] in mumoe.MUMOE_KINDS:
         return f"{meta['kind']}, {meta['config']['layer']}"
+    if meta["kind"] in zero_computation.PLUS_PLUS_KINDS:
+        return "zero_computation"
     if meta["kind"] not in ("soft_layer", "tc_layer", "ec_layer"):
         return None
     by_priority = meta["config"]["router"].get("dispatcher", {}).get("batch_priority", False)
@@ -166,6 +170,9 @@ def compare_case(router_class: type[Decider], case: Case, dtype: torch.dtype) ->
     meta, z = case
     if meta["kind"] in mumoe.MUMOE_KINDS:
         yield from mumoe.compare_mumoe(router_class, case, dtype)
+        return
+    if meta["kind"] in zero_computation.PLUS_PLUS_KINDS:
+        yield from zero_computation.compare_layers(router_class, case, dtype)
         return
     assert issubclass(router_class, Router)
     layer = case_layer(router_class, meta, z, dtype)

@@ -13,9 +13,11 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from softmoe_cli.model.blocks import tokens_of
 from softmoe_cli.moe.divided import Visited, in_proportion, span
 from softmoe_cli.moe.kind import Layer
 from softmoe_cli.moe.layer import MoE, Stacked, ragged_experts
+from softmoe_cli.moe.routing import Carried
 from softmoe_cli.parallel import cut_axis
 
 CHECKED_WITH = "2.15"
@@ -104,7 +106,7 @@ class FullyShard:
         self._on_the_way_back = False
         vit.register_forward_pre_hook(lambda _module, _inputs: self._gather(self._outside))
         for group, block in enumerate(vit.blocks):
-            block.register_forward_pre_hook(lambda _module, inputs, group=group: self._before(group, inputs[0]))
+            block.register_forward_pre_hook(lambda _module, inputs, group=group: self._before(group, *inputs))
             block.register_forward_hook(lambda _module, _inputs, out, group=group: self._after(group, out))
         vit.register_forward_hook(lambda _module, _inputs, out: self._turn(out))
 
@@ -132,7 +134,7 @@ class FullyShard:
         self._buffer = self._all_of(group)  # while the buffer before it is still there
         self._copy_out(group)
 
-    def _before(self, group: int, x: Tensor) -> None:
+    def _before(self, group: int, passed: Tensor | tuple[Tensor, Carried]) -> None:
         if self._on_the_way_back:  # recomputation
             return
         self._gather(group)
@@ -142,13 +144,15 @@ class FullyShard:
             if group:
                 self._enter(group - 1)
 
+        x = tokens_of(passed)
         if x.requires_grad:
             x.register_hook(back)
 
-    def _after(self, group: int, out: Tensor) -> None:
+    def _after(self, group: int, passed: Tensor | tuple[Tensor, Carried]) -> None:
         if self._on_the_way_back:
             return
         del self._whole[group]
+        out = tokens_of(passed)
         if group == self._outside - 1 and out.requires_grad:
             out.register_hook(lambda _gradient: self._enter(group))
 

@@ -73,6 +73,7 @@ class Audit:
         """The findings of one of `config.AUDITS`; none where `not_applicable` has a reason."""
         parts = {
             "neighbours": self._neighbours, "capacity": self._capacity, "slots": self._slots, "experts": self._experts,
+            "kinds": self._kinds,
         }  # fmt: skip
         return parts[part]()
 
@@ -88,6 +89,8 @@ class Audit:
             return f"{name} has no capacity that could overflow"
         if part == "slots" and not self._router.slot_axes:
             return f"{name} has no slots of their own weights"
+        if part == "kinds" and not self._router.kinds:
+            return f"{name} has experts of one kind"
         if part == "slots" and slots == 1:
             return "an expert has one slot, which goes with it: see experts"
         return None
@@ -146,6 +149,30 @@ class Audit:
             fewer = {key: w.narrow(axes[key], 0, q) if key in axes else w for key, w in self.weights.items()}
             now = self.said(self._variant({"slots_per_expert": q}, fewer), self.images, self.batch_size)
             yield self._finding("slots", f"{q} slots per expert for {p}", now)
+
+    def _kinds(self) -> Iterator[Effect]:
+        """Forbids each kind of experts in turn in all blocks: tokens choose among the others. Says what that makes of
+        the cost."""
+        _, usual = self._counting_rows()
+        for kind in self._router.kinds:
+            with ExitStack() as stack:
+                for layer in self.layers.values():
+                    stack.enter_context(layer.router.without(kind))
+                now, rows = self._counting_rows()
+            yield self._finding("kinds", f"without {kind} experts: {rows:.2f} MLPs per token for {usual:.2f}", now)
+
+    def _counting_rows(self) -> tuple[Outcomes, float]:
+        """The outcomes, and how many rows of experts each token has in the mean over layers."""
+        landed: list[Tensor] = []
+
+        def count(_router: Decider, _inputs: object, routing: Any) -> None:
+            landed.append(routing.landed)
+
+        with ExitStack() as stack:
+            for layer in self.layers.values():
+                stack.enter_context(layer.router.register_forward_hook(count))
+            now = self.said(self.model, self.images, self.batch_size)
+        return now, int(torch.stack(landed).sum()) / (len(self.images) * self._tokens * len(self.layers))
 
     def _experts(self) -> Iterator[Effect]:
         """Lets experts return zero, without routing anew: each expert in turn in every block, then some in all

@@ -6,6 +6,7 @@ import pkgutil
 from collections.abc import Sequence
 from functools import partial
 from importlib import import_module
+from itertools import pairwise
 from typing import Any
 
 import timm
@@ -16,6 +17,7 @@ from torch import nn
 
 from softmoe_cli.config.model import Model, placement
 from softmoe_cli.errors import UsageError, first_line, nearest
+from softmoe_cli.model.blocks import CarryingBlock
 from softmoe_cli.model.router import make_layer
 from softmoe_cli.moe import routers
 from softmoe_cli.moe.factorised import FactorisedRouter
@@ -40,9 +42,23 @@ def build(model: Model, num_classes: int) -> VisionTransformer:
         for index in blocks:
             block = vit.blocks[index]
             block.mlp = _layer(block.mlp, model, num_tokens=count_tokens(vit))
+        _join(vit, blocks)
     if model.head != "linear":
         vit.head = _head(model, vit.head.in_features, num_classes)
     return vit
+
+
+def _join(vit: VisionTransformer, blocks: Sequence[int]) -> None:
+    """Lets the layers of these blocks hand on what their routers carry, through the blocks between them."""
+    deciders = [vit.blocks[index].mlp.router for index in blocks]
+    if not isinstance(deciders[0], Router) or not deciders[0].carries:
+        return
+    for earlier, router in pairwise(deciders):
+        router.follow(earlier)
+    first, last = blocks[0], blocks[-1]
+    if first < last:
+        for index in range(first, last + 1):
+            vit.blocks[index] = CarryingBlock(vit.blocks[index], first=index == first, last=index == last)
 
 
 def _head(model: Model, dim: int, num_classes: int) -> nn.Module:

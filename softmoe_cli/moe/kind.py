@@ -70,6 +70,14 @@ class Decider(nn.Module, ABC):
         a gradient costs as much again. Routers with fixed weights have fewer."""
         return 3 * self.flop(num_tokens)
 
+    kinds: Sequence[str] = ()
+    """Kinds of experts that tokens can do without, where there are several. Its decisions then say what has `landed`
+    (`Routing`)."""
+
+    def without(self, kind: str) -> AbstractContextManager[None]:
+        """While open, tokens choose no expert of one of `kinds`."""
+        raise NotImplementedError(f"experts of {type(self).__name__} are of one kind")
+
     def departs_from_mlp(self, num_tokens: int, parts: int) -> str | None:
         """Why a layer of copies of an MLP is not that MLP in evaluation, and the way out; None where it is: every
         token's weights add up to one over experts that see that token alone and, with an MLP cut into `parts`, are
@@ -136,6 +144,15 @@ class Layer(nn.Module, ABC):
         """FLOPs per image; a multiply-add counts as 2."""
         return sum(forward for forward, _ in self.flop_by_part(num_tokens).values())
 
+    def recomputed_flop_by_part(self, num_tokens: int) -> dict[str, int]:
+        """FLOPs per image of each part in a forward pass of training, which recomputation repeats."""
+        return {part: forward for part, (forward, _) in self.flop_by_part(num_tokens).items()}
+
+    @property
+    def landed_row_flop(self) -> int | None:
+        """FLOPs of one row of an expert, forwards, where the images decide how many rows there are; else None."""
+        return None
+
     @abstractmethod
     def last_product(self, num_tokens: int) -> tuple[str, int]:
         """The part with the layer's last product, and the FLOPs of that product per image; 0 if its result is needed
@@ -143,8 +160,8 @@ class Layer(nn.Module, ABC):
 
     @abstractmethod
     def rows(self, num_tokens: int) -> float | None:
-        """Rows per image that the experts compute, empty ones included; None where every expert has a part in every
-        token."""
+        """Rows per image that the experts compute in training, empty ones included; None where every expert has a part
+        in every token."""
 
     @property
     @abstractmethod

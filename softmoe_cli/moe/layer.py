@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, overload
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from softmoe_cli.moe.kind import Decider, Layer
 from softmoe_cli.moe.processor import CPU_PRODUCTS
-from softmoe_cli.moe.routing import Router, Routing, full_precision
+from softmoe_cli.moe.routing import Carried, Router, Routing, full_precision
 
 
 def experts(
@@ -39,10 +39,13 @@ def ragged_experts(
     b2: Float[Tensor, "e d"],
     gelu: str,
 ) -> Float[Tensor, "r d"]:
-    """Each expert's MLP on its run of rows, which ends at its offset: two grouped products."""
+    """Each expert's MLP on its run of rows, which ends at its offset: two grouped products. What is returned for rows
+    behind the last offset means nothing, and its gradient must be zero."""
     place = torch.arange(rows.shape[0], device=rows.device, dtype=offsets.dtype)
-    expert = torch.searchsorted(offsets, place, right=True)
-    hidden = F.gelu(grouped(rows, w1, offsets) + b1.to(rows.dtype).index_select(0, expert), approximate=gelu)
+    expert = torch.searchsorted(offsets, place, right=True).clamp(max=len(offsets) - 1)
+    inner = grouped(rows, w1, offsets) + b1.to(rows.dtype).index_select(0, expert)
+    # A grouped product leaves the rest of its result as it found the memory: neither that nor its gradient may count.
+    hidden = F.gelu(inner.masked_fill((place >= offsets[-1])[:, None], 0), approximate=gelu)
     return grouped(hidden, w2, offsets) + b2.to(rows.dtype).index_select(0, expert)
 
 
@@ -50,9 +53,12 @@ def grouped(
     rows: Float[Tensor, "r d"], weights: Float[Tensor, "e d h"], offsets: Int[Tensor, " e"]
 ) -> Float[Tensor, "r h"]:
     """rows[i] @ weights[expert of i]; `rows` are sorted by expert."""
-    if rows.dtype == torch.float64:  # torch's grouped product has no float64; only checks of the maths use it
+    odd = any(width * rows.element_size() % 16 for width in weights.shape[1:])
+    if odd or rows.dtype == torch.float64:  # which torch's grouped product has not; only checks of the maths use them
         sizes = offsets.diff(prepend=offsets.new_zeros(1)).tolist()
-        return torch.cat([part @ weight for part, weight in zip(rows.split(sizes), weights, strict=True)])
+        rest = rows.new_zeros(len(rows) - sum(sizes), weights.shape[2])
+        parts = rows[: sum(sizes)].split(sizes)
+        return torch.cat([*(part @ weight for part, weight in zip(parts, weights, strict=True)), rest])
     return F.grouped_mm(rows, weights.to(rows.dtype), offs=offsets)
 
 
@@ -137,13 +143,21 @@ class MoE(Layer):
         return self.experts.w1.shape[1:] if self.router.slots_per_expert is None else ()
 
     def flop_by_part(self, num_tokens: int) -> dict[str, tuple[int, int]]:
-        rows = self.experts.flop(self.router.rows(num_tokens))
+        rows, trained = (self.experts.flop(each(num_tokens)) for each in (self.router.rows, self.router.train_rows))
         parts = {"router": (self.router.flop(num_tokens), self.router.train_flop(num_tokens))}
-        parts["experts"] = rows, 3 * rows
+        parts["experts"] = rows, 3 * trained
         if self.shared is not None:
             every = self.shared.flop(float(num_tokens))
             parts["shared"] = every, 3 * every
         return parts
+
+    def recomputed_flop_by_part(self, num_tokens: int) -> dict[str, int]:
+        experts = self.experts.flop(self.router.train_rows(num_tokens))
+        return super().recomputed_flop_by_part(num_tokens) | {"experts": experts}
+
+    @property
+    def landed_row_flop(self) -> int | None:
+        return self.experts.flop(1.0) if self.router.counts_landed else None
 
     def last_product(self, num_tokens: int) -> tuple[str, int]:
         if self.shared is not None:
@@ -151,14 +165,15 @@ class MoE(Layer):
         return "router", self.router.combine_flop(num_tokens)
 
     def rows(self, num_tokens: int) -> float:
-        return self.router.rows(num_tokens)
+        return self.router.train_rows(num_tokens)
 
     @property
     def active_share(self) -> float:
         return min(1.0, (self.router.experts_per_token - self.router.shared_experts) / self.router.num_experts)
 
     def fixed_options(self) -> dict[str, Any]:
-        return {"slots_per_expert": self.router.slots_per_expert, "capacity_factor": None}
+        slots = self.router.slots_per_expert
+        return {} if slots is None else {"slots_per_expert": slots, "capacity_factor": None}
 
     @contextmanager
     def silenced(self, which: Sequence[int]) -> Iterator[None]:
@@ -178,9 +193,24 @@ class MoE(Layer):
         finally:
             handle.remove()
 
-    def forward(self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b n d"]:
-        routing = self.router(x, keep)
-        return in_fast_precision(x, self.experts.w1.dtype, lambda tokens: self._through(tokens, keep, routing))
+    @overload
+    def forward(self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b n d"]: ...
+
+    @overload
+    def forward(
+        self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None, carried: Carried
+    ) -> tuple[Float[Tensor, "b n d"], Carried]: ...
+
+    def forward(
+        self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None = None, carried: Carried | None = None
+    ) -> Float[Tensor, "b n d"] | tuple[Float[Tensor, "b n d"], Carried]:
+        """The tokens that the experts made; given what an earlier layer has `carried`, also what this one hands on."""
+        routing = self.router(x, keep) if carried is None else self.router(x, keep, carried)
+        y = in_fast_precision(x, self.experts.w1.dtype, lambda tokens: self._through(tokens, keep, routing))
+        if carried is None:
+            return y
+        assert routing.carried is not None
+        return y, routing.carried
 
     def _through(
         self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None, routing: Routing

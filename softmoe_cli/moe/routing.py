@@ -9,7 +9,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int, Num
@@ -18,12 +18,23 @@ from torch import Tensor, nn
 from softmoe_cli.moe.kind import Decider, Decision
 
 
+class Carried(NamedTuple):
+    """What layers of a kind hand on from one to the next of the same forward pass, beside the tokens."""
+
+    logits: Float[Tensor, "g s e"] | None = None
+    """The last router's logits, float32, in the groups that these layers have; None before the first one."""
+
+
 class Routing(Decision):
     """One decision of one router about one batch."""
 
+    carried: Carried | None = None
+    """What the layer hands on, where its router `carries`."""
     offsets: Int[Tensor, " e"] | None
     """Where each expert's rows end, when they are a single run of rows sorted by expert; None when every expert has
-    as many rows as the next."""
+    as many rows as the next. Rows behind the last end are nobody's: they are not computed."""
+    landed: Int[Tensor, ""] | None = None
+    """Rows that hold a choice, where the images decide how many that are; None where `Router.rows` says it."""
 
     @abstractmethod
     def dispatch(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "*rows d"]:
@@ -52,6 +63,11 @@ class Router(Decider):
     """Experts beside the routed ones that see every token."""
     of_one_expert: ClassVar[Mapping[str, Any]] = {}
     """Options of its own with which a layer of `num_experts=1` is that one expert and nothing else."""
+    counts_landed: bool = False
+    """Whether its routings say how many rows hold a choice (`Routing.landed`): what it costs depends on the images."""
+    carries: bool = False
+    """Whether a layer hands `Carried` on to the next one: `forward` then takes it as a third argument, and its routing
+    has it."""
 
     @property
     @abstractmethod
@@ -60,7 +76,12 @@ class Router(Decider):
 
     @abstractmethod
     def rows(self, num_tokens: int) -> float:
-        """Rows per image that the experts compute, empty ones included."""
+        """Rows per image that the experts compute, empty ones included. Where the images decide (`Routing.landed`): as
+        many as the router's balance aims at."""
+
+    def train_rows(self, num_tokens: int) -> float:
+        """The same in training."""
+        return self.rows(num_tokens)
 
     def combine_flop(self, num_tokens: int) -> int:
         """The part of `flop` that is the product which makes tokens of the experts' rows; 0 where rows are added up."""
@@ -69,6 +90,10 @@ class Router(Decider):
     @abstractmethod
     def forward(self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None = None) -> Routing:
         """Decides about a batch. Tokens where `keep` is false are padding: they take no slot and get zero."""
+
+    def follow(self, earlier: "Router") -> None:
+        """Makes what a layer needs to use what an earlier one of its model hands on. Called once, when it is built, if
+        its router `carries` and is not the first."""
 
 
 class DenseRouting(Routing):

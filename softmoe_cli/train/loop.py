@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -106,7 +106,8 @@ def train(begun: Begun) -> dict[str, Any]:
     pace = forecast(setup, model) if crew.size == 1 else None
     if pace is not None:
         screen.row("time", summary.time_row(setup, pace, progress))
-    recording = Recording(setup, run, progress, trained, screen.say)
+    landed = torch.zeros((), dtype=torch.int64, device=device)
+    recording = Recording(setup, run, progress, trained, landed, screen.say)
 
     # --- evaluation, and what ends the run
     stop = Stop(crew)
@@ -120,7 +121,7 @@ def train(begun: Begun) -> dict[str, Any]:
         forward = compiled(forward)
     saved_at, save_took, first_step = time.monotonic(), 0.0, progress.step
     with stop, routings(model) as seen, screen, recording:
-        step = Step(model, forward, optimizer, scaler, autocast, seen, config, crew)
+        step = Step(model, forward, optimizer, scaler, autocast, seen, config, crew, landed)
         try:
             while True:
                 here = budget.position(progress)
@@ -214,7 +215,8 @@ def _batches(setup: Setup, rows: Tensor | slice, first_step: int) -> Iterator[tu
 
 @dataclass(frozen=True)
 class Step:
-    """What every update works with. `seen`: the routings of the last forward pass."""
+    """What every update works with. `seen`: the routings of the last forward pass; `landed`: what those of all updates
+    say has landed, int64."""
 
     model: VisionTransformer
     forward: Callable[[Tensor], Tensor]
@@ -224,6 +226,7 @@ class Step:
     seen: list[Decision]
     config: Config
     crew: Crew = ALONE
+    landed: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
 
 
 def update(step: Step, x: Tensor, targets: Tensor, lr: float) -> tuple[float, float, float]:
@@ -243,6 +246,9 @@ def update(step: Step, x: Tensor, targets: Tensor, lr: float) -> tuple[float, fl
             step.seen.clear()
             with crew.passing(step.forward, share, last=part == parts):
                 logits = step.forward(part_x)
+                for routing in step.seen:  # now: recomputation will call the routers again
+                    if routing.landed is not None:
+                        step.landed.add_(routing.landed)
                 with full_precision(x):
                     loss = classification_loss(logits, part_targets, config.train.loss) * share.of_images / parts
                     aux = sum((routing.aux_loss for routing in step.seen), loss.new_zeros(())) * share.of_groups / parts

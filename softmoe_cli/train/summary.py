@@ -179,7 +179,7 @@ def result_row(
         "forward_gflop": cost.forward_flop / 1e9,
         "train_gflop": cost.train_flop / 1e9,
         "peak_mib": setup.fit.memory.peak_bytes / 2**20,
-        "train_pflop": setup.train_pflop(progress.step),
+        **setup.pflop(progress),
         **progress.spent,
         "devices": setup.crew.size,
         "parallel": setup.crew.way if setup.crew.size > 1 else None,

@@ -42,7 +42,8 @@ from softmoe_cli.moe.sparse import choose, place
 from softmoe_cli.optim import linear, rsqrt
 from tests.routers import ROUTERS
 
-CASES = official_cases()
+CASES = {name: meta for name, meta in official_cases().items() if not meta["kind"].startswith("scaling_law_")}
+"""All but the laws of scaling, which tests/scaling/test_laws.py tries."""
 ROUTER_CLASSES = {name: type(make_router(options, 16, 16)) for name, options in ROUTERS.items()}
 MODULES = "softmoe_cli.moe.routers"
 
@@ -358,10 +359,24 @@ def mumoe_params(meta: dict[str, Any], z: dict[str, np.ndarray], _dtype: torch.d
         assert total + 2 * case["input_dim"] * case["apply_ln"] == want, case
 
 
+def zero_computation_tables(meta: dict[str, Any], z: dict[str, np.ndarray], _dtype: torch.dtype) -> None:
+    """Section 14: Equations 8 and 10 and Table 1 of MoE++, before any rounding."""
+    module = pytest.importorskip(f"{MODULES}.zero_computation")
+    assert meta["config"]["columns"] == ["tokens", "n_ffn", "n_zc", "tau", "gamma"]
+    for row, (tokens, ffn, free, tau, gamma) in enumerate(z["rows_f64"].tolist()):
+        room = module.capacities(int(tokens), int(ffn), int(free), tau, gamma)
+        assert room == pytest.approx(z["out/capacity_f64"][row].tolist(), rel=1e-12)
+        share = module.ffn_share(int(ffn), int(free), tau)
+        assert share == pytest.approx(z["out/complexity_ratio_f64"][row], rel=1e-12)
+    found = [module.num_constants(e, 1, 1) for e in z["n_ffn"].tolist()]
+    assert found == pytest.approx(z["out/n_const_f64"].tolist(), rel=1e-12)
+
+
 HANDLERS = {
     "soft_layer": layer, "tc_layer": layer, "ec_layer": layer, "tc_ties": ties, "ec_ties": ties, "capacity": capacities,
     "vit": vit, "lr_schedule": lr_schedule, "fewshot": fewshot, "mumoe_layer": layer, "mumoe_entmax": mumoe_entmax,
-    "mumoe_params": mumoe_params,
+    "mumoe_params": mumoe_params, "zero_computation_layer": layer, "zero_computation_paper": layer,
+    "zero_computation_tables": zero_computation_tables,
 }  # fmt: skip
 
 
@@ -441,6 +456,7 @@ def akin(router: Router, options: dict[str, Any], other: type[Decider], x: Tenso
 OFFICIAL = {
     "soft": "soft_layer", "tokens_choice": "tc_layer", "tokens_choice_bpr": "tc_layer, surest first",
     "experts_choice": "ec_layer", "mumoe_cp": "mumoe_layer, CPMuMoE", "mumoe_tr": "mumoe_layer, TRMuMoE",
+    "zero_computation": "zero_computation",
 }  # fmt: skip
 
 

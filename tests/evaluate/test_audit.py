@@ -1,6 +1,7 @@
 """The audit: it must find nothing where nothing depends on the batch, and the right thing where something does."""
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -121,6 +122,25 @@ def test_experts_in_turn_and_at_random() -> None:
     assert mean.top1_pct == pytest.approx(sum(finding.top1_pct for finding in alone) / 4)
     assert worst.top1_pct == min(finding.top1_pct for finding in alone)
     assert all(finding.polysemanticity is None for finding in findings[4:])
+
+
+def test_forbidden_kinds() -> None:
+    """Without the kinds that cost nothing a token takes two MLPs; forbidding what nobody chooses changes nothing."""
+    made = audit("zero_computation", num_constant=2)
+    findings = list(made.findings("kinds"))
+    said = [
+        re.fullmatch(r"without (\w+) experts: ([\d.]+) MLPs per token for ([\d.]+)", each.setting) for each in findings
+    ]
+    assert [each and each[1] for each in said] == ["ffn", "constant", "copy", "zero"]
+    assert len({each and each[3] for each in said}) == 1
+    assert [float(each[2]) >= float(each[3]) for each in said if each] == [False, True, True, True]
+    assert said[0] is not None and float(said[0][2]) == 0
+    bare = audit("zero_computation", num_constant=0, num_copy=0, num_zero=1)
+    (_, only) = bare.findings("kinds")
+    assert ": 2.00 MLPs per token" in only.setting
+    again = bare.said(bare.model, bare.images, 8)
+    assert torch.equal(again.label_probability, bare.reference.label_probability)
+    assert "one kind" in str(audit("tokens_choice").not_applicable("kinds"))
 
 
 def predicted(*predictions: int) -> Outcomes:
