@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
 
-from softmoe_cli.moe.kind import Decider, Decision
+from softmoe_cli.moe.kind import Decider, Decided
 
 
 class Carried(NamedTuple):
@@ -25,7 +25,7 @@ class Carried(NamedTuple):
     """The last router's logits, float32, in the groups that these layers have; None before the first one."""
 
 
-class Routing(Decision):
+class Routing(Decided):
     """One decision of one router about one batch."""
 
     carried: Carried | None = None
@@ -323,16 +323,16 @@ def noise_like(like: Float[Tensor, "..."], images: int = 1) -> Tensor:
 
 
 @contextmanager
-def routings(model: nn.Module) -> Iterator[list[Decision]]:
+def routings(model: nn.Module) -> Iterator[list[Decided]]:
     """Collects, in call order, what every router inside `model` decides while the context is open and gradients are
     computed: evaluation in between leaves nothing that would hold its memory.
 
     Clear the list before each forward pass. Recomputation in the backward pass calls routers again, so
     sum the auxiliary losses before `backward`: then each counts exactly once.
     """
-    seen: list[Decision] = []
+    seen: list[Decided] = []
 
-    def remember(_module: nn.Module, _inputs: object, decision: Decision) -> None:
+    def remember(_module: nn.Module, _inputs: object, decision: Decided) -> None:
         if torch.is_grad_enabled():
             seen.append(decision)
 
