@@ -10,7 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from softmoe_cli.moe.kind import Decider, Decided, Layer
+from softmoe_cli.moe.kind import Decided, Decider, Layer
 from softmoe_cli.moe.routing import full_precision
 
 Batch = tuple[Tensor, Tensor]

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
 
-from softmoe_cli.moe.kind import Decider, Decided
+from softmoe_cli.moe.kind import Decided, Decider
 
 
 class Carried(NamedTuple):
