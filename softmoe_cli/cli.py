@@ -375,6 +375,12 @@ def _compare(arguments: list[str]) -> int:
     return compare_command.compare_folders(arguments)
 
 
+def _scaling(arguments: list[str]) -> int:
+    from softmoe_cli.scaling.command import run_scaling
+
+    return run_scaling(arguments)
+
+
 def _check(arguments: list[str]) -> int:
     """`softmoe check`: prints the report; 1 if a check failed."""
     names = [argument for argument in arguments if "=" not in argument]
@@ -478,6 +484,7 @@ ACTIONS: typing.Final[dict[str, Callable[[list[str]], int]]] = {
     "cost": _cost,
     "match": _composing("match", _match),
     "compare": _compare,
+    "scaling": _scaling,
     "check": _check,
     "data": _data,
     "status": _status,

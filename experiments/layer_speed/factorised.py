@@ -1,8 +1,9 @@
 """Training steps of muMoE blocks beside the dense MLP with as many parameters, in one process, in turns.
 
-    OMP_NUM_THREADS=1 python experiments/layer_speed/factorised.py FILE.csv width=192,384,768 batch=8
+    cd experiments/layer_speed
+    OMP_NUM_THREADS=1 python factorised.py factorised.csv width=192,384,768 batch=8,32
 
-appends a row for each width, batch and layer to FILE.csv: milliseconds of a forward and backward pass, and how many
+appends a row for each width, batch and layer to the file: milliseconds of a forward and backward pass, and how many
 times as long it takes as the MLP's in the same round, as median with its 95% interval. Gates are drawn at random: at
 the start all coefficients are equal, and entmax has nothing to sort.
 """

@@ -38,7 +38,7 @@ def compare_mumoe(router_class: Any, case: _Case, dtype: torch.dtype) -> Iterato
         module.to(dtype).train(c["training"])
     own = official_names(router, maps, norm)
     for name, tensor in own.items():
-        tensor.data.copy_(torch.tensor(z[name]))
+        tensor.data.copy_(turned(torch.tensor(z[name])))
 
     x = torch.tensor(z["x"]).to(dtype).requires_grad_()
     tokens = x if x.ndim == 3 else x[:, None]
@@ -64,14 +64,19 @@ def compare_mumoe(router_class: Any, case: _Case, dtype: torch.dtype) -> Iterato
     loss.backward()
     for name, tensor in {"x": x, **own}.items():
         if f"grad/{name}" in z:
+            want = torch.tensor(z[f"grad/{name}"])
             got = tensor.grad if tensor.grad is not None else torch.zeros_like(tensor)
-            yield f"gradient of {name}", got, torch.tensor(z[f"grad/{name}"])
+            yield f"gradient of {name}", got, want if name == "x" else turned(want)
     if c["training"]:
         router.after_update()
         for name, tensor in own.items():
-            moved = name.replace("buffer", "out")
-            if moved in z:
-                yield moved, tensor, torch.tensor(z[moved])
+            if name.startswith("buffer/"):
+                yield name, tensor, torch.tensor(z[name.replace("buffer", "out")])
+
+
+def turned(factor: Tensor) -> Tensor:
+    """A parameter or buffer as ours is: cores of rings have their ranks behind the other axis, not around it."""
+    return factor.transpose(0, 1) if factor.ndim == 3 else factor
 
 
 def _first_expert(maps: Maps, levels: Levels, c: dict[str, Any]) -> Tensor:

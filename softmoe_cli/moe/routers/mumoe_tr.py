@@ -20,22 +20,20 @@ RING = 4
 
 
 class TRMaps(Maps):
-    """Expert (e1, e2) is, for each i and o, the trace of C1[:, e1, :] C2[:, e2, :] U[:, i, :] V[:, o, :]: a ring of
-    matrices whose sizes are the ranks, the last one back to the first."""
+    """Expert (e1, e2) is, for each i and o, the trace of C1[e1] C2[e2] U[i] V[o]: a ring of matrices whose sizes are
+    the ranks, the last one back to the first. (The official code has the ranks of a core around its other axis.)"""
 
     def __init__(self, experts: Sequence[int], inputs: int, outputs: int, ranks: Sequence[int], bias: bool) -> None:
         super().__init__(bias)
-        cores = [
-            torch.eye(*ring)[:, None].repeat(1, e, 1) for ring, e in zip(pairwise(ranks[:-1]), experts, strict=True)
-        ]
+        cores = [torch.eye(*ring).repeat(e, 1, 1) for ring, e in zip(pairwise(ranks[:-1]), experts, strict=True)]
         cores[0] = cores[0] * (1 + torch.randn_like(cores[0]))
         self.of_experts = nn.ParameterList(cores)
         self.ranks = list(ranks)
-        self.of_input = uniform(ranks[-2], inputs + bias, ranks[-1], fan=inputs)
-        self.of_output = uniform(ranks[-1], outputs, ranks[0], fan=ranks[-1] * ranks[0])
+        self.of_input = uniform(inputs + bias, ranks[-2], ranks[-1], fan=inputs)
+        self.of_output = uniform(outputs, ranks[-1], ranks[0], fan=ranks[-1] * ranks[0])
 
     def flop(self, num_tokens: int) -> int:
-        bias = self.of_input[:, 0].numel() if self.bias else 0
+        bias = self.of_input[0].numel() if self.bias else 0
         chain = sum(self.ranks[0] * r * s for r, s in pairwise(self.ranks[1:]))
         return 2 * num_tokens * (sum(parameter.numel() for parameter in self.parameters()) - bias + chain)
 
@@ -48,26 +46,24 @@ class TRMaps(Maps):
         last = self.ranks[-1]
         used = -(-left.shape[1] // last)
         left, right = (nn.functional.pad(each, (0, used * last - each.shape[1])) for each in (left, right))
-        self.of_input[:used] = left.unflatten(1, (used, last)).transpose(0, 1)
-        self.of_output.zero_()[:, :, :used] = right.unflatten(1, (used, last)).permute(2, 0, 1)
+        self.of_input[:, :used] = left.unflatten(1, (used, last))
+        self.of_output.zero_()[:, :, :used] = right.unflatten(1, (used, last)).mT
         for core in self.of_experts:
-            core[:used] = torch.eye(used, core.shape[2])[:, None]
-            core[used:, :, :used] = 0
+            core[:, :used] = torch.eye(used, core.shape[2])
+            core[:, used:, :used] = 0
 
     def output(self) -> Float[Tensor, "o k"]:
-        return self.of_output.permute(1, 2, 0).flatten(1)
+        return self.of_output.flatten(1)
 
     def mixed(self, x: Float[Tensor, "b n i"], levels: Levels) -> Float[Tensor, "b n k"]:
         b, n, _ = x.shape
-        before, rows, last = self.of_input.shape
         ring: Tensor | None = None
         for coefficients, core in zip(levels, self.of_experts, strict=True):
-            matrix = (coefficients @ core.transpose(0, 1).flatten(1)).view(b * n, core.shape[0], core.shape[2])
+            matrix = (coefficients @ core.flatten(1)).view(b * n, *core.shape[1:])
             ring = matrix if ring is None else torch.bmm(ring, matrix)
         assert ring is not None
-        inputs = with_bias(x, self.of_input.transpose(0, 1).reshape(rows, before * last), self.bias)
-        ring = torch.bmm(ring, inputs.view(b * n, before, last))
-        return ring.view(b, n, -1)
+        inputs = with_bias(x, self.of_input.flatten(1), self.bias).view(b * n, *self.of_input.shape[1:])
+        return torch.bmm(inputs.mT, ring.mT).view(b, n, -1)
 
 
 class MuMoETRRouter(FactorisedRouter):
