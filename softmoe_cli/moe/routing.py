@@ -33,8 +33,6 @@ class Routing(Decided):
     offsets: Int[Tensor, " e"] | None
     """Where each expert's rows end, when they are a single run of rows sorted by expert; None when every expert has
     as many rows as the next. Rows behind the last end are nobody's: they are not computed."""
-    landed: Int[Tensor, ""] | None = None
-    """Rows that hold a choice, where the images decide how many that are; None where `Router.rows` says it."""
 
     @abstractmethod
     def dispatch(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "*rows d"]:
@@ -64,7 +62,7 @@ class Router(Decider):
     of_one_expert: ClassVar[Mapping[str, Any]] = {}
     """Options of its own with which a layer of `num_experts=1` is that one expert and nothing else."""
     counts_landed: bool = False
-    """Whether its routings say how many rows hold a choice (`Routing.landed`): what it costs depends on the images."""
+    """Whether its routings say how many rows hold a choice (`Decided.landed`): what it costs depends on the images."""
     carries: bool = False
     """Whether a layer hands `Carried` on to the next one: `forward` then takes it as a third argument, and its routing
     has it."""
@@ -76,7 +74,7 @@ class Router(Decider):
 
     @abstractmethod
     def rows(self, num_tokens: int) -> float:
-        """Rows per image that the experts compute, empty ones included. Where the images decide (`Routing.landed`): as
+        """Rows per image that the experts compute, empty ones included. Where the images decide (`Decided.landed`): as
         many as the router's balance aims at."""
 
     def train_rows(self, num_tokens: int) -> float:
