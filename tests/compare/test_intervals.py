@@ -72,7 +72,7 @@ def test_what_cannot_be_told_has_no_interval() -> None:
     assert (single.interval.mean, single.p) == (1.0, None)
     pair = difference([(0, 2.0), (1, 9.0)], [(0, 1.0), (1, 7.9)])
     assert pair.p is not None
-    assert {v for v, _ in verdicts({"a": single, "b": pair}, higher_is_better=True).values()} == {"too few seeds"}
+    assert {v for v, *_ in verdicts({"a": single, "b": pair}, higher_is_better=True).values()} == {"too few seeds"}
 
 
 def test_better_and_worse_follow_the_direction() -> None:
@@ -97,7 +97,7 @@ def test_verdicts_are_rarely_wrong_where_there_is_no_difference(kind: str, n: in
             i: difference(list(enumerate(other)), list(enumerate(base, shift))) for i, other in enumerate(others)
         }
         told = verdicts(compared, higher_is_better=True)
-        wrong += any(verdict in ("better", "worse") for verdict, _ in told.values())
+        wrong += any(verdict in ("better", "worse") for verdict, *_ in told.values())
     assert wrong / trials <= 0.06
 
 

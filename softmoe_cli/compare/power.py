@@ -1,0 +1,105 @@
+"""What a table could have seen: power of its tests, and the seeds that would settle a comparison.
+
+Effects are in standard deviations of one paired difference. Power is that of the paired t statistic, which is
+noncentral t (Johnson and Welch, Applications of the non-central t-distribution, 1940). For the any-time rule it is the
+power of the last look alone, so that the rule sees a little more than is said.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from softmoe_cli.compare.anytime import critical
+from softmoe_cli.compare.intervals import LEVEL, MIN_SEEDS, Interval
+
+POWER = 0.8
+MOST_SEEDS = 10_000
+"""More seeds than this are not counted."""
+LARGEST = 100.0
+"""Effects beyond so many deviations are not looked for."""
+SHARED = 0.25
+"""How much two arms' variances are correlated: their differences share the baseline's noise, half of their variance,
+so that they have a correlation of 1/2 and their variances one of its square."""
+
+
+def threshold(n: int, comparisons: int, *, anytime: bool) -> float:
+    """The |t| that gives n pairs a verdict at the first step of Holm over so many comparisons."""
+    alpha = (1 - LEVEL) / comparisons
+    if anytime:
+        return float(critical(n, alpha))
+    from scipy.special import stdtrit
+
+    return float(stdtrit(n - 1, 1 - alpha / 2))
+
+
+def power(effect: float, n: int, comparisons: int = 1, *, anytime: bool = False) -> float:
+    """The chance that n pairs give a verdict."""
+    from scipy.special import nctdtr
+
+    needed = threshold(n, comparisons, anytime=anytime)
+    if math.isinf(needed):
+        return 0.0
+    shift = abs(effect) * math.sqrt(n)
+    return float(1 - nctdtr(n - 1, shift, needed) + nctdtr(n - 1, shift, -needed))
+
+
+def power_of_equality(margin: float, n: int, comparisons: int = 1, *, anytime: bool = False) -> float:
+    """The chance that n pairs of arms without any difference get the verdict *equal within the margin*: a normal
+    probability, mean over 400 quantiles of the deviation."""
+    from scipy.special import chdtri, ndtr, stdtrit
+
+    alpha = (1 - LEVEL) / comparisons
+    needed = float(critical(n, alpha)) if anytime else float(stdtrit(n - 1, 1 - alpha))
+    if math.isinf(needed):
+        return 0.0
+    shares = (np.arange(400) + 0.5) / 400
+    spread = np.sqrt(chdtri(n - 1, shares) / (n - 1))
+    return float(np.maximum(0, 2 * ndtr(margin * math.sqrt(n) - needed * spread) - 1).mean())
+
+
+def visible(n: int, comparisons: int = 1, *, anytime: bool = False) -> float | None:
+    """The smallest effect that n pairs see with POWER; None where there is none."""
+    if n < MIN_SEEDS or power(LARGEST, n, comparisons, anytime=anytime) < POWER:
+        return None
+    low, high = 0.0, LARGEST
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if power(middle, n, comparisons, anytime=anytime) < POWER else (low, middle)
+    return high
+
+
+def seeds_to_see(effect: float, comparisons: int = 1, *, anytime: bool = False) -> int | None:
+    """The fewest pairs that see an effect with POWER; None beyond MOST_SEEDS."""
+    return _fewest(lambda n: power(effect, n, comparisons, anytime=anytime))
+
+
+def seeds_to_equal(margin: float, comparisons: int = 1, *, anytime: bool = False) -> int | None:
+    """The fewest pairs that find equal arms equal within a margin with POWER; None beyond MOST_SEEDS."""
+    return _fewest(lambda n: power_of_equality(margin, n, comparisons, anytime=anytime))
+
+
+def _fewest(chance: Callable[[int], float]) -> int | None:
+    """By bisection, as the chance grows with n."""
+    low, high = MIN_SEEDS - 1, MIN_SEEDS
+    while chance(high) < POWER:
+        if high >= MOST_SEEDS:
+            return None
+        low, high = high, min(2 * high, MOST_SEEDS)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if chance(middle) < POWER else (low, middle)
+    return high
+
+
+def pooled(deviations: Sequence[tuple[float, float]]) -> Interval:
+    """The root mean square of the deviations of several arms' differences from one baseline, with its 95% interval
+    from the chi-square distribution. Each is given with its degrees of freedom, by which it is weighted; arms count for
+    fewer than their sum, because they share the baseline."""
+    from scipy.special import chdtri
+
+    freedom = math.fsum(each for _, each in deviations)
+    value = math.sqrt(math.fsum(each * deviation**2 for deviation, each in deviations) / freedom)
+    effective = freedom / (1 + (len(deviations) - 1) * SHARED)
+    low, high = (value * math.sqrt(effective / chdtri(effective, tail)) for tail in ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
+    return Interval(value, low, high, len(deviations))
