@@ -64,9 +64,13 @@ def critical(n: Any, alpha: float, g: float = EFFECT_VARIANCE) -> Any:
 
 
 def intersection(differences: Any, alpha: float, g: float = EFFECT_VARIANCE) -> tuple[Any, Any]:
-    """The ends of what all intervals of the first 2, 3, ... differences have in common: at each n the m0 with e < 1/alpha
+    """The ends of what the intervals of the first 2, 3, ... differences have in common: the m0 that has had e < 1/alpha
     at every n so far. It holds the truth at all n at once with probability 1 - alpha; it can be empty (low > high)."""
-    n, mean, spread = moments(differences)
+    return _intersection(moments(differences), alpha, g)
+
+
+def _intersection(found: tuple[Any, Any, Any], alpha: float, g: float) -> tuple[Any, Any]:
+    n, mean, spread = found
     with np.errstate(invalid="ignore"):
         half = np.where(spread > 0, critical(n, alpha, g) * spread / np.sqrt(n), np.inf)
     return np.maximum.accumulate(mean - half, -1), np.minimum.accumulate(mean + half, -1)
@@ -80,9 +84,13 @@ def p_zero(differences: Any, g: float = EFFECT_VARIANCE) -> Any:
 def p_equal(differences: Any, margin: float, g: float = EFFECT_VARIANCE) -> Any:
     """The any-time p-value of "the difference is `margin` or more": the smallest alpha whose intersection lies within
     the margin."""
-    n, mean, spread = moments(differences)
-    below = np.where(mean > -margin, log_e(n, mean, spread, -margin, g), 0.0)
-    above = np.where(mean < margin, log_e(n, mean, spread, margin, g), 0.0)
+    return _p_equal(moments(differences), margin, g)
+
+
+def _p_equal(found: tuple[Any, Any, Any], margin: float, g: float) -> Any:
+    _, mean, _ = found
+    below = np.where(mean > -margin, log_e(*found, -margin, g), 0.0)
+    above = np.where(mean < margin, log_e(*found, margin, g), 0.0)
     return np.maximum(_p(below), _p(above))
 
 
@@ -107,8 +115,9 @@ def look(differences: list[float], level: float, margin: float | None = None) ->
     """The rule after all of the differences; None for fewer than two."""
     if len(differences) < 2:
         return None
-    low, high = intersection(differences, 1 - level)
-    n, mean, spread = moments(differences)
-    sign = np.sign(mean[np.argmax(log_e(n, mean, spread))])
-    equal = None if margin is None else float(p_equal(differences, margin)[-1])
-    return Look(float(low[-1]), float(high[-1]), float(p_zero(differences)[-1]), float(sign), equal)
+    found = moments(differences)
+    low, high = _intersection(found, 1 - level, EFFECT_VARIANCE)
+    logs = log_e(*found)
+    sign = np.sign(found[1][np.argmax(logs)])
+    equal = None if margin is None else float(_p_equal(found, margin, EFFECT_VARIANCE)[-1])
+    return Look(float(low[-1]), float(high[-1]), float(_p(logs)[-1]), float(sign), equal)

@@ -30,7 +30,7 @@ def bayes_factor(t: float, n: int, g: float) -> float:
 )  # fmt: skip
 def test_e_is_the_bayes_factor_by_quadrature(n: int, t: float, g: float) -> None:
     mean, spread, m0 = 0.7, 2.0, 0.7 - t * 2.0 / math.sqrt(n)
-    assert math.exp(log_e(n, mean, spread, m0, g)) == pytest.approx(bayes_factor(t, n, g), rel=1e-8)
+    assert math.exp(log_e(n, mean, spread, m0, g)) == pytest.approx(bayes_factor(t, n, g), rel=1e-9)
 
 
 def test_the_interval_ends_where_e_is_one_over_alpha() -> None:
