@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from softmoe_cli.compare.checklist import compute
 from softmoe_cli.compare.groups import (
     LABEL_LETTERS,
     Block,
@@ -17,6 +18,7 @@ from softmoe_cli.compare.groups import (
     natural,
     said,
 )
+from softmoe_cli.compare.looks import read_looks
 from softmoe_cli.compare.runs import FINGERPRINT, VERSION, FinishedRun, read_runs, single, sweep_commands
 from softmoe_cli.compare.verdicts import judge
 from softmoe_cli.errors import UsageError
@@ -42,6 +44,7 @@ def compare(folders: Sequence[Path], question: Question) -> Comparison:
     left_out += doubles
     if not runs:
         raise UsageError(f"no finished run below {', '.join(map(str, folders))}{_first(left_out)}")
+    cost = compute(runs, folders)
     keys = list(dict.fromkeys(key for run in runs for key in run.row))
     runs = _where(runs, question.where, keys)
     usable = []
@@ -76,11 +79,16 @@ def compare(folders: Sequence[Path], question: Question) -> Comparison:
     if len(blocks) > 1:
         what = ", ".join(dict.fromkeys(APART[i] for i in varying))
         notes.append(f"runs that differ in {what} are kept apart: {len(blocks)} tables")
-    judge(blocks, question)
+    looks = read_looks(usable)
+    notes += looks.damage
+    judge(blocks, question, looks)
     for block in blocks:
         _sort(block, question, keys)
     asked = columns if question.columns else []
-    return Comparison(question.quality, question.cost, columns, blocks, notes, left_out, asked, sweep_commands(usable))
+    return Comparison(
+        question.quality, question.cost, columns, blocks, notes, left_out, asked, sweep_commands(usable),
+        second=question.second, margin=question.margin, compute=cost,
+    )  # fmt: skip
 
 
 APART = (*EVALUATION, "train.loss", *FINGERPRINT, *VERSION)

@@ -114,17 +114,24 @@ def pairable(ours: Sequence[tuple[int, Any]], theirs: Sequence[tuple[int, Any]])
 
 
 def anytime_difference(
-    ours: Mapping[int, float], theirs: Mapping[int, float], order: Sequence[int], margin: float | None = None
+    ours: Sequence[tuple[int, float]],
+    theirs: Sequence[tuple[int, float]],
+    order: Sequence[int],
+    margin: float | None = None,
 ) -> Difference:
-    """The same by the any-time rule, of the seeds that both have, in the order that is given. The interval is what the
-    intervals of all numbers of seeds have in common; the mean need not lie in it."""
-    differences = [ours[seed] - theirs[seed] for seed in order]
-    alone = tuple(sorted((ours.keys() | theirs.keys()) - set(order)))
-    n, mean = len(differences), math.fsum(differences) / len(differences)
+    """The same by the any-time rule, of the seeds in `order`, which both have once, as they are in that order. The
+    interval is what the intervals of all numbers of seeds have in common; the mean need not lie in it. Without such
+    seeds there is the difference of the means alone, of n = 0."""
+    a, b = dict(ours), dict(theirs)
+    differences = [a[seed] - b[seed] for seed in order]
+    n, alone = len(differences), tuple(sorted((a.keys() | b.keys()) - set(order)))
     found = look(differences, LEVEL, margin)
     error = _standard_error(differences) if n > 1 else 0.0
     if found is None or error == 0:
+        means = [differences] if n else [[value for _, value in ours], [-value for _, value in theirs]]
+        mean = math.fsum(math.fsum(values) / len(values) for values in means)
         return Difference(Interval(mean, None, None, n), None, "any-time", alone)
+    mean = math.fsum(differences) / n
     low, high = (end if math.isfinite(end) else None for end in (found.low, found.high))
     return Difference(Interval(mean, low, high, n), found.p, "any-time", alone, found.sign, found.p_equal,
                       error * math.sqrt(n), error, float(n - 1))  # fmt: skip

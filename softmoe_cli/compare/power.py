@@ -6,12 +6,13 @@ power of the last look alone, so that the rule sees a little more than is said.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from softmoe_cli.compare.anytime import critical
-from softmoe_cli.compare.intervals import LEVEL, MIN_SEEDS, Interval
+from softmoe_cli.compare.intervals import LEVEL, MIN_SEEDS, Difference, Interval, effect_interval
 
 POWER = 0.8
 MOST_SEEDS = 10_000
@@ -103,3 +104,70 @@ def pooled(deviations: Sequence[tuple[float, float]]) -> Interval:
     effective = freedom / (1 + (len(deviations) - 1) * SHARED)
     low, high = (value * math.sqrt(effective / chdtri(effective, tail)) for tail in ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
     return Interval(value, low, high, len(deviations))
+
+
+@dataclass(frozen=True)
+class Needed:
+    """Seeds that would see the difference that was found: as many at its estimate, and at the ends of its 95% interval;
+    None for `most` where the interval holds 0, and for each beyond MOST_SEEDS."""
+
+    seeds: int | None
+    fewest: int | None
+    most: int | None
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What a table could have seen, in the unit of its quality.
+
+    With `n` seeds, the fewest of its comparisons, it sees `sees`, and with `later_n` `later_sees`, with POWER at the
+    first step of Holm over `comparisons`; None where nothing could be seen. `deviation` is that of one seed's
+    difference. `equal_n` seeds would find equal groups equal within the margin. `needed`, by label, for the groups
+    without a verdict.
+    """
+
+    n: int
+    comparisons: int
+    anytime: bool
+    deviation: Interval
+    sees: float | None
+    later_n: int
+    later_sees: float | None
+    equal_n: int | None
+    needed: dict[str, Needed]
+
+
+LATER = (10, 20, 50, 100, 200, 500, 1000)
+"""Round numbers of seeds; the first that is twice what there is, is told."""
+
+
+def outlook(found: Mapping[str, Difference], undecided: Iterable[str], margin: float | None) -> Outlook | None:
+    """Of the comparisons of a table, by label, that are paired by seed; None where no deviation is known."""
+    paired = {label: d for label, d in found.items() if d.method != "Welch" and d.deviation and d.freedom}
+    if not paired:
+        return None
+    anytime = any(d.method == "any-time" for d in paired.values())
+    n = min(d.interval.n for d in paired.values())
+    comparisons = sum(d.interval.n >= MIN_SEEDS for d in paired.values()) or len(paired)
+    deviation = pooled([(d.deviation or 0.0, d.freedom or 0.0) for d in paired.values()])
+    later = next((each for each in LATER if each >= 2 * n), 2 * n)
+    sees, later_sees = (visible(each, comparisons, anytime=anytime) for each in (n, later))
+    return Outlook(
+        n, comparisons, anytime, deviation,
+        None if sees is None else sees * deviation.mean,
+        later, None if later_sees is None else later_sees * deviation.mean,
+        None if margin is None else seeds_to_equal(margin / deviation.mean, comparisons, anytime=anytime),
+        {label: _needed(paired[label], comparisons, anytime) for label in undecided if label in paired},
+    )  # fmt: skip
+
+
+def _needed(found: Difference, comparisons: int, anytime: bool) -> Needed:
+    effect = effect_interval(found)
+    assert effect is not None
+    seeds = seeds_to_see(effect.mean, comparisons, anytime=anytime)
+    if effect.low is None or effect.high is None:
+        return Needed(seeds, None, None)
+    near, far = sorted(abs(end) for end in (effect.low, effect.high))
+    crosses = effect.low < 0 < effect.high
+    fewest = seeds_to_see(far, comparisons, anytime=anytime)
+    return Needed(seeds, fewest, None if crosses else seeds_to_see(near, comparisons, anytime=anytime))

@@ -86,7 +86,7 @@ def test_p_values_are_where_the_intersection_lets_go() -> None:
             inside = []
             for near in (alpha * 0.999, alpha * 1.001):
                 low, high = (float(end[-1]) for end in intersection(values, near))
-                inside.append(low < 0 < high if ours == "zero" else not (-2.5 < low and high < 2.5))
+                inside.append(low < 0 < high if ours == "zero" else not (low > -2.5 and high < 2.5))
             assert inside == [True, False], ours
 
 

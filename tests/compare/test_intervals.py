@@ -10,6 +10,7 @@ from scipy import stats
 from softmoe_cli.compare.anytime import look, p_zero
 from softmoe_cli.compare.intervals import (
     DRAWS,
+    Interval,
     anytime_difference,
     at_budget,
     beats,
@@ -249,26 +250,26 @@ def test_the_any_time_rule_is_rarely_wrong_though_looked_at_after_every_seed(arm
     assert np.any(student, axis=0).mean() >= 0.18 - 4 * math.sqrt(0.18 * 0.82 / studies)
     for study in [*range(5), *np.flatnonzero(false.any(1))[:3]]:
         for n in (3, 12):
-            base = dict(enumerate(runs[study, 0, :n].tolist()))
-            found = {
-                a: anytime_difference(dict(enumerate(runs[study, a, :n].tolist())), base, range(n))
-                for a in range(1, arms + 1)
-            }
+            base, *others = [list(enumerate(values)) for values in runs[study, :, :n].tolist()]
+            found = {arm: anytime_difference(each, base, range(n)) for arm, each in enumerate(others)}
             words = {told.word for told in verdicts(found, higher_is_better=True).values()}
             assert bool(words & {"better", "worse"}) == bool(false[study, : n - 2].any())
 
 
 def test_any_time_differences_take_seeds_in_the_order_given() -> None:
     ours, theirs = {0: 91.0, 1: 92.5, 2: 90.7, 7: 95.0}, {0: 90.0, 1: 90.0, 2: 90.0, 3: 1.0}
-    found = anytime_difference(ours, theirs, [2, 0, 1], 1.0)
+    found = anytime_difference(list(ours.items()), list(theirs.items()), [2, 0, 1], 1.0)
     told = look([0.7, 1.0, 2.5], 0.95, 1.0)
     assert told is not None
     assert (found.method, found.unpaired_seeds) == ("any-time", (3, 7))
     assert (found.p, found.p_equal) == pytest.approx((told.p, told.p_equal))
     assert (found.interval.mean, found.interval.low, found.interval.n) == (pytest.approx(1.4), None, 3)
-    same = anytime_difference({0: 2.0, 1: 3.0, 2: 4.0}, {0: 1.0, 1: 2.0, 2: 3.0}, [0, 1, 2])
+    same = anytime_difference([(0, 2.0), (1, 3.0), (2, 4.0)], [(0, 1.0), (1, 2.0), (2, 3.0)], [0, 1, 2])
     assert (same.p, same.interval.low) == (None, None)
-    assert verdicts({0: same}, higher_is_better=True)[0].word == "not distinguishable"
+    apart = anytime_difference([(0, 2.0), (1, 3.0)], [(5, 1.0)], [])
+    assert (apart.interval, apart.unpaired_seeds) == (Interval(1.5, None, None, 0), (0, 1, 5))
+    words = [verdicts({0: each}, higher_is_better=True)[0].word for each in (same, apart)]
+    assert words == ["not distinguishable", "too few seeds"]
 
 
 def test_the_chance_to_win_is_the_normal_one_and_agrees_with_the_test() -> None:

@@ -96,4 +96,4 @@ def test_effects_of_made_up_arms_need_the_seeds_that_the_table_says() -> None:
     found = difference(ours, theirs)
     assert found.deviation == pytest.approx(float(np.std([2, 0] * 3, ddof=1)))
     assert seeds_to_see(found.interval.mean / (found.deviation or 0)) == seeds_to_see(1 / math.sqrt(1.2))
-    assert anytime_difference(dict(ours), dict(theirs), range(6)).deviation == pytest.approx(found.deviation)
+    assert anytime_difference(ours, theirs, range(6)).deviation == pytest.approx(found.deviation)
