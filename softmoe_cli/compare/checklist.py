@@ -71,7 +71,6 @@ def checklist(comparison: Comparison, block: Block) -> str:
         parts.append(f"main measure: {measure(comparison.quality)}")
         if comparison.margin is not None:
             parts.append(f"equality: two one-sided tests within {comparison.margin:g}, 5%")
-        parts.append(
-            f"correction: Holm over {several(len(judged), 'comparison')}, for each of {', '.join(families)} apart"
-        )
+        holm = f"Holm over {len(judged)} comparisons" if len(judged) > 1 else "none is needed, there is one comparison"
+        parts.append(f"correction: {holm} for each of {', '.join(families)} apart")
     return f"{'; '.join(parts)}; compute: {comparison.compute}."

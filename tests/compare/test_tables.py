@@ -59,7 +59,7 @@ def test_latex(which: str, request: pytest.FixtureRequest, tmp_path: Path) -> No
     text, number = latex(comparison), len(tables(comparison))
     bare = text.replace("\\&", "").replace("\\%", "").replace("\\#", "").replace("\\_", "").replace("\\$", "")
     rows = [line for line in bare.splitlines() if line.endswith(r" \\")]
-    assert len({line.count("&") for line in rows}) == number
+    assert len({line.count("&") for line in rows}) == 2, "wide tables and narrow ones"
     for line in rows:
         assert not set("%#_~^") & set(line)
     assert text.count("\\toprule") == text.count("\\bottomrule") == number
