@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from softmoe_cli.compare.findings import measure
+from softmoe_cli.compare.findings import measure_name
 from softmoe_cli.compare.groups import Block, Comparison
 from softmoe_cli.compare.runs import FinishedRun, unfinished
 from softmoe_cli.compare.units import quantity
@@ -62,13 +62,13 @@ def checklist(comparison: Comparison, block: Block) -> str:
     judged = [group for group in block.groups if group.difference]
     if judged:
         methods = sorted({group.difference.method for group in judged if group.difference})
-        families = [measure(comparison.quality)]
-        families += [measure(comparison.second)] if any(group.second for group in judged) else []
+        families = [measure_name(comparison.quality)]
+        families += [measure_name(comparison.second)] if any(group.second for group in judged) else []
         families += ["quality at each budget"] if any(each.difference for g in judged for each in g.budgets) else []
         parts.append(
             f"test: differences from a baseline, {' or '.join(TESTS[each] for each in methods)}, two-sided, 5%"
         )
-        parts.append(f"main measure: {measure(comparison.quality)}")
+        parts.append(f"main measure: {measure_name(comparison.quality)}")
         if comparison.margin is not None:
             parts.append(f"equality: two one-sided tests within {comparison.margin:g}, 5%")
         holm = f"Holm over {len(judged)} comparisons" if len(judged) > 1 else "none is needed, there is one comparison"

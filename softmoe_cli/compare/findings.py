@@ -73,7 +73,7 @@ def _sentence(quality: str, group: Group) -> str:
     is the better one with 98% (64% to >99%) of seeds."""
     found = group.difference
     assert found is not None
-    name = measure(quality)
+    name = measure_name(quality)
     verdict = VERDICTS.get(group.verdict or "", "has too few seeds for a verdict against")
     tested = group.p_equal_holm if group.verdict == EQUAL else group.p_holm
     p = "" if tested is None else f"p = {tested:.2g}, "
@@ -84,7 +84,7 @@ def _sentence(quality: str, group: Group) -> str:
     return f"{sentence} ({p}{seeds}){'; ' if beside else ''}{', '.join(beside)}{won}."
 
 
-def measure(quality: str) -> str:
+def measure_name(quality: str) -> str:
     """A quality's name without its unit."""
     return QUALITIES[quality].title.removesuffix(", %")
 
@@ -153,9 +153,7 @@ def closing(comparison: Comparison, block: Block) -> str:
         assert group.difference is not None
         images = f"{group.runs[0].row['test_images']:,} test images"
         images = _validation_images(group) if "validation" in key else images
-        return (
-            f"At equal {amount} {_settled(comparison, group, group.difference, group.verdict, measure(key), images)}."
-        )
+        return f"At equal {amount} {_settled(comparison, group, group.difference, group.verdict, measure_name(key), images)}."
     axis = comparison.cost if comparison.cost in AXES else AXES[0]
     places = [
         (each.budget, sign * each.interval.mean, group, each)
@@ -172,7 +170,7 @@ def closing(comparison: Comparison, block: Block) -> str:
 
 def _at_budget(comparison: Comparison, group: Group, each: Budgeted) -> str:
     assert each.difference is not None
-    name = f"validation {measure(comparison.quality).split(maxsplit=1)[-1]}"
+    name = f"validation {measure_name(comparison.quality).split(maxsplit=1)[-1]}"
     at = f"At equal {COSTS[each.axis].amount} ({quantity(each.axis, each.budget)})"
     told = _settled(comparison, group, each.difference, each.verdict, name, _validation_images(group))
     return f"{at} {told}{', pretraining not counted' if group.pretrained else ''}."

@@ -22,7 +22,7 @@ COUNTS_FROM = 2
 
 
 @dataclass(frozen=True)
-class Seen:
+class PastLook:
     """One look: its main measure, its margin, and the signatures of its runs."""
 
     time: float
@@ -32,11 +32,11 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Looks:
+class PastLooks:
     """All looks, the first one first; `damage` names files that cannot be read: then any seed may have come after a
     look."""
 
-    seen: list[Seen]
+    seen: list[PastLook]
     damage: list[str]
 
     def first(self, run: FinishedRun, partner: FinishedRun) -> int:
@@ -45,7 +45,7 @@ class Looks:
         return next((place for place, look in enumerate(self.seen) if pair <= look.runs), len(self.seen))
 
 
-def read_looks(runs: Iterable[FinishedRun]) -> Looks:
+def read_looks(runs: Iterable[FinishedRun]) -> PastLooks:
     """The looks at the studies of these runs."""
     seen, damage = set(), []
     for study in sorted({run.folder.parent for run in runs}):
@@ -56,13 +56,13 @@ def read_looks(runs: Iterable[FinishedRun]) -> Looks:
         except rows.Unreadable as error:
             damage.append(f"{printable(str(study / LOOKS))} {error}: any seed may have come after a look")
             continue
-        seen |= {Seen(row["time"], row["quality"], row["margin"], frozenset(row["runs"])) for row in told}
-    return Looks(sorted(seen, key=lambda look: (look.time, sorted(look.runs))), damage)
+        seen |= {PastLook(row["time"], row["quality"], row["margin"], frozenset(row["runs"])) for row in told}
+    return PastLooks(sorted(seen, key=lambda look: (look.time, sorted(look.runs))), damage)
 
 
 def record_look(runs: Sequence[FinishedRun], quality: str, margin: float | None) -> list[str]:
     """Adds a row to looks.jsonl of every study, where that does not have the same one; what could not be written."""
-    now = Seen(time.time(), quality, margin, frozenset(run.row["signature"] for run in runs))
+    now = PastLook(time.time(), quality, margin, frozenset(run.row["signature"] for run in runs))
     row = {"format": rows.FORMAT, "time": now.time, "quality": quality, "margin": margin, "runs": sorted(now.runs)}
     failed = []
     for study in sorted({run.folder.parent for run in runs}):
@@ -82,7 +82,7 @@ def record_look(runs: Sequence[FinishedRun], quality: str, margin: float | None)
     return failed
 
 
-def seed_order(ours: Sequence[FinishedRun], theirs: Sequence[FinishedRun], looks: Looks) -> list[int]:
+def seed_order(ours: Sequence[FinishedRun], theirs: Sequence[FinishedRun], looks: PastLooks) -> list[int]:
     """The seeds that both have, in the order of the looks that showed them first, and of their numbers within a look:
     so every look has seen the beginning of it. Empty where a seed occurs twice in a group."""
     mine, its = ({run.row["seed"]: run for run in runs} for runs in (ours, theirs))
@@ -91,7 +91,7 @@ def seed_order(ours: Sequence[FinishedRun], theirs: Sequence[FinishedRun], looks
     return sorted(mine.keys() & its.keys(), key=lambda seed: (looks.first(mine[seed], its[seed]), seed))
 
 
-def seeds_were_added(ours: Sequence[FinishedRun], theirs: Sequence[FinishedRun], looks: Looks) -> bool:
+def seeds_were_added(ours: Sequence[FinishedRun], theirs: Sequence[FinishedRun], looks: PastLooks) -> bool:
     """Whether a look that counts has shown some of the runs that a test of the two groups uses, and not all."""
     if looks.damage:
         return True

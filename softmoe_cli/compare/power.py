@@ -17,7 +17,7 @@ from softmoe_cli.compare.intervals import LEVEL, MIN_SEEDS, Difference, Interval
 POWER = 0.8
 MOST_SEEDS = 10_000
 """More seeds than this are not counted."""
-LARGEST = 100.0
+LARGEST_EFFECT = 100.0
 """Effects beyond so many deviations are not looked for."""
 SHARED = 0.25
 """How much two arms' variances are correlated: their differences share the baseline's noise, half of their variance,
@@ -59,11 +59,11 @@ def power_of_equality(margin: float, n: int, comparisons: int = 1, *, anytime: b
     return float(np.maximum(0, 2 * ndtr(margin * math.sqrt(n) - needed * spread) - 1).mean())
 
 
-def visible(n: int, comparisons: int = 1, *, anytime: bool = False) -> float | None:
+def visible_effect(n: int, comparisons: int = 1, *, anytime: bool = False) -> float | None:
     """The smallest effect that n pairs see with POWER; None where there is none."""
-    if n < MIN_SEEDS or power(LARGEST, n, comparisons, anytime=anytime) < POWER:
+    if n < MIN_SEEDS or power(LARGEST_EFFECT, n, comparisons, anytime=anytime) < POWER:
         return None
-    low, high = 0.0, LARGEST
+    low, high = 0.0, LARGEST_EFFECT
     for _ in range(40):
         middle = (low + high) / 2
         low, high = (middle, high) if power(middle, n, comparisons, anytime=anytime) < POWER else (low, middle)
@@ -151,7 +151,7 @@ def outlook(found: Mapping[str, Difference], undecided: Iterable[str], margin: f
     comparisons = sum(d.interval.n >= MIN_SEEDS for d in paired.values()) or len(paired)
     deviation = pooled([(d.deviation or 0.0, d.freedom or 0.0) for d in paired.values()])
     later = next((each for each in LATER if each >= 2 * n), 2 * n)
-    sees, later_sees = (visible(each, comparisons, anytime=anytime) for each in (n, later))
+    sees, later_sees = (visible_effect(each, comparisons, anytime=anytime) for each in (n, later))
     return Outlook(
         n, comparisons, anytime, deviation,
         None if sees is None else sees * deviation.mean,

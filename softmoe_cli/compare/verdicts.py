@@ -15,7 +15,7 @@ from softmoe_cli.compare.intervals import (
     mean_interval,
     verdicts,
 )
-from softmoe_cli.compare.looks import Looks, seed_order, seeds_were_added
+from softmoe_cli.compare.looks import PastLooks, seed_order, seeds_were_added
 from softmoe_cli.compare.power import outlook
 from softmoe_cli.compare.units import apart
 from softmoe_cli.errors import UsageError, nearest
@@ -25,7 +25,7 @@ ROUTED = ("model.moe_blocks", "model.expert_init", "model.expert_width")
 """Settings that, like model.router.*, come with a router: they do not help to find the dense control of a group."""
 
 
-def judge(blocks: list[Block], question: Question, looks: Looks) -> None:
+def judge(blocks: list[Block], question: Question, looks: PastLooks) -> None:
     """Every group against its baseline, at the end, in the second measure and at the budgets: three families per table,
     Holm's correction in each. The any-time rule judges where seeds were added after a look."""
     matched = 0
@@ -47,7 +47,7 @@ def judge(blocks: list[Block], question: Question, looks: Looks) -> None:
         )
 
 
-def _judge_block(block: Block, candidates: list[Group], question: Question, looks: Looks) -> None:
+def _judge_block(block: Block, candidates: list[Group], question: Question, looks: PastLooks) -> None:
     higher = QUALITIES[question.quality].better == "higher"
     ends: dict[str, Difference] = {}
     second: dict[str, Difference] = {}
@@ -92,7 +92,7 @@ def _judge_block(block: Block, candidates: list[Group], question: Question, look
 class _Rule:
     """How two groups are compared, in every measure: by which rule, with which seeds in which order."""
 
-    def __init__(self, ours: Group, theirs: Group, question: Question, looks: Looks) -> None:
+    def __init__(self, ours: Group, theirs: Group, question: Question, looks: PastLooks) -> None:
         self.anytime = question.any_time or seeds_were_added(ours.runs, theirs.runs, looks)
         self._order = seed_order(ours.runs, theirs.runs, looks) if self.anytime else []
 
@@ -104,7 +104,7 @@ class _Rule:
         return difference(ours, theirs, margin)
 
 
-def _best(block: Block, question: Question, looks: Looks) -> None:
+def _best(block: Block, question: Question, looks: PastLooks) -> None:
     """Which groups may be the best, where at least two could be told apart."""
     many = [group for group in block.groups if len(group.runs) >= MIN_SEEDS]
     if len(many) < 2:
@@ -236,7 +236,7 @@ def _judge_notes(block: Block, candidates: list[Group]) -> None:
             )
 
 
-def _look_notes(block: Block, question: Question, looks: Looks) -> None:
+def _look_notes(block: Block, question: Question, looks: PastLooks) -> None:
     """Why the any-time rule judges, and what an earlier look had asked otherwise."""
     judged = [group for group in block.groups if group.difference]
     anytime = [group.label for group in judged if group.difference and group.difference.method == "any-time"]

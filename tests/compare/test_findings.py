@@ -9,7 +9,7 @@ import pytest
 
 from softmoe_cli.compare.findings import best, closing, power_line
 from softmoe_cli.compare.groups import Comparison
-from softmoe_cli.compare.power import seeds_to_equal, seeds_to_see, visible
+from softmoe_cli.compare.power import seeds_to_equal, seeds_to_see, visible_effect
 from softmoe_cli.compare.tables import comma_separated, json_text, latex, markdown, sentences, tables, terminal
 from softmoe_cli.errors import UsageError
 from tests.synthetic import asked, group, row, study, write
@@ -34,13 +34,13 @@ def test_the_power_line_says_what_the_table_could_have_seen(tmp_path: Path) -> N
     assert soft is not None and near is not None and soft.deviation and near.deviation and block.outlook
     pooled = ((soft.deviation**2 + near.deviation**2) / 2) ** 0.5
     assert block.outlook.deviation.mean == pytest.approx(pooled)
-    assert block.outlook.sees == pytest.approx(pooled * (visible(5, 2) or 0))
+    assert block.outlook.sees == pytest.approx(pooled * (visible_effect(5, 2) or 0))
     told = power_line(comparison, block)
     assert (
         f"With n = 5 this table sees differences of {block.outlook.sees:.2f} points or more (80%, first step of Holm "
         in told
     )
-    assert f"10 seeds would see {pooled * (visible(10, 2) or 0):.2f} points" in told
+    assert f"10 seeds would see {pooled * (visible_effect(10, 2) or 0):.2f} points" in told
     needs = seeds_to_see(near.interval.mean / near.deviation, 2)
     assert re.search(rf"at the difference found, tokens_choice needs about {needs} seeds \(\d+ or more\)", told), told
     assert f"need about {seeds_to_equal(0.3 / pooled, 2)} seeds to be equal within 0.30 points" in told
@@ -145,7 +145,10 @@ def test_every_output_says_it(tmp_path: Path) -> None:
     assert all(each.replace("<", "\\<").replace(">", "\\>") in markdown(comparison) for each in said)
     drawn = page(comparison, {"pareto.svg": b"", "curves.svg": b""}, tmp_path)
     assert all(each.replace("'", "&#x27;").replace(">", "&gt;") in drawn for each in said)
-    assert all(each.replace("%", r"\%").replace(">", r"\textgreater{}") in latex(comparison) for each in said)
+    assert all(
+        each.replace("%", r"\%").replace("_", r"\_").replace(">", r"\textgreater{}") in latex(comparison)
+        for each in said
+    )
     (soft,) = [each for each in csv.DictReader(comma_separated(comparison).splitlines()) if each["group"] == "soft"]
     second = group(comparison, "soft").second
     assert second is not None and block.outlook is not None and block.outlook.sees is not None

@@ -14,7 +14,7 @@ from softmoe_cli.compare.power import (
     power_of_equality,
     seeds_to_equal,
     seeds_to_see,
-    visible,
+    visible_effect,
 )
 
 SEEDS = {
@@ -31,8 +31,8 @@ def test_seeds_and_effects_are_those_of_the_tables() -> None:
     for effect, row in SEEDS.items():
         assert tuple(seeds_to_see(effect, m) for m in (1, 2, 5, 10)) == row
     for n, row in VISIBLE.items():
-        assert tuple(visible(n, m) for m in (1, 4)) == pytest.approx(row, abs=0.006)
-    assert seeds_to_see(0.001) is None and visible(2) is None
+        assert tuple(visible_effect(n, m) for m in (1, 4)) == pytest.approx(row, abs=0.006)
+    assert seeds_to_see(0.001) is None and visible_effect(2) is None
 
 
 @pytest.mark.parametrize("anytime", [False, True])
@@ -64,12 +64,12 @@ def test_the_fewest_seeds_are_the_fewest(anytime: bool) -> None:
             assert n is not None and chance(effect, n, 3, anytime=anytime) >= POWER
             assert chance(effect, n - 1, 3, anytime=anytime) < POWER
         n = seeds_to_see(effect, 3, anytime=anytime)
-        seen = visible(n or 0, 3, anytime=anytime)
+        seen = visible_effect(n or 0, 3, anytime=anytime)
         assert seen is not None and seen <= effect
 
 
 def test_the_any_time_rule_sees_nothing_in_three_seeds() -> None:
-    assert visible(3, anytime=True) is None and power(50, 3, anytime=True) == 0 == power_of_equality(
+    assert visible_effect(3, anytime=True) is None and power(50, 3, anytime=True) == 0 == power_of_equality(
         50, 3, anytime=True
     )
     assert (seeds_to_see(1, anytime=True) or 0) > (seeds_to_see(1) or 0)
