@@ -375,6 +375,12 @@ def _compare(arguments: list[str]) -> int:
     return compare_command.compare_folders(arguments)
 
 
+def _scaling(arguments: list[str]) -> int:
+    from softmoe_cli.scaling.command import run_scaling
+
+    return run_scaling(arguments)
+
+
 def _check(arguments: list[str]) -> int:
     """`softmoe check`: prints the report; 1 if a check failed."""
     names = [argument for argument in arguments if "=" not in argument]
@@ -423,7 +429,7 @@ def _router_options(name: str) -> dict[str, Any]:
     import importlib
     import inspect
 
-    from softmoe_cli.moe.routing import Router
+    from softmoe_cli.moe.kind import Decider
 
     try:
         module = importlib.import_module(path.stem)
@@ -432,7 +438,7 @@ def _router_options(name: str) -> dict[str, Any]:
     own = [
         each
         for each in vars(module).values()
-        if isinstance(each, type) and issubclass(each, Router) and each.__module__ == path.stem
+        if isinstance(each, type) and issubclass(each, Decider) and each.__module__ == path.stem
     ]
     concrete = [each for each in own if not inspect.isabstract(each)]
     if len(concrete) != 1:
@@ -478,6 +484,7 @@ ACTIONS: typing.Final[dict[str, Callable[[list[str]], int]]] = {
     "cost": _cost,
     "match": _composing("match", _match),
     "compare": _compare,
+    "scaling": _scaling,
     "check": _check,
     "data": _data,
     "status": _status,

@@ -14,11 +14,10 @@ from torch.optim.adamw import adamw
 
 from softmoe_cli.config.recipe import Optim
 from softmoe_cli.errors import UsageError
-from softmoe_cli.moe.routing import Router
+from softmoe_cli.moe.kind import Decider, Layer
 from softmoe_cli.parallel import part_of
 from softmoe_cli.text import aligned, several
 
-HEAD = re.compile(r"head\.weight")
 STEM = ("patch_embed.", "pos_embed", "cls_token", "reg_token", "norm_pre.")
 FEWEST_8BIT, BLOCK_8BIT = 4096, 256
 """bitsandbytes: parameters of fewer numbers keep fp32 moments; others share a float32 scale in runs of so many."""
@@ -26,7 +25,8 @@ STACKED = re.compile(r".*(experts|shared)\.w[12]")
 
 
 def decays(model: nn.Module, optim: Optim) -> dict[str, float]:
-    """Weight decay of each parameter: kernels, stacked or not, have it, and so do the parameters that a router names.
+    """Weight decay of each parameter: kernels, stacked or not, have it, and so do the parameters that a router
+    or layer names.
 
     Biases (stacked ones are 2-D), norms, position tables and tokens have none. These are the official patterns:
     `head/kernel`, any other `kernel`, `Moe/Router/scale`.
@@ -35,12 +35,13 @@ def decays(model: nn.Module, optim: Optim) -> dict[str, float]:
     for name, parameter in model.named_parameters():
         matrix = STACKED.fullmatch(name) or (name.endswith(".weight") and parameter.ndim > 1)
         decay_of[name] = optim.weight_decay if matrix else 0.0
-        if HEAD.fullmatch(name):
-            decay_of[name] = optim.head_weight_decay
     for place, module in model.named_modules():
-        if isinstance(module, Router) and module.decays is not None:
+        if isinstance(module, Decider | Layer) and module.decays is not None:
             for name, _ in module.named_parameters():
                 decay_of[f"{place}.{name}"] = optim.weight_decay if name in module.decays else 0.0
+    for name in decay_of:
+        if name.startswith("head.") and name != "head.bias":
+            decay_of[name] = optim.head_weight_decay
     return decay_of
 
 

@@ -37,6 +37,7 @@ from softmoe_cli.config.run import Config
 from softmoe_cli.device import cores
 from softmoe_cli.errors import RunError, UsageError, first_line
 from softmoe_cli.moe.divided import DividedExperts, span
+from softmoe_cli.moe.kind import Decider
 from softmoe_cli.moe.layer import MoE
 from softmoe_cli.moe.routing import of_whole_batch, whole_batch
 
@@ -255,6 +256,8 @@ class Crew:
         if self.size == 1:
             return model
         for module in list(model.modules()):
+            if isinstance(module, Decider):
+                module.share_batches()
             for name, child in module.named_children():
                 if type(child) is DropPath:
                     setattr(module, name, WholeBatchDropPath(child.drop_prob, child.scale_by_keep))

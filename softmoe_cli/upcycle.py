@@ -26,6 +26,7 @@ from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.evaluate.quality import classification_loss
 from softmoe_cli.model.vit import build, count_tokens, portable
 from softmoe_cli.model.weights import LoadReport, load_weights, patterns
+from softmoe_cli.moe.kind import Layer
 from softmoe_cli.moe.layer import MoE, Stacked
 from softmoe_cli.moe.routing import Router
 from softmoe_cli.run.checkpoint import digest_of, write_checkpoint
@@ -141,9 +142,16 @@ def transplant(
             how = "new" if key in fresh else "positions resampled" if key in resized else "copied"
             keys[key] = {"from": None if key in fresh else key, "how": how}
     for index, block in enumerate(new.blocks):
+        place, mlp = f"blocks.{index}.mlp", old.blocks[index].mlp
+        if isinstance(block.mlp, Layer):
+            held = block.mlp.hold(*weights_of(mlp).values())
+            if held is not None:
+                for name in block.mlp.state_dict():
+                    leaf, how = held.get(name, (None, "new"))
+                    keys[f"{place}.{name}"] = {"from": None if leaf is None else f"{place}.{LAYERS[leaf]}", "how": how}
         if isinstance(block.mlp, MoE):
-            place, moe = f"blocks.{index}.mlp", block.mlp
-            parts = fill_experts(moe, old.blocks[index].mlp)
+            moe = block.mlp
+            parts = fill_experts(moe, mlp)
             tie_parts(moe.router, parts)
             if noise:
                 for parameter in moe.experts.parameters():
@@ -163,13 +171,11 @@ def fill_experts(moe: MoE, mlp: Mlp) -> int:
     to one do), is the MLP again when the parts' output kernels are multiplied by g and their output bias is not. With
     s copies of the MLP as shared experts every copy counts 1/(1 + s).
     """
-    hidden, (e, d, width) = mlp.fc1.out_features, moe.experts.w1.shape
+    hidden, (e, _, width) = mlp.fc1.out_features, moe.experts.w1.shape
     g = hidden // width
     copies = 1 + moe.router.shared_experts // g
-    w1, w2 = mlp.fc1.weight, mlp.fc2.weight / copies
-    b1 = mlp.fc1.bias if mlp.fc1.bias is not None else w1.new_zeros(hidden)
-    b2 = (mlp.fc2.bias if mlp.fc2.bias is not None else w2.new_zeros(d)) / copies
-    for leaf, value in {"w1": w1, "b1": b1, "w2": w2, "b2": b2}.items():
+    for leaf, whole in weights_of(mlp).items():
+        value = whole if leaf in ("w1", "b1") else whole / copies
         moe.experts.get_parameter(leaf).copy_(stacked(leaf, value, e, g) * (g if leaf == "w2" else 1))
         if moe.shared is not None:
             times = copies - 1 if leaf == "b2" else 1
@@ -179,6 +185,14 @@ def fill_experts(moe: MoE, mlp: Mlp) -> int:
 
 LAYERS = {"w1": "fc1.weight", "b1": "fc1.bias", "w2": "fc2.weight", "b2": "fc2.bias"}
 """An expert's tensor -> the tensor of an MLP that it comes from."""
+
+
+def weights_of(mlp: Mlp) -> dict[str, Tensor]:
+    """An MLP's weights by the names of an expert's tensors, laid out as in the MLP; biases that it lacks are zero."""
+    w1, w2 = mlp.fc1.weight, mlp.fc2.weight
+    b1 = mlp.fc1.bias if mlp.fc1.bias is not None else w1.new_zeros(len(w1))
+    b2 = mlp.fc2.bias if mlp.fc2.bias is not None else w2.new_zeros(len(w2))
+    return {"w1": w1, "b1": b1, "w2": w2, "b2": b2}
 
 
 def stacked(leaf: str, value: Tensor, experts: int, parts: int) -> Float[Tensor, "e ..."]:
@@ -218,7 +232,7 @@ def carried_moments(
     carried: dict[str, Tensor] = {}
     for name, parameter in new.named_parameters():
         old_name, how = keys[name]["from"], keys[name]["how"] or ""
-        if old_name is None or "resampled" in how or "redrawn" in how:
+        if old_name is None or "resampled" in how or "redrawn" in how or "held" in how:
             continue
         place, _, leaf = name.rpartition(".")
         for key, value in moments.get(old_name, {}).items():
@@ -236,7 +250,8 @@ def tie_parts(router: Router, parts: int) -> None:
     first = torch.arange(router.num_experts) // parts * parts
     for name, axis in router.expert_axes.items():
         parameter = router.get_parameter(name)
-        parameter.copy_(parameter.index_select(axis, first))
+        experts = parameter.narrow(axis, 0, len(first))  # a router may have others behind those with an MLP
+        experts.copy_(experts.index_select(axis, first))
 
 
 def redraw_units(experts: Stacked, share: float) -> None:
@@ -295,7 +310,10 @@ def _head(weights: dict[str, Tensor]) -> torch.Size | None:
 def _check(config: UpcycleConfig, old: VisionTransformer, new: VisionTransformer) -> None:
     """Refuses what cannot work before anything is allocated: `old` and `new` are on the meta device."""
     for before, after in zip(old.blocks, new.blocks, strict=True):
+        if not isinstance(after.mlp, Layer):
+            continue
         if not isinstance(after.mlp, MoE):
+            _check_held(config, after.mlp)
             continue
         router, width, hidden = after.mlp.router, after.mlp.experts.w1.shape[2], before.mlp.fc1.out_features
         e, shared, parts, name = router.num_experts, router.shared_experts, hidden // width, config.model.router_name
@@ -317,6 +335,19 @@ def _check(config: UpcycleConfig, old: VisionTransformer, new: VisionTransformer
         reason = router.departs_from_mlp(count_tokens(new), parts) if config.preserve else None
         if reason is not None:
             raise UsageError(f"preserve=true cannot hold with model/router={name}: {reason}")
+
+
+def _check_held(config: UpcycleConfig, layer: Layer) -> None:
+    """Refuses what a layer whose experts are no MLPs cannot take over."""
+    name = config.model.router_name
+    for key in ("expert_noise", "expert_redraw"):
+        if getattr(config, key):
+            raise UsageError(f"{key}={getattr(config, key)}: experts of model/router={name} are no copies; leave it 0")
+    if config.model.expert_width is not None:
+        raise UsageError(f"model.expert_width={config.model.expert_width}: model/router={name} cuts no MLP; say null")
+    reason = layer.router.departs_from_mlp(1, parts=1)
+    if reason is not None:
+        raise UsageError(f"model/router={name} cannot start from an MLP: {reason}")
 
 
 def _fate(place: str, name: str, moe: MoE, parts: int, noise: float, redraw: float) -> dict[str, str | None]:

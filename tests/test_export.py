@@ -21,9 +21,8 @@ from softmoe_cli import export
 from softmoe_cli.data import sets
 from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.model.pretrained import read_checkpoint
-from softmoe_cli.model.router import make_router
+from softmoe_cli.model.router import make_layer
 from softmoe_cli.model.vit import build, portable
-from softmoe_cli.moe.layer import Experts, MoE
 from softmoe_cli.run.checkpoint import damage
 from softmoe_cli.run.source import read_source
 from tests.conftest import Softmoe
@@ -68,10 +67,9 @@ class Zoo(nn.Module):
         self.layers = nn.ModuleList()
         for name in names:
             own = ROUTERS[name] | {key: value for key, value in options.items() if key in ROUTERS[name]}
-            router = make_router(own, 16, 16)
-            experts = Experts(router.num_experts, 16, 16, gelu="tanh", identical=False)
-            nn.init.normal_(experts.w1)  # so that it matters which expert a token meets
-            self.layers.append(MoE(router, experts))
+            layer = make_layer(own, 16, 16, 16, gelu="tanh", identical=False)
+            nn.init.normal_(next(layer.experts.parameters()))  # so that it matters which expert a token meets
+            self.layers.append(layer)
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:

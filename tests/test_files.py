@@ -101,6 +101,6 @@ def test_a_folder_is_made_whole_beside_neighbours(tmp_path: Path) -> None:
     assert (tmp_path / "git" / "weights").read_text() == "new"
 
 
-@pytest.mark.parametrize("command", ["evaluate", "export", "upcycle", "compare"])
+@pytest.mark.parametrize("command", ["evaluate", "export", "upcycle", "compare", "scaling"])
 def test_help_says_that_nothing_is_overwritten(command: str, softmoe: Softmoe) -> None:
     assert RULE in " ".join(softmoe(command, "--help").out.split())

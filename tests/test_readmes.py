@@ -37,7 +37,7 @@ NOT_RUN = {
     "pip": "installs from the network",
     "torchrun": "takes devices for each process; tests/test_parallel.py starts the same processes with a small model",
     "wandb": "sends to a server",
-    "#!/bin/bash": "a batch script, which tests/launch/test_sweep.py runs with stand-ins for Slurm",
+    "#!/bin/bash": "a batch script, which tests/launch/test_places.py runs with stand-ins for Slurm",
     "+search=quality": "Optuna warns when it is imported; tests/launch/test_sweep.py runs it in a process of its own",
     "+search=pareto": "the same",
 }
@@ -46,6 +46,7 @@ WORK = (
     "softmoe_cli.train.setup.begin", "softmoe_cli.launch.devices.launch", "softmoe_cli.upcycle.upcycle",
     "softmoe_cli.evaluate.command.evaluate_checkpoint", "softmoe_cli.export.export", "softmoe_cli.cost.command.costs",
     "softmoe_cli.cost.match.match", "softmoe_cli.compare.blocks.compare", "softmoe_cli.check.command.check_router",
+    "softmoe_cli.compare.blocks.usable_runs",
     "softmoe_cli.data.check.check_data",
 )  # fmt: skip
 """What commands call with all that was checked. softmoe list, status, completion, --help, --groups and --cfg run."""

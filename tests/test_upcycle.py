@@ -15,7 +15,7 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 from softmoe_cli.data import sets
-from softmoe_cli.model.router import make_router
+from softmoe_cli.model.router import make_layer
 from softmoe_cli.model.vit import build
 from softmoe_cli.moe.layer import Experts, MoE
 from softmoe_cli.run.checkpoint import damage, digest_of
@@ -45,10 +45,8 @@ def layer(mlp: Mlp, name: str, parts: int = 1, tokens: int = TOKENS, **changes: 
     torch.manual_seed(1)
     options = ROUTERS[name] | {"num_experts": 4}
     options |= {key: value for key, value in (QUIET | changes).items() if key in options}
-    router = make_router(options, DIM, tokens)
-    shared, width = router.shared_experts, HIDDEN // parts
-    extra = Experts(1, DIM, shared * width, gelu="none", identical=True) if shared else None
-    moe = MoE(router, Experts(router.num_experts, DIM, width, gelu="none", identical=True), extra).double()
+    moe = make_layer(options, DIM, HIDDEN // parts, tokens, gelu="none", identical=True).double()
+    assert isinstance(moe, MoE)
     with torch.no_grad():
         assert fill_experts(moe, mlp) == parts
         tie_parts(moe.router, parts)
@@ -211,7 +209,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", thinned(ROUTERS, 4))
+@pytest.mark.parametrize("name", thinned([name for name in ROUTERS if not name.startswith("mumoe_")], 4))
 def test_every_router(name: str, source: Path, softmoe: Softmoe) -> None:
     noise = ["expert_noise=0.1"] if name.startswith("uniform") else []
     answer = softmoe(

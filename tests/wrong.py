@@ -128,7 +128,9 @@ WRONG_VALUES = (
     "compare RUNS --where router", "compare RUNS --where nosuch=1", "compare RUNS --by nosuch",
     "compare RUNS --at nosuch=1", "compare RUNS --at train_pflop=many", "compare RUNS --baseline nosuch=1",
     "compare RUNS --sort nosuch", "compare RUNS --columns nosuch", "compare RUNS --out /dev/null/x",
-    "compare RUNS --format xml", "trian", "", "\x1b[31m", "--nosuch", "completion nosuch",
+    "compare RUNS --format xml", "scaling nowhere", "scaling --nosuch", "scaling RUNS --quality nosuch",
+    "scaling RUNS --draws many", "scaling RUNS --published all", "scaling RUNS",
+    "trian", "", "\x1b[31m", "--nosuch", "completion nosuch",
 )  # fmt: skip
 
 

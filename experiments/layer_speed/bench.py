@@ -14,10 +14,11 @@ which `rounds=3` allows, it is the whole spread, and less sure). Of a contender 
 as long as one of `soft`, that step's times stand, as one round, although it was not warmed up and its memory was
 recorded; one that took over five times as long, and over 20 s, was stopped between two of its operators: it has no
 rounds, and its figures are the least that they can be. Appends a row per contender to the file and prints it. Without
-`dtype` it times the soft layer alone, with 8 to 256 experts of 256 slots in all; without a grid it sums up what a file
-holds:
+`dtype` it times the soft layer alone, with 8 to 256 experts of 256 slots in all, or, with `experts`, zero_computation
+beside tokens_choice; without a grid it sums up what a file holds:
 
 python bench.py flat.csv width=192,384 batch=128,512
+python bench.py cheaper.csv width=384,768 experts=8,16 batch=8,32
 python bench.py results.csv
 """
 
@@ -45,6 +46,7 @@ from softmoe_cli.device import give_back_freed_memory, hardware, keep_freed_memo
 from softmoe_cli.model.router import make_router
 from softmoe_cli.moe.layer import Experts, MoE
 from softmoe_cli.moe.routers.soft import SoftRouter
+from softmoe_cli.moe.routing import Router
 
 TOKENS, SECONDS, MOST = 196, 10.0, 41
 FEWEST = 6  # rounds from which on their median has a 95% interval
@@ -347,6 +349,30 @@ def flat(d: int, batch: int, fewest: int) -> list[dict[str, Any]]:
     return rows
 
 
+def cheaper(d: int, e: int, batch: int, fewest: int) -> list[dict[str, Any]]:
+    """Training steps of zero_computation, tau 0.75, four experts without an MLP, and of tokens_choice, two choices and
+    as many experts with one. Either has room for the choices that its balance aims at, the former for a tenth more."""
+    options: dict[str, dict[str, Any]] = {
+        "tokens_choice": {"k": 2, "renormalise": True},
+        "zero_computation": {"num_constant": 2, "balance_weight": 0.01},
+    }
+    modules: dict[str, nn.Module] = {}
+    for name, chosen in options.items():
+        given = yaml.safe_load((ROUTERS / f"{name}.yaml").read_text()) | {"num_experts": e} | chosen
+        made = make_router(given, d, TOKENS)
+        assert isinstance(made, Router)
+        modules[name] = MoE(made, Experts(e, d, 4 * d, gelu="none", identical=True))
+    x = torch.randn(batch, TOKENS, d, requires_grad=True)
+    for module in modules.values():
+        run(module, x, half=False, backward=True)
+    times = in_turns(modules, x, half=False, backward=True, fewest=fewest)
+    ratio, low, high = middle(times["tokens_choice"], times["zero_computation"])
+    ms = {f"{name}_ms": 1e3 * statistics.median(found) for name, found in times.items()}
+    row = {"width": d, "experts": e, "batch": batch, **ms, "faster": ratio, "faster_low": low, "faster_high": high}
+    print(f"  {d:4} {e:4} experts {batch:4} images {ratio:5.2f} ({low:.2f} to {high:.2f})", flush=True)
+    return [row | {"rounds": len(times["tokens_choice"])} | machine()]
+
+
 def machine() -> dict[str, str]:
     return {"hardware": hardware(torch.device("cpu")), "torch": torch.__version__}
 
@@ -428,6 +454,10 @@ def main() -> None:
         sys.exit(f"there is no {', '.join(unknown)}; see the first lines of this file")
     fewest = max(int(rounds) for rounds in grid.get("rounds", [FEWEST]))
     keep_freed_memory(torch.device("cpu"))
+    if "dtype" not in grid and "experts" in grid:
+        for d, e, batch in itertools.product(grid["width"], grid["experts"], grid["batch"]):
+            write(file, cheaper(int(d), int(e), int(batch), fewest))
+        return
     if "dtype" not in grid:
         for d, batch in itertools.product(grid["width"], grid["batch"]):
             write(file, flat(int(d), int(batch), fewest))

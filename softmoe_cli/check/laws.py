@@ -15,12 +15,13 @@ from softmoe_cli.config.model import group_of
 from softmoe_cli.cost.flop import counter
 from softmoe_cli.device import compiled
 from softmoe_cli.errors import UsageError
-from softmoe_cli.model.router import make_router
+from softmoe_cli.model.router import make_layer, make_router
 from softmoe_cli.model.vit import portable_options
-from softmoe_cli.moe.layer import Experts, MoE
-from softmoe_cli.moe.routing import UNKNOWN, Routing, routings, whole_batch
+from softmoe_cli.moe.kind import UNKNOWN, Decision, Layer
+from softmoe_cli.moe.layer import MoE
+from softmoe_cli.moe.routing import Router, Routing, routings, whole_batch
 
-DIM, HIDDEN, TOKENS, GROUPS = 16, 24, 16, 4
+DIM, HIDDEN, TOKENS, GROUPS = 16, 128, 16, 4
 EXACT = 1e-10
 """The largest allowed error in float64. Comparisons are in float64 if the router can, and use this bound unless they
 name another."""
@@ -47,7 +48,8 @@ class Subject:
 
     def __init__(self, options: dict[str, Any]) -> None:
         self.options = options
-        self.router_class = type(make_router(options, DIM, TOKENS))
+        router = self._build(options).router
+        self.router_class, self.exempt = type(router), router.exempt
         self.dtype, self.exact = torch.float64, EXACT
         if not self._doubles():
             self.dtype, self.exact = torch.float32, SINGLE
@@ -61,18 +63,16 @@ class Subject:
             return False
         return all(each.dtype == torch.float64 for each in kept if each.is_floating_point() and each.ndim)
 
-    def layer(self, dtype: torch.dtype | None = None, **changes: Any) -> MoE:
+    @staticmethod
+    def _build(options: dict[str, Any]) -> Layer:
+        return make_layer(options, DIM, HIDDEN, TOKENS, gelu="tanh", identical=False)
+
+    def layer(self, dtype: torch.dtype | None = None, **changes: Any) -> Layer:
         """A layer in evaluation mode, always with the same weights; `changes` replace those router options that the
         router has."""
         known = {key: value for key, value in changes.items() if key in self.options}
         torch.manual_seed(0)
-        router = make_router(self.options | known, DIM, TOKENS)
-        shared = router.shared_experts
-        layer = MoE(
-            router,
-            Experts(router.num_experts, DIM, HIDDEN, gelu="tanh", identical=False),
-            Experts(1, DIM, shared * HIDDEN, gelu="tanh", identical=True) if shared else None,
-        )
+        layer = self._build(self.options | known)
         with torch.no_grad():
             for parameter in layer.parameters():
                 if parameter.ndim:
@@ -87,9 +87,9 @@ class Subject:
         return torch.randn(images, TOKENS, DIM, dtype=torch.float64, generator=generator).to(dtype or self.dtype)
 
 
-def decisions(routing: Routing) -> dict[str, Tensor]:
-    """Every tensor that a routing keeps, by its path in the object."""
-    leaves, _ = tree_flatten_with_path(vars(routing))
+def decisions(decision: Decision) -> dict[str, Tensor]:
+    """Every tensor that a decision keeps, by its path in the object."""
+    leaves, _ = tree_flatten_with_path(vars(decision))
     return {keystr(path): each for path, each in leaves if isinstance(each, Tensor)}
 
 
@@ -176,6 +176,8 @@ def one_expert(subject: Subject) -> Finding:
     if "num_experts" not in subject.options:
         raise NotApplicable("it has no option num_experts")
     router = make_router(subject.options, DIM, TOKENS)
+    if not isinstance(router, Router):
+        raise NotApplicable("its experts are linear maps, not MLPs")
     room = {"slots_per_expert": TOKENS * router.images_per_group, "capacity_factor": None}
     try:
         layer = subject.layer(None, **{"num_experts": 1, **room, **router.of_one_expert})
@@ -185,15 +187,23 @@ def one_expert(subject: Subject) -> Finding:
     if reason not in (None, UNKNOWN):
         raise NotApplicable(reason)
     x = subject.batch()
-    return bounded(deviation(layer(x), layer.experts(x.flatten(0, 1)[None]).view_as(x)), subject.exact, "difference")
+    mlp: Tensor = layer.experts(x.flatten(0, 1)[None])
+    return bounded(deviation(layer(x), mlp.view_as(x)), subject.exact, "difference")
+
+
+def dispatched(layer: Layer, x: Tensor) -> Routing:
+    """What the router decides about rows."""
+    decision = layer.router(x)
+    if not isinstance(decision, Routing):
+        raise NotApplicable("it gives no rows to experts")
+    return decision
 
 
 def dispatch_law(subject: Subject) -> Finding:
     """Each expert row is a weighted sum of tokens: linear in the tokens, with weights that add up to one, or to
     zero."""
-    layer = subject.layer()
     x = subject.batch()
-    routing, other = layer.router(x), x.flip(0).square()
+    routing, other = dispatched(subject.layer(), x), x.flip(0).square()
     bent = deviation(routing.dispatch(2 * x + other), 2 * routing.dispatch(x) + routing.dispatch(other))
     total = routing.dispatch(torch.ones_like(x))
     stray = deviation(torch.minimum(total.abs(), (total - 1).abs()), torch.zeros(()))
@@ -205,11 +215,12 @@ def combine_law(subject: Subject) -> Finding:
     maximum."""
     layer = subject.layer()
     x = subject.batch()
-    routing = layer.router(x)
+    routing = dispatched(layer, x)
     rows = routing.dispatch(x)
     other = rows.square()
     bent = deviation(routing.combine(2 * rows + other), 2 * routing.combine(rows) + routing.combine(other))
     total = routing.combine(torch.ones_like(rows))
+    assert isinstance(layer, MoE)
     stray = deviation(total, total.clamp(0.0, layer.router.most_weight))
     lowest, highest = total.min().item(), total.max().item()
     holds, figure = bounded(max(bent, stray), subject.exact, "largest departure")
@@ -284,28 +295,28 @@ def auxiliary_losses(subject: Subject) -> Finding:
 
 def cost_formula(subject: Subject) -> Finding:
     """The FLOPs by formula, of a forward pass and of training, are equal to those that torch's counter counts."""
-    layer = subject.layer(torch.float32)
+    layer = subject.layer(torch.float32).to("meta")
     x = subject.batch(torch.float32).to("meta").requires_grad_()
-    with counter() as seen:  # which remembers shapes, not values
-        y = layer.to("meta")(x)
-        forward = seen.get_total_flops()
-        y.sum().backward()
-    got = forward, seen.get_total_flops()
-    rest = layer.flop(TOKENS) - layer.router.flop(TOKENS)
-    want = len(x) * layer.flop(TOKENS), len(x) * (layer.router.train_flop(TOKENS) + 3 * rest)
+    with counter() as forward:  # which remembers shapes, not values
+        layer(x)
+    with counter() as step:
+        layer.train()(x).sum().backward()
+    got = forward.get_total_flops(), step.get_total_flops()
+    training = sum(flop for _, flop in layer.flop_by_part(TOKENS).values())
+    want = len(x) * layer.flop(TOKENS), len(x) * training
     return got == want, "counter {:,} and {:,} in training, formulas {:,} and {:,}".format(*got, *want)
 
 
 def rebuilt(subject: Subject) -> Finding:
-    """The options that a checkpoint keeps build the same router, for any number of tokens."""
+    """The options that a checkpoint keeps build the same layer, for any number of tokens."""
     layer, x = subject.layer(), subject.batch()
-    kept = portable_options(subject.options, layer.router)
-    again, same = make_router(kept, DIM, 2 * TOKENS), make_router(kept, DIM, TOKENS)
-    for router in (again, same):
-        router.to(subject.dtype).eval().load_state_dict(layer.router.state_dict())
+    kept = portable_options(subject.options, layer)
+    again, same = (make_layer(kept, DIM, HIDDEN, n, gelu="tanh", identical=False) for n in (2 * TOKENS, TOKENS))
+    for each in (again, same):
+        each.to(subject.dtype).eval().load_state_dict(layer.state_dict())
     if portable_options(kept, again) != kept:
         return False, f"{portable_options(kept, again)} instead of {kept}"
-    return bounded(deviation(MoE(same, layer.experts, layer.shared)(x), layer(x)), 0.0, "difference")
+    return bounded(deviation(same(x), layer(x)), 0.0, "difference")
 
 
 SHARES = ("utilisation", "dropped_share", "dead_share", "effective_experts_share")

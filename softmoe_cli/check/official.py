@@ -18,7 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from softmoe_cli.check import mumoe, zero_computation
 from softmoe_cli.errors import UsageError, first_line
+from softmoe_cli.moe.kind import Decider
 from softmoe_cli.moe.layer import Experts, MoE
 from softmoe_cli.moe.routing import Router, SparseRouting
 from softmoe_cli.moe.sparse import choose, grouped_tokens, gshard_loss, importance_loss, load_loss
@@ -80,6 +82,10 @@ def numbers_of_kinds(kinds: Iterable[str]) -> str:
 
 def case_options(meta: dict[str, Any]) -> dict[str, Any]:
     """Translates the official arguments of a layer case, defaults included, into options of our router."""
+    if meta["kind"] in mumoe.MUMOE_KINDS:
+        return mumoe.mumoe_options(meta)
+    if meta["kind"] in zero_computation.PLUS_PLUS_KINDS:
+        return zero_computation.options_of(meta)
     config, router = meta["config"], meta["config"]["router"]
     options: dict[str, Any] = {"num_experts": config["num_experts"], "noise_std": router.get("noise_std", 1.0)}
     if meta["kind"] == "soft_layer":
@@ -106,13 +112,17 @@ def case_options(meta: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def is_case_of(router_class: type[Router], meta: dict[str, Any]) -> bool:
+def is_case_of(router_class: type[Decider], meta: dict[str, Any]) -> bool:
     """Whether the official numbers of a case are for this router or for a parent class of it: `Router.official`."""
     return router_class.official is not None and _whose(meta) == router_class.official
 
 
 def _whose(meta: dict[str, Any]) -> str | None:
     """The value of `Router.official` of the router that a case belongs to; None if the case has no layer."""
+    if meta["kind"] in mumoe.MUMOE_KINDS:
+        return f"{meta['kind']}, {meta['config']['layer']}"
+    if meta["kind"] in zero_computation.PLUS_PLUS_KINDS:
+        return "zero_computation"
     if meta["kind"] not in ("soft_layer", "tc_layer", "ec_layer"):
         return None
     by_priority = meta["config"]["router"].get("dispatcher", {}).get("batch_priority", False)
@@ -154,10 +164,17 @@ def drawn(noise: np.ndarray | None) -> Iterator[None]:
         yield
 
 
-def compare_case(router_class: type[Router], case: Case, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
+def compare_case(router_class: type[Decider], case: Case, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Yields (name, our value, official value) for everything in a layer case. Integers must be equal, the rest
     close."""
     meta, z = case
+    if meta["kind"] in mumoe.MUMOE_KINDS:
+        yield from mumoe.compare_mumoe(router_class, case, dtype)
+        return
+    if meta["kind"] in zero_computation.PLUS_PLUS_KINDS:
+        yield from zero_computation.compare_layers(router_class, case, dtype)
+        return
+    assert issubclass(router_class, Router)
     layer = case_layer(router_class, meta, z, dtype)
     x = torch.tensor(z["x_seqs"] if "x_seqs" in z else z["x"]).to(dtype).requires_grad_()
     with drawn(z.get("noise")):

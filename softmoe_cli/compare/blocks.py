@@ -39,12 +39,52 @@ def compare(folders: Sequence[Path], question: Question) -> Comparison:
         UsageError: folders, keys or a baseline that do not exist, or nothing left to compare.
     """
     question.check()
+    runs, left_out = _single_runs(folders, question)
+    usable, left_out, keys = _asked_for(runs, left_out, question)
+    by = [key_named("by", key, keys) for key in question.by]
+    columns = [key_named("columns", key, [*keys, *COSTS, *QUALITIES]) for key in question.columns]
+    columns = columns or [key for key in ("forward_gflop", "params_m", "device_s") if key != question.cost]
+    notes = [f"{run.place}: {run.damage}; it has no curve" for run in usable if run.damage]
+    notes += version_notes(usable, question.strict)
+    parts, varying = kept_apart(usable, question)
+    blocks = [block_of(title, part, by, columns, question) for title, part in parts]
+    if len(blocks) > 1:
+        notes.append(f"runs that differ in {', '.join(varying)} are kept apart: {len(blocks)} tables")
+    looks = read_looks(usable)
+    notes += looks.damage
+    judge(blocks, question, looks)
+    for block in blocks:
+        _sort(block, question, keys)
+    asked = columns if question.columns else []
+    return Comparison(
+        question.quality, question.cost, columns, blocks, notes, left_out, asked, sweep_commands(usable),
+        second=question.second, margin=question.margin, compute=compute(runs, folders),
+    )  # fmt: skip
+
+
+def usable_runs(
+    folders: Sequence[Path], question: Question
+) -> tuple[list[FinishedRun], list[tuple[str, str]], list[str]]:
+    """The runs below the folders that a question is about; (folder, reason) for what is left out; all keys of the runs.
+
+    Raises:
+        UsageError: a folder or a key that does not exist, or nothing is left.
+    """
+    return _asked_for(*_single_runs(folders, question), question)
+
+
+def _single_runs(folders: Sequence[Path], question: Question) -> tuple[list[FinishedRun], list[tuple[str, str]]]:
     runs, left_out = read_runs(folders)
     runs, doubles = single(runs, question.strict)
     left_out += doubles
     if not runs:
         raise UsageError(f"no finished run below {', '.join(map(str, folders))}{_first(left_out)}")
-    cost = compute(runs, folders)
+    return runs, left_out
+
+
+def _asked_for(
+    runs: list[FinishedRun], left_out: list[tuple[str, str]], question: Question
+) -> tuple[list[FinishedRun], list[tuple[str, str]], list[str]]:
     keys = list(dict.fromkeys(key for run in runs for key in run.row))
     runs = _where(runs, question.where, keys)
     usable = []
@@ -58,16 +98,18 @@ def compare(folders: Sequence[Path], question: Question) -> Comparison:
         raise UsageError(
             f"no run has both {question.quality} and {question.cost}; choose others with --quality and --cost"
         )
-    by = [key_named("by", key, keys) for key in question.by]
-    columns = [key_named("columns", key, [*keys, *COSTS, *QUALITIES]) for key in question.columns]
-    columns = columns or [key for key in ("forward_gflop", "params_m", "device_s") if key != question.cost]
-    notes = [f"{run.place}: {run.damage}; it has no curve" for run in usable if run.damage]
-    notes += _version_notes(usable, question.strict)
+    return usable, left_out, keys
+
+
+def kept_apart(
+    runs: Sequence[FinishedRun], question: Question
+) -> tuple[list[tuple[str, list[FinishedRun]]], list[str]]:
+    """(title, runs) of each part whose runs may stand together, and the keys in which the parts differ."""
     parts = defaultdict(list)
-    for run in usable:
+    for run in runs:
         parts[_apart(run, question)].append(run)
     varying = [i for i, values in enumerate(zip(*parts, strict=True)) if len(set(values)) > 1]
-    blocks = []
+    found = []
     for key in sorted(parts):
         title = f"{shortened(key[0], LABEL_LETTERS)}, {parts[key][0].row.get('test_images', '?')} test images"
         differing = [
@@ -75,20 +117,8 @@ def compare(folders: Sequence[Path], question: Question) -> Comparison:
             for i in varying
             if APART[i] not in ("data", "test_images") and key[i]
         ]
-        blocks.append(block_of("; ".join([title, *differing]), parts[key], by, columns, question))
-    if len(blocks) > 1:
-        what = ", ".join(dict.fromkeys(APART[i] for i in varying))
-        notes.append(f"runs that differ in {what} are kept apart: {len(blocks)} tables")
-    looks = read_looks(usable)
-    notes += looks.damage
-    judge(blocks, question, looks)
-    for block in blocks:
-        _sort(block, question, keys)
-    asked = columns if question.columns else []
-    return Comparison(
-        question.quality, question.cost, columns, blocks, notes, left_out, asked, sweep_commands(usable),
-        second=question.second, margin=question.margin, compute=cost,
-    )  # fmt: skip
+        found.append(("; ".join([title, *differing]), parts[key]))
+    return found, list(dict.fromkeys(APART[i] for i in varying))
 
 
 APART = (*EVALUATION, "train.loss", *FINGERPRINT, *VERSION)
@@ -112,7 +142,7 @@ def _apart(run: FinishedRun, question: Question) -> tuple[str, ...]:
     )
 
 
-def _version_notes(runs: list[FinishedRun], strict: bool) -> list[str]:
+def version_notes(runs: list[FinishedRun], strict: bool) -> list[str]:
     versions = Counter(
         f"commit {run.row.get('commit')}, softmoe {run.row.get('softmoe')}, torch {run.row.get('torch')}"
         for run in runs

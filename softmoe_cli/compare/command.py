@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -45,12 +45,14 @@ PAPER = Path(__file__).resolve().parent / "paper"
 """The paper's own tables, which --reference knows by name."""
 LISTS = ("by", "columns")
 REPEATED = ("where", "at")
-TYPES: dict[str, type] = {"out": Path, "margin": float}
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, command: str) -> None:
+        super().__init__(prog=f"softmoe {command}", add_help=False, allow_abbrev=False)
+
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; softmoe compare --help shows the options")
+        raise UsageError(f"{message}; {self.prog} --help shows the options")
 
 
 def options_help() -> str:
@@ -76,7 +78,7 @@ def compare_folders(arguments: Sequence[str]) -> int:
     fields = {f.name for f in dataclasses.fields(Question)}
     question = Question(**{key: value for key, value in vars(chosen).items() if key in fields and value is not None})
     reference = _reference(chosen.reference, question) if chosen.reference is not None else None
-    mode = _tracking() if chosen.wandb else "off"
+    mode = tracking_mode() if chosen.wandb else "off"
     comparison = compare(chosen.folders, question)
     if reference is not None:
         comparison.reference_name, comparison.reference = reference
@@ -86,7 +88,7 @@ def compare_folders(arguments: Sequence[str]) -> int:
     shown = [run for group in comparison.groups for run in group.runs]
     unrecorded = record_look(shown, comparison.quality, comparison.margin)
     print("\n".join([terminal(comparison, width), *(f"- {each}" for each in unrecorded)]))
-    print(f"\n{_files(files, out, width)}")
+    print(f"\n{files_told(files, out, width)}")
     if mode != "off":
         from softmoe_cli.run.mirror import publish
 
@@ -95,7 +97,7 @@ def compare_folders(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _files(files: Sequence[str], out: Path, width: int | None) -> str:
+def files_told(files: Sequence[str], out: Path, width: int | None) -> str:
     """Which file to open, and what lies beside it."""
     from softmoe_cli.text import printable
 
@@ -108,17 +110,17 @@ def _files(files: Sequence[str], out: Path, width: int | None) -> str:
     return f"open {printable(str(out / PAGE))}\n{others if width is None else textwrap.fill(others, width)}"
 
 
-def _newest_study() -> str:
+def no_study(command: str) -> str:
     """What to type, as a message for a command line that names no folder."""
     studies = [folder for folder in Path("outputs").glob("*") if any(folder.glob("*/result.json"))]
     if not studies:
-        return "softmoe compare needs the folder of a study, and there is none with finished runs in outputs"
+        return f"softmoe {command} needs the folder of a study, and there is none with finished runs in outputs"
     newest = max(studies, key=lambda folder: folder.stat().st_mtime)
     count = f"the newest of {len(studies)} in outputs" if len(studies) > 1 else "the only one in outputs"
-    return f"softmoe compare needs the folder of a study, such as {newest} ({count}): softmoe compare {newest}"
+    return f"softmoe {command} needs the folder of a study, such as {newest} ({count}): softmoe {command} {newest}"
 
 
-def _tracking() -> str:
+def tracking_mode() -> str:
     """online or offline, as `tracking=auto` would be."""
     from softmoe_cli.run.mirror import tracking_of
 
@@ -145,30 +147,49 @@ def _settings(comparison: "Comparison", question: "Question", project: str | Non
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(prog="softmoe compare", add_help=False, allow_abbrev=False)
+    types: dict[str, Callable[[str], Any]] = {"out": Path, "margin": float, **dict.fromkeys(LISTS, listed)}
+    chosen = parsed_options("compare", OPTIONS, types, REPEATED, arguments)
+    if not chosen.folders:
+        raise UsageError(no_study("compare"))
+    if chosen.project is not None and not chosen.wandb:
+        raise UsageError(f"--project {chosen.project} has no effect without --wandb")
+    return chosen
+
+
+def listed(text: str) -> tuple[str, ...]:
+    """What stands between commas."""
+    return tuple(filter(None, text.split(",")))
+
+
+def parsed_options(
+    command: str,
+    options: Mapping[str, tuple[str, str]],
+    types: Mapping[str, Callable[[str], Any]],
+    repeated: Sequence[str],
+    arguments: Sequence[str],
+) -> argparse.Namespace:
+    """The folders and options of a command that reads finished runs. An option without a value is a flag; one of
+    `repeated` may be given several times and is a tuple; the others are None where they are not given.
+
+    Raises:
+        UsageError: an option that does not exist, or a value that its type does not take.
+    """
+    parser = _Parser(command)
     parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER")
-    for name, (value, _) in OPTIONS.items():
-        extra: dict[str, Any] = {}
+    for name, (value, _) in options.items():
+        extra: dict[str, Any] = {"type": types[name]} if name in types else {}
         if not value:
             extra = {"action": "store_true"}
-        elif name in REPEATED:
+        elif name in repeated:
             extra = {"action": "append"}
-        elif name in TYPES:
-            extra = {"type": TYPES[name]}
-        elif name in LISTS:
-            extra = {"type": lambda text: tuple(filter(None, text.split(",")))}
         parser.add_argument(f"--{name}", **extra)
     chosen, unknown = parser.parse_known_intermixed_args(arguments)
     if unknown:
-        known = [f"--{name}" for name in OPTIONS]
+        known = [f"--{name}" for name in options]
         option = unknown[0].partition("=")[0]
         raise UsageError(f"{unknown[0]}: there is no such option.{nearest(option, known)} Options: {', '.join(known)}")
-    if not chosen.folders:
-        raise UsageError(_newest_study())
-    for name in REPEATED:
+    for name in repeated:
         setattr(chosen, name, tuple(getattr(chosen, name) or ()))
-    if chosen.project is not None and not chosen.wandb:
-        raise UsageError(f"--project {chosen.project} has no effect without --wandb")
     return chosen
 
 
@@ -236,9 +257,19 @@ def write_comparison(comparison: "Comparison", out: Path) -> list[str]:
         "table.json": json_text(comparison),
     }
     files = {name: text.encode() for name, text in texts.items()} | drawn
+    return write_files(files, out, PAGE_MARK)
+
+
+def write_files(files: Mapping[str, bytes], out: Path, mark: bytes) -> list[str]:
+    """Writes a command's files into `out`, PAGE the first of them, and returns their names. A folder whose PAGE has
+    the command's `mark` is written over.
+
+    Raises:
+        UsageError: the folder cannot be written, or holds files of these names that are not the command's.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        ours = (out / PAGE).is_file() and PAGE_MARK in (out / PAGE).read_bytes()
+        ours = (out / PAGE).is_file() and mark in (out / PAGE).read_bytes()
     except (OSError, ValueError) as error:
         raise UsageError(f"--out {out} cannot be written: {error}; choose another folder") from error
     for name in files:

@@ -41,11 +41,17 @@ sign outside ASCII would need a second font."""
 
 def figure_files(comparison: Comparison, name: str) -> dict[str, bytes]:
     """`pareto` or `curves`: file name to content."""
+    draw = {"pareto": _pareto, "curves": _curves}[name]
+    return drawn_files(name, lambda: _panels(comparison, draw, apart=name == "pareto"))
+
+
+def drawn_files(name: str, draw: Callable[[], Figure]) -> dict[str, bytes]:
+    """A figure that is drawn by RECIPE, in every form: file name to content."""
     files = {}
     with mpl.rc_context():
         mpl.rcdefaults()
         mpl.rcParams.update(RECIPE)
-        drawn = _panels(comparison, {"pareto": _pareto, "curves": _curves}[name], apart=name == "pareto")
+        drawn = draw()
         for form, how in FIGURE_FORMATS.items():
             out = io.BytesIO()
             drawn.savefig(out, format=form, dpi=160, **how)
@@ -87,7 +93,7 @@ def safe(text: str) -> str:
     return f" {shown}" if shown.startswith("_") else shown
 
 
-def _legend(axes: Axes, handles: Sequence[Line2D], labels: Sequence[str]) -> float:
+def legend_beside(axes: Axes, handles: Sequence[Line2D], labels: Sequence[str]) -> float:
     """A legend at the panel's side, in columns of up to 15 lines; returns the inches that it needs."""
     figure = axes.get_figure(root=True)
     assert figure is not None
@@ -130,7 +136,7 @@ def _pareto(axes: Axes, comparison: Comparison, block: Block) -> float:
     axes.set_ylabel(QUALITIES[quality].title)
     axes.annotate("bars: 95% t-intervals over seeds", (1, -0.17), xycoords="axes fraction", ha="right", va="top",
                   fontsize=10, color=GREY)  # fmt: skip
-    return _legend(axes, [*handles, line], [*labels, "Pareto front (filled)"])
+    return legend_beside(axes, [*handles, line], [*labels, "Pareto front (filled)"])
 
 
 def _point(group: Group, comparison: Comparison, factor: float) -> tuple[float, float]:
@@ -182,7 +188,7 @@ def _curves(axes: Axes, comparison: Comparison, block: Block) -> float:
     axes.autoscale_view()
     axes.annotate("thin: each seed; thick: their mean", (1, -0.17), xycoords="axes fraction", ha="right", va="top",
                   fontsize=10, color=GREY)  # fmt: skip
-    return _legend(axes, handles, labels)
+    return legend_beside(axes, handles, labels)
 
 
 def mean_curve(curves: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:
@@ -208,4 +214,4 @@ def _published(axes: Axes, comparison: Comparison) -> float:
     axes.set_ylabel("JFT-4B precision@1, %")
     axes.set_title(safe(f"Reference, not ours: {comparison.reference_name}"), loc="left", fontsize=12)
     axes.set_facecolor("#F4F4F4")
-    return _legend(axes, handles, labels)
+    return legend_beside(axes, handles, labels)

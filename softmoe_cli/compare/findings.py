@@ -153,7 +153,8 @@ def closing(comparison: Comparison, block: Block) -> str:
         assert group.difference is not None
         images = f"{group.runs[0].row['test_images']:,} test images"
         images = _validation_images(group) if "validation" in key else images
-        return f"At equal {amount} {_settled(comparison, group, group.difference, group.verdict, measure_name(key), images)}."
+        told = _settled(comparison, group, group.difference, group.verdict, measure_name(key), images)
+        return f"At equal {amount} {told}."
     axis = comparison.cost if comparison.cost in AXES else AXES[0]
     places = [
         (each.budget, sign * each.interval.mean, group, each)

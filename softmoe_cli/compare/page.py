@@ -1,5 +1,5 @@
 """A comparison as one HTML file that needs nothing else: no network, no script or style of others. page.html beside
-this file is the frame, with style and script; `{{ title }}`, `{{ body }}` and `{{ data }}` are filled in here."""
+this file is the frame, with style and script; its `{{ ... }}` are filled in here."""
 
 import base64
 import json
@@ -54,11 +54,17 @@ def page(comparison: Comparison, figures: dict[str, bytes], out: Path) -> str:
         for name in ("pareto", "curves")
     )
     body.append(f"<noscript>{images}</noscript>")
-    data = json.dumps(_data(comparison), separators=(",", ":"), allow_nan=False)
+    return filled_page("compare", title, body, _data(comparison))
+
+
+def filled_page(command: str, title: str, body: Sequence[str], data: dict[str, Any]) -> str:
+    """The frame with what a command shows in it; `data` is what its charts are drawn from."""
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     for character in "<>&":  # so that no label can end the script
-        data = data.replace(character, f"\\u{ord(character):04x}")
-    parts = {"title": escape(title), "body": "\n".join(body), "data": data}
-    return re.sub(r"\{\{ (title|body|data) \}\}", lambda place: parts[place[1]], TEMPLATE.read_text(encoding="utf-8"))
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    parts = {"command": command, "title": escape(title), "body": "\n".join(body), "data": text}
+    frame = TEMPLATE.read_text(encoding="utf-8")
+    return re.sub(r"\{\{ (command|title|body|data) \}\}", lambda place: parts[place[1]], frame)
 
 
 def _studies(comparison: Comparison) -> str:
@@ -71,18 +77,18 @@ STUDIES = 3
 
 
 def _section(index: int, block: Block, mine: list[Table], comparison: Comparison) -> str:
-    parts = [f"<section><h2>{escape(block.title)}</h2>", _table(mine[0], cards=True)]
+    parts = [f"<section><h2>{escape(block.title)}</h2>", html_table(mine[0], cards=True)]
     parts.append(f"<p>{escape(front(comparison, block))}.</p>")
     parts += [f"<p>{escape(each)}</p>" for each in sentences(comparison, block)]
     parts.append(f'<div class="chart" data-pareto="{index}"></div>')
     for table in mine[1:]:
-        parts.append(f"<h3>{escape(table.title.removeprefix(f'{block.title}: '))}</h3>{_table(table, cards=True)}")
+        parts.append(f"<h3>{escape(table.title.removeprefix(f'{block.title}: '))}</h3>{html_table(table, cards=True)}")
     parts.append(f'<h3>Curves</h3><div class="chart" data-curves="{index}"></div>')
     routing = _routing(block)
     if routing is not None:
         words = "".join(f"<dt>{name}</dt><dd>{ROUTING[name].meaning}</dd>" for name in routing.head if name in ROUTING)
         legend = f"<details><summary>What the words mean</summary><dl>{words}</dl></details>"
-        parts.append(f"<h3>{escape(routing.title)}</h3><p>{escape(routing.note)}</p>{_table(routing)}{legend}")
+        parts.append(f"<h3>{escape(routing.title)}</h3><p>{escape(routing.note)}</p>{html_table(routing)}{legend}")
     return "\n".join([*parts, "</section>"])
 
 
@@ -163,7 +169,7 @@ def _runs(comparison: Comparison, out: Path) -> str:
     return f"<h2>Runs</h2><details>{count}{_framed(head, ''.join(rows))}</details>"
 
 
-def _table(table: Table, *, cards: bool = False) -> str:
+def html_table(table: Table, *, cards: bool = False) -> str:
     """With `cards` a narrow screen shows a card for each row instead of a table that is cut."""
     rows = "".join(
         "<tr>"
@@ -187,7 +193,7 @@ def _cell(column: int, name: str, text: str) -> str:
 
 
 def _details(table: Table) -> str:
-    rows = f"<details><summary>{len(table.rows)} rows</summary>{_table(table)}</details>"
+    rows = f"<details><summary>{len(table.rows)} rows</summary>{html_table(table)}</details>"
     return f"<h2>{escape(table.title)}</h2><p>{escape(table.note)}.</p>{rows}"
 
 

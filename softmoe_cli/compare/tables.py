@@ -5,6 +5,7 @@ import io
 import json
 import re
 import textwrap
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -199,13 +200,10 @@ def terminal(comparison: Comparison, width: int | None = None) -> str:
     shown, parts = units(comparison), []
 
     def laid_out(table: Table) -> str:
-        rows = [table.head, *table.rows]
-        return f"{wrapped(table.title)}\n{aligned(rows, markdown=False) if width is None else folded(rows, width)}"
+        return printed_table(table, width)
 
     def wrapped(text: str) -> str:
-        if width is None:
-            return text
-        return textwrap.fill(text, width, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False)
+        return wrapped_line(text, width)
 
     for block in comparison.blocks:
         parts.append(laid_out(_groups(comparison, block, shown, brief=True)))
@@ -224,13 +222,31 @@ def terminal(comparison: Comparison, width: int | None = None) -> str:
     return "\n\n".join(parts)
 
 
+def printed_table(table: Table, width: int | None) -> str:
+    """A table under its title, folded to a terminal's width."""
+    rows = [table.head, *table.rows]
+    title = wrapped_line(table.title, width)
+    return f"{title}\n{aligned(rows, markdown=False) if width is None else folded(rows, width)}"
+
+
+def wrapped_line(text: str, width: int | None) -> str:
+    if width is None:
+        return text
+    return textwrap.fill(text, width, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False)
+
+
 def markdown(comparison: Comparison) -> str:
+    told = [each for block in comparison.blocks for each in findings(comparison, block)]
+    return markdown_of([*tables(comparison), *reference_tables(comparison)], [*told, *remarks(comparison)])
+
+
+def markdown_of(shown: Sequence[Table], told: Sequence[str]) -> str:
+    """Tables, and notes below them."""
     parts = []
-    for table in [*tables(comparison), *reference_tables(comparison)]:
+    for table in shown:
         rows = [[escaped(text).replace("|", "\\|") for text in row] for row in [table.head, *table.rows]]
         parts.append(f"## {escaped(table.title)}\n\n{aligned(rows, markdown=True)}\n\n{table.note}.")
-    told = [each for block in comparison.blocks for each in findings(comparison, block)]
-    notes = [escaped(note) for note in [*told, *remarks(comparison)]]
+    notes = [escaped(note) for note in told]
     return "\n\n".join([*parts, *(["## Notes\n\n" + "\n".join(f"- {note}" for note in notes)] if notes else [])]) + "\n"
 
 
@@ -250,9 +266,14 @@ TEX = {
 
 
 def latex(comparison: Comparison) -> str:
+    told = [each for block in comparison.blocks for each in findings(comparison, block)]
+    return "\n".join([latex_of(tables(comparison)), r"\begin{sloppypar}", *map(_tex, told), r"\end{sloppypar}", ""])
+
+
+def latex_of(shown: Sequence[Table]) -> str:
     """booktabs tables to \\input. One that is wider than the text is shrunk to it."""
     parts = [r"% \usepackage[T1]{fontenc} \usepackage{booktabs} \usepackage{graphicx}"]
-    for table in tables(comparison):
+    for table in shown:
         rows = [" & ".join([_tex(row[0]), *map(_tex_number, row[1:])]) + r" \\" for row in table.rows]
         parts += [
             r"\begin{table}", r"\centering", r"\footnotesize", r"\setlength{\tabcolsep}{4pt}",
@@ -261,8 +282,6 @@ def latex(comparison: Comparison) -> str:
             " & ".join(map(_tex, table.head)) + r" \\", r"\midrule", *rows, r"\bottomrule", r"\end{tabular}}%",
             r"\ifdim\wd0>\linewidth\resizebox{\linewidth}{!}{\box0}\else\box0\fi", r"\end{table}", "",
         ]  # fmt: skip
-    for block in comparison.blocks:
-        parts += [r"\begin{sloppypar}", *map(_tex, findings(comparison, block)), r"\end{sloppypar}", ""]
     return "\n".join(parts)
 
 
@@ -352,8 +371,11 @@ def _ends(key: str, interval: Interval | None) -> dict[str, float | None]:
 
 
 def comma_separated(comparison: Comparison) -> str:
+    return csv_of(flat_rows(comparison))
+
+
+def csv_of(rows: Sequence[dict[str, Any]]) -> str:
     """Numbers with all their digits: reading them back gives the same ones."""
-    rows = flat_rows(comparison)
     out = io.StringIO()
     writer = csv.DictWriter(out, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
     writer.writeheader()

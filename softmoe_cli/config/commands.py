@@ -19,7 +19,7 @@ class DataCheckConfig(Section):
     format: str = option("what is printed", choices=("table", "json"))
 
 
-AUDITS = ("neighbours", "capacity", "slots", "experts")
+AUDITS = ("neighbours", "capacity", "slots", "experts", "kinds")
 
 
 @dataclass

@@ -73,6 +73,11 @@ class Model(Section):
         "identical: all experts of a layer start equal (official)", choices=("identical", "independent")
     )
     expert_width: int | None = option("hidden width of an expert; null: that of the MLP it replaces", low=1)
+    head: str = option("linear, or a router of linear experts (mumoe_cp) that make one layer with as many parameters")
+    head_experts: int | None = option("experts of a head that is not linear", low=1)
+    head_norm: str | None = option(
+        "its gate's normalisation: over a batch, or over the experts of an image", choices=("batch", "layer")
+    )
 
     def check(self) -> None:
         if not isinstance(self.router, dict) or "_target_" not in self.router:
@@ -88,6 +93,8 @@ class Model(Section):
                 f"model.moe_blocks=[] leaves router {self.router_name} without a block and the model dense; "
                 "use model/router=dense or name blocks, such as model.moe_blocks=last_2"
             )
+        if self.head != "linear" and (self.head_experts is None or self.head_norm is None):
+            raise UsageError(f"model.head={self.head} needs model.head_experts and model.head_norm")
         patch = self.backbone.patch_size
         if patch is not None and self.image_size % patch:
             raise UsageError(
@@ -99,12 +106,13 @@ class Model(Section):
     def filled(self) -> Self:
         """Replaces words for blocks by block numbers. A dense control has no placement and no router options, so that
         it is the same run whatever its rivals sweep over."""
+        head: dict[str, Any] = {} if self.head != "linear" else {"head_experts": None, "head_norm": None}
         if self.router["_target_"] is None:
             bare = {"_target_": None}
-            return replace(self, moe_blocks=[], router=bare, expert_init="identical", expert_width=None)
+            return replace(self, moe_blocks=[], router=bare, expert_init="identical", expert_width=None, **head)
         if self.backbone.depth is None:
-            return self
-        return replace(self, moe_blocks=placement(self.moe_blocks, self.backbone.depth))
+            return replace(self, **head)
+        return replace(self, moe_blocks=placement(self.moe_blocks, self.backbone.depth), **head)
 
     @property
     def router_name(self) -> str:

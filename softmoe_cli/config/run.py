@@ -138,6 +138,8 @@ class Config(Section):
         check_groups("train.eval_batch_size", self.train.eval_batch_size, self.model.router)
         if settled and self.train.accumulate > 1:
             check_groups("train.batch_size", self.train.batch_size, self.model.router, self.train.accumulate)
+        if self.model.head_norm == "batch" and self.model.head != "linear" and self.train.batch_size == 1:
+            raise UsageError("model.head_norm=batch has no variance over train.batch_size=1; set it to layer")
         if self.train.minutes is not None:
             spans = {
                 "optim.warmup": self.optim.warmup,

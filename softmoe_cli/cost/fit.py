@@ -8,14 +8,13 @@ import torch
 from softmoe_cli.config.model import group_of
 from softmoe_cli.config.recipe import Optim
 from softmoe_cli.config.run import WAYS, Config
-from softmoe_cli.cost.flop import on_meta
+from softmoe_cli.cost.flop import account, on_meta
 from softmoe_cli.cost.load import Load
 from softmoe_cli.cost.memory import Memory, predict
-from softmoe_cli.cost.sharded import divides
+from softmoe_cli.cost.sharded import indivisible
 from softmoe_cli.data import sets
 from softmoe_cli.device import arithmetic, free_memory
 from softmoe_cli.errors import UsageError
-from softmoe_cli.moe.layer import MoE
 from softmoe_cli.parallel import ALONE, Crew
 from softmoe_cli.text import gibibytes
 
@@ -93,12 +92,9 @@ def obstacle(way: str, load: Load, processes: int) -> str | None:
         return "divides moments in fp32, not with optim.moments=8bit; set that to fp32, or parallel=ddp"
     if way == "fsdp":
         return None
-    layers = [module for module in on_meta(load.model, load.num_classes).modules() if isinstance(module, MoE)]
-    if not layers:
-        return "divides the experts, and model/router=dense has none; use parallel=fsdp"
-    experts = layers[0].router.num_experts
-    if experts < processes:
-        return f"cannot divide {experts} experts over {processes} processes; use parallel=fsdp or fewer devices"
+    whole = indivisible(on_meta(load.model, load.num_classes), processes)
+    if whole is not None:
+        return f"cannot divide {whole} over {processes} processes; use parallel=fsdp or fewer devices"
     return None
 
 
@@ -172,6 +168,7 @@ class _Room:
         """Other ways to share the training, by as many processes or more. More of them bring no memory where the device
         is the machine's CPU."""
         load, changes = self.load, []
+        vit = on_meta(load.model, load.num_classes)
         if load.precision == "fp16" or (load.optim is not None and load.optim.moments != "fp32"):
             return []  # neither works with divided weights
         state = memory.state_bytes * (1 if self.way == "ddp" else self.processes)
@@ -180,7 +177,7 @@ class _Room:
         for way in WAYS[max(1, WAYS.index(self.way)) :]:
             size = 2 * self.processes if way == self.way else max(2, self.processes)
             while size <= most:
-                possible = state <= size * self.free and (way != "expert" or divides(load.model.router, size))
+                possible = state <= size * self.free and (way != "expert" or indivisible(vit, size) is None)
                 if possible and predict(load, size, way).peak_bytes <= self.free:  # a prediction takes a second
                     changes.append(f"parallel={way} on {size} devices" if size > self.processes else f"parallel={way}")
                     break
@@ -203,7 +200,9 @@ class _Room:
         """Smaller batches: more parts, recomputation, fewer images."""
         load, changes, group = self.load, [], group_of(self.load.model.router)
         divisors = (n for n in range(load.accumulate + 1, load.batch + 1) if load.batch % (n * group) == 0)
-        parts = next((n for n in divisors if self._peak(replace(load, accumulate=n)) <= self.free), None)
+        fitting = (n for n in divisors if self._peak(replace(load, accumulate=n)) <= self.free)
+        whole = account(load.model, load.num_classes).whole_batches
+        parts = next(fitting, None) if whole is None else None
         if parts is not None:
             changes.append(f"train.accumulate={parts}")
         if not load.recompute and self._peak(replace(load, recompute=True)) <= self.free:

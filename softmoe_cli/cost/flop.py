@@ -27,8 +27,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from softmoe_cli.config.model import Model
 from softmoe_cli.errors import UsageError, first_line
+from softmoe_cli.model.blocks import CarryingBlock
 from softmoe_cli.model.vit import build, count_tokens
-from softmoe_cli.moe.layer import MoE
+from softmoe_cli.moe.kind import Decider, Layer
 from softmoe_cli.optim import freeze
 
 PARTS = ("embedding and norms", "attn", "mlp", "router", "experts", "shared", "head")
@@ -59,8 +60,12 @@ class Cost:
     tokens: int
     slots_per_token: float | None
     frozen_params: int = 0
+    whole_batches: str | None = None
+    """Why a batch cannot be computed in parts, with the way out; None where it can."""
     counted_train_flop: float | None = None
     """Training FLOPs of a model with frozen parameters, which are fewer than the sum of its parts' training FLOPs."""
+    landed_row_flop: float | None = None
+    """Training FLOPs of one row of an expert, where the images decide how many rows there are (`Routing.landed`)."""
 
     @property
     def params(self) -> int:
@@ -73,6 +78,14 @@ class Cost:
     @property
     def forward_flop(self) -> int:
         return sum(part.forward_flop for part in self.parts)
+
+    def landed_train_flop(self, images: int, landed: int) -> float:
+        """Training FLOPs of so many images of whose choices so many have `landed`: rows that hold nothing count as 0
+        in it. What no images decide is as `train_flop` says."""
+        if self.landed_row_flop is None:
+            return images * self.train_flop
+        rest = sum(part.train_flop for part in self.parts if part.name != "experts")
+        return images * rest + landed * self.landed_row_flop
 
     @property
     def train_flop(self) -> float:
@@ -114,11 +127,16 @@ def account(
 def account_model(vit: VisionTransformer, *, batch: int | None, recompute: bool) -> Cost:
     """`account` of a model that is already built."""
     tokens = count_tokens(vit)
-    layers = [block.mlp for block in vit.blocks if isinstance(block.mlp, MoE)]
+    layers = [block.mlp for block in vit.blocks if isinstance(block.mlp, Layer)]
+    rows = layers[0].rows(tokens) if layers else None
+    row_flop = layers[0].landed_row_flop if layers else None
+    deciders = [module for module in vit.modules() if isinstance(module, Decider)]
     return Cost(
         parts=tuple(_parts(vit, batch, recompute)),
         tokens=tokens,
-        slots_per_token=layers[0].router.rows(tokens) / tokens if layers else None,
+        slots_per_token=None if rows is None else rows / tokens,
+        whole_batches=next((each.whole_batches for each in deciders if each.whole_batches), None),
+        landed_row_flop=None if row_flop is None else (4 if recompute else 3) * row_flop,
     )
 
 
@@ -137,10 +155,12 @@ def on_meta(model: Model, num_classes: int) -> VisionTransformer:
 
 def _part_of(name: str) -> str:
     """The part that a parameter belongs to."""
+    if name.startswith("head."):
+        return "head"
     for part in ("experts", "shared", "router", "mlp", "attn"):
         if f".{part}." in name:
             return part
-    return "head" if name.startswith("head.") else "embedding and norms"
+    return "embedding and norms"
 
 
 def _parts(vit: VisionTransformer, batch: int | None, recompute: bool) -> Iterator[Part]:
@@ -153,34 +173,34 @@ def _parts(vit: VisionTransformer, batch: int | None, recompute: bool) -> Iterat
     pixels = 2 * vit.patch_embed.num_patches * vit.patch_embed.proj.weight.numel()
     forward["embedding and norms"], train["embedding and norms"] = pixels, 2 * pixels
     for block in vit.blocks:
-        if type(block) is not Block or not isinstance(block.mlp, Mlp | MoE):
-            kind = type(block if type(block) is not Block else block.mlp).__name__
+        plain = type(block) in (Block, CarryingBlock)
+        if not plain or not isinstance(block.mlp, Mlp | Layer):
+            kind = type(block.mlp if plain else block).__name__
             raise UsageError(f"no FLOP formula for {kind} blocks; use a ViT with plain blocks and MLPs")
         d, inner = block.attn.qkv.in_features, block.attn.proj.in_features
         here = {"attn": 2 * n * d * 3 * inner + 2 * 2 * n * n * inner + 2 * n * inner * d}
         here_train: dict[str, float] = {}
-        if isinstance(block.mlp, MoE):
-            router, experts, shared = block.mlp.router, block.mlp.experts, block.mlp.shared
-            here |= {"router": router.flop(n), "experts": experts.flop(router.rows(n))}
-            group = router.images_per_group
+        here_again: dict[str, float] = {}
+        if isinstance(block.mlp, Layer):
+            parts, group = block.mlp.flop_by_part(n), block.mlp.router.images_per_group
+            here |= {part: flop for part, (flop, _) in parts.items()}
             filled = 1.0 if batch is None else -(-batch // group) * group / batch
-            here_train = {"router": filled * router.train_flop(n), "experts": filled * 3 * here["experts"]}
-            if shared is not None:
-                here["shared"] = shared.flop(float(n))
-            routed = router.experts_per_token - router.shared_experts
-            size = sum(p.numel() for p in experts.parameters())
-            idle["experts"] += size * (1 - min(1.0, routed / router.num_experts))
+            here_train = {part: filled * flop for part, (_, flop) in parts.items() if part != "shared"}
+            again_by_part = block.mlp.recomputed_flop_by_part(n)
+            here_again = {part: filled * again_by_part[part] for part in here_train}
+            idle["experts"] += sum(p.numel() for p in block.mlp.experts.parameters()) * (1 - block.mlp.active_share)
         else:
             filled = 1.0
             here["mlp"] = 2 * n * (block.mlp.fc1.weight.numel() + block.mlp.fc2.weight.numel())
-        again: dict[str, float] = {part: flop * (filled if part in here_train else 1) for part, flop in here.items()}
+        again: dict[str, float] = here | here_again
         last, flop = _last_product(block, n)
         again[last] -= flop * (filled if last in here_train else 1)
         for part, flop in here.items():
             forward[part] += flop
             train[part] += here_train.get(part, 3 * flop) + (again[part] if recompute else 0)
-    if isinstance(vit.head, nn.Linear):
-        forward["head"] = 2 * vit.head.weight.numel()
+    if not isinstance(vit.head, nn.Identity):
+        linear = isinstance(vit.head, nn.Linear)
+        forward["head"] = 2 * vit.head.weight.numel() if linear else vit.head.flop()
         train["head"] = 3 * forward["head"]
     for part in PARTS:
         if params[part] or forward[part]:
@@ -191,13 +211,12 @@ def _last_product(block: Block, n: int) -> tuple[str, int]:
     """(part, FLOPs) of a block's last product if no gradient needs its result: torch's checkpoint stops before it,
     because the backward pass asks for nothing later. LayerScale, stochastic depth or gates after it do need its
     result."""
-    mlp = block.mlp
     needed = not isinstance(block.ls2, nn.Identity) or not isinstance(block.drop_path2, nn.Identity)
-    if isinstance(mlp, Mlp):
-        return "mlp", 0 if needed else 2 * n * mlp.fc2.weight.numel()
-    if mlp.shared is not None:
-        return "shared", 0 if needed else mlp.shared.flop(float(n)) // 2
-    return "router", 0 if needed else mlp.router.combine_flop(n)
+    if isinstance(block.mlp, Mlp):
+        part, flop = "mlp", 2 * n * block.mlp.fc2.weight.numel()
+    else:
+        part, flop = block.mlp.last_product(n)
+    return part, 0 if needed else flop
 
 
 # --- the counter ------------------------------------------------------------------------------------------------------
@@ -350,7 +369,7 @@ def count_flop(vit: VisionTransformer, *, batch: int | None = None, recompute: b
 
 def _group(vit: VisionTransformer) -> int:
     """Images that make full groups for every router."""
-    return math.lcm(*(block.mlp.router.images_per_group for block in vit.blocks if isinstance(block.mlp, MoE)))
+    return math.lcm(*(block.mlp.router.images_per_group for block in vit.blocks if isinstance(block.mlp, Layer)))
 
 
 def _images(vit: VisionTransformer, batch: int | None) -> Tensor:

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from softmoe_cli.config.model import group_of
 from softmoe_cli.cost.load import Load
-from softmoe_cli.cost.sharded import FirstExperts, FullyShard, divides
+from softmoe_cli.cost.sharded import FirstExperts, FullyShard, indivisible
 from softmoe_cli.device import precision_context
 from softmoe_cli.errors import UsageError
 from softmoe_cli.model.vit import build, prepare
@@ -115,16 +115,15 @@ def predict(load: Load, processes: int = 1, way: str = "ddp") -> Memory:
     Raises:
         UsageError: a model that cannot be built, or whose sizes depend on the images.
     """
-    if processes > 1 and way == "expert" and not divides(load.model.router, processes):
-        experts = load.model.router.get("num_experts") or "no"
-        raise UsageError(
-            f"parallel=expert cannot divide {experts} experts over {processes} devices; use parallel=fsdp or fewer "
-            "devices"
-        )
     device = torch.device("cpu" if load.device.type == "mps" else load.device.type)  # fake tensors know no mps
     ddp, divided = processes > 1 and way == "ddp", processes > 1 and way != "ddp"
     with torch.device("meta"):
         vit = build(load.model, load.num_classes)
+    held = indivisible(vit, processes) if processes > 1 and way == "expert" else None
+    if held is not None:
+        raise UsageError(
+            f"parallel=expert cannot divide {held} over {processes} devices; use parallel=fsdp or fewer devices"
+        )
     experts = _first_experts(vit, load, processes) if divided and way == "expert" else []
     with FakeTensorMode(allow_non_fake_inputs=True), Live() as live:
         vit._apply(lambda shape: torch.empty(shape.shape, dtype=shape.dtype, device=device)).train()  # to_empty, faster

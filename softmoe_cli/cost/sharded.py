@@ -13,17 +13,26 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from softmoe_cli.model.blocks import tokens_of
 from softmoe_cli.moe.divided import Visited, in_proportion, span
-from softmoe_cli.moe.layer import Stacked, ragged_experts
+from softmoe_cli.moe.kind import Layer
+from softmoe_cli.moe.layer import MoE, Stacked, ragged_experts
+from softmoe_cli.moe.routing import Carried
 from softmoe_cli.parallel import cut_axis
 
 CHECKED_WITH = "2.15"
 """The version of torch whose fully_shard is imitated here."""
 
 
-def divides(router: dict[str, Any], processes: int) -> bool:
-    """Whether every one of so many processes gets at least one expert of each MoE layer."""
-    return (router.get("num_experts") or 0) >= processes
+def indivisible(vit: VisionTransformer, processes: int) -> str | None:
+    """What keeps so many processes from getting at least one expert of each MoE layer; None where nothing does."""
+    layers = [block.mlp for block in vit.blocks if isinstance(block.mlp, Layer)]
+    if not layers:
+        return "no experts"
+    if not all(isinstance(layer, MoE) for layer in layers):
+        return "experts that share their weights"
+    experts = layers[0].router.num_experts
+    return f"{experts} experts" if experts < processes else None
 
 
 class Sent(torch.autograd.Function):
@@ -97,7 +106,7 @@ class FullyShard:
         self._on_the_way_back = False
         vit.register_forward_pre_hook(lambda _module, _inputs: self._gather(self._outside))
         for group, block in enumerate(vit.blocks):
-            block.register_forward_pre_hook(lambda _module, inputs, group=group: self._before(group, inputs[0]))
+            block.register_forward_pre_hook(lambda _module, inputs, group=group: self._before(group, *inputs))
             block.register_forward_hook(lambda _module, _inputs, out, group=group: self._after(group, out))
         vit.register_forward_hook(lambda _module, _inputs, out: self._turn(out))
 
@@ -125,7 +134,7 @@ class FullyShard:
         self._buffer = self._all_of(group)  # while the buffer before it is still there
         self._copy_out(group)
 
-    def _before(self, group: int, x: Tensor) -> None:
+    def _before(self, group: int, passed: Tensor | tuple[Tensor, Carried]) -> None:
         if self._on_the_way_back:  # recomputation
             return
         self._gather(group)
@@ -135,13 +144,15 @@ class FullyShard:
             if group:
                 self._enter(group - 1)
 
+        x = tokens_of(passed)
         if x.requires_grad:
             x.register_hook(back)
 
-    def _after(self, group: int, out: Tensor) -> None:
+    def _after(self, group: int, passed: Tensor | tuple[Tensor, Carried]) -> None:
         if self._on_the_way_back:
             return
         del self._whole[group]
+        out = tokens_of(passed)
         if group == self._outside - 1 and out.requires_grad:
             out.register_hook(lambda _gradient: self._enter(group))
 

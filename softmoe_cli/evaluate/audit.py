@@ -4,13 +4,12 @@ Everything is measured against the checkpoint as it is, image by image, with the
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -19,8 +18,7 @@ from softmoe_cli.data.splits import ImageSet
 from softmoe_cli.evaluate.quality import Outcomes
 from softmoe_cli.model.vit import build, count_tokens
 from softmoe_cli.model.weights import load_weights, slot_axes
-from softmoe_cli.moe.layer import MoE, Stacked
-from softmoe_cli.moe.routing import Router
+from softmoe_cli.moe.kind import Decider, Layer
 
 SHUFFLES = 3
 AUDIT_DRAWS = 3
@@ -43,6 +41,9 @@ class Effect:
     """Share of images with another prediction."""
     probability_change_max: float
     """Largest change of a label's probability."""
+    polysemanticity: float | None = None
+    """How far an expert is from mattering to one class only, from 0; None where several are left out, or nothing is
+    lost."""
 
 
 class Audit:
@@ -65,13 +66,14 @@ class Audit:
         self.config, self.weights, self.said, self.images = config, weights, said, images
         self.batch_size = batch_size
         self.model = self._variant({}, weights)
-        self.layers = {i: block.mlp for i, block in enumerate(self.model.blocks) if isinstance(block.mlp, MoE)}
+        self.layers = {i: block.mlp for i, block in enumerate(self.model.blocks) if isinstance(block.mlp, Layer)}
         self.reference = said(self.model, images, batch_size)
 
     def findings(self, part: str) -> Iterator[Effect]:
         """The findings of one of `config.AUDITS`; none where `not_applicable` has a reason."""
         parts = {
             "neighbours": self._neighbours, "capacity": self._capacity, "slots": self._slots, "experts": self._experts,
+            "kinds": self._kinds,
         }  # fmt: skip
         return parts[part]()
 
@@ -87,12 +89,14 @@ class Audit:
             return f"{name} has no capacity that could overflow"
         if part == "slots" and not self._router.slot_axes:
             return f"{name} has no slots of their own weights"
+        if part == "kinds" and not self._router.kinds:
+            return f"{name} has experts of one kind"
         if part == "slots" and slots == 1:
             return "an expert has one slot, which goes with it: see experts"
         return None
 
     @property
-    def _router(self) -> Router:
+    def _router(self) -> Decider:
         """The router of one layer: what is asked of it has the same answer in all layers."""
         return next(iter(self.layers.values())).router
 
@@ -146,14 +150,39 @@ class Audit:
             now = self.said(self._variant({"slots_per_expert": q}, fewer), self.images, self.batch_size)
             yield self._finding("slots", f"{q} slots per expert for {p}", now)
 
+    def _kinds(self) -> Iterator[Effect]:
+        """Forbids each kind of experts in turn in all blocks: tokens choose among the others. Says what that makes of
+        the cost."""
+        _, usual = self._counting_rows()
+        for kind in self._router.kinds:
+            with ExitStack() as stack:
+                for layer in self.layers.values():
+                    stack.enter_context(layer.router.without(kind))
+                now, rows = self._counting_rows()
+            yield self._finding("kinds", f"without {kind} experts: {rows:.2f} MLPs per token for {usual:.2f}", now)
+
+    def _counting_rows(self) -> tuple[Outcomes, float]:
+        """The outcomes, and how many rows of experts each token has in the mean over layers."""
+        landed: list[Tensor] = []
+
+        def count(_router: Decider, _inputs: object, routing: Any) -> None:
+            landed.append(routing.landed)
+
+        with ExitStack() as stack:
+            for layer in self.layers.values():
+                stack.enter_context(layer.router.register_forward_hook(count))
+            now = self.said(self.model, self.images, self.batch_size)
+        return now, int(torch.stack(landed).sum()) / (len(self.images) * self._tokens * len(self.layers))
+
     def _experts(self) -> Iterator[Effect]:
         """Lets experts return zero, without routing anew: each expert in turn in every block, then some in all
         blocks."""
         for block, layer in self.layers.items():
             for expert in range(layer.router.num_experts):
-                with silenced(layer.experts, [expert]):
+                with layer.silenced([expert]):
                     now = self.said(self.model, self.images, self.batch_size)
-                yield self._finding("experts", f"without expert {expert}", now, block=block)
+                found = self._finding("experts", f"without expert {expert}", now, block=block)
+                yield replace(found, polysemanticity=polysemanticity(self.reference, now))
         count = self._router.num_experts
         for dropped in sorted({round(share * count) for share in DROPPED_SHARES} - {0, count}):
             for draw in range(AUDIT_DRAWS):
@@ -161,32 +190,25 @@ class Audit:
                 with ExitStack() as stack:
                     for layer in self.layers.values():
                         some = rng.choice(count, dropped, replace=False).tolist()
-                        stack.enter_context(silenced(layer.experts, some))
+                        stack.enter_context(layer.silenced(some))
                     now = self.said(self.model, self.images, self.batch_size)
                 setting = f"without {dropped} of {count} in every block, draw {draw}"
                 yield self._finding("experts", setting, now)
 
 
-@contextmanager
-def silenced(experts: Stacked, which: Sequence[int]) -> Iterator[None]:
-    """While open, these experts return zeros."""
+def polysemanticity(then: Outcomes, now: Outcomes) -> float | None:
+    """How many classes an expert matters to: the classes' losses of accuracy without it, as a vector of length one, and
+    its distance from the unit vector of the class that loses most. 0: one class only. None if no class loses.
 
-    def hook(
-        _module: Stacked, inputs: tuple[Tensor, Int[Tensor, " e"] | None], rows: Float[Tensor, "*rows d"]
-    ) -> Float[Tensor, "*rows d"]:
-        chosen = torch.tensor(which, device=rows.device)
-        if inputs[1] is None:
-            return rows.index_fill(0, chosen, 0)
-        expert = torch.searchsorted(
-            inputs[1], torch.arange(len(rows), device=rows.device, dtype=torch.int32), right=True
-        )
-        return rows.masked_fill(torch.isin(expert, chosen)[:, None], 0)
-
-    handle = experts.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
+    Class-level polysemanticity of muMoE (Oldfield et al., 2024), https://arxiv.org/abs/2402.12550; whether they
+    normalise in this way could not be checked."""
+    images, before = then.by_class(then.classes)
+    lost = (before - now.by_class(then.classes)[1]).double() / images.clamp(min=1)
+    if not lost.max() > 0:
+        return None
+    lost /= lost.norm()
+    lost[lost.argmax()] -= 1
+    return lost.norm().item()
 
 
 def summary(findings: Sequence[Effect]) -> list[Effect]:
@@ -203,6 +225,9 @@ def summary(findings: Sequence[Effect]) -> list[Effect]:
             sum(getattr(finding, key) for finding in some) / len(some)
             for key in ("top1_pct", "top1_change_pct", "changed_pct", "probability_change_max")
         ]
-        rows.append(Effect("experts", f"block {block}, one of {len(some)}: mean", block, *means))
+        known = [finding.polysemanticity for finding in some if finding.polysemanticity is not None]
+        mean = sum(known) / len(known) if known else None
+        average = Effect("experts", f"block {block}, one of {len(some)}: mean", block, *means)
+        rows.append(replace(average, polysemanticity=mean))
         rows.append(replace(worst, setting=f"block {block}, {worst.setting}: the worst"))
     return rows

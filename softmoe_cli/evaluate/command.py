@@ -359,9 +359,14 @@ def _show(row: dict[str, Any], findings: list[Effect]) -> None:
         screen.say(f"audit of {part}: {reason}")
     if findings:
         head = ["audit", "top-1, %", "change, points", "predictions changed, %", "largest change of a probability"]
+        effects = summary(findings)
         cells = [
             [f"{each.part}: {each.setting}", f"{each.top1_pct:.2f}", f"{each.top1_change_pct:+.2f}",
              f"{each.changed_pct:.2f}", f"{each.probability_change_max:.1e}"]
-            for each in summary(findings)
+            for each in effects
         ]  # fmt: skip
+        if any(each.polysemanticity is not None for each in effects):
+            head.append("polysemanticity")
+            for cell, each in zip(cells, effects, strict=True):
+                cell.append("" if each.polysemanticity is None else f"{each.polysemanticity:.2f}")
         screen.say(aligned([head, *cells], markdown=False))

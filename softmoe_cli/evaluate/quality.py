@@ -10,7 +10,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from softmoe_cli.moe.routing import Router, Routing, full_precision
+from softmoe_cli.moe.kind import Decider, Decision, Layer
+from softmoe_cli.moe.routing import full_precision
 
 Batch = tuple[Tensor, Tensor]
 CALIBRATION_BINS = 15
@@ -170,11 +171,11 @@ def routing_statistics(model: nn.Module, batch: Batch, autocast: torch.autocast)
     model.eval()
     statistics: list[dict[str, float]] = []
 
-    def remember(router: Router, _inputs: object, routing: Routing) -> None:
+    def remember(router: Decider, _inputs: object, decision: Decision) -> None:
         with full_precision(batch[0]):  # now, when the router's weights are whole
-            statistics.append(routing.statistics() | router.statistics())
+            statistics.append(decision.statistics() | router.statistics())
 
-    routers = [module for module in model.modules() if isinstance(module, Router)]
+    routers = [module.router for module in model.modules() if isinstance(module, Layer)]
     hooks = [router.register_forward_hook(remember) for router in routers]
     with autocast:
         model(batch[0])

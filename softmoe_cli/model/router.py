@@ -1,4 +1,4 @@
-"""Builds a router from its options."""
+"""Builds a router, and the layer that it decides for, from its options."""
 
 import inspect
 import sys
@@ -9,14 +9,15 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from softmoe_cli.config.model import group_of
 from softmoe_cli.errors import UsageError, nearest
-from softmoe_cli.moe.routing import Router
+from softmoe_cli.moe.kind import Decider, Layer
+from softmoe_cli.moe.layer import layer_for
 
 
-def make_router(options: dict[str, Any], dim: int, num_tokens: int) -> Router:
+def make_router(options: dict[str, Any], dim: int, num_tokens: int) -> Decider:
     """The router that a config's `_target_` names, with the other keys as its arguments.
 
     The constructor's keyword-only arguments are the schema: unknown, missing and ill-typed keys are errors. Only
-    subclasses of `Router` are ever called; but importing a module runs it, so a name in a checkpoint is compared with
+    subclasses of `Decider` are ever called; but importing a module runs it, so a name in a checkpoint is compared with
     the known routers before it comes here.
     """
     kind = router_class(str(options["_target_"]))
@@ -57,6 +58,19 @@ def make_router(options: dict[str, Any], dim: int, num_tokens: int) -> Router:
     return router
 
 
+def make_layer(options: dict[str, Any], dim: int, hidden: int, num_tokens: int, *, gelu: str, identical: bool) -> Layer:
+    """The layer that a config's router decides for, in the place of an MLP from `dim` to `hidden` units and back.
+
+    Raises:
+        UsageError: as `make_router`, or a layer that cannot be of this width.
+    """
+    router = make_router(options, dim, num_tokens)
+    try:
+        return layer_for(router, dim, hidden, gelu=gelu, identical=identical)
+    except ValueError as error:
+        raise UsageError(f"model.router: {error}") from error
+
+
 def _kinds(annotation: Any) -> tuple[Any, ...]:
     """The types that an annotation allows: one, or several of a union."""
     return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
@@ -78,7 +92,7 @@ def _kind(annotation: Any) -> str:
     return " or ".join(map(str, get_args(annotation))) if get_origin(annotation) is Literal else annotation.__name__
 
 
-def router_class(target: str) -> type[Router]:
+def router_class(target: str) -> type[Decider]:
     """The class that a `_target_` names.
 
     Raises:
@@ -91,6 +105,6 @@ def router_class(target: str) -> type[Router]:
         found = getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UsageError(f"model.router._target_={target} cannot be imported: {error}") from error
-    if not (isinstance(found, type) and issubclass(found, Router)):
+    if not (isinstance(found, type) and issubclass(found, Decider)):
         raise UsageError(f"model.router._target_={target} is not a subclass of softmoe_cli.moe.routing.Router")
     return found

@@ -2,8 +2,11 @@
 
 import dataclasses
 import math
+import pkgutil
 from collections.abc import Sequence
 from functools import partial
+from importlib import import_module
+from itertools import pairwise
 from typing import Any
 
 import timm
@@ -14,8 +17,11 @@ from torch import nn
 
 from softmoe_cli.config.model import Model, placement
 from softmoe_cli.errors import UsageError, first_line, nearest
-from softmoe_cli.model.router import make_router
-from softmoe_cli.moe.layer import Experts, MoE
+from softmoe_cli.model.blocks import CarryingBlock
+from softmoe_cli.model.router import make_layer
+from softmoe_cli.moe import routers
+from softmoe_cli.moe.factorised import FactorisedRouter
+from softmoe_cli.moe.kind import Layer
 from softmoe_cli.moe.routing import Router
 
 
@@ -35,24 +41,67 @@ def build(model: Model, num_classes: int) -> VisionTransformer:
             raise UsageError(f"model.moe_blocks=[] leaves router {model.router_name} without a block; name some")
         for index in blocks:
             block = vit.blocks[index]
-            block.mlp = _moe(block.mlp, model, num_tokens=count_tokens(vit))
+            block.mlp = _layer(block.mlp, model, num_tokens=count_tokens(vit))
+        _join(vit, blocks)
+    if model.head != "linear":
+        vit.head = _head(model, vit.head.in_features, num_classes)
     return vit
 
 
+def _join(vit: VisionTransformer, blocks: Sequence[int]) -> None:
+    """Lets the layers of these blocks hand on what their routers carry, through the blocks between them."""
+    deciders = [vit.blocks[index].mlp.router for index in blocks]
+    if not isinstance(deciders[0], Router) or not deciders[0].carries:
+        return
+    for earlier, router in pairwise(deciders):
+        router.follow(earlier)
+    first, last = blocks[0], blocks[-1]
+    if first < last:
+        for index in range(first, last + 1):
+            vit.blocks[index] = CarryingBlock(vit.blocks[index], first=index == first, last=index == last)
+
+
+def _head(model: Model, dim: int, num_classes: int) -> nn.Module:
+    """Factorised experts with as many parameters as the linear head of so many classes."""
+    found = _heads()
+    if model.head not in found:
+        names = ["linear", *found]
+        raise UsageError(f"model.head={model.head} is none of {', '.join(names)}.{nearest(model.head, names)}")
+    options = {"num_experts": model.head_experts, "num_experts_2": None, "rank": "matched", "gate": "entmax15"}
+    options |= {"norm": model.head_norm, "bias": True, "input_norm": False}
+    kind: Any = found[model.head]
+    try:
+        head: nn.Module = kind(dim, 1, **options).head(num_classes)
+    except ValueError as error:
+        raise UsageError(f"model.head={model.head} with model.head_experts={model.head_experts}: {error}") from error
+    return head
+
+
+def _heads() -> dict[str, type[FactorisedRouter]]:
+    """The routers that can make a head, by the names of their files."""
+    found = {}
+    for each in pkgutil.iter_modules(routers.__path__):
+        module = import_module(f"{routers.__name__}.{each.name}")
+        own = [kind for kind in vars(module).values() if getattr(kind, "__module__", None) == module.__name__]
+        for kind in own:
+            if isinstance(kind, type) and issubclass(kind, FactorisedRouter):
+                found[each.name] = kind
+    return found
+
+
 def portable(model: Model, vit: VisionTransformer) -> dict[str, Any]:
-    """The model's config as a checkpoint keeps it: routers with their slots fixed, for any number of tokens."""
+    """The model's config as a checkpoint keeps it: routers with their sizes fixed, for any number of tokens."""
     kept = dataclasses.asdict(model)
     for block in vit.blocks:
-        if isinstance(block.mlp, MoE):
-            kept["router"] = portable_options(model.router, block.mlp.router)
+        if isinstance(block.mlp, Layer):
+            kept["router"] = portable_options(model.router, block.mlp)
     return kept
 
 
-def portable_options(options: dict[str, Any], router: Router) -> dict[str, Any]:
-    """A router's options with the number of slots that resulted: they build the same router for any number of
-    tokens."""
-    fixed = {"slots_per_expert": router.slots_per_expert, "capacity_factor": None}
-    return options | {key: value for key, value in fixed.items() if key in options}
+def portable_options(options: dict[str, Any], layer: Layer) -> dict[str, Any]:
+    """A router's options with the sizes that resulted, such as the number of slots: they build the same layer for any
+    number of tokens."""
+    return options | {key: value for key, value in layer.fixed_options().items() if key in options}
 
 
 def count_tokens(vit: VisionTransformer) -> int:
@@ -160,7 +209,7 @@ def _is_plain(attention: nn.Module) -> bool:
     return type(attention) is Attention
 
 
-def _moe(mlp: nn.Module, model: Model, num_tokens: int) -> MoE:
+def _layer(mlp: nn.Module, model: Model, num_tokens: int) -> Layer:
     """Router and experts in the shape of the dense MLP that they replace."""
     if (
         not isinstance(mlp, Mlp)
@@ -174,23 +223,15 @@ def _moe(mlp: nn.Module, model: Model, num_tokens: int) -> MoE:
             "experts replace plain GELU MLPs"
         )
     dim, hidden = mlp.fc1.in_features, model.expert_width or mlp.fc1.out_features
-    router = make_router(model.router, dim, num_tokens)
-    if router.needs_independent_experts and model.expert_init == "identical":
+    gelu, identical = "tanh" if isinstance(mlp.act, GELUTanh) else "none", model.expert_init == "identical"
+    layer = make_layer(model.router, dim, hidden, num_tokens, gelu=gelu, identical=identical)
+    if isinstance(layer.router, Router) and layer.router.needs_independent_experts and identical:
         raise UsageError(
             f"model.expert_init=identical: with router {model.router_name} experts that start equal stay equal; "
             "set model.expert_init=independent"
         )
-    if router.slots_per_expert is None:
-        _check_runs([dim, hidden], "fp32")
-    gelu = "tanh" if isinstance(mlp.act, GELUTanh) else "none"
-    identical = model.expert_init == "identical"
-    shared = router.shared_experts
-    return MoE(
-        router,
-        Experts(router.num_experts, dim, hidden, gelu=gelu, identical=identical),
-        # Several shared experts are one of their summed width.
-        Experts(1, dim, shared * hidden, gelu=gelu, identical=True) if shared else None,
-    )
+    _check_runs(layer.run_widths, "fp32")
+    return layer
 
 
 def _check_runs(widths: Sequence[int], precision: str) -> None:
@@ -211,5 +252,5 @@ def prepare(vit: VisionTransformer, device: torch.device, precision: str) -> Non
     """
     for block in vit.blocks:
         block.attn.fused_attn = block.attn.fused_attn and (device.type != "cpu" or precision == "fp32")
-        if isinstance(block.mlp, MoE) and block.mlp.router.slots_per_expert is None:
-            _check_runs(block.mlp.experts.w1.shape[1:], precision)
+        if isinstance(block.mlp, Layer):
+            _check_runs(block.mlp.run_widths, precision)

@@ -14,7 +14,7 @@ from torch import Tensor
 from softmoe_cli.config.model import Model, group_of
 from softmoe_cli.errors import UsageError, first_line
 from softmoe_cli.model.vit import build, count_tokens
-from softmoe_cli.moe.routing import Router
+from softmoe_cli.moe.kind import Decider
 from softmoe_cli.run.source import Source
 
 
@@ -103,7 +103,7 @@ def slot_axes(vit: VisionTransformer) -> dict[str, int]:
     return {
         f"{place}.{name}": axis
         for place, module in vit.named_modules()
-        if isinstance(module, Router)
+        if isinstance(module, Decider)
         for name, axis in module.slot_axes.items()
     }
 

@@ -104,6 +104,8 @@ class DividedExperts(Visited):
         sizes[rank] = offsets.diff(prepend=offsets.new_zeros(1)).cpu()
         dist.all_reduce(sizes)
         there = [int(part.sum()) for part in sizes[rank].split(self.counts)]
+        behind = rows.new_zeros(len(rows) - sum(there), rows.shape[1])
+        rows = rows[: sum(there)]
         mine = sizes[:, slice(*self.spans[rank])]
         back = mine.sum(dim=1).tolist()
         arrived = _turned(self.exchange(rows, there, back), mine)
@@ -112,7 +114,7 @@ class DividedExperts(Visited):
             made = ragged_experts(arrived, ends, *self.local_weights(), self.gelu)
         else:  # nothing, but with a gradient: all processes keep moments of the same weights
             made = experts(arrived[None][:0], *self.local_weights(), self.gelu).flatten(0, 1)
-        return self.exchange(_turned(made, mine.T), back, there)
+        return torch.cat([self.exchange(_turned(made, mine.T), back, there), behind])
 
     def rows_of_each(self, own: int) -> list[int]:
         if self.training:

@@ -1,12 +1,17 @@
 """The layer: MoE(x) = combine(experts(dispatch(x))), with the experts' weights stacked."""
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, overload
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from softmoe_cli.moe.kind import Decider, Layer
 from softmoe_cli.moe.processor import CPU_PRODUCTS
-from softmoe_cli.moe.routing import Router, Routing, full_precision
+from softmoe_cli.moe.routing import Carried, Router, Routing, full_precision
 
 
 def experts(
@@ -34,10 +39,13 @@ def ragged_experts(
     b2: Float[Tensor, "e d"],
     gelu: str,
 ) -> Float[Tensor, "r d"]:
-    """Each expert's MLP on its run of rows, which ends at its offset: two grouped products."""
+    """Each expert's MLP on its run of rows, which ends at its offset: two grouped products. What is returned for rows
+    behind the last offset means nothing, and its gradient must be zero."""
     place = torch.arange(rows.shape[0], device=rows.device, dtype=offsets.dtype)
-    expert = torch.searchsorted(offsets, place, right=True)
-    hidden = F.gelu(grouped(rows, w1, offsets) + b1.to(rows.dtype).index_select(0, expert), approximate=gelu)
+    expert = torch.searchsorted(offsets, place, right=True).clamp(max=len(offsets) - 1)
+    inner = grouped(rows, w1, offsets) + b1.to(rows.dtype).index_select(0, expert)
+    # A grouped product leaves the rest of its result as it found the memory: neither that nor its gradient may count.
+    hidden = F.gelu(inner.masked_fill((place >= offsets[-1])[:, None], 0), approximate=gelu)
     return grouped(hidden, w2, offsets) + b2.to(rows.dtype).index_select(0, expert)
 
 
@@ -45,9 +53,12 @@ def grouped(
     rows: Float[Tensor, "r d"], weights: Float[Tensor, "e d h"], offsets: Int[Tensor, " e"]
 ) -> Float[Tensor, "r h"]:
     """rows[i] @ weights[expert of i]; `rows` are sorted by expert."""
-    if rows.dtype == torch.float64:  # torch's grouped product has no float64; only checks of the maths use it
+    odd = any(width * rows.element_size() % 16 for width in weights.shape[1:])
+    if odd or rows.dtype == torch.float64:  # which torch's grouped product has not; only checks of the maths use them
         sizes = offsets.diff(prepend=offsets.new_zeros(1)).tolist()
-        return torch.cat([part @ weight for part, weight in zip(rows.split(sizes), weights, strict=True)])
+        rest = rows.new_zeros(len(rows) - sum(sizes), weights.shape[2])
+        parts = rows[: sum(sizes)].split(sizes)
+        return torch.cat([*(part @ weight for part, weight in zip(parts, weights, strict=True)), rest])
     return F.grouped_mm(rows, weights.to(rows.dtype), offs=offsets)
 
 
@@ -99,9 +110,27 @@ class Experts(Stacked):
         return ragged_experts(rows, offsets, self.w1, self.b1, self.w2, self.b2, self.gelu)
 
 
-class MoE(nn.Module):
+def in_fast_precision(
+    x: Float[Tensor, "b n d"], whole: torch.dtype, compute: Callable[[Tensor], Tensor]
+) -> Float[Tensor, "b n o"]:
+    """What `compute` makes of tokens, under autocast rounded once, before they are read again and again; in `whole`,
+    the parameters' precision, on a CPU where half precision would only take longer."""
+    device = x.device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return compute(x)
+    half = torch.get_autocast_dtype(device)
+    if device == "cpu" and CPU_PRODUCTS[half] != "fast":
+        with full_precision(x):
+            return compute(x.to(whole)).to(half)
+    return compute(x.to(half))
+
+
+class MoE(Layer):
     """A router and its experts, in the place of a block's MLP. `shared` sees every token, whatever the router says
     (DeepSeekMoE, Dai et al., 2024, Section 3.2)."""
+
+    router: Router
+    experts: Stacked
 
     def __init__(self, router: Router, experts: Stacked, shared: Experts | None = None) -> None:
         super().__init__()
@@ -109,21 +138,79 @@ class MoE(nn.Module):
         self.experts = experts
         self.shared = shared
 
-    def flop(self, num_tokens: int) -> int:
-        """FLOPs per image; a multiply-add counts as 2."""
-        shared = self.shared.flop(float(num_tokens)) if self.shared is not None else 0
-        return self.router.flop(num_tokens) + self.experts.flop(self.router.rows(num_tokens)) + shared
+    @property
+    def run_widths(self) -> Sequence[int]:  # type: ignore[override]
+        return self.experts.w1.shape[1:] if self.router.slots_per_expert is None else ()
 
-    def forward(self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b n d"]:
-        routing = self.router(x, keep)
-        device = x.device.type
-        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
-            return self._through(x, keep, routing)
-        half = torch.get_autocast_dtype(device)
-        if device == "cpu" and CPU_PRODUCTS[half] != "fast":
-            with full_precision(x):  # in half precision it would only take longer
-                return self._through(x.to(self.experts.w1.dtype), keep, routing).to(half)
-        return self._through(x.to(half), keep, routing)  # rounded once, before it is read again and again
+    def flop_by_part(self, num_tokens: int) -> dict[str, tuple[int, int]]:
+        rows, trained = (self.experts.flop(each(num_tokens)) for each in (self.router.rows, self.router.train_rows))
+        parts = {"router": (self.router.flop(num_tokens), self.router.train_flop(num_tokens))}
+        parts["experts"] = rows, 3 * trained
+        if self.shared is not None:
+            every = self.shared.flop(float(num_tokens))
+            parts["shared"] = every, 3 * every
+        return parts
+
+    def recomputed_flop_by_part(self, num_tokens: int) -> dict[str, int]:
+        experts = self.experts.flop(self.router.train_rows(num_tokens))
+        return super().recomputed_flop_by_part(num_tokens) | {"experts": experts}
+
+    @property
+    def landed_row_flop(self) -> int | None:
+        return self.experts.flop(1.0) if self.router.counts_landed else None
+
+    def last_product(self, num_tokens: int) -> tuple[str, int]:
+        if self.shared is not None:
+            return "shared", self.shared.flop(float(num_tokens)) // 2
+        return "router", self.router.combine_flop(num_tokens)
+
+    def rows(self, num_tokens: int) -> float:
+        return self.router.train_rows(num_tokens)
+
+    @property
+    def active_share(self) -> float:
+        return min(1.0, (self.router.experts_per_token - self.router.shared_experts) / self.router.num_experts)
+
+    def fixed_options(self) -> dict[str, Any]:
+        slots = self.router.slots_per_expert
+        return {} if slots is None else {"slots_per_expert": slots, "capacity_factor": None}
+
+    @contextmanager
+    def silenced(self, which: Sequence[int]) -> Iterator[None]:
+        def hook(
+            _module: Experts, inputs: tuple[Tensor, Int[Tensor, " e"] | None], rows: Float[Tensor, "*rows d"]
+        ) -> Float[Tensor, "*rows d"]:
+            chosen = torch.tensor(which, device=rows.device)
+            if inputs[1] is None:
+                return rows.index_fill(0, chosen, 0)
+            place = torch.arange(len(rows), device=rows.device, dtype=torch.int32)
+            expert = torch.searchsorted(inputs[1], place, right=True)
+            return rows.masked_fill(torch.isin(expert, chosen)[:, None], 0)
+
+        handle = self.experts.register_forward_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @overload
+    def forward(self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b n d"]: ...
+
+    @overload
+    def forward(
+        self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None, carried: Carried
+    ) -> tuple[Float[Tensor, "b n d"], Carried]: ...
+
+    def forward(
+        self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None = None, carried: Carried | None = None
+    ) -> Float[Tensor, "b n d"] | tuple[Float[Tensor, "b n d"], Carried]:
+        """The tokens that the experts made; given what an earlier layer has `carried`, also what this one hands on."""
+        routing = self.router(x, keep) if carried is None else self.router(x, keep, carried)
+        y = in_fast_precision(x, self.experts.w1.dtype, lambda tokens: self._through(tokens, keep, routing))
+        if carried is None:
+            return y
+        assert routing.carried is not None
+        return y, routing.carried
 
     def _through(
         self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None, routing: Routing
@@ -133,3 +220,20 @@ class MoE(nn.Module):
             shared: Tensor = self.shared(x.flatten(0, 1)[None]).view_as(x)
             y = y + (shared if keep is None else shared.masked_fill(~keep[:, :, None], 0))
         return y
+
+
+def layer_for(router: Decider, dim: int, hidden: int, *, gelu: str, identical: bool) -> Layer:
+    """The layer that a router decides for, in the place of an MLP from `dim` to `hidden` units and back: its own, or
+    one with MLPs as experts, which start equal if `identical`.
+
+    Raises:
+        ValueError: no such layer can be.
+    """
+    own = router.layer(hidden, gelu)
+    if own is not None:
+        return own
+    assert isinstance(router, Router)
+    e, shared = router.num_experts, router.shared_experts
+    # Several shared experts are one of their summed width.
+    beside = Experts(1, dim, shared * hidden, gelu=gelu, identical=True) if shared else None
+    return MoE(router, Experts(e, dim, hidden, gelu=gelu, identical=identical), beside)

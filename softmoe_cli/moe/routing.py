@@ -6,23 +6,35 @@ y       = routing.combine(experts(rows, offsets))     b n d
 """
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
 
+from softmoe_cli.moe.kind import Decider, Decision
 
-class Routing(ABC):
+
+class Carried(NamedTuple):
+    """What layers of a kind hand on from one to the next of the same forward pass, beside the tokens."""
+
+    logits: Float[Tensor, "g s e"] | None = None
+    """The last router's logits, float32, in the groups that these layers have; None before the first one."""
+
+
+class Routing(Decision):
     """One decision of one router about one batch."""
 
-    aux_loss: Float[Tensor, ""]
+    carried: Carried | None = None
+    """What the layer hands on, where its router `carries`."""
     offsets: Int[Tensor, " e"] | None
     """Where each expert's rows end, when they are a single run of rows sorted by expert; None when every expert has
-    as many rows as the next."""
+    as many rows as the next. Rows behind the last end are nobody's: they are not computed."""
+    landed: Int[Tensor, ""] | None = None
+    """Rows that hold a choice, where the images decide how many that are; None where `Router.rows` says it."""
 
     @abstractmethod
     def dispatch(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "*rows d"]:
@@ -32,48 +44,30 @@ class Routing(ABC):
     def combine(self, rows: Float[Tensor, "*rows d"]) -> Float[Tensor, "b n d"]:
         """The tokens made from the rows that the experts returned."""
 
-    @abstractmethod
-    def statistics(self) -> dict[str, float]:
-        """Plain numbers for the record; computed only here, when asked."""
 
+class Router(Decider):
+    """A part of a layer that gives rows of tokens to experts, which are MLPs.
 
-UNKNOWN = "softmoe does not know whether its weights add up to one; leave preserve=false"
-"""The answer of `departs_from_mlp` by a router that does not define it."""
-
-
-class Router(nn.Module, ABC):
-    """Constructed as `Router(dim, num_tokens, **options)`; the options, all without default, stand in its yaml.
-
-    Here commands learn everything that they must know of a router. Options of these names mean the same for all
-    routers: `num_experts`, `images_per_group`, and `slots_per_expert` with `capacity_factor`, of which one is null. A
-    checkpoint keeps the slots that came of them, so that its weights fit at any number of tokens.
+    Options of these names mean the same for all routers: `slots_per_expert` with `capacity_factor`, of which one is
+    null. A checkpoint keeps the slots that came of them, so that its weights fit at any number of tokens.
     """
 
-    num_experts: int
-    slots_per_expert: int | None
-    """p, slots of an expert in one group of images; None where nothing bounds an expert's rows."""
-    exempt: ClassVar[dict[str, str]] = {}
-    """Checks of `softmoe check` that this router's definition rules out, each with the reason."""
-    official: ClassVar[str | None] = None
-    """Which of the official code's numbers are of this router: a name that check/official.py knows."""
-    decays: ClassVar[tuple[str, ...] | None] = None
-    """Its parameters with weight decay, by name; None: matrices that are called `weight`, as elsewhere in a model."""
     expert_axes: ClassVar[Mapping[str, int]] = {}
     """The axis of the experts in each parameter that has one. When an MLP is cut into parts, the parts of a copy start
     alike there, so that a token that chooses one of them chooses all."""
-    slot_axes: ClassVar[Mapping[str, int]] = {}
-    """The axis of an expert's slots in each parameter that has one: trained weights can then be given other
-    `slots_per_expert`."""
     most_weight: float = 1.0
     """The most that a token's weights can add up to."""
     needs_independent_experts: ClassVar[bool] = False
     """Whether experts that start equal would stay equal."""
-    images_per_group: int = 1
-    """Images whose tokens compete for the same slots: results depend on batch neighbours where it is not 1."""
     shared_experts: int = 0
     """Experts beside the routed ones that see every token."""
     of_one_expert: ClassVar[Mapping[str, Any]] = {}
     """Options of its own with which a layer of `num_experts=1` is that one expert and nothing else."""
+    counts_landed: bool = False
+    """Whether its routings say how many rows hold a choice (`Routing.landed`): what it costs depends on the images."""
+    carries: bool = False
+    """Whether a layer hands `Carried` on to the next one: `forward` then takes it as a third argument, and its routing
+    has it."""
 
     @property
     @abstractmethod
@@ -82,54 +76,24 @@ class Router(nn.Module, ABC):
 
     @abstractmethod
     def rows(self, num_tokens: int) -> float:
-        """Rows per image that the experts compute, empty ones included."""
+        """Rows per image that the experts compute, empty ones included. Where the images decide (`Routing.landed`): as
+        many as the router's balance aims at."""
 
-    @abstractmethod
-    def flop(self, num_tokens: int) -> int:
-        """FLOPs per image of everything but the experts, on `num_tokens` tokens; a multiply-add counts as 2."""
-
-    def train_flop(self, num_tokens: int) -> int:
-        """FLOPs per image of `flop`'s products and of their gradients: a product has two operands, and each that has
-        a gradient costs as much again. Routers with fixed weights have fewer."""
-        return 3 * self.flop(num_tokens)
+    def train_rows(self, num_tokens: int) -> float:
+        """The same in training."""
+        return self.rows(num_tokens)
 
     def combine_flop(self, num_tokens: int) -> int:
         """The part of `flop` that is the product which makes tokens of the experts' rows; 0 where rows are added up."""
         return 0
 
-    def departs_from_mlp(self, num_tokens: int, parts: int) -> str | None:
-        """Why a layer of copies of an MLP is not that MLP in evaluation, and the way out; None where it is: every
-        token's weights add up to one over experts that see that token alone and, with an MLP cut into `parts`, are
-        equal among the parts of a copy."""
-        return UNKNOWN
-
-    def capacity_factor(self, slots: int, num_tokens: int) -> float | None:
-        """The capacity factor with `slots` slots per expert: slots of all experts over what `num_tokens` tokens an
-        image ask for. None if trained weights cannot be run with other capacities."""
-        return None
-
     @abstractmethod
     def forward(self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None = None) -> Routing:
         """Decides about a batch. Tokens where `keep` is false are padding: they take no slot and get zero."""
 
-    def statistics(self) -> dict[str, float]:
-        """Plain numbers about the router's parameters."""
-        return {}
-
-    @classmethod
-    def remark(cls, layers: Sequence[Mapping[str, Any]], num_tokens: int) -> str:
-        """A sentence for the end of a run, about the statistics of its last look, one row of routing.jsonl for each
-        layer; empty where there is nothing to say."""
-        return ""
-
-    def counted(self) -> list[Tensor]:
-        """Tensors that forward passes have added up for `after_update`; processes that share a batch add theirs
-        together."""
-        return []
-
-    def after_update(self) -> None:
-        """Called once after each update of the weights, for what a router adjusts by other means than gradients."""
-        return
+    def follow(self, earlier: "Router") -> None:
+        """Makes what a layer needs to use what an earlier one of its model hands on. Called once, when it is built, if
+        its router `carries` and is not the first."""
 
 
 class DenseRouting(Routing):
@@ -188,7 +152,7 @@ def uniform_weights(
 
 
 def mixtures_depart(num_tokens: int) -> str | None:
-    """`Router.departs_from_mlp` of a router whose slots are mixtures of tokens."""
+    """`departs_from_mlp` of a router whose slots are mixtures of tokens."""
     if num_tokens == 1:
         return None
     return (
@@ -359,20 +323,20 @@ def noise_like(like: Float[Tensor, "..."], images: int = 1) -> Tensor:
 
 
 @contextmanager
-def routings(model: nn.Module) -> Iterator[list[Routing]]:
-    """Collects, in call order, what every router inside `model` returns while the context is open and gradients are
+def routings(model: nn.Module) -> Iterator[list[Decision]]:
+    """Collects, in call order, what every router inside `model` decides while the context is open and gradients are
     computed: evaluation in between leaves nothing that would hold its memory.
 
     Clear the list before each forward pass. Recomputation in the backward pass calls routers again, so
     sum the auxiliary losses before `backward`: then each counts exactly once.
     """
-    seen: list[Routing] = []
+    seen: list[Decision] = []
 
-    def remember(_module: nn.Module, _inputs: object, routing: Routing) -> None:
+    def remember(_module: nn.Module, _inputs: object, decision: Decision) -> None:
         if torch.is_grad_enabled():
-            seen.append(routing)
+            seen.append(decision)
 
-    hooks = [module.register_forward_hook(remember) for module in model.modules() if isinstance(module, Router)]
+    hooks = [module.register_forward_hook(remember) for module in model.modules() if isinstance(module, Decider)]
     try:
         yield seen
     finally:

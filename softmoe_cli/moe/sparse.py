@@ -39,6 +39,20 @@ def fill(experts: Int[Tensor, "g c"], num_experts: int, slots: int) -> tuple[Int
     return torch.where(position < demand[:, :, None], taken, c), demand
 
 
+def positions(experts: Int[Tensor, "g c"], num_experts: int) -> Int[Tensor, "g c"]:
+    """How many earlier choices were of the same expert."""
+    order = experts.argsort(dim=1, stable=True)
+    demand = experts.new_zeros(len(experts), num_experts).scatter_add(1, experts, torch.ones_like(experts))
+    place = torch.arange(experts.shape[1], device=experts.device).expand_as(experts)
+    rank = torch.empty_like(experts).scatter(1, order, place)
+    return rank - (demand.cumsum(dim=1) - demand).gather(1, experts)
+
+
+def surest_first(gates: Float[Tensor, "g s e"]) -> Int[Tensor, "g s"]:
+    """Tokens by their largest gate, descending; of equal ones the lower number first."""
+    return gates.detach().amax(dim=2).argsort(dim=1, descending=True, stable=True)
+
+
 def place(
     gates: Float[Tensor, "g s e"],
     chosen: Int[Tensor, "g s k"],
@@ -53,21 +67,34 @@ def place(
     Args:
         shape: images and tokens of the batch.
     """
-    g, s, k = chosen.shape
-    e, tokens = gates.shape[2], shape[0] * shape[1]
-    weights = gates.gather(2, chosen)
+    e = gates.shape[2]
     experts = chosen.masked_fill(~keep[:, :, None], e)
+    token, gate, demand = seat(gates.gather(2, chosen), experts, order, e, slots, shape)
+    return SparseRouting(token, gate, aux_loss, demand, shape)
+
+
+def seat(
+    weights: Float[Tensor, "g s k"],
+    experts: Int[Tensor, "g s k"],
+    order: Int[Tensor, "g s"] | None,
+    num_experts: int,
+    slots: int,
+    shape: tuple[int | torch.SymInt, int],
+) -> tuple[Int[Tensor, "e gp"], Float[Tensor, "e gp"], Int[Tensor, " e"]]:
+    """`place` by choices and their weights: each slot's token and gate, and the choices of each expert. `num_experts`
+    stands for no choice."""
+    (g, s, k), e, tokens = experts.shape, num_experts, shape[0] * shape[1]
     if order is not None:
         weights, experts = (each.gather(1, order[:, :, None].expand(-1, -1, k)) for each in (weights, experts))
     choice, demand = fill(experts.mT.flatten(1), e, slots)
     served = (choice % s).flatten(1)
     if order is not None:
         served = order.gather(1, served)
-    first = s * torch.arange(g, device=chosen.device)[:, None]
+    first = s * torch.arange(g, device=experts.device)[:, None]
     token = torch.where(choice < k * s, (first + served).view_as(choice), tokens)
     gate = nn.functional.pad(weights.mT.flatten(1), (0, 1)).gather(1, choice.flatten(1)).view_as(choice)
     token, gate = (each.transpose(0, 1).flatten(1) for each in (token, gate))
-    return SparseRouting(token, gate, aux_loss, demand.sum(dim=0), shape)
+    return token, gate, demand.sum(dim=0)
 
 
 def squared_variation(v: Float[Tensor, "g e"]) -> Float[Tensor, " g"]:

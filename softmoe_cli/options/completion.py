@@ -40,6 +40,7 @@ complete -c softmoe -f -a '(command softmoe completion answer (commandline -cp |
 FLAGS = {
     "train": ("--help", "--cfg", "--info", "--multirun", "--plan", "--groups", "--debug"),
     "compare": (),
+    "scaling": (),
     "status": ("--json", "--help"),
     "list": ("--filter", "--help"),
 }
@@ -105,9 +106,9 @@ def _candidates(before: Sequence[str], typed: str) -> Iterator[str]:
         yield from SCRIPTS
     elif command == "list":
         yield from (*TITLES, *FLAGS["list"])
-    elif command in ("compare", "status"):
+    elif command in ("compare", "scaling", "status"):
         if typed.startswith("-"):
-            yield from _compare_flags() if command == "compare" else FLAGS["status"]
+            yield from FLAGS["status"] if command == "status" else _options_of(command)
         else:
             yield from _folders(typed)
     elif command == "check":
@@ -129,10 +130,11 @@ def _candidates(before: Sequence[str], typed: str) -> Iterator[str]:
             yield from _keys(command, rest, typed)
 
 
-def _compare_flags() -> list[str]:
+def _options_of(command: str) -> list[str]:
     from softmoe_cli.compare.command import OPTIONS
+    from softmoe_cli.scaling.command import SCALING_OPTIONS
 
-    return [*(f"--{name}" for name in OPTIONS), "--help"]
+    return [*(f"--{name}" for name in (OPTIONS if command == "compare" else SCALING_OPTIONS)), "--help"]
 
 
 def _router_options(name: str) -> Iterable[str]:

@@ -127,10 +127,12 @@ def usage(command: str, arguments: Sequence[str]) -> str:
     Raises:
         UsageError: a word that no option has.
     """
-    if command == "compare":
+    if command in ("compare", "scaling"):
         from softmoe_cli.compare.command import OPTIONS
+        from softmoe_cli.scaling.command import SCALING_OPTIONS
 
-        rows = [help_row(f"--{name} {value}".rstrip(), meaning) for name, (value, meaning) in OPTIONS.items()]
+        known = OPTIONS if command == "compare" else SCALING_OPTIONS
+        rows = [help_row(f"--{name} {value}".rstrip(), meaning) for name, (value, meaning) in known.items()]
         return "\n".join([USAGE[command], "", bold("options"), *rows])
     if command not in SCHEMAS:
         return USAGE[command]

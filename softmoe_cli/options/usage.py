@@ -25,6 +25,8 @@ usage: softmoe COMMAND [ARGUMENTS]
               softmoe match model=vit_s16_soft to=vit_s16_dense
   compare     runs to tables, verdicts, Pareto front, plots
               softmoe compare outputs/default
+  scaling     laws fitted to runs: which experts, which size, how many images
+              softmoe scaling outputs/default --train-pflop 0.5
   check       conformance report for a router
               softmoe check soft
   data check  read a data set before a long run does
@@ -197,6 +199,28 @@ differ in nothing but the seed are a group: mean, 95% interval and n; difference
 from the baseline and whether it is distinguishable; quality at equal cost; the
 Pareto front and how sure it is. Runs on other images are kept apart; what
 cannot be read is named and left out.""",
+    "scaling": """\
+softmoe scaling FOLDER... [--OPTION VALUE]...
+
+Laws of quality against size, experts and images, fitted to finished runs, and
+the decision that they imply.
+
+  softmoe scaling outputs/scaling_small
+                                  every law that the runs identify, with its
+                                  error on runs that were held out
+  softmoe scaling outputs/scaling_small --train-pflop 0.5
+                                  the best experts, size and images for that
+  softmoe scaling outputs/scaling_small --device-s 3600 --costs costs.json \\
+    --latency-ms 4 --experts 4,16,32
+  softmoe scaling outputs/scaling_small --loss 0.3 --served 1e9 --next
+                                  cheapest to train and to serve a billion
+  softmoe scaling outputs/scaling_small --check RUN
+  softmoe scaling --published all
+
+Needs three sizes, three numbers of images and of experts at least, better four
+sizes, and three seeds. Every answer has its interval and says how far beyond
+the runs it lies; beyond ten times it is refused. The exit status is 1 where no
+law beats predictors without a law on the dearest runs.""",
     "check": """\
 softmoe check ROUTER [KEY=VALUE]...
 
@@ -260,5 +284,6 @@ folders of runs. In ~/.bashrc, ~/.zshrc or ~/.config/fish/config.fish:
 for _command in ("evaluate", "export", "upcycle"):
     USAGE[_command] += f"\n{textwrap.fill(RULE, 80)}"
 USAGE["compare"] += f"\n{textwrap.fill(f'{RULE} Only a folder that softmoe compare made is made anew.', 80)}"
+USAGE["scaling"] += f"\n{textwrap.fill(f'{RULE} Only a folder that softmoe scaling made is made anew.', 80)}"
 
 COMMANDS = tuple(USAGE)

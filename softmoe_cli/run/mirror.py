@@ -226,13 +226,13 @@ def publish(
     files: list[str],
     say: Callable[[str], None],
 ) -> None:
-    """Sends a comparison as one W&B run: `rows` as a table with a scatter plot of `axes`, the figures, the page, and
-    all `files` of `folder` as an artifact."""
+    """Sends what a command says of finished runs as one W&B run: `rows` as a table with a scatter plot of `axes`, the
+    figures, the page, and all `files` of `folder` as an artifact."""
     failures: list[Exception] = []
 
     def work() -> None:
         try:
-            _publish(_init(mode, settings, folder, say), folder, rows, axes, files)
+            _publish(_init(mode, settings, folder, say), settings["job_type"], folder, rows, axes, files)
         except Exception as error:  # whatever W&B raises: the files are written, and the reader is told
             failures.append(error)
 
@@ -247,7 +247,9 @@ def publish(
         say(f"W&B: run {settings['name']} of group {settings['group']}, {where}")
 
 
-def _publish(run: Any, folder: Path, rows: list[dict[str, Any]], axes: tuple[str, str], files: list[str]) -> None:
+def _publish(
+    run: Any, kind: str, folder: Path, rows: list[dict[str, Any]], axes: tuple[str, str], files: list[str]
+) -> None:
     import wandb
 
     columns = list(dict.fromkeys(key for row in rows for key in row))
@@ -259,7 +261,7 @@ def _publish(run: Any, folder: Path, rows: list[dict[str, Any]], axes: tuple[str
             logged[path.stem] = wandb.Image(str(path))
         elif path.suffix == ".html":
             logged["page"] = wandb.Html(path.read_text(), inject=False)
-    run.log({f"compare/{name}": value for name, value in logged.items()})
+    run.log({f"{kind}/{name}": value for name, value in logged.items()})
     artifact = wandb.Artifact(run.id, type="comparison")
     for file in files:
         artifact.add_file(str(folder / file))

@@ -7,7 +7,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from softmoe_cli.errors import RunError
-from softmoe_cli.moe.layer import MoE
+from softmoe_cli.moe.kind import Layer
 from softmoe_cli.parallel import own_part
 
 
@@ -34,7 +34,7 @@ def not_finite(
         return hook
 
     hooks = [m.register_forward_hook(remember(name)) for name, m in model.named_modules() if not list(m.children())]
-    hooks += [m.register_forward_hook(remember(name)) for name, m in model.named_modules() if isinstance(m, MoE)]
+    hooks += [m.register_forward_hook(remember(name)) for name, m in model.named_modules() if isinstance(m, Layer)]
     with torch.no_grad(), autocast:
         model(x)
     for hook in hooks:

@@ -12,7 +12,7 @@ from torch import Tensor
 from softmoe_cli.data import batches, splits
 from softmoe_cli.evaluate.fewshot import fewshot
 from softmoe_cli.evaluate.quality import evaluate, features, routing_statistics
-from softmoe_cli.moe.layer import MoE
+from softmoe_cli.moe.kind import Layer
 from softmoe_cli.train.blame import exploded
 from softmoe_cli.train.recording import Recording
 from softmoe_cli.train.stop import Stop
@@ -53,7 +53,7 @@ class Looks:
     @property
     def moe_blocks(self) -> list[int]:
         blocks = self.recording.trained.model.blocks
-        return [place for place, block in enumerate(blocks) if isinstance(block.mlp, MoE)]
+        return [place for place, block in enumerate(blocks) if isinstance(block.mlp, Layer)]
 
     def _quality(self, split: str, images: splits.ImageSet, beside: dict[str, float]) -> dict[str, Any]:
         setup, progress = self.recording.setup, self.recording.progress

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,8 +21,8 @@ from softmoe_cli.evaluate.fewshot import check_shots
 from softmoe_cli.evaluate.quality import classification_loss
 from softmoe_cli.model.vit import build, prepare
 from softmoe_cli.model.weights import LoadReport
-from softmoe_cli.moe.layer import MoE
-from softmoe_cli.moe.routing import Router, Routing, full_precision, routings
+from softmoe_cli.moe.kind import Decider, Decision
+from softmoe_cli.moe.routing import full_precision, routings
 from softmoe_cli.optim import freeze, optimizer_of, schedule
 from softmoe_cli.parallel import ALONE, Average, Crew, own_part
 from softmoe_cli.train import summary
@@ -67,6 +67,8 @@ def train(begun: Begun) -> dict[str, Any]:
     load = Load.of(config, classes, device)
     cost = account(config.model, classes, batch=load.part, recompute=load.recompute, frozen=config.optim.freeze)
     check_tokens(config, cost.tokens)
+    if cost.whole_batches and config.train.accumulate > 1:
+        raise UsageError(f"train.accumulate={config.train.accumulate}: {cost.whole_batches}")
     fit = settle(load, config.parallel, crew)
     crew.way, crew.why = fit.way, fit.why
     if fit.way != "ddp":  # divided weights change between uses
@@ -104,7 +106,8 @@ def train(begun: Begun) -> dict[str, Any]:
     pace = forecast(setup, model) if crew.size == 1 else None
     if pace is not None:
         screen.row("time", summary.time_row(setup, pace, progress))
-    recording = Recording(setup, run, progress, trained, screen.say)
+    landed = torch.zeros((), dtype=torch.int64, device=device)
+    recording = Recording(setup, run, progress, trained, landed, screen.say)
 
     # --- evaluation, and what ends the run
     stop = Stop(crew)
@@ -118,7 +121,7 @@ def train(begun: Begun) -> dict[str, Any]:
         forward = compiled(forward)
     saved_at, save_took, first_step = time.monotonic(), 0.0, progress.step
     with stop, routings(model) as seen, screen, recording:
-        step = Step(model, forward, optimizer, scaler, autocast, seen, config, crew)
+        step = Step(model, forward, optimizer, scaler, autocast, seen, config, crew, landed)
         try:
             while True:
                 here = budget.position(progress)
@@ -212,16 +215,18 @@ def _batches(setup: Setup, rows: Tensor | slice, first_step: int) -> Iterator[tu
 
 @dataclass(frozen=True)
 class Step:
-    """What every update works with. `seen`: the routings of the last forward pass."""
+    """What every update works with. `seen`: the routings of the last forward pass; `landed`: what those of all updates
+    say has landed, int64."""
 
     model: VisionTransformer
     forward: Callable[[Tensor], Tensor]
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     autocast: torch.autocast
-    seen: list[Routing]
+    seen: list[Decision]
     config: Config
     crew: Crew = ALONE
+    landed: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
 
 
 def update(step: Step, x: Tensor, targets: Tensor, lr: float) -> tuple[float, float, float]:
@@ -241,6 +246,9 @@ def update(step: Step, x: Tensor, targets: Tensor, lr: float) -> tuple[float, fl
             step.seen.clear()
             with crew.passing(step.forward, share, last=part == parts):
                 logits = step.forward(part_x)
+                for routing in step.seen:  # now: recomputation will call the routers again
+                    if routing.landed is not None:
+                        step.landed.add_(routing.landed)
                 with full_precision(x):
                     loss = classification_loss(logits, part_targets, config.train.loss) * share.of_images / parts
                     aux = sum((routing.aux_loss for routing in step.seen), loss.new_zeros(())) * share.of_groups / parts
@@ -264,14 +272,14 @@ def update(step: Step, x: Tensor, targets: Tensor, lr: float) -> tuple[float, fl
     return main, aux_loss, norm_value
 
 
-def _adjusting(model: VisionTransformer) -> list[Router]:
+def _adjusting(model: VisionTransformer) -> list[Decider]:
     """The routers that adjust themselves after updates: one whose parameters are all frozen does not."""
-    routers = [block.mlp.router for block in model.blocks if isinstance(block.mlp, MoE)]
+    routers = [module for module in model.modules() if isinstance(module, Decider)]
     trains = [[parameter.requires_grad for parameter in router.parameters()] for router in routers]
     return [router for router, each in zip(routers, trains, strict=True) if not each or any(each)]
 
 
-def _adjust(routers: Sequence[Router], crew: Crew, *, updated: bool) -> None:
+def _adjust(routers: Sequence[Decider], crew: Crew, *, updated: bool) -> None:
     """Lets routers adjust what is no parameter, from the counts of all processes; the counts of an update that was not
     made are dropped."""
     for router in routers:

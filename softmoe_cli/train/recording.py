@@ -5,6 +5,8 @@ from dataclasses import InitVar, asdict, dataclass, field
 from types import TracebackType
 from typing import Any
 
+from torch import Tensor
+
 from softmoe_cli.device import Energy
 from softmoe_cli.model.vit import portable
 from softmoe_cli.run import mirror
@@ -25,6 +27,8 @@ class Recording:
     run: Run
     progress: Progress
     trained: Trained
+    landed: Tensor
+    """What this process has to add to `Progress.landed`, int64, on the device; read where something is written down."""
     say: InitVar[Callable[[str], None]]
     """Prints a sentence."""
     card: dict[str, Any] = field(init=False)
@@ -55,8 +59,8 @@ class Recording:
         progress = self.progress
         images = progress.step * self.setup.config.train.batch_size
         row = {"step": progress.step, "images": images, "epoch": images / len(self.setup.splits.train), "split": split}
-        self._add_energy()
-        row |= {**values, "train_pflop": self.setup.train_pflop(progress.step), **progress.spent}
+        self._book()
+        row |= {**values, **self.setup.pflop(progress), **progress.spent}
         self.run.append("metrics.jsonl", row)
         self._mirror.row(row)
         return row
@@ -72,7 +76,7 @@ class Recording:
         elif end or progress.step == budget.steps:
             at = "end"
         with progress.booked("save"):
-            self._add_energy()
+            self._book()
             self.run.checkpoints.save(
                 kind,
                 progress.step,
@@ -98,6 +102,10 @@ class Recording:
         if kind is not None:
             self._mirror.close(None)
 
-    def _add_energy(self) -> None:
-        """Adds the energy that the devices have used since the last time."""
+    def _book(self) -> None:
+        """Adds the energy that the devices have used since the last time, and the choices that experts have
+        computed."""
         self.progress.used(self.setup.crew.joules(self._energy.used(), self.setup.device))
+        if self.setup.cost.landed_row_flop is not None:
+            self.progress.landed += int(self.setup.crew.add(self.landed))
+            self.landed.zero_()

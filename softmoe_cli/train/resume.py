@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from softmoe_cli.config.run import Config
 from softmoe_cli.errors import UsageError
 from softmoe_cli.model.weights import LoadReport, load_weights, patterns
-from softmoe_cli.moe.layer import MoE
+from softmoe_cli.moe.kind import Layer
 from softmoe_cli.optim import restore, state_of
 from softmoe_cli.parallel import Average, Crew, part_of
 from softmoe_cli.run.checkpoint import Checkpoint, random_state, set_random_state
@@ -120,7 +120,8 @@ def load_source(
         allow_unexpected=config.allow_unexpected,
         resize_slots=config.slots == "proportional",
     )
-    slots = {block.mlp.router.slots_per_expert for block in model.blocks if isinstance(block.mlp, MoE)}
+    layers = [block.mlp for block in model.blocks if isinstance(block.mlp, Layer)]
+    slots = {layer.router.slots_per_expert for layer in layers if layer.rows(1) is not None}
     before = source.card.get("model", {}).get("router", {}).get("slots_per_expert")
     parts = dict.fromkeys(name.partition(".")[0] for name in report.loaded)
     rows = {

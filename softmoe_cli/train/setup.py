@@ -20,7 +20,7 @@ from softmoe_cli.run.folder import Run
 from softmoe_cli.run.identity import signature
 from softmoe_cli.run.source import Source
 from softmoe_cli.terminal import Screen
-from softmoe_cli.train.progress import Budget
+from softmoe_cli.train.progress import Budget, Progress
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,15 @@ class Setup:
     def train_pflop(self, step: int) -> float:
         """The cost of this run's training up to a step."""
         return step * self.config.train.batch_size * self.cost.train_flop / 1e15
+
+    def pflop(self, progress: Progress) -> dict[str, float]:
+        """The cost of this run's training so far as rows have it: by formula, and by the choices that experts computed;
+        the latter is unknown where frozen parameters take a part of the experts' cost away."""
+        images, cost = progress.step * self.config.train.batch_size, self.cost
+        row = {"train_pflop": self.train_pflop(progress.step)}
+        if cost.landed_row_flop is None or cost.counted_train_flop is None:
+            row["landed_pflop"] = cost.landed_train_flop(images, progress.landed) / 1e15
+        return row
 
     def pflop_in_all(self, step: int) -> float | None:
         """The same with the training of the weights that it began with; None where their file does not say."""

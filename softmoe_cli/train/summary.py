@@ -35,7 +35,8 @@ def header(setup: Setup, folder: Path) -> dict[str, str]:
     router = m.router_name
     if router != "dense":
         options = ", ".join(f"{k}={v}" for k, v in m.router.items() if k != "_target_" and v is not None)
-        router += f" ({options}) in blocks {m.moe_blocks}; {cost.slots_per_token:.2f} slots per token"
+        slots = "all experts" if cost.slots_per_token is None else f"{cost.slots_per_token:.2f} slots"
+        router += f" ({options}) in blocks {m.moe_blocks}; {slots} per token"
     sizes = f"{len(images.train):,} train / {len(images.validation):,} validation / {len(images.test):,} test"
     parts = f" in {t.accumulate} parts" if t.accumulate > 1 else ""
     compiled = ", compiled" if t.compile else ""
@@ -178,7 +179,7 @@ def result_row(
         "forward_gflop": cost.forward_flop / 1e9,
         "train_gflop": cost.train_flop / 1e9,
         "peak_mib": setup.fit.memory.peak_bytes / 2**20,
-        "train_pflop": setup.train_pflop(progress.step),
+        **setup.pflop(progress),
         **progress.spent,
         "devices": setup.crew.size,
         "parallel": setup.crew.way if setup.crew.size > 1 else None,

@@ -5,6 +5,7 @@ the last lines say how many were compared and how many not."""
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 from unittest import mock
 
@@ -32,13 +33,17 @@ from softmoe_cli.config.model import Backbone, Model
 from softmoe_cli.evaluate.fewshot import accuracies, best_l2, draws, feature_statistics, ridge, take, whiten
 from softmoe_cli.model.router import make_router
 from softmoe_cli.model.vit import build
+from softmoe_cli.moe.coefficients import entmax15
+from softmoe_cli.moe.factorised import FactorisedRouter
+from softmoe_cli.moe.kind import Decider
 from softmoe_cli.moe.layer import MoE
 from softmoe_cli.moe.routing import DenseRouting, Router, SparseRouting, capacity, routings
 from softmoe_cli.moe.sparse import choose, place
 from softmoe_cli.optim import linear, rsqrt
 from tests.routers import ROUTERS
 
-CASES = official_cases()
+CASES = {name: meta for name, meta in official_cases().items() if not meta["kind"].startswith("scaling_law_")}
+"""All but the laws of scaling, which tests/scaling/test_laws.py tries."""
 ROUTER_CLASSES = {name: type(make_router(options, 16, 16)) for name, options in ROUTERS.items()}
 MODULES = "softmoe_cli.moe.routers"
 
@@ -200,7 +205,11 @@ def build_vit(config: dict[str, Any], encoder: dict[str, Any], moe: dict[str, An
         norm_after_pool=False, qk_norm="scale" if encoder.get("attention_qk_norm") else "none", gelu="tanh",
         norm_eps=1e-6, pos_std=0.02, layer_scale=None, drop_path=0.0, init="official",
     )  # fmt: skip
-    model = Model(backbone, router, config["image_size"], 3, list(moe.get("layers", [])), "identical", None)
+    blocks = list(moe.get("layers", []))
+    model = Model(
+        backbone, router, config["image_size"], 3, blocks, "identical", None, head="linear", head_experts=None,
+        head_norm=None,
+    )  # fmt: skip
     vit = build(model.settled(), config["num_classes"])
     if config.get("representation_size"):  # a layer between pooling and head that no Soft MoE model has
         middle = torch.nn.Linear(config["hidden_size"], config["representation_size"])
@@ -321,9 +330,53 @@ def fewshot(meta: dict[str, Any], z: dict[str, np.ndarray], dtype: torch.dtype) 
         close(tensor(np.stack(accuracy)[:, best]), z["out/best_accuracy"][i], "best accuracy", atol=1e-6)
 
 
+def mumoe_entmax(_meta: dict[str, Any], z: dict[str, np.ndarray], dtype: torch.dtype) -> None:
+    """Section 13: ties, gaps and large offsets among the rows."""
+    logits = tensor(z["logits"]).to(dtype).requires_grad_()
+    shares = entmax15(logits)
+    near = 1e-5 if np.abs(z["logits"]).max() > 100 else 1e-6
+    close(shares, z["out/p"], "coefficients", atol=near)
+    (shares * tensor(z["loss_weight"])).sum().backward()
+    assert logits.grad is not None
+    close(logits.grad, z["grad/logits"], "gradient", atol=near)
+
+
+def mumoe_params(meta: dict[str, Any], z: dict[str, np.ndarray], _dtype: torch.dtype) -> None:
+    """Section 13: parameters of gate, one or two layers of maps and the norm before them."""
+    for row, want in zip(z["rows"].tolist(), z["out/params"].tolist(), strict=True):
+        case = dict(zip(meta["config"]["columns"], row, strict=True))
+        name = {"CPMuMoE": "mumoe_cp", "TRMuMoE": "mumoe_tr"}[meta["config"]["layer_code"][str(case["layer"])]]
+        if name not in ROUTERS:
+            continue
+        rank = case["rank_or_r1"] if name == "mumoe_cp" else [case["rank_or_r1"], case["r2"], case["r3"]]
+        options = ROUTERS[name] | {"num_experts": case["experts"], "rank": rank, "bias": bool(case["use_bias"])}
+        with torch.device("meta"):
+            router = make_router(options, case["input_dim"], 1)
+            assert isinstance(router, FactorisedRouter)
+            widths = [case["input_dim"], case["output_dim"], *([case["second_dim"]] if case["second_dim"] else [])]
+            modules = [router, *(router.maps(inputs, outputs, rank) for inputs, outputs in pairwise(widths))]
+        total = sum(parameter.numel() for module in modules for parameter in module.parameters())
+        assert total + 2 * case["input_dim"] * case["apply_ln"] == want, case
+
+
+def zero_computation_tables(meta: dict[str, Any], z: dict[str, np.ndarray], _dtype: torch.dtype) -> None:
+    """Section 14: Equations 8 and 10 and Table 1 of MoE++, before any rounding."""
+    module = pytest.importorskip(f"{MODULES}.zero_computation")
+    assert meta["config"]["columns"] == ["tokens", "n_ffn", "n_zc", "tau", "gamma"]
+    for row, (tokens, ffn, free, tau, gamma) in enumerate(z["rows_f64"].tolist()):
+        room = module.capacities(int(tokens), int(ffn), int(free), tau, gamma)
+        assert room == pytest.approx(z["out/capacity_f64"][row].tolist(), rel=1e-12)
+        share = module.ffn_share(int(ffn), int(free), tau)
+        assert share == pytest.approx(z["out/complexity_ratio_f64"][row], rel=1e-12)
+    found = [module.num_constants(e, 1, 1) for e in z["n_ffn"].tolist()]
+    assert found == pytest.approx(z["out/n_const_f64"].tolist(), rel=1e-12)
+
+
 HANDLERS = {
     "soft_layer": layer, "tc_layer": layer, "ec_layer": layer, "tc_ties": ties, "ec_ties": ties, "capacity": capacities,
-    "vit": vit, "lr_schedule": lr_schedule, "fewshot": fewshot,
+    "vit": vit, "lr_schedule": lr_schedule, "fewshot": fewshot, "mumoe_layer": layer, "mumoe_entmax": mumoe_entmax,
+    "mumoe_params": mumoe_params, "zero_computation_layer": layer, "zero_computation_paper": layer,
+    "zero_computation_tables": zero_computation_tables,
 }  # fmt: skip
 
 
@@ -338,7 +391,11 @@ def test_official_numbers(name: str, dtype: torch.dtype, record_property: Callab
     HANDLERS[kind](*read_case(name), dtype)
 
 
-LAYERS = [name for name, meta in CASES.items() if any(is_case_of(router, meta) for router in ROUTER_CLASSES.values())]
+LAYERS = [
+    name
+    for name, meta in CASES.items()
+    if "router" in meta["config"] and any(is_case_of(router, meta) for router in ROUTER_CLASSES.values())
+]
 every_layer = pytest.mark.parametrize("name", LAYERS)
 
 
@@ -347,6 +404,7 @@ def float32_case(name: str) -> tuple[MoE, Tensor, dict[str, np.ndarray]]:
     meta, arrays = read_case(name)
     router_class = next(router for router in ROUTER_CLASSES.values() if is_case_of(router, meta))
     x = tensor(arrays["x_seqs"] if "x_seqs" in arrays else arrays["x"])
+    assert issubclass(router_class, Router)
     return case_layer(router_class, meta, arrays, torch.float32), x, arrays
 
 
@@ -387,7 +445,7 @@ def test_choices_under_bf16_autocast_are_those_of_float32(name: str) -> None:
                 assert got.dtype == value.dtype and torch.equal(got, value), f"{type(router).__name__}: {key}"
 
 
-def akin(router: Router, options: dict[str, Any], other: type[Router], x: Tensor) -> Router:
+def akin(router: Router, options: dict[str, Any], other: type[Decider], x: Tensor) -> Decider:
     """Another router with as many of the options as it has, and the parameters."""
     names = [name for name, p in inspect.signature(other).parameters.items() if p.kind is p.KEYWORD_ONLY]
     made = other(x.shape[2], x.shape[1], **{name: options[name] for name in names})
@@ -397,7 +455,8 @@ def akin(router: Router, options: dict[str, Any], other: type[Router], x: Tensor
 
 OFFICIAL = {
     "soft": "soft_layer", "tokens_choice": "tc_layer", "tokens_choice_bpr": "tc_layer, surest first",
-    "experts_choice": "ec_layer",
+    "experts_choice": "ec_layer", "mumoe_cp": "mumoe_layer, CPMuMoE", "mumoe_tr": "mumoe_layer, TRMuMoE",
+    "zero_computation": "zero_computation",
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The files that `softmoe compare` writes, read back; the command itself, on runs made up and on runs trained."""
+"""`softmoe compare`: the files that it writes, read back, of runs made up and of runs trained."""
 
 import csv
 import json

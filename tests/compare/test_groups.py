@@ -1,4 +1,4 @@
-"""What is read, left out, kept apart, grouped and judged."""
+"""Which runs are one group, what groups are called, and how they are ordered."""
 
 from pathlib import Path
 from typing import Any

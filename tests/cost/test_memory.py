@@ -1,4 +1,4 @@
-"""Predicted memory against what the allocator hands out, and the refusals and choices made of it."""
+"""Predicted memory against what the allocator hands out."""
 
 import json
 import platform

@@ -1,5 +1,7 @@
 """The audit: it must find nothing where nothing depends on the batch, and the right thing where something does."""
 
+import math
+import re
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from softmoe_cli.data.batches import eval_batches
 from softmoe_cli.data.splits import ImageSet
-from softmoe_cli.evaluate.audit import Audit, silenced, summary
+from softmoe_cli.evaluate.audit import Audit, polysemanticity, summary
 from softmoe_cli.evaluate.quality import Outcomes, outcomes
 from softmoe_cli.model.vit import build, portable
 from softmoe_cli.options.conf_files import conf_folder
@@ -101,7 +103,7 @@ def test_a_silenced_expert_is_one_whose_last_weights_are_zero(router: str) -> No
         key = f"blocks.1.mlp.experts.{name}"
         changed[key] = changed[key].index_fill(0, torch.tensor([1, 2]), 0)
     want = made.said(made._variant({}, changed), made.images, 8)
-    with silenced(layer.experts, [1, 2]):
+    with layer.silenced([1, 2]):
         got = made.said(made.model, made.images, 8)
     assert torch.equal(got.label_probability, want.label_probability)
     assert not torch.equal(got.label_probability, made.reference.label_probability)
@@ -119,6 +121,42 @@ def test_experts_in_turn_and_at_random() -> None:
     mean, worst = (finding for finding in shown if finding.block == 1)
     assert mean.top1_pct == pytest.approx(sum(finding.top1_pct for finding in alone) / 4)
     assert worst.top1_pct == min(finding.top1_pct for finding in alone)
+    assert all(finding.polysemanticity is None for finding in findings[4:])
+
+
+def test_forbidden_kinds() -> None:
+    """Without the kinds that cost nothing a token takes two MLPs; forbidding what nobody chooses changes nothing."""
+    made = audit("zero_computation", num_constant=2)
+    findings = list(made.findings("kinds"))
+    said = [
+        re.fullmatch(r"without (\w+) experts: ([\d.]+) MLPs per token for ([\d.]+)", each.setting) for each in findings
+    ]
+    assert [each and each[1] for each in said] == ["ffn", "constant", "copy", "zero"]
+    assert len({each and each[3] for each in said}) == 1
+    assert [float(each[2]) >= float(each[3]) for each in said if each] == [False, True, True, True]
+    assert said[0] is not None and float(said[0][2]) == 0
+    bare = audit("zero_computation", num_constant=0, num_copy=0, num_zero=1)
+    (_, only) = bare.findings("kinds")
+    assert ": 2.00 MLPs per token" in only.setting
+    again = bare.said(bare.model, bare.images, 8)
+    assert torch.equal(again.label_probability, bare.reference.label_probability)
+    assert "one kind" in str(audit("tokens_choice").not_applicable("kinds"))
+
+
+def predicted(*predictions: int) -> Outcomes:
+    """Of six images, two of each of three classes."""
+    label, said = torch.tensor([0, 0, 1, 1, 2, 2]), torch.tensor(predictions)
+    sure = torch.ones(6, dtype=torch.float64)
+    return Outcomes(label, said, sure, sure, torch.ones(6, dtype=torch.bool), 0.0, 0.0, 3)
+
+
+def test_polysemanticity_by_hand() -> None:
+    """An expert that only class 1 needs; one that classes 0 and 1 need, class 0 twice as much; one that nobody does."""
+    then = predicted(0, 0, 1, 1, 2, 0)
+    assert polysemanticity(then, predicted(0, 0, 0, 0, 2, 0)) == 0
+    found = polysemanticity(then, predicted(1, 1, 1, 0, 2, 0))
+    assert found == pytest.approx(math.dist((2 / math.sqrt(5), 1 / math.sqrt(5)), (1, 0)))
+    assert polysemanticity(then, predicted(0, 0, 1, 1, 2, 2)) is None
 
 
 @pytest.mark.parametrize(

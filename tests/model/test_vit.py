@@ -1,4 +1,4 @@
-"""Models: official initialisation, published sizes, placement, routers by name, timm backbones, loading weights."""
+"""Models: official initialisation, published sizes, placement, timm backbones."""
 
 import math
 from typing import Any

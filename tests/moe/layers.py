@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softmoe_cli.model.router import make_router
-from softmoe_cli.moe.layer import Experts, MoE
+from softmoe_cli.model.router import make_layer
+from softmoe_cli.moe.layer import MoE
 from softmoe_cli.moe.routing import Router, SparseRouting
 from tests import oracles
 from tests.routers import ROUTERS
@@ -20,9 +20,9 @@ def layer(router: str, **changes: Any) -> MoE:
     """A float64 layer whose parameters are all random."""
     torch.manual_seed(0)
     options = ROUTERS[router] | {"num_experts": EXPERTS}
-    made = make_router(options | {key: value for key, value in changes.items() if key in options}, DIM, TOKENS)
-    shared = Experts(1, DIM, made.shared_experts * HIDDEN, gelu="tanh", identical=True) if made.shared_experts else None
-    moe = MoE(made, Experts(EXPERTS, DIM, HIDDEN, gelu="tanh", identical=False), shared).double()
+    options |= {key: value for key, value in changes.items() if key in options}
+    moe = make_layer(options, DIM, HIDDEN, TOKENS, gelu="tanh", identical=False).double()
+    assert isinstance(moe, MoE)
     with torch.no_grad():
         for parameter in moe.parameters():
             parameter.normal_(std=0.7)

@@ -11,17 +11,18 @@ import torch
 from torch import Tensor, nn
 
 import softmoe_cli.moe.routers
-from softmoe_cli.model.router import make_router
+from softmoe_cli.model.router import make_layer
 from softmoe_cli.model.vit import portable_options
+from softmoe_cli.moe.kind import Decider, Layer
 from softmoe_cli.moe.layer import Experts, MoE
 from softmoe_cli.moe.routers.soft import SoftRouter, soft_logits
-from softmoe_cli.moe.routing import DenseRouting, Router, load_statistics, routings
+from softmoe_cli.moe.routing import DenseRouting, load_statistics, routings
 from tests.oracles import soft_moe
 from tests.routers import ROUTERS, YAMLS
 
 every_router = pytest.mark.parametrize("options", ROUTERS.values(), ids=ROUTERS.keys())
 
-DIM, HIDDEN, TOKENS, IMAGES = 12, 20, 16, 3
+DIM, HIDDEN, TOKENS, IMAGES = 12, 128, 16, 3
 
 
 def soft(dim: int, num_tokens: int, e: int, p: int, *, noise_std: float = 0.0) -> SoftRouter:
@@ -41,10 +42,9 @@ def soft_layer(n: int, d: int, h: int, e: int, p: int, seed: int = 0) -> MoE:
     return layer
 
 
-def contract_layer(options: dict[str, Any], dtype: torch.dtype = torch.float32) -> MoE:
+def contract_layer(options: dict[str, Any], dtype: torch.dtype = torch.float32) -> Layer:
     torch.manual_seed(0)
-    router = make_router(options, DIM, TOKENS)
-    return MoE(router, Experts(router.num_experts, DIM, HIDDEN, gelu="tanh", identical=False)).to(dtype)
+    return make_layer(options, DIM, HIDDEN, TOKENS, gelu="tanh", identical=False).to(dtype)
 
 
 def soft_routing(router: nn.Module, x: Tensor) -> DenseRouting:
@@ -233,7 +233,7 @@ def test_yaml_and_constructor_have_the_same_options(name: str) -> None:
     module, _, class_name = ROUTERS[name]["_target_"].rpartition(".")
     assert module == f"softmoe_cli.moe.routers.{name}"
     router_class = getattr(import_module(module), class_name)
-    assert issubclass(router_class, Router)
+    assert issubclass(router_class, Decider)
     parameters = inspect.signature(router_class).parameters.values()
     named = {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
     assert named == set(ROUTERS[name]) - {"_target_"}
@@ -264,7 +264,8 @@ def test_routings_sees_one_routing_and_leaves_no_hook(options: dict[str, Any]) -
 def test_options_of_a_soft_router_keep_its_slots_at_another_number_of_tokens() -> None:
     options: dict[str, Any] = {"num_experts": 4, "slots_per_expert": None, "capacity_factor": 1.0, "noise_std": 0.5}
     router = SoftRouter(4, 16, **options)
-    again = SoftRouter(4, 64, **portable_options(options, router))
+    layer = MoE(router, Experts(4, 4, 8, gelu="tanh", identical=True))
+    again = SoftRouter(4, 64, **portable_options(options, layer))
     assert again.slots_per_expert == 4
     assert again.noise_std == 0.5
     again.load_state_dict(router.state_dict())

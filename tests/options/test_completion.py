@@ -51,6 +51,7 @@ COMPLETED = {
     "softmoe compare outputs/d": ["outputs/digits"],
     "softmoe status outputs/digits/o": ["outputs/digits/one-1/"],
     "softmoe compare --c": ["--cost", "--columns"],
+    "softmoe scaling --t": ["--train-pflop", "--total-pflop", "--total-s"],
     "softmoe nonsense ": [],
     "softmoe train data.root=/no/such/place/": [],
 }  # fmt: skip

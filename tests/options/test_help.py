@@ -1,4 +1,4 @@
-"""What the command line says of itself: help, lists, refusals by another name, completion."""
+"""What the command line says of itself: help."""
 
 import subprocess
 import sys

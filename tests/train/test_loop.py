@@ -1,4 +1,4 @@
-"""The loop through its real parts: processes, signals, files. Same configuration, same numbers, whatever happens."""
+"""The loop through its real parts: its options, updates, rows and result."""
 
 import functools
 import json

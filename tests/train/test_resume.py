@@ -68,6 +68,10 @@ HARD = {
         "augment.mixup=0.4", "model.backbone.drop_path=0.3", "train.ema=0.9", "train.recompute=true",
     ),
     "sgd": ("optim.name=sgd", "optim.momentum=0.9", "optim.layer_decay=0.7", "augment.erase=0.5", "optim.lr=0.1"),
+    "what the images cost": (
+        "model/router=zero_computation", "model.moe_blocks=every_1", "train.recompute=true", "train.accumulate=2",
+        "train.log_every=1",
+    ),
     "8bit": ("optim.moments=8bit", "model.backbone.mlp_width=256"),
 }  # fmt: skip
 

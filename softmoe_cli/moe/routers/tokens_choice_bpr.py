@@ -11,11 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from softmoe_cli.moe.routers.tokens_choice import TokensChoiceRouter
-
-
-def surest_first(gates: Float[Tensor, "g s e"]) -> Int[Tensor, "g s"]:
-    """Tokens by their largest gate, descending; of equal ones the lower number first."""
-    return gates.detach().amax(dim=2).argsort(dim=1, descending=True, stable=True)
+from softmoe_cli.moe.sparse import surest_first
 
 
 class TokensChoiceBPRRouter(TokensChoiceRouter):

@@ -1,0 +1,186 @@
+"""What every kind of layer says of itself. A layer stands in the place of a block's MLP; a part of it decides.
+
+In most kinds a router gives rows of tokens to experts that are MLPs (routing.py, layer.py). A kind whose experts are
+something else builds its whole layer (factorised.py).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar
+
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+
+class Decision(ABC):
+    """What one layer has decided about one batch."""
+
+    aux_loss: Float[Tensor, ""]
+
+    @abstractmethod
+    def statistics(self) -> dict[str, float]:
+        """Plain numbers for the record; computed only here, when asked."""
+
+
+UNKNOWN = "softmoe does not know whether its weights add up to one; leave preserve=false"
+"""The answer of `departs_from_mlp` by a router that does not define it."""
+
+
+class Decider(nn.Module, ABC):
+    """What `model/router=` names. Constructed as `Decider(dim, num_tokens, **options)`; the options, all without
+    default, stand in its yaml.
+
+    Here commands learn everything that they must know of what decides, whatever the kind of layer. Options of these
+    names mean the same for all: `num_experts`, `images_per_group`.
+    """
+
+    num_experts: int
+    slots_per_expert: int | None = None
+    """p, slots of an expert in one group of images; None where nothing bounds an expert's rows, or it has none."""
+    exempt: ClassVar[dict[str, str]] = {}
+    """Checks of `softmoe check` that this router's definition rules out, each with the reason."""
+    official: ClassVar[str | None] = None
+    """Which of the official code's numbers are of this router: a name that check/official.py knows."""
+    decays: ClassVar[tuple[str, ...] | None] = None
+    """Its parameters with weight decay, by name; None: matrices that are called `weight`, as elsewhere in a model."""
+    slot_axes: ClassVar[Mapping[str, int]] = {}
+    """The axis of an expert's slots in each parameter that has one: trained weights can then be given other
+    `slots_per_expert`."""
+    images_per_group: int = 1
+    """Images that decide about each other: results depend on batch neighbours where it is not 1."""
+    whole_batches: str | None = None
+    """Why a batch cannot be computed in parts, with the way out; None where it can."""
+
+    def layer(self, hidden: int, gelu: str) -> "Layer | None":
+        """The whole layer in the place of an MLP of `hidden` units, of a kind that builds its own; None where rows go
+        to stacked experts. `gelu` is `tanh` or `none` (exact).
+
+        Raises:
+            ValueError: no such layer can be.
+        """
+        return None
+
+    @abstractmethod
+    def flop(self, num_tokens: int) -> int:
+        """FLOPs per image of everything but the experts, on `num_tokens` tokens; a multiply-add counts as 2."""
+
+    def train_flop(self, num_tokens: int) -> int:
+        """FLOPs per image of `flop`'s products and of their gradients: a product has two operands, and each that has
+        a gradient costs as much again. Routers with fixed weights have fewer."""
+        return 3 * self.flop(num_tokens)
+
+    kinds: Sequence[str] = ()
+    """Kinds of experts that tokens can do without, where there are several. Its decisions then say what has `landed`
+    (`Routing`)."""
+
+    def without(self, kind: str) -> AbstractContextManager[None]:
+        """While open, tokens choose no expert of one of `kinds`."""
+        raise NotImplementedError(f"experts of {type(self).__name__} are of one kind")
+
+    def departs_from_mlp(self, num_tokens: int, parts: int) -> str | None:
+        """Why a layer of copies of an MLP is not that MLP in evaluation, and the way out; None where it is: every
+        token's weights add up to one over experts that see that token alone and, with an MLP cut into `parts`, are
+        equal among the parts of a copy."""
+        return UNKNOWN
+
+    def capacity_factor(self, slots: int, num_tokens: int) -> float | None:
+        """The capacity factor with `slots` slots per expert: slots of all experts over what `num_tokens` tokens an
+        image ask for. None if trained weights cannot be run with other capacities."""
+        return None
+
+    @abstractmethod
+    def forward(self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None = None) -> Decision:
+        """Decides about a batch. Tokens where `keep` is false are padding."""
+
+    def statistics(self) -> dict[str, float]:
+        """Plain numbers about its own parameters."""
+        return {}
+
+    @classmethod
+    def remark(cls, layers: Sequence[Mapping[str, Any]], num_tokens: int) -> str:
+        """A sentence for the end of a run, about the statistics of its last look, one row of routing.jsonl for each
+        layer; empty where there is nothing to say."""
+        return ""
+
+    def share_batches(self) -> None:
+        """Called once in each of several processes that share every batch, for what is taken over a whole batch."""
+        return
+
+    def counted(self) -> list[Tensor]:
+        """Tensors that forward passes have added up for `after_update`; processes that share a batch add theirs
+        together."""
+        return []
+
+    def after_update(self) -> None:
+        """Called once after each update of the weights, for what is adjusted by other means than gradients."""
+        return
+
+
+class Layer(nn.Module, ABC):
+    """What stands in the place of a block's MLP: `router` decides, `experts` compute.
+
+    Here commands learn everything that they must know of a layer beside what its router says.
+    """
+
+    router: Decider
+    experts: nn.Module
+    decays: ClassVar[tuple[str, ...] | None] = None
+    """As a router's, of all its parameters."""
+    run_widths: Sequence[int] = ()
+    """Widths of the matrices that runs of rows of any length are multiplied by, which torch can take in multiples
+    only."""
+
+    @abstractmethod
+    def forward(self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b n d"]:
+        """Padding, where `keep` is false, gets zero."""
+
+    @abstractmethod
+    def flop_by_part(self, num_tokens: int) -> dict[str, tuple[int, int]]:
+        """FLOPs per image, forwards and in training (forwards and backwards), of `router` and of each other submodule;
+        a multiply-add counts as 2."""
+
+    def flop(self, num_tokens: int) -> int:
+        """FLOPs per image; a multiply-add counts as 2."""
+        return sum(forward for forward, _ in self.flop_by_part(num_tokens).values())
+
+    def recomputed_flop_by_part(self, num_tokens: int) -> dict[str, int]:
+        """FLOPs per image of each part in a forward pass of training, which recomputation repeats."""
+        return {part: forward for part, (forward, _) in self.flop_by_part(num_tokens).items()}
+
+    @property
+    def landed_row_flop(self) -> int | None:
+        """FLOPs of one row of an expert, forwards, where the images decide how many rows there are; else None."""
+        return None
+
+    @abstractmethod
+    def last_product(self, num_tokens: int) -> tuple[str, int]:
+        """The part with the layer's last product, and the FLOPs of that product per image; 0 if its result is needed
+        for a gradient."""
+
+    @abstractmethod
+    def rows(self, num_tokens: int) -> float | None:
+        """Rows per image that the experts compute in training, empty ones included; None where every expert has a part
+        in every token."""
+
+    @property
+    @abstractmethod
+    def active_share(self) -> float:
+        """The share of `experts`' parameters that one token passes through, on average."""
+
+    @abstractmethod
+    def fixed_options(self) -> dict[str, Any]:
+        """Options of the router whose values came of the model, with these values: what a checkpoint keeps, so that
+        its weights fit into whatever is built from it."""
+
+    def hold(
+        self, w1: Float[Tensor, "h d"], b1: Float[Tensor, " h"], w2: Float[Tensor, "d h"], b2: Float[Tensor, " d"]
+    ) -> dict[str, tuple[str, str]] | None:
+        """Becomes exactly this MLP, where the router does not depart from one. Says for each of its parameters that it
+        changed from which weight of the MLP it is, by the name here, and how. None where the experts are MLPs
+        themselves: then softmoe upcycle fills them."""
+        return None
+
+    @abstractmethod
+    def silenced(self, which: Sequence[int]) -> AbstractContextManager[None]:
+        """While open, these experts add nothing; nothing is decided anew."""
