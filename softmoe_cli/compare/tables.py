@@ -356,8 +356,8 @@ def _flat_second(comparison: Comparison, group: Group) -> dict[str, Any]:
         return {}
     row = {} if key in group.intervals else _ends(key, told.interval)
     row |= _ends(f"{key}_difference", told.difference.interval if told.difference else None)
-    row |= {f"{key}_p_holm": told.p_holm, f"{key}_verdict": told.verdict}
-    return row | _chance(f"{key}_p_better", told.p_better)
+    verdict = {f"{key}_p_holm": told.p_holm, f"{key}_verdict": told.verdict}
+    return row | verdict | _chance(f"{key}_p_better", told.p_better)
 
 
 def _chance(key: str, interval: Interval | None) -> dict[str, float | None]:

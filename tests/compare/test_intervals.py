@@ -263,7 +263,7 @@ def test_any_time_differences_take_seeds_in_the_order_given() -> None:
     assert told is not None
     assert (found.method, found.unpaired_seeds) == ("any-time", (3, 7))
     assert (found.p, found.p_equal) == pytest.approx((told.p, told.p_equal))
-    assert (found.interval.mean, found.interval.low, found.interval.n) == (pytest.approx(1.4), None, 3)
+    assert found.interval.mean == pytest.approx(1.4) and (found.interval.low, found.interval.n) == (None, 3)
     same = anytime_difference([(0, 2.0), (1, 3.0), (2, 4.0)], [(0, 1.0), (1, 2.0), (2, 3.0)], [0, 1, 2])
     assert (same.p, same.interval.low) == (None, None)
     apart = anytime_difference([(0, 2.0), (1, 3.0)], [(5, 1.0)], [])

@@ -30,8 +30,8 @@ VISIBLE = {3: (3.26, 4.33), 4: (2.13, 3.45), 5: (1.68, 2.48), 6: (1.43, 2.01), 8
 def test_seeds_and_effects_are_those_of_the_tables() -> None:
     for effect, row in SEEDS.items():
         assert tuple(seeds_to_see(effect, m) for m in (1, 2, 5, 10)) == row
-    for n, row in VISIBLE.items():
-        assert tuple(visible_effect(n, m) for m in (1, 4)) == pytest.approx(row, abs=0.006)
+    for n, effects in VISIBLE.items():
+        assert [visible_effect(n, m) for m in (1, 4)] == pytest.approx(list(effects), abs=0.006)
     assert seeds_to_see(0.001) is None and visible_effect(2) is None
 
 
