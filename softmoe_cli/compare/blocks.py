@@ -58,7 +58,7 @@ def compare(folders: Sequence[Path], question: Question) -> Comparison:
     asked = columns if question.columns else []
     return Comparison(
         question.quality, question.cost, columns, blocks, notes, left_out, asked, sweep_commands(usable),
-        second=question.second, margin=question.margin, compute=compute(runs, folders),
+        second=question.second, margin=question.margin, to_quality=question.to_quality, compute=compute(runs, folders),
     )  # fmt: skip
 
 

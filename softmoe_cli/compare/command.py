@@ -32,6 +32,7 @@ OPTIONS: dict[str, tuple[str, str]] = {
     "baseline": ("LABEL | KEY=VALUE", "what others are measured against; without it the dense control"),
     "margin": ("AMOUNT", "a difference, in the unit of the quality, below which groups are equal; choose it before"),
     "any-time": ("", "verdicts that hold however often one looks; also where seeds were added after a look"),
+    "to-quality": ("baseline | VALUE", "how much cheaper a group reaches the baseline's quality, or this one"),
     "at": ("AXIS=BUDGET,BUDGET", f"quality at equal {', '.join(AXES)}; AXIS alone chooses budgets that all runs reach"),
     "strict": ("", "keep runs of different commits and versions apart"),
     "reference": ("NAME | FILE.csv", "lay the paper's tables (pareto, long_runs) or a CSV beside ours"),

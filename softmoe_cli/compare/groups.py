@@ -20,6 +20,7 @@ from softmoe_cli.compare.intervals import (
     on_front,
 )
 from softmoe_cli.compare.power import Outlook
+from softmoe_cli.compare.reach import Reached
 from softmoe_cli.compare.runs import FINGERPRINT, FinishedRun
 from softmoe_cli.compare.units import quantity
 from softmoe_cli.errors import UsageError, nearest
@@ -85,6 +86,7 @@ class Group:
     p_equal_holm: float | None = None
     p_better: Interval | None = None
     second: Second | None = None
+    reached: Reached | None = None
     may_be_best: bool | None = None
     cost_ratio: float | None = None
     conditions: list[str] = field(default_factory=list)
@@ -140,6 +142,7 @@ class Comparison:
     reference_name: str = ""
     second: str = ""
     margin: float | None = None
+    to_quality: str | None = None
     compute: str = ""
 
     @property
@@ -170,6 +173,7 @@ class Question:
     strict: bool = False
     margin: float | None = None
     any_time: bool = False
+    to_quality: str | None = None
 
     def check(self) -> None:
         """Raises UsageError for a figure that does not exist."""
@@ -178,6 +182,10 @@ class Question:
                 raise UsageError(f"--{option} {key}: no such figure.{nearest(key, known)} Choices: {', '.join(known)}")
         if self.margin is not None and not (number(self.margin) and self.margin > 0):
             raise UsageError(f"--margin {self.margin:g}: must be a number above 0, in the unit of {self.quality}")
+        if self.to_quality not in (None, "baseline") and self.target is None:
+            raise UsageError(
+                f"--to-quality {self.to_quality}: write baseline, or a number in the unit of {self.quality}"
+            )
         for each in self.at:
             self._budgets(each)
 
@@ -199,6 +207,20 @@ class Question:
     def second(self) -> str:
         """The measure beside the main one: a loss beside a share, a share beside a loss."""
         return SECOND[self.quality]
+
+    @property
+    def target(self) -> float | None:
+        """The quality of --to-quality; None where it is the baseline's."""
+        try:
+            value = float(self.to_quality or "")
+        except ValueError:
+            return None
+        return value if number(value) else None
+
+    @property
+    def axis(self) -> str:
+        """What curves are drawn and compared against."""
+        return self.cost if self.cost in AXES else AXES[0]
 
     @property
     def budgets(self) -> list[tuple[str, list[float] | None]]:

@@ -26,6 +26,11 @@ SECOND_NOTE = (
     "A second measure, with a family of verdicts of its own: it may support what the main measure says, and never "
     "replaces it"
 )
+REACHED_NOTE = (
+    "The cost at which the best look so far first reached the quality, linear between looks, geometric mean over "
+    "seeds; the ratio is the baseline's cost over the group's, paired by seed where seeds are shared, with the 95% "
+    "interval of its logarithm; where a seed never got there, the mean of these seeds has a bound alone"
+)
 CURVE_NOTE = (
     "Quality on the validation images, each run's curve interpolated linearly and never extrapolated; a point inside a "
     "curve was reached under a schedule made for the whole run"
@@ -61,7 +66,7 @@ def tables(comparison: Comparison) -> list[Table]:
     shown, found = units(comparison), []
     for block in comparison.blocks:
         found.append(_groups(comparison, block, shown))
-        found += [*_budgets(comparison, block, shown), *_second(comparison, block)]
+        found += _beside(comparison, block, shown)
     return found
 
 
@@ -153,6 +158,43 @@ def _budgets(comparison: Comparison, block: Block, shown: dict[str, Unit]) -> li
     return found
 
 
+def _beside(comparison: Comparison, block: Block, shown: dict[str, Unit]) -> list[Table]:
+    """The tables beside a block's first one."""
+    return [
+        *_budgets(comparison, block, shown),
+        *_reached(comparison, block, shown),
+        *_second(comparison, block),
+    ]
+
+
+def _reached(comparison: Comparison, block: Block, shown: dict[str, Unit]) -> list[Table]:
+    """A table of the costs at which groups first reached a quality, where --to-quality asks for it."""
+    found = [(group, group.reached) for group in block.groups if group.reached]
+    if not found:
+        return []
+    axis, key = found[0][1].axis, QUALITIES[comparison.quality].curve
+    rows = []
+    for group, told in found:
+        if told.ratio is not None:
+            low, high = told.ratio.low, told.ratio.high
+            ratio = f"{told.ratio.mean:.3g}" + (f" ({low:.3g} to {high:.3g})" if low and high else "")
+        else:
+            bounds = {"below": told.below, "above": told.above}
+            ratio = " ".join(f"{word} {bound:.3g}" for word, bound in bounds.items() if bound) or "cannot be told"
+        cost = "" if told.cost is None else figure(axis, told.cost * shown[axis].factor)
+        times = [f"{count} of {n}" for count, n in ((told.reached, told.n), (told.baseline_reached, told.baseline_n))]
+        words = provisos(group, axis)[-1:] if group.pretrained else []
+        rows.append([group.label, *times, cost, ",\n".join([ratio, *words])])
+    goal = (
+        "the baseline's" if comparison.to_quality == "baseline" else f"a {CURVES[key].title} of {comparison.to_quality}"
+    )
+    goal = f"{goal} {CURVES[key].title}" if comparison.to_quality == "baseline" else goal
+    against = _minus(block).replace("minus ", "")
+    head = ["group", "reached it", f"{against} did", shown[axis].head, f"times cheaper than {against}"]
+    title = f"{block.title}: {COSTS[axis].amount} to reach {goal}"
+    return [Table(title, REACHED_NOTE, head, rows, block.title)]
+
+
 def _second(comparison: Comparison, block: Block) -> list[Table]:
     """A table with the second measure, where groups are judged by it."""
     key, rows = comparison.second, []
@@ -209,7 +251,7 @@ def terminal(comparison: Comparison, width: int | None = None) -> str:
         parts.append(laid_out(_groups(comparison, block, shown, brief=True)))
         told = [f"{front(comparison, block)}.", *sentences(comparison, block)]
         parts.append("\n".join(map(wrapped, told)))
-        parts += [laid_out(table) for table in [*_budgets(comparison, block, shown), *_second(comparison, block)]]
+        parts += [laid_out(table) for table in _beside(comparison, block, shown)]
     if comparison.reference:
         parts.append(
             f"{len(comparison.reference)} rows of reference, not ours, are in the files: {comparison.reference_name}"
@@ -328,7 +370,7 @@ def _flat(comparison: Comparison, block: Block, group: Group) -> dict[str, Any]:
         "on_front": group.front,
         "front_probability": group.front_probability,
     }
-    row |= _flat_outlook(block, group) | _flat_second(comparison, group)
+    row |= _flat_outlook(block, group) | _flat_reached(group) | _flat_second(comparison, group)
     for each in group.budgets:
         name = f"{QUALITIES[comparison.quality].curve}_at_{each.axis}_{each.budget!r}"
         row |= _ends(name, each.interval)
@@ -348,6 +390,18 @@ def _flat_outlook(block: Block, group: Group) -> dict[str, Any]:
         "seeds_needed_fewest": needed.fewest if needed else None,
         "seeds_needed_most": needed.most if needed else None,
     }
+
+
+def _flat_reached(group: Group) -> dict[str, Any]:
+    told = group.reached
+    if told is None:
+        return {}
+    row: dict[str, Any] = {"reached": told.reached, f"reached_at_{told.axis}": told.cost}
+    return (
+        row
+        | _chance("times_cheaper", told.ratio)
+        | {"times_cheaper_below": told.below, "times_cheaper_above": told.above}
+    )
 
 
 def _flat_second(comparison: Comparison, group: Group) -> dict[str, Any]:
@@ -389,6 +443,7 @@ def everything(comparison: Comparison) -> dict[str, Any]:
         "quality": comparison.quality,
         "second": comparison.second,
         "margin": comparison.margin,
+        "to_quality": comparison.to_quality,
         "cost": comparison.cost,
         "blocks": [
             {
@@ -414,6 +469,7 @@ def _group(comparison: Comparison, group: Group) -> dict[str, Any]:
     plain["difference"] = asdict(group.difference) if group.difference else None
     plain["p_better"] = asdict(group.p_better) if group.p_better else None
     plain["second"] = asdict(group.second) if group.second else None
+    plain["reached"] = asdict(group.reached) if group.reached else None
     plain["budgets"] = [asdict(each) for each in group.budgets]
     keys = ("name", "signature", "seed", *dict.fromkeys([comparison.quality, comparison.cost, *comparison.columns]))
     plain["runs"] = [{"folder": run.place} | {key: run.row.get(key) for key in keys} for run in group.runs]

@@ -17,6 +17,7 @@ from softmoe_cli.compare.intervals import (
 )
 from softmoe_cli.compare.looks import PastLooks, seed_order, seeds_were_added
 from softmoe_cli.compare.power import outlook
+from softmoe_cli.compare.reach import reached
 from softmoe_cli.compare.units import apart
 from softmoe_cli.errors import UsageError, nearest
 from softmoe_cli.run.rows import COSTS, QUALITIES, number
@@ -64,6 +65,7 @@ def _judge_block(block: Block, candidates: list[Group], question: Question, look
         group.p_better = beats(group.difference, higher_is_better=higher)
         group.conditions += ["any-time"] if rule.anytime else []
         _conditions(group, baseline, question.cost)
+        _to_quality(group, baseline, rule, question, block.notes)
         if group.second and baseline.second:
             group.second.difference = second[group.label] = rule.difference(
                 group.values(question.second), baseline.values(question.second)
@@ -102,6 +104,21 @@ class _Rule:
         if self.anytime:
             return anytime_difference(ours, theirs, self._order, margin)
         return difference(ours, theirs, margin)
+
+
+def _to_quality(group: Group, baseline: Group, rule: _Rule, question: Question, notes: list[str]) -> None:
+    """How much cheaper the group reaches the quality that --to-quality names."""
+    if question.to_quality is None:
+        return
+    key, axis = QUALITIES[question.quality].curve, question.axis
+    ours, theirs = ([(run.row["seed"], run.curve(axis, key)) for run in each.runs] for each in (group, baseline))
+    higher = QUALITIES[question.quality].better == "higher"
+    group.reached = reached(ours, theirs, question.target, axis, rule.difference, higher_is_better=higher)
+    if group.reached is None:
+        notes.append(
+            f"{group.label} against {group.baseline}: when that quality was reached cannot be told, because a run has "
+            "no curve or was there at its first look; look earlier (train.eval_every), or ask for a higher quality"
+        )
 
 
 def _best(block: Block, question: Question, looks: PastLooks) -> None:
