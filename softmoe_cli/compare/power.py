@@ -41,7 +41,7 @@ def power(effect: float, n: int, comparisons: int = 1, *, anytime: bool = False)
     needed = threshold(n, comparisons, anytime=anytime)
     if math.isinf(needed):
         return 0.0
-    shift = abs(effect) * math.sqrt(n)
+    shift = min(abs(effect), LARGEST_EFFECT) * math.sqrt(n)
     return float(1 - nctdtr(n - 1, shift, needed) + nctdtr(n - 1, shift, -needed))
 
 

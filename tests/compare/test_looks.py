@@ -23,6 +23,12 @@ def seeds(folder: Path, *which: int, soft: float = 1.0) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def _no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take seconds, and show no look."""
+    monkeypatch.setattr("softmoe_cli.compare.figures.figure_files", lambda _, name: {f"{name}.svg": b"drawn"})
+
+
 def looked(folder: Path, **question: float | str) -> Comparison:
     """Compares and records the look, as the command does."""
     comparison = asked(folder, **question)

@@ -61,7 +61,8 @@ def test_the_ratio_is_the_planted_one() -> None:
     low, high = stats.t.interval(0.95, 2, np.mean(np.log(speeds)), stats.sem(np.log(speeds)))
     assert [found.ratio.low, found.ratio.high] == pytest.approx([math.exp(low), math.exp(high)], rel=0.03)
     assert (found.reached, found.n, found.below, found.above) == (3, 3, None, None)
-    scaled = asked_of(*([[(7 * c, v) for c, v in curve] for curve in side] for side in (ours, theirs)))
+    dear = [[[(7 * c, v) for c, v in curve] for curve in side] for side in (ours, theirs)]
+    scaled = asked_of(dear[0], dear[1])
     assert scaled is not None and scaled.ratio is not None and scaled.ratio.mean == pytest.approx(found.ratio.mean)
     value = asked_of(ours, theirs, target=80.0)
     back = asked_of(theirs, ours, target=80.0)
@@ -76,7 +77,7 @@ def test_a_seed_that_never_gets_there_gives_a_bound_alone() -> None:
     slow = [planted(2.0), planted(2.0), planted(0.5)]
     found = asked_of(slow, [planted(1.0)] * 3)
     assert found is not None and (found.reached, found.n, found.ratio, found.cost) == (2, 3, None, None)
-    assert found.below == pytest.approx((2 * 2 * 1) ** (1 / 3), rel=0.01), "its own ratio is below 1: 40 over 40"
+    assert found.below is not None and found.below == pytest.approx((2 * 2 * 1) ** (1 / 3), rel=0.01), "its own ratio is below 1: 40 over 40"
     turned = asked_of([planted(1.0)] * 3, slow, target=planted(1.0)[-1][1])
     assert turned is not None and turned.above == pytest.approx(1 / found.below, rel=0.01)
     neither = asked_of(slow, slow, target=94.9)
