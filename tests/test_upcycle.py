@@ -104,6 +104,8 @@ PRESERVING: dict[str, tuple[str, int, dict[str, Any]]] = {
     "experts choice in parts": ("experts_choice", 2, ROOM),
     "experts choice, gates add up to one": ("experts_choice", 1, {"renormalise": True, **ROOM}),
     "identity": ("identity", 1, {}),
+    "a zero expert": ("zero_computation", 1, {"num_copy": 0, "num_constant": 0}),
+    "no free experts": ("zero_computation", 2, {"num_zero": 0, "num_copy": 0, "num_constant": 0}),
 }  # fmt: skip
 OTHER: dict[str, tuple[str, int, dict[str, Any], str]] = {
     "gates as they are": ("tokens_choice", 1, {"k": 2, **ROOM}, "do not add up to one"),
@@ -119,6 +121,26 @@ OTHER: dict[str, tuple[str, int, dict[str, Any], str]] = {
         "a token that no expert takes gets nothing",
     ),
     "identity in parts": ("identity", 2, {}, "one part of the MLP only"),
+    "copies": ("zero_computation", 1, {}, "copy and constant experts are no copies of the MLP"),
+    "the paper's gates": (
+        "zero_computation",
+        1,
+        {"num_copy": 0, "num_constant": 0, "gates": "softmax"},
+        "do not add up to one",
+    ),
+    "a zero expert that keeps its gate": (
+        "zero_computation",
+        1,
+        {"num_copy": 0, "num_constant": 0, "gates": "top2_softmax"},
+        "keeps its gate",
+    ),
+    "two zero experts": (
+        "zero_computation",
+        1,
+        {"num_copy": 0, "num_constant": 0, "num_zero": 2},
+        "can be zero experts",
+    ),
+    "half a copy beside zero": ("zero_computation", 2, {"num_copy": 0, "num_constant": 0}, "whole copies of 2 parts"),
     "soft": ("soft", 1, {}, "mixtures of 5 tokens"),
     "uniform": ("uniform", 1, {}, "mixtures of 5 tokens"),
 }

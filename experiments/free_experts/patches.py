@@ -63,9 +63,7 @@ def table(run: str) -> None:
     bright, edges, mlps, router = looked_at(run)
     by_token, share = mlps.float().mean(dim=1), ffn_share(router.num_experts, router.num_free, router.tau)
     print(f"\n{run}: {len(bright):,} patches, {mlps.shape[1]} layers; of the choices MLPs get")
-    print(
-        f"{by_token.mean() / router.k:.3f}, in balance {share:.3f}; below, MLPs per token, mean and deviation\n"
-    )
+    print(f"{by_token.mean() / router.k:.3f}, in balance {share:.3f}; MLPs per token, mean and standard deviation:\n")
     print("| fifth of the patches | by brightness | by contrast |\n|---|---|---|")
     orders = [by_token[values.argsort(stable=True)].chunk(SHARES) for values in (bright, edges)]
     for place, (light, sharp) in enumerate(zip(*orders, strict=True)):

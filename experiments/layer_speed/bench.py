@@ -65,7 +65,9 @@ def ours(name: str, d: int, e: int) -> nn.Module:
     options = yaml.safe_load((ROUTERS / f"{name}.yaml").read_text()) | {"num_experts": e}
     if "slots_per_expert" in options:
         options |= {"slots_per_expert": slots(e), "capacity_factor": None}
-    return MoE(make_router(options, d, TOKENS), Experts(e, d, 4 * d, gelu="none", identical=True))
+    router = make_router(options, d, TOKENS)
+    assert isinstance(router, Router)
+    return MoE(router, Experts(e, d, 4 * d, gelu="none", identical=True))
 
 
 def slots(e: int) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from softmoe_cli.moe.layer import Experts
-from softmoe_cli.moe.routing import Carried, Router
+from softmoe_cli.moe.routing import Carried
 
 PLUS_PLUS_KINDS = ("zero_computation_layer", "zero_computation_paper")
 Compared = Iterator[tuple[str, Tensor, Tensor]]
@@ -52,7 +52,7 @@ class PlusPlusLayer:
     """A layer of a case with its weights, as `grads` names them: theirs, ours, and whether ours is turned."""
 
     def __init__(
-        self, router_class: type[Router], meta: dict[str, Any], z: dict[str, np.ndarray], place: int,
+        self, router_class: type[Any], meta: dict[str, Any], z: dict[str, np.ndarray], place: int,
         tokens: int, dtype: torch.dtype,
     ) -> None:  # fmt: skip
         c, self.of = meta["config"], f"param/{place}/"
@@ -117,7 +117,7 @@ class PlusPlusLayer:
 
 
 def compare_layers(
-    router_class: type[Router], case: tuple[dict[str, Any], dict[str, np.ndarray]], dtype: torch.dtype
+    router_class: type[Any], case: tuple[dict[str, Any], dict[str, np.ndarray]], dtype: torch.dtype
 ) -> Compared:
     """Yields (name, our value, theirs) for everything in a case."""
     meta, z = case

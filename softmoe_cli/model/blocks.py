@@ -25,7 +25,7 @@ class CarryingBlock(Block):
             self.add_module(name, part)
         self.first, self.last = first, last
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, x: Tensor | tuple[Tensor, Carried], attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor | tuple[Tensor, Carried]:
         tokens, carried = (x, Carried()) if isinstance(x, Tensor) else x

@@ -9,14 +9,16 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 
-class Decision(ABC):
+class Decided(ABC):
     """What one layer has decided about one batch."""
 
     aux_loss: Float[Tensor, ""]
+    landed: Int[Tensor, ""] | None = None
+    """Rows of experts that hold a choice, where the images decide how many that are; else None."""
 
     @abstractmethod
     def statistics(self) -> dict[str, float]:
@@ -71,8 +73,8 @@ class Decider(nn.Module, ABC):
         return 3 * self.flop(num_tokens)
 
     kinds: Sequence[str] = ()
-    """Kinds of experts that tokens can do without, where there are several. Its decisions then say what has `landed`
-    (`Routing`)."""
+    """Kinds of experts that tokens can do without, where there are several. Its decisions then say what has
+    `landed`."""
 
     def without(self, kind: str) -> AbstractContextManager[None]:
         """While open, tokens choose no expert of one of `kinds`."""
@@ -90,7 +92,7 @@ class Decider(nn.Module, ABC):
         return None
 
     @abstractmethod
-    def forward(self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None = None) -> Decision:
+    def forward(self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None = None) -> Decided:
         """Decides about a batch. Tokens where `keep` is false are padding."""
 
     def statistics(self) -> dict[str, float]:

@@ -14,7 +14,7 @@ from softmoe_cli.export import distance, trace, write_torch_export
 from softmoe_cli.model.blocks import CarryingBlock
 from softmoe_cli.model.vit import build
 from softmoe_cli.moe.layer import MoE
-from softmoe_cli.moe.routing import Carried, routings
+from softmoe_cli.moe.routing import Carried, Routing, routings
 from tests.oracles import compose
 from tests.processes import forked
 
@@ -117,6 +117,7 @@ def test_first_logits_get_gradients_from_later_layers() -> None:
     model = vit().eval()
     with routings(model) as seen:
         model(images())
+        assert isinstance(seen[0], Routing)
         first = seen[0].carried
         assert first is not None and first.logits is not None
         (got,) = torch.autograd.grad(seen[-1].aux_loss, first.logits)

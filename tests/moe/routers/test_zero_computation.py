@@ -78,7 +78,7 @@ def oracle(
             spread = math.sqrt(sum((value - mean) ** 2 for value in own) / (every - 1))
             scaled = [value * options["logits_norm"] / spread for value in own]
         shares = oracles.softmax(scaled)
-        best = sorted(range(every), key=lambda j, shares=shares: (-shares[j], j))[:k]
+        best = [j for _, j in sorted((-share, j) for j, share in enumerate(shares))][:k]
         if options["gates"] == "top2_softmax":
             chosen = oracles.softmax([scaled[j] for j in best])
         else:
@@ -171,7 +171,7 @@ def test_two_layers_equal_loops_over_tokens(changes: Options, training: bool) ->
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
 def test_without_free_experts_it_is_tokens_choice(training: bool) -> None:
     """Special case 1, bit for bit: the same room, the same gates, no noise."""
-    bare = {"num_zero": 0, "num_copy": 0, "num_constant": 0, "gating_residual": False, "gates": "softmax"}
+    bare: Options = {"num_zero": 0, "num_copy": 0, "num_constant": 0, "gating_residual": False, "gates": "softmax"}
     options = ROUTERS["tokens_choice"] | {"num_experts": E, "k": 2, "capacity_factor": 1.1, "capacity_rounding": "ceil"}
     options |= {"noise_std": 0.0, "load_weight": 0.0, "importance_weight": 0.0}
     if not training:  # where nothing is dropped
