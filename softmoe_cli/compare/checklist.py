@@ -70,7 +70,8 @@ def checklist(comparison: Comparison, block: Block) -> str:
         )
         parts.append(f"main measure: {measure_name(comparison.quality)}")
         if comparison.margin is not None:
-            parts.append(f"equality: two one-sided tests within {comparison.margin:g}, 5%")
+            how = "the same e-values" if methods == ["any-time"] else "two one-sided tests"
+            parts.append(f"equality within {comparison.margin:g}: {how}, 5%")
         holm = f"Holm over {len(judged)} comparisons" if len(judged) > 1 else "none is needed, there is one comparison"
         parts.append(f"correction: {holm} for each of {', '.join(families)} apart")
     return f"{'; '.join(parts)}; compute: {comparison.compute}."

@@ -95,7 +95,7 @@ def best(block: Block) -> str:
     if not kept:
         return ""
     if len(kept) == 1:
-        return f"The best of {several(len(block.groups), 'group')}, surely (95%): {kept[0]}"
+        return f"{kept[0]} is the best of {several(len(block.groups), 'group')} (95%)"
     if len(kept) == len(block.groups):
         return "Which group is the best cannot be told: none can be ruled out (95%)"
     return f"Which is the best cannot be told among {len(kept)} of {len(block.groups)} (95%): {'; '.join(kept)}"

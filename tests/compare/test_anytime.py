@@ -161,3 +161,20 @@ def test_all_intervals_hold_the_truth_at_once() -> None:
     low, high = intersection(np.random.default_rng(3).normal(0.3, 1, (studies, 60)), 0.05)
     missed = float(np.mean((low[:, -1] > 0.3) | (high[:, -1] < 0.3)))
     assert missed == pytest.approx(0.0285, abs=4 * math.sqrt(0.0285 / studies))
+
+
+def test_more_seeds_never_take_a_verdict_back() -> None:
+    """p-values fall and intersections shrink with every seed, stay in their bounds, and are finite where values are
+    large, small, or hardly differ."""
+    random = np.random.default_rng(9)
+    for scale in (1e-40, 1.0, 1e40):
+        for noise in (1e-11, 1.0):
+            values = scale * (1 + noise * random.normal(0, 1, (20, 40)))
+            low, high = intersection(values, 0.05)
+            zero, equal = p_zero(values), p_equal(values, 2 * scale)
+            for p in (zero, equal):
+                assert np.all((p >= 0) & (p <= 1)) and np.all(np.diff(p, axis=1) <= 0)
+            assert np.all(np.diff(low[:, 5:], axis=1) >= 0) and np.all(np.diff(high[:, 5:], axis=1) <= 0)
+            assert np.all(np.isfinite(low[:, 5:])) and np.all(np.isfinite(high[:, 5:]))
+            assert np.all((zero[:, -1] < 0.05) == ((low[:, -1] > 0) | (high[:, -1] < 0)))
+            assert np.all((equal[:, -1] < 0.05) == ((low[:, -1] > -2 * scale) & (high[:, -1] < 2 * scale)))

@@ -3,8 +3,11 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from scipy import stats
 
+from softmoe_cli.compare.anytime import p_zero
 from softmoe_cli.compare.blocks import compare
 from softmoe_cli.compare.command import compare_folders
 from softmoe_cli.compare.groups import Comparison, Question
@@ -152,3 +155,11 @@ def test_the_command_records_what_it_has_shown(tmp_path: Path, capsys: pytest.Ca
     assert "had top1_pct as its main measure, and this one has nll" in capsys.readouterr().out
     assert compare_folders([*folders, "--margin", "3"]) == 0
     assert "had a margin of 2, and this one has 3" in capsys.readouterr().out
+
+
+def test_a_first_look_has_a_chance_of_its_own() -> None:
+    """Without a difference: Student's test at three seeds, and then the any-time rule to 30, as README says."""
+    values = np.random.default_rng(1).normal(0, 1, (40_000, 30))
+    later = (p_zero(values)[:, 2:] < 0.05).any(1)
+    first = stats.ttest_1samp(values[:, :3], 0, axis=1).pvalue < 0.05
+    assert [later.mean(), (first | later).mean()] == pytest.approx([0.021, 0.066], abs=0.004)
