@@ -17,7 +17,7 @@ from softmoe_cli.device import compiled
 from softmoe_cli.errors import UsageError
 from softmoe_cli.model.router import make_layer, make_router
 from softmoe_cli.model.vit import portable_options
-from softmoe_cli.moe.kind import UNKNOWN, Decision, Layer
+from softmoe_cli.moe.kind import UNKNOWN, Decided, Layer
 from softmoe_cli.moe.layer import MoE
 from softmoe_cli.moe.routing import Router, Routing, routings, whole_batch
 
@@ -87,7 +87,7 @@ class Subject:
         return torch.randn(images, TOKENS, DIM, dtype=torch.float64, generator=generator).to(dtype or self.dtype)
 
 
-def decisions(decision: Decision) -> dict[str, Tensor]:
+def decisions(decision: Decided) -> dict[str, Tensor]:
     """Every tensor that a decision keeps, by its path in the object."""
     leaves, _ = tree_flatten_with_path(vars(decision))
     return {keystr(path): each for path, each in leaves if isinstance(each, Tensor)}

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from softmoe_cli.compare.checklist import compute
 from softmoe_cli.compare.groups import (
     LABEL_LETTERS,
     Block,
@@ -17,6 +18,7 @@ from softmoe_cli.compare.groups import (
     natural,
     said,
 )
+from softmoe_cli.compare.looks import read_looks
 from softmoe_cli.compare.runs import FINGERPRINT, VERSION, FinishedRun, read_runs, single, sweep_commands
 from softmoe_cli.compare.verdicts import judge
 from softmoe_cli.errors import UsageError
@@ -37,7 +39,8 @@ def compare(folders: Sequence[Path], question: Question) -> Comparison:
         UsageError: folders, keys or a baseline that do not exist, or nothing left to compare.
     """
     question.check()
-    usable, left_out, keys = usable_runs(folders, question)
+    runs, left_out = _single_runs(folders, question)
+    usable, left_out, keys = _asked_for(runs, left_out, question)
     by = [key_named("by", key, keys) for key in question.by]
     columns = [key_named("columns", key, [*keys, *COSTS, *QUALITIES]) for key in question.columns]
     columns = columns or [key for key in ("forward_gflop", "params_m", "device_s") if key != question.cost]
@@ -47,11 +50,16 @@ def compare(folders: Sequence[Path], question: Question) -> Comparison:
     blocks = [block_of(title, part, by, columns, question) for title, part in parts]
     if len(blocks) > 1:
         notes.append(f"runs that differ in {', '.join(varying)} are kept apart: {len(blocks)} tables")
-    judge(blocks, question)
+    looks = read_looks(usable)
+    notes += looks.damage
+    judge(blocks, question, looks)
     for block in blocks:
         _sort(block, question, keys)
     asked = columns if question.columns else []
-    return Comparison(question.quality, question.cost, columns, blocks, notes, left_out, asked, sweep_commands(usable))
+    return Comparison(
+        question.quality, question.cost, columns, blocks, notes, left_out, asked, sweep_commands(usable),
+        second=question.second, margin=question.margin, to_quality=question.to_quality, compute=compute(runs, folders),
+    )  # fmt: skip
 
 
 def usable_runs(
@@ -62,11 +70,21 @@ def usable_runs(
     Raises:
         UsageError: a folder or a key that does not exist, or nothing is left.
     """
+    return _asked_for(*_single_runs(folders, question), question)
+
+
+def _single_runs(folders: Sequence[Path], question: Question) -> tuple[list[FinishedRun], list[tuple[str, str]]]:
     runs, left_out = read_runs(folders)
     runs, doubles = single(runs, question.strict)
     left_out += doubles
     if not runs:
         raise UsageError(f"no finished run below {', '.join(map(str, folders))}{_first(left_out)}")
+    return runs, left_out
+
+
+def _asked_for(
+    runs: list[FinishedRun], left_out: list[tuple[str, str]], question: Question
+) -> tuple[list[FinishedRun], list[tuple[str, str]], list[str]]:
     keys = list(dict.fromkeys(key for run in runs for key in run.row))
     runs = _where(runs, question.where, keys)
     usable = []

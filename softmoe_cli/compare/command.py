@@ -30,6 +30,9 @@ OPTIONS: dict[str, tuple[str, str]] = {
     "columns": ("KEY,KEY", "other columns: figures, or any key of a result"),
     "sort": ("KEY", "label, a figure or any key; without it the best quality comes first"),
     "baseline": ("LABEL | KEY=VALUE", "what others are measured against; without it the dense control"),
+    "margin": ("AMOUNT", "a difference, in the unit of the quality, below which groups are equal; choose it before"),
+    "any-time": ("", "verdicts that hold however often one looks; also where seeds were added after a look"),
+    "to-quality": ("baseline | VALUE", "how much cheaper a group reaches the baseline's quality, or this one"),
     "at": ("AXIS=BUDGET,BUDGET", f"quality at equal {', '.join(AXES)}; AXIS alone chooses budgets that all runs reach"),
     "strict": ("", "keep runs of different commits and versions apart"),
     "reference": ("NAME | FILE.csv", "lay the paper's tables (pareto, long_runs) or a CSV beside ours"),
@@ -70,6 +73,7 @@ def compare_folders(arguments: Sequence[str]) -> int:
     chosen = _parse(arguments)
     from softmoe_cli.compare.blocks import compare
     from softmoe_cli.compare.groups import Question
+    from softmoe_cli.compare.looks import record_look
     from softmoe_cli.compare.tables import flat_rows, terminal
 
     fields = {f.name for f in dataclasses.fields(Question)}
@@ -82,7 +86,9 @@ def compare_folders(arguments: Sequence[str]) -> int:
     out = chosen.out or chosen.folders[0] / "compare"
     files = write_comparison(comparison, out)
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    print(terminal(comparison, width))
+    shown = [run for group in comparison.groups for run in group.runs]
+    unrecorded = record_look(shown, comparison.quality, comparison.margin)
+    print("\n".join([terminal(comparison, width), *(f"- {each}" for each in unrecorded)]))
     print(f"\n{files_told(files, out, width)}")
     if mode != "off":
         from softmoe_cli.run.mirror import publish
@@ -142,7 +148,7 @@ def _settings(comparison: "Comparison", question: "Question", project: str | Non
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    types = {"out": Path} | dict.fromkeys(LISTS, listed)
+    types: dict[str, Callable[[str], Any]] = {"out": Path, "margin": float, **dict.fromkeys(LISTS, listed)}
     chosen = parsed_options("compare", OPTIONS, types, REPEATED, arguments)
     if not chosen.folders:
         raise UsageError(no_study("compare"))

@@ -19,6 +19,8 @@ from softmoe_cli.compare.intervals import (
     mean_interval,
     on_front,
 )
+from softmoe_cli.compare.power import Outlook
+from softmoe_cli.compare.reach import Reached
 from softmoe_cli.compare.runs import FINGERPRINT, FinishedRun
 from softmoe_cli.compare.units import quantity
 from softmoe_cli.errors import UsageError, nearest
@@ -51,11 +53,26 @@ class Budgeted:
 
 
 @dataclass
+class Second:
+    """A group in the second measure: its mean and, against the baseline, difference, verdict, adjusted p-value and the
+    probability to be better."""
+
+    interval: Interval
+    difference: Difference | None = None
+    verdict: str | None = None
+    p_holm: float | None = None
+    p_better: Interval | None = None
+
+
+@dataclass
 class Group:
     """Runs that differ in nothing but their seed (or in nothing that --by names).
 
-    `cost_ratio` is the group's cost over the baseline's, both with the cost of their checkpoints where that is known;
-    `conditions` say what else was unequal. `at_chance`: no better than guessing, which reaches `chance_pct`.
+    `p_holm` and `p_equal_holm` are adjusted for all comparisons of the table. `p_better`: the probability that a new
+    run is better than the baseline's of the same seed. `may_be_best`: whether it cannot be ruled out that no group is
+    better; None where nothing can be ruled out. `cost_ratio` is the group's cost over the baseline's, both with the
+    cost of their checkpoints where that is known; `conditions` say what else was unequal. `at_chance`: no better than
+    guessing, which reaches `chance_pct`.
     """
 
     settings: Row
@@ -66,6 +83,11 @@ class Group:
     difference: Difference | None = None
     verdict: str | None = None
     p_holm: float | None = None
+    p_equal_holm: float | None = None
+    p_better: Interval | None = None
+    second: Second | None = None
+    reached: Reached | None = None
+    may_be_best: bool | None = None
     cost_ratio: float | None = None
     conditions: list[str] = field(default_factory=list)
     chance_pct: float | None = None
@@ -99,12 +121,14 @@ class Block:
     title: str
     groups: list[Group]
     notes: list[str]
+    outlook: Outlook | None = None
 
 
 @dataclass
 class Comparison:
     """`typed`: the columns that the user asked for, empty where `columns` are the usual ones. `commands`: the commands
-    that made the runs."""
+    that made the runs. `second`: the measure beside `quality`. `compute`: what all runs below the folders have cost, in
+    a sentence."""
 
     quality: str
     cost: str
@@ -116,10 +140,22 @@ class Comparison:
     commands: list[str] = field(default_factory=list)
     reference: list[dict[str, str]] = field(default_factory=list)
     reference_name: str = ""
+    second: str = ""
+    margin: float | None = None
+    to_quality: str | None = None
+    compute: str = ""
 
     @property
     def groups(self) -> list[Group]:
         return [group for block in self.blocks for group in block.groups]
+
+
+SECOND = {
+    "top1_pct": "nll", "top5_pct": "nll", "ece_pct": "nll", "loss": "top1_pct", "nll": "top1_pct",
+    "validation_top1_pct": "validation_loss", "best_validation_top1_pct": "validation_loss",
+    "validation_loss": "validation_top1_pct",
+}  # fmt: skip
+"""Beside a test accuracy stands NLL, which is the same loss whatever the runs were trained with."""
 
 
 @dataclass(frozen=True)
@@ -135,12 +171,21 @@ class Question:
     baseline: str | None = None
     at: tuple[str, ...] = ()
     strict: bool = False
+    margin: float | None = None
+    any_time: bool = False
+    to_quality: str | None = None
 
     def check(self) -> None:
         """Raises UsageError for a figure that does not exist."""
         for option, key, known in (("quality", self.quality, QUALITIES), ("cost", self.cost, COSTS)):
             if key not in known:
                 raise UsageError(f"--{option} {key}: no such figure.{nearest(key, known)} Choices: {', '.join(known)}")
+        if self.margin is not None and not (number(self.margin) and self.margin > 0):
+            raise UsageError(f"--margin {self.margin:g}: must be a number above 0, in the unit of {self.quality}")
+        if self.to_quality not in (None, "baseline") and self.target is None:
+            raise UsageError(
+                f"--to-quality {self.to_quality}: write baseline, or a number in the unit of {self.quality}"
+            )
         for each in self.at:
             self._budgets(each)
 
@@ -157,6 +202,25 @@ class Question:
         if not numbers or not all(math.isfinite(each) and each > 0 for each in numbers):
             raise UsageError(f"--at {text}: write {axis}=BUDGET,BUDGET with numbers above 0, or {axis} alone")
         return axis, numbers
+
+    @property
+    def second(self) -> str:
+        """The measure beside the main one: a loss beside a share, a share beside a loss."""
+        return SECOND[self.quality]
+
+    @property
+    def target(self) -> float | None:
+        """The quality of --to-quality; None where it is the baseline's."""
+        try:
+            value = float(self.to_quality or "")
+        except ValueError:
+            return None
+        return value if number(value) else None
+
+    @property
+    def axis(self) -> str:
+        """What curves are drawn and compared against."""
+        return self.cost if self.cost in AXES else AXES[0]
 
     @property
     def budgets(self) -> list[tuple[str, list[float] | None]]:

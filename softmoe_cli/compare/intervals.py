@@ -3,9 +3,11 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from softmoe_cli.compare.anytime import NO_SPREAD, look
 
 LEVEL = 0.95
 MIN_SEEDS = 3
@@ -42,41 +44,55 @@ def _student(freedom: float) -> float:
 def _standard_error(values: Sequence[float]) -> float:
     """Zero for values that differ by rounding only."""
     spread = float(np.std(np.asarray(values), ddof=1))
-    return 0.0 if spread <= 1e-12 * max(map(abs, values)) else spread / math.sqrt(len(values))
+    return 0.0 if spread <= NO_SPREAD * max(map(abs, values)) else spread / math.sqrt(len(values))
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A group's mean minus the baseline's. `p` is None where there is no test."""
+    """A group's mean minus the baseline's. `p` of no difference and `p_equal` of a difference of the margin or more are
+    None where there is no test; `sign` is the direction that a verdict would have.
+
+    `method` is the rule: `paired` or `Welch` for as many seeds as were meant from the start, `any-time` for any number.
+    `deviation` is that of one seed's difference, `error` that of their mean, with `freedom` degrees.
+    """
 
     interval: Interval
     p: float | None
     method: str
     unpaired_seeds: tuple[int, ...]
+    sign: float = 0.0
+    p_equal: float | None = None
+    deviation: float | None = None
+    error: float | None = None
+    freedom: float | None = None
 
 
-def difference(ours: Sequence[tuple[int, float]], theirs: Sequence[tuple[int, float]]) -> Difference:
+def difference(
+    ours: Sequence[tuple[int, float]], theirs: Sequence[tuple[int, float]], margin: float | None = None
+) -> Difference:
     """(seed, value) pairs of a group against a baseline's.
 
     Paired by seed with Student's t where at least three seeds are shared or the seeds are the same; else, and where a
     seed occurs twice in a group, Welch's t with the Welch-Satterthwaite degrees of freedom (Welch, The generalization
     of "Student's" problem, 1947). Which of the two depends on the seeds only, never on the values. Without spread
     there is a mean but neither interval nor p: values on a grid, such as shares of a few hundred images, agree by
-    chance too often to conclude anything from it.
+    chance too often to conclude anything from it. Equality is two one-sided tests (Schuirmann, A comparison of the two
+    one-sided tests procedure, 1987).
     """
     a, b = dict(ours), dict(theirs)
-    shared = sorted(a.keys() & b.keys())
-    repeated = len(a) < len(ours) or len(b) < len(theirs)
-    if not repeated and (len(shared) >= MIN_SEEDS or a.keys() == b.keys()):
+    shared = pairable(ours, theirs)
+    if shared is not None:
         differences = [a[seed] - b[seed] for seed in shared]
         mean, n, method = math.fsum(differences) / len(shared), len(shared), "paired"
         error, freedom = (_standard_error(differences) if n > 1 else 0.0), float(n - 1)
+        deviation = error * math.sqrt(n)
         alone = tuple(sorted(a.keys() ^ b.keys()))
     else:
         x, y = [value for _, value in ours], [value for _, value in theirs]
         mean, n, method = math.fsum(x) / len(x) - math.fsum(y) / len(y), min(len(x), len(y)), "Welch"
         parts = [_standard_error(values) ** 2 if len(values) > 1 else 0.0 for values in (x, y)]
         error, alone = math.sqrt(sum(parts)), ()
+        deviation = math.sqrt(sum(part * len(v) for part, v in zip(parts, (x, y), strict=True)))
         if n > 1 and error:
             freedom = sum(parts) ** 2 / sum(part**2 / (len(v) - 1) for part, v in zip(parts, (x, y), strict=True))
     if n < 2 or error == 0:
@@ -85,32 +101,155 @@ def difference(ours: Sequence[tuple[int, float]], theirs: Sequence[tuple[int, fl
 
     half = _student(freedom) * error
     p = 2 * float(stdtr(freedom, -abs(mean) / error))
-    return Difference(Interval(mean, mean - half, mean + half, n), p, method, alone)
+    equal = None if margin is None else float(stdtr(freedom, (abs(mean) - margin) / error))
+    interval = Interval(mean, mean - half, mean + half, n)
+    return Difference(interval, p, method, alone, math.copysign(1, mean), equal, deviation, error, freedom)
+
+
+def pairable(ours: Sequence[tuple[int, Any]], theirs: Sequence[tuple[int, Any]]) -> list[int] | None:
+    """The seeds that both have, where the fixed rule pairs by seed; None where it does not."""
+    a, b = {seed for seed, _ in ours}, {seed for seed, _ in theirs}
+    repeated = len(a) < len(ours) or len(b) < len(theirs)
+    return sorted(a & b) if not repeated and (len(a & b) >= MIN_SEEDS or a == b) else None
+
+
+def anytime_difference(
+    ours: Sequence[tuple[int, float]],
+    theirs: Sequence[tuple[int, float]],
+    order: Sequence[int],
+    margin: float | None = None,
+) -> Difference:
+    """The same by the any-time rule, of the seeds in `order`, which both have once, as they are in that order. The
+    interval is what the intervals of all numbers of seeds have in common; the mean need not lie in it. Without such
+    seeds there is the difference of the means alone, of n = 0."""
+    a, b = dict(ours), dict(theirs)
+    differences = [a[seed] - b[seed] for seed in order]
+    n, alone = len(differences), tuple(sorted((a.keys() | b.keys()) - set(order)))
+    found = look(differences, LEVEL, margin)
+    error = _standard_error(differences) if n > 1 else 0.0
+    if found is None or error == 0:
+        means = [differences] if n else [[value for _, value in ours], [-value for _, value in theirs]]
+        mean = math.fsum(math.fsum(values) / len(values) for values in means)
+        return Difference(Interval(mean, None, None, n), None, "any-time", alone)
+    mean = math.fsum(differences) / n
+    low, high = (end if math.isfinite(end) else None for end in (found.low, found.high))
+    return Difference(Interval(mean, low, high, n), found.p, "any-time", alone, found.sign, found.p_equal,
+                      error * math.sqrt(n), error, float(n - 1))  # fmt: skip
+
+
+def effect_interval(found: Difference) -> Interval | None:
+    """The mean difference in deviations of one seed's difference, with the 95% interval from the noncentral t
+    distribution, which is right for a number of seeds that was fixed; by the any-time rule without one."""
+    if not found.deviation or not found.error or found.freedom is None:
+        return None
+    effect, scale = found.interval.mean / found.deviation, found.error / found.deviation
+    if found.method == "any-time":
+        return Interval(effect, None, None, found.interval.n)
+    t = max(-MOST_T, min(MOST_T, effect / scale))
+    low, high = (_noncentrality(t, found.freedom, tail) * scale for tail in ((1 + LEVEL) / 2, (1 - LEVEL) / 2))
+    return Interval(effect, low, high, found.interval.n)
+
+
+MOST_T = 200.0
+
+
+def _noncentrality(t: float, freedom: float, probability: float) -> float:
+    """The noncentrality with which the statistic is at most t with this probability, by bisection."""
+    from scipy.special import nctdtr
+
+    low, high = -5 * MOST_T, 5 * MOST_T
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if nctdtr(freedom, middle, t) > probability else (low, middle)
+    return (low + high) / 2
+
+
+def beats(found: Difference, *, higher_is_better: bool) -> Interval | None:
+    """The probability that a new run of the group is better than the baseline's run of the same seed (of any seed,
+    where seeds are not paired): the normal probability of the effect. As Bouthillier et al., Accounting for variance
+    in machine learning benchmarks, 2021, ask; they count pairs, of which three seeds have three."""
+    from scipy.special import ndtr
+
+    effect = effect_interval(found)
+    if effect is None:
+        return None
+    ends = [effect.mean, effect.low, effect.high]
+    if not higher_is_better:
+        ends = [None if end is None else -end for end in (effect.mean, effect.high, effect.low)]
+    mean, low, high = (None if end is None else float(ndtr(end)) for end in ends)
+    assert mean is not None
+    return Interval(mean, low, high, effect.n)
 
 
 def holm(p: Sequence[float]) -> list[float]:
     """p-values adjusted so that the chance of any false verdict among them stays below the level
     (Holm, A simple sequentially rejective multiple test procedure, 1979)."""
-    adjusted, largest = [0.0] * len(p), 0.0
-    for rank, index in enumerate(sorted(range(len(p)), key=p.__getitem__)):
-        largest = max(largest, min(1.0, (len(p) - rank) * p[index]))
-        adjusted[index] = largest
+    told = shaffer({index: {"": each} for index, each in enumerate(p)})
+    return [told[index, ""] for index in range(len(p))]
+
+
+def shaffer(claims: Mapping[Any, Mapping[str, float]]) -> dict[tuple[Any, str], float]:
+    """Holm's adjustment for comparisons that make several claims of which at most one can be false: that there is a
+    difference, and that it is smaller than the margin. At each step p is multiplied by the number of comparisons with
+    a claim still open (Shaffer, Modified sequentially rejective multiple test procedures, 1986). With one claim each
+    this is Holm; of any-time p-values, which are inverses of e-values, it holds at all looks at once."""
+    open_claims = {key: len(each) for key, each in claims.items()}
+    adjusted: dict[tuple[Any, str], float] = {}
+    largest = 0.0
+    for p, _, key, claim in sorted(
+        (p, place, key, claim) for place, (key, each) in enumerate(claims.items()) for claim, p in each.items()
+    ):
+        largest = max(largest, min(1.0, p * sum(count > 0 for count in open_claims.values())))
+        adjusted[key, claim] = largest
+        open_claims[key] -= 1
     return adjusted
 
 
-def verdicts(differences: Mapping[Any, Difference], *, higher_is_better: bool) -> dict[Any, tuple[str, float | None]]:
-    """better, worse, not distinguishable or too few seeds, and Holm's p, of each of one family of comparisons."""
-    tested = {key: d.p for key, d in differences.items() if d.p is not None and d.interval.n >= MIN_SEEDS}
-    adjusted = dict(zip(tested, holm(list(tested.values())), strict=True))
-    verdict_of: dict[Any, tuple[str, float | None]] = {}
+class Verdict(NamedTuple):
+    """The word, and the adjusted p-values that it comes from, None where there was no test."""
+
+    word: str
+    p: float | None = None
+    p_equal: float | None = None
+
+
+BETTER, WORSE, EQUAL, OPEN, FEW = (
+    "better", "worse", "equal within the margin", "not distinguishable", "too few seeds",
+)  # fmt: skip
+LESS = ", by less than the margin"
+"""What is added to better and worse where the difference is surely smaller than the margin."""
+
+
+def verdicts(differences: Mapping[Any, Difference], *, higher_is_better: bool) -> dict[Any, Verdict]:
+    """The verdict of each of one family of comparisons."""
+    claims: dict[Any, dict[str, float]] = {}
     for key, d in differences.items():
+        if d.p is not None and d.interval.n >= MIN_SEEDS:
+            claims[key] = {"different": d.p} | ({} if d.p_equal is None else {"equal": d.p_equal})
+    adjusted = shaffer(claims)
+    verdict_of: dict[Any, Verdict] = {}
+    for key, d in differences.items():
+        p, equal = adjusted.get((key, "different")), adjusted.get((key, "equal"))
+        within = equal is not None and equal < 1 - LEVEL
         if d.interval.n < MIN_SEEDS:
-            verdict_of[key] = ("too few seeds", None)
-        elif key not in adjusted or adjusted[key] >= 1 - LEVEL:
-            verdict_of[key] = ("not distinguishable", adjusted.get(key))
+            word = FEW
+        elif p is not None and p < 1 - LEVEL:
+            word = (BETTER if (d.sign > 0) == higher_is_better else WORSE) + (LESS if within else "")
         else:
-            verdict_of[key] = ("better" if (d.interval.mean > 0) == higher_is_better else "worse", adjusted[key])
+            word = EQUAL if within else OPEN
+        verdict_of[key] = Verdict(word, p, equal)
     return verdict_of
+
+
+def best_set(pairs: Mapping[tuple[Any, Any], Difference], groups: Sequence[Any], *, higher_is_better: bool) -> set[Any]:
+    """The groups that may be the best: those to which no other is surely superior. `pairs` has the difference of the
+    first from the second of each two. The best one is missing with a probability of at most 5%: it is missing only if
+    one of the others is falsely called better, which Bonferroni's correction over the others keeps below that."""
+    kept = set(groups)
+    for (first, second), d in pairs.items():
+        if d.p is not None and d.interval.n >= MIN_SEEDS and d.p * (len(groups) - 1) < 1 - LEVEL:
+            kept.discard(second if (d.sign > 0) == higher_is_better else first)
+    return kept
 
 
 def at_chance(values: Sequence[float], chance_pct: float, images: int | None) -> bool:

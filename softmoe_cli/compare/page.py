@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from softmoe_cli.compare.findings import front, headline, provisos
+from softmoe_cli.compare.findings import closing, front, headline, provisos
 from softmoe_cli.compare.groups import LABEL_LETTERS, Block, Comparison, Group
 from softmoe_cli.compare.intervals import Interval
 from softmoe_cli.compare.runs import FINGERPRINT, FinishedRun
 from softmoe_cli.compare.styles import KINDS, reference_points, same_axes, styles
-from softmoe_cli.compare.tables import CURVE_NOTE, LEGEND, Table, reference_tables, remarks, tables, units
+from softmoe_cli.compare.tables import CURVE_NOTE, LEGEND, Table, reference_tables, remarks, sentences, tables, units
 from softmoe_cli.compare.units import Unit, figure
 from softmoe_cli.run.rows import AXES, COSTS, CURVES, QUALITIES, ROUTING, number
 from softmoe_cli.text import printable, shortened
@@ -36,7 +36,8 @@ def page(comparison: Comparison, figures: dict[str, bytes], out: Path) -> str:
     body = [f"<h1>{escape(title)}</h1>"]
     for block in comparison.blocks:
         told = f"<b>{escape(block.title)}.</b> " if len(comparison.blocks) > 1 else ""
-        body.append(f'<p class="lead">{told}{escape(" ".join(headline(comparison, block)))}</p>')
+        lead = " ".join(filter(None, [*headline(comparison, block), closing(comparison, block)]))
+        body.append(f'<p class="lead">{told}{escape(lead)}</p>')
     body.append(f"<p>{len(comparison.groups)} groups, {runs} finished runs. {escape(LEGEND)}.</p>")
     all_tables = tables(comparison)
     for index, block in enumerate(comparison.blocks):
@@ -78,6 +79,7 @@ STUDIES = 3
 def _section(index: int, block: Block, mine: list[Table], comparison: Comparison) -> str:
     parts = [f"<section><h2>{escape(block.title)}</h2>", html_table(mine[0], cards=True)]
     parts.append(f"<p>{escape(front(comparison, block))}.</p>")
+    parts += [f"<p>{escape(each)}</p>" for each in sentences(comparison, block)]
     parts.append(f'<div class="chart" data-pareto="{index}"></div>')
     for table in mine[1:]:
         parts.append(f"<h3>{escape(table.title.removeprefix(f'{block.title}: '))}</h3>{html_table(table, cards=True)}")

@@ -76,6 +76,28 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[FinishedRun], list[tuple[st
     return runs, left_out
 
 
+def unfinished(folders: Sequence[Path]) -> list[Row]:
+    """The last row that can be read of each run below the folders that has no result; empty where there is none."""
+    found = []
+    for path in sorted({path.resolve() for folder in folders for path in _run_folders(folder)}):
+        if (path / "result.json").exists() or not (path / "config.yaml").exists():
+            continue
+        try:
+            written = rows.contents(path / "metrics.jsonl", rows.MOST_LINES_BYTES).splitlines()
+        except (FileNotFoundError, rows.Unreadable):
+            written = []
+        found.append(next((row for line in reversed(written) if (row := _readable(line))), {}))
+    return found
+
+
+def _readable(line: bytes) -> Row:
+    try:
+        row = rows.parsed(line)
+    except rows.Unreadable:
+        return {}
+    return row if isinstance(row, dict) and not rows.fault(row, EVERY) else {}
+
+
 def _run_folders(top: Path) -> Iterator[Path]:
     """Folders that hold a run or the beginning of one, and empty ones."""
     for where, folders, files in os.walk(top):

@@ -9,16 +9,27 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from softmoe_cli.compare.findings import front, headline, provisos
+from softmoe_cli.compare.checklist import checklist
+from softmoe_cli.compare.findings import best, closing, front, headline, power_line, provisos
 from softmoe_cli.compare.groups import Block, Comparison, Group, setting
 from softmoe_cli.compare.intervals import Interval
-from softmoe_cli.compare.units import Unit, cell, figure, titled, unit
+from softmoe_cli.compare.units import Unit, cell, chance_cell, difference_cell, figure, titled, unit
 from softmoe_cli.run.rows import AXES, COSTS, CURVES, QUALITIES
 from softmoe_cli.text import aligned, folded, spreadsheet_cell
 
 LEGEND = (
-    "± is half a 95% t-interval over n seeds; on the front: nothing is at least as good at no more cost; P(front): how "
-    "often the group is there when its means are drawn anew given their seeds"
+    "± is half a 95% t-interval over n seeds, and (a to b) an any-time 95% interval; on the front: nothing is at least "
+    "as good at no more cost; P(front): how often the group is there when its means are drawn anew given their seeds; "
+    "P(better): how often a new run is better than the baseline's of the same seed"
+)
+SECOND_NOTE = (
+    "A second measure, with a family of verdicts of its own: it may support what the main measure says, and never "
+    "replaces it"
+)
+REACHED_NOTE = (
+    "The cost at which the best look so far first reached the quality, linear between looks, geometric mean over "
+    "seeds; the ratio is the baseline's cost over the group's, paired by seed where seeds are shared, with the 95% "
+    "interval of its logarithm; where a seed never got there, the mean of these seeds has a bound alone"
 )
 CURVE_NOTE = (
     "Quality on the validation images, each run's curve interpolated linearly and never extrapolated; a point inside a "
@@ -51,11 +62,11 @@ def units(comparison: Comparison) -> dict[str, Unit]:
 
 
 def tables(comparison: Comparison) -> list[Table]:
-    """Per block: groups with their figures; then quality at equal cost."""
+    """Per block: groups with their figures; then quality at equal cost; then the second measure."""
     shown, found = units(comparison), []
     for block in comparison.blocks:
         found.append(_groups(comparison, block, shown))
-        found += _budgets(comparison, block, shown)
+        found += _beside(comparison, block, shown)
     return found
 
 
@@ -75,7 +86,7 @@ def _groups(comparison: Comparison, block: Block, shown: dict[str, Unit], *, bri
     head = ["group", "n", QUALITIES[quality].title]
     judged = any(group.difference for group in block.groups)
     if judged:
-        head += [_minus(block), "verdict"]
+        head += [_minus(block), "verdict", *(() if brief else ("P(better)",))]
     head += [shown[cost].head, *(() if brief else ("front", "P(front)"))]
     head += [shown[key].head if key in shown else titled(key) for key in columns]
     baselines = {group.baseline for group in block.groups}
@@ -84,9 +95,9 @@ def _groups(comparison: Comparison, block: Block, shown: dict[str, Unit], *, bri
         reached = cell(quality, group.intervals[quality]) + ("\nat chance" if group.at_chance else "")
         row = [group.label, str(len(group.runs)), reached]
         if judged:
-            difference = cell(quality, group.difference.interval, signed=True) if group.difference else ""
             verdict = group.verdict or ("baseline" if group.label in baselines else "")
-            row += [difference, ",\n".join([verdict, *group.conditions])]
+            row += [difference_cell(quality, group.difference), ",\n".join([verdict, *group.conditions])]
+            row += [] if brief else [chance_cell(group.p_better)]
         row.append(_cost(group, cost, shown[cost]))
         if not brief:
             chance = "" if group.front_probability is None else f"{100 * group.front_probability:.0f}%"
@@ -134,12 +145,10 @@ def _budgets(comparison: Comparison, block: Block, shown: dict[str, Unit]) -> li
                     baseline = "baseline" if group.label in {other.baseline for other in block.groups} else ""
                     words = [
                         each.verdict or baseline,
+                        *(["any-time"] if each.difference and each.difference.method == "any-time" else []),
                         *(provisos(group, axis)[-1:] if each.verdict and group.pretrained else []),
                     ]
-                    row += [
-                        cell(key, each.difference.interval, signed=True) if each.difference else "",
-                        ",\n".join(words),
-                    ]
+                    row += [difference_cell(key, each.difference), ",\n".join(words)]
                 rows.append(row)
         head = ["group", "n", f"at {shown[axis].head}", CURVES[key].title]
         if judged:
@@ -149,12 +158,83 @@ def _budgets(comparison: Comparison, block: Block, shown: dict[str, Unit]) -> li
     return found
 
 
+def _beside(comparison: Comparison, block: Block, shown: dict[str, Unit]) -> list[Table]:
+    """The tables beside a block's first one."""
+    return [
+        *_budgets(comparison, block, shown),
+        *_reached(comparison, block, shown),
+        *_second(comparison, block),
+    ]
+
+
+def _reached(comparison: Comparison, block: Block, shown: dict[str, Unit]) -> list[Table]:
+    """A table of the costs at which groups first reached a quality, where --to-quality asks for it."""
+    found = [(group, group.reached) for group in block.groups if group.reached]
+    if not found:
+        return []
+    axis, key = found[0][1].axis, QUALITIES[comparison.quality].curve
+    rows = []
+    for group, told in found:
+        if told.ratio is not None:
+            low, high = told.ratio.low, told.ratio.high
+            ratio = f"{told.ratio.mean:.3g}" + (f" ({low:.3g} to {high:.3g})" if low and high else "")
+        else:
+            bounds = {"below": told.below, "above": told.above}
+            ratio = " ".join(f"{word} {bound:.3g}" for word, bound in bounds.items() if bound) or "cannot be told"
+        cost = "" if told.cost is None else figure(axis, told.cost * shown[axis].factor)
+        times = [f"{count} of {n}" for count, n in ((told.reached, told.n), (told.baseline_reached, told.baseline_n))]
+        words = provisos(group, axis)[-1:] if group.pretrained else []
+        rows.append([group.label, *times, cost, ",\n".join([ratio, *words])])
+    goal = (
+        "the baseline's" if comparison.to_quality == "baseline" else f"a {CURVES[key].title} of {comparison.to_quality}"
+    )
+    goal = f"{goal} {CURVES[key].title}" if comparison.to_quality == "baseline" else goal
+    against = _minus(block).replace("minus ", "")
+    head = ["group", "reached it", f"{against} did", shown[axis].head, f"times cheaper than {against}"]
+    title = f"{block.title}: {COSTS[axis].amount} to reach {goal}"
+    return [Table(title, REACHED_NOTE, head, rows, block.title)]
+
+
+def _second(comparison: Comparison, block: Block) -> list[Table]:
+    """A table with the second measure, where groups are judged by it."""
+    key, rows = comparison.second, []
+    baselines = {group.baseline for group in block.groups}
+    if not any(group.second and group.second.difference for group in block.groups):
+        return []
+    for group in block.groups:
+        told = group.second
+        assert told is not None
+        verdict = told.verdict or ("baseline" if group.label in baselines else "")
+        words = [verdict, *(group.conditions if told.verdict else [])]
+        rows.append([
+            group.label, str(len(group.runs)), cell(key, told.interval), difference_cell(key, told.difference),
+            ",\n".join(words), chance_cell(told.p_better),
+        ])  # fmt: skip
+    head = ["group", "n", QUALITIES[key].title, _minus(block), "verdict", "P(better)"]
+    return [
+        Table(f"{block.title}: {QUALITIES[key].title}, beside the main measure", SECOND_NOTE, head, rows, block.title)
+    ]
+
+
+def sentences(comparison: Comparison, block: Block) -> list[str]:
+    """What a table says in all: which groups may be the best, what it could have seen, and the paragraph for a paper's
+    checklist."""
+    told = [best(block), power_line(comparison, block)]
+    return [f"{each}." for each in told if each] + [f"Checklist. {checklist(comparison, block)}"]
+
+
 def remarks(comparison: Comparison) -> list[str]:
     """Every note, and a line per folder that was left out."""
     notes = list(comparison.notes)
     for block in comparison.blocks:
         notes += [f"{block.title}: {note}" if len(comparison.blocks) > 1 else note for note in block.notes]
     return notes + [f"left out: {folder}: {reason}" for folder, reason in comparison.left_out]
+
+
+def findings(comparison: Comparison, block: Block) -> list[str]:
+    """Sentences for files that have no headline: each table's, with its title where there are several."""
+    told = [*headline(comparison, block), *sentences(comparison, block), closing(comparison, block)]
+    return [f"{block.title}: {each}" if len(comparison.blocks) > 1 else each for each in told if each]
 
 
 def terminal(comparison: Comparison, width: int | None = None) -> str:
@@ -169,8 +249,9 @@ def terminal(comparison: Comparison, width: int | None = None) -> str:
 
     for block in comparison.blocks:
         parts.append(laid_out(_groups(comparison, block, shown, brief=True)))
-        parts.append(wrapped(front(comparison, block)))
-        parts += [laid_out(table) for table in _budgets(comparison, block, shown)]
+        told = [f"{front(comparison, block)}.", *sentences(comparison, block)]
+        parts.append("\n".join(map(wrapped, told)))
+        parts += [laid_out(table) for table in _beside(comparison, block, shown)]
     if comparison.reference:
         parts.append(
             f"{len(comparison.reference)} rows of reference, not ours, are in the files: {comparison.reference_name}"
@@ -178,7 +259,8 @@ def terminal(comparison: Comparison, width: int | None = None) -> str:
     parts.append("\n".join(wrapped(f"- {note}") for note in [LEGEND, CURVE_NOTE, *remarks(comparison)]))
     for block in comparison.blocks:
         title = [] if len(comparison.blocks) == 1 else [block.title]
-        parts.append("\n".join(map(wrapped, [*title, *headline(comparison, block)])))
+        last = [*title, *headline(comparison, block), closing(comparison, block)]
+        parts.append("\n".join(wrapped(each) for each in last if each))
     return "\n\n".join(parts)
 
 
@@ -196,7 +278,8 @@ def wrapped_line(text: str, width: int | None) -> str:
 
 
 def markdown(comparison: Comparison) -> str:
-    return markdown_of([*tables(comparison), *reference_tables(comparison)], remarks(comparison))
+    told = [each for block in comparison.blocks for each in findings(comparison, block)]
+    return markdown_of([*tables(comparison), *reference_tables(comparison)], [*told, *remarks(comparison)])
 
 
 def markdown_of(shown: Sequence[Table], told: Sequence[str]) -> str:
@@ -225,7 +308,8 @@ TEX = {
 
 
 def latex(comparison: Comparison) -> str:
-    return latex_of(tables(comparison))
+    told = [each for block in comparison.blocks for each in findings(comparison, block)]
+    return "\n".join([latex_of(tables(comparison)), r"\begin{sloppypar}", *map(_tex, told), r"\end{sloppypar}", ""])
 
 
 def latex_of(shown: Sequence[Table]) -> str:
@@ -273,7 +357,10 @@ def _flat(comparison: Comparison, block: Block, group: Group) -> dict[str, Any]:
         "method": group.difference.method if group.difference else None,
         "p": group.difference.p if group.difference else None,
         "p_holm": group.p_holm,
+        "p_equal_holm": group.p_equal_holm,
         "verdict": group.verdict,
+        **_chance("p_better", group.p_better),
+        "may_be_best": group.may_be_best,
         "cost_ratio": group.cost_ratio,
         "conditions": "; ".join(group.conditions),
         "chance_pct": group.chance_pct,
@@ -283,12 +370,52 @@ def _flat(comparison: Comparison, block: Block, group: Group) -> dict[str, Any]:
         "on_front": group.front,
         "front_probability": group.front_probability,
     }
+    row |= _flat_outlook(block, group) | _flat_reached(group) | _flat_second(comparison, group)
     for each in group.budgets:
         name = f"{QUALITIES[comparison.quality].curve}_at_{each.axis}_{each.budget!r}"
         row |= _ends(name, each.interval)
         row |= _ends(f"{name}_difference", each.difference.interval if each.difference else None)
         row[f"{name}_verdict"] = each.verdict
     return row
+
+
+def _flat_outlook(block: Block, group: Group) -> dict[str, Any]:
+    """What the table could have seen is the same in all rows of a table."""
+    seen = block.outlook
+    needed = seen.needed.get(group.label) if seen else None
+    return {
+        "sees": seen.sees if seen else None,
+        "deviation": seen.deviation.mean if seen else None,
+        "seeds_needed": needed.seeds if needed else None,
+        "seeds_needed_fewest": needed.fewest if needed else None,
+        "seeds_needed_most": needed.most if needed else None,
+    }
+
+
+def _flat_reached(group: Group) -> dict[str, Any]:
+    told = group.reached
+    if told is None:
+        return {}
+    row: dict[str, Any] = {"reached": told.reached, f"reached_at_{told.axis}": told.cost}
+    return (
+        row
+        | _chance("times_cheaper", told.ratio)
+        | {"times_cheaper_below": told.below, "times_cheaper_above": told.above}
+    )
+
+
+def _flat_second(comparison: Comparison, group: Group) -> dict[str, Any]:
+    key, told = comparison.second, group.second
+    if told is None:
+        return {}
+    row = {} if key in group.intervals else _ends(key, told.interval)
+    row |= _ends(f"{key}_difference", told.difference.interval if told.difference else None)
+    verdict = {f"{key}_p_holm": told.p_holm, f"{key}_verdict": told.verdict}
+    return row | verdict | _chance(f"{key}_p_better", told.p_better)
+
+
+def _chance(key: str, interval: Interval | None) -> dict[str, float | None]:
+    return {key if name.endswith("_mean") else name: value for name, value in _ends(key, interval).items()}
 
 
 def _ends(key: str, interval: Interval | None) -> dict[str, float | None]:
@@ -314,11 +441,16 @@ def everything(comparison: Comparison) -> dict[str, Any]:
     """The whole comparison, with every run's own figures, as JSON holds it."""
     return {
         "quality": comparison.quality,
+        "second": comparison.second,
+        "margin": comparison.margin,
+        "to_quality": comparison.to_quality,
         "cost": comparison.cost,
         "blocks": [
             {
                 "title": block.title,
                 "notes": block.notes,
+                "outlook": asdict(block.outlook) if block.outlook else None,
+                "sentences": findings(comparison, block),
                 "groups": [_group(comparison, group) for group in block.groups],
             }
             for block in comparison.blocks
@@ -335,6 +467,9 @@ def _group(comparison: Comparison, group: Group) -> dict[str, Any]:
     plain["figures"] = {key: asdict(each) if each else None for key, each in group.intervals.items()}
     plain |= {"pretrained": group.pretrained, "checkpoint_train_pflop": group.checkpoint_pflop}
     plain["difference"] = asdict(group.difference) if group.difference else None
+    plain["p_better"] = asdict(group.p_better) if group.p_better else None
+    plain["second"] = asdict(group.second) if group.second else None
+    plain["reached"] = asdict(group.reached) if group.reached else None
     plain["budgets"] = [asdict(each) for each in group.budgets]
     keys = ("name", "signature", "seed", *dict.fromkeys([comparison.quality, comparison.cost, *comparison.columns]))
     plain["runs"] = [{"folder": run.place} | {key: run.row.get(key) for key in keys} for run in group.runs]

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from softmoe_cli.compare.intervals import Interval
+from softmoe_cli.compare.intervals import Difference, Interval
 from softmoe_cli.run.rows import QUALITIES, RESULT
 from softmoe_cli.text import FLOP, four_digits
 
@@ -78,6 +78,40 @@ def cell(key: str, interval: Interval | None, factor: float = 1.0, *, signed: bo
     half = float(f"{half:.1e}")
     places = max(0, 1 - math.floor(math.log10(half)))
     return f"{sign}{mean:,.{places}f} ± {half:,.{places}f}"
+
+
+def difference_cell(key: str, found: Difference | None) -> str:
+    """`+1.20 ± 0.80`; by the any-time rule, whose intervals do not lie about their mean, `+1.20 (0.40 to 2.10)`."""
+    if found is None or found.method != "any-time":
+        return cell(key, found.interval if found else None, signed=True)
+    interval = found.interval
+    mean = cell(key, Interval(interval.mean, None, None, interval.n), signed=True)
+    return f"{mean} ({ends(key, interval)})" if ends(key, interval) else mean
+
+
+def ends(key: str, interval: Interval) -> str:
+    """`0.40 to 2.10`; empty where there is no interval."""
+    if interval.low is None or interval.high is None:
+        return ""
+    return f"{figure(key, interval.low)} to {figure(key, interval.high)}"
+
+
+def chance_cell(interval: Interval | None) -> str:
+    """`93% (41% to >99%)`"""
+    if interval is None:
+        return ""
+    mean, low, high = (None if end is None else _percent(end) for end in (interval.mean, interval.low, interval.high))
+    return f"{mean} ({low} to {high})" if low and high and len({mean, low, high}) > 1 else f"{mean}"
+
+
+def _percent(share: float) -> str:
+    rounded = round(100 * share)
+    return {0: "<1%", 100: ">99%"}.get(rounded, f"{rounded}%")
+
+
+def points(key: str) -> str:
+    """What stands behind a difference of qualities."""
+    return " points" if key.endswith("_pct") else ""
 
 
 def apart(ratio: float, amount: str) -> str:

@@ -2,20 +2,33 @@
 
 import math
 
-from softmoe_cli.compare.groups import Block, Group, Question, key_named, said
-from softmoe_cli.compare.intervals import Difference, difference, verdicts
+from softmoe_cli.compare.groups import Block, Group, Question, Second, key_named, said
+from softmoe_cli.compare.intervals import (
+    FEW,
+    MIN_SEEDS,
+    OPEN,
+    Difference,
+    anytime_difference,
+    beats,
+    best_set,
+    difference,
+    mean_interval,
+    verdicts,
+)
+from softmoe_cli.compare.looks import PastLooks, seed_order, seeds_were_added
+from softmoe_cli.compare.power import outlook
+from softmoe_cli.compare.reach import reached
 from softmoe_cli.compare.units import apart
 from softmoe_cli.errors import UsageError, nearest
-from softmoe_cli.run.rows import COSTS, QUALITIES
+from softmoe_cli.run.rows import COSTS, QUALITIES, number
 
 ROUTED = ("model.moe_blocks", "model.expert_init", "model.expert_width")
 """Settings that, like model.router.*, come with a router: they do not help to find the dense control of a group."""
 
 
-def judge(blocks: list[Block], question: Question) -> None:
-    """Every group against its baseline, at the end and at the budgets: two families per table, Holm's correction in
-    each."""
-    higher = QUALITIES[question.quality].better == "higher"
+def judge(blocks: list[Block], question: Question, looks: PastLooks) -> None:
+    """Every group against its baseline, at the end, in the second measure and at the budgets: three families per table,
+    Holm's correction in each. The any-time rule judges where seeds were added after a look."""
     matched = 0
     keys = list(
         dict.fromkeys(key for block in blocks for group in block.groups for run in group.runs for key in run.row)
@@ -23,33 +36,121 @@ def judge(blocks: list[Block], question: Question) -> None:
     for block in blocks:
         candidates = _candidates(block.groups, question.baseline, keys)
         matched += len(candidates)
-        ends: dict[int, Difference] = {}
-        common: dict[tuple[int, int], Difference] = {}
-        for index, group in enumerate(block.groups):
-            if group in candidates:
-                continue
-            baseline = _nearest_group(group, candidates)
-            if baseline is None:
-                continue
-            group.baseline = baseline.label
-            _conditions(group, baseline, question.cost)
-            group.difference = ends[index] = difference(
-                group.values(question.quality), baseline.values(question.quality)
-            )
-            for place, (ours, theirs) in enumerate(zip(group.budgets, baseline.budgets, strict=True)):
-                if ours.interval and theirs.interval:
-                    ours.difference = common[index, place] = difference(ours.values, theirs.values)
-        for index, (verdict, p) in verdicts(ends, higher_is_better=higher).items():
-            block.groups[index].verdict, block.groups[index].p_holm = verdict, p
-        for (index, place), (verdict, _) in verdicts(common, higher_is_better=higher).items():
-            block.groups[index].budgets[place].verdict = verdict
+        _second_means(block, question)
+        _judge_block(block, candidates, question, looks)
         _judge_notes(block, candidates)
+        _look_notes(block, question, looks)
     if question.baseline is not None and not matched:
         labels = [group.label for block in blocks for group in block.groups]
         raise UsageError(
             f"--baseline {question.baseline}: no group is called or has that.{nearest(question.baseline, labels)} "
             f"Groups: {'; '.join(labels)}"
         )
+
+
+def _judge_block(block: Block, candidates: list[Group], question: Question, looks: PastLooks) -> None:
+    higher = QUALITIES[question.quality].better == "higher"
+    ends: dict[str, Difference] = {}
+    second: dict[str, Difference] = {}
+    common: dict[tuple[str, int], Difference] = {}
+    for group in block.groups:
+        baseline = None if group in candidates else _nearest_group(group, candidates)
+        if baseline is None:
+            continue
+        rule = _Rule(group, baseline, question, looks)
+        group.baseline = baseline.label
+        group.difference = ends[group.label] = rule.difference(
+            group.values(question.quality), baseline.values(question.quality), question.margin
+        )
+        group.p_better = beats(group.difference, higher_is_better=higher)
+        group.conditions += ["any-time"] if rule.anytime else []
+        _conditions(group, baseline, question.cost)
+        _to_quality(group, baseline, rule, question, block.notes)
+        if group.second and baseline.second:
+            group.second.difference = second[group.label] = rule.difference(
+                group.values(question.second), baseline.values(question.second)
+            )
+        for place, (ours, theirs) in enumerate(zip(group.budgets, baseline.budgets, strict=True)):
+            if ours.interval and theirs.interval:
+                ours.difference = common[group.label, place] = rule.difference(
+                    ours.values, theirs.values, question.margin
+                )
+    of = {group.label: group for group in block.groups}
+    for label, told in verdicts(ends, higher_is_better=higher).items():
+        of[label].verdict, of[label].p_holm, of[label].p_equal_holm = told
+    second_higher = QUALITIES[question.second].better == "higher"
+    for label, told in verdicts(second, higher_is_better=second_higher).items():
+        beside = of[label].second
+        assert beside is not None
+        beside.verdict, beside.p_holm = told.word, told.p
+        beside.p_better = beats(second[label], higher_is_better=second_higher)
+    for (label, place), told in verdicts(common, higher_is_better=higher).items():
+        of[label].budgets[place].verdict = told.word
+    undecided = [label for label in ends if of[label].verdict in (OPEN, FEW)]
+    block.outlook = outlook(ends, undecided, question.margin)
+    _best(block, question, looks)
+
+
+class _Rule:
+    """How two groups are compared, in every measure: by which rule, with which seeds in which order."""
+
+    def __init__(self, ours: Group, theirs: Group, question: Question, looks: PastLooks) -> None:
+        self.anytime = question.any_time or seeds_were_added(ours.runs, theirs.runs, looks)
+        self._order = seed_order(ours.runs, theirs.runs, looks) if self.anytime else []
+
+    def difference(
+        self, ours: list[tuple[int, float]], theirs: list[tuple[int, float]], margin: float | None = None
+    ) -> Difference:
+        if self.anytime:
+            return anytime_difference(ours, theirs, self._order, margin)
+        return difference(ours, theirs, margin)
+
+
+def _to_quality(group: Group, baseline: Group, rule: _Rule, question: Question, notes: list[str]) -> None:
+    """How much cheaper the group reaches the quality that --to-quality names."""
+    if question.to_quality is None:
+        return
+    key, axis = QUALITIES[question.quality].curve, question.axis
+    ours, theirs = ([(run.row["seed"], run.curve(axis, key)) for run in each.runs] for each in (group, baseline))
+    higher = QUALITIES[question.quality].better == "higher"
+    group.reached = reached(ours, theirs, question.target, axis, rule.difference, higher_is_better=higher)
+    if group.reached is None:
+        notes.append(
+            f"{group.label} against {group.baseline}: when that quality was reached cannot be told, because a run has "
+            "no curve or was there at its first look; look earlier (train.eval_every), or ask for a higher quality"
+        )
+
+
+def _best(block: Block, question: Question, looks: PastLooks) -> None:
+    """Which groups may be the best, where at least two could be told apart."""
+    many = [group for group in block.groups if len(group.runs) >= MIN_SEEDS]
+    if len(many) < 2:
+        return
+    pairs = {
+        (ours.label, theirs.label): _Rule(ours, theirs, question, looks).difference(
+            ours.values(question.quality), theirs.values(question.quality)
+        )
+        for place, ours in enumerate(block.groups)
+        for theirs in block.groups[place + 1 :]
+    }
+    higher = QUALITIES[question.quality].better == "higher"
+    kept = best_set(pairs, [group.label for group in block.groups], higher_is_better=higher)
+    for group in block.groups:
+        group.may_be_best = group.label in kept
+
+
+def _second_means(block: Block, question: Question) -> None:
+    """The second measure of every group, where all runs have it and mean the same by it."""
+    key = question.second
+    runs = [run for group in block.groups for run in group.runs]
+    losses = {said(run.row.get("train.loss")) for run in runs}
+    if not all(number(run.row.get(key)) for run in runs):
+        block.notes.append(f"not every run has {key}, and so there is no second measure")
+    elif QUALITIES[key].curve == "loss" and len(losses) > 1:
+        block.notes.append(f"{key} is another loss in some runs ({', '.join(sorted(losses))}): no second measure")
+    else:
+        for group in block.groups:
+            group.second = Second(mean_interval([value for _, value in group.values(key)]))
 
 
 def _conditions(group: Group, baseline: Group, cost: str) -> None:
@@ -125,7 +226,8 @@ def _judge_notes(block: Block, candidates: list[Group]) -> None:
     methods = sorted({group.difference.method for group in judged if group.difference})
     tested = sum(group.p_holm is not None for group in judged)
     if methods:
-        tests = {"paired": "paired by seed (Student's t)", "Welch": "of unpaired seeds (Welch's t)"}
+        tests = {"paired": "paired by seed (Student's t)", "Welch": "of unpaired seeds (Welch's t)",
+                 "any-time": "paired by seed (any-time)"}  # fmt: skip
         told = " and ".join(tests[method] for method in methods)
         holm = ""
         if tested > 1:
@@ -138,8 +240,41 @@ def _judge_notes(block: Block, candidates: list[Group]) -> None:
         if group.difference.unpaired_seeds:
             seeds = ", ".join(map(str, group.difference.unpaired_seeds))
             block.notes.append(f"{group.label} against {group.baseline}: seeds {seeds} have no partner")
+        low, high = group.difference.interval.low, group.difference.interval.high
+        if low is not None and high is not None and low > high:
+            block.notes.append(
+                f"{group.label} against {group.baseline}: the intervals of fewer and of more seeds contradict each "
+                "other, which chance does in at most 5% of tables: look for runs that are unlike the others"
+            )
         if group.difference.interval.n > 1 and group.difference.p is None:
             block.notes.append(
                 f"{group.label} against {group.baseline}: the differences are all the same, so that their spread, and "
                 "with it an interval, cannot be told"
             )
+
+
+def _look_notes(block: Block, question: Question, looks: PastLooks) -> None:
+    """Why the any-time rule judges, and what an earlier look had asked otherwise."""
+    judged = [group for group in block.groups if group.difference]
+    anytime = [group.label for group in judged if group.difference and group.difference.method == "any-time"]
+    if anytime:
+        why = "it was asked for" if question.any_time else "seeds were added after a look"
+        whose = "" if len(anytime) == len(judged) else f" {'; '.join(anytime)}"
+        block.notes.append(
+            f"the any-time rule judges{whose}, because {why}: its verdicts and intervals hold however often one looks"
+        )
+    shown = {run.row["signature"] for group in block.groups for run in group.runs}
+    earlier = next((look for look in looks.seen if len(look.runs & shown) > 1), None)
+    if earlier is None:
+        return
+    if earlier.quality != question.quality:
+        block.notes.append(
+            f"the first look at these runs had {earlier.quality} as its main measure, and this one has "
+            f"{question.quality}: a measure that is chosen after a look is no main measure"
+        )
+    elif question.margin is not None and earlier.margin != question.margin:
+        had = "no margin" if earlier.margin is None else f"a margin of {earlier.margin:g}"
+        block.notes.append(
+            f"the first look at these runs had {had}, and this one has {question.margin:g}: a margin that is chosen "
+            "after a look proves little"
+        )

@@ -65,7 +65,7 @@ class Cost:
     counted_train_flop: float | None = None
     """Training FLOPs of a model with frozen parameters, which are fewer than the sum of its parts' training FLOPs."""
     landed_row_flop: float | None = None
-    """Training FLOPs of one row of an expert, where the images decide how many rows there are (`Decision.landed`)."""
+    """Training FLOPs of one row of an expert, where the images decide how many rows there are (`Decided.landed`)."""
 
     @property
     def params(self) -> int:

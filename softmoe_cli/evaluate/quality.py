@@ -10,7 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from softmoe_cli.moe.kind import Decider, Decision, Layer
+from softmoe_cli.moe.kind import Decided, Decider, Layer
 from softmoe_cli.moe.routing import full_precision
 
 Batch = tuple[Tensor, Tensor]
@@ -171,7 +171,7 @@ def routing_statistics(model: nn.Module, batch: Batch, autocast: torch.autocast)
     model.eval()
     statistics: list[dict[str, float]] = []
 
-    def remember(router: Decider, _inputs: object, decision: Decision) -> None:
+    def remember(router: Decider, _inputs: object, decision: Decided) -> None:
         with full_precision(batch[0]):  # now, when the router's weights are whole
             statistics.append(decision.statistics() | router.statistics())
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from softmoe_cli.moe.kind import Decision
+from softmoe_cli.moe.kind import Decided
 from softmoe_cli.moe.routing import load_statistics
 
 NORM_EPS = 1e-5
@@ -27,7 +27,7 @@ class _Entmax15(torch.autograd.Function):
 
     The threshold is a root of a convex function that falls, which Newton's method reaches from below: steps that halve
     its distance at first, of which there are at most as many as halvings of sqrt(e), then quadratic ones. A sort, as in
-    the paper, takes five times as long on a CPU (64 experts, torch 2.15).
+    the paper, takes two to six times as long on a CPU (experiments/layer_speed).
     """
 
     @staticmethod
@@ -157,7 +157,7 @@ class Level(nn.Module):
         return FUNCTIONS[self.function](normalised)
 
 
-class Coefficients(Decision):
+class Coefficients(Decided):
     """Every token's share in every expert, for each level of experts; they add up to one over the experts of a
     level. An expert of several levels has the product of its shares."""
 

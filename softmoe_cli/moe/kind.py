@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 
-class Decision(ABC):
+class Decided(ABC):
     """What one layer has decided about one batch."""
 
     aux_loss: Float[Tensor, ""]
@@ -92,7 +92,7 @@ class Decider(nn.Module, ABC):
         return None
 
     @abstractmethod
-    def forward(self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None = None) -> Decision:
+    def forward(self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None = None) -> Decided:
         """Decides about a batch. Tokens where `keep` is false are padding."""
 
     def statistics(self) -> dict[str, float]:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
 
-from softmoe_cli.moe.kind import Decider, Decision
+from softmoe_cli.moe.kind import Decided, Decider
 
 
 class Carried(NamedTuple):
@@ -25,7 +25,7 @@ class Carried(NamedTuple):
     """The last router's logits, float32, in the groups that these layers have; None before the first one."""
 
 
-class Routing(Decision):
+class Routing(Decided):
     """One decision of one router about one batch."""
 
     carried: Carried | None = None
@@ -62,7 +62,7 @@ class Router(Decider):
     of_one_expert: ClassVar[Mapping[str, Any]] = {}
     """Options of its own with which a layer of `num_experts=1` is that one expert and nothing else."""
     counts_landed: bool = False
-    """Whether its routings say how many rows hold a choice (`Decision.landed`): what it costs depends on the images."""
+    """Whether its routings say how many rows hold a choice (`Decided.landed`): what it costs depends on the images."""
     carries: bool = False
     """Whether a layer hands `Carried` on to the next one: `forward` then takes it as a third argument, and its routing
     has it."""
@@ -74,7 +74,7 @@ class Router(Decider):
 
     @abstractmethod
     def rows(self, num_tokens: int) -> float:
-        """Rows per image that the experts compute, empty ones included. Where the images decide (`Decision.landed`): as
+        """Rows per image that the experts compute, empty ones included. Where the images decide (`Decided.landed`): as
         many as the router's balance aims at."""
 
     def train_rows(self, num_tokens: int) -> float:
@@ -321,16 +321,16 @@ def noise_like(like: Float[Tensor, "..."], images: int = 1) -> Tensor:
 
 
 @contextmanager
-def routings(model: nn.Module) -> Iterator[list[Decision]]:
+def routings(model: nn.Module) -> Iterator[list[Decided]]:
     """Collects, in call order, what every router inside `model` decides while the context is open and gradients are
     computed: evaluation in between leaves nothing that would hold its memory.
 
     Clear the list before each forward pass. Recomputation in the backward pass calls routers again, so
     sum the auxiliary losses before `backward`: then each counts exactly once.
     """
-    seen: list[Decision] = []
+    seen: list[Decided] = []
 
-    def remember(_module: nn.Module, _inputs: object, decision: Decision) -> None:
+    def remember(_module: nn.Module, _inputs: object, decision: Decided) -> None:
         if torch.is_grad_enabled():
             seen.append(decision)
 

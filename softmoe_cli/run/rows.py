@@ -63,7 +63,11 @@ def _path(value: Any) -> bool:
         return False
 
 
-TEXT, PATH = Kind("text", _text), Kind("a path", _path)
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(each, str) for each in value)
+
+
+TEXT, PATH, LIST = Kind("text", _text), Kind("a path", _path), Kind("a list of words", _texts)
 NUMBER, WHOLE, COUNT = Kind("a number", number), Kind("a whole number", _whole), Kind("a whole number above 0", _count)
 
 
@@ -268,6 +272,14 @@ COSTS = {key: each for key, each in RESULT.items() if each.amount}
 CURVES = {key: each for key, each in LOOK.items() if each.better}
 AXES = tuple(key for key, each in COSTS.items() if each.axis)
 
+LOOKED = {
+    **FORMAT_KEY,
+    "time": _said(NUMBER, "when, in seconds since 1970"),
+    "quality": _said(TEXT, "the main measure"),
+    "margin": _said(NUMBER, "within which groups are equal", null=True),
+    "runs": _said(LIST, "the signatures of the runs that were shown together"),
+}
+"""A row of looks.jsonl, which lies in the folder of a study: what softmoe compare has shown of it."""
 JOB = {"run": _said(TEXT, "the job's name"), "folder": _said(PATH, "its run's, from the sweep's")}
 """A job in jobs.json."""
 FAILURE = {"reason": _said(TEXT, "why a job failed")}

@@ -1,6 +1,7 @@
 """From a fitted law and the runs' costs to a decision with intervals, the run that would test it, and the next run."""
 
 import math
+import os
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -101,7 +102,7 @@ def law_world(family: Family, fit: LawFit, cost: Prices, device_mib: float | Non
 
 
 @dataclass
-class Decision:
+class Answer:
     """An answer with how sure it is.
 
     Attributes:
@@ -149,7 +150,7 @@ def may_decide(fit: LawFit, family: Family) -> str:
 def decision(
     family: Family, fit: LawFit, drawn_free: np.ndarray, aim: Aim, cost: Prices, experts: Sequence[float],
     device_mib: float | None, *, far: bool,
-) -> Decision:  # fmt: skip
+) -> Answer:  # fmt: skip
     """The best of these numbers of experts, with intervals from the bootstrap's laws; `far`: extrapolation was asked
     for."""
     size, points = fit.form.law.sizes[0], family.points
@@ -167,16 +168,15 @@ def decision(
     world = law_world(family, fit, cost, device_mib)
     choices = [best_choice(aim, world, e, span(e), images) for e in experts]
     factors = {each.experts: outside(each, box(each.experts), images, ends) for each in choices if not each.reason}
-    repeated = max(run.row["epochs"] for run in family.runs) > 1 and "U" not in fit.form.law.sizes
+    most = math.inf if "U" in fit.form.law.sizes else max(images[1], float(points.sizes["U"].max()))
     judged = []
     for each in choices:
         if not each.reason and not far:
             if factors[each.experts] > MOST_OUTSIDE:
                 each = _refused(each, f"a factor of {factors[each.experts]:.3g} outside the runs")
-            elif repeated and each.images > images[1] * (1 + 1e-9):
-                each = _refused(
-                    each, f"{each.images / images[1]:.3g} times the most images of the runs, which repeat them"
-                )
+            elif each.images > most * (1 + 1e-9):
+                more = f"{each.images / most:.3g} times the most images that were seen or are different"
+                each = _refused(each, f"{more}, and {fit.form.law.name} takes those that come again as fresh")
         judged.append(each)
     worlds: Iterator[World] = (law_world(family, fit, cost, device_mib, free) for free in drawn_free)
     kept = [each.experts for each in judged if not each.reason]
@@ -189,7 +189,7 @@ def decision(
         for place, e in enumerate(kept)
     }
     best = winner(judged)
-    return Decision(
+    return Answer(
         aim, size, cost, judged, win_shares(drawn), spans, factors, best, second_price(judged), drawn
     )  # fmt: skip
 
@@ -227,7 +227,8 @@ def proposal(family: Family, size: str, wanted: float, images: float, experts: f
     batch = int(row["batch_size"])
     count = max(1, round(images / batch)) * batch
     budgets = [f"train.{key}=null" for key in ("steps", "epochs", "minutes") if row.get(f"train.{key}") is not None]
-    words = ["softmoe", "train", "-cp", str(run.folder), "-cn", "config", *changed, f"train.images={count}", *budgets]
+    words = ["softmoe", "train", "-cp", os.path.abspath(run.folder), "-cn", "config", *changed]
+    words += [f"train.images={count}", *budgets]
     return Proposal(shlex.join(words), float(points.sizes[size][at]) * factor, count, experts)
 
 
@@ -256,7 +257,7 @@ def _width(row: Row, factor: float) -> tuple[list[str], float]:
 def with_room(
     family: Family,
     fit: LawFit,
-    made: Decision,
+    made: Answer,
     offered: Proposal,
     images: tuple[float, float],
     device_mib: float | None,
@@ -318,7 +319,7 @@ class Next:
     narrower: float
 
 
-def next_run(family: Family, fit: LawFit, drawn_free: np.ndarray, made: Decision, *, far: bool) -> Next | None:
+def next_run(family: Family, fit: LawFit, drawn_free: np.ndarray, made: Answer, *, far: bool) -> Next | None:
     """Of the runs' sizes, experts and images, and of twice the most images, the cheapest run that narrows the answer at
     least half as much as the best of them.
 
@@ -341,11 +342,12 @@ def next_run(family: Family, fit: LawFit, drawn_free: np.ndarray, made: Decision
         return None
     points, noise = family.points, max(seed_scatter(family.points), 1e-4)
     counts = np.unique(points.sizes["D"])
-    repeated = max(run.row["epochs"] for run in family.runs) > 1 and not far
+    beyond = 2 * counts[-1]
+    allowed = far or "U" in fit.form.law.sizes or beyond <= points.sizes["U"].max()
     options = []
     for e in np.unique(points.sizes["E"]):
         for at in np.unique(points.sizes[made.size][points.sizes["E"] == e]):
-            options += [(e, at, d) for d in [*counts, *([] if repeated else [2 * counts[-1]])]]
+            options += [(e, at, d) for d in [*counts, *([beyond] if allowed else [])]]
     world = law_world(family, fit, made.cost, None)
     table = np.array([
         [math.log(float(law_world(family, fit, made.cost, None, free).loss(at, d, e))) for e, at, d in options]

@@ -18,7 +18,9 @@ from softmoe_cli.scaling.forms import EXPERTS_NEED, FORMS, Form, held_at
 from softmoe_cli.scaling.laws import Number
 
 DELTA = 1e-3
-"""Huber's delta where no seeds are repeated, as in the papers, and the least there is."""
+"""The least Huber delta there is, and the papers' own."""
+WIDE_DELTA, FIRST_STARTS = 0.1, 4
+"""Of the fit whose residuals give a delta where no seed is repeated."""
 STARTS = 16
 SAME = 0.01
 """Starts that end within this share of the best one agree with it."""
@@ -138,8 +140,16 @@ def seed_scatter(points: Points) -> float:
 
 def auto_delta(points: Points) -> float:
     """Huber's delta: 1.345 standard deviations of the seeds (Huber, Robust Estimation of a Location Parameter, 1964),
-    with which normal noise costs 5% of the sureness of least squares."""
-    return max(DELTA, 1.345 * seed_scatter(points))
+    with which normal noise costs 5% of the sureness of least squares. 0 where no seed is repeated."""
+    scatter = seed_scatter(points)
+    return max(DELTA, 1.345 * scatter) if scatter else 0.0
+
+
+def residual_delta(form: Form, points: Points) -> float:
+    """The same from what a first fit leaves, which holds the law's own error too."""
+    first = fit_law(form, points, delta=WIDE_DELTA, starts=FIRST_STARTS)
+    apart = np.asarray(points.scale(first.predict(points.sizes)) - points.scale(points.loss), dtype=float)
+    return max(DELTA, 1.345 * 1.4826 * float(np.median(np.abs(apart))))
 
 
 def missing(form: Form, points: Points) -> str:
@@ -205,9 +215,8 @@ def fit_law(
     centre = {s: float(np.mean(np.log(points.sizes[s]))) for s in sizes if s != "S"}
     if same is not None:
         centre = dict(same.centre)
-    blank = LawFit(
-        form, np.zeros(len(names)), names, centre, delta or auto_delta(points), math.inf, 0, 0, len(points.loss)
-    )
+    delta = delta or auto_delta(points) or residual_delta(form, points)
+    blank = LawFit(form, np.zeros(len(names)), names, centre, delta, math.inf, 0, 0, len(points.loss))
     level = float(np.mean(np.log(points.loss)))
     low, high = np.array([form.box[name] for name in names]).T
     offset = np.array([level if name in form.scaled else 0.0 for name in names])
@@ -281,7 +290,7 @@ def percentiles(values: np.ndarray) -> tuple[float, float]:
 
 
 TOO_WIDE = 100.0
-"""A coefficient whose interval spans a factor of more than this is not identified."""
+"""A coefficient whose interval spans a factor of more than this, or ends at zero, is not identified."""
 
 
 def intervals(fit: LawFit, drawn: np.ndarray) -> dict[str, tuple[float, float, bool]]:
@@ -291,10 +300,10 @@ def intervals(fit: LawFit, drawn: np.ndarray) -> dict[str, tuple[float, float, b
     for name in fit.form.law.coefficients:
         low, high = percentiles(np.array([table[name] for table in tables], dtype=float))
         known = math.isfinite(low) and math.isfinite(high)
-        if known and low > 0:
-            known = high / low <= TOO_WIDE
-        elif known and high < 0:
-            known = low / high <= TOO_WIDE
+        if known and low >= 0:
+            known = low > 0 and high / low <= TOO_WIDE
+        elif known and high <= 0:
+            known = high < 0 and low / high <= TOO_WIDE
         found[name] = (low, high, known)
     return found
 

@@ -53,13 +53,26 @@ EXPERTS_NEED = {"log_start": 4, "log_most": 5}
 saturate, and E_max is infinite; with fewer than four E_start is 1."""
 
 
+STEEP, HUGE = math.log(20), math.log(1e9)
+"""The logarithms of the largest exponent and of the largest number: beyond them nothing changes but that numbers
+overflow."""
+
+
+def _bounded(logarithm: Number, most: float) -> Number:
+    return np.exp(np.where(np.real(logarithm) > most, most, logarithm))
+
+
+def _exponent(logarithm: Number) -> Number:
+    return _bounded(logarithm, STEEP)
+
+
 def _experts(free: Free) -> dict[str, Number]:
-    start = 1 + np.exp(free["log_start"]) if "log_start" in free else 1.0
-    return {"E_start": start, "E_max": start + np.exp(free["log_most"]) if "log_most" in free else math.inf}
+    start = 1 + _bounded(free["log_start"], HUGE) if "log_start" in free else 1.0
+    return {"E_start": start, "E_max": start + _bounded(free["log_most"], HUGE) if "log_most" in free else math.inf}
 
 
 def _inference_optimal(free: Free, centre: Mapping[str, float]) -> dict[str, Number]:
-    alpha, beta, gamma = (np.exp(free[f"log_{name}"]) for name in ("alpha", "beta", "gamma"))
+    alpha, beta, gamma = (_exponent(free[f"log_{name}"]) for name in ("alpha", "beta", "gamma"))
     return {
         "A": np.exp(free["log_A"] + alpha * centre["N"]), "alpha": alpha, "B": np.exp(free["log_B"]), "beta": beta,
         "C": np.exp(free["log_C"] + gamma * centre["D"]), "gamma": gamma, "F": np.exp(free["log_F"]), "d": free["d"],
@@ -69,7 +82,7 @@ def _inference_optimal(free: Free, centre: Mapping[str, float]) -> dict[str, Num
 
 def _joint_moe(free: Free, centre: Mapping[str, float]) -> dict[str, Number]:
     """`delta` and `omega` are those at the centre: the law's follow from them."""
-    alpha, beta = -np.exp(free["log_alpha"]), -np.exp(free["log_beta"])
+    alpha, beta = -_exponent(free["log_alpha"]), -_exponent(free["log_beta"])
     return {
         "a": np.exp(free["log_a"] - alpha * centre["N_act"]), "alpha": alpha, "gamma": free["gamma"],
         "delta": free["delta"] - free["gamma"] * centre["N_act"],
@@ -88,26 +101,26 @@ def _routed_bilinear(free: Free, centre: Mapping[str, float]) -> dict[str, Numbe
 
 
 def _granular_moe(free: Free, centre: Mapping[str, float]) -> dict[str, Number]:
-    alpha, beta = np.exp(free["log_alpha"]), np.exp(free["log_beta"])
+    alpha, beta = _exponent(free["log_alpha"]), _exponent(free["log_beta"])
     return {
         "a": np.exp(free["log_a"] + alpha * centre["N_total"]), "alpha": alpha,
-        "g": np.exp(free["log_g"] + alpha * centre["N_total"]), "gamma": np.exp(free["log_gamma"]),
+        "g": np.exp(free["log_g"] + alpha * centre["N_total"]), "gamma": _exponent(free["log_gamma"]),
         "b": np.exp(free["log_b"] + beta * centre["D"]), "beta": beta, "c": np.exp(free["log_c"]),
     }  # fmt: skip
 
 
 def _sparsity(free: Free, centre: Mapping[str, float]) -> dict[str, Number]:
-    alpha, beta, gamma = (np.exp(free[f"log_{name}"]) for name in ("alpha", "beta", "gamma"))
+    alpha, beta, gamma = (_exponent(free[f"log_{name}"]) for name in ("alpha", "beta", "gamma"))
     return {
         "a": np.exp(free["log_a"] + alpha * centre["N_total"]), "alpha": alpha,
         "b": np.exp(free["log_b"] + beta * centre["D"]), "beta": beta, "c": np.exp(free["log_c"]),
-        "lambda_": -np.exp(free["log_lambda"]), "d": np.exp(free["log_d"] + gamma * centre["N_total"]),
+        "lambda_": -_exponent(free["log_lambda"]), "d": np.exp(free["log_d"] + gamma * centre["N_total"]),
         "delta": free["delta"], "gamma": gamma, "e": np.exp(free["log_e"]),
     }  # fmt: skip
 
 
 def _chinchilla(free: Free, centre: Mapping[str, float]) -> dict[str, Number]:
-    alpha, beta = np.exp(free["log_alpha"]), np.exp(free["log_beta"])
+    alpha, beta = _exponent(free["log_alpha"]), _exponent(free["log_beta"])
     return {
         "A": np.exp(free["log_A"] + alpha * centre["N"]), "alpha": alpha,
         "B": np.exp(free["log_B"] + beta * centre["D"]), "beta": beta, "F": np.exp(free["log_F"]),
@@ -115,21 +128,21 @@ def _chinchilla(free: Free, centre: Mapping[str, float]) -> dict[str, Number]:
 
 
 def _data_constrained(free: Free, centre: Mapping[str, float]) -> dict[str, Number]:
-    return _chinchilla(free, centre) | {"R_star": np.exp(free["log_R"])}
+    return _chinchilla(free, centre) | {"R_star": _bounded(free["log_R"], HUGE)}
 
 
 def _saturating_compute(free: Free, centre: Mapping[str, float]) -> dict[str, Number]:
-    b, d = np.exp(free["log_b"]), np.exp(free["log_d"] + centre["C"])
+    b, d = _exponent(free["log_b"]), np.exp(free["log_d"] + centre["C"])
     middle = math.exp(centre["C"]) + d
     return {"a": np.exp(free["log_a"]) * middle**b, "b": b, "c": np.exp(free["log_c"]), "d": d}
 
 
 def _shape(free: Free, centre: Mapping[str, float]) -> dict[str, Number]:
-    c = np.exp(free["log_c"])
+    c = _exponent(free["log_c"])
     at_centre = np.exp(c * centre["C"])
     return {
-        "alpha": np.exp(free["log_alpha"]), "a": np.exp(free["log_a"]), "beta": np.exp(free["log_beta"]) * at_centre,
-        "b": np.exp(free["log_b"]), "xi": np.exp(free["log_xi"]) * at_centre, "c": c, "eps": np.exp(free["log_eps"]),
+        "alpha": np.exp(free["log_alpha"]), "a": _exponent(free["log_a"]), "beta": np.exp(free["log_beta"]) * at_centre,
+        "b": _exponent(free["log_b"]), "xi": np.exp(free["log_xi"]) * at_centre, "c": c, "eps": np.exp(free["log_eps"]),
     }  # fmt: skip
 
 
@@ -180,7 +193,7 @@ def held_at(chance: float) -> Form:
     """The form of `saturating_compute` whose error without compute is that of guessing: a follows from the others."""
 
     def coefficients(free: Free, centre: Mapping[str, float]) -> dict[str, Number]:
-        b, c, d = np.exp(free["log_b"]), chance / (1 + np.exp(-free["logit_c"])), np.exp(free["log_d"] + centre["C"])
+        b, c, d = _exponent(free["log_b"]), chance / (1 + np.exp(-free["logit_c"])), np.exp(free["log_d"] + centre["C"])
         return {"a": (chance - c) * d**b, "b": b, "c": c, "d": d}
 
     box = {"log_b": EXPONENT, "logit_c": (-4.0, 1.0), "log_d": (-12.0, 0.0)}

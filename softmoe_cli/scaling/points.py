@@ -125,7 +125,6 @@ def _mixed(runs: Sequence[FinishedRun]) -> list[str]:
     epochs = max(run.row["epochs"] for run in runs)
     if epochs > 1:
         notes.append(
-            f"images come again, up to {epochs:.3g} times: D counts each time, and no decision goes beyond the most "
-            "images of the runs unless data_constrained makes it"
+            f"images come again, up to {epochs:.3g} times: D counts each time, and only data_constrained knows of it"
         )
     return notes

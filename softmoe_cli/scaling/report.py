@@ -9,7 +9,7 @@ import numpy as np
 
 from softmoe_cli.compare.tables import Table
 from softmoe_cli.compare.units import quantity
-from softmoe_cli.scaling.answer import Decision, Next, Proposal
+from softmoe_cli.scaling.answer import Answer, Next, Proposal
 from softmoe_cli.scaling.decide import Choice
 from softmoe_cli.scaling.fit import LawFit, intervals, seed_scatter
 from softmoe_cli.scaling.holdout import SHARE, Tested
@@ -45,7 +45,7 @@ class Report:
     cannot: dict[str, str] = field(default_factory=dict)
     chosen: LawFit | None = None
     draws: np.ndarray = field(default_factory=lambda: np.empty((0, 0)))
-    decision: Decision | None = None
+    decision: Answer | None = None
     undecided: str = ""
     proposal: Proposal | None = None
     proposed: tuple[float, float, float] | None = None
@@ -112,7 +112,7 @@ def coefficient_table(report: Report) -> Table:
     return Table(title, COEFFICIENT_NOTE, ["coefficient", "value", "95% interval", ""], rows)
 
 
-def asked(made: Decision) -> str:
+def asked(made: Answer) -> str:
     """The question in words: least loss for 0.5 PFLOP of training, at most 4 ms to serve an image"""
     aim, unit, serve = made.aim, made.cost.unit, made.cost.serve_unit
     goal = {"loss": "least loss", "serve": "cheapest to serve", "total": "cheapest to train and serve"}[aim.goal]
@@ -170,7 +170,7 @@ def _with(value: float, span: tuple[float, float], form: Any) -> str:
     return f"{form(value)}{ends}"
 
 
-def _state(made: Decision, each: Choice, factor: float) -> str:
+def _state(made: Answer, each: Choice, factor: float) -> str:
     parts = ["best"] if made.best is each else []
     if factor > 1 + 1e-6:
         parts.append(f"extrapolated by a factor of {factor:.3g}")
@@ -215,7 +215,7 @@ def answer_lines(report: Report) -> list[str]:
     return lines
 
 
-def _others(made: Decision) -> str:
+def _others(made: Answer) -> str:
     others = [
         f"{experts_said(e)} in {100 * share:.0f}%"
         for e, share in sorted(made.shares.items(), key=lambda each: -each[1])

@@ -21,7 +21,7 @@ from softmoe_cli.evaluate.fewshot import check_shots
 from softmoe_cli.evaluate.quality import classification_loss
 from softmoe_cli.model.vit import build, prepare
 from softmoe_cli.model.weights import LoadReport
-from softmoe_cli.moe.kind import Decider, Decision
+from softmoe_cli.moe.kind import Decided, Decider
 from softmoe_cli.moe.routing import full_precision, routings
 from softmoe_cli.optim import freeze, optimizer_of, schedule
 from softmoe_cli.parallel import ALONE, Average, Crew, own_part
@@ -223,7 +223,7 @@ class Step:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     autocast: torch.autocast
-    seen: list[Decision]
+    seen: list[Decided]
     config: Config
     crew: Crew = ALONE
     landed: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))

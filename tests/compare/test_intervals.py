@@ -7,15 +7,21 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from softmoe_cli.compare.anytime import look, p_zero
 from softmoe_cli.compare.intervals import (
     DRAWS,
+    Interval,
+    anytime_difference,
     at_budget,
+    beats,
+    best_set,
     budgets,
     difference,
     front_probability,
     holm,
     mean_interval,
     on_front,
+    shaffer,
     verdicts,
 )
 
@@ -72,7 +78,7 @@ def test_what_cannot_be_told_has_no_interval() -> None:
     assert (single.interval.mean, single.p) == (1.0, None)
     pair = difference([(0, 2.0), (1, 9.0)], [(0, 1.0), (1, 7.9)])
     assert pair.p is not None
-    assert {v for v, _ in verdicts({"a": single, "b": pair}, higher_is_better=True).values()} == {"too few seeds"}
+    assert {v for v, *_ in verdicts({"a": single, "b": pair}, higher_is_better=True).values()} == {"too few seeds"}
 
 
 def test_better_and_worse_follow_the_direction() -> None:
@@ -97,7 +103,7 @@ def test_verdicts_are_rarely_wrong_where_there_is_no_difference(kind: str, n: in
             i: difference(list(enumerate(other)), list(enumerate(base, shift))) for i, other in enumerate(others)
         }
         told = verdicts(compared, higher_is_better=True)
-        wrong += any(verdict in ("better", "worse") for verdict, _ in told.values())
+        wrong += any(verdict in ("better", "worse") for verdict, *_ in told.values())
     assert wrong / trials <= 0.06
 
 
@@ -160,3 +166,157 @@ def test_front_probability() -> None:
     expected = stats.t.sf((90.5 - np.mean(values)) / stats.sem(values), 3)
     assert chance == pytest.approx(expected, abs=4 / math.sqrt(DRAWS))
     assert front_probability([([1.0], [90.5]), ([2.0] * 4, values)])[1] == chance
+
+
+@pytest.mark.parametrize("n", [3, 8])
+def test_equality_is_two_one_sided_tests(n: int) -> None:
+    random = np.random.default_rng(n)
+    for _ in range(10):
+        x, y = random.normal(90, 1, n), random.normal(90.3, 1, n)
+        found = difference(list(enumerate(x.tolist())), list(enumerate(y.tolist())), margin=2.0)
+        lower = stats.ttest_1samp(x - y, -2.0, alternative="greater").pvalue
+        upper = stats.ttest_1samp(x - y, 2.0, alternative="less").pvalue
+        assert found.p_equal == pytest.approx(max(lower, upper))
+        turned = difference(list(enumerate(y.tolist())), list(enumerate(x.tolist())), margin=2.0)
+        assert (turned.p_equal, turned.p, turned.sign) == pytest.approx((found.p_equal, found.p, -found.sign))
+
+
+def test_verdicts_within_a_margin() -> None:
+    base = [(seed, 90.0 + seed) for seed in range(6)]
+    wobble = (0.03, -0.02, 0.01, -0.03, 0.02, 0.0)
+
+    def arm(by: float) -> list[tuple[int, float]]:
+        return [(seed, value + by + noise) for (seed, value), noise in zip(base, wobble, strict=True)]
+
+    found = {by: difference(arm(by), base, margin=0.5) for by in (0.0, 0.2, 3.0, -0.2, 0.5)}
+    words = {by: told.word for by, told in verdicts(found, higher_is_better=True).items()}
+    assert words == {0.0: "equal within the margin", 0.2: "better, by less than the margin", 3.0: "better",
+                     -0.2: "worse, by less than the margin", 0.5: "better"}  # fmt: skip
+    turned = verdicts(found, higher_is_better=False)
+    assert turned[0.2].word == "worse, by less than the margin" and turned[3.0].p_equal == 1.0
+    few = difference(arm(0.0)[:2], base[:2], margin=0.5)
+    assert verdicts({0: few}, higher_is_better=True)[0].word == "too few seeds"
+
+
+def test_claims_of_which_one_may_be_false() -> None:
+    """Word for word: every set of claims that may be false together, one for each comparison at most, keeps the level
+    (closed testing with Bonferroni's test over the largest such set)."""
+    random = np.random.default_rng(0)
+    for _ in range(50):
+        claims = {
+            arm: {"different": float(random.random() ** 4), "equal": float(random.random() ** 4)} for arm in "abc"
+        }
+        told = shaffer(claims)
+        order = sorted((p, arm, claim) for arm, each in claims.items() for claim, p in each.items())
+        for level in (0.02, 0.1, 0.5):
+            accepted, left = set(), list(order)
+            while left and left[0][0] * len({arm for _, arm, _ in left}) < level:
+                accepted.add(left.pop(0)[1:])
+            assert accepted == {key for key, p in told.items() if p < level}
+
+
+@pytest.mark.parametrize("studies", [150, pytest.param(4000, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("kind", ["null", "mixed"])
+def test_families_within_a_margin_are_rarely_wrong(kind: str, studies: int) -> None:
+    """Four arms and a margin of one deviation: arms without a difference are never called different, and arms with one
+    of the margin never equal, but in 5% of studies."""
+    random, wrong = np.random.default_rng(5), 0
+    truth = [0.0, 0.0, 0.0, 0.0] if kind == "null" else [0.0, 0.0, 1.0, -1.0]
+    seeds = list(range(6))
+    for _ in range(studies):
+        found = {}
+        for arm, by in enumerate(truth):
+            values = random.normal(by, 1, 6).tolist()
+            found[arm] = difference(list(zip(seeds, values, strict=True)), [(s, 0.0) for s in seeds], margin=1.0)
+        told = verdicts(found, higher_is_better=True)
+        wrong += any(
+            ("better" in told[arm].word or "worse" in told[arm].word) if by == 0 else "margin" in told[arm].word
+            for arm, by in enumerate(truth)
+        )
+    assert wrong / studies <= 0.05 + 4 * math.sqrt(0.05 * 0.95 / studies)
+
+
+@pytest.mark.parametrize("arms", [1, 4, 12])
+@pytest.mark.parametrize("studies", [1000, pytest.param(20_000, marks=pytest.mark.thorough)])
+def test_the_any_time_rule_is_rarely_wrong_though_looked_at_after_every_seed(arms: int, studies: int) -> None:
+    """Studies without any difference, looked at from 3 to 12 seeds, arms against one baseline: a false verdict at any
+    look in at most 5% of them, where Student's test would have one in every sixth, of one arm."""
+    runs = np.random.default_rng(arms).normal(90, 1, (studies, arms + 1, 12))
+    apart = runs[:, 1:] - runs[:, :1]
+    false = p_zero(apart).min(1)[:, 1:] * arms < 0.05  # the first step of Holm
+    student = [stats.ttest_1samp(apart[:, 0, :n], 0, axis=1).pvalue < 0.05 for n in range(3, 13)]
+    allowed = 4 * math.sqrt(0.05 * 0.95 / studies)
+    assert false.any(1).mean() <= 0.05 + allowed
+    assert np.any(student, axis=0).mean() >= 0.18 - 4 * math.sqrt(0.18 * 0.82 / studies)
+    for study in [*range(5), *np.flatnonzero(false.any(1))[:3]]:
+        for n in (3, 12):
+            base, *others = [list(enumerate(values)) for values in runs[study, :, :n].tolist()]
+            found = {arm: anytime_difference(each, base, range(n)) for arm, each in enumerate(others)}
+            words = {told.word for told in verdicts(found, higher_is_better=True).values()}
+            assert bool(words & {"better", "worse"}) == bool(false[study, : n - 2].any())
+
+
+def test_any_time_differences_take_seeds_in_the_order_given() -> None:
+    ours, theirs = {0: 91.0, 1: 92.5, 2: 90.7, 7: 95.0}, {0: 90.0, 1: 90.0, 2: 90.0, 3: 1.0}
+    found = anytime_difference(list(ours.items()), list(theirs.items()), [2, 0, 1], 1.0)
+    told = look([0.7, 1.0, 2.5], 0.95, 1.0)
+    assert told is not None
+    assert (found.method, found.unpaired_seeds) == ("any-time", (3, 7))
+    assert (found.p, found.p_equal) == pytest.approx((told.p, told.p_equal))
+    assert found.interval.mean == pytest.approx(1.4) and (found.interval.low, found.interval.n) == (None, 3)
+    same = anytime_difference([(0, 2.0), (1, 3.0), (2, 4.0)], [(0, 1.0), (1, 2.0), (2, 3.0)], [0, 1, 2])
+    assert (same.p, same.interval.low) == (None, None)
+    apart = anytime_difference([(0, 2.0), (1, 3.0)], [(5, 1.0)], [])
+    assert (apart.interval, apart.unpaired_seeds) == (Interval(1.5, None, None, 0), (0, 1, 5))
+    words = [verdicts({0: each}, higher_is_better=True)[0].word for each in (same, apart)]
+    assert words == ["not distinguishable", "too few seeds"]
+
+
+def test_the_chance_to_win_is_the_normal_one_and_agrees_with_the_test() -> None:
+    """Its interval is scipy's noncentral t turned round, and has one half inside just where Student's has zero."""
+    random = np.random.default_rng(4)
+    for n in (3, 5, 12):
+        for shift in (0.0, 0.8, 3.0):
+            x, y = random.normal(90 + shift, 1, n), random.normal(90, 0.5, n)
+            found = difference(list(enumerate(x.tolist())), list(enumerate(y.tolist())))
+            won = beats(found, higher_is_better=True)
+            lost = beats(found, higher_is_better=False)
+            d, t = x - y, float(stats.ttest_rel(x, y).statistic)
+            assert won is not None and lost is not None and won.low is not None and won.high is not None
+            assert won.mean == pytest.approx(stats.norm.cdf(d.mean() / d.std(ddof=1)))
+            for end, tail in ((won.low, 0.975), (won.high, 0.025)):
+                assert stats.nct.cdf(t, n - 1, stats.norm.ppf(end) * math.sqrt(n)) == pytest.approx(tail, abs=1e-6)
+            assert (won.low < 0.5 < won.high) == (found.p is not None and found.p > 0.05)
+            assert [lost.mean, lost.low, lost.high] == pytest.approx([1 - won.mean, 1 - won.high, 1 - won.low])
+    apart = difference([(0, 5.0), (1, 6.0), (2, 7.5)], [(7, 1.0), (8, 2.5), (9, 3.0)])
+    won = beats(apart, higher_is_better=True)
+    spread = math.hypot(np.std([5, 6, 7.5], ddof=1), np.std([1, 2.5, 3], ddof=1))
+    assert won is not None and won.mean == pytest.approx(stats.norm.cdf((18.5 - 6.5) / 3 / spread))
+    assert beats(difference([(0, 1.0)], [(0, 2.0)]), higher_is_better=True) is None
+
+
+def test_the_set_of_best_groups() -> None:
+    """One that stands out; several that cannot be told apart; few seeds exclude nobody and are not excluded."""
+    noise = np.random.default_rng(0).normal(0, 0.1, (4, 5))
+    values = {name: list(enumerate((level + noise[i]).tolist())) for i, (name, level) in enumerate(
+        {"a": 95, "b": 94.98, "c": 90, "d": 91}.items())}  # fmt: skip
+
+    def pairs(names: str) -> dict[tuple[str, str], Any]:
+        return {(x, y): difference(values[x], values[y]) for i, x in enumerate(names) for y in names[i + 1 :]}
+
+    assert best_set(pairs("abcd"), "abcd", higher_is_better=True) == {"a", "b"}
+    assert best_set(pairs("acd"), "acd", higher_is_better=True) == {"a"}
+    assert best_set(pairs("abcd"), "abcd", higher_is_better=False) == {"c"}
+    values["d"] = values["d"][:2]
+    assert best_set(pairs("acd"), "acd", higher_is_better=True) == {"a", "d"}
+
+
+@pytest.mark.parametrize("studies", [150, pytest.param(5000, marks=pytest.mark.thorough)])
+def test_the_best_group_is_rarely_left_out(studies: int) -> None:
+    """Where all are equally good: each of them is missing in at most 5% of studies."""
+    random, missing = np.random.default_rng(6), 0
+    for _ in range(studies):
+        runs = [list(enumerate(each)) for each in random.normal(0, 1, (4, 4)).tolist()]
+        found = {(i, j): difference(runs[i], runs[j]) for i in range(4) for j in range(i + 1, 4)}
+        missing += 0 not in best_set(found, range(4), higher_is_better=True)
+    assert missing / studies <= 0.05 + 4 * math.sqrt(0.05 * 0.95 / studies)

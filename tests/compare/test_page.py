@@ -22,7 +22,7 @@ def test_page_has_a_section_for_each_block(tmp_path: Path) -> None:
         write(tmp_path / hardware, row(seed=len(hardware) + ord(hardware[-1]), hardware=hardware, train__minutes=5))
     comparison = compare([tmp_path], Question())
     sections = page(comparison, {"pareto.svg": b"", "curves.svg": b""}, tmp_path).split("<section>")[1:]
-    assert [each.partition("</section>")[0].count("<table ") for each in sections] == [3, 3, 3]
+    assert [each.partition("</section>")[0].count("<table ") for each in sections] == [4, 3, 3]
 
 
 def test_page_draws_seconds_of_one_machine_only(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def test_markdown_tables_have_as_many_cells_as_heads(which: str, request: pytest
     bodies = [part.split("\n\n")[1].splitlines() for part in text.split("## ")[1:] if "\n\n| " in part]
     assert len(bodies) == len(tables(comparison))
     for lines, table in zip(bodies, tables(comparison), strict=True):
-        cells = [line.replace("\\|", "").strip("| ").split("|") for line in lines]
+        cells = [line.replace("\\|", "").strip()[1:-1].split("|") for line in lines]
         assert {len(each) for each in cells} == {len(table.head)}
         assert all(set(rule.strip()) <= set("-:") and "-" in rule for rule in cells[1])
         assert len(lines) == 2 + len(table.rows)
@@ -55,13 +55,14 @@ def test_markdown_tables_have_as_many_cells_as_heads(which: str, request: pytest
 @pytest.mark.parametrize("which", ["compared", "nasty"])
 def test_latex(which: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """Compiles, where there is a TeX; nothing in it is left to TeX's own reading."""
-    text = latex(request.getfixturevalue(which))
+    comparison = request.getfixturevalue(which)
+    text, number = latex(comparison), len(tables(comparison))
     bare = text.replace("\\&", "").replace("\\%", "").replace("\\#", "").replace("\\_", "").replace("\\$", "")
     rows = [line for line in bare.splitlines() if line.endswith(r" \\")]
-    assert len({line.count("&") for line in rows}) == 2, "two tables"
+    assert len({line.count("&") for line in rows}) == 2, "wide tables and narrow ones"
     for line in rows:
         assert not set("%#_~^") & set(line)
-    assert text.count("\\toprule") == text.count("\\bottomrule") == 2
+    assert text.count("\\toprule") == text.count("\\bottomrule") == number
     if shutil.which("pdflatex") is None:
         pytest.skip("no pdflatex here: escapes only")
     (tmp_path / "table.tex").write_text(text)
@@ -85,7 +86,7 @@ def test_a_terminal_of_eighty_columns(compared: Comparison) -> None:
     head = told.splitlines()[1:3]
     assert all(word in " ".join(head) for word in ("group", "minus dense", "verdict", "GFLOP"))
     assert "parameters" not in told.partition("On the front")[0], "the rest with --columns"
-    (soft,) = [line for line in terminal(compared).splitlines() if re.match("soft  +3", line) and "better" in line]
+    soft, _ = [line for line in terminal(compared).splitlines() if re.match("soft  +3", line) and "better" in line]
     assert soft.split() == ["soft", "3", "94.01", "±", "2.40", "+3.01", "±", "0.22", "better,", "at", "16%", "more",
                             "training", "FLOPs", "148.5"]  # fmt: skip
     sentence = "soft is better than dense in test top-1: +3.01 ± 0.22 points (p = 0.00057, 3 seeds); at 16% more"

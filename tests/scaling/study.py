@@ -24,7 +24,7 @@ def planted(
     router = "dense" if experts == 1 else "soft"
     made = row(
         router=router, seed=seed, model__backbone__width=width, backbone=f"w{width}", images=images, steps=images // 32,
-        train_images=400_000, epochs=images / 400_000, slots_per_token=None if experts == 1 else 1.0,
+        train_images=4_000_000, epochs=images / 4e6, slots_per_token=None if experts == 1 else 1.0,
         **({} if experts == 1 else {"model__router__num_experts": experts}), **changes,
     )  # fmt: skip
     made |= {"model.backbone.heads": 4, "model.backbone.mlp_width": 4 * width, "model.backbone.depth": 4,

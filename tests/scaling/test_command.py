@@ -13,8 +13,10 @@ import pytest
 from softmoe_cli.compare.runs import read_runs
 from softmoe_cli.cost.flop import account
 from softmoe_cli.errors import UsageError
-from softmoe_cli.scaling.answer import law_world, may_decide, prices, proposal, sizes_at
+from softmoe_cli.scaling.answer import decision, law_world, may_decide, prices, proposal, sizes_at
 from softmoe_cli.scaling.command import SCALING_OPTIONS, scaling_options
+from softmoe_cli.scaling.costs import matched
+from softmoe_cli.scaling.decide import Aim
 from softmoe_cli.scaling.fit import fit_law
 from softmoe_cli.scaling.forms import FORMS
 from softmoe_cli.scaling.laws import inference_optimal
@@ -50,7 +52,7 @@ def test_sizes_are_those_of_the_ledger() -> None:
         assert dense_parameters(told) == parts["attn"] + parts["mlp"]
     assert dense_parameters({"model.backbone.width": None}) is None
     soft = sizes_of(planted(32, 16, 96_000, 0))
-    assert (soft["E"], soft["D"], soft["G"], soft["U"]) == (16, 96_000, 1, 400_000)
+    assert (soft["E"], soft["D"], soft["G"], soft["U"]) == (16, 96_000, 1, 4_000_000)
     assert soft["S"] == 1 - 1 / 16 and sizes_of(planted(32, 1, 96_000, 0))["S"] == 0
 
 
@@ -148,6 +150,7 @@ def test_no_law_beats_what_needs_none(softmoe: Softmoe, tmp_path: Path) -> None:
     assert "no decision: the best law, chinchilla, is not good enough: no better than the " in answer.out
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("undrawn")
 def test_refused_far_from_the_runs(softmoe: Softmoe, tmp_path: Path) -> None:
     folder = planted_study(tmp_path / "dense", **DENSE)
@@ -159,11 +162,15 @@ def test_refused_far_from_the_runs(softmoe: Softmoe, tmp_path: Path) -> None:
     repeated = planted_study(tmp_path / "repeated", **DENSE)
     for run in repeated.iterdir():
         result = json.loads((run / "result.json").read_text())
-        (run / "result.json").write_text(json.dumps(result | {"epochs": 3.0}))
-    again = softmoe("scaling", str(repeated), "--law", "chinchilla", "--draws", "3", "--train-pflop", "0.02")
-    assert "the most images of the runs, which repeat them; --extrapolate asks for it" in again.out
+        (run / "result.json").write_text(
+            json.dumps(result | {"train_images": 48_000, "epochs": result["images"] / 48_000})
+        )
+    again = softmoe("scaling", str(repeated), "--law", "chinchilla", "--draws", "3", "--train-pflop", "0.002")
+    assert "and chinchilla takes those that come again as fresh; --extrapolate asks for it" in again.out
+    assert "images come again, up to 4 times" in again.out
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("undrawn")
 def test_measured_costs(softmoe: Softmoe, tmp_path: Path) -> None:
     """The clock's rows are found by parameters and FLOPs; a latency limits the size; others' rows are counted."""
@@ -230,6 +237,24 @@ def test_worlds_of_laws(tmp_path: Path) -> None:
     noisy = family(tmp_path / "b", **DENSE | {"seeds": 3}, noise=1.0)
     law = fit_law(FORMS["chinchilla"], noisy.points, starts=1)
     assert "more seeds or more validation images are needed" in may_decide(law, noisy)
+
+
+def test_answers_near_and_far(tmp_path: Path) -> None:
+    """Ten times the runs are the end, unless more is asked for; a measured row is found by its model."""
+    found = family(tmp_path, **DENSE)
+    fit = fit_law(FORMS["chinchilla"], found.points, starts=2)
+    cost = prices(found, "N", None, "", seconds=False)
+    free = fit.free[None].repeat(2, axis=0)
+    near, refused, far = (
+        decision(found, fit, free, Aim(train=budget), cost, [1.0], None, far=each)
+        for budget, each in ((0.0005, False), (100.0, False), (100.0, True))
+    )
+    assert near.best is not None and near.shares == {1.0: 1.0} and near.factors[1.0] < 10
+    assert refused.best is None and refused.choices[0].reason.startswith("refused: a factor of ")
+    assert far.best is not None and far.factors[1.0] > 10
+    rows = [{"params_m": run.row["params_m"], "forward_gflop": run.row["forward_gflop"]} for run in found.runs[:7]]
+    pairs, strangers = matched([*rows, {"params_m": 1.0, "forward_gflop": 1.0}], [run.row for run in found.runs])
+    assert strangers == 1 and len(pairs) == 12 and all(found.runs[i].row["params_m"] == r["params_m"] for i, r in pairs)
 
 
 def test_published(softmoe: Softmoe, tmp_path: Path) -> None:

@@ -26,20 +26,17 @@ from softmoe_cli.scaling.laws import chance_held
 from tests.scaling.made_up import PLANTED, VALUES, beyond, points
 
 CHEAP = ("chinchilla", "routed_bilinear", "saturating_compute")
-NOT_IDENTIFIED = {"sparsity": ("c", "lambda_", "e"), "shape": (), "saturating_compute": ("d",)}
-"""Coefficients that trade against others on the grid, although the predictions are right."""
 LAWS_TRIED = [pytest.param(name, marks=[] if name in CHEAP else [pytest.mark.thorough]) for name in FORMS]
 
 
 @pytest.mark.parametrize("name", LAWS_TRIED)
 def test_a_planted_law_comes_back(name: str) -> None:
-    """Without noise: beyond the runs to 1e-6, and the coefficients that the runs identify to 1e-3."""
+    """Without noise: beyond the runs to 1e-6, and every coefficient to 1e-3."""
     fit = fit_law(FORMS[name], points(name), starts=16)
     want = FORMS[name].law.of(*beyond(name).values(), **PLANTED[name])
     np.testing.assert_allclose(fit.predict(beyond(name)), want, rtol=1e-6)
     for key, value in fit.coefficients().items():
-        if key not in NOT_IDENTIFIED.get(name, ()):
-            assert value == pytest.approx(PLANTED[name][key], rel=1e-3), key
+        assert value == pytest.approx(PLANTED[name][key], rel=1e-3), key
     assert fit.agree >= 1
 
 
@@ -136,7 +133,7 @@ def test_the_jacobian_is_exact() -> None:
 
 
 def test_seed_scatter_is_that_of_the_seeds() -> None:
-    assert seed_scatter(points("chinchilla")) == 0 and auto_delta(points("chinchilla")) == 1e-3
+    assert seed_scatter(points("chinchilla")) == 0 and auto_delta(points("chinchilla")) == 0
     noisy = points("chinchilla", noise=0.02, seeds=200)
     assert seed_scatter(noisy) == pytest.approx(0.02, rel=0.05)
     assert auto_delta(noisy) == pytest.approx(1.345 * seed_scatter(noisy))

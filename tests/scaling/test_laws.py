@@ -92,7 +92,7 @@ def fitted(meta: dict[str, Any], z: Arrays) -> None:
     sizes = {name: z[name] for name in form.law.sizes}
     config = np.unique(np.stack(list(sizes.values())), axis=1, return_inverse=True)[1].ravel()
     runs = Points(sizes, z["loss"], config, z["seed"], config, sizes[form.law.sizes[0]] * sizes["D"])
-    fit = fit_law(form, runs, starts=4)
+    fit = fit_law(form, runs, starts=16)
     larger = {name: z[f"holdout/{name}"] for name in form.law.sizes}
     apart = np.log(fit.predict(larger) / z["holdout/out/true_loss"])
     if not meta["config"]["noise"]:

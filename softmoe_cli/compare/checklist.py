@@ -1,0 +1,76 @@
+"""The paragraph that papers' checklists ask for: what varied, how many runs, which test and correction, and what all
+runs have cost, those included that failed."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from softmoe_cli.compare.findings import measure_name
+from softmoe_cli.compare.groups import Block, Comparison
+from softmoe_cli.compare.runs import FinishedRun, unfinished
+from softmoe_cli.compare.units import quantity
+from softmoe_cli.run.rows import Row
+from softmoe_cli.text import in_words, several
+
+TESTS = {
+    "paired": "paired by seed, Student's t",
+    "Welch": "of unpaired seeds, Welch's t",
+    "any-time": "paired by seed, e-values that hold at every look",
+}
+VARIED = (
+    "the seed, which decides initial weights, the order of the images, augmentation and whatever else is random; the "
+    "cut of the data and its {images} test images were always the same"
+)
+
+
+def compute(finished: Sequence[FinishedRun], folders: Sequence[Path]) -> str:
+    """What all runs below the folders have cost: finished ones by their results, others by the last row that they
+    wrote."""
+    told = [f"{several(len(finished), 'finished run')} took {_spent([_cost(run.row) for run in finished])}"]
+    others = [_cost(row) for row in unfinished(folders)]
+    if others:
+        told.append(f"{several(len(others), 'run')} that failed or did not finish took {_spent(others)} at least")
+    machines = Counter(str(run.row.get("hardware")) for run in finished)
+    on = "; ".join(f"{count} on {name}" for name, count in sorted(machines.items()))
+    return f"{', '.join(told)} (finished runs: {on})"
+
+
+def _cost(row: Row) -> tuple[float, float]:
+    """PFLOPs of training; seconds of devices."""
+    seconds = [row.get(key) for key in ("device_s", "eval_s", "save_s", "compile_s")]
+    return float(row.get("train_pflop") or 0.0), math.fsum(each for each in seconds if each)
+
+
+def _spent(costs: Sequence[tuple[float, float]]) -> str:
+    pflop, seconds = (math.fsum(each) for each in zip(*costs, strict=True))
+    told = quantity("train_pflop", pflop) if pflop else "no training FLOPs"
+    return f"{told} and {in_words(seconds)} of devices, evaluation and saving included"
+
+
+def checklist(comparison: Comparison, block: Block) -> str:
+    """One paragraph for one table."""
+    runs = [run for group in block.groups for run in group.runs]
+    counts = sorted({len(group.runs) for group in block.groups})
+    seeds = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
+    images = f"{runs[0].row['test_images']:,}"
+    parts = [
+        f"Varied: {VARIED.format(images=images)}",
+        f"n: {seeds} {'seed' if counts == [1] else 'seeds'} for each group",
+        "error bars: half a 95% t-interval of the mean over seeds",
+    ]
+    judged = [group for group in block.groups if group.difference]
+    if judged:
+        methods = sorted({group.difference.method for group in judged if group.difference})
+        families = [measure_name(comparison.quality)]
+        families += [measure_name(comparison.second)] if any(group.second for group in judged) else []
+        families += ["quality at each budget"] if any(each.difference for g in judged for each in g.budgets) else []
+        parts.append(
+            f"test: differences from a baseline, {' or '.join(TESTS[each] for each in methods)}, two-sided, 5%"
+        )
+        parts.append(f"main measure: {measure_name(comparison.quality)}")
+        if comparison.margin is not None:
+            parts.append(f"equality: two one-sided tests within {comparison.margin:g}, 5%")
+        holm = f"Holm over {len(judged)} comparisons" if len(judged) > 1 else "none is needed, there is one comparison"
+        parts.append(f"correction: {holm} for each of {', '.join(families)} apart")
+    return f"{'; '.join(parts)}; compute: {comparison.compute}."
