@@ -335,7 +335,8 @@ def counter() -> Iterator[FlopCounterMode]:
 
 @dataclass(frozen=True)
 class Count:
-    """What the counter saw on `images` images. It cannot tell the parts of a recomputed step from each other."""
+    """What the counter saw on `images` images. It cannot tell apart the parts of a step that is recomputed,
+    or whose layers hand on what gradients come back through."""
 
     images: int
     flop: int
@@ -356,15 +357,17 @@ def count_forward(vit: VisionTransformer) -> Count:
 
 def count_flop(vit: VisionTransformer, *, batch: int | None = None, recompute: bool = False) -> tuple[Count, Count]:
     """What `count_forward` says, and the FLOPs of a forward and a backward pass of `batch` images (None: one full
-    group), in one go where these are full groups."""
+    group), in one go where these are full groups and no images decide about the cost."""
     images, name = _images(vit, batch), type(vit).__name__
     vit.set_grad_checkpointing(recompute)
     with counter() as seen:
         logits = vit.train()(images)
         forward = Count(len(images), seen.get_total_flops(), _by_part(seen, name))
         logits.sum().backward()  # losses, auxiliary ones included, have no products
-    step = Count(len(images), seen.get_total_flops(), None if recompute else _by_part(seen, name))
-    return forward if len(images) % _group(vit) == 0 else count_forward(vit), step
+    told_apart = not recompute and not any(isinstance(block, CarryingBlock) for block in vit.blocks)
+    step = Count(len(images), seen.get_total_flops(), _by_part(seen, name) if told_apart else None)
+    by_images = any(block.mlp.landed_row_flop for block in vit.blocks if isinstance(block.mlp, Layer))
+    return forward if len(images) % _group(vit) == 0 and not by_images else count_forward(vit), step
 
 
 def _group(vit: VisionTransformer) -> int:

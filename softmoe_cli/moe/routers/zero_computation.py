@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from softmoe_cli.moe.routing import Carried, Router, SparseRouting, full_precision
-from softmoe_cli.moe.sparse import Gate, choose, grouped_tokens, positions, seat, surest_first
+from softmoe_cli.moe.sparse import Gate, choose, grouped_tokens, in_groups, positions, seat, surest_first
 
 EXPERT_KINDS = ("ffn", "constant", "copy", "zero")
 Gates = Literal["softmax", "renormalised", "top2_softmax"]
@@ -320,7 +320,7 @@ class ZeroComputationRouter(Router):
         self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None = None, carried: Carried | None = None
     ) -> ZeroComputationRouting:
         with full_precision(x):
-            tokens, kept = grouped_tokens(x, keep, self.loss_images)
+            tokens, kept = grouped_tokens(x, keep, self.images_per_group)
             logits = self.scores(tokens, carried)
             routing = self.route(logits, tokens, kept, (x.shape[0], x.shape[1]))
             routing.carried = Carried(logits)
@@ -359,7 +359,9 @@ class ZeroComputationRouter(Router):
         rows = self._slots(choices, shape) if limited else self._runs(choices, shape)
         aux_loss = logits.new_zeros(())
         if self.balance_weight:
-            losses = balance_loss(logits, chosen, keep, self.num_experts, self.tau)
+            together = self.loss_images // self.images_per_group
+            grouped = (in_groups(each, together) for each in (logits, chosen, keep))
+            losses = balance_loss(*grouped, self.num_experts, self.tau)
             aux_loss = self.balance_weight * losses.mean()
         direct = self._direct(choices, tokens, shape)
         return ZeroComputationRouting(rows, direct, choices, aux_loss, shape, self.counts, self._overflow)
