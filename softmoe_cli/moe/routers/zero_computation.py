@@ -360,8 +360,8 @@ class ZeroComputationRouter(Router):
         aux_loss = logits.new_zeros(())
         if self.balance_weight:
             together = self.loss_images // self.images_per_group
-            grouped = (in_groups(each, together) for each in (logits, chosen, keep))
-            losses = balance_loss(*grouped, self.num_experts, self.tau)
+            every, votes, kept = (in_groups(each, together) for each in (logits, chosen, keep))
+            losses = balance_loss(every, votes, kept, self.num_experts, self.tau)
             aux_loss = self.balance_weight * losses.mean()
         direct = self._direct(choices, tokens, shape)
         return ZeroComputationRouting(rows, direct, choices, aux_loss, shape, self.counts, self._overflow)
