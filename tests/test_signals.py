@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from softmoe_cli import cli
@@ -40,7 +41,7 @@ def in_a_long_step(number: int) -> None:
     with Stop() as stop:
         stop._step_s = 7
         threading.Thread(target=send, args=(number, 0.5, 1.3), daemon=True).start()
-        eval(LONG)
+        eval(LONG, {"torch": torch})
     print("the step has ended", flush=True)
 
 

@@ -221,7 +221,8 @@ def _report(
             raise UsageError(f"--law {name}: no such law.{nearest(name, FORMS)} Laws: {', '.join(FORMS)}")
     forms, lacks = identified(family.points, chosen.law or ())
     if not forms:
-        raise Unidentified(f"{family.name}: the runs identify no law: {'; '.join(lacks)}")
+        others = f" ({len(lacks) - 1} other laws lack something too; --law NAME says what)" if len(lacks) > 1 else ""
+        raise Unidentified(f"{family.name}: the runs identify no law: {lacks[0]}{others}")
     tested = ranked([trial(form, family.points, chosen.delta) for form in forms])
     trivial = trivial_errors(family.points)
     report = Report(family, quality, tested, trivial, verdict(tested, trivial), lacks)
