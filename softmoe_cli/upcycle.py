@@ -248,9 +248,11 @@ def tie_parts(router: Router, parts: int) -> None:
     """The g parts of one copy start with equal gates, so that a token that chooses one of them chooses all (He et al.,
     2024, Section 3.2: virtual groups)."""
     first = torch.arange(router.num_experts) // parts * parts
+    parameters = dict(router.named_parameters())
     for name, axis in router.expert_axes.items():
-        parameter = router.get_parameter(name)
-        experts = parameter.narrow(axis, 0, len(first))  # a router may have others behind those with an MLP
+        if name not in parameters:  # a layer that follows none may lack it
+            continue
+        experts = parameters[name].narrow(axis, 0, len(first))  # a router may have others behind those with an MLP
         experts.copy_(experts.index_select(axis, first))
 
 

@@ -18,6 +18,8 @@ from softmoe_cli.data import sets
 from softmoe_cli.model.router import make_layer
 from softmoe_cli.model.vit import build
 from softmoe_cli.moe.layer import Experts, MoE
+from softmoe_cli.moe.routers.zero_computation import ZeroComputationRouter
+from softmoe_cli.moe.routing import Carried
 from softmoe_cli.run.checkpoint import damage, digest_of
 from softmoe_cli.terminal import Screen
 from softmoe_cli.train.loop import train
@@ -144,6 +146,17 @@ OTHER: dict[str, tuple[str, int, dict[str, Any], str]] = {
     "soft": ("soft", 1, {}, "mixtures of 5 tokens"),
     "uniform": ("uniform", 1, {}, "mixtures of 5 tokens"),
 }
+
+
+def test_parts_are_tied_in_what_a_layer_takes_of_an_earlier_one() -> None:
+    options = ROUTERS["zero_computation"] | {"num_experts": 4, "num_constant": 0, "num_copy": 0, "num_zero": 0}
+    made = make_layer(options, 6, 8, TOKENS, gelu="none", identical=True)
+    assert isinstance(made, MoE) and isinstance(made.router, ZeroComputationRouter)
+    made.router.follow(made.router)
+    with torch.no_grad():
+        tie_parts(made.router, 2)
+    logits = made.router.scores(torch.randn(2, TOKENS, 6), Carried(torch.randn(2, TOKENS, 4)))
+    assert torch.equal(logits[..., ::2], logits[..., 1::2]) and not torch.equal(logits[..., 0], logits[..., 2])
 
 
 @pytest.mark.parametrize("name", PRESERVING)

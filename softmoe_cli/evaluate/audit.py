@@ -90,7 +90,7 @@ class Audit:
         if part == "slots" and not self._router.slot_axes:
             return f"{name} has no slots of their own weights"
         if part == "kinds" and not self._router.kinds:
-            return f"{name} has experts of one kind"
+            return f"{name} has no kind of experts that it could do without"
         if part == "slots" and slots == 1:
             return "an expert has one slot, which goes with it: see experts"
         return None

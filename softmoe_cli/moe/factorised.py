@@ -222,8 +222,9 @@ class FactorisedRouter(Decider):
             norm.over_processes = True
 
     def after_update(self) -> None:
-        for norm in self._norms:
-            norm.move()
+        for level in self.levels:
+            if isinstance(level.norm, BatchNorm) and level.kernel.requires_grad:
+                level.norm.move()
 
 
 def _directions(inputs: int, outputs: int) -> int:

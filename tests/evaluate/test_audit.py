@@ -136,11 +136,13 @@ def test_forbidden_kinds() -> None:
     assert [float(each[2]) >= float(each[3]) for each in said if each] == [False, True, True, True]
     assert said[0] is not None and float(said[0][2]) == 0
     bare = audit("zero_computation", num_constant=0, num_copy=0, num_zero=1)
-    (_, only) = bare.findings("kinds")
-    assert ": 2.00 MLPs per token" in only.setting
+    (only,) = bare.findings("kinds")  # without MLPs a token would have one choice left, of two
+    assert only.setting.startswith("without zero experts: 2.00 MLPs per token")
     again = bare.said(bare.model, bare.images, 8)
     assert torch.equal(again.label_probability, bare.reference.label_probability)
-    assert "one kind" in str(audit("tokens_choice").not_applicable("kinds"))
+    alike = audit("zero_computation", num_constant=0, num_copy=0, num_zero=0)
+    assert list(alike.findings("kinds")) == [] and "do without" in str(alike.not_applicable("kinds"))
+    assert "do without" in str(audit("tokens_choice").not_applicable("kinds"))
 
 
 def predicted(*predictions: int) -> Outcomes:

@@ -361,6 +361,18 @@ def test_a_frozen_gate_goes_by_its_running_means(name: str) -> None:
 
 
 @every_kind
+def test_a_frozen_level_stands_still_beside_one_that_learns(name: str) -> None:
+    made = layer(name, num_experts_2=2).train()
+    made.router.get_parameter("levels.0.kernel").requires_grad_(False)
+    before = {key: value.clone() for key, value in made.state_dict().items()}
+    made(tokens())
+    made.router.after_update()
+    after = made.state_dict()
+    assert torch.equal(after["router.levels.0.norm.mean"], before["router.levels.0.norm.mean"])
+    assert not torch.equal(after["router.levels.1.norm.mean"], before["router.levels.1.norm.mean"])
+
+
+@every_kind
 def test_one_token_has_no_variance(name: str) -> None:
     made = layer(name).train()
     with pytest.raises(ValueError, match="norm=batch has no variance over one token; use a larger batch or norm=layer"):

@@ -208,7 +208,7 @@ class ZeroComputationRouter(Router):
         "combine law": "copy and constant experts add to a token what no row made",
     }
     decays = ("gate.kernel", "residual.weight", "constants.kernel")
-    expert_axes: ClassVar[dict[str, int]] = {"gate.kernel": 1}
+    expert_axes: ClassVar[dict[str, int]] = {"gate.kernel": 1, "residual.weight": 0}
     official = "zero_computation"
     of_one_expert: ClassVar[dict[str, Any]] = {
         "k": 1, "num_zero": 0, "num_copy": 0, "num_constant": 0, "gates": "softmax",
@@ -301,7 +301,11 @@ class ZeroComputationRouter(Router):
 
     @property
     def kinds(self) -> Sequence[str]:  # type: ignore[override]
-        return [kind for kind, count in zip(EXPERT_KINDS, self.counts, strict=True) if count]
+        counts = [count for count in self.counts if count]
+        if len(counts) == 1:
+            return []
+        named = zip(EXPERT_KINDS, self.counts, strict=True)
+        return [kind for kind, count in named if count and sum(counts) - count >= self.k]
 
     @contextmanager
     def without(self, kind: str) -> Iterator[None]:
