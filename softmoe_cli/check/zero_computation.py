@@ -160,7 +160,7 @@ def compare_layers(
 
 def _decided(place: int, router: Any, routing: Any, z: dict[str, np.ndarray]) -> Compared:
     """What a layer decided, as far as the case says it."""
-    chosen, weights, landed, _, logits = routing.choices
+    chosen, weights, landed, _, logits, _ = routing.choices
     shares = logits.softmax(dim=2)
     votes = torch.zeros_like(shares[:, 0]).scatter_add(1, chosen.flatten(1), torch.ones_like(weights).flatten(1))
     found = {"logits": logits, "choice": chosen.int(), "choice_gate": weights, "probs": shares}

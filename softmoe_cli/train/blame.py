@@ -28,6 +28,8 @@ def not_finite(
 
     def remember(name: str) -> Any:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if isinstance(output, tuple):  # what a layer hands on stands behind its tokens
+                output = output[0]
             if isinstance(output, Tensor) and not output.isfinite().all():
                 broken.append(name)
 

@@ -107,7 +107,8 @@ class Choices(NamedTuple):
         weights: what these are multiplied by.
         landed: which of them count: none of padding, none that a capacity has dropped.
         keep: false for padding.
-        logits: by which they were chosen, before any normalisation.
+        logits: before any normalisation.
+        shares: the softmax over all experts by which they were chosen.
     """
 
     chosen: Int[Tensor, "g s k"]
@@ -115,6 +116,7 @@ class Choices(NamedTuple):
     landed: Bool[Tensor, "g s k"]
     keep: Bool[Tensor, "g s"]
     logits: Float[Tensor, "g s all"]
+    shares: Float[Tensor, "g s all"]
 
 
 class ZeroComputationRouting(SparseRouting):
@@ -155,7 +157,7 @@ class ZeroComputationRouting(SparseRouting):
     @torch.no_grad()
     def statistics(self) -> dict[str, float]:
         """Shares of choices by kind, MLPs per token, and what the capacity in training would drop of each kind."""
-        chosen, weights, landed, keep, logits = self.choices
+        chosen, weights, landed, keep, logits, shares = self.choices
         kept, ends = keep[:, :, None].expand_as(chosen), torch.tensor(self._counts).cumsum(0).tolist()
         dropped = self._dropped(self.choices) & kept
         tokens, numbers = keep.sum().clamp(min=1), {}
@@ -165,7 +167,7 @@ class ZeroComputationRouting(SparseRouting):
             numbers[f"{kind}_dropped_share"] = (of_kind & dropped).sum() / of_kind.sum().clamp(min=1)
         mlps = (landed & (chosen < self._counts[0])).sum(dim=2)[keep].float()
         numbers |= {"ffn_per_token": mlps.mean(), "ffn_per_token_std": mlps.std(correction=0)}
-        numbers["zero_gate"] = logits.softmax(dim=2)[..., ends[2] :].sum(dim=2)[keep].mean()
+        numbers["zero_gate"] = shares[..., ends[2] :].sum(dim=2)[keep].mean()
         numbers["logit_variance"] = logits.var(dim=2, correction=0)[keep].mean()
         values = {name: value.item() for name, value in numbers.items()}
         own = super().statistics()
@@ -353,10 +355,11 @@ class ZeroComputationRouter(Router):
             first = sum(self.counts[:place])
             scaled = scaled.clone()
             scaled[..., first : first + self.counts[place]] = -math.inf
-        chosen = choose(scaled.softmax(dim=2), self.k)
+        shares = scaled.softmax(dim=2)
+        chosen = choose(shares, self.k)
         weights = choice_gates(scaled, chosen, self.gates, self.counts[3])
         landed = keep[:, :, None].expand_as(chosen)
-        choices = Choices(chosen, weights, landed, keep, logits)
+        choices = Choices(chosen, weights, landed, keep, logits, shares)
         limited = self.training and self.factor is not None
         if limited:
             choices = choices._replace(landed=landed & ~self._overflow(choices))
@@ -370,9 +373,9 @@ class ZeroComputationRouter(Router):
         direct = self._direct(choices, tokens, shape)
         return ZeroComputationRouting(rows, direct, choices, aux_loss, shape, self.counts, self._overflow)
 
-    def _order(self, logits: Float[Tensor, "g s all"]) -> Int[Tensor, "g s"] | None:
+    def _order(self, shares: Float[Tensor, "g s all"]) -> Int[Tensor, "g s"] | None:
         """The order in which tokens are served; None: as they come."""
-        return surest_first(logits.softmax(dim=2)) if self.batch_priority else None
+        return surest_first(shares) if self.batch_priority else None
 
     def _overflow(self, choices: Choices) -> Bool[Tensor, "g s k"]:
         """Which choices the capacity in training drops: all first choices are served before any second one."""
@@ -380,7 +383,7 @@ class ZeroComputationRouter(Router):
         if self.factor is None:
             return torch.zeros_like(chosen, dtype=torch.bool)
         g, s, k = chosen.shape
-        experts, order = chosen.masked_fill(~choices.keep[:, :, None], sum(self.counts)), self._order(choices.logits)
+        experts, order = chosen.masked_fill(~choices.keep[:, :, None], sum(self.counts)), self._order(choices.shares)
         if order is not None:
             experts = experts.gather(1, order[:, :, None].expand(-1, -1, k))
         earlier = positions(experts.mT.flatten(1), sum(self.counts) + 1).view(g, k, s).mT
@@ -393,7 +396,7 @@ class ZeroComputationRouter(Router):
         self, choices: Choices, shape: tuple[int | torch.SymInt, int]
     ) -> tuple[Int[Tensor, "e gp"], Float[Tensor, "e gp"], None]:
         """Rows with room for as many at every expert: one batched product computes them all."""
-        e, order = self.num_experts, self._order(choices.logits)
+        e, order = self.num_experts, self._order(choices.shares)
         experts = torch.where(choices.landed, choices.chosen, e).clamp(max=e)
         token, gate, _ = seat(choices.weights, experts, order, e, self.room(experts.shape[1])[0], shape)
         return token, gate, None

@@ -197,7 +197,7 @@ def test_tau_one_is_equal_for_both_kinds() -> None:
     layer = made(tau=1.0, balance_weight=1.0)
     assert len(set(router_of(layer).room(TOKENS))) == 1
     routing = routing_of(layer, images())
-    chosen, _, _, _, logits = routing.choices
+    chosen, logits = routing.choices.chosen, routing.choices.logits
     counts = torch.zeros_like(logits[:, 0]).scatter_add(
         1, chosen.flatten(1), torch.ones_like(chosen.flatten(1)).double()
     )
