@@ -184,6 +184,7 @@ def _main(
     os.chdir(folder)
     os.environ.update(environment)
     os.setsid()
+    _own_threads()
     _write_to(out)
     compose_once()
     mirror.LAST_WAIT_S = 300  # the machine may be slow, and the test reads the file
@@ -201,6 +202,12 @@ def _main(
     main()
 
 
+def _own_threads() -> None:
+    """Makes the threads of a fork anew, here and now: when autograd's threads do it first, they do it at once, and the
+    process can end ("Invalid thread pool")."""
+    torch.set_num_threads(torch.get_num_threads())
+
+
 def _write_to(out: Path) -> None:
     with out.open("w") as file:
         os.dup2(file.fileno(), 1)
@@ -208,6 +215,7 @@ def _write_to(out: Path) -> None:
 
 
 def _told(out: Path, work: Callable[..., None], arguments: Sequence[Any]) -> None:
+    _own_threads()
     _write_to(out)
     work(*arguments)
 
@@ -228,4 +236,5 @@ class _Same:
 def _job(folder: str, environment: dict[str, str], target: Callable[..., None], args: Sequence[Any]) -> None:
     os.chdir(folder)
     os.environ.update(environment)
+    _own_threads()
     target(*args)

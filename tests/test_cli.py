@@ -135,7 +135,7 @@ WRONG_LINES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", thinned(WRONG_LINES, 46))
+@pytest.mark.parametrize("name", thinned(WRONG_LINES, 31))
 def test_wrong_line(name: str, softmoe: Softmoe, tmp_path: Path) -> None:
     if name == "device" and torch.cuda.is_available():
         pytest.skip("this machine has CUDA")

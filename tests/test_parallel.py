@@ -95,7 +95,7 @@ def alike(a: Path, b: Path, tolerance: float) -> None:
     ("router", "size", "ways", "options"),
     [
         ("experts_choice", 2, ("ddp", "fsdp"), ("model.router.noise_std=1", "optim.freeze=[blocks.0.*]")),
-        (
+        pytest.param(
             "tokens_choice",
             4,
             ("expert",),
@@ -104,6 +104,7 @@ def alike(a: Path, b: Path, tolerance: float) -> None:
                 "model.router.load_weight=0",
                 "model.router.num_experts=6", "train.recompute=true",
             ),
+            marks=pytest.mark.thorough,
         ),
         ("tokens_choice_dropless", 2, ("expert",), ("train.steps=5", "model.router.num_experts=3")),
         pytest.param(

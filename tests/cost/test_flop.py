@@ -18,6 +18,7 @@ from softmoe_cli.model.vit import build
 from softmoe_cli.moe.layer import MoE
 from softmoe_cli.moe.routers.soft import SoftRouter
 from softmoe_cli.options.explain import crossing
+from tests.conftest import thinned
 from tests.oracles import compose
 from tests.routers import YAMLS
 
@@ -63,7 +64,7 @@ def test_every_model_is_listed() -> None:
     assert {"vit_s16_dense", "vit_h14_soft", "vit_nano7_soft"} <= set(MODELS)
 
 
-@pytest.mark.parametrize("name", sorted({*MODELS, *(f"{backbone}_soft" for backbone in BACKBONES)}))
+@pytest.mark.parametrize("name", thinned(sorted({*MODELS, *(f"{backbone}_soft" for backbone in BACKBONES)}), 24))
 def test_formula_equals_torchs_counter(name: str) -> None:
     """Every backbone, at two image sizes, on one block: the others are repetitions."""
     model = composed(name)
