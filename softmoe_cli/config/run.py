@@ -60,6 +60,12 @@ def check_tokens(config: "Config", tokens: int) -> None:
         )
 
 
+def check_parts(config: "Config", whole_batches: str | None) -> None:
+    """Refuses parts of a batch where a layer needs it whole; `whole_batches` says why, and the way out."""
+    if whole_batches is not None and config.train.accumulate > 1:
+        raise UsageError(f"train.accumulate={config.train.accumulate}: {whole_batches}")
+
+
 def check_devices(devices: int, batch: int, parts: int) -> None:
     """Checks that each device has at least one image of each part of a batch."""
     if batch // parts < devices:

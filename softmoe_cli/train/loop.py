@@ -10,7 +10,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from softmoe_cli.config.run import Config, check_tokens
+from softmoe_cli.config.run import Config, check_parts, check_tokens
 from softmoe_cli.cost.fit import require_place, settle
 from softmoe_cli.cost.flop import account
 from softmoe_cli.cost.load import Load
@@ -54,7 +54,7 @@ def train(begun: Begun) -> dict[str, Any]:
         return run.result
 
     # --- data: the images, and how often they are seen
-    device, autocast = arithmetic(config.device, config.train.precision, config.threads)
+    device, _ = arithmetic(config.device, config.train.precision, config.threads)
     require_place(config.optim, device, crew.size)
     with crew.in_turn():
         splits = sets.load(config.data)
@@ -67,12 +67,10 @@ def train(begun: Begun) -> dict[str, Any]:
     load = Load.of(config, classes, device)
     cost = account(config.model, classes, batch=load.part, recompute=load.recompute, frozen=config.optim.freeze)
     check_tokens(config, cost.tokens)
-    if cost.whole_batches and config.train.accumulate > 1:
-        raise UsageError(f"train.accumulate={config.train.accumulate}: {cost.whole_batches}")
+    check_parts(config, cost.whole_batches)
     fit = settle(load, config.parallel, crew)
     crew.way, crew.why = fit.way, fit.why
-    if fit.way != "ddp":  # divided weights change between uses
-        autocast = precision_context(device.type, config.train.precision, cached=False)
+    autocast = precision_context(device.type, config.train.precision, cached=fit.way == "ddp")  # others change in use
     setup = Setup(config, begun.command, source, begun.images_digest, splits, budget, device, autocast, crew, cost, fit)
     screen.table(begun.command, summary.header(setup, run.folder))
     for note in notes:
@@ -106,8 +104,7 @@ def train(begun: Begun) -> dict[str, Any]:
     pace = forecast(setup, model) if crew.size == 1 else None
     if pace is not None:
         screen.row("time", summary.time_row(setup, pace, progress))
-    landed = torch.zeros((), dtype=torch.int64, device=device)
-    recording = Recording(setup, run, progress, trained, landed, screen.say)
+    recording = Recording(setup, run, progress, trained, torch.zeros((), dtype=torch.int64, device=device), screen.say)
 
     # --- evaluation, and what ends the run
     stop = Stop(crew)
@@ -121,7 +118,7 @@ def train(begun: Begun) -> dict[str, Any]:
         forward = compiled(forward)
     saved_at, save_took, first_step = time.monotonic(), 0.0, progress.step
     with stop, routings(model) as seen, screen, recording:
-        step = Step(model, forward, optimizer, scaler, autocast, seen, config, crew, landed)
+        step = Step(model, forward, optimizer, scaler, autocast, seen, config, crew, recording.landed)
         try:
             while True:
                 here = budget.position(progress)
