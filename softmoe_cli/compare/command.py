@@ -56,14 +56,6 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; {self.prog} --help shows the options")
 
 
-def options_help() -> str:
-    """Every option with its meaning, as `softmoe compare --help` lists them."""
-    lines = ["", "options"]
-    for name, (value, meaning) in OPTIONS.items():
-        lines.append(f"  {f'--{name} {value}':<30} {meaning}")
-    return "\n".join(lines)
-
-
 def compare_folders(arguments: Sequence[str]) -> int:
     """Compares, writes and prints.
 

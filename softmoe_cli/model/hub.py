@@ -44,7 +44,8 @@ def _adapted(
     sides = {img_size} if isinstance(img_size, int) else set(img_size)
     if len(sides) != 1:
         raise UsageError(f"img_size={img_size}: images of softmoe's models are square")
-    asked = replace(model, image_size=sides.pop(), in_chans=in_chans).settled()
+    head = model.head if num_classes else "linear"  # which goes
+    asked = replace(model, image_size=sides.pop(), in_chans=in_chans, head=head).settled()
     vit = build(asked, num_classes or 1)
     if global_pool not in (None, vit.global_pool):
         raise UsageError(f"global_pool={global_pool}: this model was trained with {vit.global_pool}")

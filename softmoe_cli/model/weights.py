@@ -3,7 +3,7 @@
 import fnmatch
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float
@@ -136,7 +136,8 @@ def proportional_slots(before: Model, after: Model) -> int:
             "it takes the same on both sides, and one that has slots per expert"
         )
     with torch.device("meta"):
-        old, new = (count_tokens(build(model, 2)) * group_of(model.router) for model in (before, after))
+        plain = (replace(model, head="linear") for model in (before, after))  # other heads need more classes than 2
+        old, new = (count_tokens(build(model, 2)) * group_of(model.router) for model in plain)
     return max(1, round(slots * new / old))
 
 

@@ -60,7 +60,6 @@ def surface(size: np.ndarray, experts: np.ndarray, cost: np.ndarray) -> Surface:
     return Surface(lines)
 
 
-CLOCKED = ("latency_ms", "images_per_s", "batch_size", "hardware", "torch")
 SAME_MODEL = ("params_m", "forward_gflop")
 """A row of softmoe cost is of a run's model where both agree: they come from the same formulas."""
 

@@ -85,6 +85,8 @@ def test_a_factorised_head(name: str, softmoe: Softmoe, tmp_path: Path) -> None:
     assert counted["forward_gflop"] == pytest.approx(counted["counter_forward_gflop"], rel=1e-12)
     assert counted["train_gflop"] == pytest.approx(counted["counter_train_gflop"], rel=1e-12)
     assert all(part["train_gflop"] == part["counter_train_gflop"] for part in counted["parts"])
+    finetune = ("finetune", f"checkpoint={run}", "model.image_size=16", "slots=proportional", "train.steps=1")
+    assert softmoe(*finetune, "tracking=off", "study=larger").code == 0  # counts slots of models with any head
     for many in ("batch_size=1", "batch_size=4"):  # one image has no variance, but can be counted
         assert softmoe("cost", *TINY[1:], *wide, f"model.head={name}", "data=digits", many).code == 0
     assert "set train.accumulate=1 or model.head_norm=layer" in softmoe(*line, "train.accumulate=2").err

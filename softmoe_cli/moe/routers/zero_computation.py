@@ -241,6 +241,11 @@ class ZeroComputationRouter(Router):
             num_constant = int(num_constants(num_experts, num_zero, num_copy))
         self.counts = (num_experts, num_constant, num_copy, num_zero)
         _check(self.counts, k, tau, capacity_factor, images_per_group, gates, logits_norm, balance_weight)
+        if capacity_factor is None and (batch_priority or not capacity_counts_choices):
+            option = "batch_priority=true" if batch_priority else "capacity_counts_choices=false"
+            raise ValueError(
+                f"{option} has no effect with capacity_factor=null, which has room for all; give one of them"
+            )
         self.num_experts, self.k, self.tau, self.gates = num_experts, k, tau, gates
         self.factor, self.counts_choices, self.batch_priority = capacity_factor, capacity_counts_choices, batch_priority
         self.loss_images = images_per_group

@@ -410,6 +410,8 @@ class Nan(torch.autograd.Function):
         ({"k": 1}, "gates=renormalised with k=1"),
         ({"balance_weight": -1.0}, "balance_weight=-1.0"),
         ({"images_per_group": 0}, "images_per_group=0"),
+        ({"capacity_factor": None, "batch_priority": True}, "batch_priority=true has no effect"),
+        ({"capacity_factor": None, "capacity_counts_choices": False}, "capacity_counts_choices=false has no effect"),
     ],
 )
 def test_what_cannot_be(changes: Options, words: str) -> None:
