@@ -56,7 +56,7 @@ def not_finite(
 
 
 def out_of_memory(error: torch.OutOfMemoryError, step: int, train: Train, whole_batches: str | None) -> RunError:
-    """The error for a step that the device had no room for. `whole_batches`: why a batch cannot be computed in parts."""
+    """The error for a step without room on the device. `whole_batches`: why a batch cannot be computed in parts."""
     ways = ["lower train.batch_size"]
     if whole_batches is None:
         ways.append("raise train.accumulate")

@@ -11,7 +11,7 @@ choices; `capacity_counts_choices` reads its T as K T.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -206,7 +206,7 @@ class ZeroComputationRouter(Router):
 
     slots_per_expert = None
     counts_landed = True
-    exempt: ClassVar[dict[str, str]] = {
+    exempt: Mapping[str, str] = {
         "combine law": "copy and constant experts add to a token what no row made",
     }
     decays = ("gate.kernel", "residual.weight", "constants.kernel")
@@ -247,6 +247,9 @@ class ZeroComputationRouter(Router):
         self.images_per_group = images_per_group if capacity_factor is not None else 1
         self.logits_norm, self.carries, self.balance_weight = logits_norm, gating_residual, balance_weight
         self._refuse_idle()
+        if self.num_free:
+            named = zip(EXPERT_KINDS, self.counts, strict=True)
+            self.kinds = [kind for kind, count in named if count and sum(self.counts) - count >= k]
         self.gate = Gate(dim, sum(self.counts), function="softmax", noise_std=0.0)
         self.constants = Constants(num_constant, dim) if num_constant else None
         self.residual: nn.Linear | None = None
@@ -318,14 +321,6 @@ class ZeroComputationRouter(Router):
                 f"its k={self.k} choices do not always hold whole copies of {parts} parts; set model.expert_width=null"
             )
         return None
-
-    @property
-    def kinds(self) -> Sequence[str]:  # type: ignore[override]
-        counts = [count for count in self.counts if count]
-        if len(counts) == 1:
-            return []
-        named = zip(EXPERT_KINDS, self.counts, strict=True)
-        return [kind for kind, count in named if count and sum(counts) - count >= self.k]
 
     @contextmanager
     def without(self, kind: str) -> Iterator[None]:
