@@ -127,8 +127,8 @@ SPENT = {
     "train_pflop": Key(NUMBER, "training PFLOP", unit="PFLOP", amount="training FLOPs", axis=True, trained=True),
     "device_s": Key(NUMBER, "training s", "seconds of training, summed over devices", unit="s", amount="training time",
                     axis=True, trained=True, clocked=True),
-    "landed_pflop": Key(NUMBER, "training PFLOP, landed", "train_pflop with no more rows of experts than choices "
-                        "landed on, where the images decide how many that are", optional=True, unit="PFLOP",
+    "landed_pflop": Key(NUMBER, "training PFLOP, landed", "train_pflop without the rows of experts that held no "
+                        "token", optional=True, unit="PFLOP",
                         amount="training FLOPs that landed", trained=True),
     "eval_s": Key(NUMBER, "evaluation s", unit="s", amount="evaluation time", clocked=True),
     "save_s": Key(NUMBER, "saving s", unit="s", amount="saving time", clocked=True),
@@ -237,6 +237,8 @@ RESULT = {
     "best_step": _said(WHOLE, "updates after which that was reached"),
     "train_pflop": SPENT["train_pflop"],
     "landed_pflop": SPENT["landed_pflop"],
+    "landed_share": _said(NUMBER, "share of the tokens' choices in training that an MLP has computed", optional=True),
+    "nominal_share": _said(NUMBER, "the same when the load is as even as the router aims at", optional=True),
     "device_s": SPENT["device_s"],
     "forward_gflop": Key(NUMBER, "forward GFLOP/image", unit="GFLOP", amount="forward FLOPs"),
     "train_gflop": Key(NUMBER, "training GFLOP/image", unit="GFLOP", amount="training FLOPs an image"),

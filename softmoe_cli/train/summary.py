@@ -180,6 +180,7 @@ def result_row(
         "train_gflop": cost.train_flop / 1e9,
         "peak_mib": setup.fit.memory.peak_bytes / 2**20,
         **setup.pflop(progress),
+        **setup.landed(progress),
         **progress.spent,
         "devices": setup.crew.size,
         "parallel": setup.crew.way if setup.crew.size > 1 else None,

@@ -23,6 +23,7 @@ class IdentityRouter(Router):
     """
 
     exempt: Mapping[str, str] = {"token permutation": "a token's place is what its expert is chosen by"}
+    counts_landed = True
 
     def __init__(self, dim: int, num_tokens: int, *, num_experts: int) -> None:
         super().__init__()

@@ -54,6 +54,7 @@ class TokensChoiceRouter(Router):
     """
 
     exempt: Mapping[str, str] = {"token permutation": "slots are given out in the order of the tokens"}
+    counts_landed = True
     decays = ("gate.kernel",)
     expert_axes: ClassVar[dict[str, int]] = {"gate.kernel": 1}
     of_one_expert: ClassVar[dict[str, Any]] = {"k": 1, "shared_experts": 0}

@@ -140,7 +140,6 @@ class ZeroComputationRouting(SparseRouting):
         self.choices, self.direct = choices, direct
         self._counts, self._dropped = counts, dropped_in_training
         ffn = choices.chosen < counts[0]
-        self.landed = (choices.landed & ffn).sum()
         asked = torch.where(ffn & choices.keep[:, :, None], choices.chosen, counts[0]).flatten()
         demand = asked.new_zeros(counts[0] + 1).scatter_add(0, asked, torch.ones_like(asked))[:-1]
         super().__init__(token, gate, aux_loss, demand, shape, offsets)
