@@ -122,7 +122,8 @@ class Sweep(HydraLauncher):
             raise UsageError(
                 f"hydra/launcher={self._options.where} needs {needs}: pip install 'softmoe-cli[{self._options.where}]'"
             )
-        self._config, self._composed = config, {}
+        self._config = config
+        self._composed: dict[tuple[str, ...], DictConfig] = {}
         self._share_composed(hydra_context.config_loader)
         self._check_objective()
         self._command = str(config.hydra.job.name)
