@@ -63,6 +63,9 @@ class Router(Decider):
     """Options of its own with which a layer of `num_experts=1` is that one expert and nothing else."""
     counts_landed: bool = False
     """Whether its routings say how many rows hold a token (`Decided.landed`), as those of single tokens do."""
+    direct: bool = False
+    """Whether its routings give tokens something beside what rows were made of, so that combining is linear in the rows
+    but for that."""
     k: int | None = None
     """How many experts a token chooses; None where tokens do not choose."""
     carries: bool = False

@@ -11,7 +11,7 @@ choices; `capacity_counts_choices` reads its T as K T.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -205,9 +205,6 @@ class ZeroComputationRouter(Router):
 
     slots_per_expert = None
     counts_landed = True
-    exempt: Mapping[str, str] = {
-        "combine law": "copy and constant experts add to a token what no row made",
-    }
     decays = ("gate.kernel", "residual.weight", "constants.kernel")
     expert_axes: ClassVar[dict[str, int]] = {"gate.kernel": 1, "residual.weight": 0}
     official = "zero_computation"
@@ -246,6 +243,7 @@ class ZeroComputationRouter(Router):
         self.images_per_group = images_per_group if capacity_factor is not None else 1
         self.logits_norm, self.carries, self.balance_weight = logits_norm, gating_residual, balance_weight
         self._refuse_idle()
+        self.direct = bool(num_constant or num_copy)
         if self.num_free:
             named = zip(EXPERT_KINDS, self.counts, strict=True)
             self.kinds = [kind for kind, count in named if count and sum(self.counts) - count >= k]
