@@ -24,6 +24,7 @@ from softmoe_cli.cost.flop import Cost, account_model, on_meta
 from softmoe_cli.data import batches, sets
 from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.evaluate.quality import classification_loss
+from softmoe_cli.model.router import check_evaluated, router_class
 from softmoe_cli.model.vit import build, count_tokens, portable
 from softmoe_cli.model.weights import LoadReport, load_weights, patterns
 from softmoe_cli.moe.kind import Layer
@@ -48,10 +49,13 @@ def upcycle(config: UpcycleConfig, source: Source) -> dict[str, Any]:
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    check_evaluated("images", config.images, config.model.router)
     splits = sets.load(config.data)
     splits.need("validation")
     classes = config.data.num_classes or len(splits.classes)
-    model = replace(config.model, expert_init="independent")
+    target = config.model.router["_target_"]
+    own = target is not None and not issubclass(router_class(str(target)), Router)  # it makes its experts itself
+    model = replace(config.model, expert_init="identical" if own else "independent")
     dense = replace(model, router={"_target_": None}, moe_blocks=[], expert_width=None, expert_init="identical")
     without, planned = on_meta(dense, classes), on_meta(model, classes)
     costs = {"before": account_model(without, batch=None, recompute=False)}

@@ -148,8 +148,8 @@ def placement(moe_blocks: Any, depth: int) -> list[int]:
 
 
 def check_groups(key: str, images: int, router: dict[str, Any], parts: int = 1) -> None:
-    """Checks that evaluation batches, and each of several parts of a training batch, are whole routing groups, so that
-    their size does not change the result."""
+    """Checks that batches, or each of several parts of one, are whole routing groups, so that their size changes no
+    result."""
     group = group_of(router)
     if images % (parts * group):
         at_once = "" if parts == 1 else f" is computed in train.accumulate={parts} parts, each of which"

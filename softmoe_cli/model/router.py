@@ -7,7 +7,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from softmoe_cli.config.model import group_of
+from softmoe_cli.config.model import check_groups, group_of
 from softmoe_cli.errors import UsageError, nearest
 from softmoe_cli.moe.kind import Decider, Layer
 from softmoe_cli.moe.layer import layer_for
@@ -56,6 +56,18 @@ def make_router(options: dict[str, Any], dim: int, num_tokens: int) -> Decider:
             "name, which says in what groups images are read and divided among devices"
         )
     return router
+
+
+def evaluation_group(options: dict[str, Any]) -> int:
+    """Images whose tokens compete in evaluation, by a config's router options: a batch must be a multiple of it."""
+    target = options["_target_"]
+    return 1 if target is None or router_class(str(target)).evaluates_alone else group_of(options)
+
+
+def check_evaluated(key: str, images: int, options: dict[str, Any]) -> None:
+    """Raises UsageError unless an evaluation's batches of so many images are whole groups of its router."""
+    if evaluation_group(options) > 1:
+        check_groups(key, images, options)
 
 
 def make_layer(options: dict[str, Any], dim: int, hidden: int, num_tokens: int, *, gelu: str, identical: bool) -> Layer:

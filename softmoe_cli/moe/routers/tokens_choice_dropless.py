@@ -35,6 +35,7 @@ class TokensChoiceDroplessRouter(Router):
     """
 
     slots_per_expert = None
+    evaluates_alone = True
     counts_landed = True
     decays = ("gate.kernel",)
     expert_axes: ClassVar[dict[str, int]] = {"gate.kernel": 1}
@@ -103,8 +104,9 @@ class TokensChoiceDroplessRouter(Router):
             demand = self._count(expert, kept[:, :, None].expand_as(chosen).flatten().long())
             self.balance.add_demand(demand)
             same = noisy is clean
-            clean, gates, kept = (in_groups(each, self.loss_images) for each in (clean, gates, kept))
-            noisy = clean if same else in_groups(noisy, self.loss_images)
+            images = self.loss_images if self.training else 1
+            clean, gates, kept = (in_groups(each, images) for each in (clean, gates, kept))
+            noisy = clean if same else in_groups(noisy, images)
             aux_loss = self.balance.loss(self.gate, clean, noisy, gates, kept, self.k)
             return SparseRouting(order // self.k, gate[order], aux_loss, demand, (b, n), offsets)
 
