@@ -1,5 +1,6 @@
 """What is asked of a sweep's jobs before the first one starts: are they possible, and what will they cost."""
 
+import copy
 import math
 import os
 from collections import Counter
@@ -29,6 +30,9 @@ class Job:
     cost: dict[str, float] = field(default_factory=dict)
     images: str = ""
     """What the check has learnt of the images (contents.known), so that the job need not read them again."""
+    folders: dict[int, Path] = field(default_factory=dict)
+    """Of its runs with other seeds, where the inquiry named some."""
+    dense: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class Inquiry:
     command: str
     jobs: list[tuple[str, list[str], dict[str, Any]]]  # name, overrides, composed configuration
     options: Launcher
+    seeds: tuple[int, ...] = ()
 
 
 def answer(inquiry: Inquiry, sender: Connection) -> None:
@@ -58,6 +63,7 @@ def answer(inquiry: Inquiry, sender: Connection) -> None:
     answers: list[Job | UsageError | RunError] = []
     for name, overrides, tree in inquiry.jobs:
         try:
+            trees = {seed: copy.deepcopy(tree) | {"seed": seed} for seed in inquiry.seeds}
             config, source = resolve(inquiry.command, tree, overrides)
             settled = []
             if config.train.batch_size == "auto":
@@ -77,15 +83,25 @@ def answer(inquiry: Inquiry, sender: Connection) -> None:
                 own = max(1, threads // config.devices)
                 config = replace(config, threads=own)
                 settled.append(f"threads={own}")
-            place = repr(config.data)
-            if place not in identities:
-                identities[place] = identity(config.data)
-            folder = run_folder(config, inquiry.command, source, identities[place])
-            cost = _costs(config, times=options.plan) if options.plan or options.limit.given else {}
+
+            def place(config: Config, source: Any = source) -> Path:
+                key = repr(config.data)
+                if key not in identities:
+                    identities[key] = identity(config.data)
+                return run_folder(config, inquiry.command, source, identities[key])
+
+            folders = {}
+            for seed, other in trees.items():
+                seeded, _ = resolve(inquiry.command, other, overrides)
+                seeded.train.batch_size = config.train.batch_size
+                folders[seed] = place(seeded)
+            priced = options.plan or options.limit.given or inquiry.seeds
+            cost = _costs(config, times=options.plan) if priced else {}
             unknown = [key for key in options.limit.given if math.isnan(cost[key])]
             if unknown:
                 raise UsageError(f"hydra.launcher.limit: train.minutes leaves {unknown[0]} open; give train.steps")
-            answers.append(Job(name, [*overrides, *settled], folder, config.threads, cost, known()))
+            folder, dense = place(config), config.model.router_name == "dense"
+            answers.append(Job(name, [*overrides, *settled], folder, config.threads, cost, known(), folders, dense))
         except Exception as error:
             answers.append(ours(error) or RunError(defect(error)))
     sender.send((answers, slots))
