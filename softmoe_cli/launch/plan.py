@@ -5,15 +5,12 @@ import math
 import os
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from softmoe_cli.config.launch import Launcher, RayLauncher, SlurmLauncher
 from softmoe_cli.config.run import Config
 from softmoe_cli.errors import RunError, UsageError
-from softmoe_cli.launch.job import follow_launcher
-from softmoe_cli.signals import leave_now
 
 CLUSTER_JOBS = 10_000
 """Jobs at a time where a cluster does the queueing."""
@@ -45,10 +42,9 @@ class Inquiry:
     seeds: tuple[int, ...] = ()
 
 
-def answer(inquiry: Inquiry, sender: Connection) -> None:
-    """Checks every job as its own process would, all in one process; sends a job or the reason against it for each,
+def answer(inquiry: Inquiry) -> tuple[list[Job | UsageError | RunError], list[str]]:
+    """Checks every job as its own process would, all in one process; returns a job or the reason against it for each,
     and a word for each job that may run at a time: its GPU, or nothing."""
-    follow_launcher(lambda: leave_now(130))
     from softmoe_cli.cost.fit import with_largest_batch
     from softmoe_cli.data.contents import known
     from softmoe_cli.data.sets import identity
@@ -104,7 +100,7 @@ def answer(inquiry: Inquiry, sender: Connection) -> None:
             answers.append(Job(name, [*overrides, *settled], folder, config.threads, cost, known(), folders, dense))
         except Exception as error:
             answers.append(ours(error) or RunError(defect(error)))
-    sender.send((answers, slots))
+    return answers, slots
 
 
 def _share(options: Launcher, devices: set[str]) -> tuple[list[str], int]:

@@ -32,10 +32,10 @@ from softmoe_cli.config.run import Config
 from softmoe_cli.data.contents import KNOWN
 from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.files import not_following, write_atomically
-from softmoe_cli.launch.job import SERVER, Order, RunCommand, note, start_server
+from softmoe_cli.launch.job import Order, RunCommand, answered, ending, note, start_server
 from softmoe_cli.launch.places import PLACES, Place
 from softmoe_cli.launch.plan import Inquiry, Job, answer
-from softmoe_cli.launch.tables import Entry, ending, fitted, plan_table
+from softmoe_cli.launch.tables import Entry, fitted, plan_table
 from softmoe_cli.options.compose import plain
 from softmoe_cli.run.rows import RESULT, Unreadable
 from softmoe_cli.run.rows import jobs as jobs_told
@@ -174,6 +174,18 @@ class Sweep(HydraLauncher):
         Raises:
             UsageError, RunError: some job cannot work; the message lists them.
         """
+        jobs = self.composed(job_overrides)
+        answers, slots = answered(answer, Inquiry(self._command, jobs, self._options, tuple(seeds)))
+        errors = [(job[0], each) for job, each in zip(jobs, answers, strict=True) if not isinstance(each, Job)]
+        self._refuse(errors, len(jobs))
+        return answers, slots
+
+    def composed(self, job_overrides: Sequence[Sequence[str]]) -> list[tuple[str, list[str], dict[str, Any]]]:
+        """Name, overrides and composed configuration of every job.
+
+        Raises:
+            UsageError: some job has a key that does not exist; the message lists them.
+        """
         jobs: list[tuple[str, list[str], dict[str, Any]]] = []
         errors: list[tuple[str, UsageError | RunError]] = []
         typed = {word.partition("=")[0]: word for word in self._typed}
@@ -187,25 +199,15 @@ class Sweep(HydraLauncher):
                 jobs.append((name, list(overrides), plain(config, Config)))
             except UsageError as error:
                 errors.append((name, error))
-        receiver, sender = SERVER.Pipe(duplex=False)
-        inquiry = Inquiry(self._command, jobs, self._options, tuple(seeds))
-        process = SERVER.Process(target=answer, args=(inquiry, sender))
-        process.start()
-        sender.close()
-        try:
-            answers, slots = receiver.recv()
-        except EOFError as error:
-            process.join()
-            raise RunError(f"the process that checks the jobs has ended: {ending(process.exitcode or 0)}") from error
-        finally:
-            process.kill()
-        errors += [(job[0], each) for job, each in zip(jobs, answers, strict=True) if not isinstance(each, Job)]
+        self._refuse(errors, len(job_overrides))
+        return jobs
+
+    def _refuse(self, errors: Sequence[tuple[str, UsageError | RunError]], jobs: int) -> None:
         if errors:
             kind = RunError if any(isinstance(error, RunError) for _, error in errors) else UsageError
             lines = [f"{name}: {error}" for name, error in errors]
-            head = f"{len(lines)} of {len(job_overrides)} jobs cannot work, so none was started:"
+            head = f"{len(lines)} of {jobs} jobs cannot work, so none was started:"
             raise kind("\n  ".join([head, *lines]))
-        return answers, slots
 
     def _number(self, jobs: Sequence[Job]) -> list[Entry]:
         """Makes an entry for each job; two jobs that are the same run share one."""

@@ -1,9 +1,7 @@
 """A sweep's jobs as tables and sentences: what they will cost, what they are doing, why they ended."""
 
 import math
-import os
 import re
-import signal
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -57,17 +55,6 @@ def fitted(rows: list[list[str]], width: int) -> str:
         cut = [name if len(name) <= room else f"…{name[len(name) - max(0, room - 1) :]}" for name in short]
         rows = [[name, *others] for name, (_, *others) in zip(cut, rows, strict=True)]
     return aligned(rows, markdown=False)
-
-
-def ending(code: int) -> str:
-    """Why a process ended that left no note."""
-    if code == 130:
-        return "stopped by a signal of somebody else's; its state is saved"
-    if code == -signal.SIGKILL:
-        return "killed by SIGKILL, which is also what the system does when memory runs out"
-    if code == os.EX_CANTCREAT:
-        return "it cannot write its log, for want of room or rights"
-    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"its process ended with status {code}"
 
 
 def plan_table(entries: list[Entry], at_a_time: int) -> str:
