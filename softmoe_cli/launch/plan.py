@@ -59,7 +59,8 @@ def answer(inquiry: Inquiry) -> tuple[list[Job | UsageError | RunError], list[st
     answers: list[Job | UsageError | RunError] = []
     for name, overrides, tree in inquiry.jobs:
         try:
-            trees = {seed: copy.deepcopy(tree) | {"seed": seed} for seed in inquiry.seeds}
+            seeded = "${seed}" in repr(tree)  # else a seed changes nothing but itself
+            trees = {seed: copy.deepcopy(tree) | {"seed": seed} for seed in inquiry.seeds} if seeded else {}
             config, source = resolve(inquiry.command, tree, overrides)
             settled = []
             if config.train.batch_size == "auto":
@@ -86,11 +87,11 @@ def answer(inquiry: Inquiry) -> tuple[list[Job | UsageError | RunError], list[st
                     identities[key] = identity(config.data)
                 return run_folder(config, inquiry.command, source, identities[key])
 
-            folders = {}
+            folders = {seed: place(replace(config, seed=seed)) for seed in inquiry.seeds if not seeded}
             for seed, other in trees.items():
-                seeded, _ = resolve(inquiry.command, other, overrides)
-                seeded.train.batch_size = config.train.batch_size
-                folders[seed] = place(seeded)
+                own, _ = resolve(inquiry.command, other, overrides)
+                own.train.batch_size = config.train.batch_size
+                folders[seed] = place(own)
             priced = options.plan or options.limit.given or inquiry.seeds
             cost = _costs(config, times=options.plan) if priced else {}
             unknown = [key for key in options.limit.given if math.isnan(cost[key])]

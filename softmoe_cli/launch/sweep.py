@@ -89,12 +89,12 @@ class Sweep(HydraLauncher):
             )
         self._loader, self._config = hydra_context.config_loader, config
         self._check_objective()
-        self._command = str(config.hydra.job.name)
+        self.command = str(config.hydra.job.name)
         self._typed = list(config.hydra.overrides.task)
         # Other settings that decide which jobs there are.
         searched = ("hydra.launcher.limit", "hydra.launcher.objective", "hydra.sweeper.", "hydra/sweeper")
         others = [word for word in config.hydra.overrides.hydra if word.lstrip("+").startswith(searched)]
-        words = json.dumps([self._command, *self._typed, *others])
+        words = json.dumps([self.command, *self._typed, *others])
         study = Path(config.output_root) / config.study
         self._folder = study / f"sweep-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
         self._entries: list[Entry] = []
@@ -122,6 +122,11 @@ class Sweep(HydraLauncher):
                 f"hydra.sweeper.direction={given} does not go with hydra.launcher.objective={self._options.objective}, "
                 f"which needs {wanted}; add +search=quality or +search=pareto"
             )
+
+    @property
+    def plans(self) -> bool:
+        """Whether nothing is to be started."""
+        return self._options.plan
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
         """Runs jobs to their ends, and returns what the sweeper wants to know of each.
@@ -175,7 +180,7 @@ class Sweep(HydraLauncher):
             UsageError, RunError: some job cannot work; the message lists them.
         """
         jobs = self.composed(job_overrides)
-        answers, slots = answered(answer, Inquiry(self._command, jobs, self._options, tuple(seeds)))
+        answers, slots = answered(answer, Inquiry(self.command, jobs, self._options, tuple(seeds)))
         errors = [(job[0], each) for job, each in zip(jobs, answers, strict=True) if not isinstance(each, Job)]
         self._refuse(errors, len(jobs))
         return answers, slots
@@ -253,7 +258,7 @@ class Sweep(HydraLauncher):
             {"run": e.job.run, "overrides": e.job.overrides, "folder": os.path.relpath(e.job.folder, self._folder)}
             for e in self._entries
         ]
-        text = json.dumps({"command": self._command, "typed": self._typed, "jobs": rows}, indent=1)
+        text = json.dumps({"command": self.command, "typed": self._typed, "jobs": rows}, indent=1)
         write_atomically(self._folder / "jobs.json", text + "\n")
         multirun = Path(self._config.hydra.sweep.dir) / "multirun.yaml"
         if multirun.exists():
@@ -311,7 +316,7 @@ class Sweep(HydraLauncher):
         environment |= {"OMP_NUM_THREADS": str(entry.job.threads), KNOWN: entry.job.images}
         if entry.slot:
             environment["CUDA_VISIBLE_DEVICES"] = entry.slot
-        arguments = [self._command, *_flags(self._config), *entry.job.overrides]
+        arguments = [self.command, *_flags(self._config), *entry.job.overrides]
         return Order(arguments, os.getcwd(), environment, entry.log.absolute())
 
     def _end(self, entry: Entry, code: int, stopping: bool) -> None:
@@ -340,6 +345,10 @@ class Sweep(HydraLauncher):
         """Prints a line, unless a table on the terminal shows it."""
         if not self._console.is_terminal:
             self._console.print(printable_lines(text), markup=False)
+
+    def tell(self, text: str) -> None:
+        """Prints what no table on the terminal shows."""
+        self._console.print(printable_lines(text), markup=False)
 
     def say_aside(self) -> None:
         """From here on all is said on standard error: standard output is for what a program reads."""

@@ -12,14 +12,16 @@ from softmoe_cli.text import printable
 RECORD = "settle.json"
 RECORDED = {
     **rows.FORMAT_KEY,
-    "arms": rows.Key(rows.Kind("a list of arms", lambda value: isinstance(value, list)), meaning="label and words"),
+    "arms": rows.Key(rows.Kind("a list", lambda value: isinstance(value, list)), meaning="label and words of each"),
     "baseline": rows.Key(rows.TEXT, meaning="the label of the arm that others are measured against"),
     "quality": rows.Key(rows.TEXT, meaning="the main measure"),
     "margin": rows.Key(rows.NUMBER, meaning="within which arms are equal", null=True),
+    "fairness": rows.Key(
+        rows.Kind("settings", lambda value: isinstance(value, dict)), meaning="how arms are made fair"
+    ),
     "first_seed": rows.Key(rows.WHOLE, meaning="of the seeds, which follow each other"),
 }
 """The keys of settle.json."""
-IN_WORDS = {"arms": "arms", "baseline": "baseline", "quality": "quality", "margin": "margin", "first_seed": "seed"}
 
 
 def asked_before(study: Path) -> dict[str, Any] | None:
@@ -48,13 +50,18 @@ def fix_question(study: Path, asked: dict[str, Any]) -> None:
         with open(study / RECORD, "x", opener=not_following) as file:
             file.write(json.dumps({"format": rows.FORMAT, **asked}, indent=1) + "\n")
         return
-    for key, word in IN_WORDS.items():
+    for key in asked:
         if known[key] != asked[key]:
-            told = [
-                "; ".join(arm["label"] for arm in each) if key == "arms" else json.dumps(each)
-                for each in (known[key], asked[key])
-            ]
+            told = [_in_words(key, each[key]) for each in (known, asked)]
             raise UsageError(
-                f"{printable(str(study))} was begun with {word} {told[0]}, not {told[1]}: the question is fixed before "
-                "the first run; ask as before, or begin another study with study=NAME"
+                f"{printable(str(study))} was begun with {told[0]}, not {told[1]}: the question is fixed before the "
+                "first run; ask as before, or begin another study with study=NAME"
             )
+
+
+def _in_words(key: str, value: Any) -> str:
+    if key == "arms":
+        return f"arms {'; '.join(arm['label'] for arm in value)}"
+    if key == "fairness":
+        return " ".join(f"{name}={json.dumps(each)}" for name, each in value.items())
+    return f"{'seed' if key == 'first_seed' else key}={json.dumps(value)}"
