@@ -67,6 +67,7 @@ def _texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(each, str) for each in value)
 
 
+YES_NO = Kind("true or false", lambda value: isinstance(value, bool))
 TEXT, PATH, LIST = Kind("text", _text), Kind("a path", _path), Kind("a list of words", _texts)
 NUMBER, WHOLE, COUNT = Kind("a number", number), Kind("a whole number", _whole), Kind("a whole number above 0", _count)
 
@@ -224,6 +225,7 @@ RESULT = {
     "data": _said(TEXT, "the data set's name"),
     "train_images": _said(COUNT, "images of the training part"),
     "test_images": _said(COUNT, "images of the test part"),
+    "test_is_cut": _said(YES_NO, "whether they are cut by data.split_seed", optional=True),
     "classes": _said(COUNT, "classes of the data set"),
     "chance_pct": _said(NUMBER, "share of the test images that are of their commonest class"),
     "top1_pct": _quality("test top-1, %", "higher", "top1_pct", 1),
@@ -261,7 +263,7 @@ RESULT = {
     "python": _said(TEXT, "its version"),
     "checkpoint.train_pflop": _said(NUMBER, "what training the checkpoint had cost", null=True),
     "checkpoint.digest": _said(TEXT, "of the checkpoint's weights", null=True),
-    "checkpoint.origin": _said(TEXT, "equal for checkpoints that differ by seed only", null=True),
+    "checkpoint.origin": _said(TEXT, "equal for checkpoints that differ by seed and cut only", null=True),
     "data.identity": _said(TEXT, "of the images, where the settings do not say it", null=True),
     "data.num_classes": _said(COUNT, "as it is set", null=True),
     "train.loss": _said(TEXT, "as it is set"),

@@ -156,6 +156,7 @@ def result_row(
         "data": config.data.name,
         "train_images": len(images.train),
         "test_images": test["images_evaluated"],
+        "test_is_cut": images.test_is_cut,
         "classes": len(images.classes),
         "chance_pct": _commonest_pct(images.test),
         "top1_pct": test["top1_pct"],
