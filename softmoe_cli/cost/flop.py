@@ -12,7 +12,7 @@ multiply-add as 1 and a backward pass as twice the forward pass: its training FL
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -101,6 +101,7 @@ def account(
     batch: int | None = None,
     recompute: bool = False,
     frozen: Sequence[str] = (),
+    left: Mapping[int, Sequence[int]] | None = None,
 ) -> Cost:
     """The cost of a config by formula; training with frozen parameters by the counter, because what needs no gradient
     depends on where they are.
@@ -110,11 +111,15 @@ def account(
             images share slots, the last group's are paid for whether it is full or not. None: full groups.
         recompute: whether training recomputes the blocks.
         frozen: patterns as in optim.freeze.
+        left: the experts that are left, by block, where some were pruned. Their block's parameters are all there.
 
     Raises:
         UsageError: a model that cannot be built, whose blocks have no formula, or of which nothing is left to train.
     """
     vit = on_meta(model, num_classes)
+    for place, experts in (left or {}).items():
+        vit.blocks[place].mlp.prunable()
+        vit.blocks[place].mlp.leave(experts)
     cost = account_model(vit, batch=batch, recompute=recompute)
     if not frozen:
         return cost

@@ -250,7 +250,7 @@ def _check_pair(first: "Source", other: "Source", keys: Sequence[str]) -> None:
     said = [
         {key: s.card[key] for key in COMMON}
         | {f"data.{key}": s.card["data"].get(key) for key in keys}
-        | {key: tuple(value.shape) for key, value in s.weights.items()}
+        | {key: tuple(value.tolist() if key.endswith(".alive") else value.shape) for key, value in s.weights.items()}
         for s in (first, other)
     ]
     odd = [key for key in said[0] | said[1] if said[0].get(key) != said[1].get(key)]
