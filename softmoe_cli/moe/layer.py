@@ -156,6 +156,7 @@ class MoE(Layer):
         self.router = router
         self.experts = experts
         self.shared = shared
+        self.run_widths = experts.w1.shape[1:] if router.slots_per_expert is None else ()
         self.left = list(range(len(experts.w1)))
         """The experts that are left, ascending."""
         self._slots = router.slots_per_expert
@@ -164,8 +165,10 @@ class MoE(Layer):
     def prunable(self, *, balance: bool = True) -> None:
         """Makes `alive`, so that experts can go. `balance`: whether the router goes on to even the load among those
         that are left."""
-        self.register_buffer("alive", torch.ones(len(self.left), dtype=torch.bool, device=self.experts.w1.device))
+        if "alive" not in self._buffers:
+            self.register_buffer("alive", torch.ones(len(self.left), dtype=torch.bool, device=self.experts.w1.device))
         self._balance = balance
+        self.leave(self.left)
 
     def leave(self, left: Sequence[int]) -> None:
         """From now on the layer has only these of its experts, and computes what a layer that was built with them
@@ -190,10 +193,6 @@ class MoE(Layer):
         super()._load_from_state_dict(*arguments)
         if "alive" in self._buffers and not self.alive.is_meta:
             self.leave(self.alive.nonzero()[:, 0].tolist())
-
-    @property
-    def run_widths(self) -> Sequence[int]:  # type: ignore[override]
-        return self.experts.w1.shape[1:] if self.router.slots_per_expert is None else ()
 
     def flop_by_part(self, num_tokens: int) -> dict[str, tuple[int, int]]:
         rows, trained = (self.experts.flop(each(num_tokens)) for each in (self.router.rows, self.router.train_rows))

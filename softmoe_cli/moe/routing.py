@@ -67,7 +67,7 @@ class Router(Decider):
     """Options of its own with which a layer of `num_experts=1` is that one expert and nothing else."""
     counts_landed: bool = False
     """Whether its routings say how many rows hold a choice (`Decided.landed`): what it costs depends on the images."""
-    measures: ClassVar[Sequence[str]] = ("alpha_score", "hit_rate")
+    measures: Sequence[str] = ("alpha_score", "hit_rate")
     """What its routings measure of each expert: the sum of the weights that tokens give it, or how many tokens it sees.
     Experts can be pruned by either."""
     carries: bool = False

@@ -41,7 +41,7 @@ from softmoe_cli.run.source import Source
 from softmoe_cli.terminal import Screen
 from softmoe_cli.text import flop, si
 
-SAME_MODEL = 1e-9
+EQUAL = 1e-9
 """The largest allowed difference of the written model's outputs in float64, as a share of the largest output."""
 
 
@@ -215,7 +215,7 @@ class Pruned:
             found["clock"] |= {"images": len(x), "repeats": self.config.repeats, "hardware": hardware(self.device)}
         cpu = [copy.deepcopy(each).cpu().double().eval() for each in (pruned, new)]
         share, others = distance_in_float64(*cpu, x.cpu().double())
-        if not share <= SAME_MODEL:
+        if not share <= EQUAL:
             raise RunError(f"the new model's outputs are off by {share:.2g} in float64: an error of softmoe's")
         return found | {"float64_distance": share, "float64_other_predictions": others}
 
@@ -236,7 +236,7 @@ class Pruned:
         x, _ = next(self.batches(self.splits.validation))
         theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval().double()
         share, others = distance_in_float64(copy.deepcopy(new).cpu().double().eval(), theirs, x.cpu().double())
-        if not share <= SAME_MODEL or others:
+        if not share <= EQUAL or others:
             raise RunError(f"what timm loads is off by {share:.2g} in float64: an error of softmoe's")
 
 

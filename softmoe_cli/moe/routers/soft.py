@@ -111,7 +111,7 @@ class SoftRouter(Router):
     expert_axes: ClassVar[dict[str, int]] = {"phi": 1}
     slot_axes: ClassVar[dict[str, int]] = {"phi": 2}
     official: ClassVar[str | None] = "soft_layer"
-    unprunable: ClassVar[str | None] = None
+    unprunable: str | None = None
     measures = ("alpha_score",)
     left: Tensor | None
     """The experts that are left, where some were pruned."""
