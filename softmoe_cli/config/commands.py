@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 from softmoe_cli.config.data import Data, check_channels
 from softmoe_cli.config.model import Model, check_groups
 from softmoe_cli.config.option import Section, option
+from softmoe_cli.config.pruning import MEASURES
 from softmoe_cli.config.run import DEVICES, WAYS, Config, check_devices
 from softmoe_cli.errors import UsageError
 
@@ -98,10 +99,6 @@ class UpcycleConfig(Section):
                 f"preserve=true cannot hold with expert_noise={self.expert_noise:g} and "
                 f"expert_redraw={self.expert_redraw:g}: experts must stay copies; set both to 0"
             )
-
-
-MEASURES = ("alpha_score", "hit_rate", "router_change", "random")
-"""What experts are pruned by."""
 
 
 @dataclass

@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from softmoe_cli.errors import UsageError, first_line
 from softmoe_cli.model.blocks import CarryingBlock
 from softmoe_cli.model.vit import build, count_tokens
 from softmoe_cli.moe.kind import Decider, Layer
+from softmoe_cli.moe.layer import MoE
 from softmoe_cli.optim import freeze
 
 PARTS = ("embedding and norms", "attn", "mlp", "router", "experts", "shared", "head")
@@ -101,7 +103,7 @@ def account(
     batch: int | None = None,
     recompute: bool = False,
     frozen: Sequence[str] = (),
-    left: Mapping[int, Sequence[int]] | None = None,
+    left: Mapping[int, Sequence[int]] = MappingProxyType({}),
 ) -> Cost:
     """The cost of a config by formula; training with frozen parameters by the counter, because what needs no gradient
     depends on where they are.
@@ -117,9 +119,10 @@ def account(
         UsageError: a model that cannot be built, whose blocks have no formula, or of which nothing is left to train.
     """
     vit = on_meta(model, num_classes)
-    for place, experts in (left or {}).items():
-        vit.blocks[place].mlp.prunable()
-        vit.blocks[place].mlp.leave(experts)
+    for place, block in enumerate(vit.blocks):
+        if place in left and isinstance(block.mlp, MoE):
+            block.mlp.prunable()
+            block.mlp.leave(left[place])
     cost = account_model(vit, batch=batch, recompute=recompute)
     if not frozen:
         return cost

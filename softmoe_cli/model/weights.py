@@ -103,6 +103,12 @@ def _expect_pruned(vit: VisionTransformer, state: dict[str, Tensor]) -> None:
             layer.prunable()
 
 
+def experts_left(state: dict[str, Tensor]) -> dict[int, list[int]]:
+    """Which experts weights say are left, by block, where some were pruned."""
+    found = {key: re.fullmatch(r"blocks\.(\d+)\.mlp\.alive", key) for key in state}
+    return {int(match[1]): state[key].nonzero()[:, 0].tolist() for key, match in found.items() if match}
+
+
 _PATCH_HINT = "the model (its patch size, width or model.in_chans)"
 
 

@@ -28,6 +28,11 @@ def resolve(command: str, tree: dict[str, Any], typed: Sequence[str]) -> "tuple[
         checked = door(tree, Config)
         if checked.slots != "kept":
             raise UsageError(f"slots={checked.slots} belongs to softmoe finetune: there is no checkpoint to keep to")
+        if checked.prune.keep is not None:
+            raise UsageError(
+                f"prune.keep={checked.prune.keep} belongs to softmoe finetune; train with model.router.num_experts="
+                f"{checked.prune.keep} instead"
+            )
         for key in ("checkpoint", "trust"):
             if (value := getattr(checked, key)) is not None:
                 raise UsageError(f"{key}={value} belongs to softmoe finetune; softmoe train starts afresh")

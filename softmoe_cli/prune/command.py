@@ -30,10 +30,10 @@ from softmoe_cli.model.weights import load_weights
 from softmoe_cli.moe.layer import MoE
 from softmoe_cli.options import inherit
 from softmoe_cli.options.compose import door, plain
-from softmoe_cli.prune.fold import folded_vit, timm_entry
+from softmoe_cli.prune.fold import folded_model, folded_weights, timm_entry
 from softmoe_cli.prune.rule import largest, shares
 from softmoe_cli.prune.scores import MEASURED, measured, prunable, random_scores, router_norms
-from softmoe_cli.prune.smaller import compared, distance_in_float64, key_map, latencies, smaller
+from softmoe_cli.prune.smaller import compared, distance_in_float64, key_map, latencies, smaller_model, smaller_weights
 from softmoe_cli.run.checkpoint import digest_of, write_checkpoint
 from softmoe_cli.run.identity import made_from, origin
 from softmoe_cli.run.receipt import RECEIPT, already_made, make_whole
@@ -41,7 +41,7 @@ from softmoe_cli.run.source import Source
 from softmoe_cli.terminal import Screen
 from softmoe_cli.text import flop, si
 
-EQUAL = 1e-9
+NO_MORE = 1e-9
 """The largest allowed difference of the written model's outputs in float64, as a share of the largest output."""
 
 
@@ -94,7 +94,8 @@ def prune(config: PruneConfig, model: Model, source: Source, before: Source | No
     prepare(vit, device, "fp32")
     whole, there = copy.deepcopy(vit).to(device), {place: layer.left for place, layer in layers.items()}
     blocks = job.drop(vit.to(device), layers, keep, before)
-    new_model, weights = folded_vit(model, vit) if config.to == "dense" else smaller(model, vit)
+    new_model = folded_model(model, vit) if config.to == "dense" else smaller_model(model, vit)
+    weights = folded_weights(model, vit) if config.to == "dense" else smaller_weights(vit)
     entry = timm_entry(new_model) if config.to == "dense" else None
     new = build(new_model, vit.num_classes)
     new.load_state_dict(weights)
@@ -215,7 +216,7 @@ class Pruned:
             found["clock"] |= {"images": len(x), "repeats": self.config.repeats, "hardware": hardware(self.device)}
         cpu = [copy.deepcopy(each).cpu().double().eval() for each in (pruned, new)]
         share, others = distance_in_float64(*cpu, x.cpu().double())
-        if not share <= EQUAL:
+        if not share <= NO_MORE:
             raise RunError(f"the new model's outputs are off by {share:.2g} in float64: an error of softmoe's")
         return found | {"float64_distance": share, "float64_other_predictions": others}
 
@@ -236,7 +237,7 @@ class Pruned:
         x, _ = next(self.batches(self.splits.validation))
         theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval().double()
         share, others = distance_in_float64(copy.deepcopy(new).cpu().double().eval(), theirs, x.cpu().double())
-        if not share <= EQUAL or others:
+        if not share <= NO_MORE or others:
             raise RunError(f"what timm loads is off by {share:.2g} in float64: an error of softmoe's")
 
 

@@ -19,8 +19,8 @@ TIMM_EPS = 1e-6
 """timm's ViTs have LayerNorms with this epsilon, and a name cannot choose another."""
 
 
-def folded_vit(model: Model, vit: VisionTransformer) -> tuple[Model, dict[str, Tensor]]:
-    """A dense model that computes what `vit` does, and its weights.
+def folded_model(model: Model, vit: VisionTransformer) -> Model:
+    """The config of a dense model that can compute what `vit` does.
 
     Raises:
         UsageError: there is none among plain timm ViTs; the message says why.
@@ -31,16 +31,21 @@ def folded_vit(model: Model, vit: VisionTransformer) -> tuple[Model, dict[str, T
     for place, block in enumerate(vit.blocks):
         if isinstance(block.mlp, Layer):
             widths[place] = _width(place, block.mlp, count_tokens(vit))
-    dense = _dense(model, widths, len(vit.blocks), vit.num_classes)
+    return _dense(model, widths, len(vit.blocks), vit.num_classes)
+
+
+def folded_weights(model: Model, vit: VisionTransformer) -> dict[str, Tensor]:
+    """The weights of `folded_model`."""
     state = dict(vit.state_dict())
-    for place in widths:
-        for key in [key for key in state if key.startswith(f"blocks.{place}.mlp.")]:
-            del state[key]
-        state |= {f"blocks.{place}.mlp.{key}": value for key, value in mlp_of(vit.blocks[place].mlp).items()}
+    for place, block in enumerate(vit.blocks):
+        if isinstance(block.mlp, MoE):
+            start = f"blocks.{place}.mlp."
+            state = {key: value for key, value in state.items() if not key.startswith(start)}
+            state |= {start + key: value for key, value in mlp_of(block.mlp).items()}
     if model.backbone.qk_norm == "scale":  # timm's has biases, which are zero here
         for key in [key for key in state if key.endswith(("q_norm.weight", "k_norm.weight"))]:
             state[key.replace("weight", "bias")] = torch.zeros_like(state[key])
-    return dense, {key: value.contiguous() for key, value in state.items()}
+    return {key: value.contiguous() for key, value in state.items()}
 
 
 def _width(place: int, layer: Layer, tokens: int) -> int:

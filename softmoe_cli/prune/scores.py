@@ -25,8 +25,8 @@ MEASURED = ("alpha_score", "hit_rate")
 """What routings measure (`Router.measures`)."""
 
 
-def prunable(vit: VisionTransformer, model: Model, by: str) -> dict[int, MoE]:
-    """The layers whose experts can be pruned by this measure, by block.
+def prunable(vit: VisionTransformer, model: Model, by: str, key: str = "by") -> dict[int, MoE]:
+    """The layers whose experts can be pruned by this measure, by block. `key`: the option that names it.
 
     Raises:
         UsageError: there are none, with the reason.
@@ -40,8 +40,8 @@ def prunable(vit: VisionTransformer, model: Model, by: str) -> dict[int, MoE]:
             raise UsageError(f"experts of {model.router_name} cannot be pruned: {layer.router.unprunable}")
         if by in MEASURED and by not in layer.router.measures:
             raise UsageError(
-                f"by={by} tells no experts of {model.router_name} apart: every token has a part in each of them; use "
-                f"{' or '.join(layer.router.measures)}"
+                f"{key}={by} tells no experts of {model.router_name} apart: every token has a part in each of them; "
+                f"use {' or '.join(layer.router.measures)}"
             )
         found[place] = layer
     return found

@@ -19,18 +19,22 @@ from softmoe_cli.moe.layer import MoE
 UNTIMED = 2
 
 
-def smaller(model: Model, vit: VisionTransformer) -> tuple[Model, dict[str, Tensor]]:
-    """A mixture with the experts that are left, as many in each block, and its weights."""
-    state, router = dict(vit.state_dict()), model.router
+def smaller_model(model: Model, vit: VisionTransformer) -> Model:
+    """The config of a mixture with the experts that are left, as many in each block."""
+    layer = next(block.mlp for block in vit.blocks if isinstance(block.mlp, MoE))
+    router = portable_options(model.router, layer)
+    return replace(model, router=router | {k: v for k, v in layer.router.options_left().items() if k in router})
+
+
+def smaller_weights(vit: VisionTransformer) -> dict[str, Tensor]:
+    """The weights of `smaller_model`."""
+    state = dict(vit.state_dict())
     for place, block in enumerate(vit.blocks):
-        if not isinstance(block.mlp, MoE):
-            continue
-        start = f"blocks.{place}.mlp."
-        state = {key: value for key, value in state.items() if not key.startswith(start)}
-        state |= {start + name: value for name, value in block.mlp.weights_left().items()}
-        router = portable_options(model.router, block.mlp)
-        router |= {key: value for key, value in block.mlp.router.options_left().items() if key in router}
-    return replace(model, router=router), {key: value.contiguous() for key, value in state.items()}
+        if isinstance(block.mlp, MoE):
+            start = f"blocks.{place}.mlp."
+            state = {key: value for key, value in state.items() if not key.startswith(start)}
+            state |= {start + name: value for name, value in block.mlp.weights_left().items()}
+    return {key: value.contiguous() for key, value in state.items()}
 
 
 def key_map(weights: Mapping[str, Tensor], kept: Mapping[int, Sequence[int]], to: str) -> dict[str, dict[str, Any]]:

@@ -14,7 +14,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from softmoe_cli.config.model import Model
 from softmoe_cli.config.run import Config
+from softmoe_cli.cost.fit import training_cost
 from softmoe_cli.cost.flop import Cost, account
 from softmoe_cli.cost.load import Load
 from softmoe_cli.errors import UsageError
@@ -22,8 +24,11 @@ from softmoe_cli.moe.kind import Decided
 from softmoe_cli.moe.layer import MoE
 from softmoe_cli.moe.routing import Routing, most_precise
 from softmoe_cli.parallel import Crew
+from softmoe_cli.prune.fold import folded_model
 from softmoe_cli.prune.rule import largest, shares, survivors
 from softmoe_cli.prune.scores import MEASURED, prunable, random_scores, router_norms
+from softmoe_cli.prune.smaller import smaller_model
+from softmoe_cli.terminal import Screen
 from softmoe_cli.train.progress import Budget, Progress
 
 
@@ -53,8 +58,9 @@ class Pruning:
     now: dict[int, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, config: Config, load: Load, budget: Budget, model: VisionTransformer) -> "Pruning":
-        """The pruning of a model that has its first weights; from now on those say which experts are left.
+    def of(cls, config: Config, load: Load, budget: Budget, model: VisionTransformer, screen: Screen) -> "Pruning":
+        """The pruning of a model that has its first weights, and a line about it; from now on the weights say which
+        experts are left.
 
         Raises:
             UsageError: experts that cannot be pruned, or fewer than are to stay.
@@ -72,7 +78,24 @@ class Pruning:
             if p.by == "router_change":
                 start = pruning._norms(place)
             pruning.window[place], pruning.total[place] = start.clone(), start
+        screen.row("pruning", pruning.described())
         return pruning
+
+    def described(self) -> str:
+        """What goes by what, and when, for the header."""
+        p, last = self.config.prune, deadline(self.budget, self.config.prune.until)
+        left = ", ".join(f"{len(layer.left)} in block {place}" for place, layer in self.layers.items())
+        at = f"step {last:,.0f}" if self.budget.steps is not None else f"second {last:,.0f} of training"
+        words = [f"{p.keep} stay of the experts that are left ({left}), by {p.by}, from {at} on"]
+        if p.windows > 1 and p.threshold:
+            words.append(
+                f"before that those go that have less than {p.threshold:g} of the mean share, at the end of "
+                f"{p.windows - 1} windows" + (", of all so far" if p.compare == "all" else "")
+            )
+        if p.by in MEASURED:
+            words.append("measured as training routes, noise included")
+        words.append(f"balancing {p.balance} in a block that has lost one")
+        return "; ".join(words)
 
     # --- what checkpoints hold ----------------------------------------------------------------------------------------
 
@@ -136,12 +159,7 @@ class Pruning:
 
     def cost(self) -> Cost:
         """What an image costs with the experts that are left."""
-        load = self.load
-        assert load.optim is not None
-        return account(
-            load.model, load.num_classes, batch=load.part, recompute=load.recompute, frozen=load.optim.freeze,
-            left={place: layer.left for place, layer in self.layers.items()},
-        )  # fmt: skip
+        return training_cost(self.load, {place: layer.left for place, layer in self.layers.items()})
 
     def _scores(self, place: int, *, of_all: bool) -> list[float]:
         since = (self.total if of_all else self.window)[place]
@@ -159,6 +177,28 @@ class Pruning:
             for name, each in router.named_parameters()
         }
         return router_norms(whole, place, self.layers[place])
+
+
+def served(config: Model, vit: VisionTransformer, cost: Cost) -> dict[str, Any]:
+    """What the model costs when it is served, after softmoe prune where experts have gone: as a plain ViT if it is one.
+    `cost`: with all experts."""
+    layers = [
+        block.mlp for block in vit.blocks if isinstance(block.mlp, MoE) and "alive" in dict(block.mlp.named_buffers())
+    ]
+    left = {len(layer.left) for layer in layers}
+    form = None
+    if len(left) == 1 and any(len(layer.left) < len(layer.experts.w1) for layer in layers):
+        try:
+            form, model = "dense", folded_model(config, vit)
+        except UsageError:
+            form, model = "experts", smaller_model(config, vit)
+        cost = account(model, vit.num_classes)
+    return {
+        "experts_left": ",".join(str(len(layer.left)) for layer in layers) or None,
+        "served_as": form,
+        "served_params_m": cost.params / 1e6,
+        "served_forward_gflop": cost.forward_flop / 1e9,
+    }
 
 
 @dataclass(frozen=True)
