@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 from softmoe_cli.config.data import Data, check_channels
 from softmoe_cli.config.model import Model, check_groups
 from softmoe_cli.config.option import Section, option
+from softmoe_cli.config.pruning import MEASURES
 from softmoe_cli.config.run import DEVICES, WAYS, Config, check_devices
 from softmoe_cli.errors import UsageError
 
@@ -97,6 +98,41 @@ class UpcycleConfig(Section):
             raise UsageError(
                 f"preserve=true cannot hold with expert_noise={self.expert_noise:g} and "
                 f"expert_redraw={self.expert_redraw:g}: experts must stay copies; set both to 0"
+            )
+
+
+@dataclass
+class PruneConfig(Section):
+    """What `softmoe prune` composes."""
+
+    path: ClassVar[str] = ""
+    checkpoint: str = option("a run folder, a .safetensors file or hf-hub:OWNER/NAME")
+    trust: str | None = option("a router of the checkpoint's that is not softmoe's, as module.Class: its code will run")
+    keep: int | None = option("experts that stay in each block; null: those that are left", low=1)
+    by: str = option(
+        "what an expert's worth is: the sum of its gates, its tokens, how its part of the router has grown, or nothing",
+        choices=MEASURES,
+    )
+    before: str | None = option("by=router_change: the checkpoint since which routers have changed")
+    to: str = option("a mixture of the experts that stay or, of one in each block, a plain ViT",
+                     choices=("experts", "dense"))  # fmt: skip
+    seed: int = option("of by=random", low=0, high=2**31 - 1)
+    data: Data = field(default_factory=Data)
+    images: int = option("training images that alpha_score and hit_rate are taken on, spread over all", low=1)
+    batch_size: int = option("images per forward pass", low=1)
+    clock: bool = option("measure the latency of both models on this machine, in turns")
+    repeats: int = option("times that the clock measures each", low=3)
+    folder: str | None = option("where the checkpoint goes; null: output_root/pruned/NAME-SIGNATURE")
+    output_root: str = option("the folder of all studies")
+    format: str = option("what is printed", choices=("table", "json"))
+    device: str = option("auto: cuda, else mps, else cpu", choices=DEVICES)
+    threads: int | None = option("CPU threads; null: torch's choice", low=1)
+
+    def check(self) -> None:
+        if (self.by == "router_change") != (self.before is not None):
+            raise UsageError(
+                f"by={self.by} and before={self.before}: by=router_change needs the checkpoint that the routers are "
+                "compared with, and nothing else does"
             )
 
 
@@ -192,6 +228,6 @@ class MatchConfig(Measured):
 
 SCHEMAS: dict[str, type[Section]] = {
     "train": Config, "finetune": Config, "evaluate": EvaluateConfig, "cost": CostConfig, "match": MatchConfig,
-    "upcycle": UpcycleConfig, "export": ExportConfig, "data": DataCheckConfig,
+    "upcycle": UpcycleConfig, "prune": PruneConfig, "export": ExportConfig, "data": DataCheckConfig,
 }  # fmt: skip
 """What each command composes."""

@@ -13,9 +13,10 @@ multiply-add as 1 and a backward pass as twice the forward pass: its training FL
 import functools
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from softmoe_cli.errors import UsageError, first_line
 from softmoe_cli.model.blocks import CarryingBlock
 from softmoe_cli.model.vit import build, count_tokens
 from softmoe_cli.moe.kind import Decider, Layer
+from softmoe_cli.moe.layer import MoE
 from softmoe_cli.optim import freeze
 
 PARTS = ("embedding and norms", "attn", "mlp", "router", "experts", "shared", "head")
@@ -117,6 +119,7 @@ def account(
     batch: int | None = None,
     recompute: bool = False,
     frozen: Sequence[str] = (),
+    left: Mapping[int, Sequence[int]] = MappingProxyType({}),
 ) -> Cost:
     """The cost of a config by formula; training with frozen parameters by the counter, because what needs no gradient
     depends on where they are.
@@ -126,11 +129,16 @@ def account(
             images share slots, the last group's are paid for whether it is full or not. None: full groups.
         recompute: whether training recomputes the blocks.
         frozen: patterns as in optim.freeze.
+        left: the experts that are left, by block, where some were pruned. Their block's parameters are all there.
 
     Raises:
         UsageError: a model that cannot be built, whose blocks have no formula, or of which nothing is left to train.
     """
     vit = on_meta(model, num_classes)
+    for place, block in enumerate(vit.blocks):
+        if place in left and isinstance(block.mlp, MoE):
+            block.mlp.prunable()
+            block.mlp.leave(left[place])
     cost = account_model(vit, batch=batch, recompute=recompute)
     if not frozen:
         return cost

@@ -57,6 +57,9 @@ class Decider(nn.Module, ABC):
     whole_batches: str | None = None
     """Why a batch cannot be computed in parts, with the way out; None where it can."""
 
+    unprunable: str | None = "softmoe does not know how it would decide among fewer experts"
+    """Why none of its experts can be taken away; None where they can."""
+
     def layer(self, hidden: int, gelu: str) -> "Layer | None":
         """The whole layer in the place of an MLP of `hidden` units, of a kind that builds its own; None where rows go
         to stacked experts. `gelu` is `tanh` or `none` (exact).

@@ -23,6 +23,8 @@ def _science(config: Config) -> dict[str, Any]:
     for key in NOT_SCIENCE:
         section, _, leaf = key.rpartition(".")
         del (science[section] if section else science)[leaf]
+    if config.prune.keep is None:  # the others are idle
+        del science["prune"]
     return _whole_numbers(science)
 
 

@@ -22,6 +22,7 @@ class IdentityRouter(Router):
         ValueError: more experts than tokens: some would never see one.
     """
 
+    unprunable = "a token's expert is chosen by its place, so that each expert sees as many as the next"
     exempt: Mapping[str, str] = {"token permutation": "a token's place is what its expert is chosen by"}
     counts_landed = True
 

@@ -37,7 +37,8 @@ class TokensChoiceDroplessRouter(Router):
     slots_per_expert = None
     counts_landed = True
     decays = ("gate.kernel",)
-    expert_axes: ClassVar[dict[str, int]] = {"gate.kernel": 1}
+    expert_axes: ClassVar[dict[str, int]] = {"gate.kernel": 1, "balance.bias": 0}
+    unprunable = None
     of_one_expert: ClassVar[dict[str, Any]] = {"k": 1, "shared_experts": 0}
 
     def __init__(
@@ -59,6 +60,7 @@ class TokensChoiceDroplessRouter(Router):
     ) -> None:
         super().__init__()
         check_choice(k, num_experts, images_per_group, shared_experts, renormalise)
+        self._whole = num_experts, k
         self.num_experts, self.k, self.shared_experts = num_experts, k, shared_experts
         self.renormalise, self.loss_images = renormalise, images_per_group
         if gate == "sigmoid" and not renormalise:
@@ -82,7 +84,7 @@ class TokensChoiceDroplessRouter(Router):
 
     def flop(self, num_tokens: int) -> int:
         """The gate: one product of n, d and e."""
-        return 2 * num_tokens * self.gate.kernel.numel()
+        return 2 * num_tokens * len(self.gate.kernel) * self.num_experts
 
     def departs_from_mlp(self, num_tokens: int, parts: int) -> str | None:
         return gates_depart(self.k, self.num_experts, self.gate.function, self.renormalise, parts)
@@ -110,6 +112,16 @@ class TokensChoiceDroplessRouter(Router):
 
     def _count(self, expert: Int[Tensor, " r"], weight: Int[Tensor, " r"]) -> Int[Tensor, " e"]:
         return expert.new_zeros(self.num_experts).scatter_add(0, expert, weight)
+
+    def leave(self, left: Int[Tensor, " z"] | None, *, balance: bool) -> None:
+        e, k = self._whole
+        self.num_experts = e if left is None else len(left)
+        self.k = min(k, self.num_experts)
+        self.gate.left = self.balance.left = left
+        self.balance.on = balance or left is None
+
+    def options_left(self) -> dict[str, Any]:
+        return {"num_experts": self.num_experts, "k": self.k, "noise_std": self.gate.std * self.num_experts}
 
     def counted(self) -> list[Tensor]:
         return self.balance.counted()

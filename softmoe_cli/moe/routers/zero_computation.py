@@ -206,6 +206,7 @@ class ZeroComputationRouter(Router):
     slots_per_expert = None
     counts_landed = True
     decays = ("gate.kernel", "residual.weight", "constants.kernel")
+    unprunable = "its layers hand their experts' logits on to each other, and its experts are of several kinds"
     expert_axes: ClassVar[dict[str, int]] = {"gate.kernel": 1, "residual.weight": 0}
     official = "zero_computation"
     of_one_expert: ClassVar[dict[str, Any]] = {
