@@ -25,14 +25,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
+from softmoe_cli.adapters.kind import Adapter
 from softmoe_cli.config.model import Model
 from softmoe_cli.errors import UsageError, first_line
+from softmoe_cli.model.adapted import AdaptedBlock, is_adapters
 from softmoe_cli.model.blocks import CarryingBlock
 from softmoe_cli.model.vit import build, count_tokens
 from softmoe_cli.moe.kind import Decider, Layer
 from softmoe_cli.optim import freeze
 
-PARTS = ("embedding and norms", "attn", "mlp", "router", "experts", "shared", "head")
+PARTS = ("embedding and norms", "attn", "mlp", "router", "experts", "shared", "adapter", "head")
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def account(
     """
     vit = on_meta(model, num_classes)
     cost = account_model(vit, batch=batch, recompute=recompute)
-    if not frozen:
+    if not frozen and model.adapter.name == "none":
         return cost
     freeze(vit, frozen)
     _, step = count_flop(vit, batch=batch, recompute=recompute)
@@ -157,6 +159,8 @@ def _part_of(name: str) -> str:
     """The part that a parameter belongs to."""
     if name.startswith("head."):
         return "head"
+    if is_adapters(name):
+        return "adapter"
     for part in ("experts", "shared", "router", "mlp", "attn"):
         if f".{part}." in name:
             return part
@@ -173,7 +177,7 @@ def _parts(vit: VisionTransformer, batch: int | None, recompute: bool) -> Iterat
     pixels = 2 * vit.patch_embed.num_patches * vit.patch_embed.proj.weight.numel()
     forward["embedding and norms"], train["embedding and norms"] = pixels, 2 * pixels
     for block in vit.blocks:
-        plain = type(block) in (Block, CarryingBlock)
+        plain = type(block) in (Block, CarryingBlock, AdaptedBlock)
         if not plain or not isinstance(block.mlp, Mlp | Layer):
             kind = type(block.mlp if plain else block).__name__
             raise UsageError(f"no FLOP formula for {kind} blocks; use a ViT with plain blocks and MLPs")
@@ -192,6 +196,7 @@ def _parts(vit: VisionTransformer, batch: int | None, recompute: bool) -> Iterat
         else:
             filled = 1.0
             here["mlp"] = 2 * n * (block.mlp.fc1.weight.numel() + block.mlp.fc2.weight.numel())
+        here["adapter"] = sum(part.flop(n) for part in block.modules() if isinstance(part, Adapter))
         again: dict[str, float] = here | here_again
         last, flop = _last_product(block, n)
         again[last] -= flop * (filled if last in here_train else 1)
@@ -389,11 +394,16 @@ def _by_part(mode: FlopCounterMode, root: str) -> dict[str, int]:
     for name, flop in total.items():
         path = name.removeprefix(f"{root}.").split(".")
         if path[0] == "blocks" and len(path) == 3 and path[2] in ("attn", "mlp"):
+            beside = sum(total.get(f"{name}.qkv.{each}", 0) for each in ("q_adapter", "v_adapter"))
+            parts["adapter"] += beside
+            flop -= beside
             inner = {part: total.get(f"{name}.{part}", 0) for part in ("experts", "shared")}
             routed = f"{name}.router" in total or f"{name}.experts" in total
             parts["router" if routed else path[2]] += flop - sum(inner.values())
             for part, own in inner.items():
                 parts[part] += own
+        elif path[0] == "blocks" and len(path) == 3 and path[2] in ("attn_adapter", "mlp_adapter"):
+            parts["adapter"] += flop
         elif path in (["head"],):
             parts["head"] += flop
     parts["embedding and norms"] = total.get("Global", 0) - sum(parts.values())
