@@ -62,6 +62,8 @@ class Cost:
     tokens: int
     slots_per_token: float | None
     frozen_params: int = 0
+    frozen_head_params: int = 0
+    """Of these, the head's."""
     whole_batches: str | None = None
     """Why a batch cannot be computed in parts, with the way out; None where it can."""
     counted_train_flop: float | None = None
@@ -72,6 +74,16 @@ class Cost:
     @property
     def params(self) -> int:
         return sum(part.params for part in self.parts)
+
+    @property
+    def trained_params(self) -> int:
+        return self.params - self.frozen_params
+
+    @property
+    def trained_body_params(self) -> int:
+        """The trained parameters outside of the head, whose size is the data's and not the method's."""
+        head = sum(part.params for part in self.parts if part.name == "head")
+        return self.trained_params - (head - self.frozen_head_params)
 
     @property
     def active_params(self) -> float:
@@ -122,8 +134,13 @@ def account(
         return cost
     freeze(vit, frozen)
     _, step = count_flop(vit, batch=batch, recompute=recompute)
-    still = sum(p.numel() for p in vit.parameters() if not p.requires_grad)
-    return replace(cost, frozen_params=still, counted_train_flop=step.flop / step.images)
+    still = {name: p.numel() for name, p in vit.named_parameters() if not p.requires_grad}
+    return replace(
+        cost,
+        frozen_params=sum(still.values()),
+        frozen_head_params=sum(number for name, number in still.items() if _part_of(name) == "head"),
+        counted_train_flop=step.flop / step.images,
+    )
 
 
 def account_model(vit: VisionTransformer, *, batch: int | None, recompute: bool) -> Cost:

@@ -114,7 +114,7 @@ def merged(weights: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
     for name in weights:
         if name.endswith(".q_adapter.down.weight"):
             place = name.removesuffix("q_adapter.down.weight")
-            total = weights[f"{place}weight"].double()
+            total = weights[f"{place}weight"].to(torch.float64, copy=True)
             for part, which in zip(total.chunk(3), ("q", None, "v"), strict=True):
                 if which is not None:
                     down, up = (weights[f"{place}{which}_adapter.{side}.weight"].double() for side in ("down", "up"))

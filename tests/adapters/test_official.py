@@ -65,7 +65,9 @@ def compare(y: Tensor, x: Tensor, z: Arrays, of: dict[str, Tensor], names: dict[
     loss.backward()
     assert x.grad is not None
     close(x.grad, z["grad/x"], "gradient of x")
-    assert {f"grad/param/{theirs}" for theirs in names.values()} == {name for name in z if name.startswith("grad/param/")}
+    assert {f"grad/param/{theirs}" for theirs in names.values()} == {
+        name for name in z if name.startswith("grad/param/")
+    }
     for name, theirs in names.items():
         grad = of[name].grad
         assert grad is not None, name
@@ -132,7 +134,12 @@ def block(meta: dict[str, Any], z: Arrays, dtype: torch.dtype) -> None:
     )  # fmt: skip
     extra = {} if dense else {"slots_per_adapter": c["num_slots"], "normalised": False}
     location = "both" if both else {"MHSA": "attn", "FFN": "mlp"}[c["adapter_location"]]
-    chosen: dict[str, Any] = {"num_adapters": c["num_adapters"], "width": c["bottleneck"], "location": location, **extra}
+    chosen: dict[str, Any] = {
+        "num_adapters": c["num_adapters"],
+        "width": c["bottleneck"],
+        "location": location,
+        **extra,
+    }
     adapt(vit, options("dense_moa" if dense else "soft_moa", **chosen))
     made = vit.blocks[0].to(dtype)
     assert isinstance(made, AdaptedBlock)
