@@ -284,7 +284,7 @@ def _evaluate(config: Any, typed: list[str]) -> int:
     from softmoe_cli.evaluate.command import evaluate_checkpoint
     from softmoe_cli.options import inherit
 
-    sources = [inherit.named_source(path) for path in paths]
+    sources = [inherit.named_source(path, tree["base"]) for path in paths]
     model, *_ = [inherit.model_of(source, tree["trust"]) for source in sources]
     named = inherit.names_data(tree["data"])
     inherit.take_data(tree, sources[0], typed)
@@ -308,7 +308,7 @@ def _export(config: Any, typed: list[str]) -> int:
     from softmoe_cli.export import export, show_export
     from softmoe_cli.options import inherit
 
-    source = inherit.named_source(tree["checkpoint"])
+    source = inherit.named_source(tree["checkpoint"], tree["base"])
     model = inherit.model_of(source, tree["trust"])
     named = inherit.names_data(tree["data"])
     inherit.take_data(tree, source, typed)

@@ -29,6 +29,7 @@ class EvaluateConfig(Section):
 
     path: ClassVar[str] = ""
     checkpoint: Any = option("a run folder, a .safetensors file or hf-hub:OWNER/NAME; of a list, the average")
+    base: str | None = option("where the weights are that a checkpoint of adapters belongs to, if they moved")
     trust: str | None = option("a router of the checkpoint's that is not softmoe's, as module.Class: its code will run")
     soup: str = option(
         "a list of checkpoints: all of them, or those that do not lower validation top-1", choices=("uniform", "greedy")
@@ -145,6 +146,7 @@ class ExportConfig(Section):
 
     path: ClassVar[str] = ""
     checkpoint: str = option("a run folder, a .safetensors file or hf-hub:OWNER/NAME")
+    base: str | None = option("where the weights are that a checkpoint of adapters belongs to, if they moved")
     trust: str | None = option("a router of the checkpoint's that is not softmoe's, as module.Class: its code will run")
     data: Data = field(default_factory=Data)
     formats: list[str] = option("programs beside the weights, each held against the model on images", choices=PROGRAMS)

@@ -27,15 +27,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
+from softmoe_cli.adapters.kind import Adapter
 from softmoe_cli.config.model import Model
 from softmoe_cli.errors import UsageError, first_line
+from softmoe_cli.model.adapted import AdaptedBlock, is_adapters
 from softmoe_cli.model.blocks import CarryingBlock
 from softmoe_cli.model.vit import build, count_tokens
 from softmoe_cli.moe.kind import Decider, Layer
 from softmoe_cli.moe.layer import MoE
 from softmoe_cli.optim import freeze
 
-PARTS = ("embedding and norms", "attn", "mlp", "router", "experts", "shared", "head")
+PARTS = ("embedding and norms", "attn", "mlp", "router", "experts", "shared", "adapter", "head")
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ class Cost:
     tokens: int
     slots_per_token: float | None
     frozen_params: int = 0
+    frozen_head_params: int = 0
+    """Of these, the head's."""
     whole_batches: str | None = None
     """Why a batch cannot be computed in parts, with the way out; None where it can."""
     counted_train_flop: float | None = None
@@ -77,6 +81,16 @@ class Cost:
     @property
     def params(self) -> int:
         return sum(part.params for part in self.parts)
+
+    @property
+    def trained_params(self) -> int:
+        return self.params - self.frozen_params
+
+    @property
+    def trained_body_params(self) -> int:
+        """The trained parameters outside of the head, whose size is the data's and not the method's."""
+        head = sum(part.params for part in self.parts if part.name == "head")
+        return self.trained_params - (head - self.frozen_head_params)
 
     @property
     def active_params(self) -> float:
@@ -140,12 +154,17 @@ def account(
             block.mlp.prunable()
             block.mlp.leave(left[place])
     cost = account_model(vit, batch=batch, recompute=recompute)
-    if not frozen:
+    if not frozen and model.adapter.name == "none":
         return cost
     freeze(vit, frozen)
     _, step = count_flop(vit, batch=batch, recompute=recompute)
-    still = sum(p.numel() for p in vit.parameters() if not p.requires_grad)
-    return replace(cost, frozen_params=still, counted_train_flop=step.flop / step.images)
+    still = {name: p.numel() for name, p in vit.named_parameters() if not p.requires_grad}
+    return replace(
+        cost,
+        frozen_params=sum(still.values()),
+        frozen_head_params=sum(number for name, number in still.items() if _part_of(name) == "head"),
+        counted_train_flop=step.flop / step.images,
+    )
 
 
 def account_model(vit: VisionTransformer, *, batch: int | None, recompute: bool) -> Cost:
@@ -185,6 +204,8 @@ def _part_of(name: str) -> str:
     """The part that a parameter belongs to."""
     if name.startswith("head."):
         return "head"
+    if is_adapters(name):
+        return "adapter"
     for part in ("experts", "shared", "router", "mlp", "attn"):
         if f".{part}." in name:
             return part
@@ -201,7 +222,7 @@ def _parts(vit: VisionTransformer, batch: int | None, recompute: bool) -> Iterat
     pixels = 2 * vit.patch_embed.num_patches * vit.patch_embed.proj.weight.numel()
     forward["embedding and norms"], train["embedding and norms"] = pixels, 2 * pixels
     for block in vit.blocks:
-        plain = type(block) in (Block, CarryingBlock)
+        plain = type(block) in (Block, CarryingBlock, AdaptedBlock)
         if not plain or not isinstance(block.mlp, Mlp | Layer):
             kind = type(block.mlp if plain else block).__name__
             raise UsageError(f"no FLOP formula for {kind} blocks; use a ViT with plain blocks and MLPs")
@@ -220,6 +241,7 @@ def _parts(vit: VisionTransformer, batch: int | None, recompute: bool) -> Iterat
         else:
             filled = 1.0
             here["mlp"] = 2 * n * (block.mlp.fc1.weight.numel() + block.mlp.fc2.weight.numel())
+        here["adapter"] = sum(part.flop(n) for part in block.modules() if isinstance(part, Adapter))
         again: dict[str, float] = here | here_again
         last, flop = _last_product(block, n)
         again[last] -= flop * (filled if last in here_train else 1)
@@ -416,9 +438,15 @@ def _by_part(mode: FlopCounterMode, root: str) -> dict[str, int]:
     total = {name.removeprefix(f"{root}."): sum(ops.values()) for name, ops in mode.get_flop_counts().items()}
     parts = dict.fromkeys(PARTS, 0) | {"embedding and norms": total.get("patch_embed", 0), "head": total.get("head", 0)}
     for name, flop in total.items():
-        block = re.fullmatch(r"blocks\.\d+\.(attn|mlp|mlp\.experts|mlp\.shared)", name)
-        routed = f"{name}.router" in total or f"{name}.experts" in total
-        if block is not None and not routed:
+        block = re.fullmatch(
+            r"blocks\.\d+\.(attn|mlp|mlp\.experts|mlp\.shared|(?:attn\.qkv\.[qv]|attn|mlp)_adapter)", name
+        )
+        if block is None:
+            continue
+        if block[1].endswith("adapter"):
+            parts["adapter"] += flop
+            parts["attn"] -= flop if "qkv" in block[1] else 0
+        elif f"{name}.router" not in total and f"{name}.experts" not in total:
             parts[block[1].removeprefix("mlp.")] += flop
     parts["router"] = total.get("Global", 0) - sum(parts.values())
     return parts

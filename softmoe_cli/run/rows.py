@@ -224,6 +224,7 @@ RESULT = {
     "slots_per_token": _said(NUMBER, "slots of a layer over tokens", null=True),
     "images_per_group": _said(WHOLE, "images whose tokens compete for the same slots", null=True),
     "moe_blocks": _said(TEXT, "the blocks that hold experts"),
+    "adapter": _said(TEXT, "what was trained beside a frozen backbone", null=True, optional=True),
     "image_size": _said(COUNT, "pixels of a side"),
     "tokens": _said(COUNT, "of an image"),
     "data": _said(TEXT, "the data set's name"),
@@ -249,6 +250,16 @@ RESULT = {
     "forward_gflop": Key(NUMBER, "forward GFLOP/image", unit="GFLOP", amount="forward FLOPs"),
     "train_gflop": Key(NUMBER, "training GFLOP/image", unit="GFLOP", amount="training FLOPs an image"),
     "params_m": Key(NUMBER, "parameters, M", unit="M", amount="parameters"),
+    "trained_params_m": Key(
+        NUMBER, "trained parameters, M", "all that are not frozen", optional=True, unit="M", amount="trained parameters"
+    ),
+    "trained_body_params_m": Key(
+        NUMBER,
+        "trained parameters without the head, M",
+        optional=True,
+        unit="M",
+        amount="trained parameters outside the head",
+    ),
     "active_params_m": Key(NUMBER, "active parameters, M", unit="M", amount="active parameters"),
     "experts_left": _said(
         TEXT, "in each block of experts, where some were pruned or could be", null=True, optional=True

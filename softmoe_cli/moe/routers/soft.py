@@ -174,9 +174,13 @@ class SoftRouter(Router):
     def departs_from_mlp(self, num_tokens: int, parts: int) -> str | None:
         return mixtures_depart(num_tokens)
 
+    def logits(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n e p"]:
+        """Of each token and slot, in the parameters' precision."""
+        return soft_logits(x, self._phi(), self.scale)
+
     def forward(self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None = None) -> DenseRouting:
         with full_precision(x):
-            logits = soft_logits(x.to(self.phi.dtype), self._phi(), self.scale)
+            logits = self.logits(x.to(self.phi.dtype))
             if self.training and self.noise_std > 0:
                 logits = logits + self.noise_std * noise_like(logits)
             return DenseRouting(*soft_weights(logits, keep), logits.new_zeros(()))
@@ -184,7 +188,10 @@ class SoftRouter(Router):
     @torch.no_grad()
     def statistics(self) -> dict[str, float]:
         """The scale, and how alike the slots' parameters are: cosines of all pairs."""
-        return {"scale": self.scale.item()} | cosines(l2_normalize(self._phi(), dim=0).flatten(1).T)
+        return {"scale": self.scale.item()} | self.slot_statistics()
+
+    def slot_statistics(self) -> dict[str, float]:
+        return cosines(l2_normalize(self._phi(), dim=0).flatten(1).T)
 
     @classmethod
     def remark(cls, layers: Sequence[Mapping[str, Any]], num_tokens: int) -> str:
