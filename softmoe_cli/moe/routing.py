@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
 
-from softmoe_cli.moe.kind import Decided, Decider
+from softmoe_cli.moe.kind import Decided, Decider, Weak
 
 
 class Carried(NamedTuple):
@@ -88,6 +88,11 @@ class Router(Decider):
     @abstractmethod
     def forward(self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None = None) -> Routing:
         """Decides about a batch. Tokens where `keep` is false are padding: they take no slot and get zero."""
+
+    def weaker(self, how: Weak, given: Int[Tensor, "*some"] | None) -> "Router":
+        """A router that has this one's parameters and decides in a weak way that is in `weak_limits` and not skip.
+        `given` is as in weak.weak_layer."""
+        raise NotImplementedError(f"{type(self).__name__} has no weak activation but skip")
 
     def follow(self, earlier: "Router") -> None:
         """Makes what a layer needs to use what an earlier one of its model hands on. Called once, when it is built, if

@@ -43,7 +43,9 @@ def chosen(**changes: Any) -> EvaluateConfig:
         "checkpoint": "run", "soup": "uniform", "data": oracles.compose().data, "split": "test", "batch_size": 8,
         "loss": None, "precision": None, "calibration_bins": 15, "predictions": None, "confusion": None, "fewshot": [],
         "fewshot_l2": "validation", "fewshot_seed": 0, "audit": [], "audit_images": None, "format": "table",
-        "device": "cpu", "threads": None,
+        "device": "cpu", "threads": None, "contrast": None, "contrast_beta": 0.5, "contrast_alpha": 0.1,
+        "contrast_by": "validation", "contrast_gates": "trained", "contrast_draws": 3, "contrast_seed": 0,
+        "contrast_clock": False,
     }  # fmt: skip
     return EvaluateConfig(**settings | changes)
 
