@@ -324,13 +324,8 @@ def contrast_row(
     for word, way in best.items():
         draws = [said for each, said in scored.items() if each._replace(draw=0) == way]
         line = line_of(way, draws, scored[Way(STRONG)], config.calibration_bins)
-        lines.append(
-            line
-            | {
-                "ours": weak_named(word).kind in OUR_OWN,
-                "top1_pct_where_chosen": reached[word] if choose_apart else None,
-            }
-        )
+        line |= {"ours": weak_named(word).kind in OUR_OWN}
+        lines.append(line | {"top1_pct_where_chosen": reached[word] if choose_apart else None})
     ratios = {STRONG: 1.0, FLIP: 2.0}
     ratios |= flop_ratios(trial.model, {word: passes[word, 0] for word in best}, trial.alone)
     times = trial.latency_ratios(images, passes) if config.contrast_clock else {}

@@ -368,7 +368,7 @@ def test_files_of_many_classes_and_of_odd_names(tmp_path: Path) -> None:
         names = ["=cmd()", "\x1b[31mred", *map(str, range(classes - 2))]
         said = Outcomes(images.labels, torch.tensor([0, 2]), ones, ones, ones.bool(), 0.0, 0.0, classes)
         config = chosen(predictions=str(tmp_path / "said.csv"), confusion=str(tmp_path / "confusion.csv"))
-        evaluate_command._write(config, said, images, names)
+        evaluate_command._write(config, said, images, names, {})
         with (tmp_path / "said.csv").open(newline="") as file:
             assert [line[-1] for line in csv.reader(file)] == ["file", "x/=1+1.png", "x/ni\\xf1o.png"]
         with (tmp_path / "confusion.csv").open(newline="") as file:
