@@ -19,7 +19,7 @@ from softmoe_cli.compare.groups import (
     said,
 )
 from softmoe_cli.compare.looks import read_looks
-from softmoe_cli.compare.runs import FINGERPRINT, VERSION, FinishedRun, read_runs, single, sweep_commands
+from softmoe_cli.compare.runs import FINGERPRINT, VERSION, FinishedRun, read_runs, single, sweep_commands, with_sources
 from softmoe_cli.compare.verdicts import judge
 from softmoe_cli.errors import UsageError
 from softmoe_cli.run.rows import COSTS, QUALITIES, number
@@ -41,6 +41,9 @@ def compare(folders: Sequence[Path], question: Question) -> Comparison:
     question.check()
     runs, left_out = _single_runs(folders, question)
     usable, left_out, keys = _asked_for(runs, left_out, question)
+    if question.with_source:
+        usable, unknown = with_sources(usable)
+        left_out += unknown
     by = [key_named("by", key, keys) for key in question.by]
     columns = [key_named("columns", key, [*keys, *COSTS, *QUALITIES]) for key in question.columns]
     columns = columns or [key for key in ("forward_gflop", "params_m", "device_s") if key != question.cost]

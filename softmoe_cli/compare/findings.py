@@ -19,8 +19,14 @@ VERDICTS = {
 
 
 def pretraining(group: Group, cost: str) -> list[str]:
-    """A note that the training of a group's checkpoint is in none of its costs."""
-    return ["pretraining not counted"] if group.pretrained and COSTS[cost].trained else []
+    """A note on whether the training of a group's checkpoint is in its costs; nothing where there is no checkpoint."""
+    if not group.pretrained or not COSTS[cost].trained:
+        return []
+    return [f"pretraining {'' if _counted(group, cost) else 'not '}counted"]
+
+
+def _counted(group: Group, cost: str) -> bool:
+    return group.source_counted and cost == "train_pflop"
 
 
 def provisos(group: Group, cost: str) -> list[str]:
@@ -154,7 +160,8 @@ def closing(comparison: Comparison, block: Block) -> str:
         images = f"{group.runs[0].row['test_images']:,} test images"
         images = _validation_images(group) if "validation" in key else images
         told = _settled(comparison, group, group.difference, group.verdict, measure_name(key), images)
-        return f"At equal {amount} {told}."
+        uncounted = ", pretraining not counted" if "pretraining not counted" in group.conditions else ""
+        return f"At equal {amount} {told}{uncounted}."
     axis = comparison.cost if comparison.cost in AXES else AXES[0]
     places = [
         (each.budget, sign * each.interval.mean, group, each)
@@ -174,7 +181,7 @@ def _at_budget(comparison: Comparison, group: Group, each: Budgeted) -> str:
     name = f"validation {measure_name(comparison.quality).split(maxsplit=1)[-1]}"
     at = f"At equal {COSTS[each.axis].amount} ({quantity(each.axis, each.budget)})"
     told = _settled(comparison, group, each.difference, each.verdict, name, _validation_images(group))
-    return f"{at} {told}{', pretraining not counted' if group.pretrained else ''}."
+    return f"{at} {told}{''.join(f', {word}' for word in pretraining(group, each.axis))}."
 
 
 def _validation_images(group: Group) -> str:

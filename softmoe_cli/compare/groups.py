@@ -101,9 +101,14 @@ class Group:
 
     @property
     def pretrained(self) -> bool:
-        """Whether a run of the group began with a checkpoint. The checkpoint's training is in none of the group's
-        costs."""
+        """Whether a run of the group began with a checkpoint. The checkpoint's training is in none of the group's costs,
+        unless it is `source_counted`."""
         return any(run.row.get("checkpoint") is not None for run in self.runs)
+
+    @property
+    def source_counted(self) -> bool:
+        """Whether the group's training FLOPs hold those of its checkpoints."""
+        return any(run.source_counted for run in self.runs)
 
     @property
     def checkpoint_pflop(self) -> float | None:
@@ -173,6 +178,7 @@ class Question:
     strict: bool = False
     margin: float | None = None
     any_time: bool = False
+    with_source: bool = False
     to_quality: str | None = None
 
     def check(self) -> None:
@@ -188,6 +194,16 @@ class Question:
             )
         for each in self.at:
             self._budgets(each)
+        if self.with_source:
+            self._check_source()
+
+    def _check_source(self) -> None:
+        for option, key in (("cost", self.cost), *(("at", axis) for axis, _ in self.budgets)):
+            if key != "train_pflop" and COSTS[key].trained:
+                raise UsageError(
+                    f"--with-source counts training FLOPs, and checkpoints say nothing of {key}: leave out --{option} "
+                    f"{key}, or --with-source"
+                )
 
     def _budgets(self, text: str) -> tuple[str, list[float] | None]:
         axis, equals, values = text.partition("=")
@@ -374,11 +390,16 @@ def _start_notes(groups: list[Group]) -> list[str]:
     for group in groups:
         if group.pretrained:
             cost = group.checkpoint_pflop
+            counted = (
+                "counted in all its training FLOPs"
+                if group.source_counted
+                else "counted where two groups' training FLOPs are set against each other, and nowhere else "
+                "(--with-source counts it everywhere)"
+            )
             notes.append(
                 f"{group.label} began with a checkpoint whose cost is not known: its pretraining is not counted"
                 if cost is None
-                else f"{group.label} began with a checkpoint that had cost {quantity('train_pflop', cost)}: "
-                "counted where two groups' training FLOPs are set against each other, and nowhere else"
+                else f"{group.label} began with a checkpoint that had cost {quantity('train_pflop', cost)}: {counted}"
             )
     return notes
 

@@ -3,7 +3,7 @@
 import os
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,13 +24,14 @@ VERSION = ("commit", "softmoe", "torch")
 @dataclass
 class FinishedRun:
     """A finished run: its result row, when that was written (seconds since 1970), its validation rows, and in `damage`
-    why there are none."""
+    why there are none. `source_counted`: its training FLOPs hold those of the checkpoint that it began with."""
 
     folder: Path
     row: Row
     finished: float
     looks: list[Row]
     damage: str
+    source_counted: bool = False
 
     @property
     def place(self) -> str:
@@ -153,6 +154,28 @@ def _looks(path: Path, result: Row | None = None) -> tuple[list[Row], str]:
             f"{len(lines):,} now, or other ones"
         )
     return looks, ("" if looks else "metrics.jsonl has no validation row")
+
+
+def with_sources(runs: Sequence[FinishedRun]) -> tuple[list[FinishedRun], list[tuple[str, str]]]:
+    """The runs, with what their checkpoints had cost in the training FLOPs of their results and curves; (folder, reason)
+    for each whose checkpoint does not say it.
+
+    Raises:
+        UsageError: no run began with a checkpoint.
+    """
+    if not any(run.row.get("checkpoint") is not None for run in runs):
+        raise UsageError("--with-source has no effect: none of the runs began with a checkpoint")
+    counted, left_out = [], []
+    for run in runs:
+        before = run.row.get("checkpoint.train_pflop")
+        if run.row.get("checkpoint") is None:
+            counted.append(run)
+        elif before is None:
+            left_out.append((run.place, "what its checkpoint had cost is not known, and --with-source counts it"))
+        else:
+            row, *looks = [each | {"train_pflop": before + each["train_pflop"]} for each in (run.row, *run.looks)]
+            counted.append(replace(run, row=row, looks=looks, source_counted=True))
+    return counted, left_out
 
 
 def sweep_commands(runs: list[FinishedRun]) -> list[str]:

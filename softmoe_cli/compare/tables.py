@@ -122,6 +122,8 @@ def _cost(group: Group, cost: str, shown: Unit) -> str:
     if not group.pretrained or not COSTS[cost].trained:
         return text
     before = group.checkpoint_pflop if cost == "train_pflop" else None
+    if group.source_counted and before is not None:
+        return f"{text}\n{figure(cost, before * shown.factor)} of it its checkpoint's"
     if before is None:
         return f"{text}\n+ pretraining, not counted"
     return f"{text}\n+ {figure(cost, before * shown.factor)} of its checkpoint"
@@ -366,6 +368,7 @@ def _flat(comparison: Comparison, block: Block, group: Group) -> dict[str, Any]:
         "chance_pct": group.chance_pct,
         "at_chance": group.at_chance,
         "pretrained": group.pretrained,
+        "source_counted": group.source_counted,
         "checkpoint_train_pflop": group.checkpoint_pflop,
         "on_front": group.front,
         "front_probability": group.front_probability,
@@ -465,7 +468,8 @@ def everything(comparison: Comparison) -> dict[str, Any]:
 def _group(comparison: Comparison, group: Group) -> dict[str, Any]:
     plain = {"figures" if key == "intervals" else key: value for key, value in vars(group).items() if key != "runs"}
     plain["figures"] = {key: asdict(each) if each else None for key, each in group.intervals.items()}
-    plain |= {"pretrained": group.pretrained, "checkpoint_train_pflop": group.checkpoint_pflop}
+    plain |= {"pretrained": group.pretrained, "source_counted": group.source_counted}
+    plain |= {"checkpoint_train_pflop": group.checkpoint_pflop}
     plain["difference"] = asdict(group.difference) if group.difference else None
     plain["p_better"] = asdict(group.p_better) if group.p_better else None
     plain["second"] = asdict(group.second) if group.second else None

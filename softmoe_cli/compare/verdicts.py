@@ -179,10 +179,11 @@ def _mean(group: Group, key: str) -> float:
 
 
 def _total(group: Group, cost: str, *, pretraining: bool) -> float | None:
-    """Mean cost; with `pretraining` what the checkpoints had cost is added to training PFLOPs."""
+    """Mean cost; with `pretraining` what the checkpoints had cost is added to training PFLOPs that lack it."""
     interval = group.intervals.get(cost)
     if interval is None:
         return None
+    pretraining = pretraining and not group.source_counted
     return interval.mean + ((group.checkpoint_pflop or 0.0) if pretraining else 0.0)
 
 

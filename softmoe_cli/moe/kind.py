@@ -48,11 +48,11 @@ class Decider(nn.Module, ABC):
     num_experts: int
     slots_per_expert: int | None = None
     """p, slots of an expert in one group of images; None where nothing bounds an expert's rows, or it has none."""
-    exempt: ClassVar[dict[str, str]] = {}
+    exempt: Mapping[str, str] = {}
     """Checks of `softmoe check` that this router's definition rules out, each with the reason."""
     official: ClassVar[str | None] = None
     """Which of the official code's numbers are of this router: a name that check/official.py knows."""
-    decays: ClassVar[tuple[str, ...] | None] = None
+    decays: tuple[str, ...] | None = None
     """Its parameters with weight decay, by name; None: matrices that are called `weight`, as elsewhere in a model."""
     slot_axes: ClassVar[Mapping[str, int]] = {}
     """The axis of an expert's slots in each parameter that has one: trained weights can then be given other
@@ -142,7 +142,7 @@ class Layer(nn.Module, ABC):
 
     router: Decider
     experts: nn.Module
-    decays: ClassVar[tuple[str, ...] | None] = None
+    decays: tuple[str, ...] | None = None
     """As a router's, of all its parameters."""
     run_widths: Sequence[int] = ()
     """Widths of the matrices that runs of rows of any length are multiplied by, which torch can take in multiples

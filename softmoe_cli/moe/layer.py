@@ -137,10 +137,7 @@ class MoE(Layer):
         self.router = router
         self.experts = experts
         self.shared = shared
-
-    @property
-    def run_widths(self) -> Sequence[int]:  # type: ignore[override]
-        return self.experts.w1.shape[1:] if self.router.slots_per_expert is None else ()
+        self.run_widths = experts.w1.shape[1:] if router.slots_per_expert is None else ()
 
     def flop_by_part(self, num_tokens: int) -> dict[str, tuple[int, int]]:
         rows, trained = (self.experts.flop(each(num_tokens)) for each in (self.router.rows, self.router.train_rows))

@@ -339,7 +339,7 @@ def _texts(
 
 
 def _write(reports: list["Report"], notes: list[str], left_out: list[tuple[str, str]], out: Path) -> list[str]:
-    from softmoe_cli.scaling.bands import law_figure
+    from softmoe_cli.scaling.bands import law_figures
     from softmoe_cli.scaling.report import answer_lines, data_line, law_rows, report_notes, report_tables, reports_json
 
     lines = [line for report in reports for line in (data_line(report), *answer_lines(report))]
@@ -348,7 +348,7 @@ def _write(reports: list["Report"], notes: list[str], left_out: list[tuple[str, 
     rows = [row for report in reports for row in law_rows(report)]
     extra = [("scaling.json", reports_json(reports, notes, left_out))]
     title = f"Laws of {', '.join(report.family.name for report in reports)}"
-    files = _texts(title, lines, shown, told, law_figure(reports), rows, extra)
+    files = _texts(title, lines, shown, told, law_figures(reports), rows, extra)
     return write_files(files, out, OURS_SCALING)
 
 

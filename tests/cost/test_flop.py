@@ -20,7 +20,7 @@ from softmoe_cli.moe.routers.soft import SoftRouter
 from softmoe_cli.options.explain import crossing
 from tests.conftest import thinned
 from tests.oracles import compose
-from tests.routers import YAMLS
+from tests.routers import YAMLS, start
 
 ROOT = Path(__file__).parents[2]
 MODELS = sorted(path.stem for path in (ROOT / "conf/model").glob("[!_]*.yaml"))
@@ -87,7 +87,7 @@ def test_formula_equals_torchs_counter_for_every_router(router: str) -> None:
     grouped = "images_per_group" in YAMLS[router]
     for size, recompute in ((14, False), (28, False), (28, True), (42, True)):
         model = composed(
-            "vit_nano7_soft", f"model/router={router}", "model.expert_init=independent", f"model.image_size={size}",
+            "vit_nano7_soft", f"model/router={router}", start(router), f"model.image_size={size}",
             *options, *(["model.router.images_per_group=4"] if grouped else []),
         )  # fmt: skip
         model.backbone.depth = 1
