@@ -222,17 +222,11 @@ def _parts(vit: VisionTransformer, batch: int | None, recompute: bool) -> Iterat
     pixels = 2 * vit.patch_embed.num_patches * vit.patch_embed.proj.weight.numel()
     forward["embedding and norms"], train["embedding and norms"] = pixels, 2 * pixels
     for block in vit.blocks:
-        plain = type(block) in (Block, CarryingBlock, AdaptedBlock)
-        if not plain or not isinstance(block.mlp, Mlp | Layer):
-            kind = type(block.mlp if plain else block).__name__
-            raise UsageError(f"no FLOP formula for {kind} blocks; use a ViT with plain blocks and MLPs")
-        d, inner = block.attn.qkv.in_features, block.attn.proj.in_features
-        here = {"attn": 2 * n * d * 3 * inner + 2 * 2 * n * n * inner + 2 * n * inner * d}
+        here = block_flop(block, n)
         here_train: dict[str, float] = {}
         here_again: dict[str, float] = {}
         if isinstance(block.mlp, Layer):
             parts, group = block.mlp.flop_by_part(n), block.mlp.router.images_per_group
-            here |= {part: flop for part, (flop, _) in parts.items()}
             filled = 1.0 if batch is None else -(-batch // group) * group / batch
             here_train = {part: filled * flop for part, (_, flop) in parts.items() if part != "shared"}
             again_by_part = block.mlp.recomputed_flop_by_part(n)
@@ -240,8 +234,6 @@ def _parts(vit: VisionTransformer, batch: int | None, recompute: bool) -> Iterat
             idle["experts"] += sum(p.numel() for p in block.mlp.experts.parameters()) * (1 - block.mlp.active_share)
         else:
             filled = 1.0
-            here["mlp"] = 2 * n * (block.mlp.fc1.weight.numel() + block.mlp.fc2.weight.numel())
-        here["adapter"] = sum(part.flop(n) for part in block.modules() if isinstance(part, Adapter))
         again: dict[str, float] = here | here_again
         last, flop = _last_product(block, n)
         again[last] -= flop * (filled if last in here_train else 1)
@@ -249,12 +241,34 @@ def _parts(vit: VisionTransformer, batch: int | None, recompute: bool) -> Iterat
             forward[part] += flop
             train[part] += here_train.get(part, 3 * flop) + (again[part] if recompute else 0)
     if not isinstance(vit.head, nn.Identity):
-        linear = isinstance(vit.head, nn.Linear)
-        forward["head"] = 2 * vit.head.weight.numel() if linear else vit.head.flop()
+        forward["head"] = head_flop(vit)
         train["head"] = 3 * forward["head"]
     for part in PARTS:
         if params[part] or forward[part]:
             yield Part(part, params[part], params[part] - idle[part], forward[part], train[part])
+
+
+def block_flop(block: nn.Module, n: int) -> dict[str, int]:
+    """FLOPs per image of each part of a block in a forward pass of n tokens.
+
+    Raises:
+        UsageError: a block without a formula.
+    """
+    plain = type(block) in (Block, CarryingBlock, AdaptedBlock)
+    if not plain or not isinstance(block.mlp, Mlp | Layer):
+        kind = type(block.mlp if plain else block).__name__
+        raise UsageError(f"no FLOP formula for {kind} blocks; use a ViT with plain blocks and MLPs")
+    d, inner = block.attn.qkv.in_features, block.attn.proj.in_features
+    here: dict[str, int] = {"attn": 2 * n * d * 3 * inner + 2 * 2 * n * n * inner + 2 * n * inner * d}
+    here["adapter"] = sum(part.flop(n) for part in block.modules() if isinstance(part, Adapter))
+    if isinstance(block.mlp, Layer):
+        return here | {part: flop for part, (flop, _) in block.mlp.flop_by_part(n).items()}
+    return here | {"mlp": 2 * n * (block.mlp.fc1.weight.numel() + block.mlp.fc2.weight.numel())}
+
+
+def head_flop(vit: VisionTransformer) -> int:
+    """FLOPs per image of a model's head."""
+    return int(2 * vit.head.weight.numel() if isinstance(vit.head, nn.Linear) else vit.head.flop())
 
 
 def _last_product(block: Block, n: int) -> tuple[str, int]:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
 
-from softmoe_cli.moe.kind import Decided, Decider
+from softmoe_cli.moe.kind import Decided, Decider, Weak
 
 
 class Carried(NamedTuple):
@@ -114,6 +114,11 @@ class Router(Decider):
         """Options with which a router is built that has only the experts that are left, where they are not those of
         the layer with all."""
         raise NotImplementedError(f"experts of {type(self).__name__} cannot be pruned")
+
+    def weaker(self, how: Weak, given: Int[Tensor, "*some"] | None) -> "Router":
+        """A router that has this one's parameters and decides in a weak way that is in `weak_limits` and not skip.
+        `given` is as in weak.weak_layer."""
+        raise NotImplementedError(f"{type(self).__name__} has no weak activation but skip")
 
     def follow(self, earlier: "Router") -> None:
         """Makes what a layer needs to use what an earlier one of its model hands on. Called once, when it is built, if

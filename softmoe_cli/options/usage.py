@@ -167,6 +167,8 @@ Quality of a checkpoint on a data set.
                                   ridge regression on frozen features
   softmoe evaluate checkpoint=RUN 'audit=[neighbours,capacity,slots,experts]'
   softmoe evaluate 'checkpoint=[RUN,RUN]' soup=greedy  average of weights
+  softmoe evaluate checkpoint=RUN 'contrast=[rank_2,random_1,skip]'
+                                  self-contrast, two passes of one model
 
 Without data= the set that the checkpoint was trained on is read; that set, by
 its name and place, is cut as it was for the checkpoint, unless data.split_seed,

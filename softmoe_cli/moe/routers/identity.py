@@ -48,6 +48,11 @@ class IdentityRouter(Router):
     def departs_from_mlp(self, num_tokens: int, parts: int) -> str | None:
         return None if parts == 1 else "a token meets one part of the MLP only; set model.expert_width=null"
 
+    weak_note = "has nothing that could be routed otherwise: a token's place decides"
+
+    def weak_limits(self) -> dict[str, int]:
+        return {}
+
     def forward(self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None = None) -> SparseRouting:
         b, n, _ = x.shape
         slots = -(-n // self.num_experts)

@@ -14,7 +14,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from softmoe_cli.moe.kind import Weak
 from softmoe_cli.moe.routing import DenseRouting, Router, full_precision, mixtures_depart, noise_like, slots_of
+from softmoe_cli.moe.weak import WeakMixture, with_experts
 
 EPS = 1e-6
 UNIFORM = 1.5
@@ -177,6 +179,21 @@ class SoftRouter(Router):
     def logits(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n e p"]:
         """Of each token and slot, in the parameters' precision."""
         return soft_logits(x, self._phi(), self.scale)
+
+    weak_note = "has no unchosen experts"
+
+    def weak_limits(self) -> dict[str, int]:
+        slots = {"slot_rank": self.num_experts * self.slots_per_expert}
+        return ({"drop": self.num_experts - 1} if self.num_experts > 1 else {}) | slots | {"flat": 0, "skip": 0}
+
+    def weaker(self, how: Weak, given: Int[Tensor, "*some"] | None) -> Router:
+        if how.kind != "drop":
+            return WeakMixture(how, self)
+        assert given is not None
+        fewer = with_experts(self, given, self.expert_axes)
+        assert isinstance(fewer, SoftRouter)
+        fewer.num_experts = len(given)
+        return fewer
 
     def forward(self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None = None) -> DenseRouting:
         with full_precision(x):

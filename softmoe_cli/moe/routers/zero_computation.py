@@ -301,6 +301,8 @@ class ZeroComputationRouter(Router):
         residual = 2 * experts**2 if self.residual is not None else 0
         return num_tokens * (2 * self.gate.kernel.shape[0] * (experts + 3 * constants) + residual)
 
+    weak_note = "has experts that compute nothing, so that ranks are of different kinds"
+
     def departs_from_mlp(self, num_tokens: int, parts: int) -> str | None:
         _, constant, copy, zero = self.counts
         if constant or copy:
