@@ -44,6 +44,24 @@ def settle_arms(arguments: Sequence[str], run: RunCommand) -> int:
     return Settle.status
 
 
+def fair_words(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Of `softmoe train -m`: the words without those that make its arms fair, and the words that Hydra gets for these.
+
+    Raises:
+        UsageError: an option cannot have that value.
+    """
+    own, words = own_words(arguments, Fairness)
+    if len(words) == len(arguments):
+        return words, []
+    if own.equal is None and own.tune is None:
+        raise UsageError(f"{' '.join(set(arguments) - set(words))} has no effect without equal= or tune=")
+    from softmoe_cli.settle.sweeper import Fair
+
+    admit(Fair)
+    Fair.asked = own
+    return words, [f"hydra.sweeper._target_={Fair.__module__}.{Fair.__name__}"]
+
+
 def own_words(arguments: Sequence[str], section: type[F]) -> tuple[F, list[str]]:
     """The options that are a section's own, checked, and the other words.
 
