@@ -7,3 +7,8 @@ import yaml
 ROOT = Path(__file__).parent.parent
 YAMLS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((ROOT / "conf/model/router").glob("*.yaml"))}
 ROUTERS = {name: options for name, options in YAMLS.items() if options["_target_"] is not None}
+
+
+def start(router: str) -> str:
+    """What makes its experts start different: those that are linear maps do so anyhow."""
+    return f"model.expert_init={'identical' if router.startswith('mumoe_') else 'independent'}"

@@ -192,6 +192,25 @@ def test_timm_adapts_it(source: tuple[Path, VisionTransformer], softmoe: Softmoe
         create()
 
 
+def test_timm_gives_a_factorised_head_other_classes(softmoe: Softmoe, tmp_path: Path) -> None:
+    """Fewer or more, whether such a head could have as many parameters or not: a new one, all else as trained."""
+    head = ("model.head=mumoe_cp", "model.head_experts=2", "model/router=dense")
+    path, vit = weights_of(tmp_path, *head, *TINY[:-1])
+    assert softmoe("export", f"checkpoint={path}", "folder=out").code == 0
+    x = images(2)
+    create = lambda **asked: timm.create_model("local-dir:out", pretrained=True, **asked).eval()  # noqa: E731
+    with torch.no_grad():
+        assert torch.equal(create()(x), vit(x)) and torch.equal(create(num_classes=10)(x), vit(x))
+        features = vit.forward_head(vit.forward_features(x), pre_logits=True)
+        for classes in (3, 100):
+            other = create(num_classes=classes)
+            assert other(x).shape == (2, classes) and type(other.head) is nn.Linear
+            assert torch.equal(other.forward_head(other.forward_features(x), pre_logits=True), features)
+        assert torch.equal(create(num_classes=0)(x), features)
+        fresh = timm.create_model("local-dir:out", num_classes=3)
+        assert fresh(x).shape == (2, 3)
+
+
 def test_a_dense_timm_model_needs_timm_alone(softmoe: Softmoe, tmp_path: Path) -> None:
     """Its folder names timm's architecture, and timm's load_checkpoint takes its weights."""
     backbone = ("model/backbone=timm", "model/router=dense", "model.backbone.timm=test_vit", "model.image_size=32")

@@ -107,7 +107,7 @@ PRESERVING: dict[str, tuple[str, int, dict[str, Any]]] = {
     "experts choice, gates add up to one": ("experts_choice", 1, {"renormalise": True, **ROOM}),
     "identity": ("identity", 1, {}),
     "a zero expert": ("zero_computation", 1, {"num_copy": 0, "num_constant": 0}),
-    "no free experts": ("zero_computation", 2, {"num_zero": 0, "num_copy": 0, "num_constant": 0}),
+    "no free experts": ("zero_computation", 2, {"num_zero": 0, "num_copy": 0, "num_constant": 0, "tau": 1.0}),
 }  # fmt: skip
 OTHER: dict[str, tuple[str, int, dict[str, Any], str]] = {
     "gates as they are": ("tokens_choice", 1, {"k": 2, **ROOM}, "do not add up to one"),
@@ -149,7 +149,8 @@ OTHER: dict[str, tuple[str, int, dict[str, Any], str]] = {
 
 
 def test_parts_are_tied_in_what_a_layer_takes_of_an_earlier_one() -> None:
-    options = ROUTERS["zero_computation"] | {"num_experts": 4, "num_constant": 0, "num_copy": 0, "num_zero": 0}
+    bare = {"num_constant": 0, "num_copy": 0, "num_zero": 0, "tau": 1.0}
+    options = ROUTERS["zero_computation"] | {"num_experts": 4, **bare}
     made = make_layer(options, 6, 8, TOKENS, gelu="none", identical=True)
     assert isinstance(made, MoE) and isinstance(made.router, ZeroComputationRouter)
     made.router.follow(made.router)

@@ -24,7 +24,7 @@ def options_of(meta: dict[str, Any]) -> dict[str, Any]:
     c = meta["config"]
     options = {"num_experts": c["n_ffn"], "num_zero": c["n_zero"], "num_copy": c["n_copy"]}
     options |= {"num_constant": c["n_constant"], "k": c["top_k"], "batch_priority": False, "images_per_group": 1}
-    options |= {"tau": c.get("tau", 0.75), "capacity_factor": c.get("capacity_factor"), "gating_residual": True}
+    options |= {"tau": c.get("tau", 1.0), "capacity_factor": c.get("capacity_factor"), "gating_residual": True}
     options["capacity_counts_choices"] = c.get("capacity_counts_choices", True)
     options["logits_norm"] = c["moe_gate_norm_std"] if c.get("moe_use_logits_norm") else None
     if meta["kind"] == "zero_computation_paper":

@@ -53,7 +53,8 @@ class Difference:
     None where there is no test; `sign` is the direction that a verdict would have.
 
     `method` is the rule: `paired` or `Welch` for as many seeds as were meant from the start, `any-time` for any number.
-    `deviation` is that of one seed's difference, `error` that of their mean, with `freedom` degrees.
+    `deviation` is that of one seed's difference, `error` that of their mean, with `freedom` degrees. Where the `unit`
+    is `cut`, a cut of the data with the mean of its seeds stands for a seed everywhere here.
     """
 
     interval: Interval
@@ -65,6 +66,7 @@ class Difference:
     deviation: float | None = None
     error: float | None = None
     freedom: float | None = None
+    unit: str = "seed"
 
 
 def difference(
@@ -106,7 +108,7 @@ def difference(
     return Difference(interval, p, method, alone, math.copysign(1, mean), equal, deviation, error, freedom)
 
 
-def pairable(ours: Sequence[tuple[int, Any]], theirs: Sequence[tuple[int, Any]]) -> list[int] | None:
+def pairable(ours: Sequence[tuple[Any, Any]], theirs: Sequence[tuple[Any, Any]]) -> list[Any] | None:
     """The seeds that both have, where the fixed rule pairs by seed; None where it does not."""
     a, b = {seed for seed, _ in ours}, {seed for seed, _ in theirs}
     repeated = len(a) < len(ours) or len(b) < len(theirs)

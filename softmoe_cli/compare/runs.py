@@ -3,7 +3,7 @@
 import os
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,9 +14,9 @@ from softmoe_cli.text import printable
 
 FINGERPRINT = ("hardware", "torch")
 """Seconds and joules are compared only between runs that are equal in these."""
-NO_CHOICE = ("data.identity", "checkpoint.train_pflop", "checkpoint.digest")
-"""Keys with a dot that are no settings. A checkpoint's origin is a setting: checkpoints of one origin differ by chance
-only."""
+NO_CHOICE = ("data.identity", "data.split_seed", "checkpoint.train_pflop", "checkpoint.digest")
+"""Keys with a dot that are no settings. A cut of the data is left to chance, like a seed.
+A checkpoint's origin is a setting: checkpoints of one origin differ by chance only."""
 DENSE_LACKS = ("model.moe_blocks", "model.expert_init")
 VERSION = ("commit", "softmoe", "torch")
 
@@ -24,21 +24,27 @@ VERSION = ("commit", "softmoe", "torch")
 @dataclass
 class FinishedRun:
     """A finished run: its result row, when that was written (seconds since 1970), its validation rows, and in `damage`
-    why there are none."""
+    why there are none. `source_counted`: its training FLOPs hold those of the checkpoint that it began with."""
 
     folder: Path
     row: Row
     finished: float
     looks: list[Row]
     damage: str
+    source_counted: bool = False
 
     @property
     def place(self) -> str:
         """The folder's path with unprintable characters escaped."""
         return printable(str(self.folder))
 
+    @property
+    def draw(self) -> tuple[int, int]:
+        """The cut of the data and the seed: all that chance decides."""
+        return self.row["data.split_seed"], self.row["seed"]
+
     def settings(self) -> Row:
-        """What was chosen: everything but seeds. Choices that a dense model does not have are left out."""
+        """What was chosen: everything but seeds and cuts. Choices that a dense model does not have are left out."""
         chosen = {key: value for key, value in self.row.items() if "." in key and key not in NO_CHOICE}
         chosen["command"] = self.row["command"]
         if chosen["model.router._target_"] is None:
@@ -153,6 +159,28 @@ def _looks(path: Path, result: Row | None = None) -> tuple[list[Row], str]:
             f"{len(lines):,} now, or other ones"
         )
     return looks, ("" if looks else "metrics.jsonl has no validation row")
+
+
+def with_sources(runs: Sequence[FinishedRun]) -> tuple[list[FinishedRun], list[tuple[str, str]]]:
+    """The runs, with what their checkpoints had cost in the training FLOPs of their results and curves; (folder,
+    reason) for each whose checkpoint does not say it.
+
+    Raises:
+        UsageError: no run began with a checkpoint.
+    """
+    if not any(run.row.get("checkpoint") is not None for run in runs):
+        raise UsageError("--with-source has no effect: none of the runs began with a checkpoint")
+    counted, left_out = [], []
+    for run in runs:
+        before = run.row.get("checkpoint.train_pflop")
+        if run.row.get("checkpoint") is None:
+            counted.append(run)
+        elif before is None:
+            left_out.append((run.place, "what its checkpoint had cost is not known, and --with-source counts it"))
+        else:
+            row, *looks = [each | {"train_pflop": before + each["train_pflop"]} for each in (run.row, *run.looks)]
+            counted.append(replace(run, row=row, looks=looks, source_counted=True))
+    return counted, left_out
 
 
 def sweep_commands(runs: list[FinishedRun]) -> list[str]:

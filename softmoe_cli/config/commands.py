@@ -160,9 +160,10 @@ class CostConfig(Measured):
 
 
 MATCHED = (
-    "forward_gflop", "train_gflop", "train_pflop", "params_m", "active_params_m", "peak_mib", "latency_ms",
-    "train_step_ms",
+    "forward_gflop", "train_gflop", "train_pflop", "landed_pflop", "params_m", "active_params_m", "peak_mib",
+    "latency_ms", "train_step_ms",
 )  # fmt: skip
+OF_STEPS = ("train_pflop", "landed_pflop")
 FREE_KEYS = (
     "model.router.num_experts", "model.router.slots_per_expert", "model.moe_blocks", "model.backbone.depth",
     "model.backbone.width", "train.steps",
@@ -177,14 +178,15 @@ class MatchConfig(Measured):
     to: str = option("the model whose cost is to be met, as in model=, or BACKBONE_ROUTER where that has no name")
     by: str = option("the cost that is to be the same", choices=MATCHED)
     tolerance: float = option("largest difference, as a share of the other's cost", above=0, high=1)
-    steps: int | None = option("by=train_pflop: updates that the other model is trained", low=1)
+    steps: int | None = option("by=train_pflop or landed_pflop: updates that the other model is trained", low=1)
     format: str = option("what is printed", choices=("table", "json"))
 
     def check(self) -> None:
         super().check()
-        if (self.by == "train_pflop") != (self.steps is not None):
-            raise UsageError(f"by={self.by} and steps={self.steps}: steps belong to by=train_pflop, which needs them")
-        if self.free == "train.steps" and self.by != "train_pflop":
+        if (self.by in OF_STEPS) != (self.steps is not None):
+            words = " and ".join(f"by={each}" for each in OF_STEPS)
+            raise UsageError(f"by={self.by} and steps={self.steps}: steps belong to {words}, which need them")
+        if self.free == "train.steps" and self.by not in OF_STEPS:
             raise UsageError(f"free=train.steps changes no {self.by}; use by=train_pflop with steps=")
 
 

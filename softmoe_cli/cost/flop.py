@@ -12,6 +12,7 @@ multiply-add as 1 and a backward pass as twice the forward pass: its training FL
 
 import functools
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -65,7 +66,11 @@ class Cost:
     counted_train_flop: float | None = None
     """Training FLOPs of a model with frozen parameters, which are fewer than the sum of its parts' training FLOPs."""
     landed_row_flop: float | None = None
-    """Training FLOPs of one row of an expert, where the images decide how many rows there are (`Decided.landed`)."""
+    """Training FLOPs of one row of an expert, where a row is of one token (`Decided.landed`)."""
+    landed_rows: float | None = None
+    """How many rows of all layers hold a token when the load is as even as the router aims at."""
+    choices: int | None = None
+    """How many experts all tokens choose in all layers; None where tokens do not choose."""
 
     @property
     def params(self) -> int:
@@ -79,9 +84,20 @@ class Cost:
     def forward_flop(self) -> int:
         return sum(part.forward_flop for part in self.parts)
 
-    def landed_train_flop(self, images: int, landed: int) -> float:
-        """Training FLOPs of so many images of whose choices so many have `landed`: rows that hold nothing count as 0
-        in it. What no images decide is as `train_flop` says."""
+    @property
+    def nominal_share(self) -> float | None:
+        """The share of all choices that experts with an MLP compute when the load is as even as the router aims at;
+        None where tokens do not choose."""
+        return None if self.choices is None or self.landed_rows is None else self.landed_rows / self.choices
+
+    @property
+    def nominal_landed_flop(self) -> float:
+        """Training FLOPs of an image, rows that hold no token not counted, when the load is that even."""
+        return self.landed_train_flop(1, self.landed_rows or 0.0)
+
+    def landed_train_flop(self, images: int, landed: float) -> float:
+        """Training FLOPs of so many images with which so many rows have `landed`: rows that hold no token count as 0 in
+        it. Where no row is of one token it is as `train_flop` says."""
         if self.landed_row_flop is None:
             return images * self.train_flop
         rest = sum(part.train_flop for part in self.parts if part.name != "experts")
@@ -130,6 +146,8 @@ def account_model(vit: VisionTransformer, *, batch: int | None, recompute: bool)
     layers = [block.mlp for block in vit.blocks if isinstance(block.mlp, Layer)]
     rows = layers[0].rows(tokens) if layers else None
     row_flop = layers[0].landed_row_flop if layers else None
+    landed = [found for layer in layers if (found := layer.landed_rows(tokens)) is not None]
+    choices = [found for layer in layers if (found := layer.choices(tokens)) is not None]
     deciders = [module for module in vit.modules() if isinstance(module, Decider)]
     return Cost(
         parts=tuple(_parts(vit, batch, recompute)),
@@ -137,6 +155,8 @@ def account_model(vit: VisionTransformer, *, batch: int | None, recompute: bool)
         slots_per_token=None if rows is None else rows / tokens,
         whole_batches=next((each.whole_batches for each in deciders if each.whole_batches), None),
         landed_row_flop=None if row_flop is None else (4 if recompute else 3) * row_flop,
+        landed_rows=sum(landed) if landed else None,
+        choices=sum(choices) if choices else None,
     )
 
 
@@ -335,8 +355,7 @@ def counter() -> Iterator[FlopCounterMode]:
 
 @dataclass(frozen=True)
 class Count:
-    """What the counter saw on `images` images. It cannot tell apart the parts of a step that is recomputed,
-    or whose layers hand on what gradients come back through."""
+    """What the counter saw on `images` images. It cannot tell apart the parts of a step that is recomputed."""
 
     images: int
     flop: int
@@ -357,17 +376,18 @@ def count_forward(vit: VisionTransformer) -> Count:
 
 def count_flop(vit: VisionTransformer, *, batch: int | None = None, recompute: bool = False) -> tuple[Count, Count]:
     """What `count_forward` says, and the FLOPs of a forward and a backward pass of `batch` images (None: one full
-    group), in one go where these are full groups and no images decide about the cost."""
+    group), in one go where these are full groups and experts have as many rows in training as elsewhere."""
     images, name = _images(vit, batch), type(vit).__name__
     vit.set_grad_checkpointing(recompute)
     with counter() as seen:
         logits = vit.train()(images)
         forward = Count(len(images), seen.get_total_flops(), _by_part(seen, name))
         logits.sum().backward()  # losses, auxiliary ones included, have no products
-    told_apart = not recompute and not any(isinstance(block, CarryingBlock) for block in vit.blocks)
-    step = Count(len(images), seen.get_total_flops(), _by_part(seen, name) if told_apart else None)
-    by_images = any(block.mlp.landed_row_flop for block in vit.blocks if isinstance(block.mlp, Layer))
-    return forward if len(images) % _group(vit) == 0 and not by_images else count_forward(vit), step
+    step = Count(len(images), seen.get_total_flops(), None if recompute else _by_part(seen, name))
+    layers = [block.mlp for block in vit.blocks if isinstance(block.mlp, Layer)]
+    parts = [layer.flop_by_part(count_tokens(vit))["experts"] for layer in layers]
+    alike = len(images) % _group(vit) == 0 and all(train == 3 * flop for flop, train in parts)
+    return forward if alike else count_forward(vit), step
 
 
 def _group(vit: VisionTransformer) -> int:
@@ -383,18 +403,14 @@ def _images(vit: VisionTransformer, batch: int | None) -> Tensor:
 
 
 def _by_part(mode: FlopCounterMode, root: str) -> dict[str, int]:
-    """The counter's figures by module, added up by part; a module's include its children's."""
-    total = {name: sum(ops.values()) for name, ops in mode.get_flop_counts().items()}
-    parts = dict.fromkeys(PARTS, 0)
+    """The counter's figures by module, added up by part. Routers have what is left: gradients that come back through
+    what a router hands on to the next one are booked on modules in between."""
+    total = {name.removeprefix(f"{root}."): sum(ops.values()) for name, ops in mode.get_flop_counts().items()}
+    parts = dict.fromkeys(PARTS, 0) | {"embedding and norms": total.get("patch_embed", 0), "head": total.get("head", 0)}
     for name, flop in total.items():
-        path = name.removeprefix(f"{root}.").split(".")
-        if path[0] == "blocks" and len(path) == 3 and path[2] in ("attn", "mlp"):
-            inner = {part: total.get(f"{name}.{part}", 0) for part in ("experts", "shared")}
-            routed = f"{name}.router" in total or f"{name}.experts" in total
-            parts["router" if routed else path[2]] += flop - sum(inner.values())
-            for part, own in inner.items():
-                parts[part] += own
-        elif path in (["head"],):
-            parts["head"] += flop
-    parts["embedding and norms"] = total.get("Global", 0) - sum(parts.values())
+        block = re.fullmatch(r"blocks\.\d+\.(attn|mlp|mlp\.experts|mlp\.shared)", name)
+        routed = f"{name}.router" in total or f"{name}.experts" in total
+        if block is not None and not routed:
+            parts[block[1].removeprefix("mlp.")] += flop
+    parts["router"] = total.get("Global", 0) - sum(parts.values())
     return parts

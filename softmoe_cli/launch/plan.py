@@ -125,6 +125,9 @@ def _share(options: Launcher, devices: set[str]) -> tuple[list[str], int]:
 
 _loaded: dict[str, Any] = {}
 
+_priced: dict[str, tuple[Any, int]] = {}
+"""Cost and peak of what has been asked already: jobs of a sweep that differ in seed or length share them."""
+
 _timed: dict[str, tuple[float, float]] = {}
 
 
@@ -150,8 +153,14 @@ def _costs(config: Config, *, times: bool) -> dict[str, float]:
     device, _ = arithmetic(config.device, t.precision, config.threads)
     require_place(config.optim, device, config.devices)
     load = Load.of(config, classes, device)
-    cost = account(load.model, classes, batch=load.part, recompute=t.recompute, frozen=config.optim.freeze)
-    peak = predict(load, config.devices, "ddp" if config.parallel == "auto" else config.parallel).peak_bytes
+    key = repr((load, config.devices, config.parallel))
+    if key not in _priced:
+        parallel = "ddp" if config.parallel == "auto" else config.parallel
+        _priced[key] = (
+            account(load.model, classes, batch=load.part, recompute=t.recompute, frozen=config.optim.freeze),
+            predict(load, config.devices, parallel).peak_bytes,
+        )
+    cost, peak = _priced[key]
     budget = Budget.of(config, images)
     step_s = image_s = math.nan
     # The clock can measure only this: one device, all weights trained, AdamW's moments in float32.

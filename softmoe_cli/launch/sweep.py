@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher as HydraLauncher
 from hydra.types import HydraContext, TaskFunction
@@ -87,7 +88,9 @@ class Sweep(HydraLauncher):
             raise UsageError(
                 f"hydra/launcher={self._options.where} needs {needs}: pip install 'softmoe-cli[{self._options.where}]'"
             )
-        self._loader, self._config = hydra_context.config_loader, config
+        self._config = config
+        self._composed: dict[tuple[str, ...], DictConfig] = {}
+        self._share_composed(hydra_context.config_loader)
         self._check_objective()
         self.command = str(config.hydra.job.name)
         self._typed = list(config.hydra.overrides.task)
@@ -102,6 +105,19 @@ class Sweep(HydraLauncher):
         self._console = Console(highlight=False, soft_wrap=True, emoji=False)
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # jobs share the cores: no thread may spin
         start_server(["softmoe_cli.train.loop", "softmoe_cli.cli", "softmoe_cli.launch.sweep"])
+
+    def _share_composed(self, loader: ConfigLoader) -> None:
+        """Has every job composed once: the sweeper composes all of them to see whether it can, and then `_ask` needs
+        them, at a quarter of a second each."""
+        compose = self._compose = loader.load_sweep_config
+
+        def once(master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
+            key = tuple(sweep_overrides)
+            if key not in self._composed:
+                self._composed[key] = compose(master_config, sweep_overrides)
+            return self._composed[key]
+
+        loader.load_sweep_config = once  # type: ignore[method-assign]
 
     def _check_objective(self) -> None:
         sweeper = self._config.hydra.sweeper
@@ -195,7 +211,7 @@ class Sweep(HydraLauncher):
         errors: list[tuple[str, UsageError | RunError]] = []
         typed = {word.partition("=")[0]: word for word in self._typed}
         for overrides in job_overrides:
-            config = self._loader.load_sweep_config(self._config, list(overrides))
+            config = self._composed.pop(tuple(overrides), None) or self._compose(self._config, list(overrides))
             with read_write(config), open_dict(config):
                 del config["hydra"]
             varied = [each for each in overrides if typed.get(each.partition("=")[0]) != each]

@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from timm.models import build_model_with_cfg, register_model
+from timm.models import build_model_with_cfg, register_model, resolve_pretrained_cfg
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
 from softmoe_cli.config.model import Backbone, Model
@@ -18,7 +18,8 @@ def softmoe_vit(pretrained: bool = False, *, softmoe: dict[str, Any], **argument
     """timm's entry point to what softmoe trained: the architecture in the config.json of folders from softmoe export.
 
     `timm.create_model("local-dir:FOLDER", pretrained=True)` comes here once this module is imported; num_classes,
-    in_chans and img_size may be asked for as with timm's own models.
+    in_chans and img_size may be asked for as with timm's own models; a head for other classes than it was trained on is
+    a new linear one, as timm's reset_classifier makes it.
 
     Args:
         softmoe: the model's config, as a checkpoint keeps it.
@@ -32,19 +33,27 @@ def softmoe_vit(pretrained: bool = False, *, softmoe: dict[str, Any], **argument
         module = target.rpartition(".")[0]
         if module not in sys.modules:  # to import a module is to run it, and a file may name any
             raise UsageError(f"the router {target} is not softmoe's; if you trust it, import {module} first")
+    trained = resolve_pretrained_cfg("softmoe_vit", arguments.get("pretrained_cfg")).num_classes
+    make = partial(_adapted, model, trained)
     vit: VisionTransformer = build_model_with_cfg(
-        partial(_adapted, model), "softmoe_vit", pretrained, pretrained_filter_fn=checkpoint_filter_fn, **arguments
+        make, "softmoe_vit", pretrained, pretrained_filter_fn=checkpoint_filter_fn, **arguments
     )
     return vit
 
 
 def _adapted(
-    model: Model, num_classes: int, img_size: int | Sequence[int], in_chans: int, global_pool: str | None = None
+    model: Model,
+    trained: int,
+    num_classes: int,
+    img_size: int | Sequence[int],
+    in_chans: int,
+    global_pool: str | None = None,
 ) -> VisionTransformer:
+    """`trained`: the classes that the model's own head is for."""
     sides = {img_size} if isinstance(img_size, int) else set(img_size)
     if len(sides) != 1:
         raise UsageError(f"img_size={img_size}: images of softmoe's models are square")
-    head = model.head if num_classes else "linear"  # which goes
+    head = model.head if num_classes == trained else "linear"
     asked = replace(model, image_size=sides.pop(), in_chans=in_chans, head=head).settled()
     vit = build(asked, num_classes or 1)
     if global_pool not in (None, vit.global_pool):

@@ -230,6 +230,11 @@ def _layer(mlp: nn.Module, model: Model, num_tokens: int) -> Layer:
             f"model.expert_init=identical: with router {model.router_name} experts that start equal stay equal; "
             "set model.expert_init=independent"
         )
+    if not identical and not isinstance(layer.router, Router):
+        raise UsageError(
+            f"model.expert_init=independent has no effect with router {model.router_name}, which makes its experts "
+            "itself; leave it identical"
+        )
     _check_runs(layer.run_widths, "fp32")
     return layer
 

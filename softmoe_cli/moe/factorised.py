@@ -134,9 +134,11 @@ class FactorisedRouter(Decider):
         self.num_experts, self.dim, self.rank, self.bias, self.input_norm = num_experts, dim, rank, bias, input_norm
         self.experts_by_level = (num_experts,) if num_experts_2 is None else (num_experts, num_experts_2)
         self.levels = nn.ModuleList(Level(dim, e, function=gate, norm=norm) for e in self.experts_by_level)
+        self.decays = tuple(name for name, _ in self.named_parameters())  # all, as in the official code
         self.departure: str | None = None
         """Why the layer that it has built cannot be an MLP."""
         if norm == "batch":
+            self.exempt = {"images do not see each other": "in training norm=batch normalises over all images"}
             self.whole_batches = (
                 "norm=batch normalises over a whole batch; set train.accumulate=1 or model.router.norm=layer"
             )
@@ -194,17 +196,6 @@ class FactorisedRouter(Decider):
     def _norms(self) -> list[BatchNorm]:
         return [module for module in self.modules() if isinstance(module, BatchNorm)]
 
-    @property
-    def exempt(self) -> dict[str, str]:  # type: ignore[override]
-        if not self._norms:
-            return {}
-        return {"images do not see each other": "in training norm=batch normalises over all images"}
-
-    @property
-    def decays(self) -> tuple[str, ...]:  # type: ignore[override]
-        """All, as in the official code."""
-        return tuple(name for name, _ in self.named_parameters())
-
     def flop(self, num_tokens: int) -> int:
         """The products of n, d and the experts of each level."""
         return 2 * num_tokens * sum(parameter.numel() for parameter in self.parameters())
@@ -243,6 +234,8 @@ class Factorised(Layer):
         self.router = router
         self.experts = experts
         self.rank = rank
+        # All, as in the official code; the biases are rows of factors.
+        self.decays = tuple(name for name, _ in self.named_parameters())
         router.departure = self._departure(hidden)
 
     def _departure(self, hidden: int) -> str | None:
@@ -275,11 +268,6 @@ class Factorised(Layer):
             for part, leaf in (("first", "w1"), ("second", "w2"))
             for factor in ("of_input", "of_output")
         }
-
-    @property
-    def decays(self) -> tuple[str, ...]:  # type: ignore[override]
-        """All, as in the official code; the biases are rows of factors."""
-        return tuple(name for name, _ in self.named_parameters())
 
     def flop_by_part(self, num_tokens: int) -> dict[str, tuple[int, int]]:
         experts = self.experts.flop(num_tokens)

@@ -17,8 +17,11 @@ class Decided(ABC):
     """What one layer has decided about one batch."""
 
     aux_loss: Float[Tensor, ""]
-    landed: Int[Tensor, ""] | None = None
-    """Rows of experts that hold a choice, where the images decide how many that are; else None."""
+
+    @property
+    def landed(self) -> Int[Tensor, ""] | None:
+        """How many rows of experts hold a token; None where a row is of many tokens, or experts have no rows."""
+        return None
 
     @abstractmethod
     def statistics(self) -> dict[str, float]:
@@ -40,11 +43,11 @@ class Decider(nn.Module, ABC):
     num_experts: int
     slots_per_expert: int | None = None
     """p, slots of an expert in one group of images; None where nothing bounds an expert's rows, or it has none."""
-    exempt: ClassVar[dict[str, str]] = {}
+    exempt: Mapping[str, str] = {}
     """Checks of `softmoe check` that this router's definition rules out, each with the reason."""
     official: ClassVar[str | None] = None
     """Which of the official code's numbers are of this router: a name that check/official.py knows."""
-    decays: ClassVar[tuple[str, ...] | None] = None
+    decays: tuple[str, ...] | None = None
     """Its parameters with weight decay, by name; None: matrices that are called `weight`, as elsewhere in a model."""
     slot_axes: ClassVar[Mapping[str, int]] = {}
     """The axis of an expert's slots in each parameter that has one: trained weights can then be given other
@@ -127,7 +130,7 @@ class Layer(nn.Module, ABC):
 
     router: Decider
     experts: nn.Module
-    decays: ClassVar[tuple[str, ...] | None] = None
+    decays: tuple[str, ...] | None = None
     """As a router's, of all its parameters."""
     run_widths: Sequence[int] = ()
     """Widths of the matrices that runs of rows of any length are multiplied by, which torch can take in multiples
@@ -152,7 +155,16 @@ class Layer(nn.Module, ABC):
 
     @property
     def landed_row_flop(self) -> int | None:
-        """FLOPs of one row of an expert, forwards, where the images decide how many rows there are; else None."""
+        """FLOPs of one row of an expert, forwards, where a row is of one token; else None."""
+        return None
+
+    def landed_rows(self, num_tokens: int) -> float | None:
+        """How many of `rows` hold a token when the load is as even as the router aims at; None where a row is not of
+        one token."""
+        return None
+
+    def choices(self, num_tokens: int) -> int | None:
+        """How many experts the tokens of an image choose; None where tokens do not choose."""
         return None
 
     @abstractmethod

@@ -137,10 +137,7 @@ class MoE(Layer):
         self.router = router
         self.experts = experts
         self.shared = shared
-
-    @property
-    def run_widths(self) -> Sequence[int]:  # type: ignore[override]
-        return self.experts.w1.shape[1:] if self.router.slots_per_expert is None else ()
+        self.run_widths = experts.w1.shape[1:] if router.slots_per_expert is None else ()
 
     def flop_by_part(self, num_tokens: int) -> dict[str, tuple[int, int]]:
         rows, trained = (self.experts.flop(each(num_tokens)) for each in (self.router.rows, self.router.train_rows))
@@ -158,6 +155,12 @@ class MoE(Layer):
     @property
     def landed_row_flop(self) -> int | None:
         return self.experts.flop(1.0) if self.router.counts_landed else None
+
+    def landed_rows(self, num_tokens: int) -> float | None:
+        return self.router.landed_rows(num_tokens) if self.router.counts_landed else None
+
+    def choices(self, num_tokens: int) -> int | None:
+        return None if self.router.k is None else num_tokens * self.router.k
 
     def last_product(self, num_tokens: int) -> tuple[str, int]:
         if self.shared is not None:

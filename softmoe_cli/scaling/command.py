@@ -83,7 +83,7 @@ def run_scaling(arguments: Sequence[str]) -> int:
     if chosen.published is not None:
         return _published(chosen)
     from softmoe_cli.compare.blocks import kept_apart, usable_runs, version_notes
-    from softmoe_cli.compare.groups import Question
+    from softmoe_cli.compare.question import Question
     from softmoe_cli.scaling.answer import read_one
     from softmoe_cli.scaling.fit import Unidentified
     from softmoe_cli.scaling.points import check_quality, families
@@ -321,8 +321,9 @@ def _texts(
     rows: list[dict[str, Any]], extra: Sequence[tuple[str, str]],
 ) -> dict[str, bytes]:  # fmt: skip
     """Every file but the figures by name: the page, the tables, and what `extra` has."""
+    from softmoe_cli.compare.flat import csv_of
     from softmoe_cli.compare.page import filled_page, html_table
-    from softmoe_cli.compare.tables import csv_of, latex_of, markdown_of
+    from softmoe_cli.compare.tables import latex_of, markdown_of
 
     body = [f"<h1>{escape(title)}</h1>", *(f'<p class="lead">{escape(line)}</p>' for line in lines)]
     for table in shown:
@@ -339,7 +340,7 @@ def _texts(
 
 
 def _write(reports: list["Report"], notes: list[str], left_out: list[tuple[str, str]], out: Path) -> list[str]:
-    from softmoe_cli.scaling.bands import law_figure
+    from softmoe_cli.scaling.bands import law_figures
     from softmoe_cli.scaling.report import answer_lines, data_line, law_rows, report_notes, report_tables, reports_json
 
     lines = [line for report in reports for line in (data_line(report), *answer_lines(report))]
@@ -348,7 +349,7 @@ def _write(reports: list["Report"], notes: list[str], left_out: list[tuple[str, 
     rows = [row for report in reports for row in law_rows(report)]
     extra = [("scaling.json", reports_json(reports, notes, left_out))]
     title = f"Laws of {', '.join(report.family.name for report in reports)}"
-    files = _texts(title, lines, shown, told, law_figure(reports), rows, extra)
+    files = _texts(title, lines, shown, told, law_figures(reports), rows, extra)
     return write_files(files, out, OURS_SCALING)
 
 

@@ -76,7 +76,47 @@ def joint_tables() -> list[Table]:
         "but from 2.0832; one of them is a misprint"
     )
     head = ["E_start", "experts", "m", "mu", "n", "nu"]
-    return [*tables, Table("Joint law, Table 4", note, head, rows)]
+    return [*tables, Table("Joint law, Table 4", note, head, rows), _memory_table()]
+
+
+JOINT_EXPERTS = (1, 2, 4, 8, 16, 32)
+MLP_SHARE = 2 / 3
+"""Of a block's parameters, where the MLP is four times as wide."""
+WEIGHT_BYTES = 2
+
+
+def joint_memory_optimum(budget: float, memory_bytes: float) -> int:
+    """Experts with the least loss for 6 N_act D training FLOPs, where the weights of all experts fit the memory.
+
+    Every MLP has experts: N_total = N_act (1 + (E - 1) 2/3), at two bytes a weight.
+    """
+    told = published_coefficients("joint_moe", "paper_table_3")
+    reduced = {key: value for key, value in told.items() if key != "c"}
+
+    def loss(experts: int) -> float:
+        most = memory_bytes / WEIGHT_BYTES / (1 + (experts - 1) * MLP_SHARE)
+        n = min(most, joint_optimum(budget, *joint_reduced(experts, **reduced))[0])  # the loss is convex in log n
+        return float(joint_moe(n, budget / 6 / n, experts, **told))
+
+    return min(JOINT_EXPERTS, key=loss)
+
+
+def _memory_table() -> Table:
+    rows = []
+    for row in records(PAPERS / "joint_memory.csv"):
+        cells = []
+        for gigabytes in (24, 80, 640):
+            cells += [
+                row[f"memory_{gigabytes}gb"],
+                str(joint_memory_optimum(float(row["train_flop"]), gigabytes * 1e9)),
+            ]
+        rows.append([row["train_flop"], *cells])
+    head = ["training FLOP", "24 GB printed", "computed", "80 GB printed", "computed", "640 GB printed", "computed"]
+    note = (
+        "experts with the least loss whose weights fit, of 1 to 32, by the coefficients of Table 3. How a weight is "
+        "counted is not known here: two bytes, and two thirds of N_act in the MLPs, are taken"
+    )
+    return Table("Joint law, experts by memory", note, head, rows)
 
 
 def _apart(printed: str, computed: float) -> str:

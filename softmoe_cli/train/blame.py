@@ -1,4 +1,4 @@
-"""The messages when numbers stop being finite."""
+"""The messages when numbers stop being finite, or memory ends."""
 
 from typing import Any
 
@@ -6,7 +6,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from softmoe_cli.errors import RunError
+from softmoe_cli.config.recipe import Train
+from softmoe_cli.errors import RunError, first_line
 from softmoe_cli.moe.kind import Layer
 from softmoe_cli.parallel import own_part
 
@@ -52,3 +53,13 @@ def not_finite(
         f"{first_image + len(x) - 1:,} of the stream; input {pixels}): not finite {where}. The update was not made; "
         "lower optim.lr, or set optim.clip_norm or train.precision=fp32"
     )
+
+
+def out_of_memory(error: torch.OutOfMemoryError, step: int, train: Train, whole_batches: str | None) -> RunError:
+    """The error for a step without room on the device. `whole_batches`: why a batch cannot be computed in parts."""
+    ways = ["lower train.batch_size"]
+    if whole_batches is None:
+        ways.append("raise train.accumulate")
+    if not train.recompute:
+        ways.append("set train.recompute=true")
+    return RunError(f"out of memory at step {step:,} ({first_line(error)}); {' or '.join(ways)}")

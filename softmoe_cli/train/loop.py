@@ -16,7 +16,7 @@ from softmoe_cli.cost.flop import account
 from softmoe_cli.cost.load import Load
 from softmoe_cli.data import batches, sets, workers
 from softmoe_cli.device import arithmetic, compiled, free_memory, keep_freed_memory, precision_context
-from softmoe_cli.errors import RunError, UsageError, first_line
+from softmoe_cli.errors import UsageError
 from softmoe_cli.evaluate.fewshot import check_shots
 from softmoe_cli.evaluate.quality import classification_loss
 from softmoe_cli.model.vit import build, prepare
@@ -26,7 +26,7 @@ from softmoe_cli.moe.routing import full_precision, routings
 from softmoe_cli.optim import freeze, optimizer_of, schedule
 from softmoe_cli.parallel import ALONE, Average, Crew, own_part
 from softmoe_cli.train import summary
-from softmoe_cli.train.blame import not_finite
+from softmoe_cli.train.blame import not_finite, out_of_memory
 from softmoe_cli.train.looks import Looks
 from softmoe_cli.train.pace import FirstSteps, forecast
 from softmoe_cli.train.progress import Budget
@@ -181,10 +181,7 @@ def train(begun: Begun) -> dict[str, Any]:
                 run.checkpoints.wait()
             raise
         except torch.OutOfMemoryError as error:
-            raise RunError(
-                f"out of memory at step {progress.step:,} ({first_line(error)}); lower train.batch_size, "
-                "raise train.accumulate or set train.recompute=true"
-            ) from error
+            raise out_of_memory(error, progress.step, config.train, cost.whole_batches) from error
     result = summary.result_row(setup, run.folder, progress, test, recording.card["model"]["router"], looks.moe_blocks)
     recording.finish(result)
     summary.close(screen, result, run.folder, config.model)

@@ -12,13 +12,14 @@ from softmoe_cli.cost.load import Load
 from softmoe_cli.cost.memory import Memory, predict
 from softmoe_cli.parallel import Crew
 from tests.oracles import compose
+from tests.routers import start
 
 CPU = torch.device("cpu")
 FOUR = Crew(size=4, local_size=4)
 
 
 def composed(router: str = "soft", *overrides: str) -> Config:
-    options = [] if router == "dense" else ["model.router.num_experts=16", "model.expert_init=independent"]
+    options = [] if router == "dense" else ["model.router.num_experts=16", start(router)]
     return compose(
         f"model/router={router}",
         "data=fashion_mnist",

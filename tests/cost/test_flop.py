@@ -13,14 +13,13 @@ from softmoe_cli.compare.command import PAPER
 from softmoe_cli.config.model import Model
 from softmoe_cli.cost.flop import PARTS, Cost, Uncounted, account, count_flop, count_forward, counter, on_meta
 from softmoe_cli.errors import UsageError
-from softmoe_cli.model.blocks import CarryingBlock
 from softmoe_cli.model.vit import build
 from softmoe_cli.moe.layer import MoE
 from softmoe_cli.moe.routers.soft import SoftRouter
 from softmoe_cli.options.explain import crossing
 from tests.conftest import thinned
 from tests.oracles import compose
-from tests.routers import YAMLS
+from tests.routers import YAMLS, start
 
 ROOT = Path(__file__).parents[2]
 MODELS = sorted(path.stem for path in (ROOT / "conf/model").glob("[!_]*.yaml"))
@@ -47,8 +46,7 @@ def assert_step_equal(model: Model, num_classes: int, *, batch: int | None = Non
     forward, seen = count_flop(vit, batch=batch, recompute=recompute)
     assert forward.flop == cost.forward_flop * forward.images
     parts = by_part({part.name: part.train_flop for part in cost.parts}, seen.images)
-    carries = any(type(block) is CarryingBlock for block in vit.blocks)
-    assert seen.flop_by_part == (None if recompute or carries else parts)
+    assert seen.flop_by_part == (None if recompute else parts)
     assert round(cost.train_flop * seen.images) == seen.flop > cost.forward_flop * seen.images
 
 
@@ -87,7 +85,7 @@ def test_formula_equals_torchs_counter_for_every_router(router: str) -> None:
     grouped = "images_per_group" in YAMLS[router]
     for size, recompute in ((14, False), (28, False), (28, True), (42, True)):
         model = composed(
-            "vit_nano7_soft", f"model/router={router}", "model.expert_init=independent", f"model.image_size={size}",
+            "vit_nano7_soft", f"model/router={router}", start(router), f"model.image_size={size}",
             *options, *(["model.router.images_per_group=4"] if grouped else []),
         )  # fmt: skip
         model.backbone.depth = 1

@@ -140,7 +140,7 @@ def test_forbidden_kinds() -> None:
     assert only.setting.startswith("without zero experts: 2.00 MLPs per token")
     again = bare.said(bare.model, bare.images, 8)
     assert torch.equal(again.label_probability, bare.reference.label_probability)
-    alike = audit("zero_computation", num_constant=0, num_copy=0, num_zero=0)
+    alike = audit("zero_computation", num_constant=0, num_copy=0, num_zero=0, tau=1.0)
     assert list(alike.findings("kinds")) == [] and "do without" in str(alike.not_applicable("kinds"))
     assert "do without" in str(audit("tokens_choice").not_applicable("kinds"))
 

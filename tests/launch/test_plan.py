@@ -6,6 +6,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from omegaconf import DictConfig
 
 from softmoe_cli.launch import plan, sweep
 from softmoe_cli.options import inherit
@@ -13,7 +15,17 @@ from tests.conftest import TINY, Softmoe
 from tests.launch.sweeps import LINE
 
 
-def test_a_plan_writes_nothing(softmoe: Softmoe, tmp_path: Path) -> None:
+def test_a_plan_writes_nothing_and_composes_a_job_once(
+    softmoe: Softmoe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    composed: list[str] = []
+    compose = ConfigLoaderImpl.load_sweep_config
+
+    def counted(self: ConfigLoaderImpl, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
+        composed.append(" ".join(sweep_overrides))
+        return compose(self, master_config, sweep_overrides)
+
+    monkeypatch.setattr(ConfigLoaderImpl, "load_sweep_config", counted)
     answer = softmoe("train", "-m", *LINE, "train.steps=100", "seed=0,1", "data.hflip=0,0.5", "--plan")
     assert answer.code == 0, answer
     assert "seed=1 data.hflip=0.5" in answer.out or "data.hflip=0.5" in answer.out
@@ -21,6 +33,7 @@ def test_a_plan_writes_nothing(softmoe: Softmoe, tmp_path: Path) -> None:
     assert lines[-1].startswith("4 jobs, 4 to do: 1.412 GFLOP, ") and "at a time" in lines[-1]
     assert all("waiting" in line and "outputs/default/vit_nano2_soft-digits-" in line for line in lines[1:5])
     assert list(tmp_path.iterdir()) == []
+    assert len(composed) == len(set(composed)) == 4
 
 
 def test_a_plan_is_of_a_sweep(softmoe: Softmoe) -> None:

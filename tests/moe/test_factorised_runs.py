@@ -47,6 +47,12 @@ def test_parts_of_a_batch_are_refused(name: str, softmoe: Softmoe) -> None:
     )
 
 
+@every_kind
+def test_a_way_to_start_that_they_do_not_have_is_refused(name: str, softmoe: Softmoe) -> None:
+    answer = softmoe("train", *TINY, f"model/router={name}", "model.expert_init=independent")
+    assert answer.code == 2 and f"model.expert_init=independent has no effect with router {name}" in answer.err, answer
+
+
 @pytest.mark.thorough
 def test_parts_of_a_batch_with_layer_norm_give_the_large_batch_update(softmoe: Softmoe, tmp_path: Path) -> None:
     for parts in (1, 4):

@@ -34,7 +34,7 @@ DENSE: dict[str, Any] = {"experts": (1,), "images": (48_000, 96_000, 192_000), "
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """No figure, which takes longer than the laws."""
-    monkeypatch.setattr("softmoe_cli.scaling.bands.law_figure", lambda _: {})
+    monkeypatch.setattr("softmoe_cli.scaling.bands.law_figures", lambda _: {})
 
 
 def family(folder: Path, **changes: Any) -> Family:
@@ -120,6 +120,9 @@ def test_the_answer_is_that_of_the_planted_law(softmoe: Softmoe, tmp_path: Path)
         "laws.svg",
         "laws.pdf",
         "laws.png",
+        "iso_loss.svg",
+        "iso_loss.pdf",
+        "iso_loss.png",
     }
     rows = list(csv.DictReader((folder / "scaling/table.csv").read_text().splitlines()))
     assert float(next(each for each in rows if each["experts"] == "16.0")["loss"]) == choices[16.0]["loss"]
@@ -134,7 +137,11 @@ def test_laws_without_a_decision(softmoe: Softmoe, tmp_path: Path) -> None:
     assert answer.code == 0, answer.err
     assert re.search(r"dense, validation_loss: 24 runs of 12 configurations, 4 sizes, dense only, 48k", answer.out)
     assert re.search(r"^chinchilla +5 +0\.0\d+ ", answer.out, re.MULTILINE) and "mean of 3 neighbours" in answer.out
-    assert (tmp_path / "laws/laws.svg").is_file() and "no decision" not in answer.out
+    assert (
+        (tmp_path / "laws/laws.svg").is_file()
+        and (tmp_path / "laws/iso_loss.svg").is_file()
+        and "no decision" not in answer.out
+    )
 
 
 @pytest.mark.usefixtures("undrawn")

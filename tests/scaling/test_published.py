@@ -7,10 +7,11 @@ import pytest
 
 from softmoe_cli.errors import UsageError
 from softmoe_cli.scaling.holdout import dearest
-from softmoe_cli.scaling.laws import joint_optimum, joint_reduced
+from softmoe_cli.scaling.laws import joint_moe, joint_optimum, joint_reduced
 from softmoe_cli.scaling.published import (
     PAPERS,
     granular_optimum,
+    joint_memory_optimum,
     paper_points,
     published_coefficients,
     published_tables,
@@ -33,6 +34,29 @@ def test_joint_optima() -> None:
         n, d = joint_optimum(float(row["train_flop"]), *joint_reduced(int(row["experts"]), **told))
         for key, got in (("published_n_active", n), ("published_tokens", d)):
             assert got == pytest.approx(float(row[key]), rel=max(0.012, half_a_digit(row[key]))), row
+
+
+def test_joint_experts_by_memory() -> None:
+    """Ten of twelve cells as printed; the other two are the neighbour, whose loss is within 0.5%."""
+    told = published_coefficients("joint_moe", "paper_table_3")
+
+    def by_hand(experts: int, budget: float, weights: float) -> float:
+        """A walk over sizes that fit."""
+        sizes = np.geomspace(1e6, weights / (1 + (experts - 1) * 2 / 3), 4001)
+        return float(np.min(joint_moe(sizes, budget / 6 / sizes, experts, **told)))
+
+    apart = []
+    for row in records(PAPERS / "joint_memory.csv"):
+        for key in ("memory_24gb", "memory_80gb", "memory_640gb"):
+            budget, weights = float(row["train_flop"]), float(key[7:-2]) * 1e9 / 2
+            found = joint_memory_optimum(budget, weights * 2)
+            losses = {e: by_hand(e, budget, weights) for e in (1, 2, 4, 8, 16, 32)}
+            assert found == min(losses, key=losses.__getitem__)
+            printed = int(row[key].removeprefix(">="))
+            if printed != found:
+                apart.append((row["train_flop"], key))
+                assert printed == 2 * found and losses[printed] / losses[found] < 1.005
+    assert apart == [("1e23", "memory_80gb"), ("1e24", "memory_640gb")]
 
 
 def test_signed_exponents_invert_the_optimum() -> None:

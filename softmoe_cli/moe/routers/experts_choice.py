@@ -61,6 +61,7 @@ class ExpertsChoiceRouter(Router):
         ValueError: an impossible combination, such as more slots per expert than a group has tokens.
     """
 
+    counts_landed = True
     decays = ("gate.kernel",)
     expert_axes: ClassVar[dict[str, int]] = {"gate.kernel": 1}
     official = "ec_layer"

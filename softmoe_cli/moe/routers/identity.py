@@ -1,7 +1,7 @@
 """Identity: the fixed routing of Soft MoE (Puigcerver et al., 2023), Section 3.6 and Appendix A: token i goes to
 expert i, round robin, and comes back as it is. Tells what experts bring without any mixing or choice."""
 
-from typing import ClassVar
+from collections.abc import Mapping
 
 import torch
 from jaxtyping import Bool, Float
@@ -22,7 +22,8 @@ class IdentityRouter(Router):
         ValueError: more experts than tokens: some would never see one.
     """
 
-    exempt: ClassVar[dict[str, str]] = {"token permutation": "a token's place is what its expert is chosen by"}
+    exempt: Mapping[str, str] = {"token permutation": "a token's place is what its expert is chosen by"}
+    counts_landed = True
 
     def __init__(self, dim: int, num_tokens: int, *, num_experts: int) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """Soft / Uniform: the ablation of Soft MoE (Puigcerver et al., 2023), Section 3.6 and Appendix A, with learned dispatch
 and uniform combine: every token of an image gets the same update."""
 
-from typing import ClassVar
+from collections.abc import Mapping
 
 import torch
 from jaxtyping import Bool, Float
@@ -14,7 +14,7 @@ from softmoe_cli.moe.routing import DenseRouting, uniform_weights
 class SoftUniformRouter(SoftRouter):
     """`SoftRouter` with C = 1/(e p)."""
 
-    exempt: ClassVar[dict[str, str]] = {"official numbers": "no code of it was released"}
+    exempt: Mapping[str, str] = {"official numbers": "no code of it was released"}
     official = None
 
     def train_flop(self, num_tokens: int) -> int:

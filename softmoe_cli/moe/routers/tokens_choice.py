@@ -5,6 +5,7 @@ The paper's letters: N tokens of a group are our s, E experts our e, C buffer po
 Gates are not renormalised over the chosen experts (equation 3 of the paper and the code) unless an option says so.
 """
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from jaxtyping import Bool, Float, Int
@@ -52,7 +53,8 @@ class TokensChoiceRouter(Router):
         ValueError: an impossible combination.
     """
 
-    exempt: ClassVar[dict[str, str]] = {"token permutation": "slots are given out in the order of the tokens"}
+    exempt: Mapping[str, str] = {"token permutation": "slots are given out in the order of the tokens"}
+    counts_landed = True
     decays = ("gate.kernel",)
     expert_axes: ClassVar[dict[str, int]] = {"gate.kernel": 1}
     of_one_expert: ClassVar[dict[str, Any]] = {"k": 1, "shared_experts": 0}

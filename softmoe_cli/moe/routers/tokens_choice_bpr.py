@@ -5,7 +5,7 @@ As in the official code (google-research/vmoe, moe.py): tokens are served in des
 that one order serves every rank of choices; of equal gates the lower token goes first.
 """
 
-from typing import ClassVar
+from collections.abc import Mapping
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -17,7 +17,7 @@ from softmoe_cli.moe.sparse import surest_first
 class TokensChoiceBPRRouter(TokensChoiceRouter):
     """`TokensChoiceRouter`, but the tokens that are surest of their expert are served first."""
 
-    exempt: ClassVar[dict[str, str]] = {}
+    exempt: Mapping[str, str] = {}
     official = "tc_layer, surest first"
 
     def priority(self, gates: Float[Tensor, "g s e"]) -> Int[Tensor, "g s"]:

@@ -35,6 +35,7 @@ class TokensChoiceDroplessRouter(Router):
     """
 
     slots_per_expert = None
+    counts_landed = True
     decays = ("gate.kernel",)
     expert_axes: ClassVar[dict[str, int]] = {"gate.kernel": 1}
     of_one_expert: ClassVar[dict[str, Any]] = {"k": 1, "shared_experts": 0}

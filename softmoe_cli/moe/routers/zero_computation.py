@@ -11,7 +11,7 @@ choices; `capacity_counts_choices` reads its T as K T.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -140,7 +140,6 @@ class ZeroComputationRouting(SparseRouting):
         self.choices, self.direct = choices, direct
         self._counts, self._dropped = counts, dropped_in_training
         ffn = choices.chosen < counts[0]
-        self.landed = (choices.landed & ffn).sum()
         asked = torch.where(ffn & choices.keep[:, :, None], choices.chosen, counts[0]).flatten()
         demand = asked.new_zeros(counts[0] + 1).scatter_add(0, asked, torch.ones_like(asked))[:-1]
         super().__init__(token, gate, aux_loss, demand, shape, offsets)
@@ -206,14 +205,11 @@ class ZeroComputationRouter(Router):
 
     slots_per_expert = None
     counts_landed = True
-    exempt: ClassVar[dict[str, str]] = {
-        "combine law": "copy and constant experts add to a token what no row made",
-    }
     decays = ("gate.kernel", "residual.weight", "constants.kernel")
     expert_axes: ClassVar[dict[str, int]] = {"gate.kernel": 1, "residual.weight": 0}
     official = "zero_computation"
     of_one_expert: ClassVar[dict[str, Any]] = {
-        "k": 1, "num_zero": 0, "num_copy": 0, "num_constant": 0, "gates": "softmax",
+        "k": 1, "num_zero": 0, "num_copy": 0, "num_constant": 0, "gates": "softmax", "tau": 1.0,
     }  # fmt: skip
 
     def __init__(
@@ -241,20 +237,37 @@ class ZeroComputationRouter(Router):
             num_constant = int(num_constants(num_experts, num_zero, num_copy))
         self.counts = (num_experts, num_constant, num_copy, num_zero)
         _check(self.counts, k, tau, capacity_factor, images_per_group, gates, logits_norm, balance_weight)
-        if capacity_factor is None and (batch_priority or not capacity_counts_choices):
-            option = "batch_priority=true" if batch_priority else "capacity_counts_choices=false"
-            raise ValueError(
-                f"{option} has no effect with capacity_factor=null, which has room for all; give one of them"
-            )
         self.num_experts, self.k, self.tau, self.gates = num_experts, k, tau, gates
         self.factor, self.counts_choices, self.batch_priority = capacity_factor, capacity_counts_choices, batch_priority
         self.loss_images = images_per_group
         self.images_per_group = images_per_group if capacity_factor is not None else 1
         self.logits_norm, self.carries, self.balance_weight = logits_norm, gating_residual, balance_weight
+        self._refuse_idle()
+        self.direct = bool(num_constant or num_copy)
+        if self.num_free:
+            named = zip(EXPERT_KINDS, self.counts, strict=True)
+            self.kinds = [kind for kind, count in named if count and sum(self.counts) - count >= k]
         self.gate = Gate(dim, sum(self.counts), function="softmax", noise_std=0.0)
         self.constants = Constants(num_constant, dim) if num_constant else None
         self.residual: nn.Linear | None = None
         self._forbidden: str | None = None
+
+    def _refuse_idle(self) -> None:
+        """Raises ValueError for an option that changes nothing beside the others."""
+        roomy, unmoved = self.factor is None, self.factor is None and not self.balance_weight
+        all_room, nothing = "capacity_factor=null, which has room for all", "capacity_factor=null and balance_weight=0"
+        idle = {
+            "batch_priority=true": (self.batch_priority and roomy, f"with {all_room}; give one of them"),
+            "capacity_counts_choices=false": (not self.counts_choices and roomy, f"with {all_room}; give one of them"),
+            f"images_per_group={self.loss_images}": (self.loss_images > 1 and unmoved, f"with {nothing}; set it to 1"),
+            f"tau={self.tau}": (
+                self.tau != 1 and (unmoved or not self.num_free),
+                f"{f'with {nothing}' if self.num_free else 'without zero, copy or constant experts'}; set it to 1",
+            ),
+        }
+        for option, (is_idle, why) in idle.items():
+            if is_idle:
+                raise ValueError(f"{option} has no effect {why}")
 
     @property
     def num_free(self) -> int:
@@ -305,14 +318,6 @@ class ZeroComputationRouter(Router):
                 f"its k={self.k} choices do not always hold whole copies of {parts} parts; set model.expert_width=null"
             )
         return None
-
-    @property
-    def kinds(self) -> Sequence[str]:  # type: ignore[override]
-        counts = [count for count in self.counts if count]
-        if len(counts) == 1:
-            return []
-        named = zip(EXPERT_KINDS, self.counts, strict=True)
-        return [kind for kind, count in named if count and sum(counts) - count >= self.k]
 
     @contextmanager
     def without(self, kind: str) -> Iterator[None]:

@@ -172,6 +172,7 @@ def test_two_layers_equal_loops_over_tokens(changes: Options, training: bool) ->
 def test_without_free_experts_it_is_tokens_choice(training: bool) -> None:
     """Special case 1, bit for bit: the same room, the same gates, no noise."""
     bare: Options = {"num_zero": 0, "num_copy": 0, "num_constant": 0, "gating_residual": False, "gates": "softmax"}
+    bare |= {"tau": 1.0}
     options = ROUTERS["tokens_choice"] | {"num_experts": E, "k": 2, "capacity_factor": 1.1, "capacity_rounding": "ceil"}
     options |= {"noise_std": 0.0, "load_weight": 0.0, "importance_weight": 0.0}
     if not training:  # where nothing is dropped
@@ -412,6 +413,15 @@ class Nan(torch.autograd.Function):
         ({"images_per_group": 0}, "images_per_group=0"),
         ({"capacity_factor": None, "batch_priority": True}, "batch_priority=true has no effect"),
         ({"capacity_factor": None, "capacity_counts_choices": False}, "capacity_counts_choices=false has no effect"),
+        (
+            {"capacity_factor": None, "balance_weight": 0.0, "tau": 1.0, "images_per_group": 2},
+            "images_per_group=2 has no effect with capacity_factor=null and balance_weight=0; set it to 1",
+        ),
+        ({"capacity_factor": None, "balance_weight": 0.0}, "tau=0.75 has no effect with capacity_factor=null and bal"),
+        (
+            {"num_zero": 0, "num_copy": 0, "num_constant": 0},
+            "tau=0.75 has no effect without zero, copy or constant experts; set it to 1",
+        ),
     ],
 )
 def test_what_cannot_be(changes: Options, words: str) -> None:
