@@ -144,6 +144,10 @@ class Sweep(HydraLauncher):
         """Whether nothing is to be started."""
         return self._options.plan
 
+    @property
+    def jobs_so_far(self) -> int:
+        return len(self._entries)
+
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
         """Runs jobs to their ends, and returns what the sweeper wants to know of each.
 

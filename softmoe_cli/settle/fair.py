@@ -108,6 +108,6 @@ def _table(told: Sequence[str], found: Sequence[Levelled], by: str, base: str) -
     return f"equal={by}:\n{aligned(table, markdown=False)}"
 
 
-def settings(asked: Fairness) -> dict[str, Any]:
+def fairness_of(asked: Fairness) -> dict[str, Any]:
     """What was asked of fairness, for a record."""
     return {key: getattr(asked, key) for key in ("equal", "free", "tolerance", "tune", "tune_values", "tune_seeds")}

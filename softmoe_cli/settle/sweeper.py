@@ -21,7 +21,7 @@ from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.launch.sweep import Sweep
 from softmoe_cli.options.compose import say_once
 from softmoe_cli.settle.arms import FIRST_SEED, expanded, key_of, without_seed
-from softmoe_cli.settle.fair import Arms, fair_arms, settings
+from softmoe_cli.settle.fair import Arms, fair_arms, fairness_of
 from softmoe_cli.settle.foresee import foreseen, plan_text
 from softmoe_cli.settle.record import fix_question
 from softmoe_cli.settle.report import Account, as_json, as_text
@@ -68,7 +68,8 @@ class Fair(Sweeper):
                 arms, _ = tune_arms(self._launcher, arms, Fair.asked, MAIN, [FIRST_SEED])
         given = [arms.arms[typed.index(without_seed([words])[0])].words for words in batch]
         seeds = [[word for word in words if key_of(word) == "seed"] for words in batch]
-        self._launcher.launch([[*words, *seed] for words, seed in zip(given, seeds, strict=True)], 0)
+        jobs = [[*words, *seed] for words, seed in zip(given, seeds, strict=True)]
+        self._launcher.launch(jobs, self._launcher.jobs_so_far)
 
 
 class Settle(Fair):
@@ -133,7 +134,7 @@ def _question(contest: Contest, arms: Arms, asked: SettleConfig) -> dict[str, An
     told = [{"label": arm.label, "words": words} for arm, words in zip(arms.arms, arms.typed, strict=True)]
     return {
         "arms": told, "baseline": contest.baseline, "quality": contest.quality, "margin": contest.margin,
-        "first_seed": contest.first, "fairness": settings(asked),
+        "first_seed": contest.first, "fairness": fairness_of(asked),
     }  # fmt: skip
 
 

@@ -11,9 +11,9 @@ from softmoe_cli.launch.plan import Job
 from softmoe_cli.launch.sweep import Sweep
 from softmoe_cli.options.conf_files import value_of
 from softmoe_cli.settle.arms import Arm, with_changes
-from softmoe_cli.settle.equal import SAME
+from softmoe_cli.settle.equal import NO_MATTER
 from softmoe_cli.settle.fair import Arms, asked_arms
-from softmoe_cli.settle.tune import TUNING_SEED, Trial, Tuned, booked, chosen_by
+from softmoe_cli.settle.tune import TUNING_SEED, Tried, Tuned, booked, chosen_by
 from softmoe_cli.settle.tuning import tuning_text, write_tuning
 
 TUNING = "tuning"
@@ -40,7 +40,7 @@ def tune_arms(
     words = [with_changes(arm.words, [f"{asked.tune}={value}", study]) for arm, value in pairs]
     jobs, slots = asked_arms(launcher, words, tuning_seeds)
     for (arm, value), job in zip(pairs, jobs, strict=True):
-        if abs(job.cost["train_pflop"] / arm.job.cost["train_pflop"] - 1) >= SAME:
+        if abs(job.cost["train_pflop"] / arm.job.cost["train_pflop"] - 1) >= NO_MATTER:
             raise UsageError(
                 f"tune={asked.tune}: {value} changes what a run of {arm.label} costs, so that its trials would not be "
                 "at equal cost; tune a setting that leaves the cost as it is"
@@ -84,12 +84,12 @@ def _run(launcher: Sweep, pairs: Sequence[tuple[Arm, Any]], jobs: Sequence[Job],
         launcher.carry_out(todo, slots)
 
 
-def _trial(value: Any, job: Job) -> Trial:
+def _trial(value: Any, job: Job) -> Tried:
     done = [folder for folder in job.folders.values() if (folder / "result.json").exists()]
     runs, left_out = read_runs(done)
     if left_out:
         raise UsageError("; ".join(f"{folder}: {reason}" for folder, reason in left_out))
-    return Trial(value, runs, len(job.folders) - len(runs))
+    return Tried(value, runs, len(job.folders) - len(runs))
 
 
 def _require(found: Sequence[Tuned], key: str, launcher: Sweep) -> None:

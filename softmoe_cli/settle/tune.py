@@ -22,7 +22,7 @@ def chosen_by(quality: str) -> str:
 
 
 @dataclass(frozen=True)
-class Trial:
+class Tried:
     """The runs of one value for one arm; `failed` of them have no result."""
 
     value: Any
@@ -39,17 +39,17 @@ class Tuned:
     """All trials of one arm, in the order of the list. `default` is the value that the arm has without tuning."""
 
     arm: str
-    trials: list[Trial]
+    trials: list[Tried]
     default: Any
     by: str
     spent: Spent = field(default_factory=Spent)
 
     @property
-    def best(self) -> Trial | None:
+    def best(self) -> Tried | None:
         """The trial of the best mean; of equal ones that of the smaller loss, then the first. None where all failed."""
         sign = -1 if QUALITIES[self.by].better == "higher" else 1
 
-        def place(trial: Trial) -> tuple[float, float]:
+        def place(trial: Tried) -> tuple[float, float]:
             mean, loss = trial.mean(self.by), trial.mean(TIE_BREAK)
             assert mean is not None and loss is not None
             return sign * mean.mean, loss.mean
@@ -69,7 +69,7 @@ class Tuned:
         return next((trial.mean(self.by) for trial in self.trials if trial.value == value), None)
 
 
-def booked(trials: Sequence[Trial]) -> Spent:
+def booked(trials: Sequence[Tried]) -> Spent:
     return total(spent_by(run.row) for trial in trials for run in trial.runs)
 
 
