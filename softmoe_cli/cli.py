@@ -290,7 +290,7 @@ def _evaluate(config: Any, typed: list[str]) -> int:
     from softmoe_cli.evaluate.command import evaluate_checkpoint
     from softmoe_cli.options import inherit
 
-    sources = [inherit.named_source(path) for path in paths]
+    sources = [inherit.named_source(path, tree["base"]) for path in paths]
     model, *_ = [inherit.model_of(source, tree["trust"]) for source in sources]
     named = inherit.names_data(tree["data"])
     inherit.take_data(tree, sources[0], typed)
@@ -314,7 +314,7 @@ def _export(config: Any, typed: list[str]) -> int:
     from softmoe_cli.export import export, show_export
     from softmoe_cli.options import inherit
 
-    source = inherit.named_source(tree["checkpoint"])
+    source = inherit.named_source(tree["checkpoint"], tree["base"])
     model = inherit.model_of(source, tree["trust"])
     named = inherit.names_data(tree["data"])
     inherit.take_data(tree, source, typed)
@@ -324,6 +324,12 @@ def _export(config: Any, typed: list[str]) -> int:
         inherit.check_here(checked.data, source)
     show_export(export(checked, model, source), checked.format)
     return 0
+
+
+def _prune(config: Any, typed: list[str]) -> int:
+    from softmoe_cli.prune.command import prune_as_typed
+
+    return prune_as_typed(config, typed)
 
 
 def _upcycle(config: Any, typed: list[str]) -> int:
@@ -384,15 +390,15 @@ def _check(arguments: list[str]) -> int:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    options = _router_options(names[0])
+    from softmoe_cli.check.command import check_router, options_to_check
+
+    options = options_to_check(names[0])
     for argument in arguments:
         if "=" in argument:
             try:
                 options |= tree_of(OmegaConf.from_dotlist([argument]))
             except (yaml.YAMLError, OmegaConfBaseException) as error:
                 raise UsageError(f"cannot read '{argument}': {first_line(error)}") from error
-    from softmoe_cli.check.command import check_router
-
     outcomes = check_router(options)
     for outcome in outcomes:
         print(f"{outcome.verdict:<5} {outcome.name:<30} {outcome.figure}")
@@ -400,43 +406,6 @@ def _check(arguments: list[str]) -> int:
     passed = sum(outcome.verdict == "pass" for outcome in outcomes)
     print(f"{names[0]}: {passed} passed, {failed} failed, {len(outcomes) - passed - failed} not applicable")
     return 1 if failed else 0
-
-
-def _router_options(name: str) -> dict[str, Any]:
-    """The options in a router's yaml, or the target of a Python file's one router."""
-    from softmoe_cli.options.conf_files import files, load_yaml
-
-    routers = files("model/router")
-    if name in routers:
-        options = load_yaml(routers[name])
-        if options.get("_target_") is None:
-            raise UsageError(f"{name} has no router to check")
-        return options
-    path = Path(name)
-    if path.suffix != ".py":
-        raise UsageError(f"there is no router '{name}'.{nearest(name, routers)} Routers: {', '.join(sorted(routers))}")
-    if not path.is_file():
-        raise UsageError(f"{name} does not exist")
-    sys.path.insert(0, str(path.resolve().parent))
-    import importlib
-    import inspect
-
-    from softmoe_cli.moe.kind import Decider
-
-    try:
-        module = importlib.import_module(path.stem)
-    except (Exception, SystemExit) as error:  # the user's file may raise anything
-        raise UsageError(f"{name} cannot be imported: {type(error).__name__}: {first_line(error)}") from error
-    own = [
-        each
-        for each in vars(module).values()
-        if isinstance(each, type) and issubclass(each, Decider) and each.__module__ == path.stem
-    ]
-    concrete = [each for each in own if not inspect.isabstract(each)]
-    if len(concrete) != 1:
-        names = ", ".join(each.__name__ for each in concrete) or "none"
-        raise UsageError(f"{name} must define one subclass of softmoe_cli.moe.routing.Router; it has {names}")
-    return {"_target_": f"{path.stem}.{concrete[0].__name__}"}
 
 
 def _status(arguments: list[str]) -> int:
@@ -472,6 +441,7 @@ ACTIONS: typing.Final[dict[str, Callable[[list[str]], int]]] = {
     "finetune": functools.partial(_learn, "finetune"),
     "settle": _settle,
     "upcycle": _composing("upcycle", _upcycle),
+    "prune": _composing("prune", _prune),
     "evaluate": _composing("evaluate", _evaluate),
     "export": _composing("export", _export),
     "cost": _cost,
