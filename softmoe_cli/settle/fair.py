@@ -56,6 +56,7 @@ def fair_arms(launcher: Sweep, typed: list[list[str]], asked: Fairness, seeds: S
     studies = sorted({str(job.folder.parent) for job in jobs})
     if len(studies) > 1:
         raise UsageError(f"arms lie in {' and '.join(studies)}: put them into one study with study=NAME")
+    launcher.lie_in(jobs[0].folder.parent)
     arms = [Arm(*each) for each in zip(told, words, jobs, strict=True)]
     for arm in arms[:base] + arms[base + 1 :]:
         if arm.job.folder in [other.job.folder for other in arms if other is not arm]:

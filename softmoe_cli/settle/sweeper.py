@@ -12,9 +12,9 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from softmoe_cli.compare.blocks import kept_apart
-from softmoe_cli.compare.groups import Question
 from softmoe_cli.compare.looks import read_looks, record_look
 from softmoe_cli.compare.power import Outlook, outlook
+from softmoe_cli.compare.question import Question
 from softmoe_cli.compare.runs import FinishedRun, read_runs
 from softmoe_cli.config.settle import Fairness, SettleConfig
 from softmoe_cli.errors import RunError, UsageError
@@ -193,11 +193,11 @@ class Rounds:
         runs: dict[str, dict[int, FinishedRun]] = {label: {} for label in self._arms}
         for folder, (label, seed) in places.items():
             runs[label][seed] = self._read[folder]
-        everything = [self._read[folder] for folder in places]
-        if everything:
-            parts, keys = kept_apart(everything, Question(quality=self._contest.quality))
+        for seed in {seed for _, seed in places.values()}:
+            paired = [of_arm[seed] for of_arm in runs.values() if seed in of_arm]
+            parts, keys = kept_apart(paired, Question(quality=self._contest.quality))
             if len(parts) > 1:
-                raise UsageError(f"runs that differ in {', '.join(keys)} cannot be compared: choose arms that agree")
+                raise UsageError(f"arms that differ in {', '.join(keys)} cannot be compared; choose others")
         return runs
 
     def _look(self, runs: dict[str, dict[int, FinishedRun]]) -> Standing:
