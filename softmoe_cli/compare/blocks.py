@@ -136,7 +136,7 @@ def kept_apart(
         differing = [
             f"{APART[i]} {shortened(key[i], LABEL_LETTERS)}"
             for i in varying
-            if APART[i] not in ("data", "test_images") and key[i]
+            if APART[i] not in ("data", "test_images") and key[i] and (parts[key][0].chosen is None or key[i] != "null")
         ]
         found.append(("; ".join([title, *differing]), parts[key]))
     return found, list(dict.fromkeys(APART[i] for i in varying))

@@ -18,7 +18,7 @@ NO_CHOICE = ("data.identity", "data.split_seed", "checkpoint.train_pflop", "chec
 """Keys with a dot that are no settings. A cut of the data is left to chance, like a seed.
 A checkpoint's origin is a setting: checkpoints of one origin differ by chance only."""
 DENSE_LACKS = ("model.moe_blocks", "model.expert_init")
-OURS = {"result.json", "metrics.jsonl", "config.yaml"}
+RUN_FILES = {"result.json", "metrics.jsonl", "config.yaml"}
 """Files of a run's folder."""
 VERSION = ("commit", "softmoe", "torch")
 
@@ -125,7 +125,7 @@ def _run_folders(top: Path) -> Iterator[Path]:
         if any(name.endswith(".wandb") for name in files):  # W&B's folder of a run, with a config.yaml of its own
             folders.clear()
             continue
-        if OURS & set(files) or not (folders or files):
+        if RUN_FILES & set(files) or not (folders or files):
             folders.clear()
             yield Path(where)
         folders[:] = [name for name in folders if not name.startswith(".") and name != "wandb"]

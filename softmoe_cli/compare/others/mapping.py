@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from softmoe_cli.compare.others.told import Told, Values, typed_value
+from softmoe_cli.compare.others.told import Cells, Told, typed_value
 from softmoe_cli.errors import UsageError, nearest
 from softmoe_cli.run.rows import COSTS, QUALITIES, number
 
@@ -48,10 +48,11 @@ def mapping(typed: Iterable[str], quality: str, cost: str) -> dict[str, Named]:
             raise UsageError(f"--map {part}: write KEY=COLUMN or KEY=COLUMN*FACTOR")
         key = {"quality": quality, "cost": cost}.get(key, key)
         if key not in keys:
-            choices = (
-                f"quality, cost, {', '.join([*OWN_WORDS, *READING])}, or a figure: {', '.join([*QUALITIES, *COSTS])}"
+            words, figures = ", ".join([*OWN_WORDS, *READING]), ", ".join([*QUALITIES, *COSTS])
+            near = nearest(key, ["quality", "cost", *keys])
+            raise UsageError(
+                f"--map {part}: no such key.{near} Choices: quality, cost, {words}, or a figure: {figures}"
             )
-            raise UsageError(f"--map {part}: no such key.{nearest(key, keys)} Choices: {choices}")
         if OWN_WORDS.get(key, key) in found:
             raise UsageError(f"--map says twice what {key} is")
         name, star, factor = column.rpartition("*")
@@ -77,12 +78,14 @@ def path_pattern(text: str | None) -> re.Pattern | None:
     return re.compile(f"(?:^|/){''.join(parts)}$")
 
 
-def from_path(place: Path, pattern: re.Pattern | None) -> Values:
+def from_path(place: Path, pattern: re.Pattern | None) -> Cells:
     """What the end of a path says; nothing where it does not fit."""
     if pattern is None:
         return {}
     whole = str(place.absolute())
-    fits = pattern.search(whole) or pattern.search(whole.removesuffix(place.suffix))
+    if not place.is_dir():
+        whole = whole.removesuffix(place.suffix)
+    fits = pattern.search(whole)
     return {key: typed_value(value) for key, value in fits.groupdict().items()} if fits else {}
 
 

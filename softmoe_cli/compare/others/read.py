@@ -21,10 +21,10 @@ from softmoe_cli.compare.others.mapping import (
 from softmoe_cli.compare.others.tables import STEP_COLUMN, TABLE_ENDINGS, read_table
 from softmoe_cli.compare.others.tensorboard import EVENTS, read_events, with_hparams
 from softmoe_cli.compare.others.timm import ARGS, SUMMARY, read_timm
-from softmoe_cli.compare.others.told import Damaged, Told, Values
+from softmoe_cli.compare.others.told import Cells, Damaged, Told
 from softmoe_cli.compare.others.wandb import read_wandb
 from softmoe_cli.compare.question import Question
-from softmoe_cli.compare.runs import OURS, FinishedRun
+from softmoe_cli.compare.runs import RUN_FILES, FinishedRun
 from softmoe_cli.errors import UsageError
 from softmoe_cli.run.rows import AXES, COSTS, QUALITIES, Row, number
 from softmoe_cli.text import printable, several
@@ -107,7 +107,7 @@ def _places(path: Path) -> Iterator[tuple[Path, str, list[Path]]]:
         return
     for where, folders, files in os.walk(path):
         here = Path(where)
-        if OURS & set(files) and here.name != "files":
+        if RUN_FILES & set(files) and here.name != "files":
             folders.clear()
             continue
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "wandb")
@@ -136,7 +136,7 @@ def is_others(path: Path) -> bool:
     return not os.path.isdir(path) and _kind(path) is not None
 
 
-def finished_run(told: Told, named: Mapping[str, Named], path: Values, question: Question) -> FinishedRun:
+def finished_run(told: Told, named: Mapping[str, Named], path: Cells, question: Question) -> FinishedRun:
     """The run as compare knows runs. What is mapped, and what the program's own names say, becomes a figure; the rest
     of what was chosen stays a setting, as `config.NAME`.
 

@@ -13,9 +13,9 @@ from typing import Any
 
 from softmoe_cli.compare.others.told import (
     MOST_OTHERS_BYTES,
+    Cells,
     Damaged,
     Told,
-    Values,
     flat,
     last_values,
     parsed_json,
@@ -84,7 +84,7 @@ def csv_lines(text: str, what: str = "") -> tuple[list[str], list[tuple[int, lis
     return head, lines
 
 
-def _csv_rows(path: Path, text: str) -> tuple[list[tuple[str, Values]], list[tuple[str, str]]]:
+def _csv_rows(path: Path, text: str) -> tuple[list[tuple[str, Cells]], list[tuple[str, str]]]:
     head, lines = csv_lines(text)
     if not lines:
         raise Damaged("has no row under its head")
@@ -97,7 +97,7 @@ def _csv_rows(path: Path, text: str) -> tuple[list[tuple[str, Values]], list[tup
     return found, wrong
 
 
-def _json_rows(path: Path, text: str) -> tuple[list[tuple[str, Values]], list[tuple[str, str]]]:
+def _json_rows(path: Path, text: str) -> tuple[list[tuple[str, Cells]], list[tuple[str, str]]]:
     if path.suffix == ".json":
         tree = parsed_json(text, "it")
         tree = [tree] if isinstance(tree, dict) else tree
@@ -129,7 +129,7 @@ def _sections(row: Mapping[str, Any]) -> bool:
     )
 
 
-def _api_run(path: Path, place: str, row: Values, finished: float) -> Told:
+def _api_run(path: Path, place: str, row: Cells, finished: float) -> Told:
     history = [flat(each) for each in row.get("history", []) if isinstance(each, dict)]
     summary = last_values(history) | flat(row.get("summary", {}))
     settings = {key: value for key, value in flat(row.get("config", {})).items() if not key.startswith("_")}
@@ -139,10 +139,10 @@ def _api_run(path: Path, place: str, row: Values, finished: float) -> Told:
     return Told(path, "W&B", settings, summary, history, finished, place)
 
 
-def _histories(path: Path, lines: Sequence[Values], step: str, run: str | None, finished: float) -> list[Told]:
+def _histories(path: Path, lines: Sequence[Cells], step: str, run: str | None, finished: float) -> list[Told]:
     """A run for each value of the column `run`; settings are the columns that stay the same in all its rows, words or
     numbers, W&B's own apart."""
-    apart: dict[Any, list[Values]] = {}
+    apart: dict[Any, list[Cells]] = {}
     for line in lines:
         apart.setdefault(line.get(run) if run else None, []).append(line)
     found = []

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from softmoe_cli.compare.others.told import MOST_OTHERS_BYTES, Damaged, Told, Values, last_values
+from softmoe_cli.compare.others.told import MOST_OTHERS_BYTES, Cells, Damaged, Told, last_values
 from softmoe_cli.run import rows
 from softmoe_cli.text import printable, shortened
 
@@ -151,12 +151,12 @@ def _scalar(value: Fields) -> float | None:
     return float(struct.unpack(form, raw)[0]) if isinstance(raw, bytes) and len(raw) == struct.calcsize(form) else None
 
 
-def _hparams(value: Fields) -> Values:
+def _hparams(value: Fields) -> Cells:
     """What was chosen, from a value of the plugin `hparams`: map entries of google.protobuf.Value."""
     plugin = _message(_message(value, 9), 1)
     if _words(plugin, 1) != "hparams":
         return {}
-    chosen: Values = {}
+    chosen: Cells = {}
     for entry in _message(_message(plugin, 2), 3).get(1, []):
         pair = fields(entry) if isinstance(entry, bytes) else {}
         told, name = _message(pair, 2), _words(pair, 1)
@@ -175,8 +175,8 @@ def read_events(folder: Path, files: Sequence[Path]) -> Told:
     Raises:
         Damaged: one of them is cut short or damaged, or there is no scalar in any.
     """
-    settings: Values = {}
-    history: dict[int, Values] = {}
+    settings: Cells = {}
+    history: dict[int, Cells] = {}
     start = None
     for path in files:
         for record in event_records(path):

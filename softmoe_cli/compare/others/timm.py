@@ -7,7 +7,7 @@ import yaml
 
 from softmoe_cli.compare.others.mapping import EVAL
 from softmoe_cli.compare.others.tables import csv_lines
-from softmoe_cli.compare.others.told import Damaged, Told, Values, flat, last_values, typed_value
+from softmoe_cli.compare.others.told import Cells, Damaged, Told, flat, last_values, typed_value
 from softmoe_cli.errors import first_line
 from softmoe_cli.run import rows
 
@@ -47,13 +47,13 @@ def read_timm(folder: Path) -> Told:
     return Told(folder, "timm", settings, summary, history, (folder / SUMMARY).stat().st_mtime, "", TIMM_NAMES)
 
 
-def _epochs(text: str) -> list[Values]:
+def _epochs(text: str) -> list[Cells]:
     head, lines = csv_lines(text, f"{SUMMARY} ")
     if "epoch" not in head:
         raise Damaged(f"{SUMMARY} has no column epoch")
     if not lines:
         raise Damaged(f"{SUMMARY} has no epoch yet")
-    found: list[Values] = []
+    found: list[Cells] = []
     for number, cells in lines:
         if len(cells) != len(head):
             raise Damaged(f"{SUMMARY} is cut short: line {number} has {len(cells)} values under {len(head)} names")
@@ -71,7 +71,7 @@ def _epochs(text: str) -> list[Values]:
     return found
 
 
-def _arguments(text: bytes) -> Values:
+def _arguments(text: bytes) -> Cells:
     """What args.yaml says, by a loader that makes nothing but numbers, words, lists and mappings."""
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:

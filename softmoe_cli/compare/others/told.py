@@ -9,7 +9,7 @@ from typing import Any
 
 from softmoe_cli.text import printable, shortened
 
-Values = dict[str, Any]
+Cells = dict[str, Any]
 MOST_OTHERS_BYTES = 2**28
 """The largest file of another program that is read."""
 MOST_VALUES = 50_000
@@ -39,9 +39,9 @@ class Told:
 
     place: Path
     program: str
-    settings: Values = field(default_factory=dict)
-    summary: Values = field(default_factory=dict)
-    history: list[Values] = field(default_factory=list)
+    settings: Cells = field(default_factory=dict)
+    summary: Cells = field(default_factory=dict)
+    history: list[Cells] = field(default_factory=list)
     finished: float = 0.0
     part: str = ""
     names: Mapping[str, str] = field(default_factory=dict)
@@ -65,13 +65,13 @@ def typed_value(text: str | None) -> Any:
     return shortened(printable(text), LONGEST_WORD)
 
 
-def flat(tree: Any, prefix: str = "") -> Values:
+def flat(tree: Any, prefix: str = "") -> Cells:
     """Nested mappings as `a.b`; of what they hold numbers, words and short lists of these stay.
 
     Raises:
         Damaged: more values than anybody types, as YAML's references can make them.
     """
-    found: Values = {}
+    found: Cells = {}
     todo: list[tuple[str, Any]] = [(prefix, tree)]
     while todo:
         if len(found) + len(todo) > MOST_VALUES:
@@ -94,7 +94,7 @@ def _plain(value: Any) -> Any:
     return None
 
 
-def last_values(rows: Iterable[Values]) -> Values:
+def last_values(rows: Iterable[Cells]) -> Cells:
     """The last number of each column."""
     return {key: value for row in rows for key, value in row.items() if value is not None}
 

@@ -8,7 +8,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from softmoe_cli.compare.others.told import MOST_OTHERS_BYTES, Damaged, Told, Values, flat, last_values, parsed_json
+from softmoe_cli.compare.others.told import MOST_OTHERS_BYTES, Cells, Damaged, Told, flat, last_values, parsed_json
 from softmoe_cli.run import rows
 from softmoe_cli.text import printable
 
@@ -29,7 +29,7 @@ def read_wandb(path: Path) -> Told:
 
     told = Told(path, "W&B", finished=path.stat().st_mtime, names=WANDB_NAMES)
     ended: int | None = None
-    steps: list[Values] = []
+    steps: list[Cells] = []
     for text in _records(path):
         record = wandb_internal_pb2.Record()
         try:
@@ -63,9 +63,9 @@ def _settings(told: Told, config: Any) -> None:
     told.settings |= {key: value for key, value in _items(config.update).items() if not key.startswith("_wandb")}
 
 
-def _items(items: Any) -> Values:
+def _items(items: Any) -> Cells:
     """Names, also nested ones, and the JSON that stands with them."""
-    found: Values = {}
+    found: Cells = {}
     for item in items:
         name = ".".join(item.nested_key) or item.key
         found |= flat(parsed_json(item.value_json, f"'{printable(name)}'"), name)
