@@ -31,6 +31,7 @@ from softmoe_cli.text import several, shortened
 
 LABELS = {
     "model.backbone.name": "{}", "backbone": "{}", "model": "{}", "model.router._target_": "{}", "router": "{}",
+    "model.adapter.name": "{}", "num_adapters": "{} adapters",
     "num_experts": "{} experts", "slots_per_expert": "{} slots/expert", "k": "k={}",
     "expert_width": "experts of width {}", "capacity_factor": "capacity factor {}", "moe_blocks": "blocks {}",
     "image_size": "{} px", "steps": "{} updates", "epochs": "{} epochs", "images": "{} training images",

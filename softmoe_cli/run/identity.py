@@ -23,6 +23,11 @@ def _science(config: Config) -> dict[str, Any]:
     for key in NOT_SCIENCE:
         section, _, leaf = key.rpartition(".")
         del (science[section] if section else science)[leaf]
+    if config.prune.keep is None:  # the others are idle
+        del science["prune"]
+    own = {key: value for key, value in science["model"].pop("adapter").items() if value is not None}
+    if own != {"name": "none"}:  # a run without adapters has no settings of adapters, as a dense one none of routers
+        science["model"]["adapter"] = own
     return _whole_numbers(science)
 
 
