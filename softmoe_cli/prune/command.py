@@ -245,7 +245,7 @@ def _nothing() -> None:
     """There is nothing to wait for."""
 
 
-def _cost_row(params: int, active: float, forward: int, train: float) -> dict[str, float]:
+def _cost_row(params: int, active: float, forward: int, train: float) -> dict[str, int | float]:
     return {"params": params, "active_params": active, "forward_flop": forward, "train_flop": train}
 
 

@@ -252,9 +252,10 @@ def _left(result: dict[str, Any]) -> str:
     if not result["served_as"]:
         return told
     kind = "a plain ViT (softmoe prune to=dense)" if result["served_as"] == "dense" else "a mixture (softmoe prune)"
+    params, forward = ((result[f"served_{key}"], result[key]) for key in ("params_m", "forward_gflop"))
     return (
-        f"{told}; served as {kind}: {si(1e6 * result['served_params_m'])} parameters for {si(1e6 * result['params_m'])}, "
-        f"{flop(1e9 * result['served_forward_gflop'])} for {flop(1e9 * result['forward_gflop'])} forward"
+        f"{told}; served as {kind}: {si(1e6 * params[0])} parameters for {si(1e6 * params[1])}, "
+        f"{flop(1e9 * forward[0])} for {flop(1e9 * forward[1])} forward"
     )
 
 

@@ -42,8 +42,10 @@ from softmoe_cli.moe.sparse import choose, place
 from softmoe_cli.optim import linear, rsqrt
 from tests.routers import ROUTERS
 
-CASES = {name: meta for name, meta in official_cases().items() if not meta["kind"].startswith("scaling_law_")}
-"""All but the laws of scaling, which tests/scaling/test_laws.py tries."""
+OTHERS = ("scaling_law_", "expert_pruning")
+"""Kinds that tests/scaling/test_laws.py and tests/train/test_pruning.py compare."""
+CASES = {name: meta for name, meta in official_cases().items() if not meta["kind"].startswith(OTHERS)}
+
 ROUTER_CLASSES = {name: type(make_router(options, 16, 16)) for name, options in ROUTERS.items()}
 MODULES = "softmoe_cli.moe.routers"
 
