@@ -120,7 +120,7 @@ def account(
     """
     vit = on_meta(model, num_classes)
     for place, block in enumerate(vit.blocks):
-        if place in left and isinstance(block.mlp, MoE):
+        if place in left and isinstance(block.mlp, MoE) and block.mlp.router.unprunable is None:
             block.mlp.prunable()
             block.mlp.leave(left[place])
     cost = account_model(vit, batch=batch, recompute=recompute)
