@@ -6,7 +6,6 @@ import functools
 import io
 import json
 import os
-import re
 import sys
 import tempfile
 import traceback
@@ -48,7 +47,7 @@ def main() -> None:
 def run(arguments: Sequence[str]) -> tuple[int, str]:
     """Runs a command line; returns its exit status and, where an error caused it, the sentence that says why."""
     debug = "--debug" in arguments
-    trains = arguments[:1] in (["train"], ["finetune"])
+    trains = arguments[:1] in (["train"], ["finetune"], ["settle"])
     try:
         with interruptible(functools.partial(_stopped, trains)):
             command, words = _command([argument for argument in arguments if argument != "--debug"])
@@ -162,9 +161,9 @@ def _sweep(command: str, arguments: list[str]) -> Jobs:
     Raises:
         RunError: some jobs failed; the message lists them.
     """
-    from softmoe_cli.launch.sweep import Sweep
+    from softmoe_cli.launch.sweep import Sweep, study_of
 
-    study = _study_of(arguments)
+    study = study_of(arguments)
     if study is not None:
         say_once(f"study={study}, after the keys that vary; study= names another folder")
         arguments = [*arguments, f"study={study}"]
@@ -180,28 +179,15 @@ def _sweep(command: str, arguments: list[str]) -> Jobs:
     return jobs
 
 
+def _settle(arguments: list[str]) -> int:
+    """`softmoe settle`: rounds of seeds until every arm has its verdict."""
+    from softmoe_cli.settle.command import settle_arms
+
+    return settle_arms(arguments, run)
+
+
 def _many(arguments: Sequence[str]) -> bool:
     return any(argument in ("-m", "--multirun") for argument in arguments)
-
-
-def _study_of(arguments: Sequence[str]) -> str | None:
-    """The default name of a sweep's folder: the last words of the keys that vary, in the order in which they were
-    typed. None if the command line or an experiment names the study, or if Hydra will refuse the words.
-
-    `model/router=dense,soft seed=0,1` -> `router-seed`
-    """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    if any(word.lstrip("+").startswith(("study=", "experiment=", "experiment/")) for word in arguments):
-        return None
-    words = [word for word in arguments if not word.startswith("-") and "=" in word]
-    try:
-        typed = OverridesParser.create().parse_overrides(words)
-    except HydraException:
-        return None
-    keys = [override.key_or_group for override in typed if override.is_sweep_override()]
-    return "-".join(dict.fromkeys(re.split(r"[./]", key)[-1] for key in keys)) or None
 
 
 def _groups(command: str, arguments: list[str]) -> int:
@@ -298,7 +284,7 @@ def _evaluate(config: Any, typed: list[str]) -> int:
     from softmoe_cli.evaluate.command import evaluate_checkpoint
     from softmoe_cli.options import inherit
 
-    sources = [inherit.named_source(path) for path in paths]
+    sources = [inherit.named_source(path, tree["base"]) for path in paths]
     model, *_ = [inherit.model_of(source, tree["trust"]) for source in sources]
     named = inherit.names_data(tree["data"])
     inherit.take_data(tree, sources[0], typed)
@@ -322,7 +308,7 @@ def _export(config: Any, typed: list[str]) -> int:
     from softmoe_cli.export import export, show_export
     from softmoe_cli.options import inherit
 
-    source = inherit.named_source(tree["checkpoint"])
+    source = inherit.named_source(tree["checkpoint"], tree["base"])
     model = inherit.model_of(source, tree["trust"])
     named = inherit.names_data(tree["data"])
     inherit.take_data(tree, source, typed)
@@ -447,6 +433,7 @@ def _completion(arguments: list[str]) -> int:
 ACTIONS: typing.Final[dict[str, Callable[[list[str]], int]]] = {
     "train": functools.partial(_learn, "train"),
     "finetune": functools.partial(_learn, "finetune"),
+    "settle": _settle,
     "upcycle": _composing("upcycle", _upcycle),
     "prune": _composing("prune", _prune),
     "evaluate": _composing("evaluate", _evaluate),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from softmoe_cli.config.model import Model, group_of
 from softmoe_cli.errors import UsageError, first_line
+from softmoe_cli.model.adapted import is_adapters
 from softmoe_cli.model.vit import build, count_tokens
 from softmoe_cli.moe.kind import Decider
 from softmoe_cli.moe.layer import MoE
@@ -77,7 +78,8 @@ def load_weights(
             incoming[key] = value
             report.loaded.append(key)
     report.new = [key for key in own if key not in incoming]
-    strange = [key for key in report.new if not key.startswith("head.")]
+    begin = not any(map(is_adapters, state))  # adapters beside trained weights start afresh, all or none
+    strange = [key for key in report.new if not key.startswith("head.") and not (begin and is_adapters(key))]
     if strange:
         raise UsageError(
             f"the checkpoint is of another architecture: it lacks {', '.join(strange[:3])}"

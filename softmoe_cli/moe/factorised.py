@@ -207,6 +207,8 @@ class FactorisedRouter(Decider):
             tokens = x.to(next(self.parameters()).dtype)
             return Coefficients([level(tokens, keep) for level in self.levels])
 
+    weak_note = "gives every expert a part in every token"
+
     def departs_from_mlp(self, num_tokens: int, parts: int) -> str | None:
         return self.departure
 

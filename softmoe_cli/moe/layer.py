@@ -211,6 +211,12 @@ class MoE(Layer):
     def landed_row_flop(self) -> int | None:
         return self.experts.flop(1.0) if self.router.counts_landed else None
 
+    def landed_rows(self, num_tokens: int) -> float | None:
+        return self.router.landed_rows(num_tokens) if self.router.counts_landed else None
+
+    def choices(self, num_tokens: int) -> int | None:
+        return None if self.router.k is None else num_tokens * self.router.k
+
     def last_product(self, num_tokens: int) -> tuple[str, int]:
         if self.shared is not None:
             return "shared", self.shared.flop(float(num_tokens)) // 2

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
 
-from softmoe_cli.moe.kind import Decided, Decider
+from softmoe_cli.moe.kind import Decided, Decider, Weak
 
 
 class Carried(NamedTuple):
@@ -66,7 +66,12 @@ class Router(Decider):
     of_one_expert: ClassVar[Mapping[str, Any]] = {}
     """Options of its own with which a layer of `num_experts=1` is that one expert and nothing else."""
     counts_landed: bool = False
-    """Whether its routings say how many rows hold a choice (`Decided.landed`): what it costs depends on the images."""
+    """Whether its routings say how many rows hold a token (`Decided.landed`), as those of single tokens do."""
+    direct: bool = False
+    """Whether its routings give tokens something beside what rows were made of, so that combining is linear in the rows
+    but for that."""
+    k: int | None = None
+    """How many experts a token chooses; None where tokens do not choose."""
     measures: Sequence[str] = ("alpha_score", "hit_rate")
     """What its routings measure of each expert: the sum of the weights that tokens give it, or how many tokens it sees.
     Experts can be pruned by either."""
@@ -81,12 +86,16 @@ class Router(Decider):
 
     @abstractmethod
     def rows(self, num_tokens: int) -> float:
-        """Rows per image that the experts compute, empty ones included. Where the images decide (`Decided.landed`): as
-        many as the router's balance aims at."""
+        """Rows per image that the experts compute, empty ones included. Where the images decide how many: as many as
+        the router's balance aims at."""
 
     def train_rows(self, num_tokens: int) -> float:
         """The same in training."""
         return self.rows(num_tokens)
+
+    def landed_rows(self, num_tokens: int) -> float:
+        """How many of `train_rows` hold a token when the load is as even as the router aims at."""
+        return min(self.train_rows(num_tokens), num_tokens * (self.experts_per_token - self.shared_experts))
 
     def combine_flop(self, num_tokens: int) -> int:
         """The part of `flop` that is the product which makes tokens of the experts' rows; 0 where rows are added up."""
@@ -105,6 +114,11 @@ class Router(Decider):
         """Options with which a router is built that has only the experts that are left, where they are not those of
         the layer with all."""
         raise NotImplementedError(f"experts of {type(self).__name__} cannot be pruned")
+
+    def weaker(self, how: Weak, given: Int[Tensor, "*some"] | None) -> "Router":
+        """A router that has this one's parameters and decides in a weak way that is in `weak_limits` and not skip.
+        `given` is as in weak.weak_layer."""
+        raise NotImplementedError(f"{type(self).__name__} has no weak activation but skip")
 
     def follow(self, earlier: "Router") -> None:
         """Makes what a layer needs to use what an earlier one of its model hands on. Called once, when it is built, if
@@ -203,6 +217,10 @@ class SparseRouting(Routing):
     ) -> None:
         self.token, self.gate, self.aux_loss, self.demand, self.offsets = token, gate, aux_loss, demand, offsets
         self.shape = shape
+
+    @property
+    def landed(self) -> Int[Tensor, ""]:
+        return (self.token < self.shape[0] * self.shape[1]).sum()
 
     def dispatch(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "*rows d"]:
         tokens = x.flatten(0, 1)

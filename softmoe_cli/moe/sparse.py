@@ -97,6 +97,27 @@ def seat(
     return token, gate, demand.sum(dim=0)
 
 
+def in_runs(
+    weights: Float[Tensor, "b n k"],
+    chosen: Int[Tensor, "b n k"],
+    keep: Bool[Tensor, "b n"],
+    num_experts: int,
+    aux_loss: Float[Tensor, ""],
+) -> SparseRouting:
+    """Every choice gets a row, sorted by expert: nothing is dropped. Padding is computed like any token, so that the
+    number of rows is known; its gates are zero."""
+    b, n, k = chosen.shape
+
+    def count(weight: Int[Tensor, " r"]) -> Int[Tensor, " e"]:
+        return expert.new_zeros(num_experts).scatter_add(0, expert, weight)
+
+    gate, expert = (weights * keep[:, :, None]).flatten(), chosen.flatten()
+    order = expert.argsort(stable=True)
+    offsets = count(torch.ones_like(expert)).cumsum(dim=0).int()
+    demand = count(keep[:, :, None].expand_as(chosen).flatten().long())
+    return SparseRouting(order // k, gate[order], aux_loss, demand, (b, n), offsets)
+
+
 def squared_variation(v: Float[Tensor, "g e"]) -> Float[Tensor, " g"]:
     """(std / mean)^2 over experts, with the population's standard deviation; 0 for a group of padding alone."""
     return v.var(dim=1, correction=0) / v.mean(dim=1).square().clamp(min=torch.finfo(v.dtype).tiny)
@@ -306,6 +327,12 @@ def check_choice(k: int, num_experts: int, images_per_group: int, shared_experts
         raise ValueError(
             "renormalise=true with k=1 makes every gate 1, which teaches the router nothing; use k=2 or more"
         )
+
+
+def choice_limits(num_experts: int, k: int) -> dict[str, int]:
+    """`Decider.weak_limits` of a router whose tokens choose k experts."""
+    fewer = {"top": k - 1} if k > 1 else {}
+    return {"rank": num_experts, "random": 1} | fewer | {"skip": 0}
 
 
 def gates_depart(k: int, num_experts: int, gate: str, renormalise: bool, parts: int) -> str | None:

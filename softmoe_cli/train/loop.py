@@ -31,7 +31,7 @@ from softmoe_cli.train.pace import FirstSteps, forecast
 from softmoe_cli.train.progress import Budget
 from softmoe_cli.train.pruning import Pruning, served
 from softmoe_cli.train.recording import Recording
-from softmoe_cli.train.resume import Trained, carry_moments, load_source, resume
+from softmoe_cli.train.resume import Trained, carry_moments, delta_of, load_source, resume
 from softmoe_cli.train.setup import Begun, Setup
 from softmoe_cli.train.stop import Interrupted, Stop
 
@@ -97,7 +97,7 @@ def train(begun: Begun) -> dict[str, Any]:
     if source is not None:
         carry_moments(model, optimizer, source, loaded, config, screen)
     scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
-    trained = Trained(model, average, optimizer, scaler, pruning)
+    trained = Trained(model, average, optimizer, scaler, pruning, delta_of(model, source, config, loaded))
 
     # --- record: the run's folder, where it stands, and what it writes down
     run.open(config)

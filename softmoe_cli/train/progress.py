@@ -22,8 +22,7 @@ class Progress:
     """Seconds of training, summed over the devices."""
     energy_j: float | None = 0.0
     landed: int = 0
-    """Choices that experts have computed in training, where the images decide how many (`Decided.landed`); of all
-    layers and processes."""
+    """Rows of experts that held a token in training (`Decided.landed`); of all layers and processes."""
     window: int = 0
     """Windows of pruning that have ended."""
     image_flop: float | None = None

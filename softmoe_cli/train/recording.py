@@ -43,6 +43,7 @@ class Recording:
             "classes": self.setup.splits.classes,
             "loss": config.train.loss,
             "precision": config.train.precision,
+            **({} if self.trained.delta is None else {"base": self.trained.delta.base}),
         }
         science = flat_science(config) | {"data.identity": self.setup.images_digest}
         self._origin = origin(self.setup.command, science, self.setup.source)

@@ -40,11 +40,15 @@ def header(setup: Setup, folder: Path) -> dict[str, str]:
     sizes = f"{len(images.train):,} train / {len(images.validation):,} validation / {len(images.test):,} test"
     parts = f" in {t.accumulate} parts" if t.accumulate > 1 else ""
     compiled = ", compiled" if t.compile else ""
-    frozen = f", {si(cost.frozen_params)} frozen" if cost.frozen_params else ""
+    frozen = ""
+    if cost.frozen_params:
+        trained = f"{si(cost.trained_params)} trained, {si(cost.trained_body_params)} without the head"
+        frozen = f", {si(cost.frozen_params)} frozen; {trained}"
     extra = {"optimizer": _optimizer(config), "regularised by": _regularisation(config)}
     return {
         "model": f"{m.backbone.name}, {m.image_size} px, {cost.tokens:,} tokens",
         "router": router,
+        **({} if m.adapter.name == "none" else {"adapter": _adapter(m)}),
         "parameters": f"{si(cost.params)} total, {si(cost.active_params)} active per token{frozen}",
         "cost per image": f"{flop(cost.forward_flop)} forward, {flop(cost.train_flop)} training",
         "data": f"{config.data.name}: {sizes} images, {len(images.classes)} classes",
@@ -55,6 +59,15 @@ def header(setup: Setup, folder: Path) -> dict[str, str]:
         **({"processes": crew.describe(config)} if crew.size > 1 else {}),
         "folder": str(folder),
     }
+
+
+def _adapter(model: Model) -> str:
+    """The adapter with its options, and what is trained beside it."""
+    a = model.adapter
+    options = ", ".join(f"{k}={v}" for k, v in asdict(a).items() if k not in ("name", "location") and v is not None)
+    where = {None: "queries and values", "attn": "attention", "mlp": "the MLP", "both": "attention and the MLP"}
+    norms = "" if a.location is None else "the norms before it, " if a.location != "both" else "the norms before them, "
+    return f"{a.name} ({options}) beside {where[a.location]} of every block; with it {norms}the last norm and the head"
 
 
 def _hardware(setup: Setup) -> str:
@@ -156,6 +169,7 @@ def result_row(
         "data": config.data.name,
         "train_images": len(images.train),
         "test_images": test["images_evaluated"],
+        "test_is_cut": images.test_is_cut,
         "classes": len(images.classes),
         "chance_pct": _commonest_pct(images.test),
         "top1_pct": test["top1_pct"],
@@ -174,12 +188,16 @@ def result_row(
         "batch_size": config.train.batch_size,
         "lr": config.optim.lr,
         "precision": config.train.precision,
+        "adapter": None if m.adapter.name == "none" else m.adapter.name,
         "params_m": cost.params / 1e6,
+        "trained_params_m": cost.trained_params / 1e6,
+        "trained_body_params_m": cost.trained_body_params / 1e6,
         "active_params_m": cost.active_params / 1e6,
         "forward_gflop": cost.forward_flop / 1e9,
         "train_gflop": cost.train_flop / 1e9,
         "peak_mib": setup.fit.memory.peak_bytes / 2**20,
         **setup.pflop(progress),
+        **setup.landed(progress),
         **progress.spent,
         "devices": setup.crew.size,
         "parallel": setup.crew.way if setup.crew.size > 1 else None,
@@ -252,10 +270,10 @@ def _left(result: dict[str, Any]) -> str:
     if not result["served_as"]:
         return told
     kind = "a plain ViT (softmoe prune to=dense)" if result["served_as"] == "dense" else "a mixture (softmoe prune)"
-    params, forward = ((result[f"served_{key}"], result[key]) for key in ("params_m", "forward_gflop"))
+    parameters = f"{si(1e6 * result['served_params_m'])} parameters for {si(1e6 * result['params_m'])}"
     return (
-        f"{told}; served as {kind}: {si(1e6 * params[0])} parameters for {si(1e6 * params[1])}, "
-        f"{flop(1e9 * forward[0])} for {flop(1e9 * forward[1])} forward"
+        f"{told}; served as {kind}: {parameters}, "
+        f"{flop(1e9 * result['served_forward_gflop'])} for {flop(1e9 * result['forward_gflop'])} forward"
     )
 
 

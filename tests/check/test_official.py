@@ -42,10 +42,10 @@ from softmoe_cli.moe.sparse import choose, place
 from softmoe_cli.optim import linear, rsqrt
 from tests.routers import ROUTERS
 
-OTHERS = ("scaling_law_", "expert_pruning")
-"""Kinds that tests/scaling/test_laws.py and tests/train/test_pruning.py compare."""
-CASES = {name: meta for name, meta in official_cases().items() if not meta["kind"].startswith(OTHERS)}
-
+ELSEWHERE = ("scaling_law_", "soft_moa_", "self_contrast_", "sentence_gate", "expert_pruning")
+"""Kinds that tests of the rooms try: scaling/test_laws.py, adapters/test_official.py, evaluate/test_contrast.py,
+moe/routers/test_image_choice.py and train/test_pruning.py."""
+CASES = {name: meta for name, meta in official_cases().items() if not meta["kind"].startswith(ELSEWHERE)}
 ROUTER_CLASSES = {name: type(make_router(options, 16, 16)) for name, options in ROUTERS.items()}
 MODULES = "softmoe_cli.moe.routers"
 

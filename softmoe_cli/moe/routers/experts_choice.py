@@ -11,8 +11,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from softmoe_cli.moe.kind import Weak
 from softmoe_cli.moe.routing import Router, SparseRouting, full_precision, slots_of
 from softmoe_cli.moe.sparse import Gate, grouped_tokens, room_for
+from softmoe_cli.moe.weak import WeakChoice
 
 
 def choose_tokens(gates: Float[Tensor, "g s e"], keep: Bool[Tensor, "g s"], slots: int) -> Int[Tensor, "g e p"]:
@@ -61,6 +63,7 @@ class ExpertsChoiceRouter(Router):
         ValueError: an impossible combination, such as more slots per expert than a group has tokens.
     """
 
+    counts_landed = True
     decays = ("gate.kernel",)
     expert_axes: ClassVar[dict[str, int]] = {"gate.kernel": 1}
     unprunable = None
@@ -133,6 +136,13 @@ class ExpertsChoiceRouter(Router):
             "capacity_factor": None,
             "noise_std": self.gate.std * self.num_experts,
         }
+
+    def weak_limits(self) -> dict[str, int]:
+        return {"rank": self.num_experts, "random": 1, "skip": 0}
+
+    def weaker(self, how: Weak, given: Int[Tensor, "*some"] | None) -> WeakChoice:
+        """By the token's own gates: here tokens choose, and not experts."""
+        return WeakChoice(how, self.gate, None, renormalise=self.renormalise, shared_experts=0, drawn=given)
 
     def forward(self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None = None) -> SparseRouting:
         b, n, _ = x.shape

@@ -14,7 +14,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from softmoe_cli.moe.kind import Weak
 from softmoe_cli.moe.routing import DenseRouting, Router, full_precision, mixtures_depart, noise_like, slots_of
+from softmoe_cli.moe.weak import WeakMixture, with_experts
 
 EPS = 1e-6
 UNIFORM = 1.5
@@ -174,9 +176,28 @@ class SoftRouter(Router):
     def departs_from_mlp(self, num_tokens: int, parts: int) -> str | None:
         return mixtures_depart(num_tokens)
 
+    def logits(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n e p"]:
+        """Of each token and slot, in the parameters' precision."""
+        return soft_logits(x, self._phi(), self.scale)
+
+    weak_note = "has no unchosen experts"
+
+    def weak_limits(self) -> dict[str, int]:
+        slots = {"slot_rank": self.num_experts * self.slots_per_expert}
+        return ({"drop": self.num_experts - 1} if self.num_experts > 1 else {}) | slots | {"flat": 0, "skip": 0}
+
+    def weaker(self, how: Weak, given: Int[Tensor, "*some"] | None) -> Router:
+        if how.kind != "drop":
+            return WeakMixture(how, self)
+        assert given is not None
+        fewer = with_experts(self, given, self.expert_axes)
+        assert isinstance(fewer, SoftRouter)
+        fewer.num_experts = len(given)
+        return fewer
+
     def forward(self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None = None) -> DenseRouting:
         with full_precision(x):
-            logits = soft_logits(x.to(self.phi.dtype), self._phi(), self.scale)
+            logits = self.logits(x.to(self.phi.dtype))
             if self.training and self.noise_std > 0:
                 logits = logits + self.noise_std * noise_like(logits)
             return DenseRouting(*soft_weights(logits, keep), logits.new_zeros(()))
@@ -184,7 +205,10 @@ class SoftRouter(Router):
     @torch.no_grad()
     def statistics(self) -> dict[str, float]:
         """The scale, and how alike the slots' parameters are: cosines of all pairs."""
-        return {"scale": self.scale.item()} | cosines(l2_normalize(self._phi(), dim=0).flatten(1).T)
+        return {"scale": self.scale.item()} | self.slot_statistics()
+
+    def slot_statistics(self) -> dict[str, float]:
+        return cosines(l2_normalize(self._phi(), dim=0).flatten(1).T)
 
     @classmethod
     def remark(cls, layers: Sequence[Mapping[str, Any]], num_tokens: int) -> str:

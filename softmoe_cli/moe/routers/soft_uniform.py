@@ -22,6 +22,11 @@ class SoftUniformRouter(SoftRouter):
         """No gradient goes to the combine weights."""
         return super().train_flop(num_tokens) - self.combine_flop(num_tokens)
 
+    weak_note = "gives each token the mean of all slots, none of which comes before another"
+
+    def weak_limits(self) -> dict[str, int]:
+        return {"skip": 0}
+
     def forward(self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None = None) -> DenseRouting:
         routing = super().forward(x, keep)
         weights = routing.dispatch_weights

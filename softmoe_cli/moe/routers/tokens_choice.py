@@ -11,11 +11,13 @@ from typing import Any, ClassVar
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from softmoe_cli.moe.kind import Weak
 from softmoe_cli.moe.routing import Router, SparseRouting, full_precision, slots_of
 from softmoe_cli.moe.sparse import (
     Balanced,
     Gate,
     check_choice,
+    choice_limits,
     choose,
     gates_depart,
     grouped_tokens,
@@ -24,6 +26,7 @@ from softmoe_cli.moe.sparse import (
     room_for,
     slots_left,
 )
+from softmoe_cli.moe.weak import WeakChoice
 
 
 class TokensChoiceRouter(Router):
@@ -55,6 +58,7 @@ class TokensChoiceRouter(Router):
     """
 
     exempt: Mapping[str, str] = {"token permutation": "slots are given out in the order of the tokens"}
+    counts_landed = True
     decays = ("gate.kernel",)
     expert_axes: ClassVar[dict[str, int]] = {"gate.kernel": 1, "balance.bias": 0}
     unprunable = None
@@ -127,6 +131,14 @@ class TokensChoiceRouter(Router):
 
     def capacity_factor(self, slots: int, num_tokens: int) -> float:
         return slots * self.num_experts / (self.images_per_group * num_tokens * self.k)
+
+    def weak_limits(self) -> dict[str, int]:
+        return choice_limits(self.num_experts, self.k)
+
+    def weaker(self, how: Weak, given: Int[Tensor, "*some"] | None) -> WeakChoice:
+        return WeakChoice(
+            how, self.gate, self.balance, renormalise=self.renormalise, shared_experts=self.shared_experts, drawn=given
+        )
 
     def priority(self, gates: Float[Tensor, "g s e"]) -> Int[Tensor, "g s"] | None:
         """The order in which tokens are served; None: as they come."""
