@@ -44,7 +44,7 @@ from tests.routers import ROUTERS
 
 ELSEWHERE = ("scaling_law_", "soft_moa_")
 CASES = {name: meta for name, meta in official_cases().items() if not meta["kind"].startswith(ELSEWHERE)}
-"""All but the laws of scaling, which tests/scaling/test_laws.py tries, and adapters: tests/adapters/test_official.py."""
+"""All but the laws of scaling (tests/scaling/test_laws.py) and adapters (tests/adapters/test_official.py)."""
 ROUTER_CLASSES = {name: type(make_router(options, 16, 16)) for name, options in ROUTERS.items()}
 MODULES = "softmoe_cli.moe.routers"
 

@@ -8,7 +8,7 @@ import torch
 from softmoe_cli.config.run import Config
 from softmoe_cli.cost.flop import account, account_model, count_forward, on_meta
 from softmoe_cli.cost.memory import predict
-from tests.cost.loads import CPU, load
+from tests.cost.loads import load
 from tests.cost.test_memory import allocated_peak
 from tests.oracles import compose
 
