@@ -7,6 +7,7 @@ from typing import ClassVar
 from softmoe_cli.config.data import Data, check_channels
 from softmoe_cli.config.model import Model, check_groups
 from softmoe_cli.config.option import Section, option
+from softmoe_cli.config.pruning import Prune
 from softmoe_cli.config.recipe import Augment, Optim, Train
 from softmoe_cli.errors import UsageError
 from softmoe_cli.text import printable
@@ -95,6 +96,7 @@ class Config(Section):
     augment: Augment = field(default_factory=Augment)
     optim: Optim = field(default_factory=Optim)
     train: Train = field(default_factory=Train)
+    prune: Prune = field(default_factory=Prune)
     wandb: Wandb = field(default_factory=Wandb)
     seed: int = option("of weights, order and augmentation", low=0, high=2**31 - 1)
     study: str = option("the folder that a run's folder stands in (experiment)")

@@ -30,6 +30,11 @@ def resolve(command: str, tree: dict[str, Any], typed: Sequence[str]) -> "tuple[
         checked = door(tree, Config)
         if checked.slots != "kept":
             raise UsageError(f"slots={checked.slots} belongs to softmoe finetune: there is no checkpoint to keep to")
+        if checked.prune.keep is not None:
+            raise UsageError(
+                f"prune.keep={checked.prune.keep} belongs to softmoe finetune; train with model.router.num_experts="
+                f"{checked.prune.keep} instead"
+            )
         for key in ("checkpoint", "base", "trust"):
             if (value := getattr(checked, key)) is not None:
                 raise UsageError(f"{key}={value} belongs to softmoe finetune; softmoe train starts afresh")
@@ -271,7 +276,7 @@ def _check_pair(first: "Source", other: "Source", keys: Sequence[str]) -> None:
     said = [
         {key: s.card[key] for key in COMMON}
         | {f"data.{key}": s.card["data"].get(key) for key in keys}
-        | {key: tuple(value.shape) for key, value in s.weights.items()}
+        | {key: tuple(value.tolist() if key.endswith(".alive") else value.shape) for key, value in s.weights.items()}
         for s in (first, other)
     ]
     odd = [key for key in said[0] | said[1] if said[0].get(key) != said[1].get(key)]

@@ -22,6 +22,7 @@ from softmoe_cli.run.folder import Run
 from softmoe_cli.run.source import Source, read_moments
 from softmoe_cli.terminal import Screen
 from softmoe_cli.train.progress import Progress
+from softmoe_cli.train.pruning import Decision, Pruning
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Trained:
     average: Average | None
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    pruning: Pruning | None = None
+    """Which experts go, if some do."""
     delta: Delta | None = None
 
     @property
@@ -57,7 +60,13 @@ class Trained:
         for name, parameter in self.model.named_parameters():
             for key, value in state_of(self.optimizer, parameter).items():
                 tensors[f"optimizer.{name}.{key}"] = value
-        return tensors
+        return tensors | ({} if self.pruning is None else self.pruning.tensors())
+
+    def leave(self, decisions: dict[int, Decision]) -> None:
+        """Lets experts go, of the model and of its average."""
+        for model in (self.model, self.evaluated) if self.average is not None else (self.model,):
+            for place, decision in decisions.items():
+                model.get_submodule(f"blocks.{place}.mlp").leave(decision.stay)
 
     def state(self, progress: Progress) -> dict[str, Any]:
         """The plain numbers of a checkpoint."""
@@ -74,6 +83,8 @@ class Trained:
             moments = {k.removeprefix(prefix): v for k, v in checkpoint.training.items() if k.startswith(prefix)}
             restore(self.optimizer, parameter, moments)
         self.scaler.load_state_dict(checkpoint.state["scaler"])
+        if self.pruning is not None:
+            self.pruning.restore(checkpoint.training)
         set_random_state(checkpoint.training)
 
     def _restore_weights(self, model: nn.Module, saved: dict[str, Tensor]) -> None:

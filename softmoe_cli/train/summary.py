@@ -169,6 +169,7 @@ def result_row(
         "data": config.data.name,
         "train_images": len(images.train),
         "test_images": test["images_evaluated"],
+        "test_is_cut": images.test_is_cut,
         "classes": len(images.classes),
         "chance_pct": _commonest_pct(images.test),
         "top1_pct": test["top1_pct"],
@@ -196,6 +197,7 @@ def result_row(
         "train_gflop": cost.train_flop / 1e9,
         "peak_mib": setup.fit.memory.peak_bytes / 2**20,
         **setup.pflop(progress),
+        **setup.landed(progress),
         **progress.spent,
         "devices": setup.crew.size,
         "parallel": setup.crew.way if setup.crew.size > 1 else None,
@@ -251,12 +253,28 @@ def shown(result: dict[str, Any], folder: Path, routing: str) -> dict[str, str]:
         "validation top-1": f"{result['validation_top1_pct']:.2f}%  (best {result['best_validation_top1_pct']:.2f}% "
         f"at step {result['best_step']:,})",
         "routing": routing,
+        "experts left": _left(result),
         "trained on": f"{result['images']:,} images, {result['epochs']:.1f} epochs, {result['steps']:,} steps",
         "training cost": f"{flop(1e15 * result['train_pflop'])}, {in_words(result['device_s'])}{energy}",
         "beside it": f"evaluation {in_words(result['eval_s'])}, saving {in_words(result['save_s'])}{compilation}",
         "folder": str(folder),
     }
     return {key: value for key, value in titled.items() if value}
+
+
+def _left(result: dict[str, Any]) -> str:
+    """What is left where experts were pruned, and what softmoe prune makes of it."""
+    if not result.get("experts_left"):
+        return ""
+    told = f"{result['experts_left']} in blocks {result['moe_blocks']}"
+    if not result["served_as"]:
+        return told
+    kind = "a plain ViT (softmoe prune to=dense)" if result["served_as"] == "dense" else "a mixture (softmoe prune)"
+    parameters = f"{si(1e6 * result['served_params_m'])} parameters for {si(1e6 * result['params_m'])}"
+    return (
+        f"{told}; served as {kind}: {parameters}, "
+        f"{flop(1e9 * result['served_forward_gflop'])} for {flop(1e9 * result['forward_gflop'])} forward"
+    )
 
 
 def chance(result: dict[str, Any]) -> str:

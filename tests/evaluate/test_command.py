@@ -44,7 +44,9 @@ def chosen(**changes: Any) -> EvaluateConfig:
         "checkpoint": "run", "soup": "uniform", "data": oracles.compose().data, "split": "test", "batch_size": 8,
         "loss": None, "precision": None, "calibration_bins": 15, "predictions": None, "confusion": None, "fewshot": [],
         "fewshot_l2": "validation", "fewshot_seed": 0, "audit": [], "audit_images": None, "format": "table",
-        "device": "cpu", "threads": None,
+        "device": "cpu", "threads": None, "contrast": None, "contrast_beta": 0.5, "contrast_alpha": 0.1,
+        "contrast_by": "validation", "contrast_gates": "trained", "contrast_draws": 3, "contrast_seed": 0,
+        "contrast_clock": False,
     }  # fmt: skip
     return EvaluateConfig(**settings | changes)
 
@@ -367,7 +369,7 @@ def test_files_of_many_classes_and_of_odd_names(tmp_path: Path) -> None:
         names = ["=cmd()", "\x1b[31mred", *map(str, range(classes - 2))]
         said = Outcomes(images.labels, torch.tensor([0, 2]), ones, ones, ones.bool(), 0.0, 0.0, classes)
         config = chosen(predictions=str(tmp_path / "said.csv"), confusion=str(tmp_path / "confusion.csv"))
-        evaluate_command._write(config, said, images, names)
+        evaluate_command._write(config, said, images, names, {})
         with (tmp_path / "said.csv").open(newline="") as file:
             assert [line[-1] for line in csv.reader(file)] == ["file", "x/=1+1.png", "x/ni\\xf1o.png"]
         with (tmp_path / "confusion.csv").open(newline="") as file:
