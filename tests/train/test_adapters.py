@@ -110,6 +110,12 @@ def test_it_trains_further_with_other_images_and_keeps_its_base(softmoe: Softmoe
     assert refused.code == 2 and "model.adapter.name=none is not theirs" in refused.err
     refused = softmoe("finetune", *QUICK, f"checkpoint={base}", "adapter=bottleneck", f"base={base}")
     assert refused.code == 2 and "has no effect" in refused.err
+    refused = softmoe("upcycle", f"checkpoint={second}", "model/router=soft", "model.moe_blocks=last_1")
+    assert refused.code == 2 and "has adapters (bottleneck), which softmoe upcycle does not know" in refused.err
+    refused = softmoe("prune", f"checkpoint={second}", "keep=1")
+    assert refused.code == 2 and "has adapters (bottleneck), which softmoe prune does not know" in refused.err
+    refused = softmoe("finetune", *QUICK, f"checkpoint={second}", "prune.keep=1")
+    assert refused.code == 2 and "prune.keep=1 drops experts" in refused.err
     refused = softmoe("train", *QUICK, "adapter=bottleneck")
     assert refused.code == 2 and "adapter=bottleneck belongs to softmoe finetune" in refused.err
 
