@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 from softmoe_cli.run.checkpoint import digest_of
 from tests.conftest import Softmoe
 from tests.oracles import compose
-from tests.runs import last, rows, same, saved
+from tests.processes import Started
+from tests.runs import last, rows, same, saved, the_run
+from tests.test_parallel import alike, finish, torchrun
 
 DENSE = (
     "model/router=dense", "model.backbone.width=16", "model.backbone.depth=2", "model.backbone.heads=2",
@@ -190,3 +192,28 @@ def test_the_recipe_is_the_official_one() -> None:
     assert (optim.name, optim.lr, optim.betas, optim.eps) == ("adamw", 0.005, [0.9, 0.98], 1e-6)
     assert (optim.weight_decay, optim.head_weight_decay, optim.clip_norm) == (0.1, 0.1, None)
     assert (optim.schedule, optim.warmup, optim.final_lr) == ("cosine", 0.0, 0.0)
+
+
+@pytest.mark.long
+@pytest.mark.thorough
+def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
+    """Adapters beside soft mixtures of experts, of which each process holds all, a part, or some experts whole."""
+    base = saved(tmp_path / "soft.safetensors", 0)
+    line = ["finetune", *QUICK, f"checkpoint={base}", "adapter=soft_moa", "train.steps=4"]
+
+    def started(name: str, size: int, *more: str) -> list[Started]:
+        folder = tmp_path / name
+        return [
+            Started(folder, [*line, *more], environment, f"{rank}.txt", "float64")
+            for rank, environment in enumerate(torchrun(size))
+        ]
+
+    finish(started("alone", 1))
+    for way in ("ddp", "fsdp", "expert"):
+        finish(started(way, 2, f"parallel={way}"))
+        alike(the_run(tmp_path / "alone"), the_run(tmp_path / way), 1e-10)
+        assert load_file(last(the_run(tmp_path / way)) / "model.safetensors").keys() < load_file(base).keys() | {
+            f"blocks.{i}.attn_adapter.{leaf}"
+            for i in range(2)
+            for leaf in ("router.phi", "experts.w1", "experts.b1", "experts.w2", "experts.b2")
+        }
