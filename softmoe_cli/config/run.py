@@ -137,8 +137,8 @@ class Config(Section):
             )
         if self.prune.keep is not None and self.model.adapter.name != "none":
             raise UsageError(
-                f"prune.keep={self.prune.keep} with adapter={self.model.adapter.name}: adapters train nothing but "
-                "themselves, and experts that stay must adapt; leave one out"
+                f"prune.keep={self.prune.keep} drops experts that are trained, and adapter={self.model.adapter.name} "
+                "keeps them frozen; set one of them to null or none"
             )
         settled = self.train.batch_size != "auto"
         if settled and (self.augment.mixup or self.augment.cutmix) and self.train.batch_size % 2:

@@ -300,5 +300,5 @@ def remark(result: dict[str, Any], folder: Path, model: Model) -> str:
         return ""
     except rows.Unreadable as error:
         return f"{file} {error}"
-    last = [row for row in looks if row["step"] == looks[-1]["step"]]
+    last = [row for row in looks if row["step"] == looks[-1]["step"] and "beside" not in row]
     return router_class(target).remark(last, result["tokens"])
