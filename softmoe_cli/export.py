@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from softmoe_cli.config.commands import ExportConfig
-from softmoe_cli.config.model import Model, check_groups, group_of
+from softmoe_cli.config.model import Model, check_groups
 from softmoe_cli.data import batches, sets
 from softmoe_cli.errors import RunError, UsageError, first_line
 from softmoe_cli.model.hub import softmoe_vit
@@ -50,7 +50,7 @@ def export(config: ExportConfig, model: Model, source: Source) -> dict[str, Any]
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    check_groups("images", config.images, model.router)
+    check_groups("images", config.images, model)
     if "head.weight" not in source.weights:
         raise UsageError(f"checkpoint={source.label} has no head; softmoe finetune gives it one")
     if config.push is not None:
@@ -81,7 +81,7 @@ def _fill(config: ExportConfig, model: Model, source: Source, receipt: dict[str,
     splits = sets.load(config.data)
     splits.need("validation")
     images, _ = batches.first_images(splits.validation, config.data, model, config.images)
-    group = group_of(model.router)
+    group = model.images_per_group
     batch = None if group == 1 else group
 
     folder.mkdir(parents=True)

@@ -34,7 +34,10 @@ OPTIONS: dict[str, tuple[str, str]] = {
     "any-time": ("", "verdicts that hold however often one looks; also where seeds were added after a look"),
     "to-quality": ("baseline | VALUE", "how much cheaper a group reaches the baseline's quality, or this one"),
     "at": ("AXIS=BUDGET,BUDGET", f"quality at equal {', '.join(AXES)}; AXIS alone chooses budgets that all runs reach"),
-    "with-source": ("", "count what a finetuned run's checkpoint had cost into its training FLOPs, wherever these stand"),
+    "with-source": (
+        "",
+        "count what a finetuned run's checkpoint had cost into its training FLOPs, wherever these stand",
+    ),
     "strict": ("", "keep runs of different commits and versions apart"),
     "reference": ("NAME | FILE.csv", "lay the paper's tables (pareto, long_runs) or a CSV beside ours"),
     "out": ("FOLDER", "where the files go; without it compare/ in the first folder"),

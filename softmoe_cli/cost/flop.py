@@ -52,8 +52,8 @@ class Cost:
 
     `active_params` are the parameters that one token passes through, on average: of the routed experts, as many as the
     router uses for one token. `slots_per_token` is the rows of all experts, empty ones included, over the tokens of an
-    MoE block: the capacity factor that is really paid for. `train_flop` is no whole number if a group of images was not
-    full.
+    MoE block, in the mean over these blocks: the capacity factor that is really paid for. `train_flop` is no whole
+    number if a group of images was not full.
     """
 
     parts: tuple[Part, ...]
@@ -66,6 +66,9 @@ class Cost:
     """Training FLOPs of a model with frozen parameters, which are fewer than the sum of its parts' training FLOPs."""
     landed_row_flop: float | None = None
     """Training FLOPs of one row of an expert, where the images decide how many rows there are (`Decided.landed`)."""
+
+    full_experts_flop: float = 0.0
+    """Training FLOPs of the experts of other layers than those, in whose rows nothing has to land."""
 
     @property
     def params(self) -> int:
@@ -85,7 +88,7 @@ class Cost:
         if self.landed_row_flop is None:
             return images * self.train_flop
         rest = sum(part.train_flop for part in self.parts if part.name != "experts")
-        return images * rest + landed * self.landed_row_flop
+        return images * (rest + self.full_experts_flop) + landed * self.landed_row_flop
 
     @property
     def train_flop(self) -> float:
@@ -128,16 +131,28 @@ def account_model(vit: VisionTransformer, *, batch: int | None, recompute: bool)
     """`account` of a model that is already built."""
     tokens = count_tokens(vit)
     layers = [block.mlp for block in vit.blocks if isinstance(block.mlp, Layer)]
-    rows = layers[0].rows(tokens) if layers else None
-    row_flop = layers[0].landed_row_flop if layers else None
+    rows = [layer.rows(tokens) for layer in layers]
+    known = [each for each in rows if each is not None]
+    mean = sum(known) / len(known) if known and len(known) == len(rows) else None
+    row_flop = next((layer.landed_row_flop for layer in layers if layer.landed_row_flop is not None), None)
+    full = [layer for layer in layers if row_flop is not None and layer.landed_row_flop is None]
     deciders = [module for module in vit.modules() if isinstance(module, Decider)]
     return Cost(
         parts=tuple(_parts(vit, batch, recompute)),
         tokens=tokens,
-        slots_per_token=None if rows is None else rows / tokens,
+        slots_per_token=None if mean is None else mean / tokens,
         whole_batches=next((each.whole_batches for each in deciders if each.whole_batches), None),
         landed_row_flop=None if row_flop is None else (4 if recompute else 3) * row_flop,
+        full_experts_flop=sum(_experts_train_flop(layer, tokens, batch, recompute) for layer in full),
     )
+
+
+def _experts_train_flop(layer: Layer, n: int, batch: int | None, recompute: bool) -> float:
+    """Training FLOPs per image of a layer's experts, as `_parts` adds them up."""
+    group = layer.router.images_per_group
+    filled = 1.0 if batch is None else -(-batch // group) * group / batch
+    again = layer.recomputed_flop_by_part(n)["experts"] if recompute else 0
+    return filled * (layer.flop_by_part(n)["experts"][1] + again)
 
 
 def on_meta(model: Model, num_classes: int) -> VisionTransformer:
@@ -199,7 +214,7 @@ def _parts(vit: VisionTransformer, batch: int | None, recompute: bool) -> Iterat
             yield Part(part, params[part], params[part] - idle[part], forward[part], train[part])
 
 
-def block_flop(block: nn.Module, n: int) -> dict[str, int]:
+def block_flop(block: Any, n: int) -> dict[str, int]:
     """FLOPs per image of each part of a block in a forward pass of n tokens.
 
     Raises:
