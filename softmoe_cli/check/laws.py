@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path
 from torch.utils.checkpoint import checkpoint
 
@@ -19,7 +19,7 @@ from softmoe_cli.model.router import make_layer, make_router
 from softmoe_cli.model.vit import portable_options
 from softmoe_cli.moe.kind import UNKNOWN, Decided, Layer
 from softmoe_cli.moe.layer import MoE
-from softmoe_cli.moe.routing import Router, Routing, routings, whole_batch
+from softmoe_cli.moe.routing import Carried, Router, Routing, routings, whole_batch
 
 DIM, HIDDEN, TOKENS, GROUPS = 16, 128, 16, 4
 EXACT = 1e-10
@@ -73,18 +73,47 @@ class Subject:
         known = {key: value for key, value in changes.items() if key in self.options}
         torch.manual_seed(0)
         layer = self._build(self.options | known)
-        with torch.no_grad():
-            for parameter in layer.parameters():
-                if parameter.ndim:
-                    parameter.normal_(std=0.5)
-                else:
-                    parameter.fill_(3.0)
+        _draw(layer)
         return layer.to(dtype or self.dtype).eval()
+
+    def pair(self, dtype: torch.dtype | None = None) -> "Pair | None":
+        """Two layers of which the second follows the first; None where layers hand nothing on."""
+        torch.manual_seed(0)
+        first, second = self._build(self.options), self._build(self.options)
+        if not isinstance(first, MoE) or not isinstance(second, MoE) or not second.router.carries:
+            return None
+        second.router.follow(first.router)
+        pair = Pair(first, second)
+        _draw(pair)
+        return pair.to(dtype or self.dtype).eval()
 
     def batch(self, dtype: torch.dtype | None = None) -> Tensor:
         generator = torch.Generator().manual_seed(1)
         images = GROUPS * group_of(self.options)  # groups for losses may be larger than groups for slots
         return torch.randn(images, TOKENS, DIM, dtype=torch.float64, generator=generator).to(dtype or self.dtype)
+
+
+@torch.no_grad()
+def _draw(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        if parameter.ndim:
+            parameter.normal_(std=0.5)
+        else:
+            parameter.fill_(3.0)
+
+
+class Pair(nn.Module):
+    """Two layers one after the other, as in a model, with what the first one hands on."""
+
+    def __init__(self, first: MoE, second: MoE) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
+        made, carried = self.first(x, keep, Carried())
+        made, _ = self.second(x + made, keep, carried)
+        out: Tensor = made
+        return out
 
 
 def decisions(decision: Decided) -> dict[str, Tensor]:
@@ -211,20 +240,67 @@ def dispatch_law(subject: Subject) -> Finding:
 
 
 def combine_law(subject: Subject) -> Finding:
-    """Outputs are linear in the experts' rows, and a token's weights add up to a number from zero to the router's
-    maximum."""
+    """Outputs are linear in the experts' rows, but for what a router gives directly, and a token's weights add up to a
+    number from zero to the router's maximum."""
     layer = subject.layer()
     x = subject.batch()
     routing = dispatched(layer, x)
-    rows = routing.dispatch(x)
-    other = rows.square()
-    bent = deviation(routing.combine(2 * rows + other), 2 * routing.combine(rows) + routing.combine(other))
-    total = routing.combine(torch.ones_like(rows))
     assert isinstance(layer, MoE)
+    rows = routing.dispatch(x)
+    other, direct = rows.square(), 0.0
+    if layer.router.direct:
+        direct = routing.combine(torch.zeros_like(rows))
+
+    def made(of: Tensor) -> Tensor:
+        return routing.combine(of) - direct
+
+    bent = deviation(made(2 * rows + other), 2 * made(rows) + made(other))
+    total = made(torch.ones_like(rows))
     stray = deviation(total, total.clamp(0.0, layer.router.most_weight))
     lowest, highest = total.min().item(), total.max().item()
     holds, figure = bounded(max(bent, stray), subject.exact, "largest departure")
     return holds, f"{figure}, a token's weights sum to {lowest:.2g} to {highest:.2g}"
+
+
+def handing_on(subject: Subject) -> Finding:
+    """A layer that follows another one keeps the laws too: in other orders and with padding it gives the same, nothing
+    stays behind of another batch, recomputation gives the same gradients, its FLOPs are the formula's, and what is
+    handed on alone brings the earlier router a gradient."""
+    pair = subject.pair()
+    if pair is None:
+        raise NotApplicable("its layers take nothing of earlier ones")
+    x, size = subject.batch(), pair.first.router.images_per_group
+    order = torch.arange(len(x)).view(-1, size).roll(1, dims=0).flatten()
+    padded = torch.cat([x, 100 * torch.ones(len(x), 3, DIM, dtype=x.dtype)], dim=1)
+    keep = torch.arange(TOKENS + 3).expand(len(x), -1) < TOKENS
+    whole = pair(x)
+    changes = [
+        deviation(pair(x[order]), whole[order]),  # of another batch nothing may be left after that
+        deviation(torch.cat([pair(part) for part in x.split(size)]), whole),
+        deviation(pair(padded, keep)[:, :TOKENS], whole),
+    ]
+    if "token permutation" not in subject.exempt:
+        moved = torch.randperm(TOKENS, generator=torch.Generator().manual_seed(2))
+        changes.append(deviation(pair(x[:, moved]), whole[:, moved]))
+    leaves = list(pair.parameters())
+    pair.train()
+    plain, again = (
+        torch.autograd.grad(y.square().sum(), leaves, materialize_grads=True)
+        for y in (pair(x), checkpoint(pair, x, use_reentrant=False))
+    )
+    changes += [deviation(*each) for each in zip(again, plain, strict=True)]
+    _, carried = pair.first(x, None, Carried())
+    made, _ = pair.second(x, None, carried)
+    alone = torch.autograd.grad(made.square().sum(), list(pair.first.router.parameters()), materialize_grads=True)
+    if not any(gradient.any() for gradient in alone):
+        return False, "what is handed on brings the earlier router no gradient"
+    pair, tokens = pair.eval().float().to("meta"), subject.batch(torch.float32).to("meta")
+    with counter() as seen:
+        pair(tokens)
+    formula = len(x) * (pair.first.flop(TOKENS) + pair.second.flop(TOKENS))
+    if seen.get_total_flops() != formula:
+        return False, f"counter {seen.get_total_flops():,}, formulas {formula:,}"
+    return bounded(max(changes), max(1e-8, subject.exact), "two layers; largest change")
 
 
 def finite_gradients(subject: Subject) -> Finding:
@@ -334,7 +410,7 @@ def statistics(subject: Subject) -> Finding:
 def compiles(subject: Subject) -> Finding:
     """torch.compile takes the training layer as one graph, forwards and backwards, with the same output and gradients,
     under bf16 autocast too."""
-    layer = subject.layer(torch.float32).train()
+    layer = (subject.pair(torch.float32) or subject.layer(torch.float32)).train()
     x = subject.batch(torch.float32).requires_grad_()
     torch._dynamo.reset()
     graph = compiled(layer, fullgraph=True, backend="aot_eager")  # Inductor would compile the same graph

@@ -7,29 +7,33 @@ from pathlib import Path
 from typing import Any
 
 from softmoe_cli.compare.checklist import compute
+from softmoe_cli.compare.cuts import standing_together
 from softmoe_cli.compare.groups import (
     LABEL_LETTERS,
     Block,
     Comparison,
     Group,
-    Question,
     block_of,
+    group_key,
     key_named,
     natural,
     said,
 )
 from softmoe_cli.compare.looks import read_looks
+from softmoe_cli.compare.question import Question
 from softmoe_cli.compare.runs import FINGERPRINT, VERSION, FinishedRun, read_runs, single, sweep_commands, with_sources
 from softmoe_cli.compare.verdicts import judge
 from softmoe_cli.errors import UsageError
 from softmoe_cli.run.rows import COSTS, QUALITIES, number
 from softmoe_cli.text import shortened
 
+SPLIT_SEED = "data.split_seed"
 EVALUATION = (
-    "data", "data.identity", "test_images", "data.num_classes", "data.split_seed", "data.validation_fraction",
+    "data", "data.identity", "test_images", "data.num_classes", SPLIT_SEED, "data.validation_fraction",
     "data.test_fraction",
 )  # fmt: skip
-"""Qualities are compared only where all of these are equal: the same images, cut the same way."""
+"""Qualities are compared only where all of these are equal: the same images, cut the same way. Cuts that groups have in
+common may stand together, as then each cut is compared with itself."""
 
 
 def compare(folders: Sequence[Path], question: Question) -> Comparison:
@@ -49,7 +53,7 @@ def compare(folders: Sequence[Path], question: Question) -> Comparison:
     columns = columns or [key for key in ("forward_gflop", "params_m", "device_s") if key != question.cost]
     notes = [f"{run.place}: {run.damage}; it has no curve" for run in usable if run.damage]
     notes += version_notes(usable, question.strict)
-    parts, varying = kept_apart(usable, question)
+    parts, varying = kept_apart(usable, question, by)
     blocks = [block_of(title, part, by, columns, question) for title, part in parts]
     if len(blocks) > 1:
         notes.append(f"runs that differ in {', '.join(varying)} are kept apart: {len(blocks)} tables")
@@ -105,16 +109,21 @@ def _asked_for(
 
 
 def kept_apart(
-    runs: Sequence[FinishedRun], question: Question
+    runs: Sequence[FinishedRun], question: Question, by: Sequence[str] | None = None
 ) -> tuple[list[tuple[str, list[FinishedRun]]], list[str]]:
-    """(title, runs) of each part whose runs may stand together, and the keys in which the parts differ."""
+    """(title, runs) of each part whose runs may stand together, and the keys in which the parts differ. Where it is
+    said `by` what runs are grouped, cuts that several groups have in common are one part."""
     parts = defaultdict(list)
     for run in runs:
         parts[_apart(run, question)].append(run)
+    if by is not None:
+        parts = _joined(parts, by)
     varying = [i for i, values in enumerate(zip(*parts, strict=True)) if len(set(values)) > 1]
     found = []
     for key in sorted(parts):
         title = f"{shortened(key[0], LABEL_LETTERS)}, {parts[key][0].row.get('test_images', '?')} test images"
+        cuts = {run.draw[0] for run in parts[key]}
+        title += f" in each of {len(cuts)} cuts" if len(cuts) > 1 else ""
         differing = [
             f"{APART[i]} {shortened(key[i], LABEL_LETTERS)}"
             for i in varying
@@ -125,6 +134,24 @@ def kept_apart(
 
 
 APART = (*EVALUATION, "train.loss", *FINGERPRINT, *VERSION)
+Separated = defaultdict[tuple[str, ...], list[FinishedRun]]
+
+
+def _joined(parts: Separated, by: Sequence[str]) -> Separated:
+    """Parts that differ in their cut alone become one where groups have runs of both."""
+    at = APART.index(SPLIT_SEED)
+    alike: dict[tuple[str, ...], list[FinishedRun]] = defaultdict(list)
+    for key, runs in parts.items():
+        alike[(*key[:at], "", *key[at + 1 :])] += runs
+    found: Separated = defaultdict(list)
+    for key, runs in alike.items():
+        groups: dict[int, set[str]] = defaultdict(set)
+        for run in runs:
+            groups[run.draw[0]].add(group_key(run, by))
+        for together in standing_together(groups):
+            name = said(min(together)) if len(together) == 1 else ""
+            found[(*key[:at], name, *key[at + 1 :])] += [run for run in runs if run.draw[0] in together]
+    return found
 
 
 def _first(left_out: list[tuple[str, str]]) -> str:

@@ -6,21 +6,24 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from softmoe_cli.compare.findings import measure_name
 from softmoe_cli.compare.groups import Block, Comparison
 from softmoe_cli.compare.runs import FinishedRun, unfinished
-from softmoe_cli.compare.units import quantity
+from softmoe_cli.compare.units import measure_name, quantity
 from softmoe_cli.run.rows import Row
 from softmoe_cli.text import in_words, several
 
 TESTS = {
-    "paired": "paired by seed, Student's t",
-    "Welch": "of unpaired seeds, Welch's t",
-    "any-time": "paired by seed, e-values that hold at every look",
+    "paired": "paired by {}, Student's t",
+    "Welch": "of unpaired {}s, Welch's t",
+    "any-time": "paired by {}, e-values that hold at every look",
 }
 VARIED = (
     "the seed, which decides initial weights, the order of the images, augmentation and whatever else is random; the "
     "cut of the data and its {images} test images were always the same"
+)
+VARIED_CUTS = (
+    "the seed, which decides initial weights, the order of the images, augmentation and whatever else is random; and "
+    "the cut of the data into training, validation and {images} test images, of which there are {cuts}"
 )
 
 
@@ -54,19 +57,23 @@ def checklist(comparison: Comparison, block: Block) -> str:
     counts = sorted({len(group.runs) for group in block.groups})
     seeds = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
     images = f"{runs[0].row['test_images']:,}"
+    cuts = len({run.draw[0] for run in runs})
+    unit, n = ("seed", "seed" if counts == [1] else "seeds") if cuts == 1 else ("cut", "runs")
     parts = [
-        f"Varied: {VARIED.format(images=images)}",
-        f"n: {seeds} {'seed' if counts == [1] else 'seeds'} for each group",
-        "error bars: half a 95% t-interval of the mean over seeds",
+        f"Varied: {(VARIED if cuts == 1 else VARIED_CUTS).format(images=images, cuts=cuts)}",
+        f"n: {seeds} {n} for each group",
+        f"error bars: half a 95% t-interval of the mean over {unit}s"
+        + ("" if cuts == 1 else ", each the mean of its seeds"),
     ]
     judged = [group for group in block.groups if group.difference]
     if judged:
-        methods = sorted({group.difference.method for group in judged if group.difference})
+        kinds = sorted({(each.method, each.unit) for group in judged if (each := group.difference)})
+        methods = sorted({method for method, _ in kinds})
         families = [measure_name(comparison.quality)]
         families += [measure_name(comparison.second)] if any(group.second for group in judged) else []
         families += ["quality at each budget"] if any(each.difference for g in judged for each in g.budgets) else []
         parts.append(
-            f"test: differences from a baseline, {' or '.join(TESTS[each] for each in methods)}, two-sided, 5%"
+            f"test: differences from a baseline, {' or '.join(TESTS[m].format(u) for m, u in kinds)}, two-sided, 5%"
         )
         parts.append(f"main measure: {measure_name(comparison.quality)}")
         if comparison.margin is not None:

@@ -19,7 +19,8 @@ from softmoe_cli.files import require_vacant, write_atomically
 from softmoe_cli.run.rows import AXES, COSTS, QUALITIES
 
 if TYPE_CHECKING:
-    from softmoe_cli.compare.groups import Comparison, Question
+    from softmoe_cli.compare.groups import Comparison
+    from softmoe_cli.compare.question import Question
 
 
 OPTIONS: dict[str, tuple[str, str]] = {
@@ -34,10 +35,7 @@ OPTIONS: dict[str, tuple[str, str]] = {
     "any-time": ("", "verdicts that hold however often one looks; also where seeds were added after a look"),
     "to-quality": ("baseline | VALUE", "how much cheaper a group reaches the baseline's quality, or this one"),
     "at": ("AXIS=BUDGET,BUDGET", f"quality at equal {', '.join(AXES)}; AXIS alone chooses budgets that all runs reach"),
-    "with-source": (
-        "",
-        "count what a finetuned run's checkpoint had cost into its training FLOPs, wherever these stand",
-    ),
+    "with-source": ("", "count what a finetuned run's checkpoint had cost into its training FLOPs, everywhere"),
     "strict": ("", "keep runs of different commits and versions apart"),
     "reference": ("NAME | FILE.csv", "lay the paper's tables (pareto, long_runs) or a CSV beside ours"),
     "out": ("FOLDER", "where the files go; without it compare/ in the first folder"),
@@ -68,9 +66,10 @@ def compare_folders(arguments: Sequence[str]) -> int:
     """
     chosen = _parse(arguments)
     from softmoe_cli.compare.blocks import compare
-    from softmoe_cli.compare.groups import Question
+    from softmoe_cli.compare.flat import flat_rows
     from softmoe_cli.compare.looks import record_look
-    from softmoe_cli.compare.tables import flat_rows, terminal
+    from softmoe_cli.compare.question import Question
+    from softmoe_cli.compare.tables import terminal
 
     fields = {f.name for f in dataclasses.fields(Question)}
     question = Question(**{key: value for key, value in vars(chosen).items() if key in fields and value is not None})
@@ -242,8 +241,9 @@ def write_comparison(comparison: "Comparison", out: Path) -> list[str]:
         UsageError: the folder cannot be written, or holds files of these names that are not ours.
     """
     from softmoe_cli.compare.figures import figure_files
+    from softmoe_cli.compare.flat import comma_separated, json_text
     from softmoe_cli.compare.page import PAGE_MARK, page
-    from softmoe_cli.compare.tables import comma_separated, json_text, latex, markdown
+    from softmoe_cli.compare.tables import latex, markdown
 
     drawn = {name: content for each in FIGURES for name, content in figure_files(comparison, each).items()}
     texts = {

@@ -130,11 +130,12 @@ def _pareto(axes: Axes, comparison: Comparison, block: Block) -> float:
         face = colours[i] if group.front else "white"
         style: Any = {"color": colours[i], "markerfacecolor": face, "markersize": 8, "zorder": 3}
         handles += axes.plot(x[i], y[i], marks[group.label][1], **style)
-        labels.append(f"{group.label} ({', '.join([f'n={len(group.runs)}', *provisos(group, cost)])})")
+        n = " ".join(group.count.split())
+        labels.append(f"{group.label} ({', '.join([f'n={n}', *provisos(group, cost)])})")
     _scale(axes, [cost for cost, _ in at.values()])
     axes.set_xlabel(unit.head)
     axes.set_ylabel(QUALITIES[quality].title)
-    axes.annotate("bars: 95% t-intervals over seeds", (1, -0.17), xycoords="axes fraction", ha="right", va="top",
+    axes.annotate("bars: 95% t-intervals", (1, -0.17), xycoords="axes fraction", ha="right", va="top",
                   fontsize=10, color=GREY)  # fmt: skip
     return legend_beside(axes, [*handles, line], [*labels, "Pareto front (filled)"])
 

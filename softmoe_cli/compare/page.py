@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from softmoe_cli.compare.findings import closing, front, headline, provisos
+from softmoe_cli.compare.findings import closing, front, headline, provisos, sentences
 from softmoe_cli.compare.groups import LABEL_LETTERS, Block, Comparison, Group
 from softmoe_cli.compare.intervals import Interval
 from softmoe_cli.compare.runs import FINGERPRINT, FinishedRun
 from softmoe_cli.compare.styles import KINDS, reference_points, same_axes, styles
-from softmoe_cli.compare.tables import CURVE_NOTE, LEGEND, Table, reference_tables, remarks, sentences, tables, units
+from softmoe_cli.compare.tables import CURVE_NOTE, LEGEND, Table, reference_tables, remarks, tables, units
 from softmoe_cli.compare.units import Unit, figure
 from softmoe_cli.run.rows import AXES, COSTS, CURVES, QUALITIES, ROUTING, number
 from softmoe_cli.text import printable, shortened

@@ -14,9 +14,9 @@ from softmoe_cli.text import printable
 
 FINGERPRINT = ("hardware", "torch")
 """Seconds and joules are compared only between runs that are equal in these."""
-NO_CHOICE = ("data.identity", "checkpoint.train_pflop", "checkpoint.digest")
-"""Keys with a dot that are no settings. A checkpoint's origin is a setting: checkpoints of one origin differ by chance
-only."""
+NO_CHOICE = ("data.identity", "data.split_seed", "checkpoint.train_pflop", "checkpoint.digest")
+"""Keys with a dot that are no settings. A cut of the data is left to chance, like a seed.
+A checkpoint's origin is a setting: checkpoints of one origin differ by chance only."""
 DENSE_LACKS = ("model.moe_blocks", "model.expert_init")
 VERSION = ("commit", "softmoe", "torch")
 
@@ -38,8 +38,13 @@ class FinishedRun:
         """The folder's path with unprintable characters escaped."""
         return printable(str(self.folder))
 
+    @property
+    def draw(self) -> tuple[int, int]:
+        """The cut of the data and the seed: all that chance decides."""
+        return self.row["data.split_seed"], self.row["seed"]
+
     def settings(self) -> Row:
-        """What was chosen: everything but seeds. Choices that a dense model does not have are left out."""
+        """What was chosen: everything but seeds and cuts. Choices that a dense model does not have are left out."""
         chosen = {key: value for key, value in self.row.items() if "." in key and key not in NO_CHOICE}
         chosen["command"] = self.row["command"]
         if chosen["model.router._target_"] is None:
@@ -157,8 +162,8 @@ def _looks(path: Path, result: Row | None = None) -> tuple[list[Row], str]:
 
 
 def with_sources(runs: Sequence[FinishedRun]) -> tuple[list[FinishedRun], list[tuple[str, str]]]:
-    """The runs, with what their checkpoints had cost in the training FLOPs of their results and curves; (folder, reason)
-    for each whose checkpoint does not say it.
+    """The runs, with what their checkpoints had cost in the training FLOPs of their results and curves; (folder,
+    reason) for each whose checkpoint does not say it.
 
     Raises:
         UsageError: no run began with a checkpoint.

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Self
 from softmoe_cli.config.data import Data, check_channels
 from softmoe_cli.config.model import Model, check_groups
 from softmoe_cli.config.option import Section, option, typed
+from softmoe_cli.config.pruning import MEASURES
 from softmoe_cli.config.run import DEVICES, WAYS, Config, check_devices
 from softmoe_cli.errors import UsageError
 
@@ -33,6 +34,7 @@ class EvaluateConfig(Section):
 
     path: ClassVar[str] = ""
     checkpoint: Any = option("a run folder, a .safetensors file or hf-hub:OWNER/NAME; of a list, the average")
+    base: str | None = option("where the weights are that a checkpoint of adapters belongs to, if they moved")
     trust: str | None = option("a router of the checkpoint's that is not softmoe's, as module.Class: its code will run")
     soup: str = option(
         "a list of checkpoints: all of them, or those that do not lower validation top-1", choices=("uniform", "greedy")
@@ -141,6 +143,41 @@ class UpcycleConfig(Section):
             )
 
 
+@dataclass
+class PruneConfig(Section):
+    """What `softmoe prune` composes."""
+
+    path: ClassVar[str] = ""
+    checkpoint: str = option("a run folder, a .safetensors file or hf-hub:OWNER/NAME")
+    trust: str | None = option("a router of the checkpoint's that is not softmoe's, as module.Class: its code will run")
+    keep: int | None = option("experts that stay in each block; null: those that are left", low=1)
+    by: str = option(
+        "what an expert's worth is: the sum of its gates, its tokens, how its part of the router has grown, or nothing",
+        choices=MEASURES,
+    )
+    before: str | None = option("by=router_change: the checkpoint since which routers have changed")
+    to: str = option("a mixture of the experts that stay or, of one in each block, a plain ViT",
+                     choices=("experts", "dense"))  # fmt: skip
+    seed: int = option("of by=random", low=0, high=2**31 - 1)
+    data: Data = field(default_factory=Data)
+    images: int = option("training images that alpha_score and hit_rate are taken on, spread over all", low=1)
+    batch_size: int = option("images per forward pass", low=1)
+    clock: bool = option("measure the latency of both models on this machine, in turns")
+    repeats: int = option("times that the clock measures each", low=3)
+    folder: str | None = option("where the checkpoint goes; null: output_root/pruned/NAME-SIGNATURE")
+    output_root: str = option("the folder of all studies")
+    format: str = option("what is printed", choices=("table", "json"))
+    device: str = option("auto: cuda, else mps, else cpu", choices=DEVICES)
+    threads: int | None = option("CPU threads; null: torch's choice", low=1)
+
+    def check(self) -> None:
+        if (self.by == "router_change") != (self.before is not None):
+            raise UsageError(
+                f"by={self.by} and before={self.before}: by=router_change needs the checkpoint that the routers are "
+                "compared with, and nothing else does"
+            )
+
+
 PROGRAMS = ("torch_export", "onnx")
 
 
@@ -150,6 +187,7 @@ class ExportConfig(Section):
 
     path: ClassVar[str] = ""
     checkpoint: str = option("a run folder, a .safetensors file or hf-hub:OWNER/NAME")
+    base: str | None = option("where the weights are that a checkpoint of adapters belongs to, if they moved")
     trust: str | None = option("a router of the checkpoint's that is not softmoe's, as module.Class: its code will run")
     data: Data = field(default_factory=Data)
     formats: list[str] = option("programs beside the weights, each held against the model on images", choices=PROGRAMS)
@@ -201,9 +239,10 @@ class CostConfig(Measured):
 
 
 MATCHED = (
-    "forward_gflop", "train_gflop", "train_pflop", "params_m", "active_params_m", "peak_mib", "latency_ms",
-    "train_step_ms",
+    "forward_gflop", "train_gflop", "train_pflop", "landed_pflop", "params_m", "active_params_m", "peak_mib",
+    "latency_ms", "train_step_ms",
 )  # fmt: skip
+OF_STEPS = ("train_pflop", "landed_pflop")
 FREE_KEYS = (
     "model.router.num_experts", "model.router.slots_per_expert", "model.moe_blocks", "model.backbone.depth",
     "model.backbone.width", "train.steps",
@@ -218,19 +257,20 @@ class MatchConfig(Measured):
     to: str = option("the model whose cost is to be met, as in model=, or BACKBONE_ROUTER where that has no name")
     by: str = option("the cost that is to be the same", choices=MATCHED)
     tolerance: float = option("largest difference, as a share of the other's cost", above=0, high=1)
-    steps: int | None = option("by=train_pflop: updates that the other model is trained", low=1)
+    steps: int | None = option("by=train_pflop or landed_pflop: updates that the other model is trained", low=1)
     format: str = option("what is printed", choices=("table", "json"))
 
     def check(self) -> None:
         super().check()
-        if (self.by == "train_pflop") != (self.steps is not None):
-            raise UsageError(f"by={self.by} and steps={self.steps}: steps belong to by=train_pflop, which needs them")
-        if self.free == "train.steps" and self.by != "train_pflop":
+        if (self.by in OF_STEPS) != (self.steps is not None):
+            words = " and ".join(f"by={each}" for each in OF_STEPS)
+            raise UsageError(f"by={self.by} and steps={self.steps}: steps belong to {words}, which need them")
+        if self.free == "train.steps" and self.by not in OF_STEPS:
             raise UsageError(f"free=train.steps changes no {self.by}; use by=train_pflop with steps=")
 
 
 SCHEMAS: dict[str, type[Section]] = {
     "train": Config, "finetune": Config, "evaluate": EvaluateConfig, "cost": CostConfig, "match": MatchConfig,
-    "upcycle": UpcycleConfig, "export": ExportConfig, "data": DataCheckConfig,
+    "upcycle": UpcycleConfig, "prune": PruneConfig, "export": ExportConfig, "data": DataCheckConfig,
 }  # fmt: skip
 """What each command composes."""

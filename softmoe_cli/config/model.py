@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
+from softmoe_cli.config.adapter import AdapterOptions
 from softmoe_cli.config.data import WIDEST
 from softmoe_cli.config.option import Section, option
 from softmoe_cli.errors import UsageError
@@ -64,6 +65,7 @@ class Model(Section):
 
     path: ClassVar[str] = "model"
     backbone: Backbone = field(default_factory=Backbone)
+    adapter: AdapterOptions = field(default_factory=AdapterOptions)
     router: Any = option("a router and its options (model/router=NAME); dense has none")
     image_size: int = option("pixels on the side of the square that the model sees", low=1, high=WIDEST)
     in_chans: int = option("colour channels of its input; grey images are repeated", low=1)
@@ -152,7 +154,8 @@ class Model(Section):
 
     @property
     def name(self) -> str:
-        return f"{self.backbone.name}_{self.router_name}"
+        adapter = "" if self.adapter.name == "none" else f"_{self.adapter.name}"
+        return f"{self.backbone.name}_{self.router_name}{adapter}"
 
 
 def placement(moe_blocks: Any, depth: int) -> list[int]:

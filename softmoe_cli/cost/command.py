@@ -20,6 +20,7 @@ CONVENTION = (
     "1 multiply-add = 2 FLOPs; matrix products only, router, dispatch and combine included; FLOPs are per image, "
     "training is forward and backward; counter is torch's, on the meta device"
 )
+UNDIVIDED = "of a recomputed step the counter cannot tell the parts apart: its training column has the total alone"
 CostRow = dict[str, Any]
 
 
@@ -33,6 +34,7 @@ def formula_row(config: CostConfig, vit: VisionTransformer) -> CostRow:
         "image_size": config.model.image_size,
         "tokens": cost.tokens,
         "slots_per_token": cost.slots_per_token,
+        "nominal_share": cost.nominal_share,
         "num_classes": load.num_classes,
         "batch_size": config.batch_size,
         "accumulate": config.accumulate,
@@ -75,9 +77,14 @@ def costs(configs: Sequence[CostConfig]) -> list[CostRow]:
         forward, step = count_flop(vit, batch=load.part, recompute=load.recompute)
         for key, seen in (("counter_forward_gflop", forward), ("counter_train_gflop", step)):
             row[key] = seen.flop / seen.images / 1e9
+            own = seen.flop_by_part
+            if config.model.adapter.name != "none" and seen is step:
+                own = None  # where nothing is trained, the counter does not see which part a gradient goes through
+                row["train_gflop"] = row[key]
             for each in row["parts"]:
-                own = seen.flop_by_part
                 each[key] = None if own is None else own[each["part"]] / seen.images / 1e9
+                if config.model.adapter.name != "none":
+                    each["train_gflop"] = None
         row |= dict.fromkeys(CLOCK)
         rows.append(row)
     timed = [index for index, config in enumerate(configs) if config.clock]
@@ -147,6 +154,8 @@ def show_costs(rows: list[CostRow], form: str, *, many: bool) -> str:
         measured.append([row["model"], str(row["batch_size"]), devices, *(_cell(row[key]) for key in keys)])
     where = dict.fromkeys(row["hardware"] for row in rows if row["hardware"])
     notes = CONVENTION if many else f"{CONVENTION}\n{rows[0]['model']}: {_about(rows[0])}"
+    if any(row["recompute"] for row in rows) and not many:
+        notes += "\n" + UNDIVIDED
     chapters = [notes, aligned(table, form == "markdown"), aligned(_filled(measured), form == "markdown")]
     if where:
         chapters.append("measured on " + "; ".join(where))
@@ -155,6 +164,8 @@ def show_costs(rows: list[CostRow], form: str, *, many: bool) -> str:
 
 def _about(row: CostRow) -> str:
     slots = "" if row["slots_per_token"] is None else f", {row['slots_per_token']:.2f} slots per token"
+    share = row["nominal_share"]
+    slots += "" if share in (None, 1.0) else f", {100 * share:.4g}% of choices by MLPs when the load is even"
     recompute = ", recomputed" if row["recompute"] else ""
     each = f" on each of {row['devices']} devices, {row['parallel']}" if row["devices"] > 1 else ""
     return (

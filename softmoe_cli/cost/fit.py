@@ -1,13 +1,13 @@
 """Decides once, before a run begins, how it fits into memory; proposes what would fit where the run does not."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from softmoe_cli.config.recipe import Optim
 from softmoe_cli.config.run import WAYS, Config
-from softmoe_cli.cost.flop import account, on_meta
+from softmoe_cli.cost.flop import Cost, account, on_meta
 from softmoe_cli.cost.load import Load
 from softmoe_cli.cost.memory import Memory, predict
 from softmoe_cli.cost.sharded import indivisible
@@ -56,6 +56,12 @@ def settle(load: Load, parallel: str = "auto", crew: Crew = ALONE) -> Fit:
     if _needed(load, memory) > free_of_each:
         raise UsageError(_Room(load, free_of_each, crew.size, way).refusal(memory))
     return Fit(way, why, memory, free)
+
+
+def training_cost(load: Load, left: Mapping[int, Sequence[int]]) -> Cost:
+    """What an image costs, with the experts that are left in each block where some were pruned."""
+    frozen = load.optim.freeze if load.optim is not None else []
+    return account(load.model, load.num_classes, batch=load.part, recompute=load.recompute, frozen=frozen, left=left)
 
 
 def _of_each(free: int, device: torch.device, crew: Crew) -> int:

@@ -12,9 +12,11 @@ multiply-add as 1 and a backward pass as twice the forward pass: its training FL
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,14 +27,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
+from softmoe_cli.adapters.kind import Adapter
 from softmoe_cli.config.model import Model
 from softmoe_cli.errors import UsageError, first_line
+from softmoe_cli.model.adapted import AdaptedBlock, is_adapters
 from softmoe_cli.model.blocks import CarryingBlock
 from softmoe_cli.model.vit import build, count_tokens
 from softmoe_cli.moe.kind import Decider, Layer
+from softmoe_cli.moe.layer import MoE
 from softmoe_cli.optim import freeze
 
-PARTS = ("embedding and norms", "attn", "mlp", "router", "experts", "shared", "head")
+PARTS = ("embedding and norms", "attn", "mlp", "router", "experts", "shared", "adapter", "head")
 
 
 @dataclass(frozen=True)
@@ -60,19 +65,34 @@ class Cost:
     tokens: int
     slots_per_token: float | None
     frozen_params: int = 0
+    frozen_head_params: int = 0
+    """Of these, the head's."""
     whole_batches: str | None = None
     """Why a batch cannot be computed in parts, with the way out; None where it can."""
     counted_train_flop: float | None = None
     """Training FLOPs of a model with frozen parameters, which are fewer than the sum of its parts' training FLOPs."""
     landed_row_flop: float | None = None
-    """Training FLOPs of one row of an expert, where the images decide how many rows there are (`Decided.landed`)."""
-
+    """Training FLOPs of one row of an expert, where a row is of one token (`Decided.landed`)."""
+    landed_rows: float | None = None
+    """How many rows of all layers hold a token when the load is as even as the router aims at."""
+    choices: int | None = None
+    """How many experts all tokens choose in all layers; None where tokens do not choose."""
     full_experts_flop: float = 0.0
     """Training FLOPs of the experts of other layers than those, in whose rows nothing has to land."""
 
     @property
     def params(self) -> int:
         return sum(part.params for part in self.parts)
+
+    @property
+    def trained_params(self) -> int:
+        return self.params - self.frozen_params
+
+    @property
+    def trained_body_params(self) -> int:
+        """The trained parameters outside of the head, whose size is the data's and not the method's."""
+        head = sum(part.params for part in self.parts if part.name == "head")
+        return self.trained_params - (head - self.frozen_head_params)
 
     @property
     def active_params(self) -> float:
@@ -82,9 +102,20 @@ class Cost:
     def forward_flop(self) -> int:
         return sum(part.forward_flop for part in self.parts)
 
-    def landed_train_flop(self, images: int, landed: int) -> float:
-        """Training FLOPs of so many images of whose choices so many have `landed`: rows that hold nothing count as 0
-        in it. What no images decide is as `train_flop` says."""
+    @property
+    def nominal_share(self) -> float | None:
+        """The share of all choices that experts with an MLP compute when the load is as even as the router aims at;
+        None where tokens do not choose."""
+        return None if self.choices is None or self.landed_rows is None else self.landed_rows / self.choices
+
+    @property
+    def nominal_landed_flop(self) -> float:
+        """Training FLOPs of an image, rows that hold no token not counted, when the load is that even."""
+        return self.landed_train_flop(1, self.landed_rows or 0.0)
+
+    def landed_train_flop(self, images: int, landed: float) -> float:
+        """Training FLOPs of so many images with which so many rows have `landed`: rows that hold no token count as 0 in
+        it. Where no row is of one token it is as `train_flop` says."""
         if self.landed_row_flop is None:
             return images * self.train_flop
         rest = sum(part.train_flop for part in self.parts if part.name != "experts")
@@ -104,6 +135,7 @@ def account(
     batch: int | None = None,
     recompute: bool = False,
     frozen: Sequence[str] = (),
+    left: Mapping[int, Sequence[int]] = MappingProxyType({}),
 ) -> Cost:
     """The cost of a config by formula; training with frozen parameters by the counter, because what needs no gradient
     depends on where they are.
@@ -113,18 +145,28 @@ def account(
             images share slots, the last group's are paid for whether it is full or not. None: full groups.
         recompute: whether training recomputes the blocks.
         frozen: patterns as in optim.freeze.
+        left: the experts that are left, by block, where some were pruned. Their block's parameters are all there.
 
     Raises:
         UsageError: a model that cannot be built, whose blocks have no formula, or of which nothing is left to train.
     """
     vit = on_meta(model, num_classes)
+    for place, block in enumerate(vit.blocks):
+        if place in left and isinstance(block.mlp, MoE):
+            block.mlp.prunable()
+            block.mlp.leave(left[place])
     cost = account_model(vit, batch=batch, recompute=recompute)
-    if not frozen:
+    if not frozen and model.adapter.name == "none":
         return cost
     freeze(vit, frozen)
     _, step = count_flop(vit, batch=batch, recompute=recompute)
-    still = sum(p.numel() for p in vit.parameters() if not p.requires_grad)
-    return replace(cost, frozen_params=still, counted_train_flop=step.flop / step.images)
+    still = {name: p.numel() for name, p in vit.named_parameters() if not p.requires_grad}
+    return replace(
+        cost,
+        frozen_params=sum(still.values()),
+        frozen_head_params=sum(number for name, number in still.items() if _part_of(name) == "head"),
+        counted_train_flop=step.flop / step.images,
+    )
 
 
 def account_model(vit: VisionTransformer, *, batch: int | None, recompute: bool) -> Cost:
@@ -136,6 +178,8 @@ def account_model(vit: VisionTransformer, *, batch: int | None, recompute: bool)
     mean = sum(known) / len(known) if known and len(known) == len(rows) else None
     row_flop = next((layer.landed_row_flop for layer in layers if layer.landed_row_flop is not None), None)
     full = [layer for layer in layers if row_flop is not None and layer.landed_row_flop is None]
+    landed = [found for layer in layers if (found := layer.landed_rows(tokens)) is not None]
+    choices = [found for layer in layers if (found := layer.choices(tokens)) is not None]
     deciders = [module for module in vit.modules() if isinstance(module, Decider)]
     return Cost(
         parts=tuple(_parts(vit, batch, recompute)),
@@ -144,6 +188,8 @@ def account_model(vit: VisionTransformer, *, batch: int | None, recompute: bool)
         whole_batches=next((each.whole_batches for each in deciders if each.whole_batches), None),
         landed_row_flop=None if row_flop is None else (4 if recompute else 3) * row_flop,
         full_experts_flop=sum(_experts_train_flop(layer, tokens, batch, recompute) for layer in full),
+        landed_rows=sum(landed) if landed else None,
+        choices=sum(choices) if choices else None,
     )
 
 
@@ -172,6 +218,8 @@ def _part_of(name: str) -> str:
     """The part that a parameter belongs to."""
     if name.startswith("head."):
         return "head"
+    if is_adapters(name):
+        return "adapter"
     for part in ("experts", "shared", "router", "mlp", "attn"):
         if f".{part}." in name:
             return part
@@ -220,12 +268,13 @@ def block_flop(block: Any, n: int) -> dict[str, int]:
     Raises:
         UsageError: a block without a formula.
     """
-    plain = type(block) in (Block, CarryingBlock)
+    plain = type(block) in (Block, CarryingBlock, AdaptedBlock)
     if not plain or not isinstance(block.mlp, Mlp | Layer):
         kind = type(block.mlp if plain else block).__name__
         raise UsageError(f"no FLOP formula for {kind} blocks; use a ViT with plain blocks and MLPs")
     d, inner = block.attn.qkv.in_features, block.attn.proj.in_features
     here: dict[str, int] = {"attn": 2 * n * d * 3 * inner + 2 * 2 * n * n * inner + 2 * n * inner * d}
+    here["adapter"] = sum(part.flop(n) for part in block.modules() if isinstance(part, Adapter))
     if isinstance(block.mlp, Layer):
         return here | {part: flop for part, (flop, _) in block.mlp.flop_by_part(n).items()}
     return here | {"mlp": 2 * n * (block.mlp.fc1.weight.numel() + block.mlp.fc2.weight.numel())}
@@ -364,8 +413,7 @@ def counter() -> Iterator[FlopCounterMode]:
 
 @dataclass(frozen=True)
 class Count:
-    """What the counter saw on `images` images. It cannot tell apart the parts of a step that is recomputed,
-    or whose layers hand on what gradients come back through."""
+    """What the counter saw on `images` images. It cannot tell apart the parts of a step that is recomputed."""
 
     images: int
     flop: int
@@ -386,17 +434,18 @@ def count_forward(vit: VisionTransformer) -> Count:
 
 def count_flop(vit: VisionTransformer, *, batch: int | None = None, recompute: bool = False) -> tuple[Count, Count]:
     """What `count_forward` says, and the FLOPs of a forward and a backward pass of `batch` images (None: one full
-    group), in one go where these are full groups and no images decide about the cost."""
+    group), in one go where these are full groups and experts have as many rows in training as elsewhere."""
     images, name = _images(vit, batch), type(vit).__name__
     vit.set_grad_checkpointing(recompute)
     with counter() as seen:
         logits = vit.train()(images)
         forward = Count(len(images), seen.get_total_flops(), _by_part(seen, name))
         logits.sum().backward()  # losses, auxiliary ones included, have no products
-    told_apart = not recompute and not any(isinstance(block, CarryingBlock) for block in vit.blocks)
-    step = Count(len(images), seen.get_total_flops(), _by_part(seen, name) if told_apart else None)
-    by_images = any(block.mlp.landed_row_flop for block in vit.blocks if isinstance(block.mlp, Layer))
-    return forward if len(images) % _group(vit) == 0 and not by_images else count_forward(vit), step
+    step = Count(len(images), seen.get_total_flops(), None if recompute else _by_part(seen, name))
+    layers = [block.mlp for block in vit.blocks if isinstance(block.mlp, Layer)]
+    parts = [layer.flop_by_part(count_tokens(vit))["experts"] for layer in layers]
+    alike = len(images) % _group(vit) == 0 and all(train == 3 * flop for flop, train in parts)
+    return forward if alike else count_forward(vit), step
 
 
 def _group(vit: VisionTransformer) -> int:
@@ -412,18 +461,20 @@ def _images(vit: VisionTransformer, batch: int | None) -> Tensor:
 
 
 def _by_part(mode: FlopCounterMode, root: str) -> dict[str, int]:
-    """The counter's figures by module, added up by part; a module's include its children's."""
-    total = {name: sum(ops.values()) for name, ops in mode.get_flop_counts().items()}
-    parts = dict.fromkeys(PARTS, 0)
+    """The counter's figures by module, added up by part. Routers have what is left: gradients that come back through
+    what a router hands on to the next one are booked on modules in between."""
+    total = {name.removeprefix(f"{root}."): sum(ops.values()) for name, ops in mode.get_flop_counts().items()}
+    parts = dict.fromkeys(PARTS, 0) | {"embedding and norms": total.get("patch_embed", 0), "head": total.get("head", 0)}
     for name, flop in total.items():
-        path = name.removeprefix(f"{root}.").split(".")
-        if path[0] == "blocks" and len(path) == 3 and path[2] in ("attn", "mlp"):
-            inner = {part: total.get(f"{name}.{part}", 0) for part in ("experts", "shared")}
-            routed = f"{name}.router" in total or f"{name}.experts" in total
-            parts["router" if routed else path[2]] += flop - sum(inner.values())
-            for part, own in inner.items():
-                parts[part] += own
-        elif path in (["head"],):
-            parts["head"] += flop
-    parts["embedding and norms"] = total.get("Global", 0) - sum(parts.values())
+        block = re.fullmatch(
+            r"blocks\.\d+\.(attn|mlp|mlp\.experts|mlp\.shared|(?:attn\.qkv\.[qv]|attn|mlp)_adapter)", name
+        )
+        if block is None:
+            continue
+        if block[1].endswith("adapter"):
+            parts["adapter"] += flop
+            parts["attn"] -= flop if "qkv" in block[1] else 0
+        elif f"{name}.router" not in total and f"{name}.experts" not in total:
+            parts[block[1].removeprefix("mlp.")] += flop
+    parts["router"] = total.get("Global", 0) - sum(parts.values())
     return parts

@@ -8,6 +8,7 @@ makes some costs go up and down on their way.
 import dataclasses
 import itertools
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from softmoe_cli.errors import RunError, UsageError
 LARGEST = 2**24
 NEIGHBOURS = 3
 TIMED = ("latency_ms", "train_step_ms")
+LANDED_NOTE = "what lands when the load is as even as routers aim at; the rows of a run say what has landed"
 Candidate = Callable[[dict[str, Any]], MatchConfig]
 
 
@@ -54,6 +56,8 @@ def match(config: MatchConfig, other: MatchConfig, candidate: Candidate) -> Tria
         UsageError: the free setting is not one of the model's.
         RunError: nothing comes within the tolerance; the message names the nearest on both sides.
     """
+    if config.by == "landed_pflop":
+        _require_empty_rows(config, other)
     tried: dict[int, Trial | None] = {}
     reason = ""
     timed = config.by in TIMED
@@ -69,7 +73,7 @@ def match(config: MatchConfig, other: MatchConfig, candidate: Candidate) -> Tria
                 if config.free == "train.steps":
                     tried[value] = Trial(changes, value * one_step, other_cost)
                 elif timed:
-                    tried[value] = _timed(changes, candidate(changes), other)
+                    tried[value] = timed_trial(changes, candidate(changes), other)
                 else:
                     tried[value] = Trial(changes, cost_of(candidate(changes)), other_cost)
             except UsageError as error:
@@ -84,7 +88,7 @@ def match(config: MatchConfig, other: MatchConfig, candidate: Candidate) -> Tria
     best = min(trials, key=lambda found: abs(found.ratio - 1))
     if timed:  # the best of several measurements was also the luckiest: measure it again
         trials.remove(best)
-        best = _timed(best.overrides, candidate(best.overrides), other)
+        best = timed_trial(best.overrides, candidate(best.overrides), other)
         trials.append(best)
     if abs(best.ratio - 1) <= config.tolerance:
         return best
@@ -194,13 +198,24 @@ def cost_of(config: MatchConfig) -> float:
         "forward_gflop": cost.forward_flop / 1e9,
         "train_gflop": cost.train_flop / 1e9,
         "train_pflop": (config.steps or 0) * load.batch * cost.train_flop / 1e15,
+        "landed_pflop": (config.steps or 0) * load.batch * cost.nominal_landed_flop / 1e15,
         "params_m": cost.params / 1e6,
         "active_params_m": cost.active_params / 1e6,
     }
     return values[config.by]
 
 
-def _timed(changes: dict[str, Any], config: MatchConfig, other: MatchConfig) -> Trial:
+def _require_empty_rows(config: MatchConfig, other: MatchConfig) -> None:
+    """Raises UsageError where landed_pflop would be train_pflop for both models."""
+    costs = [(cost_of(each), cost_of(dataclasses.replace(each, by="train_pflop"))) for each in (config, other)]
+    if all(math.isclose(landed, trained, rel_tol=1e-9) for landed, trained in costs):
+        raise UsageError(
+            f"by=landed_pflop: when the load is even no expert of {config.model.name} or {other.model.name} has rows "
+            "that stay empty, so that this is their train_pflop; use by=train_pflop"
+        )
+
+
+def timed_trial(changes: dict[str, Any], config: MatchConfig, other: MatchConfig) -> Trial:
     """Both models measured in turn."""
     own, others = measure([load_of(config), load_of(other)], max(config.repeats, other.repeats))
     return Trial(changes, getattr(own, config.by), getattr(others, config.by))
@@ -218,6 +233,8 @@ def show_match(best: Trial, config: MatchConfig) -> str:
         "difference_pct": 100 * (best.ratio - 1),
         "tolerance_pct": 100 * config.tolerance,
     }
+    if config.by == "landed_pflop":
+        row["note"] = LANDED_NOTE
     if config.format == "json":
         return json.dumps(row)
     words = {key: " ".join(value) if isinstance(value, list) else _cell(value) for key, value in row.items()}

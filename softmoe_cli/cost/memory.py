@@ -27,7 +27,7 @@ from softmoe_cli.cost.load import Load
 from softmoe_cli.cost.sharded import FirstExperts, FullyShard, indivisible
 from softmoe_cli.device import precision_context
 from softmoe_cli.errors import UsageError
-from softmoe_cli.model.vit import build, prepare
+from softmoe_cli.model.vit import build, count_tokens, prepare
 from softmoe_cli.moe.layer import MoE
 from softmoe_cli.moe.processor import borrowed
 from softmoe_cli.moe.routing import full_precision, routings
@@ -130,6 +130,7 @@ def predict(load: Load, processes: int = 1, way: str = "ddp") -> Memory:
         vit.set_grad_checkpointing(load.recompute)
         if load.optim is not None:
             freeze(vit, load.optim.freeze)
+        _let_go(vit, load.keep)
         apart = [parameter for each in experts for parameter in each.parameters()]
         shard = FullyShard(vit, processes, apart) if divided else None
         whole = sum(parameter.nbytes for parameter in vit.parameters())
@@ -155,6 +156,20 @@ def predict(load: Load, processes: int = 1, way: str = "ddp") -> Memory:
         saving_bytes=(weights + every + average) * processes if divided else 0,
         beside_bytes=beside,
     )
+
+
+def _let_go(vit: VisionTransformer, keep: int | None) -> None:
+    """Leaves as many experts as training holds most for, of those numbers that it has once some have gone: experts of a
+    router with capacity get more slots then, and the weights of those that are left are copied out."""
+    tokens = count_tokens(vit)
+    for layer in (block.mlp for block in vit.blocks if isinstance(block.mlp, MoE)):
+        e, rows = len(layer.left), {}
+        for z in range(e - 1, (keep or e) - 1, -1):
+            layer.prunable()
+            layer.leave(range(z))
+            rows[z] = layer.rows(tokens)
+        if rows:
+            layer.leave(range(max(rows, key=lambda z: rows[z])))
 
 
 def _first_experts(vit: VisionTransformer, load: Load, processes: int) -> list[FirstExperts]:

@@ -9,6 +9,7 @@ from typing import Any
 from timm.models import build_model_with_cfg, register_model, resolve_pretrained_cfg
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
+from softmoe_cli.config.adapter import AdapterOptions
 from softmoe_cli.config.model import Backbone, Model
 from softmoe_cli.errors import UsageError
 from softmoe_cli.model.vit import build
@@ -27,7 +28,8 @@ def softmoe_vit(pretrained: bool = False, *, softmoe: dict[str, Any], **argument
     Raises:
         UsageError: a model that cannot be built, or with a router that is not softmoe's and not imported yet.
     """
-    model = Model(**softmoe | {"backbone": Backbone(**softmoe["backbone"])})
+    parts = {"backbone": Backbone(**softmoe["backbone"]), "adapter": AdapterOptions(**softmoe["adapter"])}
+    model = Model(**softmoe | parts)
     for target in (str(each["_target_"]) for each in model.routers):
         if target != "None" and not target.startswith("softmoe_cli.moe.routers."):
             module = target.rpartition(".")[0]

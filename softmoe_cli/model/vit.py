@@ -17,6 +17,7 @@ from torch import nn
 
 from softmoe_cli.config.model import Model, check_blocks, placement
 from softmoe_cli.errors import UsageError, first_line, nearest
+from softmoe_cli.model.adapted import adapt
 from softmoe_cli.model.blocks import CarryingBlock
 from softmoe_cli.model.router import make_layer
 from softmoe_cli.moe import routers
@@ -26,7 +27,8 @@ from softmoe_cli.moe.routing import Router
 
 
 def build(model: Model, num_classes: int) -> VisionTransformer:
-    """The model of a config, freshly initialised from torch's random state.
+    """The model of a config, freshly initialised from torch's random state; with adapters, all but them is frozen as
+    they need it.
 
     Raises:
         UsageError: a router, placement or timm model that cannot be built.
@@ -46,6 +48,7 @@ def build(model: Model, num_classes: int) -> VisionTransformer:
         _join(vit, blocks, model)
     if model.head != "linear":
         vit.head = _head(model, vit.head.in_features, num_classes)
+    adapt(vit, model.adapter)
     return vit
 
 

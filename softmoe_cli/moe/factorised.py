@@ -111,6 +111,8 @@ class FactorisedRouter(Decider):
         ValueError: an impossible choice.
     """
 
+    unprunable = "its experts share the factors of one tensor, and each has a part in every token"
+
     def __init__(
         self,
         dim: int,

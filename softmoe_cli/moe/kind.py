@@ -17,8 +17,11 @@ class Decided(ABC):
     """What one layer has decided about one batch."""
 
     aux_loss: Float[Tensor, ""]
-    landed: Int[Tensor, ""] | None = None
-    """Rows of experts that hold a choice, where the images decide how many that are; else None."""
+
+    @property
+    def landed(self) -> Int[Tensor, ""] | None:
+        """How many rows of experts hold a token; None where a row is of many tokens, or experts have no rows."""
+        return None
 
     @abstractmethod
     def statistics(self) -> dict[str, float]:
@@ -61,6 +64,9 @@ class Decider(nn.Module, ABC):
     """Images that decide about each other: results depend on batch neighbours where it is not 1."""
     whole_batches: str | None = None
     """Why a batch cannot be computed in parts, with the way out; None where it can."""
+
+    unprunable: str | None = "softmoe does not know how it would decide among fewer experts"
+    """Why none of its experts can be taken away; None where they can."""
 
     def layer(self, hidden: int, gelu: str) -> "Layer | None":
         """The whole layer in the place of an MLP of `hidden` units, of a kind that builds its own; None where rows go
@@ -167,7 +173,16 @@ class Layer(nn.Module, ABC):
 
     @property
     def landed_row_flop(self) -> int | None:
-        """FLOPs of one row of an expert, forwards, where the images decide how many rows there are; else None."""
+        """FLOPs of one row of an expert, forwards, where a row is of one token; else None."""
+        return None
+
+    def landed_rows(self, num_tokens: int) -> float | None:
+        """How many of `rows` hold a token when the load is as even as the router aims at; None where a row is not of
+        one token."""
+        return None
+
+    def choices(self, num_tokens: int) -> int | None:
+        """How many experts the tokens of an image choose; None where tokens do not choose."""
         return None
 
     @abstractmethod

@@ -7,7 +7,7 @@ y       = routing.combine(experts(rows, offsets))     b n d
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar, NamedTuple
 
@@ -42,6 +42,10 @@ class Routing(Decided):
     def combine(self, rows: Float[Tensor, "*rows d"]) -> Float[Tensor, "b n d"]:
         """The tokens made from the rows that the experts returned."""
 
+    def measured(self, by: str) -> Float[Tensor, " e"]:
+        """Each expert's part in this batch by one of its router's `measures`, in float64 where the device has it."""
+        raise NotImplementedError(f"{type(self).__name__} measures no {by}")
+
 
 class Router(Decider):
     """A part of a layer that gives rows of tokens to experts, which are MLPs.
@@ -51,8 +55,8 @@ class Router(Decider):
     """
 
     expert_axes: ClassVar[Mapping[str, int]] = {}
-    """The axis of the experts in each parameter that has one. When an MLP is cut into parts, the parts of a copy start
-    alike there, so that a token that chooses one of them chooses all."""
+    """The axis of the experts in each parameter and buffer that has one. When an MLP is cut into parts, the parts of a
+    copy start alike in these parameters, so that a token that chooses one of them chooses all."""
     most_weight: float = 1.0
     """The most that a token's weights can add up to."""
     needs_independent_experts: ClassVar[bool] = False
@@ -62,7 +66,15 @@ class Router(Decider):
     of_one_expert: ClassVar[Mapping[str, Any]] = {}
     """Options of its own with which a layer of `num_experts=1` is that one expert and nothing else."""
     counts_landed: bool = False
-    """Whether its routings say how many rows hold a choice (`Decided.landed`): what it costs depends on the images."""
+    """Whether its routings say how many rows hold a token (`Decided.landed`), as those of single tokens do."""
+    direct: bool = False
+    """Whether its routings give tokens something beside what rows were made of, so that combining is linear in the rows
+    but for that."""
+    k: int | None = None
+    """How many experts a token chooses; None where tokens do not choose."""
+    measures: Sequence[str] = ("alpha_score", "hit_rate")
+    """What its routings measure of each expert: the sum of the weights that tokens give it, or how many tokens it sees.
+    Experts can be pruned by either."""
     carries: bool = False
     """Whether a layer hands `Carried` on to the next one: `forward` then takes it as a third argument, and its routing
     has it."""
@@ -74,12 +86,16 @@ class Router(Decider):
 
     @abstractmethod
     def rows(self, num_tokens: int) -> float:
-        """Rows per image that the experts compute, empty ones included. Where the images decide (`Decided.landed`): as
-        many as the router's balance aims at."""
+        """Rows per image that the experts compute, empty ones included. Where the images decide how many: as many as
+        the router's balance aims at."""
 
     def train_rows(self, num_tokens: int) -> float:
         """The same in training."""
         return self.rows(num_tokens)
+
+    def landed_rows(self, num_tokens: int) -> float:
+        """How many of `train_rows` hold a token when the load is as even as the router aims at."""
+        return min(self.train_rows(num_tokens), num_tokens * (self.experts_per_token - self.shared_experts))
 
     def combine_flop(self, num_tokens: int) -> int:
         """The part of `flop` that is the product which makes tokens of the experts' rows; 0 where rows are added up."""
@@ -88,6 +104,16 @@ class Router(Decider):
     @abstractmethod
     def forward(self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None = None) -> Routing:
         """Decides about a batch. Tokens where `keep` is false are padding: they take no slot and get zero."""
+
+    def leave(self, left: Int[Tensor, " z"] | None, *, balance: bool) -> None:
+        """From now on decides among these of its experts (ascending; None: all), as a router would that was built with
+        them alone. `balance`: whether it goes on to even the experts' load."""
+        raise NotImplementedError(f"experts of {type(self).__name__} cannot be pruned")
+
+    def options_left(self) -> dict[str, Any]:
+        """Options with which a router is built that has only the experts that are left, where they are not those of
+        the layer with all."""
+        raise NotImplementedError(f"experts of {type(self).__name__} cannot be pruned")
 
     def weaker(self, how: Weak, given: Int[Tensor, "*some"] | None) -> "Router":
         """A router that has this one's parameters and decides in a weak way that is in `weak_limits` and not skip.
@@ -129,6 +155,11 @@ class DenseRouting(Routing):
         b, _, e, p = self.combine_weights.shape
         by_image = rows.transpose(0, 1).reshape(b, p * e, -1)  # a view where p is 1
         return torch.bmm(self.combine_weights.mT.flatten(2).to(rows.dtype), by_image)
+
+    @torch.no_grad()
+    def measured(self, by: str) -> Float[Tensor, " e"]:
+        assert by == "alpha_score"
+        return self.combine_weights.to(most_precise(self.combine_weights)).sum(dim=(0, 1, 3))
 
     @torch.no_grad()
     def statistics(self) -> dict[str, float]:
@@ -187,6 +218,10 @@ class SparseRouting(Routing):
         self.token, self.gate, self.aux_loss, self.demand, self.offsets = token, gate, aux_loss, demand, offsets
         self.shape = shape
 
+    @property
+    def landed(self) -> Int[Tensor, ""]:
+        return (self.token < self.shape[0] * self.shape[1]).sum()
+
     def dispatch(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "*rows d"]:
         tokens = x.flatten(0, 1)
         if self.offsets is None:
@@ -198,6 +233,19 @@ class SparseRouting(Routing):
         weighted = rows.flatten(0, -2) * self.gate.flatten()[:, None].to(torch.promote_types(rows.dtype, torch.float32))
         y = weighted.new_zeros(b * n + 1, rows.shape[-1]).index_add(0, self.token.flatten(), weighted)
         return y[:-1].view(b, n, -1).to(rows.dtype)
+
+    @torch.no_grad()
+    def measured(self, by: str) -> Float[Tensor, " e"]:
+        """Tokens that found no slot do not count."""
+        precise = most_precise(self.gate)
+        if self.offsets is None:
+            each = self.gate if by == "alpha_score" else self.token < int(self.shape[0]) * self.shape[1]
+            return each.to(precise).sum(dim=1)
+        if by == "hit_rate":
+            return self.demand.to(precise)
+        place = torch.arange(len(self.gate), device=self.gate.device, dtype=self.offsets.dtype)
+        expert = torch.searchsorted(self.offsets, place, right=True)
+        return self.gate.new_zeros(len(self.offsets), dtype=precise).index_add(0, expert, self.gate.to(precise))
 
     @torch.no_grad()
     def statistics(self) -> dict[str, float]:
@@ -212,6 +260,11 @@ class SparseRouting(Routing):
             **load_statistics(self.demand),
             "gate_mean": self.gate.sum().item() / tokens,
         }
+
+
+def most_precise(like: Tensor) -> torch.dtype:
+    """What sums over many batches are kept in: float64, but on a device that has none."""
+    return torch.float32 if like.device.type == "mps" else torch.float64
 
 
 def load_statistics(load: Num[Tensor, " e"]) -> dict[str, float]:

@@ -154,7 +154,7 @@ def store_schemas() -> None:
     _register_resolvers()
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
-    for name in ("evaluate", "cost", "match", "upcycle", "export"):
+    for name in ("evaluate", "cost", "match", "upcycle", "prune", "export"):
         store.store(name=f"{name}_schema", node=SCHEMAS[name])
     store.store(name="data_check_schema", node=DataCheckConfig)
     for name, launcher in LAUNCHERS.items():
@@ -329,6 +329,11 @@ def other_model(to: str, typed: Sequence[str]) -> MatchConfig:
 
 def changed(tree: dict[str, Any], changes: dict[str, Any]) -> MatchConfig:
     """The configuration in `tree` with some keys changed."""
+    return door(changed_tree(tree, changes), MatchConfig)
+
+
+def changed_tree(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A copy of the tree with some keys, as section.key, changed."""
     other = copy.deepcopy(tree)
     for key, value in changes.items():
         *sections, leaf = key.split(".")
@@ -336,7 +341,7 @@ def changed(tree: dict[str, Any], changes: dict[str, Any]) -> MatchConfig:
         for section in sections:
             node = node[section]
         node[leaf] = value
-    return door(other, MatchConfig)
+    return other
 
 
 @functools.cache

@@ -16,6 +16,7 @@ CONF_GROUPS = {
     "model": "a named model: backbone, router and place of the experts",
     "model/backbone": "the backbone alone",
     "model/router": "the router alone",
+    "adapter": "what is trained beside a frozen backbone; its options are model.adapter.OPTION",
     "data": "a data set, or the format of your own files",
     "recipe": "optimizer, augmentation and budget",
     "experiment": "a study's settings",
@@ -28,6 +29,7 @@ TITLES = {
     "models": ("model", "models, model="),
     "backbones": ("model/backbone", "backbones, model/backbone="),
     "routers": ("model/router", "routers, model/router="),
+    "adapters": ("adapter", "adapters, finetune adapter="),
     "data": ("data", "data sets, data="),
     "recipes": ("recipe", "recipes, recipe="),
     "experiments": ("experiment", "experiments, +experiment="),
@@ -172,7 +174,9 @@ def _lay(tree: dict[str, Any], group: str, name: str, chosen: Mapping[str, str],
         entries = [*entries, "_self_"]
     for entry in entries:
         if entry == "_self_":
-            for part in reversed(() if "# @package _global_" in read_yaml(file) or not group else group.split("/")):
+            said = re.search(r"^# @package (\S+)$", read_yaml(file), re.MULTILINE)
+            place = group.split("/") if said is None else [] if said[1] == "_global_" else said[1].split(".")
+            for part in reversed(place if group else []):
                 body = {part: body}
             _merge(tree, body)
         elif isinstance(entry, str) and entry != name:

@@ -1,10 +1,12 @@
 """What a checkpoint decides of a configuration: the model, the pixels, which images are held out, whose code runs."""
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from softmoe_cli.config.adapter import no_adapter
 from softmoe_cli.config.data import Data
 from softmoe_cli.config.model import Model
 from softmoe_cli.config.run import Config
@@ -28,9 +30,19 @@ def resolve(command: str, tree: dict[str, Any], typed: Sequence[str]) -> "tuple[
         checked = door(tree, Config)
         if checked.slots != "kept":
             raise UsageError(f"slots={checked.slots} belongs to softmoe finetune: there is no checkpoint to keep to")
-        for key in ("checkpoint", "trust"):
+        if checked.prune.keep is not None:
+            raise UsageError(
+                f"prune.keep={checked.prune.keep} belongs to softmoe finetune; train with model.router.num_experts="
+                f"{checked.prune.keep} instead"
+            )
+        for key in ("checkpoint", "base", "trust"):
             if (value := getattr(checked, key)) is not None:
                 raise UsageError(f"{key}={value} belongs to softmoe finetune; softmoe train starts afresh")
+        if checked.model.adapter.name != "none":
+            raise UsageError(
+                f"adapter={checked.model.adapter.name} belongs to softmoe finetune: adapters stand beside a trained "
+                "backbone, and softmoe train starts afresh"
+            )
         mirror.check(checked)
         return checked, None
     if not tree["checkpoint"]:
@@ -39,7 +51,7 @@ def resolve(command: str, tree: dict[str, Any], typed: Sequence[str]) -> "tuple[
         )
     from softmoe_cli.model.weights import proportional_slots
 
-    source = named_source(tree["checkpoint"])
+    source = named_source(tree["checkpoint"], tree["base"])
     take_model(tree, source, typed)
     checked = door(tree, Config)
     mirror.check(checked)
@@ -54,15 +66,16 @@ def resolve(command: str, tree: dict[str, Any], typed: Sequence[str]) -> "tuple[
     return checked, source
 
 
-def named_source(checkpoint: str) -> "Source":
-    """Reads what `checkpoint=` names; says so where every weight's name has the same prefix, which is left out.
+def named_source(checkpoint: str, base: str | None = None) -> "Source":
+    """Reads what `checkpoint=` names, and of a delta its base; says so where every weight's name has the same prefix,
+    which is left out.
 
     Raises:
         UsageError: nothing usable there.
     """
     from softmoe_cli.model.pretrained import read_checkpoint
 
-    source = read_checkpoint(checkpoint)
+    source = read_checkpoint(checkpoint, base)
     if source.prefix:
         say_once(f"checkpoint={source.label}: every name in it begins with '{source.prefix}'; read without that")
     return source
@@ -73,7 +86,9 @@ def take_model(tree: dict[str, Any], source: "Source", typed: Sequence[str]) -> 
     card, label = source.card, source.label
     if "model" not in card and (not isinstance(tree["model"], dict) or tree["model"].get("image_size") == "???"):
         raise UsageError(f"checkpoint={label} does not say what model it is; name one with model=")
-    tree["model"] = overlay(card.get("model", {}), tree["model"])
+    own = card.get("model", {"adapter": dataclasses.asdict(no_adapter())})
+    _check_adapter(own["adapter"], tree["model"], label)
+    tree["model"] = overlay(own, tree["model"])
     if not any(names(key, typed) for key in ("model", "model/router", "model.router._target_")):
         require_trust(tree["model"], source, tree.get("trust"))
     if "classes" in card:  # ours, not timm's
@@ -84,6 +99,17 @@ def take_model(tree: dict[str, Any], source: "Source", typed: Sequence[str]) -> 
         if key in card.get("data", {}) and not names(f"data.{key}", typed):
             tree["data"][key] = card["data"][key]
     keep_cut(tree["data"], card.get("data", {}), typed)
+
+
+def _check_adapter(own: dict[str, Any], model: Any, label: str) -> None:
+    """Raises UsageError where a checkpoint has adapters and others are chosen: there is one set in a model."""
+    chosen = model.get("adapter") if isinstance(model, dict) else None
+    others = [key for key, value in (chosen or {}).items() if value not in ("???", own[key])]
+    if own["name"] != "none" and others:
+        raise UsageError(
+            f"checkpoint={label} has adapters ({own['name']}), and model.adapter.{others[0]}={chosen[others[0]]} is "
+            "not theirs; leave adapter out to train them further, or start from what they belong to"
+        )
 
 
 def require_trust(model: dict[str, Any], source: "Source", trusted: str | None) -> None:
@@ -259,7 +285,7 @@ def _check_pair(first: "Source", other: "Source", keys: Sequence[str]) -> None:
     said = [
         {key: s.card[key] for key in COMMON}
         | {f"data.{key}": s.card["data"].get(key) for key in keys}
-        | {key: tuple(value.shape) for key, value in s.weights.items()}
+        | {key: tuple(value.tolist() if key.endswith(".alive") else value.shape) for key, value in s.weights.items()}
         for s in (first, other)
     ]
     odd = [key for key in said[0] | said[1] if said[0].get(key) != said[1].get(key)]

@@ -17,7 +17,7 @@ from softmoe_cli.config.model import Model
 from softmoe_cli.config.recipe import Train
 from softmoe_cli.errors import UsageError
 
-CARD_FORMAT = 1
+CARD_FORMAT = 2
 """The format of cards, and of the state.json beside training tensors, that this version writes; it reads no other."""
 
 
@@ -31,7 +31,7 @@ def other_format(said: dict[str, Any]) -> str | None:
 
 def read_card(text: str, path: Path) -> dict[str, Any]:
     """The card of a checkpoint: `format`, `model` and `data` as of their dataclasses, `classes`, `loss`, `precision`,
-    and where they are given `origin` and `receipt`.
+    and where they are given `origin`, `receipt` and, of a delta, `base`.
 
     Raises:
         UsageError: this version of softmoe saved no such card.
@@ -83,6 +83,10 @@ def _card_fault(card: Any) -> str | None:
             return f"{key} is none of {', '.join(choices)}" if key in card else f"it lacks {key}"
     if not isinstance(card.get("origin", ""), str):
         return f"origin is {_kind(card['origin'])}"
+    if "base" in card:
+        base, kinds = card["base"], {"checkpoint": str, "digest": str, "left_out": list[str]}
+        if not isinstance(base, dict) or not all(_fits(base.get(key), kind) for key, kind in kinds.items()):
+            return "base names no checkpoint with its digest"
     return _receipt_fault(card["receipt"]) if "receipt" in card else None
 
 

@@ -67,6 +67,7 @@ def _texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(each, str) for each in value)
 
 
+YES_NO = Kind("true or false", lambda value: isinstance(value, bool))
 TEXT, PATH, LIST = Kind("text", _text), Kind("a path", _path), Kind("a list of words", _texts)
 NUMBER, WHOLE, COUNT = Kind("a number", number), Kind("a whole number", _whole), Kind("a whole number above 0", _count)
 
@@ -127,8 +128,8 @@ SPENT = {
     "train_pflop": Key(NUMBER, "training PFLOP", unit="PFLOP", amount="training FLOPs", axis=True, trained=True),
     "device_s": Key(NUMBER, "training s", "seconds of training, summed over devices", unit="s", amount="training time",
                     axis=True, trained=True, clocked=True),
-    "landed_pflop": Key(NUMBER, "training PFLOP, landed", "train_pflop with no more rows of experts than choices "
-                        "landed on, where the images decide how many that are", optional=True, unit="PFLOP",
+    "landed_pflop": Key(NUMBER, "training PFLOP, landed", "train_pflop without the rows of experts that held no "
+                        "token", optional=True, unit="PFLOP",
                         amount="training FLOPs that landed", trained=True),
     "eval_s": Key(NUMBER, "evaluation s", unit="s", amount="evaluation time", clocked=True),
     "save_s": Key(NUMBER, "saving s", unit="s", amount="saving time", clocked=True),
@@ -166,6 +167,9 @@ LOOK = {
 are made of. Validation rows have `routing_NAME` for each NAME of ROUTING, its mean over layers, and FEWSHOT."""
 FEWSHOT = "fewshot_{}_top1_pct"
 """In validation rows, and in results after `validation_`, for each number of `train.fewshot`."""
+EXPERTS_LEFT = "experts_left_block_{}"
+"""In rows of metrics.jsonl, for each block of experts of a finetuning that prunes them; beside it `forward_gflop`, what
+a forward pass takes with those."""
 ROUTING = {
     **FORMAT_KEY,
     "step": _said(NUMBER, "updates so far"),
@@ -201,7 +205,8 @@ ROUTING = {
     "coefficient_max": _statistic("a token's largest coefficient, mean over tokens (muMoE)"),
     "specialist_share": _statistic("share of experts that have half of some token or more (muMoE)"),
 }  # fmt: skip
-"""A row of routing.jsonl. Which statistics there are is the router's; one of your own may have others."""
+"""A row of routing.jsonl. Which statistics there are is the router's; one of your own may have others. A finetuning
+that prunes experts has a row there for each block and window, with `window` and what it decided."""
 RESULT = {
     **FORMAT_KEY,
     "metrics_rows": _said(COUNT, "rows of metrics.jsonl when the run ended"),
@@ -219,11 +224,13 @@ RESULT = {
     "slots_per_token": _said(NUMBER, "slots of a layer over tokens", null=True),
     "images_per_group": _said(WHOLE, "images whose tokens compete for the same slots", null=True),
     "moe_blocks": _said(TEXT, "the blocks that hold experts"),
+    "adapter": _said(TEXT, "what was trained beside a frozen backbone", null=True, optional=True),
     "image_size": _said(COUNT, "pixels of a side"),
     "tokens": _said(COUNT, "of an image"),
     "data": _said(TEXT, "the data set's name"),
     "train_images": _said(COUNT, "images of the training part"),
     "test_images": _said(COUNT, "images of the test part"),
+    "test_is_cut": _said(YES_NO, "whether they are cut by data.split_seed", optional=True),
     "classes": _said(COUNT, "classes of the data set"),
     "chance_pct": _said(NUMBER, "share of the test images that are of their commonest class"),
     "top1_pct": _quality("test top-1, %", "higher", "top1_pct", 1),
@@ -237,11 +244,33 @@ RESULT = {
     "best_step": _said(WHOLE, "updates after which that was reached"),
     "train_pflop": SPENT["train_pflop"],
     "landed_pflop": SPENT["landed_pflop"],
+    "landed_share": _said(NUMBER, "share of the tokens' choices in training that an MLP has computed", optional=True),
+    "nominal_share": _said(NUMBER, "the same when the load is as even as the router aims at", optional=True),
     "device_s": SPENT["device_s"],
     "forward_gflop": Key(NUMBER, "forward GFLOP/image", unit="GFLOP", amount="forward FLOPs"),
     "train_gflop": Key(NUMBER, "training GFLOP/image", unit="GFLOP", amount="training FLOPs an image"),
     "params_m": Key(NUMBER, "parameters, M", unit="M", amount="parameters"),
+    "trained_params_m": Key(
+        NUMBER, "trained parameters, M", "all that are not frozen", optional=True, unit="M", amount="trained parameters"
+    ),
+    "trained_body_params_m": Key(
+        NUMBER,
+        "trained parameters without the head, M",
+        optional=True,
+        unit="M",
+        amount="trained parameters outside the head",
+    ),
     "active_params_m": Key(NUMBER, "active parameters, M", unit="M", amount="active parameters"),
+    "experts_left": _said(
+        TEXT, "in each block of experts, where some were pruned or could be", null=True, optional=True
+    ),
+    "served_as": _said(TEXT, "dense or experts: what softmoe prune makes of what is left", null=True, optional=True),
+    "served_params_m": Key(
+        NUMBER, "served parameters, M", "of that", optional=True, unit="M", amount="served parameters"
+    ),
+    "served_forward_gflop": Key(
+        NUMBER, "served forward GFLOP/image", "of that", optional=True, unit="GFLOP", amount="served forward FLOPs"
+    ),
     "peak_mib": Key(NUMBER, "peak memory, MiB", "predicted", unit="MiB", amount="peak memory"),
     "images": Key(WHOLE, "training images", amount="training images", axis=True, trained=True),
     "epochs": Key(NUMBER, "epochs", amount="epochs", trained=True),
@@ -259,7 +288,7 @@ RESULT = {
     "python": _said(TEXT, "its version"),
     "checkpoint.train_pflop": _said(NUMBER, "what training the checkpoint had cost", null=True),
     "checkpoint.digest": _said(TEXT, "of the checkpoint's weights", null=True),
-    "checkpoint.origin": _said(TEXT, "equal for checkpoints that differ by seed only", null=True),
+    "checkpoint.origin": _said(TEXT, "equal for checkpoints that differ by seed and cut only", null=True),
     "data.identity": _said(TEXT, "of the images, where the settings do not say it", null=True),
     "data.num_classes": _said(COUNT, "as it is set", null=True),
     "train.loss": _said(TEXT, "as it is set"),

@@ -22,8 +22,16 @@ class Progress:
     """Seconds of training, summed over the devices."""
     energy_j: float | None = 0.0
     landed: int = 0
-    """Choices that experts have computed in training, where the images decide how many (`Decided.landed`); of all
-    layers and processes."""
+    """Rows of experts that held a token in training (`Decided.landed`); of all layers and processes."""
+    window: int = 0
+    """Windows of pruning that have ended."""
+    image_flop: float | None = None
+    """FLOPs of an image in training with the experts that are left since step `flop_step`; None: none have gone."""
+    forward_flop: float | None = None
+    """FLOPs of its forward pass with them."""
+    flop_step: int = 0
+    flop_before: float = 0.0
+    """FLOPs of training up to that step."""
     loss_sum: float = 0.0
     aux_sum: float = 0.0
     loss_steps: int = 0
@@ -37,6 +45,15 @@ class Progress:
     def used(self, energy: float | None) -> None:
         """Adds joules; None, where nobody has measured them, leaves the sum unknown."""
         self.energy_j = None if energy is None or self.energy_j is None else self.energy_j + energy
+
+    def images_per_s(self, batch: int) -> float:
+        """Of the updates that were not compiling."""
+        return (self.step - self.compiled_steps) * batch / max(self.seconds["device"], 1e-9)
+
+    def trained_flop(self, batch: int, image_flop: float) -> float:
+        """FLOPs of training so far, where an image takes `image_flop` with all experts."""
+        each = image_flop if self.image_flop is None else self.image_flop
+        return self.flop_before + (self.step - self.flop_step) * batch * each
 
     @property
     def spent(self) -> dict[str, float]:

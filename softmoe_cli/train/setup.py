@@ -82,23 +82,34 @@ class Setup:
     def num_classes(self) -> int:
         return sets.num_classes(self.config.data, self.splits)
 
-    def train_pflop(self, step: int) -> float:
-        """The cost of this run's training up to a step."""
-        return step * self.config.train.batch_size * self.cost.train_flop / 1e15
+    def train_pflop(self, progress: Progress) -> float:
+        """The cost of this run's training so far."""
+        return progress.trained_flop(self.config.train.batch_size, self.cost.train_flop) / 1e15
 
     def pflop(self, progress: Progress) -> dict[str, float]:
-        """The cost of this run's training so far as rows have it: by formula, and by the choices that experts computed;
-        the latter is unknown where frozen parameters take a part of the experts' cost away."""
+        """The cost of this run's training so far as rows have it: by formula, and without the rows of experts that held
+        no token; the latter is unknown where frozen parameters take a part of the experts' cost away."""
         images, cost = progress.step * self.config.train.batch_size, self.cost
-        row = {"train_pflop": self.train_pflop(progress.step)}
-        if cost.landed_row_flop is None or cost.counted_train_flop is None:
+        row = {"train_pflop": self.train_pflop(progress)}
+        if progress.image_flop is not None:  # then no images decide about the cost
+            row["landed_pflop"] = row["train_pflop"]
+        elif cost.landed_row_flop is None or cost.counted_train_flop is None:
             row["landed_pflop"] = cost.landed_train_flop(images, progress.landed) / 1e15
         return row
 
-    def pflop_in_all(self, step: int) -> float | None:
+    def landed(self, progress: Progress) -> dict[str, float]:
+        """The share of the tokens' choices that experts have computed, beside what the router aims at; nothing where
+        tokens do not choose."""
+        choices, nominal = self.cost.choices, self.cost.nominal_share
+        if choices is None or nominal is None:
+            return {}
+        made = progress.step * self.config.train.batch_size * choices
+        return {"landed_share": progress.landed / max(1, made), "nominal_share": nominal}
+
+    def pflop_in_all(self, progress: Progress) -> float | None:
         """The same with the training of the weights that it began with; None where their file does not say."""
         before = self.source.train_pflop if self.source else 0.0
-        return None if before is None else before + self.train_pflop(step)
+        return None if before is None else before + self.train_pflop(progress)
 
 
 def images_identity(settings: Data, crew: Crew) -> str | None:

@@ -16,7 +16,8 @@ from softmoe_cli.check.laws import Outcome, Subject
 from softmoe_cli.errors import UsageError
 from softmoe_cli.moe.routers.soft import SoftRouter, l2_normalize, soft_logits, soft_weights
 from softmoe_cli.moe.routers.tokens_choice import TokensChoiceRouter
-from softmoe_cli.moe.routing import DenseRouting, SparseRouting, full_precision
+from softmoe_cli.moe.routers.zero_computation import ZeroComputationRouter, ZeroComputationRouting
+from softmoe_cli.moe.routing import Carried, DenseRouting, SparseRouting, full_precision
 from tests.processes import Started, forked
 from tests.routers import ROOT, ROUTERS
 
@@ -70,7 +71,9 @@ def compile_all() -> None:
 def test_checks_apply_to_most() -> None:
     """What does not apply says why, and is the exception."""
     outcomes = [run_check(check, Subject(ROUTERS["tokens_choice_bpr"])) for check in CHECKS if check != COMPILES]
-    assert [outcome for outcome in outcomes if outcome.verdict == "n/a"] == []
+    assert [outcome.name for outcome in outcomes if outcome.verdict == "n/a"] == ["hands on to the next"]
+    plus = run_check("hands on to the next", Subject(ROUTERS["zero_computation"]))
+    assert plus.verdict == "pass", plus
 
 
 def test_a_sigmoid_gate_is_not_said_to_be_a_dense_mlp() -> None:
@@ -171,6 +174,45 @@ class _Boasting(DenseRouting):
         return super().statistics() | {"utilisation": 7.0}
 
 
+class RemembersLogits(ZeroComputationRouter):
+    """Keeps what an earlier layer hands on, and takes the last batch's."""
+
+    _kept: Carried | None = None
+
+    def forward(self, x: Tensor, keep: Tensor | None = None, carried: Carried | None = None) -> ZeroComputationRouting:
+        if carried is None or carried.logits is None:
+            return super().forward(x, keep, carried)
+        old, self._kept = self._kept, carried
+        fits = old is not None and old.logits is not None and old.logits.shape == carried.logits.shape
+        return super().forward(x, keep, old if fits else carried)
+
+
+class DetachedLogits(ZeroComputationRouter):
+    """What is handed on has lost its gradient."""
+
+    def scores(self, tokens: Tensor, carried: Carried | None) -> Tensor:
+        if carried is not None and carried.logits is not None:
+            carried = Carried(carried.logits.detach())
+        return super().scores(tokens, carried)
+
+
+class UnpaidResidual(ZeroComputationRouter):
+    """Leaves the residual's map out of its costs."""
+
+    def flop(self, num_tokens: int) -> int:
+        return super().flop(num_tokens) - (2 * num_tokens * sum(self.counts) ** 2 if self.residual is not None else 0)
+
+
+class AddsTokens(TokensChoiceRouter):
+    """Gives a token itself beside what its experts made, and does not say so."""
+
+    def forward(self, x: Tensor, keep: Tensor | None = None) -> SparseRouting:
+        routing = super().forward(x, keep)
+        made = routing.combine
+        routing.combine = lambda rows: made(rows) + 1  # type: ignore[method-assign]
+        return routing
+
+
 BROKEN: dict[type, tuple[str, set[str]]] = {
     NanForPadding: ("soft", {"padding is neutral"}),
     OwnLossPerBatch: ("tokens_choice", {"auxiliary losses", "official numbers"}),
@@ -181,6 +223,10 @@ BROKEN: dict[type, tuple[str, set[str]]] = {
     LooksAroundInTraining: ("soft", {"images do not see each other", "official numbers"}),
     FirstComeOverTheBatch: ("soft", {"images do not see each other", "official numbers"}),
     UtilisationOfSeven: ("soft", {"statistics"}),
+    RemembersLogits: ("zero_computation", {"hands on to the next"}),
+    DetachedLogits: ("zero_computation", {"hands on to the next", "official numbers"}),
+    UnpaidResidual: ("zero_computation", {"hands on to the next"}),
+    AddsTokens: ("tokens_choice", {"combine law", "one expert is the dense MLP", "official numbers"}),
 }
 
 

@@ -42,9 +42,9 @@ from softmoe_cli.moe.sparse import choose, place
 from softmoe_cli.optim import linear, rsqrt
 from tests.routers import ROUTERS
 
-ELSEWHERE = ("scaling_law_", "self_contrast_", "sentence_gate")
-"""Kinds that tests/scaling/test_laws.py, tests/evaluate/test_contrast.py and tests/moe/routers/test_image_choice.py
-try."""
+ELSEWHERE = ("scaling_law_", "soft_moa_", "self_contrast_", "sentence_gate")
+"""Kinds that tests of the rooms try: scaling/test_laws.py, adapters/test_official.py, evaluate/test_contrast.py and
+moe/routers/test_image_choice.py."""
 CASES = {name: meta for name, meta in official_cases().items() if not meta["kind"].startswith(ELSEWHERE)}
 ROUTER_CLASSES = {name: type(make_router(options, 16, 16)) for name, options in ROUTERS.items()}
 MODULES = "softmoe_cli.moe.routers"

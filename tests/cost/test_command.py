@@ -12,7 +12,7 @@ import torch
 
 from softmoe_cli.cli import main
 from softmoe_cli.config.run import WAYS
-from softmoe_cli.cost.command import CONVENTION, costs, show_costs
+from softmoe_cli.cost.command import CONVENTION, UNDIVIDED, costs, show_costs
 from softmoe_cli.cost.load import Load
 from softmoe_cli.cost.memory import predict
 from softmoe_cli.errors import UsageError
@@ -60,6 +60,7 @@ def test_formats_say_the_same() -> None:
         ]
         if not many:
             assert [line["part"] for line in lines] == [*(part["part"] for part in rows[0]["parts"]), "total"]
+            assert UNDIVIDED not in table and UNDIVIDED in show_costs(rows[1:], "table", many=False)
 
 
 def test_a_folder_has_to_say_its_classes() -> None:

@@ -24,6 +24,7 @@ from softmoe_cli.evaluate.quality import Outcomes
 from softmoe_cli.model.vit import build
 from softmoe_cli.options.compose import say_once
 from softmoe_cli.options.inherit import keep_cut
+from softmoe_cli.run.card import CARD_FORMAT
 from softmoe_cli.run.mirror import _named
 from tests import oracles
 from tests.conftest import TINY, Softmoe
@@ -248,12 +249,12 @@ def four(tmp_path: Path) -> Path:
     weights = build(config.model, 4).state_dict()
     torch.nn.init.normal_(weights["head.weight"], std=3.0)
     card = {
-        "format": 1,
+        "format": CARD_FORMAT,
         "model": dataclasses.asdict(config.model),
         "data": dataclasses.asdict(config.data),
         "loss": "softmax",
     }
-    card |= {"format": 1, "precision": "fp32", "classes": list(WNIDS)}
+    card |= {"format": CARD_FORMAT, "precision": "fp32", "classes": list(WNIDS)}
     save_file(weights, tmp_path / "four.safetensors", metadata={"softmoe": json.dumps(card)})
     return tmp_path / "four.safetensors"
 

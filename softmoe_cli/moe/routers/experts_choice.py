@@ -5,7 +5,7 @@ for each token, each expert takes the tokens with the largest gates for it, and 
 option says so.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -63,8 +63,10 @@ class ExpertsChoiceRouter(Router):
         ValueError: an impossible combination, such as more slots per expert than a group has tokens.
     """
 
+    counts_landed = True
     decays = ("gate.kernel",)
     expert_axes: ClassVar[dict[str, int]] = {"gate.kernel": 1}
+    unprunable = None
     official = "ec_layer"
 
     def __init__(
@@ -92,6 +94,7 @@ class ExpertsChoiceRouter(Router):
                 f"an expert has {slots} slots, but a group has {group} tokens to choose from; lower capacity_factor, "
                 "slots_per_expert or capacity_multiple, or raise num_experts"
             )
+        self._whole = num_experts, slots
         self.num_experts, self.images_per_group = num_experts, images_per_group
         self.slots_per_expert: int = slots
         self.group, self.renormalise = group, renormalise
@@ -106,7 +109,7 @@ class ExpertsChoiceRouter(Router):
 
     def flop(self, num_tokens: int) -> int:
         """The gate: one product of n, d and e."""
-        return 2 * num_tokens * self.gate.kernel.numel()
+        return 2 * num_tokens * len(self.gate.kernel) * self.num_experts
 
     def departs_from_mlp(self, num_tokens: int, parts: int) -> str | None:
         if self.slots_per_expert == self.group:
@@ -118,6 +121,21 @@ class ExpertsChoiceRouter(Router):
 
     def capacity_factor(self, slots: int, num_tokens: int) -> float:
         return slots * self.num_experts / (self.images_per_group * num_tokens)
+
+    def leave(self, left: Int[Tensor, " z"] | None, *, balance: bool) -> None:
+        """Those that are left take as many tokens as all took before, rounded up; one that is left takes all."""
+        e, slots = self._whole
+        z = self.num_experts = e if left is None else len(left)
+        self.slots_per_expert = self.group if z == 1 < e else min(self.group, -(-slots * e // z))
+        self.gate.left = left
+
+    def options_left(self) -> dict[str, Any]:
+        return {
+            "num_experts": self.num_experts,
+            "slots_per_expert": self.slots_per_expert,
+            "capacity_factor": None,
+            "noise_std": self.gate.std * self.num_experts,
+        }
 
     def weak_limits(self) -> dict[str, int]:
         return {"rank": self.num_experts, "random": 1, "skip": 0}

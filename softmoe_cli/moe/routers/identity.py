@@ -22,7 +22,9 @@ class IdentityRouter(Router):
         ValueError: more experts than tokens: some would never see one.
     """
 
+    unprunable = "a token's expert is chosen by its place, so that each expert sees as many as the next"
     exempt: Mapping[str, str] = {"token permutation": "a token's place is what its expert is chosen by"}
+    counts_landed = True
 
     def __init__(self, dim: int, num_tokens: int, *, num_experts: int) -> None:
         super().__init__()

@@ -16,6 +16,7 @@ class SoftUniformRouter(SoftRouter):
 
     exempt: Mapping[str, str] = {"official numbers": "no code of it was released"}
     official = None
+    unprunable = "every token gets the mean of all slots, so that no expert has more of it than another"
 
     def train_flop(self, num_tokens: int) -> int:
         """No gradient goes to the combine weights."""

@@ -24,6 +24,7 @@ from softmoe_cli.moe.sparse import (
     place,
     renormalised,
     room_for,
+    slots_left,
 )
 from softmoe_cli.moe.weak import WeakChoice
 
@@ -57,8 +58,10 @@ class TokensChoiceRouter(Router):
     """
 
     exempt: Mapping[str, str] = {"token permutation": "slots are given out in the order of the tokens"}
+    counts_landed = True
     decays = ("gate.kernel",)
-    expert_axes: ClassVar[dict[str, int]] = {"gate.kernel": 1}
+    expert_axes: ClassVar[dict[str, int]] = {"gate.kernel": 1, "balance.bias": 0}
+    unprunable = None
     of_one_expert: ClassVar[dict[str, Any]] = {"k": 1, "shared_experts": 0}
     official = "tc_layer"
 
@@ -89,7 +92,9 @@ class TokensChoiceRouter(Router):
             slots_per_expert, capacity_factor, images_per_group * num_tokens * k, num_experts, capacity_rounding,
             capacity_multiple,
         )  # fmt: skip
+        self._whole = num_experts, k, slots
         self.num_experts, self.k, self.renormalise = num_experts, k, renormalise
+        self.group = images_per_group * num_tokens
         self.slots_per_expert: int = slots
         self.images_per_group, self.shared_experts = images_per_group, shared_experts
         if gate == "sigmoid" and not renormalise:
@@ -113,7 +118,7 @@ class TokensChoiceRouter(Router):
 
     def flop(self, num_tokens: int) -> int:
         """The gate: one product of n, d and e."""
-        return 2 * num_tokens * self.gate.kernel.numel()
+        return 2 * num_tokens * len(self.gate.kernel) * self.num_experts
 
     def departs_from_mlp(self, num_tokens: int, parts: int) -> str | None:
         reason = gates_depart(self.k, self.num_experts, self.gate.function, self.renormalise, parts)
@@ -151,6 +156,23 @@ class TokensChoiceRouter(Router):
             routing = place(weights, chosen, kept, order, self.slots_per_expert, aux_loss, (x.shape[0], x.shape[1]))
             self.balance.add_demand(routing.demand)
             return routing
+
+    def leave(self, left: Int[Tensor, " z"] | None, *, balance: bool) -> None:
+        e, k, slots = self._whole
+        self.num_experts = e if left is None else len(left)
+        self.k = min(k, self.num_experts)
+        self.slots_per_expert = slots_left(slots, e, self.num_experts, self.group)
+        self.gate.left = self.balance.left = left
+        self.balance.on = balance or left is None
+
+    def options_left(self) -> dict[str, Any]:
+        return {
+            "num_experts": self.num_experts,
+            "k": self.k,
+            "slots_per_expert": self.slots_per_expert,
+            "capacity_factor": None,
+            "noise_std": self.gate.std * self.num_experts,
+        }
 
     def counted(self) -> list[Tensor]:
         return self.balance.counted()

@@ -47,8 +47,10 @@ class TokensChoiceDroplessRouter(Router):
     """
 
     slots_per_expert = None
+    counts_landed = True
     decays = ("gate.kernel",)
-    expert_axes: ClassVar[dict[str, int]] = {"gate.kernel": 1}
+    expert_axes: ClassVar[dict[str, int]] = {"gate.kernel": 1, "balance.bias": 0}
+    unprunable = None
     of_one_expert: ClassVar[dict[str, Any]] = {"k": 1, "shared_experts": 0}
 
     def __init__(
@@ -70,6 +72,7 @@ class TokensChoiceDroplessRouter(Router):
     ) -> None:
         super().__init__()
         check_choice(k, num_experts, images_per_group, shared_experts, renormalise)
+        self._whole = num_experts, k
         self.num_experts, self.k, self.shared_experts = num_experts, k, shared_experts
         self.renormalise, self.loss_images = renormalise, images_per_group
         if gate == "sigmoid" and not renormalise:
@@ -93,7 +96,7 @@ class TokensChoiceDroplessRouter(Router):
 
     def flop(self, num_tokens: int) -> int:
         """The gate: one product of n, d and e."""
-        return 2 * num_tokens * self.gate.kernel.numel()
+        return 2 * num_tokens * len(self.gate.kernel) * self.num_experts
 
     def departs_from_mlp(self, num_tokens: int, parts: int) -> str | None:
         return gates_depart(self.k, self.num_experts, self.gate.function, self.renormalise, parts)
@@ -120,6 +123,16 @@ class TokensChoiceDroplessRouter(Router):
             noisy = clean if same else in_groups(noisy, self.loss_images)
             routing.aux_loss = self.balance.loss(self.gate, clean, noisy, gates, kept, self.k)
             return routing
+
+    def leave(self, left: Int[Tensor, " z"] | None, *, balance: bool) -> None:
+        e, k = self._whole
+        self.num_experts = e if left is None else len(left)
+        self.k = min(k, self.num_experts)
+        self.gate.left = self.balance.left = left
+        self.balance.on = balance or left is None
+
+    def options_left(self) -> dict[str, Any]:
+        return {"num_experts": self.num_experts, "k": self.k, "noise_std": self.gate.std * self.num_experts}
 
     def counted(self) -> list[Tensor]:
         return self.balance.counted()

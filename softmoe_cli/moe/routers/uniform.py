@@ -23,6 +23,7 @@ class UniformRouter(Router):
     """
 
     needs_independent_experts = True
+    unprunable = "every expert has the same part in every token"
 
     def __init__(self, dim: int, num_tokens: int, *, num_experts: int, slots_per_expert: int) -> None:
         super().__init__()

@@ -11,7 +11,7 @@ choices; `capacity_counts_choices` reads its T as K T.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -140,7 +140,6 @@ class ZeroComputationRouting(SparseRouting):
         self.choices, self.direct = choices, direct
         self._counts, self._dropped = counts, dropped_in_training
         ffn = choices.chosen < counts[0]
-        self.landed = (choices.landed & ffn).sum()
         asked = torch.where(ffn & choices.keep[:, :, None], choices.chosen, counts[0]).flatten()
         demand = asked.new_zeros(counts[0] + 1).scatter_add(0, asked, torch.ones_like(asked))[:-1]
         super().__init__(token, gate, aux_loss, demand, shape, offsets)
@@ -206,10 +205,8 @@ class ZeroComputationRouter(Router):
 
     slots_per_expert = None
     counts_landed = True
-    exempt: Mapping[str, str] = {
-        "combine law": "copy and constant experts add to a token what no row made",
-    }
     decays = ("gate.kernel", "residual.weight", "constants.kernel")
+    unprunable = "its layers hand their experts' logits on to each other, and its experts are of several kinds"
     expert_axes: ClassVar[dict[str, int]] = {"gate.kernel": 1, "residual.weight": 0}
     official = "zero_computation"
     of_one_expert: ClassVar[dict[str, Any]] = {
@@ -247,6 +244,7 @@ class ZeroComputationRouter(Router):
         self.images_per_group = images_per_group if capacity_factor is not None else 1
         self.logits_norm, self.carries, self.balance_weight = logits_norm, gating_residual, balance_weight
         self._refuse_idle()
+        self.direct = bool(num_constant or num_copy)
         if self.num_free:
             named = zip(EXPERT_KINDS, self.counts, strict=True)
             self.kinds = [kind for kind, count in named if count and sum(self.counts) - count >= k]

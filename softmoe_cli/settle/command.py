@@ -1,0 +1,65 @@
+"""`softmoe settle`: what is typed, and how it ends."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from softmoe_cli.compare.groups import Question
+from softmoe_cli.config.settle import Fairness, SettleConfig
+from softmoe_cli.errors import UsageError, first_line
+from softmoe_cli.launch.job import RunCommand
+from softmoe_cli.options.compose import Jobs, admit, door, say_once
+from softmoe_cli.options.conf_files import conf_folder, load_yaml
+from softmoe_cli.options.explain import check_line
+
+F = TypeVar("F", bound=Fairness)
+
+
+def settle_arms(arguments: Sequence[str], run: RunCommand) -> int:
+    """Settles a comparison; returns 0 where every arm has its verdict, 3 where some are open.
+
+    Raises:
+        UsageError: it cannot work as typed; nothing was started.
+        RunError: the baseline fails with every seed.
+    """
+    from softmoe_cli.launch.sweep import Sweep, study_of
+    from softmoe_cli.settle.sweeper import Settle
+
+    own, words = own_words(arguments, SettleConfig)
+    Question(quality=own.quality).check()
+    words = [word for word in words if word not in ("-m", "--multirun", "--plan")]
+    words = check_line("train", ["-m", *words])
+    if "--plan" in arguments:
+        words.append("hydra.launcher.plan=true")
+    study = study_of(words)
+    if study is not None:
+        say_once(f"study=settle-{study}, after the keys that vary; study= names another folder")
+        words.append(f"study=settle-{study}")
+    admit(Sweep)
+    admit(Settle)
+    Sweep.run, Sweep.last = staticmethod(run), None
+    Settle.asked, Settle.status = own, None
+    Jobs("train", [*words, f"hydra.sweeper._target_={Settle.__module__}.{Settle.__name__}"])
+    assert Settle.status is not None
+    return Settle.status
+
+
+def own_words(arguments: Sequence[str], section: type[F]) -> tuple[F, list[str]]:
+    """The options that are a section's own, checked, and the other words.
+
+    Raises:
+        UsageError: an option cannot have that value.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    keys = {field.name for field in dataclasses.fields(section)}
+    own = [word for word in arguments if word.partition("=")[0] in keys and "=" in word]
+    tree: dict[str, Any] = load_yaml(conf_folder() / "settle.yaml")
+    for word in own:
+        try:
+            tree |= OmegaConf.to_container(OmegaConf.from_dotlist([word]))  # type: ignore[operator]
+        except (YAMLError, OmegaConfBaseException) as error:
+            raise UsageError(f"cannot read '{word}': {first_line(error)}") from error
+    return door({key: tree[key] for key in keys}, section), [word for word in arguments if word not in own]
