@@ -27,7 +27,7 @@ from softmoe_cli.evaluate.contrast import (
     strong_pass,
     weak_named,
 )
-from softmoe_cli.evaluate.trial import Answers, Way, answered, best_settings, line_of
+from softmoe_cli.evaluate.trial import Answers, Way, answers_to, best_settings, line_of
 from softmoe_cli.model.router import make_layer
 from softmoe_cli.moe.kind import Weak
 from softmoe_cli.moe.layer import MoE
@@ -283,6 +283,17 @@ def test_weak_mixtures(router: str) -> None:
     assert moe.router.num_experts == EXPERTS  # the layer itself is as it was
 
 
+@pytest.mark.parametrize(("router", "how"), [("tokens_choice", Weak("rank", 2)), ("soft", Weak("drop", 1))])
+def test_of_a_pruned_layer_the_experts_that_are_left(router: str, how: Weak) -> None:
+    moe = layer(router, k=1, **QUIET)
+    moe.prunable()
+    moe.leave([0, 2])
+    small = layer(router, k=1, num_experts=2, **QUIET)
+    small.load_state_dict(moe.weights_left())
+    given = torch.tensor([1]) if how.kind == "drop" else None
+    torch.testing.assert_close(weak_layer(moe, how, given)(tokens()), weak_layer(small, how, given)(tokens()))
+
+
 # --- two passes -------------------------------------------------------------------------------------------------------
 
 
@@ -418,7 +429,7 @@ def test_figures_under_a_mask_by_hand() -> None:
     made, valid = contrasted(strong, weak, alpha=0.1, beta=0.5)
 
     def said(order: Tensor, logits: Tensor) -> Answers:
-        integers, numbers = answered(order, logits, label)
+        integers, numbers = answers_to(order, logits, label)
         return Answers(integers[0], integers[1], integers[2].bool(), integers[3], *numbers.double())
 
     alone, both = said(strong, strong), said(ranking(made, valid, strong), made)

@@ -106,8 +106,9 @@ class TokensChoiceDroplessRouter(Router):
 
     def weaker(self, how: Weak, given: Int[Tensor, "*some"] | None) -> WeakChoice:
         return WeakChoice(
-            how, self.gate, self.balance, renormalise=self.renormalise, shared_experts=self.shared_experts, drawn=given
-        )
+            how, self.gate, self.balance, num_experts=self.num_experts, renormalise=self.renormalise,
+            shared_experts=self.shared_experts, drawn=given,
+        )  # fmt: skip
 
     def forward(self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None = None) -> SparseRouting:
         with full_precision(x):
