@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from softmoe_cli.moe.kind import Layer, Weak
 from softmoe_cli.moe.layer import MoE
 from softmoe_cli.moe.routing import DenseRouting, Router, SparseRouting, full_precision, uniform_weights
-from softmoe_cli.moe.sparse import Balanced, Gate, choose, in_runs, renormalised
+from softmoe_cli.moe.sparse import Balanced, Gate, choose, image_means, in_runs, renormalised
 
 
 class WeakChoice(Router):
@@ -27,6 +27,7 @@ class WeakChoice(Router):
         how: rank_R takes the expert that the balanced gates put in place R, top_J the J best, random_1 the `drawn` one
             with weight 1.
         gate, balance, num_experts, shared_experts: of the router that was trained; without `balance`, gates choose.
+        by_image: all tokens of an image choose what their mean chooses.
         renormalise: divide gates by their sum over the experts that are taken, so that a single one has weight 1.
     """
 
@@ -42,10 +43,11 @@ class WeakChoice(Router):
         renormalise: bool,
         shared_experts: int,
         drawn: Int[Tensor, "b n"] | None,
+        by_image: bool = False,
     ) -> None:
         super().__init__()
         assert (how.kind == "random") == (drawn is not None)
-        self.how, self.gate, self.balance, self.drawn = how, gate, balance, drawn
+        self.how, self.gate, self.balance, self.drawn, self.by_image = how, gate, balance, drawn, by_image
         self.num_experts, self.renormalise, self.shared_experts = num_experts, renormalise, shared_experts
 
     @property
@@ -57,7 +59,8 @@ class WeakChoice(Router):
 
     def flop(self, num_tokens: int) -> int:
         """The gate, which random_1 does not ask."""
-        return 0 if self.drawn is not None else 2 * num_tokens * len(self.gate.kernel) * self.num_experts
+        decisions = 0 if self.drawn is not None else 1 if self.by_image else num_tokens
+        return 2 * decisions * len(self.gate.kernel) * self.num_experts
 
     def forward(self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None = None) -> SparseRouting:
         with full_precision(x):
@@ -66,7 +69,7 @@ class WeakChoice(Router):
                 chosen = self.drawn[:, :, None]
                 weights = torch.ones_like(chosen, dtype=self.gate.kernel.dtype)
             else:
-                gates = self.gate.activate(self.gate(x)[0])
+                gates = self.gate.activate(self.gate(image_means(x, kept) if self.by_image else x)[0])
                 scores = gates if self.balance is None else self.balance.scores(gates)
                 chosen = choose(scores, self.how.number)
                 if self.how.kind == "rank":
@@ -74,6 +77,7 @@ class WeakChoice(Router):
                 weights = (renormalised(gates, chosen) if self.renormalise else gates).gather(2, chosen)
                 if self.renormalise and chosen.shape[2] == 1:
                     weights = torch.ones_like(weights)  # also where the gate is too small to be divided by
+            weights, chosen = (each.expand(-1, x.shape[1], -1) for each in (weights, chosen))
             return in_runs(weights, chosen, kept, self.num_experts, weights.new_zeros(()))
 
 
