@@ -265,6 +265,10 @@ def _part(group: Group, key: str) -> str:
         return ""
     if key == "model.router._target_":
         value = row["router"]
+    alone = re.fullmatch(r"model\.blocks\.(\d+)\.(.+)", key)
+    if alone is not None:
+        what = str(value).split(".")[-2] if alone[2] == "_target_" else f"{alone[2]} {said(value)}"
+        return f"block {alone[1]} {shortened(what, LABEL_LETTERS)}"
     if key == "checkpoint.origin":
         value = _source_name(Path(row["checkpoint"] or value))
     text = shortened(",".join(map(str, value)) if isinstance(value, list) else said(value), LABEL_LETTERS)

@@ -241,7 +241,8 @@ def _nearest_group(group: Group, candidates: list[Group]) -> Group | None:
 
     def apart(other: Group) -> int:
         mine, its = group.runs[0].settings(), other.runs[0].settings()
-        keys = {key for key in {*mine, *its} if not key.startswith("model.router.") and key not in ROUTED}
+        routers = ("model.router.", "model.blocks.")
+        keys = {key for key in {*mine, *its} if not key.startswith(routers) and key not in ROUTED}
         return sum(mine.get(key) != its.get(key) for key in keys)
 
     ranked = sorted(candidates, key=apart)
