@@ -6,7 +6,6 @@ import functools
 import io
 import json
 import os
-import re
 import sys
 import tempfile
 import traceback
@@ -48,7 +47,7 @@ def main() -> None:
 def run(arguments: Sequence[str]) -> tuple[int, str]:
     """Runs a command line; returns its exit status and, where an error caused it, the sentence that says why."""
     debug = "--debug" in arguments
-    trains = arguments[:1] in (["train"], ["finetune"])
+    trains = arguments[:1] in (["train"], ["finetune"], ["settle"])
     try:
         with interruptible(functools.partial(_stopped, trains)):
             command, words = _command([argument for argument in arguments if argument != "--debug"])
@@ -131,10 +130,15 @@ def _learn(command: str, arguments: list[str]) -> int:
     """`softmoe train` and `softmoe finetune`: one run or, with -m, a sweep of several."""
     from softmoe_cli.options.explain import check_line
 
+    many = _many(arguments)
+    if many:
+        from softmoe_cli.settle.command import fair_words
+
+        arguments, made_fair = fair_words(arguments)
     arguments = check_line(command, arguments)
     if "--groups" in arguments:
         return _groups(command, [argument for argument in arguments if argument != "--groups"])
-    jobs = _sweep(command, arguments) if _many(arguments) else Jobs(command, arguments)
+    jobs = _sweep(command, arguments, made_fair) if many else Jobs(command, arguments)
     from softmoe_cli.options.inherit import resolve
 
     for config, typed in jobs:
@@ -155,19 +159,20 @@ def _learn(command: str, arguments: list[str]) -> int:
     return 0
 
 
-def _sweep(command: str, arguments: list[str]) -> Jobs:
+def _sweep(command: str, arguments: list[str], more: Sequence[str]) -> Jobs:
     """Lets a sweep's launcher run its jobs; returns the jobs that are still to be run here: all, if the launcher is
     Hydra's.
 
     Raises:
         RunError: some jobs failed; the message lists them.
     """
-    from softmoe_cli.launch.sweep import Sweep
+    from softmoe_cli.launch.sweep import Sweep, study_of
 
-    study = _study_of(arguments)
+    study = study_of(arguments)
     if study is not None:
         say_once(f"study={study}, after the keys that vary; study= names another folder")
         arguments = [*arguments, f"study={study}"]
+    arguments = [*arguments, *more]
     admit(Sweep)
     Sweep.run, Sweep.last = staticmethod(run), None
     if "--plan" in arguments:
@@ -180,28 +185,15 @@ def _sweep(command: str, arguments: list[str]) -> Jobs:
     return jobs
 
 
+def _settle(arguments: list[str]) -> int:
+    """`softmoe settle`: rounds of seeds until every arm has its verdict."""
+    from softmoe_cli.settle.command import settle_arms
+
+    return settle_arms(arguments, run)
+
+
 def _many(arguments: Sequence[str]) -> bool:
     return any(argument in ("-m", "--multirun") for argument in arguments)
-
-
-def _study_of(arguments: Sequence[str]) -> str | None:
-    """The default name of a sweep's folder: the last words of the keys that vary, in the order in which they were
-    typed. None if the command line or an experiment names the study, or if Hydra will refuse the words.
-
-    `model/router=dense,soft seed=0,1` -> `router-seed`
-    """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    if any(word.lstrip("+").startswith(("study=", "experiment=", "experiment/")) for word in arguments):
-        return None
-    words = [word for word in arguments if not word.startswith("-") and "=" in word]
-    try:
-        typed = OverridesParser.create().parse_overrides(words)
-    except HydraException:
-        return None
-    keys = [override.key_or_group for override in typed if override.is_sweep_override()]
-    return "-".join(dict.fromkeys(re.split(r"[./]", key)[-1] for key in keys)) or None
 
 
 def _groups(command: str, arguments: list[str]) -> int:
@@ -298,7 +290,7 @@ def _evaluate(config: Any, typed: list[str]) -> int:
     from softmoe_cli.evaluate.command import evaluate_checkpoint
     from softmoe_cli.options import inherit
 
-    sources = [inherit.named_source(path) for path in paths]
+    sources = [inherit.named_source(path, tree["base"]) for path in paths]
     model, *_ = [inherit.model_of(source, tree["trust"]) for source in sources]
     named = inherit.names_data(tree["data"])
     inherit.take_data(tree, sources[0], typed)
@@ -322,7 +314,7 @@ def _export(config: Any, typed: list[str]) -> int:
     from softmoe_cli.export import export, show_export
     from softmoe_cli.options import inherit
 
-    source = inherit.named_source(tree["checkpoint"])
+    source = inherit.named_source(tree["checkpoint"], tree["base"])
     model = inherit.model_of(source, tree["trust"])
     named = inherit.names_data(tree["data"])
     inherit.take_data(tree, source, typed)
@@ -332,6 +324,12 @@ def _export(config: Any, typed: list[str]) -> int:
         inherit.check_here(checked.data, source)
     show_export(export(checked, model, source), checked.format)
     return 0
+
+
+def _prune(config: Any, typed: list[str]) -> int:
+    from softmoe_cli.prune.command import prune_as_typed
+
+    return prune_as_typed(config, typed)
 
 
 def _upcycle(config: Any, typed: list[str]) -> int:
@@ -346,6 +344,7 @@ def _upcycle(config: Any, typed: list[str]) -> int:
     from softmoe_cli.upcycle import show_upcycle, upcycle
 
     source = inherit.named_source(tree["checkpoint"])
+    inherit.refuse_adapters(source, "upcycle")
     name = tree["model"]["backbone"]["timm"]
     if "model" not in source.card and name not in (None, "???"):
         source = dataclasses.replace(source, card=timm_card(name))
@@ -392,15 +391,15 @@ def _check(arguments: list[str]) -> int:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    options = _router_options(names[0])
+    from softmoe_cli.check.command import check_router, options_to_check
+
+    options = options_to_check(names[0])
     for argument in arguments:
         if "=" in argument:
             try:
                 options |= tree_of(OmegaConf.from_dotlist([argument]))
             except (yaml.YAMLError, OmegaConfBaseException) as error:
                 raise UsageError(f"cannot read '{argument}': {first_line(error)}") from error
-    from softmoe_cli.check.command import check_router
-
     outcomes = check_router(options)
     for outcome in outcomes:
         print(f"{outcome.verdict:<5} {outcome.name:<30} {outcome.figure}")
@@ -408,43 +407,6 @@ def _check(arguments: list[str]) -> int:
     passed = sum(outcome.verdict == "pass" for outcome in outcomes)
     print(f"{names[0]}: {passed} passed, {failed} failed, {len(outcomes) - passed - failed} not applicable")
     return 1 if failed else 0
-
-
-def _router_options(name: str) -> dict[str, Any]:
-    """The options in a router's yaml, or the target of a Python file's one router."""
-    from softmoe_cli.options.conf_files import files, load_yaml
-
-    routers = files("model/router")
-    if name in routers:
-        options = load_yaml(routers[name])
-        if options.get("_target_") is None:
-            raise UsageError(f"{name} has no router to check")
-        return options
-    path = Path(name)
-    if path.suffix != ".py":
-        raise UsageError(f"there is no router '{name}'.{nearest(name, routers)} Routers: {', '.join(sorted(routers))}")
-    if not path.is_file():
-        raise UsageError(f"{name} does not exist")
-    sys.path.insert(0, str(path.resolve().parent))
-    import importlib
-    import inspect
-
-    from softmoe_cli.moe.kind import Decider
-
-    try:
-        module = importlib.import_module(path.stem)
-    except (Exception, SystemExit) as error:  # the user's file may raise anything
-        raise UsageError(f"{name} cannot be imported: {type(error).__name__}: {first_line(error)}") from error
-    own = [
-        each
-        for each in vars(module).values()
-        if isinstance(each, type) and issubclass(each, Decider) and each.__module__ == path.stem
-    ]
-    concrete = [each for each in own if not inspect.isabstract(each)]
-    if len(concrete) != 1:
-        names = ", ".join(each.__name__ for each in concrete) or "none"
-        raise UsageError(f"{name} must define one subclass of softmoe_cli.moe.routing.Router; it has {names}")
-    return {"_target_": f"{path.stem}.{concrete[0].__name__}"}
 
 
 def _status(arguments: list[str]) -> int:
@@ -478,7 +440,9 @@ def _completion(arguments: list[str]) -> int:
 ACTIONS: typing.Final[dict[str, Callable[[list[str]], int]]] = {
     "train": functools.partial(_learn, "train"),
     "finetune": functools.partial(_learn, "finetune"),
+    "settle": _settle,
     "upcycle": _composing("upcycle", _upcycle),
+    "prune": _composing("prune", _prune),
     "evaluate": _composing("evaluate", _evaluate),
     "export": _composing("export", _export),
     "cost": _cost,

@@ -6,7 +6,7 @@ Every file is read back as its users read it and compared with the model on imag
 import json
 import re
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -21,14 +21,16 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from softmoe_cli.config.adapter import no_adapter
 from softmoe_cli.config.commands import ExportConfig
 from softmoe_cli.config.model import Model
 from softmoe_cli.data import batches, sets
 from softmoe_cli.errors import RunError, UsageError, first_line
+from softmoe_cli.model.adapted import merged
 from softmoe_cli.model.hub import softmoe_vit
 from softmoe_cli.model.router import check_evaluated, evaluation_group
 from softmoe_cli.model.vit import build
-from softmoe_cli.model.weights import load_weights
+from softmoe_cli.model.weights import experts_left, load_weights
 from softmoe_cli.run.checkpoint import WEIGHTS, seal
 from softmoe_cli.run.identity import made_from
 from softmoe_cli.run.receipt import RECEIPT, already_made, make_whole
@@ -51,9 +53,14 @@ def export(config: ExportConfig, model: Model, source: Source) -> dict[str, Any]
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    check_evaluated("images", config.images, model.router)
+    check_evaluated("images", config.images, model)
     if "head.weight" not in source.weights:
         raise UsageError(f"checkpoint={source.label} has no head; softmoe finetune gives it one")
+    if experts_left(source.weights):
+        raise UsageError(
+            f"checkpoint={source.label} still holds the experts that were pruned; make the smaller model first: "
+            f"softmoe prune checkpoint={source.label}"
+        )
     if config.push is not None:
         _check_name(config.push)
     lacking = [name for name in ONNX_PACKAGES if find_spec(name) is None]
@@ -62,6 +69,8 @@ def export(config: ExportConfig, model: Model, source: Source) -> dict[str, Any]
     chosen = {key: value for key, value in asdict(config.data).items() if key not in ("root", "workers", "memory_gib")}
     settings = {"formats": sorted(set(config.formats)), "data": chosen, "images": config.images}
     settings["pixels"] = _pixels(model, source.card)
+    if "base" in source.card:
+        settings["base"] = source.card["base"]["digest"]
     folder = Path(config.output_root) / "exported" / f"{model.name.replace('/', '_')}-{made_from(source, settings)}"
     folder = folder if config.folder is None else Path(config.folder)
     receipt = already_made(folder, source, settings)
@@ -77,31 +86,50 @@ def export(config: ExportConfig, model: Model, source: Source) -> dict[str, Any]
 
 def _fill(config: ExportConfig, model: Model, source: Source, receipt: dict[str, Any], folder: Path) -> None:
     """Makes the folder and completes its receipt."""
-    vit = build(model, source.weights["head.weight"].shape[0]).eval()
-    load_weights(vit, source.weights, keep_head=True, allow_unexpected=[])
+    trained = _built(model, source.weights)
+    model, weights, card = whole(model, source)
+    vit = _built(model, weights)
     splits = sets.load(config.data)
     splits.need("validation")
     images, _ = batches.first_images(splits.validation, config.data, model, config.images)
-    group = evaluation_group(model.router)
+    group = evaluation_group(model)
     batch = None if group == 1 else group
 
     folder.mkdir(parents=True)
-    save_file(source.weights, folder / WEIGHTS, metadata={"softmoe": json.dumps(source.card)})
-    (folder / "config.json").write_text(json.dumps(hub_config(model, vit, source.card), indent=1) + "\n")
-    (folder / "README.md").write_text(_readme(model, source.card, config.formats))
+    save_file(weights, folder / WEIGHTS, metadata={"softmoe": json.dumps(card)})
+    (folder / "config.json").write_text(json.dumps(hub_config(model, vit, card), indent=1) + "\n")
+    (folder / "README.md").write_text(_readme(model, card, config.formats))
     programs: dict[str, Program] = {"timm": timm.create_model(f"local-dir:{folder}", pretrained=True).eval()}
     if config.formats:
         graph = trace(vit, torch.zeros(batch or 2, *images.shape[1:]), batch, model.router_name)
         makers = {"torch_export": write_torch_export, "onnx": write_onnx}
         programs |= {name: makers[name](graph, folder, model.router_name) for name in sorted(set(config.formats))}
     with torch.no_grad():
-        expected = vit(images)
+        expected = trained(images)
         differences = {name: distance(name, program, images, expected, batch) for name, program in programs.items()}
     packages = ("torch", "timm", *(ONNX_PACKAGES if "onnx" in config.formats else ()))
     receipt |= {"images": len(images), "images_at_a_time": batch or "any", "programs": differences}
     receipt |= {"largest_output": expected.abs().max().item(), "versions": {name: version(name) for name in packages}}
     (folder / RECEIPT).write_text(json.dumps(receipt, indent=1) + "\n")
     seal(folder)
+
+
+def _built(model: Model, weights: dict[str, Tensor]) -> VisionTransformer:
+    vit = build(model, weights["head.weight"].shape[0]).eval()
+    load_weights(vit, weights, keep_head=True, allow_unexpected=[])
+    return vit
+
+
+def whole(model: Model, source: Source) -> tuple[Model, dict[str, Tensor], dict[str, Any]]:
+    """The model that a folder holds, with its weights and its card: LoRA's matrices are added to those that they stand
+    beside, other adapters stay in the model, and nothing is left of a delta."""
+    card = {key: value for key, value in source.card.items() if key != "base"}
+    if model.adapter.name != "lora":
+        return model, source.weights, card
+    assert model.adapter.alpha is not None
+    plain = replace(model, adapter=no_adapter())
+    card["model"] = card["model"] | {"adapter": asdict(plain.adapter)}
+    return plain, merged(source.weights, model.adapter.alpha), card
 
 
 def distance(
@@ -238,7 +266,8 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 
 
 def _is_timms(model: Model) -> bool:
-    return model.backbone.timm is not None and model.router["_target_"] is None
+    dense = model.router["_target_"] is None and model.adapter.name == "none"
+    return model.backbone.timm is not None and dense
 
 
 def _check_name(push: str) -> None:

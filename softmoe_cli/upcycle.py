@@ -49,14 +49,16 @@ def upcycle(config: UpcycleConfig, source: Source) -> dict[str, Any]:
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    check_evaluated("images", config.images, config.model.router)
+    check_evaluated("images", config.images, config.model)
     splits = sets.load(config.data)
     splits.need("validation")
     classes = config.data.num_classes or len(splits.classes)
-    target = config.model.router["_target_"]
-    own = target is not None and not issubclass(router_class(str(target)), Router)  # it makes its experts itself
-    model = replace(config.model, expert_init="identical" if own else "independent")
-    dense = replace(model, router={"_target_": None}, moe_blocks=[], expert_width=None, expert_init="identical")
+    targets = [str(each["_target_"]) for each in config.model.routers if each["_target_"] is not None]
+    stacked = any(issubclass(router_class(target), Router) for target in targets)  # not all by themselves
+    model = replace(config.model, expert_init="independent" if stacked else "identical")
+    dense = replace(
+        model, router={"_target_": None}, moe_blocks=[], blocks={}, expert_width=None, expert_init="identical"
+    )
     without, planned = on_meta(dense, classes), on_meta(model, classes)
     costs = {"before": account_model(without, batch=None, recompute=False)}
     costs["after"] = account_model(planned, batch=None, recompute=False)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from hydra._internal.hydra import Hydra
 
-from softmoe_cli.launch import job, places, sweep
+from softmoe_cli.launch import job, places
 from softmoe_cli.run import mirror
 
 _SERVER = multiprocessing.get_context("forkserver")
@@ -32,7 +32,7 @@ def compose_once() -> None:
 def share_server(replace: Callable[[object, str, object], object]) -> None:
     """Lets sweeps of this process fork their jobs from the server of all tests: one of their own would import
     everything again."""
-    for module in (job, places, sweep):
+    for module in (job, places):
         replace(module, "SERVER", _Same())
 
 

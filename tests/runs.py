@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from softmoe_cli.config.commands import CostConfig
 from softmoe_cli.model.vit import build
+from softmoe_cli.run.card import CARD_FORMAT
 from tests import oracles
 from tests.conftest import TINY
 from tests.oracles import compose
@@ -33,7 +34,7 @@ def saved(path: Path, seed: int, *overrides: str, tiny: Sequence[str] = TINY) ->
     weights = build(config.model, 10).state_dict()
     torch.nn.init.normal_(weights["head.weight"])
     card: dict[str, Any] = {
-        "format": 1,
+        "format": CARD_FORMAT,
         "model": dataclasses.asdict(config.model),
         "data": dataclasses.asdict(config.data),
         "loss": "softmax",

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from softmoe_cli.compare.blocks import compare
-from softmoe_cli.compare.groups import Comparison, Group, Question
+from softmoe_cli.compare.groups import Comparison, Group
+from softmoe_cli.compare.question import Question
 from softmoe_cli.run.rows import FORMAT, metrics_digest
 
 LOOKS = 8

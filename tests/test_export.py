@@ -23,6 +23,7 @@ from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.model.pretrained import read_checkpoint
 from softmoe_cli.model.router import make_layer
 from softmoe_cli.model.vit import build, portable
+from softmoe_cli.run.card import CARD_FORMAT
 from softmoe_cli.run.checkpoint import damage
 from softmoe_cli.run.source import read_source
 from tests.conftest import Softmoe
@@ -42,7 +43,7 @@ def weights_of(folder: Path, *overrides: str) -> tuple[Path, VisionTransformer]:
     torch.manual_seed(0)
     vit = build(config.model, 10)
     nn.init.normal_(vit.head.weight)
-    card: dict[str, Any] = {"format": 1, "model": portable(config.model, vit), "data": asdict(config.data)}
+    card: dict[str, Any] = {"format": CARD_FORMAT, "model": portable(config.model, vit), "data": asdict(config.data)}
     card |= {"classes": sets.load(config.data).classes, "loss": "softmax", "precision": "fp32"}
     path = folder / "model.safetensors"
     save_file(vit.state_dict(), path, metadata={"softmoe": json.dumps(card)})

@@ -20,6 +20,7 @@ from softmoe_cli.model.vit import build
 from softmoe_cli.moe.layer import Experts, MoE
 from softmoe_cli.moe.routers.zero_computation import ZeroComputationRouter
 from softmoe_cli.moe.routing import Carried
+from softmoe_cli.run.card import CARD_FORMAT
 from softmoe_cli.run.checkpoint import damage, digest_of
 from softmoe_cli.terminal import Screen
 from softmoe_cli.train.loop import train
@@ -234,7 +235,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     vit = build(config.model, 10)
     nn.init.normal_(vit.head.weight)
     card = {
-        "format": 1,
+        "format": CARD_FORMAT,
         "model": asdict(config.model),
         "data": asdict(config.data),
         "classes": sets.load(config.data).classes,

@@ -1,6 +1,10 @@
 """`softmoe check ROUTER`: runs every check on a router and reports the results. The tests run the same checks."""
 
+import inspect
 import os
+import sys
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,7 +44,43 @@ from softmoe_cli.check.official import (
     tolerance,
     vectors_folder,
 )
-from softmoe_cli.errors import UsageError, first_line
+from softmoe_cli.errors import UsageError, first_line, nearest
+from softmoe_cli.moe.kind import Decider
+from softmoe_cli.options.conf_files import files, load_yaml
+
+
+def options_to_check(name: str) -> dict[str, Any]:
+    """The options in a router's yaml, or the target of a Python file's one router.
+
+    Raises:
+        UsageError: there is no such router, or none to check.
+    """
+    routers = files("model/router")
+    if name in routers:
+        options = load_yaml(routers[name])
+        if options.get("_target_") is None:
+            raise UsageError(f"{name} has no router to check")
+        return options
+    path = Path(name)
+    if path.suffix != ".py":
+        raise UsageError(f"there is no router '{name}'.{nearest(name, routers)} Routers: {', '.join(sorted(routers))}")
+    if not path.is_file():
+        raise UsageError(f"{name} does not exist")
+    sys.path.insert(0, str(path.resolve().parent))
+    try:
+        module = import_module(path.stem)
+    except (Exception, SystemExit) as error:  # the user's file may raise anything
+        raise UsageError(f"{name} cannot be imported: {type(error).__name__}: {first_line(error)}") from error
+    own = [
+        each
+        for each in vars(module).values()
+        if isinstance(each, type) and issubclass(each, Decider) and each.__module__ == path.stem
+    ]
+    concrete = [each for each in own if not inspect.isabstract(each)]
+    if len(concrete) != 1:
+        names = ", ".join(each.__name__ for each in concrete) or "none"
+        raise UsageError(f"{name} must define one subclass of softmoe_cli.moe.routing.Router; it has {names}")
+    return {"_target_": f"{path.stem}.{concrete[0].__name__}"}
 
 
 def official_numbers(subject: Subject) -> Finding:

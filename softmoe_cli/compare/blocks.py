@@ -7,29 +7,35 @@ from pathlib import Path
 from typing import Any
 
 from softmoe_cli.compare.checklist import compute
+from softmoe_cli.compare.cuts import standing_together
 from softmoe_cli.compare.groups import (
     LABEL_LETTERS,
     Block,
     Comparison,
     Group,
-    Question,
     block_of,
+    group_key,
     key_named,
     natural,
     said,
 )
 from softmoe_cli.compare.looks import read_looks
+from softmoe_cli.compare.others.computed import with_computed
+from softmoe_cli.compare.others.read import is_others, read_others
+from softmoe_cli.compare.question import Question
 from softmoe_cli.compare.runs import FINGERPRINT, VERSION, FinishedRun, read_runs, single, sweep_commands, with_sources
 from softmoe_cli.compare.verdicts import judge
 from softmoe_cli.errors import UsageError
 from softmoe_cli.run.rows import COSTS, QUALITIES, number
 from softmoe_cli.text import shortened
 
+SPLIT_SEED = "data.split_seed"
 EVALUATION = (
-    "data", "data.identity", "test_images", "data.num_classes", "data.split_seed", "data.validation_fraction",
+    "data", "data.identity", "test_images", "data.num_classes", SPLIT_SEED, "data.validation_fraction",
     "data.test_fraction",
 )  # fmt: skip
-"""Qualities are compared only where all of these are equal: the same images, cut the same way."""
+"""Qualities are compared only where all of these are equal: the same images, cut the same way. Cuts that groups have in
+common may stand together, as then each cut is compared with itself."""
 
 
 def compare(folders: Sequence[Path], question: Question) -> Comparison:
@@ -39,7 +45,7 @@ def compare(folders: Sequence[Path], question: Question) -> Comparison:
         UsageError: folders, keys or a baseline that do not exist, or nothing left to compare.
     """
     question.check()
-    runs, left_out = _single_runs(folders, question)
+    runs, left_out, told = _single_runs(folders, question)
     usable, left_out, keys = _asked_for(runs, left_out, question)
     if question.with_source:
         usable, unknown = with_sources(usable)
@@ -47,9 +53,9 @@ def compare(folders: Sequence[Path], question: Question) -> Comparison:
     by = [key_named("by", key, keys) for key in question.by]
     columns = [key_named("columns", key, [*keys, *COSTS, *QUALITIES]) for key in question.columns]
     columns = columns or [key for key in ("forward_gflop", "params_m", "device_s") if key != question.cost]
-    notes = [f"{run.place}: {run.damage}; it has no curve" for run in usable if run.damage]
+    notes = [*told, *(f"{run.place}: {run.damage}; it has no curve" for run in usable if run.damage)]
     notes += version_notes(usable, question.strict)
-    parts, varying = kept_apart(usable, question)
+    parts, varying = kept_apart(usable, question, by)
     blocks = [block_of(title, part, by, columns, question) for title, part in parts]
     if len(blocks) > 1:
         notes.append(f"runs that differ in {', '.join(varying)} are kept apart: {len(blocks)} tables")
@@ -73,16 +79,22 @@ def usable_runs(
     Raises:
         UsageError: a folder or a key that does not exist, or nothing is left.
     """
-    return _asked_for(*_single_runs(folders, question), question)
+    runs, left_out, _ = _single_runs(folders, question, others=False)
+    return _asked_for(runs, left_out, question)
 
 
-def _single_runs(folders: Sequence[Path], question: Question) -> tuple[list[FinishedRun], list[tuple[str, str]]]:
-    runs, left_out = read_runs(folders)
-    runs, doubles = single(runs, question.strict)
-    left_out += doubles
+def _single_runs(
+    folders: Sequence[Path], question: Question, *, others: bool = True
+) -> tuple[list[FinishedRun], list[tuple[str, str]], list[str]]:
+    """The runs, those of other programs too if asked for, what is left out, and notes on what they state."""
+    read, left_out, notes = read_others(folders, question) if others else ([], [], [])
+    runs, unread = read_runs([folder for folder in folders if not (others and is_others(folder))])
+    read, computed = with_computed(read)
+    runs, doubles = single([*runs, *read], question.strict)
+    left_out = [*unread, *left_out, *doubles]
     if not runs:
         raise UsageError(f"no finished run below {', '.join(map(str, folders))}{_first(left_out)}")
-    return runs, left_out
+    return runs, left_out, [*notes, *computed]
 
 
 def _asked_for(
@@ -92,7 +104,8 @@ def _asked_for(
     runs = _where(runs, question.where, keys)
     usable = []
     for run in runs:
-        lacks = [key for key in (question.quality, question.cost) if not number(run.row.get(key))]
+        needed = (question.quality, question.cost) if run.chosen is None else (question.quality,)
+        lacks = [key for key in needed if not number(run.row.get(key))]
         if lacks:
             left_out.append((run.place, f"its result has no number {lacks[0]}"))
         else:
@@ -105,26 +118,49 @@ def _asked_for(
 
 
 def kept_apart(
-    runs: Sequence[FinishedRun], question: Question
+    runs: Sequence[FinishedRun], question: Question, by: Sequence[str] | None = None
 ) -> tuple[list[tuple[str, list[FinishedRun]]], list[str]]:
-    """(title, runs) of each part whose runs may stand together, and the keys in which the parts differ."""
+    """(title, runs) of each part whose runs may stand together, and the keys in which the parts differ. Where it is
+    said `by` what runs are grouped, cuts that several groups have in common are one part."""
     parts = defaultdict(list)
     for run in runs:
         parts[_apart(run, question)].append(run)
+    if by is not None:
+        parts = _joined(parts, by)
     varying = [i for i, values in enumerate(zip(*parts, strict=True)) if len(set(values)) > 1]
     found = []
     for key in sorted(parts):
         title = f"{shortened(key[0], LABEL_LETTERS)}, {parts[key][0].row.get('test_images', '?')} test images"
+        cuts = {run.draw[0] for run in parts[key]}
+        title += f" in each of {len(cuts)} cuts" if len(cuts) > 1 else ""
         differing = [
             f"{APART[i]} {shortened(key[i], LABEL_LETTERS)}"
             for i in varying
-            if APART[i] not in ("data", "test_images") and key[i]
+            if APART[i] not in ("data", "test_images") and key[i] and (parts[key][0].chosen is None or key[i] != "null")
         ]
         found.append(("; ".join([title, *differing]), parts[key]))
     return found, list(dict.fromkeys(APART[i] for i in varying))
 
 
 APART = (*EVALUATION, "train.loss", *FINGERPRINT, *VERSION)
+Separated = defaultdict[tuple[str, ...], list[FinishedRun]]
+
+
+def _joined(parts: Separated, by: Sequence[str]) -> Separated:
+    """Parts that differ in their cut alone become one where groups have runs of both."""
+    at = APART.index(SPLIT_SEED)
+    alike: dict[tuple[str, ...], list[FinishedRun]] = defaultdict(list)
+    for key, runs in parts.items():
+        alike[(*key[:at], "", *key[at + 1 :])] += runs
+    found: Separated = defaultdict(list)
+    for key, runs in alike.items():
+        groups: dict[int, set[str]] = defaultdict(set)
+        for run in runs:
+            groups[run.draw[0]].add(group_key(run, by))
+        for together in standing_together(groups):
+            name = said(min(together)) if len(together) == 1 else ""
+            found[(*key[:at], name, *key[at + 1 :])] += [run for run in runs if run.draw[0] in together]
+    return found
 
 
 def _first(left_out: list[tuple[str, str]]) -> str:
@@ -146,6 +182,7 @@ def _apart(run: FinishedRun, question: Question) -> tuple[str, ...]:
 
 
 def version_notes(runs: list[FinishedRun], strict: bool) -> list[str]:
+    runs = [run for run in runs if run.chosen is None]
     versions = Counter(
         f"commit {run.row.get('commit')}, softmoe {run.row.get('softmoe')}, torch {run.row.get('torch')}"
         for run in runs

@@ -19,7 +19,8 @@ from softmoe_cli.files import require_vacant, write_atomically
 from softmoe_cli.run.rows import AXES, COSTS, QUALITIES
 
 if TYPE_CHECKING:
-    from softmoe_cli.compare.groups import Comparison, Question
+    from softmoe_cli.compare.groups import Comparison
+    from softmoe_cli.compare.question import Question
 
 
 OPTIONS: dict[str, tuple[str, str]] = {
@@ -34,7 +35,12 @@ OPTIONS: dict[str, tuple[str, str]] = {
     "any-time": ("", "verdicts that hold however often one looks; also where seeds were added after a look"),
     "to-quality": ("baseline | VALUE", "how much cheaper a group reaches the baseline's quality, or this one"),
     "at": ("AXIS=BUDGET,BUDGET", f"quality at equal {', '.join(AXES)}; AXIS alone chooses budgets that all runs reach"),
-    "with-source": ("", "count what a finetuned run's checkpoint had cost into its training FLOPs, wherever these stand"),
+    "with-source": ("", "count what a finetuned run's checkpoint had cost into its training FLOPs, everywhere"),
+    "map": (
+        "KEY=COLUMN*FACTOR",
+        "of runs that other programs made: what is quality, cost, seed; with commas between",
+    ),
+    "path": ("PATTERN", "what the end of their path says, such as {model}/seed{seed}"),
     "strict": ("", "keep runs of different commits and versions apart"),
     "reference": ("NAME | FILE.csv", "lay the paper's tables (pareto, long_runs) or a CSV beside ours"),
     "out": ("FOLDER", "where the files go; without it compare/ in the first folder"),
@@ -46,7 +52,7 @@ PAGE = "index.html"
 PAPER = Path(__file__).resolve().parent / "paper"
 """The paper's own tables, which --reference knows by name."""
 LISTS = ("by", "columns")
-REPEATED = ("where", "at")
+REPEATED = ("where", "at", "map")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -65,9 +71,10 @@ def compare_folders(arguments: Sequence[str]) -> int:
     """
     chosen = _parse(arguments)
     from softmoe_cli.compare.blocks import compare
-    from softmoe_cli.compare.groups import Question
+    from softmoe_cli.compare.flat import flat_rows
     from softmoe_cli.compare.looks import record_look
-    from softmoe_cli.compare.tables import flat_rows, terminal
+    from softmoe_cli.compare.question import Question
+    from softmoe_cli.compare.tables import terminal
 
     fields = {f.name for f in dataclasses.fields(Question)}
     question = Question(**{key: value for key, value in vars(chosen).items() if key in fields and value is not None})
@@ -76,7 +83,8 @@ def compare_folders(arguments: Sequence[str]) -> int:
     comparison = compare(chosen.folders, question)
     if reference is not None:
         comparison.reference_name, comparison.reference = reference
-    out = chosen.out or chosen.folders[0] / "compare"
+    first = chosen.folders[0]
+    out = chosen.out or (first if first.is_dir() else first.parent) / "compare"
     files = write_comparison(comparison, out)
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     shown = [run for group in comparison.groups for run in group.runs]
@@ -239,8 +247,9 @@ def write_comparison(comparison: "Comparison", out: Path) -> list[str]:
         UsageError: the folder cannot be written, or holds files of these names that are not ours.
     """
     from softmoe_cli.compare.figures import figure_files
+    from softmoe_cli.compare.flat import comma_separated, json_text
     from softmoe_cli.compare.page import PAGE_MARK, page
-    from softmoe_cli.compare.tables import comma_separated, json_text, latex, markdown
+    from softmoe_cli.compare.tables import latex, markdown
 
     drawn = {name: content for each in FIGURES for name, content in figure_files(comparison, each).items()}
     texts = {

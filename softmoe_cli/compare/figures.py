@@ -115,10 +115,14 @@ def _pareto(axes: Axes, comparison: Comparison, block: Block) -> float:
             [x * unit.factor for x, _, _ in points], [y for _, y, _ in points], ".", color="#BBBBBB", zorder=1
         )
         handles, labels = [handle], [f"reference, not ours: {comparison.reference_name}"]
-    at = {group.label: _point(group, comparison, unit.factor) for group in block.groups}
+    costed = [group for group in block.groups if group.intervals[cost] is not None]
+    if not costed:
+        axes.text(0.5, 0.5, "no group states its cost", ha="center", transform=axes.transAxes, color=GREY)
+        return 0.2
+    at = {group.label: _point(group, comparison, unit.factor) for group in costed}
     front = sorted(at[group.label] for group in block.groups if group.front)
     (line,) = axes.plot(*zip(*front, strict=True), "--", color=GREY, linewidth=1, zorder=2, drawstyle="steps-post")
-    groups = sorted(block.groups, key=lambda group: list(marks).index(group.label))
+    groups = sorted(costed, key=lambda group: list(marks).index(group.label))
     colours = [COLOURS[marks[group.label][0]] for group in groups]
     x, y = np.array([at[group.label] for group in groups]).T
     x_half, y_half = np.array([[half(group.intervals[key]) or 0.0 for group in groups] for key in (cost, quality)])
@@ -130,11 +134,12 @@ def _pareto(axes: Axes, comparison: Comparison, block: Block) -> float:
         face = colours[i] if group.front else "white"
         style: Any = {"color": colours[i], "markerfacecolor": face, "markersize": 8, "zorder": 3}
         handles += axes.plot(x[i], y[i], marks[group.label][1], **style)
-        labels.append(f"{group.label} ({', '.join([f'n={len(group.runs)}', *provisos(group, cost)])})")
+        n = " ".join(group.count.split())
+        labels.append(f"{group.label} ({', '.join([f'n={n}', *provisos(group, cost)])})")
     _scale(axes, [cost for cost, _ in at.values()])
     axes.set_xlabel(unit.head)
     axes.set_ylabel(QUALITIES[quality].title)
-    axes.annotate("bars: 95% t-intervals over seeds", (1, -0.17), xycoords="axes fraction", ha="right", va="top",
+    axes.annotate("bars: 95% t-intervals", (1, -0.17), xycoords="axes fraction", ha="right", va="top",
                   fontsize=10, color=GREY)  # fmt: skip
     return legend_beside(axes, [*handles, line], [*labels, "Pareto front (filled)"])
 

@@ -1,9 +1,10 @@
 """A comparison in sentences: which groups are on the front, the verdicts, and what the table could have seen."""
 
+from softmoe_cli.compare.checklist import checklist
 from softmoe_cli.compare.groups import Block, Budgeted, Comparison, Group
 from softmoe_cli.compare.intervals import BETTER, EQUAL, LESS, OPEN, WORSE, Difference
 from softmoe_cli.compare.power import MOST_SEEDS, POWER, Needed
-from softmoe_cli.compare.units import cell, chance_cell, difference_cell, ends, figure, points, quantity
+from softmoe_cli.compare.units import cell, chance_cell, difference_cell, ends, figure, measure_name, points, quantity
 from softmoe_cli.run.rows import AXES, COSTS, QUALITIES
 from softmoe_cli.text import several
 
@@ -42,6 +43,8 @@ def front(comparison: Comparison, block: Block) -> str:
         chance = [] if group.front_probability is None else [f"{100 * group.front_probability:.0f}%"]
         words = [*chance, *provisos(group, comparison.cost)]
         names.append(group.label + (f" ({', '.join(words)})" if words else ""))
+    if not names:
+        return f"There is no front: no group states its {COSTS[comparison.cost].amount}"
     return f"On the front, by {COSTS[comparison.cost].amount}: {'; '.join(names)}"
 
 
@@ -83,16 +86,11 @@ def _sentence(quality: str, group: Group) -> str:
     verdict = VERDICTS.get(group.verdict or "", "has too few seeds for a verdict against")
     tested = group.p_equal_holm if group.verdict == EQUAL else group.p_holm
     p = "" if tested is None else f"p = {tested:.2g}, "
-    seeds = several(found.interval.n, "seed")
+    seeds = several(found.interval.n, found.unit)
     beside = [*group.conditions, *(["itself at chance"] if group.at_chance else [])]
-    won = f"; it is the better one with {chance_cell(group.p_better)} of seeds" if group.p_better else ""
+    won = f"; it is the better one with {chance_cell(group.p_better)} of {found.unit}s" if group.p_better else ""
     sentence = f"{group.label} {verdict} {group.baseline} in {name}: {difference_cell(quality, found)}{points(quality)}"
     return f"{sentence} ({p}{seeds}){'; ' if beside else ''}{', '.join(beside)}{won}."
-
-
-def measure_name(quality: str) -> str:
-    """A quality's name without its unit."""
-    return QUALITIES[quality].title.removesuffix(", %")
 
 
 def best(block: Block) -> str:
@@ -120,26 +118,31 @@ def power_line(comparison: Comparison, block: Block) -> str:
 
     rule = "by the any-time rule, " if seen.anytime else ""
     family = f", first step of Holm over {seen.comparisons}" if seen.comparisons > 1 else ""
-    spread = f"one seed's difference has a deviation of {size(seen.deviation.mean)}, 95% {ends(key, seen.deviation)}"
+    spread = (
+        f"one {seen.unit}'s difference has a deviation of {size(seen.deviation.mean)}, 95% {ends(key, seen.deviation)}"
+    )
     sees = "no difference at all" if seen.sees is None else f"differences of {size(seen.sees)} or more"
-    told = [f"With n = {seen.n} this table sees {sees} ({rule}{POWER:.0%}{family}; {spread})"]
+    n = f"n = {seen.n}" if seen.unit == "seed" else several(seen.n, seen.unit)
+    told = [f"With {n} this table sees {sees} ({rule}{POWER:.0%}{family}; {spread})"]
     if seen.later_sees is not None:
-        told.append(f"{seen.later_n} seeds would see {size(seen.later_sees)}")
+        told.append(f"{seen.later_n} {seen.unit}s would see {size(seen.later_sees)}")
     if seen.needed:
         shown = list(seen.needed.items())[:MOST_SENTENCES]
-        each = [f"{label} needs {_seeds(needed)}" for label, needed in shown]
+        each = [f"{label} needs {_seeds(needed, seen.unit)}" for label, needed in shown]
         rest = len(seen.needed) - len(shown)
         more = f" ({rest} more in table.csv)" if rest else ""
         told.append(f"at the difference found, {', '.join(each)}{more}")
     if comparison.margin is not None:
         number = f"more than {MOST_SEEDS:,}" if seen.equal_n is None else f"about {seen.equal_n:,}"
-        told.append(f"groups without a difference need {number} seeds to be equal within {size(comparison.margin)}")
+        told.append(
+            f"groups without a difference need {number} {seen.unit}s to be equal within {size(comparison.margin)}"
+        )
     return "; ".join(told)
 
 
-def _seeds(needed: Needed) -> str:
+def _seeds(needed: Needed, unit: str) -> str:
     """about 14 seeds (5 or more)"""
-    number = f"more than {MOST_SEEDS:,} seeds" if needed.seeds is None else f"about {several(needed.seeds, 'seed')}"
+    number = f"more than {MOST_SEEDS:,} {unit}s" if needed.seeds is None else f"about {several(needed.seeds, unit)}"
     if needed.fewest is None:
         return number
     return f"{number} ({needed.fewest:,} {'or more' if needed.most is None else f'to {needed.most:,}'})"
@@ -157,7 +160,8 @@ def closing(comparison: Comparison, block: Block) -> str:
     if equal:
         group = max(equal, key=lambda group: sign * mean(group, key))
         assert group.difference is not None
-        images = f"{group.runs[0].row['test_images']:,} test images"
+        count = group.runs[0].row.get("test_images")
+        images = "test images" if count is None else f"{count:,} test images"
         images = _validation_images(group) if "validation" in key else images
         told = _settled(comparison, group, group.difference, group.verdict, measure_name(key), images)
         uncounted = ", pretraining not counted" if "pretraining not counted" in group.conditions else ""
@@ -207,7 +211,7 @@ def _settled(
     told = words.get(verdict or "", f"has too few seeds for a verdict against {group.baseline}")
     level = "any-time 95%" if found.method == "any-time" else "95%"
     limits = [ends(key, found.interval)] if ends(key, found.interval) else []
-    beside = [*limits, several(found.interval.n, "seed"), *([level] if limits else []), images]
+    beside = [*limits, several(found.interval.n, found.unit), *([level] if limits else []), images]
     return f"{group.label} {told} in {name} ({', '.join(beside)})"
 
 
@@ -215,3 +219,16 @@ def _corrected(found: Difference) -> str:
     """Why there is no verdict where the interval alone would give one."""
     low, high = found.interval.low, found.interval.high
     return ", all comparisons counted," if low is not None and high is not None and low * high > 0 else ""
+
+
+def sentences(comparison: Comparison, block: Block) -> list[str]:
+    """What a table says in all: which groups may be the best, what it could have seen, and the paragraph for a paper's
+    checklist."""
+    told = [best(block), power_line(comparison, block)]
+    return [f"{each}." for each in told if each] + [f"Checklist. {checklist(comparison, block)}"]
+
+
+def findings(comparison: Comparison, block: Block) -> list[str]:
+    """Sentences for files that have no headline: each table's, with its title where there are several."""
+    told = [*headline(comparison, block), *sentences(comparison, block), closing(comparison, block)]
+    return [f"{block.title}: {each}" if len(comparison.blocks) > 1 else each for each in told if each]

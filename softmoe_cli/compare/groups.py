@@ -4,11 +4,12 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from softmoe_cli.compare.cuts import Draw, Spread, independent
 from softmoe_cli.compare.intervals import (
     Difference,
     Interval,
@@ -20,15 +21,17 @@ from softmoe_cli.compare.intervals import (
     on_front,
 )
 from softmoe_cli.compare.power import Outlook
+from softmoe_cli.compare.question import Question
 from softmoe_cli.compare.reach import Reached
 from softmoe_cli.compare.runs import FINGERPRINT, FinishedRun
 from softmoe_cli.compare.units import quantity
 from softmoe_cli.errors import UsageError, nearest
-from softmoe_cli.run.rows import AXES, COSTS, QUALITIES, Row, number
-from softmoe_cli.text import shortened
+from softmoe_cli.run.rows import COSTS, QUALITIES, Row, number
+from softmoe_cli.text import several, shortened
 
 LABELS = {
-    "model.backbone.name": "{}", "backbone": "{}", "model.router._target_": "{}", "router": "{}",
+    "model.backbone.name": "{}", "backbone": "{}", "model": "{}", "model.router._target_": "{}", "router": "{}",
+    "model.adapter.name": "{}", "num_adapters": "{} adapters",
     "num_experts": "{} experts", "slots_per_expert": "{} slots/expert", "k": "k={}",
     "expert_width": "experts of width {}", "capacity_factor": "capacity factor {}", "moe_blocks": "blocks {}",
     "image_size": "{} px", "steps": "{} updates", "epochs": "{} epochs", "images": "{} training images",
@@ -45,7 +48,7 @@ class Budgeted:
 
     axis: str
     budget: float
-    values: list[tuple[int, float]]
+    values: list[tuple[Draw, float]]
     interval: Interval | None
     reason: str
     difference: Difference | None = None
@@ -72,7 +75,8 @@ class Group:
     run is better than the baseline's of the same seed. `may_be_best`: whether it cannot be ruled out that no group is
     better; None where nothing can be ruled out. `cost_ratio` is the group's cost over the baseline's, both with the
     cost of their checkpoints where that is known; `conditions` say what else was unequal. `at_chance`: no better than
-    guessing, which reaches `chance_pct`.
+    guessing, which reaches `chance_pct`. `spread` and, against the baseline, `difference_spread` say how much cuts and
+    seeds vary, where there are several cuts.
     """
 
     settings: Row
@@ -86,6 +90,8 @@ class Group:
     p_equal_holm: float | None = None
     p_better: Interval | None = None
     second: Second | None = None
+    spread: Spread | None = None
+    difference_spread: Spread | None = None
     reached: Reached | None = None
     may_be_best: bool | None = None
     cost_ratio: float | None = None
@@ -96,13 +102,24 @@ class Group:
     front_probability: float | None = None
     budgets: list[Budgeted] = field(default_factory=list)
 
-    def values(self, key: str) -> list[tuple[int, float]]:
-        return [(run.row["seed"], run.row[key]) for run in self.runs]
+    def values(self, key: str) -> list[tuple[Draw, float]]:
+        return [(run.draw, run.row[key]) for run in self.runs]
+
+    @property
+    def cuts(self) -> int:
+        """How many cuts of the data the runs are of."""
+        return len({run.draw[0] for run in self.runs})
+
+    @property
+    def count(self) -> str:
+        """n as tables say it."""
+        runs = len(self.runs)
+        return f"{runs}" if self.cuts == 1 else f"{self.cuts} cuts,\n{several(runs, 'run')}"
 
     @property
     def pretrained(self) -> bool:
-        """Whether a run of the group began with a checkpoint. The checkpoint's training is in none of the group's costs,
-        unless it is `source_counted`."""
+        """Whether a run of the group began with a checkpoint, whose training is in none of the group's costs it is
+        `source_counted`."""
         return any(run.row.get("checkpoint") is not None for run in self.runs)
 
     @property
@@ -155,105 +172,10 @@ class Comparison:
         return [group for block in self.blocks for group in block.groups]
 
 
-SECOND = {
-    "top1_pct": "nll", "top5_pct": "nll", "ece_pct": "nll", "loss": "top1_pct", "nll": "top1_pct",
-    "validation_top1_pct": "validation_loss", "best_validation_top1_pct": "validation_loss",
-    "validation_loss": "validation_top1_pct",
-}  # fmt: skip
-"""Beside a test accuracy stands NLL, which is the same loss whatever the runs were trained with."""
-
-
-@dataclass(frozen=True)
-class Question:
-    """What is asked of the runs; the command line's options."""
-
-    quality: str = "top1_pct"
-    cost: str = "train_pflop"
-    by: tuple[str, ...] = ()
-    where: tuple[str, ...] = ()
-    columns: tuple[str, ...] = ()
-    sort: str | None = None
-    baseline: str | None = None
-    at: tuple[str, ...] = ()
-    strict: bool = False
-    margin: float | None = None
-    any_time: bool = False
-    with_source: bool = False
-    to_quality: str | None = None
-
-    def check(self) -> None:
-        """Raises UsageError for a figure that does not exist."""
-        for option, key, known in (("quality", self.quality, QUALITIES), ("cost", self.cost, COSTS)):
-            if key not in known:
-                raise UsageError(f"--{option} {key}: no such figure.{nearest(key, known)} Choices: {', '.join(known)}")
-        if self.margin is not None and not (number(self.margin) and self.margin > 0):
-            raise UsageError(f"--margin {self.margin:g}: must be a number above 0, in the unit of {self.quality}")
-        if self.to_quality not in (None, "baseline") and self.target is None:
-            raise UsageError(
-                f"--to-quality {self.to_quality}: write baseline, or a number in the unit of {self.quality}"
-            )
-        for each in self.at:
-            self._budgets(each)
-        if self.with_source:
-            self._check_source()
-
-    def _check_source(self) -> None:
-        for option, key in (("cost", self.cost), *(("at", axis) for axis, _ in self.budgets)):
-            if key != "train_pflop" and COSTS[key].trained:
-                raise UsageError(
-                    f"--with-source counts training FLOPs, and checkpoints say nothing of {key}: leave out --{option} "
-                    f"{key}, or --with-source"
-                )
-
-    def _budgets(self, text: str) -> tuple[str, list[float] | None]:
-        axis, equals, values = text.partition("=")
-        if axis not in AXES:
-            raise UsageError(f"--at {text}: no such axis.{nearest(axis, AXES)} Choices: {', '.join(AXES)}")
-        if not equals:
-            return axis, None
-        try:
-            numbers = [float(value) for value in values.split(",")]
-        except ValueError:
-            numbers = []
-        if not numbers or not all(math.isfinite(each) and each > 0 for each in numbers):
-            raise UsageError(f"--at {text}: write {axis}=BUDGET,BUDGET with numbers above 0, or {axis} alone")
-        return axis, numbers
-
-    @property
-    def second(self) -> str:
-        """The measure beside the main one: a loss beside a share, a share beside a loss."""
-        return SECOND[self.quality]
-
-    @property
-    def target(self) -> float | None:
-        """The quality of --to-quality; None where it is the baseline's."""
-        try:
-            value = float(self.to_quality or "")
-        except ValueError:
-            return None
-        return value if number(value) else None
-
-    @property
-    def axis(self) -> str:
-        """What curves are drawn and compared against."""
-        return self.cost if self.cost in AXES else AXES[0]
-
-    @property
-    def budgets(self) -> list[tuple[str, list[float] | None]]:
-        """(axis, budgets); None: a few that every run covers."""
-        return [self._budgets(text) for text in self.at or ([self.cost] if self.cost in AXES else ["train_pflop"])]
-
-    @property
-    def clocked(self) -> bool:
-        return any(COSTS[key].clocked for key in (self.cost, *(axis for axis, _ in self.budgets)))
-
-
 def block_of(title: str, runs: list[FinishedRun], by: list[str], columns: list[str], question: Question) -> Block:
     gathered: dict[str, Group] = {}
-    for run in sorted(runs, key=lambda run: (run.row["seed"], run.row["signature"])):
-        settings = run.settings()
-        settings = {key: settings.get(key, run.row.get(key)) for key in by} if by else settings
-        gathered.setdefault(json.dumps(settings, sort_keys=True), Group(settings, [])).runs.append(run)
+    for run in sorted(runs, key=lambda run: (run.draw, run.row["signature"])):
+        gathered.setdefault(group_key(run, by), Group(_chosen(run, by), [])).runs.append(run)
     groups = [gathered[key] for key in sorted(gathered)]
     _name(groups)
     notes = _mixed_notes(groups) if by else []
@@ -263,9 +185,8 @@ def block_of(title: str, runs: list[FinishedRun], by: list[str], columns: list[s
             continue
         apart = key in COSTS and COSTS[key].clocked and len(fingerprints) > 1
         for group in groups:
-            numbers = [run.row.get(key) for run in group.runs]
-            whole = all(map(number, numbers)) and not apart
-            group.intervals[key] = mean_interval([float(n) for n in numbers if n is not None]) if whole else None
+            whole = all(number(run.row.get(key)) for run in group.runs) and not apart
+            group.intervals[key] = mean_interval(independent(group.values(key))) if whole else None
         if apart:
             told = "; ".join(f"{count} on {name}" for name, count in sorted(fingerprints.items()))
             notes.append(f"{key} is blank: it was measured on different machines ({told}); --cost {key} separates them")
@@ -277,6 +198,17 @@ def block_of(title: str, runs: list[FinishedRun], by: list[str], columns: list[s
         notes.append(f"one seed only, and so no interval: {'; '.join(few)}")
     notes += _start_notes(groups)
     return Block(title, groups, notes)
+
+
+def _chosen(run: FinishedRun, by: Sequence[str]) -> Row:
+    settings = run.settings()
+    return {key: settings.get(key, run.row.get(key)) for key in by} if by else settings
+
+
+def group_key(run: FinishedRun, by: Sequence[str]) -> str:
+    """Equal for runs of one group: those that agree in all settings or, if it is said `by` what they are grouped, in
+    that."""
+    return json.dumps(_chosen(run, by), sort_keys=True)
 
 
 def _name(groups: list[Group]) -> None:
@@ -333,6 +265,10 @@ def _part(group: Group, key: str) -> str:
         return ""
     if key == "model.router._target_":
         value = row["router"]
+    alone = re.fullmatch(r"model\.blocks\.(\d+)\.(.+)", key)
+    if alone is not None:
+        what = str(value).split(".")[-2] if alone[2] == "_target_" else f"{alone[2]} {said(value)}"
+        return f"block {alone[1]} {shortened(what, LABEL_LETTERS)}"
     if key == "checkpoint.origin":
         value = _source_name(Path(row["checkpoint"] or value))
     text = shortened(",".join(map(str, value)) if isinstance(value, list) else said(value), LABEL_LETTERS)
@@ -361,9 +297,16 @@ def _mixed_notes(groups: list[Group]) -> list[str]:
 
 def _fronts(groups: list[Group], question: Question) -> None:
     sign = 1 if QUALITIES[question.quality].better == "higher" else -1
-    means = [[mean_interval([v for _, v in g.values(key)]).mean for g in groups] for key in _plane(question)]
+    if any(group.intervals[question.cost] is None for group in groups):
+        groups = [group for group in groups if group.intervals[question.cost] is not None]
+    if not groups:
+        return
+    means = [[mean_interval(independent(g.values(key))).mean for g in groups] for key in _plane(question)]
     chances = front_probability(
-        [([v for _, v in g.values(question.cost)], [sign * v for _, v in g.values(question.quality)]) for g in groups]
+        [
+            (independent(g.values(question.cost)), [sign * v for v in independent(g.values(question.quality))])
+            for g in groups
+        ]
     )
     for group, front, chance in zip(groups, on_front(means[1], [sign * q for q in means[0]]), chances, strict=True):
         group.front = bool(front)
@@ -379,9 +322,14 @@ def _chance(groups: list[Group], question: Question) -> None:
         return
     for group in groups:
         row = group.runs[0].row
-        group.chance_pct = row["chance_pct"] if guesses == 1 else min(100.0, 100 * guesses / row["classes"])
-        images = row["test_images"] if "validation" not in question.quality else None
-        group.at_chance = at_chance([value for _, value in group.values(question.quality)], group.chance_pct, images)
+        if guesses == 1 and row.get("chance_pct") is not None:
+            group.chance_pct = row["chance_pct"]
+        elif row.get("classes"):
+            group.chance_pct = min(100.0, 100 * guesses / row["classes"])
+        else:
+            continue  # of another program's run, which does not say it
+        images = row.get("test_images") if "validation" not in question.quality else None
+        group.at_chance = at_chance(independent(group.values(question.quality)), group.chance_pct, images)
 
 
 def _start_notes(groups: list[Group]) -> list[str]:
@@ -418,12 +366,12 @@ def _budgets(groups: list[Group], question: Question, notes: list[str]) -> None:
             notes.append(f"no common {axis}: no part of it is covered by every run's curve")
         for budget in wanted:
             for group in groups:
-                reached = [(run.row["seed"], at_budget(curves[id(run)], budget)) for run in group.runs]
-                values = [(seed, value) for seed, value in reached if value is not None]
+                reached = [(run.draw, at_budget(curves[id(run)], budget)) for run in group.runs]
+                values = [(draw, value) for draw, value in reached if value is not None]
                 reason = ""
                 if len(values) < len(reached):
                     reason = _unreached([curves[id(run)] for run in group.runs], axis, budget)
-                interval = None if reason else mean_interval([value for _, value in values])
+                interval = None if reason else mean_interval(independent(values))
                 group.budgets.append(Budgeted(axis, budget, values, interval, reason))
 
 

@@ -53,7 +53,8 @@ class Difference:
     None where there is no test; `sign` is the direction that a verdict would have.
 
     `method` is the rule: `paired` or `Welch` for as many seeds as were meant from the start, `any-time` for any number.
-    `deviation` is that of one seed's difference, `error` that of their mean, with `freedom` degrees.
+    `deviation` is that of one seed's difference, `error` that of their mean, with `freedom` degrees. Where the `unit`
+    is `cut`, a cut of the data with the mean of its seeds stands for a seed everywhere here.
     """
 
     interval: Interval
@@ -65,6 +66,7 @@ class Difference:
     deviation: float | None = None
     error: float | None = None
     freedom: float | None = None
+    unit: str = "seed"
 
 
 def difference(
@@ -106,7 +108,7 @@ def difference(
     return Difference(interval, p, method, alone, math.copysign(1, mean), equal, deviation, error, freedom)
 
 
-def pairable(ours: Sequence[tuple[int, Any]], theirs: Sequence[tuple[int, Any]]) -> list[int] | None:
+def pairable(ours: Sequence[tuple[Any, Any]], theirs: Sequence[tuple[Any, Any]]) -> list[Any] | None:
     """The seeds that both have, where the fixed rule pairs by seed; None where it does not."""
     a, b = {seed for seed, _ in ours}, {seed for seed, _ in theirs}
     repeated = len(a) < len(ours) or len(b) < len(theirs)
@@ -220,13 +222,15 @@ LESS = ", by less than the margin"
 """What is added to better and worse where the difference is surely smaller than the margin."""
 
 
-def verdicts(differences: Mapping[Any, Difference], *, higher_is_better: bool) -> dict[Any, Verdict]:
-    """The verdict of each of one family of comparisons."""
+def verdicts(differences: Mapping[Any, Difference], *, higher_is_better: bool, family: int = 0) -> dict[Any, Verdict]:
+    """The verdict of each of one family of comparisons. A family that was fixed at a larger number keeps it, whatever
+    became of the others."""
     claims: dict[Any, dict[str, float]] = {}
     for key, d in differences.items():
         if d.p is not None and d.interval.n >= MIN_SEEDS:
             claims[key] = {"different": d.p} | ({} if d.p_equal is None else {"equal": d.p_equal})
-    adjusted = shaffer(claims)
+    gone = {("gone", place): {"different": 1.0} for place in range(family - len(claims))}
+    adjusted = shaffer(claims | gone)
     verdict_of: dict[Any, Verdict] = {}
     for key, d in differences.items():
         p, equal = adjusted.get((key, "different")), adjusted.get((key, "equal"))

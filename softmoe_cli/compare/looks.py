@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from softmoe_cli.compare.cuts import Draw, unit_of
 from softmoe_cli.compare.intervals import pairable
 from softmoe_cli.compare.runs import FinishedRun
 from softmoe_cli.files import not_following
@@ -83,22 +84,42 @@ def record_look(runs: Sequence[FinishedRun], quality: str, margin: float | None)
 
 
 def seed_order(ours: Sequence[FinishedRun], theirs: Sequence[FinishedRun], looks: PastLooks) -> list[int]:
-    """The seeds that both have, in the order of the looks that showed them first, and of their numbers within a look:
-    so every look has seen the beginning of it. Empty where a seed occurs twice in a group."""
+    """Of runs of one cut: the seeds that both have, in the order of the looks that showed them first, and of their
+    numbers within a look: so every look has seen the beginning of it. Empty where a seed occurs twice in a group."""
     mine, its = ({run.row["seed"]: run for run in runs} for runs in (ours, theirs))
     if len(mine) < len(ours) or len(its) < len(theirs):
         return []
     return sorted(mine.keys() & its.keys(), key=lambda seed: (looks.first(mine[seed], its[seed]), seed))
 
 
+def draw_order(
+    ours: Sequence[FinishedRun], theirs: Sequence[FinishedRun], looks: PastLooks
+) -> list[tuple[int, list[Draw]]]:
+    """The same for runs of any cuts, each seed with its draw. Where cuts are compared: the cuts in their order, each
+    with the draws that the first look at it showed; a mean that took in later ones would not be what that look saw."""
+    mine, its = ({run.draw: run for run in runs} for runs in (ours, theirs))
+    if len(mine) < len(ours) or len(its) < len(theirs):
+        return []
+    unit, cuts = unit_of(mine, its)
+    gathered: dict[int, dict[Draw, int]] = {}
+    for draw in sorted(mine.keys() & its.keys()):
+        if draw[0] in cuts:
+            gathered.setdefault(draw[unit == "seed"], {})[draw] = looks.first(mine[draw], its[draw])
+    earliest = {key: min(draws.values()) for key, draws in gathered.items()}
+    return [
+        (key, [draw for draw, first in gathered[key].items() if first == earliest[key]])
+        for key in sorted(gathered, key=lambda key: (earliest[key], key))
+    ]
+
+
 def seeds_were_added(ours: Sequence[FinishedRun], theirs: Sequence[FinishedRun], looks: PastLooks) -> bool:
     """Whether a look that counts has shown some of the runs that a test of the two groups uses, and not all."""
     if looks.damage:
         return True
-    shared = pairable(*([(run.row["seed"], run) for run in runs] for runs in (ours, theirs)))
-    mine, its = (
-        [run.row["signature"] for run in runs if shared is None or run.row["seed"] in shared] for runs in (ours, theirs)
-    )
+    _, cuts = unit_of(*([run.draw for run in runs] for runs in (ours, theirs)))
+    sides = [[(run.draw, run) for run in runs if run.draw[0] in cuts] for runs in (ours, theirs)]
+    shared = pairable(*sides)
+    mine, its = ([run.row["signature"] for draw, run in side if shared is None or draw in shared] for side in sides)
     for look in looks.seen:
         counts = [sum(signature in look.runs for signature in signatures) for signatures in (mine, its)]
         if min(counts) >= COUNTS_FROM and counts != [len(mine), len(its)]:

@@ -123,7 +123,7 @@ class Outlook:
     With `n` seeds, the fewest of its comparisons, it sees `sees`, and with `later_n` `later_sees`, with POWER at the
     first step of Holm over `comparisons`; None where nothing could be seen. `deviation` is that of one seed's
     difference. `equal_n` seeds would find equal groups equal within the margin. `needed`, by label, for the groups
-    without a verdict.
+    without a verdict. Where the `unit` is `cut`, all of this is of cuts with as many seeds as there are now.
     """
 
     n: int
@@ -135,6 +135,7 @@ class Outlook:
     later_sees: float | None
     equal_n: int | None
     needed: dict[str, Needed]
+    unit: str = "seed"
 
 
 LATER = (10, 20, 50, 100, 200, 500, 1000)
@@ -158,6 +159,7 @@ def outlook(found: Mapping[str, Difference], undecided: Iterable[str], margin: f
         later, None if later_sees is None else later_sees * deviation.mean,
         None if margin is None else seeds_to_equal(margin / deviation.mean, comparisons, anytime=anytime),
         {label: _needed(paired[label], comparisons, anytime) for label in undecided if label in paired},
+        "cut" if any(d.unit == "cut" for d in paired.values()) else "seed",
     )  # fmt: skip
 
 

@@ -4,10 +4,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from softmoe_cli.compare.cuts import Draw
 from softmoe_cli.compare.intervals import Difference, Interval, pairable
 
 Curve = Sequence[tuple[float, float]]
-Values = list[tuple[int, float]]
+Values = list[tuple[Draw, float]]
 
 
 @dataclass(frozen=True)
@@ -47,15 +48,15 @@ def first_reach(curve: Curve, target: float, *, higher_is_better: bool) -> float
 
 
 def reached(
-    ours: Sequence[tuple[int, Curve]],
-    theirs: Sequence[tuple[int, Curve]],
+    ours: Sequence[tuple[Draw, Curve]],
+    theirs: Sequence[tuple[Draw, Curve]],
     target: float | None,
     axis: str,
     compare: Callable[[Values, Values], Difference],
     *,
     higher_is_better: bool,
 ) -> Reached | None:
-    """(seed, curve) of a group and its baseline. Without a target it is the baseline's last quality: of the same seed
+    """(draw, curve) of a group and its baseline. Without a target it is the baseline's last quality: of the same seed
     where seeds are paired, and then of the shared seeds only, else the mean over its seeds. `compare` compares the
     logarithms of the costs. A seed that never reaches the target is censored: it needs more than its whole cost. None
     without curves, or where one begins above the target, so that it cannot be told when it got there."""

@@ -1,21 +1,15 @@
-"""A comparison as text: for the terminal, Markdown, LaTeX, CSV and JSON."""
+"""A comparison as text: for the terminal, Markdown and LaTeX."""
 
-import csv
-import io
-import json
 import re
 import textwrap
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
-from softmoe_cli.compare.checklist import checklist
-from softmoe_cli.compare.findings import best, closing, front, headline, power_line, provisos
+from softmoe_cli.compare.findings import closing, findings, front, headline, provisos, sentences
 from softmoe_cli.compare.groups import Block, Comparison, Group, setting
-from softmoe_cli.compare.intervals import Interval
 from softmoe_cli.compare.units import Unit, cell, chance_cell, difference_cell, figure, titled, unit
 from softmoe_cli.run.rows import AXES, COSTS, CURVES, QUALITIES
-from softmoe_cli.text import aligned, folded, spreadsheet_cell
+from softmoe_cli.text import aligned, folded
 
 LEGEND = (
     "± is half a 95% t-interval over n seeds, and (a to b) an any-time 95% interval; on the front: nothing is at least "
@@ -34,6 +28,14 @@ REACHED_NOTE = (
 CURVE_NOTE = (
     "Quality on the validation images, each run's curve interpolated linearly and never extrapolated; a point inside a "
     "curve was reached under a schedule made for the whole run"
+)
+CUTS_TITLE = "cuts and seeds apart"
+CUTS_NOTE = (
+    "Each cut draws other training, validation and test images from the same ones; a cut's mean over its seeds is one "
+    "number, and n counts cuts. Deviations are of a one-way random effects analysis of variance: between seeds "
+    "the root of the mean square within cuts, between cuts without the seeds' part. ± is half a 95% t-interval over "
+    "cuts of these images; for new images it is wider, by the root of 1 + cuts times test images over training images "
+    "(Nadeau and Bengio, 2003), as cuts share most of their images"
 )
 REFERENCE = "Published or given figures as they are: other runs, perhaps other data, hardware and conventions"
 
@@ -57,7 +59,7 @@ def units(comparison: Comparison) -> dict[str, Unit]:
             if key in values and interval is not None:
                 values[key].append(interval.mean)
         for axis in AXES:
-            values[axis] += [run.looks[-1][axis] for run in group.runs if run.looks]
+            values[axis] += [run.looks[-1][axis] for run in group.runs if run.looks and axis in run.looks[-1]]
     return {key: unit(key, found) for key, found in values.items()}
 
 
@@ -93,7 +95,7 @@ def _groups(comparison: Comparison, block: Block, shown: dict[str, Unit], *, bri
     rows = []
     for group in block.groups:
         reached = cell(quality, group.intervals[quality]) + ("\nat chance" if group.at_chance else "")
-        row = [group.label, str(len(group.runs)), reached]
+        row = [group.label, group.count, reached]
         if judged:
             verdict = group.verdict or ("baseline" if group.label in baselines else "")
             row += [difference_cell(quality, group.difference), ",\n".join([verdict, *group.conditions])]
@@ -118,7 +120,9 @@ def _minus(block: Block) -> str:
 
 def _cost(group: Group, cost: str, shown: Unit) -> str:
     """A group's cost, and what its checkpoints had cost before."""
-    text = cell(cost, group.intervals[cost], shown.factor)
+    text = cell(cost, group.intervals[cost], shown.factor) or "not stated"
+    if any(cost in run.row.get("computed", ()) for run in group.runs):
+        text = f"{text}\ncomputed"
     if not group.pretrained or not COSTS[cost].trained:
         return text
     before = group.checkpoint_pflop if cost == "train_pflop" else None
@@ -142,7 +146,7 @@ def _budgets(comparison: Comparison, block: Block, shown: dict[str, Unit]) -> li
             for group in block.groups:
                 each = group.budgets[place]
                 reached = cell(key, each.interval) if each.interval else f"({each.reason})"
-                row = [group.label, str(len(group.runs)), figure(axis, each.budget * shown[axis].factor), reached]
+                row = [group.label, group.count, figure(axis, each.budget * shown[axis].factor), reached]
                 if judged:
                     baseline = "baseline" if group.label in {other.baseline for other in block.groups} else ""
                     words = [
@@ -165,6 +169,7 @@ def _beside(comparison: Comparison, block: Block, shown: dict[str, Unit]) -> lis
     return [
         *_budgets(comparison, block, shown),
         *_reached(comparison, block, shown),
+        *_cuts(comparison, block),
         *_second(comparison, block),
     ]
 
@@ -197,6 +202,23 @@ def _reached(comparison: Comparison, block: Block, shown: dict[str, Unit]) -> li
     return [Table(title, REACHED_NOTE, head, rows, block.title)]
 
 
+def _cuts(comparison: Comparison, block: Block) -> list[Table]:
+    """A table of how much cuts and seeds vary, where there are several cuts."""
+    key, rows = comparison.quality, []
+    for group in block.groups:
+        told = [(group.label, group.spread), (f"{group.label} minus {group.baseline}", group.difference_spread)]
+        for name, each in told:
+            if each is not None:
+                between, within = ("" if v is None else figure(key, v) for v in (each.between, each.within))
+                wider = "" if each.new_images_half is None else f"± {figure(key, each.new_images_half)}"
+                of = f"{each.runs} in {each.cuts}"
+                rows.append([name, of, between, within, cell(key, each.mean, signed=name != group.label), wider])
+    if not rows:
+        return []
+    head = ["group", "runs in cuts", "deviation between cuts", "between seeds", QUALITIES[key].title, "for new images"]
+    return [Table(f"{block.title}: {CUTS_TITLE}", CUTS_NOTE, head, rows, block.title)]
+
+
 def _second(comparison: Comparison, block: Block) -> list[Table]:
     """A table with the second measure, where groups are judged by it."""
     key, rows = comparison.second, []
@@ -209,7 +231,7 @@ def _second(comparison: Comparison, block: Block) -> list[Table]:
         verdict = told.verdict or ("baseline" if group.label in baselines else "")
         words = [verdict, *(group.conditions if told.verdict else [])]
         rows.append([
-            group.label, str(len(group.runs)), cell(key, told.interval), difference_cell(key, told.difference),
+            group.label, group.count, cell(key, told.interval), difference_cell(key, told.difference),
             ",\n".join(words), chance_cell(told.p_better),
         ])  # fmt: skip
     head = ["group", "n", QUALITIES[key].title, _minus(block), "verdict", "P(better)"]
@@ -218,25 +240,12 @@ def _second(comparison: Comparison, block: Block) -> list[Table]:
     ]
 
 
-def sentences(comparison: Comparison, block: Block) -> list[str]:
-    """What a table says in all: which groups may be the best, what it could have seen, and the paragraph for a paper's
-    checklist."""
-    told = [best(block), power_line(comparison, block)]
-    return [f"{each}." for each in told if each] + [f"Checklist. {checklist(comparison, block)}"]
-
-
 def remarks(comparison: Comparison) -> list[str]:
     """Every note, and a line per folder that was left out."""
     notes = list(comparison.notes)
     for block in comparison.blocks:
         notes += [f"{block.title}: {note}" if len(comparison.blocks) > 1 else note for note in block.notes]
     return notes + [f"left out: {folder}: {reason}" for folder, reason in comparison.left_out]
-
-
-def findings(comparison: Comparison, block: Block) -> list[str]:
-    """Sentences for files that have no headline: each table's, with its title where there are several."""
-    told = [*headline(comparison, block), *sentences(comparison, block), closing(comparison, block)]
-    return [f"{block.title}: {each}" if len(comparison.blocks) > 1 else each for each in told if each]
 
 
 def terminal(comparison: Comparison, width: int | None = None) -> str:
@@ -340,145 +349,3 @@ def _tex(text: str) -> str:
 def _tex_number(text: str) -> str:
     """A cell; if it begins with a number, the number's sign is a minus instead of a hyphen."""
     return f"$-${_tex(text[1:])}" if re.match(r"-[\d.]", text) else _tex(text)
-
-
-def flat_rows(comparison: Comparison) -> list[dict[str, Any]]:
-    """One flat row per group with every digit: what table.csv holds."""
-    return [_flat(comparison, block, group) for block in comparison.blocks for group in block.groups]
-
-
-def _flat(comparison: Comparison, block: Block, group: Group) -> dict[str, Any]:
-    row: dict[str, Any] = {"block": block.title, "group": group.label, "n": len(group.runs)}
-    row["seeds"] = " ".join(str(run.row["seed"]) for run in group.runs)
-    for key, interval in group.intervals.items():
-        row |= _ends(key, interval)
-    row |= {key: setting(group, key) for key in comparison.columns if key not in group.intervals}
-    row["baseline"] = group.baseline
-    row |= _ends("difference", group.difference.interval if group.difference else None)
-    row |= {
-        "method": group.difference.method if group.difference else None,
-        "p": group.difference.p if group.difference else None,
-        "p_holm": group.p_holm,
-        "p_equal_holm": group.p_equal_holm,
-        "verdict": group.verdict,
-        **_chance("p_better", group.p_better),
-        "may_be_best": group.may_be_best,
-        "cost_ratio": group.cost_ratio,
-        "conditions": "; ".join(group.conditions),
-        "chance_pct": group.chance_pct,
-        "at_chance": group.at_chance,
-        "pretrained": group.pretrained,
-        "source_counted": group.source_counted,
-        "checkpoint_train_pflop": group.checkpoint_pflop,
-        "on_front": group.front,
-        "front_probability": group.front_probability,
-    }
-    row |= _flat_outlook(block, group) | _flat_reached(group) | _flat_second(comparison, group)
-    for each in group.budgets:
-        name = f"{QUALITIES[comparison.quality].curve}_at_{each.axis}_{each.budget!r}"
-        row |= _ends(name, each.interval)
-        row |= _ends(f"{name}_difference", each.difference.interval if each.difference else None)
-        row[f"{name}_verdict"] = each.verdict
-    return row
-
-
-def _flat_outlook(block: Block, group: Group) -> dict[str, Any]:
-    """What the table could have seen is the same in all rows of a table."""
-    seen = block.outlook
-    needed = seen.needed.get(group.label) if seen else None
-    return {
-        "sees": seen.sees if seen else None,
-        "deviation": seen.deviation.mean if seen else None,
-        "seeds_needed": needed.seeds if needed else None,
-        "seeds_needed_fewest": needed.fewest if needed else None,
-        "seeds_needed_most": needed.most if needed else None,
-    }
-
-
-def _flat_reached(group: Group) -> dict[str, Any]:
-    told = group.reached
-    if told is None:
-        return {}
-    row: dict[str, Any] = {"reached": told.reached, f"reached_at_{told.axis}": told.cost}
-    return (
-        row
-        | _chance("times_cheaper", told.ratio)
-        | {"times_cheaper_below": told.below, "times_cheaper_above": told.above}
-    )
-
-
-def _flat_second(comparison: Comparison, group: Group) -> dict[str, Any]:
-    key, told = comparison.second, group.second
-    if told is None:
-        return {}
-    row = {} if key in group.intervals else _ends(key, told.interval)
-    row |= _ends(f"{key}_difference", told.difference.interval if told.difference else None)
-    verdict = {f"{key}_p_holm": told.p_holm, f"{key}_verdict": told.verdict}
-    return row | verdict | _chance(f"{key}_p_better", told.p_better)
-
-
-def _chance(key: str, interval: Interval | None) -> dict[str, float | None]:
-    return {key if name.endswith("_mean") else name: value for name, value in _ends(key, interval).items()}
-
-
-def _ends(key: str, interval: Interval | None) -> dict[str, float | None]:
-    names = (f"{key}_mean", f"{key}_ci95_low", f"{key}_ci95_high")
-    values = (interval.mean, interval.low, interval.high) if interval else (None, None, None)
-    return dict(zip(names, values, strict=True))
-
-
-def comma_separated(comparison: Comparison) -> str:
-    return csv_of(flat_rows(comparison))
-
-
-def csv_of(rows: Sequence[dict[str, Any]]) -> str:
-    """Numbers with all their digits: reading them back gives the same ones."""
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({key: spreadsheet_cell(value) for key, value in row.items()} for row in rows)
-    return out.getvalue()
-
-
-def everything(comparison: Comparison) -> dict[str, Any]:
-    """The whole comparison, with every run's own figures, as JSON holds it."""
-    return {
-        "quality": comparison.quality,
-        "second": comparison.second,
-        "margin": comparison.margin,
-        "to_quality": comparison.to_quality,
-        "cost": comparison.cost,
-        "blocks": [
-            {
-                "title": block.title,
-                "notes": block.notes,
-                "outlook": asdict(block.outlook) if block.outlook else None,
-                "sentences": findings(comparison, block),
-                "groups": [_group(comparison, group) for group in block.groups],
-            }
-            for block in comparison.blocks
-        ],
-        "notes": comparison.notes,
-        "commands": comparison.commands,
-        "left_out": [{"folder": folder, "reason": reason} for folder, reason in comparison.left_out],
-        "reference": comparison.reference,
-    }
-
-
-def _group(comparison: Comparison, group: Group) -> dict[str, Any]:
-    plain = {"figures" if key == "intervals" else key: value for key, value in vars(group).items() if key != "runs"}
-    plain["figures"] = {key: asdict(each) if each else None for key, each in group.intervals.items()}
-    plain |= {"pretrained": group.pretrained, "source_counted": group.source_counted}
-    plain |= {"checkpoint_train_pflop": group.checkpoint_pflop}
-    plain["difference"] = asdict(group.difference) if group.difference else None
-    plain["p_better"] = asdict(group.p_better) if group.p_better else None
-    plain["second"] = asdict(group.second) if group.second else None
-    plain["reached"] = asdict(group.reached) if group.reached else None
-    plain["budgets"] = [asdict(each) for each in group.budgets]
-    keys = ("name", "signature", "seed", *dict.fromkeys([comparison.quality, comparison.cost, *comparison.columns]))
-    plain["runs"] = [{"folder": run.place} | {key: run.row.get(key) for key in keys} for run in group.runs]
-    return plain
-
-
-def json_text(comparison: Comparison) -> str:
-    return json.dumps(everything(comparison), indent=1, allow_nan=False) + "\n"

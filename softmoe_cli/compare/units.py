@@ -124,3 +124,8 @@ def apart(ratio: float, amount: str) -> str:
         return f"{ratio:.3g} times the {amount}"
     less = "fewer" if amount.endswith("s") else "less"
     return f"{percent}% {'more' if ratio > 1 else less} {amount}"
+
+
+def measure_name(quality: str) -> str:
+    """A quality's name without its unit."""
+    return QUALITIES[quality].title.removesuffix(", %")

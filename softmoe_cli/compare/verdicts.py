@@ -1,8 +1,10 @@
 """Compares every group with its baseline: finds the baseline, gives verdicts, and says what else was unequal."""
 
 import math
+from dataclasses import replace
 
-from softmoe_cli.compare.groups import Block, Group, Question, Second, key_named, said
+from softmoe_cli.compare.cuts import Draw, compared_by, independent, spread, unit_of
+from softmoe_cli.compare.groups import Block, Group, Second, key_named, said
 from softmoe_cli.compare.intervals import (
     FEW,
     MIN_SEEDS,
@@ -15,8 +17,9 @@ from softmoe_cli.compare.intervals import (
     mean_interval,
     verdicts,
 )
-from softmoe_cli.compare.looks import PastLooks, seed_order, seeds_were_added
+from softmoe_cli.compare.looks import PastLooks, draw_order, seeds_were_added
 from softmoe_cli.compare.power import outlook
+from softmoe_cli.compare.question import Question
 from softmoe_cli.compare.reach import reached
 from softmoe_cli.compare.units import apart
 from softmoe_cli.errors import UsageError, nearest
@@ -64,6 +67,11 @@ def _judge_block(block: Block, candidates: list[Group], question: Question, look
         )
         group.p_better = beats(group.difference, higher_is_better=higher)
         group.conditions += ["any-time"] if rule.anytime else []
+        if rule.late:
+            block.notes.append(
+                f"{group.label} against {baseline.label}: seeds that came into a cut after the look that first showed "
+                "it do not count; the any-time rule needs further cuts"
+            )
         _conditions(group, baseline, question.cost)
         _to_quality(group, baseline, rule, question, block.notes)
         if group.second and baseline.second:
@@ -76,6 +84,7 @@ def _judge_block(block: Block, candidates: list[Group], question: Question, look
                     ours.values, theirs.values, question.margin
                 )
     of = {group.label: group for group in block.groups}
+    _spreads(block, question.quality)
     for label, told in verdicts(ends, higher_is_better=higher).items():
         of[label].verdict, of[label].p_holm, of[label].p_equal_holm = told
     second_higher = QUALITIES[question.second].better == "higher"
@@ -96,14 +105,26 @@ class _Rule:
 
     def __init__(self, ours: Group, theirs: Group, question: Question, looks: PastLooks) -> None:
         self.anytime = question.any_time or seeds_were_added(ours.runs, theirs.runs, looks)
-        self._order = seed_order(ours.runs, theirs.runs, looks) if self.anytime else []
+        self._order = draw_order(ours.runs, theirs.runs, looks) if self.anytime else []
+        draws = [{run.draw for run in group.runs} for group in (ours, theirs)]
+        shown = {draw for _, shown in self._order for draw in shown}
+        several = unit_of(*draws)[0] == "cut"
+        begun = {cut for cut, _ in shown} if several else set()
+        self.late = {draw for draw in draws[0] | draws[1] if draw[0] in begun and draw not in shown}
 
     def difference(
-        self, ours: list[tuple[int, float]], theirs: list[tuple[int, float]], margin: float | None = None
+        self, ours: list[tuple[Draw, float]], theirs: list[tuple[Draw, float]], margin: float | None = None
     ) -> Difference:
+        unit, mine, its = compared_by(*(self._seen(each) for each in (ours, theirs)))
         if self.anytime:
-            return anytime_difference(ours, theirs, self._order, margin)
-        return difference(ours, theirs, margin)
+            found = anytime_difference(mine, its, [key for key, _ in self._order], margin)
+        else:
+            found = difference(mine, its, margin)
+        return replace(found, unit=unit)
+
+    def _seen(self, values: list[tuple[Draw, float]]) -> list[tuple[Draw, float]]:
+        """Without the seeds that came into a cut after the look that first showed it."""
+        return [(draw, value) for draw, value in values if draw not in self.late]
 
 
 def _to_quality(group: Group, baseline: Group, rule: _Rule, question: Question, notes: list[str]) -> None:
@@ -111,7 +132,7 @@ def _to_quality(group: Group, baseline: Group, rule: _Rule, question: Question, 
     if question.to_quality is None:
         return
     key, axis = QUALITIES[question.quality].curve, question.axis
-    ours, theirs = ([(run.row["seed"], run.curve(axis, key)) for run in each.runs] for each in (group, baseline))
+    ours, theirs = ([(run.draw, run.curve(axis, key)) for run in each.runs] for each in (group, baseline))
     higher = QUALITIES[question.quality].better == "higher"
     group.reached = reached(ours, theirs, question.target, axis, rule.difference, higher_is_better=higher)
     if group.reached is None:
@@ -139,6 +160,20 @@ def _best(block: Block, question: Question, looks: PastLooks) -> None:
         group.may_be_best = group.label in kept
 
 
+def _spreads(block: Block, quality: str) -> None:
+    """How much cuts and seeds vary, in every group of several cuts and in its differences from its baseline."""
+    of = {group.label: group for group in block.groups}
+    for group in block.groups:
+        ours = dict(group.values(quality))
+        row = group.runs[0].row
+        share = row["test_images"] / row["train_images"] if row.get("test_is_cut") else None
+        group.spread = spread(list(ours.items()), share)
+        if group.baseline is not None:
+            theirs = dict(of[group.baseline].values(quality))
+            paired = [(draw, ours[draw] - theirs[draw]) for draw in sorted(ours.keys() & theirs.keys())]
+            group.difference_spread = spread(paired, share)
+
+
 def _second_means(block: Block, question: Question) -> None:
     """The second measure of every group, where all runs have it and mean the same by it."""
     key = question.second
@@ -150,7 +185,7 @@ def _second_means(block: Block, question: Question) -> None:
         block.notes.append(f"{key} is another loss in some runs ({', '.join(sorted(losses))}): no second measure")
     else:
         for group in block.groups:
-            group.second = Second(mean_interval([value for _, value in group.values(key)]))
+            group.second = Second(mean_interval(independent(group.values(key))))
 
 
 def _conditions(group: Group, baseline: Group, cost: str) -> None:
@@ -158,6 +193,8 @@ def _conditions(group: Group, baseline: Group, cost: str) -> None:
     pair = (group, baseline)
     known = cost == "train_pflop" and all(not g.pretrained or g.checkpoint_pflop is not None for g in pair)
     ours, theirs = (_total(each, cost, pretraining=known) for each in pair)
+    if ours is None or theirs is None:
+        group.conditions.append(f"{COSTS[cost].amount} not known of {'both' if ours is theirs else 'one'}")
     if ours is not None and theirs is not None and theirs > 0:
         group.cost_ratio = ours / theirs
         told = apart(group.cost_ratio, COSTS[cost].amount)
@@ -204,7 +241,8 @@ def _nearest_group(group: Group, candidates: list[Group]) -> Group | None:
 
     def apart(other: Group) -> int:
         mine, its = group.runs[0].settings(), other.runs[0].settings()
-        keys = {key for key in {*mine, *its} if not key.startswith("model.router.") and key not in ROUTED}
+        routers = ("model.router.", "model.blocks.")
+        keys = {key for key in {*mine, *its} if not key.startswith(routers) and key not in ROUTED}
         return sum(mine.get(key) != its.get(key) for key in keys)
 
     ranked = sorted(candidates, key=apart)
@@ -227,9 +265,10 @@ def _judge_notes(block: Block, candidates: list[Group]) -> None:
     methods = sorted({group.difference.method for group in judged if group.difference})
     tested = sum(group.p_holm is not None for group in judged)
     if methods:
-        tests = {"paired": "paired by seed (Student's t)", "Welch": "of unpaired seeds (Welch's t)",
-                 "any-time": "paired by seed (any-time)"}  # fmt: skip
-        told = " and ".join(tests[method] for method in methods)
+        tests = {"paired": "paired by {} (Student's t)", "Welch": "of unpaired {}s (Welch's t)",
+                 "any-time": "paired by {} (any-time)"}  # fmt: skip
+        kinds = sorted({(each.method, each.unit) for group in judged if (each := group.difference)})
+        told = " and ".join(tests[method].format(unit) for method, unit in kinds)
         holm = ""
         if tested > 1:
             holm = f"; the {tested} verdicts hold all at once (Holm), intervals each for itself"
@@ -237,10 +276,11 @@ def _judge_notes(block: Block, candidates: list[Group]) -> None:
     for group in judged:
         assert group.difference is not None
         if group.difference.method == "Welch" and len(methods) > 1:
-            block.notes.append(f"{group.label} shares too few seeds with {group.baseline}: Welch's t")
+            unit = group.difference.unit
+            block.notes.append(f"{group.label} shares too few {unit}s with {group.baseline}: Welch's t")
         if group.difference.unpaired_seeds:
-            seeds = ", ".join(map(str, group.difference.unpaired_seeds))
-            block.notes.append(f"{group.label} against {group.baseline}: seeds {seeds} have no partner")
+            seeds, unit = ", ".join(map(str, group.difference.unpaired_seeds)), group.difference.unit
+            block.notes.append(f"{group.label} against {group.baseline}: {unit}s {seeds} have no partner")
         low, high = group.difference.interval.low, group.difference.interval.high
         if low is not None and high is not None and low > high:
             block.notes.append(

@@ -1,11 +1,12 @@
 """The options of all other commands, and what each command composes."""
 
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Self
 
 from softmoe_cli.config.data import Data, check_channels
 from softmoe_cli.config.model import Model
-from softmoe_cli.config.option import Section, option
+from softmoe_cli.config.option import Section, option, typed
+from softmoe_cli.config.pruning import MEASURES
 from softmoe_cli.config.run import DEVICES, WAYS, Config, check_devices
 from softmoe_cli.errors import UsageError
 
@@ -19,6 +20,11 @@ class DataCheckConfig(Section):
     format: str = option("what is printed", choices=("table", "json"))
 
 
+def as_list(value: Any) -> list[Any]:
+    """A list as it is, one value as a list of it, null as an empty one."""
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
 AUDITS = ("neighbours", "capacity", "slots", "experts", "kinds")
 
 
@@ -28,6 +34,7 @@ class EvaluateConfig(Section):
 
     path: ClassVar[str] = ""
     checkpoint: Any = option("a run folder, a .safetensors file or hf-hub:OWNER/NAME; of a list, the average")
+    base: str | None = option("where the weights are that a checkpoint of adapters belongs to, if they moved")
     trust: str | None = option("a router of the checkpoint's that is not softmoe's, as module.Class: its code will run")
     soup: str = option(
         "a list of checkpoints: all of them, or those that do not lower validation top-1", choices=("uniform", "greedy")
@@ -52,20 +59,56 @@ class EvaluateConfig(Section):
     fewshot_seed: int = option("of the draw of the shots", low=0)
     audit: list[str] = option("what predictions are held against changes of", choices=AUDITS)
     audit_images: int | None = option("look at so many images of the split; null: all", low=1)
+    contrast: Any = option(
+        "self-contrast: a weak activation or a list, of rank_R, random_1, top_J; soft: drop_Q, slot_rank_R, flat; skip"
+    )
+    contrast_beta: Any = option("strengths of the contrast to choose from", above=0)
+    contrast_alpha: Any = option(
+        "a class must have so large a share of the best one's probability; 0: no such mask, which the paper has not",
+        low=0,
+        high=1,
+    )
+    contrast_by: str = option(
+        "images whose top-1 chooses among the settings; scored, the paper's rule, is optimistic",
+        choices=("validation", "scored"),
+    )
+    contrast_gates: str = option(
+        "weight of experts in a weak pass: as trained, or shares that add up to one, so that a single expert has 1",
+        choices=("trained", "one"),
+    )
+    contrast_draws: int = option("draws of random_1, whose mean and range are told", low=1)
+    contrast_seed: int = option("of these draws", low=0)
+    contrast_clock: bool = option("measure the time of two passes over that of one")
     format: str = option("what is printed", choices=("table", "json"))
     device: str = option("auto: cuda, else mps, else cpu", choices=DEVICES)
     threads: int | None = option("CPU threads; null: torch's choice", low=1)
 
     def check(self) -> None:
+        words, strengths = as_list(self.contrast), (as_list(self.contrast_beta), as_list(self.contrast_alpha))
+        if not all(isinstance(word, str) for word in words) or len(set(words)) < len(words):
+            raise UsageError(
+                f"contrast={typed(self.contrast)} is no list of weak activations, each once: [rank_2,skip]"
+            )
+        for key, numbers in zip(("contrast_beta", "contrast_alpha"), strengths, strict=True):
+            if not numbers or not all(type(number) in (int, float) for number in numbers):
+                raise UsageError(f"{key}={typed(getattr(self, key))} is neither a number nor a list of numbers")
         idle = {
             "soup=greedy": self.soup == "greedy" and not isinstance(self.checkpoint, list),
             f"audit_images={self.audit_images}": self.audit_images is not None and not self.audit,
             f"fewshot_l2={self.fewshot_l2}": self.fewshot_l2 == "scored" and not self.fewshot,
+            f"contrast_by={self.contrast_by}": self.contrast_by == "scored" and not words,
+            f"contrast_gates={self.contrast_gates}": self.contrast_gates == "one" and not words,
+            "contrast_clock=true": self.contrast_clock and not words,
         }
-        needs = dict(zip(idle, ("a list of checkpoints", "audit", "fewshot"), strict=True))
+        needs = dict(zip(idle, ("a list of checkpoints", "audit", "fewshot", *["contrast"] * 3), strict=True))
         for word, is_idle in idle.items():
             if is_idle:
                 raise UsageError(f"{word} has no effect without {needs[word]}")
+
+    def filled(self) -> Self:
+        """One word or number is a list of one."""
+        beta, alpha = (list(map(float, as_list(each))) for each in (self.contrast_beta, self.contrast_alpha))
+        return replace(self, contrast=as_list(self.contrast), contrast_beta=beta, contrast_alpha=alpha)
 
 
 @dataclass
@@ -99,6 +142,41 @@ class UpcycleConfig(Section):
             )
 
 
+@dataclass
+class PruneConfig(Section):
+    """What `softmoe prune` composes."""
+
+    path: ClassVar[str] = ""
+    checkpoint: str = option("a run folder, a .safetensors file or hf-hub:OWNER/NAME")
+    trust: str | None = option("a router of the checkpoint's that is not softmoe's, as module.Class: its code will run")
+    keep: int | None = option("experts that stay in each block; null: those that are left", low=1)
+    by: str = option(
+        "what an expert's worth is: the sum of its gates, its tokens, how its part of the router has grown, or nothing",
+        choices=MEASURES,
+    )
+    before: str | None = option("by=router_change: the checkpoint since which routers have changed")
+    to: str = option("a mixture of the experts that stay or, of one in each block, a plain ViT",
+                     choices=("experts", "dense"))  # fmt: skip
+    seed: int = option("of by=random", low=0, high=2**31 - 1)
+    data: Data = field(default_factory=Data)
+    images: int = option("training images that alpha_score and hit_rate are taken on, spread over all", low=1)
+    batch_size: int = option("images per forward pass", low=1)
+    clock: bool = option("measure the latency of both models on this machine, in turns")
+    repeats: int = option("times that the clock measures each", low=3)
+    folder: str | None = option("where the checkpoint goes; null: output_root/pruned/NAME-SIGNATURE")
+    output_root: str = option("the folder of all studies")
+    format: str = option("what is printed", choices=("table", "json"))
+    device: str = option("auto: cuda, else mps, else cpu", choices=DEVICES)
+    threads: int | None = option("CPU threads; null: torch's choice", low=1)
+
+    def check(self) -> None:
+        if (self.by == "router_change") != (self.before is not None):
+            raise UsageError(
+                f"by={self.by} and before={self.before}: by=router_change needs the checkpoint that the routers are "
+                "compared with, and nothing else does"
+            )
+
+
 PROGRAMS = ("torch_export", "onnx")
 
 
@@ -108,6 +186,7 @@ class ExportConfig(Section):
 
     path: ClassVar[str] = ""
     checkpoint: str = option("a run folder, a .safetensors file or hf-hub:OWNER/NAME")
+    base: str | None = option("where the weights are that a checkpoint of adapters belongs to, if they moved")
     trust: str | None = option("a router of the checkpoint's that is not softmoe's, as module.Class: its code will run")
     data: Data = field(default_factory=Data)
     formats: list[str] = option("programs beside the weights, each held against the model on images", choices=PROGRAMS)
@@ -191,6 +270,6 @@ class MatchConfig(Measured):
 
 SCHEMAS: dict[str, type[Section]] = {
     "train": Config, "finetune": Config, "evaluate": EvaluateConfig, "cost": CostConfig, "match": MatchConfig,
-    "upcycle": UpcycleConfig, "export": ExportConfig, "data": DataCheckConfig,
+    "upcycle": UpcycleConfig, "prune": PruneConfig, "export": ExportConfig, "data": DataCheckConfig,
 }  # fmt: skip
 """What each command composes."""

@@ -7,6 +7,7 @@ from typing import ClassVar
 from softmoe_cli.config.data import Data, check_channels
 from softmoe_cli.config.model import Model, check_groups
 from softmoe_cli.config.option import Section, option
+from softmoe_cli.config.pruning import Prune
 from softmoe_cli.config.recipe import Augment, Optim, Train
 from softmoe_cli.errors import UsageError
 from softmoe_cli.text import printable
@@ -95,12 +96,14 @@ class Config(Section):
     augment: Augment = field(default_factory=Augment)
     optim: Optim = field(default_factory=Optim)
     train: Train = field(default_factory=Train)
+    prune: Prune = field(default_factory=Prune)
     wandb: Wandb = field(default_factory=Wandb)
     seed: int = option("of weights, order and augmentation", low=0, high=2**31 - 1)
     study: str = option("the folder that a run's folder stands in (experiment)")
     name: str | None = option("what the run's folder is called before its signature; null: model-data")
     output_root: str = option("the folder of all studies")
     checkpoint: str | None = option("finetune: a run folder, a .safetensors file, hf-hub:OWNER/NAME or timm:NAME")
+    base: str | None = option("finetune: where the weights are that a checkpoint of adapters belongs to, if they moved")
     allow_unexpected: list[str] = option("finetune: weights that may be left unused, by name or by pattern (*)")
     trust: str | None = option(
         "finetune: a router of the checkpoint's that is not softmoe's, as module.Class: its code will run"
@@ -132,6 +135,11 @@ class Config(Section):
             raise UsageError(
                 f"restarts={self.restarts} has no effect with devices=1; torchrun has --max-restarts of its own"
             )
+        if self.prune.keep is not None and self.model.adapter.name != "none":
+            raise UsageError(
+                f"prune.keep={self.prune.keep} drops experts that are trained, and adapter={self.model.adapter.name} "
+                "keeps them frozen; set one of them to null or none"
+            )
         settled = self.train.batch_size != "auto"
         if settled and (self.augment.mixup or self.augment.cutmix) and self.train.batch_size % 2:
             raise UsageError(
@@ -142,7 +150,7 @@ class Config(Section):
             check_tokens(self, side**2 + bool(self.model.backbone.class_token))
         check_channels(self.data, self.model.in_chans)
         if settled and self.train.accumulate > 1:
-            check_groups("train.batch_size", self.train.batch_size, self.model.router, self.train.accumulate)
+            check_groups("train.batch_size", self.train.batch_size, self.model.images_per_group, self.train.accumulate)
         if self.model.head_norm == "batch" and self.model.head != "linear" and self.train.batch_size == 1:
             raise UsageError("model.head_norm=batch has no variance over train.batch_size=1; set it to layer")
         if self.train.minutes is not None:
@@ -179,9 +187,9 @@ class Config(Section):
 
 NOT_SCIENCE = (
     "output_root", "study", "name", "tracking", "wandb", "device", "threads", "devices", "parallel", "restarts",
-    "checkpoint", "trust", "data.root", "data.workers", "data.prefetch", "data.memory_gib", "data.max_megapixels",
-    "data.crop", "data.area", "train.default_epochs", "train.max_tokens", "train.log_every", "train.eval_batch_size",
-    "train.fewshot", "train.save_seconds", "slots",
+    "checkpoint", "base", "trust", "data.root", "data.workers", "data.prefetch", "data.memory_gib",
+    "data.max_megapixels", "data.crop", "data.area", "train.default_epochs", "train.max_tokens", "train.log_every",
+    "train.eval_batch_size", "train.fewshot", "train.save_seconds", "slots",
 )  # fmt: skip
 """Keys that are left out of the signature: they change where, when or how fast a run goes but never its numbers, or
 only other programs read them. (The number that `slots` becomes stands in model.router.)"""

@@ -77,9 +77,14 @@ def costs(configs: Sequence[CostConfig]) -> list[CostRow]:
         forward, step = count_flop(vit, batch=load.part, recompute=load.recompute)
         for key, seen in (("counter_forward_gflop", forward), ("counter_train_gflop", step)):
             row[key] = seen.flop / seen.images / 1e9
+            own = seen.flop_by_part
+            if config.model.adapter.name != "none" and seen is step:
+                own = None  # where nothing is trained, the counter does not see which part a gradient goes through
+                row["train_gflop"] = row[key]
             for each in row["parts"]:
-                own = seen.flop_by_part
                 each[key] = None if own is None else own[each["part"]] / seen.images / 1e9
+                if config.model.adapter.name != "none":
+                    each["train_gflop"] = None
         row |= dict.fromkeys(CLOCK)
         rows.append(row)
     timed = [index for index, config in enumerate(configs) if config.clock]

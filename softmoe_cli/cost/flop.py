@@ -13,9 +13,10 @@ multiply-add as 1 and a backward pass as twice the forward pass: its training FL
 import functools
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -26,14 +27,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
+from softmoe_cli.adapters.kind import Adapter
 from softmoe_cli.config.model import Model
 from softmoe_cli.errors import UsageError, first_line
+from softmoe_cli.model.adapted import AdaptedBlock, is_adapters
 from softmoe_cli.model.blocks import CarryingBlock
 from softmoe_cli.model.vit import build, count_tokens
 from softmoe_cli.moe.kind import Decider, Layer
+from softmoe_cli.moe.layer import MoE
 from softmoe_cli.optim import freeze
 
-PARTS = ("embedding and norms", "attn", "mlp", "router", "experts", "shared", "head")
+PARTS = ("embedding and norms", "attn", "mlp", "router", "experts", "shared", "adapter", "head")
 
 
 @dataclass(frozen=True)
@@ -53,14 +57,16 @@ class Cost:
 
     `active_params` are the parameters that one token passes through, on average: of the routed experts, as many as the
     router uses for one token. `slots_per_token` is the rows of all experts, empty ones included, over the tokens of an
-    MoE block: the capacity factor that is really paid for. `train_flop` is no whole number if a group of images was not
-    full.
+    MoE block, in the mean over these blocks: the capacity factor that is really paid for. `train_flop` is no whole
+    number if a group of images was not full.
     """
 
     parts: tuple[Part, ...]
     tokens: int
     slots_per_token: float | None
     frozen_params: int = 0
+    frozen_head_params: int = 0
+    """Of these, the head's."""
     whole_batches: str | None = None
     """Why a batch cannot be computed in parts, with the way out; None where it can."""
     counted_train_flop: float | None = None
@@ -71,10 +77,22 @@ class Cost:
     """How many rows of all layers hold a token when the load is as even as the router aims at."""
     choices: int | None = None
     """How many experts all tokens choose in all layers; None where tokens do not choose."""
+    full_experts_flop: float = 0.0
+    """Training FLOPs of the experts of other layers than those, in whose rows nothing has to land."""
 
     @property
     def params(self) -> int:
         return sum(part.params for part in self.parts)
+
+    @property
+    def trained_params(self) -> int:
+        return self.params - self.frozen_params
+
+    @property
+    def trained_body_params(self) -> int:
+        """The trained parameters outside of the head, whose size is the data's and not the method's."""
+        head = sum(part.params for part in self.parts if part.name == "head")
+        return self.trained_params - (head - self.frozen_head_params)
 
     @property
     def active_params(self) -> float:
@@ -100,8 +118,18 @@ class Cost:
         it. Where no row is of one token it is as `train_flop` says."""
         if self.landed_row_flop is None:
             return images * self.train_flop
-        rest = sum(part.train_flop for part in self.parts if part.name != "experts")
-        return images * rest + landed * self.landed_row_flop
+        return images * self.rest_train_flop + landed * self.landed_row_flop
+
+    @property
+    def rest_train_flop(self) -> float:
+        """Training FLOPs of an image without those of experts whose rows are counted."""
+        return self.full_experts_flop + sum(part.train_flop for part in self.parts if part.name != "experts")
+
+    @property
+    def phase(self) -> list[float]:
+        """What is added up of each image, where pruning changes it on the way: training FLOPs, those without
+        experts whose rows are counted, choices, and the FLOPs of a forward pass."""
+        return [self.train_flop, self.rest_train_flop, self.choices or 0, self.forward_flop]
 
     @property
     def train_flop(self) -> float:
@@ -117,6 +145,7 @@ def account(
     batch: int | None = None,
     recompute: bool = False,
     frozen: Sequence[str] = (),
+    left: Mapping[int, Sequence[int]] = MappingProxyType({}),
 ) -> Cost:
     """The cost of a config by formula; training with frozen parameters by the counter, because what needs no gradient
     depends on where they are.
@@ -126,38 +155,60 @@ def account(
             images share slots, the last group's are paid for whether it is full or not. None: full groups.
         recompute: whether training recomputes the blocks.
         frozen: patterns as in optim.freeze.
+        left: the experts that are left, by block, where some were pruned. Their block's parameters are all there.
 
     Raises:
         UsageError: a model that cannot be built, whose blocks have no formula, or of which nothing is left to train.
     """
     vit = on_meta(model, num_classes)
+    for place, block in enumerate(vit.blocks):
+        if place in left and isinstance(block.mlp, MoE) and block.mlp.router.unprunable is None:
+            block.mlp.prunable()
+            block.mlp.leave(left[place])
     cost = account_model(vit, batch=batch, recompute=recompute)
-    if not frozen:
+    if not frozen and model.adapter.name == "none":
         return cost
     freeze(vit, frozen)
     _, step = count_flop(vit, batch=batch, recompute=recompute)
-    still = sum(p.numel() for p in vit.parameters() if not p.requires_grad)
-    return replace(cost, frozen_params=still, counted_train_flop=step.flop / step.images)
+    still = {name: p.numel() for name, p in vit.named_parameters() if not p.requires_grad}
+    return replace(
+        cost,
+        frozen_params=sum(still.values()),
+        frozen_head_params=sum(number for name, number in still.items() if _part_of(name) == "head"),
+        counted_train_flop=step.flop / step.images,
+    )
 
 
 def account_model(vit: VisionTransformer, *, batch: int | None, recompute: bool) -> Cost:
     """`account` of a model that is already built."""
     tokens = count_tokens(vit)
     layers = [block.mlp for block in vit.blocks if isinstance(block.mlp, Layer)]
-    rows = layers[0].rows(tokens) if layers else None
-    row_flop = layers[0].landed_row_flop if layers else None
+    rows = [layer.rows(tokens) for layer in layers]
+    known = [each for each in rows if each is not None]
+    mean = sum(known) / len(known) if known and len(known) == len(rows) else None
+    row_flop = next((layer.landed_row_flop for layer in layers if layer.landed_row_flop is not None), None)
+    full = [layer for layer in layers if row_flop is not None and layer.landed_row_flop is None]
     landed = [found for layer in layers if (found := layer.landed_rows(tokens)) is not None]
     choices = [found for layer in layers if (found := layer.choices(tokens)) is not None]
     deciders = [module for module in vit.modules() if isinstance(module, Decider)]
     return Cost(
         parts=tuple(_parts(vit, batch, recompute)),
         tokens=tokens,
-        slots_per_token=None if rows is None else rows / tokens,
+        slots_per_token=None if mean is None else mean / tokens,
         whole_batches=next((each.whole_batches for each in deciders if each.whole_batches), None),
         landed_row_flop=None if row_flop is None else (4 if recompute else 3) * row_flop,
+        full_experts_flop=sum(_experts_train_flop(layer, tokens, batch, recompute) for layer in full),
         landed_rows=sum(landed) if landed else None,
         choices=sum(choices) if choices else None,
     )
+
+
+def _experts_train_flop(layer: Layer, n: int, batch: int | None, recompute: bool) -> float:
+    """Training FLOPs per image of a layer's experts, as `_parts` adds them up."""
+    group = layer.router.images_per_group
+    filled = 1.0 if batch is None else -(-batch // group) * group / batch
+    again = layer.recomputed_flop_by_part(n)["experts"] if recompute else 0
+    return filled * (layer.flop_by_part(n)["experts"][1] + again)
 
 
 def on_meta(model: Model, num_classes: int) -> VisionTransformer:
@@ -177,6 +228,8 @@ def _part_of(name: str) -> str:
     """The part that a parameter belongs to."""
     if name.startswith("head."):
         return "head"
+    if is_adapters(name):
+        return "adapter"
     for part in ("experts", "shared", "router", "mlp", "attn"):
         if f".{part}." in name:
             return part
@@ -193,17 +246,11 @@ def _parts(vit: VisionTransformer, batch: int | None, recompute: bool) -> Iterat
     pixels = 2 * vit.patch_embed.num_patches * vit.patch_embed.proj.weight.numel()
     forward["embedding and norms"], train["embedding and norms"] = pixels, 2 * pixels
     for block in vit.blocks:
-        plain = type(block) in (Block, CarryingBlock)
-        if not plain or not isinstance(block.mlp, Mlp | Layer):
-            kind = type(block.mlp if plain else block).__name__
-            raise UsageError(f"no FLOP formula for {kind} blocks; use a ViT with plain blocks and MLPs")
-        d, inner = block.attn.qkv.in_features, block.attn.proj.in_features
-        here = {"attn": 2 * n * d * 3 * inner + 2 * 2 * n * n * inner + 2 * n * inner * d}
+        here = block_flop(block, n)
         here_train: dict[str, float] = {}
         here_again: dict[str, float] = {}
         if isinstance(block.mlp, Layer):
             parts, group = block.mlp.flop_by_part(n), block.mlp.router.images_per_group
-            here |= {part: flop for part, (flop, _) in parts.items()}
             filled = 1.0 if batch is None else -(-batch // group) * group / batch
             here_train = {part: filled * flop for part, (_, flop) in parts.items() if part != "shared"}
             again_by_part = block.mlp.recomputed_flop_by_part(n)
@@ -211,7 +258,6 @@ def _parts(vit: VisionTransformer, batch: int | None, recompute: bool) -> Iterat
             idle["experts"] += sum(p.numel() for p in block.mlp.experts.parameters()) * (1 - block.mlp.active_share)
         else:
             filled = 1.0
-            here["mlp"] = 2 * n * (block.mlp.fc1.weight.numel() + block.mlp.fc2.weight.numel())
         again: dict[str, float] = here | here_again
         last, flop = _last_product(block, n)
         again[last] -= flop * (filled if last in here_train else 1)
@@ -219,12 +265,34 @@ def _parts(vit: VisionTransformer, batch: int | None, recompute: bool) -> Iterat
             forward[part] += flop
             train[part] += here_train.get(part, 3 * flop) + (again[part] if recompute else 0)
     if not isinstance(vit.head, nn.Identity):
-        linear = isinstance(vit.head, nn.Linear)
-        forward["head"] = 2 * vit.head.weight.numel() if linear else vit.head.flop()
+        forward["head"] = head_flop(vit)
         train["head"] = 3 * forward["head"]
     for part in PARTS:
         if params[part] or forward[part]:
             yield Part(part, params[part], params[part] - idle[part], forward[part], train[part])
+
+
+def block_flop(block: Any, n: int) -> dict[str, int]:
+    """FLOPs per image of each part of a block in a forward pass of n tokens.
+
+    Raises:
+        UsageError: a block without a formula.
+    """
+    plain = type(block) in (Block, CarryingBlock, AdaptedBlock)
+    if not plain or not isinstance(block.mlp, Mlp | Layer):
+        kind = type(block.mlp if plain else block).__name__
+        raise UsageError(f"no FLOP formula for {kind} blocks; use a ViT with plain blocks and MLPs")
+    d, inner = block.attn.qkv.in_features, block.attn.proj.in_features
+    here: dict[str, int] = {"attn": 2 * n * d * 3 * inner + 2 * 2 * n * n * inner + 2 * n * inner * d}
+    here["adapter"] = sum(part.flop(n) for part in block.modules() if isinstance(part, Adapter))
+    if isinstance(block.mlp, Layer):
+        return here | {part: flop for part, (flop, _) in block.mlp.flop_by_part(n).items()}
+    return here | {"mlp": 2 * n * (block.mlp.fc1.weight.numel() + block.mlp.fc2.weight.numel())}
+
+
+def head_flop(vit: VisionTransformer) -> int:
+    """FLOPs per image of a model's head."""
+    return int(2 * vit.head.weight.numel() if isinstance(vit.head, nn.Linear) else vit.head.flop())
 
 
 def _last_product(block: Block, n: int) -> tuple[str, int]:
@@ -408,9 +476,15 @@ def _by_part(mode: FlopCounterMode, root: str) -> dict[str, int]:
     total = {name.removeprefix(f"{root}."): sum(ops.values()) for name, ops in mode.get_flop_counts().items()}
     parts = dict.fromkeys(PARTS, 0) | {"embedding and norms": total.get("patch_embed", 0), "head": total.get("head", 0)}
     for name, flop in total.items():
-        block = re.fullmatch(r"blocks\.\d+\.(attn|mlp|mlp\.experts|mlp\.shared)", name)
-        routed = f"{name}.router" in total or f"{name}.experts" in total
-        if block is not None and not routed:
+        block = re.fullmatch(
+            r"blocks\.\d+\.(attn|mlp|mlp\.experts|mlp\.shared|(?:attn\.qkv\.[qv]|attn|mlp)_adapter)", name
+        )
+        if block is None:
+            continue
+        if block[1].endswith("adapter"):
+            parts["adapter"] += flop
+            parts["attn"] -= flop if "qkv" in block[1] else 0
+        elif f"{name}.router" not in total and f"{name}.experts" not in total:
             parts[block[1].removeprefix("mlp.")] += flop
     parts["router"] = total.get("Global", 0) - sum(parts.values())
     return parts

@@ -31,6 +31,8 @@ class Load:
     """None: AdamW trains all weights."""
     ema: bool = False
     """Whether an average of the weights is kept."""
+    keep: int | None = None
+    """Experts that stay in each block in the end, where some go on the way."""
 
     @classmethod
     def of(cls, config: Config, num_classes: int, device: torch.device) -> "Load":
@@ -38,7 +40,7 @@ class Load:
         t = config.train
         return cls(
             config.model, num_classes, t.batch_size, device, t.accumulate, t.recompute, t.precision, t.compile,
-            config.threads, config.optim, t.ema is not None,
+            config.threads, config.optim, t.ema is not None, config.prune.keep,
         )  # fmt: skip
 
     @property

@@ -73,7 +73,7 @@ def match(config: MatchConfig, other: MatchConfig, candidate: Candidate) -> Tria
                 if config.free == "train.steps":
                     tried[value] = Trial(changes, value * one_step, other_cost)
                 elif timed:
-                    tried[value] = _timed(changes, candidate(changes), other)
+                    tried[value] = timed_trial(changes, candidate(changes), other)
                 else:
                     tried[value] = Trial(changes, cost_of(candidate(changes)), other_cost)
             except UsageError as error:
@@ -88,7 +88,7 @@ def match(config: MatchConfig, other: MatchConfig, candidate: Candidate) -> Tria
     best = min(trials, key=lambda found: abs(found.ratio - 1))
     if timed:  # the best of several measurements was also the luckiest: measure it again
         trials.remove(best)
-        best = _timed(best.overrides, candidate(best.overrides), other)
+        best = timed_trial(best.overrides, candidate(best.overrides), other)
         trials.append(best)
     if abs(best.ratio - 1) <= config.tolerance:
         return best
@@ -215,7 +215,7 @@ def _require_empty_rows(config: MatchConfig, other: MatchConfig) -> None:
         )
 
 
-def _timed(changes: dict[str, Any], config: MatchConfig, other: MatchConfig) -> Trial:
+def timed_trial(changes: dict[str, Any], config: MatchConfig, other: MatchConfig) -> Trial:
     """Both models measured in turn."""
     own, others = measure([load_of(config), load_of(other)], max(config.repeats, other.repeats))
     return Trial(changes, getattr(own, config.by), getattr(others, config.by))

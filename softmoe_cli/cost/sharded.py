@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from softmoe_cli.model.blocks import tokens_of
 from softmoe_cli.moe.divided import Visited, in_proportion, span
 from softmoe_cli.moe.kind import Layer
-from softmoe_cli.moe.layer import MoE, Stacked, ragged_experts
+from softmoe_cli.moe.layer import MoE, Stacked, chosen, ragged_experts
 from softmoe_cli.moe.routing import Carried
 from softmoe_cli.parallel import cut_axis
 
@@ -31,7 +31,7 @@ def indivisible(vit: VisionTransformer, processes: int) -> str | None:
         return "no experts"
     if not all(isinstance(layer, MoE) for layer in layers):
         return "experts that share their weights"
-    experts = layers[0].router.num_experts
+    experts = min(layer.router.num_experts for layer in layers)
     return f"{experts} experts" if experts < processes else None
 
 
@@ -60,8 +60,15 @@ class FirstExperts(Visited):
         super().__init__((nn.Parameter(each[first].detach()) for each in whole.parameters()), spans, 0, gelu=whole.gelu)
         self._groups = groups
 
+    def leave(self, left: Tensor | None) -> None:
+        """As if as many were left to each process as to the next."""
+        of_all = self._whole_spans[-1][1] if left is None else len(left)
+        self.spans = [span(of_all, len(self.counts), place) for place in range(len(self.counts))]
+        self.counts = [end - start for start, end in self.spans]
+        self.left = None if left is None else left[: self.counts[0]]
+
     def local_weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.w1, self.b1, self.w2, self.b2
+        return chosen(self.left, self.w1, self.b1, self.w2, self.b2)
 
     def rows_of_each(self, own: int) -> list[int]:
         return in_proportion(own, self._groups, self.place)

@@ -1,7 +1,7 @@
 """Labelled images, and which of them are held out."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -47,6 +47,8 @@ class Splits:
     classes: list[str]
     notes: dict[str, str] = field(default_factory=dict)
     """Word -> what the header of a run says of the files."""
+    test_is_cut: bool = False
+    """Whether the test images are cut by `data.split_seed`, so that another cut has other ones."""
 
     def need(self, *parts: str) -> None:
         """Raises UsageError if one of the parts has no images, as in sets that are for evaluation only."""
@@ -104,7 +106,8 @@ def with_test(everything: ImageSet, classes: list[str], data: Data) -> Splits:
         nothing = everything.subset(np.arange(0))
         return Splits(nothing, nothing, everything, classes)
     kept, held = hold_out(everything.labels, data.test_fraction, data.split_seed, "test_fraction", classes)
-    return with_validation(everything.subset(kept), everything.subset(held), classes, data)
+    cut = with_validation(everything.subset(kept), everything.subset(held), classes, data)
+    return replace(cut, test_is_cut=True)
 
 
 def split(sets: dict[str, ImageSet], classes: list[str], data: Data) -> Splits:

@@ -29,6 +29,7 @@ from softmoe_cli.evaluate.audit import Audit, Effect, summary
 from softmoe_cli.evaluate.fewshot import check_shots, fewshot
 from softmoe_cli.evaluate.quality import Batch, Outcomes, calibration_error, features, outcomes, qualities
 from softmoe_cli.evaluate.real import check_order, real_labels, real_qualities
+from softmoe_cli.evaluate.trial import STRONG, ContrastTrial, contrast_row
 from softmoe_cli.files import require_vacant, write_atomically
 from softmoe_cli.model.router import check_evaluated
 from softmoe_cli.model.vit import build, prepare
@@ -48,7 +49,7 @@ def evaluate_checkpoint(config: EvaluateConfig, model_config: Model, sources: li
         UsageError: the data have other classes than the checkpoint, or a file cannot be written.
     """
     known = sources[0].card["classes"]
-    check_evaluated("batch_size", config.batch_size, model_config.router)
+    check_evaluated("batch_size", config.batch_size, model_config)
     _check_files(config)
     precision = config.precision or sources[0].card["precision"]
     device, autocast = arithmetic(config.device, precision, config.threads)
@@ -83,7 +84,8 @@ def evaluate_checkpoint(config: EvaluateConfig, model_config: Model, sources: li
     else:
         if len(outputs) < len(known):
             row["among"] = f"{len(outputs)} of the {len(known)} classes that the checkpoint knows"
-        row |= _scored(judge, model, images, splits.classes, right)
+        contrast, columns = _contrasted(judge, model, images, splits.validation) if config.contrast else ({}, {})
+        row |= _scored(judge, model, images, splits.classes, right, columns) | contrast
     row |= {"images": len(images), "eval_s": time.perf_counter() - start, "hardware": hardware(device)}
     if config.fewshot:
         row |= _few_shots(judge, model, splits, images, notes)
@@ -142,9 +144,15 @@ def _average(judge: Judge, sources: list[Source], validation: ImageSet) -> tuple
 
 
 def _scored(
-    judge: Judge, model: VisionTransformer, images: ImageSet, classes: list[str], right: list[set[int]]
+    judge: Judge,
+    model: VisionTransformer,
+    images: ImageSet,
+    classes: list[str],
+    right: list[set[int]],
+    columns: dict[str, Sequence[Any]],
 ) -> dict[str, Any]:
-    """Quality, calibration, quality by class; writes the files that are asked for. `right`: ReaL's labels."""
+    """Quality, calibration, quality by class; writes the files that are asked for. `right`: ReaL's labels; `columns`:
+    what the file of predictions has instead of, or beside, the model's own."""
     config = judge.config
     result = judge.outcomes(model, images, config.batch_size)
     row = {key: value for key, value in qualities(result) if key != "images_evaluated"}
@@ -152,8 +160,25 @@ def _scored(
     if config.real is not None:
         answers = result.prediction if judge.outputs is None else torch.tensor(judge.outputs)[result.prediction]
         row |= real_qualities(answers, right)
-    _write(config, result, images, classes)
+    _write(config, result, images, classes, columns)
     return row | _by_class(result, classes) | (_confusion(result) if config.format == "json" else {})
+
+
+def _contrasted(
+    judge: Judge, model: VisionTransformer, images: ImageSet, validation: ImageSet
+) -> tuple[dict[str, Any], dict[str, Sequence[Any]]]:
+    """What self-contrast makes of the images: for the row, and for the file of predictions."""
+    config = judge.config
+    prepare(model, judge.device, judge.precision)
+    trial = ContrastTrial(
+        config,
+        model.to(judge.device),
+        judge.model.router_name,
+        lambda some: judge.batches(some, config.batch_size),
+        judge.autocast,
+        judge.outputs,
+    )
+    return contrast_row(trial, images, validation)
 
 
 def _few_shots(
@@ -208,7 +233,10 @@ def _parts(config: EvaluateConfig) -> list[str]:
     needed = [config.split]
     if config.fewshot:
         needed.append("train")
-    if (config.fewshot and config.fewshot_l2 == "validation") or config.soup == "greedy":
+    several = len(config.contrast) * len(config.contrast_beta) * len(config.contrast_alpha) > 1
+    chooses = several and config.contrast_by == "validation"
+    drops = any(word.startswith("drop_") for word in config.contrast)
+    if (config.fewshot and config.fewshot_l2 == "validation") or config.soup == "greedy" or chooses or drops:
         needed.append("validation")
     return needed
 
@@ -250,6 +278,7 @@ def _check_foreign(config: EvaluateConfig, source: Source, classes: list[str]) -
         "real": config.real,
         "predictions": config.predictions,
         "confusion": config.confusion,
+        "contrast": config.contrast,
     }
     asked = [key for key, value in asks.items() if value]
     if config.soup == "greedy":
@@ -291,12 +320,14 @@ def _confusion(said: Outcomes) -> dict[str, Any]:
     return {"confusion_pairs": said.pairs.tolist()}
 
 
-def _write(config: EvaluateConfig, said: Outcomes, images: ImageSet, classes: list[str]) -> None:
+def _write(
+    config: EvaluateConfig, said: Outcomes, images: ImageSet, classes: list[str], other: dict[str, Sequence[Any]]
+) -> None:
     """The files of `predictions=` and `confusion=`. Floats are written in full: what is computed from them is exact."""
     if config.predictions is not None:
         head = ["label", "prediction", "probability", "label_probability"]
         columns: dict[str, Sequence[Any]] = {"index": range(len(images))}
-        columns |= {name: getattr(said, name).tolist() for name in head}
+        columns |= {name: getattr(said, name).tolist() for name in head} | other
         columns |= {"file": [printable(str(place)) for place in images.files.places]} if images.files else {}
         write_atomically(Path(config.predictions), _csv([list(columns), *zip(*columns.values(), strict=True)]))
     if config.confusion is not None:
@@ -332,7 +363,7 @@ def _show(row: dict[str, Any], findings: list[Effect]) -> None:
     shown = {}
     for key, value in row.items():
         if key in ("audit", "not_applicable", "fewshot_l2_chosen_on", "fewshot_notes") or re.fullmatch(
-            r"fewshot_\d+_.*", key
+            r"fewshot_\d+_.*|contrast.*", key
         ):
             continue
         if key == "per_class":
@@ -356,6 +387,8 @@ def _show(row: dict[str, Any], findings: list[Effect]) -> None:
         screen.say(f"ridge regression on the frozen features; l2 chosen on {row['fewshot_l2_chosen_on']} images")
         for note in row["fewshot_notes"]:
             screen.say(note)
+    if "contrast" in row:
+        _show_contrast(screen, row)
     for part, reason in row.get("not_applicable", {}).items():
         screen.say(f"audit of {part}: {reason}")
     if findings:
@@ -371,3 +404,47 @@ def _show(row: dict[str, Any], findings: list[Effect]) -> None:
             for cell, each in zip(cells, effects, strict=True):
                 cell.append("" if each.polysemanticity is None else f"{each.polysemanticity:.2f}")
         screen.say(aligned([head, *cells], markdown=False))
+
+
+def _show_contrast(screen: Screen, row: dict[str, Any]) -> None:
+    """One line for each way to predict, and what was chosen on which images."""
+    head = [
+        "self-contrast", "beta", "alpha", "top-1, %", "change, points", "changed, %", "right only here, there",
+        "p (Holm)", "label masked, %", "FLOPs over one pass",
+    ]  # fmt: skip
+    lines, timed = row["contrast"], any(line["latency_ratio"] for line in row["contrast"])
+    cells = []
+    for line in lines:
+        contrast = line["beta"] is not None
+        draws = f", mean of {line['draws']}" if line["draws"] > 1 else ""
+        top1 = f"{line['top1_pct']:.2f}"
+        if draws:
+            top1 += f" ({line['top1_pct_low']:.2f} to {line['top1_pct_high']:.2f})"
+        known = [f"{line['beta']:g}", f"{line['alpha']:g}"] if contrast else ["", ""]
+        cells.append([line["way"] + (" (ours)" if line.get("ours") else "") + draws, *known, top1])
+        if line["way"] == STRONG:
+            cells[-1] += ["", "", "", "", ""]
+        else:
+            cells[-1] += [f"{round(line['top1_change_pct'], 2) + 0.0:+.2f}", f"{line['changed_pct']:.2f}"]
+            cells[-1] += [f"{line['gained']:.3g}, {line['lost']:.3g}", f"{line['p_holm']:.2g}"]
+            cells[-1].append(f"{line['label_masked_pct']:.2f}" if contrast else "")
+        cells[-1].append(f"{line['flop_ratio']:.2f}")
+        if timed:
+            cells[-1].append(f"{line['latency_ratio']:.2f}" if line["latency_ratio"] else "")
+    screen.say(aligned([[*head, "time over one pass"] if timed else head, *cells], markdown=False))
+    tried, chosen, where = row["contrast_settings_tried"], row["contrast_chosen"], row["contrast_chosen_on"]
+    if where == "nothing":
+        screen.say(f"one setting, not chosen by any images; {row['split']} images were read once")
+    elif where == "validation":
+        best = next(line for line in lines if line["way"] == chosen)["top1_pct_where_chosen"]
+        strong = row["contrast_strong_top1_pct_where_chosen"]
+        screen.say(
+            f"chosen on validation images among {tried} settings: {chosen} ({best:.2f}% there, strong alone "
+            f"{strong:.2f}%); {row['split']} images were read once; p by McNemar's exact test against strong alone, "
+            "Holm over the contrasts and over the controls, each by itself"
+        )
+    else:
+        screen.say(
+            f"chosen on {where} images themselves among {tried} settings: {chosen}; its figures are the best of "
+            f"{tried} and so too good, and no p holds for them"
+        )

@@ -200,7 +200,7 @@ def _process(config: Config, command: str, directory: str, environment: dict[str
         sys.stdout.flush()
 
     try:
-        source = read_checkpoint(config.checkpoint) if config.checkpoint else None
+        source = read_checkpoint(config.checkpoint, config.base) if config.checkpoint else None
         with begin(config, command, source, screen) as begun:
             train(begun)
     except KeyboardInterrupt as error:

@@ -11,12 +11,15 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from softmoe_cli.errors import RunError
+from softmoe_cli.failures import defect, ours
 from softmoe_cli.files import not_following, write_atomically
-from softmoe_cli.signals import leave
+from softmoe_cli.signals import leave, leave_now
 from softmoe_cli.text import printable_lines
 
 RunCommand = Callable[[Sequence[str]], tuple[int, str]]
@@ -98,6 +101,47 @@ def follow_launcher(stop: Callable[[], object] = lambda: os.kill(os.getpid(), si
         stop()
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def answered(work: Callable[..., Any], *arguments: Any) -> Any:
+    """What `work` returns in a process that is forked for it: it may import what the launcher itself does not.
+
+    Raises:
+        UsageError, RunError: as `work` did; or that its process has ended without an answer.
+    """
+    receiver, sender = SERVER.Pipe(duplex=False)
+    process = SERVER.Process(target=_answer, args=(sender, work, arguments))
+    process.start()
+    sender.close()
+    try:
+        found, error = receiver.recv()
+    except EOFError as gone:
+        process.join()
+        raise RunError(f"the process that checks the jobs has ended: {ending(process.exitcode or 0)}") from gone
+    finally:
+        process.kill()
+    if error is not None:
+        raise error
+    return found
+
+
+def _answer(sender: Connection, work: Callable[..., Any], arguments: Sequence[Any]) -> None:
+    follow_launcher(lambda: leave_now(130))
+    try:
+        sender.send((work(*arguments), None))
+    except Exception as error:
+        sender.send((None, ours(error) or RunError(defect(error))))
+
+
+def ending(code: int) -> str:
+    """Why a process ended that left no note."""
+    if code == 130:
+        return "stopped by a signal of somebody else's; its state is saved"
+    if code == -signal.SIGKILL:
+        return "killed by SIGKILL, which is also what the system does when memory runs out"
+    if code == os.EX_CANTCREAT:
+        return "it cannot write its log, for want of room or rights"
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"its process ended with status {code}"
 
 
 def in_process(order: Order, run: RunCommand) -> None:

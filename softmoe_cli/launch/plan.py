@@ -1,18 +1,16 @@
 """What is asked of a sweep's jobs before the first one starts: are they possible, and what will they cost."""
 
+import copy
 import math
 import os
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from softmoe_cli.config.launch import Launcher, RayLauncher, SlurmLauncher
 from softmoe_cli.config.run import Config
 from softmoe_cli.errors import RunError, UsageError
-from softmoe_cli.launch.job import follow_launcher
-from softmoe_cli.signals import leave_now
 
 CLUSTER_JOBS = 10_000
 """Jobs at a time where a cluster does the queueing."""
@@ -29,6 +27,9 @@ class Job:
     cost: dict[str, float] = field(default_factory=dict)
     images: str = ""
     """What the check has learnt of the images (contents.known), so that the job need not read them again."""
+    folders: dict[int, Path] = field(default_factory=dict)
+    """Of its runs with other seeds, where the inquiry named some."""
+    dense: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,12 @@ class Inquiry:
     command: str
     jobs: list[tuple[str, list[str], dict[str, Any]]]  # name, overrides, composed configuration
     options: Launcher
+    seeds: tuple[int, ...] = ()
 
 
-def answer(inquiry: Inquiry, sender: Connection) -> None:
-    """Checks every job as its own process would, all in one process; sends a job or the reason against it for each,
+def answer(inquiry: Inquiry) -> tuple[list[Job | UsageError | RunError], list[str]]:
+    """Checks every job as its own process would, all in one process; returns a job or the reason against it for each,
     and a word for each job that may run at a time: its GPU, or nothing."""
-    follow_launcher(lambda: leave_now(130))
     from softmoe_cli.cost.fit import with_largest_batch
     from softmoe_cli.data.contents import known
     from softmoe_cli.data.sets import identity
@@ -58,6 +59,8 @@ def answer(inquiry: Inquiry, sender: Connection) -> None:
     answers: list[Job | UsageError | RunError] = []
     for name, overrides, tree in inquiry.jobs:
         try:
+            seeded = "${seed}" in repr(tree)  # else a seed changes nothing but itself
+            trees = {seed: copy.deepcopy(tree) | {"seed": seed} for seed in inquiry.seeds} if seeded else {}
             config, source = resolve(inquiry.command, tree, overrides)
             settled = []
             if config.train.batch_size == "auto":
@@ -77,18 +80,28 @@ def answer(inquiry: Inquiry, sender: Connection) -> None:
                 own = max(1, threads // config.devices)
                 config = replace(config, threads=own)
                 settled.append(f"threads={own}")
-            place = repr(config.data)
-            if place not in identities:
-                identities[place] = identity(config.data)
-            folder = run_folder(config, inquiry.command, source, identities[place])
-            cost = _costs(config, times=options.plan) if options.plan or options.limit.given else {}
+
+            def place(config: Config, source: Any = source) -> Path:
+                key = repr(config.data)
+                if key not in identities:
+                    identities[key] = identity(config.data)
+                return run_folder(config, inquiry.command, source, identities[key])
+
+            folders = {seed: place(replace(config, seed=seed)) for seed in inquiry.seeds if not seeded}
+            for seed, other in trees.items():
+                own, _ = resolve(inquiry.command, other, overrides)
+                own.train.batch_size = config.train.batch_size
+                folders[seed] = place(own)
+            priced = options.plan or options.limit.given or inquiry.seeds
+            cost = _costs(config, times=options.plan) if priced else {}
             unknown = [key for key in options.limit.given if math.isnan(cost[key])]
             if unknown:
                 raise UsageError(f"hydra.launcher.limit: train.minutes leaves {unknown[0]} open; give train.steps")
-            answers.append(Job(name, [*overrides, *settled], folder, config.threads, cost, known()))
+            folder, dense = place(config), config.model.router_name == "dense"
+            answers.append(Job(name, [*overrides, *settled], folder, config.threads, cost, known(), folders, dense))
         except Exception as error:
             answers.append(ours(error) or RunError(defect(error)))
-    sender.send((answers, slots))
+    return answers, slots
 
 
 def _share(options: Launcher, devices: set[str]) -> tuple[list[str], int]:

@@ -10,15 +10,12 @@ import fcntl
 import hashlib
 import importlib.util
 import json
-import math
 import os
 import re
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -36,52 +33,20 @@ from softmoe_cli.config.run import Config
 from softmoe_cli.data.contents import KNOWN
 from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.files import not_following, write_atomically
-from softmoe_cli.launch.job import SERVER, Order, RunCommand, note, start_server
-from softmoe_cli.launch.places import PLACES, Attempt, Place
+from softmoe_cli.launch.job import Order, RunCommand, answered, ending, note, start_server
+from softmoe_cli.launch.places import PLACES, Place
 from softmoe_cli.launch.plan import Inquiry, Job, answer
+from softmoe_cli.launch.tables import Entry, fitted, plan_table
 from softmoe_cli.options.compose import plain
-from softmoe_cli.run.rows import RESULT
-from softmoe_cli.run.status import State, held, progress_cells, state, tally
+from softmoe_cli.run.rows import RESULT, Unreadable
+from softmoe_cli.run.rows import jobs as jobs_told
+from softmoe_cli.run.status import State, held, progress_cells, tally
 from softmoe_cli.signals import ASKING, CURSOR, Asked, heard, leave_soon
-from softmoe_cli.text import aligned, flop, in_words, printable_lines, several
+from softmoe_cli.text import in_words, printable_lines, several
 
 PERIOD_S = 0.25
 LEFT_SCREEN = b"\x1b[?1049l" + CURSOR
 """Leaves the second screen of a terminal, on which the table is drawn."""
-
-
-@dataclass(eq=False)
-class Entry:
-    """A job as the launcher follows it. `word` is a state that its files do not show: done before, held, over the limit
-    or stopped."""
-
-    job: Job
-    log: Path
-    word: str = ""
-    attempt: Attempt | None = None
-    slot: str = ""
-    started: float | None = None
-    first_progress: float = 0.0
-
-    @property
-    def finished(self) -> bool:
-        return (self.job.folder / "result.json").exists()
-
-    def state(self, local: bool) -> State:
-        """The job's state: as its files say, except where the launcher knows more."""
-        job_state = state(self.job.folder, self.job.run, self.log)
-        if self.attempt is not None:
-            started = local or job_state.state in ("running", "running or killed")
-            job_state = replace(job_state, state="running" if started else "queued")
-            if started and self.started is None:
-                self.started, self.first_progress = time.monotonic(), job_state.progress or 0.0
-        return replace(job_state, state=self.word) if self.word else job_state
-
-    def eta(self, progress: float | None) -> str:
-        if self.attempt is None or self.started is None or progress is None or progress <= self.first_progress:
-            return "-"
-        pace = (time.monotonic() - self.started) / (progress - self.first_progress)
-        return in_words(pace * (1 - progress))
 
 
 class Signals(Asked):
@@ -111,7 +76,8 @@ class Sweep(HydraLauncher):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         Sweep.last = self
-        self._failures: list[str] = []
+        self.failures: dict[Path, str] = {}
+        """Why jobs of this command failed, by run folder."""
         launcher = LAUNCHERS[config.hydra.launcher.where]
         options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(launcher), config.hydra.launcher))
         assert isinstance(options, Launcher)
@@ -126,12 +92,12 @@ class Sweep(HydraLauncher):
         self._composed: dict[tuple[str, ...], DictConfig] = {}
         self._share_composed(hydra_context.config_loader)
         self._check_objective()
-        self._command = str(config.hydra.job.name)
+        self.command = str(config.hydra.job.name)
         self._typed = list(config.hydra.overrides.task)
         # Other settings that decide which jobs there are.
         searched = ("hydra.launcher.limit", "hydra.launcher.objective", "hydra.sweeper.", "hydra/sweeper")
         others = [word for word in config.hydra.overrides.hydra if word.lstrip("+").startswith(searched)]
-        words = json.dumps([self._command, *self._typed, *others])
+        words = json.dumps([self.command, *self._typed, *others])
         study = Path(config.output_root) / config.study
         self._folder = study / f"sweep-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
         self._entries: list[Entry] = []
@@ -173,6 +139,19 @@ class Sweep(HydraLauncher):
                 f"which needs {wanted}; add +search=quality or +search=pareto"
             )
 
+    @property
+    def plans(self) -> bool:
+        """Whether nothing is to be started."""
+        return self._options.plan
+
+    def lie_in(self, study: Path) -> None:
+        """The sweep's folder lies beside its runs, also where an experiment among its jobs names the study."""
+        self._folder = study / self._folder.name
+
+    @property
+    def jobs_so_far(self) -> int:
+        return len(self._entries)
+
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
         """Runs jobs to their ends, and returns what the sweeper wants to know of each.
 
@@ -180,25 +159,62 @@ class Sweep(HydraLauncher):
             UsageError: some job cannot work; none was started.
             KeyboardInterrupt: a signal asked to stop; every job has saved and left.
         """
-        jobs, slots = self._ask(job_overrides)
-        entries = self._number(jobs, initial_job_idx)
+        jobs, slots = self.ask(job_overrides)
+        if initial_job_idx == 0:
+            self._entries = []
         if self._options.plan:
-            print(_plan(list(dict.fromkeys(entries)), len(slots)))
+            print(plan_table(list(dict.fromkeys(self._number(jobs))), len(slots)))
             return [JobReturn(status=JobStatus.COMPLETED) for _ in jobs]
-        with self._held():
-            self._write_down()
-            for entry in entries:
-                if entry.word:
-                    continue
-                if self._excess(entry.job) > 1:  # finished or not: an earlier search may have had another limit
-                    entry.word = "over the limit"
-                elif entry.finished:
-                    entry.word = "done before"
-            self._work_off([entry for entry in dict.fromkeys(entries) if not entry.word], slots)
+        with self.held():
+            entries = self.carry_out(jobs, slots)
         return [self._return(overrides, entry) for overrides, entry in zip(job_overrides, entries, strict=True)]
 
-    def _ask(self, job_overrides: Sequence[Sequence[str]]) -> tuple[list[Job], list[str]]:
-        """Composes every job, has it checked, and finds the room for them."""
+    def carry_out(self, jobs: Sequence[Job], slots: Sequence[str]) -> list[Entry]:
+        """Runs jobs, as `ask` has answered them, to their ends; whoever calls holds the sweep's folder.
+
+        Raises:
+            KeyboardInterrupt: a signal asked to stop; every job has saved and left.
+        """
+        entries = self._number(jobs)
+        self._write_down()
+        for entry in entries:
+            if entry.word:
+                continue
+            if self._excess(entry.job) > 1:  # finished or not: an earlier search may have had another limit
+                entry.word = "over the limit"
+            elif entry.finished:
+                entry.word = "done before"
+        self._work_off([entry for entry in dict.fromkeys(entries) if not entry.word], list(slots))
+        return entries
+
+    def recall(self) -> None:
+        """Takes up the jobs of the same command when it was typed before, so that each keeps its number and its
+        log."""
+        with contextlib.suppress(FileNotFoundError, Unreadable):
+            _, _, told = jobs_told(self._folder / "jobs.json")
+            for job in told:
+                folder = Path(os.path.normpath(self._folder / job["folder"]))
+                self._add(Job(job["run"], list(job.get("overrides", [])), folder, None))
+
+    def ask(self, job_overrides: Sequence[Sequence[str]], seeds: Sequence[int] = ()) -> tuple[list[Job], list[str]]:
+        """Composes every job, has it checked, and finds the room for them. With `seeds`, each job tells the folders
+        of its runs with all of them, and what one costs.
+
+        Raises:
+            UsageError, RunError: some job cannot work; the message lists them.
+        """
+        jobs = self.composed(job_overrides)
+        answers, slots = answered(answer, Inquiry(self.command, jobs, self._options, tuple(seeds)))
+        errors = [(job[0], each) for job, each in zip(jobs, answers, strict=True) if not isinstance(each, Job)]
+        self._refuse(errors, len(jobs))
+        return answers, slots
+
+    def composed(self, job_overrides: Sequence[Sequence[str]]) -> list[tuple[str, list[str], dict[str, Any]]]:
+        """Name, overrides and composed configuration of every job.
+
+        Raises:
+            UsageError: some job has a key that does not exist; the message lists them.
+        """
         jobs: list[tuple[str, list[str], dict[str, Any]]] = []
         errors: list[tuple[str, UsageError | RunError]] = []
         typed = {word.partition("=")[0]: word for word in self._typed}
@@ -212,43 +228,38 @@ class Sweep(HydraLauncher):
                 jobs.append((name, list(overrides), plain(config, Config)))
             except UsageError as error:
                 errors.append((name, error))
-        receiver, sender = SERVER.Pipe(duplex=False)
-        process = SERVER.Process(target=answer, args=(Inquiry(self._command, jobs, self._options), sender))
-        process.start()
-        sender.close()
-        try:
-            answers, slots = receiver.recv()
-        except EOFError as error:
-            process.join()
-            raise RunError(f"the process that checks the jobs has ended: {_cause(process.exitcode or 0)}") from error
-        finally:
-            process.kill()
-        errors += [(job[0], each) for job, each in zip(jobs, answers, strict=True) if not isinstance(each, Job)]
+        self._refuse(errors, len(job_overrides))
+        return jobs
+
+    def _refuse(self, errors: Sequence[tuple[str, UsageError | RunError]], jobs: int) -> None:
         if errors:
             kind = RunError if any(isinstance(error, RunError) for _, error in errors) else UsageError
             lines = [f"{name}: {error}" for name, error in errors]
-            head = f"{len(lines)} of {len(job_overrides)} jobs cannot work, so none was started:"
+            head = f"{len(lines)} of {jobs} jobs cannot work, so none was started:"
             raise kind("\n  ".join([head, *lines]))
-        return answers, slots
 
-    def _number(self, jobs: list[Job], first: int) -> list[Entry]:
+    def _number(self, jobs: Sequence[Job]) -> list[Entry]:
         """Makes an entry for each job; two jobs that are the same run share one."""
-        if first == 0:
-            self._entries = []
-        known = {entry.job.folder: entry for entry in self._entries}
-        entries = []
+        known = {os.path.normpath(entry.job.folder): entry for entry in self._entries}
+        entries: list[Entry] = []
         for job in jobs:
-            entry = known.get(job.folder)
+            place = os.path.normpath(job.folder)
+            entry = known.get(place)
             if entry is None:
-                entry = known[job.folder] = Entry(job, self._folder / f"{len(self._entries):02}.log")
-                self._entries.append(entry)
+                entry = known[place] = self._add(job)
             elif entry in entries:
-                self._say(f"{job.run} is the same run as {entry.job.run}")
+                self.say(f"{job.run} is the same run as {entry.job.run}")
+            else:
+                entry.job = job
             entries.append(entry)
         return entries
 
+    def _add(self, job: Job) -> Entry:
+        self._entries.append(Entry(job, self._folder / f"{len(self._entries):02}.log"))
+        return self._entries[-1]
+
     @contextmanager
-    def _held(self) -> Iterator[None]:
+    def held(self) -> Iterator[None]:
         """The sweep's folder, made where there is none, and held against a second launcher."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -271,7 +282,7 @@ class Sweep(HydraLauncher):
             {"run": e.job.run, "overrides": e.job.overrides, "folder": os.path.relpath(e.job.folder, self._folder)}
             for e in self._entries
         ]
-        text = json.dumps({"command": self._command, "typed": self._typed, "jobs": rows}, indent=1)
+        text = json.dumps({"command": self.command, "typed": self._typed, "jobs": rows}, indent=1)
         write_atomically(self._folder / "jobs.json", text + "\n")
         multirun = Path(self._config.hydra.sweep.dir) / "multirun.yaml"
         if multirun.exists():
@@ -280,7 +291,7 @@ class Sweep(HydraLauncher):
     def _work_off(self, waiting: list[Entry], slots: list[str]) -> None:
         """Starts the next job when one ends, until all have."""
         running: list[Entry] = []
-        self._say(f"{tally(self._states())}; logs and state in {self._folder}")
+        self.say(f"{tally(self._states())}; logs and state in {self._folder}")
         signals = Signals()
         with heard(ASKING, signals.hear), self._screen(signals) as refresh:
             while waiting or running:
@@ -294,7 +305,7 @@ class Sweep(HydraLauncher):
                 now = signals.now
                 if signals.name is not None and (now or not signals.told):
                     if not signals.told:
-                        self._say(f"{signals.name}: {len(running)} jobs save and leave; Ctrl-C again ends them at once")
+                        self.say(f"{signals.name}: {len(running)} jobs save and leave; Ctrl-C again ends them at once")
                     signals.told, waiting = True, []
                     for entry in running:
                         assert entry.attempt is not None
@@ -329,7 +340,7 @@ class Sweep(HydraLauncher):
         environment |= {"OMP_NUM_THREADS": str(entry.job.threads), KNOWN: entry.job.images}
         if entry.slot:
             environment["CUDA_VISIBLE_DEVICES"] = entry.slot
-        arguments = [self._command, *_flags(self._config), *entry.job.overrides]
+        arguments = [self.command, *_flags(self._config), *entry.job.overrides]
         return Order(arguments, os.getcwd(), environment, entry.log.absolute())
 
     def _end(self, entry: Entry, code: int, stopping: bool) -> None:
@@ -341,23 +352,31 @@ class Sweep(HydraLauncher):
             entry.word = "stopped"
             self._line("stopped", entry, "")
         else:
-            order, reason = self._order(entry), _cause(code)
+            order, reason = self._order(entry), ending(code)
             if order.failure.exists():
                 reason = str(json.loads(order.failure.read_text())["reason"])
             else:
                 with contextlib.suppress(RunError):  # the disk is full: the line below says why
                     note(order, reason)
-            self._failures.append(f"{entry.job.run}: {reason} ({entry.log})")
+            self.failures[entry.job.folder] = f"{entry.job.run}: {reason} ({entry.log})"
             self._line("failed", entry, f": {reason}")
 
     def _line(self, word: str, entry: Entry, text: str) -> None:
         place = self._entries.index(entry) + 1
-        self._say(f"[{place}/{len(self._entries)}] {word:<8} {entry.job.run}{text}  {entry.log}")
+        self.say(f"[{place}/{len(self._entries)}] {word:<8} {entry.job.run}{text}  {entry.log}")
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
         """Prints a line, unless a table on the terminal shows it."""
         if not self._console.is_terminal:
             self._console.print(printable_lines(text), markup=False)
+
+    def tell(self, text: str) -> None:
+        """Prints what no table on the terminal shows."""
+        self._console.print(printable_lines(text), markup=False)
+
+    def say_aside(self) -> None:
+        """From here on all is said on standard error: standard output is for what a program reads."""
+        self._console = Console(highlight=False, soft_wrap=True, emoji=False, stderr=True)
 
     def _states(self) -> list[State]:
         return [entry.state(self._local) for entry in self._entries]
@@ -405,9 +424,9 @@ class Sweep(HydraLauncher):
         Raises:
             RunError: some jobs failed; the message lists them.
         """
-        if self._failures:
-            jobs = f"{several(len(self._failures), 'job')} failed; type the same command to try again"
-            raise RunError("\n  ".join([jobs, *self._failures]))
+        if self.failures:
+            jobs = f"{several(len(self.failures), 'job')} failed; type the same command to try again"
+            raise RunError("\n  ".join([jobs, *self.failures.values()]))
 
     def _excess(self, job: Job) -> float:
         return max((job.cost[key] / most for key, most in self._options.limit.given.items()), default=0.0)
@@ -429,28 +448,6 @@ class Sweep(HydraLauncher):
         return job_return
 
 
-def fitted(rows: list[list[str]], width: int) -> str:
-    """A table with lines of at most `width` letters. What is too long is taken from the first column, a job's name: the
-    sections of its keys, then its beginning."""
-    room = width - sum(2 + max(map(len, column)) for column in [*zip(*rows, strict=True)][1:])
-    if max(len(name) for name, *_ in rows) > room:
-        short = [re.sub(r"\S*\.(?=[^\s=.]+=)", "", name) for name, *_ in rows]  # num_experts=8, without model.router.
-        cut = [name if len(name) <= room else f"…{name[len(name) - max(0, room - 1) :]}" for name in short]
-        rows = [[name, *others] for name, (_, *others) in zip(cut, rows, strict=True)]
-    return aligned(rows, markdown=False)
-
-
-def _cause(code: int) -> str:
-    """Why a process ended that left no note."""
-    if code == 130:
-        return "stopped by a signal of somebody else's; its state is saved"
-    if code == -signal.SIGKILL:
-        return "killed by SIGKILL, which is also what the system does when memory runs out"
-    if code == os.EX_CANTCREAT:
-        return "it cannot write its log, for want of room or rights"
-    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"its process ended with status {code}"
-
-
 def _flags(config: DictConfig) -> list[str]:
     """Options for Hydra itself that each job needs too: where its configuration comes from, but not where a sweep's
     jobs run or which jobs there are."""
@@ -463,34 +460,21 @@ def _flags(config: DictConfig) -> list[str]:
     return flags + [word for word in config.hydra.overrides.hydra if not word.lstrip("+~").startswith(elsewhere)]
 
 
-def _plan(entries: list[Entry], at_a_time: int) -> str:
-    """The jobs with what they will cost, and the sum of those that are to be done."""
-    rows = [["run", "state", "training", "peak MiB", "time", "folder"]]
-    todo = [entry for entry in entries if not entry.finished]
-    for entry in entries:
-        cost, seen = entry.job.cost, entry.state(True)
-        fits = "" if cost["peak_mib"] <= cost["free_mib"] else " (does not fit)"
-        peak = f"{cost['peak_mib']:,.1f}{fits}"
-        rows.append([seen.run, seen.state, _flop(cost["train_pflop"]), peak, _time(cost["seconds"]), seen.folder])
-    pflop = sum(entry.job.cost["train_pflop"] for entry in todo)
-    times = [entry.job.cost["seconds"] for entry in todo]
-    known = [seconds for seconds in times if not math.isnan(seconds)]
-    together = f", about {_time(sum(known) / min(at_a_time, len(known)))} with {at_a_time} at a time" if known else ""
-    unknown = len(times) - len(known)
-    beside = (
-        f"; not in it: {unknown}, as jobs are not timed that do not fit, or have several devices, frozen weights or "
-        "moments in other than fp32" if unknown else ""
-    )  # fmt: skip
-    return (
-        f"{aligned(rows, markdown=False)}\n\n{len(entries)} jobs, {len(todo)} to do: {_flop(pflop)}, "
-        f"{_time(sum(known)) if known or not todo else 'unknown'} of training and evaluation{together}; from a few "
-        f"steps timed here, saving not counted{beside}"
-    )
+def study_of(arguments: Sequence[str]) -> str | None:
+    """The default name of a sweep's folder: the last words of the keys that vary, in the order in which they were
+    typed. None if the command line or an experiment names the study, or if Hydra will refuse the words.
 
+    `model/router=dense,soft seed=0,1` -> `router-seed`
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
 
-def _flop(pflop: float) -> str:
-    return "unknown" if math.isnan(pflop) else flop(1e15 * pflop)
-
-
-def _time(seconds: float) -> str:
-    return "unknown" if math.isnan(seconds) else in_words(seconds)
+    if any(word.lstrip("+").startswith(("study=", "experiment=", "experiment/")) for word in arguments):
+        return None
+    words = [word for word in arguments if not word.startswith("-") and "=" in word]
+    try:
+        typed = OverridesParser.create().parse_overrides(words)
+    except HydraException:
+        return None
+    keys = [override.key_or_group for override in typed if override.is_sweep_override()]
+    return "-".join(dict.fromkeys(re.split(r"[./]", key)[-1] for key in keys)) or None

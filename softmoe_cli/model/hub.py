@@ -9,6 +9,7 @@ from typing import Any
 from timm.models import build_model_with_cfg, register_model, resolve_pretrained_cfg
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
+from softmoe_cli.config.adapter import AdapterOptions
 from softmoe_cli.config.model import Backbone, Model
 from softmoe_cli.errors import UsageError
 from softmoe_cli.model.vit import build
@@ -27,12 +28,13 @@ def softmoe_vit(pretrained: bool = False, *, softmoe: dict[str, Any], **argument
     Raises:
         UsageError: a model that cannot be built, or with a router that is not softmoe's and not imported yet.
     """
-    model = Model(**softmoe | {"backbone": Backbone(**softmoe["backbone"])})
-    target = str(model.router["_target_"])
-    if target != "None" and not target.startswith("softmoe_cli.moe.routers."):
-        module = target.rpartition(".")[0]
-        if module not in sys.modules:  # to import a module is to run it, and a file may name any
-            raise UsageError(f"the router {target} is not softmoe's; if you trust it, import {module} first")
+    parts = {"backbone": Backbone(**softmoe["backbone"]), "adapter": AdapterOptions(**softmoe["adapter"])}
+    model = Model(**softmoe | parts)
+    for target in (str(each["_target_"]) for each in model.routers):
+        if target != "None" and not target.startswith("softmoe_cli.moe.routers."):
+            module = target.rpartition(".")[0]
+            if module not in sys.modules:  # to import a module is to run it, and a file may name any
+                raise UsageError(f"the router {target} is not softmoe's; if you trust it, import {module} first")
     trained = resolve_pretrained_cfg("softmoe_vit", arguments.get("pretrained_cfg")).num_classes
     make = partial(_adapted, model, trained)
     vit: VisionTransformer = build_model_with_cfg(

@@ -6,20 +6,50 @@ from typing import Any
 
 import timm
 
+from softmoe_cli.config.adapter import no_adapter
 from softmoe_cli.config.model import Backbone
 from softmoe_cli.errors import UsageError, first_line, nearest
 from softmoe_cli.model.vit import plain_vit
 from softmoe_cli.run.checkpoint import digest_of
+from softmoe_cli.run.delta import base_name, composed
 from softmoe_cli.run.source import Source, read_source
 
 
-def read_checkpoint(checkpoint: str) -> Source:
+def read_checkpoint(checkpoint: str, base: str | None = None) -> Source:
     """The weights that `checkpoint=` names: what `source.read_source` reads, `hf-hub:OWNER/NAME`, a folder that softmoe
-    export made and pushed, or `timm:NAME`, a pretrained dense ViT.
+    export made and pushed, or `timm:NAME`, a pretrained dense ViT. A delta is put together with its base, which `base`
+    may name.
 
     Raises:
-        UsageError: nothing usable there.
+        UsageError: nothing usable there, or a base that is another one.
     """
+    source = _read(checkpoint)
+    if "base" in source.card:
+        return _whole(source, base)
+    if base is not None:
+        raise UsageError(f"base={base} has no effect: checkpoint={checkpoint} holds a whole model; leave base out")
+    return source
+
+
+def _whole(delta: Source, named: str | None) -> Source:
+    """A delta put together with its base."""
+    name = base_name(delta, named)
+    try:
+        base = _read(name)
+    except UsageError as error:
+        if named is not None:
+            raise UsageError(str(error).replace("checkpoint=", "base=", 1)) from error
+        raise UsageError(
+            f"checkpoint={delta.label} holds adapters alone, and what they belong to cannot be read ({error}); say "
+            "where it is now with base="
+        ) from error
+    if "base" in base.card:
+        raise UsageError(f"base={name} holds adapters alone; name the checkpoint that they belong to")
+    return composed(delta, base)
+
+
+def _read(checkpoint: str) -> Source:
+    """`read_checkpoint`, a delta by itself."""
     if checkpoint.startswith("hf-hub:"):
         return replace(read_source(_pulled(checkpoint)), label=checkpoint)
     if not checkpoint.startswith("timm:"):
@@ -64,10 +94,12 @@ def timm_card(name: str) -> dict[str, Any]:
     return {
         "model": {
             "backbone": backbone | {"name": name, "timm": name},
+            "adapter": dataclasses.asdict(no_adapter()),
             "router": {"_target_": None},
             "image_size": about.input_size[-1],
             "in_chans": about.input_size[0],
             "moe_blocks": [],
+            "blocks": {},
             "expert_width": None,
             "head": "linear",
             "head_experts": None,

@@ -11,10 +11,12 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from softmoe_cli.config.model import Model, group_of
+from softmoe_cli.config.model import Model
 from softmoe_cli.errors import UsageError, first_line
+from softmoe_cli.model.adapted import is_adapters
 from softmoe_cli.model.vit import build, count_tokens
 from softmoe_cli.moe.kind import Decider
+from softmoe_cli.moe.layer import MoE
 from softmoe_cli.run.source import Source
 
 
@@ -48,6 +50,7 @@ def load_weights(
         UsageError: a weight that is missing, of another shape, not finite, or unexpected and not allowed
             (`allow_unexpected` takes names and shell patterns).
     """
+    _expect_pruned(vit, state)
     own, report, incoming = vit.state_dict(), LoadReport(), {}
     slots = slot_axes(vit) if resize_slots else {}
     for key, value in state.items():
@@ -75,7 +78,8 @@ def load_weights(
             incoming[key] = value
             report.loaded.append(key)
     report.new = [key for key in own if key not in incoming]
-    strange = [key for key in report.new if not key.startswith("head.")]
+    begin = not any(map(is_adapters, state))  # adapters beside trained weights start afresh, all or none
+    strange = [key for key in report.new if not key.startswith("head.") and not (begin and is_adapters(key))]
     if strange:
         raise UsageError(
             f"the checkpoint is of another architecture: it lacks {', '.join(strange[:3])}"
@@ -89,6 +93,22 @@ def load_weights(
         )
     vit.load_state_dict(incoming, strict=False)
     return report
+
+
+def _expect_pruned(vit: VisionTransformer, state: dict[str, Tensor]) -> None:
+    """Makes a place for what the weights say of experts that are left, where some were pruned."""
+    layers = {f"blocks.{place}.mlp.alive": block.mlp for place, block in enumerate(vit.blocks)}
+    for key, layer in layers.items():
+        if key in state and isinstance(layer, MoE) and layer.router.unprunable is None:
+            if not state[key].any():
+                raise UsageError(f"{key} in the checkpoint says that no expert is left; softmoe saved no such file")
+            layer.prunable()
+
+
+def experts_left(state: dict[str, Tensor]) -> dict[int, list[int]]:
+    """Which experts weights say are left, by block, where some were pruned."""
+    found = {key: re.fullmatch(r"blocks\.(\d+)\.mlp\.alive", key) for key in state}
+    return {int(match[1]): state[key].nonzero()[:, 0].tolist() for key, match in found.items() if match}
 
 
 _PATCH_HINT = "the model (its patch size, width or model.in_chans)"
@@ -129,6 +149,8 @@ def proportional_slots(before: Model, after: Model) -> int:
     Raises:
         UsageError: `before` has no slots per expert.
     """
+    if before.blocks or after.blocks:
+        raise UsageError("slots=proportional knows one router for all blocks; with model.blocks set slots_per_expert")
     slots = before.router.get("slots_per_expert")
     if slots is None or before.router_name != after.router_name:
         raise UsageError(
@@ -137,7 +159,7 @@ def proportional_slots(before: Model, after: Model) -> int:
         )
     with torch.device("meta"):
         plain = (replace(model, head="linear") for model in (before, after))  # other heads need more classes than 2
-        old, new = (count_tokens(build(model, 2)) * group_of(model.router) for model in plain)
+        old, new = (count_tokens(build(model, 2)) * model.images_per_group for model in plain)
     return max(1, round(slots * new / old))
 
 
@@ -180,7 +202,10 @@ def require_described(source: Source, model: Model) -> None:
     except (RuntimeError, TypeError, OverflowError) as error:  # sizes that torch cannot represent
         raise UsageError(f"{start}: such sizes cannot be ({first_line(error)})") from error
     own = vit.state_dict()
-    whole = model.router["_target_"] == source.card["model"]["router"]["_target_"]
+    said = source.card["model"]
+    whole = [each["_target_"] for each in model.routers] == [
+        each["_target_"] for each in (said["router"], *(said["blocks"] or {}).values())
+    ]
     for key, value in own.items():
         if ".mlp." in key and not whole:
             continue

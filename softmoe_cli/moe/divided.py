@@ -6,6 +6,7 @@ computes its experts' rows of everyone's images, its experts' gradients are whol
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,7 @@ from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from softmoe_cli.moe.layer import Stacked, experts, ragged_experts
+from softmoe_cli.moe.layer import Stacked, chosen, experts, ragged_experts
 
 
 def span(length: int, size: int, place: int) -> tuple[int, int]:
@@ -43,7 +44,19 @@ class Visited(Stacked, ABC):
     def __init__(self, own: Iterable[nn.Parameter], spans: list[tuple[int, int]], place: int, *, gelu: str) -> None:
         super().__init__(*own, gelu=gelu)
         self.spans, self.place = spans, place
+        self._whole_spans = spans
         self.counts = [end - start for start, end in spans]
+
+    def leave(self, left: Int[Tensor, " z"] | None) -> None:
+        """`left` numbers the experts of all processes; a process keeps those that are its own."""
+        bounds = [start for start, _ in self._whole_spans] + [self._whole_spans[-1][1]]
+        if left is None:
+            self.spans, self.left = self._whole_spans, None
+        else:
+            ends = torch.searchsorted(left, torch.tensor(bounds, device=left.device)).tolist()
+            self.spans = list(pairwise(ends))
+            self.left = left[slice(*self.spans[self.place])] - bounds[self.place]
+        self.counts = [end - start for start, end in self.spans]
 
     def forward(
         self, rows: Float[Tensor, "*rows d"], offsets: Int[Tensor, " e"] | None = None
@@ -93,10 +106,10 @@ class DividedExperts(Visited):
         ]  # fmt: skip
         super().__init__(own, spans, mesh.get_local_rank(), gelu=whole.gelu)
         self._mesh, self._groups = mesh, groups
+        self.leave(whole.left)
 
     def local_weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        w1, b1, w2, b2 = (getattr(self, name).to_local() for name in ("w1", "b1", "w2", "b2"))
-        return w1, b1, w2, b2
+        return chosen(self.left, *(getattr(self, name).to_local() for name in ("w1", "b1", "w2", "b2")))
 
     def ragged(self, rows: Float[Tensor, "r d"], offsets: Int[Tensor, " e"]) -> Float[Tensor, "r d"]:
         rank, size = self.place, len(self.counts)

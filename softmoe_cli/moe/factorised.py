@@ -111,6 +111,8 @@ class FactorisedRouter(Decider):
         ValueError: an impossible choice.
     """
 
+    unprunable = "its experts share the factors of one tensor, and each has a part in every token"
+
     def __init__(
         self,
         dim: int,
@@ -204,6 +206,8 @@ class FactorisedRouter(Decider):
         with full_precision(x):
             tokens = x.to(next(self.parameters()).dtype)
             return Coefficients([level(tokens, keep) for level in self.levels])
+
+    weak_note = "gives every expert a part in every token"
 
     def departs_from_mlp(self, num_tokens: int, parts: int) -> str | None:
         return self.departure

@@ -7,7 +7,7 @@ something else builds its whole layer (factorised.py).
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -26,6 +26,14 @@ class Decided(ABC):
     @abstractmethod
     def statistics(self) -> dict[str, float]:
         """Plain numbers for the record; computed only here, when asked."""
+
+
+class Weak(NamedTuple):
+    """A weak activation, such as rank_2: a way to route a trained layer otherwise (weak.py)."""
+
+    kind: str
+    number: int = 0
+    """What follows the kind; 0 where nothing does."""
 
 
 UNKNOWN = "softmoe does not know whether its weights add up to one; leave preserve=false"
@@ -59,6 +67,9 @@ class Decider(nn.Module, ABC):
     option `images_per_group` says of training."""
     whole_batches: str | None = None
     """Why a batch cannot be computed in parts, with the way out; None where it can."""
+
+    unprunable: str | None = "softmoe does not know how it would decide among fewer experts"
+    """Why none of its experts can be taken away; None where they can."""
 
     def layer(self, hidden: int, gelu: str) -> "Layer | None":
         """The whole layer in the place of an MLP of `hidden` units, of a kind that builds its own; None where rows go
@@ -96,6 +107,13 @@ class Decider(nn.Module, ABC):
         """The capacity factor with `slots` slots per expert: slots of all experts over what `num_tokens` tokens an
         image ask for. None if trained weights cannot be run with other capacities."""
         return None
+
+    weak_note: ClassVar[str] = "has no ranks of experts"
+    """Why kinds of weak activations that are not in `weak_limits` are not, as the rest of a sentence about it."""
+
+    def weak_limits(self) -> dict[str, int]:
+        """The kinds of weak activations that mean something for it, with the largest number of each."""
+        return {"skip": 0}
 
     @abstractmethod
     def forward(self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None = None) -> Decided:

@@ -63,14 +63,31 @@ def grouped(
     return F.grouped_mm(rows, weights.to(rows.dtype), offs=offsets)
 
 
+def chosen(left: Int[Tensor, " z"] | None, *of_all: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The weights of these experts; others get a gradient of zeros."""
+    w1, b1, w2, b2 = of_all if left is None else (each.index_select(0, left) for each in of_all)
+    return w1, b1, w2, b2
+
+
 class Stacked(nn.Module):
     """The weights of e MLPs, d to h to d, stacked: `w1` (e d h), `b1` (e h), `w2` (e h d), `b2` (e d). A subclass says
-    which rows they meet."""
+    which rows they meet. `left`: the experts that are left, where some were pruned; the others are never read."""
+
+    left: Tensor | None
 
     def __init__(self, w1: nn.Parameter, b1: nn.Parameter, w2: nn.Parameter, b2: nn.Parameter, *, gelu: str) -> None:
         super().__init__()
         self.w1, self.b1, self.w2, self.b2 = w1, b1, w2, b2
+        self.register_buffer("left", None, persistent=False)
         self.gelu = gelu
+
+    def leave(self, left: Int[Tensor, " z"] | None) -> None:
+        """From now on there are these experts only (ascending; None: all)."""
+        self.left = left
+
+    def weights_left(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """w1, b1, w2 and b2 of the experts that are left."""
+        return chosen(self.left, self.w1, self.b1, self.w2, self.b2)
 
     def flop(self, rows: float) -> int:
         """FLOPs of both products on `rows` rows; a multiply-add counts as 2, biases and GELU as 0."""
@@ -107,8 +124,8 @@ class Experts(Stacked):
         self, rows: Float[Tensor, "*rows d"], offsets: Int[Tensor, " e"] | None = None
     ) -> Float[Tensor, "*rows d"]:
         if offsets is None:
-            return experts(rows, self.w1, self.b1, self.w2, self.b2, self.gelu)
-        return ragged_experts(rows, offsets, self.w1, self.b1, self.w2, self.b2, self.gelu)
+            return experts(rows, *self.weights_left(), self.gelu)
+        return ragged_experts(rows, offsets, *self.weights_left(), self.gelu)
 
 
 def in_fast_precision(
@@ -132,6 +149,8 @@ class MoE(Layer):
 
     router: Router
     experts: Stacked
+    alive: Tensor
+    """Which experts are left, (e), true for those: there where experts may go, and then a part of the weights."""
 
     def __init__(self, router: Router, experts: Stacked, shared: Experts | None = None) -> None:
         super().__init__()
@@ -139,6 +158,42 @@ class MoE(Layer):
         self.experts = experts
         self.shared = shared
         self.run_widths = experts.w1.shape[1:] if router.slots_per_expert is None else ()
+        self.left = list(range(len(experts.w1)))
+        """The experts that are left, ascending."""
+        self._slots = router.slots_per_expert
+        self._balance = True
+
+    def prunable(self, *, balance: bool = True) -> None:
+        """Makes `alive`, so that experts can go. `balance`: whether the router goes on to even the load among those
+        that are left."""
+        if "alive" not in self._buffers:
+            self.register_buffer("alive", torch.ones(len(self.left), dtype=torch.bool, device=self.experts.w1.device))
+        self._balance = balance
+        self.leave(self.left)
+
+    def leave(self, left: Sequence[int]) -> None:
+        """From now on the layer has only these of its experts, and computes what a layer that was built with them
+        would. The others' weights stay where they are and are never read; their gradients are zero."""
+        e = len(self.experts.w1)
+        self.left = sorted(left)
+        device = self.experts.w1.device
+        some = None if len(self.left) == e else torch.tensor(self.left, dtype=torch.int64, device=device)
+        self.alive.zero_()[self.left] = True
+        self.router.leave(some, balance=self._balance)
+        self.experts.leave(some)
+
+    def weights_left(self) -> dict[str, Tensor]:
+        """The weights of a layer that has only the experts that are left, by name."""
+        axes = {f"router.{name}": axis for name, axis in self.router.expert_axes.items()}
+        axes |= {f"experts.{name}": 0 for name in ("w1", "b1", "w2", "b2")}
+        whole = {name: value for name, value in self.state_dict().items() if name != "alive"}
+        left = torch.tensor(self.left, dtype=torch.int64, device=self.experts.w1.device)
+        return {n: value.index_select(axes[n], left) if n in axes else value for n, value in whole.items()}
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        if "alive" in self._buffers and not self.alive.is_meta:
+            self.leave(self.alive.nonzero()[:, 0].tolist())
 
     def flop_by_part(self, num_tokens: int) -> dict[str, tuple[int, int]]:
         rows, trained = (self.experts.flop(each(num_tokens)) for each in (self.router.rows, self.router.train_rows))
@@ -173,23 +228,23 @@ class MoE(Layer):
 
     @property
     def active_share(self) -> float:
-        return min(1.0, (self.router.experts_per_token - self.router.shared_experts) / self.router.num_experts)
+        return min(1.0, (self.router.experts_per_token - self.router.shared_experts) / len(self.experts.w1))
 
     def fixed_options(self) -> dict[str, Any]:
-        slots = self.router.slots_per_expert
-        return {} if slots is None else {"slots_per_expert": slots, "capacity_factor": None}
+        """Those of the layer with all its experts, whichever are left."""
+        return {} if self._slots is None else {"slots_per_expert": self._slots, "capacity_factor": None}
 
     @contextmanager
     def silenced(self, which: Sequence[int]) -> Iterator[None]:
         def hook(
             _module: Experts, inputs: tuple[Tensor, Int[Tensor, " e"] | None], rows: Float[Tensor, "*rows d"]
         ) -> Float[Tensor, "*rows d"]:
-            chosen = torch.tensor(which, device=rows.device)
+            which_rows = torch.tensor(which, device=rows.device)
             if inputs[1] is None:
-                return rows.index_fill(0, chosen, 0)
+                return rows.index_fill(0, which_rows, 0)
             place = torch.arange(len(rows), device=rows.device, dtype=torch.int32)
             expert = torch.searchsorted(inputs[1], place, right=True)
-            return rows.masked_fill(torch.isin(expert, chosen)[:, None], 0)
+            return rows.masked_fill(torch.isin(expert, which_rows)[:, None], 0)
 
         handle = self.experts.register_forward_hook(hook)
         try:

@@ -7,7 +7,7 @@ y       = routing.combine(experts(rows, offsets))     b n d
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar, NamedTuple
 
@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from softmoe_cli.moe.kind import Decided, Decider
+from softmoe_cli.moe.kind import Decided, Decider, Weak
 
 
 class Carried(NamedTuple):
@@ -43,6 +43,10 @@ class Routing(Decided):
     def combine(self, rows: Float[Tensor, "*rows d"]) -> Float[Tensor, "b n d"]:
         """The tokens made from the rows that the experts returned."""
 
+    def measured(self, by: str) -> Float[Tensor, " e"]:
+        """Each expert's part in this batch by one of its router's `measures`, in float64 where the device has it."""
+        raise NotImplementedError(f"{type(self).__name__} measures no {by}")
+
 
 class Router(Decider):
     """A part of a layer that gives rows of tokens to experts, which are MLPs.
@@ -52,8 +56,8 @@ class Router(Decider):
     """
 
     expert_axes: ClassVar[Mapping[str, int]] = {}
-    """The axis of the experts in each parameter that has one. When an MLP is cut into parts, the parts of a copy start
-    alike there, so that a token that chooses one of them chooses all."""
+    """The axis of the experts in each parameter and buffer that has one. When an MLP is cut into parts, the parts of a
+    copy start alike in these parameters, so that a token that chooses one of them chooses all."""
     most_weight: float = 1.0
     """The most that a token's weights can add up to."""
     needs_independent_experts: ClassVar[bool] = False
@@ -69,6 +73,9 @@ class Router(Decider):
     but for that."""
     k: int | None = None
     """How many experts a token chooses; None where tokens do not choose."""
+    measures: Sequence[str] = ("alpha_score", "hit_rate")
+    """What its routings measure of each expert: the sum of the weights that tokens give it, or how many tokens it sees.
+    Experts can be pruned by either."""
     carries: bool = False
     """Whether a layer hands `Carried` on to the next one: `forward` then takes it as a third argument, and its routing
     has it."""
@@ -98,6 +105,21 @@ class Router(Decider):
     @abstractmethod
     def forward(self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None = None) -> Routing:
         """Decides about a batch. Tokens where `keep` is false are padding: they take no slot and get zero."""
+
+    def leave(self, left: Int[Tensor, " z"] | None, *, balance: bool) -> None:
+        """From now on decides among these of its experts (ascending; None: all), as a router would that was built with
+        them alone. `balance`: whether it goes on to even the experts' load."""
+        raise NotImplementedError(f"experts of {type(self).__name__} cannot be pruned")
+
+    def options_left(self) -> dict[str, Any]:
+        """Options with which a router is built that has only the experts that are left, where they are not those of
+        the layer with all."""
+        raise NotImplementedError(f"experts of {type(self).__name__} cannot be pruned")
+
+    def weaker(self, how: Weak, given: Int[Tensor, "*some"] | None) -> "Router":
+        """A router that has this one's parameters and decides in a weak way that is in `weak_limits` and not skip.
+        `given` is as in weak.weak_layer."""
+        raise NotImplementedError(f"{type(self).__name__} has no weak activation but skip")
 
     def follow(self, earlier: "Router") -> None:
         """Makes what a layer needs to use what an earlier one of its model hands on. Called once, when it is built, if
@@ -134,6 +156,11 @@ class DenseRouting(Routing):
         b, _, e, p = self.combine_weights.shape
         by_image = rows.transpose(0, 1).reshape(b, p * e, -1)  # a view where p is 1
         return torch.bmm(self.combine_weights.mT.flatten(2).to(rows.dtype), by_image)
+
+    @torch.no_grad()
+    def measured(self, by: str) -> Float[Tensor, " e"]:
+        assert by == "alpha_score"
+        return self.combine_weights.to(most_precise(self.combine_weights)).sum(dim=(0, 1, 3))
 
     @torch.no_grad()
     def statistics(self) -> dict[str, float]:
@@ -209,6 +236,19 @@ class SparseRouting(Routing):
         return y[:-1].view(b, n, -1).to(rows.dtype)
 
     @torch.no_grad()
+    def measured(self, by: str) -> Float[Tensor, " e"]:
+        """Tokens that found no slot do not count."""
+        precise = most_precise(self.gate)
+        if self.offsets is None:
+            each = self.gate if by == "alpha_score" else self.token < int(self.shape[0]) * self.shape[1]
+            return each.to(precise).sum(dim=1)
+        if by == "hit_rate":
+            return self.demand.to(precise)
+        place = torch.arange(len(self.gate), device=self.gate.device, dtype=self.offsets.dtype)
+        expert = torch.searchsorted(self.offsets, place, right=True)
+        return self.gate.new_zeros(len(self.offsets), dtype=precise).index_add(0, expert, self.gate.to(precise))
+
+    @torch.no_grad()
     def statistics(self) -> dict[str, float]:
         """`utilisation`: share of rows that hold a token. `dropped_share`: share of tokens that no expert saw.
         `gate_mean`: mean over tokens of the sum of their gates, which is how much of its experts a token gets."""
@@ -221,6 +261,11 @@ class SparseRouting(Routing):
             **load_statistics(self.demand),
             "gate_mean": self.gate.sum().item() / tokens,
         }
+
+
+def most_precise(like: Tensor) -> torch.dtype:
+    """What sums over many batches are kept in: float64, but on a device that has none."""
+    return torch.float32 if like.device.type == "mps" else torch.float64
 
 
 def load_statistics(load: Num[Tensor, " e"]) -> dict[str, float]:

@@ -97,6 +97,27 @@ def seat(
     return token, gate, demand.sum(dim=0)
 
 
+def in_runs(
+    weights: Float[Tensor, "b n k"],
+    chosen: Int[Tensor, "b n k"],
+    keep: Bool[Tensor, "b n"],
+    num_experts: int,
+    aux_loss: Float[Tensor, ""],
+) -> SparseRouting:
+    """Every choice gets a row, sorted by expert: nothing is dropped. Padding is computed like any token, so that the
+    number of rows is known; its gates are zero."""
+    b, n, k = chosen.shape
+
+    def count(weight: Int[Tensor, " r"]) -> Int[Tensor, " e"]:
+        return expert.new_zeros(num_experts).scatter_add(0, expert, weight)
+
+    gate, expert = (weights * keep[:, :, None]).flatten(), chosen.flatten()
+    order = expert.argsort(stable=True)
+    offsets = count(torch.ones_like(expert)).cumsum(dim=0).int()
+    demand = count(keep[:, :, None].expand_as(chosen).flatten().long())
+    return SparseRouting(order // k, gate[order], aux_loss, demand, (b, n), offsets)
+
+
 def squared_variation(v: Float[Tensor, "g e"]) -> Float[Tensor, " g"]:
     """(std / mean)^2 over experts, with the population's standard deviation; 0 for a group of padding alone."""
     return v.var(dim=1, correction=0) / v.mean(dim=1).square().clamp(min=torch.finfo(v.dtype).tiny)
@@ -135,6 +156,12 @@ def grouped_tokens(
     return in_groups(x, images), in_groups(keep, images)
 
 
+def image_means(x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"]) -> Float[Tensor, "b 1 d"]:
+    """The mean of each image's tokens that are kept, float32 or better; zero for an image of padding alone."""
+    whole = x.to(torch.promote_types(x.dtype, torch.float32)).masked_fill(~keep[:, :, None], 0)
+    return whole.sum(dim=1, keepdim=True) / keep.sum(dim=1).clamp(min=1)[:, None, None]
+
+
 def in_groups(each: Shaped[Tensor, "b n *d"], images: int) -> Shaped[Tensor, "g s *d"]:
     """Groups of `images` consecutive images each; zeros (and false) fill up the last group."""
     missing = -each.shape[0] % images
@@ -147,7 +174,10 @@ GATES = ("softmax", "sigmoid")
 
 
 class Gate(nn.Module):
-    """Logits and gates: a linear map without bias, and a softmax over experts or a sigmoid for each."""
+    """Logits and gates: a linear map without bias, and a softmax over experts or a sigmoid for each. `left`: the
+    experts that are left, where some were pruned."""
+
+    left: Tensor | None
 
     def __init__(self, dim: int, num_experts: int, *, function: str, noise_std: float) -> None:
         super().__init__()
@@ -157,6 +187,7 @@ class Gate(nn.Module):
             raise ValueError(f"noise_std={noise_std} must not be negative")
         self.function, self.std = function, noise_std / num_experts
         self.kernel = nn.Parameter(torch.empty(dim, num_experts))
+        self.register_buffer("left", None, persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -178,7 +209,7 @@ class Gate(nn.Module):
     ) -> tuple[Float[Tensor, "g s e"], Float[Tensor, "g s e"]]:
         """Logits without noise, and those to use: in training with noise of std noise_std / e. A group is so many
         images."""
-        clean = x.to(self.kernel.dtype) @ self.kernel
+        clean = x.to(self.kernel.dtype) @ (self.kernel if self.left is None else self.kernel.index_select(1, self.left))
         noisy = clean + self.std * noise_like(clean, images) if self.training and self.std > 0 else clean
         return clean, noisy
 
@@ -197,6 +228,9 @@ class Balanced(nn.Module):
 
     bias: Tensor
     demand: Tensor
+    left: Tensor | None
+    """The experts that are left, where some were pruned."""
+    on: bool = True
 
     def __init__(
         self,
@@ -226,18 +260,24 @@ class Balanced(nn.Module):
             )
         self.importance_weight, self.load_weight, self.gshard_weight = importance_weight, load_weight, gshard_weight
         self.bias_rate = bias_rate
+        self.register_buffer("left", None, persistent=False)
         if bias_rate:
             self.register_buffer("bias", torch.zeros(num_experts))
             self.register_buffer("demand", torch.zeros(num_experts), persistent=False)
 
     def scores(self, gates: Float[Tensor, "g s e"]) -> Float[Tensor, "g s e"]:
         """The scores that experts are chosen by."""
-        return gates + self.bias if self.bias_rate else gates
+        if not self.bias_rate:
+            return gates
+        return gates + (self.bias if self.left is None else self.bias.index_select(0, self.left))
 
     def add_demand(self, demand: Int[Tensor, " e"]) -> None:
         if self.bias_rate and self.training:
             with torch.no_grad():  # in here: torch.export cannot tell of a block in which nothing happens
-                self.demand += demand
+                if self.left is None:
+                    self.demand += demand
+                else:
+                    self.demand.index_add_(0, self.left, demand.to(self.demand.dtype))
 
     def counted(self) -> list[Tensor]:
         return [self.demand] if self.bias_rate else []
@@ -245,9 +285,16 @@ class Balanced(nn.Module):
     @torch.no_grad()
     def move_bias(self) -> None:
         """Experts asked for less than the mean become easier to choose by a fixed step, the others harder."""
-        if self.bias_rate:
-            self.bias += self.bias_rate * (self.demand.mean() - self.demand).sign()
-            self.demand.zero_()
+        if not self.bias_rate:
+            return
+        if self.left is None:
+            self.bias += self._step(self.demand)
+        elif self.on:
+            self.bias.index_add_(0, self.left, self._step(self.demand.index_select(0, self.left)))
+        self.demand.zero_()
+
+    def _step(self, demand: Float[Tensor, " e"]) -> Float[Tensor, " e"]:
+        return self.bias_rate * (demand.mean() - demand).sign()
 
     def loss(
         self,
@@ -260,6 +307,8 @@ class Balanced(nn.Module):
     ) -> Float[Tensor, ""]:
         """The weighted sum of the losses with a weight, as the mean over groups. The load loss exists only with noise:
         without it there is no chance to speak of."""
+        if not self.on:
+            return gates.new_zeros(())
         total = gates.new_zeros(gates.shape[0])
         kept = keep[:, :, None]
         if self.importance_weight:
@@ -286,6 +335,12 @@ def check_choice(k: int, num_experts: int, images_per_group: int, shared_experts
         )
 
 
+def choice_limits(num_experts: int, k: int) -> dict[str, int]:
+    """`Decider.weak_limits` of a router whose tokens choose k experts."""
+    fewer = {"top": k - 1} if k > 1 else {}
+    return {"rank": num_experts, "random": 1} | fewer | {"skip": 0}
+
+
 def gates_depart(k: int, num_experts: int, gate: str, renormalise: bool, parts: int) -> str | None:
     """The part of `Router.departs_from_mlp` that is about the gates of a token's k experts."""
     if not renormalise and not (gate == "softmax" and k == num_experts):
@@ -293,6 +348,18 @@ def gates_depart(k: int, num_experts: int, gate: str, renormalise: bool, parts: 
     if k % parts:
         return f"its k={k} does not hold whole copies of {parts} parts; set model.router.k to a multiple"
     return None
+
+
+def slots_left(slots: int, num_experts: int, left: int, group: int) -> int:
+    """Slots per expert for the `left` of `num_experts` experts that had `slots` each, in groups of `group` tokens.
+
+    Each expert gets the slots of all that went beside its own: wherever their tokens go, no more of a group's choices
+    are dropped than with all experts, since the choices of experts that stay do not change. One that is left has room
+    for all.
+    """
+    if left == num_experts:
+        return slots
+    return group if left == 1 else min(group, slots * (num_experts - left + 1))
 
 
 def room_for(tokens: int) -> str:

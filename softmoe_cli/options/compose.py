@@ -23,6 +23,7 @@ from softmoe_cli.config.option import Section
 from softmoe_cli.config.run import Config
 from softmoe_cli.errors import UsageError, first_line
 from softmoe_cli.failures import ours
+from softmoe_cli.options.blocks import fill_up, spell_out
 from softmoe_cli.options.conf_files import chosen_groups, conf_folder, defaults, files, load_yaml, own_conf_folder
 from softmoe_cli.options.explain import crossing, explain, no_key, refused
 from softmoe_cli.options.help import options
@@ -153,7 +154,7 @@ def store_schemas() -> None:
     _register_resolvers()
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
-    for name in ("evaluate", "cost", "match", "upcycle", "export"):
+    for name in ("evaluate", "cost", "match", "upcycle", "prune", "export"):
         store.store(name=f"{name}_schema", node=SCHEMAS[name])
     store.store(name="data_check_schema", node=DataCheckConfig)
     for name, launcher in LAUNCHERS.items():
@@ -182,6 +183,7 @@ def plain(config: Any, section: type) -> dict[str, Any]:
 
     tree = tree_of(config)
     _refuse_unknown(tree, section)
+    spell_out(tree)
     root = OmegaConf.select(config, "data.root", throw_on_resolution_failure=False)
     if root is not None:
         tree["data"]["root"] = root  # resolved, because it is compared with a checkpoint's
@@ -208,6 +210,7 @@ def door(tree: dict[str, Any], section: type[S]) -> S:
     _register_resolvers()
     try:
         _settle_side(tree)
+        fill_up(tree)
         merged = OmegaConf.merge(OmegaConf.structured(section), tree)
         missing = OmegaConf.missing_keys(merged)
         if missing:
@@ -326,6 +329,11 @@ def other_model(to: str, typed: Sequence[str]) -> MatchConfig:
 
 def changed(tree: dict[str, Any], changes: dict[str, Any]) -> MatchConfig:
     """The configuration in `tree` with some keys changed."""
+    return door(changed_tree(tree, changes), MatchConfig)
+
+
+def changed_tree(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A copy of the tree with some keys, as section.key, changed."""
     other = copy.deepcopy(tree)
     for key, value in changes.items():
         *sections, leaf = key.split(".")
@@ -333,7 +341,7 @@ def changed(tree: dict[str, Any], changes: dict[str, Any]) -> MatchConfig:
         for section in sections:
             node = node[section]
         node[leaf] = value
-    return door(other, MatchConfig)
+    return other
 
 
 @functools.cache

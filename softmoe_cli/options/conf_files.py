@@ -16,6 +16,7 @@ CONF_GROUPS = {
     "model": "a named model: backbone, router and place of the experts",
     "model/backbone": "the backbone alone",
     "model/router": "the router alone",
+    "adapter": "what is trained beside a frozen backbone; its options are model.adapter.OPTION",
     "data": "a data set, or the format of your own files",
     "recipe": "optimizer, augmentation and budget",
     "experiment": "a study's settings",
@@ -28,6 +29,7 @@ TITLES = {
     "models": ("model", "models, model="),
     "backbones": ("model/backbone", "backbones, model/backbone="),
     "routers": ("model/router", "routers, model/router="),
+    "adapters": ("adapter", "adapters, finetune adapter="),
     "data": ("data", "data sets, data="),
     "recipes": ("recipe", "recipes, recipe="),
     "experiments": ("experiment", "experiments, +experiment="),
@@ -143,6 +145,19 @@ def defaults(command: str, chosen: Mapping[str, str]) -> dict[str, Any]:
     return tree
 
 
+def laid(group: str, name: str) -> dict[str, Any]:
+    """What the file of one choice of a group says, with what it inherits.
+
+    Raises:
+        UsageError: a file that cannot be read, or inherits without end.
+    """
+    tree: dict[str, Any] = {}
+    _lay(tree, group, name, {})
+    for part in group.split("/"):
+        tree = tree[part]
+    return tree
+
+
 def _lay(tree: dict[str, Any], group: str, name: str, chosen: Mapping[str, str], above: tuple[Path, ...] = ()) -> None:
     """Merges one file, and those in its defaults list, into the tree. `above`: the files whose lists led to it."""
     places = [root / group / f"{name}.yaml" for root in (own_conf_folder() if group else None, conf_folder()) if root]
@@ -159,7 +174,9 @@ def _lay(tree: dict[str, Any], group: str, name: str, chosen: Mapping[str, str],
         entries = [*entries, "_self_"]
     for entry in entries:
         if entry == "_self_":
-            for part in reversed(() if "# @package _global_" in read_yaml(file) or not group else group.split("/")):
+            said = re.search(r"^# @package (\S+)$", read_yaml(file), re.MULTILINE)
+            place = group.split("/") if said is None else [] if said[1] == "_global_" else said[1].split(".")
+            for part in reversed(place if group else []):
                 body = {part: body}
             _merge(tree, body)
         elif isinstance(entry, str) and entry != name:

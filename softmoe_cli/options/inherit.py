@@ -1,10 +1,12 @@
 """What a checkpoint decides of a configuration: the model, the pixels, which images are held out, whose code runs."""
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from softmoe_cli.config.adapter import no_adapter
 from softmoe_cli.config.data import Data
 from softmoe_cli.config.model import Model
 from softmoe_cli.config.run import Config
@@ -28,9 +30,19 @@ def resolve(command: str, tree: dict[str, Any], typed: Sequence[str]) -> "tuple[
         checked = door(tree, Config)
         if checked.slots != "kept":
             raise UsageError(f"slots={checked.slots} belongs to softmoe finetune: there is no checkpoint to keep to")
-        for key in ("checkpoint", "trust"):
+        if checked.prune.keep is not None:
+            raise UsageError(
+                f"prune.keep={checked.prune.keep} belongs to softmoe finetune; train with model.router.num_experts="
+                f"{checked.prune.keep} instead"
+            )
+        for key in ("checkpoint", "base", "trust"):
             if (value := getattr(checked, key)) is not None:
                 raise UsageError(f"{key}={value} belongs to softmoe finetune; softmoe train starts afresh")
+        if checked.model.adapter.name != "none":
+            raise UsageError(
+                f"adapter={checked.model.adapter.name} belongs to softmoe finetune: adapters stand beside a trained "
+                "backbone, and softmoe train starts afresh"
+            )
         mirror.check(checked)
         return checked, None
     if not tree["checkpoint"]:
@@ -39,7 +51,7 @@ def resolve(command: str, tree: dict[str, Any], typed: Sequence[str]) -> "tuple[
         )
     from softmoe_cli.model.weights import proportional_slots
 
-    source = named_source(tree["checkpoint"])
+    source = named_source(tree["checkpoint"], tree["base"])
     take_model(tree, source, typed)
     checked = door(tree, Config)
     mirror.check(checked)
@@ -54,15 +66,16 @@ def resolve(command: str, tree: dict[str, Any], typed: Sequence[str]) -> "tuple[
     return checked, source
 
 
-def named_source(checkpoint: str) -> "Source":
-    """Reads what `checkpoint=` names; says so where every weight's name has the same prefix, which is left out.
+def named_source(checkpoint: str, base: str | None = None) -> "Source":
+    """Reads what `checkpoint=` names, and of a delta its base; says so where every weight's name has the same prefix,
+    which is left out.
 
     Raises:
         UsageError: nothing usable there.
     """
     from softmoe_cli.model.pretrained import read_checkpoint
 
-    source = read_checkpoint(checkpoint)
+    source = read_checkpoint(checkpoint, base)
     if source.prefix:
         say_once(f"checkpoint={source.label}: every name in it begins with '{source.prefix}'; read without that")
     return source
@@ -73,7 +86,9 @@ def take_model(tree: dict[str, Any], source: "Source", typed: Sequence[str]) -> 
     card, label = source.card, source.label
     if "model" not in card and (not isinstance(tree["model"], dict) or tree["model"].get("image_size") == "???"):
         raise UsageError(f"checkpoint={label} does not say what model it is; name one with model=")
-    tree["model"] = overlay(card.get("model", {}), tree["model"])
+    own = card.get("model", {"adapter": dataclasses.asdict(no_adapter())})
+    _check_adapter(own["adapter"], tree["model"], label)
+    tree["model"] = overlay(own, tree["model"])
     if not any(names(key, typed) for key in ("model", "model/router", "model.router._target_")):
         require_trust(tree["model"], source, tree.get("trust"))
     if "classes" in card:  # ours, not timm's
@@ -86,6 +101,27 @@ def take_model(tree: dict[str, Any], source: "Source", typed: Sequence[str]) -> 
     keep_cut(tree["data"], card.get("data", {}), typed)
 
 
+def _check_adapter(own: dict[str, Any], model: Any, label: str) -> None:
+    """Raises UsageError where a checkpoint has adapters and others are chosen: there is one set in a model."""
+    chosen = model.get("adapter") if isinstance(model, dict) else None
+    others = [key for key, value in (chosen or {}).items() if value not in ("???", own[key])]
+    if own["name"] != "none" and others:
+        raise UsageError(
+            f"checkpoint={label} has adapters ({own['name']}), and model.adapter.{others[0]}={chosen[others[0]]} is "
+            "not theirs; leave adapter out to train them further, or start from what they belong to"
+        )
+
+
+def refuse_adapters(source: "Source", command: str) -> None:
+    """Raises UsageError where a command that changes a model's layers is given one with adapters."""
+    name = source.card.get("model", {}).get("adapter", {}).get("name", "none")
+    if name != "none":
+        way = "softmoe export makes a plain model of it" if name == "lora" else "take the model that they belong to"
+        raise UsageError(
+            f"checkpoint={source.label} has adapters ({name}), which softmoe {command} does not know; {way}"
+        )
+
+
 def require_trust(model: dict[str, Any], source: "Source", trusted: str | None) -> None:
     """Refuses a router that only the checkpoint names, unless it is `trusted`: importing a module runs its code. A
     router in conf/model/router of the working folder is accepted too, but not for a checkpoint inside that folder:
@@ -94,11 +130,20 @@ def require_trust(model: dict[str, Any], source: "Source", trusted: str | None) 
     Raises:
         UsageError: only the checkpoint names the router.
     """
-    target = model["router"].get("_target_") if isinstance(model.get("router"), dict) else None
-    if target is None or target != source.card.get("model", {}).get("router", {}).get("_target_"):
-        return
-    if target.startswith("softmoe_cli.moe.routers.") or target == trusted:
-        return
+    for target in targets(source.card.get("model", {})):
+        if target in targets(model) and not target.startswith("softmoe_cli.moe.routers.") and target != trusted:
+            _require_vouched(target, source)
+
+
+def targets(model: dict[str, Any]) -> list[str]:
+    """The classes of a model's routers, as its options name them."""
+    every = [model.get("router"), *(model["blocks"].values() if isinstance(model.get("blocks"), dict) else ())]
+    named = [each.get("_target_") for each in every if isinstance(each, dict)]
+    return [target for target in dict.fromkeys(named) if target is not None]
+
+
+def _require_vouched(target: str, source: "Source") -> None:
+    """Raises UsageError unless a file of one's own, outside the checkpoint's folder, names this class."""
     own = own_conf_folder()
     files = sorted((own / "model/router").glob("*.yaml")) if own else []
     vouching = next((file for file in files if load_yaml(file).get("_target_") == target), None)
@@ -250,7 +295,7 @@ def _check_pair(first: "Source", other: "Source", keys: Sequence[str]) -> None:
     said = [
         {key: s.card[key] for key in COMMON}
         | {f"data.{key}": s.card["data"].get(key) for key in keys}
-        | {key: tuple(value.shape) for key, value in s.weights.items()}
+        | {key: tuple(value.tolist() if key.endswith(".alive") else value.shape) for key, value in s.weights.items()}
         for s in (first, other)
     ]
     odd = [key for key in said[0] | said[1] if said[0].get(key) != said[1].get(key)]

@@ -13,8 +13,12 @@ usage: softmoe COMMAND [ARGUMENTS]
               softmoe train model=vit_nano2_soft seed=1
   finetune    the same loop, from a checkpoint
               softmoe finetune checkpoint=RUN data=digits
+  settle      add seeds until every arm has its verdict, or a budget ends
+              softmoe settle model/router=dense,soft margin=0.5 hours=2
   upcycle     a dense checkpoint into a mixture of experts
               softmoe upcycle checkpoint=RUN model/router=soft
+  prune       a mixture of experts into a smaller one, or a plain ViT
+              softmoe prune checkpoint=RUN keep=1 to=dense
   evaluate    quality of a checkpoint on a data set
               softmoe evaluate checkpoint=RUN
   export      for timm, torch.export, ONNX and the hub
@@ -85,6 +89,25 @@ are the same. model.image_size resamples the position table and keeps the slots
 per expert; slots=proportional lets them grow with the tokens. --groups lists
 each parameter's learning rate and decay, and stops. What softmoe upcycle
 carried over of an optimizer's state is where the new one starts.""",
+    "settle": """\
+softmoe settle [GROUP=CHOICE,CHOICE | KEY=VALUE,VALUE]... [OPTION=VALUE]...
+
+Adds seeds in rounds until every arm has its verdict, or a budget is used up.
+
+  softmoe settle model/router=dense,soft,tokens_choice margin=0.5 hours=2
+  softmoe settle model/router=dense,soft margin=0.5 --plan
+                                  how many seeds and hours to expect, and stop
+  softmoe settle +experiment=placement/last_1,placement/last_4 max_seeds=20
+  softmoe settle model/router=dense,soft hydra/launcher=slurm \\
+    hydra.launcher.partition=gpu hydra.launcher.gpus=1 format=json
+
+Commas make arms; all other words are those of softmoe train -m, but seeds are
+settle's own business: seed=N is the first one. The verdicts are those of
+softmoe compare by the any-time rule: 95% hold for all arms and looks at once.
+Arms, baseline, measure and margin are fixed before the first run. What counts
+is in the run folders: the same command goes on after a stop, and with a larger
+budget after its end. The exit status is 0 where every arm has its verdict and 3
+where some are open.""",
     "upcycle": """\
 softmoe upcycle checkpoint=SOURCE [GROUP=CHOICE | KEY=VALUE]...
 
@@ -109,6 +132,27 @@ replaces or, with a smaller model.expert_width, as a part of one; the router
 starts afresh. receipt.json, and the header of the weights, say where every
 weight comes from, how much the outputs changed, loss and cost before and
 after.""",
+    "prune": """\
+softmoe prune checkpoint=SOURCE [data=CHOICE] [KEY=VALUE]...
+
+Makes a mixture with fewer experts, without training.
+
+  softmoe prune checkpoint=outputs/default/RUN keep=4
+  softmoe prune checkpoint=RUN keep=2 by=hit_rate images=512 folder=pruned
+  softmoe prune checkpoint=RUN keep=1 by=router_change before=PRETRAINED
+  softmoe prune checkpoint=RUN keep=1 to=dense         a plain ViT for timm
+  softmoe prune checkpoint=RUN clock=true              of what softmoe finetune
+                                  prune.keep= has left
+  softmoe finetune checkpoint=FOLDER data=...          goes on from there
+
+SOURCE is a run folder, a .safetensors file or hf-hub:OWNER/NAME. Experts are
+scored on training images of data= (the checkpoint's set without it), without
+their labels. With to=dense the one expert that is left in each block becomes
+the block's MLP; where that would compute something else, it is refused.
+receipt.json, and the header of the weights, say which experts stay and why,
+what changed on the validation images, quality and cost before and after.
+softmoe evaluate reads the folder as any other. To prune while finetuning:
+softmoe finetune prune.keep=1 (softmoe finetune --help prune).""",
     "evaluate": """\
 softmoe evaluate checkpoint=SOURCE [data=CHOICE] [KEY=VALUE]...
 
@@ -123,6 +167,8 @@ Quality of a checkpoint on a data set.
                                   ridge regression on frozen features
   softmoe evaluate checkpoint=RUN 'audit=[neighbours,capacity,slots,experts]'
   softmoe evaluate 'checkpoint=[RUN,RUN]' soup=greedy  average of weights
+  softmoe evaluate checkpoint=RUN 'contrast=[rank_2,random_1,skip]'
+                                  self-contrast, two passes of one model
 
 Without data= the set that the checkpoint was trained on is read; that set, by
 its name and place, is cut as it was for the checkpoint, unless data.split_seed,
@@ -281,7 +327,7 @@ folders of runs. In ~/.bashrc, ~/.zshrc or ~/.config/fish/config.fish:
   softmoe completion fish | source""",
 }
 
-for _command in ("evaluate", "export", "upcycle"):
+for _command in ("evaluate", "export", "prune", "upcycle"):
     USAGE[_command] += f"\n{textwrap.fill(RULE, 80)}"
 USAGE["compare"] += f"\n{textwrap.fill(f'{RULE} Only a folder that softmoe compare made is made anew.', 80)}"
 USAGE["scaling"] += f"\n{textwrap.fill(f'{RULE} Only a folder that softmoe scaling made is made anew.', 80)}"

@@ -17,7 +17,7 @@ from softmoe_cli.config.model import Model
 from softmoe_cli.config.recipe import Train
 from softmoe_cli.errors import UsageError
 
-CARD_FORMAT = 1
+CARD_FORMAT = 2
 """The format of cards, and of the state.json beside training tensors, that this version writes; it reads no other."""
 
 
@@ -31,7 +31,7 @@ def other_format(said: dict[str, Any]) -> str | None:
 
 def read_card(text: str, path: Path) -> dict[str, Any]:
     """The card of a checkpoint: `format`, `model` and `data` as of their dataclasses, `classes`, `loss`, `precision`,
-    and where they are given `origin` and `receipt`.
+    and where they are given `origin`, `receipt` and, of a delta, `base`.
 
     Raises:
         UsageError: this version of softmoe saved no such card.
@@ -67,6 +67,12 @@ def _card_fault(card: Any) -> str | None:
         return "model.router names no router" if isinstance(router, dict) else f"model.router is {_kind(router)}"
     if not _fits(router["_target_"], str | None):
         return f"model.router._target_ is {_kind(router['_target_'])}"
+    blocks = card["model"]["blocks"]
+    if not isinstance(blocks, dict):
+        return f"model.blocks is {_kind(blocks)}"
+    for block, options in blocks.items():
+        if not isinstance(options, dict) or not _fits(options.get("_target_"), str):
+            return f"model.blocks.{block} names no router"
     if not _fits(card["model"]["moe_blocks"], str | list[int]):
         return "model.moe_blocks is neither a text nor a list of numbers"
     if not _fits(card.get("classes"), list[str]) or not card["classes"]:
@@ -77,6 +83,10 @@ def _card_fault(card: Any) -> str | None:
             return f"{key} is none of {', '.join(choices)}" if key in card else f"it lacks {key}"
     if not isinstance(card.get("origin", ""), str):
         return f"origin is {_kind(card['origin'])}"
+    if "base" in card:
+        base, kinds = card["base"], {"checkpoint": str, "digest": str, "left_out": list[str]}
+        if not isinstance(base, dict) or not all(_fits(base.get(key), kind) for key, kind in kinds.items()):
+            return "base names no checkpoint with its digest"
     return _receipt_fault(card["receipt"]) if "receipt" in card else None
 
 

@@ -141,7 +141,8 @@ def digest_of(weights: dict[str, Tensor]) -> str:
     """SHA-256 of names and values, whatever file they stand in."""
     digest = hashlib.sha256()
     for key in sorted(weights):
-        digest.update(key.encode() + weights[key].numpy().tobytes())
+        value = weights[key].detach().cpu().contiguous()
+        digest.update(key.encode() + value.reshape(-1).view(torch.uint8).numpy().tobytes())  # NumPy has no bfloat16
     return digest.hexdigest()
 
 

@@ -23,6 +23,11 @@ def _science(config: Config) -> dict[str, Any]:
     for key in NOT_SCIENCE:
         section, _, leaf = key.rpartition(".")
         del (science[section] if section else science)[leaf]
+    if config.prune.keep is None:  # the others are idle
+        del science["prune"]
+    own = {key: value for key, value in science["model"].pop("adapter").items() if value is not None}
+    if own != {"name": "none"}:  # a run without adapters has no settings of adapters, as a dense one none of routers
+        science["model"]["adapter"] = own
     return _whole_numbers(science)
 
 
@@ -55,11 +60,12 @@ def made_from(source: Source, settings: dict[str, Any]) -> str:
 
 
 def origin(command: str, settings: dict[str, Any], source: Source | None) -> str:
-    """Ten hex digits that are equal for weights that were made with the same settings but for the seed, from weights of
-    one origin. Two checkpoints of one origin differ only by chance, so comparisons may group runs that were finetuned
-    from them."""
+    """Ten hex digits that are equal for weights that were made with the same settings but for the seed and the cut of
+    the data, from weights of one origin. Two checkpoints of one origin differ only by chance, so comparisons may group
+    runs that were finetuned from them."""
     start = source.card.get("origin", source.digest) if source else None
     text = json.dumps(
-        [command, start, {key: value for key, value in settings.items() if key != "seed"}], sort_keys=True
+        [command, start, {key: value for key, value in settings.items() if key not in ("seed", "data.split_seed")}],
+        sort_keys=True,
     )
     return hashlib.sha256(text.encode()).hexdigest()[:10]

@@ -14,10 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from softmoe_cli.config.recipe import BUDGETS
-from softmoe_cli.errors import first_line
 from softmoe_cli.text import printable, shortened
 
 Row = dict[str, Any]
@@ -67,6 +63,7 @@ def _texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(each, str) for each in value)
 
 
+YES_NO = Kind("true or false", lambda value: isinstance(value, bool))
 TEXT, PATH, LIST = Kind("text", _text), Kind("a path", _path), Kind("a list of words", _texts)
 NUMBER, WHOLE, COUNT = Kind("a number", number), Kind("a whole number", _whole), Kind("a whole number above 0", _count)
 
@@ -166,10 +163,14 @@ LOOK = {
 are made of. Validation rows have `routing_NAME` for each NAME of ROUTING, its mean over layers, and FEWSHOT."""
 FEWSHOT = "fewshot_{}_top1_pct"
 """In validation rows, and in results after `validation_`, for each number of `train.fewshot`."""
+EXPERTS_LEFT = "experts_left_block_{}"
+"""In rows of metrics.jsonl, for each block of experts of a finetuning that prunes them; beside it `forward_gflop`, what
+a forward pass takes with those."""
 ROUTING = {
     **FORMAT_KEY,
     "step": _said(NUMBER, "updates so far"),
     "block": _said(WHOLE, "which of the model's blocks the row is of"),
+    "beside": _said(TEXT, "the sublayer beside which its adapters stand; an MoE layer's row has none", optional=True),
     "utilisation": _statistic("share of slots that hold a token; empty ones are computed all the same"),
     "dropped_share": _statistic("share of tokens that no expert saw"),
     "dead_share": _statistic("share of experts with less than a hundredth of the mean load"),
@@ -201,7 +202,8 @@ ROUTING = {
     "coefficient_max": _statistic("a token's largest coefficient, mean over tokens (muMoE)"),
     "specialist_share": _statistic("share of experts that have half of some token or more (muMoE)"),
 }  # fmt: skip
-"""A row of routing.jsonl. Which statistics there are is the router's; one of your own may have others."""
+"""A row of routing.jsonl. Which statistics there are is the router's; one of your own may have others. A finetuning
+that prunes experts has a row there for each block and window, with `window` and what it decided."""
 RESULT = {
     **FORMAT_KEY,
     "metrics_rows": _said(COUNT, "rows of metrics.jsonl when the run ended"),
@@ -219,11 +221,13 @@ RESULT = {
     "slots_per_token": _said(NUMBER, "slots of a layer over tokens", null=True),
     "images_per_group": _said(WHOLE, "images whose tokens compete for the same slots", null=True),
     "moe_blocks": _said(TEXT, "the blocks that hold experts"),
+    "adapter": _said(TEXT, "what was trained beside a frozen backbone", null=True, optional=True),
     "image_size": _said(COUNT, "pixels of a side"),
     "tokens": _said(COUNT, "of an image"),
     "data": _said(TEXT, "the data set's name"),
     "train_images": _said(COUNT, "images of the training part"),
     "test_images": _said(COUNT, "images of the test part"),
+    "test_is_cut": _said(YES_NO, "whether they are cut by data.split_seed", optional=True),
     "classes": _said(COUNT, "classes of the data set"),
     "chance_pct": _said(NUMBER, "share of the test images that are of their commonest class"),
     "top1_pct": _quality("test top-1, %", "higher", "top1_pct", 1),
@@ -243,7 +247,27 @@ RESULT = {
     "forward_gflop": Key(NUMBER, "forward GFLOP/image", unit="GFLOP", amount="forward FLOPs"),
     "train_gflop": Key(NUMBER, "training GFLOP/image", unit="GFLOP", amount="training FLOPs an image"),
     "params_m": Key(NUMBER, "parameters, M", unit="M", amount="parameters"),
+    "trained_params_m": Key(
+        NUMBER, "trained parameters, M", "all that are not frozen", optional=True, unit="M", amount="trained parameters"
+    ),
+    "trained_body_params_m": Key(
+        NUMBER,
+        "trained parameters without the head, M",
+        optional=True,
+        unit="M",
+        amount="trained parameters outside the head",
+    ),
     "active_params_m": Key(NUMBER, "active parameters, M", unit="M", amount="active parameters"),
+    "experts_left": _said(
+        TEXT, "in each block of experts, where some were pruned or could be", null=True, optional=True
+    ),
+    "served_as": _said(TEXT, "dense or experts: what softmoe prune makes of what is left", null=True, optional=True),
+    "served_params_m": Key(
+        NUMBER, "served parameters, M", "of that", optional=True, unit="M", amount="served parameters"
+    ),
+    "served_forward_gflop": Key(
+        NUMBER, "served forward GFLOP/image", "of that", optional=True, unit="GFLOP", amount="served forward FLOPs"
+    ),
     "peak_mib": Key(NUMBER, "peak memory, MiB", "predicted", unit="MiB", amount="peak memory"),
     "images": Key(WHOLE, "training images", amount="training images", axis=True, trained=True),
     "epochs": Key(NUMBER, "epochs", amount="epochs", trained=True),
@@ -261,7 +285,7 @@ RESULT = {
     "python": _said(TEXT, "its version"),
     "checkpoint.train_pflop": _said(NUMBER, "what training the checkpoint had cost", null=True),
     "checkpoint.digest": _said(TEXT, "of the checkpoint's weights", null=True),
-    "checkpoint.origin": _said(TEXT, "equal for checkpoints that differ by seed only", null=True),
+    "checkpoint.origin": _said(TEXT, "equal for checkpoints that differ by seed and cut only", null=True),
     "data.identity": _said(TEXT, "of the images, where the settings do not say it", null=True),
     "data.num_classes": _said(COUNT, "as it is set", null=True),
     "train.loss": _said(TEXT, "as it is set"),
@@ -426,56 +450,3 @@ def jobs(path: Path) -> tuple[str, list[str], list[Row]]:
         if wrong:
             raise Unreadable(f"is damaged: job {place} {wrong}")
     return sweep_row.get("command") or "train", typed, job_rows
-
-
-@dataclass(frozen=True)
-class ConfiguredBudget:
-    """What a run may use: `amount` of the budget `key` (train.KEY); and the command that it belongs to."""
-
-    key: str
-    amount: float
-    devices: float
-    command: str
-
-
-def budget(path: Path) -> ConfiguredBudget:
-    """The budget of a run, from its config.yaml.
-
-    Raises:
-        FileNotFoundError, Unreadable: there is none, or it tells no budget.
-    """
-    text, loader = contents(path), getattr(yaml, "CBaseLoader", yaml.BaseLoader)
-    try:  # scalars stay as they are written: no YAML type is needed
-        depth = 0
-        for event in yaml.parse(text, Loader=loader):  # libyaml's composer ends the process at great depth
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > DEEPEST:
-                raise Unreadable("is no YAML (nested too deeply)")
-        said = yaml.load(text, Loader=loader)
-    except Unreadable:
-        raise
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise Unreadable(f"is no YAML ({first_line(error)})") from error
-    train = said.get("train") if isinstance(said, dict) else None
-    if not isinstance(train, dict):
-        raise Unreadable("does not say what train is" if text.strip() else "is empty")
-    given = [key for key in BUDGETS if train.get(key) not in NOTHING]
-    if not given:
-        raise Unreadable(f"has none of {', '.join(f'train.{key}' for key in BUDGETS)}")
-    amount = _amount(f"train.{given[0]}", train[given[0]])
-    devices = _amount("devices", said.get("devices", "1"))
-    return ConfiguredBudget(given[0], amount, devices, "train" if said.get("checkpoint") in NOTHING else "finetune")
-
-
-DEEPEST = 50
-NOTHING = (None, "null", "~", "")
-
-
-def _amount(key: str, value: Any) -> float:
-    try:
-        amount = float(value)
-    except (TypeError, ValueError):
-        amount = 0.0
-    if not number(amount) or amount <= 0:
-        raise Unreadable(f"says {key} is {shortened(str(value), 40)}, which is no amount")
-    return amount

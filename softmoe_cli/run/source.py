@@ -28,13 +28,15 @@ from softmoe_cli.run.checkpoint import (
 @dataclass(frozen=True)
 class Source:
     """Weights to start from or to evaluate: `card` is what the file says of its model and classes, `prefix` what every
-    name in the file began with and does not here."""
+    name in the file began with and does not here. Of a delta, `own` are the names in the file itself: the other weights
+    are its base's."""
 
     label: str
     digest: str
     weights: dict[str, Tensor]
     card: dict[str, Any]
     prefix: str = ""
+    own: frozenset[str] = frozenset()
 
     @property
     def train_pflop(self) -> float | None:

@@ -83,7 +83,7 @@ def run_scaling(arguments: Sequence[str]) -> int:
     if chosen.published is not None:
         return _published(chosen)
     from softmoe_cli.compare.blocks import kept_apart, usable_runs, version_notes
-    from softmoe_cli.compare.groups import Question
+    from softmoe_cli.compare.question import Question
     from softmoe_cli.scaling.answer import read_one
     from softmoe_cli.scaling.fit import Unidentified
     from softmoe_cli.scaling.points import check_quality, families
@@ -321,8 +321,9 @@ def _texts(
     rows: list[dict[str, Any]], extra: Sequence[tuple[str, str]],
 ) -> dict[str, bytes]:  # fmt: skip
     """Every file but the figures by name: the page, the tables, and what `extra` has."""
+    from softmoe_cli.compare.flat import csv_of
     from softmoe_cli.compare.page import filled_page, html_table
-    from softmoe_cli.compare.tables import csv_of, latex_of, markdown_of
+    from softmoe_cli.compare.tables import latex_of, markdown_of
 
     body = [f"<h1>{escape(title)}</h1>", *(f'<p class="lead">{escape(line)}</p>' for line in lines)]
     for table in shown:

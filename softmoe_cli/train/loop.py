@@ -11,8 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from softmoe_cli.config.run import Config, check_tokens
-from softmoe_cli.cost.fit import require_place, settle
-from softmoe_cli.cost.flop import account
+from softmoe_cli.cost.fit import require_place, settle, training_cost
 from softmoe_cli.cost.load import Load
 from softmoe_cli.data import batches, sets, workers
 from softmoe_cli.device import arithmetic, compiled, free_memory, keep_freed_memory, precision_context
@@ -20,7 +19,7 @@ from softmoe_cli.errors import UsageError
 from softmoe_cli.evaluate.fewshot import check_shots
 from softmoe_cli.evaluate.quality import classification_loss
 from softmoe_cli.model.vit import build, prepare
-from softmoe_cli.model.weights import LoadReport
+from softmoe_cli.model.weights import LoadReport, experts_left
 from softmoe_cli.moe.kind import Decided, Decider
 from softmoe_cli.moe.routing import full_precision, routings
 from softmoe_cli.optim import freeze, optimizer_of, schedule
@@ -30,8 +29,9 @@ from softmoe_cli.train.blame import not_finite, out_of_memory
 from softmoe_cli.train.looks import Looks
 from softmoe_cli.train.pace import FirstSteps, forecast
 from softmoe_cli.train.progress import Budget
+from softmoe_cli.train.pruning import Pruning, served
 from softmoe_cli.train.recording import Recording
-from softmoe_cli.train.resume import Trained, carry_moments, load_source, resume
+from softmoe_cli.train.resume import Trained, carry_moments, delta_of, load_source, resume
 from softmoe_cli.train.setup import Begun, Setup, require_batches
 from softmoe_cli.train.stop import Interrupted, Stop
 
@@ -65,7 +65,7 @@ def train(begun: Begun) -> dict[str, Any]:
 
     # --- cost: what an image costs, and what fits
     load = Load.of(config, classes, device)
-    cost = account(config.model, classes, batch=load.part, recompute=load.recompute, frozen=config.optim.freeze)
+    cost = training_cost(load, experts_left(source.weights) if source is not None else {})
     check_tokens(config, cost.tokens)
     require_batches(config, cost)
     fit = settle(load, config.parallel, crew)
@@ -84,6 +84,7 @@ def train(begun: Begun) -> dict[str, Any]:
         model = build(config.model, classes)
         freeze(model, config.optim.freeze)
         loaded = load_source(model, source, config, splits.classes, screen) if source is not None else LoadReport()
+        pruning = Pruning.of(config, load, budget, model, screen) if config.prune.keep is not None else None
         prepare(model, device, config.train.precision)
         model.set_grad_checkpointing(config.train.recompute)
         average = Average(model, decay=config.train.ema) if config.train.ema is not None else None
@@ -96,7 +97,7 @@ def train(begun: Begun) -> dict[str, Any]:
     if source is not None:
         carry_moments(model, optimizer, source, loaded, config, screen)
     scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
-    trained = Trained(model, average, optimizer, scaler)
+    trained = Trained(model, average, optimizer, scaler, pruning, delta_of(model, source, config, loaded))
 
     # --- record: the run's folder, where it stands, and what it writes down
     run.open(config)
@@ -118,14 +119,14 @@ def train(begun: Begun) -> dict[str, Any]:
         forward = compiled(forward)
     saved_at, save_took, first_step = time.monotonic(), 0.0, progress.step
     with stop, routings(model) as seen, screen, recording:
-        step = Step(model, forward, optimizer, scaler, autocast, seen, config, crew, recording.landed)
+        step = Step(model, forward, optimizer, scaler, autocast, seen, config, crew, recording.landed, pruning)
         try:
             while True:
                 here = budget.position(progress)
                 if budget.passed(progress.evaluated, here, config.train.eval_every):
                     first_steps.tell()
                     row = looks.validation()
-                    better = row["top1_pct"] > progress.best_top1_pct
+                    better = row["top1_pct"] > progress.best_top1_pct and not (pruning and pruning.open(progress))
                     screen.evaluation(row, "best" if better else "")
                     progress.evaluated, progress.validation = here, row
                     if better:
@@ -143,7 +144,7 @@ def train(begun: Begun) -> dict[str, Any]:
                     recording.save("last")
                     saved_at, save_took = time.monotonic(), time.monotonic() - start
 
-                compiles = config.train.compile and progress.step == first_step
+                compiles = config.train.compile and progress.step in (first_step, progress.changed_at)
                 with progress.booked("compile" if compiles else "device", crew.size):
                     lr, scale = learning_rate(here), scaler.get_scale()
                     x, targets = next(training)
@@ -151,8 +152,8 @@ def train(begun: Begun) -> dict[str, Any]:
                     updated = math.isfinite(loss) and math.isfinite(norm)
                     rescaling = math.isfinite(loss) and SMALLEST_SCALE < scaler.get_scale() < scale
                     if not updated and not rescaling:
-                        first_image = progress.step * config.train.batch_size
-                        raise not_finite(model, x, autocast, first_image, progress.step, loss, norm)
+                        image = progress.step * config.train.batch_size
+                        raise not_finite(model, x, autocast, image, progress.step, loss, norm)
                     _adjust(adjusting, crew, updated=updated)
                     if updated and average is not None:
                         average.update(model)
@@ -162,9 +163,10 @@ def train(begun: Begun) -> dict[str, Any]:
                 progress.compiled_steps += compiles
                 progress.add_loss(loss, aux_loss)
                 first_steps.add()
+                if pruning is not None and pruning.open(progress):
+                    _let_go(step, recording, pruning, x)
                 now = budget.position(progress)
-                timed = progress.step - progress.compiled_steps
-                images_per_s = timed * config.train.batch_size / max(progress.seconds["device"], 1e-9)
+                images_per_s = progress.images_per_s(config.train.batch_size)
                 screen.step(now / budget.total, loss, lr, images_per_s)
                 if budget.passed(progress.logged, now, config.train.log_every):
                     beside = {"lr": lr, "grad_norm": norm if updated else None, "images_per_s": images_per_s}
@@ -183,7 +185,7 @@ def train(begun: Begun) -> dict[str, Any]:
         except torch.OutOfMemoryError as error:
             raise out_of_memory(error, progress.step, config.train, cost.whole_batches) from error
     result = summary.result_row(setup, run.folder, progress, test, recording.card["model"]["router"], looks.moe_blocks)
-    recording.finish(result)
+    recording.finish(result := result | served(config.model, model, cost))
     summary.close(screen, result, run.folder, config.model)
     return result
 
@@ -221,6 +223,7 @@ class Step:
     config: Config
     crew: Crew = ALONE
     landed: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
+    pruning: Pruning | None = None
 
 
 def update(step: Step, x: Tensor, targets: Tensor, lr: float) -> tuple[float, float, float]:
@@ -243,6 +246,8 @@ def update(step: Step, x: Tensor, targets: Tensor, lr: float) -> tuple[float, fl
                 for routing in step.seen:  # now: recomputation will call the routers again
                     if routing.landed is not None:
                         step.landed.add_(routing.landed)
+                if step.pruning is not None:
+                    step.pruning.see(step.seen)
                 with full_precision(x):
                     loss = classification_loss(logits, part_targets, config.train.loss) * share.of_images / parts
                     aux = sum((routing.aux_loss for routing in step.seen), loss.new_zeros(())) * share.of_groups / parts
@@ -264,6 +269,31 @@ def update(step: Step, x: Tensor, targets: Tensor, lr: float) -> tuple[float, fl
             optimizer.zero_grad(set_to_none=True)  # now, so that looks and checkpoints can use their memory
         scaler.update()
     return main, aux_loss, norm_value
+
+
+def _let_go(step: Step, recording: Recording, pruning: Pruning, x: Tensor) -> None:
+    """Adds up what an update has measured of the experts and, where a window ends, lets some go. Writes down which,
+    how far that changes outputs on the update's images, and what an image costs from now on."""
+    progress, trained, crew = recording.progress, recording.trained, step.crew
+    pruning.add(crew)
+    decisions = pruning.decide(progress)
+    changed = 0.0
+    if any(decision.goes for decision in decisions.values()):
+        with progress.booked("eval"):
+            before = _logits(step, x)
+            trained.leave(decisions)
+            changed = crew.largest_of_all((_logits(step, x) - before).abs().max().item())
+        progress.phases.append([progress.step, *pruning.cost().phase])
+    recording.decide(changed, decisions)
+
+
+@torch.no_grad()
+def _logits(step: Step, x: Tensor) -> Tensor:
+    step.model.eval()
+    with step.autocast:
+        logits: Tensor = step.model(x).float()
+    step.model.train()
+    return logits
 
 
 def _adjusting(model: VisionTransformer) -> list[Decider]:

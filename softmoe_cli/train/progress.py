@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from softmoe_cli.config.run import Config
 from softmoe_cli.optim import span_length
@@ -23,6 +24,10 @@ class Progress:
     energy_j: float | None = 0.0
     landed: int = 0
     """Rows of experts that held a token in training (`Decided.landed`); of all layers and processes."""
+    window: int = 0
+    """Windows of pruning that have ended."""
+    phases: list[list[float]] = field(default_factory=list)
+    """What an image costs from which step on, where pruning has changed it: [step, `Cost.phase`...]."""
     loss_sum: float = 0.0
     aux_sum: float = 0.0
     loss_steps: int = 0
@@ -36,6 +41,23 @@ class Progress:
     def used(self, energy: float | None) -> None:
         """Adds joules; None, where nobody has measured them, leaves the sum unknown."""
         self.energy_j = None if energy is None or self.energy_j is None else self.energy_j + energy
+
+    def images_per_s(self, batch: int) -> float:
+        """Of the updates that were not compiling."""
+        return (self.step - self.compiled_steps) * batch / max(self.seconds["device"], 1e-9)
+
+    def over_phases(self, batch: int, at_first: float, place: int) -> float:
+        """The sum over all training images of what each took: `at_first`, and in later phases the number at `place`
+        of `Cost.phase`."""
+        starts = [0, *(int(phase[0]) for phase in self.phases), self.step]
+        each = [at_first, *(phase[1 + place] for phase in self.phases)]
+        spans = [end - start for start, end in pairwise(starts)]
+        return sum(span * batch * number for span, number in zip(spans, each, strict=True))
+
+    @property
+    def changed_at(self) -> int:
+        """The step at which pruning changed the model last; 0 where it did not."""
+        return int(self.phases[-1][0]) if self.phases else 0
 
     @property
     def spent(self) -> dict[str, float]:

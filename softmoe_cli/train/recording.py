@@ -1,7 +1,7 @@
 """What a run writes down on its way: rows and checkpoints in its folder, and the rows on Weights & Biases."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import InitVar, asdict, dataclass, field
+from dataclasses import asdict, dataclass, field
 from types import TracebackType
 from typing import Any
 
@@ -9,11 +9,12 @@ from torch import Tensor
 
 from softmoe_cli.device import Energy
 from softmoe_cli.model.vit import portable
-from softmoe_cli.run import mirror
+from softmoe_cli.run import mirror, rows
 from softmoe_cli.run.folder import Run
 from softmoe_cli.run.identity import flat_science, origin
 from softmoe_cli.run.mirror import Mirror
 from softmoe_cli.train.progress import Progress
+from softmoe_cli.train.pruning import Decision
 from softmoe_cli.train.resume import Trained
 from softmoe_cli.train.setup import Setup
 from softmoe_cli.train.summary import wandb_settings
@@ -29,12 +30,12 @@ class Recording:
     trained: Trained
     landed: Tensor
     """What this process has to add to `Progress.landed`, int64, on the device; read where something is written down."""
-    say: InitVar[Callable[[str], None]]
+    say: Callable[[str], None]
     """Prints a sentence."""
     card: dict[str, Any] = field(init=False)
     """What a weights file says of its model, whatever the step."""
 
-    def __post_init__(self, say: Callable[[str], None]) -> None:
+    def __post_init__(self) -> None:
         config, writes = self.setup.config, self.setup.crew.first
         self.card = {
             "model": portable(config.model, self.trained.model),
@@ -42,6 +43,7 @@ class Recording:
             "classes": self.setup.splits.classes,
             "loss": config.train.loss,
             "precision": config.train.precision,
+            **({} if self.trained.delta is None else {"base": self.trained.delta.base}),
         }
         science = flat_science(config) | {"data.identity": self.setup.images_digest}
         self._origin = origin(self.setup.command, science, self.setup.source)
@@ -51,7 +53,7 @@ class Recording:
             wandb_settings(self.setup, self.run.folder),
             self.run.folder,
             self.run.rows("metrics.jsonl") if writes else [],
-            say,
+            self.say,
         )
 
     def row(self, split: str, values: Mapping[str, float | None]) -> dict[str, Any]:
@@ -60,10 +62,29 @@ class Recording:
         images = progress.step * self.setup.config.train.batch_size
         row = {"step": progress.step, "images": images, "epoch": images / len(self.setup.splits.train), "split": split}
         self._book()
-        row |= {**values, **self.setup.pflop(progress), **progress.spent}
+        row |= {**values, **self._experts_left(), **self.setup.pflop(progress), **progress.spent}
         self.run.append("metrics.jsonl", row)
         self._mirror.row(row)
         return row
+
+    def decide(self, changed: float, decisions: dict[int, Decision]) -> None:
+        """Writes down which experts go after this step. `changed`: the largest change of a logit on its images."""
+        for block, decision in decisions.items():
+            row = {"step": self.progress.step, "block": block, **decision.row(), "logit_change_max": changed}
+            self.run.append("routing.jsonl", row)
+            if decision.goes:
+                gone = f"{len(decision.goes)} of {len(decision.left)} experts go ({', '.join(map(str, decision.goes))})"
+                self.say(f"step {self.progress.step:,}, block {block}: {gone}: {decision.why}")
+
+    def _experts_left(self) -> dict[str, float]:
+        """What is left, and what the model would cost if it were served like that, where experts may go."""
+        if self.trained.pruning is None:
+            return {}
+        left = {
+            rows.EXPERTS_LEFT.format(block): len(layer.left) for block, layer in self.trained.pruning.layers.items()
+        }
+        flop = self.progress.phases[-1][-1] if self.progress.phases else self.setup.cost.forward_flop
+        return left | {"forward_gflop": flop / 1e9}
 
     def save(self, kind: str, *, end: bool = False) -> None:
         """Writes a checkpoint: `last`, to go on from, or `best`, weights only."""
@@ -83,7 +104,7 @@ class Recording:
                 self.trained.weights(),
                 {} if kind == "best" else self.trained.tensors(),
                 self.trained.state(progress),
-                self.card | {"origin": f"{self._origin}-{at}", "train_pflop": self.setup.pflop_in_all(progress.step)},
+                self.card | {"origin": f"{self._origin}-{at}", "train_pflop": self.setup.pflop_in_all(progress)},
                 end=end,
             )
 

@@ -11,25 +11,32 @@ from torch import Tensor, nn
 
 from softmoe_cli.config.run import Config
 from softmoe_cli.errors import UsageError
+from softmoe_cli.model.adapted import trained_names
 from softmoe_cli.model.weights import LoadReport, load_weights, patterns
 from softmoe_cli.moe.kind import Layer
 from softmoe_cli.optim import restore, state_of
 from softmoe_cli.parallel import Average, Crew, part_of
 from softmoe_cli.run.checkpoint import Checkpoint, random_state, set_random_state
+from softmoe_cli.run.delta import Delta
 from softmoe_cli.run.folder import Run
 from softmoe_cli.run.source import Source, read_moments
 from softmoe_cli.terminal import Screen
 from softmoe_cli.train.progress import Progress
+from softmoe_cli.train.pruning import Decision, Pruning
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What training changes. `average` is the average of the weights, if there is one."""
+    """What training changes. `average` is the average of the weights, if there is one; `delta`, of a model with
+    adapters, what checkpoints hold of its weights."""
 
     model: VisionTransformer
     average: Average | None
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    pruning: Pruning | None = None
+    """Which experts go, if some do."""
+    delta: Delta | None = None
 
     @property
     def evaluated(self) -> nn.Module:
@@ -37,19 +44,29 @@ class Trained:
         return self.model if self.average is None else self.average.module
 
     def weights(self) -> dict[str, Tensor]:
-        """The weights of the model that is evaluated."""
-        return {key: value.contiguous() for key, value in self.evaluated.state_dict().items()}
+        """The weights of the model that is evaluated, as far as checkpoints hold them."""
+        return {key: value.contiguous() for key, value in self._held(self.evaluated).items()}
+
+    def _held(self, model: nn.Module) -> dict[str, Tensor]:
+        held = None if self.delta is None else self.delta.names
+        return {key: value for key, value in model.state_dict().items() if held is None or key in held}
 
     def tensors(self) -> dict[str, Tensor]:
         """What resuming needs beside `weights`: optimizer moments by parameter name, random states, and the weights
         that are trained where an average of them is what is evaluated."""
         tensors = random_state()
         if self.average is not None:
-            tensors |= {f"weights.{key}": value for key, value in self.model.state_dict().items()}
+            tensors |= {f"weights.{key}": value for key, value in self._held(self.model).items()}
         for name, parameter in self.model.named_parameters():
             for key, value in state_of(self.optimizer, parameter).items():
                 tensors[f"optimizer.{name}.{key}"] = value
-        return tensors
+        return tensors | ({} if self.pruning is None else self.pruning.tensors())
+
+    def leave(self, decisions: dict[int, Decision]) -> None:
+        """Lets experts go, of the model and of its average."""
+        for model in (self.model, self.evaluated) if self.average is not None else (self.model,):
+            for place, decision in decisions.items():
+                model.get_submodule(f"blocks.{place}.mlp").leave(decision.stay)
 
     def state(self, progress: Progress) -> dict[str, Any]:
         """The plain numbers of a checkpoint."""
@@ -58,15 +75,27 @@ class Trained:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Puts everything back as the checkpoint has it, random states included."""
         raw = {k.removeprefix("weights."): v for k, v in checkpoint.training.items() if k.startswith("weights.")}
-        _restore_weights(self.model, raw or checkpoint.weights)
+        self._restore_weights(self.model, raw or checkpoint.weights)
         if self.average is not None:
-            _restore_weights(self.average.module, checkpoint.weights)
+            self._restore_weights(self.average.module, checkpoint.weights)
         for name, parameter in self.model.named_parameters():
             prefix = f"optimizer.{name}."
             moments = {k.removeprefix(prefix): v for k, v in checkpoint.training.items() if k.startswith(prefix)}
             restore(self.optimizer, parameter, moments)
         self.scaler.load_state_dict(checkpoint.state["scaler"])
+        if self.pruning is not None:
+            self.pruning.restore(checkpoint.training)
         set_random_state(checkpoint.training)
+
+    def _restore_weights(self, model: nn.Module, saved: dict[str, Tensor]) -> None:
+        """All that checkpoints do not hold is as the source has it, and was loaded from there."""
+        own = self._held(model)
+        odd = own.keys() ^ saved.keys() or {key for key in own if own[key].shape != saved[key].shape}
+        if odd:
+            raise UsageError(
+                f"the checkpoint to go on from is of another model ({min(odd)}); remove it to go on from the one before"
+            )
+        model.load_state_dict({key: part_of(value, own[key]) for key, value in saved.items()}, strict=not self.delta)
 
 
 def resume(run: Run, trained: Trained, screen: Screen, crew: Crew) -> Progress:
@@ -97,16 +126,6 @@ def _progress(checkpoint: Checkpoint) -> Progress:
     return Progress(**{key: checkpoint.state[key] for key in keys})
 
 
-def _restore_weights(model: nn.Module, whole: dict[str, Tensor]) -> None:
-    own = model.state_dict()
-    odd = own.keys() ^ whole.keys() or {key for key in own if own[key].shape != whole[key].shape}
-    if odd:
-        raise UsageError(
-            f"the checkpoint to go on from is of another model ({min(odd)}); remove it to go on from the one before"
-        )
-    model.load_state_dict({key: part_of(value, own[key]) for key, value in whole.items()})
-
-
 def load_source(
     model: VisionTransformer, source: Source, config: Config, classes: list[str], screen: Screen
 ) -> LoadReport:
@@ -128,7 +147,7 @@ def load_source(
         "from": source.label,
         "loaded": f"{len(report.loaded)} tensors in {', '.join(parts) or 'nothing'}",
         "resized": ", ".join(report.resized) or "none",
-        "new": ", ".join(report.new) or "none",
+        "new": ", ".join(patterns(report.new)) or "none",
         "unexpected": ", ".join(report.unexpected) or "none",
     }
     if slots:
@@ -139,6 +158,13 @@ def load_source(
         rows["slots"] = f"{', '.join(str(p or 'any') for p in slots)} per expert{where}"
     screen.table("weights", rows)
     return report
+
+
+def delta_of(model: VisionTransformer, source: Source | None, config: Config, report: LoadReport) -> Delta | None:
+    """What checkpoints of a run with adapters hold; None of any other run: they hold everything."""
+    if source is None or config.model.adapter.name == "none":
+        return None
+    return Delta.of(source, model.state_dict(), trained_names(model), set(report.loaded))
 
 
 def carry_moments(

@@ -83,17 +83,20 @@ class Setup:
     def num_classes(self) -> int:
         return sets.num_classes(self.config.data, self.splits)
 
-    def train_pflop(self, step: int) -> float:
-        """The cost of this run's training up to a step."""
-        return step * self.config.train.batch_size * self.cost.train_flop / 1e15
+    def train_pflop(self, progress: Progress) -> float:
+        """The cost of this run's training so far."""
+        return progress.over_phases(self.config.train.batch_size, self.cost.train_flop, 0) / 1e15
 
     def pflop(self, progress: Progress) -> dict[str, float]:
         """The cost of this run's training so far as rows have it: by formula, and without the rows of experts that held
         no token; the latter is unknown where frozen parameters take a part of the experts' cost away."""
-        images, cost = progress.step * self.config.train.batch_size, self.cost
-        row = {"train_pflop": self.train_pflop(progress.step)}
-        if cost.landed_row_flop is None or cost.counted_train_flop is None:
-            row["landed_pflop"] = cost.landed_train_flop(images, progress.landed) / 1e15
+        cost = self.cost
+        row = {"train_pflop": self.train_pflop(progress)}
+        if cost.landed_row_flop is None:
+            row["landed_pflop"] = row["train_pflop"]
+        elif cost.counted_train_flop is None:
+            rest = progress.over_phases(self.config.train.batch_size, cost.rest_train_flop, 1)
+            row["landed_pflop"] = (rest + progress.landed * cost.landed_row_flop) / 1e15
         return row
 
     def landed(self, progress: Progress) -> dict[str, float]:
@@ -102,19 +105,19 @@ class Setup:
         choices, nominal = self.cost.choices, self.cost.nominal_share
         if choices is None or nominal is None:
             return {}
-        made = progress.step * self.config.train.batch_size * choices
+        made = progress.over_phases(self.config.train.batch_size, choices, 2)
         return {"landed_share": progress.landed / max(1, made), "nominal_share": nominal}
 
-    def pflop_in_all(self, step: int) -> float | None:
+    def pflop_in_all(self, progress: Progress) -> float | None:
         """The same with the training of the weights that it began with; None where their file does not say."""
         before = self.source.train_pflop if self.source else 0.0
-        return None if before is None else before + self.train_pflop(step)
+        return None if before is None else before + self.train_pflop(progress)
 
 
 def require_batches(config: Config, cost: Cost) -> None:
     """Raises UsageError for batches that the model's routers do not take."""
     check_parts(config, cost.whole_batches)
-    check_evaluated("train.eval_batch_size", config.train.eval_batch_size, config.model.router)
+    check_evaluated("train.eval_batch_size", config.train.eval_batch_size, config.model)
 
 
 def images_identity(settings: Data, crew: Crew) -> str | None:

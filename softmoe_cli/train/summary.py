@@ -34,17 +34,22 @@ def header(setup: Setup, folder: Path) -> dict[str, str]:
     m, t = config.model, config.train
     router = m.router_name
     if router != "dense":
-        options = ", ".join(f"{k}={v}" for k, v in m.router.items() if k != "_target_" and v is not None)
         slots = "all experts" if cost.slots_per_token is None else f"{cost.slots_per_token:.2f} slots"
-        router += f" ({options}) in blocks {m.moe_blocks}; {slots} per token"
+        alone = [f"{_routed(each)} in block {block}" for block, each in m.blocks.items()]
+        rest = [block for block in m.moe_blocks if str(block) not in m.blocks]
+        router = ", ".join([f"{_routed(m.router)} in blocks {rest}", *alone]) + f"; {slots} per token"
     sizes = f"{len(images.train):,} train / {len(images.validation):,} validation / {len(images.test):,} test"
     parts = f" in {t.accumulate} parts" if t.accumulate > 1 else ""
     compiled = ", compiled" if t.compile else ""
-    frozen = f", {si(cost.frozen_params)} frozen" if cost.frozen_params else ""
+    frozen = ""
+    if cost.frozen_params:
+        trained = f"{si(cost.trained_params)} trained, {si(cost.trained_body_params)} without the head"
+        frozen = f", {si(cost.frozen_params)} frozen; {trained}"
     extra = {"optimizer": _optimizer(config), "regularised by": _regularisation(config)}
     return {
         "model": f"{m.backbone.name}, {m.image_size} px, {cost.tokens:,} tokens",
         "router": router,
+        **({} if m.adapter.name == "none" else {"adapter": _adapter(m)}),
         "parameters": f"{si(cost.params)} total, {si(cost.active_params)} active per token{frozen}",
         "cost per image": f"{flop(cost.forward_flop)} forward, {flop(cost.train_flop)} training",
         "data": f"{config.data.name}: {sizes} images, {len(images.classes)} classes",
@@ -55,6 +60,21 @@ def header(setup: Setup, folder: Path) -> dict[str, str]:
         **({"processes": crew.describe(config)} if crew.size > 1 else {}),
         "folder": str(folder),
     }
+
+
+def _routed(router: dict[str, Any]) -> str:
+    """`soft (num_experts=8, slots_per_expert=1)`"""
+    options = ", ".join(f"{k}={v}" for k, v in router.items() if k != "_target_" and v is not None)
+    return f"{router['_target_'].split('.')[-2]} ({options})"
+
+
+def _adapter(model: Model) -> str:
+    """The adapter with its options, and what is trained beside it."""
+    a = model.adapter
+    options = ", ".join(f"{k}={v}" for k, v in asdict(a).items() if k not in ("name", "location") and v is not None)
+    where = {None: "queries and values", "attn": "attention", "mlp": "the MLP", "both": "attention and the MLP"}
+    norms = "" if a.location is None else "the norms before it, " if a.location != "both" else "the norms before them, "
+    return f"{a.name} ({options}) beside {where[a.location]} of every block; with it {norms}the last norm and the head"
 
 
 def _hardware(setup: Setup) -> str:
@@ -156,6 +176,7 @@ def result_row(
         "data": config.data.name,
         "train_images": len(images.train),
         "test_images": test["images_evaluated"],
+        "test_is_cut": images.test_is_cut,
         "classes": len(images.classes),
         "chance_pct": _commonest_pct(images.test),
         "top1_pct": test["top1_pct"],
@@ -174,7 +195,10 @@ def result_row(
         "batch_size": config.train.batch_size,
         "lr": config.optim.lr,
         "precision": config.train.precision,
+        "adapter": None if m.adapter.name == "none" else m.adapter.name,
         "params_m": cost.params / 1e6,
+        "trained_params_m": cost.trained_params / 1e6,
+        "trained_body_params_m": cost.trained_body_params / 1e6,
         "active_params_m": cost.active_params / 1e6,
         "forward_gflop": cost.forward_flop / 1e9,
         "train_gflop": cost.train_flop / 1e9,
@@ -236,12 +260,28 @@ def shown(result: dict[str, Any], folder: Path, routing: str) -> dict[str, str]:
         "validation top-1": f"{result['validation_top1_pct']:.2f}%  (best {result['best_validation_top1_pct']:.2f}% "
         f"at step {result['best_step']:,})",
         "routing": routing,
+        "experts left": _left(result),
         "trained on": f"{result['images']:,} images, {result['epochs']:.1f} epochs, {result['steps']:,} steps",
         "training cost": f"{flop(1e15 * result['train_pflop'])}, {in_words(result['device_s'])}{energy}",
         "beside it": f"evaluation {in_words(result['eval_s'])}, saving {in_words(result['save_s'])}{compilation}",
         "folder": str(folder),
     }
     return {key: value for key, value in titled.items() if value}
+
+
+def _left(result: dict[str, Any]) -> str:
+    """What is left where experts were pruned, and what softmoe prune makes of it."""
+    if not result.get("experts_left"):
+        return ""
+    told = f"{result['experts_left']} in blocks {result['moe_blocks']}"
+    if not result["served_as"]:
+        return told
+    kind = "a plain ViT (softmoe prune to=dense)" if result["served_as"] == "dense" else "a mixture (softmoe prune)"
+    parameters = f"{si(1e6 * result['served_params_m'])} parameters for {si(1e6 * result['params_m'])}"
+    return (
+        f"{told}; served as {kind}: {parameters}, "
+        f"{flop(1e9 * result['served_forward_gflop'])} for {flop(1e9 * result['forward_gflop'])} forward"
+    )
 
 
 def chance(result: dict[str, Any]) -> str:
@@ -257,8 +297,7 @@ def chance(result: dict[str, Any]) -> str:
 
 def remark(result: dict[str, Any], folder: Path, model: Model) -> str:
     """What the router says of the last look in routing.jsonl; nothing where there is no router."""
-    target = model.router["_target_"]
-    if target is None:
+    if model.router["_target_"] is None:
         return ""
     file = folder / "routing.jsonl"
     try:
@@ -267,5 +306,9 @@ def remark(result: dict[str, Any], folder: Path, model: Model) -> str:
         return ""
     except rows.Unreadable as error:
         return f"{file} {error}"
-    last = [row for row in looks if row["step"] == looks[-1]["step"]]
-    return router_class(target).remark(last, result["tokens"])
+    last = [row for row in looks if row["step"] == looks[-1]["step"] and "beside" not in row]
+    by_target: dict[str, list[dict[str, Any]]] = {}
+    for row in last:
+        by_target.setdefault(model.router_of(row["block"])["_target_"], []).append(row)
+    said = [router_class(target).remark(some, result["tokens"]) for target, some in by_target.items()]
+    return "; ".join(each for each in said if each)

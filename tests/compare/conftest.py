@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from softmoe_cli.compare.blocks import compare
-from softmoe_cli.compare.groups import Comparison, Question
+from softmoe_cli.compare.groups import Comparison
+from softmoe_cli.compare.question import Question
 from tests.synthetic import row, study, write
 
 NASTY = "</script><b>&\"'|`*_x_* ~^#$%{}\\ é [l](u) $\\alpha$"

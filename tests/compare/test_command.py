@@ -16,7 +16,8 @@ import pytest
 from softmoe_cli.compare import command as compare_command
 from softmoe_cli.compare.blocks import compare
 from softmoe_cli.compare.command import PAPER, _reference, _settings
-from softmoe_cli.compare.groups import Comparison, Question
+from softmoe_cli.compare.groups import Comparison
+from softmoe_cli.compare.question import Question
 from softmoe_cli.compare.styles import reference_points
 from softmoe_cli.compare.tables import markdown, terminal
 from softmoe_cli.errors import UsageError

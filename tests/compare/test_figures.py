@@ -5,7 +5,8 @@ from typing import Any
 
 from softmoe_cli.compare.blocks import compare
 from softmoe_cli.compare.figures import figure_files
-from softmoe_cli.compare.groups import Comparison, Question
+from softmoe_cli.compare.groups import Comparison
+from softmoe_cli.compare.question import Question
 from tests.synthetic import row, write
 
 

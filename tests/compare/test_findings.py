@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from softmoe_cli.compare.findings import best, closing, power_line
+from softmoe_cli.compare.findings import best, closing, power_line, sentences
+from softmoe_cli.compare.flat import comma_separated, json_text
 from softmoe_cli.compare.groups import Comparison
 from softmoe_cli.compare.power import seeds_to_equal, seeds_to_see, visible_effect
-from softmoe_cli.compare.tables import comma_separated, json_text, latex, markdown, sentences, tables, terminal
+from softmoe_cli.compare.tables import latex, markdown, tables, terminal
 from softmoe_cli.errors import UsageError
 from tests.synthetic import asked, group, row, study, write
 

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from softmoe_cli.compare.blocks import compare
-from softmoe_cli.compare.groups import Question, natural
+from softmoe_cli.compare.groups import natural
+from softmoe_cli.compare.question import Question
 from softmoe_cli.errors import UsageError
 from softmoe_cli.run.identity import origin
 from softmoe_cli.run.source import Source
@@ -94,13 +95,13 @@ def test_quality_at_equal_cost(tmp_path: Path) -> None:
     for each in (dense, soft):
         for at in each.budgets:
             assert at.interval is not None, at.reason
-            for (seed, value), run in zip(at.values, each.runs, strict=True):
+            for (draw, value), run in zip(at.values, each.runs, strict=True):
                 rows = [look for look in looks(run.row) if look["split"] == "validation"]
                 i = next(i for i, look in enumerate(rows) if look[at.axis] >= at.budget)
                 low, high = rows[i - 1], rows[i]
                 share = (at.budget - low[at.axis]) / (high[at.axis] - low[at.axis])
                 assert value == pytest.approx(low["top1_pct"] + share * (high["top1_pct"] - low["top1_pct"]))
-                assert seed == run.row["seed"]
+                assert draw == (0, run.row["seed"])
     assert [at.axis for at in soft.budgets] == ["images"] * 2 + ["train_pflop"] * 3
     assert soft.budgets[0].verdict == "better"
     far = asked(tmp_path, at=("train_pflop=0.000001,0.00013",))

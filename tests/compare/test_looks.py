@@ -10,10 +10,12 @@ from scipy import stats
 from softmoe_cli.compare.anytime import p_zero
 from softmoe_cli.compare.blocks import compare
 from softmoe_cli.compare.command import compare_folders
-from softmoe_cli.compare.groups import Comparison, Question
+from softmoe_cli.compare.flat import flat_rows
+from softmoe_cli.compare.groups import Comparison, Group
 from softmoe_cli.compare.intervals import anytime_difference
 from softmoe_cli.compare.looks import LOOKS, read_looks, record_look
-from softmoe_cli.compare.tables import flat_rows, terminal
+from softmoe_cli.compare.question import Question
+from softmoe_cli.compare.tables import terminal
 from tests.synthetic import asked, group, row, study, write
 
 WOBBLE = (0.1, 0.4, -0.3, 0.2, -0.1, 0.3, -0.2, 0.1, 0.05, -0.4)
@@ -40,6 +42,10 @@ def looked(folder: Path, **question: float | str) -> Comparison:
     return comparison
 
 
+def seeded(of: Group) -> list[tuple[int, float]]:
+    return [(seed, value) for (_, seed), value in of.values("top1_pct")]
+
+
 def test_seeds_after_a_look_are_judged_by_the_any_time_rule(tmp_path: Path) -> None:
     """Looking again at the same runs is no reason; the verdict of the pairs is that of the rule, in their order."""
     assert group(looked(seeds(tmp_path, 0, 1, 2)), "soft").difference.method == "paired"  # type: ignore[union-attr]
@@ -47,7 +53,7 @@ def test_seeds_after_a_look_are_judged_by_the_any_time_rule(tmp_path: Path) -> N
     assert len((tmp_path / LOOKS).read_text().splitlines()) == 1, "the same look"
     comparison = looked(seeds(tmp_path, 3, 4, 5, 6))
     soft = group(comparison, "soft")
-    ours, theirs = soft.values("top1_pct"), group(comparison, "dense").values("top1_pct")
+    ours, theirs = seeded(soft), seeded(group(comparison, "dense"))
     assert soft.difference == anytime_difference(ours, theirs, range(7))
     assert soft.conditions[0] == "any-time" and soft.verdict == "better"
     assert any(
@@ -70,10 +76,10 @@ def test_seeds_keep_the_order_in_which_they_were_seen(tmp_path: Path) -> None:
     """Seeds of small numbers that come later come last, so that what an early look has said stays the beginning."""
     looked(seeds(tmp_path, 3, 7, 5))
     comparison = looked(seeds(tmp_path, 0, 4))
-    ours, theirs = (group(comparison, label).values("top1_pct") for label in ("soft", "dense"))
+    ours, theirs = (seeded(group(comparison, label)) for label in ("soft", "dense"))
     assert group(comparison, "soft").difference == anytime_difference(ours, theirs, [3, 5, 7, 0, 4])
     comparison = looked(seeds(tmp_path, 1))
-    ours, theirs = (group(comparison, label).values("top1_pct") for label in ("soft", "dense"))
+    ours, theirs = (seeded(group(comparison, label)) for label in ("soft", "dense"))
     assert group(comparison, "soft").difference == anytime_difference(ours, theirs, [3, 5, 7, 0, 4, 1])
 
 

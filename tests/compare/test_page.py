@@ -9,7 +9,7 @@ from urllib.parse import unquote
 import pytest
 
 from softmoe_cli.compare.blocks import compare
-from softmoe_cli.compare.groups import Question
+from softmoe_cli.compare.question import Question
 from tests.synthetic import row, study, write
 
 

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from softmoe_cli.compare.flat import comma_separated, json_text
 from softmoe_cli.compare.intervals import difference
 from softmoe_cli.compare.reach import Reached, first_reach, reached
-from softmoe_cli.compare.tables import comma_separated, json_text, tables, terminal
+from softmoe_cli.compare.tables import tables, terminal
 from softmoe_cli.errors import UsageError
 from tests.synthetic import LOOKS, asked, group, looks, rewrite, row, write
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from softmoe_cli.compare.blocks import compare
-from softmoe_cli.compare.groups import Question
+from softmoe_cli.compare.question import Question
 from softmoe_cli.compare.styles import styles
 from tests.synthetic import row, write
 

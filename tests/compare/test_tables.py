@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from softmoe_cli.compare.flat import comma_separated, flat_rows, json_text
 from softmoe_cli.compare.groups import Comparison
-from softmoe_cli.compare.tables import comma_separated, flat_rows, json_text, latex, markdown, tables, terminal
+from softmoe_cli.compare.tables import latex, markdown, tables, terminal
 
 
 def test_csv_reads_back_to_the_same_numbers(compared: Comparison) -> None:

@@ -24,6 +24,7 @@ from softmoe_cli.evaluate.quality import Outcomes
 from softmoe_cli.model.vit import build
 from softmoe_cli.options.compose import say_once
 from softmoe_cli.options.inherit import keep_cut
+from softmoe_cli.run.card import CARD_FORMAT
 from softmoe_cli.run.mirror import _named
 from tests import oracles
 from tests.conftest import TINY, Softmoe
@@ -43,7 +44,9 @@ def chosen(**changes: Any) -> EvaluateConfig:
         "checkpoint": "run", "soup": "uniform", "data": oracles.compose().data, "split": "test", "batch_size": 8,
         "loss": None, "precision": None, "calibration_bins": 15, "predictions": None, "confusion": None, "fewshot": [],
         "fewshot_l2": "validation", "fewshot_seed": 0, "audit": [], "audit_images": None, "format": "table",
-        "device": "cpu", "threads": None,
+        "device": "cpu", "threads": None, "contrast": None, "contrast_beta": 0.5, "contrast_alpha": 0.1,
+        "contrast_by": "validation", "contrast_gates": "trained", "contrast_draws": 3, "contrast_seed": 0,
+        "contrast_clock": False,
     }  # fmt: skip
     return EvaluateConfig(**settings | changes)
 
@@ -246,12 +249,12 @@ def four(tmp_path: Path) -> Path:
     weights = build(config.model, 4).state_dict()
     torch.nn.init.normal_(weights["head.weight"], std=3.0)
     card = {
-        "format": 1,
+        "format": CARD_FORMAT,
         "model": dataclasses.asdict(config.model),
         "data": dataclasses.asdict(config.data),
         "loss": "softmax",
     }
-    card |= {"format": 1, "precision": "fp32", "classes": list(WNIDS)}
+    card |= {"format": CARD_FORMAT, "precision": "fp32", "classes": list(WNIDS)}
     save_file(weights, tmp_path / "four.safetensors", metadata={"softmoe": json.dumps(card)})
     return tmp_path / "four.safetensors"
 
@@ -366,7 +369,7 @@ def test_files_of_many_classes_and_of_odd_names(tmp_path: Path) -> None:
         names = ["=cmd()", "\x1b[31mred", *map(str, range(classes - 2))]
         said = Outcomes(images.labels, torch.tensor([0, 2]), ones, ones, ones.bool(), 0.0, 0.0, classes)
         config = chosen(predictions=str(tmp_path / "said.csv"), confusion=str(tmp_path / "confusion.csv"))
-        evaluate_command._write(config, said, images, names)
+        evaluate_command._write(config, said, images, names, {})
         with (tmp_path / "said.csv").open(newline="") as file:
             assert [line[-1] for line in csv.reader(file)] == ["file", "x/=1+1.png", "x/ni\\xf1o.png"]
         with (tmp_path / "confusion.csv").open(newline="") as file:

@@ -18,9 +18,8 @@ import yaml
 from hydra.core.plugins import Plugins
 from omegaconf import OmegaConf
 
-from softmoe_cli import cli
-from softmoe_cli.launch import sweep
-from softmoe_cli.launch.sweep import Sweep
+from softmoe_cli.launch.sweep import Sweep, study_of
+from softmoe_cli.launch.tables import fitted
 from softmoe_cli.options.compose import admit
 from softmoe_cli.run import status
 from tests.conftest import TINY, Softmoe, thinned
@@ -261,7 +260,7 @@ STUDIES = {
 
 @pytest.mark.parametrize("words", STUDIES)
 def test_a_sweep_is_named_after_what_varies(words: tuple[str, ...]) -> None:
-    assert cli._study_of(["-m", *words]) == STUDIES[words]
+    assert study_of(["-m", *words]) == STUDIES[words]
 
 
 def test_a_dangling_link_in_a_sweep(softmoe: Softmoe, tmp_path: Path) -> None:
@@ -278,6 +277,6 @@ def test_the_table_of_a_sweep_keeps_the_quality_in_every_width(width: int) -> No
     for experts in (4, 8):
         name = f"model.router.num_experts={experts} optim.lr=0.001"
         rows.append([name, "running", "51%", "1m05s", "87.41%", "00.log"])
-    text = sweep.fitted(rows, width)
+    text = fitted(rows, width)
     assert all(len(line) <= width for line in text.splitlines()) and text.count("87.41%") == 2
     assert ("model.router.num_experts=4" in text) == (width == 200) and "=4" in text

@@ -15,7 +15,7 @@ from softmoe_cli.errors import UsageError
 from softmoe_cli.model.vit import build, portable
 from softmoe_cli.model.weights import load_weights
 from softmoe_cli.options.inherit import model_of
-from softmoe_cli.run.card import read_card
+from softmoe_cli.run.card import CARD_FORMAT, read_card
 from softmoe_cli.run.source import Source, read_source
 from tests.conftest import TINY, Softmoe
 from tests.oracles import compose
@@ -26,7 +26,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file as a run would save it."""
     config = compose(*TINY[1:])
     vit = build(config.model, 10)
-    card: dict[str, Any] = {"format": 1, "model": portable(config.model, vit), "data": asdict(config.data)}
+    card: dict[str, Any] = {"format": CARD_FORMAT, "model": portable(config.model, vit), "data": asdict(config.data)}
     card |= {"classes": sets.load(config.data).classes, "loss": "softmax", "precision": "fp32"}
     path = tmp_path_factory.mktemp("saved") / "model.safetensors"
     save_file(vit.state_dict(), path, metadata={"softmoe": json.dumps(card)})
@@ -77,8 +77,10 @@ def test_a_card_of_another_shape_is_one_sentence(key: str, value: Any, saved: Pa
 
 
 def test_a_card_of_another_format_says_which_is_read(saved: Path) -> None:
-    card = read_source(str(saved)).card | {"format": 2}
-    with pytest.raises(UsageError, match=r"is of format 2, and this version of softmoe reads format 1"):
+    card = read_source(str(saved)).card | {"format": CARD_FORMAT + 1}
+    with pytest.raises(
+        UsageError, match=rf"is of format {CARD_FORMAT + 1}, and this version of softmoe reads format {CARD_FORMAT};"
+    ):
         read_card(json.dumps(card), Path("FILE"))
 
 

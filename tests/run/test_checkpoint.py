@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from softmoe_cli.errors import UsageError
+from softmoe_cli.run.card import CARD_FORMAT
 from softmoe_cli.run.checkpoint import Checkpoint, write_checkpoint
 from softmoe_cli.train.resume import _progress
 
 STATE: dict[str, Any] = {
-    "format": 1,
+    "format": CARD_FORMAT,
     "step": 4,
     "best_step": 2,
     "sizes": {"metrics.jsonl": 0},
@@ -27,7 +28,7 @@ STATES: dict[str, Any] = {
     **{f"{key} as text": json.dumps(STATE | {key: "x"}) for key in STATE},
     "before the beginning": json.dumps(STATE | {"step": -1}),
     "a size below 0": json.dumps(STATE | {"sizes": {"x": -1}}),
-    "of another format": json.dumps(STATE | {"format": 2}),
+    "of another format": json.dumps(STATE | {"format": CARD_FORMAT + 1}),
 }  # fmt: skip
 
 

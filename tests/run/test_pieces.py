@@ -18,6 +18,7 @@ from torch import Tensor
 from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.parallel import Crew
 from softmoe_cli.run import pieces as run_pieces
+from softmoe_cli.run.card import card_text
 from softmoe_cli.run.checkpoint import Checkpoint, damage, seal
 from softmoe_cli.run.folder import Run
 from softmoe_cli.run.pieces import Piece, file_of, whole_of, whole_tensors, write_pieces
@@ -181,7 +182,7 @@ def test_pieces_become_one_checkpoint_when_all_are_there(tmp_path: Path, monkeyp
     monkeypatch.undo()
     assert [path.name for path in run.checkpoints.folder.iterdir()] == ["last-00000005"]
     assert save_together(tmp_path, 7, end=True) == ["", "", ""]
-    save_file(WHOLE, tmp_path / "alone.safetensors", metadata={"softmoe": '{"format": 1, "a": [1, 0.1]}'})
+    save_file(WHOLE, tmp_path / "alone.safetensors", metadata={"softmoe": card_text({"a": [1, 0.1]})})
     going_on, _ = Run(tmp_path / "copy").checkpoints.newest()
     assert going_on is not None
     for path in (newest, run.checkpoints.folder / "last-00000007", going_on):

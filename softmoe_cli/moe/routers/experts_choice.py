@@ -5,14 +5,16 @@ for each token, each expert takes the tokens with the largest gates for it, and 
 option says so.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from softmoe_cli.moe.kind import Weak
 from softmoe_cli.moe.routing import Router, SparseRouting, full_precision, slots_of
 from softmoe_cli.moe.sparse import Gate, grouped_tokens, room_for
+from softmoe_cli.moe.weak import WeakChoice
 
 
 def choose_tokens(gates: Float[Tensor, "g s e"], keep: Bool[Tensor, "g s"], slots: int) -> Int[Tensor, "g e p"]:
@@ -64,6 +66,7 @@ class ExpertsChoiceRouter(Router):
     counts_landed = True
     decays = ("gate.kernel",)
     expert_axes: ClassVar[dict[str, int]] = {"gate.kernel": 1}
+    unprunable = None
     official = "ec_layer"
 
     def __init__(
@@ -91,6 +94,7 @@ class ExpertsChoiceRouter(Router):
                 f"an expert has {slots} slots, but a group has {group} tokens to choose from; lower capacity_factor, "
                 "slots_per_expert or capacity_multiple, or raise num_experts"
             )
+        self._whole = num_experts, slots
         self.num_experts, self.images_per_group = num_experts, images_per_group
         self.slots_per_expert: int = slots
         self.group, self.renormalise = group, renormalise
@@ -105,7 +109,7 @@ class ExpertsChoiceRouter(Router):
 
     def flop(self, num_tokens: int) -> int:
         """The gate: one product of n, d and e."""
-        return 2 * num_tokens * self.gate.kernel.numel()
+        return 2 * num_tokens * len(self.gate.kernel) * self.num_experts
 
     def departs_from_mlp(self, num_tokens: int, parts: int) -> str | None:
         if self.slots_per_expert == self.group:
@@ -117,6 +121,31 @@ class ExpertsChoiceRouter(Router):
 
     def capacity_factor(self, slots: int, num_tokens: int) -> float:
         return slots * self.num_experts / (self.images_per_group * num_tokens)
+
+    def leave(self, left: Int[Tensor, " z"] | None, *, balance: bool) -> None:
+        """Those that are left take as many tokens as all took before, rounded up; one that is left takes all."""
+        e, slots = self._whole
+        z = self.num_experts = e if left is None else len(left)
+        self.slots_per_expert = self.group if z == 1 < e else min(self.group, -(-slots * e // z))
+        self.gate.left = left
+
+    def options_left(self) -> dict[str, Any]:
+        return {
+            "num_experts": self.num_experts,
+            "slots_per_expert": self.slots_per_expert,
+            "capacity_factor": None,
+            "noise_std": self.gate.std * self.num_experts,
+        }
+
+    def weak_limits(self) -> dict[str, int]:
+        return {"rank": self.num_experts, "random": 1, "skip": 0}
+
+    def weaker(self, how: Weak, given: Int[Tensor, "*some"] | None) -> WeakChoice:
+        """By the token's own gates: here tokens choose, and not experts."""
+        return WeakChoice(
+            how, self.gate, None, num_experts=self.num_experts, renormalise=self.renormalise, shared_experts=0,
+            drawn=given,
+        )  # fmt: skip
 
     def forward(self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None = None) -> SparseRouting:
         b, n, _ = x.shape

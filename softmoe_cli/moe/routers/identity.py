@@ -22,6 +22,7 @@ class IdentityRouter(Router):
         ValueError: more experts than tokens: some would never see one.
     """
 
+    unprunable = "a token's expert is chosen by its place, so that each expert sees as many as the next"
     exempt: Mapping[str, str] = {"token permutation": "a token's place is what its expert is chosen by"}
     counts_landed = True
 
@@ -46,6 +47,11 @@ class IdentityRouter(Router):
 
     def departs_from_mlp(self, num_tokens: int, parts: int) -> str | None:
         return None if parts == 1 else "a token meets one part of the MLP only; set model.expert_width=null"
+
+    weak_note = "has nothing that could be routed otherwise: a token's place decides"
+
+    def weak_limits(self) -> dict[str, int]:
+        return {}
 
     def forward(self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None = None) -> SparseRouting:
         b, n, _ = x.shape

@@ -11,10 +11,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from softmoe_cli.moe.kind import Weak
 from softmoe_cli.moe.routing import DenseRouting, Router, full_precision, mixtures_depart, noise_like, slots_of
+from softmoe_cli.moe.weak import WeakMixture, narrowed
 
 EPS = 1e-6
 UNIFORM = 1.5
@@ -111,6 +113,10 @@ class SoftRouter(Router):
     expert_axes: ClassVar[dict[str, int]] = {"phi": 1}
     slot_axes: ClassVar[dict[str, int]] = {"phi": 2}
     official: ClassVar[str | None] = "soft_layer"
+    unprunable: str | None = None
+    measures = ("alpha_score",)
+    left: Tensor | None
+    """The experts that are left, where some were pruned."""
 
     def __init__(
         self,
@@ -130,6 +136,7 @@ class SoftRouter(Router):
         self.slots_per_expert: int = slots
         self.noise_std = noise_std
         self.phi = nn.Parameter(torch.empty(dim, num_experts, slots))
+        self.register_buffer("left", None, persistent=False)
         self.scale = nn.Parameter(torch.ones(()))
         self.reset_parameters()
 
@@ -149,17 +156,47 @@ class SoftRouter(Router):
 
     def flop(self, num_tokens: int) -> int:
         """Logits, dispatch and combine: three products of n, e p and d."""
-        return 3 * 2 * num_tokens * self.phi.numel()
+        return 3 * self.combine_flop(num_tokens)
 
     def combine_flop(self, num_tokens: int) -> int:
-        return 2 * num_tokens * self.phi.numel()
+        return 2 * num_tokens * len(self.phi) * self.num_experts * self.slots_per_expert
+
+    def _phi(self) -> Float[Tensor, "d z p"]:
+        return self.phi if self.left is None else self.phi.index_select(1, self.left)
+
+    def leave(self, left: Int[Tensor, " z"] | None, *, balance: bool) -> None:
+        """The slots of experts that go leave both softmaxes."""
+        self.num_experts, self.left = self.phi.shape[1] if left is None else len(left), left
+
+    def options_left(self) -> dict[str, Any]:
+        return {
+            "num_experts": self.num_experts, "slots_per_expert": self.slots_per_expert, "capacity_factor": None
+        }  # fmt: skip
 
     def departs_from_mlp(self, num_tokens: int, parts: int) -> str | None:
         return mixtures_depart(num_tokens)
 
+    def logits(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n e p"]:
+        """Of each token and slot, in the parameters' precision."""
+        return soft_logits(x, self._phi(), self.scale)
+
+    weak_note = "has no unchosen experts"
+
+    def weak_limits(self) -> dict[str, int]:
+        slots = {"slot_rank": self.num_experts * self.slots_per_expert}
+        return ({"drop": self.num_experts - 1} if self.num_experts > 1 else {}) | slots | {"flat": 0, "skip": 0}
+
+    def weaker(self, how: Weak, given: Int[Tensor, "*some"] | None) -> Router:
+        if how.kind != "drop":
+            return WeakMixture(how, self)
+        assert given is not None
+        fewer = narrowed(self, given)
+        fewer.num_experts = len(given)
+        return fewer
+
     def forward(self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None = None) -> DenseRouting:
         with full_precision(x):
-            logits = soft_logits(x.to(self.phi.dtype), self.phi, self.scale)
+            logits = self.logits(x.to(self.phi.dtype))
             if self.training and self.noise_std > 0:
                 logits = logits + self.noise_std * noise_like(logits)
             return DenseRouting(*soft_weights(logits, keep), logits.new_zeros(()))
@@ -167,7 +204,10 @@ class SoftRouter(Router):
     @torch.no_grad()
     def statistics(self) -> dict[str, float]:
         """The scale, and how alike the slots' parameters are: cosines of all pairs."""
-        return {"scale": self.scale.item()} | cosines(l2_normalize(self.phi, dim=0).flatten(1).T)
+        return {"scale": self.scale.item()} | self.slot_statistics()
+
+    def slot_statistics(self) -> dict[str, float]:
+        return cosines(l2_normalize(self._phi(), dim=0).flatten(1).T)
 
     @classmethod
     def remark(cls, layers: Sequence[Mapping[str, Any]], num_tokens: int) -> str:

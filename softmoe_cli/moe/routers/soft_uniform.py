@@ -16,10 +16,16 @@ class SoftUniformRouter(SoftRouter):
 
     exempt: Mapping[str, str] = {"official numbers": "no code of it was released"}
     official = None
+    unprunable = "every token gets the mean of all slots, so that no expert has more of it than another"
 
     def train_flop(self, num_tokens: int) -> int:
         """No gradient goes to the combine weights."""
         return super().train_flop(num_tokens) - self.combine_flop(num_tokens)
+
+    weak_note = "gives each token the mean of all slots, none of which comes before another"
+
+    def weak_limits(self) -> dict[str, int]:
+        return {"skip": 0}
 
     def forward(self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None = None) -> DenseRouting:
         routing = super().forward(x, keep)

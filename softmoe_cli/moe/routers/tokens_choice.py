@@ -11,18 +11,22 @@ from typing import Any, ClassVar
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from softmoe_cli.moe.kind import Weak
 from softmoe_cli.moe.routing import Router, SparseRouting, full_precision, slots_of
 from softmoe_cli.moe.sparse import (
     Balanced,
     Gate,
     check_choice,
+    choice_limits,
     choose,
     gates_depart,
     grouped_tokens,
     place,
     renormalised,
     room_for,
+    slots_left,
 )
+from softmoe_cli.moe.weak import WeakChoice
 
 
 class TokensChoiceRouter(Router):
@@ -56,7 +60,8 @@ class TokensChoiceRouter(Router):
     exempt: Mapping[str, str] = {"token permutation": "slots are given out in the order of the tokens"}
     counts_landed = True
     decays = ("gate.kernel",)
-    expert_axes: ClassVar[dict[str, int]] = {"gate.kernel": 1}
+    expert_axes: ClassVar[dict[str, int]] = {"gate.kernel": 1, "balance.bias": 0}
+    unprunable = None
     of_one_expert: ClassVar[dict[str, Any]] = {"k": 1, "shared_experts": 0}
     official = "tc_layer"
 
@@ -87,7 +92,9 @@ class TokensChoiceRouter(Router):
             slots_per_expert, capacity_factor, images_per_group * num_tokens * k, num_experts, capacity_rounding,
             capacity_multiple,
         )  # fmt: skip
+        self._whole = num_experts, k, slots
         self.num_experts, self.k, self.renormalise = num_experts, k, renormalise
+        self.group = images_per_group * num_tokens
         self.slots_per_expert: int = slots
         self.images_per_group, self.shared_experts = images_per_group, shared_experts
         if gate == "sigmoid" and not renormalise:
@@ -111,7 +118,7 @@ class TokensChoiceRouter(Router):
 
     def flop(self, num_tokens: int) -> int:
         """The gate: one product of n, d and e."""
-        return 2 * num_tokens * self.gate.kernel.numel()
+        return 2 * num_tokens * len(self.gate.kernel) * self.num_experts
 
     def departs_from_mlp(self, num_tokens: int, parts: int) -> str | None:
         reason = gates_depart(self.k, self.num_experts, self.gate.function, self.renormalise, parts)
@@ -124,6 +131,15 @@ class TokensChoiceRouter(Router):
 
     def capacity_factor(self, slots: int, num_tokens: int) -> float:
         return slots * self.num_experts / (self.images_per_group * num_tokens * self.k)
+
+    def weak_limits(self) -> dict[str, int]:
+        return choice_limits(self.num_experts, self.k)
+
+    def weaker(self, how: Weak, given: Int[Tensor, "*some"] | None) -> WeakChoice:
+        return WeakChoice(
+            how, self.gate, self.balance, num_experts=self.num_experts, renormalise=self.renormalise,
+            shared_experts=self.shared_experts, drawn=given,
+        )  # fmt: skip
 
     def priority(self, gates: Float[Tensor, "g s e"]) -> Int[Tensor, "g s"] | None:
         """The order in which tokens are served; None: as they come."""
@@ -141,6 +157,23 @@ class TokensChoiceRouter(Router):
             routing = place(weights, chosen, kept, order, self.slots_per_expert, aux_loss, (x.shape[0], x.shape[1]))
             self.balance.add_demand(routing.demand)
             return routing
+
+    def leave(self, left: Int[Tensor, " z"] | None, *, balance: bool) -> None:
+        e, k, slots = self._whole
+        self.num_experts = e if left is None else len(left)
+        self.k = min(k, self.num_experts)
+        self.slots_per_expert = slots_left(slots, e, self.num_experts, self.group)
+        self.gate.left = self.balance.left = left
+        self.balance.on = balance or left is None
+
+    def options_left(self) -> dict[str, Any]:
+        return {
+            "num_experts": self.num_experts,
+            "k": self.k,
+            "slots_per_expert": self.slots_per_expert,
+            "capacity_factor": None,
+            "noise_std": self.gate.std * self.num_experts,
+        }
 
     def counted(self) -> list[Tensor]:
         return self.balance.counted()

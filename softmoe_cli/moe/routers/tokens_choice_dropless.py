@@ -10,8 +10,20 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from softmoe_cli.moe.kind import Weak
 from softmoe_cli.moe.routing import Router, SparseRouting, full_precision
-from softmoe_cli.moe.sparse import Balanced, Gate, check_choice, choose, gates_depart, in_groups, renormalised
+from softmoe_cli.moe.sparse import (
+    Balanced,
+    Gate,
+    check_choice,
+    choice_limits,
+    choose,
+    gates_depart,
+    in_groups,
+    in_runs,
+    renormalised,
+)
+from softmoe_cli.moe.weak import WeakChoice
 
 
 class TokensChoiceDroplessRouter(Router):
@@ -38,7 +50,8 @@ class TokensChoiceDroplessRouter(Router):
     evaluates_alone = True
     counts_landed = True
     decays = ("gate.kernel",)
-    expert_axes: ClassVar[dict[str, int]] = {"gate.kernel": 1}
+    expert_axes: ClassVar[dict[str, int]] = {"gate.kernel": 1, "balance.bias": 0}
+    unprunable = None
     of_one_expert: ClassVar[dict[str, Any]] = {"k": 1, "shared_experts": 0}
 
     def __init__(
@@ -60,6 +73,7 @@ class TokensChoiceDroplessRouter(Router):
     ) -> None:
         super().__init__()
         check_choice(k, num_experts, images_per_group, shared_experts, renormalise)
+        self._whole = num_experts, k
         self.num_experts, self.k, self.shared_experts = num_experts, k, shared_experts
         self.renormalise, self.loss_images = renormalise, images_per_group
         if gate == "sigmoid" and not renormalise:
@@ -83,35 +97,53 @@ class TokensChoiceDroplessRouter(Router):
 
     def flop(self, num_tokens: int) -> int:
         """The gate: one product of n, d and e."""
-        return 2 * num_tokens * self.gate.kernel.numel()
+        return 2 * num_tokens * len(self.gate.kernel) * self.num_experts
 
     def departs_from_mlp(self, num_tokens: int, parts: int) -> str | None:
         return gates_depart(self.k, self.num_experts, self.gate.function, self.renormalise, parts)
 
+    def weak_limits(self) -> dict[str, int]:
+        return choice_limits(self.num_experts, self.k)
+
+    def weaker(self, how: Weak, given: Int[Tensor, "*some"] | None) -> WeakChoice:
+        return WeakChoice(
+            how, self.gate, self.balance, num_experts=self.num_experts, renormalise=self.renormalise,
+            shared_experts=self.shared_experts, drawn=given,
+        )  # fmt: skip
+
     def forward(self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None = None) -> SparseRouting:
-        b, n, _ = x.shape
         with full_precision(x):
-            kept = torch.ones(b, n, dtype=torch.bool, device=x.device) if keep is None else keep
-            clean, noisy = self.gate(x)
+            kept = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if keep is None else keep
+            seen, kept_seen = self.seen(x, kept)
+            clean, noisy = self.gate(seen)
             gates = self.gate.activate(noisy)
             chosen = choose(self.balance.scores(gates), self.k)
-            # Padding is computed like any token, so that the number of rows is known; its gates are zero.
             weights = renormalised(gates, chosen) if self.renormalise else gates
-            gate = (weights.gather(2, chosen) * kept[:, :, None]).flatten()
-            expert = chosen.flatten()
-            order = expert.argsort(stable=True)
-            offsets = self._count(expert, torch.ones_like(expert)).cumsum(dim=0).int()
-            demand = self._count(expert, kept[:, :, None].expand_as(chosen).flatten().long())
-            self.balance.add_demand(demand)
+            of_tokens = [each.expand(-1, x.shape[1], -1) for each in (weights.gather(2, chosen), chosen)]
+            routing = in_runs(of_tokens[0], of_tokens[1], kept, self.num_experts, gates.new_zeros(()))
+            self.balance.add_demand(routing.demand)
             same = noisy is clean
             images = self.loss_images if self.training else 1
-            clean, gates, kept = (in_groups(each, images) for each in (clean, gates, kept))
+            clean, gates, kept = (in_groups(each, images) for each in (clean, gates, kept_seen))
             noisy = clean if same else in_groups(noisy, images)
-            aux_loss = self.balance.loss(self.gate, clean, noisy, gates, kept, self.k)
-            return SparseRouting(order // self.k, gate[order], aux_loss, demand, (b, n), offsets)
+            routing.aux_loss = self.balance.loss(self.gate, clean, noisy, gates, kept, self.k)
+            return routing
 
-    def _count(self, expert: Int[Tensor, " r"], weight: Int[Tensor, " r"]) -> Int[Tensor, " e"]:
-        return expert.new_zeros(self.num_experts).scatter_add(0, expert, weight)
+    def seen(
+        self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"]
+    ) -> tuple[Float[Tensor, "b m d"], Bool[Tensor, "b m"]]:
+        """What the gate reads, one row for each decision, and which of them are of tokens and not of padding."""
+        return x, keep
+
+    def leave(self, left: Int[Tensor, " z"] | None, *, balance: bool) -> None:
+        e, k = self._whole
+        self.num_experts = e if left is None else len(left)
+        self.k = min(k, self.num_experts)
+        self.gate.left = self.balance.left = left
+        self.balance.on = balance or left is None
+
+    def options_left(self) -> dict[str, Any]:
+        return {"num_experts": self.num_experts, "k": self.k, "noise_std": self.gate.std * self.num_experts}
 
     def counted(self) -> list[Tensor]:
         return self.balance.counted()

@@ -23,6 +23,7 @@ class UniformRouter(Router):
     """
 
     needs_independent_experts = True
+    unprunable = "every expert has the same part in every token"
 
     def __init__(self, dim: int, num_tokens: int, *, num_experts: int, slots_per_expert: int) -> None:
         super().__init__()
@@ -51,6 +52,11 @@ class UniformRouter(Router):
 
     def departs_from_mlp(self, num_tokens: int, parts: int) -> str | None:
         return mixtures_depart(num_tokens)
+
+    weak_note = "gives each token the mean of all slots, none of which comes before another"
+
+    def weak_limits(self) -> dict[str, int]:
+        return {"skip": 0}
 
     def forward(self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None = None) -> DenseRouting:
         with full_precision(x):

@@ -209,6 +209,7 @@ class ZeroComputationRouter(Router):
     evaluates_alone = True
     counts_landed = True
     decays = ("gate.kernel", "residual.weight", "constants.kernel")
+    unprunable = "its layers hand their experts' logits on to each other, and its experts are of several kinds"
     expert_axes: ClassVar[dict[str, int]] = {"gate.kernel": 1, "residual.weight": 0}
     official = "zero_computation"
     of_one_expert: ClassVar[dict[str, Any]] = {
@@ -302,6 +303,8 @@ class ZeroComputationRouter(Router):
         experts, constants = sum(self.counts), self.counts[1]
         residual = 2 * experts**2 if self.residual is not None else 0
         return num_tokens * (2 * self.gate.kernel.shape[0] * (experts + 3 * constants) + residual)
+
+    weak_note = "has experts that compute nothing, so that ranks are of different kinds"
 
     def departs_from_mlp(self, num_tokens: int, parts: int) -> str | None:
         _, constant, copy, zero = self.counts

@@ -1,0 +1,1 @@
+"""Small layers that are trained beside the sublayers of a frozen backbone."""

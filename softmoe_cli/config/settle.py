@@ -1,0 +1,53 @@
+"""The options of `softmoe settle`, and those of them that `softmoe train -m` has as well."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from softmoe_cli.config.commands import FREE_KEYS
+from softmoe_cli.config.option import Section, option
+from softmoe_cli.errors import UsageError
+
+EQUALLED = ("train_pflop", "forward_gflop", "latency_ms", "params_m")
+
+
+@dataclass
+class Fairness(Section):
+    """What makes the arms of a sweep comparable before they start."""
+
+    path: ClassVar[str] = ""
+    baseline: str | None = option(
+        "the arm that others are measured against, by its name or one of its words; null: the first dense arm, else "
+        "the first arm"
+    )
+    equal: str | None = option("make every arm cost what the baseline does, before it starts", choices=EQUALLED)
+    free: str | None = option(
+        "equal: the setting that is solved for; null: train.steps for training FLOPs, slots of a router that has them "
+        "for what the layers compute, else experts",
+        choices=FREE_KEYS,
+    )
+    tolerance: float = option("equal: largest difference, as a share of the baseline's cost", above=0, high=1)
+    tune: str | None = option("the setting that is tuned for each arm, on validation images, before its first seed")
+    tune_values: list[Any] = option("tune: the values that are tried, the same for every arm")
+    tune_seeds: int = option("tune: seeds of each value; none of them is used again", low=1, high=1000)
+
+    def check(self) -> None:
+        if self.equal is None and self.free is not None:
+            raise UsageError(f"free={self.free} has no effect without equal=")
+        if self.free == "train.steps" and self.equal != "train_pflop":
+            raise UsageError(f"free=train.steps changes no {self.equal}; use equal=train_pflop")
+        if (self.tune is None) != (not self.tune_values):
+            raise UsageError("tune=KEY and tune_values=[VALUE,VALUE] go together, as tune=optim.lr")
+        if self.tune is not None and len({str(value) for value in self.tune_values}) < max(2, len(self.tune_values)):
+            raise UsageError(f"tune_values={self.tune_values}: give two values or more, each once")
+
+
+@dataclass
+class SettleConfig(Fairness):
+    """What `softmoe settle` takes beside the words of `softmoe train`."""
+
+    margin: float | None = option("a difference, in the unit of the quality, below which arms are equal", above=0)
+    quality: str = option("the main measure, which verdicts are about, as in softmoe compare --quality")
+    max_seeds: int = option("the most seeds of an arm", low=2, high=100_000)
+    hours: float | None = option("most hours of training and evaluation, of all runs together", above=0)
+    pflop: float | None = option("most training PFLOP, of all runs together", above=0)
+    format: str = option("what is printed at the end", choices=("table", "json"))

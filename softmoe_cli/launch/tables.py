@@ -1,0 +1,90 @@
+"""A sweep's jobs as tables and sentences: what they will cost, what they are doing, why they ended."""
+
+import math
+import re
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from softmoe_cli.launch.places import Attempt
+from softmoe_cli.launch.plan import Job
+from softmoe_cli.run.status import State, state
+from softmoe_cli.text import aligned, flop, in_words
+
+
+@dataclass(eq=False)
+class Entry:
+    """A job as the launcher follows it. `word` is a state that its files do not show: done before, held, over the limit
+    or stopped."""
+
+    job: Job
+    log: Path
+    word: str = ""
+    attempt: Attempt | None = None
+    slot: str = ""
+    started: float | None = None
+    first_progress: float = 0.0
+
+    @property
+    def finished(self) -> bool:
+        return (self.job.folder / "result.json").exists()
+
+    def state(self, local: bool) -> State:
+        """The job's state: as its files say, except where the launcher knows more."""
+        job_state = state(self.job.folder, self.job.run, self.log)
+        if self.attempt is not None:
+            started = local or job_state.state in ("running", "running or killed")
+            job_state = replace(job_state, state="running" if started else "queued")
+            if started and self.started is None:
+                self.started, self.first_progress = time.monotonic(), job_state.progress or 0.0
+        return replace(job_state, state=self.word) if self.word else job_state
+
+    def eta(self, progress: float | None) -> str:
+        if self.attempt is None or self.started is None or progress is None or progress <= self.first_progress:
+            return "-"
+        pace = (time.monotonic() - self.started) / (progress - self.first_progress)
+        return in_words(pace * (1 - progress))
+
+
+def fitted(rows: list[list[str]], width: int) -> str:
+    """A table with lines of at most `width` letters. What is too long is taken from the first column, a job's name: the
+    sections of its keys, then its beginning."""
+    room = width - sum(2 + max(map(len, column)) for column in [*zip(*rows, strict=True)][1:])
+    if max(len(name) for name, *_ in rows) > room:
+        short = [re.sub(r"\S*\.(?=[^\s=.]+=)", "", name) for name, *_ in rows]  # num_experts=8, without model.router.
+        cut = [name if len(name) <= room else f"…{name[len(name) - max(0, room - 1) :]}" for name in short]
+        rows = [[name, *others] for name, (_, *others) in zip(cut, rows, strict=True)]
+    return aligned(rows, markdown=False)
+
+
+def plan_table(entries: list[Entry], at_a_time: int) -> str:
+    """The jobs with what they will cost, and the sum of those that are to be done."""
+    rows = [["run", "state", "training", "peak MiB", "time", "folder"]]
+    todo = [entry for entry in entries if not entry.finished]
+    for entry in entries:
+        cost, seen = entry.job.cost, entry.state(True)
+        fits = "" if cost["peak_mib"] <= cost["free_mib"] else " (does not fit)"
+        peak = f"{cost['peak_mib']:,.1f}{fits}"
+        rows.append([seen.run, seen.state, _flop(cost["train_pflop"]), peak, _time(cost["seconds"]), seen.folder])
+    pflop = sum(entry.job.cost["train_pflop"] for entry in todo)
+    times = [entry.job.cost["seconds"] for entry in todo]
+    known = [seconds for seconds in times if not math.isnan(seconds)]
+    together = f", about {_time(sum(known) / min(at_a_time, len(known)))} with {at_a_time} at a time" if known else ""
+    unknown = len(times) - len(known)
+    beside = (
+        f"; not in it: {unknown}, as jobs are not timed that do not fit, or have several devices, frozen weights or "
+        "moments in other than fp32" if unknown else ""
+    )  # fmt: skip
+    return (
+        f"{aligned(rows, markdown=False)}\n\n{len(entries)} jobs, {len(todo)} to do: {_flop(pflop)}, "
+        f"{_time(sum(known)) if known or not todo else 'unknown'} of training and evaluation{together}; from a few "
+        f"steps timed here, saving not counted{beside}"
+    )
+
+
+def _flop(pflop: float) -> str:
+    return "unknown" if math.isnan(pflop) else flop(1e15 * pflop)
+
+
+def _time(seconds: float) -> str:
+    return "unknown" if math.isnan(seconds) else in_words(seconds)

@@ -1,0 +1,128 @@
+"""Adapters beside the sublayers of a frozen backbone: where they stand, and what is trained."""
+
+from collections.abc import Mapping
+
+import torch
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from softmoe_cli.adapters.bottleneck import Bottleneck
+from softmoe_cli.adapters.dense_moa import DenseMoA
+from softmoe_cli.adapters.kind import Adapter
+from softmoe_cli.adapters.lora import AdaptedProjection
+from softmoe_cli.adapters.soft_moa import SoftMoA
+from softmoe_cli.config.adapter import AdapterOptions
+from softmoe_cli.model.blocks import CarryingBlock
+from softmoe_cli.moe.layer import MoE
+from softmoe_cli.moe.routing import Carried
+
+NORMS = {"attn": "norm1", "mlp": "norm2"}
+"""The norm in front of each sublayer."""
+LAST = ("norm.", "fc_norm.", "head.")
+"""What is trained outside of the blocks: the final norm, wherever the model has it, and the head."""
+
+
+class AdaptedBlock(Block):
+    """timm's block, or a carrying one, with an adapter beside attention, beside the MLP, or beside both.
+
+    u = LN1(x), h = x + attention(u) + A(u), y = h + MLP(LN2(h)) + A'(LN2(h)). What an adapter returns is added outside
+    of LayerScale and stochastic depth. A `sequential` adapter reads what its sublayer adds to the tokens instead of
+    what it reads. (The official block adds what stands beside attention twice, to h and to y; its figure does not.)
+
+    Args:
+        block: whose parts it takes over, under their names.
+        adapters: by the sublayer's name.
+    """
+
+    def __init__(self, block: Block, adapters: Mapping[str, Adapter], *, sequential: bool) -> None:
+        super(Block, self).__init__()
+        for name, part in block.named_children():
+            self.add_module(name, part)
+        self.attn_adapter, self.mlp_adapter = adapters.get("attn"), adapters.get("mlp")
+        self.sequential = sequential
+        self.carries = isinstance(block, CarryingBlock)
+        self.last = not isinstance(block, CarryingBlock) or block.last
+
+    def forward(
+        self, x: Tensor | tuple[Tensor, Carried], attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor | tuple[Tensor, Carried]:
+        tokens, carried = (x, Carried()) if isinstance(x, Tensor) else x
+        inner = self.norm1(tokens)
+        made = self.drop_path1(self.ls1(self.attn(inner, attn_mask=attn_mask, is_causal=is_causal)))
+        tokens = tokens + self._with(self.attn_adapter, inner, made)
+        inner = self.norm2(tokens)
+        if self.carries and isinstance(self.mlp, MoE):
+            made, carried = self.mlp(inner, None, carried)
+        else:
+            made = self.mlp(inner)
+        tokens = tokens + self._with(self.mlp_adapter, inner, self.drop_path2(self.ls2(made)))
+        return tokens if self.last else (tokens, carried)
+
+    def _with(self, adapter: Adapter | None, read: Tensor, made: Tensor) -> Tensor:
+        """What a sublayer has `made` of what it has `read`, with its adapter's result."""
+        if adapter is None:
+            return made
+        beside: Tensor = adapter(made if self.sequential else read)
+        return made + beside
+
+
+def adapt(vit: VisionTransformer, options: AdapterOptions) -> None:
+    """Gives a model its adapters and freezes all else but the norms in front of them, the final norm and the head.
+    (LoRA has no norm in front.)"""
+    if options.name == "none":
+        return
+    vit.requires_grad_(False)
+    for place, block in enumerate(vit.blocks):
+        if options.name == "lora":
+            assert options.alpha is not None
+            dim = block.attn.qkv.in_features
+            block.attn.qkv = AdaptedProjection(block.attn.qkv, options.width_for(dim), alpha=options.alpha)
+            continue
+        adapters = {site: _adapter(options, block.attn.qkv.in_features) for site in options.sites}
+        vit.blocks[place] = AdaptedBlock(block, adapters, sequential=options.insert == "sequential")
+        for site in options.sites:
+            getattr(block, NORMS[site]).requires_grad_(True)
+    for name, parameter in vit.named_parameters():
+        if name.startswith(LAST):
+            parameter.requires_grad_(True)
+
+
+def _adapter(options: AdapterOptions, dim: int) -> Adapter:
+    width = options.width_for(dim)
+    if options.name == "bottleneck":
+        return Bottleneck(dim, width)
+    assert options.num_adapters is not None
+    if options.name == "dense_moa":
+        return DenseMoA(dim, width, num_adapters=options.num_adapters)
+    assert options.slots_per_adapter is not None
+    assert options.normalised is not None
+    return SoftMoA(
+        dim, width, num_adapters=options.num_adapters, slots_per_adapter=options.slots_per_adapter,
+        normalised=options.normalised,
+    )  # fmt: skip
+
+
+def is_adapters(name: str) -> bool:
+    """Whether a parameter of this name is an adapter's."""
+    return "_adapter." in name
+
+
+@torch.no_grad()
+def merged(weights: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
+    """A model's weights with LoRA's products added to the matrices that they stand beside, computed in float64."""
+    whole = {name: value for name, value in weights.items() if not is_adapters(name)}
+    for name in weights:
+        if name.endswith(".q_adapter.down.weight"):
+            place = name.removesuffix("q_adapter.down.weight")
+            total = weights[f"{place}weight"].to(torch.float64, copy=True)
+            for part, which in zip(total.chunk(3), ("q", None, "v"), strict=True):
+                if which is not None:
+                    down, up = (weights[f"{place}{which}_adapter.{side}.weight"].double() for side in ("down", "up"))
+                    part.add_(up @ down, alpha=alpha / len(down))
+            whole[f"{place}weight"] = total.to(weights[f"{place}weight"].dtype)
+    return whole
+
+
+def trained_names(vit: nn.Module) -> set[str]:
+    """The parameters that are trained."""
+    return {name for name, parameter in vit.named_parameters() if parameter.requires_grad}

@@ -1,0 +1,1 @@
+"""Fewer experts: which of a trained mixture's experts stay, and the smaller model that they make."""

@@ -1,0 +1,286 @@
+"""`softmoe prune`: a trained mixture with fewer experts or, with one left, as a plain ViT; without training.
+
+Experts are scored on training images, whose labels are not read; both models are compared on validation images. Which
+method this is after, and what is ours: README.md.
+"""
+
+import copy
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from softmoe_cli.config.commands import PruneConfig
+from softmoe_cli.config.data import check_channels
+from softmoe_cli.config.model import Model
+from softmoe_cli.cost.flop import account
+from softmoe_cli.data import batches, sets
+from softmoe_cli.data.splits import ImageSet, Splits
+from softmoe_cli.device import arithmetic, hardware
+from softmoe_cli.errors import RunError, UsageError
+from softmoe_cli.export import hub_config
+from softmoe_cli.model.router import check_evaluated
+from softmoe_cli.model.vit import build, portable, prepare
+from softmoe_cli.model.weights import load_weights
+from softmoe_cli.moe.layer import MoE
+from softmoe_cli.options import inherit
+from softmoe_cli.options.compose import door, plain
+from softmoe_cli.prune.fold import folded_model, folded_weights, timm_entry
+from softmoe_cli.prune.rule import largest, shares
+from softmoe_cli.prune.scores import MEASURED, measured, prunable, random_scores, router_norms
+from softmoe_cli.prune.smaller import compared, distance_in_float64, key_map, latencies, smaller_model, smaller_weights
+from softmoe_cli.run.checkpoint import digest_of, write_checkpoint
+from softmoe_cli.run.identity import made_from, origin
+from softmoe_cli.run.receipt import RECEIPT, already_made, make_whole
+from softmoe_cli.run.source import Source
+from softmoe_cli.terminal import Screen
+from softmoe_cli.text import flop, si
+
+NO_MORE = 1e-9
+"""The largest allowed difference of the written model's outputs in float64, as a share of the largest output."""
+
+
+def prune_as_typed(config: Any, typed: list[str]) -> int:
+    """`softmoe prune`, from what Hydra composed and the words that were typed."""
+    tree = plain(config, PruneConfig)
+    if tree["checkpoint"] == "???":
+        raise UsageError("softmoe prune needs checkpoint=: a run folder, a .safetensors file or hf-hub:OWNER/NAME")
+    if tree["checkpoint"].startswith("timm:"):
+        raise UsageError(f"checkpoint={tree['checkpoint']} is timm's own and has no experts to prune")
+    source = inherit.named_source(tree["checkpoint"])
+    inherit.refuse_adapters(source, "prune")
+    model = inherit.model_of(source, tree["trust"])
+    named = inherit.names_data(tree["data"])
+    inherit.take_data(tree, source, typed)
+    checked = door(tree, PruneConfig)
+    check_channels(checked.data, model.in_chans)
+    check_evaluated("batch_size", checked.batch_size, model)
+    if not named:
+        inherit.check_here(checked.data, source)
+    before = None if checked.before is None else inherit.named_source(checked.before)
+    show_pruned(prune(checked, model, source, before), checked.format)
+    return 0
+
+
+def prune(config: PruneConfig, model: Model, source: Source, before: Source | None) -> dict[str, Any]:
+    """Writes the checkpoint of the pruned model and returns its receipt, with the folder it lies in. `before`: the
+    checkpoint since which routers have changed.
+
+    Raises:
+        UsageError: a checkpoint, router or combination that cannot work; nothing was written.
+        RunError: the new model does not compute what the pruned one does; nothing was written.
+    """
+    if "head.weight" not in source.weights:
+        raise UsageError(f"checkpoint={source.label} has no head; softmoe finetune gives it one")
+    device, _ = arithmetic(config.device, "fp32", config.threads)
+    vit = build(model, len(source.weights["head.weight"]))
+    load_weights(vit, source.weights, keep_head=True, allow_unexpected=[])
+    layers = prunable(vit, model, config.by)
+    keep = _keep(config, layers)
+    settings = _settings(config, keep, before)
+    folder = Path(config.output_root) / "pruned" / f"{model.name.replace('/', '_')}-{made_from(source, settings)}"
+    folder = folder if config.folder is None else Path(config.folder)
+    if (found := already_made(folder, source, settings)) is not None:
+        Screen().say(f"{folder} holds this already; nothing to do")
+        return found | {"folder": str(folder)}
+
+    splits = sets.load(config.data)
+    splits.need("train", "validation")
+    job = Pruned(config, model, source, splits, device)
+    prepare(vit, device, "fp32")
+    whole, there = copy.deepcopy(vit).to(device), {place: layer.left for place, layer in layers.items()}
+    blocks = job.drop(vit.to(device), layers, keep, before)
+    new_model = folded_model(model, vit) if config.to == "dense" else smaller_model(model, vit)
+    weights = folded_weights(model, vit) if config.to == "dense" else smaller_weights(vit)
+    entry = timm_entry(new_model) if config.to == "dense" else None
+    new = build(new_model, vit.num_classes)
+    new.load_state_dict(weights)
+    prepare(new, device, "fp32")
+    weights = {key: value.cpu() for key, value in weights.items()}
+    receipt: dict[str, Any] = {"source": {"checkpoint": source.label, "digest": source.digest}, "settings": settings}
+    receipt |= {"result": {"digest": digest_of(weights)}, "experts_left": keep, "blocks": blocks}
+    receipt["scored_images"] = min(config.images, len(splits.train)) if config.by in MEASURED else 0
+    receipt |= {"keys": key_map(weights, {place: layer.left for place, layer in layers.items()}, config.to)}
+    receipt |= job.changes(whole, vit, new.to(device))
+    costs = {"before": account(model, vit.num_classes, left=there), "after": account(new_model, vit.num_classes)}
+    receipt["cost"] = {when: _cost_row(cost.params, cost.active_params, cost.forward_flop, cost.train_flop)
+                       for when, cost in costs.items()}  # fmt: skip
+    card = {"model": portable(new_model, new)} | {
+        key: source.card[key] for key in ("data", "classes", "loss", "precision")
+    }
+    card |= {"receipt": receipt, "origin": origin("prune", settings, source), "train_pflop": source.train_pflop}
+    files = {RECEIPT: receipt}
+    if entry is not None:
+        files["config.json"] = hub_config(new_model, new, card) | entry
+    make_whole(folder, lambda temporary: job.write(temporary, weights, card, files, new))
+    return receipt | {"folder": str(folder)}
+
+
+def _keep(config: PruneConfig, layers: dict[int, MoE]) -> int:
+    """How many experts each block keeps."""
+    counts = {place: len(layer.left) for place, layer in layers.items()}
+    fewest = min(counts, key=lambda place: counts[place])
+    if config.keep is None and len(set(counts.values())) > 1:
+        said = ", ".join(f"block {place} has {count}" for place, count in counts.items())
+        raise UsageError(f"{said} experts left, and one model has as many in all; say keep={counts[fewest]} or fewer")
+    keep = counts[fewest] if config.keep is None else config.keep
+    if keep > counts[fewest]:
+        raise UsageError(f"keep={keep}: block {fewest} has {counts[fewest]} experts left")
+    whole = all(len(layer.left) == len(layer.experts.w1) == keep for layer in layers.values())
+    if whole and config.to == "experts":
+        said = "" if config.keep is None else f"keep={keep} are all; "
+        raise UsageError(f"{said}nothing would be pruned: say keep= below {keep}, or to=dense for a plain ViT")
+    return keep
+
+
+def _settings(config: PruneConfig, keep: int, before: Source | None) -> dict[str, Any]:
+    """What decides the result, beside the source's weights."""
+    images = {k: v for k, v in asdict(config.data).items() if k not in ("root", "workers", "memory_gib")}
+    chosen: dict[str, Any] = {"keep": keep, "to": config.to, "by": config.by}
+    if config.by in MEASURED:
+        chosen["images"] = config.images
+    if config.by == "random":
+        chosen["seed"] = config.seed
+    if before is not None:
+        chosen["before"] = before.digest
+    return chosen | {"data": images | {"identity": sets.identity(config.data)}}
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """One pruning: what it is of, and on which images."""
+
+    config: PruneConfig
+    model: Model
+    source: Source
+    splits: Splits
+    device: torch.device
+
+    def batches(self, images: ImageSet) -> Iterator[tuple[Tensor, Tensor]]:
+        size, channels = self.model.image_size, self.model.in_chans
+        return batches.eval_batches(
+            images, self.config.data, image_size=size, in_chans=channels, batch_size=self.config.batch_size,
+            device=self.device,
+        )  # fmt: skip
+
+    def drop(
+        self, vit: VisionTransformer, layers: dict[int, MoE], keep: int, before: Source | None
+    ) -> dict[str, dict[str, Any]]:
+        """Leaves the `keep` best experts of each layer; says of each block what they were chosen by."""
+        scores = self._scores(vit, layers, before) if any(len(each.left) > keep for each in layers.values()) else {}
+        blocks = {}
+        for place, layer in layers.items():
+            there = layer.left
+            if len(there) > keep:
+                if "alive" not in dict(layer.named_buffers()):
+                    layer.prunable()
+                layer.leave(largest(scores[place], there, keep))
+            blocks[str(place)] = {"kept": layer.left, "dropped": [each for each in there if each not in layer.left]}
+            if scores:
+                blocks[str(place)] |= {
+                    "of": there, "scores": [scores[place][each] for each in there],
+                    "shares": shares(scores[place], there),
+                }  # fmt: skip
+        return blocks
+
+    def _scores(self, vit: VisionTransformer, layers: dict[int, MoE], before: Source | None) -> dict[int, list[float]]:
+        if self.config.by == "random":
+            return {
+                place: random_scores(self.config.seed, place, len(layer.experts.w1)) for place, layer in layers.items()
+            }
+        if before is not None:
+            states = vit.state_dict(), before.weights
+            norms = [{p: router_norms(state, p, layer) for p, layer in layers.items()} for state in states]
+            return {place: (norms[0][place] - norms[1][place]).tolist() for place in layers}
+        images = self.splits.train
+        some = torch.linspace(0, len(images) - 1, min(self.config.images, len(images))).round().long()
+        return measured(vit, layers, self.config.by, self.batches(images.subset(some.numpy())))
+
+    def changes(self, whole: VisionTransformer, pruned: VisionTransformer, new: VisionTransformer) -> dict[str, Any]:
+        """What pruning changed, and that the new model is the pruned one.
+
+        Raises:
+            RunError: it is not.
+        """
+        found = compared(
+            whole, new, self.batches(self.splits.validation), loss=self.source.card["loss"],
+            labelled=self.splits.classes == self.source.card["classes"],
+        )  # fmt: skip
+        x, _ = next(self.batches(self.splits.validation))
+        if self.config.clock:
+            wait = torch.cuda.synchronize if self.device.type == "cuda" else _nothing
+            found["clock"] = latencies({"before": whole, "after": new}, x, self.config.repeats, wait)
+            found["clock"] |= {"images": len(x), "repeats": self.config.repeats, "hardware": hardware(self.device)}
+        cpu = [copy.deepcopy(each).cpu().double().eval() for each in (pruned, new)]
+        share, others = distance_in_float64(*cpu, x.cpu().double())
+        if not share <= NO_MORE:
+            raise RunError(f"the new model's outputs are off by {share:.2g} in float64: an error of softmoe's")
+        return found | {"float64_distance": share, "float64_other_predictions": others}
+
+    def write(
+        self, folder: Path, weights: dict[str, Tensor], card: dict[str, Any], files: dict[str, Any],
+        new: VisionTransformer,
+    ) -> None:  # fmt: skip
+        """Makes the folder and, of a plain ViT, lets timm read it.
+
+        Raises:
+            RunError: timm reads something else.
+        """
+        write_checkpoint(
+            folder, weights, card, {}, {name: json.dumps(each, indent=1) + "\n" for name, each in files.items()}
+        )
+        if self.config.to != "dense":
+            return
+        x, _ = next(self.batches(self.splits.validation))
+        theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval().double()
+        share, others = distance_in_float64(copy.deepcopy(new).cpu().double().eval(), theirs, x.cpu().double())
+        if not share <= NO_MORE or others:
+            raise RunError(f"what timm loads is off by {share:.2g} in float64: an error of softmoe's")
+
+
+def _nothing() -> None:
+    """There is nothing to wait for."""
+
+
+def _cost_row(params: int, active: float, forward: int, train: float) -> dict[str, int | float]:
+    return {"params": params, "active_params": active, "forward_flop": forward, "train_flop": train}
+
+
+def show_pruned(receipt: dict[str, Any], form: str) -> None:
+    """Prints a receipt as a table or, without its key map, as JSON."""
+    if form == "json":
+        print(json.dumps({key: value for key, value in receipt.items() if key != "keys"}))
+        return
+    settings, cost, quality = receipt["settings"], receipt["cost"], receipt["validation"]
+    rows = {"from": receipt["source"]["checkpoint"]}
+    for place, block in receipt["blocks"].items():
+        stay, gone = (", ".join(map(str, block[key])) for key in ("kept", "dropped"))
+        rows[f"block {place}"] = f"stays: {stay}" + (f"; goes: {gone}" if gone else "")
+    if any("scores" in block for block in receipt["blocks"].values()):
+        rows["by"] = settings["by"] + (
+            f" on {receipt['scored_images']:,} training images" if receipt["scored_images"] else ""
+        )
+    rows["is now"] = "a plain ViT, which timm loads" if settings["to"] == "dense" else "a mixture of those"
+    if quality["before"] is not None:
+        rows["validation top-1"] = (
+            f"{quality['before']['top1_pct']:.2f}% before, {quality['after']['top1_pct']:.2f}% after"
+        )
+        rows["validation loss"] = f"{quality['before']['loss']:.4f} before, {quality['after']['loss']:.4f} after"
+    rows["outputs"] = (
+        f"changed by up to {receipt['max_change']:.3g}; {receipt['same_predictions_pct']:.1f}% of "
+        f"{receipt['validation_images']:,} predictions are the same"
+    )
+    before, after = cost["before"], cost["after"]
+    rows["parameters"] = f"{si(before['params'])} before, {si(after['params'])} after"
+    rows["cost per image"] = f"{flop(before['forward_flop'])} forward before, {flop(after['forward_flop'])} after"
+    if "clock" in receipt:
+        one, other = (receipt["clock"][when] for when in ("before", "after"))
+        rows["latency"] = f"{one['latency_ms']:.4g} ms before, {other['latency_ms']:.4g} ms after"
+        rows["latency"] += f" ({receipt['clock']['images']} images, {receipt['clock']['hardware']})"
+    Screen().table("prune", rows | {"folder": receipt["folder"]})

@@ -1,0 +1,114 @@
+"""Fair arms: each is given the baseline's cost and its own best value of a tuned setting before its first seed."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from softmoe_cli.config.settle import Fairness
+from softmoe_cli.errors import UsageError
+from softmoe_cli.files import not_following
+from softmoe_cli.launch.job import answered
+from softmoe_cli.launch.plan import Job
+from softmoe_cli.launch.sweep import Sweep
+from softmoe_cli.run import rows
+from softmoe_cli.settle.arms import Arm, baseline_of, labels, with_changes
+from softmoe_cli.settle.equal import Levelled, Leveller, level_arms
+from softmoe_cli.text import aligned, four_digits, printable
+
+LEVELLED = "equal.jsonl"
+"""In the folder of a study: what each arm was given, so that a clock that is read again changes no arm."""
+
+
+@dataclass(frozen=True)
+class Arms:
+    """Arms as they will run, the place of the baseline, the words as they were typed, and the room that jobs have."""
+
+    arms: list[Arm]
+    base: int
+    typed: list[list[str]]
+    slots: list[str]
+
+    @property
+    def study(self) -> Path:
+        return self.arms[0].job.folder.parent
+
+
+def fair_arms(launcher: Sweep, typed: list[list[str]], asked: Fairness, seeds: Sequence[int]) -> Arms:
+    """Checks the arms that were typed and gives each what `equal=` asks for.
+
+    Raises:
+        UsageError: an arm cannot work, or cannot be made to cost what the baseline does.
+    """
+    told = labels(typed)
+    twins = sorted({label for label in told if told.count(label) > 1})
+    if twins:
+        raise UsageError(f"two arms are called {twins[0]}; give them other names, as files of conf/experiment have")
+    jobs, slots = asked_arms(launcher, typed, seeds)
+    base = baseline_of(told, typed, [job.dense for job in jobs], asked.baseline)
+    words = typed
+    if asked.equal is not None:
+        found = _levelled(launcher, typed, told, base, asked, jobs[0].folder.parent)
+        launcher.tell(_table(told, found, asked.equal, told[base]))
+        words = [with_changes(each, level.changes) for each, level in zip(typed, found, strict=True)]
+        jobs, slots = asked_arms(launcher, words, seeds)
+    studies = sorted({str(job.folder.parent) for job in jobs})
+    if len(studies) > 1:
+        raise UsageError(f"arms lie in {' and '.join(studies)}: put them into one study with study=NAME")
+    launcher.lie_in(jobs[0].folder.parent)
+    arms = [Arm(*each) for each in zip(told, words, jobs, strict=True)]
+    for arm in arms[:base] + arms[base + 1 :]:
+        if arm.job.folder in [other.job.folder for other in arms if other is not arm]:
+            raise UsageError(f"{arm.label} is the same run as another arm: arms must differ in what they compute")
+    return Arms(arms, base, typed, slots)
+
+
+def asked_arms(launcher: Sweep, words: Sequence[list[str]], seeds: Sequence[int]) -> tuple[list[Job], list[str]]:
+    """A job of each arm, which knows the folders of its runs with all seeds, and the room that jobs have."""
+    return launcher.ask([[*each, f"seed={seeds[0]}"] for each in words], seeds)
+
+
+def _levelled(
+    launcher: Sweep, typed: Sequence[list[str]], told: Sequence[str], base: int, asked: Fairness, study: Path
+) -> list[Levelled]:
+    """What each arm is given: as it was found before in this study, else found now."""
+    question = {
+        "equal": asked.equal, "free": asked.free, "tolerance": asked.tolerance, "baseline": typed[base], "arms": typed,
+    }  # fmt: skip
+    path = study / LEVELLED
+    try:
+        before = rows.lines(path, {**rows.FORMAT_KEY})
+    except FileNotFoundError:
+        before = []
+    except rows.Unreadable as error:
+        raise UsageError(f"{printable(str(path))} {error}; choose another study") from error
+    for row in before:
+        if all(row.get(key) == value for key, value in question.items()):
+            return [Levelled(**each) for each in row["given"]]
+    assert asked.equal is not None
+    trees = launcher.composed([[*each, "seed=0"] for each in typed])
+    arms = [(label, words, tree) for label, (_, words, tree) in zip(told, trees, strict=True)]
+    leveller = Leveller(launcher.command, asked.equal, asked.free, asked.tolerance)
+    found: list[Levelled] = answered(level_arms, leveller, arms, base)
+    if not launcher.plans:
+        row = {"format": rows.FORMAT, **question, "given": [vars(each) for each in found]}
+        study.mkdir(parents=True, exist_ok=True)
+        with open(path, "a", opener=not_following) as file:
+            file.write(json.dumps(row) + "\n")
+    return found
+
+
+def _table(told: Sequence[str], found: Sequence[Levelled], by: str, base: str) -> str:
+    """What each arm was given."""
+    table: list[list[str]] = [["arm", "solved for", "given", by, f"against {base}"]]
+    for label, each in zip(told, found, strict=True):
+        given = " ".join(each.changes) or "as typed"
+        apart = f"{100 * (each.cost / each.baseline_cost - 1):+.2f}%"
+        table.append([label, each.free or "", given, four_digits(each.cost), apart])
+    return f"equal={by}:\n{aligned(table, markdown=False)}"
+
+
+def fairness_of(asked: Fairness) -> dict[str, Any]:
+    """What was asked of fairness, for a record."""
+    return {key: getattr(asked, key) for key in ("equal", "free", "tolerance", "tune", "tune_values", "tune_seeds")}

@@ -1,0 +1,153 @@
+"""Where a settling stands, as a table with sentences and as JSON."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from softmoe_cli.compare.intervals import FEW, OPEN, Interval, mean_interval
+from softmoe_cli.compare.power import Outlook, outlook
+from softmoe_cli.compare.units import cell, difference_cell, figure, points
+from softmoe_cli.config.settle import SettleConfig
+from softmoe_cli.run.rows import QUALITIES
+from softmoe_cli.settle.rounds import Contest, Runs, Standing
+from softmoe_cli.settle.spent import Spent, total
+from softmoe_cli.settle.tune import Tuned
+from softmoe_cli.settle.tuning import tuning_rows
+from softmoe_cli.text import aligned, flop, in_words, several
+
+
+@dataclass(frozen=True)
+class Account:
+    """A standing with what it rests on. `reasons` say why runs failed; `over` names the budget that is used up."""
+
+    contest: Contest
+    standing: Standing
+    runs: Runs
+    spent: Spent
+    reasons: list[str]
+    asked: SettleConfig
+    tuned: list[Tuned] = field(default_factory=list)
+    over: str = ""
+
+    @property
+    def open(self) -> list[str]:
+        return self.standing.undecided(self.contest)
+
+    def values(self, arm: str) -> list[float]:
+        """The main measure of an arm's runs that were looked at."""
+        seeds = self.contest.seeds(self.standing.decided.get(arm, self.standing.n))
+        return [run.row[self.contest.quality] for seed, run in self.runs[arm].items() if seed in seeds]
+
+    def mean(self, arm: str) -> Interval | None:
+        values = self.values(arm)
+        return mean_interval(values) if values else None
+
+    @property
+    def outlook(self) -> Outlook | None:
+        return outlook(self.standing.found, self.open, self.contest.margin)
+
+    @property
+    def why(self) -> str:
+        """Why it ended."""
+        if not self.open:
+            return "every arm has its verdict"
+        return self.over or f"max_seeds={self.asked.max_seeds}"
+
+
+def as_text(report: Account) -> str:
+    """The verdict table, and what would be needed for what is open."""
+    contest, standing = report.contest, report.standing
+    key = contest.quality
+    title = QUALITIES[key].title
+    rows = [["arm", "seeds", title, f"against {contest.baseline}", "p (Holm)", "verdict"]]
+    rows.append([contest.baseline, str(len(report.values(contest.baseline))), cell(key, report.mean(contest.baseline)),
+                 "", "", "baseline"])  # fmt: skip
+    for arm in contest.arms:
+        told, found = standing.told.get(arm), standing.found.get(arm)
+        word = told.word if told else FEW
+        p = None if told is None else told.p
+        rows.append(
+            [
+                arm,
+                str(len(report.values(arm))),
+                cell(key, report.mean(arm)),
+                difference_cell(key, found),
+                "" if p is None else f"{p:.2g}",
+                "open" if word in (OPEN, FEW) else word,
+            ]
+        )
+    margin = "" if contest.margin is None else f", margin {figure(key, contest.margin)}{points(key)}"
+    lines = [aligned(rows, markdown=False), ""]
+    lines.append(
+        f"{len(standing.decided)} of {several(len(contest.arms), 'arm')} decided after {several(standing.n, 'seed')}; "
+        f"any-time 95%, Holm over {len(contest.arms)}{margin}; {in_words(report.spent.seconds)} and "
+        f"{flop(1e15 * report.spent.pflop)} so far"
+    )
+    if report.tuned:
+        apart = total(each.spent for each in report.tuned)
+        lines.append(
+            f"tuning {report.asked.tune}, booked apart: {in_words(apart.seconds)} and {flop(1e15 * apart.pflop)}"
+        )
+    lines += [f"open: {each}" for each in needs(report)]
+    return "\n".join(lines)
+
+
+def needs(report: Account) -> list[str]:
+    """For each open arm, how many seeds would decide it, by estimate."""
+    seen = report.outlook
+    told = []
+    for arm in report.open:
+        ways = []
+        needed = seen.needed.get(arm) if seen else None
+        if needed is not None and needed.seeds is not None:
+            ways.append(f"about {several(needed.seeds, 'seed')} at the difference found")
+        if seen is not None and seen.equal_n is not None:
+            ways.append(f"about {seen.equal_n:,} to be equal within the margin, if it is")
+        told.append(f"{arm}: {' or '.join(ways) or 'too few seeds to say how many more it needs'}")
+    return told
+
+
+def as_json(report: Account) -> str:
+    return json.dumps(told_rows(report))
+
+
+def told_rows(report: Account) -> dict[str, Any]:
+    """The report for programs."""
+    contest, standing, seen = report.contest, report.standing, report.outlook
+    arms: list[Mapping[str, Any]] = []
+    for arm in (contest.baseline, *contest.arms):
+        told, found, mean = standing.told.get(arm), standing.found.get(arm), report.mean(arm)
+        needed = seen.needed.get(arm) if seen else None
+        interval = found.interval if found else None
+        arms.append(
+            {
+                "arm": arm,
+                "baseline": arm == contest.baseline,
+                "verdict": told.word if told else None,
+                "decided_at": standing.decided.get(arm),
+                "seeds": len(report.values(arm)),
+                "mean": mean.mean if mean else None,
+                "difference": interval.mean if interval else None,
+                "difference_low": interval.low if interval else None,
+                "difference_high": interval.high if interval else None,
+                "p_holm": told.p if told else None,
+                "p_equal_holm": told.p_equal if told else None,
+                "seeds_needed": needed.seeds if needed else None,
+            }
+        )
+    return {
+        "quality": contest.quality,
+        "margin": contest.margin,
+        "baseline": contest.baseline,
+        "decided": not report.open,
+        "open": report.open,
+        "ended": report.why,
+        "seeds": standing.n,
+        "hours": report.spent.seconds / 3600,
+        "train_pflop": report.spent.pflop,
+        "tuning": tuning_rows(report.tuned, str(report.asked.tune)) if report.tuned else None,
+        "equal_seeds_needed": seen.equal_n if seen else None,
+        "failed": report.reasons,
+        "arms": arms,
+    }

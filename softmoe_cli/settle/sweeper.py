@@ -1,0 +1,265 @@
+"""Rounds of seeds: decides which jobs there are, and gives them to a sweep's launcher."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from hydra.core.plugins import Plugins
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+from softmoe_cli.compare.blocks import kept_apart
+from softmoe_cli.compare.looks import read_looks, record_look
+from softmoe_cli.compare.power import Outlook, outlook
+from softmoe_cli.compare.question import Question
+from softmoe_cli.compare.runs import FinishedRun, read_runs
+from softmoe_cli.config.settle import Fairness, SettleConfig
+from softmoe_cli.errors import RunError, UsageError
+from softmoe_cli.launch.sweep import Sweep
+from softmoe_cli.options.compose import say_once
+from softmoe_cli.settle.arms import FIRST_SEED, expanded, key_of, without_seed
+from softmoe_cli.settle.fair import Arms, fair_arms, fairness_of
+from softmoe_cli.settle.foresee import foreseen, plan_text
+from softmoe_cli.settle.record import fix_question
+from softmoe_cli.settle.report import Account, as_json, as_text
+from softmoe_cli.settle.rounds import Contest, Standing, lacking, stand
+from softmoe_cli.settle.spent import Spent, spent_by, spent_in, total
+from softmoe_cli.settle.trials import tune_arms
+from softmoe_cli.settle.tune import Tuned
+from softmoe_cli.text import several
+
+OPEN_STATUS = 3
+"""The exit status where a budget ended before every arm had its verdict."""
+MAIN = Question.quality
+"""The main measure where nobody chooses one."""
+AHEAD = 4
+"""Where places would stand idle, a round is at most one part in so many larger than the next look needs."""
+
+
+class Fair(Sweeper):
+    """The sweeper that Hydra uses while `softmoe train -m` makes its arms fair."""
+
+    asked: ClassVar[Fairness]
+    """What was typed; this is set before Hydra is called."""
+
+    def __init__(self, params: dict[str, str] | None = None, **_options: Any) -> None:
+        """`params`: the keys that an experiment lists for a sweep."""
+        self._params = dict(params or {})
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self._loader = hydra_context.config_loader
+        launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+        if not isinstance(launcher, Sweep):
+            raise UsageError("jobs of such arms run by softmoe's own launchers: hydra/launcher=local, slurm or ray")
+        self._launcher = launcher
+
+    def sweep(self, arguments: list[str]) -> None:
+        batch = expanded(self._params, arguments, self._loader)
+        typed = without_seed(batch)
+        arms = fair_arms(self._launcher, typed, Fair.asked, [FIRST_SEED])
+        if Fair.asked.tune is not None and not self._launcher.plans:
+            with self._launcher.held():
+                self._launcher.recall()
+                arms, _ = tune_arms(self._launcher, arms, Fair.asked, MAIN, [FIRST_SEED])
+        given = [arms.arms[typed.index(without_seed([words])[0])].words for words in batch]
+        seeds = [[word for word in words if key_of(word) == "seed"] for words in batch]
+        jobs = [[*words, *seed] for words, seed in zip(given, seeds, strict=True)]
+        self._launcher.launch(jobs, self._launcher.jobs_so_far)
+
+
+class Settle(Fair):
+    """The sweeper that Hydra uses while `softmoe settle` runs."""
+
+    asked: ClassVar[SettleConfig]
+    status: ClassVar[int | None]
+    """The exit status, once it is known: Hydra returns nothing."""
+
+    def sweep(self, arguments: list[str]) -> None:
+        launcher, asked = self._launcher, Settle.asked
+        if asked.format == "json":
+            launcher.say_aside()
+        if "seed" in self._params:
+            say_once(f"the experiment's seed={self._params.pop('seed')} is not used: settle chooses seeds")
+        batch = expanded(self._params, arguments, self._loader)
+        seeds = range(first := _first_seed(batch), first + asked.max_seeds)
+        typed = without_seed(batch)
+        if len(typed) < 2:
+            raise UsageError("settle needs two arms or more: write choices with commas, as model/router=dense,soft")
+        arms = fair_arms(launcher, typed, asked, seeds)
+        base = arms.arms[arms.base].label
+        others = tuple(arm.label for arm in arms.arms if arm.label != base)
+        contest = Contest(others, base, asked.quality, asked.margin, first)
+        if asked.max_seeds < contest.least:
+            raise UsageError(
+                f"max_seeds={asked.max_seeds} can give no verdict: with {several(len(others), 'comparison')} the "
+                f"any-time rule needs {contest.least} seeds"
+            )
+        if launcher.plans:
+            plan = foreseen(contest, arms, asked, Rounds(launcher, contest, arms, asked).outlook())
+            print(json.dumps(plan) if asked.format == "json" else plan_text(plan))
+            Settle.status = 0
+            return
+        with launcher.held():
+            launcher.recall()
+            fix_question(arms.study, _question(contest, arms, asked))
+            tuned: list[Tuned] = []
+            if asked.tune is not None:
+                arms, tuned = tune_arms(launcher, arms, asked, asked.quality, seeds)
+            account = Rounds(launcher, contest, arms, asked, tuned).go()
+        print(as_json(account) if asked.format == "json" else as_text(account))
+        Settle.status = OPEN_STATUS if account.open else 0
+
+
+def _first_seed(batch: Sequence[Sequence[str]]) -> int:
+    """The first seed: the one that was typed, else FIRST_SEED.
+
+    Raises:
+        UsageError: several were.
+    """
+    seeds = {word.partition("=")[2] for words in batch for word in words if key_of(word) == "seed"}
+    if len(seeds) > 1 or not all(seed.isdigit() for seed in seeds):
+        raise UsageError(
+            f"seed={','.join(sorted(seeds))}: settle chooses how many seeds there are; seed=N is the first one"
+        )
+    return int(seeds.pop()) if seeds else FIRST_SEED
+
+
+def _question(contest: Contest, arms: Arms, asked: SettleConfig) -> dict[str, Any]:
+    """What is fixed before the first run."""
+    told = [{"label": arm.label, "words": words} for arm, words in zip(arms.arms, arms.typed, strict=True)]
+    return {
+        "arms": told, "baseline": contest.baseline, "quality": contest.quality, "margin": contest.margin,
+        "first_seed": contest.first, "fairness": fairness_of(asked),
+    }  # fmt: skip
+
+
+class Rounds:
+    """The rounds of one settling, while its sweep's folder is held."""
+
+    def __init__(
+        self, launcher: Sweep, contest: Contest, arms: Arms, asked: SettleConfig, tuned: Sequence[Tuned] = ()
+    ) -> None:
+        self._tuned = list(tuned)
+        self._launcher, self._slots, self._contest, self._asked = launcher, arms.slots, contest, asked
+        self._arms = {arm.label: arm for arm in arms.arms}
+        self._read: dict[Path, FinishedRun] = {}
+        self._failed: set[tuple[str, int]] = set()
+
+    def go(self) -> Account:
+        """Rounds until every arm has its verdict or a budget is used up."""
+        while True:
+            runs = self._finished()
+            standing = self._look(runs)
+            report = self._report(standing, runs)
+            if not standing.wanted:
+                return report
+            wanted = self._next(standing, runs)
+            over = self._over(report.spent, wanted, runs)
+            if over:
+                return replace(report, over=over)
+            if standing.n:
+                self._launcher.tell(as_text(report))
+            self._launch(wanted)
+
+    def outlook(self) -> Outlook | None:
+        """What runs that are there already say of the deviation; this is no look, as nothing else is told."""
+        runs = self._finished()
+        shown = [run for of_arm in runs.values() for run in of_arm.values()]
+        standing = stand(self._contest, runs, read_looks(shown), self._asked.max_seeds)
+        return outlook(standing.found, [], self._contest.margin)
+
+    def _finished(self) -> dict[str, dict[int, FinishedRun]]:
+        """The finished runs of every arm, by seed.
+
+        Raises:
+            UsageError: a result is damaged, or runs were tested on other images.
+        """
+        places = {
+            folder: (arm.label, seed)
+            for arm in self._arms.values()
+            for seed, folder in arm.job.folders.items()
+            if (folder / "result.json").exists()
+        }
+        new = [folder for folder in places if folder not in self._read]
+        found, left_out = read_runs(new) if new else ([], [])
+        if left_out:
+            raise UsageError("; ".join(f"{folder}: {reason}" for folder, reason in left_out))
+        self._read |= {run.folder: run for run in found}
+        runs: dict[str, dict[int, FinishedRun]] = {label: {} for label in self._arms}
+        for folder, (label, seed) in places.items():
+            runs[label][seed] = self._read[folder]
+        for seed in {seed for _, seed in places.values()}:
+            paired = [of_arm[seed] for of_arm in runs.values() if seed in of_arm]
+            parts, keys = kept_apart(paired, Question(quality=self._contest.quality))
+            if len(parts) > 1:
+                raise UsageError(f"arms that differ in {', '.join(keys)} cannot be compared; choose others")
+        return runs
+
+    def _look(self, runs: dict[str, dict[int, FinishedRun]]) -> Standing:
+        """Looks at the runs, and records that."""
+        shown = [run for of_arm in runs.values() for run in of_arm.values()]
+        standing = stand(self._contest, runs, read_looks(shown), self._asked.max_seeds, self._failed)
+        if standing.n:
+            for told in record_look(shown, self._contest.quality, self._contest.margin):
+                self._launcher.tell(told)
+        return standing
+
+    def _spent(self, runs: dict[str, dict[int, FinishedRun]]) -> Spent:
+        done = [run for of_arm in runs.values() for run in of_arm.values()]
+        return spent_in(done, [folder for arm in self._arms.values() for folder in arm.job.folders.values()])
+
+    def _report(self, standing: Standing, runs: dict[str, dict[int, FinishedRun]]) -> Account:
+        return Account(self._contest, standing, runs, self._spent(runs), self._reasons(), self._asked, self._tuned)
+
+    def _reasons(self) -> list[str]:
+        return list(self._launcher.failures.values())
+
+    def _next(self, standing: Standing, runs: dict[str, dict[int, FinishedRun]]) -> list[tuple[str, int]]:
+        """The runs of the next round: the first seed of all, which tells what a seed costs; then what the next look
+        needs, and a little more where places would stand idle."""
+        wanted = standing.wanted
+        if not any(runs.values()) and not self._failed:
+            return [each for each in wanted if each[1] == self._contest.first]
+        n = wanted[-1][1] - self._contest.first + 1
+        for more in range(n + 1, min(n + max(1, n // AHEAD), self._asked.max_seeds) + 1):
+            larger = lacking(self._contest, standing, runs, more, self._failed)
+            if len(larger) > len(self._slots):
+                break
+            wanted = larger
+        return wanted
+
+    def _over(self, spent: Spent, wanted: Sequence[tuple[str, int]], runs: dict[str, dict[int, FinishedRun]]) -> str:
+        """Which budget the next round would pass; empty for none."""
+        after = (
+            spent + total(each.spent for each in self._tuned) + total(self._of_one(label, runs) for label, _ in wanted)
+        )
+        hours, pflop = self._asked.hours, self._asked.pflop
+        if hours is not None and after.seconds > 3600 * hours:
+            return f"hours={hours:g}"
+        return f"pflop={pflop:g}" if pflop is not None and after.pflop > pflop else ""
+
+    def _of_one(self, label: str, runs: dict[str, dict[int, FinishedRun]]) -> Spent:
+        """What one more seed of an arm costs: the mean of its runs; before the first, its FLOPs by formula."""
+        done = runs[label].values()
+        if not done:
+            return Spent(0.0, self._arms[label].job.cost["train_pflop"])
+        return total(spent_by(run.row) for run in done).times(1 / len(done))
+
+    def _launch(self, wanted: Sequence[tuple[str, int]]) -> None:
+        jobs = []
+        for label, seed in wanted:
+            job = self._arms[label].job
+            words = [f"seed={seed}" if word.startswith("seed=") else word for word in job.overrides]
+            jobs.append(replace(job, run=f"{label} seed={seed}", overrides=words, folder=job.folders[seed]))
+        for each, entry in zip(wanted, self._launcher.carry_out(jobs, self._slots), strict=True):
+            if not entry.finished:
+                self._failed.add(each)
+        base = self._contest.baseline
+        if not self._finished()[base] and any(arm == base for arm, _ in self._failed):
+            why = "\n  ".join(self._reasons())
+            raise RunError(f"the baseline {base} failed, and so nothing can be compared with it\n  {why}")

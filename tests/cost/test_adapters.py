@@ -1,0 +1,107 @@
+"""What finetuning with adapters costs: FLOPs by hand, memory by the allocator."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from softmoe_cli.config.run import Config
+from softmoe_cli.cost.flop import account, account_model, count_forward, on_meta
+from softmoe_cli.cost.memory import predict
+from tests.cost.loads import load
+from tests.cost.test_memory import allocated_peak
+from tests.oracles import compose
+
+N, D, H, LAYERS, CLASSES, PIXELS = 196, 64, 256, 4, 10, 4
+"""Of vit_nano2 on Fashion-MNIST."""
+SOFT = ("adapter=soft_moa", "model.adapter.num_adapters=3", "model.adapter.slots_per_adapter=2")
+R = ("model.adapter.width=5", "model.adapter.reduction=null")
+LORA, DENSE, SINGLE = ("adapter=lora", *R), ("adapter=dense_moa", *R), ("adapter=bottleneck", *R)
+
+
+def composed(*overrides: str, router: str = "dense") -> Config:
+    return compose("model/backbone=vit_nano2", f"model/router={router}", "data=fashion_mnist", *overrides)
+
+
+def by_hand(adapter: Sequence[str]) -> int:
+    """FLOPs of a step. A product costs as much again for each operand that has a gradient: a frozen matrix has none,
+    and tokens have none below the first trained parameter."""
+    qkv, proj, mlp = 2 * N * D * 3 * D, 2 * N * D * D, 2 * 2 * N * D * H
+    scores = mix = 2 * N * N * D
+    place = next((each.partition("=")[2] for each in adapter if "location" in each), None)
+    kind = adapter[0].partition("=")[2]
+    place = place or {"bottleneck": "mlp", "lora": None}.get(kind, "attn")
+    of_adapter = {
+        "soft_moa": 3 * 2 * N * D * 6 + 6 * 4 * D * 5,
+        "dense_moa": 7 * N * 4 * D * 5 + 2 * 2 * N * D * 7,
+        "bottleneck": N * 4 * D * 5,
+        "lora": 2 * N * 4 * D * 5,
+    }[kind]
+    total = 2 * N * PIXELS * D + 3 * 2 * D * CLASSES  # patches: forwards only; head: all of it
+    for block in range(LAYERS):
+        flows = block > 0  # a gradient reaches the block's tokens
+        read = flows or place in ("attn", "both")  # and what attention reads, behind a norm that is trained
+        total += qkv * (1 + read) + mlp * 2
+        if kind == "lora":
+            down = up = of_adapter // 2
+            # Queries, keys and values are one tensor: where queries have a gradient, one of keys is computed too.
+            total += down * (2 + flows) + up * 3 + (scores + mix) * 3 + proj * 2
+        else:
+            total += (scores + mix) * (1 + 2 * read) + proj * (1 + read)
+            total += 3 * of_adapter * (2 if place == "both" else 1)
+    return total
+
+
+ADAPTERS = {
+    "soft_moa": (*SOFT, *R), "soft_moa, mlp": (*SOFT, *R, "model.adapter.location=mlp"),
+    "soft_moa, both": (*SOFT, *R, "model.adapter.location=both", "model.adapter.normalised=true"),
+    "dense_moa": DENSE, "bottleneck": SINGLE, "bottleneck, attn": (*SINGLE, "model.adapter.location=attn"),
+    "bottleneck, sequential": (*SINGLE, "model.adapter.insert=sequential"), "lora": LORA,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_training_flops_are_those_by_hand(name: str) -> None:
+    """The counter saves what a frozen backbone saves, and nothing else."""
+    config = composed(*ADAPTERS[name])
+    cost = account(config.model, CLASSES)
+    assert cost.train_flop == by_hand(ADAPTERS[name])
+    vit = on_meta(config.model, CLASSES)
+    forward = count_forward(vit)
+    assert forward.flop_by_part == {part.name: part.forward_flop for part in cost.parts} | {
+        part: 0 for part in forward.flop_by_part or {} if part not in {each.name for each in cost.parts}
+    }
+    assert cost.trained_params == sum(p.numel() for p in vit.parameters() if p.requires_grad)
+    head = sum(p.numel() for p in vit.head.parameters())
+    assert cost.trained_body_params == cost.trained_params - head
+
+
+def test_a_frozen_head_is_no_trained_parameter() -> None:
+    config = composed(*ADAPTERS["soft_moa"])
+    whole, cost = (account(config.model, CLASSES, frozen=frozen) for frozen in ([], ["head.*"]))
+    assert whole.trained_params - cost.trained_params == D * CLASSES + CLASSES
+    assert whole.trained_body_params == cost.trained_body_params == cost.trained_params
+
+
+@pytest.mark.parametrize("router", ["soft", "zero_computation"])
+def test_a_mixture_of_experts_with_adapters_costs_what_the_counter_says(router: str) -> None:
+    config = composed(*ADAPTERS["soft_moa"], router=router)
+    plain = account(composed(router=router).model, CLASSES)
+    vit = on_meta(config.model, CLASSES)
+    own = next(part for part in account_model(vit, batch=None, recompute=False).parts if part.name == "adapter")
+    assert own.forward_flop == LAYERS * (3 * 2 * N * D * 6 + 6 * 4 * D * 5)
+    assert count_forward(vit).flop == plain.forward_flop + own.forward_flop
+    assert plain.forward_flop < account(config.model, CLASSES).train_flop < plain.train_flop
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["soft_moa", *(pytest.param(name, marks=pytest.mark.thorough) for name in ("dense_moa", "bottleneck", "lora"))],
+)
+def test_predicted_memory_of_adapters_is_the_allocators(name: str) -> None:
+    config = composed(*ADAPTERS[name], "train.batch_size=32")
+    torch.manual_seed(0)
+    predicted = predict(load(config))
+    assert predicted.peak_bytes == pytest.approx(allocated_peak(config), rel=0.01)
+    full = predict(load(composed("train.batch_size=32")))
+    assert predicted.gradient_bytes < full.gradient_bytes / 5 and predicted.peak_bytes < full.peak_bytes

@@ -1,0 +1,204 @@
+"""Where adapters stand in a model, what is trained, and that the start is the frozen model."""
+
+from typing import Any
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from softmoe_cli.errors import UsageError
+from softmoe_cli.model.adapted import AdaptedBlock, adapt, is_adapters, merged, trained_names
+from softmoe_cli.model.vit import build
+from softmoe_cli.model.weights import load_weights
+from softmoe_cli.optim import decays
+from tests.adapters.adapters import OPTIONS, options
+from tests.oracles import compose
+from tests.routers import start
+
+TIMM: dict[str, dict[str, Any]] = {
+    "mean of tokens": {"global_pool": "avg", "class_token": False, "fc_norm": False},
+    "class token, registers": {"reg_tokens": 2},
+    "LayerScale, norm after the mean": {"init_values": 0.1, "global_pool": "avg", "drop_path_rate": 0.5},
+    "norm before the blocks": {"pre_norm": True, "qk_norm": True},
+}
+"""Families that upcycle takes as well."""
+ROUTERS = ("soft", "tokens_choice", "zero_computation", "mumoe_cp")
+
+
+def timms(name: str) -> VisionTransformer:
+    torch.manual_seed(0)
+    vit = VisionTransformer(img_size=8, patch_size=4, embed_dim=16, depth=3, num_heads=2, num_classes=5, **TIMM[name])
+    return randomised(vit)
+
+
+def randomised(vit: VisionTransformer) -> VisionTransformer:
+    for parameter in vit.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return vit
+
+
+def images(chans: int = 3) -> Tensor:
+    return torch.randn(4, chans, 8, 8)
+
+
+def mixture(router: str, *overrides: str) -> VisionTransformer:
+    torch.manual_seed(0)
+    config = compose("model/backbone=vit_nano2", f"model/router={router}", "model.moe_blocks=[1,3]",
+                     start(router), *overrides)  # fmt: skip
+    return build(config.model, 10)
+
+
+@pytest.mark.parametrize("adapter", OPTIONS)
+@pytest.mark.parametrize("family", TIMM)
+def test_the_start_is_the_frozen_model(family: str, adapter: str) -> None:
+    """To the bit, and with every option of place."""
+    vit = timms(family).eval()
+    x = images()
+    before = vit(x)
+    for chosen in [{}] if adapter == "lora" else [{"location": place} for place in ("attn", "mlp", "both")]:
+        vit = timms(family).eval()
+        adapt(vit, options(adapter, **chosen))
+        assert torch.equal(vit(x), before)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_the_start_is_the_frozen_mixture(router: str) -> None:
+    """What layers hand on from one to the next goes past the adapters."""
+    plain, vit = mixture(router), mixture(router, "adapter=soft_moa", "model.adapter.location=both")
+    report = load_weights(vit, plain.state_dict(), keep_head=True, allow_unexpected=[])
+    assert report.new and all(map(is_adapters, report.new))
+    x = images(1)
+    assert torch.equal(vit.eval()(x), plain.eval()(x))
+
+
+def steps(vit: VisionTransformer, number: int) -> None:
+    trained = [parameter for parameter in vit.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.01)
+    for _ in range(number):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(vit.train()(images()), torch.arange(4)).backward()
+        optimizer.step()
+
+
+SITES = {"attn": {"norm1"}, "mlp": {"norm2"}, "both": {"norm1", "norm2"}, None: set()}
+
+
+@pytest.mark.parametrize("adapter", OPTIONS)
+def test_two_steps_move_everything_that_is_trained_and_nothing_else(adapter: str) -> None:
+    vit = timms("class token, registers")
+    chosen = options(adapter)
+    adapt(vit, chosen)
+    before = {name: value.clone() for name, value in vit.state_dict().items()}
+    steps(vit, 2)
+    moved = {name for name, value in vit.state_dict().items() if not torch.equal(value, before[name])}
+    norms = {
+        f"blocks.{i}.{norm}.{leaf}" for i in range(3) for norm in SITES[chosen.location] for leaf in ("weight", "bias")
+    }
+    last = {"norm.weight", "norm.bias", "head.weight", "head.bias"}
+    assert moved == trained_names(vit) == {name for name in before if is_adapters(name)} | norms | last
+    assert {name for name, p in vit.named_parameters() if p.grad is not None} == moved
+
+
+def test_both_matrices_at_zero_would_stay_there() -> None:
+    """The official class's own start: nothing but the last bias has a gradient. Ours starts with one of them."""
+    vit = timms("class token, registers")
+    adapt(vit, options("bottleneck"))
+    for name, parameter in vit.named_parameters():
+        if ".down." in name:
+            nn.init.zeros_(parameter)
+    steps(vit, 3)
+    still = [name for name, p in vit.named_parameters() if is_adapters(name) and not p.any()]
+    assert len(still) == 3 * 3 and not any(name.endswith("up.bias") for name in still)
+
+
+def test_an_adapter_is_added_once_and_outside_of_layer_scale() -> None:
+    """Parallel: it reads what the norm gives to its sublayer. Sequential: what the sublayer adds."""
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    for insert in ("parallel", "sequential"):
+        vit = timms("LayerScale, norm after the mean").eval()
+        adapt(vit, options("bottleneck", location="both", insert=insert))
+        vit.double()
+        block: Any = vit.blocks[1]
+        for name, parameter in block.named_parameters():
+            if is_adapters(name):
+                nn.init.normal_(parameter)
+        read = block.norm1(x)
+        made = block.ls1(block.attn(read))
+        h = x + made + block.attn_adapter(read if insert == "parallel" else made)
+        read = block.norm2(h)
+        made = block.ls2(block.mlp(read))
+        y = h + made + block.mlp_adapter(read if insert == "parallel" else made)
+        torch.testing.assert_close(block(x), y, atol=1e-12, rtol=1e-12)
+
+
+def test_lora_is_its_formula_and_merges_exactly() -> None:
+    """q = W_q x + alpha / r B A x, and so v; keys stay."""
+    vit = timms("class token, registers").eval()
+    adapt(vit, options("lora"))
+    vit.double()
+    for name, parameter in vit.named_parameters():
+        if is_adapters(name):
+            nn.init.normal_(parameter)
+    qkv: Any = vit.blocks[0].attn.qkv
+    x, d = torch.randn(2, 5, 16, dtype=torch.float64), 16
+    wanted = nn.functional.linear(x, qkv.weight, qkv.bias)
+    for place, each in ((0, qkv.q_adapter), (2, qkv.v_adapter)):
+        wanted[..., place * d : (place + 1) * d] += 8.0 / 4 * x @ each.down.weight.T @ each.up.weight.T
+    torch.testing.assert_close(qkv(x), wanted, atol=1e-12, rtol=1e-12)
+    plain = timms("class token, registers").double().eval()
+    plain.load_state_dict(merged(vit.state_dict(), 8.0))
+    pixels = images().double()
+    torch.testing.assert_close(plain(pixels), vit(pixels), atol=1e-11, rtol=1e-11)
+
+
+def test_what_decays() -> None:
+    """Matrices of adapters, and phi where its length matters; biases and norms do not."""
+    config = compose("model/router=dense", "adapter=soft_moa")
+    vit = build(config.model, 10)
+    decayed = {name.partition(".attn_adapter.")[2] for name, value in decays(vit, config.optim).items() if value}
+    assert decayed == {"", "router.phi", "experts.w1", "experts.w2"}
+
+
+def test_recomputation_and_blocks_that_carry_give_the_same_gradients() -> None:
+    """Adapters between layers that hand something on."""
+    grads = []
+    x = images(1)
+    for recompute in (False, True):
+        vit = mixture("zero_computation", "adapter=soft_moa", "model.adapter.location=both")
+        assert all(isinstance(block, AdaptedBlock) for block in vit.blocks)
+        for name, parameter in vit.named_parameters():
+            if is_adapters(name):
+                nn.init.constant_(parameter, 0.01)
+        vit.set_grad_checkpointing(recompute)
+        vit.train()(x).sum().backward()
+        grads.append({name: p.grad for name, p in vit.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys() == trained_names(vit)
+    for name, value in grads[0].items():
+        torch.testing.assert_close(grads[1][name], value)
+
+
+def test_half_a_set_of_adapters_is_another_architecture() -> None:
+    vit = timms("class token, registers")
+    adapt(vit, options("soft_moa"))
+    weights = {name: value for name, value in vit.state_dict().items() if "blocks.2.attn_adapter" not in name}
+    with pytest.raises(UsageError, match=r"it lacks blocks\.2\.attn_adapter\.router\.phi"):
+        load_weights(vit, weights, keep_head=True, allow_unexpected=[])
+
+
+@pytest.mark.parametrize(
+    ("name", "chosen", "said"),
+    [
+        ("soft_moa", {"insert": "parallel"}, "adapter=soft_moa has no use for model.adapter.insert=parallel"),
+        ("none", {"width": 4}, "adapter=none has no use for model.adapter.width=4"),
+        ("soft_moa", {"num_adapters": None}, "model.adapter.num_adapters=null: adapter=soft_moa needs a value"),
+        ("lora", {"reduction": 64.0}, "give one of them and set the other to null"),
+        ("lora", {"width": None}, "give one of them and set the other to null"),
+        ("bottleneck", {"location": "head"}, "model.adapter.location=head is not one of attn, mlp, both"),
+        ("dense_moa", {"num_adapters": 0}, "model.adapter.num_adapters=0 is out of range"),
+    ],
+)
+def test_options_without_effect_are_refused(name: str, chosen: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        options(name, **chosen)
+    assert said in str(refused.value)
