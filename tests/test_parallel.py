@@ -111,6 +111,12 @@ def alike(a: Path, b: Path, tolerance: float) -> None:
             "mumoe_cp", 2, ("ddp", "fsdp"), ("train.accumulate=1", "train.recompute=true"),
             marks=pytest.mark.thorough,
         ),
+        pytest.param("mumoe_tr", 2, ("ddp", "fsdp"), ("train.accumulate=1",), marks=pytest.mark.thorough),
+        pytest.param(
+            "experts_choice", 2, ("ddp", "fsdp"),
+            ("train.accumulate=1", "model.head=mumoe_tr", "model.head_experts=2", "model.head_norm=batch"),
+            marks=pytest.mark.thorough,
+        ),
         pytest.param(
             "zero_computation", 2, ("ddp", "fsdp", "expert"),
             ("model.moe_blocks=every_1", "model.router.images_per_group=2", "train.recompute=true"),

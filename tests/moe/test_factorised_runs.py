@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from tests.conftest import TINY, Softmoe, thinned
 from tests.cost.loads import composed, held
 from tests.cost.test_memory import allocated_peak
 from tests.routers import ROUTERS
-from tests.runs import last, same, the_run
+from tests.runs import finish, last, same, start, the_run
 
 
 def routing_rows(run: Path) -> list[dict[str, Any]]:
@@ -41,6 +43,27 @@ def test_a_run_that_stops_goes_on_to_the_same_bits(softmoe: Softmoe, tmp_path: P
     average, trained = (load_file(last(whole) / f"{file}.safetensors") for file in ("model", "training"))
     key = "blocks.1.mlp.router.levels.0.norm.variance"
     assert not torch.equal(average[key], trained[f"weights.{key}"]) and not torch.equal(average[key], torch.ones(4))
+
+
+HEAD = ("model/router=dense", "model.head=mumoe_tr", "model.head_experts=2", "model.head_norm=batch")
+
+
+@pytest.mark.long
+@pytest.mark.thorough
+@pytest.mark.parametrize("kind", [("model/router=mumoe_tr",), HEAD], ids=["mumoe_tr", "a head"])
+def test_a_kill_changes_no_bit(kind: tuple[str, ...], tmp_path: Path) -> None:
+    """SIGKILL behind the first checkpoint."""
+    line = ("train.steps=300", "train.batch_size=8", "train.save_seconds=0", "train.ema=0.9", *kind)
+    finish(start(tmp_path / "whole", *line))
+    process = start(tmp_path / "killed", *line)
+    while not list(tmp_path.glob("killed/outputs/*/*/checkpoints/last-*")):
+        assert not process.ended
+        time.sleep(0.001)
+    process.send(signal.SIGKILL)
+    process.wait()
+    assert not (the_run(tmp_path / "killed") / "result.json").exists()
+    assert "going on from step" in finish(start(tmp_path / "killed", *line))
+    same(the_run(tmp_path / "whole"), the_run(tmp_path / "killed"))
 
 
 @every_kind

@@ -4,9 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.conftest import TINY, Softmoe
-from tests.runs import saved, the_run
+from tests.processes import Started
+from tests.runs import finish, last, saved, the_run
 
 GROUPED = ("model/router=zero_computation", "model.router.images_per_group=8")
 
@@ -22,6 +25,22 @@ def test_an_evaluation_takes_batches_of_any_size(softmoe: Softmoe, tmp_path: Pat
     assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=1e-6)
     other = saved(tmp_path / "other.safetensors", 0, "model/router=tokens_choice", GROUPED[1])
     assert "batch_size=5 is not a multiple" in softmoe("evaluate", f"checkpoint={other}", "batch_size=5").err
+
+
+@pytest.mark.long
+@pytest.mark.thorough
+def test_parts_of_a_batch_give_the_large_batch_update(tmp_path: Path) -> None:
+    """In float64, so that no choice is another one by rounding: weights, and what has landed."""
+    line = ("train", *TINY, "threads=1", *GROUPED, "model.moe_blocks=every_1", "model.router.images_per_group=2")
+    line += ("train.steps=12", "train.batch_size=16")
+    for parts in (1, 4):
+        process = Started(tmp_path / str(parts), [*line, f"train.accumulate={parts}"], {}, dtype="float64")
+        finish(process)
+    whole, added = (the_run(tmp_path / str(parts)) for parts in (1, 4))
+    weights, others = (load_file(last(run) / "model.safetensors") for run in (whole, added))
+    for key, value in weights.items():
+        torch.testing.assert_close(others[key], value, atol=1e-10, rtol=1e-8)
+    assert len({json.loads((run / "result.json").read_text())["landed_pflop"] for run in (whole, added)}) == 1
 
 
 @pytest.mark.thorough

@@ -54,7 +54,9 @@ def test_groups(softmoe: Softmoe, tmp_path: Path) -> None:
 
 def test_the_recipe_of_factorised_heads_is_the_published_one() -> None:
     """james-oldfield/muMoE, finetune.py: 10 epochs of 4096 images, 500 updates of warmup, crops alone."""
-    config = compose("recipe=finetune_mumoe", "data=folder", "data.root=x", "data.image_size=32", "data.num_classes=1000")
+    config = compose(
+        "recipe=finetune_mumoe", "data=folder", "data.root=x", "data.image_size=32", "data.num_classes=1000"
+    )
     o, t, a = config.optim, config.train, config.augment
     assert (o.name, o.lr, o.final_lr, o.schedule, o.clip_norm) == ("adamw", 3e-5, 0, "cosine", 1)
     assert (t.epochs, t.batch_size, t.precision, t.label_smoothing) == (10, 4096, "fp16", 0)
