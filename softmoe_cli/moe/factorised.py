@@ -355,4 +355,5 @@ class FactorisedHead(nn.Module):
         def through(tokens: Tensor) -> Tensor:
             return self.maps.mixed(tokens, [level.to(tokens.dtype) for level in coefficients.levels]) @ self.weight.mT
 
-        return in_fast_precision(x, self.weight.dtype, through).squeeze(1)
+        logits = in_fast_precision(x, self.weight.dtype, through)
+        return logits.squeeze(1).clone()  # no view: fully_shard warns of one as a model's result
