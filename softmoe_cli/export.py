@@ -23,7 +23,7 @@ from torch.export import Dim, ExportedProgram
 
 from softmoe_cli.config.adapter import no_adapter
 from softmoe_cli.config.commands import ExportConfig
-from softmoe_cli.config.model import Model, check_groups, group_of
+from softmoe_cli.config.model import Model, check_groups
 from softmoe_cli.data import batches, sets
 from softmoe_cli.errors import RunError, UsageError, first_line
 from softmoe_cli.model.adapted import merged
@@ -52,7 +52,7 @@ def export(config: ExportConfig, model: Model, source: Source) -> dict[str, Any]
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    check_groups("images", config.images, model.router)
+    check_groups("images", config.images, model)
     if "head.weight" not in source.weights:
         raise UsageError(f"checkpoint={source.label} has no head; softmoe finetune gives it one")
     if experts_left(source.weights):
@@ -91,7 +91,7 @@ def _fill(config: ExportConfig, model: Model, source: Source, receipt: dict[str,
     splits = sets.load(config.data)
     splits.need("validation")
     images, _ = batches.first_images(splits.validation, config.data, model, config.images)
-    group = group_of(model.router)
+    group = model.images_per_group
     batch = None if group == 1 else group
 
     folder.mkdir(parents=True)
