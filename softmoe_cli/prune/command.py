@@ -173,7 +173,7 @@ class Pruned:
     ) -> dict[str, dict[str, Any]]:
         """Leaves the `keep` best experts of each layer; says of each block what they were chosen by."""
         scores = self._scores(vit, layers, before) if any(len(each.left) > keep for each in layers.values()) else {}
-        blocks = {}
+        blocks: dict[str, dict[str, Any]] = {}
         for place, layer in layers.items():
             there = layer.left
             if len(there) > keep:
@@ -216,8 +216,8 @@ class Pruned:
             wait = torch.cuda.synchronize if self.device.type == "cuda" else _nothing
             found["clock"] = latencies({"before": whole, "after": new}, x, self.config.repeats, wait)
             found["clock"] |= {"images": len(x), "repeats": self.config.repeats, "hardware": hardware(self.device)}
-        cpu = [copy.deepcopy(each).cpu().double().eval() for each in (pruned, new)]
-        share, others = distance_in_float64(*cpu, x.cpu().double())
+        one, other = (copy.deepcopy(each).cpu().double().eval() for each in (pruned, new))
+        share, others = distance_in_float64(one, other, x.cpu().double())
         if not share <= NO_MORE:
             raise RunError(f"the new model's outputs are off by {share:.2g} in float64: an error of softmoe's")
         return found | {"float64_distance": share, "float64_other_predictions": others}
