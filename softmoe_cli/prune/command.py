@@ -58,7 +58,7 @@ def prune_as_typed(config: Any, typed: list[str]) -> int:
     inherit.take_data(tree, source, typed)
     checked = door(tree, PruneConfig)
     check_channels(checked.data, model.in_chans)
-    check_groups("batch_size", checked.batch_size, model.router)
+    check_groups("batch_size", checked.batch_size, model)
     if not named:
         inherit.check_here(checked.data, source)
     before = None if checked.before is None else inherit.named_source(checked.before)

@@ -21,9 +21,16 @@ UNTIMED = 2
 
 def smaller_model(model: Model, vit: VisionTransformer) -> Model:
     """The config of a mixture with the experts that are left, as many in each block."""
-    layer = next(block.mlp for block in vit.blocks if isinstance(block.mlp, MoE))
-    router = portable_options(model.router, layer)
-    return replace(model, router=router | {k: v for k, v in layer.router.options_left().items() if k in router})
+    router, apart = model.router, dict(model.blocks)
+    for place, block in enumerate(vit.blocks):
+        if isinstance(block.mlp, MoE):
+            options = portable_options(model.router_of(place), block.mlp)
+            options |= {k: v for k, v in block.mlp.router.options_left().items() if k in options}
+            if str(place) in apart:
+                apart[str(place)] = options
+            else:
+                router = options
+    return replace(model, router=router, blocks=apart)
 
 
 def smaller_weights(vit: VisionTransformer) -> dict[str, Tensor]:
