@@ -29,7 +29,7 @@ from softmoe_cli.errors import RunError, UsageError, first_line
 from softmoe_cli.model.adapted import merged
 from softmoe_cli.model.hub import softmoe_vit
 from softmoe_cli.model.vit import build
-from softmoe_cli.model.weights import load_weights
+from softmoe_cli.model.weights import experts_left, load_weights
 from softmoe_cli.run.checkpoint import WEIGHTS, seal
 from softmoe_cli.run.identity import made_from
 from softmoe_cli.run.receipt import RECEIPT, already_made, make_whole
@@ -55,6 +55,11 @@ def export(config: ExportConfig, model: Model, source: Source) -> dict[str, Any]
     check_groups("images", config.images, model)
     if "head.weight" not in source.weights:
         raise UsageError(f"checkpoint={source.label} has no head; softmoe finetune gives it one")
+    if experts_left(source.weights):
+        raise UsageError(
+            f"checkpoint={source.label} still holds the experts that were pruned; make the smaller model first: "
+            f"softmoe prune checkpoint={source.label}"
+        )
     if config.push is not None:
         _check_name(config.push)
     lacking = [name for name in ONNX_PACKAGES if find_spec(name) is None]

@@ -193,6 +193,8 @@ def _conditions(group: Group, baseline: Group, cost: str) -> None:
     pair = (group, baseline)
     known = cost == "train_pflop" and all(not g.pretrained or g.checkpoint_pflop is not None for g in pair)
     ours, theirs = (_total(each, cost, pretraining=known) for each in pair)
+    if ours is None or theirs is None:
+        group.conditions.append(f"{COSTS[cost].amount} not known of {'both' if ours is theirs else 'one'}")
     if ours is not None and theirs is not None and theirs > 0:
         group.cost_ratio = ours / theirs
         told = apart(group.cost_ratio, COSTS[cost].amount)

@@ -135,6 +135,11 @@ class Config(Section):
             raise UsageError(
                 f"restarts={self.restarts} has no effect with devices=1; torchrun has --max-restarts of its own"
             )
+        if self.prune.keep is not None and self.model.adapter.name != "none":
+            raise UsageError(
+                f"prune.keep={self.prune.keep} drops experts that are trained, and adapter={self.model.adapter.name} "
+                "keeps them frozen; set one of them to null or none"
+            )
         settled = self.train.batch_size != "auto"
         if settled and (self.augment.mixup or self.augment.cutmix) and self.train.batch_size % 2:
             raise UsageError(

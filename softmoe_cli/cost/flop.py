@@ -118,8 +118,18 @@ class Cost:
         it. Where no row is of one token it is as `train_flop` says."""
         if self.landed_row_flop is None:
             return images * self.train_flop
-        rest = sum(part.train_flop for part in self.parts if part.name != "experts")
-        return images * (rest + self.full_experts_flop) + landed * self.landed_row_flop
+        return images * self.rest_train_flop + landed * self.landed_row_flop
+
+    @property
+    def rest_train_flop(self) -> float:
+        """Training FLOPs of an image without those of experts whose rows are counted."""
+        return self.full_experts_flop + sum(part.train_flop for part in self.parts if part.name != "experts")
+
+    @property
+    def phase(self) -> list[float]:
+        """What is added up of each image, where pruning changes it on the way: training FLOPs, those without
+        experts whose rows are counted, choices, and the FLOPs of a forward pass."""
+        return [self.train_flop, self.rest_train_flop, self.choices or 0, self.forward_flop]
 
     @property
     def train_flop(self) -> float:
@@ -152,7 +162,7 @@ def account(
     """
     vit = on_meta(model, num_classes)
     for place, block in enumerate(vit.blocks):
-        if place in left and isinstance(block.mlp, MoE):
+        if place in left and isinstance(block.mlp, MoE) and block.mlp.router.unprunable is None:
             block.mlp.prunable()
             block.mlp.leave(left[place])
     cost = account_model(vit, batch=batch, recompute=recompute)

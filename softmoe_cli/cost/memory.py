@@ -162,7 +162,8 @@ def _let_go(vit: VisionTransformer, keep: int | None) -> None:
     """Leaves as many experts as training holds most for, of those numbers that it has once some have gone: experts of a
     router with capacity get more slots then, and the weights of those that are left are copied out."""
     tokens = count_tokens(vit)
-    for layer in (block.mlp for block in vit.blocks if isinstance(block.mlp, MoE)):
+    layers = [block.mlp for block in vit.blocks if isinstance(block.mlp, MoE)]
+    for layer in (layer for layer in layers if layer.router.unprunable is None):  # others are refused later
         e, rows = len(layer.left), {}
         for z in range(e - 1, (keep or e) - 1, -1):
             layer.prunable()

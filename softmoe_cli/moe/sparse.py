@@ -354,7 +354,8 @@ def slots_left(slots: int, num_experts: int, left: int, group: int) -> int:
     """Slots per expert for the `left` of `num_experts` experts that had `slots` each, in groups of `group` tokens.
 
     Each expert gets the slots of all that went beside its own: wherever their tokens go, no more of a group's choices
-    are dropped than before, since the choices of experts that stay do not change. One that is left has room for all.
+    are dropped than with all experts, since the choices of experts that stay do not change. One that is left has room
+    for all.
     """
     if left == num_experts:
         return slots

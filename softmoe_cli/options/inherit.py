@@ -112,6 +112,16 @@ def _check_adapter(own: dict[str, Any], model: Any, label: str) -> None:
         )
 
 
+def refuse_adapters(source: "Source", command: str) -> None:
+    """Raises UsageError where a command that changes a model's layers is given one with adapters."""
+    name = source.card.get("model", {}).get("adapter", {}).get("name", "none")
+    if name != "none":
+        way = "softmoe export makes a plain model of it" if name == "lora" else "take the model that they belong to"
+        raise UsageError(
+            f"checkpoint={source.label} has adapters ({name}), which softmoe {command} does not know; {way}"
+        )
+
+
 def require_trust(model: dict[str, Any], source: "Source", trusted: str | None) -> None:
     """Refuses a router that only the checkpoint names, unless it is `trusted`: importing a module runs its code. A
     router in conf/model/router of the working folder is accepted too, but not for a checkpoint inside that folder:

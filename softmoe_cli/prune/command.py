@@ -53,6 +53,7 @@ def prune_as_typed(config: Any, typed: list[str]) -> int:
     if tree["checkpoint"].startswith("timm:"):
         raise UsageError(f"checkpoint={tree['checkpoint']} is timm's own and has no experts to prune")
     source = inherit.named_source(tree["checkpoint"])
+    inherit.refuse_adapters(source, "prune")
     model = inherit.model_of(source, tree["trust"])
     named = inherit.names_data(tree["data"])
     inherit.take_data(tree, source, typed)
@@ -103,6 +104,7 @@ def prune(config: PruneConfig, model: Model, source: Source, before: Source | No
     weights = {key: value.cpu() for key, value in weights.items()}
     receipt: dict[str, Any] = {"source": {"checkpoint": source.label, "digest": source.digest}, "settings": settings}
     receipt |= {"result": {"digest": digest_of(weights)}, "experts_left": keep, "blocks": blocks}
+    receipt["scored_images"] = min(config.images, len(splits.train)) if config.by in MEASURED else 0
     receipt |= {"keys": key_map(weights, {place: layer.left for place, layer in layers.items()}, config.to)}
     receipt |= job.changes(whole, vit, new.to(device))
     costs = {"before": account(model, vit.num_classes, left=there), "after": account(new_model, vit.num_classes)}
@@ -245,7 +247,7 @@ def _nothing() -> None:
     """There is nothing to wait for."""
 
 
-def _cost_row(params: int, active: float, forward: int, train: float) -> dict[str, float]:
+def _cost_row(params: int, active: float, forward: int, train: float) -> dict[str, int | float]:
     return {"params": params, "active_params": active, "forward_flop": forward, "train_flop": train}
 
 
@@ -260,7 +262,9 @@ def show_pruned(receipt: dict[str, Any], form: str) -> None:
         stay, gone = (", ".join(map(str, block[key])) for key in ("kept", "dropped"))
         rows[f"block {place}"] = f"stays: {stay}" + (f"; goes: {gone}" if gone else "")
     if any("scores" in block for block in receipt["blocks"].values()):
-        rows["by"] = settings["by"] + (f" on {settings['images']:,} training images" if "images" in settings else "")
+        rows["by"] = settings["by"] + (
+            f" on {receipt['scored_images']:,} training images" if receipt["scored_images"] else ""
+        )
     rows["is now"] = "a plain ViT, which timm loads" if settings["to"] == "dense" else "a mixture of those"
     if quality["before"] is not None:
         rows["validation top-1"] = (

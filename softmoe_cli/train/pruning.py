@@ -86,7 +86,7 @@ class Pruning:
         p, last = self.config.prune, deadline(self.budget, self.config.prune.until)
         left = ", ".join(f"{len(layer.left)} in block {place}" for place, layer in self.layers.items())
         at = f"step {last:,.0f}" if self.budget.steps is not None else f"second {last:,.0f} of training"
-        words = [f"{p.keep} stay of the experts that are left ({left}), by {p.by}, from {at} on"]
+        words = [f"{p.keep} of the experts of each block ({left}), chosen by {p.by}, from {at} on"]
         if p.windows > 1 and p.threshold:
             words.append(
                 f"before that those go that have less than {p.threshold:g} of the mean share, at the end of "

@@ -306,7 +306,7 @@ def remark(result: dict[str, Any], folder: Path, model: Model) -> str:
         return ""
     except rows.Unreadable as error:
         return f"{file} {error}"
-    last = [row for row in looks if row["step"] == looks[-1]["step"]]
+    last = [row for row in looks if row["step"] == looks[-1]["step"] and "beside" not in row]
     by_target: dict[str, list[dict[str, Any]]] = {}
     for row in last:
         by_target.setdefault(model.router_of(row["block"])["_target_"], []).append(row)

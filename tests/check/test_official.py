@@ -43,8 +43,9 @@ from softmoe_cli.moe.sparse import choose, place
 from softmoe_cli.optim import linear, rsqrt
 from tests.routers import ROUTERS
 
-ELSEWHERE = ("scaling_law_", "soft_moa_", "self_contrast_")
-"""Kinds that tests of the rooms try: scaling/test_laws.py, adapters/test_official.py and evaluate/test_contrast.py."""
+ELSEWHERE = ("scaling_law_", "soft_moa_", "self_contrast_", "expert_pruning")
+"""Kinds that tests of the rooms try: scaling/test_laws.py, adapters/test_official.py, evaluate/test_contrast.py and
+train/test_pruning.py."""
 CASES = {name: meta for name, meta in official_cases().items() if not meta["kind"].startswith(ELSEWHERE)}
 ROUTER_CLASSES = {name: type(make_router(options, 16, 16)) for name, options in ROUTERS.items()}
 MODULES = "softmoe_cli.moe.routers"
