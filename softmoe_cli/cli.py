@@ -344,6 +344,7 @@ def _upcycle(config: Any, typed: list[str]) -> int:
     from softmoe_cli.upcycle import show_upcycle, upcycle
 
     source = inherit.named_source(tree["checkpoint"])
+    inherit.refuse_adapters(source, "upcycle")
     name = tree["model"]["backbone"]["timm"]
     if "model" not in source.card and name not in (None, "???"):
         source = dataclasses.replace(source, card=timm_card(name))

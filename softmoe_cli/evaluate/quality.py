@@ -1,5 +1,6 @@
 """Quality of a model on a set of images, each counted exactly once: an iterator of (name, value)."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from softmoe_cli.adapters.soft_moa import SoftMoA
 from softmoe_cli.moe.kind import Decided, Decider, Layer
 from softmoe_cli.moe.routing import full_precision
 
@@ -166,17 +168,30 @@ def features(
 
 
 @torch.no_grad()
-def routing_statistics(model: nn.Module, batch: Batch, autocast: torch.autocast) -> list[dict[str, float]]:
-    """One row of statistics per MoE layer, in the order of the blocks, on one batch."""
+def routing_statistics(
+    model: nn.Module, batch: Batch, autocast: torch.autocast
+) -> list[tuple[dict[str, int | str], dict[str, float]]]:
+    """Statistics of every router, in the order of the blocks, on one batch; before them where it stands: the `block`,
+    and of a router of adapters the sublayer `beside` which it is."""
     model.eval()
-    statistics: list[dict[str, float]] = []
+    statistics: list[tuple[dict[str, int | str], dict[str, float]]] = []
 
-    def remember(router: Decider, _inputs: object, decision: Decided) -> None:
-        with full_precision(batch[0]):  # now, when the router's weights are whole
-            statistics.append(decision.statistics() | router.statistics())
+    def remember(place: dict[str, int | str]) -> Any:
+        def hook(router: Decider, _inputs: object, decision: Decided) -> None:
+            with full_precision(batch[0]):  # now, when the router's weights are whole
+                statistics.append((place, decision.statistics() | router.statistics()))
 
-    routers = [module.router for module in model.modules() if isinstance(module, Layer)]
-    hooks = [router.register_forward_hook(remember) for router in routers]
+        return hook
+
+    hooks = []
+    for name, module in model.named_modules():
+        if isinstance(module, Layer | SoftMoA):
+            where = re.search(r"\bblocks\.(\d+)\.(\w+)", name)
+            assert where is not None
+            place: dict[str, int | str] = {"block": int(where[1])}
+            if isinstance(module, SoftMoA):
+                place["beside"] = where[2].removesuffix("_adapter")
+            hooks.append(module.router.register_forward_hook(remember(place)))
     with autocast:
         model(batch[0])
     for hook in hooks:

@@ -33,17 +33,20 @@ class Looks:
     def validation(self) -> dict[str, Any]:
         """The row of a look at the validation images.
 
-        Routing statistics of every MoE layer on the first images, the same ones each time, go into routing.jsonl; their
-        means over layers, which are few enough for W&B, into the validation row, beside few-shot quality."""
+        Routing statistics of every router on the first images, the same ones each time, go into routing.jsonl; their
+        means over MoE layers (over adapters, where there are no such layers), which are few enough for W&B, into the
+        validation row, beside few-shot quality."""
         setup, model = self.recording.setup, self.recording.trained.evaluated
         with self.recording.progress.booked("eval"):
-            layers = routing_statistics(model, next(self._batches(setup.splits.validation, [0])), setup.autocast)
+            found = routing_statistics(model, next(self._batches(setup.splits.validation, [0])), setup.autocast)
             shots = self._few_shots() if setup.config.train.fewshot else {}
-        keys = layers[0] if layers else ()
-        means = {f"routing_{key}": sum(layer[key] for layer in layers) / len(layers) for key in keys}
+        layers = [numbers for place, numbers in found if "beside" not in place] or [numbers for _, numbers in found]
+        keys = dict.fromkeys(key for layer in layers for key in layer)
+        having = {key: [layer[key] for layer in layers if key in layer] for key in keys}
+        means = {f"routing_{key}": sum(numbers) / len(numbers) for key, numbers in having.items()}
         row = self._quality("validation", setup.splits.validation, means | shots)
-        for block, numbers in zip(self.moe_blocks, layers, strict=True):  # last, so that a stop leaves all rows or none
-            self.recording.run.append("routing.jsonl", {"step": row["step"], "block": block, **numbers})
+        for place, numbers in found:  # last, so that a stop leaves all rows or none
+            self.recording.run.append("routing.jsonl", {"step": row["step"], **place, **numbers})
         return row
 
     def test(self) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """Agreement with the official code of Soft-MoA, on numbers it computed: layers, whole blocks with the gradients of
 exactly what is trained, and counts of parameters."""
 
+import json
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,10 +15,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from softmoe_cli.adapters.dense_moa import DenseMoA
+from softmoe_cli.adapters.lora import AdaptedProjection
 from softmoe_cli.adapters.soft_moa import SoftMoA
 from softmoe_cli.check.official import official_cases, read_case
 from softmoe_cli.config.adapter import AdapterOptions, no_adapter
-from softmoe_cli.model.adapted import AdaptedBlock, adapt, trained_names
+from softmoe_cli.model.adapted import AdaptedBlock, adapt, merged, trained_names
 
 Arrays = dict[str, np.ndarray]
 CASES = {name: meta["kind"] for name, meta in official_cases().items() if meta["kind"].startswith("soft_moa_")}
@@ -181,7 +184,9 @@ def params(meta: dict[str, Any], z: Arrays, _dtype: torch.dtype) -> None:
     for row, want in zip(z["rows"].tolist(), z["out/params"].tolist(), strict=True):
         kind, sites, d, blocks, adapters, slots, reduction, normalised, classes = row
         with torch.device("meta"):
-            vit = VisionTransformer(img_size=16, patch_size=16, embed_dim=d, depth=blocks, num_classes=classes)
+            vit = VisionTransformer(
+                img_size=16, patch_size=16, embed_dim=d, depth=blocks, num_classes=classes, weight_init="skip"
+            )
             chosen: dict[str, Any] = {"num_adapters": adapters, "reduction": float(reduction)}
             chosen |= {"location": "both" if sites == 2 else "attn"}
             if not kind:
@@ -198,11 +203,49 @@ HANDLERS: dict[str, Callable[[dict[str, Any], Arrays, torch.dtype], None]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("name", CASES)
+TRIED = [
+    (name, each) for name, kind in CASES.items() for each in DTYPES if (kind, each) != ("soft_moa_params", "float32")
+]
+
+
+@pytest.mark.parametrize(("name", "precision"), TRIED)
 def test_official_numbers_of_adapters(
-    name: str, dtype: torch.dtype, record_property: Callable[[str, object], None]
+    name: str, precision: str, record_property: Callable[[str, object], None]
 ) -> None:
     record_property("case", name)
     record_property("kind", CASES[name])
-    HANDLERS[CASES[name]](*read_case(name), dtype)
+    HANDLERS[CASES[name]](*read_case(name), DTYPES[precision])
+
+
+def test_lora_is_that_of_peft() -> None:
+    """Numbers of peft 0.21.2 (lora_of_peft.json says which torch) on two separate matrices, for queries and values;
+    merged as peft merges them."""
+    said = json.loads((Path(__file__).parent / "lora_of_peft.json").read_text())
+
+    def array(value: Any) -> Tensor:
+        return torch.tensor(value, dtype=torch.float64)
+
+    x = array(said["x"]).requires_grad_()
+    weights = [array(said["q"]["weight"]), torch.randn(4, 5).double(), array(said["v"]["weight"])]
+    whole = nn.Linear(5, 12).double()
+    whole.weight.data = torch.cat(weights)
+    whole.bias.data = torch.cat([array(said["q"]["bias"]), torch.zeros(4).double(), array(said["v"]["bias"])])
+    whole.requires_grad_(False)
+    qkv = AdaptedProjection(whole, said["r"], alpha=float(said["alpha"])).double()
+    adapters = {"q": qkv.q_adapter, "v": qkv.v_adapter}
+    for name, adapter in adapters.items():
+        adapter.down.weight.data = array(said[name]["A"])
+        adapter.up.weight.data = array(said[name]["B"])
+    q, k, v = qkv(x).chunk(3, dim=-1)
+    loss = array(said["loss_weight"])
+    ((loss[0] * q).sum() + (loss[1] * v).sum()).backward()
+    alike = partial(torch.testing.assert_close, atol=1e-12, rtol=1e-12)
+    alike(q, array(said["y"]["q"]))
+    alike(v, array(said["y"]["v"]))
+    alike(k, x @ weights[1].T)
+    alike(x.grad, array(said["grad_x"]))
+    for name, adapter in adapters.items():
+        alike(adapter.down.weight.grad, array(said[name]["grad_A"]))
+        alike(adapter.up.weight.grad, array(said[name]["grad_B"]))
+    together = merged({f"qkv.{name}": value for name, value in qkv.state_dict().items()}, float(said["alpha"]))
+    alike(together["qkv.weight"], torch.cat([array(said["merged"]["q"]), weights[1], array(said["merged"]["v"])]))

@@ -53,7 +53,7 @@ def test_every_statistic_is_some_routers() -> None:
             own = router(torch.randn(4, 16, 16)).statistics() | router.statistics()
             assert own.keys() <= ROUTING.keys(), name
             found |= own.keys()
-    assert found == ROUTING.keys() - {"format", "step", "block"}
+    assert found == ROUTING.keys() - {"format", "step", "block", "beside"}
 
 
 def test_what_is_declared_fits_together() -> None:

@@ -1,0 +1,219 @@
+"""Finetuning with adapters as it is typed: checkpoints are deltas, which belong to one base, go on, and leave as a
+whole model."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from softmoe_cli.run.checkpoint import digest_of
+from tests.conftest import Softmoe
+from tests.oracles import compose
+from tests.processes import Started
+from tests.runs import last, rows, same, saved, the_run
+from tests.test_parallel import alike, finish, torchrun
+
+DENSE = (
+    "model/router=dense", "model.backbone.width=16", "model.backbone.depth=2", "model.backbone.heads=2",
+    "model.backbone.mlp_width=32",
+)  # fmt: skip
+QUICK = (
+    "tracking=off",
+    "threads=1",
+    "train.steps=2",
+    "train.batch_size=8",
+    "train.eval_every=2",
+    "recipe=finetune_adapter",
+)
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return saved(tmp_path / "base.safetensors", 0, tiny=DENSE)
+
+
+def card_of(file: Path) -> dict[str, Any]:
+    with safe_open(file, framework="pt") as opened:
+        card: dict[str, Any] = json.loads(opened.metadata()["softmoe"])
+    return card
+
+
+def finetuned(softmoe: Softmoe, tmp_path: Path, *arguments: str, root: str = "outputs") -> Path:
+    before = set((tmp_path / root).glob("default/*"))
+    answer = softmoe("finetune", *QUICK, f"output_root={root}", *arguments)
+    assert answer.code == 0, answer.err
+    (run,) = set((tmp_path / root).glob("default/*")) - before
+    return run
+
+
+def test_a_checkpoint_holds_what_was_trained_and_the_rest_stays_to_the_bit(
+    softmoe: Softmoe, tmp_path: Path, base: Path
+) -> None:
+    """And belongs to its base: another one is refused, a moved one is named."""
+    run = finetuned(softmoe, tmp_path, f"checkpoint={base}", "adapter=soft_moa", "model.adapter.num_adapters=3")
+    file = last(run) / "model.safetensors"
+    held, weights, card = load_file(file), load_file(base), card_of(file)
+    result = json.loads((run / "result.json").read_text())
+    outside = {"norm.weight", "norm.bias", "head.weight", "head.bias"}
+    inside = {f"blocks.{i}.norm1.{leaf}" for i in range(2) for leaf in ("weight", "bias")}
+    parts = ("router.phi", "experts.w1", "experts.b1", "experts.w2", "experts.b2")
+    assert held.keys() == outside | inside | {f"blocks.{i}.attn_adapter.{leaf}" for i in range(2) for leaf in parts}
+    assert sum(value.numel() for value in held.values()) == round(1e6 * result["trained_params_m"])
+    head = held["head.weight"].numel() + held["head.bias"].numel()
+    assert round(1e6 * (result["trained_params_m"] - result["trained_body_params_m"])) == head
+    assert result["adapter"] == result["model.adapter.name"] == "soft_moa" and "model.adapter.alpha" not in result
+    assert card["base"] == {"checkpoint": str(base), "digest": digest_of(weights), "left_out": []}
+
+    places = {(row["block"], row["beside"]) for row in rows(run, "routing.jsonl")}
+    assert places == {(0, "attn"), (1, "attn")} and rows(run)[-2]["routing_utilisation"] == 1.0
+
+    good = softmoe("evaluate", f"checkpoint={run}", "format=json")
+    assert json.loads(good.out)["top1_pct"] == pytest.approx(result["top1_pct"], abs=1e-9)
+    moved = tmp_path / "elsewhere.safetensors"
+    base.rename(moved)
+    refused = softmoe("evaluate", f"checkpoint={run}")
+    assert refused.code == 2 and "cannot be read" in refused.err and "say where it is now with base=" in refused.err
+    again = softmoe("evaluate", f"checkpoint={run}", f"base={moved}", "format=json")
+    assert {**json.loads(again.out), "eval_s": 0} == {**json.loads(good.out), "eval_s": 0}
+    saved(base, 1, tiny=DENSE)
+    refused = softmoe("evaluate", f"checkpoint={run}")
+    assert refused.code == 2 and "belong to other weights than those of" in refused.err
+    refused = softmoe("evaluate", f"checkpoint={moved}", f"base={base}")
+    assert refused.code == 2 and "has no effect" in refused.err and len(refused.err.splitlines()) == 1
+    other = dict(weights, **{"norm.bias": weights["norm.bias"] + 1e-7})
+    save_file(other, base, metadata={"softmoe": json.dumps(card_of(moved))})
+    assert softmoe("export", f"checkpoint={run}").code == 2
+
+
+@pytest.mark.thorough
+def test_it_trains_further_with_other_images_and_keeps_its_base(softmoe: Softmoe, tmp_path: Path, base: Path) -> None:
+    """A position table that was resampled goes into the delta, a frozen adapter of the source's stays in it."""
+    first = finetuned(softmoe, tmp_path, f"checkpoint={base}", "adapter=bottleneck")
+    second = finetuned(
+        softmoe, tmp_path, f"checkpoint={first}", "model.image_size=16", "optim.freeze=[blocks.0.mlp_adapter.*]",
+        root="second",
+    )  # fmt: skip
+    files = [last(run) / "model.safetensors" for run in (first, second)]
+    old, new = map(load_file, files)
+    assert card_of(files[0])["base"] == card_of(files[1])["base"]
+    assert new.keys() - old.keys() == {"pos_embed"} and new["pos_embed"].shape[1] == 4 * 16
+    still = {key for key in old if torch.equal(old[key], new[key])}
+    assert still == {key for key in old if key.startswith("blocks.0.mlp_adapter.")}
+    assert softmoe("evaluate", f"checkpoint={second}").code == 0
+    refused = softmoe("finetune", *QUICK, f"checkpoint={second}", "adapter=lora")
+    assert refused.code == 2 and "has adapters (bottleneck), and model.adapter.name=lora is not theirs" in refused.err
+    refused = softmoe("finetune", *QUICK, f"checkpoint={second}", "adapter=none")
+    assert refused.code == 2 and "model.adapter.name=none is not theirs" in refused.err
+    refused = softmoe("finetune", *QUICK, f"checkpoint={base}", "adapter=bottleneck", f"base={base}")
+    assert refused.code == 2 and "has no effect" in refused.err
+    refused = softmoe("upcycle", f"checkpoint={second}", "model/router=soft", "model.moe_blocks=last_1")
+    assert refused.code == 2 and "has adapters (bottleneck), which softmoe upcycle does not know" in refused.err
+    refused = softmoe("prune", f"checkpoint={second}", "keep=1")
+    assert refused.code == 2 and "has adapters (bottleneck), which softmoe prune does not know" in refused.err
+    refused = softmoe("finetune", *QUICK, f"checkpoint={second}", "prune.keep=1")
+    assert refused.code == 2 and "prune.keep=1 drops experts" in refused.err
+    refused = softmoe("train", *QUICK, "adapter=bottleneck")
+    assert refused.code == 2 and "adapter=bottleneck belongs to softmoe finetune" in refused.err
+
+
+@pytest.mark.parametrize("name", ["soft_moa", pytest.param("lora", marks=pytest.mark.thorough)])
+def test_a_stopped_run_goes_on_to_the_same_bits(name: str, softmoe: Softmoe, tmp_path: Path) -> None:
+    """Adapters beside soft mixtures of experts."""
+    base = saved(tmp_path / "soft.safetensors", 0)
+    line = (f"checkpoint={base}", f"adapter={name}", "train.steps=6", "train.save_seconds=0", "train.eval_every=3",
+            "train.ema=0.9", "augment.mixup=0.4")  # fmt: skip
+    whole = finetuned(softmoe, tmp_path, *line, root="whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
+    stopped = next((tmp_path / "stopped" / "default").iterdir())
+    (stopped / "result.json").unlink()
+    shutil.rmtree(last(stopped))
+    answer = softmoe("finetune", *QUICK, *line, "output_root=stopped")
+    assert answer.code == 0 and "going on from step" in answer.out, answer
+    same(whole, stopped)
+
+
+@pytest.mark.parametrize("name", ["lora", pytest.param("soft_moa", marks=pytest.mark.thorough)])
+def test_an_exported_model_is_whole(name: str, softmoe: Softmoe, tmp_path: Path, base: Path) -> None:
+    """LoRA's is the plain model again, within 1e-6 of what was trained; others have their adapters in it."""
+    run = finetuned(softmoe, tmp_path, f"checkpoint={base}", f"adapter={name}", "train.steps=4", "optim.lr=0.05")
+    answer = softmoe("export", f"checkpoint={run}", "format=json", "folder=out")
+    assert answer.code == 0, answer.err
+    receipt, weights = json.loads(answer.out), load_file(tmp_path / "out" / "model.safetensors")
+    assert receipt["programs"]["timm"]["max_difference"] <= 1e-6 * max(1, receipt["largest_output"])
+    card = card_of(tmp_path / "out" / "model.safetensors")
+    assert "base" not in card and card["model"]["adapter"]["name"] == ("none" if name == "lora" else name)
+    assert any("_adapter." in key for key in weights) == (name != "lora")
+    if name == "lora":
+        changed = {key for key, value in load_file(base).items() if not torch.equal(value, weights[key])}
+        qkv = {f"blocks.{i}.attn.qkv.weight" for i in range(2)}
+        assert changed == qkv | {"norm.weight", "norm.bias", "head.weight", "head.bias"}
+        keys = weights["blocks.0.attn.qkv.weight"][16:32]
+        assert torch.equal(keys, load_file(base)["blocks.0.attn.qkv.weight"][16:32])
+    base.unlink()
+    there = softmoe("evaluate", "checkpoint=out", "format=json")
+    assert json.loads(there.out)["top1_pct"] == json.loads((run / "result.json").read_text())["top1_pct"]
+    assert softmoe("finetune", *QUICK, "checkpoint=out").code == 0
+
+
+@pytest.mark.thorough
+def test_timms_weights_need_their_name_again(softmoe: Softmoe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What only a file names is not fetched."""
+    vit = timm.create_model("test_vit", pretrained=False)
+    monkeypatch.setattr(timm, "create_model", _offline(timm.create_model, vit.state_dict()))
+    arguments = ("checkpoint=timm:test_vit", "adapter=soft_moa", "model.image_size=32")
+    run = finetuned(softmoe, tmp_path, *arguments)
+    refused = softmoe("evaluate", f"checkpoint={run}")
+    assert refused.code == 2 and "add base=timm:test_vit to have that read" in refused.err
+    answer = softmoe("evaluate", f"checkpoint={run}", "base=timm:test_vit")
+    assert answer.code == 0, answer.err
+
+
+def _offline(create: Any, weights: dict[str, torch.Tensor]) -> Any:
+    """timm's create_model with these weights for pretrained ones."""
+
+    def made(name: str, pretrained: bool = False, **arguments: Any) -> Any:
+        model = create(name, pretrained=False, **arguments)
+        if pretrained:
+            model.load_state_dict(weights)
+        return model
+
+    return made
+
+
+def test_the_recipe_is_the_official_one() -> None:
+    """hparams/train.yaml and main.py of PETL_AST: lr 0.005, AdamW's betas, eps and decay; cosine without warmup."""
+    optim = compose("recipe=finetune_adapter").optim
+    assert (optim.name, optim.lr, optim.betas, optim.eps) == ("adamw", 0.005, [0.9, 0.98], 1e-6)
+    assert (optim.weight_decay, optim.head_weight_decay, optim.clip_norm) == (0.1, 0.1, None)
+    assert (optim.schedule, optim.warmup, optim.final_lr) == ("cosine", 0.0, 0.0)
+
+
+@pytest.mark.long
+@pytest.mark.thorough
+def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
+    """Adapters beside soft mixtures of experts, of which each process holds all, a part, or some experts whole."""
+    base = saved(tmp_path / "soft.safetensors", 0)
+    line = ["finetune", *QUICK, f"checkpoint={base}", "adapter=soft_moa", "train.steps=4"]
+
+    def started(name: str, size: int, *more: str) -> list[Started]:
+        folder = tmp_path / name
+        return [
+            Started(folder, [*line, *more], environment, f"{rank}.txt", "float64")
+            for rank, environment in enumerate(torchrun(size))
+        ]
+
+    finish(started("alone", 1))
+    for way in ("ddp", "fsdp", "expert"):
+        finish(started(way, 2, f"parallel={way}"))
+        alike(the_run(tmp_path / "alone"), the_run(tmp_path / way), 1e-10)
+        assert load_file(last(the_run(tmp_path / way)) / "model.safetensors").keys() < load_file(base).keys() | {
+            f"blocks.{i}.attn_adapter.{leaf}"
+            for i in range(2)
+            for leaf in ("router.phi", "experts.w1", "experts.b1", "experts.w2", "experts.b2")
+        }
