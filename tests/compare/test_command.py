@@ -21,6 +21,7 @@ from softmoe_cli.compare.question import Question
 from softmoe_cli.compare.send import wandb_run
 from softmoe_cli.compare.styles import reference_points
 from softmoe_cli.compare.tables import markdown, terminal
+from softmoe_cli.compare.written import write_comparison
 from softmoe_cli.errors import UsageError
 from tests.conftest import TINY, Softmoe
 from tests.processes import Started
@@ -64,11 +65,11 @@ def test_what_was_not_made_here_is_not_made_anew(
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "table.csv").write_text("mine")
     with pytest.raises(UsageError, match=r"--out=.*table\.csv exists"):
-        compare_command.write_comparison(compared, tmp_path / "out")
+        write_comparison(compared, tmp_path / "out")
     assert [path.read_text() for path in (tmp_path / "out").iterdir()] == ["mine"]
     (tmp_path / "out" / "table.csv").rename(tmp_path / "out" / "mine.csv")
-    names = compare_command.write_comparison(compared, tmp_path / "out")
-    assert compare_command.write_comparison(compared, tmp_path / "out") == names
+    names = write_comparison(compared, tmp_path / "out")
+    assert write_comparison(compared, tmp_path / "out") == names
     assert {path.name for path in (tmp_path / "out").iterdir()} == {*names, "mine.csv"}
 
 

@@ -93,7 +93,12 @@ def _records(path: Path) -> list[bytes]:
             raise Damaged(f"is cut short after {at:,} bytes")
         if size > left - RECORD_HEAD or zlib.crc32(kind + body) != int.from_bytes(data[at : at + 4], "little"):
             raise Damaged(f"is damaged at byte {at:,}: a checksum does not fit")
-        if (kind[0] in (WHOLE_RECORD, FIRST_PART)) != (parts is None) or kind[0] not in (WHOLE_RECORD, FIRST_PART, MIDDLE_PART, LAST_PART):
+        if (kind[0] in (WHOLE_RECORD, FIRST_PART)) != (parts is None) or kind[0] not in (
+            WHOLE_RECORD,
+            FIRST_PART,
+            MIDDLE_PART,
+            LAST_PART,
+        ):
             raise Damaged(f"is damaged at byte {at:,}: a record is not whole")
         parts = (parts or b"") + body
         if kind[0] in (WHOLE_RECORD, LAST_PART):
