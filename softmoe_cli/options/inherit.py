@@ -88,7 +88,11 @@ def take_model(tree: dict[str, Any], source: "Source", typed: Sequence[str]) -> 
         raise UsageError(f"checkpoint={label} does not say what model it is; name one with model=")
     own = card.get("model", {"adapter": dataclasses.asdict(no_adapter())})
     _check_adapter(own["adapter"], tree["model"], label)
+    chosen = tree["model"].get("blocks") if isinstance(tree["model"], dict) else None
     tree["model"] = overlay(own, tree["model"])
+    for block, router in (chosen if isinstance(chosen, dict) else {}).items():
+        if "_target_" in router:  # a router with all its options, which is no change of the checkpoint's
+            tree["model"]["blocks"][block] = router
     if not any(names(key, typed) for key in ("model", "model/router", "model.router._target_")):
         require_trust(tree["model"], source, tree.get("trust"))
     if "classes" in card:  # ours, not timm's

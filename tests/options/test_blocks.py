@@ -142,5 +142,10 @@ def test_from_training_to_a_finetuning(softmoe: Softmoe, tmp_path: Any) -> None:
     assert look["routing_dispatch_max"] == seen[0]["dispatch_max"]
     told = softmoe("evaluate", f"checkpoint={run}", "audit=[capacity,experts]")
     assert told.code == 0 and "its blocks have options of their own" in told.out, told
+    fewer = softmoe("prune", f"checkpoint={run}", "keep=2", "by=alpha_score", "format=json", "folder=fewer")
+    assert fewer.code == 0, fewer.err
+    assert softmoe("evaluate", "checkpoint=fewer").code == 0
+    other = softmoe("finetune", f"checkpoint={run}", "tracking=off", *words, "model.blocks={3: soft}")
+    assert other.code == 2 and "of another architecture: it lacks blocks.3.mlp.router.phi" in other.err, other
     again = softmoe("finetune", f"checkpoint={run}", "tracking=off", *words, "study=again")
     assert again.code == 0, again.err
