@@ -117,7 +117,9 @@ def refuse_adapters(source: "Source", command: str) -> None:
     name = source.card.get("model", {}).get("adapter", {}).get("name", "none")
     if name != "none":
         way = "softmoe export makes a plain model of it" if name == "lora" else "take the model that they belong to"
-        raise UsageError(f"checkpoint={source.label} has adapters ({name}), which softmoe {command} does not know; {way}")
+        raise UsageError(
+            f"checkpoint={source.label} has adapters ({name}), which softmoe {command} does not know; {way}"
+        )
 
 
 def require_trust(model: dict[str, Any], source: "Source", trusted: str | None) -> None:
