@@ -130,10 +130,15 @@ def _learn(command: str, arguments: list[str]) -> int:
     """`softmoe train` and `softmoe finetune`: one run or, with -m, a sweep of several."""
     from softmoe_cli.options.explain import check_line
 
+    many = _many(arguments)
+    if many:
+        from softmoe_cli.settle.command import fair_words
+
+        arguments, made_fair = fair_words(arguments)
     arguments = check_line(command, arguments)
     if "--groups" in arguments:
         return _groups(command, [argument for argument in arguments if argument != "--groups"])
-    jobs = _sweep(command, arguments) if _many(arguments) else Jobs(command, arguments)
+    jobs = _sweep(command, arguments, made_fair) if many else Jobs(command, arguments)
     from softmoe_cli.options.inherit import resolve
 
     for config, typed in jobs:
@@ -154,7 +159,7 @@ def _learn(command: str, arguments: list[str]) -> int:
     return 0
 
 
-def _sweep(command: str, arguments: list[str]) -> Jobs:
+def _sweep(command: str, arguments: list[str], more: Sequence[str]) -> Jobs:
     """Lets a sweep's launcher run its jobs; returns the jobs that are still to be run here: all, if the launcher is
     Hydra's.
 
@@ -167,6 +172,7 @@ def _sweep(command: str, arguments: list[str]) -> Jobs:
     if study is not None:
         say_once(f"study={study}, after the keys that vary; study= names another folder")
         arguments = [*arguments, f"study={study}"]
+    arguments = [*arguments, *more]
     admit(Sweep)
     Sweep.run, Sweep.last = staticmethod(run), None
     if "--plan" in arguments:

@@ -23,13 +23,13 @@ from torch.export import Dim, ExportedProgram
 
 from softmoe_cli.config.adapter import no_adapter
 from softmoe_cli.config.commands import ExportConfig
-from softmoe_cli.config.model import Model, check_groups, group_of
+from softmoe_cli.config.model import Model, check_groups
 from softmoe_cli.data import batches, sets
 from softmoe_cli.errors import RunError, UsageError, first_line
 from softmoe_cli.model.adapted import merged
 from softmoe_cli.model.hub import softmoe_vit
 from softmoe_cli.model.vit import build
-from softmoe_cli.model.weights import load_weights
+from softmoe_cli.model.weights import experts_left, load_weights
 from softmoe_cli.run.checkpoint import WEIGHTS, seal
 from softmoe_cli.run.identity import made_from
 from softmoe_cli.run.receipt import RECEIPT, already_made, make_whole
@@ -52,9 +52,14 @@ def export(config: ExportConfig, model: Model, source: Source) -> dict[str, Any]
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    check_groups("images", config.images, model.router)
+    check_groups("images", config.images, model)
     if "head.weight" not in source.weights:
         raise UsageError(f"checkpoint={source.label} has no head; softmoe finetune gives it one")
+    if experts_left(source.weights):
+        raise UsageError(
+            f"checkpoint={source.label} still holds the experts that were pruned; make the smaller model first: "
+            f"softmoe prune checkpoint={source.label}"
+        )
     if config.push is not None:
         _check_name(config.push)
     lacking = [name for name in ONNX_PACKAGES if find_spec(name) is None]
@@ -86,7 +91,7 @@ def _fill(config: ExportConfig, model: Model, source: Source, receipt: dict[str,
     splits = sets.load(config.data)
     splits.need("validation")
     images, _ = batches.first_images(splits.validation, config.data, model, config.images)
-    group = group_of(model.router)
+    group = model.images_per_group
     batch = None if group == 1 else group
 
     folder.mkdir(parents=True)

@@ -32,7 +32,6 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
-from softmoe_cli.config.model import group_of
 from softmoe_cli.config.run import Config
 from softmoe_cli.device import cores
 from softmoe_cli.errors import RunError, UsageError, first_line
@@ -125,14 +124,14 @@ class Crew:
         """
         ends = self._ends(config)
         images = config.train.batch_size // config.train.accumulate
-        group = group_of(config.model.router)
+        group = config.model.images_per_group
         start, end = ends[self.rank : self.rank + 2]
         return Share(start * group, min(end * group, images), images, (end - start) / ends[-1])
 
     def _ends(self, config: Config) -> list[int]:
         """Where everyone's routing groups of each part of a batch end, from 0."""
         images = config.train.batch_size // config.train.accumulate
-        group = group_of(config.model.router)
+        group = config.model.images_per_group
         groups = -(-images // group)
         if groups < self.size:
             kind = f"groups of model.router.images_per_group={group} images" if group > 1 else "images"
@@ -339,9 +338,9 @@ class Average(ModelEmaV3):
         super()._foreach_lerp_([own_part(v) for v in ema_values], [own_part(v) for v in model_values], weight)
 
 
-def largest_share(images: int, router: dict[str, Any], size: int) -> int:
-    """The images of a part of `images` images that the busiest of `size` processes has."""
-    group = group_of(router)
+def largest_share(images: int, group: int, size: int) -> int:
+    """The images of a part of `images` images that the busiest of `size` processes has, in whole groups of
+    `group`."""
     groups = -(-images // group)
     return min(-(-groups // size) * group, images)
 

@@ -52,7 +52,9 @@ def upcycle(config: UpcycleConfig, source: Source) -> dict[str, Any]:
     splits.need("validation")
     classes = config.data.num_classes or len(splits.classes)
     model = replace(config.model, expert_init="independent")
-    dense = replace(model, router={"_target_": None}, moe_blocks=[], expert_width=None, expert_init="identical")
+    dense = replace(
+        model, router={"_target_": None}, moe_blocks=[], blocks={}, expert_width=None, expert_init="identical"
+    )
     without, planned = on_meta(dense, classes), on_meta(model, classes)
     costs = {"before": account_model(without, batch=None, recompute=False)}
     costs["after"] = account_model(planned, batch=None, recompute=False)

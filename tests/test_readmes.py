@@ -44,7 +44,8 @@ NOT_RUN = {
 """Words of commands that are not run here, and why."""
 WORK = (
     "softmoe_cli.train.setup.begin", "softmoe_cli.launch.devices.launch", "softmoe_cli.upcycle.upcycle",
-    "softmoe_cli.evaluate.command.evaluate_checkpoint", "softmoe_cli.export.export", "softmoe_cli.cost.command.costs",
+    "softmoe_cli.evaluate.command.evaluate_checkpoint", "softmoe_cli.export.export", "softmoe_cli.prune.command.prune",
+    "softmoe_cli.cost.command.costs",
     "softmoe_cli.cost.match.match", "softmoe_cli.compare.blocks.compare", "softmoe_cli.check.command.check_router",
     "softmoe_cli.compare.blocks.usable_runs",
     "softmoe_cli.data.check.check_data",

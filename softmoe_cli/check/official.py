@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from softmoe_cli.check import mumoe, zero_computation
+from softmoe_cli.check import mumoe, sentence, zero_computation
 from softmoe_cli.errors import UsageError, first_line
 from softmoe_cli.moe.kind import Decider
 from softmoe_cli.moe.layer import Experts, MoE
@@ -86,6 +86,8 @@ def case_options(meta: dict[str, Any]) -> dict[str, Any]:
         return mumoe.mumoe_options(meta)
     if meta["kind"] in zero_computation.PLUS_PLUS_KINDS:
         return zero_computation.options_of(meta)
+    if meta["kind"] in sentence.SENTENCE_KINDS:
+        return sentence.sentence_options(meta)
     config, router = meta["config"], meta["config"]["router"]
     options: dict[str, Any] = {"num_experts": config["num_experts"], "noise_std": router.get("noise_std", 1.0)}
     if meta["kind"] == "soft_layer":
@@ -123,6 +125,8 @@ def _whose(meta: dict[str, Any]) -> str | None:
         return f"{meta['kind']}, {meta['config']['layer']}"
     if meta["kind"] in zero_computation.PLUS_PLUS_KINDS:
         return "zero_computation"
+    if meta["kind"] in sentence.SENTENCE_KINDS:
+        return "sentence_gate"
     if meta["kind"] not in ("soft_layer", "tc_layer", "ec_layer"):
         return None
     by_priority = meta["config"]["router"].get("dispatcher", {}).get("batch_priority", False)
@@ -170,6 +174,9 @@ def compare_case(router_class: type[Decider], case: Case, dtype: torch.dtype) ->
     meta, z = case
     if meta["kind"] in mumoe.MUMOE_KINDS:
         yield from mumoe.compare_mumoe(router_class, case, dtype)
+        return
+    if meta["kind"] in sentence.SENTENCE_KINDS:
+        yield from sentence.compare_sentence(router_class, case, dtype)
         return
     if meta["kind"] in zero_computation.PLUS_PLUS_KINDS:
         yield from zero_computation.compare_layers(router_class, case, dtype)

@@ -20,6 +20,8 @@ from softmoe_cli.compare.groups import (
     said,
 )
 from softmoe_cli.compare.looks import read_looks
+from softmoe_cli.compare.others.computed import with_computed
+from softmoe_cli.compare.others.read import is_others, read_others
 from softmoe_cli.compare.question import Question
 from softmoe_cli.compare.runs import FINGERPRINT, VERSION, FinishedRun, read_runs, single, sweep_commands, with_sources
 from softmoe_cli.compare.verdicts import judge
@@ -43,7 +45,7 @@ def compare(folders: Sequence[Path], question: Question) -> Comparison:
         UsageError: folders, keys or a baseline that do not exist, or nothing left to compare.
     """
     question.check()
-    runs, left_out = _single_runs(folders, question)
+    runs, left_out, told = _single_runs(folders, question)
     usable, left_out, keys = _asked_for(runs, left_out, question)
     if question.with_source:
         usable, unknown = with_sources(usable)
@@ -51,7 +53,7 @@ def compare(folders: Sequence[Path], question: Question) -> Comparison:
     by = [key_named("by", key, keys) for key in question.by]
     columns = [key_named("columns", key, [*keys, *COSTS, *QUALITIES]) for key in question.columns]
     columns = columns or [key for key in ("forward_gflop", "params_m", "device_s") if key != question.cost]
-    notes = [f"{run.place}: {run.damage}; it has no curve" for run in usable if run.damage]
+    notes = [*told, *(f"{run.place}: {run.damage}; it has no curve" for run in usable if run.damage)]
     notes += version_notes(usable, question.strict)
     parts, varying = kept_apart(usable, question, by)
     blocks = [block_of(title, part, by, columns, question) for title, part in parts]
@@ -77,16 +79,22 @@ def usable_runs(
     Raises:
         UsageError: a folder or a key that does not exist, or nothing is left.
     """
-    return _asked_for(*_single_runs(folders, question), question)
+    runs, left_out, _ = _single_runs(folders, question, others=False)
+    return _asked_for(runs, left_out, question)
 
 
-def _single_runs(folders: Sequence[Path], question: Question) -> tuple[list[FinishedRun], list[tuple[str, str]]]:
-    runs, left_out = read_runs(folders)
-    runs, doubles = single(runs, question.strict)
-    left_out += doubles
+def _single_runs(
+    folders: Sequence[Path], question: Question, *, others: bool = True
+) -> tuple[list[FinishedRun], list[tuple[str, str]], list[str]]:
+    """The runs, those of other programs too if asked for, what is left out, and notes on what they state."""
+    read, left_out, notes = read_others(folders, question) if others else ([], [], [])
+    runs, unread = read_runs([folder for folder in folders if not (others and is_others(folder))])
+    read, computed = with_computed(read)
+    runs, doubles = single([*runs, *read], question.strict)
+    left_out = [*unread, *left_out, *doubles]
     if not runs:
         raise UsageError(f"no finished run below {', '.join(map(str, folders))}{_first(left_out)}")
-    return runs, left_out
+    return runs, left_out, [*notes, *computed]
 
 
 def _asked_for(
@@ -96,7 +104,8 @@ def _asked_for(
     runs = _where(runs, question.where, keys)
     usable = []
     for run in runs:
-        lacks = [key for key in (question.quality, question.cost) if not number(run.row.get(key))]
+        needed = (question.quality, question.cost) if run.chosen is None else (question.quality,)
+        lacks = [key for key in needed if not number(run.row.get(key))]
         if lacks:
             left_out.append((run.place, f"its result has no number {lacks[0]}"))
         else:
@@ -127,7 +136,7 @@ def kept_apart(
         differing = [
             f"{APART[i]} {shortened(key[i], LABEL_LETTERS)}"
             for i in varying
-            if APART[i] not in ("data", "test_images") and key[i]
+            if APART[i] not in ("data", "test_images") and key[i] and (parts[key][0].chosen is None or key[i] != "null")
         ]
         found.append(("; ".join([title, *differing]), parts[key]))
     return found, list(dict.fromkeys(APART[i] for i in varying))
@@ -173,6 +182,7 @@ def _apart(run: FinishedRun, question: Question) -> tuple[str, ...]:
 
 
 def version_notes(runs: list[FinishedRun], strict: bool) -> list[str]:
+    runs = [run for run in runs if run.chosen is None]
     versions = Counter(
         f"commit {run.row.get('commit')}, softmoe {run.row.get('softmoe')}, torch {run.row.get('torch')}"
         for run in runs

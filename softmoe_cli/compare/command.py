@@ -36,6 +36,11 @@ OPTIONS: dict[str, tuple[str, str]] = {
     "to-quality": ("baseline | VALUE", "how much cheaper a group reaches the baseline's quality, or this one"),
     "at": ("AXIS=BUDGET,BUDGET", f"quality at equal {', '.join(AXES)}; AXIS alone chooses budgets that all runs reach"),
     "with-source": ("", "count what a finetuned run's checkpoint had cost into its training FLOPs, everywhere"),
+    "map": (
+        "KEY=COLUMN*FACTOR",
+        "of runs that other programs made: what is quality, cost, seed; with commas between",
+    ),
+    "path": ("PATTERN", "what the end of their path says, such as {model}/seed{seed}"),
     "strict": ("", "keep runs of different commits and versions apart"),
     "reference": ("NAME | FILE.csv", "lay the paper's tables (pareto, long_runs) or a CSV beside ours"),
     "out": ("FOLDER", "where the files go; without it compare/ in the first folder"),
@@ -47,7 +52,7 @@ PAGE = "index.html"
 PAPER = Path(__file__).resolve().parent / "paper"
 """The paper's own tables, which --reference knows by name."""
 LISTS = ("by", "columns")
-REPEATED = ("where", "at")
+REPEATED = ("where", "at", "map")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -78,7 +83,8 @@ def compare_folders(arguments: Sequence[str]) -> int:
     comparison = compare(chosen.folders, question)
     if reference is not None:
         comparison.reference_name, comparison.reference = reference
-    out = chosen.out or chosen.folders[0] / "compare"
+    first = chosen.folders[0]
+    out = chosen.out or (first if first.is_dir() else first.parent) / "compare"
     files = write_comparison(comparison, out)
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     shown = [run for group in comparison.groups for run in group.runs]

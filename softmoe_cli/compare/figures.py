@@ -115,10 +115,14 @@ def _pareto(axes: Axes, comparison: Comparison, block: Block) -> float:
             [x * unit.factor for x, _, _ in points], [y for _, y, _ in points], ".", color="#BBBBBB", zorder=1
         )
         handles, labels = [handle], [f"reference, not ours: {comparison.reference_name}"]
-    at = {group.label: _point(group, comparison, unit.factor) for group in block.groups}
+    costed = [group for group in block.groups if group.intervals[cost] is not None]
+    if not costed:
+        axes.text(0.5, 0.5, "no group states its cost", ha="center", transform=axes.transAxes, color=GREY)
+        return 0.2
+    at = {group.label: _point(group, comparison, unit.factor) for group in costed}
     front = sorted(at[group.label] for group in block.groups if group.front)
     (line,) = axes.plot(*zip(*front, strict=True), "--", color=GREY, linewidth=1, zorder=2, drawstyle="steps-post")
-    groups = sorted(block.groups, key=lambda group: list(marks).index(group.label))
+    groups = sorted(costed, key=lambda group: list(marks).index(group.label))
     colours = [COLOURS[marks[group.label][0]] for group in groups]
     x, y = np.array([at[group.label] for group in groups]).T
     x_half, y_half = np.array([[half(group.intervals[key]) or 0.0 for group in groups] for key in (cost, quality)])

@@ -43,6 +43,8 @@ def front(comparison: Comparison, block: Block) -> str:
         chance = [] if group.front_probability is None else [f"{100 * group.front_probability:.0f}%"]
         words = [*chance, *provisos(group, comparison.cost)]
         names.append(group.label + (f" ({', '.join(words)})" if words else ""))
+    if not names:
+        return f"There is no front: no group states its {COSTS[comparison.cost].amount}"
     return f"On the front, by {COSTS[comparison.cost].amount}: {'; '.join(names)}"
 
 
@@ -158,7 +160,8 @@ def closing(comparison: Comparison, block: Block) -> str:
     if equal:
         group = max(equal, key=lambda group: sign * mean(group, key))
         assert group.difference is not None
-        images = f"{group.runs[0].row['test_images']:,} test images"
+        count = group.runs[0].row.get("test_images")
+        images = "test images" if count is None else f"{count:,} test images"
         images = _validation_images(group) if "validation" in key else images
         told = _settled(comparison, group, group.difference, group.verdict, measure_name(key), images)
         uncounted = ", pretraining not counted" if "pretraining not counted" in group.conditions else ""

@@ -11,6 +11,7 @@ from softmoe_cli.compare.cuts import Spread
 from softmoe_cli.compare.findings import findings
 from softmoe_cli.compare.groups import Block, Comparison, Group, setting
 from softmoe_cli.compare.intervals import Interval
+from softmoe_cli.compare.runs import said_seed
 from softmoe_cli.run.rows import QUALITIES
 from softmoe_cli.text import spreadsheet_cell
 
@@ -22,7 +23,7 @@ def flat_rows(comparison: Comparison) -> list[dict[str, Any]]:
 
 def _flat(comparison: Comparison, block: Block, group: Group) -> dict[str, Any]:
     row: dict[str, Any] = {"block": block.title, "group": group.label, "n": len(group.runs)}
-    row["seeds"] = " ".join(str(run.row["seed"]) for run in group.runs)
+    row["seeds"] = " ".join(said_seed(run) for run in group.runs)
     row["cuts"] = " ".join(str(run.draw[0]) for run in group.runs)
     for key, interval in group.intervals.items():
         row |= _ends(key, interval)

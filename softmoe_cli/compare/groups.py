@@ -30,7 +30,7 @@ from softmoe_cli.run.rows import COSTS, QUALITIES, Row, number
 from softmoe_cli.text import several, shortened
 
 LABELS = {
-    "model.backbone.name": "{}", "backbone": "{}", "model.router._target_": "{}", "router": "{}",
+    "model.backbone.name": "{}", "backbone": "{}", "model": "{}", "model.router._target_": "{}", "router": "{}",
     "model.adapter.name": "{}", "num_adapters": "{} adapters",
     "num_experts": "{} experts", "slots_per_expert": "{} slots/expert", "k": "k={}",
     "expert_width": "experts of width {}", "capacity_factor": "capacity factor {}", "moe_blocks": "blocks {}",
@@ -265,6 +265,10 @@ def _part(group: Group, key: str) -> str:
         return ""
     if key == "model.router._target_":
         value = row["router"]
+    alone = re.fullmatch(r"model\.blocks\.(\d+)\.(.+)", key)
+    if alone is not None:
+        what = str(value).split(".")[-2] if alone[2] == "_target_" else f"{alone[2]} {said(value)}"
+        return f"block {alone[1]} {shortened(what, LABEL_LETTERS)}"
     if key == "checkpoint.origin":
         value = _source_name(Path(row["checkpoint"] or value))
     text = shortened(",".join(map(str, value)) if isinstance(value, list) else said(value), LABEL_LETTERS)
@@ -293,6 +297,10 @@ def _mixed_notes(groups: list[Group]) -> list[str]:
 
 def _fronts(groups: list[Group], question: Question) -> None:
     sign = 1 if QUALITIES[question.quality].better == "higher" else -1
+    if any(group.intervals[question.cost] is None for group in groups):
+        groups = [group for group in groups if group.intervals[question.cost] is not None]
+    if not groups:
+        return
     means = [[mean_interval(independent(g.values(key))).mean for g in groups] for key in _plane(question)]
     chances = front_probability(
         [
@@ -314,8 +322,13 @@ def _chance(groups: list[Group], question: Question) -> None:
         return
     for group in groups:
         row = group.runs[0].row
-        group.chance_pct = row["chance_pct"] if guesses == 1 else min(100.0, 100 * guesses / row["classes"])
-        images = row["test_images"] if "validation" not in question.quality else None
+        if guesses == 1 and row.get("chance_pct") is not None:
+            group.chance_pct = row["chance_pct"]
+        elif row.get("classes"):
+            group.chance_pct = min(100.0, 100 * guesses / row["classes"])
+        else:
+            continue  # of another program's run, which does not say it
+        images = row.get("test_images") if "validation" not in question.quality else None
         group.at_chance = at_chance(independent(group.values(question.quality)), group.chance_pct, images)
 
 

@@ -17,7 +17,7 @@ from urllib.parse import quote
 from softmoe_cli.compare.findings import closing, front, headline, provisos, sentences
 from softmoe_cli.compare.groups import LABEL_LETTERS, Block, Comparison, Group
 from softmoe_cli.compare.intervals import Interval
-from softmoe_cli.compare.runs import FINGERPRINT, FinishedRun
+from softmoe_cli.compare.runs import FINGERPRINT, FinishedRun, said_seed
 from softmoe_cli.compare.styles import KINDS, reference_points, same_axes, styles
 from softmoe_cli.compare.tables import CURVE_NOTE, LEGEND, Table, reference_tables, remarks, tables, units
 from softmoe_cli.compare.units import Unit, figure
@@ -120,13 +120,14 @@ def _made(comparison: Comparison) -> str:
     """What was run: commands, when, on what, with which versions and data, for how long."""
     runs = [run for group in comparison.groups for run in group.runs]
     days = sorted({_day(run)[:10] for run in runs})
-    machines = Counter(f"{run.row.get('hardware')}, torch {run.row.get('torch')}" for run in runs)
-    versions = Counter(f"softmoe {run.row.get('softmoe')}, commit {run.row.get('commit')}" for run in runs)
+    own = [run for run in runs if run.chosen is None]
+    machines = Counter(f"{run.row.get('hardware')}, torch {run.row.get('torch')}" for run in own)
+    versions = Counter(f"softmoe {run.row.get('softmoe')}, commit {run.row.get('commit')}" for run in own)
     data = Counter(
         f"{run.row['data']}: {_many(run, 'train_images')} training images, {_many(run, 'test_images')} test images"
         for run in runs
     )
-    budgets = Counter(f"{_many(run, 'steps')} updates of {_many(run, 'batch_size')} images" for run in runs)
+    budgets = Counter(f"{_many(run, 'steps')} updates of {_many(run, 'batch_size')} images" for run in own)
     told = {
         "commands": comparison.commands,
         "finished": [" to ".join(dict.fromkeys([days[0], days[-1]])) + " (UTC, when the results were written)"],
@@ -159,14 +160,19 @@ def _runs(comparison: Comparison, out: Path) -> str:
     for group in comparison.groups:
         for run in group.runs:
             way = quote(os.fsencode(os.path.relpath(run.folder, out)))
-            cells = [group.label, str(run.row["seed"]), figure(comparison.quality, run.row[comparison.quality]),
-                     figure(comparison.cost, run.row[comparison.cost] * shown.factor), _day(run)]  # fmt: skip
-            name = escape(shortened(printable(run.folder.name), MOST_LETTERS))
+            cells = [group.label, said_seed(run), figure(comparison.quality, run.row[comparison.quality]),
+                     _of(run.row.get(comparison.cost), comparison.cost, shown.factor), _day(run)]  # fmt: skip
+            end, said = ("/", run.folder.name) if run.chosen is None else ("", run.row["name"])
+            name = escape(shortened(printable(said), MOST_LETTERS))
             rest = "".join(f"<td>{escape(text)}</td>" for text in cells)
-            rows.append(f'<tr><th scope=row><a href="{way}/">{name}</a></th>{rest}</tr>')
+            rows.append(f'<tr><th scope=row><a href="{way}{end}">{name}</a></th>{rest}</tr>')
     head = ["run", "group", "seed", QUALITIES[comparison.quality].title, shown.head, "finished, UTC"]
     count = f"<summary>{len(rows)} runs, with links to their folders</summary>"
     return f"<h2>Runs</h2><details>{count}{_framed(head, ''.join(rows))}</details>"
+
+
+def _of(value: float | None, key: str, factor: float) -> str:
+    return "" if value is None else figure(key, value * factor)
 
 
 def html_table(table: Table, *, cards: bool = False) -> str:
@@ -251,7 +257,8 @@ def _drawn(comparison: Comparison, group: Group, shown: dict[str, Unit], colour:
         "names": {key: names[key] for key in kept},
         "runs": [
             {"seed": run.row["seed"]}
-            | {axis: [_short(look[axis] * shown[axis].factor) for look in run.looks] for axis in AXES}
+            | {axis: [_short(look[axis] * shown[axis].factor) if axis in look else None for look in run.looks]
+               for axis in AXES}
             | {key: [_short(look.get(key)) for look in run.looks] for key in kept}
             for run in group.runs
             if run.looks

@@ -31,6 +31,8 @@ class Question:
     any_time: bool = False
     with_source: bool = False
     to_quality: str | None = None
+    map: tuple[str, ...] = ()
+    path: str | None = None
 
     def check(self) -> None:
         """Raises UsageError for a figure that does not exist."""

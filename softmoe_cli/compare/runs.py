@@ -18,13 +18,16 @@ NO_CHOICE = ("data.identity", "data.split_seed", "checkpoint.train_pflop", "chec
 """Keys with a dot that are no settings. A cut of the data is left to chance, like a seed.
 A checkpoint's origin is a setting: checkpoints of one origin differ by chance only."""
 DENSE_LACKS = ("model.moe_blocks", "model.expert_init")
+RUN_FILES = {"result.json", "metrics.jsonl", "config.yaml"}
+"""Files of a run's folder."""
 VERSION = ("commit", "softmoe", "torch")
 
 
 @dataclass
 class FinishedRun:
     """A finished run: its result row, when that was written (seconds since 1970), its validation rows, and in `damage`
-    why there are none. `source_counted`: its training FLOPs hold those of the checkpoint that it began with."""
+    why there are none. `source_counted`: its training FLOPs hold those of the checkpoint that it began with.
+    `chosen`: the settings of a run of another program."""
 
     folder: Path
     row: Row
@@ -32,6 +35,7 @@ class FinishedRun:
     looks: list[Row]
     damage: str
     source_counted: bool = False
+    chosen: Row | None = None
 
     @property
     def place(self) -> str:
@@ -40,11 +44,14 @@ class FinishedRun:
 
     @property
     def draw(self) -> tuple[int, int]:
-        """The cut of the data and the seed: all that chance decides."""
-        return self.row["data.split_seed"], self.row["seed"]
+        """The cut of the data and the seed: all that chance decides. A run that states no seed has one of its own."""
+        seed = self.row["seed"]
+        return self.row["data.split_seed"] or 0, -1 - int(self.row["signature"], 16) if seed is None else seed
 
     def settings(self) -> Row:
         """What was chosen: everything but seeds and cuts. Choices that a dense model does not have are left out."""
+        if self.chosen is not None:
+            return dict(self.chosen)
         chosen = {key: value for key, value in self.row.items() if "." in key and key not in NO_CHOICE}
         chosen["command"] = self.row["command"]
         if chosen["model.router._target_"] is None:
@@ -55,6 +62,11 @@ class FinishedRun:
 
     def curve(self, axis: str, key: str) -> list[tuple[float, float]]:
         return [(look[axis], look[key]) for look in self.looks if axis in look and key in look]
+
+
+def said_seed(run: FinishedRun) -> str:
+    """The seed as tables say it; a run of another program may state none."""
+    return "?" if run.row["seed"] is None else str(run.row["seed"])
 
 
 def read_runs(folders: Sequence[Path]) -> tuple[list[FinishedRun], list[tuple[str, str]]]:
@@ -68,7 +80,10 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[FinishedRun], list[tuple[st
         if not os.path.isdir(folder):  # which is also false for a name that is too long
             parent = folder.parent
             siblings = [path.name for path in parent.iterdir() if path.is_dir()] if os.path.isdir(parent) else []
-            raise UsageError(f"{folder} is no folder.{nearest(folder.name, siblings)}")
+            raise UsageError(
+                f"{folder} is no folder{' or file that runs are read from' if os.path.isfile(folder) else ''}."
+                f"{nearest(folder.name, siblings)}"
+            )
         for path in _run_folders(folder):
             run_folders.setdefault(path.resolve(), path)
     runs, left_out = [], []
@@ -107,7 +122,10 @@ def _readable(line: bytes) -> Row:
 def _run_folders(top: Path) -> Iterator[Path]:
     """Folders that hold a run or the beginning of one, and empty ones."""
     for where, folders, files in os.walk(top):
-        if {"result.json", "metrics.jsonl", "config.yaml"} & set(files) or not (folders or files):
+        if any(name.endswith(".wandb") for name in files):  # W&B's folder of a run, with a config.yaml of its own
+            folders.clear()
+            continue
+        if RUN_FILES & set(files) or not (folders or files):
             folders.clear()
             yield Path(where)
         folders[:] = [name for name in folders if not name.startswith(".") and name != "wandb"]
@@ -185,6 +203,8 @@ def with_sources(runs: Sequence[FinishedRun]) -> tuple[list[FinishedRun], list[t
 
 def sweep_commands(runs: list[FinishedRun]) -> list[str]:
     """The commands of the sweeps that the runs belong to, and the number of runs that belong to no sweep."""
+    others = sorted({run.row["command"] for run in runs if run.chosen is not None})
+    runs = [run for run in runs if run.chosen is None]
     wanted, commands = {os.path.normpath(run.folder): run for run in runs}, []
     for study in sorted({run.folder.parent for run in runs}):
         for file in sorted(study.glob("sweep-*/jobs.json")):
@@ -200,7 +220,7 @@ def sweep_commands(runs: list[FinishedRun]) -> list[str]:
         commands.append(
             f"softmoe {' or '.join(kinds)}, typed once for each of {len(wanted)} runs: see their config.yaml"
         )
-    return commands
+    return [*commands, *(f"runs read from what {program} wrote" for program in others)]
 
 
 def single(runs: list[FinishedRun], strict: bool) -> tuple[list[FinishedRun], list[tuple[str, str]]]:

@@ -59,7 +59,7 @@ def units(comparison: Comparison) -> dict[str, Unit]:
             if key in values and interval is not None:
                 values[key].append(interval.mean)
         for axis in AXES:
-            values[axis] += [run.looks[-1][axis] for run in group.runs if run.looks]
+            values[axis] += [run.looks[-1][axis] for run in group.runs if run.looks and axis in run.looks[-1]]
     return {key: unit(key, found) for key, found in values.items()}
 
 
@@ -120,7 +120,9 @@ def _minus(block: Block) -> str:
 
 def _cost(group: Group, cost: str, shown: Unit) -> str:
     """A group's cost, and what its checkpoints had cost before."""
-    text = cell(cost, group.intervals[cost], shown.factor)
+    text = cell(cost, group.intervals[cost], shown.factor) or "not stated"
+    if any(cost in run.row.get("computed", ()) for run in group.runs):
+        text = f"{text}\ncomputed"
     if not group.pretrained or not COSTS[cost].trained:
         return text
     before = group.checkpoint_pflop if cost == "train_pflop" else None

@@ -193,6 +193,8 @@ def _conditions(group: Group, baseline: Group, cost: str) -> None:
     pair = (group, baseline)
     known = cost == "train_pflop" and all(not g.pretrained or g.checkpoint_pflop is not None for g in pair)
     ours, theirs = (_total(each, cost, pretraining=known) for each in pair)
+    if ours is None or theirs is None:
+        group.conditions.append(f"{COSTS[cost].amount} not known of {'both' if ours is theirs else 'one'}")
     if ours is not None and theirs is not None and theirs > 0:
         group.cost_ratio = ours / theirs
         told = apart(group.cost_ratio, COSTS[cost].amount)
@@ -239,7 +241,8 @@ def _nearest_group(group: Group, candidates: list[Group]) -> Group | None:
 
     def apart(other: Group) -> int:
         mine, its = group.runs[0].settings(), other.runs[0].settings()
-        keys = {key for key in {*mine, *its} if not key.startswith("model.router.") and key not in ROUTED}
+        routers = ("model.router.", "model.blocks.")
+        keys = {key for key in {*mine, *its} if not key.startswith(routers) and key not in ROUTED}
         return sum(mine.get(key) != its.get(key) for key in keys)
 
     ranked = sorted(candidates, key=apart)

@@ -107,8 +107,8 @@ class EvaluateConfig(Section):
 
     def filled(self) -> Self:
         """One word or number is a list of one."""
-        numbers = {key: list(map(float, as_list(getattr(self, key)))) for key in ("contrast_beta", "contrast_alpha")}
-        return replace(self, contrast=as_list(self.contrast), **numbers)
+        beta, alpha = (list(map(float, as_list(each))) for each in (self.contrast_beta, self.contrast_alpha))
+        return replace(self, contrast=as_list(self.contrast), contrast_beta=beta, contrast_alpha=alpha)
 
 
 @dataclass
@@ -135,7 +135,7 @@ class UpcycleConfig(Section):
 
     def check(self) -> None:
         check_channels(self.data, self.model.in_chans)
-        check_groups("images", self.images, self.model.router)
+        check_groups("images", self.images, self.model)
         if self.preserve and (self.expert_noise or self.expert_redraw):
             raise UsageError(
                 f"preserve=true cannot hold with expert_noise={self.expert_noise:g} and "

@@ -49,7 +49,8 @@ class Data(Section):
     crop: str = option("which augment.crop suits it; recipes read it", choices=("none", "shift", "resized"))
     area: float = option("which augment.area suits it; recipes read it", above=0, high=1)
     split_seed: int = option(
-        "seed of the split where the set brings none, not the run's; for a checkpoint's own set it is the checkpoint's",
+        "seed of the split where the set brings none, not the run's; for a checkpoint's own set it is the checkpoint's;"
+        " where a sweep varies it, compare counts cuts",
         low=0,
     )
     validation_fraction: float = option("share held out of the training images for choices", above=0, high=0.5)

@@ -1,6 +1,7 @@
 """The options of a model: its backbone, its router, and which blocks hold experts."""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
@@ -71,6 +72,10 @@ class Model(Section):
     moe_blocks: Any = option(
         "last_N, last_half, every_N (every Nth block, from the Nth), or a list of block numbers from 0"
     )
+    blocks: Any = option(
+        "blocks among these with a router of their own: {3: soft}, {3: {router: soft, num_experts: 8}}, or with "
+        "options of model.router alone {3: {num_experts: 8}}; null: none"
+    )
     expert_init: str = option(
         "identical: all experts of a layer start equal (official)", choices=("identical", "independent")
     )
@@ -95,6 +100,8 @@ class Model(Section):
                 f"model.moe_blocks=[] leaves router {self.router_name} without a block and the model dense; "
                 "use model/router=dense or name blocks, such as model.moe_blocks=last_2"
             )
+        if routed:
+            check_blocks(self.blocks, None if depth is None else placement(self.moe_blocks, depth))
         if self.head != "linear" and (self.head_experts is None or self.head_norm is None):
             raise UsageError(f"model.head={self.head} needs model.head_experts and model.head_norm")
         patch = self.backbone.patch_size
@@ -111,16 +118,39 @@ class Model(Section):
         head: dict[str, Any] = {} if self.head != "linear" else {"head_experts": None, "head_norm": None}
         if self.router["_target_"] is None:
             bare = {"_target_": None}
-            return replace(self, moe_blocks=[], router=bare, expert_init="identical", expert_width=None, **head)
+            return replace(
+                self, moe_blocks=[], blocks={}, router=bare, expert_init="identical", expert_width=None, **head
+            )
+        apart = dict(sorted((self.blocks or {}).items(), key=lambda each: int(each[0])))
         if self.backbone.depth is None:
-            return replace(self, **head)
-        return replace(self, moe_blocks=placement(self.moe_blocks, self.backbone.depth), **head)
+            return replace(self, blocks=apart, **head)
+        return replace(self, moe_blocks=placement(self.moe_blocks, self.backbone.depth), blocks=apart, **head)
 
     @property
     def router_name(self) -> str:
-        """The word that tables use: the router's module name, or `dense`."""
-        target = self.router["_target_"]
-        return "dense" if target is None else str(target).split(".")[-2]
+        """The word that tables use: the router's module name, or `dense`; of several, all with + between them."""
+        if self.router["_target_"] is None:
+            return "dense"
+        return "+".join(dict.fromkeys(str(each["_target_"]).split(".")[-2] for each in self.routers))
+
+    @property
+    def routers(self) -> list[dict[str, Any]]:
+        """The options of `router` and of the routers of single blocks."""
+        return [self.router, *(self.blocks or {}).values()]
+
+    def router_of(self, block: int) -> dict[str, Any]:
+        """The options of a block's router."""
+        options: dict[str, Any] = (self.blocks or {}).get(str(block), self.router)
+        return options
+
+    def router_key(self, block: int) -> str:
+        """Where these options stand, such as model.router."""
+        return f"model.blocks.{block}" if str(block) in (self.blocks or {}) else "model.router"
+
+    @property
+    def images_per_group(self) -> int:
+        """Images that make full routing groups in every block."""
+        return math.lcm(*map(group_of, self.routers))
 
     @property
     def name(self) -> str:
@@ -150,10 +180,40 @@ def placement(moe_blocks: Any, depth: int) -> list[int]:
     return sorted(moe_blocks)
 
 
-def check_groups(key: str, images: int, router: dict[str, Any], parts: int = 1) -> None:
+def check_blocks(blocks: Any, placed: list[int] | None) -> None:
+    """Checks the routers of single blocks; `placed`: the blocks that have routers, where they are known.
+
+    Raises:
+        UsageError: no routers, or of blocks without experts.
+    """
+    if blocks is None:
+        return
+    if not isinstance(blocks, dict):
+        raise UsageError(f"model.blocks={blocks} is no group of blocks with their routers, such as {{3: soft}}")
+    for block, router in blocks.items():
+        if not str(block).isdigit():
+            raise UsageError(f"model.blocks.{block}: a block is called by its number, from 0")
+        if not isinstance(router, dict) or str(router.get("_target_")).count(".") < 1:
+            raise UsageError(
+                f"model.blocks.{block}={router} names no router; say a name, or its options with router=NAME among "
+                "them; a block without experts is left out of model.moe_blocks"
+            )
+        if placed is not None and int(block) not in placed:
+            raise UsageError(
+                f"model.blocks.{block} is about a block without experts: model.moe_blocks has "
+                f"{', '.join(map(str, placed))}"
+            )
+    if placed is not None and len(blocks) == len(placed) > 0:
+        raise UsageError(
+            "model.blocks names every block of model.moe_blocks, so that model.router has no effect; leave one out and "
+            "choose its router with model/router=NAME"
+        )
+
+
+def check_groups(key: str, images: int, model: Model, parts: int = 1) -> None:
     """Checks that evaluation batches, and each of several parts of a training batch, are whole routing groups, so that
     their size does not change the result."""
-    group = group_of(router)
+    group = model.images_per_group
     if images % (parts * group):
         at_once = "" if parts == 1 else f" is computed in train.accumulate={parts} parts, each of which"
         raise UsageError(

@@ -7,7 +7,7 @@ from softmoe_cli.config.commands import FREE_KEYS
 from softmoe_cli.config.option import Section, option
 from softmoe_cli.errors import UsageError
 
-EQUAL = ("train_pflop", "forward_gflop", "latency_ms", "params_m")
+EQUALLED = ("train_pflop", "forward_gflop", "latency_ms", "params_m")
 
 
 @dataclass
@@ -19,7 +19,7 @@ class Fairness(Section):
         "the arm that others are measured against, by its name or one of its words; null: the first dense arm, else "
         "the first arm"
     )
-    equal: str | None = option("make every arm cost what the baseline does, before it starts", choices=EQUAL)
+    equal: str | None = option("make every arm cost what the baseline does, before it starts", choices=EQUALLED)
     free: str | None = option(
         "equal: the setting that is solved for; null: train.steps for training FLOPs, slots of a router that has them "
         "for what the layers compute, else experts",

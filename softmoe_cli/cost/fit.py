@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from softmoe_cli.config.model import group_of
 from softmoe_cli.config.recipe import Optim
 from softmoe_cli.config.run import WAYS, Config
 from softmoe_cli.cost.flop import Cost, account, on_meta
@@ -178,7 +177,7 @@ class _Room:
         if load.precision == "fp16" or (load.optim is not None and load.optim.moments != "fp32"):
             return []  # neither works with divided weights
         state = memory.state_bytes * (1 if self.way == "ddp" else self.processes)
-        groups = load.part // group_of(load.model.router)
+        groups = load.part // load.model.images_per_group
         most = min(groups, MOST_DEVICES if load.device.type == "cuda" else self.processes)
         for way in WAYS[max(1, WAYS.index(self.way)) :]:
             size = 2 * self.processes if way == self.way else max(2, self.processes)
@@ -204,7 +203,7 @@ class _Room:
 
     def _smaller_batches(self) -> list[str]:
         """Smaller batches: more parts, recomputation, fewer images."""
-        load, changes, group = self.load, [], group_of(self.load.model.router)
+        load, changes, group = self.load, [], self.load.model.images_per_group
         divisors = (n for n in range(load.accumulate + 1, load.batch + 1) if load.batch % (n * group) == 0)
         fitting = (n for n in divisors if self._peak(replace(load, accumulate=n)) <= self.free)
         whole = account(load.model, load.num_classes).whole_batches
@@ -250,7 +249,7 @@ def largest_batch(load: Load, images: int, *, paired: bool, sharers: int = 1) ->
     Raises:
         UsageError: not even one image, or group of images, a part fits.
     """
-    unit = load.accumulate * group_of(load.model.router)
+    unit = load.accumulate * load.model.images_per_group
     if paired and unit % 2:
         unit *= 2
     free = free_memory(load.device) // sharers

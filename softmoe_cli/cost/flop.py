@@ -57,8 +57,8 @@ class Cost:
 
     `active_params` are the parameters that one token passes through, on average: of the routed experts, as many as the
     router uses for one token. `slots_per_token` is the rows of all experts, empty ones included, over the tokens of an
-    MoE block: the capacity factor that is really paid for. `train_flop` is no whole number if a group of images was not
-    full.
+    MoE block, in the mean over these blocks: the capacity factor that is really paid for. `train_flop` is no whole
+    number if a group of images was not full.
     """
 
     parts: tuple[Part, ...]
@@ -77,6 +77,8 @@ class Cost:
     """How many rows of all layers hold a token when the load is as even as the router aims at."""
     choices: int | None = None
     """How many experts all tokens choose in all layers; None where tokens do not choose."""
+    full_experts_flop: float = 0.0
+    """Training FLOPs of the experts of other layers than those, in whose rows nothing has to land."""
 
     @property
     def params(self) -> int:
@@ -116,8 +118,18 @@ class Cost:
         it. Where no row is of one token it is as `train_flop` says."""
         if self.landed_row_flop is None:
             return images * self.train_flop
-        rest = sum(part.train_flop for part in self.parts if part.name != "experts")
-        return images * rest + landed * self.landed_row_flop
+        return images * self.rest_train_flop + landed * self.landed_row_flop
+
+    @property
+    def rest_train_flop(self) -> float:
+        """Training FLOPs of an image without those of experts whose rows are counted."""
+        return self.full_experts_flop + sum(part.train_flop for part in self.parts if part.name != "experts")
+
+    @property
+    def phase(self) -> list[float]:
+        """What is added up of each image, where pruning changes it on the way: training FLOPs, those without
+        experts whose rows are counted, choices, and the FLOPs of a forward pass."""
+        return [self.train_flop, self.rest_train_flop, self.choices or 0, self.forward_flop]
 
     @property
     def train_flop(self) -> float:
@@ -150,7 +162,7 @@ def account(
     """
     vit = on_meta(model, num_classes)
     for place, block in enumerate(vit.blocks):
-        if place in left and isinstance(block.mlp, MoE):
+        if place in left and isinstance(block.mlp, MoE) and block.mlp.router.unprunable is None:
             block.mlp.prunable()
             block.mlp.leave(left[place])
     cost = account_model(vit, batch=batch, recompute=recompute)
@@ -171,20 +183,32 @@ def account_model(vit: VisionTransformer, *, batch: int | None, recompute: bool)
     """`account` of a model that is already built."""
     tokens = count_tokens(vit)
     layers = [block.mlp for block in vit.blocks if isinstance(block.mlp, Layer)]
-    rows = layers[0].rows(tokens) if layers else None
-    row_flop = layers[0].landed_row_flop if layers else None
+    rows = [layer.rows(tokens) for layer in layers]
+    known = [each for each in rows if each is not None]
+    mean = sum(known) / len(known) if known and len(known) == len(rows) else None
+    row_flop = next((layer.landed_row_flop for layer in layers if layer.landed_row_flop is not None), None)
+    full = [layer for layer in layers if row_flop is not None and layer.landed_row_flop is None]
     landed = [found for layer in layers if (found := layer.landed_rows(tokens)) is not None]
     choices = [found for layer in layers if (found := layer.choices(tokens)) is not None]
     deciders = [module for module in vit.modules() if isinstance(module, Decider)]
     return Cost(
         parts=tuple(_parts(vit, batch, recompute)),
         tokens=tokens,
-        slots_per_token=None if rows is None else rows / tokens,
+        slots_per_token=None if mean is None else mean / tokens,
         whole_batches=next((each.whole_batches for each in deciders if each.whole_batches), None),
         landed_row_flop=None if row_flop is None else (4 if recompute else 3) * row_flop,
+        full_experts_flop=sum(_experts_train_flop(layer, tokens, batch, recompute) for layer in full),
         landed_rows=sum(landed) if landed else None,
         choices=sum(choices) if choices else None,
     )
+
+
+def _experts_train_flop(layer: Layer, n: int, batch: int | None, recompute: bool) -> float:
+    """Training FLOPs per image of a layer's experts, as `_parts` adds them up."""
+    group = layer.router.images_per_group
+    filled = 1.0 if batch is None else -(-batch // group) * group / batch
+    again = layer.recomputed_flop_by_part(n)["experts"] if recompute else 0
+    return filled * (layer.flop_by_part(n)["experts"][1] + again)
 
 
 def on_meta(model: Model, num_classes: int) -> VisionTransformer:
@@ -248,7 +272,7 @@ def _parts(vit: VisionTransformer, batch: int | None, recompute: bool) -> Iterat
             yield Part(part, params[part], params[part] - idle[part], forward[part], train[part])
 
 
-def block_flop(block: nn.Module, n: int) -> dict[str, int]:
+def block_flop(block: Any, n: int) -> dict[str, int]:
     """FLOPs per image of each part of a block in a forward pass of n tokens.
 
     Raises:

@@ -23,7 +23,6 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from softmoe_cli.config.model import group_of
 from softmoe_cli.cost.load import Load
 from softmoe_cli.cost.sharded import FirstExperts, FullyShard, indivisible
 from softmoe_cli.device import precision_context
@@ -136,7 +135,7 @@ def predict(load: Load, processes: int = 1, way: str = "ddp") -> Memory:
         shard = FullyShard(vit, processes, apart) if divided else None
         whole = sum(parameter.nbytes for parameter in vit.parameters())
         own = {each: shard.own_bytes(each) if shard else each.nbytes for each in vit.parameters()}
-        images = largest_share(load.part, load.model.router, processes) * load.accumulate
+        images = largest_share(load.part, load.model.images_per_group, processes) * load.accumulate
         activations, peak = _step(vit, load, images, shard, live, ddp=ddp)
     weights, trained = sum(own.values()), [size for each, size in own.items() if each.requires_grad]
     peak += weights - whole
@@ -163,7 +162,8 @@ def _let_go(vit: VisionTransformer, keep: int | None) -> None:
     """Leaves as many experts as training holds most for, of those numbers that it has once some have gone: experts of a
     router with capacity get more slots then, and the weights of those that are left are copied out."""
     tokens = count_tokens(vit)
-    for layer in (block.mlp for block in vit.blocks if isinstance(block.mlp, MoE)):
+    layers = [block.mlp for block in vit.blocks if isinstance(block.mlp, MoE)]
+    for layer in (layer for layer in layers if layer.router.unprunable is None):  # others are refused later
         e, rows = len(layer.left), {}
         for z in range(e - 1, (keep or e) - 1, -1):
             layer.prunable()
@@ -175,7 +175,7 @@ def _let_go(vit: VisionTransformer, keep: int | None) -> None:
 
 def _first_experts(vit: VisionTransformer, load: Load, processes: int) -> list[FirstExperts]:
     """Replaces all experts by the first process's experts, and returns those."""
-    groups = -(-load.part // group_of(load.model.router))
+    groups = -(-load.part // load.model.images_per_group)
     ends = [groups * place // processes for place in range(processes + 1)]
     of_each = sorted((end - start for start, end in pairwise(ends)), reverse=True)
     first = []

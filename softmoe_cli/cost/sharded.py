@@ -31,7 +31,7 @@ def indivisible(vit: VisionTransformer, processes: int) -> str | None:
         return "no experts"
     if not all(isinstance(layer, MoE) for layer in layers):
         return "experts that share their weights"
-    experts = layers[0].router.num_experts
+    experts = min(layer.router.num_experts for layer in layers)
     return f"{experts} experts" if experts < processes else None
 
 

@@ -84,6 +84,8 @@ class Audit:
             return None
         if not self.layers:
             return f"{name} has no experts"
+        if part in ("capacity", "slots", "kinds") and self.config.blocks:
+            return f"{name} is no single router: its blocks have options of their own (model.blocks)"
         slots = self._router.slots_per_expert
         if part == "capacity" and (slots is None or self._router.capacity_factor(slots, self._tokens) is None):
             return f"{name} has no capacity that could overflow"
@@ -183,16 +185,17 @@ class Audit:
                     now = self.said(self.model, self.images, self.batch_size)
                 found = self._finding("experts", f"without expert {expert}", now, block=block)
                 yield replace(found, polysemanticity=polysemanticity(self.reference, now))
-        count = self._router.num_experts
+        count = min(layer.router.num_experts for layer in self.layers.values())
+        more = " or more" if any(layer.router.num_experts > count for layer in self.layers.values()) else ""
         for dropped in sorted({round(share * count) for share in DROPPED_SHARES} - {0, count}):
             for draw in range(AUDIT_DRAWS):
                 rng = np.random.default_rng(draw)
                 with ExitStack() as stack:
                     for layer in self.layers.values():
-                        some = rng.choice(count, dropped, replace=False).tolist()
+                        some = rng.choice(layer.router.num_experts, dropped, replace=False).tolist()
                         stack.enter_context(layer.silenced(some))
                     now = self.said(self.model, self.images, self.batch_size)
-                setting = f"without {dropped} of {count} in every block, draw {draw}"
+                setting = f"without {dropped} of {count}{more} in every block, draw {draw}"
                 yield self._finding("experts", setting, now)
 
 

@@ -48,7 +48,7 @@ def evaluate_checkpoint(config: EvaluateConfig, model_config: Model, sources: li
         UsageError: the data have other classes than the checkpoint, or a file cannot be written.
     """
     known = sources[0].card["classes"]
-    check_groups("batch_size", config.batch_size, model_config.router)
+    check_groups("batch_size", config.batch_size, model_config)
     _check_files(config)
     precision = config.precision or sources[0].card["precision"]
     device, autocast = arithmetic(config.device, precision, config.threads)

@@ -87,7 +87,7 @@ def check_weak(model: VisionTransformer, words: Sequence[str], name: str) -> Non
         if not layers:
             raise UsageError(f"contrast={word}: {name} has no experts, so that nothing could be routed otherwise")
         for layer in layers.values():
-            limits = layer.router.weak_limits()
+            limits, name = layer.router.weak_limits(), type(layer.router).__module__.rpartition(".")[2]
             forms = ", ".join(WEAK_FORMS[kind] for kind in limits)
             if how.kind not in limits:
                 also = f"; it has {forms}" if limits else ""

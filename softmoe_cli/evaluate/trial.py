@@ -68,7 +68,7 @@ class Answers:
         return 100 * self.right.double().mean().item()
 
 
-def answered(
+def answers_to(
     order: Float[Tensor, "b c"], logits: Float[Tensor, "b c"], labels: Int64[Tensor, " b"]
 ) -> tuple[Int64[Tensor, "4 b"], Float[Tensor, "3 b"]]:
     """The fields of `Answers` of a batch: classes are ranked by `order` and have the softmax of `logits`."""
@@ -181,7 +181,7 @@ class ContrastTrial:
         first = 0
 
         def keep(way: Way, order: Tensor, logits: Tensor, labels: Tensor) -> None:
-            found.setdefault(way, []).append(answered(order, logits, labels))
+            found.setdefault(way, []).append(answers_to(order, logits, labels))
 
         with self.autocast:
             for x, labels in self.batches(images):

@@ -144,6 +144,14 @@ class Sweep(HydraLauncher):
         """Whether nothing is to be started."""
         return self._options.plan
 
+    def lie_in(self, study: Path) -> None:
+        """The sweep's folder lies beside its runs, also where an experiment among its jobs names the study."""
+        self._folder = study / self._folder.name
+
+    @property
+    def jobs_so_far(self) -> int:
+        return len(self._entries)
+
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
         """Runs jobs to their ends, and returns what the sweeper wants to know of each.
 

@@ -30,11 +30,11 @@ def softmoe_vit(pretrained: bool = False, *, softmoe: dict[str, Any], **argument
     """
     parts = {"backbone": Backbone(**softmoe["backbone"]), "adapter": AdapterOptions(**softmoe["adapter"])}
     model = Model(**softmoe | parts)
-    target = str(model.router["_target_"])
-    if target != "None" and not target.startswith("softmoe_cli.moe.routers."):
-        module = target.rpartition(".")[0]
-        if module not in sys.modules:  # to import a module is to run it, and a file may name any
-            raise UsageError(f"the router {target} is not softmoe's; if you trust it, import {module} first")
+    for target in (str(each["_target_"]) for each in model.routers):
+        if target != "None" and not target.startswith("softmoe_cli.moe.routers."):
+            module = target.rpartition(".")[0]
+            if module not in sys.modules:  # to import a module is to run it, and a file may name any
+                raise UsageError(f"the router {target} is not softmoe's; if you trust it, import {module} first")
     trained = resolve_pretrained_cfg("softmoe_vit", arguments.get("pretrained_cfg")).num_classes
     make = partial(_adapted, model, trained)
     vit: VisionTransformer = build_model_with_cfg(

@@ -99,6 +99,7 @@ def timm_card(name: str) -> dict[str, Any]:
             "image_size": about.input_size[-1],
             "in_chans": about.input_size[0],
             "moe_blocks": [],
+            "blocks": {},
             "expert_width": None,
             "head": "linear",
             "head_experts": None,

@@ -13,14 +13,14 @@ from softmoe_cli.moe.kind import Decider, Layer
 from softmoe_cli.moe.layer import layer_for
 
 
-def make_router(options: dict[str, Any], dim: int, num_tokens: int) -> Decider:
+def make_router(options: dict[str, Any], dim: int, num_tokens: int, where: str = "model.router") -> Decider:
     """The router that a config's `_target_` names, with the other keys as its arguments.
 
     The constructor's keyword-only arguments are the schema: unknown, missing and ill-typed keys are errors. Only
     subclasses of `Decider` are ever called; but importing a module runs it, so a name in a checkpoint is compared with
-    the known routers before it comes here.
+    the known routers before it comes here. `where` errors say that the options stand.
     """
-    kind = router_class(str(options["_target_"]))
+    kind = router_class(str(options["_target_"]), where)
     given = {key: value for key, value in options.items() if key != "_target_"}
     known = {
         name: get_type_hints(kind.__init__).get(name)
@@ -30,22 +30,21 @@ def make_router(options: dict[str, Any], dim: int, num_tokens: int) -> Decider:
     for key, value in given.items():
         if key not in known:
             raise UsageError(
-                f"model.router.{key}: {kind.__name__} has no such option."
-                f"{nearest(key, known)} It has {', '.join(known)}"
+                f"{where}.{key}: {kind.__name__} has no such option.{nearest(key, known)} It has {', '.join(known)}"
             )
         if _admits(known[key], value):
             continue
         if type(value) is not int or not _admits(known[key], float(value)):
             names = " or ".join(map(_kind, _kinds(known[key])))
-            raise UsageError(f"model.router.{key}={value} is of type {type(value).__name__}; it must be {names}")
+            raise UsageError(f"{where}.{key}={value} is of type {type(value).__name__}; it must be {names}")
         given[key] = float(value)
     missing = known.keys() - given.keys()
     if missing:
-        raise UsageError(f"model.router.{sorted(missing)[0]} is missing; {kind.__name__} needs it")
+        raise UsageError(f"{where}.{sorted(missing)[0]} is missing; {kind.__name__} needs it")
     try:
         router = kind(dim, num_tokens, **given)
     except ValueError as error:
-        raise UsageError(f"model.router: {error}") from error
+        raise UsageError(f"{where}: {error}") from error
     except Exception as error:
         if kind.__module__.startswith("softmoe_cli."):
             raise
@@ -58,17 +57,26 @@ def make_router(options: dict[str, Any], dim: int, num_tokens: int) -> Decider:
     return router
 
 
-def make_layer(options: dict[str, Any], dim: int, hidden: int, num_tokens: int, *, gelu: str, identical: bool) -> Layer:
+def make_layer(
+    options: dict[str, Any],
+    dim: int,
+    hidden: int,
+    num_tokens: int,
+    *,
+    gelu: str,
+    identical: bool,
+    where: str = "model.router",
+) -> Layer:
     """The layer that a config's router decides for, in the place of an MLP from `dim` to `hidden` units and back.
 
     Raises:
         UsageError: as `make_router`, or a layer that cannot be of this width.
     """
-    router = make_router(options, dim, num_tokens)
+    router = make_router(options, dim, num_tokens, where)
     try:
         return layer_for(router, dim, hidden, gelu=gelu, identical=identical)
     except ValueError as error:
-        raise UsageError(f"model.router: {error}") from error
+        raise UsageError(f"{where}: {error}") from error
 
 
 def _kinds(annotation: Any) -> tuple[Any, ...]:
@@ -92,7 +100,7 @@ def _kind(annotation: Any) -> str:
     return " or ".join(map(str, get_args(annotation))) if get_origin(annotation) is Literal else annotation.__name__
 
 
-def router_class(target: str) -> type[Decider]:
+def router_class(target: str, where: str = "model.router") -> type[Decider]:
     """The class that a `_target_` names.
 
     Raises:
@@ -104,7 +112,7 @@ def router_class(target: str) -> type[Decider]:
     try:
         found = getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise UsageError(f"model.router._target_={target} cannot be imported: {error}") from error
+        raise UsageError(f"{where}._target_={target} cannot be imported: {error}") from error
     if not (isinstance(found, type) and issubclass(found, Decider)):
-        raise UsageError(f"model.router._target_={target} is not a subclass of softmoe_cli.moe.routing.Router")
+        raise UsageError(f"{where}._target_={target} is not a subclass of softmoe_cli.moe.routing.Router")
     return found

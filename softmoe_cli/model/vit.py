@@ -15,7 +15,7 @@ from timm.layers import GELU, Attention, GELUTanh, Mlp, lecun_normal_
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
-from softmoe_cli.config.model import Model, placement
+from softmoe_cli.config.model import Model, check_blocks, placement
 from softmoe_cli.errors import UsageError, first_line, nearest
 from softmoe_cli.model.adapted import adapt
 from softmoe_cli.model.blocks import CarryingBlock
@@ -41,21 +41,31 @@ def build(model: Model, num_classes: int) -> VisionTransformer:
         blocks = placement(model.moe_blocks, len(vit.blocks))
         if not blocks:
             raise UsageError(f"model.moe_blocks=[] leaves router {model.router_name} without a block; name some")
+        check_blocks(model.blocks, blocks)  # of timm's models nobody knows the depth before
         for index in blocks:
             block = vit.blocks[index]
-            block.mlp = _layer(block.mlp, model, num_tokens=count_tokens(vit))
-        _join(vit, blocks)
+            block.mlp = _layer(block.mlp, model, index, num_tokens=count_tokens(vit))
+        _join(vit, blocks, model)
     if model.head != "linear":
         vit.head = _head(model, vit.head.in_features, num_classes)
     adapt(vit, model.adapter)
     return vit
 
 
-def _join(vit: VisionTransformer, blocks: Sequence[int]) -> None:
+def _join(vit: VisionTransformer, blocks: Sequence[int], model: Model) -> None:
     """Lets the layers of these blocks hand on what their routers carry, through the blocks between them."""
     deciders = [vit.blocks[index].mlp.router for index in blocks]
-    if not isinstance(deciders[0], Router) or not deciders[0].carries:
+    carrying = [
+        index for index, each in zip(blocks, deciders, strict=True) if isinstance(each, Router) and each.carries
+    ]
+    if not carrying:
         return
+    if model.blocks:
+        raise UsageError(
+            f"{model.router_key(carrying[0])}: a router that hands on its logits from block to block, as "
+            "zero_computation does with gating_residual=true, cannot be among others; set gating_residual=false, or "
+            "leave model.blocks out"
+        )
     for earlier, router in pairwise(deciders):
         router.follow(earlier)
     first, last = blocks[0], blocks[-1]
@@ -95,9 +105,13 @@ def _heads() -> dict[str, type[FactorisedRouter]]:
 def portable(model: Model, vit: VisionTransformer) -> dict[str, Any]:
     """The model's config as a checkpoint keeps it: routers with their sizes fixed, for any number of tokens."""
     kept = dataclasses.asdict(model)
-    for block in vit.blocks:
+    for index, block in enumerate(vit.blocks):
         if isinstance(block.mlp, Layer):
-            kept["router"] = portable_options(model.router, block.mlp)
+            options = portable_options(model.router_of(index), block.mlp)
+            if str(index) in kept["blocks"]:
+                kept["blocks"][str(index)] = options
+            else:
+                kept["router"] = options
     return kept
 
 
@@ -212,8 +226,8 @@ def _is_plain(attention: nn.Module) -> bool:
     return type(attention) is Attention
 
 
-def _layer(mlp: nn.Module, model: Model, num_tokens: int) -> Layer:
-    """Router and experts in the shape of the dense MLP that they replace."""
+def _layer(mlp: nn.Module, model: Model, index: int, num_tokens: int) -> Layer:
+    """Router and experts of a block, in the shape of the dense MLP that they replace."""
     if (
         not isinstance(mlp, Mlp)
         or not isinstance(mlp.act, nn.GELU | GELU | GELUTanh)
@@ -227,11 +241,13 @@ def _layer(mlp: nn.Module, model: Model, num_tokens: int) -> Layer:
         )
     dim, hidden = mlp.fc1.in_features, model.expert_width or mlp.fc1.out_features
     gelu, identical = "tanh" if isinstance(mlp.act, GELUTanh) else "none", model.expert_init == "identical"
-    layer = make_layer(model.router, dim, hidden, num_tokens, gelu=gelu, identical=identical)
+    options, where = model.router_of(index), model.router_key(index)
+    layer = make_layer(options, dim, hidden, num_tokens, gelu=gelu, identical=identical, where=where)
     if isinstance(layer.router, Router) and layer.router.needs_independent_experts and identical:
+        name = str(options["_target_"]).split(".")[-2]
         raise UsageError(
-            f"model.expert_init=identical: with router {model.router_name} experts that start equal stay equal; "
-            "set model.expert_init=independent"
+            f"model.expert_init=identical: with router {name} experts that start equal stay equal; set "
+            "model.expert_init=independent"
         )
     if not identical and not isinstance(layer.router, Router):
         raise UsageError(

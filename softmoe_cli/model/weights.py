@@ -11,7 +11,7 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from softmoe_cli.config.model import Model, group_of
+from softmoe_cli.config.model import Model
 from softmoe_cli.errors import UsageError, first_line
 from softmoe_cli.model.adapted import is_adapters
 from softmoe_cli.model.vit import build, count_tokens
@@ -149,6 +149,8 @@ def proportional_slots(before: Model, after: Model) -> int:
     Raises:
         UsageError: `before` has no slots per expert.
     """
+    if before.blocks or after.blocks:
+        raise UsageError("slots=proportional knows one router for all blocks; with model.blocks set slots_per_expert")
     slots = before.router.get("slots_per_expert")
     if slots is None or before.router_name != after.router_name:
         raise UsageError(
@@ -157,7 +159,7 @@ def proportional_slots(before: Model, after: Model) -> int:
         )
     with torch.device("meta"):
         plain = (replace(model, head="linear") for model in (before, after))  # other heads need more classes than 2
-        old, new = (count_tokens(build(model, 2)) * group_of(model.router) for model in plain)
+        old, new = (count_tokens(build(model, 2)) * model.images_per_group for model in plain)
     return max(1, round(slots * new / old))
 
 
@@ -200,7 +202,10 @@ def require_described(source: Source, model: Model) -> None:
     except (RuntimeError, TypeError, OverflowError) as error:  # sizes that torch cannot represent
         raise UsageError(f"{start}: such sizes cannot be ({first_line(error)})") from error
     own = vit.state_dict()
-    whole = model.router["_target_"] == source.card["model"]["router"]["_target_"]
+    said = source.card["model"]
+    whole = [each["_target_"] for each in model.routers] == [
+        each["_target_"] for each in (said["router"], *(said["blocks"] or {}).values())
+    ]
     for key, value in own.items():
         if ".mlp." in key and not whole:
             continue

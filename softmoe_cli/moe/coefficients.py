@@ -12,10 +12,9 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from softmoe_cli.moe.kind import Decided
-from softmoe_cli.moe.routing import load_statistics
+from softmoe_cli.moe.routing import has_numbers, load_statistics
 
 NORM_EPS = 1e-5
 MOMENTUM = 0.1
@@ -110,8 +109,8 @@ class BatchNorm(nn.Module):
         """`batch`: by this batch's means, not by the running ones."""
         if not batch:
             return (logits - self.mean) * (self.variance + NORM_EPS).rsqrt()
-        counted_only = logits.is_meta or isinstance(logits, FakeTensor)  # cost and memory are asked for one image too
-        if logits.shape[0] * logits.shape[1] == 1 and not self.over_processes and not counted_only:
+        single = logits.shape[0] * logits.shape[1] == 1 and not self.over_processes
+        if single and has_numbers(logits):  # cost and memory are asked for one image too
             raise ValueError("norm=batch has no variance over one token; use a larger batch or norm=layer")
         kept = None if keep is None else keep[..., None].to(logits.dtype)
 

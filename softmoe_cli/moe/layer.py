@@ -54,7 +54,8 @@ def grouped(
 ) -> Float[Tensor, "r h"]:
     """rows[i] @ weights[expert of i]; `rows` are sorted by expert."""
     odd = any(width * rows.element_size() % 16 for width in weights.shape[1:])
-    if odd or rows.dtype == torch.float64:  # which torch's grouped product has not; only checks of the maths use them
+    # torch's grouped product has no float64, which only checks of the maths use, and no gradient of no rows.
+    if odd or rows.dtype == torch.float64 or rows.shape[0] == 0:
         sizes = offsets.diff(prepend=offsets.new_zeros(1)).tolist()
         rest = rows.new_zeros(len(rows) - sum(sizes), weights.shape[2])
         parts = rows[: sum(sizes)].split(sizes)

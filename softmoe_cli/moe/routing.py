@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from softmoe_cli.moe.kind import Decided, Decider, Weak
 
@@ -337,6 +338,12 @@ def slots_of(
     if slots_per_expert < 1:
         raise ValueError(f"slots_per_expert={slots_per_expert} must be at least 1")
     return slots_per_expert
+
+
+def has_numbers(x: Tensor) -> bool:
+    """Whether what a tensor holds can be read now: not on the meta device, nor while torch predicts, compiles or
+    exports."""
+    return not (torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor))
 
 
 def full_precision(x: Tensor) -> AbstractContextManager[object]:

@@ -156,6 +156,12 @@ def grouped_tokens(
     return in_groups(x, images), in_groups(keep, images)
 
 
+def image_means(x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"]) -> Float[Tensor, "b 1 d"]:
+    """The mean of each image's tokens that are kept, float32 or better; zero for an image of padding alone."""
+    whole = x.to(torch.promote_types(x.dtype, torch.float32)).masked_fill(~keep[:, :, None], 0)
+    return whole.sum(dim=1, keepdim=True) / keep.sum(dim=1).clamp(min=1)[:, None, None]
+
+
 def in_groups(each: Shaped[Tensor, "b n *d"], images: int) -> Shaped[Tensor, "g s *d"]:
     """Groups of `images` consecutive images each; zeros (and false) fill up the last group."""
     missing = -each.shape[0] % images
@@ -348,7 +354,8 @@ def slots_left(slots: int, num_experts: int, left: int, group: int) -> int:
     """Slots per expert for the `left` of `num_experts` experts that had `slots` each, in groups of `group` tokens.
 
     Each expert gets the slots of all that went beside its own: wherever their tokens go, no more of a group's choices
-    are dropped than before, since the choices of experts that stay do not change. One that is left has room for all.
+    are dropped than with all experts, since the choices of experts that stay do not change. One that is left has room
+    for all.
     """
     if left == num_experts:
         return slots

@@ -7,7 +7,7 @@ and so is skip, for any layer.
 """
 
 import copy
-from collections.abc import Mapping
+from typing import TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from softmoe_cli.moe.kind import Layer, Weak
 from softmoe_cli.moe.layer import MoE
 from softmoe_cli.moe.routing import DenseRouting, Router, SparseRouting, full_precision, uniform_weights
-from softmoe_cli.moe.sparse import Balanced, Gate, choose, in_runs, renormalised
+from softmoe_cli.moe.sparse import Balanced, Gate, choose, image_means, in_runs, renormalised
 
 
 class WeakChoice(Router):
@@ -26,7 +26,8 @@ class WeakChoice(Router):
     Args:
         how: rank_R takes the expert that the balanced gates put in place R, top_J the J best, random_1 the `drawn` one
             with weight 1.
-        gate, balance, shared_experts: of the router that was trained; without `balance`, gates choose.
+        gate, balance, num_experts, shared_experts: of the router that was trained; without `balance`, gates choose.
+        by_image: all tokens of an image choose what their mean chooses.
         renormalise: divide gates by their sum over the experts that are taken, so that a single one has weight 1.
     """
 
@@ -38,14 +39,16 @@ class WeakChoice(Router):
         gate: Gate,
         balance: Balanced | None,
         *,
+        num_experts: int,
         renormalise: bool,
         shared_experts: int,
         drawn: Int[Tensor, "b n"] | None,
+        by_image: bool = False,
     ) -> None:
         super().__init__()
         assert (how.kind == "random") == (drawn is not None)
-        self.how, self.gate, self.balance, self.drawn = how, gate, balance, drawn
-        self.num_experts, self.renormalise, self.shared_experts = gate.kernel.shape[1], renormalise, shared_experts
+        self.how, self.gate, self.balance, self.drawn, self.by_image = how, gate, balance, drawn, by_image
+        self.num_experts, self.renormalise, self.shared_experts = num_experts, renormalise, shared_experts
 
     @property
     def experts_per_token(self) -> float:
@@ -56,7 +59,8 @@ class WeakChoice(Router):
 
     def flop(self, num_tokens: int) -> int:
         """The gate, which random_1 does not ask."""
-        return 0 if self.drawn is not None else 2 * num_tokens * self.gate.kernel.numel()
+        decisions = 0 if self.drawn is not None else 1 if self.by_image else num_tokens
+        return 2 * decisions * len(self.gate.kernel) * self.num_experts
 
     def forward(self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None = None) -> SparseRouting:
         with full_precision(x):
@@ -65,7 +69,7 @@ class WeakChoice(Router):
                 chosen = self.drawn[:, :, None]
                 weights = torch.ones_like(chosen, dtype=self.gate.kernel.dtype)
             else:
-                gates = self.gate.activate(self.gate(x)[0])
+                gates = self.gate.activate(self.gate(image_means(x, kept) if self.by_image else x)[0])
                 scores = gates if self.balance is None else self.balance.scores(gates)
                 chosen = choose(scores, self.how.number)
                 if self.how.kind == "rank":
@@ -73,6 +77,7 @@ class WeakChoice(Router):
                 weights = (renormalised(gates, chosen) if self.renormalise else gates).gather(2, chosen)
                 if self.renormalise and chosen.shape[2] == 1:
                     weights = torch.ones_like(weights)  # also where the gate is too small to be divided by
+            weights, chosen = (each.expand(-1, x.shape[1], -1) for each in (weights, chosen))
             return in_runs(weights, chosen, kept, self.num_experts, weights.new_zeros(()))
 
 
@@ -115,14 +120,15 @@ class Skipped(nn.Module):
         return torch.zeros_like(x)
 
 
-def with_experts(module: nn.Module, which: Int[Tensor, " q"], axes: Mapping[str, int]) -> nn.Module:
-    """The module with some of its experts only, whose axis in each of its parameters is given. Nothing else is
-    copied."""
+M = TypeVar("M", bound=nn.Module)
+
+
+def narrowed(module: M, which: Int[Tensor, " q"]) -> M:
+    """The module with some of the experts that it has left, ascending. Weights are its own."""
     fewer = copy.copy(module)
-    fewer._parameters = dict(module._parameters)
-    for name, axis in axes.items():
-        some = module.get_parameter(name).index_select(axis, which)
-        fewer._parameters[name] = nn.Parameter(some, requires_grad=False)
+    fewer._buffers = dict(module._buffers)
+    before = module.get_buffer("left") if module._buffers["left"] is not None else None
+    fewer._buffers["left"] = which if before is None else before[which]
     return fewer
 
 
@@ -138,7 +144,5 @@ def weak_layer(layer: Layer, how: Weak, given: Int[Tensor, "*some"] | None) -> n
     experts = layer.experts
     if how.kind == "drop":
         assert given is not None
-        fewer = with_experts(experts, given, dict.fromkeys(("w1", "b1", "w2", "b2"), 0))
-        assert isinstance(fewer, type(experts))
-        experts = fewer
+        experts = narrowed(experts, given)
     return MoE(layer.router.weaker(how, given), experts, layer.shared).eval()

@@ -23,6 +23,7 @@ from softmoe_cli.config.option import Section
 from softmoe_cli.config.run import Config
 from softmoe_cli.errors import UsageError, first_line
 from softmoe_cli.failures import ours
+from softmoe_cli.options.blocks import fill_up, spell_out
 from softmoe_cli.options.conf_files import chosen_groups, conf_folder, defaults, files, load_yaml, own_conf_folder
 from softmoe_cli.options.explain import crossing, explain, no_key, refused
 from softmoe_cli.options.help import options
@@ -182,6 +183,7 @@ def plain(config: Any, section: type) -> dict[str, Any]:
 
     tree = tree_of(config)
     _refuse_unknown(tree, section)
+    spell_out(tree)
     root = OmegaConf.select(config, "data.root", throw_on_resolution_failure=False)
     if root is not None:
         tree["data"]["root"] = root  # resolved, because it is compared with a checkpoint's
@@ -208,6 +210,7 @@ def door(tree: dict[str, Any], section: type[S]) -> S:
     _register_resolvers()
     try:
         _settle_side(tree)
+        fill_up(tree)
         merged = OmegaConf.merge(OmegaConf.structured(section), tree)
         missing = OmegaConf.missing_keys(merged)
         if missing:

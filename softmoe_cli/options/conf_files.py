@@ -145,6 +145,19 @@ def defaults(command: str, chosen: Mapping[str, str]) -> dict[str, Any]:
     return tree
 
 
+def laid(group: str, name: str) -> dict[str, Any]:
+    """What the file of one choice of a group says, with what it inherits.
+
+    Raises:
+        UsageError: a file that cannot be read, or inherits without end.
+    """
+    tree: dict[str, Any] = {}
+    _lay(tree, group, name, {})
+    for part in group.split("/"):
+        tree = tree[part]
+    return tree
+
+
 def _lay(tree: dict[str, Any], group: str, name: str, chosen: Mapping[str, str], above: tuple[Path, ...] = ()) -> None:
     """Merges one file, and those in its defaults list, into the tree. `above`: the files whose lists led to it."""
     places = [root / group / f"{name}.yaml" for root in (own_conf_folder() if group else None, conf_folder()) if root]

@@ -88,7 +88,11 @@ def take_model(tree: dict[str, Any], source: "Source", typed: Sequence[str]) -> 
         raise UsageError(f"checkpoint={label} does not say what model it is; name one with model=")
     own = card.get("model", {"adapter": dataclasses.asdict(no_adapter())})
     _check_adapter(own["adapter"], tree["model"], label)
+    chosen = tree["model"].get("blocks") if isinstance(tree["model"], dict) else None
     tree["model"] = overlay(own, tree["model"])
+    for block, router in (chosen if isinstance(chosen, dict) else {}).items():
+        if "_target_" in router:  # a router with all its options, which is no change of the checkpoint's
+            tree["model"]["blocks"][block] = router
     if not any(names(key, typed) for key in ("model", "model/router", "model.router._target_")):
         require_trust(tree["model"], source, tree.get("trust"))
     if "classes" in card:  # ours, not timm's
@@ -130,11 +134,20 @@ def require_trust(model: dict[str, Any], source: "Source", trusted: str | None) 
     Raises:
         UsageError: only the checkpoint names the router.
     """
-    target = model["router"].get("_target_") if isinstance(model.get("router"), dict) else None
-    if target is None or target != source.card.get("model", {}).get("router", {}).get("_target_"):
-        return
-    if target.startswith("softmoe_cli.moe.routers.") or target == trusted:
-        return
+    for target in targets(source.card.get("model", {})):
+        if target in targets(model) and not target.startswith("softmoe_cli.moe.routers.") and target != trusted:
+            _require_vouched(target, source)
+
+
+def targets(model: dict[str, Any]) -> list[str]:
+    """The classes of a model's routers, as its options name them."""
+    every = [model.get("router"), *(model["blocks"].values() if isinstance(model.get("blocks"), dict) else ())]
+    named = [each.get("_target_") for each in every if isinstance(each, dict)]
+    return [target for target in dict.fromkeys(named) if target is not None]
+
+
+def _require_vouched(target: str, source: "Source") -> None:
+    """Raises UsageError unless a file of one's own, outside the checkpoint's folder, names this class."""
     own = own_conf_folder()
     files = sorted((own / "model/router").glob("*.yaml")) if own else []
     vouching = next((file for file in files if load_yaml(file).get("_target_") == target), None)

@@ -67,6 +67,12 @@ def _card_fault(card: Any) -> str | None:
         return "model.router names no router" if isinstance(router, dict) else f"model.router is {_kind(router)}"
     if not _fits(router["_target_"], str | None):
         return f"model.router._target_ is {_kind(router['_target_'])}"
+    blocks = card["model"]["blocks"]
+    if not isinstance(blocks, dict):
+        return f"model.blocks is {_kind(blocks)}"
+    for block, options in blocks.items():
+        if not isinstance(options, dict) or not _fits(options.get("_target_"), str):
+            return f"model.blocks.{block} names no router"
     if not _fits(card["model"]["moe_blocks"], str | list[int]):
         return "model.moe_blocks is neither a text nor a list of numbers"
     if not _fits(card.get("classes"), list[str]) or not card["classes"]:

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from softmoe_cli.errors import UsageError
 from softmoe_cli.run import rows
+from softmoe_cli.run.budget import ConfiguredBudget, configured_budget
 from softmoe_cli.text import aligned, in_words, printable
 
 DONE = {key: rows.RESULT[key] for key in ("format", "validation_top1_pct")}
@@ -123,7 +124,7 @@ def state(folder: Path, name: str, log: Path | None) -> State:
     except rows.Unreadable as error:
         last, run_state = None, replace(run_state, state="damaged", progress=None, reason=f"metrics.jsonl {error}")
     try:
-        budget = rows.budget(config)
+        budget = configured_budget(config)
         if run_state.state != "damaged":
             again = shlex.join(["softmoe", budget.command, "-cp", os.path.abspath(folder), "-cn", "config"])
             progress = _progress(budget, last) if last else 0.0
@@ -231,7 +232,7 @@ def _step(line: bytes) -> rows.Row | None:
     return row if isinstance(row, dict) and not rows.fault(row, STEP) else None
 
 
-def _progress(budget: rows.ConfiguredBudget, row: rows.Row) -> float:
+def _progress(budget: ConfiguredBudget, row: rows.Row) -> float:
     """The share of a run's budget that its last row has used."""
     minutes = row["device_s"] / budget.devices / 60  # device_s adds devices up
     used = {"steps": row["step"], "epochs": row["epoch"], "images": row["images"], "minutes": minutes}

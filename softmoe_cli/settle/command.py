@@ -4,13 +4,13 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from softmoe_cli.compare.groups import Question
 from softmoe_cli.config.settle import Fairness, SettleConfig
-from softmoe_cli.errors import UsageError, first_line
+from softmoe_cli.errors import UsageError, first_line, nearest
 from softmoe_cli.launch.job import RunCommand
 from softmoe_cli.options.compose import Jobs, admit, door, say_once
 from softmoe_cli.options.conf_files import conf_folder, load_yaml
 from softmoe_cli.options.explain import check_line
+from softmoe_cli.run.rows import QUALITIES
 
 F = TypeVar("F", bound=Fairness)
 
@@ -26,7 +26,10 @@ def settle_arms(arguments: Sequence[str], run: RunCommand) -> int:
     from softmoe_cli.settle.sweeper import Settle
 
     own, words = own_words(arguments, SettleConfig)
-    Question(quality=own.quality).check()
+    if own.quality not in QUALITIES:
+        choices = ", ".join(QUALITIES)
+        raise UsageError(f"quality={own.quality}: no such figure.{nearest(own.quality, QUALITIES)} Choices: {choices}")
+    _refuse_searches(words)
     words = [word for word in words if word not in ("-m", "--multirun", "--plan")]
     words = check_line("train", ["-m", *words])
     if "--plan" in arguments:
@@ -42,6 +45,31 @@ def settle_arms(arguments: Sequence[str], run: RunCommand) -> int:
     Jobs("train", [*words, f"hydra.sweeper._target_={Settle.__module__}.{Settle.__name__}"])
     assert Settle.status is not None
     return Settle.status
+
+
+def fair_words(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Of `softmoe train -m`: the words without those that make its arms fair, and the words that Hydra gets for these.
+
+    Raises:
+        UsageError: an option cannot have that value.
+    """
+    own, words = own_words(arguments, Fairness)
+    if len(words) == len(arguments):
+        return words, []
+    if own.equal is None and own.tune is None:
+        raise UsageError(f"{' '.join(set(arguments) - set(words))} has no effect without equal= or tune=")
+    from softmoe_cli.settle.sweeper import Fair
+
+    _refuse_searches(words)
+    admit(Fair)
+    Fair.asked = own
+    return words, [f"hydra.sweeper._target_={Fair.__module__}.{Fair.__name__}"]
+
+
+def _refuse_searches(words: Sequence[str]) -> None:
+    found = next((word for word in words if word.lstrip("+").startswith(("search=", "hydra/sweeper"))), None)
+    if found is not None:
+        raise UsageError(f"{found} chooses the jobs of a sweep, and so do settle, equal= and tune=; leave one out")
 
 
 def own_words(arguments: Sequence[str], section: type[F]) -> tuple[F, list[str]]:

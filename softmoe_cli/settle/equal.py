@@ -12,7 +12,7 @@ from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.options.compose import changed_tree
 from softmoe_cli.options.conf_files import conf_folder, load_yaml
 
-SAME = 0.005
+NO_MATTER = 0.005
 """An arm whose cost differs from the baseline's by less than this share stays as it was typed: compare calls that no
 difference."""
 IN_LAYERS = ("forward_gflop", "latency_ms")
@@ -80,7 +80,7 @@ class Leveller:
             cost, wanted = trial.cost, trial.other_cost
         else:
             cost, wanted = cost_of(asked), cost_of(target)
-        if itself or abs(cost / wanted - 1) < (self.tolerance if timed else SAME):
+        if itself or abs(cost / wanted - 1) < (self.tolerance if timed else NO_MATTER):
             return Levelled(None, [], cost, wanted)
         if free is None:
             raise UsageError(

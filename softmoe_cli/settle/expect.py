@@ -8,7 +8,7 @@ import numpy as np
 from softmoe_cli.compare.anytime import p_equal, p_zero
 from softmoe_cli.compare.intervals import LEVEL
 
-STUDIES = 4000
+SIMULATED = 4000
 """Simulated studies behind each row: shares are right to 0.8 points (one standard error), seeds to a tenth."""
 EFFECTS = (0.5, 1.0, 2.0)
 """Differences, and margins, in standard deviations of one seed's difference."""
@@ -31,7 +31,7 @@ class Expected:
 
 
 def expected(
-    effect: float, comparisons: int, least: int, most: int, margin: float | None = None, studies: int = STUDIES
+    effect: float, comparisons: int, least: int, most: int, margin: float | None = None, studies: int = SIMULATED
 ) -> Expected:
     """Looks at every number of seeds from `least` to `most`, at the first step of Holm over the comparisons, of normal
     differences with a deviation of 1; `margin` in the same unit. The draws are the same for the same question."""

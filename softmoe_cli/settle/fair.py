@@ -45,14 +45,18 @@ def fair_arms(launcher: Sweep, typed: list[list[str]], asked: Fairness, seeds: S
     twins = sorted({label for label in told if told.count(label) > 1})
     if twins:
         raise UsageError(f"two arms are called {twins[0]}; give them other names, as files of conf/experiment have")
-    jobs, slots = _asked(launcher, typed, seeds)
+    jobs, slots = asked_arms(launcher, typed, seeds)
     base = baseline_of(told, typed, [job.dense for job in jobs], asked.baseline)
     words = typed
     if asked.equal is not None:
         found = _levelled(launcher, typed, told, base, asked, jobs[0].folder.parent)
         launcher.tell(_table(told, found, asked.equal, told[base]))
         words = [with_changes(each, level.changes) for each, level in zip(typed, found, strict=True)]
-        jobs, slots = _asked(launcher, words, seeds)
+        jobs, slots = asked_arms(launcher, words, seeds)
+    studies = sorted({str(job.folder.parent) for job in jobs})
+    if len(studies) > 1:
+        raise UsageError(f"arms lie in {' and '.join(studies)}: put them into one study with study=NAME")
+    launcher.lie_in(jobs[0].folder.parent)
     arms = [Arm(*each) for each in zip(told, words, jobs, strict=True)]
     for arm in arms[:base] + arms[base + 1 :]:
         if arm.job.folder in [other.job.folder for other in arms if other is not arm]:
@@ -60,7 +64,8 @@ def fair_arms(launcher: Sweep, typed: list[list[str]], asked: Fairness, seeds: S
     return Arms(arms, base, typed, slots)
 
 
-def _asked(launcher: Sweep, words: Sequence[list[str]], seeds: Sequence[int]) -> tuple[list[Job], list[str]]:
+def asked_arms(launcher: Sweep, words: Sequence[list[str]], seeds: Sequence[int]) -> tuple[list[Job], list[str]]:
+    """A job of each arm, which knows the folders of its runs with all seeds, and the room that jobs have."""
     return launcher.ask([[*each, f"seed={seeds[0]}"] for each in words], seeds)
 
 
@@ -104,6 +109,6 @@ def _table(told: Sequence[str], found: Sequence[Levelled], by: str, base: str) -
     return f"equal={by}:\n{aligned(table, markdown=False)}"
 
 
-def settings(asked: Fairness) -> dict[str, Any]:
+def fairness_of(asked: Fairness) -> dict[str, Any]:
     """What was asked of fairness, for a record."""
     return {key: getattr(asked, key) for key in ("equal", "free", "tolerance", "tune", "tune_values", "tune_seeds")}

@@ -52,16 +52,22 @@ def fix_question(study: Path, asked: dict[str, Any]) -> None:
         return
     for key in asked:
         if known[key] != asked[key]:
-            told = [_in_words(key, each[key]) for each in (known, asked)]
             raise UsageError(
-                f"{printable(str(study))} was begun with {told[0]}, not {told[1]}: the question is fixed before the "
-                "first run; ask as before, or begin another study with study=NAME"
+                f"{printable(str(study))} was begun with {_apart(key, known[key], asked[key])}: the question is fixed "
+                "before the first run; ask as before, or begin another study with study=NAME"
             )
 
 
-def _in_words(key: str, value: Any) -> str:
-    if key == "arms":
-        return f"arms {'; '.join(arm['label'] for arm in value)}"
+def _apart(key: str, before: Any, now: Any) -> str:
+    """In what two questions differ: `margin=0.5, not margin=1.0`."""
     if key == "fairness":
-        return " ".join(f"{name}={json.dumps(each)}" for name, each in value.items())
-    return f"{'seed' if key == 'first_seed' else key}={json.dumps(value)}"
+        odd = [name for name in now if before.get(name) != now[name]]
+        told = [" ".join(f"{name}={json.dumps(each.get(name))}" for name in odd) for each in (before, now)]
+    elif key != "arms":
+        told = [f"{'seed' if key == 'first_seed' else key}={json.dumps(each)}" for each in (before, now)]
+    elif [arm["label"] for arm in before] != [arm["label"] for arm in now]:
+        told = ["arms " + "; ".join(arm["label"] for arm in each) for each in (before, now)]
+    else:
+        sides = [{word for arm in each for word in arm["words"]} for each in (before, now)]
+        told = [" ".join(sorted(mine - its)) or "less" for mine, its in (sides, sides[::-1])]
+    return f"{told[0]}, not {told[1]}"

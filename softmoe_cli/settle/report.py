@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from softmoe_cli.compare.intervals import FEW, OPEN, Interval, mean_interval
@@ -11,7 +11,9 @@ from softmoe_cli.compare.units import cell, difference_cell, figure, points
 from softmoe_cli.config.settle import SettleConfig
 from softmoe_cli.run.rows import QUALITIES
 from softmoe_cli.settle.rounds import Contest, Runs, Standing
-from softmoe_cli.settle.spent import Spent
+from softmoe_cli.settle.spent import Spent, total
+from softmoe_cli.settle.tune import Tuned
+from softmoe_cli.settle.tuning import tuning_rows
 from softmoe_cli.text import aligned, flop, in_words, several
 
 
@@ -25,6 +27,7 @@ class Account:
     spent: Spent
     reasons: list[str]
     asked: SettleConfig
+    tuned: list[Tuned] = field(default_factory=list)
     over: str = ""
 
     @property
@@ -81,6 +84,11 @@ def as_text(report: Account) -> str:
         f"any-time 95%, Holm over {len(contest.arms)}{margin}; {in_words(report.spent.seconds)} and "
         f"{flop(1e15 * report.spent.pflop)} so far"
     )
+    if report.tuned:
+        apart = total(each.spent for each in report.tuned)
+        lines.append(
+            f"tuning {report.asked.tune}, booked apart: {in_words(apart.seconds)} and {flop(1e15 * apart.pflop)}"
+        )
     lines += [f"open: {each}" for each in needs(report)]
     return "\n".join(lines)
 
@@ -138,6 +146,7 @@ def told_rows(report: Account) -> dict[str, Any]:
         "seeds": standing.n,
         "hours": report.spent.seconds / 3600,
         "train_pflop": report.spent.pflop,
+        "tuning": tuning_rows(report.tuned, str(report.asked.tune)) if report.tuned else None,
         "equal_seeds_needed": seen.equal_n if seen else None,
         "failed": report.reasons,
         "arms": arms,

@@ -12,25 +12,29 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from softmoe_cli.compare.blocks import kept_apart
-from softmoe_cli.compare.groups import Question
 from softmoe_cli.compare.looks import read_looks, record_look
 from softmoe_cli.compare.power import Outlook, outlook
+from softmoe_cli.compare.question import Question
 from softmoe_cli.compare.runs import FinishedRun, read_runs
 from softmoe_cli.config.settle import Fairness, SettleConfig
 from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.launch.sweep import Sweep
 from softmoe_cli.options.compose import say_once
 from softmoe_cli.settle.arms import FIRST_SEED, expanded, key_of, without_seed
-from softmoe_cli.settle.fair import Arms, fair_arms, settings
+from softmoe_cli.settle.fair import Arms, fair_arms, fairness_of
 from softmoe_cli.settle.foresee import foreseen, plan_text
 from softmoe_cli.settle.record import fix_question
 from softmoe_cli.settle.report import Account, as_json, as_text
 from softmoe_cli.settle.rounds import Contest, Standing, lacking, stand
 from softmoe_cli.settle.spent import Spent, spent_by, spent_in, total
+from softmoe_cli.settle.trials import tune_arms
+from softmoe_cli.settle.tune import Tuned
 from softmoe_cli.text import several
 
 OPEN_STATUS = 3
 """The exit status where a budget ended before every arm had its verdict."""
+MAIN = Question.quality
+"""The main measure where nobody chooses one."""
 AHEAD = 4
 """Where places would stand idle, a round is at most one part in so many larger than the next look needs."""
 
@@ -58,9 +62,14 @@ class Fair(Sweeper):
         batch = expanded(self._params, arguments, self._loader)
         typed = without_seed(batch)
         arms = fair_arms(self._launcher, typed, Fair.asked, [FIRST_SEED])
+        if Fair.asked.tune is not None and not self._launcher.plans:
+            with self._launcher.held():
+                self._launcher.recall()
+                arms, _ = tune_arms(self._launcher, arms, Fair.asked, MAIN, [FIRST_SEED])
         given = [arms.arms[typed.index(without_seed([words])[0])].words for words in batch]
         seeds = [[word for word in words if key_of(word) == "seed"] for words in batch]
-        self._launcher.launch([[*words, *seed] for words, seed in zip(given, seeds, strict=True)], 0)
+        jobs = [[*words, *seed] for words, seed in zip(given, seeds, strict=True)]
+        self._launcher.launch(jobs, self._launcher.jobs_so_far)
 
 
 class Settle(Fair):
@@ -90,16 +99,18 @@ class Settle(Fair):
                 f"max_seeds={asked.max_seeds} can give no verdict: with {several(len(others), 'comparison')} the "
                 f"any-time rule needs {contest.least} seeds"
             )
-        rounds = Rounds(launcher, contest, arms, asked)
         if launcher.plans:
-            plan = foreseen(contest, arms, asked, rounds.outlook())
+            plan = foreseen(contest, arms, asked, Rounds(launcher, contest, arms, asked).outlook())
             print(json.dumps(plan) if asked.format == "json" else plan_text(plan))
             Settle.status = 0
             return
         with launcher.held():
             launcher.recall()
             fix_question(arms.study, _question(contest, arms, asked))
-            account = rounds.go()
+            tuned: list[Tuned] = []
+            if asked.tune is not None:
+                arms, tuned = tune_arms(launcher, arms, asked, asked.quality, seeds)
+            account = Rounds(launcher, contest, arms, asked, tuned).go()
         print(as_json(account) if asked.format == "json" else as_text(account))
         Settle.status = OPEN_STATUS if account.open else 0
 
@@ -123,14 +134,17 @@ def _question(contest: Contest, arms: Arms, asked: SettleConfig) -> dict[str, An
     told = [{"label": arm.label, "words": words} for arm, words in zip(arms.arms, arms.typed, strict=True)]
     return {
         "arms": told, "baseline": contest.baseline, "quality": contest.quality, "margin": contest.margin,
-        "first_seed": contest.first, "fairness": settings(asked),
+        "first_seed": contest.first, "fairness": fairness_of(asked),
     }  # fmt: skip
 
 
 class Rounds:
     """The rounds of one settling, while its sweep's folder is held."""
 
-    def __init__(self, launcher: Sweep, contest: Contest, arms: Arms, asked: SettleConfig) -> None:
+    def __init__(
+        self, launcher: Sweep, contest: Contest, arms: Arms, asked: SettleConfig, tuned: Sequence[Tuned] = ()
+    ) -> None:
+        self._tuned = list(tuned)
         self._launcher, self._slots, self._contest, self._asked = launcher, arms.slots, contest, asked
         self._arms = {arm.label: arm for arm in arms.arms}
         self._read: dict[Path, FinishedRun] = {}
@@ -179,11 +193,11 @@ class Rounds:
         runs: dict[str, dict[int, FinishedRun]] = {label: {} for label in self._arms}
         for folder, (label, seed) in places.items():
             runs[label][seed] = self._read[folder]
-        everything = [self._read[folder] for folder in places]
-        if everything:
-            parts, keys = kept_apart(everything, Question(quality=self._contest.quality))
+        for seed in {seed for _, seed in places.values()}:
+            paired = [of_arm[seed] for of_arm in runs.values() if seed in of_arm]
+            parts, keys = kept_apart(paired, Question(quality=self._contest.quality))
             if len(parts) > 1:
-                raise UsageError(f"runs that differ in {', '.join(keys)} cannot be compared: choose arms that agree")
+                raise UsageError(f"arms that differ in {', '.join(keys)} cannot be compared; choose others")
         return runs
 
     def _look(self, runs: dict[str, dict[int, FinishedRun]]) -> Standing:
@@ -200,7 +214,7 @@ class Rounds:
         return spent_in(done, [folder for arm in self._arms.values() for folder in arm.job.folders.values()])
 
     def _report(self, standing: Standing, runs: dict[str, dict[int, FinishedRun]]) -> Account:
-        return Account(self._contest, standing, runs, self._spent(runs), self._reasons(), self._asked)
+        return Account(self._contest, standing, runs, self._spent(runs), self._reasons(), self._asked, self._tuned)
 
     def _reasons(self) -> list[str]:
         return list(self._launcher.failures.values())
@@ -221,7 +235,9 @@ class Rounds:
 
     def _over(self, spent: Spent, wanted: Sequence[tuple[str, int]], runs: dict[str, dict[int, FinishedRun]]) -> str:
         """Which budget the next round would pass; empty for none."""
-        after = spent + total(self._of_one(label, runs) for label, _ in wanted)
+        after = (
+            spent + total(each.spent for each in self._tuned) + total(self._of_one(label, runs) for label, _ in wanted)
+        )
         hours, pflop = self._asked.hours, self._asked.pflop
         if hours is not None and after.seconds > 3600 * hours:
             return f"hours={hours:g}"

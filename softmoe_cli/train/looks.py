@@ -41,8 +41,9 @@ class Looks:
             found = routing_statistics(model, next(self._batches(setup.splits.validation, [0])), setup.autocast)
             shots = self._few_shots() if setup.config.train.fewshot else {}
         layers = [numbers for place, numbers in found if "beside" not in place] or [numbers for _, numbers in found]
-        keys = layers[0] if layers else ()
-        means = {f"routing_{key}": sum(layer[key] for layer in layers) / len(layers) for key in keys}
+        keys = dict.fromkeys(key for layer in layers for key in layer)
+        having = {key: [layer[key] for layer in layers if key in layer] for key in keys}
+        means = {f"routing_{key}": sum(numbers) / len(numbers) for key, numbers in having.items()}
         row = self._quality("validation", setup.splits.validation, means | shots)
         for place, numbers in found:  # last, so that a stop leaves all rows or none
             self.recording.run.append("routing.jsonl", {"step": row["step"], **place, **numbers})

@@ -144,7 +144,7 @@ def train(begun: Begun) -> dict[str, Any]:
                     recording.save("last")
                     saved_at, save_took = time.monotonic(), time.monotonic() - start
 
-                compiles = config.train.compile and progress.step in (first_step, progress.flop_step)
+                compiles = config.train.compile and progress.step in (first_step, progress.changed_at)
                 with progress.booked("compile" if compiles else "device", crew.size):
                     lr, scale = learning_rate(here), scaler.get_scale()
                     x, targets = next(training)
@@ -283,10 +283,7 @@ def _let_go(step: Step, recording: Recording, pruning: Pruning, x: Tensor) -> No
             before = _logits(step, x)
             trained.leave(decisions)
             changed = crew.largest_of_all((_logits(step, x) - before).abs().max().item())
-        batch, cost = step.config.train.batch_size, recording.setup.cost
-        progress.flop_before = progress.trained_flop(batch, cost.train_flop)
-        now = pruning.cost()
-        progress.flop_step, progress.image_flop, progress.forward_flop = progress.step, now.train_flop, now.forward_flop
+        progress.phases.append([progress.step, *pruning.cost().phase])
     recording.decide(changed, decisions)
 
 

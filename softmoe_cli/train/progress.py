@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from softmoe_cli.config.run import Config
 from softmoe_cli.optim import span_length
@@ -25,13 +26,8 @@ class Progress:
     """Rows of experts that held a token in training (`Decided.landed`); of all layers and processes."""
     window: int = 0
     """Windows of pruning that have ended."""
-    image_flop: float | None = None
-    """FLOPs of an image in training with the experts that are left since step `flop_step`; None: none have gone."""
-    forward_flop: float | None = None
-    """FLOPs of its forward pass with them."""
-    flop_step: int = 0
-    flop_before: float = 0.0
-    """FLOPs of training up to that step."""
+    phases: list[list[float]] = field(default_factory=list)
+    """What an image costs from which step on, where pruning has changed it: [step, `Cost.phase`...]."""
     loss_sum: float = 0.0
     aux_sum: float = 0.0
     loss_steps: int = 0
@@ -50,10 +46,18 @@ class Progress:
         """Of the updates that were not compiling."""
         return (self.step - self.compiled_steps) * batch / max(self.seconds["device"], 1e-9)
 
-    def trained_flop(self, batch: int, image_flop: float) -> float:
-        """FLOPs of training so far, where an image takes `image_flop` with all experts."""
-        each = image_flop if self.image_flop is None else self.image_flop
-        return self.flop_before + (self.step - self.flop_step) * batch * each
+    def over_phases(self, batch: int, at_first: float, place: int) -> float:
+        """The sum over all training images of what each took: `at_first`, and in later phases the number at `place`
+        of `Cost.phase`."""
+        starts = [0, *(int(phase[0]) for phase in self.phases), self.step]
+        each = [at_first, *(phase[1 + place] for phase in self.phases)]
+        spans = [end - start for start, end in pairwise(starts)]
+        return sum(span * batch * number for span, number in zip(spans, each, strict=True))
+
+    @property
+    def changed_at(self) -> int:
+        """The step at which pruning changed the model last; 0 where it did not."""
+        return int(self.phases[-1][0]) if self.phases else 0
 
     @property
     def spent(self) -> dict[str, float]:

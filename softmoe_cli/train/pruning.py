@@ -86,7 +86,7 @@ class Pruning:
         p, last = self.config.prune, deadline(self.budget, self.config.prune.until)
         left = ", ".join(f"{len(layer.left)} in block {place}" for place, layer in self.layers.items())
         at = f"step {last:,.0f}" if self.budget.steps is not None else f"second {last:,.0f} of training"
-        words = [f"{p.keep} stay of the experts that are left ({left}), by {p.by}, from {at} on"]
+        words = [f"{p.keep} of the experts of each block ({left}), chosen by {p.by}, from {at} on"]
         if p.windows > 1 and p.threshold:
             words.append(
                 f"before that those go that have less than {p.threshold:g} of the mean share, at the end of "
@@ -185,9 +185,8 @@ def served(config: Model, vit: VisionTransformer, cost: Cost) -> dict[str, Any]:
     layers = [
         block.mlp for block in vit.blocks if isinstance(block.mlp, MoE) and "alive" in dict(block.mlp.named_buffers())
     ]
-    left = {len(layer.left) for layer in layers}
     form = None
-    if len(left) == 1 and any(len(layer.left) < len(layer.experts.w1) for layer in layers):
+    if any(len(layer.left) < len(layer.experts.w1) for layer in layers):
         try:
             form, model = "dense", folded_model(config, vit)
         except UsageError:

@@ -83,7 +83,7 @@ class Recording:
         left = {
             rows.EXPERTS_LEFT.format(block): len(layer.left) for block, layer in self.trained.pruning.layers.items()
         }
-        flop = self.setup.cost.forward_flop if self.progress.forward_flop is None else self.progress.forward_flop
+        flop = self.progress.phases[-1][-1] if self.progress.phases else self.setup.cost.forward_flop
         return left | {"forward_gflop": flop / 1e9}
 
     def save(self, kind: str, *, end: bool = False) -> None:

@@ -84,17 +84,18 @@ class Setup:
 
     def train_pflop(self, progress: Progress) -> float:
         """The cost of this run's training so far."""
-        return progress.trained_flop(self.config.train.batch_size, self.cost.train_flop) / 1e15
+        return progress.over_phases(self.config.train.batch_size, self.cost.train_flop, 0) / 1e15
 
     def pflop(self, progress: Progress) -> dict[str, float]:
         """The cost of this run's training so far as rows have it: by formula, and without the rows of experts that held
         no token; the latter is unknown where frozen parameters take a part of the experts' cost away."""
-        images, cost = progress.step * self.config.train.batch_size, self.cost
+        cost = self.cost
         row = {"train_pflop": self.train_pflop(progress)}
-        if progress.image_flop is not None:  # then no images decide about the cost
+        if cost.landed_row_flop is None:
             row["landed_pflop"] = row["train_pflop"]
-        elif cost.landed_row_flop is None or cost.counted_train_flop is None:
-            row["landed_pflop"] = cost.landed_train_flop(images, progress.landed) / 1e15
+        elif cost.counted_train_flop is None:
+            rest = progress.over_phases(self.config.train.batch_size, cost.rest_train_flop, 1)
+            row["landed_pflop"] = (rest + progress.landed * cost.landed_row_flop) / 1e15
         return row
 
     def landed(self, progress: Progress) -> dict[str, float]:
@@ -103,7 +104,7 @@ class Setup:
         choices, nominal = self.cost.choices, self.cost.nominal_share
         if choices is None or nominal is None:
             return {}
-        made = progress.step * self.config.train.batch_size * choices
+        made = progress.over_phases(self.config.train.batch_size, choices, 2)
         return {"landed_share": progress.landed / max(1, made), "nominal_share": nominal}
 
     def pflop_in_all(self, progress: Progress) -> float | None:

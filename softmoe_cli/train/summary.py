@@ -34,9 +34,10 @@ def header(setup: Setup, folder: Path) -> dict[str, str]:
     m, t = config.model, config.train
     router = m.router_name
     if router != "dense":
-        options = ", ".join(f"{k}={v}" for k, v in m.router.items() if k != "_target_" and v is not None)
         slots = "all experts" if cost.slots_per_token is None else f"{cost.slots_per_token:.2f} slots"
-        router += f" ({options}) in blocks {m.moe_blocks}; {slots} per token"
+        alone = [f"{_routed(each)} in block {block}" for block, each in m.blocks.items()]
+        rest = [block for block in m.moe_blocks if str(block) not in m.blocks]
+        router = ", ".join([f"{_routed(m.router)} in blocks {rest}", *alone]) + f"; {slots} per token"
     sizes = f"{len(images.train):,} train / {len(images.validation):,} validation / {len(images.test):,} test"
     parts = f" in {t.accumulate} parts" if t.accumulate > 1 else ""
     compiled = ", compiled" if t.compile else ""
@@ -59,6 +60,12 @@ def header(setup: Setup, folder: Path) -> dict[str, str]:
         **({"processes": crew.describe(config)} if crew.size > 1 else {}),
         "folder": str(folder),
     }
+
+
+def _routed(router: dict[str, Any]) -> str:
+    """`soft (num_experts=8, slots_per_expert=1)`"""
+    options = ", ".join(f"{k}={v}" for k, v in router.items() if k != "_target_" and v is not None)
+    return f"{router['_target_'].split('.')[-2]} ({options})"
 
 
 def _adapter(model: Model) -> str:
@@ -290,8 +297,7 @@ def chance(result: dict[str, Any]) -> str:
 
 def remark(result: dict[str, Any], folder: Path, model: Model) -> str:
     """What the router says of the last look in routing.jsonl; nothing where there is no router."""
-    target = model.router["_target_"]
-    if target is None:
+    if model.router["_target_"] is None:
         return ""
     file = folder / "routing.jsonl"
     try:
@@ -301,4 +307,8 @@ def remark(result: dict[str, Any], folder: Path, model: Model) -> str:
     except rows.Unreadable as error:
         return f"{file} {error}"
     last = [row for row in looks if row["step"] == looks[-1]["step"] and "beside" not in row]
-    return router_class(target).remark(last, result["tokens"])
+    by_target: dict[str, list[dict[str, Any]]] = {}
+    for row in last:
+        by_target.setdefault(model.router_of(row["block"])["_target_"], []).append(row)
+    said = [router_class(target).remark(some, result["tokens"]) for target, some in by_target.items()]
+    return "; ".join(each for each in said if each)

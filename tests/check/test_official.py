@@ -29,6 +29,7 @@ from softmoe_cli.check.official import (
     tolerance,
     vectors_folder,
 )
+from softmoe_cli.config.adapter import no_adapter
 from softmoe_cli.config.model import Backbone, Model
 from softmoe_cli.evaluate.fewshot import accuracies, best_l2, draws, feature_statistics, ridge, take, whiten
 from softmoe_cli.model.router import make_router
@@ -42,9 +43,9 @@ from softmoe_cli.moe.sparse import choose, place
 from softmoe_cli.optim import linear, rsqrt
 from tests.routers import ROUTERS
 
-ELSEWHERE = ("scaling_law_", "soft_moa_", "self_contrast_", "sentence_gate")
+ELSEWHERE = ("scaling_law_", "soft_moa_", "self_contrast_", "expert_pruning")
 """Kinds that tests of the rooms try: scaling/test_laws.py, adapters/test_official.py, evaluate/test_contrast.py and
-moe/routers/test_image_choice.py."""
+train/test_pruning.py."""
 CASES = {name: meta for name, meta in official_cases().items() if not meta["kind"].startswith(ELSEWHERE)}
 ROUTER_CLASSES = {name: type(make_router(options, 16, 16)) for name, options in ROUTERS.items()}
 MODULES = "softmoe_cli.moe.routers"
@@ -209,7 +210,8 @@ def build_vit(config: dict[str, Any], encoder: dict[str, Any], moe: dict[str, An
     )  # fmt: skip
     blocks = list(moe.get("layers", []))
     model = Model(
-        backbone, router, config["image_size"], 3, blocks, "identical", None, head="linear", head_experts=None,
+        backbone=backbone, adapter=no_adapter(), router=router, image_size=config["image_size"], in_chans=3,
+        moe_blocks=blocks, blocks=None, expert_init="identical", expert_width=None, head="linear", head_experts=None,
         head_norm=None,
     )  # fmt: skip
     vit = build(model.settled(), config["num_classes"])
@@ -378,7 +380,7 @@ HANDLERS = {
     "soft_layer": layer, "tc_layer": layer, "ec_layer": layer, "tc_ties": ties, "ec_ties": ties, "capacity": capacities,
     "vit": vit, "lr_schedule": lr_schedule, "fewshot": fewshot, "mumoe_layer": layer, "mumoe_entmax": mumoe_entmax,
     "mumoe_params": mumoe_params, "zero_computation_layer": layer, "zero_computation_paper": layer,
-    "zero_computation_tables": zero_computation_tables,
+    "zero_computation_tables": zero_computation_tables, "sentence_gate": layer,
 }  # fmt: skip
 
 
@@ -458,7 +460,7 @@ def akin(router: Router, options: dict[str, Any], other: type[Decider], x: Tenso
 OFFICIAL = {
     "soft": "soft_layer", "tokens_choice": "tc_layer", "tokens_choice_bpr": "tc_layer, surest first",
     "experts_choice": "ec_layer", "mumoe_cp": "mumoe_layer, CPMuMoE", "mumoe_tr": "mumoe_layer, TRMuMoE",
-    "zero_computation": "zero_computation",
+    "zero_computation": "zero_computation", "image_choice": "sentence_gate",
 }  # fmt: skip
 
 

@@ -27,7 +27,7 @@ from softmoe_cli.evaluate.contrast import (
     strong_pass,
     weak_named,
 )
-from softmoe_cli.evaluate.trial import Answers, Way, answered, best_settings, line_of
+from softmoe_cli.evaluate.trial import Answers, Way, answers_to, best_settings, line_of
 from softmoe_cli.model.router import make_layer
 from softmoe_cli.moe.kind import Weak
 from softmoe_cli.moe.layer import MoE
@@ -183,7 +183,7 @@ def test_ranks_are_a_slow_loop_over_tokens(router: str) -> None:
         for rank in range(1, EXPERTS + 1):
             want = []
             for image, gates in zip(tokens().tolist(), logits, strict=True):
-                best = [sorted(range(EXPERTS), key=lambda i, g=gate: (-g[i], i))[rank - 1] for gate in gates]
+                best = [gate.index(sorted(gate, reverse=True)[rank - 1]) for gate in gates]
                 scale = [1.0 if renormalise else gate[e] for gate, e in zip(gates, best, strict=True)]
                 made = [oracles.mlp(token, *weights[e]) for token, e in zip(image, best, strict=True)]
                 want.append([[s * v for v in row] for s, row in zip(scale, made, strict=True)])
@@ -236,7 +236,7 @@ def test_one_expert_is_the_mlp() -> None:
 def test_the_balancing_bias_chooses_and_does_not_weigh() -> None:
     moe = layer("tokens_choice_dropless", k=1, bias_rate=0.1, **QUIET)
     bias = torch.tensor([0.0, 5.0, 10.0])
-    moe.router.balance.bias.copy_(bias)
+    moe.router.get_buffer("balance.bias").copy_(bias)
     gates = (tokens() @ kernel(moe)).softmax(2)
     for rank, expert in ((1, 2), (2, 1), (3, 0)):
         weak = weak_layer(moe, Weak("rank", rank), None)
@@ -281,6 +281,17 @@ def test_weak_mixtures(router: str) -> None:
     assert isinstance(dropped, MoE)
     assert torch.equal(dropped(x), fewer(x)) and dropped.flop(TOKENS) == fewer.flop(TOKENS)
     assert moe.router.num_experts == EXPERTS  # the layer itself is as it was
+
+
+@pytest.mark.parametrize(("router", "how"), [("tokens_choice", Weak("rank", 2)), ("soft", Weak("drop", 1))])
+def test_of_a_pruned_layer_the_experts_that_are_left(router: str, how: Weak) -> None:
+    moe = layer(router, k=1, **QUIET)
+    moe.prunable()
+    moe.leave([0, 2])
+    small = layer(router, k=1, num_experts=2, **QUIET)
+    small.load_state_dict(moe.weights_left())
+    given = torch.tensor([1]) if how.kind == "drop" else None
+    torch.testing.assert_close(weak_layer(moe, how, given)(tokens()), weak_layer(small, how, given)(tokens()))
 
 
 # --- two passes -------------------------------------------------------------------------------------------------------
@@ -418,7 +429,7 @@ def test_figures_under_a_mask_by_hand() -> None:
     made, valid = contrasted(strong, weak, alpha=0.1, beta=0.5)
 
     def said(order: Tensor, logits: Tensor) -> Answers:
-        integers, numbers = answered(order, logits, label)
+        integers, numbers = answers_to(order, logits, label)
         return Answers(integers[0], integers[1], integers[2].bool(), integers[3], *numbers.double())
 
     alone, both = said(strong, strong), said(ranking(made, valid, strong), made)

@@ -29,6 +29,7 @@ COMPOSED = [
     ("evaluate", {"data": "imagenet_v2"}),
     ("upcycle", {"model": "small", "model/router": "experts_choice"}),
     ("upcycle", {}),
+    ("prune", {}),
     ("export", {}),
     ("cost", {"model/router": "dense"}),
     ("match", {}),

@@ -142,7 +142,10 @@ class ExpertsChoiceRouter(Router):
 
     def weaker(self, how: Weak, given: Int[Tensor, "*some"] | None) -> WeakChoice:
         """By the token's own gates: here tokens choose, and not experts."""
-        return WeakChoice(how, self.gate, None, renormalise=self.renormalise, shared_experts=0, drawn=given)
+        return WeakChoice(
+            how, self.gate, None, num_experts=self.num_experts, renormalise=self.renormalise, shared_experts=0,
+            drawn=given,
+        )  # fmt: skip
 
     def forward(self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None = None) -> SparseRouting:
         b, n, _ = x.shape

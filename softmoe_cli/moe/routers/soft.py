@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from softmoe_cli.moe.kind import Weak
 from softmoe_cli.moe.routing import DenseRouting, Router, full_precision, mixtures_depart, noise_like, slots_of
-from softmoe_cli.moe.weak import WeakMixture, with_experts
+from softmoe_cli.moe.weak import WeakMixture, narrowed
 
 EPS = 1e-6
 UNIFORM = 1.5
@@ -190,8 +190,7 @@ class SoftRouter(Router):
         if how.kind != "drop":
             return WeakMixture(how, self)
         assert given is not None
-        fewer = with_experts(self, given, self.expert_axes)
-        assert isinstance(fewer, SoftRouter)
+        fewer = narrowed(self, given)
         fewer.num_experts = len(given)
         return fewer
 

@@ -64,6 +64,7 @@ class TokensChoiceRouter(Router):
     unprunable = None
     of_one_expert: ClassVar[dict[str, Any]] = {"k": 1, "shared_experts": 0}
     official = "tc_layer"
+    k: int
 
     def __init__(
         self,
@@ -137,8 +138,9 @@ class TokensChoiceRouter(Router):
 
     def weaker(self, how: Weak, given: Int[Tensor, "*some"] | None) -> WeakChoice:
         return WeakChoice(
-            how, self.gate, self.balance, renormalise=self.renormalise, shared_experts=self.shared_experts, drawn=given
-        )
+            how, self.gate, self.balance, num_experts=self.num_experts, renormalise=self.renormalise,
+            shared_experts=self.shared_experts, drawn=given,
+        )  # fmt: skip
 
     def priority(self, gates: Float[Tensor, "g s e"]) -> Int[Tensor, "g s"] | None:
         """The order in which tokens are served; None: as they come."""

@@ -47,6 +47,7 @@ class TokensChoiceDroplessRouter(Router):
     """
 
     slots_per_expert = None
+    k: int
     counts_landed = True
     decays = ("gate.kernel",)
     expert_axes: ClassVar[dict[str, int]] = {"gate.kernel": 1, "balance.bias": 0}
@@ -106,23 +107,32 @@ class TokensChoiceDroplessRouter(Router):
 
     def weaker(self, how: Weak, given: Int[Tensor, "*some"] | None) -> WeakChoice:
         return WeakChoice(
-            how, self.gate, self.balance, renormalise=self.renormalise, shared_experts=self.shared_experts, drawn=given
-        )
+            how, self.gate, self.balance, num_experts=self.num_experts, renormalise=self.renormalise,
+            shared_experts=self.shared_experts, drawn=given,
+        )  # fmt: skip
 
     def forward(self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None = None) -> SparseRouting:
         with full_precision(x):
             kept = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if keep is None else keep
-            clean, noisy = self.gate(x)
+            seen, kept_seen = self.seen(x, kept)
+            clean, noisy = self.gate(seen)
             gates = self.gate.activate(noisy)
             chosen = choose(self.balance.scores(gates), self.k)
             weights = renormalised(gates, chosen) if self.renormalise else gates
-            routing = in_runs(weights.gather(2, chosen), chosen, kept, self.num_experts, gates.new_zeros(()))
+            of_tokens = [each.expand(-1, x.shape[1], -1) for each in (weights.gather(2, chosen), chosen)]
+            routing = in_runs(of_tokens[0], of_tokens[1], kept, self.num_experts, gates.new_zeros(()))
             self.balance.add_demand(routing.demand)
             same = noisy is clean
-            clean, gates, kept = (in_groups(each, self.loss_images) for each in (clean, gates, kept))
+            clean, gates, kept = (in_groups(each, self.loss_images) for each in (clean, gates, kept_seen))
             noisy = clean if same else in_groups(noisy, self.loss_images)
             routing.aux_loss = self.balance.loss(self.gate, clean, noisy, gates, kept, self.k)
             return routing
+
+    def seen(
+        self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"]
+    ) -> tuple[Float[Tensor, "b m d"], Bool[Tensor, "b m"]]:
+        """What the gate reads, one row for each decision, and which of them are of tokens and not of padding."""
+        return x, keep
 
     def leave(self, left: Int[Tensor, " z"] | None, *, balance: bool) -> None:
         e, k = self._whole

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from softmoe_cli.moe.routing import Carried, Router, SparseRouting, full_precision
+from softmoe_cli.moe.routing import Carried, Router, SparseRouting, full_precision, has_numbers
 from softmoe_cli.moe.sparse import Gate, choose, grouped_tokens, in_groups, positions, seat, surest_first
 
 EXPERT_KINDS = ("ffn", "constant", "copy", "zero")
@@ -145,9 +145,11 @@ class ZeroComputationRouting(SparseRouting):
         super().__init__(token, gate, aux_loss, demand, shape, offsets)
 
     def dispatch(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "*rows d"]:
-        """Rows without a token are zeros, with offsets too: they lie behind the last one."""
-        tokens = nn.functional.pad(x.flatten(0, 1), (0, 0, 0, 1))
-        return tokens.index_select(0, self.token.flatten()).view(*self.token.shape, -1)
+        """Rows without a token are zeros, with offsets too where there are such rows: behind the last one."""
+        tokens = x.flatten(0, 1)
+        if self.offsets is None or not has_numbers(self.token):
+            tokens = nn.functional.pad(tokens, (0, 0, 0, 1))
+        return tokens.index_select(0, self.token.flatten()).view(*self.token.shape, x.shape[-1])
 
     def combine(self, rows: Float[Tensor, "*rows d"]) -> Float[Tensor, "b n d"]:
         y = super().combine(rows)
@@ -417,19 +419,23 @@ class ZeroComputationRouter(Router):
     def _runs(
         self, choices: Choices, shape: tuple[int | torch.SymInt, int]
     ) -> tuple[Int[Tensor, " r"], Float[Tensor, " r"], Int[Tensor, " e"]]:
-        """Rows sorted by expert: as many as there are choices, but only those before the last offset are computed.
-
-        On the meta device, where there is no telling, so many choices land as `rows` says.
-        """
+        """Rows sorted by expert, of the choices that landed."""
         e, (b, n) = self.num_experts, shape
         expert = torch.where(choices.landed, choices.chosen, e).clamp(max=e).flatten()
         counts = expert.new_zeros(e + 1).scatter_add(0, expert, torch.ones_like(expert))
-        most = round(b * self.rows(n)) if expert.device.type == "meta" else b * n * self.k
-        order = expert.argsort(stable=True)[:most]
+        order = expert.argsort(stable=True)[: self._runs_made(counts[:e], b, n)]
         filled = expert[order] < e
         token = torch.where(filled, order // self.k, b * n)
         gate = torch.where(filled, choices.weights.flatten()[order], 0)
         return token, gate, counts[:e].cumsum(dim=0).int()
+
+    def _runs_made(self, landed: Int[Tensor, " e"], images: int | torch.SymInt, tokens: int) -> int | torch.SymInt:
+        """How many rows are made: as many as landed, which a GPU has to be waited for. On the meta device, where
+        nothing lands, as many as `rows` says; where else there is no telling as many as there are choices, and those
+        behind the last offset are not computed."""
+        if landed.is_meta:
+            return round(images * self.rows(tokens))
+        return int(landed.sum()) if has_numbers(landed) else images * tokens * self.k
 
     def _direct(
         self, choices: Choices, tokens: Float[Tensor, "g s d"], shape: tuple[int | torch.SymInt, int]

@@ -1,0 +1,1 @@
+"""Runs that other programs made, read as their files tell them; nothing in a file is executed."""

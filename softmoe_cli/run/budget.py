@@ -1,0 +1,65 @@
+"""What a run may use, read from its config.yaml."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from softmoe_cli.config.recipe import BUDGETS
+from softmoe_cli.errors import first_line
+from softmoe_cli.run import rows
+from softmoe_cli.text import shortened
+
+
+@dataclass(frozen=True)
+class ConfiguredBudget:
+    """What a run may use: `amount` of the budget `key` (train.KEY); and the command that it belongs to."""
+
+    key: str
+    amount: float
+    devices: float
+    command: str
+
+
+def configured_budget(path: Path) -> ConfiguredBudget:
+    """The budget of a run, from its config.yaml.
+
+    Raises:
+        FileNotFoundError, Unreadable: there is none, or it tells no budget.
+    """
+    text, loader = rows.contents(path), getattr(yaml, "CBaseLoader", yaml.BaseLoader)
+    try:  # scalars stay as they are written: no YAML type is needed
+        depth = 0
+        for event in yaml.parse(text, Loader=loader):  # libyaml's composer ends the process at great depth
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEEPEST:
+                raise rows.Unreadable("is no YAML (nested too deeply)")
+        said = yaml.load(text, Loader=loader)
+    except rows.Unreadable:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise rows.Unreadable(f"is no YAML ({first_line(error)})") from error
+    train = said.get("train") if isinstance(said, dict) else None
+    if not isinstance(train, dict):
+        raise rows.Unreadable("does not say what train is" if text.strip() else "is empty")
+    given = [key for key in BUDGETS if train.get(key) not in NOTHING]
+    if not given:
+        raise rows.Unreadable(f"has none of {', '.join(f'train.{key}' for key in BUDGETS)}")
+    amount = _amount(f"train.{given[0]}", train[given[0]])
+    devices = _amount("devices", said.get("devices", "1"))
+    return ConfiguredBudget(given[0], amount, devices, "train" if said.get("checkpoint") in NOTHING else "finetune")
+
+
+DEEPEST = 50
+NOTHING = (None, "null", "~", "")
+
+
+def _amount(key: str, value: Any) -> float:
+    try:
+        amount = float(value)
+    except (TypeError, ValueError):
+        amount = 0.0
+    if not rows.number(amount) or amount <= 0:
+        raise rows.Unreadable(f"says {key} is {shortened(str(value), 40)}, which is no amount")
+    return amount
