@@ -20,17 +20,14 @@ UNTIMED = 2
 
 
 def smaller_model(model: Model, vit: VisionTransformer) -> Model:
-    """The config of a mixture with the experts that are left, as many in each block."""
-    router, apart = model.router, dict(model.blocks)
+    """The config of a mixture with the experts that are left."""
+    options = {}
     for place, block in enumerate(vit.blocks):
         if isinstance(block.mlp, MoE):
-            options = portable_options(model.router_of(place), block.mlp)
-            options |= {k: v for k, v in block.mlp.router.options_left().items() if k in options}
-            if str(place) in apart:
-                apart[str(place)] = options
-            else:
-                router = options
-    return replace(model, router=router, blocks=apart)
+            own = portable_options(model.router_of(place), block.mlp)
+            options[place] = own | {k: v for k, v in block.mlp.router.options_left().items() if k in own}
+    router = next(iter(options.values()))
+    return replace(model, router=router, blocks={str(place): each for place, each in options.items() if each != router})
 
 
 def smaller_weights(vit: VisionTransformer) -> dict[str, Tensor]:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -24,7 +23,7 @@ from softmoe_cli.parallel import ALONE
 from softmoe_cli.run import rows as declared
 from softmoe_cli.terminal import Screen
 from softmoe_cli.train.progress import Budget, Progress
-from softmoe_cli.train.pruning import Pruning, deadline
+from softmoe_cli.train.pruning import Decision, Pruning, deadline
 from tests.conftest import TINY, Softmoe
 from tests.moe.layers import QUIET
 from tests.oracles import compose
@@ -162,7 +161,8 @@ def test_costs_are_of_what_was_computed(softmoe: Softmoe, tmp_path: Path) -> Non
     decided = {(row["step"], row["block"]): row for row in rows(run, "routing.jsonl") if "window" in row}
     for row in (row for row in rows(run) if row["split"] == "train"):
         flop += 8 * account(model, 10, batch=8, left=left).train_flop
-        assert row["train_pflop"] * 1e15 == pytest.approx(flop, rel=1e-12) and row["landed_pflop"] == row["train_pflop"]
+        assert row["train_pflop"] * 1e15 == pytest.approx(flop, rel=1e-12)
+        assert row["landed_pflop"] == pytest.approx(row["train_pflop"], rel=1e-12), "no row is empty"
         for block in left:
             if (row["step"], block) in decided:
                 left[block] = [e for e in left[block] if e not in decided[row["step"], block]["dropped"]]
@@ -212,21 +212,32 @@ def _started(source: Path, folder: Path, line: tuple[str, ...], first: Callable[
 
 
 class _Killed:
-    """Kills its own process when the scores of one step are known and nothing has gone by them yet."""
+    """Kills its own process after the update of one step: before the deadline, when the scores of that step are known
+    and nothing has gone by them yet."""
 
     def __init__(self, step: int) -> None:
         self.step = step
 
     def __call__(self) -> None:
-        decide = Pruning.decide
+        decide, add_loss = Pruning.decide, Progress.add_loss
 
-        def deadly(this: Any, progress: Progress) -> Any:
+        def die(progress: Progress) -> None:
             if progress.step == self.step:
                 time.sleep(0.3)  # the checkpoint of the step before is being written
                 os.kill(os.getpid(), signal.SIGKILL)
+
+        def deadly_decide(this: Pruning, progress: Progress) -> dict[int, Decision]:
+            die(progress)
             return decide(this, progress)
 
-        Pruning.decide = deadly  # type: ignore[method-assign]
+        def deadly_loss(progress: Progress, loss: float, aux_loss: float) -> None:
+            if self.step > 6:
+                die(progress)
+            add_loss(progress, loss, aux_loss)
+
+        patch = pytest.MonkeyPatch()  # never undone: this process ends
+        patch.setattr(Pruning, "decide", deadly_decide)
+        patch.setattr(Progress, "add_loss", deadly_loss)
 
 
 def _stopped_at(step: int, source: Path, folder: Path, line: tuple[str, ...]) -> None:

@@ -47,6 +47,7 @@ class TokensChoiceDroplessRouter(Router):
     """
 
     slots_per_expert = None
+    k: int
     counts_landed = True
     decays = ("gate.kernel",)
     expert_axes: ClassVar[dict[str, int]] = {"gate.kernel": 1, "balance.bias": 0}
