@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 from softmoe_cli.config.data import Data, check_channels
-from softmoe_cli.config.model import Model, check_groups
+from softmoe_cli.config.model import Model
 from softmoe_cli.config.option import Section, option, typed
 from softmoe_cli.config.pruning import MEASURES
 from softmoe_cli.config.run import DEVICES, WAYS, Config, check_devices
@@ -135,7 +135,6 @@ class UpcycleConfig(Section):
 
     def check(self) -> None:
         check_channels(self.data, self.model.in_chans)
-        check_groups("images", self.images, self.model)
         if self.preserve and (self.expert_noise or self.expert_redraw):
             raise UsageError(
                 f"preserve=true cannot hold with expert_noise={self.expert_noise:g} and "
