@@ -151,7 +151,7 @@ class PruneConfig(Section):
     trust: str | None = option("a router of the checkpoint's that is not softmoe's, as module.Class: its code will run")
     keep: int | None = option("experts that stay in each block; null: those that are left", low=1)
     by: str = option(
-        "what an expert's worth is: the sum of its gates, its tokens, how its part of the router has grown, or nothing",
+        "what an expert's worth is: the sum of its gates, its tokens, how its part of the router has grown, or chance",
         choices=MEASURES,
     )
     before: str | None = option("by=router_change: the checkpoint since which routers have changed")

@@ -445,6 +445,6 @@ def _show_contrast(screen: Screen, row: dict[str, Any]) -> None:
         )
     else:
         screen.say(
-            f"chosen on {where} images themselves among {tried} settings: {chosen}; its figures are the best of "
-            f"{tried} and so too good, and no p holds for them"
+            f"chosen on {where} images themselves among {tried} settings: {chosen}; its top-1 is the best of {tried} "
+            f"and so too good; p by McNemar's exact test against strong alone, Holm over all {tried}"
         )

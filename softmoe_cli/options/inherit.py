@@ -88,7 +88,11 @@ def take_model(tree: dict[str, Any], source: "Source", typed: Sequence[str]) -> 
         raise UsageError(f"checkpoint={label} does not say what model it is; name one with model=")
     own = card.get("model", {"adapter": dataclasses.asdict(no_adapter())})
     _check_adapter(own["adapter"], tree["model"], label)
+    chosen = tree["model"].get("blocks") if isinstance(tree["model"], dict) else None
     tree["model"] = overlay(own, tree["model"])
+    for block, router in (chosen if isinstance(chosen, dict) else {}).items():
+        if "_target_" in router:  # a router with all its options, which is no change of the checkpoint's
+            tree["model"]["blocks"][block] = router
     if not any(names(key, typed) for key in ("model", "model/router", "model.router._target_")):
         require_trust(tree["model"], source, tree.get("trust"))
     if "classes" in card:  # ours, not timm's
@@ -103,8 +107,8 @@ def take_model(tree: dict[str, Any], source: "Source", typed: Sequence[str]) -> 
 
 def _check_adapter(own: dict[str, Any], model: Any, label: str) -> None:
     """Raises UsageError where a checkpoint has adapters and others are chosen: there is one set in a model."""
-    chosen = model.get("adapter") if isinstance(model, dict) else None
-    others = [key for key, value in (chosen or {}).items() if value not in ("???", own[key])]
+    chosen: dict[str, Any] = (model.get("adapter") if isinstance(model, dict) else None) or {}
+    others = [key for key, value in chosen.items() if value not in ("???", own[key])]
     if own["name"] != "none" and others:
         raise UsageError(
             f"checkpoint={label} has adapters ({own['name']}), and model.adapter.{others[0]}={chosen[others[0]]} is "

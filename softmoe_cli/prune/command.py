@@ -82,8 +82,8 @@ def prune(config: PruneConfig, model: Model, source: Source, before: Source | No
     vit = build(model, len(source.weights["head.weight"]))
     load_weights(vit, source.weights, keep_head=True, allow_unexpected=[])
     layers = prunable(vit, model, config.by)
-    keep = _keep(config, layers)
-    settings = _settings(config, keep, before)
+    _check_keep(config, layers)
+    settings = _settings(config, before)
     folder = Path(config.output_root) / "pruned" / f"{model.name.replace('/', '_')}-{made_from(source, settings)}"
     folder = folder if config.folder is None else Path(config.folder)
     if (found := already_made(folder, source, settings)) is not None:
@@ -95,7 +95,7 @@ def prune(config: PruneConfig, model: Model, source: Source, before: Source | No
     job = Pruned(config, model, source, splits, device)
     prepare(vit, device, "fp32")
     whole, there = copy.deepcopy(vit).to(device), {place: layer.left for place, layer in layers.items()}
-    blocks = job.drop(vit.to(device), layers, keep, before)
+    blocks = job.drop(vit.to(device), layers, before)
     new_model = folded_model(model, vit) if config.to == "dense" else smaller_model(model, vit)
     weights = folded_weights(model, vit) if config.to == "dense" else smaller_weights(vit)
     entry = timm_entry(new_model) if config.to == "dense" else None
@@ -104,7 +104,8 @@ def prune(config: PruneConfig, model: Model, source: Source, before: Source | No
     prepare(new, device, "fp32")
     weights = {key: value.cpu() for key, value in weights.items()}
     receipt: dict[str, Any] = {"source": {"checkpoint": source.label, "digest": source.digest}, "settings": settings}
-    receipt |= {"result": {"digest": digest_of(weights)}, "experts_left": keep, "blocks": blocks}
+    receipt |= {"result": {"digest": digest_of(weights)}, "blocks": blocks}
+    receipt["experts_left"] = [len(layer.left) for layer in layers.values()]
     receipt["scored_images"] = min(config.images, len(splits.train)) if config.by in MEASURED else 0
     receipt |= {"keys": key_map(weights, {place: layer.left for place, layer in layers.items()}, config.to)}
     receipt |= job.changes(whole, vit, new.to(device))
@@ -122,27 +123,22 @@ def prune(config: PruneConfig, model: Model, source: Source, before: Source | No
     return receipt | {"folder": str(folder)}
 
 
-def _keep(config: PruneConfig, layers: dict[int, MoE]) -> int:
-    """How many experts each block keeps."""
-    counts = {place: len(layer.left) for place, layer in layers.items()}
-    fewest = min(counts, key=lambda place: counts[place])
-    if config.keep is None and len(set(counts.values())) > 1:
-        said = ", ".join(f"block {place} has {count}" for place, count in counts.items())
-        raise UsageError(f"{said} experts left, and one model has as many in all; say keep={counts[fewest]} or fewer")
-    keep = counts[fewest] if config.keep is None else config.keep
-    if keep > counts[fewest]:
-        raise UsageError(f"keep={keep}: block {fewest} has {counts[fewest]} experts left")
-    whole = all(len(layer.left) == len(layer.experts.w1) == keep for layer in layers.values())
-    if whole and config.to == "experts":
-        said = "" if config.keep is None else f"keep={keep} are all; "
-        raise UsageError(f"{said}nothing would be pruned: say keep= below {keep}, or to=dense for a plain ViT")
-    return keep
+def _check_keep(config: PruneConfig, layers: dict[int, MoE]) -> None:
+    """Refuses more experts than there are, and a pruning that would change nothing."""
+    fewest = min(layers, key=lambda place: len(layers[place].left))
+    most = len(layers[fewest].left)
+    if config.keep is not None and config.keep > most:
+        raise UsageError(f"keep={config.keep}: block {fewest} has {most} experts left")
+    whole = all(len(layer.left) == len(layer.experts.w1) for layer in layers.values())
+    if whole and config.to == "experts" and all(len(layer.left) <= (config.keep or most) for layer in layers.values()):
+        said = "" if config.keep is None else f"keep={config.keep} are all; "
+        raise UsageError(f"{said}nothing would be pruned: say keep= below {most}, or to=dense for a plain ViT")
 
 
-def _settings(config: PruneConfig, keep: int, before: Source | None) -> dict[str, Any]:
+def _settings(config: PruneConfig, before: Source | None) -> dict[str, Any]:
     """What decides the result, beside the source's weights."""
     images = {k: v for k, v in asdict(config.data).items() if k not in ("root", "workers", "memory_gib")}
-    chosen: dict[str, Any] = {"keep": keep, "to": config.to, "by": config.by}
+    chosen: dict[str, Any] = {"keep": config.keep, "to": config.to, "by": config.by}
     if config.by in MEASURED:
         chosen["images"] = config.images
     if config.by == "random":
@@ -169,15 +165,15 @@ class Pruned:
             device=self.device,
         )  # fmt: skip
 
-    def drop(
-        self, vit: VisionTransformer, layers: dict[int, MoE], keep: int, before: Source | None
-    ) -> dict[str, dict[str, Any]]:
-        """Leaves the `keep` best experts of each layer; says of each block what they were chosen by."""
-        scores = self._scores(vit, layers, before) if any(len(each.left) > keep for each in layers.values()) else {}
-        blocks = {}
+    def drop(self, vit: VisionTransformer, layers: dict[int, MoE], before: Source | None) -> dict[str, dict[str, Any]]:
+        """Leaves the `keep` best experts of each layer, or what is left; says of each block what decided it."""
+        keep = self.config.keep
+        most = max(len(each.left) for each in layers.values())
+        scores = self._scores(vit, layers, before) if keep is not None and keep < most else {}
+        blocks: dict[str, dict[str, Any]] = {}
         for place, layer in layers.items():
             there = layer.left
-            if len(there) > keep:
+            if keep is not None and len(there) > keep:
                 if "alive" not in dict(layer.named_buffers()):
                     layer.prunable()
                 layer.leave(largest(scores[place], there, keep))
@@ -217,8 +213,8 @@ class Pruned:
             wait = torch.cuda.synchronize if self.device.type == "cuda" else _nothing
             found["clock"] = latencies({"before": whole, "after": new}, x, self.config.repeats, wait)
             found["clock"] |= {"images": len(x), "repeats": self.config.repeats, "hardware": hardware(self.device)}
-        cpu = [copy.deepcopy(each).cpu().double().eval() for each in (pruned, new)]
-        share, others = distance_in_float64(*cpu, x.cpu().double())
+        one, other = (copy.deepcopy(each).cpu().double().eval() for each in (pruned, new))
+        share, others = distance_in_float64(one, other, x.cpu().double())
         if not share <= NO_MORE:
             raise RunError(f"the new model's outputs are off by {share:.2g} in float64: an error of softmoe's")
         return found | {"float64_distance": share, "float64_other_predictions": others}

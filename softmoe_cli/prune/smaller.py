@@ -20,10 +20,14 @@ UNTIMED = 2
 
 
 def smaller_model(model: Model, vit: VisionTransformer) -> Model:
-    """The config of a mixture with the experts that are left, as many in each block."""
-    layer = next(block.mlp for block in vit.blocks if isinstance(block.mlp, MoE))
-    router = portable_options(model.router, layer)
-    return replace(model, router=router | {k: v for k, v in layer.router.options_left().items() if k in router})
+    """The config of a mixture with the experts that are left."""
+    options = {}
+    for place, block in enumerate(vit.blocks):
+        if isinstance(block.mlp, MoE):
+            own = portable_options(model.router_of(place), block.mlp)
+            options[place] = own | {k: v for k, v in block.mlp.router.options_left().items() if k in own}
+    router = next(iter(options.values()))
+    return replace(model, router=router, blocks={str(place): each for place, each in options.items() if each != router})
 
 
 def smaller_weights(vit: VisionTransformer) -> dict[str, Tensor]:

@@ -185,9 +185,8 @@ def served(config: Model, vit: VisionTransformer, cost: Cost) -> dict[str, Any]:
     layers = [
         block.mlp for block in vit.blocks if isinstance(block.mlp, MoE) and "alive" in dict(block.mlp.named_buffers())
     ]
-    left = {len(layer.left) for layer in layers}
     form = None
-    if len(left) == 1 and any(len(layer.left) < len(layer.experts.w1) for layer in layers):
+    if any(len(layer.left) < len(layer.experts.w1) for layer in layers):
         try:
             form, model = "dense", folded_model(config, vit)
         except UsageError:

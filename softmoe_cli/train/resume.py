@@ -14,6 +14,7 @@ from softmoe_cli.errors import UsageError
 from softmoe_cli.model.adapted import trained_names
 from softmoe_cli.model.weights import LoadReport, load_weights, patterns
 from softmoe_cli.moe.kind import Layer
+from softmoe_cli.moe.layer import MoE
 from softmoe_cli.optim import restore, state_of
 from softmoe_cli.parallel import Average, Crew, part_of
 from softmoe_cli.run.checkpoint import Checkpoint, random_state, set_random_state
@@ -66,7 +67,9 @@ class Trained:
         """Lets experts go, of the model and of its average."""
         for model in (self.model, self.evaluated) if self.average is not None else (self.model,):
             for place, decision in decisions.items():
-                model.get_submodule(f"blocks.{place}.mlp").leave(decision.stay)
+                layer = model.get_submodule(f"blocks.{place}.mlp")
+                assert isinstance(layer, MoE)
+                layer.leave(decision.stay)
 
     def state(self, progress: Progress) -> dict[str, Any]:
         """The plain numbers of a checkpoint."""

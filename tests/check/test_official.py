@@ -29,6 +29,7 @@ from softmoe_cli.check.official import (
     tolerance,
     vectors_folder,
 )
+from softmoe_cli.config.adapter import no_adapter
 from softmoe_cli.config.model import Backbone, Model
 from softmoe_cli.evaluate.fewshot import accuracies, best_l2, draws, feature_statistics, ridge, take, whiten
 from softmoe_cli.model.router import make_router
@@ -209,7 +210,8 @@ def build_vit(config: dict[str, Any], encoder: dict[str, Any], moe: dict[str, An
     )  # fmt: skip
     blocks = list(moe.get("layers", []))
     model = Model(
-        backbone, router, config["image_size"], 3, blocks, "identical", None, head="linear", head_experts=None,
+        backbone=backbone, adapter=no_adapter(), router=router, image_size=config["image_size"], in_chans=3,
+        moe_blocks=blocks, blocks=None, expert_init="identical", expert_width=None, head="linear", head_experts=None,
         head_norm=None,
     )  # fmt: skip
     vit = build(model.settled(), config["num_classes"])

@@ -1,10 +1,12 @@
 """Routers of single blocks: how they are typed, and what every part makes of them."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from softmoe_cli.compare import groups
 from softmoe_cli.config.model import check_groups
 from softmoe_cli.cost.flop import account, account_model, count_flop, on_meta
 from softmoe_cli.errors import UsageError
@@ -128,6 +130,18 @@ def test_another_router_in_a_block_is_another_run() -> None:
     assert flat_science(mixed)["model.blocks.3.num_experts"] == 8
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "label"),
+    [
+        ("model.blocks.3._target_", "softmoe_cli.moe.routers.soft.SoftRouter", "block 3 soft"),
+        ("model.blocks.11.num_experts", 8, "block 11 num_experts 8"),
+    ],
+)
+def test_tables_say_of_which_block_a_setting_is(key: str, value: Any, label: str) -> None:
+    group: Any = SimpleNamespace(settings={key: value}, runs=[SimpleNamespace(row={})])
+    assert groups._part(group, key) == label
+
+
 @pytest.mark.thorough
 def test_from_training_to_a_finetuning(softmoe: Softmoe, tmp_path: Any) -> None:
     words = ("train.steps=4", "train.batch_size=16", "threads=1")
@@ -142,5 +156,10 @@ def test_from_training_to_a_finetuning(softmoe: Softmoe, tmp_path: Any) -> None:
     assert look["routing_dispatch_max"] == seen[0]["dispatch_max"]
     told = softmoe("evaluate", f"checkpoint={run}", "audit=[capacity,experts]")
     assert told.code == 0 and "its blocks have options of their own" in told.out, told
+    fewer = softmoe("prune", f"checkpoint={run}", "keep=2", "by=alpha_score", "format=json", "folder=fewer")
+    assert fewer.code == 0, fewer.err
+    assert softmoe("evaluate", "checkpoint=fewer").code == 0
+    other = softmoe("finetune", f"checkpoint={run}", "tracking=off", *words, "model.blocks={3: soft}")
+    assert other.code == 2 and "of another architecture: it lacks blocks.3.mlp.router.phi" in other.err, other
     again = softmoe("finetune", f"checkpoint={run}", "tracking=off", *words, "study=again")
     assert again.code == 0, again.err

@@ -9,6 +9,7 @@ from softmoe_cli.cost.flop import account, count_forward, on_meta
 from softmoe_cli.model.vit import build
 from softmoe_cli.moe.layer import MoE
 from softmoe_cli.prune.fold import folded_model, folded_weights, timm_entry
+from softmoe_cli.prune.smaller import smaller_model, smaller_weights
 from tests.conftest import TINY
 from tests.oracles import compose
 from tests.prune.test_command import DENSE
@@ -39,3 +40,22 @@ def test_one_expert_is_a_plain_vit(name: str) -> None:
         plain.load_state_dict(weights)
         torch.testing.assert_close(plain.eval()(x), want, atol=1e-12, rtol=1e-12)
     assert account(model, 10).forward_flop == count_forward(on_meta(model, 10)).flop
+
+
+def test_blocks_with_routers_of_their_own_keep_them() -> None:
+    """Each with as many experts as it has left."""
+    words = ("model/router=tokens_choice_dropless", "model.moe_blocks=[0,1]", "+model.blocks.0=soft")
+    config = compose(*TINY, *words).model
+    torch.manual_seed(0)
+    vit = build(config, 10).double().eval()
+    for place, left in ((0, [1, 2, 5]), (1, [0, 3])):
+        vit.blocks[place].mlp.prunable()
+        vit.blocks[place].mlp.leave(left)
+    model, weights = smaller_model(config, vit), smaller_weights(vit)
+    assert {model.router_of(place)["num_experts"] for place in (0,)} == {3} and model.router_of(1)["num_experts"] == 2
+    assert "soft" in model.router_of(0)["_target_"] and "dropless" in model.router_of(1)["_target_"]
+    new = build(model, 10).double().eval()
+    new.load_state_dict(weights)
+    x = torch.randn(5, 1, 8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(new(x), vit(x), atol=1e-12, rtol=1e-12)

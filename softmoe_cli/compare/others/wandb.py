@@ -12,8 +12,8 @@ from softmoe_cli.compare.others.told import MOST_OTHERS_BYTES, Cells, Damaged, T
 from softmoe_cli.run import rows
 from softmoe_cli.text import printable
 
-BLOCK, HEAD = 32768, 7
-FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
+LOG_BLOCK, RECORD_HEAD = 32768, 7
+WHOLE_RECORD, FIRST_PART, MIDDLE_PART, LAST_PART = 1, 2, 3, 4
 MAGIC = b":W&B\xe1\xbe"
 WANDB_NAMES = {"device_s": "_runtime"}
 
@@ -81,25 +81,30 @@ def _records(path: Path) -> list[bytes]:
         raise Damaged("is empty")
     if data[:6] != MAGIC:
         raise Damaged("is no file of W&B's")
-    at, parts, found = HEAD, None, []
+    at, parts, found = RECORD_HEAD, None, []
     while at < len(data):
-        left = BLOCK - at % BLOCK
-        if left < HEAD:
+        left = LOG_BLOCK - at % LOG_BLOCK
+        if left < RECORD_HEAD:
             at += left
             continue
         size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6 : at + 7]
-        body = data[at + HEAD : at + HEAD + size]
-        if len(data) < at + HEAD + size or not kind:
+        body = data[at + RECORD_HEAD : at + RECORD_HEAD + size]
+        if len(data) < at + RECORD_HEAD + size or not kind:
             raise Damaged(f"is cut short after {at:,} bytes")
-        if size > left - HEAD or zlib.crc32(kind + body) != int.from_bytes(data[at : at + 4], "little"):
+        if size > left - RECORD_HEAD or zlib.crc32(kind + body) != int.from_bytes(data[at : at + 4], "little"):
             raise Damaged(f"is damaged at byte {at:,}: a checksum does not fit")
-        if (kind[0] in (FULL, FIRST)) != (parts is None) or kind[0] not in (FULL, FIRST, MIDDLE, LAST):
+        if (kind[0] in (WHOLE_RECORD, FIRST_PART)) != (parts is None) or kind[0] not in (
+            WHOLE_RECORD,
+            FIRST_PART,
+            MIDDLE_PART,
+            LAST_PART,
+        ):
             raise Damaged(f"is damaged at byte {at:,}: a record is not whole")
         parts = (parts or b"") + body
-        if kind[0] in (FULL, LAST):
+        if kind[0] in (WHOLE_RECORD, LAST_PART):
             found.append(parts)
             parts = None
-        at += HEAD + size
+        at += RECORD_HEAD + size
     if parts is not None:
         raise Damaged("is cut short within its last record")
     return found

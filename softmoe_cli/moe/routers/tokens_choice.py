@@ -64,6 +64,7 @@ class TokensChoiceRouter(Router):
     unprunable = None
     of_one_expert: ClassVar[dict[str, Any]] = {"k": 1, "shared_experts": 0}
     official = "tc_layer"
+    k: int
 
     def __init__(
         self,

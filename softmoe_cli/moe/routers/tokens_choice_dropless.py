@@ -47,6 +47,7 @@ class TokensChoiceDroplessRouter(Router):
     """
 
     slots_per_expert = None
+    k: int
     evaluates_alone = True
     counts_landed = True
     decays = ("gate.kernel",)
