@@ -247,9 +247,8 @@ def combine_law(subject: Subject) -> Finding:
     routing = dispatched(layer, x)
     assert isinstance(layer, MoE)
     rows = routing.dispatch(x)
-    other, direct = rows.square(), 0.0
-    if layer.router.direct:
-        direct = routing.combine(torch.zeros_like(rows))
+    other = rows.square()
+    direct = routing.combine(torch.zeros_like(rows)) if layer.router.direct else torch.zeros((), dtype=x.dtype)
 
     def made(of: Tensor) -> Tensor:
         return routing.combine(of) - direct

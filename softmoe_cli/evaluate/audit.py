@@ -183,8 +183,8 @@ class Audit:
     def _experts(self) -> Iterator[Effect]:
         """Lets experts return zero, without routing anew: each expert in turn in every block and the head, then some in
         all blocks."""
-        parts: dict[int | str, Layer | FactorisedHead] = {**self.layers, **self.heads}
-        for block, part in parts.items():
+        parts: list[tuple[int | str, Layer | FactorisedHead]] = [*self.layers.items(), *self.heads.items()]
+        for block, part in parts:
             for expert in range(part.router.num_experts):
                 with part.silenced([expert]):
                     now = self.said(self.model, self.images, self.batch_size)

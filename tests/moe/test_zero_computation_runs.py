@@ -31,8 +31,8 @@ def test_an_evaluation_takes_batches_of_any_size(softmoe: Softmoe, tmp_path: Pat
 @pytest.mark.thorough
 def test_parts_of_a_batch_give_the_large_batch_update(tmp_path: Path) -> None:
     """In float64, so that no choice is another one by rounding: weights, and what has landed."""
-    line = ("train", *TINY, "threads=1", *GROUPED, "model.moe_blocks=every_1", "model.router.images_per_group=2")
-    line += ("train.steps=12", "train.batch_size=16")
+    line = ["train", *TINY, "threads=1", *GROUPED, "model.moe_blocks=every_1", "model.router.images_per_group=2"]
+    line += ["train.steps=12", "train.batch_size=16"]
     for parts in (1, 4):
         process = Started(tmp_path / str(parts), [*line, f"train.accumulate={parts}"], {}, dtype="float64")
         finish(process)

@@ -216,6 +216,8 @@ class ZeroComputationRouter(Router):
         "k": 1, "num_zero": 0, "num_copy": 0, "num_constant": 0, "gates": "softmax", "tau": 1.0,
     }  # fmt: skip
 
+    k: int
+
     def __init__(
         self,
         dim: int,
@@ -442,7 +444,7 @@ class ZeroComputationRouter(Router):
         nothing lands, as many as `rows` says; where else there is no telling as many as there are choices, and those
         behind the last offset are not computed."""
         if landed.is_meta:
-            return round(images * self.rows(tokens))
+            return round(int(images) * self.rows(tokens))
         return int(landed.sum()) if has_numbers(landed) else images * tokens * self.k
 
     def _direct(
