@@ -16,7 +16,7 @@ from tests.launch.sweeps import LINE, until
 from tests.processes import Started
 
 SHORT = (*(word for word in LINE if not word.startswith("study=")), "train.steps=12", "study=settled")
-CRIPPLED = {"optim": {"lr": 3e-5}}
+LEARNS, CRIPPLED = {"optim": {"lr": 1e-2}}, {"optim": {"lr": 1e-4}}
 RAISES = {"optim": {"warmup": 0, "lr": 1e38, "clip_norm": None}}
 """Ends a run with a loss that is no number."""
 
@@ -79,13 +79,13 @@ def test_killed_at_any_moment_it_ends_in_the_same_and_goes_on_with_a_larger_budg
     """Dense, dense under another noise, a crippled one: SIGKILL at five random moments, then the same command to its
     end, and with more seeds; each time all figures are those of a command that nobody stopped."""
     arms: dict[str, dict[str, Any]] = {
-        "dense": {},
-        "same": {"router": "identity", "model": {"router": {"num_experts": 1}}},
+        "dense": LEARNS,
+        "same": {"router": "identity", **LEARNS},
         "crippled": CRIPPLED,
     }
     for name in ("whole", "killed"):
         line = experiments(tmp_path / name, **{arm: dict(values) for arm, values in arms.items()})
-    words = (line, "margin=30", "format=json", "train.steps=60")
+    words = (line, "margin=30", "format=json", "train.steps=60", "train.batch_size=32")
     expected: dict[int, dict[str, Any]] = {}
     for most in (6, 9):
         process = settle(tmp_path / "whole", *words, f"max_seeds={most}")
