@@ -89,9 +89,9 @@ def answer(inquiry: Inquiry) -> tuple[list[Job | UsageError | RunError], list[st
 
             folders = {seed: place(replace(config, seed=seed)) for seed in inquiry.seeds if not seeded}
             for seed, other in trees.items():
-                own, _ = resolve(inquiry.command, other, overrides)
-                own.train.batch_size = config.train.batch_size
-                folders[seed] = place(own)
+                with_seed, _ = resolve(inquiry.command, other, overrides)
+                with_seed.train.batch_size = config.train.batch_size
+                folders[seed] = place(with_seed)
             priced = options.plan or options.limit.given or inquiry.seeds
             cost = _costs(config, times=options.plan) if priced else {}
             unknown = [key for key in options.limit.given if math.isnan(cost[key])]

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from softmoe_cli.config.settle import Fairness, SettleConfig
 from softmoe_cli.errors import UsageError, first_line, nearest
 from softmoe_cli.launch.job import RunCommand
-from softmoe_cli.options.compose import Jobs, admit, door, say_once
+from softmoe_cli.options.compose import Jobs, admit, door, say_once, tree_of
 from softmoe_cli.options.conf_files import conf_folder, load_yaml
 from softmoe_cli.options.explain import check_line
 from softmoe_cli.run.rows import QUALITIES
@@ -87,7 +87,7 @@ def own_words(arguments: Sequence[str], section: type[F]) -> tuple[F, list[str]]
     tree: dict[str, Any] = load_yaml(conf_folder() / "settle.yaml")
     for word in own:
         try:
-            tree |= OmegaConf.to_container(OmegaConf.from_dotlist([word]))  # type: ignore[operator]
+            tree |= tree_of(OmegaConf.from_dotlist([word]))
         except (YAMLError, OmegaConfBaseException) as error:
             raise UsageError(f"cannot read '{word}': {first_line(error)}") from error
     return door({key: tree[key] for key in keys}, section), [word for word in arguments if word not in own]

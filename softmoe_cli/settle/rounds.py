@@ -103,8 +103,8 @@ def _look(contest: Contest, standing: Standing, runs: Runs, looks: PastLooks) ->
             standing.told[arm], standing.decided[arm] = Verdict(FAILED), standing.n
         elif theirs:
             order = seed_order(ours, theirs, looks)
-            values = [[(run.row["seed"], run.row[contest.quality]) for run in each] for each in (ours, theirs)]
-            standing.found[arm] = anytime_difference(*values, order, contest.margin)
+            mine, its = ([(run.row["seed"], run.row[contest.quality]) for run in each] for each in (ours, theirs))
+            standing.found[arm] = anytime_difference(mine, its, order, contest.margin)
     higher = QUALITIES[contest.quality].better == "higher"
     for arm, told in verdicts(standing.found, higher_is_better=higher, family=len(contest.arms)).items():
         standing.told[arm] = told

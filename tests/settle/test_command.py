@@ -16,7 +16,7 @@ from tests.launch.sweeps import LINE, until
 from tests.processes import Started
 
 SHORT = (*(word for word in LINE if not word.startswith("study=")), "train.steps=12", "study=settled")
-CRIPPLED = {"optim": {"lr": 3e-5}}
+LEARNS, CRIPPLED = {"optim": {"lr": 1e-2}}, {"optim": {"lr": 1e-4}}
 RAISES = {"optim": {"warmup": 0, "lr": 1e38, "clip_norm": None}}
 """Ends a run with a loss that is no number."""
 
@@ -78,14 +78,14 @@ def test_a_plan_starts_nothing(softmoe: Softmoe) -> None:
 def test_killed_at_any_moment_it_ends_in_the_same_and_goes_on_with_a_larger_budget(tmp_path: Path) -> None:
     """Dense, dense under another noise, a crippled one: SIGKILL at five random moments, then the same command to its
     end, and with more seeds; each time all figures are those of a command that nobody stopped."""
-    arms = {
-        "dense": {},
-        "same": {"router": "identity", "model": {"router": {"num_experts": 1}}},
+    arms: dict[str, dict[str, Any]] = {
+        "dense": LEARNS,
+        "same": {"router": "identity", **LEARNS},
         "crippled": CRIPPLED,
     }
     for name in ("whole", "killed"):
         line = experiments(tmp_path / name, **{arm: dict(values) for arm, values in arms.items()})
-    words = (line, "margin=30", "format=json", "train.steps=60")
+    words = (line, "margin=30", "format=json", "train.steps=60", "train.batch_size=32")
     expected: dict[int, dict[str, Any]] = {}
     for most in (6, 9):
         process = settle(tmp_path / "whole", *words, f"max_seeds={most}")
@@ -131,7 +131,7 @@ def test_failures_budgets_and_a_second_command_at_once(tmp_path: Path) -> None:
     assert code == 2 and "the same sweep is running already" in out
     answer = told(process, 3)
     assert {arm["arm"]: arm["verdict"] for arm in answer["arms"]}["raises"] == "failed"
-    assert answer["open"] == ["crippled"] and len(answer["failed"]) == 6 and "validation loss" in answer["failed"][0]
+    assert answer["open"] == ["crippled"] and len(answer["failed"]) == 6 and "not finite" in answer["failed"][0]
     pflop = answer["train_pflop"]
     stopped = settle(tmp_path, line, "max_seeds=9", f"pflop={1.1 * pflop}")
     code, out = stopped.wait()

@@ -49,7 +49,7 @@ def test_verdicts_are_those_of_the_rule_on_the_first_seeds() -> None:
             for arm in effects:
                 at = min(n, decided.get(arm, (n, ""))[0])
                 sides = [[(s, study.value(each, s) or 0.0) for s in range(at)] for each in (arm, "dense")]
-                found[arm] = anytime_difference(*sides, range(at), 1.5)
+                found[arm] = anytime_difference(sides[0], sides[1], range(at), 1.5)
             for arm, told in verdicts(found, higher_is_better=True).items():
                 if told.word != OPEN:
                     decided.setdefault(arm, (n, told.word))
@@ -99,7 +99,7 @@ def test_failed_seeds_are_not_replaced() -> None:
         [(s, v) for s in range(standing.decided["odd"]) if (v := value(arm, s)) is not None] for arm in ("odd", "dense")
     ]
     order = sorted(dict(sides[0]).keys() & dict(sides[1]).keys())
-    found = anytime_difference(*sides, order)
+    found = anytime_difference(sides[0], sides[1], order)
     assert standing.told["odd"].p == pytest.approx(min(1.0, 2 * (found.p or 0))), "over two comparisons, not one"
 
 
@@ -117,7 +117,7 @@ def test_a_seed_that_comes_late_counts_after_what_was_looked_at() -> None:
     after = study.settle()
     order = [0, 2, 3, 4, 5, 6, 7, 1]
     sides = [[(s, whole(arm, s) or 0.0) for s in range(8)] for arm in ("a", "dense")]
-    assert after.found["a"] == anytime_difference(*sides, order)
+    assert after.found["a"] == anytime_difference(sides[0], sides[1], order)
     assert (after.told["a"].p or 0) <= (before.told["a"].p or 0), "nothing that was found is lost"
 
 
