@@ -58,6 +58,8 @@ class FinishedRun:
             chosen["model.router._target_"] = "dense"
             for key in DENSE_LACKS:
                 chosen.pop(key, None)
+        if "adapter" in self.row and self.row["adapter"] is None and self.row["command"] == "finetune":
+            chosen["model.adapter.name"] = "no adapter"
         return chosen
 
     def curve(self, axis: str, key: str) -> list[tuple[float, float]]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from softmoe_cli.config.option import Section, option
 from softmoe_cli.errors import UsageError
@@ -78,4 +78,5 @@ class AdapterOptions(Section):
 
 
 def no_adapter() -> AdapterOptions:
-    return AdapterOptions(**{f.name: None for f in dataclasses.fields(AdapterOptions)} | {"name": "none"})
+    nothing: dict[str, Any] = {f.name: None for f in dataclasses.fields(AdapterOptions)}
+    return AdapterOptions(**nothing | {"name": "none"})

@@ -18,7 +18,7 @@ from softmoe_cli.moe.routing import Carried
 
 NORMS = {"attn": "norm1", "mlp": "norm2"}
 """The norm in front of each sublayer."""
-LAST = ("norm.", "fc_norm.", "head.")
+TRAINED_LAST = ("norm.", "fc_norm.", "head.")
 """What is trained outside of the blocks: the final norm, wherever the model has it, and the head."""
 
 
@@ -83,7 +83,7 @@ def adapt(vit: VisionTransformer, options: AdapterOptions) -> None:
         for site in options.sites:
             getattr(block, NORMS[site]).requires_grad_(True)
     for name, parameter in vit.named_parameters():
-        if name.startswith(LAST):
+        if name.startswith(TRAINED_LAST):
             parameter.requires_grad_(True)
 
 

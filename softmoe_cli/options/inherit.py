@@ -107,8 +107,8 @@ def take_model(tree: dict[str, Any], source: "Source", typed: Sequence[str]) -> 
 
 def _check_adapter(own: dict[str, Any], model: Any, label: str) -> None:
     """Raises UsageError where a checkpoint has adapters and others are chosen: there is one set in a model."""
-    chosen = model.get("adapter") if isinstance(model, dict) else None
-    others = [key for key, value in (chosen or {}).items() if value not in ("???", own[key])]
+    chosen: dict[str, Any] = (model.get("adapter") if isinstance(model, dict) else None) or {}
+    others = [key for key, value in chosen.items() if value not in ("???", own[key])]
     if own["name"] != "none" and others:
         raise UsageError(
             f"checkpoint={label} has adapters ({own['name']}), and model.adapter.{others[0]}={chosen[others[0]]} is "

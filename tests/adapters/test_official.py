@@ -154,7 +154,7 @@ def block(meta: dict[str, Any], z: Arrays, dtype: torch.dtype) -> None:
     for leaf in ("weight", "bias"):
         parts = [z[f"param/attention/{part}/{leaf}"] for part in ("query", "key", "value")]
         weights[f"attn.qkv.{leaf}"] = np.concatenate(parts)
-    trained = {}
+    trained: dict[str, str] = {}
     for site, long in {"attn": "mhsa", "mlp": "ffn"}.items():
         adapter = getattr(made, f"{site}_adapter")
         if adapter is None:
@@ -176,6 +176,7 @@ def block(meta: dict[str, Any], z: Arrays, dtype: torch.dtype) -> None:
     if "ref/y_added_once" in z:
         close(y, z["ref/y_added_once"], "y")
         assert (y - torch.tensor(z["out/y"])).abs().max() > 0.01
+        assert made.attn_adapter is not None
         y = y + made.attn_adapter(made.norm1(x))  # the official block's second addition, which the paper has not
     compare(y, x, z, own, trained)
 

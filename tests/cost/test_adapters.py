@@ -105,3 +105,18 @@ def test_predicted_memory_of_adapters_is_the_allocators(name: str) -> None:
     assert predicted.peak_bytes == pytest.approx(allocated_peak(config), rel=0.01)
     full = predict(load(composed("train.batch_size=32")))
     assert predicted.gradient_bytes < full.gradient_bytes / 5 and predicted.peak_bytes < full.peak_bytes
+
+
+@pytest.mark.long
+@pytest.mark.thorough
+def test_memory_of_finetuning_a_b16() -> None:
+    """With soft_moa and of all of the model, predicted and by the allocator: 8 images of 224 pixels."""
+    found = {}
+    for adapter in ("soft_moa", "none"):
+        config = compose("model=vit_b16_dense", "data=fashion_mnist", "data.image_size=224", "model.in_chans=3",
+                         f"adapter={adapter}", "train.batch_size=8")  # fmt: skip
+        predicted = predict(load(config)).peak_bytes
+        found[adapter] = predicted, allocated_peak(config)
+        assert predicted == pytest.approx(found[adapter][1], rel=0.02)
+    print({adapter: [round(each / 2**20) for each in both] for adapter, both in found.items()})
+    assert found["soft_moa"][1] < 0.6 * found["none"][1]

@@ -54,7 +54,8 @@ def allocated_peak(config: Config, crew: Crew = ALONE) -> int:
     crew.spread(model, config, CPU)
     optimizer, scaler = optimizer_of(model, config.optim), torch.amp.GradScaler("cpu", enabled=False)
     images = (share.last - share.first) * t.accumulate
-    x, targets = torch.randn(images, 1, 28, 28), torch.rand(images, 10)
+    m = config.model
+    x, targets = torch.randn(images, m.in_chans, m.image_size, m.image_size), torch.rand(images, 10)
     forward = crew.prepare(model)
     with routings(model) as seen:
 

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from softmoe_cli.run.checkpoint import digest_of
 from tests.conftest import Softmoe
 from tests.oracles import compose
-from tests.processes import Started
+from tests.processes import Started, torchrun
 from tests.runs import last, rows, same, saved, the_run
-from tests.test_parallel import alike, finish, torchrun
+from tests.test_parallel import alike, finish
 
 DENSE = (
     "model/router=dense", "model.backbone.width=16", "model.backbone.depth=2", "model.backbone.heads=2",
