@@ -158,7 +158,7 @@ class MoE(Layer):
         self.experts = experts
         self.shared = shared
         self.run_widths = experts.w1.shape[1:] if router.slots_per_expert is None else ()
-        self.left = list(range(len(experts.w1)))
+        self.left: Sequence[int] = range(len(experts.w1))
         """The experts that are left, ascending."""
         self._slots = router.slots_per_expert
         self._balance = True
@@ -187,7 +187,7 @@ class MoE(Layer):
         axes = {f"router.{name}": axis for name, axis in self.router.expert_axes.items()}
         axes |= {f"experts.{name}": 0 for name in ("w1", "b1", "w2", "b2")}
         whole = {name: value for name, value in self.state_dict().items() if name != "alive"}
-        left = torch.tensor(self.left, dtype=torch.int64, device=self.experts.w1.device)
+        left = torch.tensor(list(self.left), dtype=torch.int64, device=self.experts.w1.device)
         return {n: value.index_select(axes[n], left) if n in axes else value for n, value in whole.items()}
 
     def _load_from_state_dict(self, *arguments: Any) -> None:

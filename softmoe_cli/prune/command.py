@@ -177,7 +177,10 @@ class Pruned:
                 if "alive" not in dict(layer.named_buffers()):
                     layer.prunable()
                 layer.leave(largest(scores[place], there, keep))
-            blocks[str(place)] = {"kept": layer.left, "dropped": [each for each in there if each not in layer.left]}
+            blocks[str(place)] = {
+                "kept": list(layer.left),
+                "dropped": [each for each in there if each not in layer.left],
+            }
             if scores:
                 blocks[str(place)] |= {
                     "of": there, "scores": [scores[place][each] for each in there],
