@@ -211,7 +211,9 @@ def _settled(
     told = words.get(verdict or "", f"has too few seeds for a verdict against {group.baseline}")
     level = "any-time 95%" if found.method == "any-time" else "95%"
     limits = [ends(key, found.interval)] if ends(key, found.interval) else []
-    beside = [*limits, several(found.interval.n, found.unit), *([level] if limits else []), images]
+    chance = [f"{word} at chance" for word, there in (("itself", group.at_chance),
+              ("its baseline", "its baseline is at chance" in group.conditions)) if there]  # fmt: skip
+    beside = [*limits, several(found.interval.n, found.unit), *([level] if limits else []), images, *chance]
     return f"{group.label} {told} in {name} ({', '.join(beside)})"
 
 

@@ -199,6 +199,7 @@ def _conditions(group: Group, baseline: Group, cost: str) -> None:
         group.cost_ratio = ours / theirs
         told = apart(group.cost_ratio, COSTS[cost].amount)
         group.conditions += [f"at {told}"] if told else []
+    group.conditions += ["its baseline is at chance"] if baseline.at_chance else []
     means = {key: [_mean(each, key) for each in pair] for key in ("steps", "images")}
     if all(value > 0 for both in means.values() for value in both):
         ratios = {key: ours / theirs for key, (ours, theirs) in means.items()}

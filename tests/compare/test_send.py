@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from softmoe_cli.compare.findings import closing
 from softmoe_cli.compare.question import Question
 from softmoe_cli.compare.send import numbers, verdict_rows, wandb_run
 from tests.synthetic import asked, row, study, write
@@ -41,6 +42,18 @@ def test_the_verdict_table_has_the_words_of_the_row(tmp_path: Path) -> None:
     found = numbers(comparison)
     assert (found["open"], found["comparisons"], found["n/soft"]) == (1, 2, 3)
     assert found["difference/soft"] == soft.difference.interval.mean
+
+
+def test_a_baseline_at_chance_is_said_in_the_row_and_in_the_last_sentence(tmp_path: Path) -> None:
+    for seed in range(3):
+        write(tmp_path, row(router="dense", seed=seed, top1_pct=10.0 + seed / 10))
+        write(tmp_path, row(seed=seed, top1_pct=90.0 + seed))
+    comparison = asked(tmp_path)
+    told = {each["group"]: each for each in verdict_rows(comparison)}
+    assert told["soft"]["verdict"] == "better" and "its baseline is at chance" in told["soft"]["beside it"]
+    assert closing(comparison, comparison.blocks[0]).endswith("its baseline at chance).")
+    turned = asked(tmp_path, baseline="soft")
+    assert closing(turned, turned.blocks[0]).endswith("itself at chance).")
 
 
 def test_at_chance_is_said_beside_the_verdict(tmp_path: Path) -> None:
