@@ -130,10 +130,10 @@ def reached(given: Any = None, *_: Any, **__: Any) -> None:
 
 def compose_last(self: Any, job_overrides: Sequence[Sequence[str]], **_: Any) -> None:
     """Instead of a sweep's work: its last job is composed and checked."""
-    config = self._loader.load_sweep_config(self._config, list(job_overrides[-1]))
+    config = self._compose(self._config, list(job_overrides[-1]))
     with read_write(config), open_dict(config):
         del config["hydra"]
-    reached(resolve("train", plain(config, Config), job_overrides[-1])[0])
+    reached(resolve(self.command, plain(config, Config), job_overrides[-1])[0])
 
 
 @pytest.mark.long
