@@ -24,6 +24,7 @@ from softmoe_cli.config.commands import (
 )
 from softmoe_cli.config.data import check_channels
 from softmoe_cli.config.run import Config
+from softmoe_cli.config.settle import FAIR_KEYS
 from softmoe_cli.errors import UsageError, first_line, nearest
 from softmoe_cli.failures import defect, ours
 from softmoe_cli.options.compose import Jobs, admit, changed, door, other_model, overlay, plain, say_once, tree_of
@@ -135,6 +136,8 @@ def _learn(command: str, arguments: list[str]) -> int:
         from softmoe_cli.settle.command import fair_words
 
         arguments, made_fair = fair_words(arguments)
+    elif fair := [word for word in arguments if word.partition("=")[0] in FAIR_KEYS]:
+        raise UsageError(f"{fair[0]} is about the arms of a sweep; it goes with -m, or with softmoe settle")
     arguments = check_line(command, arguments)
     if "--groups" in arguments:
         return _groups(command, [argument for argument in arguments if argument != "--groups"])

@@ -23,11 +23,12 @@ from torch.export import Dim, ExportedProgram
 
 from softmoe_cli.config.adapter import no_adapter
 from softmoe_cli.config.commands import ExportConfig
-from softmoe_cli.config.model import Model, check_groups
+from softmoe_cli.config.model import Model
 from softmoe_cli.data import batches, sets
 from softmoe_cli.errors import RunError, UsageError, first_line
 from softmoe_cli.model.adapted import merged
 from softmoe_cli.model.hub import softmoe_vit
+from softmoe_cli.model.router import check_evaluated, evaluation_group
 from softmoe_cli.model.vit import build
 from softmoe_cli.model.weights import experts_left, load_weights
 from softmoe_cli.run.checkpoint import WEIGHTS, seal
@@ -52,7 +53,7 @@ def export(config: ExportConfig, model: Model, source: Source) -> dict[str, Any]
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    check_groups("images", config.images, model)
+    check_evaluated("images", config.images, model)
     if "head.weight" not in source.weights:
         raise UsageError(f"checkpoint={source.label} has no head; softmoe finetune gives it one")
     if experts_left(source.weights):
@@ -91,7 +92,7 @@ def _fill(config: ExportConfig, model: Model, source: Source, receipt: dict[str,
     splits = sets.load(config.data)
     splits.need("validation")
     images, _ = batches.first_images(splits.validation, config.data, model, config.images)
-    group = model.images_per_group
+    group = evaluation_group(model)
     batch = None if group == 1 else group
 
     folder.mkdir(parents=True)

@@ -24,6 +24,7 @@ from softmoe_cli.cost.flop import Cost, account_model, on_meta
 from softmoe_cli.data import batches, sets
 from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.evaluate.quality import classification_loss
+from softmoe_cli.model.router import check_evaluated, router_class
 from softmoe_cli.model.vit import build, count_tokens, portable
 from softmoe_cli.model.weights import LoadReport, load_weights, patterns
 from softmoe_cli.moe.kind import Layer
@@ -48,10 +49,13 @@ def upcycle(config: UpcycleConfig, source: Source) -> dict[str, Any]:
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    check_evaluated("images", config.images, config.model)
     splits = sets.load(config.data)
     splits.need("validation")
     classes = config.data.num_classes or len(splits.classes)
-    model = replace(config.model, expert_init="independent")
+    targets = [str(each["_target_"]) for each in config.model.routers if each["_target_"] is not None]
+    stacked = any(issubclass(router_class(target), Router) for target in targets)  # not all by themselves
+    model = replace(config.model, expert_init="independent" if stacked else "identical")
     dense = replace(
         model, router={"_target_": None}, moe_blocks=[], blocks={}, expert_width=None, expert_init="identical"
     )

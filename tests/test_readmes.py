@@ -89,7 +89,7 @@ def once() -> dict[str, list[list[str]]]:
 
 
 COMMANDS = once()
-RARE = ("cost", "data", "evaluate", "model", "moe", "train")
+RARE = ("cost", "data", "evaluate", "model", "moe", "settle", "train")
 """Rooms whose commands are tried by `make long` only: their own tests run most of them, and composing takes time."""
 
 
@@ -128,7 +128,7 @@ def reached(given: Any = None, *_: Any, **__: Any) -> None:
     raise SystemExit(0)
 
 
-def compose_last(self: Any, job_overrides: Sequence[Sequence[str]], **_: Any) -> None:
+def compose_last(self: Any, job_overrides: Sequence[Sequence[str]], *_: Any, **__: Any) -> None:
     """Instead of a sweep's work: its last job is composed and checked."""
     config = self._compose(self._config, list(job_overrides[-1]))
     with read_write(config), open_dict(config):
@@ -146,6 +146,7 @@ def test_commands_work_as_typed(
     for work in WORK:
         monkeypatch.setattr(work, reached)
     monkeypatch.setattr(Sweep, "launch", compose_last)
+    monkeypatch.setattr("softmoe_cli.settle.sweeper.fair_arms", compose_last)
     monkeypatch.setattr(Sweeper, "validate_batch_is_legal", lambda *_: None)  # by composing it
     for words in COMMANDS[name]:
         for capitals, there in place.items():

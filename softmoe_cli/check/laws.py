@@ -76,14 +76,14 @@ class Subject:
         _draw(layer)
         return layer.to(dtype or self.dtype).eval()
 
-    def pair(self, dtype: torch.dtype | None = None) -> "Pair | None":
+    def pair(self, dtype: torch.dtype | None = None) -> "TwoLayers | None":
         """Two layers of which the second follows the first; None where layers hand nothing on."""
         torch.manual_seed(0)
         first, second = self._build(self.options), self._build(self.options)
         if not isinstance(first, MoE) or not isinstance(second, MoE) or not second.router.carries:
             return None
         second.router.follow(first.router)
-        pair = Pair(first, second)
+        pair = TwoLayers(first, second)
         _draw(pair)
         return pair.to(dtype or self.dtype).eval()
 
@@ -102,7 +102,7 @@ def _draw(module: nn.Module) -> None:
             parameter.fill_(3.0)
 
 
-class Pair(nn.Module):
+class TwoLayers(nn.Module):
     """Two layers one after the other, as in a model, with what the first one hands on."""
 
     def __init__(self, first: MoE, second: MoE) -> None:

@@ -3,23 +3,17 @@
 import argparse
 import csv
 import dataclasses
-import hashlib
-import json
 import math
-import os
 import shutil
 import sys
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from softmoe_cli.errors import UsageError, nearest
-from softmoe_cli.files import require_vacant, write_atomically
 from softmoe_cli.run.rows import AXES, COSTS, QUALITIES
 
 if TYPE_CHECKING:
-    from softmoe_cli.compare.groups import Comparison
     from softmoe_cli.compare.question import Question
 
 
@@ -47,8 +41,6 @@ OPTIONS: dict[str, tuple[str, str]] = {
     "wandb": ("", "send table, figures and files to Weights & Biases as a run of the study's group"),
     "project": ("NAME", "with --wandb: its project; without it softmoe"),
 }
-FIGURES = ("curves", "pareto")
-PAGE = "index.html"
 PAPER = Path(__file__).resolve().parent / "paper"
 """The paper's own tables, which --reference knows by name."""
 LISTS = ("by", "columns")
@@ -71,10 +63,11 @@ def compare_folders(arguments: Sequence[str]) -> int:
     """
     chosen = _parse(arguments)
     from softmoe_cli.compare.blocks import compare
-    from softmoe_cli.compare.flat import flat_rows
     from softmoe_cli.compare.looks import record_look
     from softmoe_cli.compare.question import Question
+    from softmoe_cli.compare.send import send, tracking_mode
     from softmoe_cli.compare.tables import terminal
+    from softmoe_cli.compare.written import files_told, write_comparison
 
     fields = {f.name for f in dataclasses.fields(Question)}
     question = Question(**{key: value for key, value in vars(chosen).items() if key in fields and value is not None})
@@ -92,24 +85,8 @@ def compare_folders(arguments: Sequence[str]) -> int:
     print("\n".join([terminal(comparison, width), *(f"- {each}" for each in unrecorded)]))
     print(f"\n{files_told(files, out, width)}")
     if mode != "off":
-        from softmoe_cli.run.mirror import publish
-
-        axes = (f"{comparison.cost}_mean", f"{comparison.quality}_mean")
-        publish(mode, _settings(comparison, question, chosen.project), out, flat_rows(comparison), axes, files, print)
+        send(comparison, question, files, out, mode, print, project=chosen.project)
     return 0
-
-
-def files_told(files: Sequence[str], out: Path, width: int | None) -> str:
-    """Which file to open, and what lies beside it."""
-    from softmoe_cli.text import printable
-
-    forms: dict[str, list[str]] = {}
-    for name in files:
-        stem, _, form = name.rpartition(".")
-        forms.setdefault(stem, []).append(form)
-    beside = [f"{stem}.{'|'.join(found)}" for stem, found in forms.items() if f"{stem}.{found[0]}" != PAGE]
-    others = f"beside it: {', '.join(beside)}"
-    return f"open {printable(str(out / PAGE))}\n{others if width is None else textwrap.fill(others, width)}"
 
 
 def no_study(command: str) -> str:
@@ -120,32 +97,6 @@ def no_study(command: str) -> str:
     newest = max(studies, key=lambda folder: folder.stat().st_mtime)
     count = f"the newest of {len(studies)} in outputs" if len(studies) > 1 else "the only one in outputs"
     return f"softmoe {command} needs the folder of a study, such as {newest} ({count}): softmoe {command} {newest}"
-
-
-def tracking_mode() -> str:
-    """online or offline, as `tracking=auto` would be."""
-    from softmoe_cli.run.mirror import tracking_of
-
-    mode = tracking_of("auto")
-    if mode == "off":
-        raise UsageError(f"--wandb has no effect with WANDB_MODE={os.environ.get('WANDB_MODE')}; unset one of them")
-    return mode
-
-
-def _settings(comparison: "Comparison", question: "Question", project: str | None) -> dict[str, Any]:
-    """Arguments of wandb.init. The id depends on studies and question only: the same question, asked again with more
-    seeds, updates the same W&B run."""
-    studies = sorted({str(run.row.get("study")) for group in comparison.groups for run in group.runs})
-    asked = dataclasses.asdict(question)
-    mark = hashlib.sha256(json.dumps([studies, asked], sort_keys=True).encode()).hexdigest()[:10]
-    return {
-        "id": f"compare-{mark}",
-        "project": project or "softmoe",
-        "group": "+".join(studies),
-        "job_type": "compare",
-        "name": f"compare {comparison.quality} by {comparison.cost}",
-        "config": asked | {"signatures": [run.row["signature"] for g in comparison.groups for run in g.runs]},
-    }
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -238,46 +189,3 @@ def _reference(name: str, question: "Question") -> tuple[str, list[dict[str, str
     title = "Soft MoE (Puigcerver et al., 2023), " if path.parent == PAPER else ""
     table = {"pareto": "Table 9", "long_runs": "Table 8"}.get(path.stem, path.name) if title else path.name
     return title + table, rows
-
-
-def write_comparison(comparison: "Comparison", out: Path) -> list[str]:
-    """Writes every file into `out` and returns their names.
-
-    Raises:
-        UsageError: the folder cannot be written, or holds files of these names that are not ours.
-    """
-    from softmoe_cli.compare.figures import figure_files
-    from softmoe_cli.compare.flat import comma_separated, json_text
-    from softmoe_cli.compare.page import PAGE_MARK, page
-    from softmoe_cli.compare.tables import latex, markdown
-
-    drawn = {name: content for each in FIGURES for name, content in figure_files(comparison, each).items()}
-    texts = {
-        PAGE: page(comparison, drawn, out),  # written first: it marks the folder as ours
-        "table.md": markdown(comparison),
-        "table.tex": latex(comparison),
-        "table.csv": comma_separated(comparison),
-        "table.json": json_text(comparison),
-    }
-    files = {name: text.encode() for name, text in texts.items()} | drawn
-    return write_files(files, out, PAGE_MARK)
-
-
-def write_files(files: Mapping[str, bytes], out: Path, mark: bytes) -> list[str]:
-    """Writes a command's files into `out`, PAGE the first of them, and returns their names. A folder whose PAGE has
-    the command's `mark` is written over.
-
-    Raises:
-        UsageError: the folder cannot be written, or holds files of these names that are not the command's.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        ours = (out / PAGE).is_file() and mark in (out / PAGE).read_bytes()
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--out {out} cannot be written: {error}; choose another folder") from error
-    for name in files:
-        if not ours:
-            require_vacant("--out", out / name)
-    for name, content in files.items():
-        write_atomically(out / name, content)
-    return list(files)

@@ -32,6 +32,7 @@ from softmoe_cli.text import several, shortened
 LABELS = {
     "model.backbone.name": "{}", "backbone": "{}", "model": "{}", "model.router._target_": "{}", "router": "{}",
     "model.adapter.name": "{}", "num_adapters": "{} adapters",
+    "prune.keep": "pruned to {}", "prune.by": "by {}",
     "num_experts": "{} experts", "slots_per_expert": "{} slots/expert", "k": "k={}",
     "expert_width": "experts of width {}", "capacity_factor": "capacity factor {}", "moe_blocks": "blocks {}",
     "image_size": "{} px", "steps": "{} updates", "epochs": "{} epochs", "images": "{} training images",
@@ -221,7 +222,9 @@ def _name(groups: list[Group]) -> None:
     order = list(LABELS)
     known = sorted((key for key in keys if _known(key)), key=lambda key: order.index(_known(key)))
     chosen = [key for key in known if distinct(key) > 1]
-    others = [key for key in keys if key not in chosen]
+    others = sorted(
+        (key for key in keys if key not in chosen), key=lambda key: order.index(key) if key in order else len(order)
+    )
 
     def labels() -> list[str]:
         return [", ".join(filter(None, (_part(group, key) for key in chosen))) for group in groups]

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 from softmoe_cli.config.data import Data, check_channels
-from softmoe_cli.config.model import Model, check_groups
+from softmoe_cli.config.model import Model
 from softmoe_cli.config.option import Section, option, typed
 from softmoe_cli.config.pruning import MEASURES
 from softmoe_cli.config.run import DEVICES, WAYS, Config, check_devices
@@ -135,7 +135,6 @@ class UpcycleConfig(Section):
 
     def check(self) -> None:
         check_channels(self.data, self.model.in_chans)
-        check_groups("images", self.images, self.model)
         if self.preserve and (self.expert_noise or self.expert_redraw):
             raise UsageError(
                 f"preserve=true cannot hold with expert_noise={self.expert_noise:g} and "
@@ -152,7 +151,7 @@ class PruneConfig(Section):
     trust: str | None = option("a router of the checkpoint's that is not softmoe's, as module.Class: its code will run")
     keep: int | None = option("experts that stay in each block; null: those that are left", low=1)
     by: str = option(
-        "what an expert's worth is: the sum of its gates, its tokens, how its part of the router has grown, or nothing",
+        "what an expert's worth is: the sum of its gates, its tokens, how its part of the router has grown, or chance",
         choices=MEASURES,
     )
     before: str | None = option("by=router_change: the checkpoint since which routers have changed")

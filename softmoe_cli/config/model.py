@@ -210,10 +210,9 @@ def check_blocks(blocks: Any, placed: list[int] | None) -> None:
         )
 
 
-def check_groups(key: str, images: int, model: Model, parts: int = 1) -> None:
-    """Checks that evaluation batches, and each of several parts of a training batch, are whole routing groups, so that
-    their size does not change the result."""
-    group = model.images_per_group
+def check_groups(key: str, images: int, group: int, parts: int = 1) -> None:
+    """Checks that batches, or each of several parts of one, are whole routing groups, so that their size changes no
+    result."""
     if images % (parts * group):
         at_once = "" if parts == 1 else f" is computed in train.accumulate={parts} parts, each of which"
         raise UsageError(

@@ -17,7 +17,7 @@ class Prune(Section):
     path: ClassVar[str] = "prune"
     keep: int | None = option("finetune: experts that stay in each block in the end; null: all stay", low=1)
     by: str = option(
-        "what an expert's worth is: the sum of its gates, its tokens, how its part of the router grows, or nothing",
+        "what an expert's worth is: the sum of its gates, its tokens, how its part of the router grows, or chance",
         choices=MEASURES,
     )
     threshold: float = option(

@@ -149,9 +149,8 @@ class Config(Section):
             side = self.model.image_size // self.model.backbone.patch_size
             check_tokens(self, side**2 + bool(self.model.backbone.class_token))
         check_channels(self.data, self.model.in_chans)
-        check_groups("train.eval_batch_size", self.train.eval_batch_size, self.model)
         if settled and self.train.accumulate > 1:
-            check_groups("train.batch_size", self.train.batch_size, self.model, self.train.accumulate)
+            check_groups("train.batch_size", self.train.batch_size, self.model.images_per_group, self.train.accumulate)
         if self.model.head_norm == "batch" and self.model.head != "linear" and self.train.batch_size == 1:
             raise UsageError("model.head_norm=batch has no variance over train.batch_size=1; set it to layer")
         if self.train.minutes is not None:

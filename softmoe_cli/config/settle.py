@@ -1,6 +1,6 @@
 """The options of `softmoe settle`, and those of them that `softmoe train -m` has as well."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from softmoe_cli.config.commands import FREE_KEYS
@@ -41,13 +41,16 @@ class Fairness(Section):
             raise UsageError(f"tune_values={self.tune_values}: give two values or more, each once")
 
 
+FAIR_KEYS = tuple(each.name for each in fields(Fairness))
+
+
 @dataclass
 class SettleConfig(Fairness):
     """What `softmoe settle` takes beside the words of `softmoe train`."""
 
     margin: float | None = option("a difference, in the unit of the quality, below which arms are equal", above=0)
     quality: str = option("the main measure, which verdicts are about, as in softmoe compare --quality")
-    max_seeds: int = option("the most seeds of an arm", low=2, high=100_000)
+    max_seeds: int = option("the most seeds of an arm", low=2, high=1000)
     hours: float | None = option("most hours of training and evaluation, of all runs together", above=0)
     pflop: float | None = option("most training PFLOP, of all runs together", above=0)
     format: str = option("what is printed at the end", choices=("table", "json"))

@@ -18,6 +18,7 @@ from softmoe_cli.data.splits import ImageSet
 from softmoe_cli.evaluate.quality import Outcomes
 from softmoe_cli.model.vit import build, count_tokens
 from softmoe_cli.model.weights import load_weights, slot_axes
+from softmoe_cli.moe.factorised import FactorisedHead
 from softmoe_cli.moe.kind import Decider, Layer
 
 SHUFFLES = 3
@@ -33,7 +34,8 @@ class Effect:
 
     part: str
     setting: str
-    block: int | None
+    block: int | str | None
+    """Its number, or `head`."""
     top1_pct: float
     top1_change_pct: float
     """Change of top-1 accuracy, in percentage points."""
@@ -67,6 +69,8 @@ class Audit:
         self.batch_size = batch_size
         self.model = self._variant({}, weights)
         self.layers = {i: block.mlp for i, block in enumerate(self.model.blocks) if isinstance(block.mlp, Layer)}
+        head = self.model.head
+        self.heads = {"head": head} if isinstance(head, FactorisedHead) else {}
         self.reference = said(self.model, images, batch_size)
 
     def findings(self, part: str) -> Iterator[Effect]:
@@ -82,7 +86,7 @@ class Audit:
         name = self.config.router_name
         if part == "neighbours":
             return None
-        if not self.layers:
+        if not self.layers and not (part == "experts" and self.heads):
             return f"{name} has no experts"
         if part in ("capacity", "slots", "kinds") and self.config.blocks:
             return f"{name} is no single router: its blocks have options of their own (model.blocks)"
@@ -113,7 +117,7 @@ class Audit:
         return model
 
     def _finding(
-        self, part: str, setting: str, now: Outcomes, order: np.ndarray | None = None, block: int | None = None
+        self, part: str, setting: str, now: Outcomes, order: np.ndarray | None = None, block: int | str | None = None
     ) -> Effect:
         """`order`: for each image of `now`, its number in the reference."""
         then = self.reference
@@ -177,14 +181,17 @@ class Audit:
         return now, int(torch.stack(landed).sum()) / (len(self.images) * self._tokens * len(self.layers))
 
     def _experts(self) -> Iterator[Effect]:
-        """Lets experts return zero, without routing anew: each expert in turn in every block, then some in all
-        blocks."""
-        for block, layer in self.layers.items():
-            for expert in range(layer.router.num_experts):
-                with layer.silenced([expert]):
+        """Lets experts return zero, without routing anew: each expert in turn in every block and the head, then some in
+        all blocks."""
+        parts: dict[int | str, Layer | FactorisedHead] = {**self.layers, **self.heads}
+        for block, part in parts.items():
+            for expert in range(part.router.num_experts):
+                with part.silenced([expert]):
                     now = self.said(self.model, self.images, self.batch_size)
                 found = self._finding("experts", f"without expert {expert}", now, block=block)
                 yield replace(found, polysemanticity=polysemanticity(self.reference, now))
+        if not self.layers:
+            return
         count = min(layer.router.num_experts for layer in self.layers.values())
         more = " or more" if any(layer.router.num_experts > count for layer in self.layers.values()) else ""
         for dropped in sorted({round(share * count) for share in DROPPED_SHARES} - {0, count}):
@@ -230,7 +237,8 @@ def summary(findings: Sequence[Effect]) -> list[Effect]:
         ]
         known = [finding.polysemanticity for finding in some if finding.polysemanticity is not None]
         mean = sum(known) / len(known) if known else None
-        average = Effect("experts", f"block {block}, one of {len(some)}: mean", block, *means)
+        where = f"block {block}" if isinstance(block, int) else f"the {block}"
+        average = Effect("experts", f"{where}, one of {len(some)}: mean", block, *means)
         rows.append(replace(average, polysemanticity=mean))
-        rows.append(replace(worst, setting=f"block {block}, {worst.setting}: the worst"))
+        rows.append(replace(worst, setting=f"{where}, {worst.setting}: the worst"))
     return rows

@@ -18,7 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from softmoe_cli.config.commands import EvaluateConfig
-from softmoe_cli.config.model import Model, check_groups
+from softmoe_cli.config.model import Model
 from softmoe_cli.data import sets
 from softmoe_cli.data.batches import eval_batches
 from softmoe_cli.data.splits import ImageSet, Splits
@@ -31,6 +31,7 @@ from softmoe_cli.evaluate.quality import Batch, Outcomes, calibration_error, fea
 from softmoe_cli.evaluate.real import check_order, real_labels, real_qualities
 from softmoe_cli.evaluate.trial import STRONG, ContrastTrial, contrast_row
 from softmoe_cli.files import require_vacant, write_atomically
+from softmoe_cli.model.router import check_evaluated
 from softmoe_cli.model.vit import build, prepare
 from softmoe_cli.model.weights import load_weights
 from softmoe_cli.run.source import Source
@@ -48,7 +49,7 @@ def evaluate_checkpoint(config: EvaluateConfig, model_config: Model, sources: li
         UsageError: the data have other classes than the checkpoint, or a file cannot be written.
     """
     known = sources[0].card["classes"]
-    check_groups("batch_size", config.batch_size, model_config)
+    check_evaluated("batch_size", config.batch_size, model_config)
     _check_files(config)
     precision = config.precision or sources[0].card["precision"]
     device, autocast = arithmetic(config.device, precision, config.threads)
@@ -444,6 +445,6 @@ def _show_contrast(screen: Screen, row: dict[str, Any]) -> None:
         )
     else:
         screen.say(
-            f"chosen on {where} images themselves among {tried} settings: {chosen}; its figures are the best of "
-            f"{tried} and so too good, and no p holds for them"
+            f"chosen on {where} images themselves among {tried} settings: {chosen}; its top-1 is the best of {tried} "
+            f"and so too good; p by McNemar's exact test against strong alone, Holm over all {tried}"
         )

@@ -190,8 +190,9 @@ def suffix_flop(model: VisionTransformer, of_layer: Callable[[int], int]) -> int
     total = head_flop(model)
     for index, block in enumerate(model.blocks):
         if index >= min(layers):
-            parts = block_flop(block, n)
-            total += parts["attn"] + of_layer(index) if index in layers else sum(parts.values())
+            total += sum(block_flop(block, n).values())
+            if index in layers:
+                total += of_layer(index) - layers[index].flop(n)
     return total
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from softmoe_cli.adapters.soft_moa import SoftMoA
+from softmoe_cli.moe.factorised import FactorisedHead
 from softmoe_cli.moe.kind import Decided, Decider, Layer
 from softmoe_cli.moe.routing import full_precision
 
@@ -169,10 +170,11 @@ def features(
 
 @torch.no_grad()
 def routing_statistics(
-    model: nn.Module, batch: Batch, autocast: torch.autocast
+    model: VisionTransformer, batch: Batch, autocast: torch.autocast
 ) -> list[tuple[dict[str, int | str], dict[str, float]]]:
     """Statistics of every router, in the order of the blocks, on one batch; before them where it stands: the `block`,
-    and of a router of adapters the sublayer `beside` which it is."""
+    and of a router of adapters the sublayer `beside` which it is. A head with experts comes last, as a block of its own
+    `beside` which is the head."""
     model.eval()
     statistics: list[tuple[dict[str, int | str], dict[str, float]]] = []
 
@@ -185,6 +187,8 @@ def routing_statistics(
 
     hooks = []
     for name, module in model.named_modules():
+        if isinstance(module, FactorisedHead):
+            hooks.append(module.router.register_forward_hook(remember({"block": len(model.blocks), "beside": "head"})))
         if isinstance(module, Layer | SoftMoA):
             where = re.search(r"\bblocks\.(\d+)\.(\w+)", name)
             assert where is not None

@@ -309,30 +309,23 @@ def contrast_row(
     if not choose_apart:
         best, reached = best_settings(scored)
     chosen = max(best, key=lambda word: (round(reached[word], 9), -(best[word].beta or 0.0)))
-    row |= {
-        "contrast_chosen": chosen,
-        "contrast_chosen_on": "nothing"
-        if tried == 1
-        else "validation"
-        if choose_apart
-        else f"the scored {config.split}",
-        "contrast_settings_tried": tried,
-    }
-    lines = [
-        line_of(way, [scored[way]], scored[Way(STRONG)], config.calibration_bins) for way in scored if way.beta is None
-    ]
+    where = "nothing" if tried == 1 else "validation" if choose_apart else f"the scored {config.split}"
+    row |= {"contrast_chosen": chosen, "contrast_chosen_on": where, "contrast_settings_tried": tried}
+    draws: dict[Way, list[Answers]] = {}
+    for way, said in scored.items():
+        draws.setdefault(way._replace(draw=0), []).append(said)
+    every = {way: line_of(way, each, scored[Way(STRONG)], config.calibration_bins) for way, each in draws.items()}
+    for is_control in (True, False):  # two families: what was asked, and what it is compared with
+        family = [line for line in every.values() if (line["beta"] is None) == is_control and line["p"] is not None]
+        for line, p in zip(family, holm([line["p"] for line in family]), strict=True):
+            line["p_holm"] = p
+    lines = [line for way, line in every.items() if way.beta is None]
     for word, way in best.items():
-        draws = [said for each, said in scored.items() if each._replace(draw=0) == way]
-        line = line_of(way, draws, scored[Way(STRONG)], config.calibration_bins)
-        line |= {"ours": weak_named(word).kind in OUR_OWN}
-        lines.append(line | {"top1_pct_where_chosen": reached[word] if choose_apart else None})
+        every[way] |= {"ours": weak_named(word).kind in OUR_OWN}
+        lines.append(every[way] | {"top1_pct_where_chosen": reached[word] if choose_apart else None})
     ratios = {STRONG: 1.0, FLIP: 2.0}
     ratios |= flop_ratios(trial.model, {word: passes[word, 0] for word in best}, trial.alone)
     times = trial.latency_ratios(images, passes) if config.contrast_clock else {}
-    for is_control in (True, False):  # two families: what was asked, and what it is held against
-        family = [line for line in lines if (line["beta"] is None) == is_control and line["p"] is not None]
-        for line, p in zip(family, holm([line["p"] for line in family]), strict=True):
-            line["p_holm"] = p
     for line in lines:
         line |= {"flop_ratio": ratios[line["way"]], "latency_ratio": times.get(line["way"])}
     return row | {"contrast": lines}, columns(scored, best[chosen])

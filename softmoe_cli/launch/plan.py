@@ -142,6 +142,7 @@ def _costs(config: Config, *, times: bool) -> dict[str, float]:
     from softmoe_cli.device import arithmetic, free_memory
     from softmoe_cli.train.pace import images_of_a_look, looks
     from softmoe_cli.train.progress import Budget
+    from softmoe_cli.train.setup import require_batches
 
     t = config.train
     key = repr(config.data)
@@ -161,6 +162,7 @@ def _costs(config: Config, *, times: bool) -> dict[str, float]:
             predict(load, config.devices, parallel).peak_bytes,
         )
     cost, peak = _priced[key]
+    require_batches(config, cost)
     budget = Budget.of(config, images)
     step_s = image_s = math.nan
     # The clock can measure only this: one device, all weights trained, AdamW's moments in float32.

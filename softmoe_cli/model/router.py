@@ -1,13 +1,14 @@
 """Builds a router, and the layer that it decides for, from its options."""
 
 import inspect
+import math
 import sys
 from importlib import import_module
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from softmoe_cli.config.model import group_of
+from softmoe_cli.config.model import Model, check_groups, group_of
 from softmoe_cli.errors import UsageError, nearest
 from softmoe_cli.moe.kind import Decider, Layer
 from softmoe_cli.moe.layer import layer_for
@@ -55,6 +56,17 @@ def make_router(options: dict[str, Any], dim: int, num_tokens: int, where: str =
             "name, which says in what groups images are read and divided among devices"
         )
     return router
+
+
+def evaluation_group(model: Model) -> int:
+    """Images that make full groups for every router that has groups in evaluation too."""
+    grouped = [each for each in model.routers if group_of(each) > 1]
+    return math.lcm(*(group_of(each) for each in grouped if not router_class(str(each["_target_"])).evaluates_alone))
+
+
+def check_evaluated(key: str, images: int, model: Model) -> None:
+    """Raises UsageError unless an evaluation's batches of so many images are whole groups."""
+    check_groups(key, images, evaluation_group(model))
 
 
 def make_layer(

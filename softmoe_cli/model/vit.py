@@ -23,6 +23,7 @@ from softmoe_cli.model.router import make_layer
 from softmoe_cli.moe import routers
 from softmoe_cli.moe.factorised import FactorisedRouter
 from softmoe_cli.moe.kind import Layer
+from softmoe_cli.moe.layer import MoE
 from softmoe_cli.moe.routing import Router
 
 
@@ -45,6 +46,11 @@ def build(model: Model, num_classes: int) -> VisionTransformer:
         for index in blocks:
             block = vit.blocks[index]
             block.mlp = _layer(block.mlp, model, index, num_tokens=count_tokens(vit))
+        if model.expert_init == "independent" and not any(isinstance(block.mlp, MoE) for block in vit.blocks):
+            raise UsageError(
+                f"model.expert_init=independent has no effect with router {model.router_name}, which makes its experts "
+                "itself; leave it identical"
+            )
         _join(vit, blocks, model)
     if model.head != "linear":
         vit.head = _head(model, vit.head.in_features, num_classes)
@@ -248,11 +254,6 @@ def _layer(mlp: nn.Module, model: Model, index: int, num_tokens: int) -> Layer:
         raise UsageError(
             f"model.expert_init=identical: with router {name} experts that start equal stay equal; set "
             "model.expert_init=independent"
-        )
-    if not identical and not isinstance(layer.router, Router):
-        raise UsageError(
-            f"model.expert_init=independent has no effect with router {model.router_name}, which makes its experts "
-            "itself; leave it identical"
         )
     _check_runs(layer.run_widths, "fp32")
     return layer

@@ -334,6 +334,20 @@ class FactorisedHead(nn.Module):
         """FLOPs per image; a multiply-add counts as 2."""
         return self.router.flop(1) + self.maps.flop(1) + 2 * self.weight.numel()
 
+    @contextmanager
+    def silenced(self, which: Sequence[int]) -> Iterator[None]:
+        """As `Layer.silenced`."""
+
+        def hook(_router: nn.Module, _inputs: object, decided: Coefficients) -> Coefficients:
+            first, *further = decided.levels
+            return Coefficients([first.index_fill(-1, torch.tensor(which, device=first.device), 0), *further])
+
+        handle = self.router.register_forward_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
+
     def forward(self, features: Float[Tensor, "b d"]) -> Float[Tensor, "b c"]:
         x = features[:, None]
         coefficients: Coefficients = self.router(x)

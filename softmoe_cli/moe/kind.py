@@ -62,6 +62,9 @@ class Decider(nn.Module, ABC):
     `slots_per_expert`."""
     images_per_group: int = 1
     """Images that decide about each other: results depend on batch neighbours where it is not 1."""
+    evaluates_alone: ClassVar[bool] = False
+    """Whether in evaluation no image decides about another one, so that it takes batches of any size whatever the
+    option `images_per_group` says of training."""
     whole_batches: str | None = None
     """Why a batch cannot be computed in parts, with the way out; None where it can."""
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from softmoe_cli.config.commands import SCHEMAS
+from softmoe_cli.config.settle import SettleConfig
 from softmoe_cli.errors import UsageError, nearest
 from softmoe_cli.options.conf_files import ADDED, CONF_GROUPS, TITLES, chosen_groups, files, load_yaml, router_options
 from softmoe_cli.options.explain import known_keys
@@ -45,6 +46,7 @@ FLAGS = {
     "list": ("--filter", "--help"),
 }
 FLAGS["finetune"] = FLAGS["train"]
+FLAGS["settle"] = ("--help", "--plan", "--debug")
 
 PATHS = ("checkpoint", "data.root", "folder", "output_root", "predictions", "confusion", "real", "allow_unexpected")
 """Keys whose value may be a path."""
@@ -117,7 +119,7 @@ def _candidates(before: Sequence[str], typed: str) -> Iterator[str]:
             yield from _paths(typed, ".py")
     elif command == "data" and not rest:
         yield "check"
-    elif command in SCHEMAS:
+    elif command in (*SCHEMAS, "settle"):
         if typed.startswith("-"):
             yield from FLAGS.get(command, ("--help", "--cfg", "--multirun", "--debug"))
         elif rest[-1:] == ["--cfg"] or rest[-1:] == ["-c"]:
@@ -127,7 +129,8 @@ def _candidates(before: Sequence[str], typed: str) -> Iterator[str]:
         elif "=" in typed:
             yield from _values(command, typed)
         else:
-            yield from _keys(command, rest, typed)
+            yield from (f"{option.key}=" for option in (options(SettleConfig) if command == "settle" else ()))
+            yield from _keys("train" if command == "settle" else command, rest, typed)
 
 
 def _options_of(command: str) -> list[str]:
@@ -178,7 +181,8 @@ def _values(command: str, typed: str) -> Iterator[str]:
     elif name in PATHS:
         found = _paths(value.removeprefix(begun), "")
     else:
-        each = [*options(SCHEMAS[command]), *(option for _, some in launcher_options() for option in some)]
+        own = SCHEMAS["train" if command == "settle" else command]
+        each = [*options(own), *options(SettleConfig), *(o for _, some in launcher_options() for o in some)]
         found = next((option.values for option in each if option.key == name), ())
     return (f"{key}={begun}{word}" for word in found)
 

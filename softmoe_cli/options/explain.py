@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from softmoe_cli.config.commands import SCHEMAS
+from softmoe_cli.config.settle import Fairness
 from softmoe_cli.errors import UsageError, first_line, nearest
 from softmoe_cli.options.conf_files import (
     ADDED,
@@ -400,6 +401,7 @@ def _options(command: str) -> Iterator[Option]:
     if command in ("train", "finetune"):
         for _, each in launcher_options():
             yield from each
+        yield from options(Fairness)
 
 
 def _without_hydra(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 from softmoe_cli.config.commands import SCHEMAS
 from softmoe_cli.config.launch import LAUNCHERS, Launcher
 from softmoe_cli.config.option import typed
+from softmoe_cli.config.settle import Fairness, SettleConfig
 from softmoe_cli.errors import UsageError
 from softmoe_cli.options.conf_files import (
     ADDED,
@@ -90,7 +91,7 @@ def _kind(hint: Any, limits: Mapping[str, Any]) -> str:
         word = "|".join(limits["choices"])
         word = word if len(word) <= WIDTH - MEANING - 4 else word.replace("|", ", ")
     if many:
-        word = f"list of {word}" + ("s" if one in (int, float) else "")
+        word = f"list of {word or 'values'}" + ("s" if one in (int, float) else "")
     low, high, above = limits["low"], limits["high"], limits["above"]
     bounds = []
     if low > -math.inf and high < math.inf:
@@ -134,13 +135,17 @@ def usage(command: str, arguments: Sequence[str]) -> str:
         known = OPTIONS if command == "compare" else SCALING_OPTIONS
         rows = [help_row(f"--{name} {value}".rstrip(), meaning) for name, (value, meaning) in known.items()]
         return "\n".join([USAGE[command], "", bold("options"), *rows])
+    if command == "settle":
+        values, own = load_yaml(conf_folder() / "settle.yaml"), list(options(SettleConfig))
+        foot = "All other options are those of softmoe train --help all."
+        return "\n".join([USAGE[command], "", bold("options"), *(_option_row(o, values) for o in own), "", foot])
     if command not in SCHEMAS:
         return USAGE[command]
     words = [argument for argument in arguments if "=" not in argument and not argument.startswith("-")]
     words = [word for word in words if (command, word) != ("data", "check")]
     chosen = chosen_groups(arguments)
-    tree = defaults(command, chosen)
     learns = command in ("train", "finetune")
+    tree = (load_yaml(conf_folder() / "settle.yaml") if learns else {}) | defaults(command, chosen)
     sections = _sections(command, tree)
     picks = bool(words) and words != ["all"]
     lines = [] if picks else [USAGE[command], "", *_group_lines(command, tree, chosen)]
@@ -178,7 +183,9 @@ def _sections(command: str, tree: Mapping[str, Any]) -> list[tuple[str, list[Opt
             found.setdefault(option.key.rpartition(".")[0], []).append(option)
     sections = [(f"router {_router(tree)}" if key == "model.router" else key or "the run", each)
                 for key, each in found.items()]  # fmt: skip
-    return sections + (list(launcher_options()) if command in ("train", "finetune") else [])
+    if command not in ("train", "finetune"):
+        return sections
+    return [*sections, ("with -m: arms of equal cost, tuned alike", list(options(Fairness))), *launcher_options()]
 
 
 def _router(tree: Mapping[str, Any]) -> str:

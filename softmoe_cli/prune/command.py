@@ -18,13 +18,14 @@ from torch import Tensor
 
 from softmoe_cli.config.commands import PruneConfig
 from softmoe_cli.config.data import check_channels
-from softmoe_cli.config.model import Model, check_groups
+from softmoe_cli.config.model import Model
 from softmoe_cli.cost.flop import account
 from softmoe_cli.data import batches, sets
 from softmoe_cli.data.splits import ImageSet, Splits
 from softmoe_cli.device import arithmetic, hardware
 from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.export import hub_config
+from softmoe_cli.model.router import check_evaluated
 from softmoe_cli.model.vit import build, portable, prepare
 from softmoe_cli.model.weights import load_weights
 from softmoe_cli.moe.layer import MoE
@@ -59,7 +60,7 @@ def prune_as_typed(config: Any, typed: list[str]) -> int:
     inherit.take_data(tree, source, typed)
     checked = door(tree, PruneConfig)
     check_channels(checked.data, model.in_chans)
-    check_groups("batch_size", checked.batch_size, model)
+    check_evaluated("batch_size", checked.batch_size, model)
     if not named:
         inherit.check_here(checked.data, source)
     before = None if checked.before is None else inherit.named_source(checked.before)

@@ -9,7 +9,8 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
@@ -225,14 +226,20 @@ def publish(
     axes: tuple[str, str],
     files: list[str],
     say: Callable[[str], None],
+    *,
+    beside: Mapping[str, list[dict[str, Any]]] | None = None,
+    numbers: Mapping[str, float] | None = None,
+    step: int | None = None,
 ) -> None:
-    """Sends what a command says of finished runs as one W&B run: `rows` as a table with a scatter plot of `axes`, the
-    figures, the page, and all `files` of `folder` as an artifact."""
+    """Sends what a command says of finished runs as one W&B run: `rows` as a table with a scatter plot of `axes`, more
+    tables `beside` it, the figures, the page, and all `files` of `folder` as an artifact; and `numbers`, of which W&B
+    draws charts over `step`."""
+    more = _More(beside or {}, numbers or {}, step)
     failures: list[Exception] = []
 
     def work() -> None:
         try:
-            _publish(_init(mode, settings, folder, say), settings["job_type"], folder, rows, axes, files)
+            _publish(_init(mode, settings, folder, say), settings["job_type"], folder, rows, axes, files, more)
         except Exception as error:  # whatever W&B raises: the files are written, and the reader is told
             failures.append(error)
 
@@ -247,21 +254,35 @@ def publish(
         say(f"W&B: run {settings['name']} of group {settings['group']}, {where}")
 
 
-def _publish(
-    run: Any, kind: str, folder: Path, rows: list[dict[str, Any]], axes: tuple[str, str], files: list[str]
-) -> None:
+@dataclass(frozen=True)
+class _More:
+    beside: Mapping[str, list[dict[str, Any]]]
+    numbers: Mapping[str, float]
+    step: int | None
+
+
+def _table(rows: list[dict[str, Any]]) -> Any:
     import wandb
 
     columns = list(dict.fromkeys(key for row in rows for key in row))
     cells = [[row.get(column) for column in columns] for row in rows]
-    table = wandb.Table(columns=columns, data=cells, allow_mixed_types=True)
+    return wandb.Table(columns=columns, data=cells, allow_mixed_types=True)
+
+
+def _publish(
+    run: Any, kind: str, folder: Path, rows: list[dict[str, Any]], axes: tuple[str, str], files: list[str], more: _More
+) -> None:
+    import wandb
+
+    table = _table(rows)
     logged = {"table": table, "scatter": wandb.plot.scatter(table, *axes, title=" against ".join(axes[::-1]))}
+    logged |= {name: _table(each) for name, each in more.beside.items()} | dict(more.numbers)
     for path in (folder / file for file in files):
         if path.suffix == ".png":
             logged[path.stem] = wandb.Image(str(path))
         elif path.suffix == ".html":
             logged["page"] = wandb.Html(path.read_text(), inject=False)
-    run.log({f"{kind}/{name}": value for name, value in logged.items()})
+    run.log({f"{kind}/{name}": value for name, value in logged.items()}, step=more.step)
     artifact = wandb.Artifact(run.id, type="comparison")
     for file in files:
         artifact.add_file(str(folder / file))

@@ -170,7 +170,7 @@ ROUTING = {
     **FORMAT_KEY,
     "step": _said(NUMBER, "updates so far"),
     "block": _said(WHOLE, "which of the model's blocks the row is of"),
-    "beside": _said(TEXT, "the sublayer beside which its adapters stand; an MoE layer's row has none", optional=True),
+    "beside": _said(TEXT, "of adapters their sublayer, or head; an MoE layer's row has none", optional=True),
     "utilisation": _statistic("share of slots that hold a token; empty ones are computed all the same"),
     "dropped_share": _statistic("share of tokens that no expert saw"),
     "dead_share": _statistic("share of experts with less than a hundredth of the mean load"),

@@ -11,15 +11,8 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from softmoe_cli.compare.command import (
-    PAGE,
-    files_told,
-    listed,
-    no_study,
-    parsed_options,
-    tracking_mode,
-    write_files,
-)
+from softmoe_cli.compare.command import listed, no_study, parsed_options
+from softmoe_cli.compare.written import PAGE, files_told, write_files
 from softmoe_cli.errors import UsageError, nearest
 
 if TYPE_CHECKING:
@@ -84,6 +77,7 @@ def run_scaling(arguments: Sequence[str]) -> int:
         return _published(chosen)
     from softmoe_cli.compare.blocks import kept_apart, usable_runs, version_notes
     from softmoe_cli.compare.question import Question
+    from softmoe_cli.compare.send import tracking_mode
     from softmoe_cli.scaling.answer import read_one
     from softmoe_cli.scaling.fit import Unidentified
     from softmoe_cli.scaling.points import check_quality, families

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from softmoe_cli.compare.intervals import FEW, OPEN, Interval, mean_interval
-from softmoe_cli.compare.power import Outlook, outlook
+from softmoe_cli.compare.intervals import FEW, OPEN, Interval, effect_interval, mean_interval
+from softmoe_cli.compare.power import seeds_to_equal, seeds_to_see
 from softmoe_cli.compare.units import cell, difference_cell, figure, points
 from softmoe_cli.config.settle import SettleConfig
 from softmoe_cli.run.rows import QUALITIES
@@ -19,7 +19,8 @@ from softmoe_cli.text import aligned, flop, in_words, several
 
 @dataclass(frozen=True)
 class Account:
-    """A standing with what it rests on. `reasons` say why runs failed; `over` names the budget that is used up."""
+    """A standing with what it rests on. `reasons` say why runs failed; `over` names the budget that the next round
+    would pass, and `next_round` what that would cost."""
 
     contest: Contest
     standing: Standing
@@ -29,6 +30,7 @@ class Account:
     asked: SettleConfig
     tuned: list[Tuned] = field(default_factory=list)
     over: str = ""
+    next_round: Spent = field(default_factory=Spent)
 
     @property
     def open(self) -> list[str]:
@@ -43,9 +45,16 @@ class Account:
         values = self.values(arm)
         return mean_interval(values) if values else None
 
-    @property
-    def outlook(self) -> Outlook | None:
-        return outlook(self.standing.found, self.open, self.contest.margin)
+    def needed(self, arm: str) -> tuple[int | None, int | None]:
+        """How many seeds would see the difference that an open arm has now, and how many would find it equal within the
+        margin if it has none: estimates by compare's power, None where there is no number."""
+        found, count = self.standing.found.get(arm), len(self.contest.arms)
+        effect = effect_interval(found) if found else None
+        if found is None or effect is None or not found.deviation:
+            return None, None
+        margin = self.contest.margin
+        equal = None if margin is None else seeds_to_equal(margin / found.deviation, count, anytime=True)
+        return seeds_to_see(effect.mean, count, anytime=True), equal
 
     @property
     def why(self) -> str:
@@ -90,21 +99,23 @@ def as_text(report: Account) -> str:
             f"tuning {report.asked.tune}, booked apart: {in_words(apart.seconds)} and {flop(1e15 * apart.pflop)}"
         )
     lines += [f"open: {each}" for each in needs(report)]
+    if report.over:
+        more = f"{in_words(report.next_round.seconds)} and {flop(1e15 * report.next_round.pflop)}"
+        lines.append(f"{report.over} is used up: the next look takes about {more} more")
     return "\n".join(lines)
 
 
 def needs(report: Account) -> list[str]:
     """For each open arm, how many seeds would decide it, by estimate."""
-    seen = report.outlook
     told = []
     for arm in report.open:
+        different, equal = report.needed(arm)
         ways = []
-        needed = seen.needed.get(arm) if seen else None
-        if needed is not None and needed.seeds is not None:
-            ways.append(f"about {several(needed.seeds, 'seed')} at the difference found")
-        if seen is not None and seen.equal_n is not None:
-            ways.append(f"about {seen.equal_n:,} to be equal within the margin, if it is")
-        told.append(f"{arm}: {' or '.join(ways) or 'too few seeds to say how many more it needs'}")
+        if different is not None:
+            ways.append(f"about {several(different, 'seed')} at the difference found")
+        if equal is not None:
+            ways.append(f"about {several(equal, 'seed')} to be equal within the margin, if it has no difference")
+        told.append(f"{arm}: {' or '.join(ways) or 'how many more seeds it needs cannot be said yet'}")
     return told
 
 
@@ -114,11 +125,11 @@ def as_json(report: Account) -> str:
 
 def told_rows(report: Account) -> dict[str, Any]:
     """The report for programs."""
-    contest, standing, seen = report.contest, report.standing, report.outlook
+    contest, standing = report.contest, report.standing
     arms: list[Mapping[str, Any]] = []
     for arm in (contest.baseline, *contest.arms):
         told, found, mean = standing.told.get(arm), standing.found.get(arm), report.mean(arm)
-        needed = seen.needed.get(arm) if seen else None
+        different, equal = report.needed(arm) if arm in report.open else (None, None)
         interval = found.interval if found else None
         arms.append(
             {
@@ -133,7 +144,8 @@ def told_rows(report: Account) -> dict[str, Any]:
                 "difference_high": interval.high if interval else None,
                 "p_holm": told.p if told else None,
                 "p_equal_holm": told.p_equal if told else None,
-                "seeds_needed": needed.seeds if needed else None,
+                "seeds_needed": different,
+                "equal_seeds_needed": equal,
             }
         )
     return {
@@ -147,7 +159,6 @@ def told_rows(report: Account) -> dict[str, Any]:
         "hours": report.spent.seconds / 3600,
         "train_pflop": report.spent.pflop,
         "tuning": tuning_rows(report.tuned, str(report.asked.tune)) if report.tuned else None,
-        "equal_seeds_needed": seen.equal_n if seen else None,
         "failed": report.reasons,
         "arms": arms,
     }

@@ -36,12 +36,17 @@ class Contest:
 
     @property
     def least(self) -> int:
-        """The fewest pairs with which the any-time rule can give a verdict at the first step of Holm."""
-        n = np.arange(2, 1000)
-        return int(n[np.isfinite(critical(n, (1 - LEVEL) / len(self.arms)))][0])
+        """The seeds of the first look."""
+        return fewest_seeds(len(self.arms))
 
     def seeds(self, n: int) -> range:
         return range(self.first, self.first + n)
+
+
+def fewest_seeds(comparisons: int) -> int:
+    """With fewer, no difference could be large enough for a verdict at the first step of Holm."""
+    n = np.arange(2, 1000)
+    return int(n[np.isfinite(critical(n, (1 - LEVEL) / comparisons))][0])
 
 
 @dataclass

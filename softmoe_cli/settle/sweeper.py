@@ -25,7 +25,7 @@ from softmoe_cli.settle.fair import Arms, fair_arms, fairness_of
 from softmoe_cli.settle.foresee import foreseen, plan_text
 from softmoe_cli.settle.record import fix_question
 from softmoe_cli.settle.report import Account, as_json, as_text
-from softmoe_cli.settle.rounds import Contest, Standing, lacking, stand
+from softmoe_cli.settle.rounds import Contest, Standing, fewest_seeds, lacking, stand
 from softmoe_cli.settle.spent import Spent, spent_by, spent_in, total
 from softmoe_cli.settle.trials import tune_arms
 from softmoe_cli.settle.tune import Tuned
@@ -90,15 +90,16 @@ class Settle(Fair):
         typed = without_seed(batch)
         if len(typed) < 2:
             raise UsageError("settle needs two arms or more: write choices with commas, as model/router=dense,soft")
+        least = fewest_seeds(len(typed) - 1)
+        if asked.max_seeds < least:
+            raise UsageError(
+                f"max_seeds={asked.max_seeds} can give no verdict: with {several(len(typed) - 1, 'comparison')} the "
+                f"any-time rule needs {least} seeds"
+            )
         arms = fair_arms(launcher, typed, asked, seeds)
         base = arms.arms[arms.base].label
         others = tuple(arm.label for arm in arms.arms if arm.label != base)
         contest = Contest(others, base, asked.quality, asked.margin, first)
-        if asked.max_seeds < contest.least:
-            raise UsageError(
-                f"max_seeds={asked.max_seeds} can give no verdict: with {several(len(others), 'comparison')} the "
-                f"any-time rule needs {contest.least} seeds"
-            )
         if launcher.plans:
             plan = foreseen(contest, arms, asked, Rounds(launcher, contest, arms, asked).outlook())
             print(json.dumps(plan) if asked.format == "json" else plan_text(plan))
@@ -111,7 +112,8 @@ class Settle(Fair):
             if asked.tune is not None:
                 arms, tuned = tune_arms(launcher, arms, asked, asked.quality, seeds)
             account = Rounds(launcher, contest, arms, asked, tuned).go()
-        print(as_json(account) if asked.format == "json" else as_text(account))
+        end = f"\ntables and figures: softmoe compare {arms.study}"
+        print(as_json(account) if asked.format == "json" else as_text(account) + end)
         Settle.status = OPEN_STATUS if account.open else 0
 
 
@@ -159,9 +161,10 @@ class Rounds:
             if not standing.wanted:
                 return report
             wanted = self._next(standing, runs)
-            over = self._over(report.spent, wanted, runs)
+            price = total(self._of_one(label, runs) for label, _ in wanted)
+            over = self._over(report.spent, price)
             if over:
-                return replace(report, over=over)
+                return replace(report, over=over, next_round=price)
             if standing.n:
                 self._launcher.tell(as_text(report))
             self._launch(wanted)
@@ -233,11 +236,9 @@ class Rounds:
             wanted = larger
         return wanted
 
-    def _over(self, spent: Spent, wanted: Sequence[tuple[str, int]], runs: dict[str, dict[int, FinishedRun]]) -> str:
+    def _over(self, spent: Spent, price: Spent) -> str:
         """Which budget the next round would pass; empty for none."""
-        after = (
-            spent + total(each.spent for each in self._tuned) + total(self._of_one(label, runs) for label, _ in wanted)
-        )
+        after = spent + total(each.spent for each in self._tuned) + price
         hours, pflop = self._asked.hours, self._asked.pflop
         if hours is not None and after.seconds > 3600 * hours:
             return f"hours={hours:g}"

@@ -10,7 +10,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from softmoe_cli.config.run import Config, check_parts, check_tokens
+from softmoe_cli.config.run import Config, check_tokens
 from softmoe_cli.cost.fit import require_place, settle, training_cost
 from softmoe_cli.cost.load import Load
 from softmoe_cli.data import batches, sets, workers
@@ -32,7 +32,7 @@ from softmoe_cli.train.progress import Budget
 from softmoe_cli.train.pruning import Pruning, served
 from softmoe_cli.train.recording import Recording
 from softmoe_cli.train.resume import Trained, carry_moments, delta_of, load_source, resume
-from softmoe_cli.train.setup import Begun, Setup
+from softmoe_cli.train.setup import Begun, Setup, require_batches
 from softmoe_cli.train.stop import Interrupted, Stop
 
 SMALLEST_SCALE = 2.0**-14
@@ -67,7 +67,7 @@ def train(begun: Begun) -> dict[str, Any]:
     load = Load.of(config, classes, device)
     cost = training_cost(load, experts_left(source.weights) if source is not None else {})
     check_tokens(config, cost.tokens)
-    check_parts(config, cost.whole_batches)
+    require_batches(config, cost)
     fit = settle(load, config.parallel, crew)
     crew.way, crew.why = fit.way, fit.why
     autocast = precision_context(device.type, config.train.precision, cached=fit.way == "ddp")  # others change in use

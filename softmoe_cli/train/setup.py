@@ -9,12 +9,13 @@ import torch
 
 from softmoe_cli import parallel
 from softmoe_cli.config.data import Data
-from softmoe_cli.config.run import Config
+from softmoe_cli.config.run import Config, check_parts
 from softmoe_cli.cost.fit import Fit, with_largest_batch
 from softmoe_cli.cost.flop import Cost
 from softmoe_cli.data import sets, workers
 from softmoe_cli.data.splits import Splits
 from softmoe_cli.errors import UsageError
+from softmoe_cli.model.router import check_evaluated
 from softmoe_cli.parallel import Crew
 from softmoe_cli.run.folder import Run
 from softmoe_cli.run.identity import signature
@@ -111,6 +112,12 @@ class Setup:
         """The same with the training of the weights that it began with; None where their file does not say."""
         before = self.source.train_pflop if self.source else 0.0
         return None if before is None else before + self.train_pflop(progress)
+
+
+def require_batches(config: Config, cost: Cost) -> None:
+    """Raises UsageError for batches that the model's routers do not take."""
+    check_parts(config, cost.whole_batches)
+    check_evaluated("train.eval_batch_size", config.train.eval_batch_size, config.model)
 
 
 def images_identity(settings: Data, crew: Crew) -> str | None:

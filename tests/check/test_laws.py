@@ -391,6 +391,33 @@ def test_large_figures_are_held_to_their_size(
     assert verdict == "pass" or "soft_eps: gradient of x is off by" in outcome.figure
 
 
+@pytest.mark.parametrize(
+    ("router", "names", "output"),
+    [
+        ("zero_computation", ("zero_computation_released", "zero_computation_paper_layer"), "y"),
+        ("mumoe_tr", ("mumoe_trr_block_ln",), "y"),
+    ],
+)
+def test_a_further_folder_of_cases_is_tried(
+    router: str, names: tuple[str, ...], output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of layers from PyTorch too: under other names, and with a number that is wrong."""
+    folder = with_cases(tmp_path / "cases", *names, monkeypatch=monkeypatch)
+    for ending in ("json", "npz"):
+        (folder / f"{names[0]}.{ending}").rename(folder / f"another.{ending}")
+    outcome = run_check("official numbers", Subject(ROUTERS[router]))
+    assert outcome.verdict == "pass" and f"{len(names)} cases" in outcome.figure, outcome
+    with np.load(folder / "another.npz") as file:
+        arrays = dict(file)
+    wrong = [key for key in arrays if key.startswith("out/") and f"/{output}" in key]
+    assert wrong
+    for key in wrong:
+        arrays[key] = arrays[key] + 1e-2
+    np.savez(folder / "another.npz", **arrays)
+    outcome = run_check("official numbers", Subject(ROUTERS[router]))
+    assert outcome.verdict == "fail" and "another: " in outcome.figure, outcome
+
+
 def test_cases_are_found_by_their_kind(softmoe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever their names are; those of other kinds are told."""
     folder = with_cases(tmp_path / "cases", "soft_slots4", "tc_k1_tiny_vanilla", monkeypatch=monkeypatch)

@@ -15,11 +15,13 @@ import pytest
 
 from softmoe_cli.compare import command as compare_command
 from softmoe_cli.compare.blocks import compare
-from softmoe_cli.compare.command import PAPER, _reference, _settings
+from softmoe_cli.compare.command import PAPER, _reference
 from softmoe_cli.compare.groups import Comparison
 from softmoe_cli.compare.question import Question
+from softmoe_cli.compare.send import wandb_run
 from softmoe_cli.compare.styles import reference_points
 from softmoe_cli.compare.tables import markdown, terminal
+from softmoe_cli.compare.written import write_comparison
 from softmoe_cli.errors import UsageError
 from tests.conftest import TINY, Softmoe
 from tests.processes import Started
@@ -63,11 +65,11 @@ def test_what_was_not_made_here_is_not_made_anew(
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "table.csv").write_text("mine")
     with pytest.raises(UsageError, match=r"--out=.*table\.csv exists"):
-        compare_command.write_comparison(compared, tmp_path / "out")
+        write_comparison(compared, tmp_path / "out")
     assert [path.read_text() for path in (tmp_path / "out").iterdir()] == ["mine"]
     (tmp_path / "out" / "table.csv").rename(tmp_path / "out" / "mine.csv")
-    names = compare_command.write_comparison(compared, tmp_path / "out")
-    assert compare_command.write_comparison(compared, tmp_path / "out") == names
+    names = write_comparison(compared, tmp_path / "out")
+    assert write_comparison(compared, tmp_path / "out") == names
     assert {path.name for path in (tmp_path / "out").iterdir()} == {*names, "mine.csv"}
 
 
@@ -158,12 +160,21 @@ def test_wandb_offline_holds_group_table_and_artifact(tmp_path: Path) -> None:
     artifact = next(each.artifact for each in kept if each.artifact.type == "comparison")
     assert {each.path for each in artifact.manifest.contents} >= {"table.csv", "table.tex", "index.html", "pareto.pdf"}
     media = {path.name.split("_0_")[0] for path in (file.parent / "files" / "media").rglob("*") if path.is_file()}
-    assert media == {"table", "pareto", "curves", "page"}
-    table = json.loads(next((file.parent / "files" / "media").rglob("*.table.json")).read_text())
+    assert media == {"table", "verdicts", "pareto", "curves", "page"}
+    table = json.loads(next((file.parent / "files" / "media").rglob("table_0_*.table.json")).read_text())
     assert len(table["data"]) == 3
+    verdicts = json.loads(next((file.parent / "files" / "media").rglob("verdicts_0_*.table.json")).read_text())
+    told = [dict(zip(verdicts["columns"], each, strict=True)) for each in verdicts["data"]]
+    assert [(each["group"], each["verdict"], each["seeds"]) for each in told] == [
+        ("soft", "better", 3), ("tokens_choice", "not distinguishable", 3), ("dense", "baseline", None)
+    ]  # fmt: skip
+    assert told[0]["beside it"] == "at 16% more training FLOPs" and told[0]["cost ratio"] == pytest.approx(1.16)
+    assert "soft is better than dense in test top-1" in run.notes
+    page = next((file.parent / "files" / "media").rglob("page_0_*.html")).read_text()
+    assert page == (tmp_path / "runs/compare/index.html").read_text(), "the page of the group, whole"
     assert table["data"][0][table["columns"].index("group")] == "soft"
     write(tmp_path / "runs", row(router="dense", seed=9))
-    again = _settings(compare([tmp_path / "runs"], Question()), Question(), "mine")
+    again = wandb_run(compare([tmp_path / "runs"], Question()), Question(), "mine")
     assert again["id"] == run.run_id, "asked again, with more seeds, it is the same run"
 
 

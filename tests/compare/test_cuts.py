@@ -3,6 +3,7 @@
 import math
 import statistics
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -136,7 +137,7 @@ def cut_study(folder: Path, cuts: range, seeds: int = 2) -> Path:
     """dense and soft in each cut; cuts are easier or harder for both, and soft gains 3 points or so."""
     for cut in cuts:
         for seed in range(seeds):
-            hard = {"data__split_seed": cut, "test_is_cut": True}
+            hard: dict[str, Any] = {"data__split_seed": cut, "test_is_cut": True}
             write(folder, row(router="dense", seed=seed, top1_pct=85 + 2 * (cut % 4) + 0.3 * seed, **hard))
             gain = 3 + 0.2 * (cut % 3) + 0.1 * seed
             write(folder, row(seed=seed, top1_pct=85 + 2 * (cut % 4) + 0.3 * seed + gain, **hard))
@@ -196,7 +197,7 @@ def test_cuts_after_a_look_are_judged_by_the_any_time_rule_and_later_seeds_of_se
     assert before.difference is not None
     assert (before.difference.method, before.difference.unit, before.difference.interval.n) == ("any-time", "cut", 8)
     for cut in range(3):
-        late = {"seed": 7, "data__split_seed": cut, "test_is_cut": True}
+        late: dict[str, Any] = {"seed": 7, "data__split_seed": cut, "test_is_cut": True}
         write(tmp_path, row(router="dense", top1_pct=50, **late))
         write(tmp_path, row(top1_pct=99, **late))
     comparison = asked(tmp_path)

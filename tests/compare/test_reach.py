@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from softmoe_cli.compare.cuts import compared_by
 from softmoe_cli.compare.flat import comma_separated, json_text
-from softmoe_cli.compare.intervals import difference
+from softmoe_cli.compare.intervals import Difference, difference
 from softmoe_cli.compare.reach import Reached, first_reach, reached
 from softmoe_cli.compare.tables import tables, terminal
 from softmoe_cli.errors import UsageError
@@ -26,7 +27,17 @@ def planted(speed: float, ceiling: float = 95.0, until: float = 40.0) -> list[tu
 
 
 def asked_of(ours: list[Any], theirs: list[Any], target: float | None = None) -> Reached | None:
-    return reached(list(enumerate(ours)), list(enumerate(theirs)), target, "images", difference, higher_is_better=True)
+    return reached(drawn(ours), drawn(theirs), target, "images", by_seed, higher_is_better=True)
+
+
+def drawn(curves: list[Any], first: int = 0) -> list[tuple[tuple[int, int], Any]]:
+    """Curves of one cut."""
+    return [((0, first + seed), curve) for seed, curve in enumerate(curves)]
+
+
+def by_seed(ours: list[tuple[tuple[int, int], float]], theirs: list[tuple[tuple[int, int], float]]) -> Difference:
+    _, mine, its = compared_by(ours, theirs)
+    return difference(mine, its)
 
 
 def test_the_first_time_is_found_word_for_word() -> None:
@@ -69,8 +80,7 @@ def test_the_ratio_is_the_planted_one() -> None:
     back = asked_of(theirs, ours, target=80.0)
     assert value is not None and back is not None and value.ratio is not None and back.ratio is not None
     assert value.ratio.mean == pytest.approx(1 / back.ratio.mean)
-    apart = reached([(10 + i, c) for i, c in enumerate(ours)], list(enumerate(theirs)), 80.0, "images", difference,
-                    higher_is_better=True)  # fmt: skip
+    apart = reached(drawn(ours, 10), drawn(theirs), 80.0, "images", by_seed, higher_is_better=True)
     assert apart is not None and apart.ratio is not None and apart.ratio.mean == pytest.approx(value.ratio.mean)
 
 

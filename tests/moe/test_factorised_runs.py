@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,11 @@ from tests.cost.loads import composed, held
 from tests.cost.test_memory import allocated_peak
 from tests.routers import ROUTERS
 from tests.runs import last, same, the_run
+
+
+def routing_rows(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "routing.jsonl").read_text().splitlines()]
+
 
 CP = ("model/router=mumoe_cp", "tracking=off")
 every_kind = pytest.mark.parametrize("name", [name for name in ROUTERS if name.startswith("mumoe_")])
@@ -87,6 +93,11 @@ def test_a_factorised_head(name: str, softmoe: Softmoe, tmp_path: Path) -> None:
     assert len(weights["head.weight"]) == 10 and weights["head.router.levels.0.norm.mean"].any()
     row = json.loads(softmoe("evaluate", f"checkpoint={run}", "format=json").out)
     assert row["top1_pct"] == json.loads((run / "result.json").read_text())["top1_pct"]
+    (looked,) = [row for row in routing_rows(run) if row.get("beside") == "head" and row["step"] == 6]
+    assert looked["block"] == 2 and 0 < looked["coefficient_max"] <= 1 and "utilisation" not in looked
+    audited = json.loads(softmoe("evaluate", f"checkpoint={run}", "audit=[experts]", "format=json").out)["audit"]
+    assert sum(finding["block"] == "head" for finding in audited) == 3
+    assert "the head, one of 3: mean" in softmoe("evaluate", f"checkpoint={run}", "audit=[experts]").out
     counted = json.loads(softmoe("cost", *TINY[1:], *wide, f"model.head={name}", "data=digits", "format=json").out)
     assert counted["forward_gflop"] == pytest.approx(counted["counter_forward_gflop"], rel=1e-12)
     assert counted["train_gflop"] == pytest.approx(counted["counter_train_gflop"], rel=1e-12)

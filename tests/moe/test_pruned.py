@@ -24,6 +24,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "tokens_choice, groups": ("tokens_choice", BALANCED | {"images_per_group": 2}),
     "tokens_choice_bpr": ("tokens_choice_bpr", BALANCED),
     "tokens_choice_dropless": ("tokens_choice_dropless", BALANCED | {"k": 2, "shared_experts": 1}),
+    "image_choice": ("image_choice", BALANCED | {"k": 2, "renormalise": True}),
     "experts_choice": ("experts_choice", {"noise_std": 0.0}),
     "experts_choice, renormalised": ("experts_choice", {"noise_std": 0.0, "renormalise": True}),
 }

@@ -1,10 +1,12 @@
 """Routers of single blocks: how they are typed, and what every part makes of them."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from softmoe_cli.compare import groups
 from softmoe_cli.config.model import check_groups
 from softmoe_cli.cost.flop import account, account_model, count_flop, on_meta
 from softmoe_cli.errors import UsageError
@@ -126,6 +128,18 @@ def test_another_router_in_a_block_is_another_run() -> None:
     assert signature(plain, "train", None, None) != signature(mixed, "train", None, None)
     assert not [key for key in flat_science(plain) if key.startswith("model.blocks")]
     assert flat_science(mixed)["model.blocks.3.num_experts"] == 8
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "label"),
+    [
+        ("model.blocks.3._target_", "softmoe_cli.moe.routers.soft.SoftRouter", "block 3 soft"),
+        ("model.blocks.11.num_experts", 8, "block 11 num_experts 8"),
+    ],
+)
+def test_tables_say_of_which_block_a_setting_is(key: str, value: Any, label: str) -> None:
+    group: Any = SimpleNamespace(settings={key: value}, runs=[SimpleNamespace(row={})])
+    assert groups._part(group, key) == label
 
 
 @pytest.mark.thorough

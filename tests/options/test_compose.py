@@ -52,6 +52,18 @@ def test_groups(softmoe: Softmoe, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_recipe_of_factorised_heads_is_the_published_one() -> None:
+    """james-oldfield/muMoE, finetune.py: 10 epochs of 4096 images, 500 updates of warmup, crops alone."""
+    config = compose(
+        "recipe=finetune_mumoe", "data=folder", "data.root=x", "data.image_size=32", "data.num_classes=1000"
+    )
+    o, t, a = config.optim, config.train, config.augment
+    assert (o.name, o.lr, o.final_lr, o.schedule, o.clip_norm) == ("adamw", 3e-5, 0, "cosine", 1)
+    assert (t.epochs, t.batch_size, t.precision, t.label_smoothing) == (10, 4096, "fp16", 0)
+    assert (span_length(o.warmup, 3130), o.weight_decay, o.head_weight_decay, o.layer_decay) == (500, 0.1, 0.1, None)
+    assert (a.crop, a.hflip, a.mixup, a.cutmix, a.randaugment, a.erase) == ("resized", 0, 0, 0, None, 0)
+
+
 def test_the_sgd_recipe_is_the_published_one() -> None:
     """google-research/vmoe, configs/vmoe_paper/*_ft_ilsvrc2012.py."""
     config = compose("recipe=finetune_sgd", "data=folder", "data.root=x", "data.image_size=32", "data.num_classes=1000")

@@ -59,6 +59,7 @@ def model_cost(name: str, size: int | None, channels: int | None, classes: int |
     are none."""
     import timm  # takes seconds to import
 
+    from softmoe_cli.config.adapter import AdapterOptions
     from softmoe_cli.config.model import Backbone, Model
     from softmoe_cli.cost.flop import account_model, on_meta
     from softmoe_cli.model.pretrained import timm_card
@@ -67,7 +68,8 @@ def model_cost(name: str, size: int | None, channels: int | None, classes: int |
         return f"{name} is no model of timm, and so no cost is computed for it"
     try:
         card = timm_card(name)["model"]
-        model = Model(**(card | {"backbone": Backbone(**card["backbone"])}))
+        parts = {"backbone": Backbone(**card["backbone"]), "adapter": AdapterOptions(**card["adapter"])}
+        model = Model(**(card | parts))
         model = replace(model, image_size=size or model.image_size, in_chans=channels or model.in_chans)
         model.check()
         about = timm.get_pretrained_cfg(name)

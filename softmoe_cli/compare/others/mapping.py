@@ -57,8 +57,10 @@ def mapping(typed: Iterable[str], quality: str, cost: str) -> dict[str, Named]:
             raise UsageError(f"--map says twice what {key} is")
         name, star, factor = column.rpartition("*")
         value = typed_value(factor) if star and name else None
-        scaled = isinstance(value, int | float) and not isinstance(value, bool) and number(value) and value != 0
-        found[OWN_WORDS.get(key, key)] = Named(name, float(value)) if scaled else Named(column)
+        if isinstance(value, int | float) and number(value) and value != 0:
+            found[OWN_WORDS.get(key, key)] = Named(name, float(value))
+        else:
+            found[OWN_WORDS.get(key, key)] = Named(column)
     return found
 
 

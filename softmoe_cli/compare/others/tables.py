@@ -88,7 +88,8 @@ def _csv_rows(path: Path, text: str) -> tuple[list[tuple[str, Cells]], list[tupl
     head, lines = csv_lines(text)
     if not lines:
         raise Damaged("has no row under its head")
-    found, wrong = [], []
+    found: list[tuple[str, Cells]] = []
+    wrong: list[tuple[str, str]] = []
     for number, cells in lines:
         if len(cells) != len(head):
             wrong.append((f"{path}, line {number}", f"has {len(cells)} values under {len(head)} names"))
@@ -98,15 +99,15 @@ def _csv_rows(path: Path, text: str) -> tuple[list[tuple[str, Cells]], list[tupl
 
 
 def _json_rows(path: Path, text: str) -> tuple[list[tuple[str, Cells]], list[tuple[str, str]]]:
+    placed: list[tuple[str, Any]] = []
+    wrong: list[tuple[str, str]] = []
     if path.suffix == ".json":
         tree = parsed_json(text, "it")
         tree = [tree] if isinstance(tree, dict) else tree
         if not isinstance(tree, list):
             raise Damaged("is no list of rows")
-        placed: list[tuple[str, Any]] = [(f"row {i}", each) for i, each in enumerate(tree, 1)]
-        wrong = []
+        placed = [(f"row {i}", each) for i, each in enumerate(tree, 1)]
     else:
-        placed, wrong = [], []
         for i, line in enumerate(text.splitlines(), 1):
             try:
                 placed.append((f"line {i}", parsed_json(line, "the line")))

@@ -10,6 +10,7 @@ from softmoe_cli.compare.others.tables import csv_lines
 from softmoe_cli.compare.others.told import Cells, Damaged, Told, flat, last_values, typed_value
 from softmoe_cli.errors import first_line
 from softmoe_cli.run import rows
+from softmoe_cli.run.budget import DEEPEST
 
 SUMMARY, ARGS = "summary.csv", "args.yaml"
 TIMM_NAMES = EVAL | {
@@ -78,7 +79,7 @@ def _arguments(text: bytes) -> Cells:
         depth = 0
         for event in yaml.parse(text, Loader=loader):  # libyaml's composer ends the process at great depth
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > rows.DEEPEST:
+            if depth > DEEPEST:
                 raise Damaged(f"{ARGS} is nested too deeply")
         tree: Any = yaml.load(text, Loader=loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:

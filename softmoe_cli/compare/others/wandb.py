@@ -13,7 +13,7 @@ from softmoe_cli.run import rows
 from softmoe_cli.text import printable
 
 LOG_BLOCK, RECORD_HEAD = 32768, 7
-FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
+WHOLE_RECORD, FIRST_PART, MIDDLE_PART, LAST_PART = 1, 2, 3, 4
 MAGIC = b":W&B\xe1\xbe"
 WANDB_NAMES = {"device_s": "_runtime"}
 
@@ -93,10 +93,15 @@ def _records(path: Path) -> list[bytes]:
             raise Damaged(f"is cut short after {at:,} bytes")
         if size > left - RECORD_HEAD or zlib.crc32(kind + body) != int.from_bytes(data[at : at + 4], "little"):
             raise Damaged(f"is damaged at byte {at:,}: a checksum does not fit")
-        if (kind[0] in (FULL, FIRST)) != (parts is None) or kind[0] not in (FULL, FIRST, MIDDLE, LAST):
+        if (kind[0] in (WHOLE_RECORD, FIRST_PART)) != (parts is None) or kind[0] not in (
+            WHOLE_RECORD,
+            FIRST_PART,
+            MIDDLE_PART,
+            LAST_PART,
+        ):
             raise Damaged(f"is damaged at byte {at:,}: a record is not whole")
         parts = (parts or b"") + body
-        if kind[0] in (FULL, LAST):
+        if kind[0] in (WHOLE_RECORD, LAST_PART):
             found.append(parts)
             parts = None
         at += RECORD_HEAD + size

@@ -48,6 +48,7 @@ class TokensChoiceDroplessRouter(Router):
 
     slots_per_expert = None
     k: int
+    evaluates_alone = True
     counts_landed = True
     decays = ("gate.kernel",)
     expert_axes: ClassVar[dict[str, int]] = {"gate.kernel": 1, "balance.bias": 0}
@@ -123,8 +124,9 @@ class TokensChoiceDroplessRouter(Router):
             routing = in_runs(of_tokens[0], of_tokens[1], kept, self.num_experts, gates.new_zeros(()))
             self.balance.add_demand(routing.demand)
             same = noisy is clean
-            clean, gates, kept = (in_groups(each, self.loss_images) for each in (clean, gates, kept_seen))
-            noisy = clean if same else in_groups(noisy, self.loss_images)
+            images = self.loss_images if self.training else 1
+            clean, gates, kept = (in_groups(each, images) for each in (clean, gates, kept_seen))
+            noisy = clean if same else in_groups(noisy, images)
             routing.aux_loss = self.balance.loss(self.gate, clean, noisy, gates, kept, self.k)
             return routing
 

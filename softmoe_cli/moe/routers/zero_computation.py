@@ -180,8 +180,8 @@ class ZeroComputationRouting(SparseRouting):
 class ZeroComputationRouter(Router):
     """Each token takes k of all experts; the more of them compute nothing, the less it costs.
 
-    Capacities hold in training alone, as in the released code: an evaluation drops nothing, and its result does not
-    depend on neighbours.
+    Capacities and groups of images are for training alone, as in the released code: an evaluation drops nothing, and
+    its result does not depend on neighbours.
 
     Args:
         dim: d.
@@ -195,7 +195,7 @@ class ZeroComputationRouter(Router):
         capacity_factor: room in training over what balanced choices need (the paper: 1.1); null: room for all.
         capacity_counts_choices: whether capacities are shares of the k s choices, or of the s tokens, as printed.
         batch_priority: tokens with the largest gate are served first (Batch Priority Routing), not in their order.
-        images_per_group: images whose tokens compete for room, and over which the balance loss is taken.
+        images_per_group: images whose tokens compete for room in training, and over which the balance loss is taken.
         gates: what a choice is multiplied by, see `choice_gates`.
         logits_norm: standard deviation that gates and choices give the logits (the released model: 1); null: their own.
         gating_residual: add a linear map of the previous such layer's logits to the logits (Equation 6).
@@ -206,6 +206,7 @@ class ZeroComputationRouter(Router):
     """
 
     slots_per_expert = None
+    evaluates_alone = True
     counts_landed = True
     decays = ("gate.kernel", "residual.weight", "constants.kernel")
     unprunable = "its layers hand their experts' logits on to each other, and its experts are of several kinds"
@@ -341,7 +342,7 @@ class ZeroComputationRouter(Router):
         self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None = None, carried: Carried | None = None
     ) -> ZeroComputationRouting:
         with full_precision(x):
-            tokens, kept = grouped_tokens(x, keep, self.images_per_group)
+            tokens, kept = grouped_tokens(x, keep, self.images_per_group if self.training else 1)
             logits = self.scores(tokens, carried)
             routing = self.route(logits, tokens, kept, (x.shape[0], x.shape[1]))
             routing.carried = Carried(logits)
@@ -381,16 +382,23 @@ class ZeroComputationRouter(Router):
         rows = self._slots(choices, shape) if limited else self._runs(choices, shape)
         aux_loss = logits.new_zeros(())
         if self.balance_weight:
-            together = self.loss_images // self.images_per_group
+            together = self.loss_images // self.images_per_group if self.training else 1
             every, votes, kept = (in_groups(each, together) for each in (logits, chosen, keep))
             losses = balance_loss(every, votes, kept, self.num_experts, self.tau)
             aux_loss = self.balance_weight * losses.mean()
         direct = self._direct(choices, tokens, shape)
-        return ZeroComputationRouting(rows, direct, choices, aux_loss, shape, self.counts, self._overflow)
+        return ZeroComputationRouting(rows, direct, choices, aux_loss, shape, self.counts, self._dropped_in_training)
 
     def _order(self, shares: Float[Tensor, "g s all"]) -> Int[Tensor, "g s"] | None:
         """The order in which tokens are served; None: as they come."""
         return surest_first(shares) if self.batch_priority else None
+
+    def _dropped_in_training(self, choices: Choices) -> Bool[Tensor, "g s k"]:
+        """Which choices of an evaluation, of whose groups each is an image, training would drop in its own groups."""
+        grouped = choices
+        if not self.training:
+            grouped = Choices(*(in_groups(each, self.images_per_group) for each in choices))
+        return self._overflow(grouped).reshape(-1, *choices.chosen.shape[1:])[: len(choices.chosen)]
 
     def _overflow(self, choices: Choices) -> Bool[Tensor, "g s k"]:
         """Which choices the capacity in training drops: all first choices are served before any second one."""

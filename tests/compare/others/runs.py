@@ -22,6 +22,7 @@ import subprocess
 import sys
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import yaml
 from timm.utils import update_summary
@@ -78,7 +79,13 @@ def timm_runs(folder: Path) -> Path:
         for seed in range(3):
             run = folder / "timm" / f"{arm}-{seed}"
             run.mkdir(parents=True)
-            args = {"model": arm, "seed": seed, "img_size": None, "num_classes": 10, "dataset": "torch/cifar10"}
+            args: dict[str, Any] = {
+                "model": arm,
+                "seed": seed,
+                "img_size": None,
+                "num_classes": 10,
+                "dataset": "torch/cifar10",
+            }
             args |= {"lr": 0.1, "output": str(folder), "experiment": run.name, "mean": [0.5, 0.5, 0.5], "epochs": 3}
             (run / "args.yaml").write_text(yaml.safe_dump(args, default_flow_style=False))
             gain = 3.0 * arm.startswith("vit_small")

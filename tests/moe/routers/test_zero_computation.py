@@ -144,7 +144,7 @@ def test_two_layers_equal_loops_over_tokens(changes: Options, training: bool) ->
     x2 = x + y1
     y2, carried2 = second(x2, None, carried)
     drops = training and options["capacity_factor"] is not None
-    size = options["images_per_group"]
+    size = options["images_per_group"] if training else 1
     groups = list(zip(x.reshape(-1, size * TOKENS, D), x2.reshape(-1, size * TOKENS, D), strict=True))
     want: list[list[Any]] = [[], [], [], [], [], []]
     for one, two in groups:
@@ -325,6 +325,17 @@ def test_the_order_of_mlps_does_not_matter() -> None:
                 router.residual.weight.copy_(router.residual.weight[order][:, order])
         y, carried = first(x, None, Carried())
         torch.testing.assert_close(second(x + y, None, carried)[0], want, atol=1e-12, rtol=0)
+
+
+def test_an_evaluation_has_no_groups() -> None:
+    """Any number of images; each by itself. What training would drop is still counted in its groups, the last one not
+    full."""
+    layer, x = made(images_per_group=3, capacity_factor=0.5), images(5)
+    torch.testing.assert_close(layer(x), torch.cat([layer(each) for each in x.split(1)]), atol=1e-12, rtol=0)
+    told = routing_of(layer, x).statistics()
+    chosen, _, landed, keep, *_ = routing_of(layer.train(), x).choices
+    ffn = (chosen < E) & keep[:, :, None]
+    assert 0 < told["ffn_dropped_share"] == pytest.approx(1 - (landed & ffn).sum().item() / ffn.sum().item())
 
 
 def test_a_dropped_choice_leaves_the_other() -> None:

@@ -1,0 +1,71 @@
+"""The files of a comparison, and where they are."""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from softmoe_cli.errors import UsageError
+from softmoe_cli.files import require_vacant, write_atomically
+
+if TYPE_CHECKING:
+    from softmoe_cli.compare.groups import Comparison
+
+FIGURES = ("curves", "pareto")
+PAGE = "index.html"
+
+
+def files_told(files: Sequence[str], out: Path, width: int | None) -> str:
+    """Which file to open, and what lies beside it."""
+    from softmoe_cli.text import printable
+
+    forms: dict[str, list[str]] = {}
+    for name in files:
+        stem, _, form = name.rpartition(".")
+        forms.setdefault(stem, []).append(form)
+    beside = [f"{stem}.{'|'.join(found)}" for stem, found in forms.items() if f"{stem}.{found[0]}" != PAGE]
+    others = f"beside it: {', '.join(beside)}"
+    return f"open {printable(str(out / PAGE))}\n{others if width is None else textwrap.fill(others, width)}"
+
+
+def write_comparison(comparison: "Comparison", out: Path) -> list[str]:
+    """Writes every file into `out` and returns their names.
+
+    Raises:
+        UsageError: the folder cannot be written, or holds files of these names that are not ours.
+    """
+    from softmoe_cli.compare.figures import figure_files
+    from softmoe_cli.compare.flat import comma_separated, json_text
+    from softmoe_cli.compare.page import PAGE_MARK, page
+    from softmoe_cli.compare.tables import latex, markdown
+
+    drawn = {name: content for each in FIGURES for name, content in figure_files(comparison, each).items()}
+    texts = {
+        PAGE: page(comparison, drawn, out),  # written first: it marks the folder as ours
+        "table.md": markdown(comparison),
+        "table.tex": latex(comparison),
+        "table.csv": comma_separated(comparison),
+        "table.json": json_text(comparison),
+    }
+    files = {name: text.encode() for name, text in texts.items()} | drawn
+    return write_files(files, out, PAGE_MARK)
+
+
+def write_files(files: Mapping[str, bytes], out: Path, mark: bytes) -> list[str]:
+    """Writes a command's files into `out`, PAGE the first of them, and returns their names. A folder whose PAGE has
+    the command's `mark` is written over.
+
+    Raises:
+        UsageError: the folder cannot be written, or holds files of these names that are not the command's.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        ours = (out / PAGE).is_file() and mark in (out / PAGE).read_bytes()
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--out {out} cannot be written: {error}; choose another folder") from error
+    for name in files:
+        if not ours:
+            require_vacant("--out", out / name)
+    for name, content in files.items():
+        write_atomically(out / name, content)
+    return list(files)

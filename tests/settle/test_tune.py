@@ -1,0 +1,73 @@
+"""What tuning finds on response surfaces whose optima are known."""
+
+import math
+
+import pytest
+
+from softmoe_cli.settle.spent import Spent
+from softmoe_cli.settle.tune import Tried, Tuned, booked, changed_order, chosen_by, spread_at_best
+from softmoe_cli.settle.tuning import tuning_rows, tuning_sentences, tuning_text
+from tests.settle.made_up import finished
+
+VALUES = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2]
+
+
+def tuned(arm: str, optimum: float, top: float = 90.0, default: float = 1e-3, values: list[float] = VALUES) -> Tuned:
+    """A parabola in the logarithm of the value, with the same noise of three seeds at every value."""
+    trials = []
+    for value in values:
+        quality = top - 8 * math.log10(value / optimum) ** 2
+        runs = [
+            finished(arm, seed, validation_top1_pct=quality + (seed - 1), validation_loss=(100 - quality) / 30,
+                     train_pflop=0.5, device_s=2.0, eval_s=0.25, save_s=0.0, compile_s=0.0)
+            for seed in range(3)
+        ]  # fmt: skip
+        trials.append(Tried(value, runs))
+    return Tuned(arm, trials, default, "validation_top1_pct", booked(trials))
+
+
+@pytest.mark.parametrize("optimum", VALUES)
+def test_the_optimum_is_found_and_ends_of_the_list_are_said(optimum: float) -> None:
+    found = tuned("a", optimum)
+    assert found.best is not None and found.best.value == optimum
+    assert found.at_end == {1e-4: "smallest", 1e-2: "largest"}.get(optimum, "")
+    assert ("the list was too short" in " ".join(tuning_sentences([found], "optim.lr"))) == bool(found.at_end)
+
+
+def test_tuning_is_booked() -> None:
+    found = tuned("a", 1e-3)
+    assert found.spent == Spent(15 * 2.25, 15 * 0.5)
+    assert spread_at_best(found) == pytest.approx(8.0)
+    assert tuning_rows([found], "optim.lr")["arms"][0]["train_pflop"] == 7.5
+
+
+def test_order_before_and_after() -> None:
+    """At the default of 1e-3 a beats b; with the best of each b beats a."""
+    a, b = tuned("a", 1e-3, top=90), tuned("b", 1e-2, top=92)
+    assert changed_order([a, b]) == (["a", "b"], ["b", "a"])
+    assert "tuning changed the order of the arms by their means: a > b with the defaults, b > a tuned" in tuning_text(
+        [a, b], "optim.lr"
+    )
+    same = tuned("c", 1e-3, top=91)
+    assert changed_order([a, same]) == (["c", "a"], ["c", "a"])
+    assert "tuning did not change" in tuning_text([a, same], "optim.lr")
+    assert changed_order([a, tuned("d", 1e-3, default=0.5)]) is None
+    rows = tuning_rows([a, b], "optim.lr")
+    assert rows["order_changed"] is True and [arm["best"] for arm in rows["arms"]] == [1e-3, 1e-2]
+
+
+def test_a_tie_goes_to_the_smaller_loss_and_a_failure_is_not_chosen() -> None:
+    def tried(value: float, top1: float, loss: float, failed: int = 0) -> Tried:
+        return Tried(value, [finished("a", 0, validation_top1_pct=top1, validation_loss=loss)], failed)
+
+    found = Tuned("a", [tried(1, 90, 0.4), tried(2, 90, 0.3), tried(3, 99, 0.1, failed=1)], 1, "validation_top1_pct")
+    assert found.best is not None and found.best.value == 2
+    by_loss = Tuned("a", [tried(1, 90, 0.4), tried(2, 80, 0.3)], 1, "validation_loss")
+    assert by_loss.best is not None and by_loss.best.value == 2
+    assert Tuned("a", [tried(1, 90, 0.4, failed=1)], 1, "validation_loss").best is None
+
+
+def test_choices_are_made_on_validation_images() -> None:
+    assert [chosen_by(key) for key in ("top1_pct", "validation_top1_pct", "nll", "loss")] == [
+        "validation_top1_pct", "validation_top1_pct", "validation_loss", "validation_loss",
+    ]  # fmt: skip
