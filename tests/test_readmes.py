@@ -133,7 +133,7 @@ def compose_last(self: Any, job_overrides: Sequence[Sequence[str]], *_: Any, **_
     config = self._compose(self._config, list(job_overrides[-1]))
     with read_write(config), open_dict(config):
         del config["hydra"]
-    reached(resolve("train", plain(config, Config), job_overrides[-1])[0])
+    reached(resolve(self.command, plain(config, Config), job_overrides[-1])[0])
 
 
 @pytest.mark.long

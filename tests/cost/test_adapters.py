@@ -1,5 +1,6 @@
 """What finetuning with adapters costs: FLOPs by hand, memory by the allocator."""
 
+import json
 from collections.abc import Sequence
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from softmoe_cli.config.run import Config
 from softmoe_cli.cost.flop import account, account_model, count_forward, on_meta
 from softmoe_cli.cost.memory import predict
+from tests.conftest import Softmoe
 from tests.cost.loads import load
 from tests.cost.test_memory import allocated_peak
 from tests.oracles import compose
@@ -120,3 +122,15 @@ def test_memory_of_finetuning_a_b16() -> None:
         assert predicted == pytest.approx(found[adapter][1], rel=0.02)
     print({adapter: [round(each / 2**20) for each in both] for adapter, both in found.items()})
     assert found["soft_moa"][1] < 0.6 * found["none"][1]
+
+
+def test_the_command_tells_what_a_frozen_backbone_saves(softmoe: Softmoe) -> None:
+    """Of training with adapters the total alone: by formula every part would be trained."""
+    line = ("cost", "model/backbone=vit_nano2", "model/router=dense", "format=json")
+    plain, adapted = (json.loads(softmoe(*line, more).out) for more in ("adapter=none", "adapter=soft_moa"))
+    assert adapted["train_gflop"] == adapted["counter_train_gflop"] < plain["train_gflop"]
+    assert adapted["gradient_mib"] < 0.1 * plain["gradient_mib"] and adapted["peak_mib"] < plain["peak_mib"]
+    assert {part["train_gflop"] for part in adapted["parts"]} == {None}
+    forward = {part["part"]: part["forward_gflop"] for part in adapted["parts"]}
+    assert forward == {part["part"]: part["counter_forward_gflop"] for part in adapted["parts"]}
+    assert sum(forward.values()) == pytest.approx(plain["forward_gflop"] + forward["adapter"], rel=1e-12)
