@@ -2,7 +2,6 @@
 
 import os
 import signal
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -49,7 +48,7 @@ def test_the_process_that_checks_the_jobs_is_killed(softmoe: Softmoe, monkeypatc
     assert answer.code == 1 and words in answer.err and "Traceback" not in answer.err
 
 
-def killed(_inquiry: plan.Inquiry, _sender: Connection) -> None:
+def killed(_inquiry: plan.Inquiry) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -63,9 +62,9 @@ def test_a_defect_in_the_process_that_checks_the_jobs(softmoe: Softmoe, monkeypa
 _ANSWER = plan.answer
 
 
-def confused(inquiry: plan.Inquiry, sender: Connection) -> None:
+def confused(inquiry: plan.Inquiry) -> object:
     inherit.resolve = odd  # type: ignore[assignment]
-    _ANSWER(inquiry, sender)
+    return _ANSWER(inquiry)
 
 
 def odd(*_: object) -> None:

@@ -119,7 +119,7 @@ def test_groups_are_whole_in_every_block() -> None:
     model = compose(*FOUR, typed, "model/router=experts_choice", "model.router.images_per_group=2").model
     assert model.images_per_group == 4
     with pytest.raises(UsageError, match=r"batch_size=6 is not a multiple of model.router.images_per_group=4"):
-        check_groups("batch_size", 6, model)
+        check_groups("batch_size", 6, model.images_per_group)
 
 
 def test_another_router_in_a_block_is_another_run() -> None:
