@@ -132,8 +132,8 @@ class Pruning:
         """Adds up what all processes have measured in an update."""
         if not self.now:
             return
-        everyones = crew.add(torch.stack(list(self.now.values()))).cpu()
-        for place, measured in zip(self.now, everyones, strict=True):
+        everyones = crew.add(torch.cat(list(self.now.values()))).cpu()  # blocks may have different numbers of experts
+        for place, measured in zip(self.now, everyones.split([len(each) for each in self.now.values()]), strict=True):
             self.window[place] += measured
             self.total[place] += measured
         self.now = {}

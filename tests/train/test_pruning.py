@@ -104,6 +104,27 @@ def test_when_windows_end(steps: int, until: float, windows: int, want: list[int
     assert ended == want and progress.window == windows and deadline(pruning.budget, until) == want[-1]
 
 
+def test_blocks_may_have_different_numbers_of_experts() -> None:
+    """What is measured in a block with 4 experts and in one with 2 is added up apart from each other."""
+    config = pruning_by(keep=1)
+    layers: dict[int, MoE] = {}
+    for place, experts in enumerate((4, 2)):
+        options = ROUTERS["tokens_choice_dropless"] | QUIET | {"num_experts": experts, "k": 1}
+        layer = make_layer(options, 8, 4, 1, gelu="tanh", identical=False).double().eval()
+        assert isinstance(layer, MoE)
+        layer.prunable()
+        layers[place] = layer
+    window, total = ({place: torch.zeros(len(each.left), dtype=torch.float64) for place, each in layers.items()}
+                     for _ in range(2))  # fmt: skip
+    pruning = Pruning(config, Load.of(config, 10, torch.device("cpu")), Budget(4, None), layers, window, total)
+    x = torch.randn(3, 5, 8, dtype=torch.float64)
+    routings = [layer.router(x) for layer in layers.values()]
+    pruning.see(routings)
+    pruning.add(ALONE)
+    for place, routing in enumerate(routings):
+        torch.testing.assert_close(pruning.window[place], routing.measured(config.prune.by).double())
+
+
 def finetuned(softmoe: Softmoe, source: Path, *overrides: str, root: str = "outputs") -> Path:
     answer = softmoe("finetune", f"checkpoint={source}", *LINE, *overrides, f"output_root={root}")
     assert answer.code == 0, answer
