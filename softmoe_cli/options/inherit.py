@@ -127,9 +127,7 @@ def refuse_adapters(source: "Source", command: str) -> None:
         )
 
 
-def require_trust(
-    model: dict[str, Any], source: "Source", trusted: str | None, typed: Collection[str] = ()
-) -> None:
+def require_trust(model: dict[str, Any], source: "Source", trusted: str | None, typed: Collection[str] = ()) -> None:
     """Refuses a router that only the checkpoint names, unless it is `trusted`: importing a module runs its code. A
     router in conf/model/router of the working folder is accepted too, but not for a checkpoint inside that folder:
     whoever downloads the folder gets both. `typed`: the classes that the user has chosen.

@@ -64,8 +64,8 @@ def train(begun: Begun) -> dict[str, Any]:
     learning_rate = schedule(config.optim, budget.total)
 
     # --- cost: what an image costs, and what fits
-    load = Load.of(config, classes, device)
-    cost = training_cost(load, experts_left(source.weights) if source is not None else {})
+    load = Load.of(config, classes, device, experts_left(source.weights) if source is not None else {})
+    cost = training_cost(load)
     check_tokens(config, cost.tokens)
     require_batches(config, cost)
     fit = settle(load, config.parallel, crew)

@@ -6,7 +6,7 @@ checkpoints and divided weights keep theirs; what goes is neither computed nor r
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -159,7 +159,7 @@ class Pruning:
 
     def cost(self) -> Cost:
         """What an image costs with the experts that are left."""
-        return training_cost(self.load, {place: layer.left for place, layer in self.layers.items()})
+        return training_cost(replace(self.load, left={place: layer.left for place, layer in self.layers.items()}))
 
     def _scores(self, place: int, *, of_all: bool) -> list[float]:
         since = (self.total if of_all else self.window)[place]
