@@ -110,7 +110,8 @@ class Cost:
 
     @property
     def nominal_landed_flop(self) -> float:
-        """Training FLOPs of an image, rows that hold no token not counted, when the load is that even."""
+        """Training FLOPs of an image, rows that hold no token not counted, when the load is that even. Unknown where
+        frozen parameters take a part of the experts' cost away."""
         return self.landed_train_flop(1, self.landed_rows or 0.0)
 
     def landed_train_flop(self, images: int, landed: float) -> float:
@@ -118,6 +119,7 @@ class Cost:
         it. Where no row is of one token it is as `train_flop` says."""
         if self.landed_row_flop is None:
             return images * self.train_flop
+        assert self.counted_train_flop is None  # of frozen experts a row costs something else
         return images * self.rest_train_flop + landed * self.landed_row_flop
 
     @property
