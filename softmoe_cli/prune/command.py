@@ -124,12 +124,13 @@ def prune(config: PruneConfig, model: Model, source: Source, before: Source | No
 
 
 def _check_keep(config: PruneConfig, layers: dict[int, MoE]) -> None:
-    """Refuses more experts than there are, and a pruning that would change nothing."""
+    """Refuses more experts than there are, and a pruning that would change nothing. Weights that say that all are left
+    become a model that says nothing of it."""
     fewest = min(layers, key=lambda place: len(layers[place].left))
     most = len(layers[fewest].left)
     if config.keep is not None and config.keep > most:
         raise UsageError(f"keep={config.keep}: block {fewest} has {most} experts left")
-    whole = all(len(layer.left) == len(layer.experts.w1) for layer in layers.values())
+    whole = not any("alive" in dict(layer.named_buffers()) for layer in layers.values())
     if whole and config.to == "experts" and all(len(layer.left) <= (config.keep or most) for layer in layers.values()):
         said = "" if config.keep is None else f"keep={config.keep} are all; "
         raise UsageError(f"{said}nothing would be pruned: say keep= below {most}, or to=dense for a plain ViT")
