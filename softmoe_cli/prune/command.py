@@ -19,7 +19,7 @@ from torch import Tensor
 from softmoe_cli.config.commands import PruneConfig
 from softmoe_cli.config.data import check_channels
 from softmoe_cli.config.model import Model
-from softmoe_cli.cost.flop import account
+from softmoe_cli.cost.flop import account, on_meta
 from softmoe_cli.data import batches, sets
 from softmoe_cli.data.splits import ImageSet, Splits
 from softmoe_cli.device import arithmetic, hardware
@@ -83,6 +83,8 @@ def prune(config: PruneConfig, model: Model, source: Source, before: Source | No
     load_weights(vit, source.weights, keep_head=True, allow_unexpected=[])
     layers = prunable(vit, model, config.by)
     _check_keep(config, layers)
+    if config.to == "dense":
+        _check_foldable(config, model, layers, vit.num_classes)
     settings = _settings(config, before)
     folder = Path(config.output_root) / "pruned" / f"{model.name.replace('/', '_')}-{made_from(source, settings)}"
     folder = folder if config.folder is None else Path(config.folder)
@@ -134,6 +136,16 @@ def _check_keep(config: PruneConfig, layers: dict[int, MoE]) -> None:
     if whole and config.to == "experts" and all(len(layer.left) <= (config.keep or most) for layer in layers.values()):
         said = "" if config.keep is None else f"keep={config.keep} are all; "
         raise UsageError(f"{said}nothing would be pruned: say keep= below {most}, or to=dense for a plain ViT")
+
+
+def _check_foldable(config: PruneConfig, model: Model, layers: dict[int, MoE], classes: int) -> None:
+    """Refuses what will make no plain ViT before anything is scored: whichever experts stay, the reason is the same."""
+    vit = on_meta(model, classes)
+    for place, layer in layers.items():
+        shape = vit.blocks[place].mlp
+        shape.prunable()
+        shape.leave(layer.left[: config.keep])
+    folded_model(model, vit)
 
 
 def _settings(config: PruneConfig, before: Source | None) -> dict[str, Any]:
