@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,12 +49,17 @@ def resolve(command: str, tree: dict[str, Any], typed: Sequence[str]) -> "tuple[
         raise UsageError(
             "softmoe finetune needs checkpoint=: a run folder, a .safetensors file, hf-hub:OWNER/NAME or timm:NAME"
         )
-    from softmoe_cli.model.weights import proportional_slots
+    from softmoe_cli.model.weights import experts_left, proportional_slots
 
     source = named_source(tree["checkpoint"], tree["base"])
     take_model(tree, source, typed)
     checked = door(tree, Config)
     mirror.check(checked)
+    if checked.model.adapter.name != "none" and experts_left(source.weights):
+        raise UsageError(
+            f"adapter={checked.model.adapter.name}: checkpoint={source.label} still holds the experts that were "
+            f"pruned, which adapters would keep; first softmoe prune checkpoint={source.label}"
+        )
     if checked.slots == "proportional":
         for key in ("model.router.slots_per_expert", "model.router.capacity_factor"):
             if names(key, typed):
@@ -66,19 +71,30 @@ def resolve(command: str, tree: dict[str, Any], typed: Sequence[str]) -> "tuple[
     return checked, source
 
 
-def named_source(checkpoint: str, base: str | None = None) -> "Source":
-    """Reads what `checkpoint=` names, and of a delta its base; says so where every weight's name has the same prefix,
-    which is left out.
+def named_source(
+    checkpoint: str, base: str | None = None, check: "Callable[[Source], None]" = lambda _: None
+) -> "Source":
+    """Reads what `checkpoint=` names, and of a delta, which `check` sees by itself, its base; says so where every
+    weight's name has the same prefix, which is left out.
 
     Raises:
         UsageError: nothing usable there.
     """
     from softmoe_cli.model.pretrained import read_checkpoint
 
-    source = read_checkpoint(checkpoint, base)
+    source = read_checkpoint(checkpoint, base, check)
     if source.prefix:
         say_once(f"checkpoint={source.label}: every name in it begins with '{source.prefix}'; read without that")
     return source
+
+
+def source_of_layers(checkpoint: str, command: str) -> "Source":
+    """`named_source` for a command that changes a model's layers, which takes none with adapters.
+
+    Raises:
+        UsageError: nothing usable there, or a model with adapters; of those no base is read.
+    """
+    return named_source(checkpoint, check=lambda source: _refuse_adapters(source, command))
 
 
 def take_model(tree: dict[str, Any], source: "Source", typed: Sequence[str]) -> None:
@@ -117,8 +133,7 @@ def _check_adapter(own: dict[str, Any], model: Any, label: str) -> None:
         )
 
 
-def refuse_adapters(source: "Source", command: str) -> None:
-    """Raises UsageError where a command that changes a model's layers is given one with adapters."""
+def _refuse_adapters(source: "Source", command: str) -> None:
     name = source.card.get("model", {}).get("adapter", {}).get("name", "none")
     if name != "none":
         way = "softmoe export makes a plain model of it" if name == "lora" else "take the model that they belong to"

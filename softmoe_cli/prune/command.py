@@ -53,8 +53,7 @@ def prune_as_typed(config: Any, typed: list[str]) -> int:
         raise UsageError("softmoe prune needs checkpoint=: a run folder, a .safetensors file or hf-hub:OWNER/NAME")
     if tree["checkpoint"].startswith("timm:"):
         raise UsageError(f"checkpoint={tree['checkpoint']} is timm's own and has no experts to prune")
-    source = inherit.named_source(tree["checkpoint"])
-    inherit.refuse_adapters(source, "prune")
+    source = inherit.source_of_layers(tree["checkpoint"], "prune")
     model = inherit.model_of(source, tree["trust"])
     named = inherit.names_data(tree["data"])
     inherit.take_data(tree, source, typed)

@@ -108,6 +108,22 @@ def test_a_delta_holds_a_trained_head_whole() -> None:
     assert frozen.names == {"a.q_adapter.w"}
 
 
+def test_experts_that_are_gone_are_cut_away_before_adapters_come(softmoe: Softmoe, tmp_path: Path) -> None:
+    """And a command that takes no adapters says so though their base is not there any more."""
+    mixture = saved(tmp_path / "mixture.safetensors", 0, "model/router=tokens_choice_dropless")
+    card = card_of(mixture)
+    weights = load_file(mixture) | {"blocks.1.mlp.alive": torch.tensor([True, False, True, True])}
+    save_file(weights, tmp_path / "masked.safetensors", metadata={"softmoe": json.dumps(card)})
+    refused = softmoe("finetune", *QUICK, "checkpoint=masked.safetensors", "adapter=lora")
+    assert refused.code == 2 and "first softmoe prune checkpoint=masked.safetensors" in refused.err
+    card["model"]["adapter"] |= {"name": "lora", "width": 2, "alpha": 2.0}
+    card["base"] = {"checkpoint": "gone", "digest": "0", "left_out": []}
+    save_file(weights, tmp_path / "delta.safetensors", metadata={"softmoe": json.dumps(card)})
+    for command in (("prune", "keep=1"), ("upcycle", "model/router=soft", "model.moe_blocks=last_1")):
+        refused = softmoe(*command, "checkpoint=delta.safetensors")
+        assert refused.code == 2 and "has adapters (lora), which softmoe" in refused.err, refused
+
+
 @pytest.mark.thorough
 def test_it_trains_further_with_other_images_and_keeps_its_base(softmoe: Softmoe, tmp_path: Path, base: Path) -> None:
     """A position table that was resampled goes into the delta, a frozen adapter of the source's stays in it."""
