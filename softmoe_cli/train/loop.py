@@ -290,8 +290,8 @@ def _let_go(step: Step, recording: Recording, pruning: Pruning, x: Tensor) -> No
 @torch.no_grad()
 def _logits(step: Step, x: Tensor) -> Tensor:
     step.model.eval()
-    with step.autocast:
-        logits: Tensor = step.model(x).float()
+    with step.autocast:  # in parts, as updates are: more might not fit
+        logits = torch.cat([step.model(part).float() for part in x.chunk(step.config.train.accumulate)])
     step.model.train()
     return logits
 
