@@ -23,6 +23,7 @@ from softmoe_cli.cost.memory import predict
 from softmoe_cli.model.router import make_layer
 from softmoe_cli.model.vit import build
 from softmoe_cli.moe.layer import MoE
+from softmoe_cli.options import inherit
 from softmoe_cli.parallel import ALONE
 from softmoe_cli.run import rows as declared
 from softmoe_cli.terminal import Screen
@@ -129,7 +130,8 @@ def test_blocks_may_have_different_numbers_of_experts() -> None:
 
 
 def finetuned(softmoe: Softmoe, source: Path, *overrides: str, root: str = "outputs") -> Path:
-    answer = softmoe("finetune", f"checkpoint={source}", *LINE, *overrides, f"output_root={root}")
+    control = () if any(word.startswith("prune.keep=") for word in overrides) else ("prune.keep=null",)
+    answer = softmoe("finetune", f"checkpoint={source}", *LINE, *control, *overrides, f"output_root={root}")
     assert answer.code == 0, answer
     return next(Path(root, "default").iterdir())
 
@@ -341,6 +343,13 @@ def test_what_cannot_be_pruned(router: str, words: list[str], said: str, softmoe
     answer = softmoe("finetune", f"checkpoint={source}", *LINE, *words)
     assert answer.code == 2 and said in answer.err, answer
     assert not list(tmp_path.glob("outputs/default/*/metrics.jsonl"))
+
+
+def test_options_of_no_pruning_are_refused(softmoe: Softmoe) -> None:
+    """A control may say that all stay."""
+    answer = softmoe("train", *TINY, "prune.by=random")
+    assert answer.code == 2 and "prune.by=random has no effect without prune.keep" in answer.err
+    inherit.refuse_idle_pruning(compose(*TINY), ["prune.keep=null", "prune.by=random"])
 
 
 def test_training_does_not_prune(softmoe: Softmoe) -> None:
