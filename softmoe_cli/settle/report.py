@@ -19,14 +19,14 @@ from softmoe_cli.text import aligned, flop, in_words, several
 
 @dataclass(frozen=True)
 class Account:
-    """A standing with what it rests on. `reasons` say why runs failed; `over` names the budget that the next round
-    would pass, and `next_round` what that would cost."""
+    """A standing with what it rests on. `reasons` say why runs failed, by arm and seed; `over` names the
+    budget that the next round would pass, and `next_round` what that would cost."""
 
     contest: Contest
     standing: Standing
     runs: Runs
     spent: Spent
-    reasons: list[str]
+    reasons: Mapping[tuple[str, int], str]
     asked: SettleConfig
     tuned: list[Tuned] = field(default_factory=list)
     over: str = ""
@@ -40,6 +40,11 @@ class Account:
         """The main measure of an arm's runs that were looked at."""
         seeds = self.contest.seeds(self.standing.decided.get(arm, self.standing.n))
         return [run.row[self.contest.quality] for seed, run in self.runs[arm].items() if seed in seeds]
+
+    def failed(self, arm: str) -> str:
+        """How many of an arm's seeds failed, of those that were tried; empty for none."""
+        failed = sum(label == arm for label, _ in self.reasons)
+        return f"{failed} of {failed + len(self.runs[arm])}" if failed else ""
 
     def mean(self, arm: str) -> Interval | None:
         values = self.values(arm)
@@ -86,6 +91,11 @@ def as_text(report: Account) -> str:
                 "open" if word in (OPEN, FEW) else word,
             ]
         )
+    if report.reasons:
+        for row, told_failed in zip(
+            rows, ["failed", *(report.failed(arm) for arm in (contest.baseline, *contest.arms))], strict=True
+        ):
+            row.insert(2, told_failed)
     margin = "" if contest.margin is None else f", margin {figure(key, contest.margin)}{points(key)}"
     lines = [aligned(rows, markdown=False), ""]
     lines.append(
@@ -101,7 +111,7 @@ def as_text(report: Account) -> str:
     lines += [f"open: {each}" for each in needs(report)]
     if report.over:
         more = f"{in_words(report.next_round.seconds)} and {flop(1e15 * report.next_round.pflop)}"
-        lines.append(f"{report.over} is used up: the next look takes about {more} more")
+        lines.append(f"the next look would pass {report.over}: it takes about {more} more")
     return "\n".join(lines)
 
 
@@ -138,6 +148,7 @@ def told_rows(report: Account) -> dict[str, Any]:
                 "verdict": told.word if told else None,
                 "decided_at": standing.decided.get(arm),
                 "seeds": len(report.values(arm)),
+                "failed": sum(label == arm for label, _ in report.reasons),
                 "mean": mean.mean if mean else None,
                 "difference": interval.mean if interval else None,
                 "difference_low": interval.low if interval else None,
@@ -159,6 +170,6 @@ def told_rows(report: Account) -> dict[str, Any]:
         "hours": report.spent.seconds / 3600,
         "train_pflop": report.spent.pflop,
         "tuning": tuning_rows(report.tuned, str(report.asked.tune)) if report.tuned else None,
-        "failed": report.reasons,
+        "failed": list(report.reasons.values()),
         "arms": arms,
     }

@@ -1,6 +1,7 @@
 """Rounds of seeds: decides which jobs there are, and gives them to a sweep's launcher."""
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from softmoe_cli.settle.fair import Arms, fair_arms, fairness_of
 from softmoe_cli.settle.foresee import foreseen, plan_text
 from softmoe_cli.settle.record import fix_question
 from softmoe_cli.settle.report import Account, as_json, as_text
-from softmoe_cli.settle.rounds import Contest, Standing, fewest_seeds, lacking, stand
+from softmoe_cli.settle.rounds import Contest, Standing, fewest_seeds, lacking, seen, stand
 from softmoe_cli.settle.spent import Spent, spent_by, spent_in, total
 from softmoe_cli.settle.trials import tune_arms
 from softmoe_cli.settle.tune import Tuned
@@ -150,24 +151,44 @@ class Rounds:
         self._launcher, self._slots, self._contest, self._asked = launcher, arms.slots, contest, asked
         self._arms = {arm.label: arm for arm in arms.arms}
         self._read: dict[Path, FinishedRun] = {}
-        self._failed: set[tuple[str, int]] = set()
+        self._told: list[str] = []
+        self._reasons = {
+            (arm.label, seed): noted[place]
+            for noted in [launcher.noted()]
+            for arm in arms.arms
+            for seed, folder in arm.job.folders.items()
+            if (place := Path(os.path.abspath(folder))) in noted
+        }
+        """Why runs failed when they were last tried; they are not waited for."""
 
     def go(self) -> Account:
-        """Rounds until every arm has its verdict or a budget is used up."""
+        """Rounds until every arm has its verdict or a budget is used up. What failed under a command before is tried
+        once more where an arm is open without it."""
+        again = True
         while True:
             runs = self._finished()
             standing = self._look(runs)
             report = self._report(standing, runs)
-            if not standing.wanted:
+            retried = self._retried(standing) if again else []
+            if not standing.wanted and not retried:
                 return report
-            wanted = self._next(standing, runs)
-            price = total(self._of_one(label, runs) for label, _ in wanted)
-            over = self._over(report.spent, price)
+            wanted = retried or self._next(standing, runs)
+            price, over = self._over(report.spent, wanted, runs)
+            if over and not retried and wanted != standing.wanted:  # without the runs ahead
+                wanted = standing.wanted
+                price, over = self._over(report.spent, wanted, runs)
             if over:
                 return replace(report, over=over, next_round=price)
             if standing.n:
                 self._launcher.tell(as_text(report))
+            again = again and not retried
             self._launch(wanted)
+
+    def _retried(self, standing: Standing) -> list[tuple[str, int]]:
+        """The failed runs of arms that are open, and of the baseline while one is, which a look has passed over."""
+        undecided = standing.undecided(self._contest)
+        arms = {self._contest.baseline, *undecided} if undecided else set()
+        return sorted(each for each in self._reasons if each[0] in arms)
 
     def outlook(self) -> Outlook | None:
         """What runs that are there already say of the deviation; this is no look, as nothing else is told."""
@@ -206,9 +227,15 @@ class Rounds:
     def _look(self, runs: dict[str, dict[int, FinishedRun]]) -> Standing:
         """Looks at the runs, and records that."""
         shown = [run for of_arm in runs.values() for run in of_arm.values()]
-        standing = stand(self._contest, runs, read_looks(shown), self._asked.max_seeds, self._failed)
+        looks = read_looks(shown)
+        for told in looks.damage:
+            if told not in self._told:
+                self._told.append(told)
+                self._launcher.tell(told)
+        standing = stand(self._contest, runs, looks, self._asked.max_seeds, self._reasons)
         if standing.n:
-            for told in record_look(shown, self._contest.quality, self._contest.margin):
+            looked = seen(self._contest, standing, runs)
+            for told in record_look(looked, self._contest.quality, self._contest.margin):
                 self._launcher.tell(told)
         return standing
 
@@ -217,32 +244,32 @@ class Rounds:
         return spent_in(done, [folder for arm in self._arms.values() for folder in arm.job.folders.values()])
 
     def _report(self, standing: Standing, runs: dict[str, dict[int, FinishedRun]]) -> Account:
-        return Account(self._contest, standing, runs, self._spent(runs), self._reasons(), self._asked, self._tuned)
-
-    def _reasons(self) -> list[str]:
-        return list(self._launcher.failures.values())
+        return Account(self._contest, standing, runs, self._spent(runs), self._reasons, self._asked, self._tuned)
 
     def _next(self, standing: Standing, runs: dict[str, dict[int, FinishedRun]]) -> list[tuple[str, int]]:
         """The runs of the next round: the first seed of all, which tells what a seed costs; then what the next look
         needs, and a little more where places would stand idle."""
         wanted = standing.wanted
-        if not any(runs.values()) and not self._failed:
+        if not any(runs.values()) and not self._reasons:
             return [each for each in wanted if each[1] == self._contest.first]
         n = wanted[-1][1] - self._contest.first + 1
         for more in range(n + 1, min(n + max(1, n // AHEAD), self._asked.max_seeds) + 1):
-            larger = lacking(self._contest, standing, runs, more, self._failed)
+            larger = lacking(self._contest, standing, runs, more, self._reasons)
             if len(larger) > len(self._slots):
                 break
             wanted = larger
         return wanted
 
-    def _over(self, spent: Spent, price: Spent) -> str:
-        """Which budget the next round would pass; empty for none."""
+    def _over(
+        self, spent: Spent, wanted: Sequence[tuple[str, int]], runs: dict[str, dict[int, FinishedRun]]
+    ) -> tuple[Spent, str]:
+        """What these runs cost, and which budget they would pass; empty for none."""
+        price = total(self._of_one(label, runs) for label, _ in wanted)
         after = spent + total(each.spent for each in self._tuned) + price
         hours, pflop = self._asked.hours, self._asked.pflop
         if hours is not None and after.seconds > 3600 * hours:
-            return f"hours={hours:g}"
-        return f"pflop={pflop:g}" if pflop is not None and after.pflop > pflop else ""
+            return price, f"hours={hours:g}"
+        return price, f"pflop={pflop:g}" if pflop is not None and after.pflop > pflop else ""
 
     def _of_one(self, label: str, runs: dict[str, dict[int, FinishedRun]]) -> Spent:
         """What one more seed of an arm costs: the mean of its runs; before the first, its FLOPs by formula."""
@@ -258,9 +285,10 @@ class Rounds:
             words = [f"seed={seed}" if word.startswith("seed=") else word for word in job.overrides]
             jobs.append(replace(job, run=f"{label} seed={seed}", overrides=words, folder=job.folders[seed]))
         for each, entry in zip(wanted, self._launcher.carry_out(jobs, self._slots), strict=True):
+            self._reasons.pop(each, None)
             if not entry.finished:
-                self._failed.add(each)
+                self._reasons[each] = self._launcher.failures.get(entry.job.folder, f"{entry.job.run}: no result")
         base = self._contest.baseline
-        if not self._finished()[base] and any(arm == base for arm, _ in self._failed):
-            why = "\n  ".join(self._reasons())
+        if not self._finished()[base] and any(arm == base for arm, _ in self._reasons):
+            why = "\n  ".join(self._reasons.values())
             raise RunError(f"the baseline {base} failed, and so nothing can be compared with it\n  {why}")
