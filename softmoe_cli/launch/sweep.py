@@ -144,9 +144,10 @@ class Sweep(HydraLauncher):
         """Whether nothing is to be started."""
         return self._options.plan
 
-    def lie_in(self, study: Path) -> None:
-        """The sweep's folder lies beside its runs, also where an experiment among its jobs names the study."""
-        self._folder = study / self._folder.name
+    def lie_in(self, study: Path, name: str | None = None) -> None:
+        """The sweep's folder lies beside its runs, also where an experiment among its jobs names the study. `name`:
+        what it is called where that does not depend on the words that were typed."""
+        self._folder = study / (name or self._folder.name)
 
     @property
     def jobs_so_far(self) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from softmoe_cli.compare.intervals import FEW, OPEN, Interval, effect_interval, mean_interval
+from softmoe_cli.compare.intervals import EQUAL, FEW, OPEN, Interval, effect_interval, mean_interval
 from softmoe_cli.compare.power import seeds_to_equal, seeds_to_see
 from softmoe_cli.compare.units import cell, difference_cell, figure, points
 from softmoe_cli.config.settle import SettleConfig
@@ -31,6 +31,16 @@ class Account:
     tuned: list[Tuned] = field(default_factory=list)
     over: str = ""
     next_round: Spent = field(default_factory=Spent)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def images(self) -> str:
+        """What every difference rests on: `359 test images of one cut`; empty before the first run."""
+        runs = [run for of_arm in self.runs.values() for run in of_arm.values()]
+        if not runs:
+            return ""
+        cuts, count = {run.draw[0] for run in runs}, runs[0].row.get("test_images", "?")
+        return f"{count} test images {'of one cut' if len(cuts) == 1 else f'in each of {len(cuts)} cuts'}"
 
     @property
     def open(self) -> list[str]:
@@ -80,7 +90,7 @@ def as_text(report: Account) -> str:
     for arm in contest.arms:
         told, found = standing.told.get(arm), standing.found.get(arm)
         word = told.word if told else FEW
-        p = None if told is None else told.p
+        p = None if told is None else told.p_equal if word == EQUAL else told.p
         rows.append(
             [
                 arm,
@@ -100,7 +110,8 @@ def as_text(report: Account) -> str:
     lines = [aligned(rows, markdown=False), ""]
     lines.append(
         f"{len(standing.decided)} of {several(len(contest.arms), 'arm')} decided after {several(standing.n, 'seed')}; "
-        f"any-time 95%, Holm over {len(contest.arms)}{margin}; {in_words(report.spent.seconds)} and "
+        f"any-time 95%, Holm over {len(contest.arms)}{margin}"
+        f"{'; ' if report.images else ''}{report.images}; {in_words(report.spent.seconds)} and "
         f"{flop(1e15 * report.spent.pflop)} so far"
     )
     if report.tuned:
@@ -108,6 +119,7 @@ def as_text(report: Account) -> str:
         lines.append(
             f"tuning {report.asked.tune}, booked apart: {in_words(apart.seconds)} and {flop(1e15 * apart.pflop)}"
         )
+    lines += report.notes
     lines += [f"open: {each}" for each in needs(report)]
     if report.over:
         more = f"{in_words(report.next_round.seconds)} and {flop(1e15 * report.next_round.pflop)}"
@@ -167,6 +179,8 @@ def told_rows(report: Account) -> dict[str, Any]:
         "open": report.open,
         "ended": report.why,
         "seeds": standing.n,
+        "images": report.images,
+        "notes": report.notes,
         "hours": report.spent.seconds / 3600,
         "train_pflop": report.spent.pflop,
         "tuning": tuning_rows(report.tuned, str(report.asked.tune)) if report.tuned else None,

@@ -97,12 +97,12 @@ def _difference(contest: Contest, runs: Runs, arm: str, seeds: range, looks: Pas
     """An arm's difference in a look at these seeds. All shared seeds have one order, and each look sees as many from
     its beginning as it has pairs: if a seed that comes late took its place among others, looks would go along several
     orders, and the chance of a false verdict at any of them has no bound."""
-    whole = [list(runs.get(each, {}).values()) for each in (arm, contest.baseline)]
-    order = seed_order(*whole, looks)
+    ours, theirs = (list(runs.get(each, {}).values()) for each in (arm, contest.baseline))
+    order = seed_order(ours, theirs, looks)
     order = order[: sum(seed in seeds for seed in order)]
     mine, its = (
         [(seed, run.row[contest.quality]) for run in side if (seed := run.row["seed"]) in order or seed in seeds]
-        for side in whole
+        for side in (ours, theirs)
     )
     return anytime_difference(mine, its, order, contest.margin)
 

@@ -137,3 +137,30 @@ def test_a_late_seed_leaves_every_look_a_beginning_of_one_order(tmp_path: Path, 
         standing = stand(contest("soft"), runs, looks, most)
         n = standing.decided.get("soft", most)
         assert standing.found["soft"].p == pytest.approx(float(expected[n - 2])), "the first n of one order"
+
+
+def test_pairs_on_two_kinds_of_hardware_are_left_out(tmp_path: Path) -> None:
+    """Minutes buy other training there; the study goes on without that pair, and says what its figures rest on."""
+    launcher = Launcher(tmp_path, lambda router, seed: False)
+    launcher.changes = lambda router, seed: (
+        {"train.minutes": 1.0} | ({"hardware": "another"} if (router, seed) == ("soft", 2) else {})
+    )
+    account = rounds(launcher, max_seeds=9).go()
+    assert account.standing.found["soft"].interval.n == account.standing.decided["soft"] - 1
+    told = "soft with seed 2 is left out: it had other hardware than dense"
+    assert account.notes == [told] and sum("train.minutes buys" in said for said in launcher.said) == 1
+    assert "359 test images of one cut; " in as_text(account)
+    assert account.spent.pflop == pytest.approx(sum(result(*each)["train_pflop"] for each in launcher.ran))
+
+
+def test_each_seed_may_have_its_own_cut(tmp_path: Path) -> None:
+    launcher = Launcher(tmp_path, lambda router, seed: False, changes=lambda router, seed: {"data.split_seed": seed})
+    assert "359 test images in each of 5 cuts" in as_text(rounds(launcher, max_seeds=5).go())
+
+
+def test_equal_arms_show_the_p_of_equality(tmp_path: Path) -> None:
+    launcher = Launcher(tmp_path, lambda router, seed: False)
+    account = rounds(launcher, ("dense", "tokens_choice"), max_seeds=30, margin=3.0).go()
+    told = account.standing.told["tokens_choice"]
+    assert told.word == "equal within the margin" and told.p_equal is not None and told.p_equal < 0.05
+    assert f"  {told.p_equal:.2g}  " in as_text(account)
