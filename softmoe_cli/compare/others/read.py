@@ -18,7 +18,7 @@ from softmoe_cli.compare.others.mapping import (
     require_percents,
     scaled_value,
 )
-from softmoe_cli.compare.others.tables import STEP_COLUMN, TABLE_ENDINGS, read_table
+from softmoe_cli.compare.others.tables import A_TABLE, STEP_COLUMN, TABLE_ENDINGS, read_table
 from softmoe_cli.compare.others.tensorboard import EVENTS, read_events, with_hparams
 from softmoe_cli.compare.others.timm import ARGS, SUMMARY, read_timm
 from softmoe_cli.compare.others.told import Cells, Damaged, Told
@@ -150,7 +150,8 @@ def finished_run(told: Told, named: Mapping[str, Named], path: Cells, question: 
         column = column_of(key, told, named)
         if column is None:
             continue
-        used.add(column.column)
+        if not _stays(key, told, named):
+            used.add(column.column)
         value = told.summary.get(column.column, told.settings.get(column.column))
         if key in QUALITIES or key in COSTS:
             value = scaled_value(value, column)
@@ -172,11 +173,22 @@ def finished_run(told: Told, named: Mapping[str, Named], path: Cells, question: 
         "name": told.part or told.place.name, "study": told.place.parent.name, "command": told.program,
         "checkpoint": None, "router": None, "backbone": _model(told), "data": str(row["data"] or NO_DATA), **chosen,
     }  # fmt: skip
-    text = json.dumps([told.program, told.settings, told.summary], sort_keys=True, default=str)
+    which = [told.part] if row["seed"] is None else []  # equal rows without a seed are runs of their own
+    text = json.dumps([told.program, told.settings, told.summary, *which], sort_keys=True, default=str)
     row["signature"] = hashlib.sha256(text.encode()).hexdigest()[:10]
     return FinishedRun(told.place, row, told.finished, _curve(told, named, row), "", chosen=chosen)
 
 
+def _stays(key: str, told: Told, named: Mapping[str, Named]) -> bool:
+    """Whether a column stays a setting though a key of a result is in it. Runs that were given other epochs or classes
+    are no repetitions of each other, whatever else these tell; what a clock says is no choice."""
+    if key == "classes" or (told.program == A_TABLE and key in BUDGETS):
+        return True
+    return key in COSTS and key not in named and not COSTS[key].clocked
+
+
+BUDGETS = ("images", "epochs", "steps")
+"""In a table with a row for each run these are what the run was given, also where `--map` makes them a cost."""
 NO_DATA = "data not named"
 
 

@@ -24,6 +24,8 @@ from softmoe_cli.compare.others.told import (
 from softmoe_cli.run import rows
 
 TABLE_ENDINGS = (".csv", ".json", ".jsonl", ".ndjson")
+A_TABLE = "a table"
+"""The program of runs that are a row each."""
 STEP_COLUMN = "_step"
 """What W&B's exports call the step of a row."""
 
@@ -48,7 +50,7 @@ def read_table(path: Path, step: str, run: str | None) -> tuple[list[Told], list
         return _histories(path, [row for _, row in flat_lines], step, run, finished), []
     several = len(flat_lines) > 1
     return [
-        Told(path, "a table", row, row, finished=finished, part=place if several else "") for place, row in flat_lines
+        Told(path, A_TABLE, row, row, finished=finished, part=place if several else "") for place, row in flat_lines
     ], wrong
 
 

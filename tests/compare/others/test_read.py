@@ -54,6 +54,38 @@ def test_json_and_json_lines_are_the_same(tmp_path: Path) -> None:
         same_verdict(comparison)
 
 
+@pytest.mark.parametrize("maps", ["quality=acc", "quality=acc,images=seen,epochs=epochs"])
+@pytest.mark.parametrize("column", ["epochs", "seen", "classes", "forward_gflop"])
+def test_settings_with_a_costs_name_keep_groups_apart(tmp_path: Path, column: str, maps: str) -> None:
+    """Other epochs, images or classes are other settings, also where --map makes them a cost."""
+    fixed = {"model": "net", "epochs": 5, "seen": 500}
+    rows = [fixed | {column: n, "seed": seed, "acc": 90 + n / 100 + seed} for n in (10, 30) for seed in range(3)]
+    (tmp_path / "t.json").write_text(json.dumps(rows))
+    comparison = asked(tmp_path / "t.json", map=(maps,))
+    assert [set(each.label.split()[-2:]) for each in comparison.groups] == [{column, "30"}, {column, "10"}]
+    assert [[run.row["seed"] for run in each.runs] for each in comparison.groups] == [[0, 1, 2]] * 2
+    key = {"seen": "images"}.get(column, column)
+    if key == column or "seen" in maps:
+        assert comparison.groups[0].runs[0].row[key] == 30
+
+
+def test_what_a_clock_says_is_no_setting(tmp_path: Path) -> None:
+    lines = [f"net,{seed},{90 + seed},{7 + seed}" for seed in range(3)]
+    (tmp_path / "t.csv").write_text("\n".join(["model,seed,acc,device_s", *lines]) + "\n")
+    assert [len(each.runs) for each in asked(tmp_path / "t.csv", map=("quality=acc",), cost="device_s").groups] == [3]
+
+
+@pytest.mark.parametrize(("seed", "kept"), [("", [3, 3]), ("seed", [1, 1])])
+def test_equal_rows_are_runs_of_their_own_unless_they_state_one_seed(
+    tmp_path: Path, seed: str, kept: list[int]
+) -> None:
+    rows = [{"arm": arm, seed or "lr": 1, "acc": 90} for arm in ("a", "b") for _ in range(3)]
+    (tmp_path / "t.json").write_text(json.dumps(rows))
+    comparison = asked(tmp_path / "t.json", map=("quality=acc",))
+    assert [len({run.draw for run in each.runs}) for each in comparison.groups] == kept
+    assert len(comparison.left_out) == 6 - sum(kept)
+
+
 def test_timms_own_summary(tmp_path: Path) -> None:
     comparison = asked(timm_runs(tmp_path), baseline="model=vit_tiny_patch16_224", cost="forward_gflop")
     small = group(comparison, "vit_small_patch16_224")
