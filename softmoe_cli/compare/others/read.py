@@ -66,20 +66,22 @@ def _found(paths: Sequence[Path], named: Mapping[str, Named]) -> tuple[list[Told
     told: list[Told] = []
     events: list[Told] = []
     left_out: LeftOut = []
+    seen: set[str] = set()
 
     def read(place: Path, reader: Callable[[], list[Told]], into: list[Told]) -> None:
         try:
-            into += reader()
+            whole = os.path.realpath(place)  # Path.resolve fails where links lead to each other
+            if whole not in seen:
+                seen.add(whole)
+                into += reader()
         except Damaged as error:
             left_out.append((printable(str(place)), str(error)))
+        except OSError as error:
+            left_out.append((printable(str(place)), f"cannot be read ({error.strerror})"))
 
     step, run = (named[key].column if key in named else None for key in ("step", "run"))
-    seen = set()
     for path in paths:
         for place, kind, files in _places(path):
-            if place.resolve() in seen:
-                continue
-            seen.add(place.resolve())
             if kind == "timm":
                 read(place, lambda place=place: [read_timm(place)], told)  # type: ignore[misc]
             elif kind == "wandb":

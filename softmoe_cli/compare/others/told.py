@@ -2,11 +2,13 @@
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from softmoe_cli.run import rows
 from softmoe_cli.text import printable, shortened
 
 Cells = dict[str, Any]
@@ -51,17 +53,35 @@ class Told:
         return printable(f"{self.place}{f', {self.part}' if self.part else ''}")
 
 
+def contents(path: Path, what: str = "") -> bytes:
+    """The bytes of a file; `what` stands in messages before them.
+
+    Raises:
+        Damaged: there is none, as where a link leads nowhere, or it cannot be read.
+    """
+    try:
+        return rows.contents(path, MOST_OTHERS_BYTES)
+    except FileNotFoundError as error:
+        raise Damaged(f"{what}is a link that leads nowhere" if path.is_symlink() else f"{what}is gone") from error
+    except rows.Unreadable as error:
+        raise Damaged(f"{what}{error}") from error
+
+
+WHOLE_NUMBER = re.compile(r"[+-]?[0-9]+")
+ANY_NUMBER = re.compile(r"[+-]?(([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?|nan|inf(inity)?)", re.IGNORECASE)
+"""Python itself takes more for a number, such as 1_2, which is a name."""
+
+
 def typed_value(text: str | None) -> Any:
     """A cell of a table as what it says: a number, true or false, nothing, or words."""
     if text is None or not (text := text.strip()):
         return None
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
+    if WHOLE_NUMBER.fullmatch(text) and len(text) < 1000:  # Python refuses to read longer ones
+        return int(text)
+    if ANY_NUMBER.fullmatch(text):
+        return float(text)
     return shortened(printable(text), LONGEST_WORD)
 
 
