@@ -16,9 +16,9 @@ from softmoe_cli.compare.others.told import (
     Cells,
     Damaged,
     Told,
-    contents,
     flat,
     last_values,
+    others_bytes,
     parsed_json,
     typed_value,
 )
@@ -62,7 +62,7 @@ def read_table(path: Path, step: str, run: str | None) -> tuple[list[Told], list
 
 def _text(path: Path) -> str:
     try:
-        return contents(path).decode("utf-8-sig")
+        return others_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise Damaged(f"is no text in UTF-8 (byte {error.start})") from error
 

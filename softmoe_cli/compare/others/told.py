@@ -12,6 +12,8 @@ from softmoe_cli.run import rows
 from softmoe_cli.text import printable, shortened
 
 Cells = dict[str, Any]
+EVENTS, WANDB_FILE, SUMMARY = ".tfevents.", ".wandb", "summary.csv"
+"""What TensorBoard's files have in their names, W&B's at their ends, and what timm's is called."""
 MOST_OTHERS_BYTES = 2**28
 """The largest file of another program that is read."""
 MOST_VALUES = 50_000
@@ -53,7 +55,7 @@ class Told:
         return printable(f"{self.place}{f', {self.part}' if self.part else ''}")
 
 
-def contents(path: Path, what: str = "") -> bytes:
+def others_bytes(path: Path, what: str = "") -> bytes:
     """The bytes of a file; `what` stands in messages before them.
 
     Raises:
@@ -70,6 +72,11 @@ def contents(path: Path, what: str = "") -> bytes:
 WHOLE_NUMBER = re.compile(r"[+-]?[0-9]+")
 ANY_NUMBER = re.compile(r"[+-]?(([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?|nan|inf(inity)?)", re.IGNORECASE)
 """Python itself takes more for a number, such as 1_2, which is a name."""
+
+
+def by_others(names: Iterable[str]) -> bool:
+    """Whether a folder with files of these names holds what another program wrote of a run."""
+    return any(EVENTS in name or name.endswith(WANDB_FILE) or name == SUMMARY for name in names)
 
 
 def typed_value(text: str | None) -> Any:
@@ -114,9 +121,9 @@ def _plain(value: Any) -> Any:
     return None
 
 
-def last_values(rows: Iterable[Cells]) -> Cells:
+def last_values(lines: Iterable[Cells]) -> Cells:
     """The last number of each column."""
-    return {key: value for row in rows for key, value in row.items() if value is not None}
+    return {key: value for line in lines for key, value in line.items() if value is not None}
 
 
 def parsed_json(text: str | bytes, what: str) -> Any:

@@ -8,7 +8,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from softmoe_cli.compare.others.told import Cells, Damaged, Told, contents, flat, last_values, parsed_json
+from softmoe_cli.compare.others.told import Cells, Damaged, Told, flat, last_values, others_bytes, parsed_json
 from softmoe_cli.text import printable
 
 LOG_BLOCK, RECORD_HEAD = 32768, 7
@@ -73,7 +73,7 @@ def _items(items: Any) -> Cells:
 
 
 def _records(path: Path) -> list[bytes]:
-    data = contents(path)
+    data = others_bytes(path)
     if not data:
         raise Damaged("is empty")
     if data[:6] != MAGIC:
