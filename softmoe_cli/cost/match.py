@@ -19,6 +19,7 @@ from softmoe_cli.cost.flop import account, account_model, on_meta
 from softmoe_cli.cost.load import load_of
 from softmoe_cli.cost.memory import predict
 from softmoe_cli.errors import RunError, UsageError
+from softmoe_cli.text import word_of
 
 LARGEST = 2**24
 NEIGHBOURS = 3
@@ -40,9 +41,7 @@ class Trial:
         return self.cost / self.other_cost
 
     def says(self) -> str:
-        return f"{' '.join(f'{k}={v}' for k, v in self.overrides.items())} ({100 * (self.ratio - 1):+.2f}%)".replace(
-            "=None", "=null"
-        )
+        return f"{' '.join(word_of(*each) for each in self.overrides.items())} ({100 * (self.ratio - 1):+.2f}%)"
 
 
 def match(config: MatchConfig, other: MatchConfig, candidate: Candidate) -> Trial:
@@ -242,7 +241,7 @@ def show_match(best: Trial, config: MatchConfig) -> str:
         "model": config.model.name,
         "to": config.to,
         "by": config.by,
-        "overrides": [f"{key}={'null' if value is None else value}" for key, value in best.overrides.items()],
+        "overrides": [word_of(*each) for each in best.overrides.items()],
         config.by: best.cost,
         f"to_{config.by}": best.other_cost,
         "difference_pct": 100 * (best.ratio - 1),

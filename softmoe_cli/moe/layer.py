@@ -158,7 +158,7 @@ class MoE(Layer):
         self.experts = experts
         self.shared = shared
         self.run_widths = experts.w1.shape[1:] if router.slots_per_expert is None else ()
-        self.left = list(range(len(experts.w1)))
+        self.left: Sequence[int] = range(len(experts.w1))
         """The experts that are left, ascending."""
         self._slots = router.slots_per_expert
         self._balance = True

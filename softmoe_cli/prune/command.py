@@ -184,7 +184,7 @@ class Pruned:
         scores = self._scores(vit, layers, before) if keep is not None and keep < most else {}
         blocks: dict[str, dict[str, Any]] = {}
         for place, layer in layers.items():
-            there = layer.left
+            there = list(layer.left)
             if keep is not None and len(there) > keep:
                 if "alive" not in dict(layer.named_buffers()):
                     layer.prunable()

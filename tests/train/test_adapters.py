@@ -171,7 +171,8 @@ def test_a_stopped_run_goes_on_to_the_same_bits(name: str, softmoe: Softmoe, tmp
     same(whole, stopped)
 
 
-@pytest.mark.parametrize("name", ["lora", pytest.param("soft_moa", marks=pytest.mark.thorough)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", ["lora", "soft_moa"])
 def test_an_exported_model_is_whole(name: str, softmoe: Softmoe, tmp_path: Path, base: Path) -> None:
     """LoRA's is the plain model again, within 1e-6 of what was trained; others have their adapters in it."""
     run = finetuned(softmoe, tmp_path, f"checkpoint={base}", f"adapter={name}", "train.steps=4", "optim.lr=0.05")
