@@ -32,7 +32,7 @@ from softmoe_cli.model.router import check_evaluated, evaluation_group
 from softmoe_cli.model.vit import build
 from softmoe_cli.model.weights import experts_left, load_weights
 from softmoe_cli.run.checkpoint import WEIGHTS, seal
-from softmoe_cli.run.identity import made_from
+from softmoe_cli.run.identity import made_from, settings_of
 from softmoe_cli.run.receipt import RECEIPT, already_made, make_whole
 from softmoe_cli.run.source import Source
 from softmoe_cli.terminal import Screen
@@ -66,8 +66,7 @@ def export(config: ExportConfig, model: Model, source: Source) -> dict[str, Any]
     lacking = [name for name in ONNX_PACKAGES if find_spec(name) is None]
     if "onnx" in config.formats and lacking:
         raise UsageError(f"formats=onnx needs {lacking[0]}, which is not installed: pip install 'softmoe-cli[onnx]'")
-    chosen = {key: value for key, value in asdict(config.data).items() if key not in ("root", "workers", "memory_gib")}
-    settings = {"formats": sorted(set(config.formats)), "data": chosen, "images": config.images}
+    settings = {"formats": sorted(set(config.formats)), "data": settings_of(config.data), "images": config.images}
     settings["pixels"] = _pixels(model, source.card)
     if "base" in source.card:
         settings["base"] = source.card["base"]["digest"]

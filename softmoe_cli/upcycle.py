@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from softmoe_cli.config.commands import UpcycleConfig
 from softmoe_cli.config.model import Model
-from softmoe_cli.cost.flop import Cost, account_model, on_meta
+from softmoe_cli.cost.flop import account_model, on_meta
 from softmoe_cli.data import batches, sets
 from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.evaluate.quality import classification_loss
@@ -31,7 +31,7 @@ from softmoe_cli.moe.kind import Layer
 from softmoe_cli.moe.layer import MoE, Stacked
 from softmoe_cli.moe.routing import Router
 from softmoe_cli.run.checkpoint import digest_of, write_checkpoint
-from softmoe_cli.run.identity import made_from, origin
+from softmoe_cli.run.identity import made_from, origin, settings_of
 from softmoe_cli.run.receipt import RECEIPT, already_made, make_whole
 from softmoe_cli.run.source import Source, read_moments
 from softmoe_cli.terminal import Screen
@@ -87,7 +87,7 @@ def upcycle(config: UpcycleConfig, source: Source) -> dict[str, Any]:
     weights = {key: value.contiguous() for key, value in new.state_dict().items()}
     receipt: dict[str, Any] = {"source": {"checkpoint": source.label, "digest": source.digest}, "settings": settings}
     receipt |= {"result": {"digest": digest_of(weights)}, "images": len(images), **changes}
-    receipt |= {"cost": {when: _cost_row(cost) for when, cost in costs.items()}, "keys": keys}
+    receipt |= {"cost": {when: cost.row for when, cost in costs.items()}, "keys": keys}
     receipt["unused"] = report.unexpected
     receipt["optimizer"] = _carried(training, new) if training else None
     card = {"model": portable(model, new), "data": asdict(config.data), "classes": splits.classes, "loss": loss}
@@ -395,9 +395,8 @@ def _settings(
     config: UpcycleConfig, model: Model, identity: str | None, moments: dict[str, dict[str, Tensor]]
 ) -> dict[str, Any]:
     """What decides the result, beside the source's weights."""
-    images = {k: v for k, v in asdict(config.data).items() if k not in ("root", "workers", "memory_gib")}
     chosen = {key: getattr(config, key) for key in ("expert_noise", "expert_redraw", "preserve", "seed", "images")}
-    return {"model": asdict(model), "data": images | {"identity": identity}, **chosen} | (
+    return {"model": asdict(model), "data": settings_of(config.data) | {"identity": identity}, **chosen} | (
         {"carry_optimizer": True} if moments else {}
     )
 
@@ -406,12 +405,3 @@ def _folder(config: UpcycleConfig, model: Model, source: Source, settings: dict[
     if config.folder is not None:
         return Path(config.folder)
     return Path(config.output_root) / "upcycled" / f"{model.name.replace('/', '_')}-{made_from(source, settings)}"
-
-
-def _cost_row(cost: Cost) -> dict[str, int | float]:
-    return {
-        "params": cost.params,
-        "active_params": cost.active_params,
-        "forward_flop": cost.forward_flop,
-        "train_flop": cost.train_flop,
-    }

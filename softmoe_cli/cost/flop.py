@@ -134,6 +134,11 @@ class Cost:
         return [self.train_flop, self.rest_train_flop, self.choices or 0, self.forward_flop]
 
     @property
+    def row(self) -> dict[str, int | float]:
+        """What receipts say of it."""
+        return {key: getattr(self, key) for key in ("params", "active_params", "forward_flop", "train_flop")}
+
+    @property
     def train_flop(self) -> float:
         return (
             sum(part.train_flop for part in self.parts) if self.counted_train_flop is None else self.counted_train_flop

@@ -118,7 +118,8 @@ def take_model(tree: dict[str, Any], source: "Source", typed: Sequence[str]) -> 
     own = card.get("model", {"adapter": dataclasses.asdict(no_adapter())})
     _check_adapter(own["adapter"], tree["model"], label)
     chosen = tree["model"] if isinstance(tree["model"], dict) else {}
-    blocks = chosen.get("blocks") if isinstance(chosen.get("blocks"), dict) else {}
+    blocks: Any = chosen.get("blocks")
+    blocks = blocks if isinstance(blocks, dict) else {}
     whole = {block: router for block, router in blocks.items() if "_target_" in router}  # with all its options
     by_word = any(names(key, typed) for key in ("model", "model/router", "model.router._target_"))
     own_words = targets({"router": chosen.get("router") if by_word else None, "blocks": whole})

@@ -7,7 +7,7 @@ method this is after, and what is ours: README.md.
 import copy
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from softmoe_cli.prune.rule import largest, shares
 from softmoe_cli.prune.scores import MEASURED, measured, prunable, random_scores, router_norms
 from softmoe_cli.prune.smaller import compared, distance_in_float64, key_map, latencies, smaller_model, smaller_weights
 from softmoe_cli.run.checkpoint import digest_of, write_checkpoint
-from softmoe_cli.run.identity import made_from, origin
+from softmoe_cli.run.identity import made_from, origin, settings_of
 from softmoe_cli.run.receipt import RECEIPT, already_made, make_whole
 from softmoe_cli.run.source import Source
 from softmoe_cli.terminal import Screen
@@ -111,8 +111,7 @@ def prune(config: PruneConfig, model: Model, source: Source, before: Source | No
     receipt |= {"keys": key_map(weights, {place: layer.left for place, layer in layers.items()}, config.to)}
     receipt |= job.changes(whole, vit, new.to(device))
     costs = {"before": account(model, vit.num_classes, left=there), "after": account(new_model, vit.num_classes)}
-    receipt["cost"] = {when: _cost_row(cost.params, cost.active_params, cost.forward_flop, cost.train_flop)
-                       for when, cost in costs.items()}  # fmt: skip
+    receipt["cost"] = {when: cost.row for when, cost in costs.items()}
     card = {"model": portable(new_model, new)} | {
         key: source.card[key] for key in ("data", "classes", "loss", "precision")
     }
@@ -149,7 +148,6 @@ def _check_foldable(config: PruneConfig, model: Model, layers: dict[int, MoE], c
 
 def _settings(config: PruneConfig, before: Source | None) -> dict[str, Any]:
     """What decides the result, beside the source's weights."""
-    images = {k: v for k, v in asdict(config.data).items() if k not in ("root", "workers", "memory_gib")}
     chosen: dict[str, Any] = {"keep": config.keep, "to": config.to, "by": config.by}
     if config.by in MEASURED:
         chosen["images"] = config.images
@@ -157,7 +155,7 @@ def _settings(config: PruneConfig, before: Source | None) -> dict[str, Any]:
         chosen["seed"] = config.seed
     if before is not None:
         chosen["before"] = before.digest
-    return chosen | {"data": images | {"identity": sets.identity(config.data)}}
+    return chosen | {"data": settings_of(config.data) | {"identity": sets.identity(config.data)}}
 
 
 @dataclass(frozen=True)
@@ -252,10 +250,6 @@ class Pruned:
         share, others = distance_in_float64(copy.deepcopy(new).cpu().double().eval(), theirs, x.cpu().double())
         if not share <= NO_MORE or others:
             raise RunError(f"what timm loads is off by {share:.2g} in float64: an error of softmoe's")
-
-
-def _cost_row(params: int, active: float, forward: int, train: float) -> dict[str, int | float]:
-    return {"params": params, "active_params": active, "forward_flop": forward, "train_flop": train}
 
 
 def show_pruned(receipt: dict[str, Any], form: str) -> None:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from softmoe_cli.config.data import Data
 from softmoe_cli.config.run import NOT_SCIENCE, Config
 from softmoe_cli.run.source import Source
 
@@ -52,6 +53,13 @@ def _whole_numbers(value: Any) -> Any:
     if isinstance(value, list):
         return [_whole_numbers(item) for item in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def settings_of(data: Data) -> dict[str, Any]:
+    """What a receipt says of images: not where they lie, and how fast they are read."""
+    return {
+        key: value for key, value in dataclasses.asdict(data).items() if key not in ("root", "workers", "memory_gib")
+    }
 
 
 def made_from(source: Source, settings: dict[str, Any]) -> str:
