@@ -142,9 +142,15 @@ def load_source(
         allow_unexpected=config.allow_unexpected,
         resize_slots=config.slots == "proportional",
     )
-    layers = [block.mlp for block in model.blocks if isinstance(block.mlp, Layer)]
-    slots = {layer.router.slots_per_expert for layer in layers if layer.rows(1) is not None}
-    before = source.card.get("model", {}).get("router", {}).get("slots_per_expert")
+    layers = {place: block.mlp for place, block in enumerate(model.blocks) if isinstance(block.mlp, Layer)}
+    slots = {
+        place: layer.fixed_options().get("slots_per_expert")
+        for place, layer in layers.items()
+        if layer.rows(1) is not None
+    }
+    card = source.card.get("model", {})
+    own = {place: (card.get("blocks") or {}).get(str(place), card.get("router", {})) for place in slots}
+    before = {place: router.get("slots_per_expert") for place, router in own.items()}
     parts = dict.fromkeys(name.partition(".")[0] for name in report.loaded)
     rows = {
         "from": source.label,
@@ -155,16 +161,21 @@ def load_source(
     }
     if slots:
         where = ", as in the checkpoint"
-        if before and slots != {before}:
+        if any(before.values()) and slots != before:
             why = " in proportion to the tokens" if config.slots == "proportional" else ""
-            where = f"{why}; {before} in the checkpoint"
-        rows["slots"] = f"{', '.join(str(p or 'any') for p in slots)} per expert{where}"
+            where = f"{why}; {_each(before)} in the checkpoint"
+        rows["slots"] = f"{_each(slots)} per expert{where}"
     left = experts_left(source.weights)
     if left and config.prune.keep is None:
         there = ", ".join(f"{len(experts)} in block {place}" for place, experts in left.items())
         rows["experts left"] = f"{there}; a router that evens their load goes on or begins again with it"
     screen.table("weights", rows)
     return report
+
+
+def _each(slots: dict[int, int | None]) -> str:
+    """The different numbers of slots, in the order of the blocks."""
+    return ", ".join(dict.fromkeys(str(p or "any") for p in slots.values()))
 
 
 def delta_of(model: VisionTransformer, source: Source | None, config: Config, report: LoadReport) -> Delta | None:
