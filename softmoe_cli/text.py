@@ -48,6 +48,11 @@ def in_words(seconds: float) -> str:
     return f"{seconds / 86400:.1f} days"
 
 
+def word_of(key: str, value: object) -> str:
+    """KEY=VALUE as it is typed."""
+    return f"{key}={'null' if value is None else value}"
+
+
 def several(number: float, noun: str) -> str:
     """1 step, 1,200 steps"""
     return f"{number:,.0f} {noun}" if round(number) == 1 else f"{number:,.0f} {noun}s"

@@ -296,7 +296,7 @@ def test_shares_are_whole_groups_and_make_the_batch(size: int, batch: int, parts
     assert sum(share.of_images for share in shares) == pytest.approx(1)
     assert sum(share.of_groups for share in shares) == pytest.approx(1)
     busiest = max(share.last - share.first for share in shares)
-    assert busiest <= largest_share(batch // parts, config.model.router, size) < busiest + group
+    assert busiest <= largest_share(batch // parts, config.model.images_per_group, size) < busiest + group
     positions = torch.arange(batch)
     assert sorted(torch.cat([positions[share.rows(parts)] for share in shares]).tolist()) == positions.tolist()
 

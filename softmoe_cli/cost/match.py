@@ -15,10 +15,11 @@ from typing import Any
 
 from softmoe_cli.config.commands import MatchConfig
 from softmoe_cli.cost.clock import measure
-from softmoe_cli.cost.flop import account
+from softmoe_cli.cost.flop import account, account_model, on_meta
 from softmoe_cli.cost.load import load_of
 from softmoe_cli.cost.memory import predict
 from softmoe_cli.errors import RunError, UsageError
+from softmoe_cli.text import word_of
 
 LARGEST = 2**24
 NEIGHBOURS = 3
@@ -40,9 +41,7 @@ class Trial:
         return self.cost / self.other_cost
 
     def says(self) -> str:
-        return f"{' '.join(f'{k}={v}' for k, v in self.overrides.items())} ({100 * (self.ratio - 1):+.2f}%)".replace(
-            "=None", "=null"
-        )
+        return f"{' '.join(word_of(*each) for each in self.overrides.items())} ({100 * (self.ratio - 1):+.2f}%)"
 
 
 def match(config: MatchConfig, other: MatchConfig, candidate: Candidate) -> Trial:
@@ -57,6 +56,8 @@ def match(config: MatchConfig, other: MatchConfig, candidate: Candidate) -> Tria
         RunError: nothing comes within the tolerance; the message names the nearest on both sides.
     """
     if config.by == "landed_pflop":
+        for each in (config, other):
+            _require_known_rows(each)
         _require_empty_rows(config, other)
     tried: dict[int, Trial | None] = {}
     reason = ""
@@ -198,11 +199,24 @@ def cost_of(config: MatchConfig) -> float:
         "forward_gflop": cost.forward_flop / 1e9,
         "train_gflop": cost.train_flop / 1e9,
         "train_pflop": (config.steps or 0) * load.batch * cost.train_flop / 1e15,
-        "landed_pflop": (config.steps or 0) * load.batch * cost.nominal_landed_flop / 1e15,
         "params_m": cost.params / 1e6,
         "active_params_m": cost.active_params / 1e6,
     }
+    if config.by == "landed_pflop":
+        return (config.steps or 0) * load.batch * cost.nominal_landed_flop / 1e15
     return values[config.by]
+
+
+def _require_known_rows(config: MatchConfig) -> None:
+    """Raises UsageError where experts stay frozen whose rows are counted: what a row costs is not known then."""
+    if config.model.adapter.name == "none":
+        return
+    vit = on_meta(config.model, load_of(config).num_classes)
+    if account_model(vit, batch=None, recompute=False).landed_row_flop is not None:
+        raise UsageError(
+            f"by=landed_pflop: adapter={config.model.adapter.name} leaves the experts of {config.model.name} frozen, "
+            "and what a row of one costs then is not known; use by=train_pflop"
+        )
 
 
 def _require_empty_rows(config: MatchConfig, other: MatchConfig) -> None:
@@ -227,7 +241,7 @@ def show_match(best: Trial, config: MatchConfig) -> str:
         "model": config.model.name,
         "to": config.to,
         "by": config.by,
-        "overrides": [f"{key}={'null' if value is None else value}" for key, value in best.overrides.items()],
+        "overrides": [word_of(*each) for each in best.overrides.items()],
         config.by: best.cost,
         f"to_{config.by}": best.other_cost,
         "difference_pct": 100 * (best.ratio - 1),

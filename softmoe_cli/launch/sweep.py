@@ -144,9 +144,10 @@ class Sweep(HydraLauncher):
         """Whether nothing is to be started."""
         return self._options.plan
 
-    def lie_in(self, study: Path) -> None:
-        """The sweep's folder lies beside its runs, also where an experiment among its jobs names the study."""
-        self._folder = study / self._folder.name
+    def lie_in(self, study: Path, name: str | None = None) -> None:
+        """The sweep's folder lies beside its runs, also where an experiment among its jobs names the study. `name`:
+        what it is called where that does not depend on the words that were typed."""
+        self._folder = study / (name or self._folder.name)
 
     @property
     def jobs_so_far(self) -> int:
@@ -195,6 +196,18 @@ class Sweep(HydraLauncher):
             for job in told:
                 folder = Path(os.path.normpath(self._folder / job["folder"]))
                 self._add(Job(job["run"], list(job.get("overrides", [])), folder, None))
+
+    def noted(self) -> dict[Path, str]:
+        """Why jobs without a result failed when they were last tried, by run folder as an absolute path; by this
+        command or one before it."""
+        found = {}
+        for entry in self._entries:
+            failure = self._order(entry).failure
+            if not entry.finished and failure.exists():
+                with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a damaged note is none
+                    reason = str(json.loads(failure.read_text())["reason"])
+                    found[Path(os.path.abspath(entry.job.folder))] = f"{entry.job.run}: {reason} ({entry.log})"
+        return found
 
     def ask(self, job_overrides: Sequence[Sequence[str]], seeds: Sequence[int] = ()) -> tuple[list[Job], list[str]]:
         """Composes every job, has it checked, and finds the room for them. With `seeds`, each job tells the folders

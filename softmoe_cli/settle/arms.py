@@ -4,12 +4,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from softmoe_cli.config.run import NOT_SCIENCE
 from softmoe_cli.errors import UsageError, nearest
 from softmoe_cli.launch.plan import Job
 
 FIRST_SEED = 0
 NAMED = ("model", "data", "recipe", "experiment")
 """Groups without a stroke whose choice says enough of itself."""
+
+SET_OTHERS = {"slots", "checkpoint", "base", "data.crop", "data.area", "train.default_epochs"}
+"""Keys that are in no signature because what they decide is there under other names: words like any others."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,12 @@ def expanded(params: Mapping[str, str], arguments: Sequence[str], loader: Any) -
 
 def key_of(word: str) -> str:
     return word.lstrip("+").partition("=")[0]
+
+
+def science(words: Iterable[str]) -> list[str]:
+    """The words that decide what an arm computes, in one order: the same however and wherever they were typed."""
+    aside = set(NOT_SCIENCE) - SET_OTHERS
+    return sorted(word for word in words if not any(f"{key_of(word)}.".startswith(f"{key}.") for key in aside))
 
 
 def without_seed(many: Iterable[Sequence[str]]) -> list[list[str]]:

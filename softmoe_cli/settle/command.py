@@ -12,6 +12,8 @@ from softmoe_cli.options.conf_files import conf_folder, load_yaml
 from softmoe_cli.options.explain import check_line
 from softmoe_cli.run.rows import QUALITIES
 
+NEEDS = {"tolerance": "equal", "tune_seeds": "tune"}
+"""Options without effect where another one is null."""
 F = TypeVar("F", bound=Fairness)
 
 
@@ -90,4 +92,11 @@ def own_words(arguments: Sequence[str], section: type[F]) -> tuple[F, list[str]]
             tree |= tree_of(OmegaConf.from_dotlist([word]))
         except (YAMLError, OmegaConfBaseException) as error:
             raise UsageError(f"cannot read '{word}': {first_line(error)}") from error
-    return door({key: tree[key] for key in keys}, section), [word for word in arguments if word not in own]
+    checked = door({key: tree[key] for key in keys}, section)
+    typed = {word.partition("=")[0]: word for word in own}
+    for key, needed in NEEDS.items():
+        if key in typed and getattr(checked, needed) is None:
+            raise UsageError(f"{typed[key]} has no effect without {needed}=")
+    if section is Fairness and "baseline" in typed and checked.equal is None and checked.tune is not None:
+        raise UsageError(f"{typed['baseline']} has no effect without equal=: tuning measures each arm by itself")
+    return checked, [word for word in arguments if word not in own]

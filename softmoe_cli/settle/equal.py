@@ -11,6 +11,7 @@ from softmoe_cli.config.run import Config
 from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.options.compose import changed_tree
 from softmoe_cli.options.conf_files import conf_folder, load_yaml
+from softmoe_cli.text import word_of
 
 NO_MATTER = 0.005
 """An arm whose cost differs from the baseline's by less than this share stays as it was typed: compare calls that no
@@ -80,7 +81,7 @@ class Leveller:
             cost, wanted = trial.cost, trial.other_cost
         else:
             cost, wanted = cost_of(asked), cost_of(target)
-        if itself or abs(cost / wanted - 1) < (self.tolerance if timed else NO_MATTER):
+        if itself or abs(cost / wanted - 1) < (self.tolerance if timed else min(NO_MATTER, self.tolerance)):
             return Levelled(None, [], cost, wanted)
         if free is None:
             raise UsageError(
@@ -96,7 +97,7 @@ class Leveller:
         if free == "train.steps":
             others = [key for key in BUDGETS if key != "steps" and getattr(config.train, key) is not None]
             changes |= {f"train.{key}": None for key in others}
-        told = [f"{key}={'null' if value is None else value}" for key, value in changes.items()]
+        told = [word_of(*each) for each in changes.items()]
         return Levelled(free, told, best.cost, best.other_cost)
 
     def _checked(self, words: list[str], tree: dict[str, Any]) -> Config:
@@ -109,6 +110,13 @@ class Leveller:
         t = config.train
         if t.batch_size == "auto":
             raise UsageError("train.batch_size=auto is not known before a run starts; give a number")
+        partly = {
+            "optim.freeze": bool(config.optim.freeze), "model.adapter": config.model.adapter.name != "none",
+            "prune.keep": config.prune.keep is not None,
+        }  # fmt: skip
+        if self.by == "train_pflop" and any(partly.values()):
+            key = next(key for key, there in partly.items() if there)
+            raise UsageError(f"equal=train_pflop counts the training of all weights, {key} trains less; leave one out")
         images, classes = self._facts(config)
         return MatchConfig(
             model=config.model, data=replace(config.data, num_classes=classes), batch_size=t.batch_size,

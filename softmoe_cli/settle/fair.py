@@ -1,6 +1,5 @@
 """Fair arms: each is given the baseline's cost and its own best value of a tuned setting before its first seed."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,14 +7,14 @@ from typing import Any
 
 from softmoe_cli.config.settle import Fairness
 from softmoe_cli.errors import UsageError
-from softmoe_cli.files import not_following
 from softmoe_cli.launch.job import answered
 from softmoe_cli.launch.plan import Job
 from softmoe_cli.launch.sweep import Sweep
-from softmoe_cli.run import rows
-from softmoe_cli.settle.arms import Arm, baseline_of, labels, with_changes
+from softmoe_cli.settle.alike import require_comparable
+from softmoe_cli.settle.arms import Arm, baseline_of, labels, science, with_changes
 from softmoe_cli.settle.equal import Levelled, Leveller, level_arms
-from softmoe_cli.text import aligned, four_digits, printable
+from softmoe_cli.settle.record import give, given_before
+from softmoe_cli.text import aligned, four_digits
 
 LEVELLED = "equal.jsonl"
 """In the folder of a study: what each arm was given, so that a clock that is read again changes no arm."""
@@ -45,11 +44,14 @@ def fair_arms(launcher: Sweep, typed: list[list[str]], asked: Fairness, seeds: S
     twins = sorted({label for label in told if told.count(label) > 1})
     if twins:
         raise UsageError(f"two arms are called {twins[0]}; give them other names, as files of conf/experiment have")
+    trees = [tree for _, _, tree in launcher.composed([[*each, f"seed={seeds[0]}"] for each in typed])]
+    require_comparable(typed, trees, asked)
     jobs, slots = asked_arms(launcher, typed, seeds)
     base = baseline_of(told, typed, [job.dense for job in jobs], asked.baseline)
     words = typed
     if asked.equal is not None:
-        found = _levelled(launcher, typed, told, base, asked, jobs[0].folder.parent)
+        named = list(zip(told, typed, trees, strict=True))
+        found = _levelled(launcher, named, base, asked, jobs[0].folder.parent)
         launcher.tell(_table(told, found, asked.equal, told[base]))
         words = [with_changes(each, level.changes) for each, level in zip(typed, found, strict=True)]
         jobs, slots = asked_arms(launcher, words, seeds)
@@ -70,33 +72,24 @@ def asked_arms(launcher: Sweep, words: Sequence[list[str]], seeds: Sequence[int]
 
 
 def _levelled(
-    launcher: Sweep, typed: Sequence[list[str]], told: Sequence[str], base: int, asked: Fairness, study: Path
+    launcher: Sweep, arms: Sequence[tuple[str, list[str], dict[str, Any]]], base: int, asked: Fairness, study: Path
 ) -> list[Levelled]:
     """What each arm is given: as it was found before in this study, else found now."""
+    words = [science(each) for _, each, _ in arms]
+    order = sorted(words)
     question = {
-        "equal": asked.equal, "free": asked.free, "tolerance": asked.tolerance, "baseline": typed[base], "arms": typed,
+        "equal": asked.equal, "free": asked.free, "tolerance": asked.tolerance, "baseline": words[base], "arms": order,
     }  # fmt: skip
     path = study / LEVELLED
-    try:
-        before = rows.lines(path, {**rows.FORMAT_KEY})
-    except FileNotFoundError:
-        before = []
-    except rows.Unreadable as error:
-        raise UsageError(f"{printable(str(path))} {error}; choose another study") from error
-    for row in before:
-        if all(row.get(key) == value for key, value in question.items()):
-            return [Levelled(**each) for each in row["given"]]
-    assert asked.equal is not None
-    trees = launcher.composed([[*each, "seed=0"] for each in typed])
-    arms = [(label, words, tree) for label, (_, words, tree) in zip(told, trees, strict=True)]
-    leveller = Leveller(launcher.command, asked.equal, asked.free, asked.tolerance)
-    found: list[Levelled] = answered(level_arms, leveller, arms, base)
-    if not launcher.plans:
-        row = {"format": rows.FORMAT, **question, "given": [vars(each) for each in found]}
-        study.mkdir(parents=True, exist_ok=True)
-        with open(path, "a", opener=not_following) as file:
-            file.write(json.dumps(row) + "\n")
-    return found
+    given = given_before(path, question)
+    if given is None:
+        assert asked.equal is not None
+        leveller = Leveller(launcher.command, asked.equal, asked.free, asked.tolerance)
+        found: list[Levelled] = answered(level_arms, leveller, arms, base)
+        given = [vars(found[words.index(each)]) for each in order]
+        if not launcher.plans:
+            given = give(path, question, given)
+    return [Levelled(**given[order.index(each)]) for each in words]
 
 
 def _table(told: Sequence[str], found: Sequence[Levelled], by: str, base: str) -> str:

@@ -17,7 +17,7 @@ from softmoe_cli.text import aligned, flop, in_words, several
 def foreseen(contest: Contest, arms: Arms, asked: SettleConfig, seen: Outlook | None) -> dict[str, Any]:
     """The plan for programs. `seen`: what is known of the deviation from runs that are there already."""
     deviation = seen.deviation.mean if seen else None
-    margins = list(EFFECTS)
+    margins = list(EFFECTS) if contest.margin is not None else []
     if contest.margin is not None and deviation:
         margins = [contest.margin / deviation]
     found = expectations(len(contest.arms), contest.least, asked.max_seeds, margins)

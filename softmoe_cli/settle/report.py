@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from softmoe_cli.compare.intervals import FEW, OPEN, Interval, effect_interval, mean_interval
+from softmoe_cli.compare.intervals import EQUAL, FEW, OPEN, Interval, effect_interval, mean_interval
 from softmoe_cli.compare.power import seeds_to_equal, seeds_to_see
 from softmoe_cli.compare.units import cell, difference_cell, figure, points
 from softmoe_cli.config.settle import SettleConfig
@@ -19,18 +19,28 @@ from softmoe_cli.text import aligned, flop, in_words, several
 
 @dataclass(frozen=True)
 class Account:
-    """A standing with what it rests on. `reasons` say why runs failed; `over` names the budget that the next round
-    would pass, and `next_round` what that would cost."""
+    """A standing with what it rests on. `reasons` say why runs failed, by arm and seed; `over` names the
+    budget that the next round would pass, and `next_round` what that would cost."""
 
     contest: Contest
     standing: Standing
     runs: Runs
     spent: Spent
-    reasons: list[str]
+    reasons: Mapping[tuple[str, int], str]
     asked: SettleConfig
     tuned: list[Tuned] = field(default_factory=list)
     over: str = ""
     next_round: Spent = field(default_factory=Spent)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def images(self) -> str:
+        """What every difference rests on: `359 test images of one cut`; empty before the first run."""
+        runs = [run for of_arm in self.runs.values() for run in of_arm.values()]
+        if not runs:
+            return ""
+        cuts, count = {run.draw[0] for run in runs}, runs[0].row.get("test_images", "?")
+        return f"{count} test images {'of one cut' if len(cuts) == 1 else f'in each of {len(cuts)} cuts'}"
 
     @property
     def open(self) -> list[str]:
@@ -40,6 +50,11 @@ class Account:
         """The main measure of an arm's runs that were looked at."""
         seeds = self.contest.seeds(self.standing.decided.get(arm, self.standing.n))
         return [run.row[self.contest.quality] for seed, run in self.runs[arm].items() if seed in seeds]
+
+    def failed(self, arm: str) -> str:
+        """How many of an arm's seeds failed, of those that were tried; empty for none."""
+        failed = sum(label == arm for label, _ in self.reasons)
+        return f"{failed} of {failed + len(self.runs[arm])}" if failed else ""
 
     def mean(self, arm: str) -> Interval | None:
         values = self.values(arm)
@@ -75,7 +90,7 @@ def as_text(report: Account) -> str:
     for arm in contest.arms:
         told, found = standing.told.get(arm), standing.found.get(arm)
         word = told.word if told else FEW
-        p = None if told is None else told.p
+        p = None if told is None else told.p_equal if word == EQUAL else told.p
         rows.append(
             [
                 arm,
@@ -86,11 +101,17 @@ def as_text(report: Account) -> str:
                 "open" if word in (OPEN, FEW) else word,
             ]
         )
+    if report.reasons:
+        for row, told_failed in zip(
+            rows, ["failed", *(report.failed(arm) for arm in (contest.baseline, *contest.arms))], strict=True
+        ):
+            row.insert(2, told_failed)
     margin = "" if contest.margin is None else f", margin {figure(key, contest.margin)}{points(key)}"
     lines = [aligned(rows, markdown=False), ""]
     lines.append(
         f"{len(standing.decided)} of {several(len(contest.arms), 'arm')} decided after {several(standing.n, 'seed')}; "
-        f"any-time 95%, Holm over {len(contest.arms)}{margin}; {in_words(report.spent.seconds)} and "
+        f"any-time 95%, Holm over {len(contest.arms)}{margin}"
+        f"{'; ' if report.images else ''}{report.images}; {in_words(report.spent.seconds)} and "
         f"{flop(1e15 * report.spent.pflop)} so far"
     )
     if report.tuned:
@@ -98,10 +119,11 @@ def as_text(report: Account) -> str:
         lines.append(
             f"tuning {report.asked.tune}, booked apart: {in_words(apart.seconds)} and {flop(1e15 * apart.pflop)}"
         )
+    lines += report.notes
     lines += [f"open: {each}" for each in needs(report)]
     if report.over:
         more = f"{in_words(report.next_round.seconds)} and {flop(1e15 * report.next_round.pflop)}"
-        lines.append(f"{report.over} is used up: the next look takes about {more} more")
+        lines.append(f"the next look would pass {report.over}: it takes about {more} more")
     return "\n".join(lines)
 
 
@@ -138,6 +160,7 @@ def told_rows(report: Account) -> dict[str, Any]:
                 "verdict": told.word if told else None,
                 "decided_at": standing.decided.get(arm),
                 "seeds": len(report.values(arm)),
+                "failed": sum(label == arm for label, _ in report.reasons),
                 "mean": mean.mean if mean else None,
                 "difference": interval.mean if interval else None,
                 "difference_low": interval.low if interval else None,
@@ -156,9 +179,11 @@ def told_rows(report: Account) -> dict[str, Any]:
         "open": report.open,
         "ended": report.why,
         "seeds": standing.n,
+        "images": report.images,
+        "notes": report.notes,
         "hours": report.spent.seconds / 3600,
         "train_pflop": report.spent.pflop,
         "tuning": tuning_rows(report.tuned, str(report.asked.tune)) if report.tuned else None,
-        "failed": report.reasons,
+        "failed": list(report.reasons.values()),
         "arms": arms,
     }

@@ -93,6 +93,30 @@ def lacking(
     return [each for each in wanted if each not in there and each not in failed]
 
 
+def _difference(contest: Contest, runs: Runs, arm: str, seeds: range, looks: PastLooks) -> Difference:
+    """An arm's difference in a look at these seeds. All shared seeds have one order, and each look sees as many from
+    its beginning as it has pairs: if a seed that comes late took its place among others, looks would go along several
+    orders, and the chance of a false verdict at any of them has no bound."""
+    ours, theirs = (list(runs.get(each, {}).values()) for each in (arm, contest.baseline))
+    order = seed_order(ours, theirs, looks)
+    order = order[: sum(seed in seeds for seed in order)]
+    mine, its = (
+        [(seed, run.row[contest.quality]) for run in side if (seed := run.row["seed"]) in order or seed in seeds]
+        for side in (ours, theirs)
+    )
+    return anytime_difference(mine, its, order, contest.margin)
+
+
+def seen(contest: Contest, standing: Standing, runs: Runs) -> list[FinishedRun]:
+    """The runs that the looks so far have seen: none that ran ahead, and of a decided arm none after its verdict."""
+    return [
+        run
+        for arm, of_arm in runs.items()
+        for seed, run in of_arm.items()
+        if seed in contest.seeds(standing.decided.get(arm, standing.n))
+    ]
+
+
 def _look(contest: Contest, standing: Standing, runs: Runs, looks: PastLooks) -> None:
     """One look at `standing.n` seeds of every undecided arm; the others keep the difference that decided them."""
     seeds = contest.seeds(standing.n)
@@ -102,9 +126,7 @@ def _look(contest: Contest, standing: Standing, runs: Runs, looks: PastLooks) ->
         if not ours:
             standing.told[arm], standing.decided[arm] = Verdict(FAILED), standing.n
         elif theirs:
-            order = seed_order(ours, theirs, looks)
-            mine, its = ([(run.row["seed"], run.row[contest.quality]) for run in each] for each in (ours, theirs))
-            standing.found[arm] = anytime_difference(mine, its, order, contest.margin)
+            standing.found[arm] = _difference(contest, runs, arm, seeds, looks)
     higher = QUALITIES[contest.quality].better == "higher"
     for arm, told in verdicts(standing.found, higher_is_better=higher, family=len(contest.arms)).items():
         standing.told[arm] = told

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from softmoe_cli.compare.runs import FinishedRun, unfinished
+from softmoe_cli.config.settle import Fairness, SettleConfig
 
 CLOCKS = ("device_s", "eval_s", "save_s", "compile_s")
 
@@ -28,6 +29,15 @@ class Spent:
 def spent_by(row: dict[str, Any]) -> Spent:
     """By one run, as its result or its last row says."""
     return Spent(math.fsum(row.get(key) or 0.0 for key in CLOCKS), row.get("train_pflop") or 0.0)
+
+
+def passed(asked: Fairness, spent: Spent) -> str:
+    """Which budget that would pass, as it was typed; empty for none."""
+    if not isinstance(asked, SettleConfig):
+        return ""
+    if asked.hours is not None and spent.seconds > 3600 * asked.hours:
+        return f"hours={asked.hours:g}"
+    return f"pflop={asked.pflop:g}" if asked.pflop is not None and spent.pflop > asked.pflop else ""
 
 
 def total(parts: Iterable[Spent]) -> Spent:

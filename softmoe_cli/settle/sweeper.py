@@ -1,6 +1,7 @@
 """Rounds of seeds: decides which jobs there are, and gives them to a sweep's launcher."""
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,19 +16,19 @@ from softmoe_cli.compare.blocks import kept_apart
 from softmoe_cli.compare.looks import read_looks, record_look
 from softmoe_cli.compare.power import Outlook, outlook
 from softmoe_cli.compare.question import Question
-from softmoe_cli.compare.runs import FinishedRun, read_runs
+from softmoe_cli.compare.runs import FINGERPRINT, FinishedRun, read_runs
 from softmoe_cli.config.settle import Fairness, SettleConfig
 from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.launch.sweep import Sweep
 from softmoe_cli.options.compose import say_once
-from softmoe_cli.settle.arms import FIRST_SEED, expanded, key_of, without_seed
+from softmoe_cli.settle.arms import FIRST_SEED, expanded, key_of, science, without_seed
 from softmoe_cli.settle.fair import Arms, fair_arms, fairness_of
 from softmoe_cli.settle.foresee import foreseen, plan_text
 from softmoe_cli.settle.record import fix_question
 from softmoe_cli.settle.report import Account, as_json, as_text
-from softmoe_cli.settle.rounds import Contest, Standing, fewest_seeds, lacking, stand
-from softmoe_cli.settle.spent import Spent, spent_by, spent_in, total
-from softmoe_cli.settle.trials import tune_arms
+from softmoe_cli.settle.rounds import Contest, Standing, fewest_seeds, lacking, seen, stand
+from softmoe_cli.settle.spent import Spent, passed, spent_by, spent_in, total
+from softmoe_cli.settle.trials import require_below, tune_arms
 from softmoe_cli.settle.tune import Tuned
 from softmoe_cli.text import several
 
@@ -35,6 +36,8 @@ OPEN_STATUS = 3
 """The exit status where a budget ended before every arm had its verdict."""
 MAIN = Question.quality
 """The main measure where nobody chooses one."""
+HELD = "sweep-settle"
+"""The folder of jobs and logs in the study: one settling is all that a study has, however it was typed."""
 AHEAD = 4
 """Where places would stand idle, a round is at most one part in so many larger than the next look needs."""
 
@@ -61,6 +64,8 @@ class Fair(Sweeper):
     def sweep(self, arguments: list[str]) -> None:
         batch = expanded(self._params, arguments, self._loader)
         typed = without_seed(batch)
+        if Fair.asked.tune is not None:
+            require_below(int(seed) for words in batch for word in words if (seed := _seed_of(word)).isdigit())
         arms = fair_arms(self._launcher, typed, Fair.asked, [FIRST_SEED])
         if Fair.asked.tune is not None and not self._launcher.plans:
             with self._launcher.held():
@@ -105,9 +110,10 @@ class Settle(Fair):
             print(json.dumps(plan) if asked.format == "json" else plan_text(plan))
             Settle.status = 0
             return
+        launcher.lie_in(arms.study, HELD)
         with launcher.held():
             launcher.recall()
-            fix_question(arms.study, _question(contest, arms, asked))
+            fix_question(arms.study, _question(contest, arms, asked), lambda: _begun(arms, asked))
             tuned: list[Tuned] = []
             if asked.tune is not None:
                 arms, tuned = tune_arms(launcher, arms, asked, asked.quality, seeds)
@@ -115,6 +121,10 @@ class Settle(Fair):
         end = f"\ntables and figures: softmoe compare {arms.study}"
         print(as_json(account) if asked.format == "json" else as_text(account) + end)
         Settle.status = OPEN_STATUS if account.open else 0
+
+
+def _seed_of(word: str) -> str:
+    return word.partition("=")[2] if key_of(word) == "seed" else ""
 
 
 def _first_seed(batch: Sequence[Sequence[str]]) -> int:
@@ -131,9 +141,16 @@ def _first_seed(batch: Sequence[Sequence[str]]) -> int:
     return int(seeds.pop()) if seeds else FIRST_SEED
 
 
+def _begun(arms: Arms, asked: SettleConfig) -> bool:
+    """Whether a run of an arm has a result. Which runs tuned arms will have is not known: then any run of the study."""
+    if asked.tune is not None:
+        return any(arms.study.glob("*/result.json"))
+    return any((folder / "result.json").exists() for arm in arms.arms for folder in arm.job.folders.values())
+
+
 def _question(contest: Contest, arms: Arms, asked: SettleConfig) -> dict[str, Any]:
     """What is fixed before the first run."""
-    told = [{"label": arm.label, "words": words} for arm, words in zip(arms.arms, arms.typed, strict=True)]
+    told = [{"label": arm.label, "words": science(words)} for arm, words in zip(arms.arms, arms.typed, strict=True)]
     return {
         "arms": told, "baseline": contest.baseline, "quality": contest.quality, "margin": contest.margin,
         "first_seed": contest.first, "fairness": fairness_of(asked),
@@ -150,24 +167,51 @@ class Rounds:
         self._launcher, self._slots, self._contest, self._asked = launcher, arms.slots, contest, asked
         self._arms = {arm.label: arm for arm in arms.arms}
         self._read: dict[Path, FinishedRun] = {}
-        self._failed: set[tuple[str, int]] = set()
+        self._told: list[str] = []
+        self._unlike: dict[tuple[str, int], str] = {}
+        """Pairs that cannot be compared, and why."""
+        self._reasons = {
+            (arm.label, seed): noted[place]
+            for noted in [launcher.noted()]
+            for arm in arms.arms
+            for seed, folder in arm.job.folders.items()
+            if (place := Path(os.path.abspath(folder))) in noted
+        }
+        """Why runs failed when they were last tried; they are not waited for."""
 
     def go(self) -> Account:
-        """Rounds until every arm has its verdict or a budget is used up."""
+        """Rounds until every arm has its verdict or a budget is used up. What failed under a command before is tried
+        once more where an arm is open without it."""
+        again = True
         while True:
             runs = self._finished()
             standing = self._look(runs)
             report = self._report(standing, runs)
-            if not standing.wanted:
+            retried = self._retried(standing) if again else []
+            if not standing.wanted and not retried:
                 return report
-            wanted = self._next(standing, runs)
-            price = total(self._of_one(label, runs) for label, _ in wanted)
-            over = self._over(report.spent, price)
+            wanted = retried or self._next(standing, runs)
+            price, over = self._over(report.spent, wanted, runs)
+            if over and not retried and wanted != standing.wanted:  # without the runs ahead
+                wanted = standing.wanted
+                price, over = self._over(report.spent, wanted, runs)
             if over:
                 return replace(report, over=over, next_round=price)
             if standing.n:
                 self._launcher.tell(as_text(report))
+            again = again and not retried
             self._launch(wanted)
+
+    @property
+    def _passed_over(self) -> set[tuple[str, int]]:
+        """The runs that no look waits for."""
+        return {*self._reasons, *self._unlike}
+
+    def _retried(self, standing: Standing) -> list[tuple[str, int]]:
+        """The failed runs of arms that are open, and of the baseline while one is, which a look has passed over."""
+        undecided = standing.undecided(self._contest)
+        arms = {self._contest.baseline, *undecided} if undecided else set()
+        return sorted(each for each in self._reasons if each[0] in arms)
 
     def outlook(self) -> Outlook | None:
         """What runs that are there already say of the deviation; this is no look, as nothing else is told."""
@@ -196,53 +240,77 @@ class Rounds:
         runs: dict[str, dict[int, FinishedRun]] = {label: {} for label in self._arms}
         for folder, (label, seed) in places.items():
             runs[label][seed] = self._read[folder]
-        for seed in {seed for _, seed in places.values()}:
-            paired = [of_arm[seed] for of_arm in runs.values() if seed in of_arm]
-            parts, keys = kept_apart(paired, Question(quality=self._contest.quality))
-            if len(parts) > 1:
-                raise UsageError(f"arms that differ in {', '.join(keys)} cannot be compared; choose others")
+        self._drop_unlike(runs)
         return runs
+
+    def _drop_unlike(self, runs: dict[str, dict[int, FinishedRun]]) -> None:
+        """Takes out runs that were timed on other hardware than the baseline with their seed: that pair is missing, as
+        one that failed.
+
+        Raises:
+            UsageError: runs differ in more.
+        """
+        base = self._contest.baseline
+        for arm, of_arm in runs.items():
+            for seed in sorted(of_arm.keys() & runs[base].keys()):
+                pair = [of_arm[seed], runs[base][seed]]
+                parts, keys = kept_apart(pair, Question(quality=self._contest.quality))
+                if len(parts) > 1 and not set(keys) <= set(FINGERPRINT):
+                    raise UsageError(f"arms that differ in {', '.join(keys)} cannot be compared; choose others")
+                if len(parts) > 1:
+                    told = f"{arm} with seed {seed} is left out: it had other {' and '.join(keys)} than {base}"
+                    self._unlike[arm, seed] = told
+                    self._tell_once(f"{told}, and train.minutes buys other training there")
+                    del of_arm[seed]
+
+    def _tell_once(self, text: str) -> None:
+        if text not in self._told:
+            self._told.append(text)
+            self._launcher.tell(text)
 
     def _look(self, runs: dict[str, dict[int, FinishedRun]]) -> Standing:
         """Looks at the runs, and records that."""
         shown = [run for of_arm in runs.values() for run in of_arm.values()]
-        standing = stand(self._contest, runs, read_looks(shown), self._asked.max_seeds, self._failed)
+        looks = read_looks(shown)
+        for told in looks.damage:
+            self._tell_once(told)
+        standing = stand(self._contest, runs, looks, self._asked.max_seeds, self._passed_over)
         if standing.n:
-            for told in record_look(shown, self._contest.quality, self._contest.margin):
+            looked = seen(self._contest, standing, runs)
+            for told in record_look(looked, self._contest.quality, self._contest.margin):
                 self._launcher.tell(told)
         return standing
 
-    def _spent(self, runs: dict[str, dict[int, FinishedRun]]) -> Spent:
-        done = [run for of_arm in runs.values() for run in of_arm.values()]
-        return spent_in(done, [folder for arm in self._arms.values() for folder in arm.job.folders.values()])
+    def _spent(self) -> Spent:
+        return spent_in(
+            list(self._read.values()), [folder for arm in self._arms.values() for folder in arm.job.folders.values()]
+        )
 
     def _report(self, standing: Standing, runs: dict[str, dict[int, FinishedRun]]) -> Account:
-        return Account(self._contest, standing, runs, self._spent(runs), self._reasons(), self._asked, self._tuned)
-
-    def _reasons(self) -> list[str]:
-        return list(self._launcher.failures.values())
+        return Account(self._contest, standing, runs, self._spent(), self._reasons, self._asked, self._tuned,
+                       notes=list(self._unlike.values()))  # fmt: skip
 
     def _next(self, standing: Standing, runs: dict[str, dict[int, FinishedRun]]) -> list[tuple[str, int]]:
         """The runs of the next round: the first seed of all, which tells what a seed costs; then what the next look
         needs, and a little more where places would stand idle."""
         wanted = standing.wanted
-        if not any(runs.values()) and not self._failed:
+        if not any(runs.values()) and not self._reasons:
             return [each for each in wanted if each[1] == self._contest.first]
         n = wanted[-1][1] - self._contest.first + 1
         for more in range(n + 1, min(n + max(1, n // AHEAD), self._asked.max_seeds) + 1):
-            larger = lacking(self._contest, standing, runs, more, self._failed)
+            larger = lacking(self._contest, standing, runs, more, self._passed_over)
             if len(larger) > len(self._slots):
                 break
             wanted = larger
         return wanted
 
-    def _over(self, spent: Spent, price: Spent) -> str:
-        """Which budget the next round would pass; empty for none."""
+    def _over(
+        self, spent: Spent, wanted: Sequence[tuple[str, int]], runs: dict[str, dict[int, FinishedRun]]
+    ) -> tuple[Spent, str]:
+        """What these runs cost, and which budget they would pass; empty for none."""
+        price = total(self._of_one(label, runs) for label, _ in wanted)
         after = spent + total(each.spent for each in self._tuned) + price
-        hours, pflop = self._asked.hours, self._asked.pflop
-        if hours is not None and after.seconds > 3600 * hours:
-            return f"hours={hours:g}"
-        return f"pflop={pflop:g}" if pflop is not None and after.pflop > pflop else ""
+        return price, passed(self._asked, after)
 
     def _of_one(self, label: str, runs: dict[str, dict[int, FinishedRun]]) -> Spent:
         """What one more seed of an arm costs: the mean of its runs; before the first, its FLOPs by formula."""
@@ -258,9 +326,10 @@ class Rounds:
             words = [f"seed={seed}" if word.startswith("seed=") else word for word in job.overrides]
             jobs.append(replace(job, run=f"{label} seed={seed}", overrides=words, folder=job.folders[seed]))
         for each, entry in zip(wanted, self._launcher.carry_out(jobs, self._slots), strict=True):
+            self._reasons.pop(each, None)
             if not entry.finished:
-                self._failed.add(each)
+                self._reasons[each] = self._launcher.failures.get(entry.job.folder, f"{entry.job.run}: no result")
         base = self._contest.baseline
-        if not self._finished()[base] and any(arm == base for arm, _ in self._failed):
-            why = "\n  ".join(self._reasons())
+        if not self._finished()[base] and any(arm == base for arm, _ in self._reasons):
+            why = "\n  ".join(self._reasons.values())
             raise RunError(f"the baseline {base} failed, and so nothing can be compared with it\n  {why}")

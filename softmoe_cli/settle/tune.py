@@ -3,12 +3,13 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from softmoe_cli.compare.intervals import Interval, mean_interval
 from softmoe_cli.compare.runs import FinishedRun
 from softmoe_cli.run.rows import QUALITIES, number
-from softmoe_cli.settle.spent import Spent, spent_by, total
+from softmoe_cli.settle.spent import Spent, spent_in
 
 TUNING_SEED = 1_000_000_000
 """The first seed of tuning: no verdict ever rests on seeds from here on."""
@@ -43,10 +44,15 @@ class Tuned:
     default: Any
     by: str
     spent: Spent = field(default_factory=Spent)
+    given: str | None = None
+    """The value, as text, that the arm was given under a command before: fixed, whatever trials have come since."""
 
     @property
     def best(self) -> Tried | None:
-        """The trial of the best mean; of equal ones that of the smaller loss, then the first. None where all failed."""
+        """The trial of the value that was given; else that of the best mean, of equal ones that of the smaller loss,
+        then the first. None where all failed."""
+        if self.given is not None:
+            return next(trial for trial in self.trials if str(trial.value) == self.given)
         sign = -1 if QUALITIES[self.by].better == "higher" else 1
 
         def place(trial: Tried) -> tuple[float, float]:
@@ -69,8 +75,9 @@ class Tuned:
         return next((trial.mean(self.by) for trial in self.trials if trial.value == value), None)
 
 
-def booked(trials: Sequence[Tried]) -> Spent:
-    return total(spent_by(run.row) for trial in trials for run in trial.runs)
+def booked(trials: Sequence[Tried], folders: Sequence[Path] = ()) -> Spent:
+    """What trials have cost; with their folders, those that failed or were stopped too."""
+    return spent_in([run for trial in trials for run in trial.runs], folders)
 
 
 def order(quality: Mapping[str, float], by: str) -> list[str]:
@@ -84,7 +91,7 @@ def changed_order(tuned: Sequence[Tuned]) -> tuple[list[str], list[str]] | None:
     default is not among the values, or failed."""
     default = {each.arm: each.at(each.default) for each in tuned}
     best = {each.arm: each.best.mean(each.by) for each in tuned if each.best}
-    if len(best) < len(tuned) or not all(default.values()):
+    if len(best) < len(tuned) or not all([*default.values(), *best.values()]):
         return None
     by = tuned[0].by
     before, after = (order({arm: mean.mean for arm, mean in means.items() if mean}, by) for means in (default, best))

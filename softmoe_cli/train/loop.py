@@ -64,8 +64,8 @@ def train(begun: Begun) -> dict[str, Any]:
     learning_rate = schedule(config.optim, budget.total)
 
     # --- cost: what an image costs, and what fits
-    load = Load.of(config, classes, device)
-    cost = training_cost(load, experts_left(source.weights) if source is not None else {})
+    load = Load.of(config, classes, device, experts_left(source.weights) if source is not None else {})
+    cost = training_cost(load)
     check_tokens(config, cost.tokens)
     require_batches(config, cost)
     fit = settle(load, config.parallel, crew)
@@ -290,8 +290,8 @@ def _let_go(step: Step, recording: Recording, pruning: Pruning, x: Tensor) -> No
 @torch.no_grad()
 def _logits(step: Step, x: Tensor) -> Tensor:
     step.model.eval()
-    with step.autocast:
-        logits: Tensor = step.model(x).float()
+    with step.autocast:  # in parts, as updates are: more might not fit
+        logits = torch.cat([step.model(part).float() for part in x.chunk(step.config.train.accumulate)])
     step.model.train()
     return logits
 

@@ -135,7 +135,7 @@ def test_failures_budgets_and_a_second_command_at_once(tmp_path: Path) -> None:
     pflop = answer["train_pflop"]
     stopped = settle(tmp_path, line, "max_seeds=9", f"pflop={1.1 * pflop}")
     code, out = stopped.wait()
-    assert code == 3 and f"pflop={1.1 * pflop:g} is used up: the next look takes about" in out
+    assert code == 3 and f"the next look would pass pflop={1.1 * pflop:g}: it takes about" in out
     changed = settle(tmp_path, line, "max_seeds=9", "margin=3")
     code, out = changed.wait()
     assert code == 2 and "was begun with margin=null, not margin=3.0" in out

@@ -16,8 +16,10 @@ from safetensors.torch import load_file
 
 from softmoe_cli.check.official import official_cases, read_case
 from softmoe_cli.config.run import Config
+from softmoe_cli.cost.fit import training_cost
 from softmoe_cli.cost.flop import account
 from softmoe_cli.cost.load import Load
+from softmoe_cli.cost.memory import predict
 from softmoe_cli.model.router import make_layer
 from softmoe_cli.model.vit import build
 from softmoe_cli.moe.layer import MoE
@@ -102,6 +104,27 @@ def test_when_windows_end(steps: int, until: float, windows: int, want: list[int
         if progress.window > before:
             ended.append(progress.step)
     assert ended == want and progress.window == windows and deadline(pruning.budget, until) == want[-1]
+
+
+def test_blocks_may_have_different_numbers_of_experts() -> None:
+    """What is measured in a block with 4 experts and in one with 2 is added up apart from each other."""
+    config = pruning_by(keep=1)
+    layers: dict[int, MoE] = {}
+    for place, experts in enumerate((4, 2)):
+        options = ROUTERS["tokens_choice_dropless"] | QUIET | {"num_experts": experts, "k": 1}
+        layer = make_layer(options, 8, 4, 1, gelu="tanh", identical=False).double().eval()
+        assert isinstance(layer, MoE)
+        layer.prunable()
+        layers[place] = layer
+    window, total = ({place: torch.zeros(len(each.left), dtype=torch.float64) for place, each in layers.items()}
+                     for _ in range(2))  # fmt: skip
+    pruning = Pruning(config, Load.of(config, 10, torch.device("cpu")), Budget(4, None), layers, window, total)
+    x = torch.randn(3, 5, 8, dtype=torch.float64)
+    routings = [layer.router(x) for layer in layers.values()]
+    pruning.see(routings)
+    pruning.add(ALONE)
+    for place, routing in enumerate(routings):
+        torch.testing.assert_close(pruning.window[place], routing.measured(config.prune.by).double())
 
 
 def finetuned(softmoe: Softmoe, source: Path, *overrides: str, root: str = "outputs") -> Path:
@@ -296,11 +319,20 @@ def test_training_does_not_prune(softmoe: Softmoe) -> None:
 @pytest.mark.thorough
 def test_memory_knows_of_larger_slots() -> None:
     """A router with capacity gives each expert more slots when others go."""
-    from softmoe_cli.cost.memory import predict
-
     config = compose(*TINY, "model/router=tokens_choice", "train.batch_size=64")
     load = Load.of(config, 10, torch.device("cpu"))
     assert predict(replace(load, keep=1)).peak_bytes > predict(load).peak_bytes
+
+
+def test_a_pruned_source_costs_what_a_smaller_model_does() -> None:
+    """Slots of a router with capacity are as many as with so few experts from the start."""
+    config = compose(*TINY, "model/router=tokens_choice", "train.batch_size=64")
+    small = compose(*TINY, "model/router=tokens_choice", "train.batch_size=64", "model.router.num_experts=1")
+    load, alone = (Load.of(each, 10, torch.device("cpu")) for each in (config, small))
+    some = replace(load, left={1: [2]})
+    assert training_cost(some).train_flop == pytest.approx(training_cost(alone).train_flop, rel=0.02)
+    whole, pruned, fresh = (predict(each).activation_bytes for each in (load, some, alone))
+    assert pruned == pytest.approx(fresh, rel=0.003) != pytest.approx(whole, rel=0.003), (whole, pruned, fresh)
 
 
 def test_router_change_is_of_the_norm(source: Path) -> None:

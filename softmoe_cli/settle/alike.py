@@ -1,0 +1,48 @@
+"""What makes arms impossible to compare, found in their composed configurations before anything starts."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from softmoe_cli.config.settle import Fairness, SettleConfig
+from softmoe_cli.errors import UsageError
+from softmoe_cli.run.rows import QUALITIES
+from softmoe_cli.settle.arms import key_of
+
+SAME_IMAGES = (
+    "name", "format", "root", "label", "num_classes", "split_seed", "validation_fraction", "test_fraction",
+)  # fmt: skip
+"""Settings of data that decide which images a run is tested on."""
+OWN_CUT = "write 'data.split_seed=${seed}': then each seed has its own cut"
+
+
+def require_comparable(typed: Sequence[Sequence[str]], trees: Sequence[dict[str, Any]], asked: Fairness) -> None:
+    """Arms as words and as composed configurations.
+
+    Raises:
+        UsageError: verdicts about them would be none, or a value tuned for them would be none.
+    """
+    if isinstance(asked, SettleConfig):
+        _require_one_measure(trees, asked.quality)
+    if asked.tune is None:
+        return
+    common = set.intersection(*(set(words) for words in typed))
+    if asked.tune in {key_of(word) for words in typed for word in words if word not in common}:
+        raise UsageError(f"tune={asked.tune}: arms differ in it already; leave one out")
+    if any("${seed}" in str(tree["data"]["split_seed"]) for tree in trees):
+        raise UsageError(
+            f"tune={asked.tune}: with data.split_seed=${{seed}} the images of one cut are in the others, so values "
+            "would be chosen on images that verdicts rest on; tune with one cut, then settle with that value typed"
+        )
+
+
+def _require_one_measure(trees: Sequence[dict[str, Any]], quality: str) -> None:
+    for key in SAME_IMAGES:
+        values = list(dict.fromkeys(str(tree["data"][key]) for tree in trees))
+        if len(values) > 1:
+            way_out = OWN_CUT if key == "split_seed" else "settle each in a study of its own"
+            raise UsageError(f"data.{key}={','.join(values)}: arms must be tested on the same images; {way_out}")
+    losses = list(dict.fromkeys(str(tree["train"]["loss"]) for tree in trees))
+    if QUALITIES[quality].curve == "loss" and len(losses) > 1:
+        raise UsageError(f"train.loss={','.join(losses)}: quality={quality} is another measure in each; use top1_pct")
+    if any(tree["train"]["batch_size"] == "auto" for tree in trees):
+        raise UsageError("train.batch_size=auto is another number where memory is; settle needs a number")
