@@ -145,7 +145,8 @@ def test_a_run_ends_with_one_expert_and_says_so(
     softmoe: Softmoe, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows, costs, the weights, evaluation without an option, and the plain ViT."""
-    see, measured = Pruning.see, []
+    see = Pruning.see
+    measured: list[int] = []
 
     def counted(pruning: Pruning, decided: Any) -> None:
         measured.append(len(decided))

@@ -10,7 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from softmoe_cli.model.vit import build, portable
+from softmoe_cli.run.source import Source
+from softmoe_cli.terminal import Screen
+from softmoe_cli.train.resume import load_source
 from tests.conftest import TINY, Softmoe, thinned
+from tests.oracles import compose
 from tests.runs import finish, last, same, start, the_run
 
 
@@ -110,3 +115,13 @@ def test_the_only_checkpoint_damaged(softmoe: Softmoe, tmp_path: Path) -> None:
     answer = softmoe(*line)
     assert answer.code == 0 and "no undamaged checkpoint is left: starting afresh" in answer.out
     assert list((run / "checkpoints").glob("damaged-last-*"))
+
+
+def test_slots_are_compared_block_by_block(capsys: pytest.CaptureFixture[str]) -> None:
+    """A checkpoint whose blocks have different numbers of slots has what it had."""
+    words = (*TINY, "model/router=soft", "model.moe_blocks=[0,1]", "model.blocks={0: {slots_per_expert: 3}}")
+    config = compose(*words)
+    model = build(config.model, 10)
+    card = {"model": portable(config.model, model), "classes": ["x"]}
+    load_source(model, Source("x", "", dict(model.state_dict()), card), config, ["x"], Screen())
+    assert "3, 1 per expert, as in the checkpoint" in capsys.readouterr().out
