@@ -196,7 +196,7 @@ def test_outputs_are_compared_in_as_many_parts_as_updates() -> None:
     config = compose(*TINY, "train.batch_size=8", "train.accumulate=4")
     optimizer, scaler = torch.optim.SGD([x]), torch.amp.GradScaler("cpu", enabled=False)
     quiet = torch.autocast("cpu", enabled=False)
-    step = Step(model, model, optimizer, scaler, quiet, [], config)  # type: ignore[arg-type]
+    step = Step(model, model, optimizer, scaler, quiet, [], config)
     assert torch.equal(_logits(step, x), x[:, None]) and model.images == [2, 2, 2, 2] and model.training
 
 
