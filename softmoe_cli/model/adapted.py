@@ -13,8 +13,6 @@ from softmoe_cli.adapters.lora import AdaptedProjection
 from softmoe_cli.adapters.soft_moa import SoftMoA
 from softmoe_cli.config.adapter import AdapterOptions
 from softmoe_cli.model.blocks import CarryingBlock
-from softmoe_cli.moe.layer import MoE
-from softmoe_cli.moe.routing import Carried
 
 NORMS = {"attn": "norm1", "mlp": "norm2"}
 """The norm in front of each sublayer."""
@@ -22,7 +20,7 @@ TRAINED_LAST = ("norm.", "fc_norm.", "head.")
 """What is trained outside of the blocks: the final norm, wherever the model has it, and the head."""
 
 
-class AdaptedBlock(Block):
+class AdaptedBlock(CarryingBlock):
     """timm's block, or a carrying one, with an adapter beside attention, beside the MLP, or beside both.
 
     u = LN1(x), h = x + attention(u) + A(u), y = h + MLP(LN2(h)) + A'(LN2(h)). What an adapter returns is added outside
@@ -35,31 +33,14 @@ class AdaptedBlock(Block):
     """
 
     def __init__(self, block: Block, adapters: Mapping[str, Adapter], *, sequential: bool) -> None:
-        super(Block, self).__init__()
-        for name, part in block.named_children():
-            self.add_module(name, part)
+        carries = isinstance(block, CarryingBlock)
+        super().__init__(block, first=not carries or block.first, last=not carries or block.last)
         self.attn_adapter, self.mlp_adapter = adapters.get("attn"), adapters.get("mlp")
-        self.sequential = sequential
-        self.carries = isinstance(block, CarryingBlock)
-        self.last = not isinstance(block, CarryingBlock) or block.last
+        self.sequential, self.carries = sequential, carries
 
-    def forward(
-        self, x: Tensor | tuple[Tensor, Carried], attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Tensor | tuple[Tensor, Carried]:
-        tokens, carried = (x, Carried()) if isinstance(x, Tensor) else x
-        inner = self.norm1(tokens)
-        made = self.drop_path1(self.ls1(self.attn(inner, attn_mask=attn_mask, is_causal=is_causal)))
-        tokens = tokens + self._with(self.attn_adapter, inner, made)
-        inner = self.norm2(tokens)
-        if self.carries and isinstance(self.mlp, MoE):
-            made, carried = self.mlp(inner, None, carried)
-        else:
-            made = self.mlp(inner)
-        tokens = tokens + self._with(self.mlp_adapter, inner, self.drop_path2(self.ls2(made)))
-        return tokens if self.last else (tokens, carried)
-
-    def _with(self, adapter: Adapter | None, read: Tensor, made: Tensor) -> Tensor:
-        """What a sublayer has `made` of what it has `read`, with its adapter's result."""
+    def added(self, sublayer: str, read: Tensor, made: Tensor) -> Tensor:
+        """What a sublayer has made, with its adapter's result."""
+        adapter = self.attn_adapter if sublayer == "attn" else self.mlp_adapter
         if adapter is None:
             return made
         beside: Tensor = adapter(made if self.sequential else read)

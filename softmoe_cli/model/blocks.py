@@ -23,21 +23,26 @@ class CarryingBlock(Block):
         super(Block, self).__init__()
         for name, part in block.named_children():
             self.add_module(name, part)
-        self.first, self.last = first, last
+        self.first, self.last, self.carries = first, last, True
 
     def forward(
         self, x: Tensor | tuple[Tensor, Carried], attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor | tuple[Tensor, Carried]:
         tokens, carried = (x, Carried()) if isinstance(x, Tensor) else x
-        attended = self.attn(self.norm1(tokens), attn_mask=attn_mask, is_causal=is_causal)
-        tokens = tokens + self.drop_path1(self.ls1(attended))
+        inner = self.norm1(tokens)
+        made = self.drop_path1(self.ls1(self.attn(inner, attn_mask=attn_mask, is_causal=is_causal)))
+        tokens = tokens + self.added("attn", inner, made)
         inner = self.norm2(tokens)
-        if isinstance(self.mlp, MoE):
+        if self.carries and isinstance(self.mlp, MoE):
             made, carried = self.mlp(inner, None, carried)
         else:
             made = self.mlp(inner)
-        tokens = tokens + self.drop_path2(self.ls2(made))
+        tokens = tokens + self.added("mlp", inner, self.drop_path2(self.ls2(made)))
         return tokens if self.last else (tokens, carried)
+
+    def added(self, sublayer: str, read: Tensor, made: Tensor) -> Tensor:
+        """What is added to the tokens, of what a sublayer (`attn`, `mlp`) has `made` of what it has `read`."""
+        return made
 
 
 def tokens_of(passed: Tensor | tuple[Tensor, Carried]) -> Tensor:
