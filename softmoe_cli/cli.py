@@ -346,8 +346,7 @@ def _upcycle(config: Any, typed: list[str]) -> int:
     from softmoe_cli.options import inherit
     from softmoe_cli.upcycle import show_upcycle, upcycle
 
-    source = inherit.named_source(tree["checkpoint"])
-    inherit.refuse_adapters(source, "upcycle")
+    source = inherit.source_of_layers(tree["checkpoint"], "upcycle")
     name = tree["model"]["backbone"]["timm"]
     if "model" not in source.card and name not in (None, "???"):
         source = dataclasses.replace(source, card=timm_card(name))

@@ -296,7 +296,7 @@ def test_shares_are_whole_groups_and_make_the_batch(size: int, batch: int, parts
     assert sum(share.of_images for share in shares) == pytest.approx(1)
     assert sum(share.of_groups for share in shares) == pytest.approx(1)
     busiest = max(share.last - share.first for share in shares)
-    assert busiest <= largest_share(batch // parts, config.model.router, size) < busiest + group
+    assert busiest <= largest_share(batch // parts, config.model.images_per_group, size) < busiest + group
     positions = torch.arange(batch)
     assert sorted(torch.cat([positions[share.rows(parts)] for share in shares]).tolist()) == positions.tolist()
 
@@ -313,6 +313,21 @@ def sized(batch: int, parts: int, group: int) -> Config:
 def test_too_many_processes_for_the_groups() -> None:
     with pytest.raises(UsageError, match="5 processes cannot divide 4 groups of"):
         Crew(0, 5).share(sized(32, 2, 4))
+
+
+def test_groups_of_different_sizes_must_be_full() -> None:
+    """Else a share of 4-image groups is none of 2-image groups: 6 images are 2 of one kind and 3 of the other."""
+    words = [
+        "model/router=tokens_choice", "model.router.images_per_group=2",
+        "model.blocks={3: {router: tokens_choice, images_per_group: 4}}",
+    ]  # fmt: skip
+    odd, even = (compose(*words, f"train.batch_size={batch}") for batch in (6, 8))
+    assert Crew(0, 1).share(odd).total == 6 and Crew(0, 2).share(even).total == 8
+    refusal = "train.batch_size=6 is not a multiple of model.router.images_per_group=4"
+    with pytest.raises(UsageError, match=refusal):
+        Crew(0, 2).share(odd)
+    with pytest.raises(UsageError, match=refusal):
+        compose(*words, "train.batch_size=6", "devices=2")
 
 
 def test_words_of_ours_are_no_lost_contact() -> None:

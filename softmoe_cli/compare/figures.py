@@ -8,6 +8,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -29,10 +30,12 @@ GREY = "#767676"
 DRAWN_LETTERS = 120
 LEFT, PLOT_WIDTH, PLOT_HEIGHT, ABOVE, BETWEEN = 0.8, 5.2, 3.2, 0.35, 1.15
 """Inches that place the panels: matplotlib's layout engine would take as long as the drawing."""
+LEGEND_LINES, LEGEND_PITCH, LEGEND_SAMPLE = 15, 0.25, 0.33
+"""Lines of a legend's column; inches from one to the next, and of the sample before each."""
 RECIPE: Any = {
     "font.family": "STIXGeneral", "mathtext.fontset": "stix", "font.size": 12, "pdf.fonttype": 42,
     "svg.hashsalt": "softmoe", "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-    "grid.alpha": 0.25, "legend.frameon": False, "axes.formatter.useoffset": False, "axes.formatter.limits": (-3, 5),
+    "grid.alpha": 0.25, "axes.formatter.useoffset": False, "axes.formatter.limits": (-3, 5),
     "axes.unicode_minus": False,
 }  # fmt: skip
 """Fonts are embedded as TrueType, which journals ask for. STIX comes with matplotlib and is embedded fastest; a minus
@@ -94,14 +97,29 @@ def safe(text: str) -> str:
 
 
 def legend_beside(axes: Axes, handles: Sequence[Line2D], labels: Sequence[str]) -> float:
-    """A legend at the panel's side, in columns of up to 15 lines; returns the inches that it needs."""
+    """A legend at the panel's side, in columns of up to 15 lines; returns the inches that it needs. Its places are
+    reckoned once here, and not anew in each form, as matplotlib's own legend would."""
     figure = axes.get_figure(root=True)
     assert figure is not None
-    legend = axes.legend(
-        handles, [safe(label) for label in labels], loc="upper left", bbox_to_anchor=(1.01, 1.02),
-        ncols=max(1, math.ceil(len(labels) / 15)),
-    )  # fmt: skip
-    return legend.get_window_extent().width / figure.dpi + 0.2
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    columns = max(1, math.ceil(len(labels) / LEGEND_LINES))
+    lines = max(1, math.ceil(len(labels) / columns))
+    left = PLOT_WIDTH + 0.2
+    widest = 0.0
+    for i, (handle, label) in enumerate(zip(handles, labels, strict=True)):
+        if i and i % lines == 0:
+            left, widest = left + widest, 0.0
+        height = 1 - (0.15 + i % lines * LEGEND_PITCH) / PLOT_HEIGHT
+        x = [(left + LEGEND_SAMPLE * share) / PLOT_WIDTH for share in (0, 0.5, 1)]
+        sample = Line2D(x, [height] * 3)
+        sample.update_from(handle)
+        sample.set(transform=axes.transAxes, markevery=[1])
+        axes.add_artist(sample).set_clip_on(False)
+        at = (left + LEGEND_SAMPLE + 0.12) / PLOT_WIDTH, height - 0.05 / PLOT_HEIGHT
+        text = axes.text(*at, safe(label), transform=axes.transAxes)
+        width = text.get_window_extent(renderer).width / figure.dpi
+        widest = max(widest, LEGEND_SAMPLE + 0.12 + width + 0.3)
+    return left + widest - PLOT_WIDTH
 
 
 def _pareto(axes: Axes, comparison: Comparison, block: Block) -> float:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+from softmoe_cli.compare.others.told import WANDB_FILE, by_others
 from softmoe_cli.errors import UsageError, nearest
 from softmoe_cli.run import rows
 from softmoe_cli.run.rows import AXES, EVERY, LOOK, QUALITIES, RESULT, Row, number
@@ -19,7 +20,7 @@ NO_CHOICE = ("data.identity", "data.split_seed", "checkpoint.train_pflop", "chec
 A checkpoint's origin is a setting: checkpoints of one origin differ by chance only."""
 DENSE_LACKS = ("model.moe_blocks", "model.expert_init")
 RUN_FILES = {"result.json", "metrics.jsonl", "config.yaml"}
-"""Files of a run's folder."""
+"""Files of a run's folder. Other programs have a config.yaml too."""
 VERSION = ("commit", "softmoe", "torch")
 
 
@@ -121,15 +122,20 @@ def _readable(line: bytes) -> Row:
     return row if isinstance(row, dict) and not rows.fault(row, EVERY) else {}
 
 
+def is_run(files: Sequence[str]) -> bool:
+    """Whether a folder with these files is of a run of this project. Without a result, it is of the other program that
+    wrote one of them."""
+    return "result.json" in files or (bool(RUN_FILES & set(files)) and not by_others(files))
+
+
 def _run_folders(top: Path) -> Iterator[Path]:
     """Folders that hold a run or the beginning of one, and empty ones."""
     for where, folders, files in os.walk(top):
-        if any(name.endswith(".wandb") for name in files):  # W&B's folder of a run, with a config.yaml of its own
-            folders.clear()
-            continue
-        if RUN_FILES & set(files) or not (folders or files):
+        if is_run(files) or not (folders or files):
             folders.clear()
             yield Path(where)
+        elif any(name.endswith(WANDB_FILE) for name in files):  # below it W&B has a config.yaml of its own
+            folders.clear()
         folders[:] = [name for name in folders if not name.startswith(".") and name != "wandb"]
 
 

@@ -8,7 +8,7 @@ import torch
 from softmoe_cli.config.recipe import Optim
 from softmoe_cli.config.run import WAYS, Config
 from softmoe_cli.cost.flop import Cost, account, on_meta
-from softmoe_cli.cost.load import Load
+from softmoe_cli.cost.load import NONE_GONE, Load
 from softmoe_cli.cost.memory import Memory, predict
 from softmoe_cli.cost.sharded import indivisible
 from softmoe_cli.data import sets
@@ -58,10 +58,12 @@ def settle(load: Load, parallel: str = "auto", crew: Crew = ALONE) -> Fit:
     return Fit(way, why, memory, free)
 
 
-def training_cost(load: Load, left: Mapping[int, Sequence[int]]) -> Cost:
-    """What an image costs, with the experts that are left in each block where some were pruned."""
+def training_cost(load: Load) -> Cost:
+    """What an image costs."""
     frozen = load.optim.freeze if load.optim is not None else []
-    return account(load.model, load.num_classes, batch=load.part, recompute=load.recompute, frozen=frozen, left=left)
+    return account(
+        load.model, load.num_classes, batch=load.part, recompute=load.recompute, frozen=frozen, left=load.left
+    )
 
 
 def _of_each(free: int, device: torch.device, crew: Crew) -> int:
@@ -225,13 +227,17 @@ class _Room:
         return unit * found
 
 
-def with_largest_batch(config: Config, sharers: int = 1) -> Config:
-    """The configuration with a number for `train.batch_size=auto`, so that the number is in the signature. `sharers`:
-    runs that will share the device at a time."""
+def with_largest_batch(config: Config, left: Mapping[int, Sequence[int]] = NONE_GONE, sharers: int = 1) -> Config:
+    """The configuration with a number for `train.batch_size=auto`, so that the number is in the signature.
+
+    Args:
+        left: the experts of the weights that the run begins with, by block, where some were pruned.
+        sharers: runs that will share the device at a time.
+    """
     device, _ = arithmetic(config.device, config.train.precision, config.threads)
     require_place(config.optim, device)
     splits = sets.load(config.data)
-    load = Load.of(config, sets.num_classes(config.data, splits), device)
+    load = Load.of(config, sets.num_classes(config.data, splits), device, left)
     paired = bool(config.augment.mixup or config.augment.cutmix)
     batch = largest_batch(load, len(splits.train), paired=paired, sharers=sharers)
     return replace(config, train=replace(config.train, batch_size=batch)).settled()

@@ -76,7 +76,7 @@ class Cost:
     landed_rows: float | None = None
     """How many rows of all layers hold a token when the load is as even as the router aims at."""
     choices: int | None = None
-    """How many experts all tokens choose in all layers; None where tokens do not choose."""
+    """How many experts all tokens choose in all layers whose rows are counted; None where in one they do not choose."""
     full_experts_flop: float = 0.0
     """Training FLOPs of the experts of other layers than those, in whose rows nothing has to land."""
 
@@ -110,7 +110,8 @@ class Cost:
 
     @property
     def nominal_landed_flop(self) -> float:
-        """Training FLOPs of an image, rows that hold no token not counted, when the load is that even."""
+        """Training FLOPs of an image, rows that hold no token not counted, when the load is that even. Unknown where
+        frozen parameters take a part of the experts' cost away."""
         return self.landed_train_flop(1, self.landed_rows or 0.0)
 
     def landed_train_flop(self, images: int, landed: float) -> float:
@@ -118,6 +119,7 @@ class Cost:
         it. Where no row is of one token it is as `train_flop` says."""
         if self.landed_row_flop is None:
             return images * self.train_flop
+        assert self.counted_train_flop is None  # of frozen experts a row costs something else
         return images * self.rest_train_flop + landed * self.landed_row_flop
 
     @property
@@ -189,7 +191,8 @@ def account_model(vit: VisionTransformer, *, batch: int | None, recompute: bool)
     row_flop = next((layer.landed_row_flop for layer in layers if layer.landed_row_flop is not None), None)
     full = [layer for layer in layers if row_flop is not None and layer.landed_row_flop is None]
     landed = [found for layer in layers if (found := layer.landed_rows(tokens)) is not None]
-    choices = [found for layer in layers if (found := layer.choices(tokens)) is not None]
+    counted = [layer.choices(tokens) for layer in layers if layer.landed_row_flop is not None]
+    choices = [each for each in counted if each is not None]
     deciders = [module for module in vit.modules() if isinstance(module, Decider)]
     return Cost(
         parts=tuple(_parts(vit, batch, recompute)),
@@ -199,7 +202,7 @@ def account_model(vit: VisionTransformer, *, batch: int | None, recompute: bool)
         landed_row_flop=None if row_flop is None else (4 if recompute else 3) * row_flop,
         full_experts_flop=sum(_experts_train_flop(layer, tokens, batch, recompute) for layer in full),
         landed_rows=sum(landed) if landed else None,
-        choices=sum(choices) if choices else None,
+        choices=sum(choices) if choices and len(choices) == len(counted) else None,
     )
 
 

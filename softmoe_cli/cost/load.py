@@ -1,6 +1,8 @@
 """The work that a device is given: memory, clock and cost are all computed for a Load."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 
@@ -10,6 +12,8 @@ from softmoe_cli.config.recipe import Optim
 from softmoe_cli.config.run import Config
 from softmoe_cli.device import arithmetic
 from softmoe_cli.errors import UsageError
+
+NONE_GONE: Mapping[int, Sequence[int]] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -33,14 +37,19 @@ class Load:
     """Whether an average of the weights is kept."""
     keep: int | None = None
     """Experts that stay in each block in the end, where some go on the way."""
+    left: Mapping[int, Sequence[int]] = field(default_factory=dict)
+    """The experts that are left, by block, where some were pruned before."""
 
     @classmethod
-    def of(cls, config: Config, num_classes: int, device: torch.device) -> "Load":
-        """The load of training with this configuration, whose `train.batch_size` must be a number."""
+    def of(
+        cls, config: Config, num_classes: int, device: torch.device, left: Mapping[int, Sequence[int]] = NONE_GONE
+    ) -> "Load":
+        """The load of training with this configuration, whose `train.batch_size` must be a number. `left`: the experts
+        of the weights that it begins with, as `weights.experts_left` says."""
         t = config.train
         return cls(
             config.model, num_classes, t.batch_size, device, t.accumulate, t.recompute, t.precision, t.compile,
-            config.threads, config.optim, t.ema is not None, config.prune.keep,
+            config.threads, config.optim, t.ema is not None, config.prune.keep, dict(left),
         )  # fmt: skip
 
     @property

@@ -15,7 +15,7 @@ from typing import Any
 
 from softmoe_cli.config.commands import MatchConfig
 from softmoe_cli.cost.clock import measure
-from softmoe_cli.cost.flop import account
+from softmoe_cli.cost.flop import account, account_model, on_meta
 from softmoe_cli.cost.load import load_of
 from softmoe_cli.cost.memory import predict
 from softmoe_cli.errors import RunError, UsageError
@@ -56,6 +56,8 @@ def match(config: MatchConfig, other: MatchConfig, candidate: Candidate) -> Tria
         RunError: nothing comes within the tolerance; the message names the nearest on both sides.
     """
     if config.by == "landed_pflop":
+        for each in (config, other):
+            _require_known_rows(each)
         _require_empty_rows(config, other)
     tried: dict[int, Trial | None] = {}
     reason = ""
@@ -197,11 +199,24 @@ def cost_of(config: MatchConfig) -> float:
         "forward_gflop": cost.forward_flop / 1e9,
         "train_gflop": cost.train_flop / 1e9,
         "train_pflop": (config.steps or 0) * load.batch * cost.train_flop / 1e15,
-        "landed_pflop": (config.steps or 0) * load.batch * cost.nominal_landed_flop / 1e15,
         "params_m": cost.params / 1e6,
         "active_params_m": cost.active_params / 1e6,
     }
+    if config.by == "landed_pflop":
+        return (config.steps or 0) * load.batch * cost.nominal_landed_flop / 1e15
     return values[config.by]
+
+
+def _require_known_rows(config: MatchConfig) -> None:
+    """Raises UsageError where experts stay frozen whose rows are counted: what a row costs is not known then."""
+    if config.model.adapter.name == "none":
+        return
+    vit = on_meta(config.model, load_of(config).num_classes)
+    if account_model(vit, batch=None, recompute=False).landed_row_flop is not None:
+        raise UsageError(
+            f"by=landed_pflop: adapter={config.model.adapter.name} leaves the experts of {config.model.name} frozen, "
+            "and what a row of one costs then is not known; use by=train_pflop"
+        )
 
 
 def _require_empty_rows(config: MatchConfig, other: MatchConfig) -> None:

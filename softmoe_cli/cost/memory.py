@@ -130,7 +130,7 @@ def predict(load: Load, processes: int = 1, way: str = "ddp") -> Memory:
         vit.set_grad_checkpointing(load.recompute)
         if load.optim is not None:
             freeze(vit, load.optim.freeze)
-        _let_go(vit, load.keep)
+        _let_go(vit, load)
         apart = [parameter for each in experts for parameter in each.parameters()]
         shard = FullyShard(vit, processes, apart) if divided else None
         whole = sum(parameter.nbytes for parameter in vit.parameters())
@@ -158,17 +158,21 @@ def predict(load: Load, processes: int = 1, way: str = "ddp") -> Memory:
     )
 
 
-def _let_go(vit: VisionTransformer, keep: int | None) -> None:
+def _let_go(vit: VisionTransformer, load: Load) -> None:
     """Leaves as many experts as training holds most for, of those numbers that it has once some have gone: experts of a
     router with capacity get more slots then, and the weights of those that are left are copied out."""
     tokens = count_tokens(vit)
-    layers = [block.mlp for block in vit.blocks if isinstance(block.mlp, MoE)]
-    for layer in (layer for layer in layers if layer.router.unprunable is None):  # others are refused later
-        e, rows = len(layer.left), {}
-        for z in range(e - 1, (keep or e) - 1, -1):
-            layer.prunable()
-            layer.leave(range(z))
-            rows[z] = layer.rows(tokens)
+    layers = {place: block.mlp for place, block in enumerate(vit.blocks) if isinstance(block.mlp, MoE)}
+    for place, layer in layers.items():
+        if layer.router.unprunable is not None:  # refused later
+            continue
+        e, rows = len(layer.experts.w1), {}
+        there = len(load.left.get(place, range(e)))
+        for z in range(there, min(load.keep or there, there) - 1, -1):
+            if z < e:
+                layer.prunable()
+                layer.leave(range(z))
+                rows[z] = layer.rows(tokens)
         if rows:
             layer.leave(range(max(rows, key=lambda z: rows[z])))
 

@@ -20,6 +20,7 @@ from softmoe_cli.model.vit import build, count_tokens
 from softmoe_cli.model.weights import load_weights, slot_axes
 from softmoe_cli.moe.factorised import FactorisedHead
 from softmoe_cli.moe.kind import Decider, Layer
+from softmoe_cli.moe.layer import MoE
 
 SHUFFLES = 3
 AUDIT_DRAWS = 3
@@ -90,6 +91,9 @@ class Audit:
             return f"{name} has no experts"
         if part in ("capacity", "slots", "kinds") and self.config.blocks:
             return f"{name} is no single router: its blocks have options of their own (model.blocks)"
+        gone = any(isinstance(layer, MoE) and len(layer.left) < len(layer.experts.w1) for layer in self.layers.values())
+        if part == "capacity" and gone:
+            return f"experts of {name} are gone, and those that are left have their slots; softmoe prune it first"
         slots = self._router.slots_per_expert
         if part == "capacity" and (slots is None or self._router.capacity_factor(slots, self._tokens) is None):
             return f"{name} has no capacity that could overflow"

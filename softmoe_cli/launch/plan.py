@@ -4,6 +4,7 @@ import copy
 import math
 import os
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ def answer(inquiry: Inquiry) -> tuple[list[Job | UsageError | RunError], list[st
     from softmoe_cli.data.contents import known
     from softmoe_cli.data.sets import identity
     from softmoe_cli.failures import defect, ours
+    from softmoe_cli.model.weights import experts_left
     from softmoe_cli.options.inherit import resolve
     from softmoe_cli.train.setup import run_folder
 
@@ -62,14 +64,14 @@ def answer(inquiry: Inquiry) -> tuple[list[Job | UsageError | RunError], list[st
             seeded = "${seed}" in repr(tree)  # else a seed changes nothing but itself
             trees = {seed: copy.deepcopy(tree) | {"seed": seed} for seed in inquiry.seeds} if seeded else {}
             config, source = resolve(inquiry.command, tree, overrides)
-            settled = []
+            settled, left = [], experts_left(source.weights) if source is not None else {}
             if config.train.batch_size == "auto":
                 if options.where != "local":
                     raise UsageError(
                         f"train.batch_size=auto depends on the device, which hydra/launcher={options.where} does not "
                         "know yet; give a number"
                     )
-                config = with_largest_batch(config, sharers)
+                config = with_largest_batch(config, left, sharers)
                 settled.append(f"train.batch_size={config.train.batch_size}")
             if config.devices > 1 and options.where != "slurm":
                 raise UsageError(
@@ -93,7 +95,7 @@ def answer(inquiry: Inquiry) -> tuple[list[Job | UsageError | RunError], list[st
                 with_seed.train.batch_size = config.train.batch_size
                 folders[seed] = place(with_seed)
             priced = options.plan or options.limit.given or inquiry.seeds
-            cost = _costs(config, times=options.plan) if priced else {}
+            cost = _costs(config, left, times=options.plan) if priced else {}
             unknown = [key for key in options.limit.given if math.isnan(cost[key])]
             if unknown:
                 raise UsageError(f"hydra.launcher.limit: train.minutes leaves {unknown[0]} open; give train.steps")
@@ -131,11 +133,11 @@ _priced: dict[str, tuple[Any, int]] = {}
 _timed: dict[str, tuple[float, float]] = {}
 
 
-def _costs(config: Config, *, times: bool) -> dict[str, float]:
-    """What a job will cost, by formula; and how long, by a few steps of it on this machine. nan: cannot be known."""
+def _costs(config: Config, left: Mapping[int, Sequence[int]], *, times: bool) -> dict[str, float]:
+    """What a job will cost, by formula; and how long, by a few steps of it on this machine. nan: cannot be known.
+    `left`: the experts of its first weights, by block, where some were pruned."""
     from softmoe_cli.cost.clock import measure
-    from softmoe_cli.cost.fit import require_place
-    from softmoe_cli.cost.flop import account
+    from softmoe_cli.cost.fit import require_place, training_cost
     from softmoe_cli.cost.load import Load
     from softmoe_cli.cost.memory import predict
     from softmoe_cli.data import sets
@@ -153,20 +155,21 @@ def _costs(config: Config, *, times: bool) -> dict[str, float]:
     classes, images, validation, test = _loaded[key]
     device, _ = arithmetic(config.device, t.precision, config.threads)
     require_place(config.optim, device, config.devices)
-    load = Load.of(config, classes, device)
+    load = Load.of(config, classes, device, left)
     key = repr((load, config.devices, config.parallel))
     if key not in _priced:
         parallel = "ddp" if config.parallel == "auto" else config.parallel
         _priced[key] = (
-            account(load.model, classes, batch=load.part, recompute=t.recompute, frozen=config.optim.freeze),
+            training_cost(load),
             predict(load, config.devices, parallel).peak_bytes,
         )
     cost, peak = _priced[key]
     require_batches(config, cost)
     budget = Budget.of(config, images)
     step_s = image_s = math.nan
-    # The clock can measure only this: one device, all weights trained, AdamW's moments in float32.
-    can_be_timed = config.devices == 1 and not config.optim.freeze and config.optim.moments == "fp32"
+    # The clock can measure only this: one device, all weights there and trained, AdamW's moments in float32.
+    whole = not config.optim.freeze and not left
+    can_be_timed = config.devices == 1 and whole and config.optim.moments == "fp32"
     if times and can_be_timed and peak <= free_memory(device):
         timed = replace(load, optim=None, ema=False)
         key = repr(timed)

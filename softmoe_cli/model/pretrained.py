@@ -1,6 +1,7 @@
 """Weights to start from, whatever names them: a run, a checkpoint, a file, the hub or timm."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,15 +16,18 @@ from softmoe_cli.run.delta import base_name, composed
 from softmoe_cli.run.source import Source, read_source
 
 
-def read_checkpoint(checkpoint: str, base: str | None = None) -> Source:
+def read_checkpoint(
+    checkpoint: str, base: str | None = None, check: Callable[[Source], None] = lambda _: None
+) -> Source:
     """The weights that `checkpoint=` names: what `source.read_source` reads, `hf-hub:OWNER/NAME`, a folder that softmoe
     export made and pushed, or `timm:NAME`, a pretrained dense ViT. A delta is put together with its base, which `base`
-    may name.
+    may name; `check` sees it before that.
 
     Raises:
         UsageError: nothing usable there, or a base that is another one.
     """
     source = _read(checkpoint)
+    check(source)
     if "base" in source.card:
         return _whole(source, base)
     if base is not None:

@@ -79,7 +79,10 @@ def load_weights(
             report.loaded.append(key)
     report.new = [key for key in own if key not in incoming]
     begin = not any(map(is_adapters, state))  # adapters beside trained weights start afresh, all or none
-    strange = [key for key in report.new if not key.startswith("head.") and not (begin and is_adapters(key))]
+    fresh = not any(key.startswith("head.") for key in incoming)  # and so does a head
+    strange = [
+        key for key in report.new if not (is_adapters(key) and begin) and not (key.startswith("head.") and fresh)
+    ]
     if strange:
         raise UsageError(
             f"the checkpoint is of another architecture: it lacks {', '.join(strange[:3])}"

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ def resolve(command: str, tree: dict[str, Any], typed: Sequence[str]) -> "tuple[
 
     if command == "train":
         checked = door(tree, Config)
+        refuse_idle_pruning(checked, typed)
         if checked.slots != "kept":
             raise UsageError(f"slots={checked.slots} belongs to softmoe finetune: there is no checkpoint to keep to")
         if checked.prune.keep is not None:
@@ -49,12 +50,18 @@ def resolve(command: str, tree: dict[str, Any], typed: Sequence[str]) -> "tuple[
         raise UsageError(
             "softmoe finetune needs checkpoint=: a run folder, a .safetensors file, hf-hub:OWNER/NAME or timm:NAME"
         )
-    from softmoe_cli.model.weights import proportional_slots
+    from softmoe_cli.model.weights import experts_left, proportional_slots
 
     source = named_source(tree["checkpoint"], tree["base"])
     take_model(tree, source, typed)
     checked = door(tree, Config)
     mirror.check(checked)
+    refuse_idle_pruning(checked, typed)
+    if checked.model.adapter.name != "none" and experts_left(source.weights):
+        raise UsageError(
+            f"adapter={checked.model.adapter.name}: checkpoint={source.label} still holds the experts that were "
+            f"pruned, which adapters would keep; first softmoe prune checkpoint={source.label}"
+        )
     if checked.slots == "proportional":
         for key in ("model.router.slots_per_expert", "model.router.capacity_factor"):
             if names(key, typed):
@@ -66,19 +73,41 @@ def resolve(command: str, tree: dict[str, Any], typed: Sequence[str]) -> "tuple[
     return checked, source
 
 
-def named_source(checkpoint: str, base: str | None = None) -> "Source":
-    """Reads what `checkpoint=` names, and of a delta its base; says so where every weight's name has the same prefix,
-    which is left out.
+def refuse_idle_pruning(config: Config, typed: Sequence[str]) -> None:
+    """Raises UsageError where options of pruning are typed, and nothing says how many experts are to stay. A sweep's
+    control says that all do: prune.keep=null."""
+    idle = [word for word in typed if word.lstrip("+").startswith("prune.")]
+    if config.prune.keep is None and idle and not names("prune.keep", typed):
+        raise UsageError(
+            f"{idle[0]} has no effect without prune.keep, which says how many experts stay in each block; add it, as "
+            "null for a control, or leave this out"
+        )
+
+
+def named_source(
+    checkpoint: str, base: str | None = None, check: "Callable[[Source], None]" = lambda _: None
+) -> "Source":
+    """Reads what `checkpoint=` names, and of a delta, which `check` sees by itself, its base; says so where every
+    weight's name has the same prefix, which is left out.
 
     Raises:
         UsageError: nothing usable there.
     """
     from softmoe_cli.model.pretrained import read_checkpoint
 
-    source = read_checkpoint(checkpoint, base)
+    source = read_checkpoint(checkpoint, base, check)
     if source.prefix:
         say_once(f"checkpoint={source.label}: every name in it begins with '{source.prefix}'; read without that")
     return source
+
+
+def source_of_layers(checkpoint: str, command: str) -> "Source":
+    """`named_source` for a command that changes a model's layers, which takes none with adapters.
+
+    Raises:
+        UsageError: nothing usable there, or a model with adapters; of those no base is read.
+    """
+    return named_source(checkpoint, check=lambda source: _refuse_adapters(source, command))
 
 
 def take_model(tree: dict[str, Any], source: "Source", typed: Sequence[str]) -> None:
@@ -88,17 +117,18 @@ def take_model(tree: dict[str, Any], source: "Source", typed: Sequence[str]) -> 
         raise UsageError(f"checkpoint={label} does not say what model it is; name one with model=")
     own = card.get("model", {"adapter": dataclasses.asdict(no_adapter())})
     _check_adapter(own["adapter"], tree["model"], label)
-    chosen = tree["model"].get("blocks") if isinstance(tree["model"], dict) else None
+    chosen = tree["model"] if isinstance(tree["model"], dict) else {}
+    blocks = chosen.get("blocks") if isinstance(chosen.get("blocks"), dict) else {}
+    whole = {block: router for block, router in blocks.items() if "_target_" in router}  # with all its options
+    by_word = any(names(key, typed) for key in ("model", "model/router", "model.router._target_"))
+    own_words = targets({"router": chosen.get("router") if by_word else None, "blocks": whole})
     tree["model"] = overlay(own, tree["model"])
-    for block, router in (chosen if isinstance(chosen, dict) else {}).items():
-        if "_target_" in router:  # a router with all its options, which is no change of the checkpoint's
-            tree["model"]["blocks"][block] = router
-    if not any(names(key, typed) for key in ("model", "model/router", "model.router._target_")):
-        require_trust(tree["model"], source, tree.get("trust"))
+    for block, router in whole.items():  # no change of the checkpoint's
+        tree["model"]["blocks"][block] = router
+    require_trust(tree["model"], source, tree.get("trust"), own_words)
     if "classes" in card:  # ours, not timm's
-        same = isinstance(tree["model"]["router"], dict) and tree["model"]["router"].get("_target_")
-        router = card["model"]["router"]
-        _described(source, router if same == router["_target_"] else {"_target_": None})
+        same = router_targets(tree["model"]) == router_targets(card["model"])
+        _described(source, card["model"]["router"] if same else {"_target_": None})
     for key in ("mean", "std"):
         if key in card.get("data", {}) and not names(f"data.{key}", typed):
             tree["data"][key] = card["data"][key]
@@ -116,8 +146,7 @@ def _check_adapter(own: dict[str, Any], model: Any, label: str) -> None:
         )
 
 
-def refuse_adapters(source: "Source", command: str) -> None:
-    """Raises UsageError where a command that changes a model's layers is given one with adapters."""
+def _refuse_adapters(source: "Source", command: str) -> None:
     name = source.card.get("model", {}).get("adapter", {}).get("name", "none")
     if name != "none":
         way = "softmoe export makes a plain model of it" if name == "lora" else "take the model that they belong to"
@@ -126,24 +155,30 @@ def refuse_adapters(source: "Source", command: str) -> None:
         )
 
 
-def require_trust(model: dict[str, Any], source: "Source", trusted: str | None) -> None:
+def require_trust(model: dict[str, Any], source: "Source", trusted: str | None, typed: Collection[str] = ()) -> None:
     """Refuses a router that only the checkpoint names, unless it is `trusted`: importing a module runs its code. A
     router in conf/model/router of the working folder is accepted too, but not for a checkpoint inside that folder:
-    whoever downloads the folder gets both.
+    whoever downloads the folder gets both. `typed`: the classes that the user has chosen.
 
     Raises:
         UsageError: only the checkpoint names the router.
     """
     for target in targets(source.card.get("model", {})):
-        if target in targets(model) and not target.startswith("softmoe_cli.moe.routers.") and target != trusted:
+        ours = target.startswith("softmoe_cli.moe.routers.")
+        if target in targets(model) and not ours and target not in (trusted, *typed):
             _require_vouched(target, source)
 
 
+def router_targets(model: dict[str, Any]) -> dict[str, Any]:
+    """The class of each of a model's routers as its options name it, by where they stand."""
+    blocks = model["blocks"] if isinstance(model.get("blocks"), dict) else {}
+    every = {"router": model.get("router"), **blocks}
+    return {str(place): each.get("_target_") for place, each in every.items() if isinstance(each, dict)}
+
+
 def targets(model: dict[str, Any]) -> list[str]:
-    """The classes of a model's routers, as its options name them."""
-    every = [model.get("router"), *(model["blocks"].values() if isinstance(model.get("blocks"), dict) else ())]
-    named = [each.get("_target_") for each in every if isinstance(each, dict)]
-    return [target for target in dict.fromkeys(named) if target is not None]
+    """These classes, each once."""
+    return [target for target in dict.fromkeys(router_targets(model).values()) if target is not None]
 
 
 def _require_vouched(target: str, source: "Source") -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from softmoe_cli.config.commands import PruneConfig
 from softmoe_cli.config.data import check_channels
 from softmoe_cli.config.model import Model
-from softmoe_cli.cost.flop import account
+from softmoe_cli.cost.flop import account, on_meta
 from softmoe_cli.data import batches, sets
 from softmoe_cli.data.splits import ImageSet, Splits
 from softmoe_cli.device import arithmetic, hardware
@@ -53,8 +53,7 @@ def prune_as_typed(config: Any, typed: list[str]) -> int:
         raise UsageError("softmoe prune needs checkpoint=: a run folder, a .safetensors file or hf-hub:OWNER/NAME")
     if tree["checkpoint"].startswith("timm:"):
         raise UsageError(f"checkpoint={tree['checkpoint']} is timm's own and has no experts to prune")
-    source = inherit.named_source(tree["checkpoint"])
-    inherit.refuse_adapters(source, "prune")
+    source = inherit.source_of_layers(tree["checkpoint"], "prune")
     model = inherit.model_of(source, tree["trust"])
     named = inherit.names_data(tree["data"])
     inherit.take_data(tree, source, typed)
@@ -83,6 +82,8 @@ def prune(config: PruneConfig, model: Model, source: Source, before: Source | No
     load_weights(vit, source.weights, keep_head=True, allow_unexpected=[])
     layers = prunable(vit, model, config.by)
     _check_keep(config, layers)
+    if config.to == "dense":
+        _check_foldable(config, model, layers, vit.num_classes)
     settings = _settings(config, before)
     folder = Path(config.output_root) / "pruned" / f"{model.name.replace('/', '_')}-{made_from(source, settings)}"
     folder = folder if config.folder is None else Path(config.folder)
@@ -124,15 +125,26 @@ def prune(config: PruneConfig, model: Model, source: Source, before: Source | No
 
 
 def _check_keep(config: PruneConfig, layers: dict[int, MoE]) -> None:
-    """Refuses more experts than there are, and a pruning that would change nothing."""
+    """Refuses more experts than there are, and a pruning that would change nothing. Weights that say that all are left
+    become a model that says nothing of it."""
     fewest = min(layers, key=lambda place: len(layers[place].left))
     most = len(layers[fewest].left)
     if config.keep is not None and config.keep > most:
         raise UsageError(f"keep={config.keep}: block {fewest} has {most} experts left")
-    whole = all(len(layer.left) == len(layer.experts.w1) for layer in layers.values())
+    whole = not any("alive" in dict(layer.named_buffers()) for layer in layers.values())
     if whole and config.to == "experts" and all(len(layer.left) <= (config.keep or most) for layer in layers.values()):
         said = "" if config.keep is None else f"keep={config.keep} are all; "
         raise UsageError(f"{said}nothing would be pruned: say keep= below {most}, or to=dense for a plain ViT")
+
+
+def _check_foldable(config: PruneConfig, model: Model, layers: dict[int, MoE], classes: int) -> None:
+    """Refuses what will make no plain ViT before anything is scored: whichever experts stay, the reason is the same."""
+    vit = on_meta(model, classes)
+    for place, layer in layers.items():
+        shape = vit.blocks[place].mlp
+        shape.prunable()
+        shape.leave(layer.left[: config.keep])
+    folded_model(model, vit)
 
 
 def _settings(config: PruneConfig, before: Source | None) -> dict[str, Any]:
@@ -172,7 +184,7 @@ class Pruned:
         scores = self._scores(vit, layers, before) if keep is not None and keep < most else {}
         blocks: dict[str, dict[str, Any]] = {}
         for place, layer in layers.items():
-            there = layer.left
+            there = list(layer.left)
             if keep is not None and len(there) > keep:
                 if "alive" not in dict(layer.named_buffers()):
                     layer.prunable()
@@ -213,8 +225,7 @@ class Pruned:
         )  # fmt: skip
         x, _ = next(self.batches(self.splits.validation))
         if self.config.clock:
-            wait = torch.cuda.synchronize if self.device.type == "cuda" else _nothing
-            found["clock"] = latencies({"before": whole, "after": new}, x, self.config.repeats, wait)
+            found["clock"] = latencies({"before": whole, "after": new}, x, self.config.repeats)
             found["clock"] |= {"images": len(x), "repeats": self.config.repeats, "hardware": hardware(self.device)}
         one, other = (copy.deepcopy(each).cpu().double().eval() for each in (pruned, new))
         share, others = distance_in_float64(one, other, x.cpu().double())
@@ -241,10 +252,6 @@ class Pruned:
         share, others = distance_in_float64(copy.deepcopy(new).cpu().double().eval(), theirs, x.cpu().double())
         if not share <= NO_MORE or others:
             raise RunError(f"what timm loads is off by {share:.2g} in float64: an error of softmoe's")
-
-
-def _nothing() -> None:
-    """There is nothing to wait for."""
 
 
 def _cost_row(params: int, active: float, forward: int, train: float) -> dict[str, int | float]:

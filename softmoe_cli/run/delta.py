@@ -33,6 +33,8 @@ class Delta:
             loaded: names of those that were loaded from `source` as they are.
         """
         of_base = loaded - trained - source.own
+        if any(name.startswith(HEAD) for name in trained):  # a head is held whole, with what of it is frozen or counted
+            of_base = {name for name in of_base if not name.startswith(HEAD)}
         base = source.card.get("base") or {"checkpoint": source.label, "digest": digest_of(source.weights)}
         rest = source.weights.keys() - source.own if source.own else source.weights.keys()
         left_out = sorted(name for name in rest if name not in weights and not name.startswith(HEAD))

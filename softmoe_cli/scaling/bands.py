@@ -68,7 +68,8 @@ def _iso_panel(axes: Axes, report: Report) -> float:
             wide, tall = np.meshgrid(*(np.geomspace(x.min(), x.max(), ISO_POINTS) for x in (size, images[mine])))
             loss = np.asarray(fit.predict(sizes_at(report.family, wide, tall, float(e))))
             lines = axes.contour(wide, tall, loss, levels, colors=colour, linewidths=1)
-            axes.clabel(lines, fmt="%.3g", fontsize=9)
+            if place == 0:  # the others lie beside it
+                axes.clabel(lines, fmt="%.3g", fontsize=9)
         handles.append(handle)
         labels.append(experts_said(float(e)))
     axes.set_xscale("log")

@@ -6,7 +6,7 @@ checkpoints and divided weights keep theirs; what goes is neither computed nor r
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -132,8 +132,8 @@ class Pruning:
         """Adds up what all processes have measured in an update."""
         if not self.now:
             return
-        everyones = crew.add(torch.stack(list(self.now.values()))).cpu()
-        for place, measured in zip(self.now, everyones, strict=True):
+        everyones = crew.add(torch.cat(list(self.now.values()))).cpu()  # blocks may have different numbers of experts
+        for place, measured in zip(self.now, everyones.split([len(each) for each in self.now.values()]), strict=True):
             self.window[place] += measured
             self.total[place] += measured
         self.now = {}
@@ -159,7 +159,7 @@ class Pruning:
 
     def cost(self) -> Cost:
         """What an image costs with the experts that are left."""
-        return training_cost(self.load, {place: layer.left for place, layer in self.layers.items()})
+        return training_cost(replace(self.load, left={place: layer.left for place, layer in self.layers.items()}))
 
     def _scores(self, place: int, *, of_all: bool) -> list[float]:
         since = (self.total if of_all else self.window)[place]

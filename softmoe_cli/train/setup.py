@@ -16,6 +16,7 @@ from softmoe_cli.data import sets, workers
 from softmoe_cli.data.splits import Splits
 from softmoe_cli.errors import UsageError
 from softmoe_cli.model.router import check_evaluated
+from softmoe_cli.model.weights import experts_left
 from softmoe_cli.parallel import Crew
 from softmoe_cli.run.folder import Run
 from softmoe_cli.run.identity import signature
@@ -48,7 +49,7 @@ def begin(config: Config, command: str, source: Source | None, screen: Screen) -
         if not crew.first:
             screen = Screen(quiet=True)
         if config.train.batch_size == "auto":
-            config = with_largest_batch(config)
+            config = with_largest_batch(config, experts_left(source.weights) if source is not None else {})
             number = config.train.batch_size
             screen.say(
                 f"train.batch_size=auto: {number}; type train.batch_size={number} to have the same run elsewhere"

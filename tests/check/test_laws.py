@@ -421,19 +421,19 @@ def test_a_further_folder_of_cases_is_tried(
 def test_cases_are_found_by_their_kind(softmoe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever their names are; those of other kinds are told."""
     folder = with_cases(tmp_path / "cases", "soft_slots4", "tc_k1_tiny_vanilla", monkeypatch=monkeypatch)
-    other = json.loads((folder / "tc_k1_tiny_vanilla.json").read_text()) | {"kind": "soft_moa_layer"}
+    other = json.loads((folder / "tc_k1_tiny_vanilla.json").read_text()) | {"kind": "soft_unheard_of"}
     (folder / "soft_other.json").write_text(json.dumps(other))
     shutil.copy(folder / "tc_k1_tiny_vanilla.npz", folder / "soft_other.npz")
     for ending in ("json", "npz"):
         (folder / f"soft_slots4.{ending}").rename(folder / f"any.{ending}")
     outcome = run_check("official numbers", Subject(ROUTERS["soft"]))
     assert outcome.verdict == "pass", outcome
-    assert "1 cases" in outcome.figure and "not for it: 1 soft_moa_layer, 1 tc_layer" in outcome.figure
+    assert "1 cases" in outcome.figure and "not for it: 1 soft_unheard_of, 1 tc_layer" in outcome.figure
     out = tmp_path / "out.txt"
     assert forked(out, tried_with, folder) == 0, out.read_text()
     told = out.read_text()
     assert f"official cases of {folder} compared: 1 soft_layer, 1 tc_layer" in told
-    assert f"official cases of {folder} passed over, because nothing handles them: 1 soft_moa_layer" in told
+    assert f"official cases of {folder} passed over, because nothing handles them: 1 soft_unheard_of" in told
 
 
 def tried_with(folder: Path) -> None:

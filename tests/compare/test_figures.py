@@ -3,8 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
+from matplotlib.figure import Figure
+
 from softmoe_cli.compare.blocks import compare
-from softmoe_cli.compare.figures import figure_files
+from softmoe_cli.compare.figures import LEFT, PLOT_HEIGHT, PLOT_WIDTH, figure_files, legend_beside
 from softmoe_cli.compare.groups import Comparison
 from softmoe_cli.compare.question import Question
 from tests.synthetic import row, write
@@ -30,3 +33,29 @@ def test_names_too_long_to_draw(tmp_path: Path) -> None:
     assert int.from_bytes(drawn["curves.png"][16:20], "big") < 160 * 25, "inches"
     text = page(comparison, drawn | {"pareto.svg": b""}, tmp_path)
     assert len(text.partition("<h2>")[0]) < 20_000
+
+
+@pytest.mark.parametrize("count", [1, 15, 16, 40])
+def test_a_legend_has_room_for_all_its_lines(count: int) -> None:
+    """Each beside a sample that looks like what it names; none over another, outside the figure or over the panel."""
+    figure = Figure()
+    axes = figure.subplots()
+    handles = [axes.plot([1], [i], "os"[i % 2], color=f"C{i % 10}", linestyle="--")[0] for i in range(count)]
+    limits = axes.get_xlim(), axes.get_ylim()
+    beside = legend_beside(axes, handles, [f"arm {i}" + i % 7 * " wide" for i in range(count)])
+    assert (axes.get_xlim(), axes.get_ylim()) == limits, "samples are no data"
+    width, height = LEFT + PLOT_WIDTH + beside, PLOT_HEIGHT + 1.2
+    figure.set_size_inches(width, height)
+    figure.subplots_adjust(
+        left=LEFT / width, right=(LEFT + PLOT_WIDTH) / width, top=1 - 0.2 / height, bottom=1 / height
+    )
+    texts, samples = axes.texts, axes.lines[count:]
+    boxes = [each.get_window_extent() for each in texts]
+    assert [each.get_text().split()[1] for each in texts] == [str(i) for i in range(count)]
+    for i, (box, sample, handle) in enumerate(zip(boxes, samples, handles, strict=True)):
+        for what in ("color", "marker", "linestyle", "markerfacecolor"):
+            assert getattr(sample, f"get_{what}")() == getattr(handle, f"get_{what}")()
+        own = sample.get_window_extent()
+        assert box.y0 < (own.y0 + own.y1) / 2 < box.y1 and own.x1 < box.x0
+        assert axes.bbox.x1 < own.x0 and box.y0 > 0 and box.x1 < figure.bbox.x1 and box.y1 < figure.bbox.y1
+        assert not any(box.overlaps(other) or own.overlaps(other) for other in boxes[:i])

@@ -175,3 +175,11 @@ def test_what_does_not_apply_says_why(router: str, part: str, reason: str) -> No
     made = audit(router)
     assert reason in (made.not_applicable(part) or "")
     assert made.not_applicable("neighbours") is None
+
+
+def test_capacity_of_a_pruned_model_is_not_asked_for() -> None:
+    alive = {"blocks.1.mlp.alive": torch.tensor([True, False, True, False])}
+    assert audit("tokens_choice").not_applicable("capacity") is None
+    assert "softmoe prune it first" in (audit("tokens_choice", changed=alive).not_applicable("capacity") or "")
+    whole = {"blocks.1.mlp.alive": torch.ones(4, dtype=torch.bool)}
+    assert audit("tokens_choice", changed=whole).not_applicable("capacity") is None

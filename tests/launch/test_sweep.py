@@ -143,6 +143,7 @@ SEARCH = (*(word for word in LINE if not word.startswith("model.router")), "trai
 
 
 @pytest.mark.long
+@pytest.mark.thorough
 def test_a_search_under_a_limit(tmp_path: Path) -> None:
     """Optuna is told validation accuracy, or how far over the limit a job is, which is then not trained."""
     space = ("model.router.num_experts=choice(4,512)", "optim.lr=tag(log,interval(1e-4,1e-2))")

@@ -108,6 +108,12 @@ def test_a_missing_head_is_new() -> None:
     assert sorted(report.new) == ["head.bias", "head.weight"]
 
 
+def test_half_a_head_is_refused() -> None:
+    vit, state = make("model=vit_nano2_soft"), source()
+    with pytest.raises(UsageError, match=r"it lacks head\.bias$"):
+        load(vit, {key: value for key, value in state.items() if key != "head.bias"})
+
+
 @pytest.mark.parametrize("allowed", [["extra.weight", "extra.bias"], ["extra.*"], ["*"], ["extra.w*", "*.bias"]])
 def test_unexpected_weights_may_be_allowed(allowed: list[str]) -> None:
     vit, state = make("model=vit_nano2_soft"), source()

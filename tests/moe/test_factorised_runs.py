@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import TINY, Softmoe, thinned
+from tests.conftest import TINY, Softmoe
 from tests.cost.loads import composed, held
 from tests.cost.test_memory import allocated_peak
 from tests.routers import ROUTERS
@@ -103,7 +103,8 @@ def test_predicted_peak_is_the_allocators(name: str, precision: str, recompute: 
     assert held(config).peak_bytes == pytest.approx(allocated_peak(config), rel=0.02)
 
 
-@pytest.mark.parametrize("name", thinned(["mumoe_cp", "mumoe_tr"], 1))
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", ["mumoe_cp", "mumoe_tr"])
 def test_a_factorised_head(name: str, softmoe: Softmoe, tmp_path: Path) -> None:
     """As many parameters as the linear head, counted, trained, evaluated and stopped like it."""
     wide = ("model.backbone.width=48", "model.backbone.heads=4", "model.head_experts=3")

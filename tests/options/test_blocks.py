@@ -114,6 +114,17 @@ def test_only_rows_that_images_decide_about_have_to_land() -> None:
     assert cost.landed_train_flop(5, 7) == want
 
 
+def test_a_share_is_of_the_choices_whose_rows_are_counted() -> None:
+    """None beside layers whose experts choose, whose rows land without a choice; and soft layers do not count."""
+    plain = "model/router=tokens_choice", "model.router.num_experts=8"
+    alone = account(compose(*FOUR, *plain).model, 10)
+    assert alone.choices is not None and alone.nominal_share is not None and alone.nominal_share <= 1
+    beside = account(compose(*FOUR, *plain, "model.blocks={3: experts_choice}").model, 10)
+    assert beside.landed_rows is not None and beside.choices is None and beside.nominal_share is None
+    soft = account(compose(*FOUR, *plain, "model.blocks={3: soft}").model, 10)
+    assert soft.choices == alone.choices / 2 and soft.nominal_share == pytest.approx(alone.nominal_share)
+
+
 def test_groups_are_whole_in_every_block() -> None:
     typed = "model.blocks={3: {router: tokens_choice, images_per_group: 4}}"
     model = compose(*FOUR, typed, "model/router=experts_choice", "model.router.images_per_group=2").model

@@ -6,12 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from softmoe_cli.errors import UsageError
 from softmoe_cli.options.inherit import require_trust
 from softmoe_cli.options.own_conf import OwnSource
-from softmoe_cli.run.source import Source
+from softmoe_cli.run.source import Source, read_source
 from tests.conftest import TINY, Softmoe
+from tests.runs import saved
 
 CALLBACK = "callbacks: {x: {_target_: torch.hub.load, repo_or_dir: ., model: x, source: local}}"
 """Hydra would call this, which imports hubconf.py from the working folder."""
@@ -153,6 +155,29 @@ def test_a_folder_does_not_vouch_for_what_lies_in_it(tmp_path: Path, monkeypatch
     )
     assert not any(map(trusted, inside))
     assert all(trusted(place, "mine.Router") for place in inside) and not trusted("runs/x", "other.Router")
+
+
+@pytest.mark.parametrize(
+    ("words", "code_runs"),
+    [
+        ([], True),
+        (["+model.router._target_=softmoe_cli.moe.routers.soft.SoftRouter"], True),  # block 0 keeps the checkpoint's
+        (["model.blocks={0: tokens_choice}"], False),
+    ],
+)
+def test_a_blocks_router_needs_trust_too(
+    words: list[str], code_runs: bool, softmoe: Softmoe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever main router is typed; and what a typed one replaces is not imported."""
+    (tmp_path / "evil.py").write_text("raise SystemExit('ran')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    source = saved(tmp_path / "x.safetensors", 0, "model/router=soft", "model.moe_blocks=[0,1]")
+    card = read_source(str(source)).card
+    card["model"]["blocks"] = {"0": {"_target_": "evil.Evil"}}
+    save_file(load_file(source), source, metadata={"softmoe": json.dumps(card)})
+    answer = softmoe("finetune", f"checkpoint={source}", *words, "train.steps=1", "tracking=off", "threads=1")
+    assert answer.code == 2, answer
+    assert ("trust=evil.Evil" if code_runs else "another architecture: blocks.") in answer.err
 
 
 def test_a_defaults_list_without_end_is_named(softmoe: Softmoe, tmp_path: Path) -> None:

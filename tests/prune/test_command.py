@@ -229,6 +229,18 @@ def test_blocks_with_different_numbers_left(softmoe: Softmoe, tmp_path: Path) ->
     assert answer.code == 2 and "differ in blocks.0.mlp.alive" in answer.err
 
 
+def test_weights_that_say_that_all_are_left(softmoe: Softmoe, tmp_path: Path) -> None:
+    """As those of a run that was stopped before its first window ended: export sends here, and here a model is made."""
+    source = made(tmp_path, "tokens_choice_dropless")
+    card = {"softmoe": json.dumps(read_checkpoint(str(source)).card)}
+    weights = load_file(source) | {"blocks.1.mlp.alive": torch.ones(4, dtype=torch.bool)}
+    save_file(weights, tmp_path / "masked.safetensors", metadata=card)
+    receipt = pruned(softmoe, "checkpoint=masked.safetensors", "folder=out")
+    assert receipt["experts_left"] == [4] and receipt["max_change"] == 0
+    after, before = load_file(tmp_path / "out/model.safetensors"), load_file(source)
+    assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)
+
+
 def test_other_experts_weights_do_not_matter(tmp_path: Path) -> None:
     """What has gone is never read: large numbers there change nothing."""
     source = made(tmp_path, "tokens_choice_dropless")

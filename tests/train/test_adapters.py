@@ -13,6 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from softmoe_cli.run.checkpoint import digest_of
+from softmoe_cli.run.delta import Delta, composed
+from softmoe_cli.run.source import Source
 from tests.conftest import Softmoe
 from tests.oracles import compose
 from tests.processes import Started, torchrun
@@ -91,6 +93,37 @@ def test_a_checkpoint_holds_what_was_trained_and_the_rest_stays_to_the_bit(
     assert softmoe("export", f"checkpoint={run}").code == 2
 
 
+def test_a_delta_holds_a_trained_head_whole() -> None:
+    """With what is frozen of it, or counted: what is put together again is the model that was trained."""
+    base = {name: torch.zeros(2) for name in ("norm.weight", "head.weight", "head.bias", "head.norm.mean", "old")}
+    source = Source("base", "", base, {})
+    trained = base | {"head.weight": torch.ones(2), "head.norm.mean": torch.ones(2), "a.q_adapter.w": torch.ones(2)}
+    del trained["old"]
+    delta = Delta.of(source, trained, {"head.weight", "a.q_adapter.w"}, set(base) - {"old"})
+    assert delta.names == {"head.weight", "head.bias", "head.norm.mean", "a.q_adapter.w"}
+    held = Source("delta", "", {name: trained[name] for name in delta.names}, {"base": delta.base})
+    whole = composed(held, source).weights
+    assert whole.keys() == trained.keys() and all(torch.equal(whole[name], trained[name]) for name in trained)
+    frozen = Delta.of(source, trained, {"a.q_adapter.w"}, set(base) - {"old"})
+    assert frozen.names == {"a.q_adapter.w"}
+
+
+def test_experts_that_are_gone_are_cut_away_before_adapters_come(softmoe: Softmoe, tmp_path: Path) -> None:
+    """And a command that takes no adapters says so though their base is not there any more."""
+    mixture = saved(tmp_path / "mixture.safetensors", 0, "model/router=tokens_choice_dropless")
+    card = card_of(mixture)
+    weights = load_file(mixture) | {"blocks.1.mlp.alive": torch.tensor([True, False, True, True])}
+    save_file(weights, tmp_path / "masked.safetensors", metadata={"softmoe": json.dumps(card)})
+    refused = softmoe("finetune", *QUICK, "checkpoint=masked.safetensors", "adapter=lora")
+    assert refused.code == 2 and "first softmoe prune checkpoint=masked.safetensors" in refused.err
+    card["model"]["adapter"] |= {"name": "lora", "width": 2, "alpha": 2.0}
+    card["base"] = {"checkpoint": "gone", "digest": "0", "left_out": []}
+    save_file(weights, tmp_path / "delta.safetensors", metadata={"softmoe": json.dumps(card)})
+    for command in (("prune", "keep=1"), ("upcycle", "model/router=soft", "model.moe_blocks=last_1")):
+        refused = softmoe(*command, "checkpoint=delta.safetensors")
+        assert refused.code == 2 and "has adapters (lora), which softmoe" in refused.err, refused
+
+
 @pytest.mark.thorough
 def test_it_trains_further_with_other_images_and_keeps_its_base(softmoe: Softmoe, tmp_path: Path, base: Path) -> None:
     """A position table that was resampled goes into the delta, a frozen adapter of the source's stays in it."""
@@ -138,7 +171,8 @@ def test_a_stopped_run_goes_on_to_the_same_bits(name: str, softmoe: Softmoe, tmp
     same(whole, stopped)
 
 
-@pytest.mark.parametrize("name", ["lora", pytest.param("soft_moa", marks=pytest.mark.thorough)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", ["lora", "soft_moa"])
 def test_an_exported_model_is_whole(name: str, softmoe: Softmoe, tmp_path: Path, base: Path) -> None:
     """LoRA's is the plain model again, within 1e-6 of what was trained; others have their adapters in it."""
     run = finetuned(softmoe, tmp_path, f"checkpoint={base}", f"adapter={name}", "train.steps=4", "optim.lr=0.05")

@@ -95,6 +95,7 @@ def test_what_lands_is_at_most_what_is_computed(name: str) -> None:
         assert 0 < int(found) <= 4 * rows or layer.router.slots_per_expert is None
 
 
+@pytest.mark.thorough
 def test_rows_and_comparisons_have_it(softmoe: Softmoe, tmp_path: Path) -> None:
     line = ("train", *TINY, "train.steps=6", "train.batch_size=8", "train.log_every=1")
     for seed in (0, 1, 2):

@@ -16,14 +16,18 @@ from safetensors.torch import load_file
 
 from softmoe_cli.check.official import official_cases, read_case
 from softmoe_cli.config.run import Config
+from softmoe_cli.cost.fit import training_cost
 from softmoe_cli.cost.flop import account
 from softmoe_cli.cost.load import Load
+from softmoe_cli.cost.memory import predict
 from softmoe_cli.model.router import make_layer
 from softmoe_cli.model.vit import build
 from softmoe_cli.moe.layer import MoE
+from softmoe_cli.options import inherit
 from softmoe_cli.parallel import ALONE
 from softmoe_cli.run import rows as declared
 from softmoe_cli.terminal import Screen
+from softmoe_cli.train.loop import Step, _logits
 from softmoe_cli.train.progress import Budget, Progress
 from softmoe_cli.train.pruning import Decision, Pruning, deadline
 from tests.conftest import TINY, Softmoe
@@ -104,8 +108,30 @@ def test_when_windows_end(steps: int, until: float, windows: int, want: list[int
     assert ended == want and progress.window == windows and deadline(pruning.budget, until) == want[-1]
 
 
+def test_blocks_may_have_different_numbers_of_experts() -> None:
+    """What is measured in a block with 4 experts and in one with 2 is added up apart from each other."""
+    config = pruning_by(keep=1)
+    layers: dict[int, MoE] = {}
+    for place, experts in enumerate((4, 2)):
+        options = ROUTERS["tokens_choice_dropless"] | QUIET | {"num_experts": experts, "k": 1}
+        layer = make_layer(options, 8, 4, 1, gelu="tanh", identical=False).double().eval()
+        assert isinstance(layer, MoE)
+        layer.prunable()
+        layers[place] = layer
+    window, total = ({place: torch.zeros(len(each.left), dtype=torch.float64) for place, each in layers.items()}
+                     for _ in range(2))  # fmt: skip
+    pruning = Pruning(config, Load.of(config, 10, torch.device("cpu")), Budget(4, None), layers, window, total)
+    x = torch.randn(3, 5, 8, dtype=torch.float64)
+    routings = [layer.router(x) for layer in layers.values()]
+    pruning.see(routings)
+    pruning.add(ALONE)
+    for place, routing in enumerate(routings):
+        torch.testing.assert_close(pruning.window[place], routing.measured(config.prune.by).double())
+
+
 def finetuned(softmoe: Softmoe, source: Path, *overrides: str, root: str = "outputs") -> Path:
-    answer = softmoe("finetune", f"checkpoint={source}", *LINE, *overrides, f"output_root={root}")
+    control = () if any(word.startswith("prune.keep=") for word in overrides) else ("prune.keep=null",)
+    answer = softmoe("finetune", f"checkpoint={source}", *LINE, *control, *overrides, f"output_root={root}")
     assert answer.code == 0, answer
     return next(Path(root, "default").iterdir())
 
@@ -115,9 +141,19 @@ def source(tmp_path: Path) -> Path:
     return saved(tmp_path / "start.safetensors", 0, "model/router=tokens_choice_dropless", "model.moe_blocks=[0,1]")
 
 
-def test_a_run_ends_with_one_expert_and_says_so(softmoe: Softmoe, source: Path, tmp_path: Path) -> None:
+def test_a_run_ends_with_one_expert_and_says_so(
+    softmoe: Softmoe, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rows, costs, the weights, evaluation without an option, and the plain ViT."""
+    see, measured = Pruning.see, []
+
+    def counted(pruning: Pruning, decided: Any) -> None:
+        measured.append(len(decided))
+        see(pruning, decided)
+
+    monkeypatch.setattr(Pruning, "see", counted)
     run = finetuned(softmoe, source, "prune.keep=1", "train.log_every=1", "prune.threshold=0.9")
+    assert len(measured) == 6, "nothing is measured once none can go"
     decided = [row for row in rows(run, "routing.jsonl") if "window" in row]
     assert [(row["step"], row["block"]) for row in decided] == [(s, b) for s in (2, 4, 6) for b in (0, 1)]
     for block in (0, 1):
@@ -140,6 +176,27 @@ def test_a_run_ends_with_one_expert_and_says_so(softmoe: Softmoe, source: Path, 
     assert [int(weights[f"blocks.{b}.mlp.alive"].sum()) for b in (0, 1)] == [1, 1]
     assert declared.row(run / "result.json", declared.RESULT)["served_as"] == "dense"
     assert len(declared.lines(run / "routing.jsonl", declared.ROUTING)) > 6
+
+
+class Parts(torch.nn.Module):
+    """Remembers how many images it is given at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.images: list[int] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.images.append(len(x))
+        return x[:, None]
+
+
+def test_outputs_are_compared_in_as_many_parts_as_updates() -> None:
+    model, x = Parts(), torch.arange(8.0)
+    config = compose(*TINY, "train.batch_size=8", "train.accumulate=4")
+    optimizer, scaler = torch.optim.SGD([x]), torch.amp.GradScaler("cpu", enabled=False)
+    quiet = torch.autocast("cpu", enabled=False)
+    step = Step(model, model, optimizer, scaler, quiet, [], config)  # type: ignore[arg-type]
+    assert torch.equal(_logits(step, x), x[:, None]) and model.images == [2, 2, 2, 2] and model.training
 
 
 @pytest.mark.thorough
@@ -288,6 +345,13 @@ def test_what_cannot_be_pruned(router: str, words: list[str], said: str, softmoe
     assert not list(tmp_path.glob("outputs/default/*/metrics.jsonl"))
 
 
+def test_options_of_no_pruning_are_refused(softmoe: Softmoe) -> None:
+    """A control may say that all stay."""
+    answer = softmoe("train", *TINY, "prune.by=random")
+    assert answer.code == 2 and "prune.by=random has no effect without prune.keep" in answer.err
+    inherit.refuse_idle_pruning(compose(*TINY), ["prune.keep=null", "prune.by=random"])
+
+
 def test_training_does_not_prune(softmoe: Softmoe) -> None:
     answer = softmoe("train", *TINY, "prune.keep=1")
     assert answer.code == 2 and "prune.keep=1 belongs to softmoe finetune" in answer.err
@@ -296,11 +360,20 @@ def test_training_does_not_prune(softmoe: Softmoe) -> None:
 @pytest.mark.thorough
 def test_memory_knows_of_larger_slots() -> None:
     """A router with capacity gives each expert more slots when others go."""
-    from softmoe_cli.cost.memory import predict
-
     config = compose(*TINY, "model/router=tokens_choice", "train.batch_size=64")
     load = Load.of(config, 10, torch.device("cpu"))
     assert predict(replace(load, keep=1)).peak_bytes > predict(load).peak_bytes
+
+
+def test_a_pruned_source_costs_what_a_smaller_model_does() -> None:
+    """Slots of a router with capacity are as many as with so few experts from the start."""
+    config = compose(*TINY, "model/router=tokens_choice", "train.batch_size=64")
+    small = compose(*TINY, "model/router=tokens_choice", "train.batch_size=64", "model.router.num_experts=1")
+    load, alone = (Load.of(each, 10, torch.device("cpu")) for each in (config, small))
+    some = replace(load, left={1: [2]})
+    assert training_cost(some).train_flop == pytest.approx(training_cost(alone).train_flop, rel=0.02)
+    whole, pruned, fresh = (predict(each).activation_bytes for each in (load, some, alone))
+    assert pruned == pytest.approx(fresh, rel=0.003) != pytest.approx(whole, rel=0.003), (whole, pruned, fresh)
 
 
 def test_router_change_is_of_the_norm(source: Path) -> None:

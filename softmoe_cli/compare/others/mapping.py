@@ -9,6 +9,7 @@ from typing import Any
 from softmoe_cli.compare.others.told import Cells, Told, typed_value
 from softmoe_cli.errors import UsageError, nearest
 from softmoe_cli.run.rows import COSTS, QUALITIES, number
+from softmoe_cli.text import printable
 
 OWN_WORDS = {
     "seed": "seed",
@@ -106,10 +107,22 @@ def scaled_value(value: Any, column: Named) -> Any:
     return value * (column.factor or 1.0) if number(value) else value
 
 
-def require_percents(key: str, column: str, values: Sequence[float]) -> None:
-    """Raises UsageError where shares stand for percents."""
-    if values and max(values) <= 1 and max(values) > 0:
+def require_percents(key: str, parts: Mapping[tuple[str, str, str], Sequence[float]]) -> None:
+    """Raises UsageError where shares stand for percents. `parts`: (program, place, column) -> its values, which are
+    in one unit, whatever those of other places are in."""
+    shares = {part: values for part, values in parts.items() if 0 < max(values) <= 1}
+    if not shares:
+        return
+    (_, place, column), values = min(shares.items())
+    others = [part for part in parts if max(parts[part]) > 1]
+    if others:
         raise UsageError(
-            f"{key} of runs that this project did not make: all {len(values)} values are at most 1, as shares are, and "
-            f"{key} is in percent; say --map {key}={column}*100, or *1 if they are percents"
+            f"{key} of {printable(place)}: all {len(values)} values are at most 1, as shares are, and elsewhere, as in "
+            f"{printable(others[0][1])}, they are above: write both in percent, or say --map {key}={column}*1 if they "
+            "are percents"
         )
+    count = sum(map(len, shares.values()))
+    raise UsageError(
+        f"{key} of runs that this project did not make: all {count} values are at most 1, as shares are, and {key} is "
+        f"in percent; say --map {key}={column}*100, or *1 if they are percents"
+    )

@@ -18,13 +18,13 @@ from softmoe_cli.compare.others.mapping import (
     require_percents,
     scaled_value,
 )
-from softmoe_cli.compare.others.tables import STEP_COLUMN, TABLE_ENDINGS, read_table
-from softmoe_cli.compare.others.tensorboard import EVENTS, read_events, with_hparams
-from softmoe_cli.compare.others.timm import ARGS, SUMMARY, read_timm
-from softmoe_cli.compare.others.told import Cells, Damaged, Told
+from softmoe_cli.compare.others.tables import A_TABLE, STEP_COLUMN, TABLE_ENDINGS, read_table
+from softmoe_cli.compare.others.tensorboard import read_events, with_hparams
+from softmoe_cli.compare.others.timm import ARGS, read_timm
+from softmoe_cli.compare.others.told import EVENTS, SUMMARY, WANDB_FILE, Cells, Damaged, Told
 from softmoe_cli.compare.others.wandb import read_wandb
 from softmoe_cli.compare.question import Question
-from softmoe_cli.compare.runs import RUN_FILES, FinishedRun
+from softmoe_cli.compare.runs import FinishedRun, is_run
 from softmoe_cli.errors import UsageError
 from softmoe_cli.run.rows import AXES, COSTS, QUALITIES, Row, number
 from softmoe_cli.text import printable, several
@@ -46,6 +46,7 @@ def read_others(paths: Sequence[Path], question: Question) -> tuple[list[Finishe
     pattern = path_pattern(question.path)
     told, left_out = _found(paths, named)
     runs: list[FinishedRun] = []
+    read: list[Told] = []
     notes: dict[str, int] = defaultdict(int)
     for each in sorted(told, key=lambda run: (str(run.place), run.part)):
         try:
@@ -54,11 +55,12 @@ def read_others(paths: Sequence[Path], question: Question) -> tuple[list[Finishe
             left_out.append((each.where, str(error)))
             continue
         runs.append(run)
+        read.append(each)
         for note in _remarks(each, run, named, question):
             notes[note] += 1
     if question.map and not runs and not left_out:
         raise UsageError("--map has no effect: there is no run of another program in what was named")
-    _check_percents(runs, named, question)
+    _check_percents(list(zip(read, runs, strict=True)), named)
     return runs, left_out, [f"{several(count, 'run')}: {note}" for note, count in notes.items()]
 
 
@@ -66,20 +68,22 @@ def _found(paths: Sequence[Path], named: Mapping[str, Named]) -> tuple[list[Told
     told: list[Told] = []
     events: list[Told] = []
     left_out: LeftOut = []
+    seen: set[str] = set()
 
     def read(place: Path, reader: Callable[[], list[Told]], into: list[Told]) -> None:
         try:
-            into += reader()
+            whole = os.path.realpath(place)  # Path.resolve fails where links lead to each other
+            if whole not in seen:
+                seen.add(whole)
+                into += reader()
         except Damaged as error:
             left_out.append((printable(str(place)), str(error)))
+        except OSError as error:
+            left_out.append((printable(str(place)), f"cannot be read ({error.strerror})"))
 
     step, run = (named[key].column if key in named else None for key in ("step", "run"))
-    seen = set()
     for path in paths:
         for place, kind, files in _places(path):
-            if place.resolve() in seen:
-                continue
-            seen.add(place.resolve())
             if kind == "timm":
                 read(place, lambda place=place: [read_timm(place)], told)  # type: ignore[misc]
             elif kind == "wandb":
@@ -107,12 +111,12 @@ def _places(path: Path) -> Iterator[tuple[Path, str, list[Path]]]:
         return
     for where, folders, files in os.walk(path):
         here = Path(where)
-        if RUN_FILES & set(files) and here.name != "files":
+        if is_run(files) and here.name != "files":
             folders.clear()
             continue
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "wandb")
         events = sorted(here / name for name in files if EVENTS in name)
-        runs = sorted(here / name for name in files if name.endswith(".wandb"))
+        runs = sorted(here / name for name in files if name.endswith(WANDB_FILE))
         if SUMMARY in files or (ARGS in files and not events and not runs):
             yield here, "timm", []
         elif runs:
@@ -124,7 +128,7 @@ def _places(path: Path) -> Iterator[tuple[Path, str, list[Path]]]:
 
 
 def _kind(path: Path) -> str | None:
-    if path.suffix == ".wandb":
+    if path.suffix == WANDB_FILE:
         return "wandb"
     if EVENTS in path.name:
         return "events"
@@ -150,7 +154,8 @@ def finished_run(told: Told, named: Mapping[str, Named], path: Cells, question: 
         column = column_of(key, told, named)
         if column is None:
             continue
-        used.add(column.column)
+        if not _stays(key, told, named):
+            used.add(column.column)
         value = told.summary.get(column.column, told.settings.get(column.column))
         if key in QUALITIES or key in COSTS:
             value = scaled_value(value, column)
@@ -172,11 +177,22 @@ def finished_run(told: Told, named: Mapping[str, Named], path: Cells, question: 
         "name": told.part or told.place.name, "study": told.place.parent.name, "command": told.program,
         "checkpoint": None, "router": None, "backbone": _model(told), "data": str(row["data"] or NO_DATA), **chosen,
     }  # fmt: skip
-    text = json.dumps([told.program, told.settings, told.summary], sort_keys=True, default=str)
+    which = [told.part] if row["seed"] is None else []  # equal rows without a seed are runs of their own
+    text = json.dumps([told.program, told.settings, told.summary, *which], sort_keys=True, default=str)
     row["signature"] = hashlib.sha256(text.encode()).hexdigest()[:10]
     return FinishedRun(told.place, row, told.finished, _curve(told, named, row), "", chosen=chosen)
 
 
+def _stays(key: str, told: Told, named: Mapping[str, Named]) -> bool:
+    """Whether a column stays a setting though a key of a result is in it. Runs that were given other epochs or classes
+    are no repetitions of each other, whatever else these tell; what a clock says is no choice."""
+    if key == "classes" or (told.program == A_TABLE and key in ALLOTTED):
+        return True
+    return key in COSTS and key not in named and not COSTS[key].clocked
+
+
+ALLOTTED = ("images", "epochs", "steps")
+"""In a table with a row for each run these are what the run was given, also where `--map` makes them a cost."""
 NO_DATA = "data not named"
 
 
@@ -246,11 +262,17 @@ def _remarks(told: Told, run: FinishedRun, named: Mapping[str, Named], question:
         )
 
 
-def _check_percents(runs: Sequence[FinishedRun], named: Mapping[str, Named], question: Question) -> None:
+def _check_percents(runs: Sequence[tuple[Told, FinishedRun]], named: Mapping[str, Named]) -> None:
+    """Of what a program itself calls by a name of its own, the unit is known."""
     for key in QUALITIES:
-        if QUALITIES[key].better == "higher" and not (key in named and named[key].factor is not None):
-            values = [run.row[key] for run in runs if run.row.get(key) is not None]
-            require_percents(key, named[key].column if key in named else "COLUMN", values)
+        if QUALITIES[key].better != "higher" or (key in named and named[key].factor is not None):
+            continue
+        parts: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+        for told, run in runs:
+            column = column_of(key, told, named)
+            if run.row.get(key) is not None and column is not None and (key in named or key not in told.names):
+                parts[(told.program, str(told.place), column.column)].append(run.row[key])
+        require_percents(key, parts)
 
 
 def written_by(runs: Sequence[FinishedRun]) -> dict[str, list[Any]]:

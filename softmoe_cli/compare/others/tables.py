@@ -7,25 +7,30 @@ run. Objects with `config`, `summary` and `history` are runs as W&B's public API
 import csv
 import io
 import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from softmoe_cli.compare.others.told import (
-    MOST_OTHERS_BYTES,
     Cells,
     Damaged,
     Told,
     flat,
     last_values,
+    others_bytes,
     parsed_json,
     typed_value,
 )
-from softmoe_cli.run import rows
 
 TABLE_ENDINGS = (".csv", ".json", ".jsonl", ".ndjson")
+A_TABLE = "a table"
+"""The program of runs that are a row each."""
 STEP_COLUMN = "_step"
 """What W&B's exports call the step of a row."""
+
+MOST_ROWS = 200_000
+"""The most rows of a table that are read."""
 
 
 def read_table(path: Path, step: str, run: str | None) -> tuple[list[Told], list[tuple[str, str]]]:
@@ -38,9 +43,12 @@ def read_table(path: Path, step: str, run: str | None) -> tuple[list[Told], list
     text = _text(path)
     finished = path.stat().st_mtime
     lines, wrong = _csv_rows(path, text) if path.suffix == ".csv" else _json_rows(path, text)
-    whole = [row for _, row in lines if {"config", "summary", "history"} & row.keys() and _sections(row)]
+    if len(lines) > MOST_ROWS:
+        raise Damaged(f"has {len(lines):,} rows, and no more than {MOST_ROWS:,} are read")
+    whole = [(place, row) for place, row in lines if _sections(row)]
     if whole:
-        return [_api_run(path, place, row, finished) for place, row in lines], wrong
+        wrong += [(f"{path}, {place}", NO_RUN) for place, row in lines if not _sections(row)]
+        return [_api_run(path, place, row, finished) for place, row in whole], wrong
     flat_lines = [(place, flat(row)) for place, row in lines]
     if any(step in row for _, row in flat_lines):
         if wrong:
@@ -48,17 +56,15 @@ def read_table(path: Path, step: str, run: str | None) -> tuple[list[Told], list
         return _histories(path, [row for _, row in flat_lines], step, run, finished), []
     several = len(flat_lines) > 1
     return [
-        Told(path, "a table", row, row, finished=finished, part=place if several else "") for place, row in flat_lines
+        Told(path, A_TABLE, row, row, finished=finished, part=place if several else "") for place, row in flat_lines
     ], wrong
 
 
 def _text(path: Path) -> str:
     try:
-        return rows.contents(path, MOST_OTHERS_BYTES).decode("utf-8-sig")
+        return others_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise Damaged(f"is no text in UTF-8 (byte {error.start})") from error
-    except rows.Unreadable as error:
-        raise Damaged(str(error)) from error
 
 
 def csv_lines(text: str, what: str = "") -> tuple[list[str], list[tuple[int, list[str]]]]:
@@ -78,7 +84,8 @@ def csv_lines(text: str, what: str = "") -> tuple[list[str], list[tuple[int, lis
         raise Damaged(f"{what}is empty")
     (_, head), *lines = found
     head = [name.strip() for name in head]
-    twice = next((name for name in head if head.count(name) > 1 or not name), None)
+    times = Counter(head)
+    twice = next((name for name in head if times[name] > 1 or not name), None)
     if twice is not None:
         raise Damaged(f"{what}has {f'two columns {twice}' if twice else 'a column without a name'}")
     return head, lines
@@ -124,16 +131,21 @@ def _named(value: Any) -> bool:
     return isinstance(value, dict)
 
 
+SECTIONS = {"config": dict, "summary": dict, "history": list}
+"""What a run of W&B's public API holds; each may be missing or null."""
+NO_RUN = f"is no run as the others beside it: none of {', '.join(SECTIONS)}, or one of another form"
+
+
 def _sections(row: Mapping[str, Any]) -> bool:
-    return all(isinstance(row.get(key, {}), dict) for key in ("config", "summary")) and isinstance(
-        row.get("history", []), list
-    )
+    """Whether a row is a run of W&B's public API."""
+    there = {key: value for key in SECTIONS if (value := row.get(key)) is not None}
+    return bool(there) and all(isinstance(value, SECTIONS[key]) for key, value in there.items())
 
 
 def _api_run(path: Path, place: str, row: Cells, finished: float) -> Told:
-    history = [flat(each) for each in row.get("history", []) if isinstance(each, dict)]
-    summary = last_values(history) | flat(row.get("summary", {}))
-    settings = {key: value for key, value in flat(row.get("config", {})).items() if not key.startswith("_")}
+    history = [flat(each) for each in row.get("history") or [] if isinstance(each, dict)]
+    summary = last_values(history) | flat(row.get("summary") or {})
+    settings = {key: value for key, value in flat(row.get("config") or {}).items() if not key.startswith("_")}
     for key in ("name", "id", "group"):
         if isinstance(row.get(key), str):
             summary.setdefault(key, row[key])
@@ -145,7 +157,10 @@ def _histories(path: Path, lines: Sequence[Cells], step: str, run: str | None, f
     numbers, W&B's own apart."""
     apart: dict[Any, list[Cells]] = {}
     for line in lines:
-        apart.setdefault(line.get(run) if run else None, []).append(line)
+        name = line.get(run) if run else None
+        if isinstance(name, list):
+            raise Damaged(f"has a row whose {run} is a list, which names no run")
+        apart.setdefault(name, []).append(line)
     found = []
     for name, history in apart.items():
         steps = [each for row in history if isinstance(each := row.get(step), int | float)]

@@ -12,11 +12,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from softmoe_cli.compare.others.told import MOST_OTHERS_BYTES, Cells, Damaged, Told, last_values
-from softmoe_cli.run import rows
+from softmoe_cli.compare.others.told import Cells, Damaged, Told, last_values, others_bytes
 from softmoe_cli.text import printable, shortened
 
-EVENTS = ".tfevents."
 LARGEST_RECORD = 2**16
 """Records of more bytes hold images, histograms or graphs, and are passed over."""
 WALL = "wall_s"
@@ -51,10 +49,7 @@ def event_records(path: Path) -> Iterator[bytes]:
     Raises:
         Damaged: a file that is cut short, or whose checksums do not fit.
     """
-    try:
-        data = rows.contents(path, MOST_OTHERS_BYTES)
-    except rows.Unreadable as error:
-        raise Damaged(f"{path.name} {error}") from error
+    data = others_bytes(path, f"{path.name} ")
     if not data:
         raise Damaged(f"{path.name} is empty")
     at = 0

@@ -7,12 +7,12 @@ import yaml
 
 from softmoe_cli.compare.others.mapping import EVAL
 from softmoe_cli.compare.others.tables import csv_lines
-from softmoe_cli.compare.others.told import Cells, Damaged, Told, flat, last_values, typed_value
+from softmoe_cli.compare.others.told import SUMMARY, Cells, Damaged, Told, flat, last_values, typed_value
 from softmoe_cli.errors import first_line
 from softmoe_cli.run import rows
 from softmoe_cli.run.budget import DEEPEST
 
-SUMMARY, ARGS = "summary.csv", "args.yaml"
+ARGS = "args.yaml"
 TIMM_NAMES = EVAL | {
     "validation_top1_pct": "eval_top1", "loss": "eval_loss", "validation_loss": "eval_loss",
     "best_validation_top1_pct": "best_eval_top1", "seed": "seed", "epochs": "epochs_done", "data": "dataset",

@@ -2,14 +2,18 @@
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from softmoe_cli.run import rows
 from softmoe_cli.text import printable, shortened
 
 Cells = dict[str, Any]
+EVENTS, WANDB_FILE, SUMMARY = ".tfevents.", ".wandb", "summary.csv"
+"""What TensorBoard's files have in their names, W&B's at their ends, and what timm's is called."""
 MOST_OTHERS_BYTES = 2**28
 """The largest file of another program that is read."""
 MOST_VALUES = 50_000
@@ -51,17 +55,40 @@ class Told:
         return printable(f"{self.place}{f', {self.part}' if self.part else ''}")
 
 
+def others_bytes(path: Path, what: str = "") -> bytes:
+    """The bytes of a file; `what` stands in messages before them.
+
+    Raises:
+        Damaged: there is none, as where a link leads nowhere, or it cannot be read.
+    """
+    try:
+        return rows.contents(path, MOST_OTHERS_BYTES)
+    except FileNotFoundError as error:
+        raise Damaged(f"{what}is a link that leads nowhere" if path.is_symlink() else f"{what}is gone") from error
+    except rows.Unreadable as error:
+        raise Damaged(f"{what}{error}") from error
+
+
+WHOLE_NUMBER = re.compile(r"[+-]?[0-9]+")
+ANY_NUMBER = re.compile(r"[+-]?(([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?|nan|inf(inity)?)", re.IGNORECASE)
+"""Python itself takes more for a number, such as 1_2, which is a name."""
+
+
+def by_others(names: Iterable[str]) -> bool:
+    """Whether a folder with files of these names holds what another program wrote of a run."""
+    return any(EVENTS in name or name.endswith(WANDB_FILE) or name == SUMMARY for name in names)
+
+
 def typed_value(text: str | None) -> Any:
     """A cell of a table as what it says: a number, true or false, nothing, or words."""
     if text is None or not (text := text.strip()):
         return None
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
+    if WHOLE_NUMBER.fullmatch(text) and len(text) < 1000:  # Python refuses to read longer ones
+        return int(text)
+    if ANY_NUMBER.fullmatch(text):
+        return float(text)
     return shortened(printable(text), LONGEST_WORD)
 
 
@@ -94,9 +121,9 @@ def _plain(value: Any) -> Any:
     return None
 
 
-def last_values(rows: Iterable[Cells]) -> Cells:
+def last_values(lines: Iterable[Cells]) -> Cells:
     """The last number of each column."""
-    return {key: value for row in rows for key, value in row.items() if value is not None}
+    return {key: value for line in lines for key, value in line.items() if value is not None}
 
 
 def parsed_json(text: str | bytes, what: str) -> Any:

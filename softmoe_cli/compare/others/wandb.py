@@ -8,8 +8,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from softmoe_cli.compare.others.told import MOST_OTHERS_BYTES, Cells, Damaged, Told, flat, last_values, parsed_json
-from softmoe_cli.run import rows
+from softmoe_cli.compare.others.told import Cells, Damaged, Told, flat, last_values, others_bytes, parsed_json
 from softmoe_cli.text import printable
 
 LOG_BLOCK, RECORD_HEAD = 32768, 7
@@ -27,10 +26,11 @@ def read_wandb(path: Path) -> Told:
     from google.protobuf.message import DecodeError
     from wandb.proto import wandb_internal_pb2
 
+    records = _records(path)
     told = Told(path, "W&B", finished=path.stat().st_mtime, names=WANDB_NAMES)
     ended: int | None = None
     steps: list[Cells] = []
-    for text in _records(path):
+    for text in records:
         record = wandb_internal_pb2.Record()
         try:
             record.ParseFromString(text)
@@ -73,10 +73,7 @@ def _items(items: Any) -> Cells:
 
 
 def _records(path: Path) -> list[bytes]:
-    try:
-        data = rows.contents(path, MOST_OTHERS_BYTES)
-    except rows.Unreadable as error:
-        raise Damaged(str(error)) from error
+    data = others_bytes(path)
     if not data:
         raise Damaged("is empty")
     if data[:6] != MAGIC:

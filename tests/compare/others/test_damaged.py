@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from softmoe_cli.compare.others import tables
+from softmoe_cli.compare.others.tables import csv_lines
 from tests.compare.others.runs import HERE, events, offline, table, timm_runs
 from tests.synthetic import asked
 
@@ -158,6 +160,46 @@ def test_tables(tmp_path: Path, kind: str) -> None:
     assert told and all(any(each in why for each in reason.split("|")) for why in told), told
     doubles = sum(why.startswith("the same run as") for _, why in comparison.left_out)
     assert sum(len(each.runs) for each in comparison.groups) + doubles == 6 + kept
+
+
+@pytest.mark.parametrize("to", ["nowhere", "itself"])
+@pytest.mark.parametrize("name", ["run-x.wandb", "events.out.tfevents.1.host"])
+def test_links_that_lead_to_no_file(tmp_path: Path, name: str, to: str) -> None:
+    folder = offline(tmp_path) if name.endswith(".wandb") else events(tmp_path)
+    place = folder if name.endswith(".wandb") else folder / "soft" / "seed1"
+    if place != folder:
+        shutil.rmtree(place / "chosen")
+    (place / name).symlink_to(name if to == "itself" else "nowhere")
+    reason = "a link that leads nowhere" if to == "nowhere" else "(Too many levels of symbolic links)"
+    named(folder, 6 if place == folder else 5, reason, map=("quality=test/acc*100",))
+
+
+def test_a_table_of_history_whose_runs_have_no_names(tmp_path: Path) -> None:
+    good = table(tmp_path)
+    (tmp_path / "x.json").write_text(json.dumps([{"_step": i, "run": [1], "acc": 0.9} for i in range(2)]))
+    maps = ("quality=acc*100,seed=run_seed,run=run",)
+    named(good, 6, "has a row whose run is a list", tmp_path / "x.json", map=maps)
+
+
+def test_an_export_of_the_public_api_without_a_history(tmp_path: Path) -> None:
+    rows = [{"config": {"seed": i}, "summary": {"acc": 90}, "history": None} for i in range(3)]
+    odd = [{"config": None, "summary": {"acc": 91}}, {"acc": 90}, {"config": {}, "summary": [1], "history": None}]
+    (tmp_path / "api.json").write_text(json.dumps([*rows, *odd]))
+    comparison = asked(tmp_path / "api.json", map=("quality=acc",))
+    assert sorted(run.row["top1_pct"] for each in comparison.groups for run in each.runs) == [90, 90, 90, 91]
+    assert [place.rpartition(" ")[2] for place, _ in comparison.left_out] == ["5", "6"]
+    assert all("is no run as the others" in reason for _, reason in comparison.left_out)
+
+
+def test_large_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So many columns would take minutes if each were looked for among the others."""
+    names = [f"c{i}" for i in range(40_000)]
+    head, _ = csv_lines(",".join(names) + "\n")
+    assert head == names
+    monkeypatch.setattr(tables, "MOST_ROWS", 6)
+    good, large = table(tmp_path), table(tmp_path, "x.csv")
+    large.write_text(large.read_text() + "soft,7,0.9,1\n")
+    named(good, 6, "has 7 rows, and no more than 6 are read", large, map=("quality=acc*100,seed=run_seed",))
 
 
 def test_a_failed_run_of_wandb_is_none(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Runs of other programs, read back to the numbers that their writers were given."""
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 
 from softmoe_cli.compare.flat import flat_rows, json_text
 from softmoe_cli.compare.groups import Comparison
+from softmoe_cli.compare.others.told import typed_value
 from softmoe_cli.compare.page import page
 from softmoe_cli.compare.tables import markdown, terminal
 from softmoe_cli.errors import UsageError
@@ -52,6 +55,38 @@ def test_json_and_json_lines_are_the_same(tmp_path: Path) -> None:
         comparison = asked(tmp_path / name, map=("quality=acc,seed=opt.seed",), baseline="arm=dense")
         assert values(comparison) == PERCENT
         same_verdict(comparison)
+
+
+@pytest.mark.parametrize("maps", ["quality=acc", "quality=acc,images=seen,epochs=epochs"])
+@pytest.mark.parametrize("column", ["epochs", "seen", "classes", "forward_gflop"])
+def test_settings_with_a_costs_name_keep_groups_apart(tmp_path: Path, column: str, maps: str) -> None:
+    """Other epochs, images or classes are other settings, also where --map makes them a cost."""
+    fixed = {"model": "net", "epochs": 5, "seen": 500}
+    rows = [fixed | {column: n, "seed": seed, "acc": 90 + n / 100 + seed} for n in (10, 30) for seed in range(3)]
+    (tmp_path / "t.json").write_text(json.dumps(rows))
+    comparison = asked(tmp_path / "t.json", map=(maps,))
+    assert [set(each.label.split()[-2:]) for each in comparison.groups] == [{column, "30"}, {column, "10"}]
+    assert [[run.row["seed"] for run in each.runs] for each in comparison.groups] == [[0, 1, 2]] * 2
+    key = {"seen": "images"}.get(column, column)
+    if key == column or "seen" in maps:
+        assert comparison.groups[0].runs[0].row[key] == 30
+
+
+def test_what_a_clock_says_is_no_setting(tmp_path: Path) -> None:
+    lines = [f"net,{seed},{90 + seed},{7 + seed}" for seed in range(3)]
+    (tmp_path / "t.csv").write_text("\n".join(["model,seed,acc,device_s", *lines]) + "\n")
+    assert [len(each.runs) for each in asked(tmp_path / "t.csv", map=("quality=acc",), cost="device_s").groups] == [3]
+
+
+@pytest.mark.parametrize(("seed", "kept"), [("", [3, 3]), ("seed", [1, 1])])
+def test_equal_rows_are_runs_of_their_own_unless_they_state_one_seed(
+    tmp_path: Path, seed: str, kept: list[int]
+) -> None:
+    rows = [{"arm": arm, seed or "lr": 1, "acc": 90} for arm in ("a", "b") for _ in range(3)]
+    (tmp_path / "t.json").write_text(json.dumps(rows))
+    comparison = asked(tmp_path / "t.json", map=("quality=acc",))
+    assert [len({run.draw for run in each.runs}) for each in comparison.groups] == kept
+    assert len(comparison.left_out) == 6 - sum(kept)
 
 
 def test_timms_own_summary(tmp_path: Path) -> None:
@@ -208,6 +243,53 @@ def test_nothing_is_executed_and_nothing_but_plain_values_is_made(tmp_path: Path
 def test_what_cannot_be_understood_is_said(tmp_path: Path, question: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         asked(table(tmp_path), **question)
+
+
+@pytest.mark.parametrize("name", ["a.json", "b.json"])
+def test_a_file_of_shares_beside_one_of_percents(tmp_path: Path, name: str) -> None:
+    for file in ("a.json", "b.json"):
+        rows = [{"arm": file, "seed": seed, "acc": (0.93 if file == name else 92) + seed / 100} for seed in range(3)]
+        (tmp_path / file).write_text(json.dumps(rows))
+    files = (tmp_path / "a.json", tmp_path / "b.json")
+    with pytest.raises(UsageError, match=rf"top1_pct of \S+/{name}: all 3 values are at most 1.* \S+/[ab].json, they"):
+        asked(*files, map=("quality=acc",))
+    assert len(asked(*files, map=("quality=acc*1",)).groups) == 2, "as it is then said"
+
+
+def test_a_program_that_says_percents_may_say_few(tmp_path: Path) -> None:
+    folder = timm_runs(tmp_path)
+    for run in folder.iterdir():
+        head, *lines = (run / "summary.csv").read_text().splitlines()
+        at = head.split(",").index("eval_top1")
+        cells = [line.split(",") for line in lines]
+        text = "\n".join([head, *(",".join([*row[:at], "0.5", *row[at + 1 :]]) for row in cells)]) + "\n"
+        (run / "summary.csv").write_text(text)
+    assert {run.row["top1_pct"] for each in asked(folder, cost="epochs").groups for run in each.runs} == {0.5}
+
+
+@pytest.mark.parametrize("write_runs", [events, timm_runs])
+def test_a_config_of_their_own_makes_them_not_ours(tmp_path: Path, write_runs: Callable[[Path], Path]) -> None:
+    """A result does, whatever lies beside it."""
+    folder = write_runs(tmp_path)
+    for file in [*folder.rglob("*tfevents*"), *folder.rglob("summary.csv")]:
+        (file.parent / "config.yaml").write_text("lr: 0.1\n")
+    comparison = asked(folder, map=("quality=test/acc*100",) if write_runs is events else (), cost="epochs")
+    assert sum(len(each.runs) for each in comparison.groups) == 6 and not comparison.left_out
+    ours = write(tmp_path / "ours", row())
+    for name in ("run-x.wandb", "events.out.tfevents.1.host", "summary.csv"):
+        (ours / name).write_bytes(b"")
+    comparison = asked(ours)
+    assert [run.chosen for each in comparison.groups for run in each.runs] == [None] and not comparison.left_out
+
+
+def test_what_is_a_number() -> None:
+    """As CSV and paths are written, and not as Python's source is."""
+    for text, value in {"12": 12, "-3": -3, "+1.": 1.0, ".5e-3": 0.0005, "1E3": 1000.0, "inf": math.inf}.items():
+        assert (typed_value(text), type(typed_value(text))) == (value, type(value))
+    assert math.isnan(typed_value("NaN"))
+    for word in ("1_2", "1_2.5", "\u0661\u0662", "0x10", "1e", "e5", ".", "-", "1 2", "infinit"):
+        assert typed_value(word) == word
+    assert typed_value("9" * 5000) == math.inf
 
 
 def test_a_mapping_without_runs_of_others_has_no_effect(tmp_path: Path) -> None:

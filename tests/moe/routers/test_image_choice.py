@@ -85,6 +85,7 @@ def test_all_experts_of_an_image() -> None:
 def test_losses_are_over_images() -> None:
     """Twice as many tokens, all images the same but longer: the same loss."""
     moe = layer("image_choice", k=2, images_per_group=2, noise_std=0.0, load_weight=0.0, importance_weight=0.5)
+    moe.train()  # an evaluation has no groups
     x = tokens()
     loss = moe.router(x).aux_loss
     torch.testing.assert_close(moe.router(x.repeat(1, 2, 1)).aux_loss, loss)
