@@ -16,7 +16,7 @@ from tests.synthetic import asked, group, study
 def settled(folder: Path, **changes: Any) -> Path:
     """Three arms, of which tokens_choice is the baseline, of a family of four comparisons."""
     study(folder, seeds=5)
-    arms = [{"label": label, "words": []} for label in ("dense", "soft", "near", "c", "d")]
+    arms: list[dict[str, Any]] = [{"label": label, "words": []} for label in ("dense", "soft", "near", "c", "d")]
     question = {"arms": arms, "baseline": "near", "quality": "top1_pct", "margin": 5.0, "first_seed": 0}
     (folder / RECORD).write_text(json.dumps({"format": FORMAT, **question, "fairness": {}} | changes))
     sweep = folder / "sweep-settle"
