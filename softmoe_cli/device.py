@@ -97,6 +97,14 @@ def slower(device: torch.device, precision: str) -> str:
     return "" if products == "fast" else f" (fp32 is faster: this CPU has no instructions for {precision})"
 
 
+def wait(device: torch.device) -> None:
+    """Returns once the device has done what it was given, so that a clock can be read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
 def hardware(device: torch.device) -> str:
     """The device in words, threads included: timings of different words are not comparable."""
     if device.type == "cuda":

@@ -32,7 +32,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
-from softmoe_cli.config.run import Config
+from softmoe_cli.config.run import Config, check_shared_groups
 from softmoe_cli.device import cores
 from softmoe_cli.errors import RunError, UsageError, first_line
 from softmoe_cli.moe.divided import DividedExperts, span
@@ -120,7 +120,7 @@ class Crew:
         or one more.
 
         Raises:
-            UsageError: too few groups for so many processes.
+            UsageError: too few groups for so many processes, or some that are not full where blocks have others.
         """
         ends = self._ends(config)
         images = config.train.batch_size // config.train.accumulate
@@ -132,6 +132,7 @@ class Crew:
         """Where everyone's routing groups of each part of a batch end, from 0."""
         images = config.train.batch_size // config.train.accumulate
         group = config.model.images_per_group
+        check_shared_groups(config, self.size)  # torchrun knows how many there are
         groups = -(-images // group)
         if groups < self.size:
             kind = f"groups of model.router.images_per_group={group} images" if group > 1 else "images"

@@ -315,6 +315,21 @@ def test_too_many_processes_for_the_groups() -> None:
         Crew(0, 5).share(sized(32, 2, 4))
 
 
+def test_groups_of_different_sizes_must_be_full() -> None:
+    """Else a share of 4-image groups is none of 2-image groups: 6 images are 2 of one kind and 3 of the other."""
+    words = [
+        "model/router=tokens_choice", "model.router.images_per_group=2",
+        "model.blocks={3: {router: tokens_choice, images_per_group: 4}}",
+    ]  # fmt: skip
+    odd, even = (compose(*words, f"train.batch_size={batch}") for batch in (6, 8))
+    assert Crew(0, 1).share(odd).total == 6 and Crew(0, 2).share(even).total == 8
+    refusal = "train.batch_size=6 is not a multiple of model.router.images_per_group=4"
+    with pytest.raises(UsageError, match=refusal):
+        Crew(0, 2).share(odd)
+    with pytest.raises(UsageError, match=refusal):
+        compose(*words, "train.batch_size=6", "devices=2")
+
+
 def test_words_of_ours_are_no_lost_contact() -> None:
     with pytest.raises(RunError, match="igloo") as error, _contact():
         raise RunError("cannot write /data/igloo: no space left")

@@ -24,6 +24,7 @@ from softmoe_cli.compare.others.computed import with_computed
 from softmoe_cli.compare.others.read import is_others, read_others
 from softmoe_cli.compare.question import Question
 from softmoe_cli.compare.runs import FINGERPRINT, VERSION, FinishedRun, read_runs, single, sweep_commands, with_sources
+from softmoe_cli.compare.settled import as_settled
 from softmoe_cli.compare.verdicts import judge
 from softmoe_cli.errors import UsageError
 from softmoe_cli.run.rows import COSTS, QUALITIES, number
@@ -46,6 +47,7 @@ def compare(folders: Sequence[Path], question: Question) -> Comparison:
     """
     question.check()
     runs, left_out, told = _single_runs(folders, question)
+    question, settled = as_settled(question, runs)
     usable, left_out, keys = _asked_for(runs, left_out, question)
     if question.with_source:
         usable, unknown = with_sources(usable)
@@ -53,7 +55,7 @@ def compare(folders: Sequence[Path], question: Question) -> Comparison:
     by = [key_named("by", key, keys) for key in question.by]
     columns = [key_named("columns", key, [*keys, *COSTS, *QUALITIES]) for key in question.columns]
     columns = columns or [key for key in ("forward_gflop", "params_m", "device_s") if key != question.cost]
-    notes = [*told, *(f"{run.place}: {run.damage}; it has no curve" for run in usable if run.damage)]
+    notes = [*told, *settled.notes, *(f"{run.place}: {run.damage}; it has no curve" for run in usable if run.damage)]
     notes += version_notes(usable, question.strict)
     parts, varying = kept_apart(usable, question, by)
     blocks = [block_of(title, part, by, columns, question) for title, part in parts]
@@ -61,7 +63,7 @@ def compare(folders: Sequence[Path], question: Question) -> Comparison:
         notes.append(f"runs that differ in {', '.join(varying)} are kept apart: {len(blocks)} tables")
     looks = read_looks(usable)
     notes += looks.damage
-    judge(blocks, question, looks)
+    judge(blocks, question, looks, settled)
     for block in blocks:
         _sort(block, question, keys)
     asked = columns if question.columns else []

@@ -70,7 +70,8 @@ def compare_folders(arguments: Sequence[str]) -> int:
     from softmoe_cli.compare.written import files_told, write_comparison
 
     fields = {f.name for f in dataclasses.fields(Question)}
-    question = Question(**{key: value for key, value in vars(chosen).items() if key in fields and value is not None})
+    given = {key: value for key, value in vars(chosen).items() if key in fields and value is not None}
+    question = Question(**given, typed=tuple(sorted(given)))
     reference = _reference(chosen.reference, question) if chosen.reference is not None else None
     mode = tracking_mode() if chosen.wandb else "off"
     comparison = compare(chosen.folders, question)

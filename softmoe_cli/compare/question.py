@@ -33,6 +33,8 @@ class Question:
     to_quality: str | None = None
     map: tuple[str, ...] = ()
     path: str | None = None
+    typed: tuple[str, ...] = ()
+    """The fields that somebody chose: settle.json of a study changes none of them."""
 
     def check(self) -> None:
         """Raises UsageError for a figure that does not exist."""

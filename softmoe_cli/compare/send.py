@@ -77,6 +77,7 @@ def wandb_run(comparison: Comparison, question: Question, project: str | None) -
     seeds, updates the same W&B run."""
     studies = sorted({str(run.row.get("study")) for group in comparison.groups for run in group.runs})
     asked = dataclasses.asdict(question)
+    del asked["typed"]
     mark = hashlib.sha256(json.dumps([studies, asked], sort_keys=True).encode()).hexdigest()[:10]
     return {
         "id": f"compare-{mark}",

@@ -21,28 +21,30 @@ from softmoe_cli.compare.looks import PastLooks, draw_order, seeds_were_added
 from softmoe_cli.compare.power import outlook
 from softmoe_cli.compare.question import Question
 from softmoe_cli.compare.reach import reached
+from softmoe_cli.compare.settled import Settled
 from softmoe_cli.compare.units import apart
 from softmoe_cli.errors import UsageError, nearest
 from softmoe_cli.run.rows import COSTS, QUALITIES, number
 
+UNSETTLED = Settled()
 ROUTED = ("model.moe_blocks", "model.expert_init", "model.expert_width")
 """Settings that, like model.router.*, come with a router: they do not help to find the dense control of a group."""
 
 
-def judge(blocks: list[Block], question: Question, looks: PastLooks) -> None:
+def judge(blocks: list[Block], question: Question, looks: PastLooks, settled: Settled = UNSETTLED) -> None:
     """Every group against its baseline, at the end, in the second measure and at the budgets: three families per table,
-    Holm's correction in each. The any-time rule judges where seeds were added after a look."""
+    Holm's correction in each. The any-time rule judges where seeds were added after a look, and settled studies."""
     matched = 0
     keys = list(
         dict.fromkeys(key for block in blocks for group in block.groups for run in group.runs for key in run.row)
     )
     for block in blocks:
-        candidates = _candidates(block.groups, question.baseline, keys)
+        candidates = settled.candidates(block.groups) or _candidates(block.groups, question.baseline, keys)
         matched += len(candidates)
         _second_means(block, question)
-        _judge_block(block, candidates, question, looks)
+        _judge_block(block, candidates, question, looks, settled.family)
         _judge_notes(block, candidates)
-        _look_notes(block, question, looks)
+        _look_notes(block, question, looks, settled)
     if question.baseline is not None and not matched:
         labels = [group.label for block in blocks for group in block.groups]
         raise UsageError(
@@ -51,7 +53,7 @@ def judge(blocks: list[Block], question: Question, looks: PastLooks) -> None:
         )
 
 
-def _judge_block(block: Block, candidates: list[Group], question: Question, looks: PastLooks) -> None:
+def _judge_block(block: Block, candidates: list[Group], question: Question, looks: PastLooks, family: int) -> None:
     higher = QUALITIES[question.quality].better == "higher"
     ends: dict[str, Difference] = {}
     second: dict[str, Difference] = {}
@@ -85,15 +87,15 @@ def _judge_block(block: Block, candidates: list[Group], question: Question, look
                 )
     of = {group.label: group for group in block.groups}
     _spreads(block, question.quality)
-    for label, told in verdicts(ends, higher_is_better=higher).items():
+    for label, told in verdicts(ends, higher_is_better=higher, family=family).items():
         of[label].verdict, of[label].p_holm, of[label].p_equal_holm = told
     second_higher = QUALITIES[question.second].better == "higher"
-    for label, told in verdicts(second, higher_is_better=second_higher).items():
+    for label, told in verdicts(second, higher_is_better=second_higher, family=family).items():
         beside = of[label].second
         assert beside is not None
         beside.verdict, beside.p_holm = told.word, told.p
         beside.p_better = beats(second[label], higher_is_better=second_higher)
-    for (label, place), told in verdicts(common, higher_is_better=higher).items():
+    for (label, place), told in verdicts(common, higher_is_better=higher, family=family).items():
         of[label].budgets[place].verdict = told.word
     undecided = [label for label in ends if of[label].verdict in (OPEN, FEW)]
     block.outlook = outlook(ends, undecided, question.margin)
@@ -295,12 +297,13 @@ def _judge_notes(block: Block, candidates: list[Group]) -> None:
             )
 
 
-def _look_notes(block: Block, question: Question, looks: PastLooks) -> None:
+def _look_notes(block: Block, question: Question, looks: PastLooks, settled: Settled) -> None:
     """Why the any-time rule judges, and what an earlier look had asked otherwise."""
     judged = [group for group in block.groups if group.difference]
     anytime = [group.label for group in judged if group.difference and group.difference.method == "any-time"]
     if anytime:
         why = "it was asked for" if question.any_time else "seeds were added after a look"
+        why = "settle decided when to stop" if settled.family else why
         whose = "" if len(anytime) == len(judged) else f" {'; '.join(anytime)}"
         block.notes.append(
             f"the any-time rule judges{whose}, because {why}: its verdicts and intervals hold however often one looks"

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from softmoe_cli.config.data import Data, check_channels
-from softmoe_cli.config.model import Model, check_groups
+from softmoe_cli.config.model import Model, check_groups, group_of
 from softmoe_cli.config.option import Section, option
 from softmoe_cli.config.pruning import Prune
 from softmoe_cli.config.recipe import Augment, Optim, Train
@@ -71,6 +71,13 @@ def check_devices(devices: int, batch: int, parts: int) -> None:
     """Checks that each device has at least one image of each part of a batch."""
     if batch // parts < devices:
         raise UsageError(f"devices={devices} cannot divide {batch // parts} images; use a larger batch_size")
+
+
+def check_shared_groups(config: "Config", processes: int) -> None:
+    """Checks that where blocks have groups of different sizes all are full in a batch that several processes share: a
+    process's share of the groups is its share of each router's auxiliary losses."""
+    if processes > 1 and len(set(map(group_of, config.model.routers))) > 1:
+        check_groups("train.batch_size", config.train.batch_size, config.model.images_per_group)
 
 
 NAME_BYTES = 255
@@ -151,6 +158,8 @@ class Config(Section):
         check_channels(self.data, self.model.in_chans)
         if settled and self.train.accumulate > 1:
             check_groups("train.batch_size", self.train.batch_size, self.model.images_per_group, self.train.accumulate)
+        elif settled:
+            check_shared_groups(self, self.devices)
         if self.model.head_norm == "batch" and self.model.head != "linear" and self.train.batch_size == 1:
             raise UsageError("model.head_norm=batch has no variance over train.batch_size=1; set it to layer")
         if self.train.minutes is not None:

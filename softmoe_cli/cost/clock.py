@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from softmoe_cli.cost.load import Load
 from softmoe_cli.cost.memory import Live, predict
-from softmoe_cli.device import compiled, free_memory, hardware, keep_freed_memory, precision_context
+from softmoe_cli.device import compiled, free_memory, hardware, keep_freed_memory, precision_context, wait
 from softmoe_cli.errors import UsageError
 from softmoe_cli.model.vit import build, prepare
 from softmoe_cli.moe.routing import full_precision, routings
@@ -87,12 +87,6 @@ class Workload:
                     (loss + sum((routing.aux_loss for routing in seen), loss.new_zeros(()))).backward()
         self.optimizer.step()
 
-    def wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        elif self.device.type == "mps":
-            torch.mps.synchronize()
-
     def peak(self) -> int | None:
         """Bytes that this workload holds at the peak of a step, without those of other workloads."""
         self.optimizer.zero_grad(set_to_none=True)
@@ -139,10 +133,10 @@ def measure(loads: Sequence[Load], repeats: int) -> list[Timing]:
         for index, workload in enumerate(workloads):
             torch.set_num_threads(workload.threads)
             for kind, work in (("forward", workload.forward), ("step", workload.step)):
-                workload.wait()
+                wait(workload.device)
                 start = time.perf_counter()
                 work()
-                workload.wait()
+                wait(workload.device)
                 if turn >= 0:
                     times.setdefault((index, kind), []).append(1000 * (time.perf_counter() - start))
     timings = []

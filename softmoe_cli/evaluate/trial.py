@@ -15,6 +15,7 @@ from torch import Tensor
 from softmoe_cli.compare.intervals import holm
 from softmoe_cli.config.commands import EvaluateConfig
 from softmoe_cli.data.splits import ImageSet
+from softmoe_cli.device import wait
 from softmoe_cli.errors import UsageError
 from softmoe_cli.evaluate.contrast import (
     OUR_OWN,
@@ -221,25 +222,18 @@ class ContrastTrial:
         with self.autocast:
             for turn in range(-1, CLOCK_REPEATS):
                 for word, kept in times.items():
-                    _wait(x.device)
+                    wait(x.device)
                     start = time.perf_counter()
                     if word == STRONG:
                         with torch.no_grad():
                             self.model(x)
                     else:
                         both[word](strong_pass(self.model, x)[1], 0)
-                    _wait(x.device)
+                    wait(x.device)
                     if turn >= 0:
                         kept.append(time.perf_counter() - start)
         middle = {word: statistics.median(each) for word, each in times.items()}
         return {word: middle[word] / middle[STRONG] for word in both}
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
 
 
 def best_settings(read: Mapping[Way, Answers]) -> tuple[dict[str, Way], dict[str, float]]:

@@ -28,6 +28,7 @@ def resolve(command: str, tree: dict[str, Any], typed: Sequence[str]) -> "tuple[
 
     if command == "train":
         checked = door(tree, Config)
+        refuse_idle_pruning(checked, typed)
         if checked.slots != "kept":
             raise UsageError(f"slots={checked.slots} belongs to softmoe finetune: there is no checkpoint to keep to")
         if checked.prune.keep is not None:
@@ -55,6 +56,7 @@ def resolve(command: str, tree: dict[str, Any], typed: Sequence[str]) -> "tuple[
     take_model(tree, source, typed)
     checked = door(tree, Config)
     mirror.check(checked)
+    refuse_idle_pruning(checked, typed)
     if checked.model.adapter.name != "none" and experts_left(source.weights):
         raise UsageError(
             f"adapter={checked.model.adapter.name}: checkpoint={source.label} still holds the experts that were "
@@ -69,6 +71,17 @@ def resolve(command: str, tree: dict[str, Any], typed: Sequence[str]) -> "tuple[
         kept = door(source.card["model"], Model)
         checked.model.router |= {"slots_per_expert": proportional_slots(kept, checked.model)}
     return checked, source
+
+
+def refuse_idle_pruning(config: Config, typed: Sequence[str]) -> None:
+    """Raises UsageError where options of pruning are typed, and nothing says how many experts are to stay. A sweep's
+    control says that all do: prune.keep=null."""
+    idle = [word for word in typed if word.lstrip("+").startswith("prune.")]
+    if config.prune.keep is None and idle and not names("prune.keep", typed):
+        raise UsageError(
+            f"{idle[0]} has no effect without prune.keep, which says how many experts stay in each block; add it, as "
+            "null for a control, or leave this out"
+        )
 
 
 def named_source(

@@ -225,8 +225,7 @@ class Pruned:
         )  # fmt: skip
         x, _ = next(self.batches(self.splits.validation))
         if self.config.clock:
-            wait = torch.cuda.synchronize if self.device.type == "cuda" else _nothing
-            found["clock"] = latencies({"before": whole, "after": new}, x, self.config.repeats, wait)
+            found["clock"] = latencies({"before": whole, "after": new}, x, self.config.repeats)
             found["clock"] |= {"images": len(x), "repeats": self.config.repeats, "hardware": hardware(self.device)}
         one, other = (copy.deepcopy(each).cpu().double().eval() for each in (pruned, new))
         share, others = distance_in_float64(one, other, x.cpu().double())
@@ -253,10 +252,6 @@ class Pruned:
         share, others = distance_in_float64(copy.deepcopy(new).cpu().double().eval(), theirs, x.cpu().double())
         if not share <= NO_MORE or others:
             raise RunError(f"what timm loads is off by {share:.2g} in float64: an error of softmoe's")
-
-
-def _nothing() -> None:
-    """There is nothing to wait for."""
 
 
 def _cost_row(params: int, active: float, forward: int, train: float) -> dict[str, int | float]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from softmoe_cli.config.model import Model
+from softmoe_cli.device import wait
 from softmoe_cli.evaluate.quality import classification_loss
 from softmoe_cli.model.vit import portable_options
 from softmoe_cli.moe.layer import MoE
@@ -98,17 +99,15 @@ def distance_in_float64(
 
 
 @torch.no_grad()
-def latencies(
-    models: Mapping[str, VisionTransformer], x: Tensor, repeats: int, wait: Callable[[], None]
-) -> dict[str, dict[str, float]]:
+def latencies(models: Mapping[str, VisionTransformer], x: Tensor, repeats: int) -> dict[str, dict[str, float]]:
     """Milliseconds of a forward pass of `x`, the models taking turns: median, and the distance of the quartiles."""
     times: dict[str, list[float]] = {name: [] for name in models}
     for turn in range(-UNTIMED, repeats):
         for name, model in models.items():
-            wait()
+            wait(x.device)
             start = time.perf_counter()
             model(x)
-            wait()
+            wait(x.device)
             if turn >= 0:
                 times[name].append(1000 * (time.perf_counter() - start))
     found = {}

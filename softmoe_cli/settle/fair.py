@@ -28,6 +28,9 @@ class Arms:
     base: int
     typed: list[list[str]]
     slots: list[str]
+    tracking: str = "off"
+    project: str | None = None
+    """Where looks are sent: what tracking= and wandb.project= say of the runs."""
 
     @property
     def study(self) -> Path:
@@ -63,7 +66,7 @@ def fair_arms(launcher: Sweep, typed: list[list[str]], asked: Fairness, seeds: S
     for arm in arms[:base] + arms[base + 1 :]:
         if arm.job.folder in [other.job.folder for other in arms if other is not arm]:
             raise UsageError(f"{arm.label} is the same run as another arm: arms must differ in what they compute")
-    return Arms(arms, base, typed, slots)
+    return Arms(arms, base, typed, slots, trees[base]["tracking"], trees[base]["wandb"]["project"])
 
 
 def asked_arms(launcher: Sweep, words: Sequence[list[str]], seeds: Sequence[int]) -> tuple[list[Job], list[str]]:

@@ -7,40 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from softmoe_cli.compare.settled import RECORD, asked_before
 from softmoe_cli.errors import UsageError
 from softmoe_cli.files import not_following, write_atomically
 from softmoe_cli.run import rows
 from softmoe_cli.settle.arms import science
 from softmoe_cli.text import printable
-
-RECORD = "settle.json"
-RECORDED = {
-    **rows.FORMAT_KEY,
-    "arms": rows.Key(rows.Kind("a list", lambda value: isinstance(value, list)), meaning="label and words of each"),
-    "baseline": rows.Key(rows.TEXT, meaning="the label of the arm that others are measured against"),
-    "quality": rows.Key(rows.TEXT, meaning="the main measure"),
-    "margin": rows.Key(rows.NUMBER, meaning="within which arms are equal", null=True),
-    "fairness": rows.Key(
-        rows.Kind("settings", lambda value: isinstance(value, dict)), meaning="how arms are made fair"
-    ),
-    "first_seed": rows.Key(rows.WHOLE, meaning="of the seeds, which follow each other"),
-}
-"""The keys of settle.json."""
-
-
-def asked_before(study: Path) -> dict[str, Any] | None:
-    """What settle.json says; None where there is none.
-
-    Raises:
-        UsageError: it is damaged.
-    """
-    path = study / RECORD
-    try:
-        return rows.row(path, RECORDED)
-    except FileNotFoundError:
-        return None
-    except rows.Unreadable as error:
-        raise UsageError(f"{printable(str(path))} {error}; choose another study") from error
 
 
 def fix_question(study: Path, asked: dict[str, Any], begun: Callable[[], bool]) -> None:

@@ -17,10 +17,12 @@ from softmoe_cli.compare.looks import read_looks, record_look
 from softmoe_cli.compare.power import Outlook, outlook
 from softmoe_cli.compare.question import Question
 from softmoe_cli.compare.runs import FINGERPRINT, FinishedRun, read_runs
+from softmoe_cli.compare.send import send_look
 from softmoe_cli.config.settle import Fairness, SettleConfig
 from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.launch.sweep import Sweep
 from softmoe_cli.options.compose import say_once
+from softmoe_cli.run.mirror import tracking_of
 from softmoe_cli.settle.arms import FIRST_SEED, expanded, key_of, science, without_seed
 from softmoe_cli.settle.fair import Arms, fair_arms, fairness_of
 from softmoe_cli.settle.foresee import foreseen, plan_text
@@ -123,6 +125,12 @@ class Settle(Fair):
         Settle.status = OPEN_STATUS if account.open else 0
 
 
+def _mode(tracking: str) -> str:
+    """online or offline where that was typed, or where tracking=auto is online; else off, as looks cost figures."""
+    mode = tracking_of(tracking)
+    return mode if tracking != "auto" or mode == "online" else "off"
+
+
 def _seed_of(word: str) -> str:
     return word.partition("=")[2] if key_of(word) == "seed" else ""
 
@@ -168,6 +176,8 @@ class Rounds:
         self._arms = {arm.label: arm for arm in arms.arms}
         self._read: dict[Path, FinishedRun] = {}
         self._told: list[str] = []
+        self._study, self._project = arms.study, arms.project
+        self._mode, self._sent = _mode(arms.tracking), 0
         self._unlike: dict[tuple[str, int], str] = {}
         """Pairs that cannot be compared, and why."""
         self._reasons = {
@@ -187,6 +197,7 @@ class Rounds:
             runs = self._finished()
             standing = self._look(runs)
             report = self._report(standing, runs)
+            self._send(standing)
             retried = self._retried(standing) if again else []
             if not standing.wanted and not retried:
                 return report
@@ -201,6 +212,18 @@ class Rounds:
                 self._launcher.tell(as_text(report))
             again = again and not retried
             self._launch(wanted)
+
+    def _send(self, standing: Standing) -> None:
+        """Sends what compare says after a look, where the runs are tracked: all looks are one W&B run."""
+        if not standing.n or self._mode == "off" or self._sent == standing.n:
+            return
+        self._sent = standing.n
+        try:
+            send_look(
+                [self._study], Question(), self._mode, self._launcher.tell, project=self._project, look=self._sent
+            )
+        except (UsageError, RunError) as error:
+            self._launcher.tell(f"W&B has not got this look: {error}")
 
     @property
     def _passed_over(self) -> set[tuple[str, int]]:

@@ -75,7 +75,7 @@ def tune_arms(
     launcher.tell(tuning_text(found, asked.tune))
     write_tuning(found, asked.tune, jobs[0].folder.parent)
     own_arms = [Arm(arm.label, each, job) for arm, each, job in zip(arms.arms, chosen, tuned_jobs, strict=True)]
-    return Arms(own_arms, arms.base, arms.typed, slots), found
+    return replace(arms, arms=own_arms, slots=slots), found
 
 
 def require_below(seeds: Iterable[int]) -> None:

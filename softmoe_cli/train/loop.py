@@ -119,7 +119,7 @@ def train(begun: Begun) -> dict[str, Any]:
         forward = compiled(forward)
     saved_at, save_took, first_step = time.monotonic(), 0.0, progress.step
     with stop, routings(model) as seen, screen, recording:
-        step = Step(model, forward, optimizer, scaler, autocast, seen, config, crew, recording.landed, pruning)
+        step = Step(model, forward, optimizer, scaler, autocast, seen, config, crew, recording.landed)
         try:
             while True:
                 here = budget.position(progress)
@@ -148,7 +148,8 @@ def train(begun: Begun) -> dict[str, Any]:
                 with progress.booked("compile" if compiles else "device", crew.size):
                     lr, scale = learning_rate(here), scaler.get_scale()
                     x, targets = next(training)
-                    loss, aux_loss, norm = update(step, x, targets, lr)
+                    open_pruning = pruning if pruning is not None and pruning.open(progress) else None
+                    loss, aux_loss, norm = update(step, x, targets, lr, open_pruning)
                     updated = math.isfinite(loss) and math.isfinite(norm)
                     rescaling = math.isfinite(loss) and SMALLEST_SCALE < scaler.get_scale() < scale
                     if not updated and not rescaling:
@@ -163,8 +164,8 @@ def train(begun: Begun) -> dict[str, Any]:
                 progress.compiled_steps += compiles
                 progress.add_loss(loss, aux_loss)
                 first_steps.add()
-                if pruning is not None and pruning.open(progress):
-                    _let_go(step, recording, pruning, x)
+                if open_pruning is not None:
+                    _let_go(step, recording, open_pruning, x)
                 now = budget.position(progress)
                 images_per_s = progress.images_per_s(config.train.batch_size)
                 screen.step(now / budget.total, loss, lr, images_per_s)
@@ -223,16 +224,17 @@ class Step:
     config: Config
     crew: Crew = ALONE
     landed: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
-    pruning: Pruning | None = None
 
 
-def update(step: Step, x: Tensor, targets: Tensor, lr: float) -> tuple[float, float, float]:
+def update(
+    step: Step, x: Tensor, targets: Tensor, lr: float, pruning: Pruning | None = None
+) -> tuple[float, float, float]:
     """One update on one batch, computed in `accumulate` equal parts whose gradients add up to the whole batch's; of
     several processes each has its share of every part.
 
     Returns the mean loss over images without the auxiliary loss, the auxiliary loss, and the gradients' norm before
     clipping. The weights stay as they were, and the gradients can be looked at, when loss or norm is not finite; where
-    only the norm is not, a scaler then lowers its scale.
+    only the norm is not, a scaler then lowers its scale. `pruning` measures experts that may still go.
     """
     config, crew, optimizer, scaler = step.config, step.crew, step.optimizer, step.scaler
     optimizer.zero_grad(set_to_none=True)  # of an update that was not made
@@ -246,8 +248,8 @@ def update(step: Step, x: Tensor, targets: Tensor, lr: float) -> tuple[float, fl
                 for routing in step.seen:  # now: recomputation will call the routers again
                     if routing.landed is not None:
                         step.landed.add_(routing.landed)
-                if step.pruning is not None:
-                    step.pruning.see(step.seen)
+                if pruning is not None:
+                    pruning.see(step.seen)
                 with full_precision(x):
                     loss = classification_loss(logits, part_targets, config.train.loss) * share.of_images / parts
                     aux = sum((routing.aux_loss for routing in step.seen), loss.new_zeros(())) * share.of_groups / parts

@@ -9,6 +9,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from softmoe_cli.config.recipe import Train
+from softmoe_cli.device import wait
 from softmoe_cli.optim import span_length
 from softmoe_cli.text import in_words, several
 from softmoe_cli.train.progress import Budget, Progress
@@ -37,10 +38,7 @@ def forward_s(
         while len(took) < 3 and took[-1] < AGAIN_BELOW_S:
             start = time.perf_counter()
             model(x)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            elif device.type == "mps":
-                torch.mps.synchronize()
+            wait(device)
             took.append(time.perf_counter() - start)
     model.train(training)
     return min(took[1:]) / images

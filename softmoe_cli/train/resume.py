@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from softmoe_cli.config.run import Config
 from softmoe_cli.errors import UsageError
 from softmoe_cli.model.adapted import trained_names
-from softmoe_cli.model.weights import LoadReport, load_weights, patterns
+from softmoe_cli.model.weights import LoadReport, experts_left, load_weights, patterns
 from softmoe_cli.moe.kind import Layer
 from softmoe_cli.moe.layer import MoE
 from softmoe_cli.optim import restore, state_of
@@ -159,6 +159,10 @@ def load_source(
             why = " in proportion to the tokens" if config.slots == "proportional" else ""
             where = f"{why}; {before} in the checkpoint"
         rows["slots"] = f"{', '.join(str(p or 'any') for p in slots)} per expert{where}"
+    left = experts_left(source.weights)
+    if left and config.prune.keep is None:
+        there = ", ".join(f"{len(experts)} in block {place}" for place, experts in left.items())
+        rows["experts left"] = f"{there}; a router that evens their load goes on or begins again with it"
     screen.table("weights", rows)
     return report
 

@@ -75,8 +75,10 @@ def test_when_nothing_meets_it_both_sides_are_named() -> None:
         ("to=vit_nano2_dense model=vit_nano2_dense", "router dense has no num_experts"),
         ("to=vit_nano2_dense free=train.steps", "free=train.steps changes no forward_gflop"),
         ("to=vit_nano2_dense by=train_pflop", "steps belong to by=train_pflop and by=landed_pflop, which need them"),
-        ("model=vit_nano2_tokens_choice to=vit_nano2_dense adapter=bottleneck by=landed_pflop steps=9 free=train.steps",
-         "adapter=bottleneck leaves the experts of vit_nano2_tokens_choice_bottleneck frozen"),
+        (
+            "model=vit_nano2_tokens_choice to=vit_nano2_dense adapter=lora by=landed_pflop steps=9 free=train.steps",
+            "adapter=lora leaves the experts of vit_nano2_tokens_choice_lora frozen",
+        ),
         ("to=vit_nano2_dense by=flops", f"by=flops is not one of {', '.join(MATCHED)}"),
         ("to=vit_nano2_dense free=depth", f"free=depth is not one of {', '.join(FREE_KEYS)}"),
         ("free=model.moe_blocks", "to has no default"),

@@ -10,7 +10,9 @@ import pytest
 
 from softmoe_cli.compare.anytime import p_zero
 from softmoe_cli.compare.looks import PastLook, PastLooks
+from softmoe_cli.compare.question import Question
 from softmoe_cli.config.settle import SettleConfig
+from softmoe_cli.errors import RunError
 from softmoe_cli.launch.plan import Job
 from softmoe_cli.launch.sweep import Sweep
 from softmoe_cli.options.conf_files import conf_folder, load_yaml
@@ -69,7 +71,13 @@ def result(router: str, seed: int) -> dict[str, Any]:
     return row(router=router, seed=seed, top1_pct=value, study="settled")
 
 
-def rounds(launcher: Launcher, routers: Sequence[str] = ROUTERS, **asked: Any) -> Rounds:
+def rounds(
+    launcher: Launcher,
+    routers: Sequence[str] = ROUTERS,
+    tracking: str = "off",
+    project: str | None = None,
+    **asked: Any,
+) -> Rounds:
     settings = SettleConfig(**(load_yaml(conf_folder() / "settle.yaml") | asked))
     arms = []
     for router in routers:
@@ -77,7 +85,7 @@ def rounds(launcher: Launcher, routers: Sequence[str] = ROUTERS, **asked: Any) -
         cost = {"train_pflop": 0.00013, "seconds": 1.0}
         arms.append(Arm(router, [], Job(router, ["seed=0"], folders[0], None, cost, folders=folders)))
     contest = Contest(tuple(routers[1:]), routers[0], settings.quality, settings.margin, 0)
-    return Rounds(cast(Sweep, launcher), contest, Arms(arms, 0, [], [""] * 8), settings)
+    return Rounds(cast(Sweep, launcher), contest, Arms(arms, 0, [], [""] * 8, tracking, project), settings)
 
 
 def test_a_command_that_is_typed_again_knows_what_failed(tmp_path: Path) -> None:
@@ -113,6 +121,25 @@ def test_runs_ahead_use_up_no_budget(tmp_path: Path) -> None:
     same = ("dense", "tokens_choice")
     ended = rounds(launcher, same, max_seeds=30, pflop=9.5 * one).go()
     assert ended.standing.n == 9 and ended.over == f"pflop={9.5 * one:g}"
+
+
+def test_each_look_is_sent_once_where_runs_are_tracked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the question of the study's own settle.json; what W&B or the disk refuses ends no settling."""
+    sent: list[Any] = []
+
+    def send(folders: list[Path], question: Question, mode: str, say: Any, **told: Any) -> None:
+        sent.append((folders, question, mode, told))
+        raise RunError("the disk is full")
+
+    monkeypatch.setattr("softmoe_cli.settle.sweeper.send_look", send)
+    launcher = Launcher(tmp_path, lambda router, seed: False)
+    same = ("dense", "tokens_choice")
+    rounds(launcher, same, tracking="auto", max_seeds=5).go()
+    assert sent == [], "auto without a key"
+    account = rounds(launcher, same, tracking="offline", project="mine", max_seeds=8).go()
+    assert [told["look"] for *_, told in sent] == sorted({told["look"] for *_, told in sent})
+    assert sent[-1] == ([tmp_path], Question(), "offline", {"project": "mine", "look": account.standing.n})
+    assert "W&B has not got this look: the disk is full" in launcher.said
 
 
 def test_damaged_looks_are_told(tmp_path: Path) -> None:

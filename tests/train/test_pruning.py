@@ -23,9 +23,11 @@ from softmoe_cli.cost.memory import predict
 from softmoe_cli.model.router import make_layer
 from softmoe_cli.model.vit import build
 from softmoe_cli.moe.layer import MoE
+from softmoe_cli.options import inherit
 from softmoe_cli.parallel import ALONE
 from softmoe_cli.run import rows as declared
 from softmoe_cli.terminal import Screen
+from softmoe_cli.train.loop import Step, _logits
 from softmoe_cli.train.progress import Budget, Progress
 from softmoe_cli.train.pruning import Decision, Pruning, deadline
 from tests.conftest import TINY, Softmoe
@@ -128,7 +130,8 @@ def test_blocks_may_have_different_numbers_of_experts() -> None:
 
 
 def finetuned(softmoe: Softmoe, source: Path, *overrides: str, root: str = "outputs") -> Path:
-    answer = softmoe("finetune", f"checkpoint={source}", *LINE, *overrides, f"output_root={root}")
+    control = () if any(word.startswith("prune.keep=") for word in overrides) else ("prune.keep=null",)
+    answer = softmoe("finetune", f"checkpoint={source}", *LINE, *control, *overrides, f"output_root={root}")
     assert answer.code == 0, answer
     return next(Path(root, "default").iterdir())
 
@@ -138,9 +141,19 @@ def source(tmp_path: Path) -> Path:
     return saved(tmp_path / "start.safetensors", 0, "model/router=tokens_choice_dropless", "model.moe_blocks=[0,1]")
 
 
-def test_a_run_ends_with_one_expert_and_says_so(softmoe: Softmoe, source: Path, tmp_path: Path) -> None:
+def test_a_run_ends_with_one_expert_and_says_so(
+    softmoe: Softmoe, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rows, costs, the weights, evaluation without an option, and the plain ViT."""
+    see, measured = Pruning.see, []
+
+    def counted(pruning: Pruning, decided: Any) -> None:
+        measured.append(len(decided))
+        see(pruning, decided)
+
+    monkeypatch.setattr(Pruning, "see", counted)
     run = finetuned(softmoe, source, "prune.keep=1", "train.log_every=1", "prune.threshold=0.9")
+    assert len(measured) == 6, "nothing is measured once none can go"
     decided = [row for row in rows(run, "routing.jsonl") if "window" in row]
     assert [(row["step"], row["block"]) for row in decided] == [(s, b) for s in (2, 4, 6) for b in (0, 1)]
     for block in (0, 1):
@@ -163,6 +176,27 @@ def test_a_run_ends_with_one_expert_and_says_so(softmoe: Softmoe, source: Path, 
     assert [int(weights[f"blocks.{b}.mlp.alive"].sum()) for b in (0, 1)] == [1, 1]
     assert declared.row(run / "result.json", declared.RESULT)["served_as"] == "dense"
     assert len(declared.lines(run / "routing.jsonl", declared.ROUTING)) > 6
+
+
+class Parts(torch.nn.Module):
+    """Remembers how many images it is given at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.images: list[int] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.images.append(len(x))
+        return x[:, None]
+
+
+def test_outputs_are_compared_in_as_many_parts_as_updates() -> None:
+    model, x = Parts(), torch.arange(8.0)
+    config = compose(*TINY, "train.batch_size=8", "train.accumulate=4")
+    optimizer, scaler = torch.optim.SGD([x]), torch.amp.GradScaler("cpu", enabled=False)
+    quiet = torch.autocast("cpu", enabled=False)
+    step = Step(model, model, optimizer, scaler, quiet, [], config)  # type: ignore[arg-type]
+    assert torch.equal(_logits(step, x), x[:, None]) and model.images == [2, 2, 2, 2] and model.training
 
 
 @pytest.mark.thorough
@@ -309,6 +343,13 @@ def test_what_cannot_be_pruned(router: str, words: list[str], said: str, softmoe
     answer = softmoe("finetune", f"checkpoint={source}", *LINE, *words)
     assert answer.code == 2 and said in answer.err, answer
     assert not list(tmp_path.glob("outputs/default/*/metrics.jsonl"))
+
+
+def test_options_of_no_pruning_are_refused(softmoe: Softmoe) -> None:
+    """A control may say that all stay."""
+    answer = softmoe("train", *TINY, "prune.by=random")
+    assert answer.code == 2 and "prune.by=random has no effect without prune.keep" in answer.err
+    inherit.refuse_idle_pruning(compose(*TINY), ["prune.keep=null", "prune.by=random"])
 
 
 def test_training_does_not_prune(softmoe: Softmoe) -> None:
