@@ -58,6 +58,9 @@ def read_others(paths: Sequence[Path], question: Question) -> tuple[list[Finishe
         read.append(each)
         for note in _remarks(each, run, named, question):
             notes[note] += 1
+    alike = 0 if question.by else _alike(runs)
+    if alike:
+        notes[ALIKE] = alike
     if question.map and not runs and not left_out:
         raise UsageError("--map has no effect: there is no run of another program in what was named")
     _check_percents(list(zip(read, runs, strict=True)), named)
@@ -260,6 +263,22 @@ def _remarks(told: Told, run: FinishedRun, named: Mapping[str, Named], question:
             f"their {COSTS['device_s'].amount} is {told.program}'s clock, from their first row to their last, pauses "
             "and evaluation included"
         )
+
+
+def _alike(runs: Sequence[FinishedRun]) -> int:
+    """How many runs share seed, cut and settings with a run of other results: a column that --map made a cost may be
+    what they differ in."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for run in runs:
+        if run.row["seed"] is not None:
+            key = json.dumps([run.row["command"], run.draw, run.row["data"], run.chosen], sort_keys=True, default=str)
+            found[key].add(run.row["signature"])
+    return sum(len(each) for each in found.values() if len(each) > 1)
+
+
+ALIKE = (
+    "they agree with another run in seed and settings, and stand in one group unless --by or --path keeps them apart"
+)
 
 
 def _check_percents(runs: Sequence[tuple[Told, FinishedRun]], named: Mapping[str, Named]) -> None:

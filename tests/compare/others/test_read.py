@@ -72,6 +72,16 @@ def test_settings_with_a_costs_name_keep_groups_apart(tmp_path: Path, column: st
         assert comparison.groups[0].runs[0].row[key] == 30
 
 
+def test_runs_that_only_a_mapped_cost_tells_apart_are_told(tmp_path: Path) -> None:
+    rows = [{"flop": n, "seed": seed, "acc": 90 + n + seed} for n in (1, 2) for seed in range(3)]
+    (tmp_path / "t.json").write_text(json.dumps(rows))
+    maps = ("quality=acc,forward_gflop=flop",)
+    told = "6 runs: they agree with another run in seed and settings"
+    assert any(note.startswith(told) for note in asked(tmp_path / "t.json", map=maps).notes)
+    for question in ({"map": maps, "by": ("forward_gflop",)}, {"map": ("quality=acc",)}):
+        assert not any("agree with another" in note for note in asked(tmp_path / "t.json", **question).notes)
+
+
 def test_what_a_clock_says_is_no_setting(tmp_path: Path) -> None:
     lines = [f"net,{seed},{90 + seed},{7 + seed}" for seed in range(3)]
     (tmp_path / "t.csv").write_text("\n".join(["model,seed,acc,device_s", *lines]) + "\n")
