@@ -217,6 +217,7 @@ def listened(pid: int) -> set[str]:
 
 
 @pytest.mark.long
+@pytest.mark.thorough
 def test_a_killed_process(tmp_path: Path) -> None:
     """`devices=2`: killed once, all start again from the last checkpoint; killed again, all end and say so. The same
     command, with one process, ends as if nothing had been."""

@@ -476,6 +476,7 @@ def test_moments_of_experts_as_slow_loops_make_them(trained: Path, softmoe: Soft
     assert {value.item() for key, value in new.items() if key.endswith(".step")} == {20.0}
 
 
+@pytest.mark.thorough
 def test_a_finetuning_starts_from_carried_moments(trained: Path, softmoe: Softmoe, tmp_path: Path) -> None:
     """One step with them and one without, on the same gradients: the moments differ by what the old ones decayed to."""
     line = ("upcycle", f"checkpoint={trained}", "model/router=soft", *BLOCKS, "model.router.num_experts=4")

@@ -70,6 +70,7 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would(monkeypatch: pytest.Mo
         settle(load(config))
 
 
+@pytest.mark.thorough
 def test_auto_is_the_largest_power_of_two_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     config = composed("soft", "train.batch_size=auto")
     assert config.train.batch_size == "auto"

@@ -227,6 +227,7 @@ def test_the_same_run_twice_is_run_once(softmoe: Softmoe, tmp_path: Path) -> Non
     assert len(list(tmp_path.glob("outputs/default/*/result.json"))) == 1
 
 
+@pytest.mark.thorough
 def test_the_sweep_of_wandb(softmoe: Softmoe) -> None:
     """What an agent of W&B would type for the first choice of every parameter works as it is."""
     import wandb.sdk.launch.sweeps.utils as agent

@@ -218,6 +218,7 @@ def test_joining_that_stops_half_way_is_done_again(tmp_path: Path, monkeypatch: 
     assert equal(found.weights) and equal(found.training) and not run_pieces.piece_files(path / "model.safetensors")
 
 
+@pytest.mark.thorough
 def test_who_reads_a_checkpoint_in_pieces_joins_it(softmoe: Softmoe, tmp_path: Path) -> None:
     """Evaluating and going on find the same, with the same digest, so that finetuning is the same run; a changed byte
     in any piece is noticed."""
