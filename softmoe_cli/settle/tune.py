@@ -1,6 +1,5 @@
 """What tuning found, as pure functions of its runs: the best value for each arm, where it lies, and what it changed."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,9 +95,3 @@ def changed_order(tuned: Sequence[Tuned]) -> tuple[list[str], list[str]] | None:
     by = tuned[0].by
     before, after = (order({arm: mean.mean for arm, mean in means.items() if mean}, by) for means in (default, best))
     return before, after
-
-
-def spread_at_best(tuned: Tuned) -> float:
-    """How much quality the worst value costs against the best: what tuning was worth; nan where it is not known."""
-    means = [mean.mean for trial in tuned.trials if (mean := trial.mean(tuned.by))]
-    return max(means) - min(means) if means else math.nan

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from softmoe_cli.settle.spent import Spent
-from softmoe_cli.settle.tune import Tried, Tuned, booked, changed_order, chosen_by, spread_at_best
+from softmoe_cli.settle.tune import Tried, Tuned, booked, changed_order, chosen_by
 from softmoe_cli.settle.tuning import tuning_rows, tuning_sentences, tuning_text
 from tests.settle.made_up import finished
 
@@ -37,7 +37,6 @@ def test_the_optimum_is_found_and_ends_of_the_list_are_said(optimum: float) -> N
 def test_tuning_is_booked() -> None:
     found = tuned("a", 1e-3)
     assert found.spent == Spent(15 * 2.25, 15 * 0.5)
-    assert spread_at_best(found) == pytest.approx(8.0)
     assert tuning_rows([found], "optim.lr")["arms"][0]["train_pflop"] == 7.5
 
 

@@ -5,6 +5,7 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +89,11 @@ def _found(paths: Sequence[Path], named: Mapping[str, Named]) -> tuple[list[Told
     for path in paths:
         for place, kind, files in _places(path):
             if kind == "timm":
-                read(place, lambda place=place: [read_timm(place)], told)  # type: ignore[misc]
+                read(place, partial(_alone, read_timm, place), told)
             elif kind == "wandb":
-                read(place, lambda place=place: [read_wandb(place)], told)  # type: ignore[misc]
+                read(place, partial(_alone, read_wandb, place), told)
             elif kind == "events":
-                read(place, lambda place=place, files=files: [read_events(place, files)], events)  # type: ignore[misc]
+                read(place, partial(_alone, read_events, place, files), events)
             else:
 
                 def table(place: Path = place) -> list[Told]:
@@ -102,6 +103,10 @@ def _found(paths: Sequence[Path], named: Mapping[str, Named]) -> tuple[list[Told
 
                 read(place, table, told)
     return told + with_hparams(events), left_out
+
+
+def _alone(reader: Callable[..., Told], *of: Any) -> list[Told]:
+    return [reader(*of)]
 
 
 def _places(path: Path) -> Iterator[tuple[Path, str, list[Path]]]:
@@ -292,12 +297,3 @@ def _check_percents(runs: Sequence[tuple[Told, FinishedRun]], named: Mapping[str
             if run.row.get(key) is not None and column is not None and (key in named or key not in told.names):
                 parts[(told.program, str(told.place), column.column)].append(run.row[key])
         require_percents(key, parts)
-
-
-def written_by(runs: Sequence[FinishedRun]) -> dict[str, list[Any]]:
-    """Program -> the runs that it wrote."""
-    found: dict[str, list[Any]] = defaultdict(list)
-    for run in runs:
-        if run.chosen is not None:
-            found[run.row["command"]].append(run)
-    return dict(found)
