@@ -90,7 +90,7 @@ def _fill(config: ExportConfig, model: Model, source: Source, receipt: dict[str,
     vit = _built(model, weights)
     splits = sets.load(config.data)
     splits.need("validation")
-    images, _ = batches.first_images(splits.validation, config.data, model, config.images)
+    images = batches.first_images(splits.validation, config.data, model, config.images).images
     group = evaluation_group(model)
     batch = None if group == 1 else group
 

@@ -68,6 +68,8 @@ class Decider(nn.Module, ABC):
     whole_batches: str | None = None
     """Why a batch cannot be computed in parts, with the way out; None where it can."""
 
+    for_checks: ClassVar[Mapping[str, Any]] = {}
+    """Options that its yaml leaves to the data, as `softmoe check` gives them."""
     unprunable: str | None = "softmoe does not know how it would decide among fewer experts"
     """Why none of its experts can be taken away; None where they can."""
 

@@ -163,6 +163,13 @@ LOOK = {
 are made of. Validation rows have `routing_NAME` for each NAME of ROUTING, its mean over layers, and FEWSHOT."""
 FEWSHOT = "fewshot_{}_top1_pct"
 """In validation rows, and in results after `validation_`, for each number of `train.fewshot`."""
+TASK_QUALITY = "task_{}_{}"
+"""Of a mix, for each task by its name, `top1_pct` and `nll`: in rows of split validation or test, and in results, there
+of the validation images after `validation_`."""
+OVER_TASKS = "mean_over_tasks_{}"
+"""The mean of that over tasks, each of which counts once; under the plain name stands the mean over images."""
+TASK_EPOCHS = "task_{}_epochs"
+"""In results: how often training has seen each task's training images."""
 EXPERTS_LEFT = "experts_left_block_{}"
 """In rows of metrics.jsonl, for each block of experts of a finetuning that prunes them; beside it `forward_gflop`, what
 a forward pass takes with those."""

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from softmoe_cli.data import batches, splits
+from softmoe_cli.data.mix import MixedSet
 from softmoe_cli.evaluate.fewshot import fewshot
-from softmoe_cli.evaluate.quality import evaluate, features, routing_statistics
+from softmoe_cli.evaluate.quality import Outcomes, by_task, features, joined, outcomes, qualities, routing_statistics
 from softmoe_cli.moe.kind import Layer
 from softmoe_cli.train.blame import exploded
 from softmoe_cli.train.recording import Recording
@@ -59,18 +60,24 @@ class Looks:
         return [place for place, block in enumerate(blocks) if isinstance(block.mlp, Layer)]
 
     def _quality(self, split: str, images: splits.ImageSet, beside: dict[str, float]) -> dict[str, Any]:
-        setup, progress = self.recording.setup, self.recording.progress
-        turns = setup.crew.turns(len(images), setup.config.train.eval_batch_size)
+        progress, tasks = self.recording.progress, self.recording.setup.config.data.tasks
         with progress.booked("eval"):
-            parts = self.stop.watch(self._batches(images, turns.own))
-            found = evaluate(
-                self.recording.trained.evaluated, parts, loss=setup.config.train.loss, autocast=setup.autocast,
-                collect=turns.collect,
-            )  # fmt: skip
-            values = dict(found)
+            if isinstance(images, MixedSet) and tasks is not None:
+                of_each = {name: self._outcomes(images.of_task(task)) for task, name in enumerate(tasks)}
+                values = dict(qualities(joined(list(of_each.values())))) | by_task(of_each)
+            else:
+                values = dict(qualities(self._outcomes(images)))
         if not math.isfinite(values["loss"]):
             raise exploded(f"{split} loss {values['loss']}", progress.step)
         return self.recording.row(split, values | beside)
+
+    def _outcomes(self, images: splits.ImageSet) -> Outcomes:
+        setup = self.recording.setup
+        turns = setup.crew.turns(len(images), setup.config.train.eval_batch_size)
+        return outcomes(
+            self.recording.trained.evaluated, self.stop.watch(self._batches(images, turns.own)),
+            loss=setup.config.train.loss, autocast=setup.autocast, collect=turns.collect,
+        )  # fmt: skip
 
     def _few_shots(self) -> dict[str, float]:
         """Few-shot quality. Shots are drawn with the seed of the data's cut, so that every run of a study has the same
@@ -91,7 +98,7 @@ class Looks:
             raise exploded("features that are not finite", self.recording.progress.step)
         return found
 
-    def _batches(self, images: splits.ImageSet, turns: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(self, images: splits.ImageSet, turns: list[int]) -> Iterator[batches.Batch]:
         config = self.recording.setup.config
         return batches.eval_batches(
             images,

@@ -16,6 +16,8 @@ from softmoe_cli.config.model import Model
 from softmoe_cli.config.run import WANDB_LETTERS, Config
 from softmoe_cli.cost.fit import Fit
 from softmoe_cli.data import splits
+from softmoe_cli.data.mix import MixedSet
+from softmoe_cli.data.order import TaskDraws
 from softmoe_cli.device import KEPT, hardware, slower
 from softmoe_cli.model.router import router_class
 from softmoe_cli.run import rows
@@ -149,6 +151,10 @@ def wandb_settings(setup: Setup, folder: Path) -> dict[str, Any]:
     }
 
 
+BESIDE = ("fewshot_", *(key.partition("{")[0] for key in (rows.TASK_QUALITY, rows.OVER_TASKS)))
+"""How those qualities begin that only some runs have."""
+
+
 def result_row(
     setup: Setup, folder: Path, progress: Progress, test: dict[str, Any], router: dict[str, Any], moe_blocks: list[int]
 ) -> dict[str, Any]:
@@ -186,12 +192,14 @@ def result_row(
         "ece_pct": test["ece_pct"],
         "validation_top1_pct": progress.validation["top1_pct"],
         "validation_loss": progress.validation["loss"],
-        **{f"validation_{key}": value for key, value in progress.validation.items() if key.startswith("fewshot_")},
+        **{f"validation_{key}": value for key, value in progress.validation.items() if key.startswith(BESIDE)},
+        **{key: value for key, value in test.items() if key.startswith(BESIDE)},
         "best_validation_top1_pct": progress.best_top1_pct,
         "best_step": progress.best_step,
         "steps": progress.step,
         "images": seen,
         "epochs": seen / len(images.train),
+        **_epochs_of_tasks(setup, progress.step),
         "batch_size": config.train.batch_size,
         "lr": config.optim.lr,
         "precision": config.train.precision,
@@ -219,6 +227,16 @@ def result_row(
         **flat_science(config),
         "data.identity": setup.images_digest,
     }
+
+
+def _epochs_of_tasks(setup: Setup, steps: int) -> dict[str, float]:
+    """How often training has seen each task's images; nothing where there is one set."""
+    images, config = setup.splits.train, setup.config
+    if not isinstance(images, MixedSet):
+        return {}
+    draws = TaskDraws(images, config.data.temperature, config.train.batch_size, config.seed)
+    times = (draws.before(steps) / torch.tensor([len(own) for own in draws.of_task])).tolist()
+    return {rows.TASK_EPOCHS.format(name): each for name, each in zip(config.data.sets, times, strict=True)}
 
 
 def _commonest_pct(images: splits.ImageSet) -> float:
