@@ -300,6 +300,7 @@ def _evaluate(config: Any, typed: list[str]) -> int:
     own = next((source for source in sources if inherit.same_set(tree["data"], source.card["data"])), sources[0])
     inherit.keep_cut(tree["data"], own.card["data"], typed)
     inherit.check_alike(sources, tree["data"])
+    inherit.take_task(tree, sources[0], typed, named=named)
     checked = door(tree, EvaluateConfig)
     check_channels(checked.data, model.in_chans)
     if not named:

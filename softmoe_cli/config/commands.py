@@ -40,6 +40,9 @@ class EvaluateConfig(Section):
         "a list of checkpoints: all of them, or those that do not lower validation top-1", choices=("uniform", "greedy")
     )
     data: Data = field(default_factory=Data)
+    task: str | None = option(
+        "of a checkpoint that knows several tasks the one that the images are of; null: all, on its own mix of sets"
+    )
     split: str = option("which images", choices=("test", "validation", "train"))
     batch_size: int = option("images per forward pass", low=1)
     loss: str | None = option("as in train.loss; null: the checkpoint's", choices=("softmax", "sigmoid"))

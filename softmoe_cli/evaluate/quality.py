@@ -206,17 +206,17 @@ def features(
 @torch.no_grad()
 def routing_statistics(
     model: VisionTransformer, batch: Batch, autocast: torch.autocast
-) -> list[tuple[dict[str, int | str], dict[str, float]]]:
+) -> list[tuple[dict[str, int | str], dict[str, float], dict[str, Any]]]:
     """Statistics of every router, in the order of the blocks, on one batch; before them where it stands: the `block`,
-    and of a router of adapters the sublayer `beside` which it is. A head with experts comes last, as a block of its own
-    `beside` which is the head."""
+    and of a router of adapters the sublayer `beside` which it is; behind them what it tells beside numbers. A head with
+    experts comes last, as a block of its own `beside` which is the head."""
     model.eval()
-    statistics: list[tuple[dict[str, int | str], dict[str, float]]] = []
+    statistics: list[tuple[dict[str, int | str], dict[str, float], dict[str, Any]]] = []
 
     def remember(place: dict[str, int | str]) -> Any:
         def hook(router: Decider, _inputs: object, decision: Decided) -> None:
             with full_precision(batch.images):  # now, when the router's weights are whole
-                statistics.append((place, decision.statistics() | router.statistics()))
+                statistics.append((place, decision.statistics() | router.statistics(), decision.told()))
 
         return hook
 

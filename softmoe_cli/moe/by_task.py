@@ -36,6 +36,14 @@ class TaskRouting(SparseRouting):
         super().__init__(runs.token, runs.gate, aux_loss, runs.demand, runs.shape, runs.offsets)
         self.chosen = chosen
 
+    def statistics(self) -> dict[str, float]:
+        """`task_overlap`: how alike the tasks' experts are (`overlap`)."""
+        return super().statistics() | {"task_overlap": overlap(self.chosen.tolist())}
+
+    def told(self) -> dict[str, Any]:
+        """`task_experts`: the experts of each task."""
+        return {"task_experts": self.chosen.tolist()}
+
 
 class TaskRouter(Router):
     """All tokens of all images of a task take the same k experts with the same gates; nothing is dropped.
@@ -100,6 +108,17 @@ class TaskRouter(Router):
     def told_shares(self, shares: Sequence[float]) -> None:
         """Called once before training, with the share of all training images that each task has."""
         return
+
+    @classmethod
+    def remark(cls, layers: Sequence[Mapping[str, Any]], num_tokens: int) -> str:
+        """The experts of each task in each block."""
+        of_blocks = [
+            f"block {layer['block']}: "
+            + ", ".join(f"{name} {' '.join(map(str, own))}" for name, own in layer["task_experts"].items())
+            for layer in layers
+            if isinstance(layer.get("task_experts"), dict)
+        ]
+        return "experts by task: " + "; ".join(of_blocks) if of_blocks else ""
 
     @abstractmethod
     def options_of(self, tasks: Sequence[int], experts: Sequence[int]) -> dict[str, Any]:

@@ -28,6 +28,11 @@ class Decided(ABC):
         """Plain numbers for the record; computed only here, when asked."""
 
 
+    def told(self) -> dict[str, Any]:
+        """What the record says beside these numbers, as JSON has it."""
+        return {}
+
+
 class Weak(NamedTuple):
     """A weak activation, such as rank_2: a way to route a trained layer otherwise (weak.py)."""
 

@@ -17,6 +17,7 @@ from softmoe_cli.moe.kind import Layer
 from softmoe_cli.train.blame import exploded
 from softmoe_cli.train.recording import Recording
 from softmoe_cli.train.stop import Stop
+from softmoe_cli.train.tasks import changes, taken_by, told_by_name
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,21 @@ class Looks:
         with self.recording.progress.booked("eval"):
             found = routing_statistics(model, next(self._batches(setup.splits.validation, [0])), setup.autocast)
             shots = self._few_shots() if setup.config.train.fewshot else {}
-        layers = [numbers for place, numbers in found if "beside" not in place] or [numbers for _, numbers in found]
+        tasks = setup.config.data.tasks
+        earlier = self.recording.run.rows("routing.jsonl") if any(told for *_, told in found) else []
+        of_tasks: dict[str, float] = {}
+        for place, numbers, told in found:
+            told |= told_by_name(told, tasks)
+            numbers |= changes(earlier, int(place["block"]), told)
+            if "task_experts" in told:
+                of_tasks |= taken_by(int(place["block"]), told, self._experts(int(place["block"])))
+        layers = [each for place, each, _ in found if "beside" not in place] or [each for _, each, _ in found]
         keys = dict.fromkeys(key for layer in layers for key in layer)
         having = {key: [layer[key] for layer in layers if key in layer] for key in keys}
         means = {f"routing_{key}": sum(numbers) / len(numbers) for key, numbers in having.items()}
-        row = self._quality("validation", setup.splits.validation, means | shots)
-        for place, numbers in found:  # last, so that a stop leaves all rows or none
-            self.recording.run.append("routing.jsonl", {"step": row["step"], **place, **numbers})
+        row = self._quality("validation", setup.splits.validation, means | of_tasks | shots)
+        for place, numbers, told in found:  # last, so that a stop leaves all rows or none
+            self.recording.run.append("routing.jsonl", {"step": row["step"], **place, **numbers, **told})
         return row
 
     def test(self) -> dict[str, Any]:
@@ -70,6 +79,11 @@ class Looks:
         if not math.isfinite(values["loss"]):
             raise exploded(f"{split} loss {values['loss']}", progress.step)
         return self.recording.row(split, values | beside)
+
+    def _experts(self, block: int) -> int:
+        layer = self.recording.trained.model.blocks[block].mlp
+        assert isinstance(layer, Layer)
+        return layer.router.num_experts
 
     def _outcomes(self, images: splits.ImageSet) -> Outcomes:
         setup = self.recording.setup

@@ -36,6 +36,7 @@ from softmoe_cli.train.recording import Recording
 from softmoe_cli.train.resume import Trained, carry_moments, delta_of, load_source, resume
 from softmoe_cli.train.setup import Begun, Setup, require_batches
 from softmoe_cli.train.stop import Interrupted, Stop
+from softmoe_cli.train.tasks import task_rows, tell_shares
 
 SMALLEST_SCALE = 2.0**-14
 """fp16: gradients that are not finite even at this loss scale are not saved by a smaller one."""
@@ -86,6 +87,7 @@ def train(begun: Begun) -> dict[str, Any]:
         model = build(config.model, classes)
         freeze(model, config.optim.freeze)
         loaded = load_source(model, source, config, splits.classes, screen) if source is not None else LoadReport()
+        tell_shares(model, config, splits.train)
         pruning = Pruning.of(config, load, budget, model, screen) if config.prune.keep is not None else None
         prepare(model, device, config.train.precision)
         model.set_grad_checkpointing(config.train.recompute)
@@ -104,6 +106,8 @@ def train(begun: Begun) -> dict[str, Any]:
     # --- record: the run's folder, where it stands, and what it writes down
     run.open(config)
     progress = resume(run, trained, screen, crew)
+    for title, text in task_rows(model, config.model.tasks) if crew.way == "ddp" else []:  # else nobody has them whole
+        screen.row(title, text)
     pace = forecast(setup, model) if crew.size == 1 else None
     if pace is not None:
         screen.row("time", summary.time_row(setup, pace, progress))
