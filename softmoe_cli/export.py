@@ -54,6 +54,11 @@ def export(config: ExportConfig, model: Model, source: Source) -> dict[str, Any]
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     check_evaluated("images", config.images, model)
+    if model.tasks:
+        raise UsageError(
+            f"checkpoint={source.label} must be told each image's task, of {', '.join(model.tasks)}; export one of "
+            f"them: softmoe extract checkpoint={source.label} task=NAME"
+        )
     if "head.weight" not in source.weights:
         raise UsageError(f"checkpoint={source.label} has no head; softmoe finetune gives it one")
     if experts_left(source.weights):

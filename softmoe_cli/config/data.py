@@ -12,7 +12,7 @@ MOST_CLASSES = 10**7
 """The most classes: a longer list of names takes minutes and gigabytes before the first message."""
 KNOWN_SETS = ("digits", "fashion_mnist", "cifar10", "cifar100")
 DATA_FORMATS = ("folder", "webdataset", "tfds", "arrow")
-MIX = "mix"
+MIX_NAME = "mix"
 """The name of data that are several sets."""
 OF_A_SET = (
     "name", "format", "root", "label", "num_classes", "image_size", "crop_pct", "channels", "mean", "std", "hflip",
@@ -103,7 +103,7 @@ class Data(Section):
         return None if self.sets is None else {name: own["num_classes"] for name, own in self.sets.items()}
 
     def check(self) -> None:
-        if self.name == MIX and self.format is None:
+        if self.name == MIX_NAME and self.format is None:
             check_mix(self)
         elif self.sets is not None or self.temperature is not None:
             said = {"temperature": self.temperature, "sets": None if self.sets is None else list(self.sets)}
@@ -198,7 +198,7 @@ def check_mix(data: Data) -> None:
 def _check_part(part: Data) -> None:
     """Checks one set of a mix."""
     where = f"data.sets, {part.name}"
-    if part.name == MIX and part.format is None:
+    if part.name == MIX_NAME and part.format is None:
         raise UsageError(f"{where}: a mix is of sets alone; name the sets of both mixes in one list")
     if type(part.num_classes) is not int or type(part.image_size) is not int:
         raise UsageError(f"{where}: say num_classes and image_size, which a mix must know before it reads a file")

@@ -10,7 +10,7 @@ from itertools import tee
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int64, Shaped, UInt8
+from jaxtyping import Float, Int64, UInt8
 from timm.data import Mixup
 from timm.data.mixup import one_hot
 from torch import Tensor
@@ -42,7 +42,7 @@ class Batch(NamedTuple):
     """Images as a model sees them, what is right for them, and where the data are a mix, the task of each."""
 
     images: Float[Tensor, "b c s s"]
-    labels: Shaped[Tensor, "b *classes"]
+    labels: Tensor
     """Class numbers, or in training the shares of each class."""
     task: Int64[Tensor, " b"] | None = None
 

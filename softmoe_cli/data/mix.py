@@ -84,7 +84,8 @@ def mixed(data: Data, each: Sequence[Splits]) -> Splits:
         class_of_task(task, name) for task, splits in zip(names, each, strict=True) for name in splits.classes
     ]  # fmt: skip
     sizes = ", ".join(
-        f"{task} {len(s.train):,} / {len(s.validation):,} / {len(s.test):,}" for task, s in zip(names, each, strict=True)
+        f"{task} {len(s.train):,} / {len(s.validation):,} / {len(s.test):,}"
+        for task, s in zip(names, each, strict=True)
     )
     notes = {"tasks": sizes} | {key: text for splits in each for key, text in splits.notes.items()}
     return Splits(**parts, classes=classes, notes=notes, test_is_cut=any(splits.test_is_cut for splits in each))
@@ -104,7 +105,7 @@ def _joined(parts: Sequence[ImageSet], classes: Sequence[int]) -> MixedSet:
     )
 
 
-def shares(sizes: Sequence[int], temperature: float | str) -> Float64[Tensor, " t"]:
+def task_shares(sizes: Sequence[int], temperature: float | str) -> Float64[Tensor, " t"]:
     """How large a share of all draws each set of so many images gets: in proportion to size^(1/temperature); `inf`: all
     the same (Kudugunta et al., 2021, https://arxiv.org/abs/2110.03742, Section 4.1)."""
     power = 0.0 if temperature == "inf" else 1 / float(temperature)

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from softmoe_cli.data.mix import MixedSet, shares
+from softmoe_cli.data.mix import MixedSet, task_shares
 
 CHAPTER = 256
 """Steps whose tasks are drawn at once. How often each task was drawn before a step is then soon added up."""
@@ -52,11 +52,11 @@ def stream(length: int, batch_size: int, seed: int, first_step: int) -> Iterator
 
 
 class TaskDraws:
-    """The task of every image that training sees: drawn independently, by `mix.shares`."""
+    """The task of every image that training sees: drawn independently, by `mix.task_shares`."""
 
     def __init__(self, images: MixedSet, temperature: float | str, batch_size: int, seed: int) -> None:
         self.of_task = [torch.nonzero(images.tasks == task)[:, 0] for task in range(len(images.parts))]
-        self._p = shares([len(own) for own in self.of_task], temperature).numpy()
+        self._p = task_shares([len(own) for own in self.of_task], temperature).numpy()
         self._batch, self._seed = batch_size, seed
 
     def _chapter(self, chapter: int) -> tuple[np.ndarray, np.random.Generator]:

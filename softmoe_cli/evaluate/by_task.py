@@ -9,7 +9,7 @@ from softmoe_cli.config.commands import EvaluateConfig
 from softmoe_cli.data import sets
 from softmoe_cli.data.splits import ImageSet
 from softmoe_cli.errors import UsageError
-from softmoe_cli.evaluate.quality import Outcomes, by_task, joined, qualities
+from softmoe_cli.evaluate.quality import Outcomes, by_task, qualities, together
 from softmoe_cli.terminal import Screen
 
 
@@ -34,7 +34,7 @@ def each_task(
     for task, own in enumerate(config.data.of_sets()):
         splits = sets.load(own)
         found[own.name] = said(task, getattr(splits, config.split))
-    whole = dict(qualities(joined(list(found.values()))))
+    whole = dict(qualities(together(list(found.values()))))
     tasks = [{"task": name} | dict(qualities(each)) for name, each in found.items()]
     row = {"tasks": tasks, **whole, **by_task(found)}
     row["images"] = row.pop("images_evaluated")

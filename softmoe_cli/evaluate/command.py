@@ -175,7 +175,9 @@ class Judge:
         return outcomes(seen, self.batches(images, batch_size), loss=self.loss, autocast=self.autocast)
 
 
-def _average(judge: Judge, sources: list[Source], validation: ImageSet | None) -> tuple[list[Source], dict[str, Tensor]]:
+def _average(
+    judge: Judge, sources: list[Source], validation: ImageSet | None
+) -> tuple[list[Source], dict[str, Tensor]]:
     """The checkpoints that are averaged, and their average."""
     kept = sources
     if judge.config.soup == "greedy" and validation is not None:

@@ -90,7 +90,7 @@ class Outcomes:
         return square
 
 
-def joined(several: Sequence[Outcomes]) -> Outcomes:
+def together(several: Sequence[Outcomes]) -> Outcomes:
     """The outcomes of several runs of images one after the other."""
     sizes = [len(said.label) for said in several]
 
@@ -199,7 +199,9 @@ def features(
     hook = model.head.register_forward_pre_hook(lambda _head, inputs: pooled.append(inputs[0].float()))
     with hook, autocast:
         for batch in batches:
-            model(*batch.inputs)  # called as a module: weights that are divided among processes are gathered around such a call
+            model(
+                *batch.inputs
+            )  # called as a module: weights that are divided among processes are gathered around such a call
     return torch.cat(collect(pooled)).cpu()
 
 

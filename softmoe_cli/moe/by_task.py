@@ -155,8 +155,8 @@ class TaskRouter(Router):
         task = None if carried is None else carried.task
         if task is None:
             raise ValueError(
-                f"{type(self).__name__} decides by the task of each image, of {self.num_tasks}, and none is given: call "
-                "the model with (images, tasks)"
+                f"{type(self).__name__} decides by the task of each image, of {self.num_tasks}, and none is given; "
+                "call the model with (images, tasks)"
             )
         return task
 

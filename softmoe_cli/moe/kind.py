@@ -27,7 +27,6 @@ class Decided(ABC):
     def statistics(self) -> dict[str, float]:
         """Plain numbers for the record; computed only here, when asked."""
 
-
     def told(self) -> dict[str, Any]:
         """What the record says beside these numbers, as JSON has it."""
         return {}

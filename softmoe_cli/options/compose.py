@@ -261,7 +261,7 @@ def _typed_set(name: str, own: Any) -> dict[str, Any]:
         raise UsageError(f"data.sets, {name}: {error.full_key}: {first_line(error)}") from error
     assert isinstance(merged, dict)
     missing = [key for key in OF_A_SET if key != "root" and merged[key] == "???"]
-    if missing or merged["root"] == "???" and merged["format"] is not None:
+    if missing or (merged["root"] == "???" and merged["format"] is not None):
         raise UsageError(f"data.sets, {name}: {(missing or ['root'])[0]} has no default; give it a value")
     return {key: merged[key] for key in OF_A_SET if merged[key] != "???"}
 

@@ -4,11 +4,11 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from softmoe_cli.config.data import MIX, OF_A_SET
+from softmoe_cli.config.data import MIX_NAME, OF_A_SET
 from softmoe_cli.errors import UsageError, nearest
 from softmoe_cli.options.conf_files import files, laid
 
-LABELS = ("class", "classes", "labels", "label_range", "tasks")
+OF_LABELS = ("class", "classes", "labels", "label_range", "tasks")
 """What one might type in order to make tasks of the classes of one set."""
 
 
@@ -26,7 +26,7 @@ def spell_sets(tree: dict[str, Any]) -> None:
         data["temperature"] = "inf"  # no number in JSON
     if isinstance(data.get("sets"), str) and data["sets"] != "???":
         raise UsageError(f"data.sets={data['sets']} is no list; write data.sets=[{data['sets']},OTHER]")
-    if data.get("name") == MIX and data.get("format") is None and data.get("sets") in (None, "???"):
+    if data.get("name") == MIX_NAME and data.get("format") is None and data.get("sets") in (None, "???"):
         raise UsageError(
             "data=mix does not say of what; name its sets: data.sets=[digits,fashion_mnist] (of a checkpoint's own mix "
             "nothing is typed)"
@@ -53,14 +53,14 @@ def _spelt_out(entry: Any) -> dict[str, Any]:
     if not isinstance(given, dict) or "data" not in given:
         raise UsageError(f"data.sets: {entry} names no set; write a name, or its options with data=NAME among them")
     name = given["data"]
-    if name == MIX:
+    if name == MIX_NAME:
         raise UsageError("data.sets names a mix; a mix is of sets alone: name the sets of both mixes in one list")
     if name not in known:
         raise UsageError(f"data.sets: there is no set '{name}'.{nearest(str(name), known)}")
     file = laid("data", name)
     own = {key: value for key, value in given.items() if key != "data"}
     for key in own:
-        if key in LABELS:
+        if key in OF_LABELS:
             raise UsageError(
                 f"data.sets, {name}: {key} would make a task of some of a set's classes; which class an image has is "
                 "what the model is asked for, so that such a task is not known when it is used; a task is a set"

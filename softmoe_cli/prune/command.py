@@ -55,6 +55,11 @@ def prune_as_typed(config: Any, typed: list[str]) -> int:
         raise UsageError(f"checkpoint={tree['checkpoint']} is timm's own and has no experts to prune")
     source = inherit.source_of_layers(tree["checkpoint"], "prune")
     model = inherit.model_of(source, tree["trust"])
+    if model.tasks:
+        raise UsageError(
+            f"checkpoint={source.label} knows the tasks {', '.join(model.tasks)}; first make a model of one: softmoe "
+            f"extract checkpoint={source.label} task=NAME"
+        )
     named = inherit.names_data(tree["data"])
     inherit.take_data(tree, source, typed)
     checked = door(tree, PruneConfig)

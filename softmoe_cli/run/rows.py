@@ -208,7 +208,7 @@ ROUTING = {
     "coefficient_zeros": _statistic("share of coefficients that are exactly zero (muMoE)"),
     "coefficient_max": _statistic("a token's largest coefficient, mean over tokens (muMoE)"),
     "specialist_share": _statistic("share of experts that have half of some token or more (muMoE)"),
-    "task_overlap": _statistic("experts that two tasks share over those that one of them takes, mean over pairs (tasks)"),
+    "task_overlap": _statistic("experts that two tasks share over all that they take, mean over pairs (tasks)"),
     "task_changes": _statistic("tasks that take other experts than at the look before (tasks)"),
     "task_gate_max": _statistic("a task's largest gate before any is divided, mean over tasks (task_choice)"),
 }  # fmt: skip

@@ -12,7 +12,7 @@ from torch import Tensor
 from softmoe_cli.data import batches, splits
 from softmoe_cli.data.mix import MixedSet
 from softmoe_cli.evaluate.fewshot import fewshot
-from softmoe_cli.evaluate.quality import Outcomes, by_task, features, joined, outcomes, qualities, routing_statistics
+from softmoe_cli.evaluate.quality import Outcomes, by_task, features, outcomes, qualities, routing_statistics, together
 from softmoe_cli.moe.kind import Layer
 from softmoe_cli.train.blame import exploded
 from softmoe_cli.train.recording import Recording
@@ -73,7 +73,7 @@ class Looks:
         with progress.booked("eval"):
             if isinstance(images, MixedSet) and tasks is not None:
                 of_each = {name: self._outcomes(images.of_task(task)) for task, name in enumerate(tasks)}
-                values = dict(qualities(joined(list(of_each.values())))) | by_task(of_each)
+                values = dict(qualities(together(list(of_each.values())))) | by_task(of_each)
             else:
                 values = dict(qualities(self._outcomes(images)))
         if not math.isfinite(values["loss"]):

@@ -151,7 +151,7 @@ def wandb_settings(setup: Setup, folder: Path) -> dict[str, Any]:
     }
 
 
-BESIDE = ("fewshot_", *(key.partition("{")[0] for key in (rows.TASK_QUALITY, rows.OVER_TASKS)))
+SOMETIMES = ("fewshot_", *(key.partition("{")[0] for key in (rows.TASK_QUALITY, rows.OVER_TASKS)))
 """How those qualities begin that only some runs have."""
 
 
@@ -192,8 +192,8 @@ def result_row(
         "ece_pct": test["ece_pct"],
         "validation_top1_pct": progress.validation["top1_pct"],
         "validation_loss": progress.validation["loss"],
-        **{f"validation_{key}": value for key, value in progress.validation.items() if key.startswith(BESIDE)},
-        **{key: value for key, value in test.items() if key.startswith(BESIDE)},
+        **{f"validation_{key}": value for key, value in progress.validation.items() if key.startswith(SOMETIMES)},
+        **{key: value for key, value in test.items() if key.startswith(SOMETIMES)},
         "best_validation_top1_pct": progress.best_top1_pct,
         "best_step": progress.best_step,
         "steps": progress.step,

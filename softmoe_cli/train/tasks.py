@@ -6,7 +6,7 @@ from typing import Any
 from timm.models.vision_transformer import VisionTransformer
 
 from softmoe_cli.config.run import Config
-from softmoe_cli.data.mix import MixedSet, shares
+from softmoe_cli.data.mix import MixedSet, task_shares
 from softmoe_cli.data.splits import ImageSet
 from softmoe_cli.moe.by_task import TaskRouter
 
@@ -25,7 +25,7 @@ def tell_shares(model: VisionTransformer, config: Config, images: ImageSet) -> N
     if isinstance(images, MixedSet):
         sizes = [int((images.tasks == task).sum()) for task in range(len(images.parts))]
         for router in routers_by_task(model).values():
-            router.told_shares(shares(sizes, config.data.temperature).tolist())
+            router.told_shares(task_shares(sizes, config.data.temperature).tolist())
 
 
 def task_rows(model: VisionTransformer, tasks: Mapping[str, int] | None) -> list[tuple[str, str]]:

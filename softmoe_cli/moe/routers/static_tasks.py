@@ -3,7 +3,7 @@ Task-level Mixture-of-Experts for Efficient Inference (Kudugunta et al., 2021), 
 Section 3.1, which tells whether a learned assignment matters. The rule is ours; the paper gives none."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -27,6 +27,7 @@ class StaticTasksRouter(TaskRouter):
         ValueError: an impossible combination.
     """
 
+    of_one_expert: ClassVar[dict[str, Any]] = {"k": 1}
     chosen: Tensor
     ones: Tensor
 
