@@ -18,7 +18,8 @@ from softmoe_cli.run.source import Source
 from tests.conftest import Softmoe
 from tests.oracles import compose
 from tests.processes import Started, torchrun
-from tests.runs import last, rows, same, saved, the_run
+from tests.runs import finish as ended
+from tests.runs import kill_five_times, last, rows, same, saved, the_run
 from tests.test_parallel import alike, finish
 
 DENSE = (
@@ -169,6 +170,20 @@ def test_a_stopped_run_goes_on_to_the_same_bits(name: str, softmoe: Softmoe, tmp
     answer = softmoe("finetune", *QUICK, *line, "output_root=stopped")
     assert answer.code == 0 and "going on from step" in answer.out, answer
     same(whole, stopped)
+
+
+@pytest.mark.long
+@pytest.mark.thorough
+def test_five_kills_change_nothing(tmp_path: Path) -> None:
+    """SIGKILL at random moments, some of them while a delta is being written."""
+    base = saved(tmp_path / "soft.safetensors", 0)
+    line = ["finetune", *QUICK, f"checkpoint={base}", "adapter=soft_moa", "model.adapter.location=both",
+            "train.steps=600", "train.save_seconds=0", "train.eval_every=200", "train.ema=0.99",
+            "augment.mixup=0.2"]  # fmt: skip
+    ended(Started(tmp_path / "whole", line, {}))
+    kill_five_times(lambda: Started(tmp_path / "killed", line, {}), tmp_path / "killed")
+    ended(Started(tmp_path / "killed", line, {}))
+    same(the_run(tmp_path / "whole"), the_run(tmp_path / "killed"))
 
 
 @pytest.mark.thorough
