@@ -172,6 +172,33 @@ def test_a_stopped_run_goes_on_to_the_same_bits(name: str, softmoe: Softmoe, tmp
     same(whole, stopped)
 
 
+@pytest.mark.thorough
+def test_the_way_out_where_layers_are_to_change(softmoe: Softmoe, tmp_path: Path, base: Path) -> None:
+    """What a refusal names works: LoRA is exported, other adapters come to what was made of their base."""
+    upcycling = ("upcycle", "model/router=soft", "model.router.num_experts=2", "model.moe_blocks=last_1", "images=2")
+    lora = finetuned(softmoe, tmp_path, f"checkpoint={base}", "adapter=lora", root="lora")
+    refused = softmoe(*upcycling, f"checkpoint={lora}")
+    assert refused.code == 2 and f"first softmoe export checkpoint={last(lora).relative_to(tmp_path)}" in refused.err
+    assert softmoe("export", f"checkpoint={lora}", "folder=whole").code == 0
+    answer = softmoe(*upcycling, "checkpoint=whole", "folder=up")
+    assert answer.code == 0, answer.err
+
+    other = finetuned(softmoe, tmp_path, f"checkpoint={base}", "adapter=bottleneck", root="other")
+    refused = softmoe(*upcycling, f"checkpoint={other}")
+    assert refused.code == 2 and f"softmoe upcycle takes what they belong to, {base}, and" in refused.err
+    assert softmoe(*upcycling, f"checkpoint={base}", "folder=mixture").code == 0
+    finetuned(softmoe, tmp_path, "checkpoint=mixture", "adapter=bottleneck", root="beside")
+
+    mixture = saved(tmp_path / "mixture.safetensors", 0, "model/router=tokens_choice_dropless")
+    lora = finetuned(softmoe, tmp_path, f"checkpoint={mixture}", "adapter=lora", root="sparse")
+    refused = softmoe("prune", f"checkpoint={lora}", "keep=2")
+    assert refused.code == 2 and "first softmoe export" in refused.err
+    assert softmoe("export", f"checkpoint={lora}", "folder=sparse_whole").code == 0
+    answer = softmoe("prune", "checkpoint=sparse_whole", "keep=2", "folder=pruned")
+    assert answer.code == 0, answer.err
+    finetuned(softmoe, tmp_path, "checkpoint=pruned", "adapter=soft_moa", root="pruned_beside")
+
+
 @pytest.mark.long
 @pytest.mark.thorough
 def test_five_kills_change_nothing(tmp_path: Path) -> None:
