@@ -111,6 +111,7 @@ def test_predicted_memory_of_adapters_is_the_allocators(name: str, router: str, 
     torch.manual_seed(0)
     predicted = predict(load(config))
     assert predicted.peak_bytes == pytest.approx(allocated_peak(config), rel=0.02)
+    assert predicted.held_bytes == predicted.gradient_bytes + predicted.optimizer_bytes, "no frozen weights"
     full = predict(load(composed("train.batch_size=32", *more, router=router)))
     assert predicted.gradient_bytes < full.gradient_bytes / 5 and predicted.peak_bytes < full.peak_bytes
 

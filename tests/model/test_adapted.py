@@ -1,21 +1,27 @@
 """Where adapters stand in a model, what is trained, and that the start is the frozen model."""
 
+import copy
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from softmoe_cli.cost.flop import account_model, block_flop
+from softmoe_cli.device import compiled
 from softmoe_cli.errors import UsageError
 from softmoe_cli.model.adapted import AdaptedBlock, adapt, is_adapters, merged, trained_names
-from softmoe_cli.model.vit import build
+from softmoe_cli.model.vit import build, count_tokens, plain_vit
 from softmoe_cli.model.weights import load_weights
 from softmoe_cli.optim import decays
 from tests.adapters.adapters import OPTIONS, options
 from tests.conftest import thinned
 from tests.oracles import compose
+from tests.processes import forked
 from tests.routers import ROUTERS, start
 
 TIMM: dict[str, dict[str, Any]] = {
@@ -25,7 +31,7 @@ TIMM: dict[str, dict[str, Any]] = {
     "norm before the blocks": {"pre_norm": True, "qk_norm": True},
 }
 """Families that upcycle takes as well."""
-MIXTURES = dict.fromkeys(ROUTERS, ()) | {
+MIXTURES: dict[str, tuple[str, ...]] = dict.fromkeys(ROUTERS, ()) | {
     "soft, other routers in single blocks": ("model.blocks={1: tokens_choice_dropless, 3: {num_experts: 3}}",)
 }
 """What is chosen beside a router."""
@@ -49,8 +55,8 @@ def images(chans: int = 3) -> Tensor:
 
 def mixed(router: str, *overrides: str) -> VisionTransformer:
     torch.manual_seed(0)
-    config = compose("model/backbone=vit_nano2", f"model/router={router}", "model.moe_blocks=[1,3]",
-                     start(router), *overrides)  # fmt: skip
+    blocks = ("model.moe_blocks=[1,3]", start(router)) if router != "dense" else ()
+    config = compose("model/backbone=vit_nano2", f"model/router={router}", *blocks, *overrides)
     return build(config.model, 10)
 
 
@@ -67,14 +73,34 @@ def test_the_start_is_the_frozen_model(family: str, adapter: str) -> None:
         assert torch.equal(vit(x), before)
 
 
+@pytest.mark.thorough
+def test_all_of_timms_vits_take_adapters_or_are_refused_by_name() -> None:
+    """With one block each. Those with an MLP that no formula knows are refused by its name."""
+    taken, refused = set(), {}
+    for name in timm.list_models(module="vision_transformer"):
+        with torch.device("meta"):
+            whole = timm.create_model(name, depth=1, num_classes=3)
+            try:
+                vit = plain_vit(name, whole)
+                block_flop(vit.blocks[0], count_tokens(vit))
+            except UsageError as error:
+                refused[name] = str(error)
+                continue
+            for adapter in OPTIONS:
+                other = copy.deepcopy(vit)
+                adapt(other, options(adapter))
+                assert other(torch.empty(1, 3, *vit.patch_embed.img_size)).shape == (1, 3)
+                account_model(other, batch=None, recompute=False)
+        taken.add(name)
+    print(len(taken), refused)
+
+
 @pytest.mark.parametrize(("mixture", "adapter"), thinned(product(MIXTURES, OPTIONS), 4))
 def test_the_start_is_the_frozen_mixture(mixture: str, adapter: str) -> None:
     """What layers hand on from one to the next goes past the adapters, and two steps move those."""
-    line, chosen = (
-        MIXTURES[mixture],
-        [f"adapter={adapter}", *(("model.adapter.location=both",) if adapter != "lora" else ())],
-    )
-    plain, vit = mixed(mixture.partition(",")[0], *line), mixed(mixture.partition(",")[0], *line, *chosen)
+    router, place = mixture.partition(",")[0], [] if adapter == "lora" else ["model.adapter.location=both"]
+    plain = mixed(router, *MIXTURES[mixture])
+    vit = mixed(router, *MIXTURES[mixture], f"adapter={adapter}", *place)
     report = load_weights(vit, plain.state_dict(), keep_head=True, allow_unexpected=[])
     assert report.new and all(map(is_adapters, report.new))
     x = images(1)
@@ -217,6 +243,26 @@ def test_recomputation_and_blocks_that_carry_give_the_same_gradients() -> None:
     assert grads[0].keys() == grads[1].keys() == trained_names(vit)
     for name, value in grads[0].items():
         torch.testing.assert_close(grads[1][name], value)
+
+
+@pytest.mark.thorough
+def test_they_compile_as_one_graph(tmp_path: Path) -> None:
+    told = tmp_path / "told.txt"
+    assert forked(told, compile_all, timeout=600) == 0, told.read_text()
+
+
+def compile_all() -> None:
+    x = images(1)
+    for adapter in OPTIONS:
+        for router in ("dense", "soft", "zero_computation"):
+            torch.compiler.reset()
+            place = [] if adapter == "lora" else ["model.adapter.location=both"]
+            vit = randomised(mixed(router, f"adapter={adapter}", *place)).train()
+            trained = [parameter for parameter in vit.parameters() if parameter.requires_grad]
+            graph = compiled(vit, fullgraph=True, backend="aot_eager")
+            want, got = (torch.autograd.grad(each(x).square().sum(), trained) for each in (vit, graph))
+            for ours, theirs in zip(got, want, strict=True):
+                torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
 def test_half_a_set_of_adapters_is_another_architecture() -> None:
