@@ -336,6 +336,12 @@ def _prune(config: Any, typed: list[str]) -> int:
     return prune_as_typed(config, typed)
 
 
+def _extract(config: Any, typed: list[str]) -> int:
+    from softmoe_cli.extract.command import extract_as_typed
+
+    return extract_as_typed(config, typed)
+
+
 def _upcycle(config: Any, typed: list[str]) -> int:
     tree = plain(config, UpcycleConfig)
     if tree["checkpoint"] == "???":
@@ -446,6 +452,7 @@ ACTIONS: typing.Final[dict[str, Callable[[list[str]], int]]] = {
     "settle": _settle,
     "upcycle": _composing("upcycle", _upcycle),
     "prune": _composing("prune", _prune),
+    "extract": _composing("extract", _extract),
     "evaluate": _composing("evaluate", _evaluate),
     "export": _composing("export", _export),
     "cost": _cost,

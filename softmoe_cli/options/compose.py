@@ -155,7 +155,7 @@ def store_schemas() -> None:
     _register_resolvers()
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
-    for name in ("evaluate", "cost", "match", "upcycle", "prune", "export"):
+    for name in ("evaluate", "cost", "match", "upcycle", "prune", "extract", "export"):
         store.store(name=f"{name}_schema", node=SCHEMAS[name])
     store.store(name="data_check_schema", node=DataCheckConfig)
     for name, launcher in LAUNCHERS.items():
