@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from softmoe_cli.config.model import Model
 from softmoe_cli.errors import UsageError
-from softmoe_cli.extract.command import Made
-from softmoe_cli.extract.cut import cut_out, one_task
+from softmoe_cli.extract.cut import cut_out
+from softmoe_cli.extract.forms import Made, one_task
 from softmoe_cli.model.tasks import TaskVit
 from softmoe_cli.model.vit import build
 from tests.conftest import Softmoe
