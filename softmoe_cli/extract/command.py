@@ -39,7 +39,7 @@ from softmoe_cli.run.source import Source
 from softmoe_cli.terminal import Screen
 from softmoe_cli.text import flop, si
 
-NO_MORE = 1e-12
+EXTRACTED_EXACT = 1e-12
 """The largest allowed difference of the new model's outputs in float64, as a share of the largest output."""
 TIMM_READS = 1e-9
 """The same of what timm alone makes of a plain ViT, whose weights have been rounded to float32 for both."""
@@ -170,7 +170,7 @@ def _distance(made: Made, config: ExtractConfig, model: Model, whole: VisionTran
         x = next(_batches(config, model, name)).images.cpu().double()
         share, _ = distance_in_float64(one_task(model, precise, name), one_task(made.model, new, name), x)
         most = max(most, share)
-    if not most <= NO_MORE:
+    if not most <= EXTRACTED_EXACT:
         raise RunError(f"the new model's outputs are off by {most:.2g} in float64: an error of softmoe's")
     return most
 
