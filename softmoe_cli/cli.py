@@ -25,6 +25,7 @@ from softmoe_cli.config.commands import (
 from softmoe_cli.config.data import check_channels
 from softmoe_cli.config.run import Config
 from softmoe_cli.config.settle import FAIR_KEYS
+from softmoe_cli.deferred import defer_packages
 from softmoe_cli.errors import UsageError, first_line, nearest
 from softmoe_cli.failures import defect, ours
 from softmoe_cli.options.compose import Jobs, admit, changed, door, other_model, overlay, plain, say_once, tree_of
@@ -39,6 +40,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # file names and terminals may not be UTF-8
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    defer_packages()
     code, text = run(sys.argv[1:])
     if text:
         print(f"softmoe: {printable_lines(text.removeprefix('softmoe '))}", file=sys.stderr)
@@ -146,20 +148,38 @@ def _learn(command: str, arguments: list[str]) -> int:
 
     for config, typed in jobs:
         with jobs.attempt():
-            checked, source = resolve(command, plain(config, Config), typed)  # before torch is imported
-            if checked.devices > 1 and "RANK" not in os.environ:
-                from softmoe_cli.launch.devices import launch
-
-                launch(checked, command)
-            else:
-                from softmoe_cli.terminal import Screen
-                from softmoe_cli.train.loop import train
-                from softmoe_cli.train.setup import begin
-
-                with begin(checked, command, source, Screen()) as begun:
-                    train(begun)
+            checked, source = resolve(command, plain(config, Config), typed)
+            _train(command, checked, source)
     jobs.end()
     return 0
+
+
+def _train(command: str, config: Config, source: Any) -> None:
+    """One run; torch is imported where it is needed. `source`: the weights that it begins with."""
+    from softmoe_cli.run import mirror
+    from softmoe_cli.terminal import Screen
+    from softmoe_cli.train.first import Images, ended, what_runs
+
+    together = "RANK" in os.environ  # one of several processes that train one model
+    screen, images = Screen(quiet=os.environ.get("RANK", "0") != "0"), None
+    screen.say(what_runs(config))
+    if not together:
+        from softmoe_cli.data.contents import identity
+
+        images = Images(identity(config.data))
+        if ended(config, command, source, images, screen):
+            return
+    mirror.check(config)
+    if config.devices > 1 and not together:
+        from softmoe_cli.launch.devices import launch
+
+        launch(config, command)
+        return
+    from softmoe_cli.train.loop import train
+    from softmoe_cli.train.setup import begin
+
+    with begin(config, command, source, screen, images) as begun:
+        train(begun)
 
 
 def _sweep(command: str, arguments: list[str], more: Sequence[str]) -> Jobs:

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from timm.layers import DropPath
 from timm.models.vision_transformer import VisionTransformer
-from timm.utils import ModelEmaV3
+from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import PrefixStore

@@ -257,7 +257,7 @@ def test_one_process_of_a_machine_reads_what_images_show(tmp_path: Path, monkeyp
         read.append("here")
         return "a"
 
-    monkeypatch.setattr(sets, "identity", identity)
+    monkeypatch.setattr(setup, "identity", identity)
     second = Crew(rank=1, size=4, local_rank=1, local_size=2)
     monkeypatch.setattr(Crew, "gather", lambda _, own: [own, "a", None, "a"])
     assert images_identity(settings, second) == "a" and not read

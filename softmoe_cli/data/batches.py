@@ -11,8 +11,7 @@ from itertools import tee
 import numpy as np
 import torch
 from jaxtyping import Float, Int64, UInt8
-from timm.data import Mixup
-from timm.data.mixup import one_hot
+from timm.data.mixup import Mixup, one_hot
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 

@@ -41,7 +41,7 @@ def shorter_sides(data: Data) -> list[int]:
     from PIL import Image, UnidentifiedImageError
 
     from softmoe_cli.data.decode import IMAGE_FORMATS, opened
-    from softmoe_cli.data.sets import usable
+    from softmoe_cli.data.listing import usable
 
     stored, _ = next(iter(usable(data).parts.values()))
     sides = []

@@ -47,12 +47,12 @@ def answer(inquiry: Inquiry) -> tuple[list[Job | UsageError | RunError], list[st
     """Checks every job as its own process would, all in one process; returns a job or the reason against it for each,
     and a word for each job that may run at a time: its GPU, or nothing."""
     from softmoe_cli.cost.fit import with_largest_batch
-    from softmoe_cli.data.contents import known
-    from softmoe_cli.data.sets import identity
+    from softmoe_cli.data.contents import identity, known
     from softmoe_cli.failures import defect, ours
     from softmoe_cli.model.weights import experts_left
     from softmoe_cli.options.inherit import resolve
-    from softmoe_cli.train.setup import run_folder
+    from softmoe_cli.run import mirror
+    from softmoe_cli.run.identity import run_folder
 
     identities: dict[str, str | None] = {}
     options = inquiry.options
@@ -64,6 +64,7 @@ def answer(inquiry: Inquiry) -> tuple[list[Job | UsageError | RunError], list[st
             seeded = "${seed}" in repr(tree)  # else a seed changes nothing but itself
             trees = {seed: copy.deepcopy(tree) | {"seed": seed} for seed in inquiry.seeds} if seeded else {}
             config, source = resolve(inquiry.command, tree, overrides)
+            mirror.check(config)
             settled, left = [], experts_left(source.weights) if source is not None else {}
             if config.train.batch_size == "auto":
                 if options.where != "local":

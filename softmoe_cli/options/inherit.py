@@ -24,8 +24,6 @@ def resolve(command: str, tree: dict[str, Any], typed: Sequence[str]) -> "tuple[
     Raises:
         UsageError: it cannot work.
     """
-    from softmoe_cli.run import mirror
-
     if command == "train":
         checked = door(tree, Config)
         refuse_idle_pruning(checked, typed)
@@ -44,7 +42,6 @@ def resolve(command: str, tree: dict[str, Any], typed: Sequence[str]) -> "tuple[
                 f"adapter={checked.model.adapter.name} belongs to softmoe finetune: adapters stand beside a trained "
                 "backbone, and softmoe train starts afresh"
             )
-        mirror.check(checked)
         return checked, None
     if not tree["checkpoint"]:
         raise UsageError(
@@ -55,7 +52,6 @@ def resolve(command: str, tree: dict[str, Any], typed: Sequence[str]) -> "tuple[
     source = named_source(tree["checkpoint"], tree["base"])
     take_model(tree, source, typed)
     checked = door(tree, Config)
-    mirror.check(checked)
     refuse_idle_pruning(checked, typed)
     if checked.model.adapter.name != "none" and experts_left(source.weights):
         raise UsageError(
