@@ -310,10 +310,11 @@ def _evaluate(config: Any, typed: list[str]) -> int:
     for path in paths:
         if path.startswith("timm:"):
             raise UsageError(f"checkpoint={path} knows no classes of a data set here; use softmoe finetune")
-    from softmoe_cli.evaluate.command import evaluate_checkpoint
     from softmoe_cli.options import inherit
 
     sources = [inherit.named_source(path, tree["base"]) for path in paths]
+    from softmoe_cli.evaluate.command import evaluate_checkpoint
+
     model, *_ = [inherit.model_of(source, tree["trust"]) for source in sources]
     named = inherit.names_data(tree["data"])
     inherit.take_data(tree, sources[0], typed)
@@ -334,10 +335,11 @@ def _export(config: Any, typed: list[str]) -> int:
         raise UsageError("softmoe export needs checkpoint=: a run folder, a .safetensors file or hf-hub:OWNER/NAME")
     if tree["checkpoint"].startswith("timm:"):
         raise UsageError(f"checkpoint={tree['checkpoint']} is timm's own; softmoe export is for what softmoe trained")
-    from softmoe_cli.export import export, show_export
     from softmoe_cli.options import inherit
 
     source = inherit.named_source(tree["checkpoint"], tree["base"])
+    from softmoe_cli.export import export, show_export
+
     model = inherit.model_of(source, tree["trust"])
     named = inherit.names_data(tree["data"])
     inherit.take_data(tree, source, typed)
@@ -362,11 +364,12 @@ def _upcycle(config: Any, typed: list[str]) -> int:
             "softmoe upcycle needs checkpoint= of a dense model: a run folder, a .safetensors file, "
             "hf-hub:OWNER/NAME or timm:NAME"
         )
-    from softmoe_cli.model.pretrained import timm_card
     from softmoe_cli.options import inherit
-    from softmoe_cli.upcycle import show_upcycle, upcycle
 
     source = inherit.source_of_layers(tree["checkpoint"], "upcycle")
+    from softmoe_cli.model.pretrained import timm_card
+    from softmoe_cli.upcycle import show_upcycle, upcycle
+
     name = tree["model"]["backbone"]["timm"]
     if "model" not in source.card and name not in (None, "???"):
         source = dataclasses.replace(source, card=timm_card(name))

@@ -21,7 +21,8 @@ from softmoe_cli.moe.layer import Experts, MoE
 from softmoe_cli.moe.routers.zero_computation import ZeroComputationRouter
 from softmoe_cli.moe.routing import Carried
 from softmoe_cli.run.card import CARD_FORMAT
-from softmoe_cli.run.checkpoint import damage, digest_of
+from softmoe_cli.run.checkpoint import digest_of
+from softmoe_cli.run.sealed import damage
 from softmoe_cli.terminal import Screen
 from softmoe_cli.train.loop import train
 from softmoe_cli.train.setup import begin

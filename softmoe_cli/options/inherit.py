@@ -47,9 +47,9 @@ def resolve(command: str, tree: dict[str, Any], typed: Sequence[str]) -> "tuple[
         raise UsageError(
             "softmoe finetune needs checkpoint=: a run folder, a .safetensors file, hf-hub:OWNER/NAME or timm:NAME"
         )
+    source = named_source(tree["checkpoint"], tree["base"])
     from softmoe_cli.model.weights import experts_left, proportional_slots
 
-    source = named_source(tree["checkpoint"], tree["base"])
     take_model(tree, source, typed)
     checked = door(tree, Config)
     refuse_idle_pruning(checked, typed)
@@ -89,6 +89,10 @@ def named_source(
     Raises:
         UsageError: nothing usable there.
     """
+    from softmoe_cli.run.sealed import require_there
+
+    if not checkpoint.startswith(("hf-hub:", "timm:")):
+        require_there(checkpoint)  # before torch is imported
     from softmoe_cli.model.pretrained import read_checkpoint
 
     source = read_checkpoint(checkpoint, base, check)

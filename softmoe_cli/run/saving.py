@@ -19,7 +19,9 @@ from softmoe_cli.files import clear, file_bytes, sync
 from softmoe_cli.parallel import Crew
 from softmoe_cli.run import pieces as run_pieces
 from softmoe_cli.run.card import CARD_FORMAT, card_text
-from softmoe_cli.run.checkpoint import (
+from softmoe_cli.run.checkpoint import write_checkpoint
+from softmoe_cli.run.pieces import Piece
+from softmoe_cli.run.sealed import (
     OURS,
     STATE,
     SUMS,
@@ -27,12 +29,12 @@ from softmoe_cli.run.checkpoint import (
     WEIGHTS,
     between_names,
     damage,
+    file_of,
     numbered,
+    piece_files,
     seal,
     sha256,
-    write_checkpoint,
 )
-from softmoe_cli.run.pieces import Piece
 
 
 class Checkpoints:
@@ -200,7 +202,7 @@ class Checkpoints:
                 folder.mkdir(exist_ok=True)
                 for whole, pieces, text in ((WEIGHTS, weights, card_text(card)), (TRAINING, training, "")):
                     if pieces:
-                        file = folder / run_pieces.file_of(whole, crew.rank, crew.size)
+                        file = folder / file_of(whole, crew.rank, crew.size)
                         run_pieces.write_pieces(file, pieces, text)
                         sums[file.name] = sha256(file)
                         sync(file)
@@ -223,8 +225,8 @@ class Checkpoints:
         if f"  {WEIGHTS}\n" in (path / SUMS).read_text():
             return
         weights, card = run_pieces.whole_tensors(path / WEIGHTS)
-        training = run_pieces.whole_tensors(path / TRAINING)[0] if run_pieces.piece_files(path / TRAINING) else {}
-        pieces = [file for name in (WEIGHTS, TRAINING) for file in run_pieces.piece_files(path / name)]
+        training = run_pieces.whole_tensors(path / TRAINING)[0] if piece_files(path / TRAINING) else {}
+        pieces = [file for name in (WEIGHTS, TRAINING) for file in piece_files(path / name)]
         temporary = path.with_name(f".{path.name}")
         clear(temporary)
         try:

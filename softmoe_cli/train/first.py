@@ -41,7 +41,10 @@ def ended(config: Config, command: str, source: "Source | None", images: Images,
     Raises:
         UsageError: its folder holds a damaged result, or can be no run's.
     """
-    if config.train.batch_size == "auto":  # a part of what the run is, and known from the device's memory only
+    if "auto" in (
+        config.train.batch_size,
+        config.train.precision,
+    ):  # a part of what the run is, that the device decides
         return False
     folder = run_folder(config, command, source, images.digest)
     result = finished(folder)

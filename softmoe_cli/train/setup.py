@@ -14,6 +14,7 @@ from softmoe_cli.cost.flop import Cost
 from softmoe_cli.data import sets, workers
 from softmoe_cli.data.contents import identity
 from softmoe_cli.data.splits import Splits
+from softmoe_cli.device import arithmetic, fast_precision
 from softmoe_cli.errors import UsageError
 from softmoe_cli.model.router import check_evaluated
 from softmoe_cli.model.weights import experts_left
@@ -52,6 +53,15 @@ def begin(
     with parallel.joined(config) as crew:
         if not crew.first:
             screen = Screen(quiet=True)
+        if config.train.precision == "auto":
+            precision, why = crew.ask_first(
+                lambda: fast_precision(arithmetic(config.device, "fp32", config.threads)[0])
+            )
+            screen.say(
+                f"train.precision=auto: {precision}, as {why}; type train.precision={precision} to have the same run "
+                "elsewhere"
+            )
+            config = replace(config, train=replace(config.train, precision=precision))
         if config.train.batch_size == "auto":
             config = with_largest_batch(config, experts_left(source.weights) if source is not None else {})
             number = config.train.batch_size
