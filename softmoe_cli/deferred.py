@@ -45,7 +45,9 @@ def defer_packages() -> None:
 
 class _Finder(MetaPathFinder):
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        spec = PathFinder.find_spec(name, path, target) if name in PACKAGES else None
+        if name not in PACKAGES or target is not None:  # a target is a module that is to be loaded again
+            return None
+        spec = PathFinder.find_spec(name, path)
         if spec is None or spec.loader is None:
             return None
         spec.loader = _Loader(spec.loader)
@@ -54,7 +56,7 @@ class _Finder(MetaPathFinder):
 
 class _Loader(Loader):
     def __init__(self, whole: Loader) -> None:
-        self._whole = whole
+        self.whole = whole
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         return _Package(spec.name)
@@ -62,19 +64,16 @@ class _Loader(Loader):
     def exec_module(self, module: ModuleType) -> None:
         """Nothing yet: the module has its name and its path, and so its submodules can be found."""
 
-    def run(self, module: ModuleType) -> None:
-        """What exec_module would have done."""
-        self._whole.exec_module(module)
-
     def __getattr__(self, name: str) -> Any:  # such as get_source, for whoever shows code
-        return getattr(self._whole, name)
+        return getattr(self.whole, name)
 
 
-_running = threading.RLock()
+_lock = threading.RLock()  # other threads wait for the whole
+_running: set[str] = set()
 
 
 class _Package(ModuleType):
-    """A package whose __init__ has not run."""
+    """A package whose __init__ has not run to its end."""
 
     def __getattr__(self, name: str) -> Any:
         known = PACKAGES[self.__name__].get(name)
@@ -83,34 +82,35 @@ class _Package(ModuleType):
             value = found if known == name else vars(found).get(name)
             if value is not None:
                 return value
-        if name.startswith("__") and name != "__all__":  # asked of every module there is
+        if (name.startswith("__") and name != "__all__") or not _run(self):  # __NAMES__ are asked of every module
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
-        with _running:  # other threads wait for the whole
-            _run(self)
         return getattr(self, name)
 
     def __dir__(self) -> list[str]:
-        with _running:
-            _run(self)
-        return dir(self)
+        _run(self)
+        return [*vars(self)]
 
 
-def _run(package: ModuleType) -> None:
-    if not isinstance(package, _Package):
-        return
-    around = sys.modules.get(package.__name__.rpartition(".")[0])
-    if around is not None:
-        _run(around)
-    if not isinstance(package, _Package):
-        return
-    spec = package.__spec__
-    assert spec is not None and isinstance(spec.loader, _Loader)
-    package.__class__ = ModuleType  # what is missing while it runs is missing, as in every import
-    spec._initializing = True  # type: ignore[attr-defined]
-    try:
-        spec.loader.run(package)
-    except BaseException:
-        package.__class__ = _Package
-        raise
-    finally:
-        spec._initializing = False  # type: ignore[attr-defined]
+def _run(package: ModuleType) -> bool:
+    """Runs what has not run yet; False where it is running, and asks for a name that it does not have yet."""
+    with _lock:
+        if not isinstance(package, _Package):
+            return True
+        if package.__name__ in _running:
+            return False
+        around = sys.modules.get(package.__name__.rpartition(".")[0])
+        if around is not None:
+            _run(around)
+        spec = package.__spec__
+        if not isinstance(package, _Package) or spec is None:  # the one around it has asked for it
+            return True
+        assert isinstance(spec.loader, _Loader)
+        whole = spec.loader.whole
+        _running.add(package.__name__)
+        try:
+            whole.exec_module(package)
+        finally:
+            _running.remove(package.__name__)
+        package.__loader__ = spec.loader = whole
+        package.__class__ = ModuleType
+        return True

@@ -19,7 +19,8 @@ from softmoe_cli.config.data import Data
 from softmoe_cli.config.model import Model
 from softmoe_cli.config.recipe import Augment
 from softmoe_cli.data.archives import Stored
-from softmoe_cli.data.decode import centre, opened, random_square
+from softmoe_cli.data.decode import centre, random_square
+from softmoe_cli.data.picture import opened
 from softmoe_cli.data.pixels import (
     boxes,
     erased,

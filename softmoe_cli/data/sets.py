@@ -8,10 +8,11 @@ import torch
 
 from softmoe_cli.config.data import Data
 from softmoe_cli.data.archives import Stored
-from softmoe_cli.data.decode import centre, opened
+from softmoe_cli.data.decode import centre
 from softmoe_cli.data.found import IDX_NAMES, idx_paths
 from softmoe_cli.data.known import cifar, cifar_part, digits, fashion_mnist
 from softmoe_cli.data.listing import check_num_classes, usable
+from softmoe_cli.data.picture import opened
 from softmoe_cli.data.splits import ImageSet, Splits, split
 
 

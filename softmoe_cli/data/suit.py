@@ -40,8 +40,8 @@ def shorter_sides(data: Data) -> list[int]:
     """
     from PIL import Image, UnidentifiedImageError
 
-    from softmoe_cli.data.decode import IMAGE_FORMATS, opened
     from softmoe_cli.data.listing import usable
+    from softmoe_cli.data.picture import IMAGE_FORMATS, opened
 
     stored, _ = next(iter(usable(data).parts.values()))
     sides = []

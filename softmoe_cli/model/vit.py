@@ -164,7 +164,8 @@ def _official_vit(model: Model, num_classes: int) -> VisionTransformer:
                 setattr(block.attn, name, norm(c.width // c.heads, bias=False))
     if c.init == "official" and not abstract:
         _init_official(vit)
-    nn.init.normal_(vit.pos_embed, std=c.pos_std)
+    if not abstract:
+        nn.init.normal_(vit.pos_embed, std=c.pos_std)
     return vit
 
 

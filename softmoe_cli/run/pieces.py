@@ -17,9 +17,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from softmoe_cli.errors import RunError
+from softmoe_cli.parallel import is_part
 from softmoe_cli.run.sealed import piece_files
 
 
@@ -34,7 +34,7 @@ class Piece(NamedTuple):
 def own(value: Tensor, *, first: bool) -> Piece | None:
     """What this process writes of a tensor: its block of a divided one, unless another process has the same block; all
     of one that every process has, if it is the first."""
-    if not isinstance(value, DTensor):
+    if not is_part(value):
         return Piece(value, (0,) * value.ndim, tuple(value.shape)) if first else None
     (block,) = value.__create_chunk_list__()
     place = value.device_mesh.get_coordinate() or ()

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from softmoe_cli.device import free_memory
 from softmoe_cli.errors import RunError
 from softmoe_cli.files import clear, file_bytes, sync
-from softmoe_cli.parallel import Crew
+from softmoe_cli.parallel import Crew, is_part
 from softmoe_cli.run import pieces as run_pieces
 from softmoe_cli.run.card import CARD_FORMAT, card_text
 from softmoe_cli.run.checkpoint import write_checkpoint
@@ -73,7 +72,7 @@ class Checkpoints:
         Raises:
             RunError: weights that are not finite; or the one before could not be written.
         """
-        divided = any(isinstance(value, DTensor) for value in weights.values())
+        divided = any(is_part(value) for value in weights.values())
         if not self._writes and not divided:
             return
         given = [_own_pieces(weights, self._writes), _own_pieces(training, self._writes)]
