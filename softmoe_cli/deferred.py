@@ -105,10 +105,15 @@ def _run(package: ModuleType) -> bool:
         if not isinstance(package, _Package) or spec is None:  # the one around it has asked for it
             return True
         assert isinstance(spec.loader, _Loader)
-        whole = spec.loader.whole
+        whole, before = spec.loader.whole, set(vars(package))
         _running.add(package.__name__)
         try:
             whole.exec_module(package)
+        except BaseException:  # as if nothing had run; submodules have run to their ends
+            for name in vars(package).keys() - before:
+                if f"{package.__name__}.{name}" not in sys.modules:
+                    delattr(package, name)
+            raise
         finally:
             _running.remove(package.__name__)
         package.__loader__ = spec.loader = whole

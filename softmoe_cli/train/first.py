@@ -10,7 +10,6 @@ from softmoe_cli.run.finished import finished
 from softmoe_cli.run.identity import run_folder
 from softmoe_cli.terminal import Screen
 from softmoe_cli.text import several
-from softmoe_cli.train.ending import close
 
 if TYPE_CHECKING:
     from softmoe_cli.run.source import Source
@@ -50,6 +49,8 @@ def ended(config: Config, command: str, source: "Source | None", images: Images,
     result = finished(folder)
     if result is None:
         return False
+    from softmoe_cli.train.ending import close  # which needs numpy
+
     screen.say(f"{folder} is finished; nothing to do")
     close(screen, result, folder)
     return True
