@@ -284,6 +284,10 @@ def _match(config: Any, typed: list[str]) -> int:
 
 def _data_check(config: Any, _typed: list[str]) -> int:
     checked = door(plain(config, DataCheckConfig), DataCheckConfig)
+    if checked.data.format is not None:
+        from softmoe_cli.data.listing import listing
+
+        listing(checked.data)  # says what is wrong with a path before torch is imported
     from softmoe_cli.data.check import check_data
 
     return check_data(checked)

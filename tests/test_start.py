@@ -39,7 +39,13 @@ finally:
     with open(file, "w") as told:
         json.dump(said, told)
 """
-HEAVY = ("torch", "torchvision", "timm", "wandb", "numpy.testing", "scipy", "sklearn", "matplotlib", "safetensors")
+HEAVY = {"torch", "torchvision", "timm", "wandb", "sklearn", "matplotlib"}
+"""Packages that take long to import."""
+NEVER = {
+    "wandb", "sklearn", "matplotlib", "torchvision.ops.roi_align", "torchvision.datasets.cifar", "timm.models.resnet",
+    "timm.data.loader", "timm.utils.summary",
+}  # fmt: skip
+"""What no command imports for a model of ours on images of ours: trackers, drawing, detectors, other families."""
 
 
 def said(folder: Path, *words: str, code: int = 0) -> list[tuple[str, set[str]]]:
@@ -60,11 +66,12 @@ def packages(modules: set[str]) -> set[str]:
 
 
 WRONG = {
-    "a folder": ("train data=folder data.root=nowhere", "nowhere"),
+    "a folder": ("train data=folder data.root=nowhere", "data.root=nowhere is not a folder"),
     "too few images": ("train data=folder data.root=few data.image_size=8", "leaves no image of class a"),
     "too few classes": ("train data=folder data.root=few data.image_size=8 data.num_classes=1", "a class needs 3"),
     "a checkpoint": ("finetune checkpoint=nowhere data=digits", "checkpoint=nowhere does not exist"),
     "no checkpoint": ("evaluate checkpoint=few", "checkpoint=few holds no checkpoint"),
+    "a folder to check": ("data check data=folder data.root=nowhere", "data.root=nowhere is not a folder"),
     "a key": ("train sede=1", "Did you mean 'seed'?"),
 }
 
@@ -85,8 +92,32 @@ def test_a_finished_run_is_known_without_torch(softmoe: Softmoe, tmp_path: Path)
     before = softmoe(*words).out.splitlines()
     lines = said(tmp_path, *words)
     first, modules = lines[0]
-    assert first == before[0] and "numpy" not in packages(modules)
+    assert first == before[0] and packages(modules).isdisjoint(HEAVY | {"numpy"})
     told = [line for line, _ in lines[:-1]]
     assert told[1].endswith("is finished; nothing to do")
     assert told[2:] == before[before.index("result") :]
-    assert packages(lines[-1][1]).isdisjoint({"torch", "torchvision", "timm", "wandb", "sklearn", "matplotlib"})
+    assert packages(lines[-1][1]).isdisjoint(HEAVY)
+
+
+def test_a_configuration_is_shown_without_torch(tmp_path: Path) -> None:
+    *_, (_, modules) = said(tmp_path, "train", "--cfg", "job")
+    assert packages(modules).isdisjoint(HEAVY | {"numpy"})
+
+
+@pytest.mark.thorough
+def test_what_a_run_has_imported_when_it_speaks(tmp_path: Path) -> None:
+    lines = said(tmp_path, "train", *TINY, "train.steps=1")
+    assert packages(lines[0][1]).isdisjoint(HEAVY | {"numpy"})
+    assert lines[1][0] == "train" and "torch" in lines[1][1]
+    (header,) = [modules for line, modules in lines if line.startswith("  time ")]
+    goodbye = lines[-1][1]
+    assert header < goodbye and goodbye.isdisjoint(NEVER), goodbye & NEVER
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    "words", ["cost model=vit_nano2_soft", "data check", "match model=vit_nano2_soft to=vit_nano2_dense"]
+)
+def test_what_other_commands_have_imported_in_the_end(words: str, tmp_path: Path) -> None:
+    *_, (_, modules) = said(tmp_path, *words.split())
+    assert modules.isdisjoint(NEVER), modules & NEVER
