@@ -166,7 +166,7 @@ def _train(command: str, config: Config, source: Any) -> None:
     if not together:
         from softmoe_cli.data.contents import identity
 
-        images = Images(identity(config.data))
+        images = Images(identity(config.data, to_train=True))
         if ended(config, command, source, images, screen):
             return
     mirror.check(config)

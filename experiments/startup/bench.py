@@ -11,40 +11,44 @@ written, is not counted.
 
 import argparse
 import csv
-import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parents[2]
 SMALL = (
     "train", "tracking=off", "model.backbone.width=16", "model.backbone.depth=2", "model.backbone.heads=2",
     "model.backbone.mlp_width=32", "model.router.num_experts=4", "model.moe_blocks=last_1", "train.steps=1",
 )  # fmt: skip
-COMMANDS: dict[str, tuple[tuple[str, ...], str]] = {
-    "first line": (("train", "tracking=off"), ""),
-    "header": (("train", "tracking=off"), "  time "),
-    "finished": (SMALL, "never"),
-    "no such data.root": (("train", "data=folder", "data.root=nowhere"), "never"),
-    "no such checkpoint": (("finetune", "checkpoint=nowhere", "data=digits"), "never"),
-    "cost": (("cost", "model=vit_nano2_soft"), "never"),
-    "data check": (("data", "check"), "never"),
-    "--cfg job": (("train", "--cfg", "job"), "never"),
-    "--help": (("--help",), "never"),
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "header": ("train", "tracking=off"),
+    "finished": SMALL,
+    "no such data.root": ("train", "data=folder", "data.root=nowhere"),
+    "no such checkpoint": ("finetune", "checkpoint=nowhere", "data=digits"),
+    "cost": ("cost", "model=vit_nano2_soft"),
+    "data check": ("data", "check"),
 }
-"""What is typed, and the beginning of the line that ends the start; else the command's own end does."""
+"""What is typed."""
+LAST = "  time "
+"""The beginning of a header's last line, which ends a start; without such a line the command's own end does."""
 
 CHILD = """
 import io, os, resource, sys
-words, until, told = sys.argv[2:], sys.argv[1], int(os.environ["TOLD"])
+words, last, told, moments = sys.argv[2:], sys.argv[1], int(os.environ["TOLD"]), []
+
+def note():
+    both = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    moments.append(sum(used.ru_utime + used.ru_stime for used in both))
 
 def tell():
-    both = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    os.write(told, b"%.4f" % sum(used.ru_utime + used.ru_stime for used in both))
+    note()
+    os.write(told, b"%.4f %.4f" % (moments[0], moments[-1]))
     os._exit(0)
 
 class Heard(io.TextIOWrapper):
@@ -53,7 +57,9 @@ class Heard(io.TextIOWrapper):
         for piece in text.splitlines(keepends=True):
             self.line += piece
             if piece.endswith("\\n"):
-                if self.line.startswith(until):
+                if not moments:
+                    note()
+                if self.line.startswith(last):
                     tell()
                 self.line = ""
         return super().write(text)
@@ -66,7 +72,7 @@ try:
 except SystemExit:
     tell()
 """
-"""In the child: the first word is the beginning of the line to wait for; TOLD is where the seconds go."""
+"""In the child: the first word is LAST; TOLD is where the seconds go, those of the first line and those of the end."""
 
 
 def main() -> None:
@@ -76,23 +82,24 @@ def main() -> None:
     parser.add_argument("--csv", type=Path)
     typed = parser.parse_args()
     sides = {"now": HERE, "then": typed.other.resolve()}
-    rows = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as root:
         folders = {side: Path(root) / side for side in sides}
         for side, folder in folders.items():
             folder.mkdir()
-            start(sides[side], folder, SMALL, "never")  # the run that `finished` finds
-        for command, (words, until) in COMMANDS.items():
-            for number in range(typed.starts + 1):
-                took = {side: start(sides[side], folders[side], words, until) for side in sides}
-                if number:
-                    rows.append({"what": command, "start": number, **{f"{side}_cpu_s": took[side] for side in sides}})
-            mine, theirs = ([row[f"{side}_cpu_s"] for row in rows if row["what"] == command] for side in sides)
-            ratio = statistics.median(a / b for a, b in zip(mine, theirs, strict=True))
-            print(
-                f"{command:<20} {statistics.median(mine):6.2f} {statistics.median(theirs):6.2f} {ratio:6.2f}",
-                flush=True,
-            )
+            start(sides[side], folder, SMALL, "never said")  # the run that `finished` finds
+        for number in range(typed.starts + 1):
+            for command, words in COMMANDS.items():
+                took = {side: start(sides[side], folders[side], words) for side in sides}
+                moments = {"first line": 0, "header": 1} if command == "header" else {command: 1}
+                for what, place in moments.items():
+                    if number:
+                        seconds = {f"{side}_cpu_s": took[side][place] for side in sides}
+                        rows.append({"what": what, "start": number, **seconds})
+    for what in dict.fromkeys(row["what"] for row in rows):
+        mine, theirs = ([row[f"{side}_cpu_s"] for row in rows if row["what"] == what] for side in sides)
+        ratio = statistics.median(a / b for a, b in zip(mine, theirs, strict=True))
+        print(f"{what:<20} {statistics.median(mine):6.2f} {statistics.median(theirs):6.2f} {ratio:6.2f}")
     if typed.csv is not None:
         with typed.csv.open("w", newline="") as file:
             writer = csv.DictWriter(file, [*rows[0], "hardware", "torch"], lineterminator="\n")
@@ -100,16 +107,17 @@ def main() -> None:
             writer.writerows(row | {"hardware": hardware(), "torch": version("torch")} for row in rows)
 
 
-def start(checkout: Path, folder: Path, words: tuple[str, ...], until: str) -> float:
-    """Processor seconds of one start."""
+def start(checkout: Path, folder: Path, words: Sequence[str], last: str = LAST) -> tuple[float, float]:
+    """Processor seconds of one start until its first line, and until its end."""
     reader, writer = os.pipe()
     environment = os.environ | {"PYTHONPATH": str(checkout), "TOLD": str(writer)}
-    line = [sys.executable, "-c", CHILD, until, *words]
+    line = [sys.executable, "-c", CHILD, last, *words]
     with (folder / "said.txt").open("a") as said:
         subprocess.run(line, cwd=folder, env=environment, stdout=said, stderr=said, pass_fds=[writer], check=False)
     os.close(writer)
     with os.fdopen(reader) as told:
-        return float(json.loads(told.read()))
+        first, end = told.read().split()
+    return float(first), float(end)
 
 
 def hardware() -> str:

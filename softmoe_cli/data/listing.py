@@ -34,14 +34,18 @@ def usable(data: Data) -> Listing:
     """The listing of a set that can be used for training or evaluation.
 
     Raises:
-        UsageError: the files have a fault, a class has too few images, or there are too many classes.
+        UsageError: the files have a fault.
     """
     listed = listing(data)
     if listed.faults:
         raise UsageError(listed.faults[0])
+    return listed
+
+
+def check_cut(listed: Listing, data: Data) -> None:
+    """Raises UsageError if a set cannot be cut for a run: a class has too few images, or there are too many classes."""
     cut({part: labels for part, (_, labels) in listed.parts.items()}, listed.classes, data)
     check_num_classes(data, listed.classes)
-    return listed
 
 
 def check_num_classes(data: Data, classes: Sequence[str]) -> None:
