@@ -342,14 +342,10 @@ def _upcycle(config: Any, typed: list[str]) -> int:
             "softmoe upcycle needs checkpoint= of a dense model: a run folder, a .safetensors file, "
             "hf-hub:OWNER/NAME or timm:NAME"
         )
-    from softmoe_cli.model.pretrained import timm_card
     from softmoe_cli.options import inherit
     from softmoe_cli.upcycle import show_upcycle, upcycle
 
-    source = inherit.source_of_layers(tree["checkpoint"], "upcycle")
-    name = tree["model"]["backbone"]["timm"]
-    if "model" not in source.card and name not in (None, "???"):
-        source = dataclasses.replace(source, card=timm_card(name))
+    source = inherit.described_by_timm(inherit.source_of_layers(tree["checkpoint"], "upcycle"), tree["model"])
     inherit.take_backbone(tree["model"], source, typed)
     named = inherit.names_data(tree["data"])
     tree["data"] = overlay(source.card.get("data", {}), tree["data"])

@@ -52,7 +52,7 @@ def resolve(command: str, tree: dict[str, Any], typed: Sequence[str]) -> "tuple[
         )
     from softmoe_cli.model.weights import experts_left, proportional_slots
 
-    source = named_source(tree["checkpoint"], tree["base"])
+    source = described_by_timm(named_source(tree["checkpoint"], tree["base"]), tree["model"])
     take_model(tree, source, typed)
     checked = door(tree, Config)
     mirror.check(checked)
@@ -108,6 +108,17 @@ def source_of_layers(checkpoint: str, command: str) -> "Source":
         UsageError: nothing usable there, or a model with adapters; of those no base is read.
     """
     return named_source(checkpoint, check=lambda source: _refuse_adapters(source, command))
+
+
+def described_by_timm(source: "Source", model: Any) -> "Source":
+    """The source, with the card of timm's model where it has none and that is named (`model.backbone.timm`)."""
+    from softmoe_cli.model.pretrained import timm_card
+
+    backbone = model.get("backbone") if isinstance(model, dict) else None
+    name = backbone.get("timm") if isinstance(backbone, dict) else None
+    if "model" in source.card or name in (None, "???"):
+        return source
+    return dataclasses.replace(source, card=timm_card(name))
 
 
 def take_model(tree: dict[str, Any], source: "Source", typed: Sequence[str]) -> None:
