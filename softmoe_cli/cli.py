@@ -370,13 +370,9 @@ def _upcycle(config: Any, typed: list[str]) -> int:
         )
     from softmoe_cli.options import inherit
 
-    source = inherit.source_of_layers(tree["checkpoint"], "upcycle")
-    from softmoe_cli.model.pretrained import timm_card
+    source = inherit.described_by_timm(inherit.source_of_layers(tree["checkpoint"], "upcycle"), tree["model"])
     from softmoe_cli.upcycle import show_upcycle, upcycle
 
-    name = tree["model"]["backbone"]["timm"]
-    if "model" not in source.card and name not in (None, "???"):
-        source = dataclasses.replace(source, card=timm_card(name))
     inherit.take_backbone(tree["model"], source, typed)
     named = inherit.names_data(tree["data"])
     tree["data"] = overlay(source.card.get("data", {}), tree["data"])

@@ -391,7 +391,7 @@ ARCHITECTURES = {
     "CLIP's norm before the blocks": ("vit_xsmall_patch16_clip_224", 32, ""),
     "DeiT's distillation token": ("deit_tiny_distilled_patch16_224", 32, "VisionTransformerDistilled"),
     "registers and LayerScale": ("test_vit2", 32, ""),
-    "SwiGLU": ("vit_giant_patch14_dinov2", 28, "GluMlp blocks with SiLU; experts replace plain GELU MLPs"),
+    "SwiGLU": ("vit_giant_patch14_dinov2", 28, "vit_giant_patch14_dinov2 has GluMlp; softmoe knows ViTs with plain"),
     "another GELU": ("vit_base_patch32_clip_quickgelu_224", 32, "Mlp blocks with QuickGELU; experts replace"),
 }
 

@@ -47,7 +47,7 @@ def resolve(command: str, tree: dict[str, Any], typed: Sequence[str]) -> "tuple[
         raise UsageError(
             "softmoe finetune needs checkpoint=: a run folder, a .safetensors file, hf-hub:OWNER/NAME or timm:NAME"
         )
-    source = named_source(tree["checkpoint"], tree["base"])
+    source = described_by_timm(named_source(tree["checkpoint"], tree["base"]), tree["model"])
     from softmoe_cli.model.weights import experts_left, proportional_slots
 
     take_model(tree, source, typed)
@@ -108,6 +108,17 @@ def source_of_layers(checkpoint: str, command: str) -> "Source":
         UsageError: nothing usable there, or a model with adapters; of those no base is read.
     """
     return named_source(checkpoint, check=lambda source: _refuse_adapters(source, command))
+
+
+def described_by_timm(source: "Source", model: Any) -> "Source":
+    """The source, with the card of timm's model where it has none and that is named (`model.backbone.timm`)."""
+    backbone = model.get("backbone") if isinstance(model, dict) else None
+    name = backbone.get("timm") if isinstance(backbone, dict) else None
+    if "model" in source.card or name in (None, "???"):
+        return source
+    from softmoe_cli.model.pretrained import timm_card
+
+    return dataclasses.replace(source, card=timm_card(name))
 
 
 def take_model(tree: dict[str, Any], source: "Source", typed: Sequence[str]) -> None:
