@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from softmoe_cli.config.data import Data
 from softmoe_cli.config.launch import Launcher, RayLauncher, SlurmLauncher
 from softmoe_cli.config.run import Config
 from softmoe_cli.errors import RunError, UsageError
@@ -31,6 +32,9 @@ class Job:
     folders: dict[int, Path] = field(default_factory=dict)
     """Of its runs with other seeds, where the inquiry named some."""
     dense: bool = False
+    """Neither experts nor adapters."""
+    data: Data | None = None
+    """As the job will have them: a checkpoint may decide of them."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +103,9 @@ def answer(inquiry: Inquiry) -> tuple[list[Job | UsageError | RunError], list[st
             unknown = [key for key in options.limit.given if math.isnan(cost[key])]
             if unknown:
                 raise UsageError(f"hydra.launcher.limit: train.minutes leaves {unknown[0]} open; give train.steps")
-            folder, dense = place(config), config.model.router_name == "dense"
-            answers.append(Job(name, [*overrides, *settled], folder, config.threads, cost, known(), folders, dense))
+            words, dense = [*overrides, *settled], config.model.router_name == "dense"
+            dense = dense and config.model.adapter.name == "none"
+            answers.append(Job(name, words, place(config), config.threads, cost, known(), folders, dense, config.data))
         except Exception as error:
             answers.append(ours(error) or RunError(defect(error)))
     return answers, slots

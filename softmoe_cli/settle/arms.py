@@ -9,7 +9,7 @@ from softmoe_cli.errors import UsageError, nearest
 from softmoe_cli.launch.plan import Job
 
 FIRST_SEED = 0
-NAMED = ("model", "data", "recipe", "experiment")
+NAMED = ("model", "adapter", "data", "recipe", "experiment")
 """Groups without a stroke whose choice says enough of itself."""
 
 SET_OTHERS = {"slots", "checkpoint", "base", "data.crop", "data.area", "train.default_epochs"}
@@ -75,8 +75,8 @@ def labels(many: Sequence[Sequence[str]]) -> list[str]:
 
 
 def baseline_of(told: Sequence[str], many: Sequence[Sequence[str]], dense: Sequence[bool], named: str | None) -> int:
-    """The place of the arm that others are measured against: by its label or one of its words; else the first dense
-    one, else the first.
+    """The place of the arm that others are measured against: by its label or one of its words; else the first that is
+    `dense`, else the first.
 
     Raises:
         UsageError: no arm, or several, are called so.

@@ -24,21 +24,32 @@ def fix_question(study: Path, asked: dict[str, Any], begun: Callable[[], bool]) 
     Raises:
         UsageError: it is another one than before, or results were there before the question.
     """
+    if agree(study, asked):
+        return
+    if begun():
+        raise UsageError(
+            f"{printable(str(study))} has results of these arms already, and a question that is fixed after them "
+            "proves little: choose another study=NAME, or seed=N above theirs"
+        )
+    write_atomically(study / RECORD, json.dumps({"format": rows.FORMAT, **asked}, indent=1) + "\n")
+
+
+def agree(study: Path, asked: dict[str, Any]) -> bool:
+    """Whether the question is written down already.
+
+    Raises:
+        UsageError: another one is.
+    """
     known = asked_before(study)
     if known is None:
-        if begun():
-            raise UsageError(
-                f"{printable(str(study))} has results of these arms already, and a question that is fixed after them "
-                "proves little: choose another study=NAME, or seed=N above theirs"
-            )
-        write_atomically(study / RECORD, json.dumps({"format": rows.FORMAT, **asked}, indent=1) + "\n")
-        return
+        return False
     for key in asked:
         if _meant(known, key) != _meant(asked, key):
             raise UsageError(
                 f"{printable(str(study))} was begun with {_apart(key, known, asked)}: the question is fixed "
                 "before the first run; ask as before, or begin another study with study=NAME"
             )
+    return True
 
 
 def _meant(question: dict[str, Any], key: str) -> Any:
