@@ -16,8 +16,8 @@ class Fairness(Section):
 
     path: ClassVar[str] = ""
     baseline: str | None = option(
-        "the arm that others are measured against, by its name or one of its words; null: the first that is dense and "
-        "has no adapter, else the first"
+        "the arm that others are measured against, by its name or one of its words; null: the first without "
+        "adapters and, if there is one, without experts"
     )
     equal: str | None = option("make every arm cost what the baseline does, before it starts", choices=EQUALLED)
     free: str | None = option(

@@ -31,8 +31,8 @@ class Job:
     """What the check has learnt of the images (contents.known), so that the job need not read them again."""
     folders: dict[int, Path] = field(default_factory=dict)
     """Of its runs with other seeds, where the inquiry named some."""
-    dense: bool = False
-    """Neither experts nor adapters."""
+    added: int = 0
+    """What the model has beside a plain one: 1 for experts, 2 for adapters, 3 for both."""
     data: Data | None = None
     """As the job will have them: a checkpoint may decide of them."""
 
@@ -103,9 +103,9 @@ def answer(inquiry: Inquiry) -> tuple[list[Job | UsageError | RunError], list[st
             unknown = [key for key in options.limit.given if math.isnan(cost[key])]
             if unknown:
                 raise UsageError(f"hydra.launcher.limit: train.minutes leaves {unknown[0]} open; give train.steps")
-            words, dense = [*overrides, *settled], config.model.router_name == "dense"
-            dense = dense and config.model.adapter.name == "none"
-            answers.append(Job(name, words, place(config), config.threads, cost, known(), folders, dense, config.data))
+            words = [*overrides, *settled]
+            added = (config.model.router_name != "dense") + 2 * (config.model.adapter.name != "none")
+            answers.append(Job(name, words, place(config), config.threads, cost, known(), folders, added, config.data))
         except Exception as error:
             answers.append(ours(error) or RunError(defect(error)))
     return answers, slots

@@ -52,7 +52,7 @@ def fair_arms(launcher: Sweep, typed: list[list[str]], asked: Fairness, seeds: S
     jobs, slots = asked_arms(launcher, typed, seeds)
     if isinstance(asked, SettleConfig):
         require_same_images([job.data for job in jobs if job.data is not None])
-    base = baseline_of(told, typed, [job.dense for job in jobs], asked.baseline)
+    base = baseline_of(told, typed, [job.added for job in jobs], asked.baseline)
     words = typed
     if asked.equal is not None:
         named = list(zip(told, typed, trees, strict=True))
