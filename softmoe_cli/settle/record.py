@@ -58,6 +58,8 @@ def _meant(question: dict[str, Any], key: str) -> Any:
         return sorted(science(arm["words"]) for arm in question["arms"])
     if key == "baseline":
         return [science(arm["words"]) for arm in question["arms"] if arm["label"] == question["baseline"]]
+    if key == "fairness":
+        return {name: value for name, value in question[key].items() if value not in (None, [])}
     return question[key]
 
 
@@ -65,7 +67,7 @@ def _apart(key: str, *questions: dict[str, Any]) -> str:
     """In what two questions differ: `margin=0.5, not margin=1.0`."""
     before, now = (question[key] for question in questions)
     if key == "fairness":
-        odd = [name for name in now if before.get(name) != now[name]]
+        odd = [name for name in now if before.get(name) != now[name] and (before.get(name) or now[name])]
         told = [" ".join(f"{name}={json.dumps(each.get(name))}" for name in odd) for each in (before, now)]
     elif key != "arms":
         told = [f"{'seed' if key == 'first_seed' else key}={json.dumps(each)}" for each in (before, now)]

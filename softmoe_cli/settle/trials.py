@@ -92,7 +92,7 @@ def _default(tree: dict[str, Any], key: str) -> Any:
 
 
 def _asked_values(trials: "Trials", asked: Fairness, defaults: Mapping[str, Any], by: str) -> Iterator[Proposed]:
-    """The values of each round: all of a list; of a search the first half, then one for each arm by what the trials
+    """The values of each round: all of a list; of a search the first third, then one for each arm by what the trials
     so far have found."""
     if asked.tune_trials is None:
         yield dict.fromkeys(defaults, asked.tune_values)

@@ -44,6 +44,10 @@ def test_the_question_is_what_was_meant_and_not_how_it_was_typed(tmp_path: Path)
     fix_question(tmp_path, question(["a=1", "b=2"], ["a=2", "b=2"]), lambda: False)
     again = question(["b=2", "device=cpu", "a=1", "output_root=/x", "wandb.tags=[x]"], ["b=2", "a=2"])
     fix_question(tmp_path, again, lambda: True)
+    fix_question(tmp_path, question(["a=1", "b=2"], ["a=2", "b=2"], fairness={"tune": None, "tune_range": []}), bool)
+    fair = question(["a=1", "b=2"], ["a=2", "b=2"], fairness={"equal": "params_m", "tune_range": []})
+    with pytest.raises(UsageError, match=r"was begun with equal=null, not equal=.params_m.: the"):
+        fix_question(tmp_path, fair, lambda: True)
     for other in (question(["a=1", "b=3"], ["a=2", "b=3"]), question(["a=2", "b=2"], ["a=1", "b=2"])):
         with pytest.raises(UsageError, match="was begun with"):
             fix_question(tmp_path, other, lambda: False)
