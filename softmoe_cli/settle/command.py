@@ -90,11 +90,15 @@ def own_words(arguments: Sequence[str], section: type[F]) -> tuple[F, list[str]]
     keys = {field.name for field in dataclasses.fields(section)}
     own = [word for word in arguments if word.partition("=")[0] in keys and "=" in word]
     tree: dict[str, Any] = load_yaml(conf_folder() / "settle.yaml")
+    lists = [key for key, value in tree.items() if isinstance(value, list)]
     for word in own:
         try:
             tree |= tree_of(OmegaConf.from_dotlist([word]))
         except (YAMLError, OmegaConfBaseException) as error:
             raise UsageError(f"cannot read '{word}': {first_line(error)}") from error
+    for key in lists:
+        if not isinstance(tree[key], list):
+            raise UsageError(f"{key}={tree[key]}: write a list, {key}=[VALUE,VALUE]")
     checked = door({key: tree[key] for key in keys}, section)
     typed = {word.partition("=")[0]: word for word in own}
     for key, needed in NEEDS.items():

@@ -67,7 +67,7 @@ class Fair(Sweeper):
         batch = expanded(self._params, arguments, self._loader)
         typed = without_seed(batch)
         if Fair.asked.tune is not None:
-            require_below(int(seed) for words in batch for word in words if (seed := _seed_of(word)).isdigit())
+            require_below(int(seed) for seed in _seeds(batch) if seed.isdigit())
         arms = fair_arms(self._launcher, typed, Fair.asked, [FIRST_SEED])
         if Fair.asked.tune is not None and not self._launcher.plans:
             with self._launcher.held():
@@ -133,8 +133,9 @@ def _mode(tracking: str) -> str:
     return mode if tracking != "auto" or mode == "online" else "off"
 
 
-def _seed_of(word: str) -> str:
-    return word.partition("=")[2] if key_of(word) == "seed" else ""
+def _seeds(batch: Sequence[Sequence[str]]) -> set[str]:
+    """The seeds that were typed."""
+    return {word.partition("=")[2] for words in batch for word in words if key_of(word) == "seed"}
 
 
 def _first_seed(batch: Sequence[Sequence[str]]) -> int:
@@ -143,7 +144,7 @@ def _first_seed(batch: Sequence[Sequence[str]]) -> int:
     Raises:
         UsageError: several were.
     """
-    seeds = {word.partition("=")[2] for words in batch for word in words if key_of(word) == "seed"}
+    seeds = _seeds(batch)
     if len(seeds) > 1 or not all(seed.isdigit() for seed in seeds):
         raise UsageError(
             f"seed={','.join(sorted(seeds))}: settle chooses how many seeds there are; seed=N is the first one"

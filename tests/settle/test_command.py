@@ -236,7 +236,7 @@ def test_wandb_has_the_verdicts_of_each_look(tmp_path: Path) -> None:
     """Read back from its offline files: the last ones are those that the command ends with."""
     untracked = [word for word in SHORT if not word.startswith("tracking=")]
     words = (*untracked, "model/router=dense,soft", "tracking=offline", "wandb.project=mine", "max_seeds=7",
-             "margin=5", "hydra.launcher.jobs=4", "format=json")  # fmt: skip
+             "margin=0.5", "hydra.launcher.jobs=4", "format=json")  # fmt: skip
     code, out = Started(tmp_path, ["settle", *words], {}, out="out.txt").wait()
     assert code in (0, 3), out
     answer = json.loads(out.splitlines()[-1])
@@ -261,7 +261,7 @@ def test_wandb_has_the_verdicts_of_each_look(tmp_path: Path) -> None:
     assert rows["soft"]["p"] == pytest.approx(soft["p_holm"]) and numbers["compare/open"] == len(answer["open"])
     page = next((files[-1].parent / "files" / "media").rglob("page_*.html")).read_text()
     assert page == (study / "compare" / "index.html").read_text() and soft["verdict"] in page
-    assert len(list(study.glob("*/wandb/offline-run-*"))) == 2 * answer["seeds"], "each run has its own"
+    assert len(list(study.glob("vit_*/wandb/offline-run-*"))) == 2 * answer["seeds"], "each run has its own"
 
 
 @pytest.mark.thorough

@@ -130,6 +130,7 @@ def test_idle_words_are_refused(word: str) -> None:
         ("tune=optim.lr tune_trials=4 tune_range=[2,1]", "tune_range=.2.0, 1.0.: give the smallest"),
         ("tune=optim.lr tune_trials=4 tune_range=[0,1]", "tune_range=.0.0, 1.0.: every|tune_range"),
         ("tune=optim.lr tune_trials=1 tune_range=[1,2]", "tune_trials=1"),
+        ("tune=optim.lr tune_trials=4 tune_range=1", "tune_range=1: write a list"),
     ],
 )
 def test_tuning_that_cannot_be_is_refused(words: str, said: str) -> None:
