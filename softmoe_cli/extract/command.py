@@ -18,7 +18,7 @@ from softmoe_cli.config.commands import ExtractConfig, as_list
 from softmoe_cli.config.data import Data, check_channels
 from softmoe_cli.config.model import Model
 from softmoe_cli.cost.flop import account
-from softmoe_cli.data import batches, sets
+from softmoe_cli.data import batches, contents, sets
 from softmoe_cli.data.mix import classes_of_task
 from softmoe_cli.device import arithmetic, hardware
 from softmoe_cli.errors import RunError, UsageError, nearest
