@@ -23,7 +23,7 @@ from softmoe_cli.data.mix import classes_of_task
 from softmoe_cli.device import arithmetic, hardware
 from softmoe_cli.errors import RunError, UsageError, nearest
 from softmoe_cli.export import hub_config
-from softmoe_cli.extract.cut import Cut, cut_out, folded, one_task, outputs_of
+from softmoe_cli.extract.cut import Cut, cut_out, fold, one_task, outputs_of
 from softmoe_cli.model.router import check_evaluated
 from softmoe_cli.model.vit import build, portable, prepare
 from softmoe_cli.model.weights import load_weights
@@ -38,7 +38,7 @@ from softmoe_cli.run.source import Source
 from softmoe_cli.terminal import Screen
 from softmoe_cli.text import flop, si
 
-NO_MORE = 1e-12
+FURTHEST_OFF = 1e-12
 """The largest allowed difference of the new model's outputs in float64, as a share of the largest output."""
 TIMM_READS = 1e-9
 """The same of what timm alone makes of a plain ViT, whose weights have been rounded to float32 for both."""
@@ -174,7 +174,7 @@ class Made:
         if form == "experts":
             return made
         if made.cut.kept:
-            made = cls(*folded(made.model, made.built(torch.float64)), cut)
+            made = cls(*fold(made.model, made.built(torch.float64)), cut)
         if form == "dense":
             wide = made.built(torch.float64)
             made = cls(folded_model(made.model, wide), folded_weights(made.model, wide), cut)
@@ -208,7 +208,7 @@ class Made:
             x = next(_batches(config, model, name)).images.cpu().double()
             share, _ = distance_in_float64(one_task(model, precise, name), one_task(self.model, new, name), x)
             most = max(most, share)
-        if not most <= NO_MORE:
+        if not most <= FURTHEST_OFF:
             raise RunError(f"the new model's outputs are off by {most:.2g} in float64: an error of softmoe's")
         return most
 

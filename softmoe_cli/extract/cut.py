@@ -96,7 +96,7 @@ def _with_routers(model: Model, options: Mapping[int, dict[str, Any]]) -> Model:
 
 
 @torch.no_grad()
-def folded(model: Model, vit: VisionTransformer) -> tuple[Model, dict[str, Tensor]]:
+def fold(model: Model, vit: VisionTransformer) -> tuple[Model, dict[str, Tensor]]:
     """A model of one task with one expert in each block, as wide as its k experts together: their hidden units side by
     side, their outputs added up by the gates, which are constants. Exact, as GELU takes each unit by itself.
 
