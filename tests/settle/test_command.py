@@ -240,7 +240,7 @@ def test_rounds_run_where_sweeps_do(tmp_path: Path, needs: str, where: tuple[str
 @pytest.mark.thorough
 @pytest.mark.long
 def test_wandb_has_the_verdicts_of_each_look(tmp_path: Path) -> None:
-    """Read back from its offline files: each round has one seed more, and the last look is what the command ends with."""
+    """Read back from its offline files: each round has a seed more, and the last look is what the command ends with."""
     untracked = [word for word in SHORT if not word.startswith("tracking=")]
     words = (*untracked, "model/router=dense,soft", "tracking=offline", "wandb.project=mine", "max_seeds=7",
              "margin=0.5", "hydra.launcher.jobs=2", "format=json")  # fmt: skip
