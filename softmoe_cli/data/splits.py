@@ -64,4 +64,5 @@ def split(sets: dict[str, ImageSet], classes: list[str], data: Data) -> Splits:
     """
     found = cut({part: images.labels.numpy() for part, images in sets.items()}, classes, data)
     parts = {name: sets[part] if index is None else sets[part].subset(index) for name, (part, index) in found.items()}
-    return Splits(**parts, classes=classes, test_is_cut=len(sets) == 1 and data.test_fraction < 1)
+    train, validation, test = (parts[name] for name in ("train", "validation", "test"))
+    return Splits(train, validation, test, classes, test_is_cut=len(sets) == 1 and data.test_fraction < 1)

@@ -33,8 +33,10 @@ TIMM: dict[str, dict[str, Any]] = {
 }
 """Families that upcycle takes as well."""
 MIXTURES: dict[str, tuple[str, ...]] = dict.fromkeys(ROUTERS, ()) | {
-    "soft, other routers in single blocks": ("model.blocks={1: tokens_choice_dropless, 3: {num_experts: 3}}",)
-}
+    "soft, other routers in single blocks": (
+        "model.moe_blocks=[1,2,3]", "model.blocks={1: tokens_choice_dropless, 3: {num_experts: 3}}",
+    )
+}  # fmt: skip
 """What is chosen beside a router."""
 
 

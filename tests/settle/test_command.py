@@ -219,12 +219,19 @@ def test_a_sweep_with_fair_arms(tmp_path: Path) -> None:
 
 @pytest.mark.thorough
 @pytest.mark.long
-def test_rounds_run_where_sweeps_do(tmp_path: Path) -> None:
-    """Slurm's own processes on this machine."""
-    pytest.importorskip("submitit")
-    words = ("model/router=dense,soft", "max_seeds=5", "hydra/launcher=slurm", "hydra.launcher.cluster=local",
-             "hydra.launcher.gpus=0", "hydra.launcher.cpus=1", "format=json")  # fmt: skip
-    process = settle(tmp_path, *words)
+@pytest.mark.parametrize(
+    ("needs", "where"),
+    [
+        ("submitit", ("slurm", "cluster=local", "gpus=0", "cpus=1")),
+        ("ray", ("ray", "cpus=1", "jobs=2")),
+    ],
+)
+def test_rounds_run_where_sweeps_do(tmp_path: Path, needs: str, where: tuple[str, ...]) -> None:
+    """Slurm's own processes on this machine, and a Ray of its own."""
+    pytest.importorskip(needs)
+    place, *options = where
+    launcher = [f"hydra/launcher={place}", *(f"hydra.launcher.{option}" for option in options)]
+    process = settle(tmp_path, "model/router=dense,soft", "max_seeds=5", *launcher, "format=json")
     left, out = process.wait()
     assert left in (0, 3), out
     assert json.loads(out.splitlines()[-1])["seeds"] == 5
@@ -233,10 +240,10 @@ def test_rounds_run_where_sweeps_do(tmp_path: Path) -> None:
 @pytest.mark.thorough
 @pytest.mark.long
 def test_wandb_has_the_verdicts_of_each_look(tmp_path: Path) -> None:
-    """Read back from its offline files: the last ones are those that the command ends with."""
+    """Read back from its offline files: each round has a seed more, and the last look is what the command ends with."""
     untracked = [word for word in SHORT if not word.startswith("tracking=")]
     words = (*untracked, "model/router=dense,soft", "tracking=offline", "wandb.project=mine", "max_seeds=7",
-             "margin=0.5", "hydra.launcher.jobs=4", "format=json")  # fmt: skip
+             "margin=0.5", "hydra.launcher.jobs=2", "format=json")  # fmt: skip
     code, out = Started(tmp_path, ["settle", *words], {}, out="out.txt").wait()
     assert code in (0, 3), out
     answer = json.loads(out.splitlines()[-1])

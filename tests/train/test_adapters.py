@@ -260,7 +260,6 @@ VITS = {
     "CLIP's norm before the blocks": ("vit_xsmall_patch16_clip_224", ""),
     "registers, LayerScale, mean of tokens": ("test_vit2", ""),
     "RMSNorm": ("test_vit4", ""),
-    "another GELU": ("vit_base_patch32_clip_quickgelu_224", ""),
     "DeiT's distillation token": ("deit_tiny_distilled_patch16_224", "VisionTransformerDistilled"),
     "pooling by attention": ("test_vit3", "AttentionPoolLatent"),
     "SwiGLU": ("aimv2_large_patch14_224", "SwiGLU"),
