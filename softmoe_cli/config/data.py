@@ -1,7 +1,7 @@
 """The options of a data set."""
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 from softmoe_cli.config.option import MISSING, Section, option, typed
 from softmoe_cli.errors import UsageError, nearest
@@ -111,6 +111,10 @@ class Data(Section):
             raise UsageError(f"data.{key}={typed(value)} has no effect on data={self.name}; say data=mix")
         else:
             self._check_set()
+
+    def filled(self) -> Self:
+        """A temperature is a number with a point, or inf."""
+        return replace(self, temperature=float(self.temperature)) if type(self.temperature) is int else self
 
     def _check_set(self) -> None:
         if "://" in self.root:

@@ -177,7 +177,10 @@ class Made:
             made = cls(*fold(made.model, made.built(torch.float64)), cut)
         if form == "dense":
             wide = made.built(torch.float64)
-            made = cls(folded_model(made.model, wide), folded_weights(made.model, wide), cut)
+            try:
+                made = cls(folded_model(made.model, wide), folded_weights(made.model, wide), cut)
+            except UsageError as error:  # which speaks of softmoe prune's option
+                raise UsageError(str(error).replace("to=dense", "form=dense")) from error
         return made
 
     def built(self, dtype: torch.dtype) -> VisionTransformer:
@@ -252,26 +255,30 @@ def show_extracted(receipt: dict[str, Any], form: str) -> None:
         print(json.dumps(receipt))
         return
     settings, cost = receipt["settings"], receipt["cost"]
-    rows = {"from": receipt["source"]["checkpoint"], "tasks": ", ".join(settings["tasks"])}
+    screen, rows = Screen(), {"from": receipt["source"]["checkpoint"], "tasks": ", ".join(settings["tasks"])}
     for place, block in receipt["blocks"].items():
         kept = None if block["kept"] is None else ", ".join(map(str, block["kept"]))
         rows[f"block {place}"] = block.get("why") or f"experts {kept} stay, of {block['of']}"
     kind = {"experts": "a mixture of those", "dense": "a plain ViT, which timm loads"}
     rows["is now"] = kind.get(settings["form"], "a mixture with one expert in each block, as wide as those together")
+    screen.table("extract", rows)
     for name, each in receipt["of_each"].items():
-        rows[f"outputs, {name}"] = (
-            f"off by at most {each['max_change']:.2g}; {each['same_predictions_pct']:.1f}% of "
+        outputs = (
+            f"{name}: off by at most {each['max_change']:.2g}; {each['same_predictions_pct']:.1f}% of "
             f"{each['validation_images']:,} validation predictions are the same; top-1 "
             f"{each['validation']['before']['top1_pct']:.2f}% before, {each['validation']['after']['top1_pct']:.2f}% "
             "after"
         )
+        screen.row("outputs", outputs)
         if "clock" in each:
             one, other = (each["clock"][when] for when in ("before", "after"))
-            rows[f"latency, {name}"] = f"{one['latency_ms']:.4g} ms before, {other['latency_ms']:.4g} ms after"
-            rows[f"latency, {name}"] += f" ({each['clock']['images']} images, {each['clock']['hardware']})"
+            latency = f"{name}: {one['latency_ms']:.4g} ms before, {other['latency_ms']:.4g} ms after"
+            screen.row("latency", f"{latency} ({each['clock']['images']} images, {each['clock']['hardware']})")
+    rows = {}
     rows["in float64"] = f"off by at most {receipt['float64_distance']:.2g} of the largest output"
     before, after = cost["before"], cost["after"]
     rows["parameters"] = f"{si(before['params'])} before, {si(after['params'])} after"
     rows["cost per image"] = f"{flop(before['forward_flop'])} forward before, {flop(after['forward_flop'])} after"
     rows["folder"] = receipt["folder"]
-    Screen().table("extract", rows)
+    for title, text in rows.items():
+        screen.row(title, text)
