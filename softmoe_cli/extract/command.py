@@ -18,7 +18,7 @@ from softmoe_cli.config.commands import ExtractConfig, as_list
 from softmoe_cli.config.data import Data, check_channels
 from softmoe_cli.config.model import Model
 from softmoe_cli.cost.flop import account
-from softmoe_cli.data import batches, sets
+from softmoe_cli.data import batches, contents, sets
 from softmoe_cli.data.mix import classes_of_task
 from softmoe_cli.device import arithmetic, hardware
 from softmoe_cli.errors import RunError, UsageError, nearest
@@ -39,7 +39,7 @@ from softmoe_cli.run.source import Source
 from softmoe_cli.terminal import Screen
 from softmoe_cli.text import flop, si
 
-EXTRACTED_EXACT = 1e-12
+FURTHEST_OFF = 1e-12
 """The largest allowed difference of the new model's outputs in float64, as a share of the largest output."""
 TIMM_READS = 1e-9
 """The same of what timm alone makes of a plain ViT, whose weights have been rounded to float32 for both."""
@@ -82,7 +82,7 @@ def extract(config: ExtractConfig, model: Model, source: Source) -> dict[str, An
     load_weights(whole, source.weights, keep_head=True, allow_unexpected=[])
     made = Made.of(config.form, model, copy.deepcopy(whole).double().eval(), which)
     data = _data_of(config.data, which)
-    settings = {"tasks": which, "form": config.form, "data": settings_of(data) | {"identity": sets.identity(data)}}
+    settings = {"tasks": which, "form": config.form, "data": settings_of(data) | {"identity": contents.identity(data)}}
     folder = Path(config.output_root) / "extracted" / f"{made.model.name.replace('/', '_')}-"
     folder = folder.with_name(folder.name + made_from(source, settings))
     folder = folder if config.folder is None else Path(config.folder)
@@ -170,7 +170,7 @@ def _distance(made: Made, config: ExtractConfig, model: Model, whole: VisionTran
         x = next(_batches(config, model, name)).images.cpu().double()
         share, _ = distance_in_float64(one_task(model, precise, name), one_task(made.model, new, name), x)
         most = max(most, share)
-    if not most <= EXTRACTED_EXACT:
+    if not most <= FURTHEST_OFF:
         raise RunError(f"the new model's outputs are off by {most:.2g} in float64: an error of softmoe's")
     return most
 

@@ -19,7 +19,7 @@ from softmoe_cli.prune.fold import folded_model, folded_weights
 
 
 @torch.no_grad()
-def fold_task(model: Model, vit: VisionTransformer) -> tuple[Model, dict[str, Tensor]]:
+def fold(model: Model, vit: VisionTransformer) -> tuple[Model, dict[str, Tensor]]:
     """A model of one task with one expert in each block, as wide as its k experts together: their hidden units side by
     side, their outputs added up by the gates, which are constants. Exact, as GELU takes each unit by itself.
 
@@ -92,7 +92,7 @@ class Made:
         if form == "experts":
             return made
         if made.cut.kept:
-            made = cls(*fold_task(made.model, made.built(torch.float64)), cut)
+            made = cls(*fold(made.model, made.built(torch.float64)), cut)
         if form == "dense":
             wide = made.built(torch.float64)
             try:
