@@ -46,7 +46,7 @@ def show_tasks(row: dict[str, Any], form: str) -> None:
     if form == "json":
         print(json.dumps(row))
         return
-    shown = {key: str(row[key]) for key in ("checkpoint", "soup", "data", "split") if key in row}
+    shown: dict[str, str] = {key: str(row[key]) for key in ("checkpoint", "soup", "data", "split") if key in row}
     if isinstance(row["checkpoint"], list):
         shown["checkpoint"] = f"the average of {len(row['checkpoint'])}: {', '.join(row['checkpoint'])}"
     for each in row["tasks"]:

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from softmoe_cli.data.batches import eval_batches, stream
+from softmoe_cli.data.batches import Batch, eval_batches
+from softmoe_cli.data.order import stream
 from softmoe_cli.data.sets import load
 from softmoe_cli.data.splits import ImageSet
-from tests.data.trees import CPU, SIDE, Batch, augment, batches, folder, in_memory, pixels, same
+from tests.data.trees import CPU, SIDE, augment, batches, folder, in_memory, pixels, same
 
 EVERYTHING = {"hflip": 0.5, "randaugment": [2, 10], "mixup": 0.2, "cutmix": 1.0, "erase": 0.5}
 

@@ -2,6 +2,7 @@
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ import torch
 from softmoe_cli.config.run import Config
 from softmoe_cli.data import order
 from softmoe_cli.data.batches import Batch, eval_batches, train_batches
+from softmoe_cli.data.contents import identity
 from softmoe_cli.data.mix import MixedSet, classes_of_task, task_shares
 from softmoe_cli.data.order import Epochs, TaskDraws, mixed_stream
-from softmoe_cli.data.sets import identity, load
+from softmoe_cli.data.sets import load
 from softmoe_cli.data.splits import ImageSet
 from softmoe_cli.errors import UsageError
 from softmoe_cli.run.identity import flat_science, signature
@@ -34,12 +36,12 @@ def config(tmp_path: Path) -> Config:
     return compose(*mix(write_clothes(tmp_path / "clothes")))
 
 
-def batches(config: Config, first_step: int, count: int, **changes: object) -> list[Batch]:
-    options = {"batch_size": 8, "label_smoothing": 0.0, "seed": 3} | changes
+def batches(config: Config, first_step: int, count: int, **changes: Any) -> list[Batch]:
+    options: dict[str, Any] = {"batch_size": 8, "label_smoothing": 0.0, "seed": 3} | changes
     found = train_batches(
         load(config.data).train, config.data, config.augment, image_size=config.model.image_size, in_chans=1,
         num_classes=20, first_step=first_step, device=CPU, **options,
-    )  # type: ignore[arg-type]  # fmt: skip
+    )  # fmt: skip
     return list(itertools.islice(found, count))
 
 

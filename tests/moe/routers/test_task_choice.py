@@ -19,6 +19,11 @@ DIM, HIDDEN, TOKENS, T, E, K = 8, 12, 5, 3, 5, 2
 TASKS = torch.tensor([2, 0, 1, 2])
 
 
+def router_of(made: MoE) -> Any:
+    """Its router, whatever that is."""
+    return made.router
+
+
 def layer(name: str = "task_choice", **changes: Any) -> MoE:
     """In evaluation, with random weights, in float64."""
     torch.manual_seed(0)
@@ -46,8 +51,8 @@ def expert(made: MoE, number: int, token: Tensor) -> Tensor:
 
 def chosen_by_hand(made: MoE, task: int, renormalise: bool) -> list[tuple[int, float]]:
     """The k experts of a row of logits, and their gates."""
-    row = made.router.table[task].tolist()  # type: ignore[union-attr]
-    best = sorted(range(len(row)), key=lambda i: (-row[i], i))[: made.router.k]
+    row = router_of(made).table[task].tolist()
+    best = sorted(range(len(row)), key=lambda i: (-row[i], i))[: router_of(made).k]
     total = sum(math.exp(row[i]) for i in (best if renormalise else range(len(row))))
     return [(i, math.exp(row[i]) / total) for i in best]
 
@@ -73,7 +78,7 @@ def test_static_tasks_is_a_rule(assigned: list[list[int]] | None, of_tasks: list
         for n in range(TOKENS):
             want[b, n] = sum(expert(made, number, x[b, n]) for number in of_tasks[task]) / K
     torch.testing.assert_close(run(made, x), want, atol=1e-12, rtol=1e-12)
-    assert isinstance(made.router, TaskRouter) and made.router.settled()[1] == of_tasks
+    assert isinstance(made.router, TaskRouter) and router_of(made).settled()[1] == of_tasks
 
 
 @pytest.mark.parametrize("name", ["task_choice", "static_tasks"])
@@ -107,7 +112,7 @@ def test_one_task_is_a_wider_mlp() -> None:
     """Of k h hidden units, gradients included up to the gates; and it needs no task."""
     made = layer(num_tasks=1)
     x, leaf = images(), images().requires_grad_()
-    gates, ((a, b),) = made.router.settled()  # type: ignore[operator]
+    gates, ((a, b),) = router_of(made).settled()
     e, c = made.experts, gates[0]
     w1, b1 = torch.cat([e.w1[a], e.w1[b]], dim=1), torch.cat([e.b1[a], e.b1[b]])
     w2, b2 = torch.cat([c[0] * e.w2[a], c[1] * e.w2[b]]), c[0] * e.b2[a] + c[1] * e.b2[b]
@@ -126,25 +131,25 @@ def test_one_task_is_a_wider_mlp() -> None:
 def test_rows_move_by_noise_and_by_balance() -> None:
     """Without noise a task meets its k experts only; the balance alone reaches all logits of its row."""
     made = layer(noise_std=50.0).train()
-    met = {tuple(made.router.decided()[1][0].tolist()) for _ in range(40)}  # type: ignore[operator]
+    met = {tuple(router_of(made).decided()[1][0].tolist()) for _ in range(40)}
     assert len(met) > 3
     quiet = layer(noise_std=0.0, balance_weight=0.0).train()
     y, _ = quiet(images(), None, Carried(task=TASKS))
     y.sum().backward()
-    table = quiet.router.table  # type: ignore[union-attr]
+    table = router_of(quiet).table
     assert isinstance(table, nn.Parameter) and table.grad is not None
-    ((a, b),) = quiet.router.settled()[1][:1]  # type: ignore[operator]
+    ((a, b),) = router_of(quiet).settled()[1][:1]
     assert (table.grad[0].abs() > 1e-9).nonzero()[:, 0].tolist() == sorted([a, b])
     balanced = layer(noise_std=0.0, balance_weight=1.0)
     balanced.router(images(), None, Carried(task=TASKS)).aux_loss.backward()
-    assert balanced.router.table.grad.ne(0).all()  # type: ignore[union-attr]
+    assert router_of(balanced).table.grad.ne(0).all()
 
 
 def test_balance_is_over_tasks_by_their_shares_of_images() -> None:
     """Whatever the batch has; by hand."""
     made = layer(balance_weight=0.5)
-    made.router.told_shares([0.5, 0.3, 0.2])  # type: ignore[operator]
-    gates = made.router.table.softmax(dim=1)  # type: ignore[union-attr]
+    router_of(made).told_shares([0.5, 0.3, 0.2])
+    gates = router_of(made).table.softmax(dim=1)
     load = 0.5 * gates[0] + 0.3 * gates[1] + 0.2 * gates[2]
     want = 0.5 * load.var(correction=0) / load.mean() ** 2
     for some in (TASKS, torch.zeros(4, dtype=torch.int64)):
