@@ -104,7 +104,7 @@ class Sweep(HydraLauncher):
         self._place: Place | None = None
         self._console = Console(highlight=False, soft_wrap=True, emoji=False)
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # jobs share the cores: no thread may spin
-        start_server(["softmoe_cli.train.loop", "softmoe_cli.cli", "softmoe_cli.launch.sweep"])
+        start_server(["softmoe_cli.launch.preloaded", "softmoe_cli.cli", "softmoe_cli.launch.sweep"])
 
     def _share_composed(self, loader: ConfigLoader) -> None:
         """Has every job composed once: the sweeper composes all of them to see whether it can, and then `_ask` needs

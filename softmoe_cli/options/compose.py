@@ -17,9 +17,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from softmoe_cli.config.commands import SCHEMAS, DataCheckConfig, MatchConfig
-from softmoe_cli.config.data import Data, check_side
+from softmoe_cli.config.data import OF_A_SET, Data, check_side
 from softmoe_cli.config.launch import LAUNCHERS
-from softmoe_cli.config.option import Section
+from softmoe_cli.config.option import Section, absent_keys
 from softmoe_cli.config.run import Config
 from softmoe_cli.errors import UsageError, first_line
 from softmoe_cli.failures import ours
@@ -27,6 +27,7 @@ from softmoe_cli.options.blocks import fill_up, spell_out
 from softmoe_cli.options.conf_files import chosen_groups, conf_folder, defaults, files, load_yaml, own_conf_folder
 from softmoe_cli.options.explain import crossing, explain, no_key, refused
 from softmoe_cli.options.help import options
+from softmoe_cli.options.mixes import spell_sets
 from softmoe_cli.text import printable_lines
 
 S = typing.TypeVar("S", bound=Section)
@@ -98,7 +99,7 @@ class Jobs:
 
         from softmoe_cli.options.own_conf import OwnConf, OwnSource, ignored
 
-        store_schemas()
+        store_schema(self._command)
         own = OwnConf.own = own_conf_folder()
         for plugin in (OwnConf, OwnSource):
             Plugins.instance().register(plugin)
@@ -115,6 +116,8 @@ class Jobs:
         def task(config: DictConfig) -> None:
             self._composed.append((config, list(HydraConfig.get().overrides.task)))
 
+        if not any("hydra.mode" in word or word.startswith(OTHER_FILES) for word in arguments):
+            compose_once()
         try:
             hydra.main(version_base=None, config_path=str(conf_folder()), config_name=self._command)(task)()
         except (HydraException, OmegaConfBaseException) as error:
@@ -146,17 +149,31 @@ def admit(launcher: type) -> None:
         Plugins.is_in_toplevel_plugins_module = takes  # type: ignore[method-assign, assignment]
 
 
+OTHER_FILES = ("-cd", "--config-dir", "-cp", "--config-path", "-cn", "--config-name")
+"""Words that name files of Hydra's beside ours."""
+
+
 @functools.cache
-def store_schemas() -> None:
-    """Tells Hydra the schemas that the yaml files in conf/ start from, once."""
+def compose_once() -> None:
+    """Stops Hydra, in this process, from composing each configuration twice: the first time only shows whether the
+    files ask for a sweep, as `hydra.mode` there does. Ours never do, and from a user's own conf folder it is not taken.
+    The question is a method of Hydra's (the same in 1.3.2 and 1.3.8), replaced here."""
+    from hydra._internal.hydra import Hydra
+
+    Hydra.get_mode = lambda *_, **__: None  # type: ignore[method-assign]
+
+
+@functools.cache
+def store_schema(command: str) -> None:
+    """Tells Hydra the schemas that a command's yaml file in conf/ starts from, once."""
     from hydra.core.config_store import ConfigStore
 
     _register_resolvers()
     store = ConfigStore.instance()
-    store.store(name="schema", node=Config)
-    for name in ("evaluate", "cost", "match", "upcycle", "prune", "export"):
-        store.store(name=f"{name}_schema", node=SCHEMAS[name])
-    store.store(name="data_check_schema", node=DataCheckConfig)
+    if command in ("train", "finetune"):
+        store.store(name="schema", node=Config)
+    else:
+        store.store(name=f"{command}_schema", node=DataCheckConfig if command == "data_check" else SCHEMAS[command])
     for name, launcher in LAUNCHERS.items():
         store.store(group="hydra/launcher", name=f"_{name}", node=launcher)
 
@@ -184,6 +201,7 @@ def plain(config: Any, section: type) -> dict[str, Any]:
     tree = tree_of(config)
     _refuse_unknown(tree, section)
     spell_out(tree)
+    spell_sets(tree)
     root = OmegaConf.select(config, "data.root", throw_on_resolution_failure=False)
     if root is not None:
         tree["data"]["root"] = root  # resolved, because it is compared with a checkpoint's
@@ -211,6 +229,7 @@ def door(tree: dict[str, Any], section: type[S]) -> S:
     try:
         _settle_side(tree)
         fill_up(tree)
+        tree = _with_absent(tree, section)
         merged = OmegaConf.merge(OmegaConf.structured(section), tree)
         missing = OmegaConf.missing_keys(merged)
         if missing:
@@ -220,6 +239,47 @@ def door(tree: dict[str, Any], section: type[S]) -> S:
         raise UsageError(f"{error.full_key}: {first_line(error)}") from error
     assert isinstance(checked, section)
     return checked.settled()
+
+
+def _with_absent(tree: dict[str, Any], section: type) -> dict[str, Any]:
+    """A copy with null for what is there only where some file gives it; a model's tasks are those of the data.
+
+    Raises:
+        UsageError: a set of a mix with a value of the wrong type.
+    """
+    filled = dict(tree)
+    for key, hint in typing.get_type_hints(section).items():
+        if dataclasses.is_dataclass(hint) and isinstance(filled.get(key), dict):
+            filled[key] = _with_absent(filled[key], typing.cast(type, hint))
+    if issubclass(section, Section):
+        filled |= {key: None for key in absent_keys(section) if filled.get(key, "???") == "???"}
+    if section is Data and isinstance(filled["sets"], dict):
+        filled["sets"] = {name: _typed_set(name, own) for name, own in filled["sets"].items()}
+    data, model = filled.get("data"), filled.get("model")
+    if isinstance(data, dict) and isinstance(model, dict) and "tasks" in model:
+        tasks = {name: own["num_classes"] for name, own in data["sets"].items()} if data["sets"] else None
+        if model["tasks"] not in (None, tasks):
+            raise UsageError(f"model.tasks={model['tasks']} is not what the data have; tasks follow data.sets")
+        model["tasks"] = tasks
+    return filled
+
+
+def _typed_set(name: str, own: Any) -> dict[str, Any]:
+    """The options of one set of a mix, with whole numbers as the numbers that they are meant for."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        if not isinstance(own, dict):
+            raise UsageError(f"data.sets: {name} is {own}, and no group of options")
+        merged = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(Data), own))
+    except OmegaConfBaseException as error:
+        raise UsageError(f"data.sets, {name}: {error.full_key}: {first_line(error)}") from error
+    assert isinstance(merged, dict)
+    missing = [key for key in OF_A_SET if key != "root" and merged[key] == "???"]
+    if missing or (merged["root"] == "???" and merged["format"] is not None):
+        raise UsageError(f"data.sets, {name}: {(missing or ['root'])[0]} has no default; give it a value")
+    return {key: merged[key] for key in OF_A_SET if merged[key] != "???"}
 
 
 def _settle_side(tree: dict[str, Any]) -> None:
@@ -283,7 +343,7 @@ def overlay(base: dict[str, Any], typed: Any) -> dict[str, Any]:
     """A copy of `base` in which every value of `typed` that is not `???` replaces its own."""
     merged = dict(base)
     for key, value in (typed if isinstance(typed, dict) else {}).items():
-        if isinstance(value, dict) and isinstance(base.get(key), dict):
+        if key != "sets" and isinstance(value, dict) and isinstance(base.get(key), dict):  # a mix is replaced whole
             merged[key] = overlay(base[key], value)
         elif value != "???":
             merged[key] = value
@@ -301,7 +361,7 @@ def compose(*overrides: str) -> Config:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    store_schemas()
+    store_schema("train")
     try:
         with initialize_config_dir(str(conf_folder()), version_base=None):
             return door(plain(hydra_compose("train", list(overrides)), Config), Config)

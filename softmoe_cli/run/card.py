@@ -14,6 +14,7 @@ from typing import Any, Union, get_args, get_origin
 
 from softmoe_cli.config.data import Data
 from softmoe_cli.config.model import Model
+from softmoe_cli.config.option import absent_keys
 from softmoe_cli.config.recipe import Train
 from softmoe_cli.errors import UsageError
 
@@ -79,6 +80,7 @@ def _card_fault(card: Any) -> str | None:
         return "classes is no list of names" if "classes" in card else "it lacks classes"
     for key in ("loss", "precision"):
         choices = next(f.metadata["choices"] for f in fields(Train) if f.name == key)
+        choices = [choice for choice in choices if choice != "auto"]  # a run settles that
         if card.get(key) not in choices:
             return f"{key} is none of {', '.join(choices)}" if key in card else f"it lacks {key}"
     if not isinstance(card.get("origin", ""), str):
@@ -111,6 +113,8 @@ def _section_fault(said: Any, section: type, path: str) -> str | None:
             return f"{path} has a key {json.dumps(key)[:40]}, which is no option"
     for key, hint in known.items():
         if key not in said:
+            if key in absent_keys(section):
+                continue
             return f"it lacks {path}.{key}"
         if isinstance(hint, type) and is_dataclass(hint):
             fault = _section_fault(said[key], hint, f"{path}.{key}")

@@ -51,3 +51,5 @@ def _require_one_measure(trees: Sequence[dict[str, Any]], quality: str) -> None:
         raise UsageError(f"train.loss={','.join(losses)}: quality={quality} is another measure in each; use top1_pct")
     if any(tree["train"]["batch_size"] == "auto" for tree in trees):
         raise UsageError("train.batch_size=auto is another number where memory is; settle needs a number")
+    if any(tree["train"]["precision"] == "auto" for tree in trees):
+        raise UsageError("train.precision=auto is another one where the device is; settle needs fp32, bf16 or fp16")

@@ -1,7 +1,6 @@
-"""What a run says of itself: before its first step, what it is and needs; at its end, what it reached and cost."""
+"""What a run says of itself: before its first step, what it is and needs; at its end, its result row."""
 
 import platform
-import shlex
 import subprocess
 from dataclasses import asdict
 from importlib.metadata import version
@@ -11,18 +10,18 @@ from typing import Any
 import torch
 
 import softmoe_cli
-from softmoe_cli.compare.intervals import at_chance
 from softmoe_cli.config.model import Model
 from softmoe_cli.config.run import WANDB_LETTERS, Config
 from softmoe_cli.cost.fit import Fit
 from softmoe_cli.data import splits
+from softmoe_cli.data.mix import MixedSet
+from softmoe_cli.data.order import TaskDraws
 from softmoe_cli.device import KEPT, hardware, slower
 from softmoe_cli.model.router import router_class
 from softmoe_cli.run import rows
 from softmoe_cli.run.identity import flat_science
 from softmoe_cli.run.saving import room_beside
-from softmoe_cli.terminal import Screen
-from softmoe_cli.text import flop, gibibytes, in_words, si
+from softmoe_cli.text import flop, gibibytes, si
 from softmoe_cli.train.pace import Pace
 from softmoe_cli.train.progress import Progress
 from softmoe_cli.train.setup import Setup
@@ -128,7 +127,7 @@ def memory_row(fit: Fit, device: torch.device, *, kept: bool) -> str:
 def time_row(setup: Setup, pace: Pace, progress: Progress) -> str:
     """How long the run will take, and how that is known."""
     known = "from a forward pass and FLOPs"
-    if setup.splits.train.images is None:
+    if setup.splits.train.images is None and not isinstance(setup.splits.train, MixedSet):
         known += ", decoding not counted"
     return f"{pace.left(setup.budget, progress, setup.config.train.eval_every)}; {known}"
 
@@ -146,6 +145,10 @@ def wandb_settings(setup: Setup, folder: Path) -> dict[str, Any]:
         "name": w.name or folder.name[-WANDB_LETTERS:],
         "config": asdict(config),
     }
+
+
+SOMETIMES = ("fewshot_", *(key.partition("{")[0] for key in (rows.TASK_QUALITY, rows.OVER_TASKS)))
+"""How those qualities begin that only some runs have."""
 
 
 def result_row(
@@ -185,12 +188,14 @@ def result_row(
         "ece_pct": test["ece_pct"],
         "validation_top1_pct": progress.validation["top1_pct"],
         "validation_loss": progress.validation["loss"],
-        **{f"validation_{key}": value for key, value in progress.validation.items() if key.startswith("fewshot_")},
+        **{f"validation_{key}": value for key, value in progress.validation.items() if key.startswith(SOMETIMES)},
+        **{key: value for key, value in test.items() if key.startswith(SOMETIMES)},
         "best_validation_top1_pct": progress.best_top1_pct,
         "best_step": progress.best_step,
         "steps": progress.step,
         "images": seen,
         "epochs": seen / len(images.train),
+        **_epochs_of_tasks(setup, progress.step),
         "batch_size": config.train.batch_size,
         "lr": config.optim.lr,
         "precision": config.train.precision,
@@ -220,9 +225,23 @@ def result_row(
     }
 
 
+def _epochs_of_tasks(setup: Setup, steps: int) -> dict[str, float]:
+    """How often training has seen each task's images; nothing where there is one set."""
+    images, config = setup.splits.train, setup.config
+    if not isinstance(images, MixedSet):
+        return {}
+    draws = TaskDraws(images, config.data.temperature, config.train.batch_size, config.seed)
+    times = (draws.before(steps) / torch.tensor([len(own) for own in draws.of_task])).tolist()
+    return {rows.TASK_EPOCHS.format(name): each for name, each in zip(config.data.sets, times, strict=True)}
+
+
 def _commonest_pct(images: splits.ImageSet) -> float:
-    """The share of the commonest class: what a model reaches that always gives the same answer."""
-    return 100 * int(images.labels.bincount().max()) / len(images)
+    """The share of the commonest class: what a model reaches that always gives the same answer; in a mix the same
+    answer for all images of a task."""
+    of_each = [images.labels]
+    if isinstance(images, MixedSet):
+        of_each = [images.labels[images.tasks == task] for task in range(len(images.parts))]
+    return 100 * sum(int(labels.bincount().max()) for labels in of_each) / len(images)
 
 
 def _commit() -> str | None:
@@ -237,61 +256,6 @@ def _commit() -> str | None:
     except OSError:  # a machine without git
         return None
     return git.stdout.strip() or None
-
-
-def close(screen: Screen, result: dict[str, Any], folder: Path, model: Model) -> None:
-    """The closing table, and what may be typed next: lines of their own, to be copied whole."""
-    screen.table("result", shown(result, folder, remark(result, folder, model)))
-    screen.table("next", {})
-    screen.say(f"  softmoe evaluate checkpoint={shlex.quote(str(folder))}")
-    screen.say(f"  softmoe compare {shlex.quote(str(folder.parent))}")
-
-
-def shown(result: dict[str, Any], folder: Path, routing: str) -> dict[str, str]:
-    """Title -> what the result says, for the closing table. `routing`: what the router says of it."""
-    energy = f"; {result['energy_kj']:.4g} kJ in all" if result.get("energy_kj") is not None else ""
-    compilation = f", compilation {in_words(result['compile_s'])}" if result["compile_s"] else ""
-    titled = {
-        "test top-1": f"{result['top1_pct']:.2f}%  ({result['test_images']:,} images, read once, last weights)",
-        "chance": chance(result),
-        "test top-5": f"{result['top5_pct']:.2f}%" if result["classes"] > 5 else "",
-        "test loss": f"{result['loss']:.4f}",
-        "validation top-1": f"{result['validation_top1_pct']:.2f}%  (best {result['best_validation_top1_pct']:.2f}% "
-        f"at step {result['best_step']:,})",
-        "routing": routing,
-        "experts left": _left(result),
-        "trained on": f"{result['images']:,} images, {result['epochs']:.1f} epochs, {result['steps']:,} steps",
-        "training cost": f"{flop(1e15 * result['train_pflop'])}, {in_words(result['device_s'])}{energy}",
-        "beside it": f"evaluation {in_words(result['eval_s'])}, saving {in_words(result['save_s'])}{compilation}",
-        "folder": str(folder),
-    }
-    return {key: value for key, value in titled.items() if value}
-
-
-def _left(result: dict[str, Any]) -> str:
-    """What is left where experts were pruned, and what softmoe prune makes of it."""
-    if not result.get("experts_left"):
-        return ""
-    told = f"{result['experts_left']} in blocks {result['moe_blocks']}"
-    if not result["served_as"]:
-        return told
-    kind = "a plain ViT (softmoe prune to=dense)" if result["served_as"] == "dense" else "a mixture (softmoe prune)"
-    parameters = f"{si(1e6 * result['served_params_m'])} parameters for {si(1e6 * result['params_m'])}"
-    return (
-        f"{told}; served as {kind}: {parameters}, "
-        f"{flop(1e9 * result['served_forward_gflop'])} for {flop(1e9 * result['forward_gflop'])} forward"
-    )
-
-
-def chance(result: dict[str, Any]) -> str:
-    """A sentence where top-1 on the test images cannot be told from that of a model which always answers with their
-    commonest class; else nothing."""
-    if not at_chance([result["top1_pct"]], result["chance_pct"], result["test_images"]):
-        return ""
-    return (
-        f"top-1 cannot be told from chance: always the commonest of {result['classes']} classes is right for "
-        f"{result['chance_pct']:.1f}% of these {result['test_images']:,} images"
-    )
 
 
 def remark(result: dict[str, Any], folder: Path, model: Model) -> str:
