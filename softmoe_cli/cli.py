@@ -331,6 +331,7 @@ def _evaluate(config: Any, typed: list[str]) -> int:
     own = next((source for source in sources if inherit.same_set(tree["data"], source.card["data"])), sources[0])
     inherit.keep_cut(tree["data"], own.card["data"], typed)
     inherit.check_alike(sources, tree["data"])
+    inherit.take_task(tree, sources[0], typed, named=named)
     checked = door(tree, EvaluateConfig)
     check_channels(checked.data, model.in_chans)
     if not named:
@@ -367,6 +368,12 @@ def _prune(config: Any, typed: list[str]) -> int:
     return prune_as_typed(config, typed)
 
 
+def _extract(config: Any, typed: list[str]) -> int:
+    from softmoe_cli.extract.command import extract_as_typed
+
+    return extract_as_typed(config, typed)
+
+
 def _upcycle(config: Any, typed: list[str]) -> int:
     tree = plain(config, UpcycleConfig)
     if tree["checkpoint"] == "???":
@@ -376,13 +383,9 @@ def _upcycle(config: Any, typed: list[str]) -> int:
         )
     from softmoe_cli.options import inherit
 
-    source = inherit.source_of_layers(tree["checkpoint"], "upcycle")
-    from softmoe_cli.model.pretrained import timm_card
+    source = inherit.described_by_timm(inherit.source_of_layers(tree["checkpoint"], "upcycle"), tree["model"])
     from softmoe_cli.upcycle import show_upcycle, upcycle
 
-    name = tree["model"]["backbone"]["timm"]
-    if "model" not in source.card and name not in (None, "???"):
-        source = dataclasses.replace(source, card=timm_card(name))
     inherit.take_backbone(tree["model"], source, typed)
     named = inherit.names_data(tree["data"])
     tree["data"] = overlay(source.card.get("data", {}), tree["data"])
@@ -478,6 +481,7 @@ ACTIONS: typing.Final[dict[str, Callable[[list[str]], int]]] = {
     "settle": _settle,
     "upcycle": _composing("upcycle", _upcycle),
     "prune": _composing("prune", _prune),
+    "extract": _composing("extract", _extract),
     "evaluate": _composing("evaluate", _evaluate),
     "export": _composing("export", _export),
     "cost": _cost,

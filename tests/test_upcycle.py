@@ -249,7 +249,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", thinned([name for name in ROUTERS if not name.startswith("mumoe_")], 4))
 def test_every_router(name: str, source: Path, softmoe: Softmoe) -> None:
-    noise = ["expert_noise=0.1"] if name.startswith("uniform") else []
+    noise = ["expert_noise=0.1"] if name.startswith(("uniform", "static")) else []
+    noise += ["model.router.num_tasks=1"] if "num_tasks" in ROUTERS[name] else []
     answer = softmoe(
         "upcycle", f"checkpoint={source}", f"model/router={name}", *BLOCKS, *noise, "folder=up", "images=8"
     )
@@ -391,7 +392,7 @@ ARCHITECTURES = {
     "CLIP's norm before the blocks": ("vit_xsmall_patch16_clip_224", 32, ""),
     "DeiT's distillation token": ("deit_tiny_distilled_patch16_224", 32, "VisionTransformerDistilled"),
     "registers and LayerScale": ("test_vit2", 32, ""),
-    "SwiGLU": ("vit_giant_patch14_dinov2", 28, "GluMlp blocks with SiLU; experts replace plain GELU MLPs"),
+    "SwiGLU": ("vit_giant_patch14_dinov2", 28, "vit_giant_patch14_dinov2 has GluMlp; softmoe knows ViTs with plain"),
     "another GELU": ("vit_base_patch32_clip_quickgelu_224", 32, "Mlp blocks with QuickGELU; experts replace"),
 }
 

@@ -12,6 +12,7 @@ from softmoe_cli.data.decode import centre
 from softmoe_cli.data.found import IDX_NAMES, idx_paths
 from softmoe_cli.data.known import cifar, cifar_part, digits, fashion_mnist
 from softmoe_cli.data.listing import check_num_classes, usable
+from softmoe_cli.data.mix import mixed
 from softmoe_cli.data.picture import opened
 from softmoe_cli.data.splits import ImageSet, Splits, split
 
@@ -27,6 +28,8 @@ def load(data: Data) -> Splits:
     Raises:
         UsageError: files that are missing, unreadable or damaged, or too few of them; the message names them.
     """
+    if data.sets is not None:
+        return mixed(data, [load(own) for own in data.of_sets()])
     readers = {"digits": digits, "fashion_mnist": fashion_mnist, "cifar10": cifar, "cifar100": cifar}
     splits = _stored(data) if data.format is not None else readers[data.name](data)
     check_num_classes(data, splits.classes)
@@ -35,6 +38,8 @@ def load(data: Data) -> Splits:
 
 def is_here(data: Data) -> bool:
     """Whether a set can be read as it lies there, with nothing fetched."""
+    if data.sets is not None:
+        return all(map(is_here, data.of_sets()))
     if data.format is not None or data.name == "digits":
         return True
     if data.name == "fashion_mnist":

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from softmoe_cli.config.data import Data
 from softmoe_cli.config.launch import Launcher, RayLauncher, SlurmLauncher
 from softmoe_cli.config.run import Config
 from softmoe_cli.errors import RunError, UsageError
@@ -30,7 +31,10 @@ class Job:
     """What the check has learnt of the images (contents.known), so that the job need not read them again."""
     folders: dict[int, Path] = field(default_factory=dict)
     """Of its runs with other seeds, where the inquiry named some."""
-    dense: bool = False
+    added: int = 0
+    """What the model has beside a plain one: 1 for experts, 2 for adapters, 3 for both."""
+    data: Data | None = None
+    """As the job will have them: a checkpoint may decide of them."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +106,9 @@ def answer(inquiry: Inquiry) -> tuple[list[Job | UsageError | RunError], list[st
             unknown = [key for key in options.limit.given if math.isnan(cost[key])]
             if unknown:
                 raise UsageError(f"hydra.launcher.limit: train.minutes leaves {unknown[0]} open; give train.steps")
-            folder, dense = place(config), config.model.router_name == "dense"
-            answers.append(Job(name, [*overrides, *settled], folder, config.threads, cost, known(), folders, dense))
+            words = [*overrides, *settled]
+            added = (config.model.router_name != "dense") + 2 * (config.model.adapter.name != "none")
+            answers.append(Job(name, words, place(config), config.threads, cost, known(), folders, added, config.data))
         except Exception as error:
             answers.append(ours(error) or RunError(defect(error)))
     return answers, slots

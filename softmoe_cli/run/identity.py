@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softmoe_cli.config.data import Data
+from softmoe_cli.config.option import absent_keys
 from softmoe_cli.config.run import NOT_SCIENCE, Config
 
 if TYPE_CHECKING:  # importing it takes seconds, and a run that is finished needs none of its weights
@@ -34,6 +35,12 @@ def _science(config: Config) -> dict[str, Any]:
     for key in NOT_SCIENCE:
         section, _, leaf = key.rpartition(".")
         del (science[section] if section else science)[leaf]
+    del science["model"]["tasks"]  # they follow the data
+    for key in absent_keys(Data):
+        if science["data"][key] is None:
+            del science["data"][key]
+    for own in science["data"].get("sets", {}).values():  # the same images at another place are the same
+        own.pop("root", None)
     if config.prune.keep is None:  # the others are idle
         del science["prune"]
     own = {key: value for key, value in science["model"].pop("adapter").items() if value is not None}
@@ -67,9 +74,11 @@ def _whole_numbers(value: Any) -> Any:
 
 def settings_of(data: Data) -> dict[str, Any]:
     """What a receipt says of images: not where they lie, and how fast they are read."""
-    return {
-        key: value for key, value in dataclasses.asdict(data).items() if key not in ("root", "workers", "memory_gib")
-    }
+    said = dataclasses.asdict(data)
+    for own in (said["sets"] or {}).values():
+        own.pop("root", None)
+    absent = [key for key in absent_keys(Data) if said[key] is None]
+    return {key: value for key, value in said.items() if key not in ("root", "workers", "memory_gib", *absent)}
 
 
 def made_from(source: "Source", settings: dict[str, Any]) -> str:

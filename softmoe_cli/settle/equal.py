@@ -150,8 +150,3 @@ class Leveller:
                 f"not train.minutes={config.train.minutes:g}"
             )
         return steps
-
-
-def level_arms(leveller: Leveller, arms: Sequence[tuple[str, list[str], dict[str, Any]]], base: int) -> list[Levelled]:
-    """In a process that may import torch."""
-    return leveller.level(arms, base)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from softmoe_cli.compare.intervals import at_chance
+from softmoe_cli.run import rows
 from softmoe_cli.terminal import Screen
 from softmoe_cli.text import flop, in_words, si
 
@@ -23,6 +24,7 @@ def shown(result: dict[str, Any], folder: Path) -> dict[str, str]:
     compilation = f", compilation {in_words(result['compile_s'])}" if result["compile_s"] else ""
     titled = {
         "test top-1": f"{result['top1_pct']:.2f}%  ({result['test_images']:,} images, read once, last weights)",
+        "by task": _by_task(result),
         "chance": chance(result),
         "test top-5": f"{result['top5_pct']:.2f}%" if result["classes"] > 5 else "",
         "test loss": f"{result['loss']:.4f}",
@@ -30,12 +32,27 @@ def shown(result: dict[str, Any], folder: Path) -> dict[str, str]:
         f"at step {result['best_step']:,})",
         "routing": result.get("remark", ""),
         "experts left": _left(result),
-        "trained on": f"{result['images']:,} images, {result['epochs']:.1f} epochs, {result['steps']:,} steps",
+        "trained on": f"{result['images']:,} images, {result['epochs']:.1f} epochs{_epochs_said(result)}, "
+        f"{result['steps']:,} steps",
         "training cost": f"{flop(1e15 * result['train_pflop'])}, {in_words(result['device_s'])}{energy}",
         "beside it": f"evaluation {in_words(result['eval_s'])}, saving {in_words(result['save_s'])}{compilation}",
         "folder": str(folder),
     }
     return {key: value for key, value in titled.items() if value}
+
+
+def _by_task(result: dict[str, Any]) -> str:
+    """Test top-1 of each task and both means; nothing where there is one set."""
+    means = {"tasks": result.get(rows.OVER_TASKS.format("top1_pct")), "images": result["top1_pct"]}
+    if means["tasks"] is None:
+        return ""
+    each = [f"{name} {figure:.2f}%" for name, figure in rows.of_tasks(result, "top1_pct").items()]
+    return "; ".join([", ".join(each), *(f"mean over {what} {figure:.2f}%" for what, figure in means.items())])
+
+
+def _epochs_said(result: dict[str, Any]) -> str:
+    each = [f"{number:.1f} of {name}" for name, number in rows.of_tasks(result, "epochs").items()]
+    return f" ({', '.join(each)})" if each else ""
 
 
 def _left(result: dict[str, Any]) -> str:
@@ -58,7 +75,10 @@ def chance(result: dict[str, Any]) -> str:
     commonest class; else nothing."""
     if not at_chance([result["top1_pct"]], result["chance_pct"], result["test_images"]):
         return ""
+    commonest = f"always the commonest of {result['classes']} classes"
+    if rows.OVER_TASKS.format("top1_pct") in result:
+        commonest = "always the commonest class of an image's task"
     return (
-        f"top-1 cannot be told from chance: always the commonest of {result['classes']} classes is right for "
+        f"top-1 cannot be told from chance: {commonest} is right for "
         f"{result['chance_pct']:.1f}% of these {result['test_images']:,} images"
     )

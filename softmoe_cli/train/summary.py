@@ -14,6 +14,8 @@ from softmoe_cli.config.model import Model
 from softmoe_cli.config.run import WANDB_LETTERS, Config
 from softmoe_cli.cost.fit import Fit
 from softmoe_cli.data import splits
+from softmoe_cli.data.mix import MixedSet
+from softmoe_cli.data.order import TaskDraws
 from softmoe_cli.device import KEPT, hardware, slower
 from softmoe_cli.model.router import router_class
 from softmoe_cli.run import rows
@@ -125,7 +127,7 @@ def memory_row(fit: Fit, device: torch.device, *, kept: bool) -> str:
 def time_row(setup: Setup, pace: Pace, progress: Progress) -> str:
     """How long the run will take, and how that is known."""
     known = "from a forward pass and FLOPs"
-    if setup.splits.train.images is None:
+    if setup.splits.train.images is None and not isinstance(setup.splits.train, MixedSet):
         known += ", decoding not counted"
     return f"{pace.left(setup.budget, progress, setup.config.train.eval_every)}; {known}"
 
@@ -143,6 +145,10 @@ def wandb_settings(setup: Setup, folder: Path) -> dict[str, Any]:
         "name": w.name or folder.name[-WANDB_LETTERS:],
         "config": asdict(config),
     }
+
+
+SOMETIMES = ("fewshot_", *(key.partition("{")[0] for key in (rows.TASK_QUALITY, rows.OVER_TASKS)))
+"""How those qualities begin that only some runs have."""
 
 
 def result_row(
@@ -182,12 +188,14 @@ def result_row(
         "ece_pct": test["ece_pct"],
         "validation_top1_pct": progress.validation["top1_pct"],
         "validation_loss": progress.validation["loss"],
-        **{f"validation_{key}": value for key, value in progress.validation.items() if key.startswith("fewshot_")},
+        **{f"validation_{key}": value for key, value in progress.validation.items() if key.startswith(SOMETIMES)},
+        **{key: value for key, value in test.items() if key.startswith(SOMETIMES)},
         "best_validation_top1_pct": progress.best_top1_pct,
         "best_step": progress.best_step,
         "steps": progress.step,
         "images": seen,
         "epochs": seen / len(images.train),
+        **_epochs_of_tasks(setup, progress.step),
         "batch_size": config.train.batch_size,
         "lr": config.optim.lr,
         "precision": config.train.precision,
@@ -217,9 +225,23 @@ def result_row(
     }
 
 
+def _epochs_of_tasks(setup: Setup, steps: int) -> dict[str, float]:
+    """How often training has seen each task's images; nothing where there is one set."""
+    images, config = setup.splits.train, setup.config
+    if not isinstance(images, MixedSet):
+        return {}
+    draws = TaskDraws(images, config.data.temperature, config.train.batch_size, config.seed)
+    times = (draws.before(steps) / torch.tensor([len(own) for own in draws.of_task])).tolist()
+    return {rows.TASK_EPOCHS.format(name): each for name, each in zip(config.data.sets, times, strict=True)}
+
+
 def _commonest_pct(images: splits.ImageSet) -> float:
-    """The share of the commonest class: what a model reaches that always gives the same answer."""
-    return 100 * int(images.labels.bincount().max()) / len(images)
+    """The share of the commonest class: what a model reaches that always gives the same answer; in a mix the same
+    answer for all images of a task."""
+    of_each = [images.labels]
+    if isinstance(images, MixedSet):
+        of_each = [images.labels[images.tasks == task] for task in range(len(images.parts))]
+    return 100 * sum(int(labels.bincount().max()) for labels in of_each) / len(images)
 
 
 def _commit() -> str | None:
