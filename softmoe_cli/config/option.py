@@ -31,10 +31,17 @@ def option(
     high: float = math.inf,
     above: float = -math.inf,
     choices: tuple[str, ...] = (),
+    absent: bool = False,
 ) -> Any:
-    """A dataclass field without a default: `conf/` chooses. low <= value <= high, value > above."""
-    limits = {"meaning": meaning, "low": low, "high": high, "above": above, "choices": choices}
+    """A dataclass field without a default: `conf/` chooses. low <= value <= high, value > above. `absent`: a key that
+    only some files in conf/ and some checkpoints have; elsewhere it is null."""
+    limits = {"meaning": meaning, "low": low, "high": high, "above": above, "choices": choices, "absent": absent}
     return field(default=MISSING, metadata=limits)
+
+
+def absent_keys(section: "type[Section]") -> list[str]:
+    """The keys of a section that may be absent."""
+    return [f.name for f in dataclasses.fields(section) if f.metadata.get("absent")]
 
 
 def _check_values(section: "Section") -> None:
@@ -79,8 +86,8 @@ class Section:
         """
         _check_values(self)
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        inner = {name: value.settled() for name, value in values.items() if isinstance(value, Section)}
-        settled = replace(self, **inner)
+        inner: dict[str, Any] = {name: value.settled() for name, value in values.items() if isinstance(value, Section)}
+        settled = replace(self, **inner, **{key: None for key in absent_keys(type(self)) if values[key] == MISSING})
         settled.check()
         return settled.filled()
 

@@ -1,7 +1,7 @@
 """What the model sees, batch by batch.
 
-Everything random about a training batch is a function of (seed, step): order, crop, flip, RandAugment, erasing, mixup.
-A resumed run therefore sees the same batches bit for bit, with no state saved and any number of workers.
+Everything random about a training batch is a function of (seed, step): order, views, crop, flip, RandAugment, erasing,
+mixup. A resumed run therefore sees the same batches bit for bit, with no state saved and any number of workers.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,6 +33,7 @@ from softmoe_cli.data.pixels import (
     shift_crop,
 )
 from softmoe_cli.data.splits import ImageSet
+from softmoe_cli.data.views import drawn_views, viewed
 from softmoe_cli.data.workers import by_workers
 
 
@@ -110,7 +111,7 @@ def _seed(seed: int, purpose: int, number: int) -> int:
     return int(np.random.SeedSequence((seed, purpose, number)).generate_state(1, np.uint64)[0]) >> 1
 
 
-ORDER, CHANGE, MIX, ERASE, CUT = range(5)
+ORDER, CHANGE, MIX, ERASE, CUT, VIEW = range(6)
 
 
 def stream(length: int, batch_size: int, seed: int, first_step: int) -> Iterator[Int64[Tensor, " b"]]:
@@ -162,6 +163,9 @@ def train_batches(
     changes = _Changes(augment, data.from_file and augment.crop == "resized", seed, batch_size, made)
     order = enumerate((index[made] for index in stream(len(images), batch_size, seed, first_step)), start=first_step)
     for step, index, raw in _raw(images, data, image_size, order, changes, device):
+        if images.strength is not None:
+            views = drawn_views(batch_size, images.strength, changes.chance(step, VIEW))
+            raw = viewed(raw, views.of(made, device))
         chance = changes.chance(step, CHANGE)
         if augment.randaugment is not None:
             seeds = changes.seeds(chance)

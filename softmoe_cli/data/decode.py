@@ -2,6 +2,7 @@
 
 import io
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 
+from softmoe_cli.config.data import Data
 from softmoe_cli.data.archives import Stored
 from softmoe_cli.errors import UsageError
 
@@ -44,6 +46,20 @@ def opened(stored: Stored, i: int, channels: int, max_megapixels: float) -> Imag
         ) from error
     except (OSError, EOFError, SyntaxError, ValueError) as error:
         raise UsageError(f"{stored.place(i)} is not an image that can be read: {error}") from error
+
+
+def squares(stored: Stored, data: Data) -> UInt8[Tensor, "n c s s"]:
+    """The centre squares of all images, as `data` has them.
+
+    Raises:
+        UsageError: one of them cannot be read.
+    """
+    with ThreadPoolExecutor() as pool:  # PIL decodes outside Python's lock
+        decoded = pool.map(
+            lambda i: centre(opened(stored, i, data.channels, data.max_megapixels), data.image_size, data.crop_pct),
+            range(len(stored)),
+        )
+        return torch.stack(list(decoded))
 
 
 MOST_RESIZED = 10**8

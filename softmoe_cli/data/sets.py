@@ -1,7 +1,6 @@
 """The images of `data.name`, divided into training, validation and test images, and the digest that identifies them."""
 
 import hashlib
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +9,8 @@ import torch
 from softmoe_cli.config.data import Data
 from softmoe_cli.data.archives import Stored
 from softmoe_cli.data.contents import digest
-from softmoe_cli.data.decode import centre, opened
+from softmoe_cli.data.decode import squares
+from softmoe_cli.data.exemplars import exemplars
 from softmoe_cli.data.folders import Listing
 from softmoe_cli.data.known import IDX_NAMES, cifar, cifar_part, digits, fashion_mnist, idx_arrays, idx_paths
 from softmoe_cli.data.listing import listing
@@ -29,11 +29,17 @@ def load(data: Data) -> Splits:
     Raises:
         UsageError: files that are missing, unreadable or damaged, or too few of them; the message names them.
     """
-    readers = {"digits": digits, "fashion_mnist": fashion_mnist, "cifar10": cifar, "cifar100": cifar}
-    splits = _stored(data) if data.format is not None else readers[data.name](data)
+    splits = _read(data)
     if data.num_classes is not None and data.num_classes < len(splits.classes):
         raise UsageError(f"data.num_classes={data.num_classes} is less than the {len(splits.classes)} classes found")
     return splits
+
+
+def _read(data: Data) -> Splits:
+    if data.source is not None:
+        return exemplars(load(replace(data.made_of, memory_gib=0)), data)  # the taken images alone are decoded
+    readers = {"digits": digits, "fashion_mnist": fashion_mnist, "cifar10": cifar, "cifar100": cifar}
+    return _stored(data) if data.format is not None else readers[data.name](data)
 
 
 def identity(data: Data) -> str | None:
@@ -42,6 +48,7 @@ def identity(data: Data) -> str | None:
     Raises:
         UsageError: the files cannot be used.
     """
+    data = data.made_of
     if data.name == "fashion_mnist" and data.format is None:  # files of these names hold other sets too
         return hashlib.sha256(b"".join(array.tobytes() for array in idx_arrays(data))).hexdigest()
     if data.format is None:
@@ -52,6 +59,7 @@ def identity(data: Data) -> str | None:
 
 def is_here(data: Data) -> bool:
     """Whether a set can be read as it lies there, with nothing fetched."""
+    data = data.made_of
     if data.format is not None or data.name == "digits":
         return True
     if data.name == "fashion_mnist":
@@ -91,12 +99,5 @@ def usable(data: Data) -> Listing:
 
 
 def _image_set(stored: Stored, labels: np.ndarray, data: Data, in_memory: bool) -> ImageSet:
-    images = None
-    if in_memory:
-        with ThreadPoolExecutor() as pool:  # PIL decodes outside Python's lock
-            decoded = pool.map(
-                lambda i: centre(opened(stored, i, data.channels, data.max_megapixels), data.image_size, data.crop_pct),
-                range(len(stored)),
-            )
-            images = torch.stack(list(decoded))
+    images = squares(stored, data) if in_memory else None
     return ImageSet(torch.from_numpy(labels), images, data.image_size, data.channels, stored)

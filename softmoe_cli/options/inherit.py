@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softmoe_cli.config.adapter import no_adapter
-from softmoe_cli.config.data import Data
+from softmoe_cli.config.data import DATA_FORMATS, Data
 from softmoe_cli.config.model import Model
+from softmoe_cli.config.option import absent_keys
 from softmoe_cli.config.run import Config
 from softmoe_cli.errors import UsageError
 from softmoe_cli.options.compose import door, names, overlay, say_once
@@ -245,7 +246,9 @@ def check_here(data: Data, source: "Source") -> None:
 def take_data(tree: dict[str, Any], source: "Source", typed: Sequence[str]) -> None:
     """Fills in the checkpoint's data set. Where another set was named, only its mean and deviation of pixels."""
     named = names_data(tree["data"])
-    tree["data"] = overlay(source.card["data"], tree["data"])
+    no_others = absent_keys(Data) if named else []
+    base = {key: value for key, value in source.card["data"].items() if key not in no_others}
+    tree["data"] = overlay(base, tree["data"])
     if tree["data"]["image_size"] == "auto":
         own = same_set(tree["data"], source.card["data"])
         tree["data"]["image_size"] = (source.card["data"] if own else source.card["model"])["image_size"]
@@ -258,9 +261,12 @@ def take_data(tree: dict[str, Any], source: "Source", typed: Sequence[str]) -> N
 
 def keep_cut(data: dict[str, Any], card: dict[str, Any], typed: Sequence[str]) -> None:
     """The checkpoint's own set is cut as it was for the checkpoint, unless typed otherwise: another cut would have
-    images that were trained on among those that are held out."""
+    images that were trained on among those that are held out. So is the set that the checkpoint's exemplars are of."""
     if "name" not in card or data["test_fraction"] == 1:  # all of it is for evaluation
         return
+    if card.get("source") is not None and data.get("source") is None:
+        own = card["source"]
+        card = card | {"name": own, "format": own if own in DATA_FORMATS else None, "source": None}
     other = {key: card[key] for key in CUT_KEYS if key in card and data[key] != card[key]}
     other = {key: value for key, value in other.items() if not names(f"data.{key}", typed)}
     words = " ".join(f"data.{key}={value}" for key, value in other.items())
@@ -353,6 +359,7 @@ CUT_KEYS = ("split_seed", "test_fraction", "validation_fraction")
 
 def same_set(data: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether both name the same images: one data set, and where it is read from files, one place."""
-    if any(data.get(key) != other.get(key) for key in ("name", "format")):
+    if any(data.get(key) != other.get(key) for key in ("name", "format", "source")):
         return False
-    return data.get("format") is None or Path(data["root"]).resolve() == Path(other["root"]).resolve()
+    of_files = data.get("format") is not None or data.get("source") in DATA_FORMATS
+    return not of_files or Path(data["root"]).resolve() == Path(other["root"]).resolve()

@@ -14,6 +14,7 @@ from typing import Any, Union, get_args, get_origin
 
 from softmoe_cli.config.data import Data
 from softmoe_cli.config.model import Model
+from softmoe_cli.config.option import absent_keys
 from softmoe_cli.config.recipe import Train
 from softmoe_cli.errors import UsageError
 
@@ -111,6 +112,8 @@ def _section_fault(said: Any, section: type, path: str) -> str | None:
             return f"{path} has a key {json.dumps(key)[:40]}, which is no option"
     for key, hint in known.items():
         if key not in said:
+            if key in absent_keys(section):
+                continue
             return f"it lacks {path}.{key}"
         if isinstance(hint, type) and is_dataclass(hint):
             fault = _section_fault(said[key], hint, f"{path}.{key}")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from softmoe_cli.config.data import Data
+from softmoe_cli.config.option import absent_keys
 from softmoe_cli.config.run import NOT_SCIENCE, Config
 from softmoe_cli.run.source import Source
 
@@ -24,6 +25,9 @@ def _science(config: Config) -> dict[str, Any]:
     for key in NOT_SCIENCE:
         section, _, leaf = key.rpartition(".")
         del (science[section] if section else science)[leaf]
+    for key in absent_keys(Data):
+        if science["data"][key] is None:
+            del science["data"][key]
     if config.prune.keep is None:  # the others are idle
         del science["prune"]
     own = {key: value for key, value in science["model"].pop("adapter").items() if value is not None}
@@ -57,9 +61,9 @@ def _whole_numbers(value: Any) -> Any:
 
 def settings_of(data: Data) -> dict[str, Any]:
     """What a receipt says of images: not where they lie, and how fast they are read."""
-    return {
-        key: value for key, value in dataclasses.asdict(data).items() if key not in ("root", "workers", "memory_gib")
-    }
+    said = dataclasses.asdict(data)
+    absent = [key for key in absent_keys(Data) if said[key] is None]
+    return {key: value for key, value in said.items() if key not in ("root", "workers", "memory_gib", *absent)}
 
 
 def made_from(source: Source, settings: dict[str, Any]) -> str:

@@ -9,7 +9,8 @@ from softmoe_cli.run.rows import QUALITIES
 from softmoe_cli.settle.arms import key_of
 
 SAME_IMAGES = (
-    "name", "format", "root", "label", "num_classes", "split_seed", "validation_fraction", "test_fraction",
+    "name", "format", "root", "label", "num_classes", "split_seed", "validation_fraction", "test_fraction", "source",
+    "strength", "views",
 )  # fmt: skip
 """Settings of data that decide which images a run is tested on."""
 OWN_CUT = "write 'data.split_seed=${seed}': then each seed has its own cut"
@@ -37,7 +38,7 @@ def require_comparable(typed: Sequence[Sequence[str]], trees: Sequence[dict[str,
 
 def _require_one_measure(trees: Sequence[dict[str, Any]], quality: str) -> None:
     for key in SAME_IMAGES:
-        values = list(dict.fromkeys(str(tree["data"][key]) for tree in trees))
+        values = list(dict.fromkeys(str(tree["data"].get(key)) for tree in trees))
         if len(values) > 1:
             way_out = OWN_CUT if key == "split_seed" else "settle each in a study of its own"
             raise UsageError(f"data.{key}={','.join(values)}: arms must be tested on the same images; {way_out}")
