@@ -21,7 +21,7 @@ from softmoe_cli.text import gibibytes
 
 CHOICE, VALIDATION, TEST = range(3)
 """What chance is drawn for. As spawn keys of the seed they are never those that batches are drawn with."""
-AT_ONCE = 2**15
+WITHOUT_THREADS = 2**15
 """The most numbers of the views that are made together: so few that torch starts no threads, which slow each other down
 where several programs load their images at a time."""
 
@@ -87,7 +87,7 @@ def _chosen(train: ImageSet, data: Data) -> tuple[list[int], UInt8[Tensor, "k c 
 def _fixed(images: UInt8[Tensor, "k c s s"], data: Data, part: int) -> Iterator[UInt8[Tensor, "b c s s"]]:
     """The first view of every class, then the second of every class, and so on."""
     assert data.views is not None and data.strength is not None
-    together = max(1, AT_ONCE // images[0].numel())
+    together = max(1, WITHOUT_THREADS // images[0].numel())
     for view in range(data.views):
         for number, some in enumerate(images.split(together)):
             chance = torch.Generator().manual_seed(int(_chance(data, part, view, number).integers(2**63)))
