@@ -53,7 +53,7 @@ def exemplars(source: Splits, data: Data) -> Splits:
         return ImageSet(classes.repeat(data.views or 0), views, side, train.channels)
 
     new = ImageSet(classes, images, side, train.channels, strength=data.strength)
-    said = f"{described(data.strength)}; in training always new, for validation and test {data.views} of each class"
+    said = f"{described(data.strength)}; in training always new, {data.views} of each class for validation and for test"
     notes = source.notes | {"a view": said}
     return Splits(new, fixed(VALIDATION), fixed(TEST), names, notes)
 

@@ -35,10 +35,10 @@ def described(strength: float) -> str:
     if s == 0:
         return "the image itself (data.strength=0)"
     return (
-        f"turned by up to {TURN * s:.3g} degrees, sheared by {SHEAR * s:.2g}, scaled by {SCALE**-s:.2g} to "
-        f"{SCALE**s:.2g}, moved by {MOVE * s:.2g} of the side; a crop of {1 - AREA * s:.2g} to 1 of the area; a grey "
-        f"box of up to {COVERED * s:.2g} of each side; brightness times {BRIGHTNESS**-s:.2g} to {BRIGHTNESS**s:.2g}; "
-        f"noise of up to {NOISE * s:.2g} of white"
+        f"turned by ±{TURN * s:.3g}°, sheared by ±{SHEAR * s:.2g}, scaled by {SCALE**-s:.2g} to {SCALE**s:.2g}, moved "
+        f"by ±{MOVE * s:.2g} of the side, cropped to {1 - AREA * s:.2g} of the area or more, behind a grey box of up "
+        f"to {COVERED * s:.2g} of each side, {BRIGHTNESS**-s:.2g} to {BRIGHTNESS**s:.2g} times as bright, with noise "
+        f"of up to {NOISE * s:.2g} of white"
     )
 
 

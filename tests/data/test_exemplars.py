@@ -210,7 +210,7 @@ def test_data_check(softmoe: Softmoe, tmp_path: Path) -> None:
     answer = softmoe("data", "check", *DIGITS, "data.exemplars=30", "data.views=2", "format=json")
     report = json.loads(answer.out)
     assert answer.code == 0 and (report["classes"], report["images"], report["faults"]) == (30, 150, [])
-    assert report["notes"][0].startswith("a view: turned by up to")
+    assert report["notes"][0].startswith("a view: turned by ±20°")
     same = softmoe("data", "check", *DIGITS, "data.exemplars=30", "data.views=2", "data.strength=0")
     assert same.code == 1 and "60 images of validation are in train too" in same.out
     write_tree(tmp_path / "set")
@@ -219,24 +219,40 @@ def test_data_check(softmoe: Softmoe, tmp_path: Path) -> None:
     assert {row["width_min"] for row in report["parts"]} == {8}  # the sides of these files have 8 to 13 pixels
 
 
+def results(name: str) -> tuple[str, dict[str, Any]]:
+    """Folder and result.json of the run of that name."""
+    (folder,) = Path("outputs/default").glob(f"{name}-*")
+    return str(folder), json.loads((folder / "result.json").read_text())
+
+
+START = (*TINY, *DIGITS, "data.exemplars=20", "data.views=2", "data.split_seed=3", "train.steps=1", "name=start")
+
+
 def test_from_exemplars_to_the_source_itself(softmoe: Softmoe) -> None:
-    """Train, evaluate, few-shot, finetune; the source is cut as it was for the exemplars."""
-    words = (*DIGITS, "data.exemplars=20", "data.views=2", "data.split_seed=3", "train.steps=2")
-    trained = softmoe("train", *TINY, *words, "tracking=off", "name=start")
-    assert trained.code == 0 and "a view" in trained.err + trained.out, trained
-    run = str(next(Path("outputs/default").glob("start-*")))
-    row = json.loads((Path(run) / "result.json").read_text())
+    """The source is cut as it was for the exemplars."""
+    trained = softmoe("train", *START)
+    assert trained.code == 0 and "a view" in trained.out, trained
+    run, row = results("start")
     assert (row["data"], row["classes"], row["train_images"], row["test_images"]) == ("exemplars", 20, 20, 40)
     assert row["data.strength"] == 1 and not row["test_is_cut"]
+    tuned = softmoe("finetune", f"checkpoint={run}", "data=digits", "train.steps=1", "tracking=off", "name=end")
+    assert tuned.code == 0, tuned
+    _, row = results("end")
+    assert (row["classes"], row["data.split_seed"], row["test_images"]) == (10, 3, 359)
+    assert "data.source" not in row
+
+
+@pytest.mark.thorough
+def test_a_checkpoint_of_exemplars_is_evaluated(softmoe: Softmoe) -> None:
+    """On its own views, on stronger ones, few-shot on the source."""
+    assert softmoe("train", *START).code == 0
+    run, row = results("start")
     again = json.loads(softmoe("evaluate", f"checkpoint={run}", "format=json").out)
     assert again["loss"] == pytest.approx(row["loss"], rel=1e-6)
-    harder = json.loads(softmoe("evaluate", f"checkpoint={run}", *DIGITS, "data.exemplars=20", "data.strength=2",
-                                "format=json").out)  # fmt: skip
+    words = (*DIGITS, "data.exemplars=20", "data.strength=2")
+    harder = json.loads(softmoe("evaluate", f"checkpoint={run}", *words, "format=json").out)
     assert harder["images"] == 200 and harder["loss"] != again["loss"]
     shots = softmoe("evaluate", f"checkpoint={run}", "data=digits", "fewshot=[2]", "format=json")
     assert json.loads(shots.out)["fewshot_2_images"] == 20, shots
-    tuned = softmoe("finetune", f"checkpoint={run}", "data=digits", "train.steps=1", "tracking=off", "name=end")
-    assert tuned.code == 0, tuned
-    other = json.loads((next(Path("outputs/default").glob("end-*")) / "result.json").read_text())
-    assert (other["classes"], other["data.split_seed"], other["test_images"]) == (10, 3, 359)
-    assert "data.source" not in other
+    others = softmoe("evaluate", f"checkpoint={run}", *DIGITS, "data.exemplars=20", "data.split_seed=4")
+    assert others.code == 2 and f"checkpoint={run} knows" in others.err, others
