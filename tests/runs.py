@@ -2,7 +2,11 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+import math
+import random
+import signal
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +60,31 @@ def finish(process: Started, code: int = 0) -> str:
     left, out = process.wait()
     assert left == code, out
     return out
+
+
+def kill_five_times(begin: Callable[[], Started], folder: Path) -> None:
+    """SIGKILL to what `begin` starts or goes on with in a folder: at random moments, and every second time while a
+    checkpoint is being written."""
+
+    def written() -> set[Path]:
+        return set(folder.glob("outputs/*/*/checkpoints/.last-*"))
+
+    rng, saving = random.Random(0), 0
+    for kill in range(5):
+        left = written()  # of the kill before
+        process, moment = begin(), math.inf
+        while not process.ended:
+            writing = bool(written() - left)  # one comes with the first step
+            if writing and moment == math.inf:
+                moment = time.monotonic() + rng.uniform(0, 0.4)
+            if writing if kill % 2 else time.monotonic() > moment:
+                saving += writing
+                break
+            time.sleep(0.001)
+        assert not process.ended
+        process.send(signal.SIGKILL)
+        process.wait()
+    assert saving >= 2, "too few kills met a checkpoint being written"
 
 
 def the_run(folder: Path) -> Path:

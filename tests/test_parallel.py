@@ -380,7 +380,7 @@ def test_auto_takes_the_first_way_that_fits(
             return number + 5
 
     def predicted(_load: Load, _processes: int, way: str) -> Memory:
-        return Memory(0, 0, 0, 0, 0, peak_bytes=needed[WAYS.index(way)] or 0, saving_bytes=0)
+        return Memory(0, 0, 0, 0, 0, peak_bytes=needed[WAYS.index(way)] or 0, held_bytes=0, saving_bytes=0)
 
     monkeypatch.setattr(fit, "predict", predicted)
     monkeypatch.setattr(fit, "free_memory", lambda _device: 100)

@@ -47,6 +47,9 @@ class Memory:
     average_bytes: int
     activation_bytes: int
     peak_bytes: int
+    held_bytes: int
+    """Bytes of what a checkpoint holds: weights, of a model with adapters those that are trained, an average of them,
+    and moments."""
     saving_bytes: int
     """Bytes of divided tensors, which are joined at the end in the memory of the first process's machine."""
     beside_bytes: int = 0
@@ -144,6 +147,7 @@ def predict(load: Load, processes: int = 1, way: str = "ddp") -> Memory:
     every, average = sum(moment_bytes(load.optim, size // 4) for size in trained), weights if load.ema else 0
     moments = "fp32" if load.optim is None else load.optim.moments
     beside = every if moments == "offload" else 0
+    held = (weights if load.model.adapter.name == "none" else sum(trained)) * (2 if load.ema else 1) + every
     if moments == "8bit" and device.type == "cpu":  # the update unpacks a whole parameter's moments
         peak = max(peak, weights + sum(trained) + UNPACKED_8BIT * 4 * max(size // 4 for size in trained))
     return Memory(
@@ -153,7 +157,8 @@ def predict(load: Load, processes: int = 1, way: str = "ddp") -> Memory:
         average_bytes=average,
         activation_bytes=activations,
         peak_bytes=peak + every - beside + average,
-        saving_bytes=(weights + every + average) * processes if divided else 0,
+        held_bytes=held,
+        saving_bytes=held * processes if divided else 0,
         beside_bytes=beside,
     )
 

@@ -150,11 +150,14 @@ def _check_adapter(own: dict[str, Any], model: Any, label: str) -> None:
 
 def _refuse_adapters(source: "Source", command: str) -> None:
     name = source.card.get("model", {}).get("adapter", {}).get("name", "none")
-    if name != "none":
-        way = "softmoe export makes a plain model of it" if name == "lora" else "take the model that they belong to"
-        raise UsageError(
-            f"checkpoint={source.label} has adapters ({name}), which softmoe {command} does not know; {way}"
-        )
+    if name == "none":
+        return
+    way = f"softmoe {command} takes what they belong to, and softmoe finetune adapters beside the result"
+    if name == "lora":
+        way = f"first softmoe export checkpoint={source.label}, which adds them up, then take the folder that it makes"
+    elif "base" in source.card:
+        way = way.replace("what they belong to", f"what they belong to, {source.card['base']['checkpoint']}")
+    raise UsageError(f"checkpoint={source.label} has adapters ({name}), which softmoe {command} does not know; {way}")
 
 
 def require_trust(model: dict[str, Any], source: "Source", trusted: str | None, typed: Collection[str] = ()) -> None:

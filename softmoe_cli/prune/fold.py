@@ -25,8 +25,6 @@ def folded_model(model: Model, vit: VisionTransformer) -> Model:
     Raises:
         UsageError: there is none among plain timm ViTs; the message says why.
     """
-    if model.adapter.name != "none":
-        raise UsageError(f"to=dense: a plain ViT has no adapters ({model.adapter.name}); {KEEP}")
     if model.head != "linear":
         raise UsageError(f"to=dense: the head is {model.head}, which no plain ViT has; {KEEP}")
     widths = {}

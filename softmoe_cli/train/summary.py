@@ -120,9 +120,8 @@ def memory_row(fit: Fit, device: torch.device, *, kept: bool) -> str:
             f"{gibibytes(memory.beside_bytes)} of moments in the machine's memory, up to twice that while a checkpoint "
             "is written"
         )
-    copy = memory.state_bytes - memory.gradient_bytes
-    if device.type == "cpu" and room_beside(copy, fit.free - memory.peak_bytes):
-        words.append(f"{gibibytes(copy)} more while a checkpoint is written")
+    if device.type == "cpu" and room_beside(memory.held_bytes, fit.free - memory.peak_bytes):
+        words.append(f"{gibibytes(memory.held_bytes)} more while a checkpoint is written")
     return "; ".join(words)
 
 

@@ -1,20 +1,28 @@
 """Where adapters stand in a model, what is trained, and that the start is the frozen model."""
 
+import copy
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from softmoe_cli.cost.flop import account_model, block_flop
+from softmoe_cli.device import compiled
 from softmoe_cli.errors import UsageError
 from softmoe_cli.model.adapted import AdaptedBlock, adapt, is_adapters, merged, trained_names
-from softmoe_cli.model.vit import build
+from softmoe_cli.model.vit import build, count_tokens, plain_vit
 from softmoe_cli.model.weights import load_weights
 from softmoe_cli.optim import decays
 from tests.adapters.adapters import OPTIONS, options
+from tests.conftest import thinned
 from tests.oracles import compose
-from tests.routers import start
+from tests.processes import forked
+from tests.routers import ROUTERS, start
 
 TIMM: dict[str, dict[str, Any]] = {
     "mean of tokens": {"global_pool": "avg", "class_token": False, "fc_norm": False},
@@ -23,7 +31,10 @@ TIMM: dict[str, dict[str, Any]] = {
     "norm before the blocks": {"pre_norm": True, "qk_norm": True},
 }
 """Families that upcycle takes as well."""
-ROUTERS = ("soft", "tokens_choice", "zero_computation", "mumoe_cp")
+MIXTURES: dict[str, tuple[str, ...]] = dict.fromkeys(ROUTERS, ()) | {
+    "soft, other routers in single blocks": ("model.blocks={1: tokens_choice_dropless, 3: {num_experts: 3}}",)
+}
+"""What is chosen beside a router."""
 
 
 def timms(name: str) -> VisionTransformer:
@@ -42,10 +53,10 @@ def images(chans: int = 3) -> Tensor:
     return torch.randn(4, chans, 8, 8)
 
 
-def mixture(router: str, *overrides: str) -> VisionTransformer:
+def mixed(router: str, *overrides: str) -> VisionTransformer:
     torch.manual_seed(0)
-    config = compose("model/backbone=vit_nano2", f"model/router={router}", "model.moe_blocks=[1,3]",
-                     start(router), *overrides)  # fmt: skip
+    blocks = ("model.moe_blocks=[1,3]", start(router)) if router != "dense" else ()
+    config = compose("model/backbone=vit_nano2", f"model/router={router}", *blocks, *overrides)
     return build(config.model, 10)
 
 
@@ -62,22 +73,50 @@ def test_the_start_is_the_frozen_model(family: str, adapter: str) -> None:
         assert torch.equal(vit(x), before)
 
 
-@pytest.mark.parametrize("router", ROUTERS)
-def test_the_start_is_the_frozen_mixture(router: str) -> None:
-    """What layers hand on from one to the next goes past the adapters."""
-    plain, vit = mixture(router), mixture(router, "adapter=soft_moa", "model.adapter.location=both")
+@pytest.mark.thorough
+def test_all_of_timms_vits_take_adapters_or_are_refused_by_name() -> None:
+    """With one block each. Those with an MLP that no formula knows are refused by its name."""
+    taken, refused = set(), {}
+    for name in timm.list_models(module="vision_transformer"):
+        with torch.device("meta"):
+            whole = timm.create_model(name, depth=1, num_classes=3)
+            try:
+                vit = plain_vit(name, whole)
+                block_flop(vit.blocks[0], count_tokens(vit))
+            except UsageError as error:
+                refused[name] = str(error)
+                continue
+            for adapter in OPTIONS:
+                other = copy.deepcopy(vit)
+                adapt(other, options(adapter))
+                assert other(torch.empty(1, 3, *vit.patch_embed.img_size)).shape == (1, 3)
+                account_model(other, batch=None, recompute=False)
+        taken.add(name)
+    print(len(taken), refused)
+
+
+@pytest.mark.parametrize(("mixture", "adapter"), thinned(product(MIXTURES, OPTIONS), 4))
+def test_the_start_is_the_frozen_mixture(mixture: str, adapter: str) -> None:
+    """What layers hand on from one to the next goes past the adapters, and two steps move those."""
+    router, place = mixture.partition(",")[0], [] if adapter == "lora" else ["model.adapter.location=both"]
+    plain = mixed(router, *MIXTURES[mixture])
+    vit = mixed(router, *MIXTURES[mixture], f"adapter={adapter}", *place)
     report = load_weights(vit, plain.state_dict(), keep_head=True, allow_unexpected=[])
     assert report.new and all(map(is_adapters, report.new))
     x = images(1)
     assert torch.equal(vit.eval()(x), plain.eval()(x))
+    before = {name: value.clone() for name, value in vit.state_dict().items()}
+    steps(vit, 2, chans=1)
+    moved = {name for name, value in vit.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == trained_names(vit) and {name for name in before if is_adapters(name)} < moved
 
 
-def steps(vit: VisionTransformer, number: int) -> None:
+def steps(vit: VisionTransformer, number: int, chans: int = 3) -> None:
     trained = [parameter for parameter in vit.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=0.01)
     for _ in range(number):
         optimizer.zero_grad()
-        nn.functional.cross_entropy(vit.train()(images()), torch.arange(4)).backward()
+        nn.functional.cross_entropy(vit.train()(images(chans)), torch.arange(4)).backward()
         optimizer.step()
 
 
@@ -152,6 +191,34 @@ def test_lora_is_its_formula_and_merges_exactly() -> None:
     torch.testing.assert_close(plain(pixels), vit(pixels), atol=1e-11, rtol=1e-11)
 
 
+COUNTS: dict[str, tuple[str, dict[str, Any], int]] = {
+    "Soft-MoA": ("soft_moa", {"slots_per_adapter": 1}, 76_842),
+    "Soft-MoA, in both places": ("soft_moa", {"slots_per_adapter": 1, "location": "both"}, 153_684),
+    "Soft-MoA, 14 adapters": ("soft_moa", {"slots_per_adapter": 1, "num_adapters": 14}, 152_148),
+    "Soft-MoA, normalised": ("soft_moa", {"slots_per_adapter": 1, "normalised": True}, 76_843),
+    "Dense-MoA": ("dense_moa", {"location": "attn"}, 76_849),
+    "adapter": ("bottleneck", {}, 11_526),
+    "adapter, 1/96": ("bottleneck", {"reduction": 96.0}, 14_600),
+    "adapter in both places, 1/96": ("bottleneck", {"reduction": 96.0, "location": "both"}, 29_200),
+    "adapter in both places, sequential": (
+        "bottleneck", {"reduction": 96.0, "location": "both", "insert": "sequential"}, 29_200,
+    ),
+    "LoRA": ("lora", {"reduction": 64.0}, 36_864),
+}  # fmt: skip
+"""Trained parameters in each block of width 768, with the norms of the place; r is 1/128 and there are 7, unless said
+otherwise. n (2dr + r + d) of n adapters, d n p of slots, d n + n of a dense router, 4dr of LoRA, 2d of a norm."""
+
+
+@pytest.mark.parametrize("case", COUNTS)
+def test_as_many_parameters_are_trained_as_the_formula_says(case: str) -> None:
+    name, chosen, of_block = COUNTS[case]
+    seven = {"num_adapters": 7} if name.endswith("moa") else {}
+    with torch.device("meta"):
+        vit = VisionTransformer(img_size=16, depth=12, num_classes=10, weight_init="skip")
+        adapt(vit, options(name, **{"width": None, "reduction": 128.0} | seven | chosen))
+    assert sum(p.numel() for p in vit.parameters() if p.requires_grad) == 12 * of_block + 2 * 768 + 769 * 10
+
+
 def test_what_decays() -> None:
     """Matrices of adapters, and phi where its length matters; biases and norms do not."""
     config = compose("model/router=dense", "adapter=soft_moa")
@@ -165,7 +232,7 @@ def test_recomputation_and_blocks_that_carry_give_the_same_gradients() -> None:
     grads = []
     x = images(1)
     for recompute in (False, True):
-        vit = mixture("zero_computation", "adapter=soft_moa", "model.adapter.location=both")
+        vit = mixed("zero_computation", "adapter=soft_moa", "model.adapter.location=both")
         assert all(isinstance(block, AdaptedBlock) for block in vit.blocks)
         for name, parameter in vit.named_parameters():
             if is_adapters(name):
@@ -176,6 +243,26 @@ def test_recomputation_and_blocks_that_carry_give_the_same_gradients() -> None:
     assert grads[0].keys() == grads[1].keys() == trained_names(vit)
     for name, value in grads[0].items():
         torch.testing.assert_close(grads[1][name], value)
+
+
+@pytest.mark.thorough
+def test_they_compile_as_one_graph(tmp_path: Path) -> None:
+    told = tmp_path / "told.txt"
+    assert forked(told, compile_all, timeout=600) == 0, told.read_text()
+
+
+def compile_all() -> None:
+    x = images(1)
+    for adapter in OPTIONS:
+        for router in ("dense", "soft", "zero_computation"):
+            torch.compiler.reset()
+            place = [] if adapter == "lora" else ["model.adapter.location=both"]
+            vit = randomised(mixed(router, f"adapter={adapter}", *place)).train()
+            trained = [parameter for parameter in vit.parameters() if parameter.requires_grad]
+            graph = compiled(vit, fullgraph=True, backend="aot_eager")
+            want, got = (torch.autograd.grad(each(x).square().sum(), trained) for each in (vit, graph))
+            for ours, theirs in zip(got, want, strict=True):
+                torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
 def test_half_a_set_of_adapters_is_another_architecture() -> None:

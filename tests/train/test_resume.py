@@ -1,9 +1,6 @@
 """A run that was killed, or whose checkpoint is damaged, goes on to the same bits."""
 
-import random
 import shutil
-import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +13,7 @@ from softmoe_cli.terminal import Screen
 from softmoe_cli.train.resume import load_source
 from tests.conftest import TINY, Softmoe, thinned
 from tests.oracles import compose
-from tests.runs import finish, last, same, start, the_run
+from tests.runs import finish, kill_five_times, last, same, start, the_run
 
 
 @pytest.mark.long
@@ -28,24 +25,8 @@ def test_five_kills_change_nothing(tmp_path: Path) -> None:
         "augment.crop=resized", "model.router.noise_std=0.1", "model.backbone.drop_path=0.1",
     )  # fmt: skip
     finish(start(tmp_path / "whole", *options))
-    rng, kills, saving = random.Random(0), 0, 0
-    while kills < 5:
-        process = start(tmp_path / "killed", *options)
-        moment = None
-        while not process.ended:
-            writing = list(tmp_path.glob("killed/outputs/*/*/checkpoints/.last-*"))  # one comes with the first step
-            if writing and moment is None:
-                moment = time.monotonic() + rng.uniform(0, 0.4)
-            if moment is not None and (writing if kills % 2 else time.monotonic() > moment):
-                saving += bool(writing)
-                break
-            time.sleep(0.001)
-        assert not process.ended
-        process.send(signal.SIGKILL)
-        process.wait()
-        kills += 1
+    kill_five_times(lambda: start(tmp_path / "killed", *options), tmp_path / "killed")
     finish(start(tmp_path / "killed", *options))
-    assert saving >= 2, "too few kills met a checkpoint being written"
     same(the_run(tmp_path / "whole"), the_run(tmp_path / "killed"))
 
 
