@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from softmoe_cli.data import views
 from softmoe_cli.data.views import Views, covered, drawn_views, noise, placed, viewed
@@ -129,6 +130,14 @@ def test_a_view_does_not_depend_on_what_is_beside(rows: Tensor | slice) -> None:
     raw, drawn = pictures(28), some()
     part = viewed(raw[rows], drawn.of(rows, raw.device))
     assert torch.equal(part, viewed(raw, drawn)[rows])
+
+
+def test_a_gpu_makes_its_views() -> None:
+    """Nothing of the work is left on the CPU, and nothing of the two is mixed: tensors without numbers would tell."""
+    with FakeTensorMode():
+        raw = torch.empty(B, C, S, S, dtype=torch.uint8, device="cuda")
+        made = viewed(raw, some(count=2 * B).of(torch.arange(B), raw.device))
+        assert made.device.type == "cuda" and made.shape == raw.shape
 
 
 def test_noise_is_uniform_and_independent() -> None:
