@@ -43,9 +43,9 @@ def parts(splits: Splits) -> list[list[bytes]]:
     return [pixels(part.images) for part in (splits.train, splits.validation, splits.test)]
 
 
-def some(splits: Splits, data: Data, count: int = 3, **options: Any) -> list[Batch]:
+def some(splits: Splits, data: Data, count: int = 3, **others: Any) -> list[Batch]:
     """The first batches, of 16 images."""
-    options = {"batch_size": 16, "num_classes": len(splits.classes), "change": augment()} | options
+    options: dict[str, Any] = {"batch_size": 16, "num_classes": len(splits.classes), "change": augment()} | others
     return list(itertools.islice(batches(splits.train, data, **options), count))
 
 
@@ -165,7 +165,13 @@ def test_what_a_view_is_belongs_to_the_run(tmp_path: Path) -> None:
     def mark(**changes: Any) -> str:
         return signature(replace(config, data=settings(**changes)), "train", None, None)
 
-    changes = [{"exemplars": 51}, {"views": 4}, {"strength": 0.9}, {"split_seed": 1}, {"source": "cifar10"}]
+    changes: list[dict[str, Any]] = [
+        {"exemplars": 51},
+        {"views": 4},
+        {"strength": 0.9},
+        {"split_seed": 1},
+        {"source": "cifar10"},
+    ]
     assert len({mark(), *(mark(**each) for each in changes)}) == 6 and mark(root="elsewhere") == mark()
     own = {"data.source", "data.exemplars", "data.strength", "data.views"}
     assert own <= flat_science(config).keys() and not own & flat_science(compose("data=digits")).keys()
@@ -203,7 +209,7 @@ def test_these_options_are_for_exemplars_alone() -> None:
     data = compose("data=digits").data
     for change in ({"source": "digits"}, {"exemplars": 5}, {"strength": 1.0}, {"views": 2}):
         with pytest.raises(UsageError, match="has no effect on data=digits; say data=exemplars"):
-            replace(data, **change).settled()  # type: ignore[arg-type]
+            replace(data, **change).settled()
 
 
 def test_data_check(softmoe: Softmoe, tmp_path: Path) -> None:
