@@ -106,10 +106,10 @@ def test_training_views_never_come_again() -> None:
     """Nor are they validation or test views, or the image; and each is a view of its own class's image."""
     data = settings(exemplars=10, views=20)
     splits = load(data)
-    made = torch.cat([x for x, _ in some(splits, data, 40)])
+    made = torch.cat([batch[0] for batch in some(splits, data, 40)])
     raw = pixels((made * 127.5 + 127.5).round().to(torch.uint8))
     assert len(set(raw)) == 640 and not set(raw) & set(itertools.chain(*parts(splits)))
-    labels = torch.cat([y.argmax(dim=1) for _, y in some(splits, data, 40)])
+    labels = torch.cat([batch[1].argmax(dim=1) for batch in some(splits, data, 40)])
     source = (splits.train.images.float() - 127.5) / 127.5  # type: ignore[union-attr]
     means = torch.stack([made[labels == label].mean(dim=0) for label in range(10)])
     nearest = torch.cdist(means.flatten(1), source.flatten(1)).argmin(dim=1)
@@ -121,9 +121,9 @@ def test_strength_0_is_the_source() -> None:
     splits = load(data)
     train, validation, test = parts(splits)
     assert validation == test == train * 3
-    for x, y in some(splits, data):
-        want = splits.train.images[y.argmax(dim=1)]  # type: ignore[index]
-        torch.testing.assert_close(x, want.float() / 127.5 - 1, atol=1e-6, rtol=0)
+    for batch in some(splits, data):
+        want = splits.train.images[batch[1].argmax(dim=1)]  # type: ignore[index]
+        torch.testing.assert_close(batch[0], want.float() / 127.5 - 1, atol=1e-6, rtol=0)
 
 
 def test_views_go_with_other_changes_and_with_mixup() -> None:
