@@ -300,6 +300,7 @@ def _evaluate(config: Any, typed: list[str]) -> int:
     own = next((source for source in sources if inherit.same_set(tree["data"], source.card["data"])), sources[0])
     inherit.keep_cut(tree["data"], own.card["data"], typed)
     inherit.check_alike(sources, tree["data"])
+    inherit.take_task(tree, sources[0], typed, named=named)
     checked = door(tree, EvaluateConfig)
     check_channels(checked.data, model.in_chans)
     if not named:
@@ -333,6 +334,12 @@ def _prune(config: Any, typed: list[str]) -> int:
     from softmoe_cli.prune.command import prune_as_typed
 
     return prune_as_typed(config, typed)
+
+
+def _extract(config: Any, typed: list[str]) -> int:
+    from softmoe_cli.extract.command import extract_as_typed
+
+    return extract_as_typed(config, typed)
 
 
 def _upcycle(config: Any, typed: list[str]) -> int:
@@ -445,6 +452,7 @@ ACTIONS: typing.Final[dict[str, Callable[[list[str]], int]]] = {
     "settle": _settle,
     "upcycle": _composing("upcycle", _upcycle),
     "prune": _composing("prune", _prune),
+    "extract": _composing("extract", _extract),
     "evaluate": _composing("evaluate", _evaluate),
     "export": _composing("export", _export),
     "cost": _cost,

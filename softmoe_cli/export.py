@@ -54,6 +54,11 @@ def export(config: ExportConfig, model: Model, source: Source) -> dict[str, Any]
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     check_evaluated("images", config.images, model)
+    if model.tasks:
+        raise UsageError(
+            f"checkpoint={source.label} must be told each image's task, of {', '.join(model.tasks)}; export one of "
+            f"them: softmoe extract checkpoint={source.label} task=NAME"
+        )
     if "head.weight" not in source.weights:
         raise UsageError(f"checkpoint={source.label} has no head; softmoe finetune gives it one")
     if experts_left(source.weights):
@@ -90,7 +95,7 @@ def _fill(config: ExportConfig, model: Model, source: Source, receipt: dict[str,
     vit = _built(model, weights)
     splits = sets.load(config.data)
     splits.need("validation")
-    images, _ = batches.first_images(splits.validation, config.data, model, config.images)
+    images = batches.first_images(splits.validation, config.data, model, config.images).images
     group = evaluation_group(model)
     batch = None if group == 1 else group
 

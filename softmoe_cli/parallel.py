@@ -251,7 +251,7 @@ class Crew:
     def _axis(self, parameter: nn.Parameter) -> Shard:
         return Shard(cut_axis(parameter.shape, self.size))
 
-    def prepare(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
+    def prepare(self, model: nn.Module) -> Callable[..., Tensor]:
         """The forward pass; the gradients of its backward pass are added up over all processes as they are computed."""
         if self.size == 1:
             return model
@@ -272,7 +272,7 @@ class Crew:
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view")  # phi's, which are small
         return parallel
 
-    def passing(self, forward: Callable[[Tensor], Tensor], share: Share, *, last: bool) -> AbstractContextManager[Any]:
+    def passing(self, forward: Callable[..., Tensor], share: Share, *, last: bool) -> AbstractContextManager[Any]:
         """Around one part of a batch, forwards and backwards; gradients are exchanged with the last one."""
         if self.size == 1:
             return nullcontext()

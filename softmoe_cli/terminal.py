@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from softmoe_cli.run.rows import of_tasks
 from softmoe_cli.signals import nobody_listens
 from softmoe_cli.text import flop, in_words, printable_lines
 
@@ -88,9 +89,10 @@ class Screen:
 
     def evaluation(self, row: dict[str, Any], note: str = "") -> None:
         """A line per evaluation; a narrow terminal goes without the epoch."""
+        by_task = ", ".join(f"{name} {figure:.2f}%" for name, figure in of_tasks(row, "top1_pct").items())
         parts = [
             f"{row['split']:<10}", f"step {row['step']:>7,}", f"epoch {row['epoch']:7.2f}", f"loss {row['loss']:.4f}",
-            f"top-1 {row['top1_pct']:6.2f}%", flop(1e15 * row["train_pflop"]), in_words(row["device_s"]), note,
+            f"top-1 {row['top1_pct']:6.2f}%", by_task, flop(1e15 * row["train_pflop"]), in_words(row["device_s"]), note,
         ]  # fmt: skip
         line = "  ".join(filter(None, parts))
         if self.console.is_terminal and len(line) > self.console.width:

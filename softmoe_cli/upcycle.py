@@ -25,6 +25,7 @@ from softmoe_cli.data import batches, sets
 from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.evaluate.quality import classification_loss
 from softmoe_cli.model.router import check_evaluated, router_class
+from softmoe_cli.model.tasks import valid_answers
 from softmoe_cli.model.vit import build, count_tokens, portable
 from softmoe_cli.model.weights import LoadReport, load_weights, patterns
 from softmoe_cli.moe.kind import Layer
@@ -80,13 +81,13 @@ def upcycle(config: UpcycleConfig, source: Source) -> dict[str, Any]:
     new = build(model, classes)
     keys = transplant(old, new, report, noise=config.expert_noise, redraw=config.expert_redraw)
 
-    images, labels = batches.first_images(splits.validation, config.data, model, config.images)
+    batch = batches.first_images(splits.validation, config.data, model, config.images)
     training = carried_moments(moments, new, keys)
     loss = source.card.get("loss", "softmax")
-    changes = measure_both(old, new, images, labels, keep_head=keep_head, loss=loss, exact=config.preserve)
+    changes = measure_both(old, new, batch, keep_head=keep_head, loss=loss, exact=config.preserve)
     weights = {key: value.contiguous() for key, value in new.state_dict().items()}
     receipt: dict[str, Any] = {"source": {"checkpoint": source.label, "digest": source.digest}, "settings": settings}
-    receipt |= {"result": {"digest": digest_of(weights)}, "images": len(images), **changes}
+    receipt |= {"result": {"digest": digest_of(weights)}, "images": len(batch.labels), **changes}
     receipt |= {"cost": {when: cost.row for when, cost in costs.items()}, "keys": keys}
     receipt["unused"] = report.unexpected
     receipt["optimizer"] = _carried(training, new) if training else None
@@ -277,8 +278,7 @@ def redraw_units(experts: Stacked, share: float) -> None:
 def measure_both(
     old: VisionTransformer,
     new: VisionTransformer,
-    images: Float[Tensor, "b c s s"],
-    labels: Tensor,
+    batch: batches.Batch,
     *,
     keep_head: bool,
     loss: str,
@@ -293,21 +293,24 @@ def measure_both(
 
     def outputs(vit: VisionTransformer) -> Tensor:
         vit.eval().to(dtype)
-        out: Tensor = vit.forward_head(vit.forward_features(images.to(dtype)), pre_logits=not keep_head)
+        inputs = (batch.images.to(dtype), *batch.inputs[1:])
+        out: Tensor = vit(*inputs) if keep_head else vit.forward_head(vit.forward_features(*inputs), pre_logits=True)
         vit.float()
         return out
 
     before, after = outputs(old), outputs(new)
-    change = (after - before).abs()
+    valid = valid_answers(new, batch.inputs) if keep_head else None
+    told = [each if valid is None else each[valid] for each in (before, after)]
+    change = (told[1] - told[0]).abs()
     if exact and not change.max().item() <= EXACT_MODEL:
         raise RunError(f"preserve=true, but an output changes by {change.max().item():.2g}: an error of softmoe's")
     row = {"outputs": "logits" if keep_head else "features", "precision": str(dtype).removeprefix("torch.")}
-    numbers: dict[str, float | None] = {"mean_size": before.abs().mean().item(), "mean_change": change.mean().item()}
+    numbers: dict[str, float | None] = {"mean_size": told[0].abs().mean().item(), "mean_change": change.mean().item()}
     numbers |= {"max_change": change.max().item(), "loss_before": None, "loss_after": None}
     if keep_head:
-        targets = F.one_hot(labels, before.shape[1]).float()
-        numbers["loss_before"] = classification_loss(before, targets, loss).item()
-        numbers["loss_after"] = classification_loss(after, targets, loss).item()
+        targets = F.one_hot(batch.labels, before.shape[1]).float()
+        numbers["loss_before"] = classification_loss(before, targets, loss, valid).item()
+        numbers["loss_after"] = classification_loss(after, targets, loss, valid).item()
     return row | numbers
 
 

@@ -81,7 +81,7 @@ def contents(images: ImageSet) -> list[tuple[int, bytes]]:
     batches = eval_batches(
         images, settings("folder", Path(), mean=[0.0], std=[1.0]), image_size=SIDE, in_chans=3, batch_size=7, device=CPU
     )
-    pairs = [pair for xs, ys in batches for pair in zip(xs, ys.tolist(), strict=True)]
+    pairs = [pair for xs, ys, _ in batches for pair in zip(xs, ys.tolist(), strict=True)]
     return sorted((label, x.mul(255).round().byte().numpy().tobytes()) for x, label in pairs)
 
 

@@ -6,7 +6,12 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 YAMLS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((ROOT / "conf/model/router").glob("*.yaml"))}
-ROUTERS = {name: options for name, options in YAMLS.items() if options["_target_"] is not None}
+ROUTERS = {
+    name: options | ({"num_tasks": 1} if "num_tasks" in options else {})
+    for name, options in YAMLS.items()
+    if options["_target_"] is not None
+}
+"""The options of every router; of those that decide for tasks with one, which needs no name."""
 
 
 def start(router: str) -> str:

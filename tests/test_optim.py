@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from softmoe_cli.config.recipe import Optim
+from softmoe_cli.data.batches import Batch
 from softmoe_cli.errors import UsageError
 from softmoe_cli.evaluate.quality import classification_loss
 from softmoe_cli.model.vit import build
@@ -275,7 +276,7 @@ def test_an_update_that_overflows_leaves_weights_and_moments(name: str) -> None:
     quiet = torch.autocast("cpu", enabled=False)
     norms = []
     for _ in range(20):
-        norms.append(update(Step(vit, vit, optimizer, scaler, quiet, [], config), x, targets, 0.01)[2])
+        norms.append(update(Step(vit, vit, optimizer, scaler, quiet, [], config), Batch(x, targets), 0.01)[2])
         if math.isfinite(norms[-1]):
             break
         assert not optimizer.state and all(torch.equal(before[key], value) for key, value in vit.state_dict().items())
@@ -373,7 +374,7 @@ def test_an_update_moves_each_layer_by_its_share_and_what_is_frozen_not_at_all()
     optimizer, scaler = optimizer_of(vit, config.optim), torch.amp.GradScaler("cpu", enabled=False)
     with routings(vit) as seen:
         quiet = torch.autocast("cpu", enabled=False)
-        update(Step(vit, vit, optimizer, scaler, quiet, seen, config), x, targets, 0.1)
+        update(Step(vit, vit, optimizer, scaler, quiet, seen, config), Batch(x, targets), 0.1)
     for name, parameter in vit.named_parameters():
         gradient = gradients[name]
         if name.startswith("blocks.0.") or name.endswith(".phi"):

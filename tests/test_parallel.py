@@ -405,7 +405,7 @@ def test_rows_of_a_batch_are_those_of_the_whole(mixup: float) -> None:
     )  # fmt: skip
     images = sets.load(config.data).train.subset(np.arange(40))
 
-    def batches(chosen: Tensor | slice) -> list[tuple[Tensor, Tensor]]:
+    def batches(chosen: Tensor | slice) -> list[data_batches.Batch]:
         made = data_batches.train_batches(
             images, config.data, config.augment, image_size=8, in_chans=1, num_classes=10, batch_size=10,
             label_smoothing=0.1, seed=3, first_step=0, device=CPU, rows=chosen,
@@ -413,7 +413,7 @@ def test_rows_of_a_batch_are_those_of_the_whole(mixup: float) -> None:
         return [next(made) for _ in range(3)]
 
     chosen = torch.tensor([0, 1, 4, 7])
-    for (x, targets), (whole, all_targets) in zip(batches(chosen), batches(slice(None)), strict=True):
+    for (x, targets, _), (whole, all_targets, _) in zip(batches(chosen), batches(slice(None)), strict=True):
         assert torch.equal(x, whole[chosen]) and torch.equal(targets, all_targets[chosen])
 
 

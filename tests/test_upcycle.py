@@ -248,7 +248,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", thinned([name for name in ROUTERS if not name.startswith("mumoe_")], 4))
 def test_every_router(name: str, source: Path, softmoe: Softmoe) -> None:
-    noise = ["expert_noise=0.1"] if name.startswith("uniform") else []
+    noise = ["expert_noise=0.1"] if name.startswith(("uniform", "static")) else []
+    noise += ["model.router.num_tasks=1"] if "num_tasks" in ROUTERS[name] else []
     answer = softmoe(
         "upcycle", f"checkpoint={source}", f"model/router={name}", *BLOCKS, *noise, "folder=up", "images=8"
     )

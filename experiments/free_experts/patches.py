@@ -49,7 +49,7 @@ def looked_at(run: str) -> tuple[Tensor, Tensor, Tensor, ZeroComputationRouter]:
         sets.load(data).test, data, image_size=config.image_size, in_chans=config.in_chans, batch_size=64,
         device=torch.device("cpu"),
     )  # fmt: skip
-    for x, _ in batches:
+    for x, *_ in batches:
         seen.clear()
         vit(x)
         patches = F.unfold(x.mean(dim=1, keepdim=True), side, stride=side)  # b pixels patches

@@ -37,16 +37,16 @@ def main() -> None:
     plain, looped = [], []  # seconds of each step
     make_batches = batches.train_batches
 
-    def in_turns(*args: Any, **kwargs: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        batches = make_batches(*args, **kwargs)
+    def in_turns(*args: Any, **kwargs: Any) -> Iterator[batches.Batch]:
+        made = make_batches(*args, **kwargs)
         model = build(config.model, kwargs["num_classes"]).train()
         optimizer, rate = optimizer_of(model, config.optim), schedule(config.optim, STEPS)
         for step in range(STEPS):
             start = time.perf_counter()
-            x, targets = next(batches)
+            batch = next(made)
             shared = time.perf_counter() - start
             start = time.perf_counter()
-            loss = torch.nn.functional.cross_entropy(model(x), targets)
+            loss = torch.nn.functional.cross_entropy(model(batch.images), batch.labels)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm or math.inf)
             for group in optimizer.param_groups:
@@ -56,7 +56,7 @@ def main() -> None:
             loss.item()
             plain.append(time.perf_counter() - start + shared)
             start = time.perf_counter()
-            yield x, targets
+            yield batch
             looped.append(time.perf_counter() - start + shared)
 
     batches.train_batches = in_turns

@@ -45,6 +45,7 @@ from softmoe_cli.check.official import (
     vectors_folder,
 )
 from softmoe_cli.errors import UsageError, first_line, nearest
+from softmoe_cli.model.router import router_class
 from softmoe_cli.moe.kind import Decider
 from softmoe_cli.options.conf_files import files, load_yaml
 
@@ -60,7 +61,8 @@ def options_to_check(name: str) -> dict[str, Any]:
         options = load_yaml(routers[name])
         if options.get("_target_") is None:
             raise UsageError(f"{name} has no router to check")
-        return options
+        left = router_class(str(options["_target_"])).for_checks
+        return options | {key: value for key, value in left.items() if options.get(key) is None}
     path = Path(name)
     if path.suffix != ".py":
         raise UsageError(f"there is no router '{name}'.{nearest(name, routers)} Routers: {', '.join(sorted(routers))}")

@@ -65,7 +65,7 @@ class Subject:
 
     @staticmethod
     def _build(options: dict[str, Any]) -> Layer:
-        return make_layer(options, DIM, HIDDEN, TOKENS, gelu="tanh", identical=False)
+        return told_tasks(make_layer(options, DIM, HIDDEN, TOKENS, gelu="tanh", identical=False))
 
     def layer(self, dtype: torch.dtype | None = None, **changes: Any) -> Layer:
         """A layer in evaluation mode, always with the same weights; `changes` replace those router options that the
@@ -80,7 +80,9 @@ class Subject:
         """Two layers of which the second follows the first; None where layers hand nothing on."""
         torch.manual_seed(0)
         first, second = self._build(self.options), self._build(self.options)
-        if not isinstance(first, MoE) or not isinstance(second, MoE) or not second.router.carries:
+        if not isinstance(first, MoE) or not isinstance(second, MoE):
+            return None
+        if not second.router.carries or second.router.by_task:  # of a task nothing is handed on that could change
             return None
         second.router.follow(first.router)
         pair = TwoLayers(first, second)
@@ -91,6 +93,20 @@ class Subject:
         generator = torch.Generator().manual_seed(1)
         images = GROUPS * group_of(self.options)  # groups for losses may be larger than groups for slots
         return torch.randn(images, TOKENS, DIM, dtype=torch.float64, generator=generator).to(dtype or self.dtype)
+
+
+def told_tasks(layer: Layer) -> Layer:
+    """The layer, whose router is told the tasks of images by what they show, so that an image keeps its task wherever
+    it stands: by its smallest number, which neither the order of tokens nor large padding changes."""
+    if isinstance(layer.router, Router) and layer.router.by_task:
+        tasks = layer.router.fixed_options()["num_tasks"]
+
+        def tell(_router: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            x, keep, *_ = (*inputs, None)
+            return x, keep, Carried(task=(100 * x.detach().amin(dim=(1, 2))).long() % tasks)
+
+        layer.router.register_forward_pre_hook(tell)
+    return layer
 
 
 @torch.no_grad()
@@ -386,7 +402,9 @@ def rebuilt(subject: Subject) -> Finding:
     """The options that a checkpoint keeps build the same layer, for any number of tokens."""
     layer, x = subject.layer(), subject.batch()
     kept = portable_options(subject.options, layer)
-    again, same = (make_layer(kept, DIM, HIDDEN, n, gelu="tanh", identical=False) for n in (2 * TOKENS, TOKENS))
+    again, same = (
+        told_tasks(make_layer(kept, DIM, HIDDEN, n, gelu="tanh", identical=False)) for n in (2 * TOKENS, TOKENS)
+    )
     for each in (again, same):
         each.to(subject.dtype).eval().load_state_dict(layer.state_dict())
     if portable_options(kept, again) != kept:

@@ -40,6 +40,9 @@ class EvaluateConfig(Section):
         "a list of checkpoints: all of them, or those that do not lower validation top-1", choices=("uniform", "greedy")
     )
     data: Data = field(default_factory=Data)
+    task: str | None = option(
+        "of a checkpoint that knows several tasks the one that the images are of; null: all, on its own mix of sets"
+    )
     split: str = option("which images", choices=("test", "validation", "train"))
     batch_size: int = option("images per forward pass", low=1)
     loss: str | None = option("as in train.loss; null: the checkpoint's", choices=("softmax", "sigmoid"))
@@ -177,6 +180,35 @@ class PruneConfig(Section):
             )
 
 
+@dataclass
+class ExtractConfig(Section):
+    """What `softmoe extract` composes."""
+
+    path: ClassVar[str] = ""
+    checkpoint: str = option("a run folder, a .safetensors file or hf-hub:OWNER/NAME, trained with data=mix")
+    trust: str | None = option("a router of the checkpoint's that is not softmoe's, as module.Class: its code will run")
+    task: Any = option("the task to extract, by the name of its set, or a list of some")
+    form: str = option(
+        "experts: a mixture of the experts that the tasks take; folded: of one task, one expert in each block; dense: "
+        "that as a plain ViT",
+        choices=("experts", "folded", "dense"),
+    )
+    data: Data = field(default_factory=Data)
+    batch_size: int = option("images per forward pass", low=1)
+    clock: bool = option("measure the latency of both models on this machine, in turns")
+    repeats: int = option("times that the clock measures each", low=3)
+    folder: str | None = option("where the checkpoint goes; null: output_root/extracted/NAME-SIGNATURE")
+    output_root: str = option("the folder of all studies")
+    format: str = option("what is printed", choices=("table", "json"))
+    device: str = option("auto: cuda, else mps, else cpu", choices=DEVICES)
+    threads: int | None = option("CPU threads; null: torch's choice", low=1)
+
+    def check(self) -> None:
+        names = as_list(self.task)
+        if not names or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+            raise UsageError(f"task={typed(self.task)} is neither a task nor a list of some, each once")
+
+
 PROGRAMS = ("torch_export", "onnx")
 
 
@@ -270,6 +302,7 @@ class MatchConfig(Measured):
 
 SCHEMAS: dict[str, type[Section]] = {
     "train": Config, "finetune": Config, "evaluate": EvaluateConfig, "cost": CostConfig, "match": MatchConfig,
-    "upcycle": UpcycleConfig, "prune": PruneConfig, "export": ExportConfig, "data": DataCheckConfig,
+    "upcycle": UpcycleConfig, "prune": PruneConfig, "extract": ExtractConfig, "export": ExportConfig,
+    "data": DataCheckConfig,
 }  # fmt: skip
 """What each command composes."""

@@ -19,6 +19,20 @@ OF_EXEMPLARS = ("source", "exemplars", "strength", "views")
 """What such data alone have."""
 SOURCES = (*KNOWN_SETS, *DATA_FORMATS)
 """What they may be taken from."""
+MIX_NAME = "mix"
+"""The name of data that are several sets."""
+OF_A_SET = (
+    "name", "format", "root", "label", "num_classes", "image_size", "crop_pct", "channels", "mean", "std", "hflip",
+    "shift", "validation_fraction", "test_fraction",
+)  # fmt: skip
+"""What each set of a mix has for itself, its root only where it is another one than the mix's."""
+OF_THE_MIX = ("root", "crop", "area", "split_seed", "workers", "prefetch", "memory_gib", "max_megapixels")
+"""What all sets of a mix have in common."""
+IDLE_IN_A_MIX: dict[str, Any] = {
+    "format": None, "label": None, "class_numbers": False, "crop_pct": None, "from_file": False, "mean": [0.0],
+    "std": [1.0], "validation_fraction": 0.1, "test_fraction": 0.2,
+}  # fmt: skip
+"""What a mix leaves to its sets, with what stands there instead."""
 
 
 @dataclass
@@ -88,6 +102,18 @@ class Data(Section):
         "exemplars: fixed views of each class for validation, and as many others for test", low=1, absent=True
     )
 
+    sets: Any = option(
+        "mix: the sets, each of which is a task: [digits,fashion_mnist], or with options: [digits, {data: folder, "
+        "name: site_a, root: PATH, num_classes: 3, image_size: 28}]",
+        absent=True,
+    )
+    temperature: Any = option(
+        "mix: a set of n training images is drawn from in proportion to n^(1/temperature); 1: as often as it has "
+        "images, inf: as often as every other",
+        above=0,
+        absent=True,
+    )
+
     @property
     def made_of(self) -> "Data":
         """Of exemplars the set that they are taken from; of other data themselves."""
@@ -97,13 +123,38 @@ class Data(Section):
         format = self.source if self.source in DATA_FORMATS else None
         return replace(self, name=self.source, format=format, num_classes=None, **nothing)
 
+    def of_sets(self) -> "list[Data]":
+        """The sets of a mix, in the order of their tasks; of other data themselves."""
+        if self.sets is None:
+            return [self]
+        common = {key: getattr(self, key) for key in OF_THE_MIX}
+        common |= {"class_numbers": False, "from_file": False, **dict.fromkeys(OF_EXEMPLARS)}
+        common |= {"sets": None, "temperature": None}
+        return [Data(**common | own) for own in self.sets.values()]
+
+    @property
+    def tasks(self) -> dict[str, int] | None:
+        """The classes of each task; None where the data are one set, and so no task can be told from another."""
+        return None if self.sets is None else {name: own["num_classes"] for name, own in self.sets.items()}
+
     def check(self) -> None:
-        if self.name == EXEMPLARS and self.format is None:
+        single = self.name == EXEMPLARS and self.format is None
+        idle = [] if single else [key for key in OF_EXEMPLARS if getattr(self, key) is not None]
+        if idle:
+            value = typed(getattr(self, idle[0]))
+            raise UsageError(f"data.{idle[0]}={value} has no effect on data={self.name}; say data=exemplars")
+        if self.name == MIX_NAME and self.format is None:
+            check_mix(self)
+        elif self.sets is not None or self.temperature is not None:
+            said = {"temperature": self.temperature, "sets": None if self.sets is None else list(self.sets)}
+            key, value = next((key, value) for key, value in said.items() if value is not None)
+            raise UsageError(f"data.{key}={typed(value)} has no effect on data={self.name}; say data=mix")
+        elif single:
             self._check_exemplars()
-            return
-        for key in OF_EXEMPLARS:
-            if (value := getattr(self, key)) is not None:
-                raise UsageError(f"data.{key}={typed(value)} has no effect on data={self.name}; say data=exemplars")
+        else:
+            self._check_set()
+
+    def _check_set(self) -> None:
         if "://" in self.root:
             raise UsageError(
                 f"data.root={self.root} is an address; a run must find each image again at any time, so download the "
@@ -164,6 +215,11 @@ def check_side(name: str, format: str | None, side: Any) -> None:
 
 def check_channels(data: Data, in_chans: int) -> None:
     """Grey images can be repeated into colour channels; nothing else converts by itself."""
+    for each in data.of_sets():
+        _check_channels(each, in_chans)
+
+
+def _check_channels(data: Data, in_chans: int) -> None:
     if data.channels not in (1, in_chans):
         raise UsageError(
             f"model.in_chans={in_chans} cannot take data.channels={data.channels} of data={data.name}; "
@@ -172,3 +228,47 @@ def check_channels(data: Data, in_chans: int) -> None:
     for key in ("mean", "std"):
         if len(getattr(data, key)) not in (1, in_chans):
             raise UsageError(f"data.{key}={getattr(data, key)} needs 1 or model.in_chans={in_chans} numbers")
+
+
+def check_mix(data: Data) -> None:
+    """Checks what a mix leaves to its sets, and that each of them is a task of its own.
+
+    Raises:
+        UsageError: it is no mix that can be trained on.
+    """
+    if "://" in data.root:
+        raise UsageError(f"data.root={data.root} is an address; download the sets and name their folder")
+    if not isinstance(data.sets, dict) or len(data.sets) < 2:
+        raise UsageError(
+            f"data.sets={typed(list(data.sets or []))} is no mix; name at least two sets: data.sets=[digits,cifar10]"
+        )
+    for key, value in IDLE_IN_A_MIX.items():
+        if getattr(data, key) != value:
+            raise UsageError(
+                f"data.{key}={typed(getattr(data, key))} has no effect on data=mix, where each set has its own: "
+                f"data.sets=[{{data: {next(iter(data.sets))}, {key}: …}}]"
+            )
+    if data.temperature != "inf" and type(data.temperature) not in (int, float):
+        raise UsageError(f"data.temperature={typed(data.temperature)} is neither a number above 0 nor inf")
+    for each in data.of_sets():
+        _check_part(each)
+    if data.num_classes != sum(own["num_classes"] for own in data.sets.values()):
+        raise UsageError(f"data.num_classes={data.num_classes} is not the number of classes of all sets; leave it out")
+    if data.channels != max(own["channels"] for own in data.sets.values()):
+        raise UsageError(f"data.channels={data.channels} is not the most that a set of the mix has; leave it out")
+
+
+def _check_part(part: Data) -> None:
+    """Checks one set of a mix."""
+    where = f"data.sets, {part.name}"
+    if part.name == MIX_NAME and part.format is None:
+        raise UsageError(f"{where}: a mix is of sets alone; name the sets of both mixes in one list")
+    if type(part.num_classes) is not int or type(part.image_size) is not int:
+        raise UsageError(f"{where}: say num_classes and image_size, which a mix must know before it reads a file")
+    if part.num_classes < 2:
+        raise UsageError(f"{where}: a set of one class is no task, since its answer is always the same")
+    if part.test_fraction == 1:
+        raise UsageError(f"{where}: test_fraction=1 leaves no training and validation images, which each task needs")
+    if "/" in part.name:
+        raise UsageError(f"{where}: a task's name is a part of class names, and cannot have / in it")
+    part.settled()

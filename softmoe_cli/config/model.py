@@ -80,6 +80,11 @@ class Model(Section):
         "identical: all experts of a layer start equal (official)", choices=("identical", "independent")
     )
     expert_width: int | None = option("hidden width of an expert; null: that of the MLP it replaces", low=1)
+    tasks: Any = option(
+        "the tasks that it knows, with the number of each one's classes, as data=mix says; null: one, which needs no "
+        "name",
+        absent=True,
+    )
     head: str = option("linear, or a router of linear experts (mumoe_cp) that make one layer with as many parameters")
     head_experts: int | None = option("experts of a head that is not linear", low=1)
     head_norm: str | None = option(

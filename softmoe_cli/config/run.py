@@ -147,6 +147,17 @@ class Config(Section):
                 f"prune.keep={self.prune.keep} drops experts that are trained, and adapter={self.model.adapter.name} "
                 "keeps them frozen; set one of them to null or none"
             )
+        paired = "mixup" if self.augment.mixup else "cutmix"
+        if self.data.sets is not None and getattr(self.augment, paired):
+            raise UsageError(
+                f"augment.{paired}={getattr(self.augment, paired):g} mixes two images, which data=mix may have of two "
+                "tasks; set augment.mixup=0 and augment.cutmix=0"
+            )
+        if self.data.sets is not None and self.train.fewshot:
+            raise UsageError(
+                f"train.fewshot={self.train.fewshot} is of the classes of one set, and data=mix has several; leave it "
+                "out, and evaluate the run with task=NAME fewshot=…"
+            )
         settled = self.train.batch_size != "auto"
         if settled and (self.augment.mixup or self.augment.cutmix) and self.train.batch_size % 2:
             raise UsageError(

@@ -19,6 +19,7 @@ from softmoe_cli.cost.load import Load
 from softmoe_cli.cost.memory import Live, predict
 from softmoe_cli.device import compiled, free_memory, hardware, keep_freed_memory, precision_context, wait
 from softmoe_cli.errors import UsageError
+from softmoe_cli.model.tasks import any_task
 from softmoe_cli.model.vit import build, prepare
 from softmoe_cli.moe.routing import full_precision, routings
 from softmoe_cli.text import gibibytes
@@ -67,12 +68,12 @@ class Workload:
         self.x = torch.randn(load.batch, load.model.in_chans, *vit.patch_embed.img_size, device=self.device)
         self.targets = torch.randint(load.num_classes, (load.batch,), device=self.device)
         self.optimizer = torch.optim.AdamW(vit.parameters(), fused=self.device.type in ("cpu", "cuda"))
-        self.call: Callable[[torch.Tensor], torch.Tensor] = compiled(vit) if load.compile else vit
+        self.call: Callable[..., torch.Tensor] = compiled(vit) if load.compile else vit
 
     def forward(self) -> None:
         self.model.eval()
         with torch.no_grad(), self.autocast:
-            self.call(self.x)
+            self.call(*any_task(self.model, self.x))
 
     def step(self) -> None:
         """One update, as training makes it, in as many parts."""
@@ -81,7 +82,7 @@ class Workload:
         with routings(self.model) as seen, self.autocast:
             for x, targets in zip(self.x.chunk(self.accumulate), self.targets.chunk(self.accumulate), strict=True):
                 seen.clear()
-                logits = self.call(x)
+                logits = self.call(*any_task(self.model, x))
                 with full_precision(x):
                     loss = F.cross_entropy(logits.float(), targets)
                     (loss + sum((routing.aux_loss for routing in seen), loss.new_zeros(()))).backward()

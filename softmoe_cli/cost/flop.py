@@ -32,6 +32,7 @@ from softmoe_cli.config.model import Model
 from softmoe_cli.errors import UsageError, first_line
 from softmoe_cli.model.adapted import AdaptedBlock, is_adapters
 from softmoe_cli.model.blocks import CarryingBlock
+from softmoe_cli.model.tasks import any_task
 from softmoe_cli.model.vit import build, count_tokens
 from softmoe_cli.moe.kind import Decider, Layer
 from softmoe_cli.moe.layer import MoE
@@ -446,7 +447,7 @@ def count_forward(vit: VisionTransformer) -> Count:
     """
     images = _images(vit, None)
     with counter() as seen, torch.no_grad():
-        vit.eval()(images)
+        vit.eval()(*any_task(vit, images))
     return Count(len(images), seen.get_total_flops(), _by_part(seen, type(vit).__name__))
 
 
@@ -456,7 +457,7 @@ def count_flop(vit: VisionTransformer, *, batch: int | None = None, recompute: b
     images, name = _images(vit, batch), type(vit).__name__
     vit.set_grad_checkpointing(recompute)
     with counter() as seen:
-        logits = vit.train()(images)
+        logits = vit.train()(*any_task(vit, images))
         forward = Count(len(images), seen.get_total_flops(), _by_part(seen, name))
         logits.sum().backward()  # losses, auxiliary ones included, have no products
     step = Count(len(images), seen.get_total_flops(), None if recompute else _by_part(seen, name))

@@ -27,6 +27,7 @@ from softmoe_cli.cost.load import Load
 from softmoe_cli.cost.sharded import FirstExperts, FullyShard, indivisible
 from softmoe_cli.device import precision_context
 from softmoe_cli.errors import UsageError
+from softmoe_cli.model.tasks import any_task
 from softmoe_cli.model.vit import build, count_tokens, prepare
 from softmoe_cli.moe.layer import MoE
 from softmoe_cli.moe.processor import borrowed
@@ -211,7 +212,7 @@ def _step(
         for part_x, part_targets in parts:
             seen.clear()
             try:
-                logits = vit(part_x)
+                logits = vit(*any_task(vit, part_x))
             except (DataDependentOutputException, DynamicOutputShapeException) as error:
                 raise UsageError(
                     f"{load.model.router_name} asks what numbers a tensor holds ({error.func}), so that its cost "

@@ -5,10 +5,10 @@ mixup. A resumed run therefore sees the same batches bit for bit, with no state 
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import tee
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int64, UInt8
 from timm.data import Mixup
@@ -21,6 +21,8 @@ from softmoe_cli.config.model import Model
 from softmoe_cli.config.recipe import Augment
 from softmoe_cli.data.archives import Stored
 from softmoe_cli.data.decode import centre, opened, random_square
+from softmoe_cli.data.mix import MixedSet
+from softmoe_cli.data.order import CHANGE, CUT, ERASE, MIX, VIEW, TaskDraws, mixed_stream, purpose_seed, stream
 from softmoe_cli.data.pixels import (
     boxes,
     erased,
@@ -35,6 +37,20 @@ from softmoe_cli.data.pixels import (
 from softmoe_cli.data.splits import ImageSet
 from softmoe_cli.data.views import drawn_views, viewed
 from softmoe_cli.data.workers import by_workers
+
+
+class Batch(NamedTuple):
+    """Images as a model sees them, what is right for them, and where the data are a mix, the task of each."""
+
+    images: Float[Tensor, "b c s s"]
+    labels: Tensor
+    """Class numbers, or in training the shares of each class."""
+    task: Int64[Tensor, " b"] | None = None
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """What a model is called with."""
+        return (self.images,) if self.task is None else (self.images, self.task)
 
 
 @dataclass(frozen=True)
@@ -54,7 +70,7 @@ class _Changes:
 
     def chance(self, step: int, purpose: int) -> torch.Generator:
         """The generator that is drawn from for one purpose in one batch."""
-        return torch.Generator().manual_seed(_seed(self.seed, purpose, step))
+        return torch.Generator().manual_seed(purpose_seed(self.seed, purpose, step))
 
     def seeds(self, chance: torch.Generator) -> Int64[Tensor, " r"]:
         """A seed for each image: it does not depend on which others are made."""
@@ -107,29 +123,6 @@ def _pixels_of_files(
         yield batch.to(device, non_blocking=True)
 
 
-def _seed(seed: int, purpose: int, number: int) -> int:
-    return int(np.random.SeedSequence((seed, purpose, number)).generate_state(1, np.uint64)[0]) >> 1
-
-
-ORDER, CHANGE, MIX, ERASE, CUT, VIEW = range(6)
-
-
-def stream(length: int, batch_size: int, seed: int, first_step: int) -> Iterator[Int64[Tensor, " b"]]:
-    """Indices of batch after batch: shuffled epochs laid end to end, each a function of (seed, epoch)."""
-    epoch, order = -1, torch.empty(0)
-    for step in range(first_step, 2**62):
-        start, stop = step * batch_size, (step + 1) * batch_size
-        pieces = []
-        while start < stop:
-            if start // length != epoch:
-                epoch = start // length
-                order = torch.randperm(length, generator=torch.Generator().manual_seed(_seed(seed, ORDER, epoch)))
-            end = min(stop, (epoch + 1) * length)
-            pieces.append(order[start - epoch * length : end - epoch * length])
-            start = end
-        yield torch.cat(pieces)
-
-
 def train_batches(
     images: ImageSet,
     data: Data,
@@ -144,8 +137,9 @@ def train_batches(
     first_step: int,
     device: torch.device,
     rows: Int64[Tensor, " r"] | slice = slice(None),
-) -> Iterator[tuple[Float[Tensor, "r c s s"], Float[Tensor, "r classes"]]]:
-    """Endless batches of augmented, normalised images and the shares of each class in their targets.
+) -> Iterator[Batch]:
+    """Endless batches of augmented, normalised images and the shares of each class in their targets; of a mix with the
+    task of each image.
 
     `rows` are the wanted positions in a batch, ascending: only these images, and those that are mixed with them, are
     read. What is done to an image does not depend on `rows`.
@@ -156,31 +150,98 @@ def train_batches(
     if augment.mixup or augment.cutmix:
         mixup = Mixup(augment.mixup, augment.cutmix, label_smoothing=label_smoothing, num_classes=num_classes)
         made, kept = _with_partners(rows, batch_size)
-    off = label_smoothing / num_classes
-    labels = images.labels.to(device)
-    mean, std = pixel_statistics(data, device)
-    black = (-mean / std).expand(in_chans)
     changes = _Changes(augment, data.from_file and augment.crop == "resized", seed, batch_size, made)
+    if isinstance(images, MixedSet):
+        draws = TaskDraws(images, data.temperature, batch_size, seed)
+        order = enumerate((index[made] for index in mixed_stream(draws, seed, first_step)), start=first_step)
+        yield from _mixed_batches(images, data, order, changes, (in_chans, image_size), label_smoothing, device)
+        return
+    off = label_smoothing / num_classes
+    labels, pixels = images.labels.to(device), _Pixels.of(data, in_chans, image_size, device)
     order = enumerate((index[made] for index in stream(len(images), batch_size, seed, first_step)), start=first_step)
     for step, index, raw in _raw(images, data, image_size, order, changes, device):
         if images.strength is not None:
             views = drawn_views(batch_size, images.strength, changes.chance(step, VIEW))
             raw = viewed(raw, views.of(made, device))
-        chance = changes.chance(step, CHANGE)
-        if augment.randaugment is not None:
-            seeds = changes.seeds(chance)
-            if images.images is not None:  # else this was done while decoding, with the same seeds
-                raw = randaugment(raw, augment.randaugment, seeds)
-        x = normalise(raw, in_chans, mean, std)
-        if not changes.at_the_file:
-            x = _cut_and_mirrored(x, changes, image_size, black, chance)
-        if augment.erase:
-            x = erased(augment.erase, x, changes.seeds(changes.chance(step, ERASE)))
+        x = _changed(raw, pixels, changes, step, from_memory=images.images is not None)
         if mixup is None:
-            yield x, one_hot(labels[index], num_classes, 1 - label_smoothing + off, off)
+            yield Batch(x, one_hot(labels[index], num_classes, 1 - label_smoothing + off, off))
         else:
-            mixed, targets = mixed_images(mixup, x, labels[index], _seed(seed, MIX, step))
-            yield mixed[kept], targets[kept]
+            mixed, targets = mixed_images(mixup, x, labels[index], purpose_seed(seed, MIX, step))
+            yield Batch(mixed[kept], targets[kept])
+
+
+@dataclass(frozen=True)
+class _Pixels:
+    """How a model takes the pixels of one set."""
+
+    mean: Float[Tensor, " m"]
+    std: Float[Tensor, " m"]
+    in_chans: int
+    image_size: int
+
+    @classmethod
+    def of(cls, data: Data, in_chans: int, image_size: int, device: torch.device) -> "_Pixels":
+        return cls(*pixel_statistics(data, device), in_chans, image_size)
+
+    def seen(self, raw: UInt8[Tensor, "b c s s"]) -> Float[Tensor, "b c2 s s"]:
+        """Normalised, of the size that they have."""
+        return normalise(raw, self.in_chans, self.mean, self.std)
+
+
+def _changed(
+    raw: UInt8[Tensor, "r c s s"], pixels: _Pixels, changes: _Changes, step: int, *, from_memory: bool
+) -> Float[Tensor, "r c2 t t"]:
+    """The images of one step, changed as training sees them."""
+    augment, chance = changes.augment, changes.chance(step, CHANGE)
+    if augment.randaugment is not None:
+        seeds = changes.seeds(chance)
+        if from_memory:  # else this was done while decoding, with the same seeds
+            raw = randaugment(raw, augment.randaugment, seeds)
+    x = pixels.seen(raw)
+    if not changes.at_the_file:
+        black = (-pixels.mean / pixels.std).expand(pixels.in_chans)
+        x = _cut_and_mirrored(x, changes, pixels.image_size, black, chance)
+    if augment.erase:
+        x = erased(augment.erase, x, changes.seeds(changes.chance(step, ERASE)))
+    return x
+
+
+def _mixed_batches(
+    images: MixedSet,
+    data: Data,
+    order: Iterable[tuple[int, Int64[Tensor, " r"]]],
+    changes: _Changes,
+    size: tuple[int, int],
+    label_smoothing: float,
+    device: torch.device,
+) -> Iterator[Batch]:
+    """Batches of a mix: each set's images normalised as its own, and changed by no more than is natural for it.
+    Smoothing stays among the classes of an image's task."""
+    sets, (in_chans, image_size) = data.of_sets(), size
+    pixels = [_Pixels.of(own, in_chans, image_size, device) for own in sets]
+    kinds = [_natural(changes.augment, own) for own in sets]
+    answers = torch.block_diag(*(torch.ones(1, own.num_classes or 0) for own in sets))
+    on, rows = 1 - label_smoothing, torch.arange(changes.batch_size)[changes.rows]
+    for step, index in order:
+        labels, tasks = images.labels[index], images.tasks[index]
+        x = torch.empty(len(index), in_chans, image_size, image_size, device=device)
+        for task, part in enumerate(images.parts):
+            here = tasks == task
+            if here.any():
+                assert part.images is not None
+                raw = part.images[images.places[index[here]]].to(device)
+                own = replace(changes, augment=kinds[task], rows=rows[here])
+                x[here.to(device)] = _changed(raw, pixels[task], own, step, from_memory=True)
+        among = answers[tasks]
+        targets = among * (label_smoothing / among.sum(dim=1, keepdim=True))
+        targets.scatter_add_(1, labels[:, None], torch.full((len(labels), 1), on))
+        yield Batch(x, targets.to(device), tasks.to(device))
+
+
+def _natural(augment: Augment, own: Data) -> Augment:
+    """What is done to images of one set of a mix: no more mirrored or moved than would still be natural."""
+    return replace(augment, hflip=min(augment.hflip, own.hflip), shift=min(augment.shift, own.shift))
 
 
 def _with_partners(
@@ -247,25 +308,41 @@ def eval_batches(
     batch_size: int,
     device: torch.device,
     turns: Sequence[int] | None = None,
-) -> Iterator[tuple[Float[Tensor, "b c s s"], Int64[Tensor, " b"]]]:
+) -> Iterator[Batch]:
     """Every image exactly once, in order, as it is; the last batch is short where the sizes do not divide. `turns`:
     only the batches of these numbers."""
-    mean, std = pixel_statistics(data, device)
     indices = torch.arange(len(images)).split(batch_size)
     if turns is not None:
         indices = tuple(indices[turn] for turn in turns)
+    if isinstance(images, MixedSet):
+        each = [_Pixels.of(own, in_chans, image_size, device) for own in data.of_sets()]
+        for index in indices:
+            yield _mixed_as_it_is(images, index, each, device)
+        return
+    pixels = _Pixels.of(data, in_chans, image_size, device)
     if images.images is not None:
         raws: Iterator[Tensor] = (images.images[index] for index in indices)
     else:
         raws = _pixels_of_files(images, data, image_size, enumerate(indices), None, device)
     for index, raw in zip(indices, raws, strict=True):
-        x = resize(normalise(raw.to(device), in_chans, mean, std), image_size)
-        yield x, images.labels[index].to(device)
+        yield Batch(resize(pixels.seen(raw.to(device)), image_size), images.labels[index].to(device))
 
 
-def first_images(
-    images: ImageSet, data: Data, model: Model, count: int
-) -> tuple[Float[Tensor, "b c s s"], Int64[Tensor, " b"]]:
+def _mixed_as_it_is(
+    images: MixedSet, index: Int64[Tensor, " b"], each: Sequence[_Pixels], device: torch.device
+) -> Batch:
+    """A batch of a mix as evaluation sees it. `each`: how the model takes the pixels of each set."""
+    tasks, places = images.tasks[index], images.places[index]
+    x = torch.empty(len(index), each[0].in_chans, *[each[0].image_size] * 2, device=device)
+    for task, (part, pixels) in enumerate(zip(images.parts, each, strict=True)):
+        here = tasks == task
+        if here.any():
+            assert part.images is not None
+            x[here.to(device)] = resize(pixels.seen(part.images[places[here]].to(device)), pixels.image_size)
+    return Batch(x, images.labels[index].to(device), tasks.to(device))
+
+
+def first_images(images: ImageSet, data: Data, model: Model, count: int) -> Batch:
     """The first `count` images, or all where there are fewer, as a model sees them in evaluation; and their labels."""
     size, channels = model.image_size, model.in_chans
     cpu = torch.device("cpu")

@@ -101,6 +101,8 @@ def inspect(config: DataCheckConfig) -> dict[str, Any]:
 
     A part is a split of the run (train, validation, test), or what lies on disk where it cannot be split.
     """
+    if config.data.sets is not None:
+        raise UsageError("data=mix is of several sets; check them one by one, with the same data.root")
     settings = dataclasses.replace(config.data, memory_gib=0, image_size=1)  # no image is cut here
     faults: list[dict[str, Any]] = []
     passed, notes = Passed(), list[str]()

@@ -1,6 +1,7 @@
 """The images of `data.name`, divided into training, validation and test images, and the digest that identifies them."""
 
 import hashlib
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +15,7 @@ from softmoe_cli.data.exemplars import exemplars
 from softmoe_cli.data.folders import Listing
 from softmoe_cli.data.known import IDX_NAMES, cifar, cifar_part, digits, fashion_mnist, idx_arrays, idx_paths
 from softmoe_cli.data.listing import listing
+from softmoe_cli.data.mix import mixed
 from softmoe_cli.data.splits import ImageSet, Splits, split
 from softmoe_cli.errors import UsageError
 
@@ -29,6 +31,8 @@ def load(data: Data) -> Splits:
     Raises:
         UsageError: files that are missing, unreadable or damaged, or too few of them; the message names them.
     """
+    if data.sets is not None:
+        return mixed(data, [load(own) for own in data.of_sets()])
     splits = _read(data)
     if data.num_classes is not None and data.num_classes < len(splits.classes):
         raise UsageError(f"data.num_classes={data.num_classes} is less than the {len(splits.classes)} classes found")
@@ -48,6 +52,9 @@ def identity(data: Data) -> str | None:
     Raises:
         UsageError: the files cannot be used.
     """
+    if data.sets is not None:
+        of_each = [identity(own) for own in data.of_sets()]
+        return hashlib.sha256(json.dumps(of_each).encode()).hexdigest() if any(of_each) else None
     data = data.made_of
     if data.name == "fashion_mnist" and data.format is None:  # files of these names hold other sets too
         return hashlib.sha256(b"".join(array.tobytes() for array in idx_arrays(data))).hexdigest()
@@ -59,6 +66,8 @@ def identity(data: Data) -> str | None:
 
 def is_here(data: Data) -> bool:
     """Whether a set can be read as it lies there, with nothing fetched."""
+    if data.sets is not None:
+        return all(map(is_here, data.of_sets()))
     data = data.made_of
     if data.format is not None or data.name == "digits":
         return True

@@ -8,7 +8,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,16 @@ from torch import Tensor, nn
 from softmoe_cli.config.commands import EvaluateConfig
 from softmoe_cli.config.model import Model
 from softmoe_cli.data import sets
-from softmoe_cli.data.batches import eval_batches
+from softmoe_cli.data.batches import Batch, eval_batches
+from softmoe_cli.data.mix import classes_of_task
 from softmoe_cli.data.splits import ImageSet, Splits
 from softmoe_cli.device import arithmetic, hardware, keep_freed_memory
 from softmoe_cli.errors import UsageError
 from softmoe_cli.evaluate import soup
 from softmoe_cli.evaluate.audit import Audit, Effect, summary
+from softmoe_cli.evaluate.by_task import each_task, require_one_task, show_tasks
 from softmoe_cli.evaluate.fewshot import check_shots, fewshot
-from softmoe_cli.evaluate.quality import Batch, Outcomes, calibration_error, features, outcomes, qualities
+from softmoe_cli.evaluate.quality import Outcomes, calibration_error, features, outcomes, qualities
 from softmoe_cli.evaluate.real import check_order, real_labels, real_qualities
 from softmoe_cli.evaluate.trial import STRONG, ContrastTrial, contrast_row
 from softmoe_cli.files import require_vacant, write_atomically
@@ -48,12 +50,32 @@ def evaluate_checkpoint(config: EvaluateConfig, model_config: Model, sources: li
     Raises:
         UsageError: the data have other classes than the checkpoint, or a file cannot be written.
     """
-    known = sources[0].card["classes"]
+    known, tasks = sources[0].card["classes"], model_config.tasks or {}
+    if tasks and config.contrast:
+        raise UsageError(
+            f"contrast= is about a model of one task, and checkpoint={sources[0].label} knows {', '.join(tasks)}; "
+            "first softmoe extract task=NAME"
+        )
     check_evaluated("batch_size", config.batch_size, model_config)
     _check_files(config)
     precision = config.precision or sources[0].card["precision"]
     device, autocast = arithmetic(config.device, precision, config.threads)
     keep_freed_memory(device)
+    for source in sources:
+        if "head.weight" not in source.weights:
+            raise UsageError(f"checkpoint={source.label} has no head; softmoe finetune gives it one")
+    loss = config.loss or sources[0].card["loss"]
+    judge = Judge(config, model_config, loss, precision, device, autocast)
+    if tasks and config.task is None:
+        require_one_task(config, tasks)
+        _, weights = _average(judge, sources, None)
+        model = judge.built(weights)
+        row, _ = each_task(config, lambda task, some: judge.of_task(task).outcomes(model, some, config.batch_size))
+        show_tasks(_begun(config, sources) | row | {"hardware": hardware(device)}, config.format)
+        return
+    if config.task is not None:
+        judge = judge.of_task(list(tasks).index(config.task))
+        known = classes_of_task(config.task, known)
     splits = sets.load(config.data)
     splits.need(*_parts(config))
     images = {"train": splits.train, "validation": splits.validation, "test": splits.test}[config.split]
@@ -63,21 +85,11 @@ def evaluate_checkpoint(config: EvaluateConfig, model_config: Model, sources: li
     outputs = _outputs(known, splits.classes, config.data.class_numbers)
     if outputs is None:
         _check_foreign(config, sources[0], splits.classes)
-    for source in sources:
-        if "head.weight" not in source.weights:
-            raise UsageError(f"checkpoint={source.label} has no head; softmoe finetune gives it one")
-
-    loss = config.loss or sources[0].card["loss"]
-    judge = Judge(config, model_config, None if outputs == list(range(len(known))) else outputs, loss, precision,
-                  device, autocast)  # fmt: skip
+    judge = replace(judge, outputs=None if outputs == list(range(len(known))) else outputs)
     kept, weights = _average(judge, sources, splits.validation)
     model = judge.built(weights)
     right = real_labels(config.real, images, len(known)) if config.real is not None else []
-    labels = [source.label for source in kept]
-    row: dict[str, Any] = {"checkpoint": labels[0] if len(labels) == 1 else labels}
-    if len(sources) > 1:
-        row["soup"] = f"{config.soup}, {len(kept)} of {len(sources)}"
-    row |= {"data": config.data.name, "split": config.split}
+    row = _begun(config, kept, len(sources))
     start = time.perf_counter()
     if outputs is None:
         row["head"] = f"not scored: it knows {_shortly(known)}, the data have {_shortly(splits.classes)}"
@@ -96,18 +108,41 @@ def evaluate_checkpoint(config: EvaluateConfig, model_config: Model, sources: li
     print(json.dumps(row)) if config.format == "json" else _show(row, findings)
 
 
+def _begun(config: EvaluateConfig, kept: list[Source], of: int | None = None) -> dict[str, Any]:
+    """What a row begins with: the checkpoints that are averaged, `of` so many (all), and what they are measured on."""
+    labels, number = [source.label for source in kept], of or len(kept)
+    row: dict[str, Any] = {"checkpoint": labels[0] if len(labels) == 1 else labels}
+    if number > 1:
+        row["soup"] = f"{config.soup}, {len(kept)} of {number}"
+    task = {} if config.task is None else {"task": config.task}
+    return row | {"data": config.data.name, **task, "split": config.split}
+
+
 @dataclass(frozen=True)
 class Judge:
-    """Builds models from weights and says what they predict. `outputs`: the head's outputs for the classes of the data,
-    where these are not all of them or not in their order."""
+    """Builds models from weights and says what they predict.
+
+    Attributes:
+        outputs: the head's outputs for the classes of the data, where these are not all of them or not in their order.
+        task: the number of the task that all images are of, for a model that knows several; `outputs` then count among
+            its classes.
+    """
 
     config: EvaluateConfig
     model: Model
-    outputs: list[int] | None
     loss: str
     precision: str
     device: torch.device
     autocast: torch.autocast
+    outputs: list[int] | None = None
+    task: int | None = None
+
+    def of_task(self, task: int) -> "Judge":
+        """A judge of images of one task; of a mix, of those of its set."""
+        config = self.config
+        if config.data.sets is not None:
+            config = replace(config, data=config.data.of_sets()[task])
+        return replace(self, config=config, task=task)
 
     def built(self, weights: dict[str, Tensor]) -> VisionTransformer:
         model = build(self.model, weights["head.weight"].shape[0])
@@ -115,7 +150,7 @@ class Judge:
         return model
 
     def batches(self, images: ImageSet, batch_size: int) -> Iterator[Batch]:
-        return eval_batches(
+        found = eval_batches(
             images,
             self.config.data,
             image_size=self.model.image_size,
@@ -123,17 +158,29 @@ class Judge:
             batch_size=batch_size,
             device=self.device,
         )
+        for batch in found:
+            task = None if self.task is None else torch.full_like(batch.labels, self.task)
+            yield batch._replace(task=task)
 
     def outcomes(self, model: VisionTransformer, images: ImageSet, batch_size: int) -> Outcomes:
         prepare(model, self.device, self.precision)
-        seen = model.to(self.device) if self.outputs is None else Among(model.to(self.device), self.outputs)
+        seen: nn.Module = model.to(self.device)
+        outputs = self.outputs
+        if self.task is not None:
+            numbers = list(self.model.tasks.values())
+            first = sum(numbers[: self.task])
+            outputs = [first + i for i in (range(numbers[self.task]) if outputs is None else outputs)]
+        if outputs is not None:
+            seen = Among(model, outputs)
         return outcomes(seen, self.batches(images, batch_size), loss=self.loss, autocast=self.autocast)
 
 
-def _average(judge: Judge, sources: list[Source], validation: ImageSet) -> tuple[list[Source], dict[str, Tensor]]:
+def _average(
+    judge: Judge, sources: list[Source], validation: ImageSet | None
+) -> tuple[list[Source], dict[str, Tensor]]:
     """The checkpoints that are averaged, and their average."""
     kept = sources
-    if judge.config.soup == "greedy":
+    if judge.config.soup == "greedy" and validation is not None:
 
         def score(weights: dict[str, Tensor]) -> float:
             return judge.outcomes(judge.built(weights), validation, judge.config.batch_size).top1_pct
@@ -248,8 +295,9 @@ class Among(nn.Module):
         super().__init__()
         self.model, self.outputs = model, outputs
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x)[:, self.outputs]
+    def forward(self, *inputs: Tensor) -> Tensor:
+        logits: Tensor = self.model(*inputs)
+        return logits[:, self.outputs]
 
 
 def _outputs(known: list[str], found: list[str], by_number: bool) -> list[int] | None:

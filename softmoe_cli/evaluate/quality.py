@@ -1,7 +1,7 @@
 """Quality of a model on a set of images, each counted exactly once: an iterator of (name, value)."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,21 +12,30 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from softmoe_cli.adapters.soft_moa import SoftMoA
+from softmoe_cli.data.batches import Batch
+from softmoe_cli.model.tasks import valid_answers
 from softmoe_cli.moe.factorised import FactorisedHead
 from softmoe_cli.moe.kind import Decided, Decider, Layer
 from softmoe_cli.moe.routing import full_precision
+from softmoe_cli.run.rows import OVER_TASKS, TASK_QUALITY
 
-Batch = tuple[Tensor, Tensor]
 CALIBRATION_BINS = 15
 """As in Guo et al., 2017."""
 
 
-def classification_loss(logits: Tensor, targets: Tensor, kind: str) -> Tensor:
-    """Mean over images, in float32 or better. `targets` (b, classes) are shares of each class.
+IMPOSSIBLE = -1e30
+"""A logit whose class has no probability and no part in a loss or gradient; with -inf they would be no numbers."""
+
+
+def classification_loss(logits: Tensor, targets: Tensor, kind: str, valid: Tensor | None = None) -> Tensor:
+    """Mean over images, in float32 or better. `targets` (b, classes) are shares of each class, of those that are
+    `valid` (all).
 
     softmax: cross-entropy. sigmoid: binary cross-entropy summed over classes (the official pretraining loss).
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if valid is not None:
+        logits = logits.masked_fill(~valid, IMPOSSIBLE)
     if kind == "sigmoid":
         return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(dim=1).mean()
     return F.cross_entropy(logits, targets)
@@ -81,6 +90,21 @@ class Outcomes:
         return square
 
 
+def together(several: Sequence[Outcomes]) -> Outcomes:
+    """The outcomes of several runs of images one after the other."""
+    sizes = [len(said.label) for said in several]
+
+    def mean(of: Sequence[float]) -> float:
+        return sum(size * each for size, each in zip(sizes, of, strict=True)) / sum(sizes)
+
+    names = ("label", "prediction", "probability", "label_probability", "in_top5")
+    return Outcomes(
+        **{name: torch.cat([getattr(said, name) for said in several]) for name in names},
+        nll=mean([said.nll for said in several]), loss=mean([said.loss for said in several]),
+        classes=max(said.classes for said in several),
+    )  # fmt: skip
+
+
 def _share_pct(right: Bool[Tensor, " n"]) -> float:
     return 100 * int(right.sum()) / len(right)
 
@@ -103,8 +127,8 @@ def outcomes(
     model.eval()
     answers, classes = [], 0
     with autocast:  # around all batches: a weight is cast once
-        for x, labels in batches:
-            logits = model(x)
+        for batch in batches:
+            labels, logits = batch.labels, model(*batch.inputs)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             classes = logits.shape[1]
             best = logits.topk(min(5, classes), dim=1).indices
@@ -113,7 +137,8 @@ def outcomes(
             chances = logits.softmax(dim=1)
             known = [chances.gather(1, which[:, None])[:, 0] for which in (best[:, 0], labels)]
             numbers = torch.stack([*known, F.cross_entropy(logits, labels, reduction="none")])
-            mean_loss = classification_loss(logits, F.one_hot(labels, classes).to(logits.dtype), loss)
+            targets, valid = F.one_hot(labels, classes).to(logits.dtype), valid_answers(model, batch.inputs)
+            mean_loss = classification_loss(logits, targets, loss, valid)
             answers.append((integers, numbers, mean_loss, len(labels)))
     answers = collect(answers)
     label, prediction, hit = torch.cat([each[0] for each in answers], dim=1).cpu()
@@ -147,6 +172,16 @@ def qualities(said: Outcomes) -> Iterator[tuple[str, float]]:
     yield "images_evaluated", len(said.label)
 
 
+def by_task(of_each: Mapping[str, Outcomes]) -> dict[str, float]:
+    """Top-1 and NLL of each task, and their means over tasks, in which each task counts once. (The mean over images,
+    in which a task counts as often as it has images, is what stands under the plain names.)"""
+    values = {name: {"top1_pct": said.top1_pct, "nll": said.nll} for name, said in of_each.items()}
+    row = {TASK_QUALITY.format(name, key): number for name, own in values.items() for key, number in own.items()}
+    for key in ("top1_pct", "nll"):
+        row[OVER_TASKS.format(key)] = sum(own[key] for own in values.values()) / len(values)
+    return row
+
+
 def evaluate(
     model: nn.Module, batches: Iterable[Batch], *, loss: str, autocast: torch.autocast, collect: Collect = _seen_all
 ) -> Iterator[tuple[str, float]]:
@@ -163,25 +198,27 @@ def features(
     pooled: list[Tensor] = []
     hook = model.head.register_forward_pre_hook(lambda _head, inputs: pooled.append(inputs[0].float()))
     with hook, autocast:
-        for x, _ in batches:
-            model(x)  # called as a module: weights that are divided among processes are gathered around such a call
+        for batch in batches:
+            model(
+                *batch.inputs
+            )  # called as a module: weights that are divided among processes are gathered around such a call
     return torch.cat(collect(pooled)).cpu()
 
 
 @torch.no_grad()
 def routing_statistics(
     model: VisionTransformer, batch: Batch, autocast: torch.autocast
-) -> list[tuple[dict[str, int | str], dict[str, float]]]:
+) -> list[tuple[dict[str, int | str], dict[str, float], dict[str, Any]]]:
     """Statistics of every router, in the order of the blocks, on one batch; before them where it stands: the `block`,
-    and of a router of adapters the sublayer `beside` which it is. A head with experts comes last, as a block of its own
-    `beside` which is the head."""
+    and of a router of adapters the sublayer `beside` which it is; behind them what it tells beside numbers. A head with
+    experts comes last, as a block of its own `beside` which is the head."""
     model.eval()
-    statistics: list[tuple[dict[str, int | str], dict[str, float]]] = []
+    statistics: list[tuple[dict[str, int | str], dict[str, float], dict[str, Any]]] = []
 
     def remember(place: dict[str, int | str]) -> Any:
         def hook(router: Decider, _inputs: object, decision: Decided) -> None:
-            with full_precision(batch[0]):  # now, when the router's weights are whole
-                statistics.append((place, decision.statistics() | router.statistics()))
+            with full_precision(batch.images):  # now, when the router's weights are whole
+                statistics.append((place, decision.statistics() | router.statistics(), decision.told()))
 
         return hook
 
@@ -197,7 +234,7 @@ def routing_statistics(
                 place["beside"] = where[2].removesuffix("_adapter")
             hooks.append(module.router.register_forward_hook(remember(place)))
     with autocast:
-        model(batch[0])
+        model(*batch.inputs)
     for hook in hooks:
         hook.remove()
     return statistics

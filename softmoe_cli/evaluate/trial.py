@@ -14,6 +14,7 @@ from torch import Tensor
 
 from softmoe_cli.compare.intervals import holm
 from softmoe_cli.config.commands import EvaluateConfig
+from softmoe_cli.data.batches import Batch
 from softmoe_cli.data.splits import ImageSet
 from softmoe_cli.device import wait
 from softmoe_cli.errors import UsageError
@@ -28,7 +29,7 @@ from softmoe_cli.evaluate.contrast import (
     strong_pass,
     weak_named,
 )
-from softmoe_cli.evaluate.quality import Batch, calibration_error
+from softmoe_cli.evaluate.quality import calibration_error
 from softmoe_cli.moe.kind import Layer
 from softmoe_cli.moe.routing import DenseRouting
 
@@ -162,7 +163,7 @@ class ContrastTrial:
 
                 hooks.append(block.mlp.router.register_forward_hook(add))
         with self.autocast:
-            for x, _ in self.batches(images):
+            for x, *_ in self.batches(images):
                 self.model(x)
         for hook in hooks:
             hook.remove()
@@ -185,7 +186,7 @@ class ContrastTrial:
             found.setdefault(way, []).append(answers_to(order, logits, labels))
 
         with self.autocast:
-            for x, labels in self.batches(images):
+            for x, labels, _ in self.batches(images):
                 whole, entering = strong_pass(self.model, x)
                 strong = self._of(whole)
                 keep(Way(STRONG), strong, strong, labels)
@@ -216,7 +217,7 @@ class ContrastTrial:
 
     def latency_ratios(self, images: ImageSet, passes: Mapping[tuple[str, int], WeakPass]) -> dict[str, float]:
         """Time of each double pass over that of one pass, on the first batch, by turns."""
-        x, _ = next(self.batches(images))
+        x = next(self.batches(images)).images
         both = {word: passed for (word, draw), passed in passes.items() if draw == 0}
         times: dict[str, list[float]] = {STRONG: [], **{word: [] for word in both}}
         with self.autocast:

@@ -20,6 +20,7 @@ from softmoe_cli.errors import UsageError, first_line, nearest
 from softmoe_cli.model.adapted import adapt
 from softmoe_cli.model.blocks import CarryingBlock
 from softmoe_cli.model.router import make_layer
+from softmoe_cli.model.tasks import task_vit
 from softmoe_cli.moe import routers
 from softmoe_cli.moe.factorised import FactorisedRouter
 from softmoe_cli.moe.kind import Layer
@@ -55,16 +56,18 @@ def build(model: Model, num_classes: int) -> VisionTransformer:
     if model.head != "linear":
         vit.head = _head(model, vit.head.in_features, num_classes)
     adapt(vit, model.adapter)
-    return vit
+    return task_vit(vit, model.tasks, num_classes)
 
 
 def _join(vit: VisionTransformer, blocks: Sequence[int], model: Model) -> None:
     """Lets the layers of these blocks hand on what their routers carry, through the blocks between them."""
     deciders = [vit.blocks[index].mlp.router for index in blocks]
-    carrying = [
-        index for index, each in zip(blocks, deciders, strict=True) if isinstance(each, Router) and each.carries
-    ]
+    routers_of = {index: each for index, each in zip(blocks, deciders, strict=True) if isinstance(each, Router)}
+    carrying = [index for index, each in routers_of.items() if each.carries and not each.by_task]
+    by_task = [index for index, each in routers_of.items() if each.by_task]
     if not carrying:
+        for index in range(max(by_task, default=-1) + 1):  # from the first one on: the task comes with the image
+            vit.blocks[index] = CarryingBlock(vit.blocks[index], first=index == 0, last=index == max(by_task))
         return
     if model.blocks:
         raise UsageError(
@@ -247,7 +250,7 @@ def _layer(mlp: nn.Module, model: Model, index: int, num_tokens: int) -> Layer:
         )
     dim, hidden = mlp.fc1.in_features, model.expert_width or mlp.fc1.out_features
     gelu, identical = "tanh" if isinstance(mlp.act, GELUTanh) else "none", model.expert_init == "identical"
-    options, where = model.router_of(index), model.router_key(index)
+    options, where = _of_tasks(model.router_of(index), model.tasks, model.router_key(index)), model.router_key(index)
     layer = make_layer(options, dim, hidden, num_tokens, gelu=gelu, identical=identical, where=where)
     if isinstance(layer.router, Router) and layer.router.needs_independent_experts and identical:
         name = str(options["_target_"]).split(".")[-2]
@@ -257,6 +260,16 @@ def _layer(mlp: nn.Module, model: Model, index: int, num_tokens: int) -> Layer:
         )
     _check_runs(layer.run_widths, "fp32")
     return layer
+
+
+def _of_tasks(options: dict[str, Any], tasks: dict[str, int] | None, where: str) -> dict[str, Any]:
+    """A router's options with the number of tasks that the model knows, where it decides by them."""
+    if "num_tasks" not in options:
+        return options
+    said, known = options["num_tasks"], None if tasks is None else len(tasks)
+    if said not in (None, known or 1):
+        raise UsageError(f"{where}.num_tasks={said}: the model knows {known or 'one and no other'}; leave it null")
+    return options | {"num_tasks": known if said is None else said}
 
 
 def _check_runs(widths: Sequence[int], precision: str) -> None:

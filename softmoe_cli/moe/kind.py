@@ -27,6 +27,10 @@ class Decided(ABC):
     def statistics(self) -> dict[str, float]:
         """Plain numbers for the record; computed only here, when asked."""
 
+    def told(self) -> dict[str, Any]:
+        """What the record says beside these numbers, as JSON has it."""
+        return {}
+
 
 class Weak(NamedTuple):
     """A weak activation, such as rank_2: a way to route a trained layer otherwise (weak.py)."""
@@ -68,6 +72,8 @@ class Decider(nn.Module, ABC):
     whole_batches: str | None = None
     """Why a batch cannot be computed in parts, with the way out; None where it can."""
 
+    for_checks: ClassVar[Mapping[str, Any]] = {}
+    """Options that its yaml leaves to the data, as `softmoe check` gives them."""
     unprunable: str | None = "softmoe does not know how it would decide among fewer experts"
     """Why none of its experts can be taken away; None where they can."""
 

@@ -232,7 +232,8 @@ class MoE(Layer):
 
     def fixed_options(self) -> dict[str, Any]:
         """Those of the layer with all its experts, whichever are left."""
-        return {} if self._slots is None else {"slots_per_expert": self._slots, "capacity_factor": None}
+        slots = {} if self._slots is None else {"slots_per_expert": self._slots, "capacity_factor": None}
+        return slots | self.router.fixed_options()
 
     @contextmanager
     def silenced(self, which: Sequence[int]) -> Iterator[None]:
@@ -264,12 +265,10 @@ class MoE(Layer):
         self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None = None, carried: Carried | None = None
     ) -> Float[Tensor, "b n d"] | tuple[Float[Tensor, "b n d"], Carried]:
         """The tokens that the experts made; given what an earlier layer has `carried`, also what this one hands on."""
-        routing = self.router(x, keep) if carried is None else self.router(x, keep, carried)
+        given = (x, keep) if carried is None or not self.router.carries else (x, keep, carried)
+        routing = self.router(*given)
         y = in_fast_precision(x, self.experts.w1.dtype, lambda tokens: self._through(tokens, keep, routing))
-        if carried is None:
-            return y
-        assert routing.carried is not None
-        return y, routing.carried
+        return y if carried is None else (y, routing.carried or carried)
 
     def _through(
         self, x: Float[Tensor, "b n d"], keep: Bool[Tensor, "b n"] | None, routing: Routing

@@ -20,10 +20,13 @@ from softmoe_cli.moe.kind import Decided, Decider, Weak
 
 
 class Carried(NamedTuple):
-    """What layers of a kind hand on from one to the next of the same forward pass, beside the tokens."""
+    """What travels with the tokens through a forward pass: what layers of a kind hand on from one to the next, and what
+    is known of the images beside their pixels."""
 
     logits: Float[Tensor, "g s e"] | None = None
     """The last router's logits, float32, in the groups that these layers have; None before the first one."""
+    task: Int[Tensor, " b"] | None = None
+    """The task of each image; None where nobody has said it."""
 
 
 class Routing(Decided):
@@ -60,7 +63,7 @@ class Router(Decider):
     copy start alike in these parameters, so that a token that chooses one of them chooses all."""
     most_weight: float = 1.0
     """The most that a token's weights can add up to."""
-    needs_independent_experts: ClassVar[bool] = False
+    needs_independent_experts: bool = False
     """Whether experts that start equal would stay equal."""
     shared_experts: int = 0
     """Experts beside the routed ones that see every token."""
@@ -79,6 +82,8 @@ class Router(Decider):
     carries: bool = False
     """Whether a layer hands `Carried` on to the next one: `forward` then takes it as a third argument, and its routing
     has it."""
+    by_task: bool = False
+    """Whether it decides by the task of each image, of several: it then `carries`."""
 
     @property
     @abstractmethod
@@ -97,6 +102,10 @@ class Router(Decider):
     def landed_rows(self, num_tokens: int) -> float:
         """How many of `train_rows` hold a token when the load is as even as the router aims at."""
         return min(self.train_rows(num_tokens), num_tokens * (self.experts_per_token - self.shared_experts))
+
+    def fixed_options(self) -> dict[str, Any]:
+        """Options beside slots whose values came of the model, with these values (`Layer.fixed_options`)."""
+        return {}
 
     def combine_flop(self, num_tokens: int) -> int:
         """The part of `flop` that is the product which makes tokens of the experts' rows; 0 where rows are added up."""

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from softmoe_cli.config.commands import SCHEMAS, DataCheckConfig, MatchConfig
-from softmoe_cli.config.data import DATA_FORMATS, KNOWN_SETS, Data, check_side, check_source
+from softmoe_cli.config.data import DATA_FORMATS, KNOWN_SETS, OF_A_SET, Data, check_side, check_source
 from softmoe_cli.config.launch import LAUNCHERS
 from softmoe_cli.config.option import Section, absent_keys
 from softmoe_cli.config.run import Config
@@ -27,6 +27,7 @@ from softmoe_cli.options.blocks import fill_up, spell_out
 from softmoe_cli.options.conf_files import chosen_groups, conf_folder, defaults, files, load_yaml, own_conf_folder
 from softmoe_cli.options.explain import crossing, explain, no_key, refused
 from softmoe_cli.options.help import options
+from softmoe_cli.options.mixes import spell_sets
 from softmoe_cli.text import printable_lines
 
 S = typing.TypeVar("S", bound=Section)
@@ -154,7 +155,7 @@ def store_schemas() -> None:
     _register_resolvers()
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
-    for name in ("evaluate", "cost", "match", "upcycle", "prune", "export"):
+    for name in ("evaluate", "cost", "match", "upcycle", "prune", "extract", "export"):
         store.store(name=f"{name}_schema", node=SCHEMAS[name])
     store.store(name="data_check_schema", node=DataCheckConfig)
     for name, launcher in LAUNCHERS.items():
@@ -186,6 +187,7 @@ def plain(config: Any, section: type) -> dict[str, Any]:
     spell_out(tree)
     if isinstance(tree.get("data"), dict):
         tree["data"] = {k: v for k, v in tree["data"].items() if v != "???" or k not in absent_keys(Data)}
+    spell_sets(tree)
     root = OmegaConf.select(config, "data.root", throw_on_resolution_failure=False)
     if root is not None:
         tree["data"]["root"] = root  # resolved, because it is compared with a checkpoint's
@@ -226,14 +228,44 @@ def door(tree: dict[str, Any], section: type[S]) -> S:
 
 
 def _with_absent(tree: dict[str, Any], section: type) -> dict[str, Any]:
-    """A copy with null for what is there only where some file gives it."""
+    """A copy with null for what is there only where some file gives it; a model's tasks are those of the data.
+
+    Raises:
+        UsageError: a set of a mix with a value of the wrong type.
+    """
     filled = dict(tree)
     for key, hint in typing.get_type_hints(section).items():
         if dataclasses.is_dataclass(hint) and isinstance(filled.get(key), dict):
             filled[key] = _with_absent(filled[key], typing.cast(type, hint))
     if issubclass(section, Section):
         filled |= {key: None for key in absent_keys(section) if filled.get(key, "???") == "???"}
+    if section is Data and isinstance(filled["sets"], dict):
+        filled["sets"] = {name: _typed_set(name, own) for name, own in filled["sets"].items()}
+    data, model = filled.get("data"), filled.get("model")
+    if isinstance(data, dict) and isinstance(model, dict) and "tasks" in model:
+        tasks = {name: own["num_classes"] for name, own in data["sets"].items()} if data["sets"] else None
+        if model["tasks"] not in (None, tasks):
+            raise UsageError(f"model.tasks={model['tasks']} is not what the data have; tasks follow data.sets")
+        model["tasks"] = tasks
     return filled
+
+
+def _typed_set(name: str, own: Any) -> dict[str, Any]:
+    """The options of one set of a mix, with whole numbers as the numbers that they are meant for."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        if not isinstance(own, dict):
+            raise UsageError(f"data.sets: {name} is {own}, and no group of options")
+        merged = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(Data), own))
+    except OmegaConfBaseException as error:
+        raise UsageError(f"data.sets, {name}: {error.full_key}: {first_line(error)}") from error
+    assert isinstance(merged, dict)
+    missing = [key for key in OF_A_SET if key != "root" and merged[key] == "???"]
+    if missing or (merged["root"] == "???" and merged["format"] is not None):
+        raise UsageError(f"data.sets, {name}: {(missing or ['root'])[0]} has no default; give it a value")
+    return {key: merged[key] for key in OF_A_SET if merged[key] != "???"}
 
 
 def _settle_side(tree: dict[str, Any]) -> None:
@@ -303,7 +335,7 @@ def overlay(base: dict[str, Any], typed: Any) -> dict[str, Any]:
     """A copy of `base` in which every value of `typed` that is not `???` replaces its own."""
     merged = dict(base)
     for key, value in (typed if isinstance(typed, dict) else {}).items():
-        if isinstance(value, dict) and isinstance(base.get(key), dict):
+        if key != "sets" and isinstance(value, dict) and isinstance(base.get(key), dict):  # a mix is replaced whole
             merged[key] = overlay(base[key], value)
         elif value != "???":
             merged[key] = value

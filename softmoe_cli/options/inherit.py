@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softmoe_cli.config.adapter import no_adapter
-from softmoe_cli.config.data import DATA_FORMATS, Data
+from softmoe_cli.config.data import DATA_FORMATS, OF_THE_MIX, Data
 from softmoe_cli.config.model import Model
 from softmoe_cli.config.option import absent_keys
 from softmoe_cli.config.run import Config
-from softmoe_cli.errors import UsageError
+from softmoe_cli.errors import UsageError, nearest
 from softmoe_cli.options.compose import door, names, overlay, say_once
 from softmoe_cli.options.conf_files import load_yaml, own_conf_folder
 
@@ -63,6 +63,7 @@ def resolve(command: str, tree: dict[str, Any], typed: Sequence[str]) -> "tuple[
             f"adapter={checked.model.adapter.name}: checkpoint={source.label} still holds the experts that were "
             f"pruned, which adapters would keep; first softmoe prune checkpoint={source.label}"
         )
+    require_same_tasks(checked.model, source)
     if checked.slots == "proportional":
         for key in ("model.router.slots_per_expert", "model.router.capacity_factor"):
             if names(key, typed):
@@ -72,6 +73,17 @@ def resolve(command: str, tree: dict[str, Any], typed: Sequence[str]) -> "tuple[
         kept = door(source.card["model"], Model)
         checked.model.router |= {"slots_per_expert": proportional_slots(kept, checked.model)}
     return checked, source
+
+
+def require_same_tasks(model: Model, source: "Source") -> None:
+    """Raises UsageError where a checkpoint's routers decide for other tasks than the data have."""
+    theirs = source.card.get("model", {}).get("tasks")
+    if theirs and theirs != model.tasks and any("num_tasks" in each for each in model.routers):
+        own = ", ".join(model.tasks) if model.tasks else "one and no name for it"
+        raise UsageError(
+            f"checkpoint={source.label} routes by its tasks, {', '.join(theirs)}, and the data have {own}; softmoe "
+            f"extract checkpoint={source.label} task=NAME makes a model of one of them, which other data can finetune"
+        )
 
 
 def refuse_idle_pruning(config: Config, typed: Sequence[str]) -> None:
@@ -116,7 +128,8 @@ def take_model(tree: dict[str, Any], source: "Source", typed: Sequence[str]) -> 
     card, label = source.card, source.label
     if "model" not in card and (not isinstance(tree["model"], dict) or tree["model"].get("image_size") == "???"):
         raise UsageError(f"checkpoint={label} does not say what model it is; name one with model=")
-    own = card.get("model", {"adapter": dataclasses.asdict(no_adapter())})
+    own = dict(card.get("model", {"adapter": dataclasses.asdict(no_adapter())}))
+    own.pop("tasks", None)  # they follow the data
     _check_adapter(own["adapter"], tree["model"], label)
     chosen = tree["model"] if isinstance(tree["model"], dict) else {}
     blocks: Any = chosen.get("blocks")
@@ -131,9 +144,7 @@ def take_model(tree: dict[str, Any], source: "Source", typed: Sequence[str]) -> 
     if "classes" in card:  # ours, not timm's
         same = router_targets(tree["model"]) == router_targets(card["model"])
         _described(source, card["model"]["router"] if same else {"_target_": None})
-    for key in ("mean", "std"):
-        if key in card.get("data", {}) and not names(f"data.{key}", typed):
-            tree["data"][key] = card["data"][key]
+    take_pixels(tree["data"], card.get("data", {}), typed)
     keep_cut(tree["data"], card.get("data", {}), typed)
 
 
@@ -249,22 +260,77 @@ def check_here(data: Data, source: "Source") -> None:
 def take_data(tree: dict[str, Any], source: "Source", typed: Sequence[str]) -> None:
     """Fills in the checkpoint's data set. Where another set was named, only its mean and deviation of pixels."""
     named = names_data(tree["data"])
-    no_others = absent_keys(Data) if named else []
-    base = {key: value for key, value in source.card["data"].items() if key not in no_others}
+    base = source.card["data"]
+    if named:
+        base = {key: value for key, value in base.items() if key not in absent_keys(Data)}
     tree["data"] = overlay(base, tree["data"])
     if tree["data"]["image_size"] == "auto":
         own = same_set(tree["data"], source.card["data"])
         tree["data"]["image_size"] = (source.card["data"] if own else source.card["model"])["image_size"]
     if named:
-        for key in ("mean", "std"):
-            if not names(f"data.{key}", typed):
-                tree["data"][key] = source.card["data"][key]
+        take_pixels(tree["data"], source.card["data"], typed)
         keep_cut(tree["data"], source.card["data"], typed)
+
+
+def take_pixels(data: dict[str, Any], card: dict[str, Any], typed: Sequence[str]) -> None:
+    """Fills in the mean and deviation of pixels that a checkpoint was trained with, unless others are typed."""
+    known = _said_of(data, card)
+    for key in ("mean", "std"):
+        if key in known and not names(f"data.{key}", typed):
+            data[key] = known[key]
+
+
+def _said_of(data: dict[str, Any], card: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint's card says of data: where it is of a mix, of that set in it which has their name. Nothing
+    where it does not know such a set, or where the data are a mix, whose sets speak for themselves."""
+    if data.get("sets") not in (None, "???"):
+        return card if same_set(data, card) else {}
+    if not card.get("sets"):
+        return card
+    own = card["sets"].get(data.get("name"))
+    return {} if own is None else {key: card[key] for key in OF_THE_MIX if key in card} | own
+
+
+def take_task(tree: dict[str, Any], source: "Source", typed: Sequence[str], *, named: bool) -> None:
+    """Where a task is named: takes that set of the checkpoint's mix as the data or, where other images are `named`, its
+    mean and deviation of pixels.
+
+    Raises:
+        UsageError: the checkpoint knows no such task, or nobody says which one the images are of.
+    """
+    tasks, task, data = source.card["model"].get("tasks"), tree["task"], tree["data"]
+    mix = data.get("sets") not in (None, "???")
+    if not tasks:
+        if task is not None or mix:
+            word = f"task={task}" if task is not None else "data=mix"
+            raise UsageError(f"{word}: checkpoint={source.label} knows one task, which has no name; leave it out")
+        return
+    if task is None and not (mix and same_set(data, source.card["data"])):
+        raise UsageError(
+            f"checkpoint={source.label} knows the tasks {', '.join(tasks)}, and an image of an unknown task has no "
+            "answer: say task=NAME for other images, or nothing for its own"
+        )
+    if task is None:
+        return
+    if task not in tasks:
+        raise UsageError(
+            f"task={task}: checkpoint={source.label} knows the tasks {', '.join(tasks)}.{nearest(str(task), tasks)}"
+        )
+    if named and mix:
+        raise UsageError(f"task={task}: the images of one task are one set; leave out data=mix, or name a set")
+    own = source.card["data"]["sets"][task]
+    if named:
+        tree["data"] |= {key: own[key] for key in ("mean", "std") if not names(f"data.{key}", typed)}
+        return
+    common = {key: data[key] for key in OF_THE_MIX}
+    none = {"class_numbers": False, "from_file": False, **dict.fromkeys(absent_keys(Data))}
+    tree["data"] = common | own | none
 
 
 def keep_cut(data: dict[str, Any], card: dict[str, Any], typed: Sequence[str]) -> None:
     """The checkpoint's own set is cut as it was for the checkpoint, unless typed otherwise: another cut would have
     images that were trained on among those that are held out. So is the set that the checkpoint's exemplars are of."""
+    card = _said_of(data, card)
     if "name" not in card or data["test_fraction"] == 1:  # all of it is for evaluation
         return
     if card.get("source") is not None and data.get("source") is None:
@@ -364,5 +430,12 @@ def same_set(data: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether both name the same images: one data set, and where it is read from files, one place."""
     if any(data.get(key) != other.get(key) for key in ("name", "format", "source")):
         return False
+    if data.get("sets") not in (None, "???"):
+        return _sets(data) == _sets(other)
     of_files = data.get("format") is not None or data.get("source") in DATA_FORMATS
     return not of_files or Path(data["root"]).resolve() == Path(other["root"]).resolve()
+
+
+def _sets(data: dict[str, Any]) -> list[dict[str, Any]]:
+    """The sets of a mix without what is no image: where they lie, and how often the mix draws from them."""
+    return [{key: value for key, value in own.items() if key != "root"} for own in (data.get("sets") or {}).values()]

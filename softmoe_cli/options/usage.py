@@ -19,6 +19,8 @@ usage: softmoe COMMAND [ARGUMENTS]
               softmoe upcycle checkpoint=RUN model/router=soft
   prune       a mixture of experts into a smaller one, or a plain ViT
               softmoe prune checkpoint=RUN keep=1 to=dense
+  extract     one task out of a model that knows several
+              softmoe extract checkpoint=RUN task=digits
   evaluate    quality of a checkpoint on a data set
               softmoe evaluate checkpoint=RUN
   export      for timm, torch.export, ONNX and the hub
@@ -153,6 +155,25 @@ receipt.json, and the header of the weights, say which experts stay and why,
 what changed on the validation images, quality and cost before and after.
 softmoe evaluate reads the folder as any other. To prune while finetuning:
 softmoe finetune prune.keep=1 (softmoe finetune --help prune).""",
+    "extract": """\
+softmoe extract checkpoint=SOURCE task=NAME [KEY=VALUE]...
+
+Makes a smaller model of one task, or of some, out of one that was trained on
+several sets (data=mix), without training. It computes the same.
+
+  softmoe extract checkpoint=outputs/default/RUN task=digits folder=digits_only
+  softmoe extract checkpoint=RUN 'task=[digits,fashion_mnist]'
+  softmoe extract checkpoint=RUN task=digits form=folded   one wide expert
+  softmoe extract checkpoint=RUN task=digits form=dense    a plain ViT for timm
+  softmoe evaluate checkpoint=digits_only                  needs no task
+
+SOURCE is a run folder, a .safetensors file or hf-hub:OWNER/NAME. Blocks that
+decide by task (model/router=task_choice, static_tasks) keep the experts that
+the task takes; others decide by what an image shows, and keep all. The head
+keeps the task's classes. receipt.json, and the header of the weights, say
+which experts stay, parameters before and after, and how far the outputs are
+off on the task's validation images. softmoe export takes the folder as any
+other.""",
     "evaluate": """\
 softmoe evaluate checkpoint=SOURCE [data=CHOICE] [KEY=VALUE]...
 
@@ -327,7 +348,7 @@ folders of runs. In ~/.bashrc, ~/.zshrc or ~/.config/fish/config.fish:
   softmoe completion fish | source""",
 }
 
-for _command in ("evaluate", "export", "prune", "upcycle"):
+for _command in ("evaluate", "export", "extract", "prune", "upcycle"):
     USAGE[_command] += f"\n{textwrap.fill(RULE, 80)}"
 USAGE["compare"] += f"\n{textwrap.fill(f'{RULE} Only a folder that softmoe compare made is made anew.', 80)}"
 USAGE["scaling"] += f"\n{textwrap.fill(f'{RULE} Only a folder that softmoe scaling made is made anew.', 80)}"

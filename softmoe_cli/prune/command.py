@@ -55,6 +55,11 @@ def prune_as_typed(config: Any, typed: list[str]) -> int:
         raise UsageError(f"checkpoint={tree['checkpoint']} is timm's own and has no experts to prune")
     source = inherit.source_of_layers(tree["checkpoint"], "prune")
     model = inherit.model_of(source, tree["trust"])
+    if model.tasks:
+        raise UsageError(
+            f"checkpoint={source.label} knows the tasks {', '.join(model.tasks)}; first make a model of one: softmoe "
+            f"extract checkpoint={source.label} task=NAME"
+        )
     named = inherit.names_data(tree["data"])
     inherit.take_data(tree, source, typed)
     checked = door(tree, PruneConfig)
@@ -168,7 +173,7 @@ class Pruned:
     splits: Splits
     device: torch.device
 
-    def batches(self, images: ImageSet) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, images: ImageSet) -> Iterator[batches.Batch]:
         size, channels = self.model.image_size, self.model.in_chans
         return batches.eval_batches(
             images, self.config.data, image_size=size, in_chans=channels, batch_size=self.config.batch_size,
@@ -221,7 +226,7 @@ class Pruned:
             whole, new, self.batches(self.splits.validation), loss=self.source.card["loss"],
             labelled=self.splits.classes == self.source.card["classes"],
         )  # fmt: skip
-        x, _ = next(self.batches(self.splits.validation))
+        x = next(self.batches(self.splits.validation)).images
         if self.config.clock:
             found["clock"] = latencies({"before": whole, "after": new}, x, self.config.repeats)
             found["clock"] |= {"images": len(x), "repeats": self.config.repeats, "hardware": hardware(self.device)}
@@ -245,7 +250,7 @@ class Pruned:
         )
         if self.config.to != "dense":
             return
-        x, _ = next(self.batches(self.splits.validation))
+        x = next(self.batches(self.splits.validation)).images
         theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval().double()
         share, others = distance_in_float64(copy.deepcopy(new).cpu().double().eval(), theirs, x.cpu().double())
         if not share <= NO_MORE or others:

@@ -16,6 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from softmoe_cli.config.model import Model
+from softmoe_cli.data.batches import Batch
 from softmoe_cli.errors import UsageError
 from softmoe_cli.moe.kind import Layer
 from softmoe_cli.moe.layer import MoE
@@ -49,7 +50,7 @@ def prunable(vit: VisionTransformer, model: Model, by: str, key: str = "by") -> 
 
 @torch.no_grad()
 def measured(
-    vit: VisionTransformer, layers: Mapping[int, MoE], by: str, batches: Iterable[tuple[Tensor, Tensor]]
+    vit: VisionTransformer, layers: Mapping[int, MoE], by: str, batches: Iterable[Batch]
 ) -> dict[int, list[float]]:
     """Each block's scores over all batches, as evaluation sees them: without noise. Experts that are gone have 0."""
     sums = {place: [0.0] * len(layer.experts.w1) for place, layer in layers.items()}
@@ -62,8 +63,8 @@ def measured(
                     sums[place][expert] += score
 
             stack.enter_context(layer.router.register_forward_hook(add))
-        for x, _ in batches:
-            vit(x)
+        for batch in batches:
+            vit(*batch.inputs)
     return sums
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from softmoe_cli.config.model import Model
+from softmoe_cli.data.batches import Batch
 from softmoe_cli.device import wait
 from softmoe_cli.evaluate.quality import classification_loss
 from softmoe_cli.model.vit import portable_options
@@ -58,7 +59,7 @@ def key_map(weights: Mapping[str, Tensor], kept: Mapping[int, Sequence[int]], to
 def compared(
     whole: VisionTransformer,
     new: VisionTransformer,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[Batch],
     *,
     loss: str,
     labelled: bool,
@@ -68,7 +69,7 @@ def compared(
     whole.eval(), new.eval()
     images, same, changes, most = 0, 0, 0.0, 0.0
     right, losses = [0, 0], [0.0, 0.0]
-    for x, labels in batches:
+    for x, labels, _ in batches:
         outputs = whole(x), new(x)
         answers = [each.argmax(dim=1) for each in outputs]
         change = (outputs[1] - outputs[0]).abs()

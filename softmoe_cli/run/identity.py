@@ -25,9 +25,12 @@ def _science(config: Config) -> dict[str, Any]:
     for key in NOT_SCIENCE:
         section, _, leaf = key.rpartition(".")
         del (science[section] if section else science)[leaf]
+    del science["model"]["tasks"]  # they follow the data
     for key in absent_keys(Data):
         if science["data"][key] is None:
             del science["data"][key]
+    for own in science["data"].get("sets", {}).values():  # the same images at another place are the same
+        own.pop("root", None)
     if config.prune.keep is None:  # the others are idle
         del science["prune"]
     own = {key: value for key, value in science["model"].pop("adapter").items() if value is not None}
@@ -62,6 +65,8 @@ def _whole_numbers(value: Any) -> Any:
 def settings_of(data: Data) -> dict[str, Any]:
     """What a receipt says of images: not where they lie, and how fast they are read."""
     said = dataclasses.asdict(data)
+    for own in (said["sets"] or {}).values():
+        own.pop("root", None)
     absent = [key for key in absent_keys(Data) if said[key] is None]
     return {key: value for key, value in said.items() if key not in ("root", "workers", "memory_gib", *absent)}
 

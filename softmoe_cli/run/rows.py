@@ -163,6 +163,13 @@ LOOK = {
 are made of. Validation rows have `routing_NAME` for each NAME of ROUTING, its mean over layers, and FEWSHOT."""
 FEWSHOT = "fewshot_{}_top1_pct"
 """In validation rows, and in results after `validation_`, for each number of `train.fewshot`."""
+TASK_QUALITY = "task_{}_{}"
+"""Of a mix, for each task by its name, `top1_pct` and `nll`: in rows of split validation or test, and in results, there
+of the validation images after `validation_`."""
+OVER_TASKS = "mean_over_tasks_{}"
+"""The mean of that over tasks, each of which counts once; under the plain name stands the mean over images."""
+TASK_EPOCHS = "task_{}_epochs"
+"""In results: how often training has seen each task's training images."""
 EXPERTS_LEFT = "experts_left_block_{}"
 """In rows of metrics.jsonl, for each block of experts of a finetuning that prunes them; beside it `forward_gflop`, what
 a forward pass takes with those."""
@@ -201,9 +208,13 @@ ROUTING = {
     "coefficient_zeros": _statistic("share of coefficients that are exactly zero (muMoE)"),
     "coefficient_max": _statistic("a token's largest coefficient, mean over tokens (muMoE)"),
     "specialist_share": _statistic("share of experts that have half of some token or more (muMoE)"),
+    "task_overlap": _statistic("experts that two tasks share over all that they take, mean over pairs (tasks)"),
+    "task_changes": _statistic("tasks that take other experts than at the look before (tasks)"),
+    "task_gate_max": _statistic("a task's largest gate before any is divided, mean over tasks (task_choice)"),
 }  # fmt: skip
 """A row of routing.jsonl. Which statistics there are is the router's; one of your own may have others. A finetuning
-that prunes experts has a row there for each block and window, with `window` and what it decided."""
+that prunes experts has a row there for each block and window, with `window` and what it decided. Of routers that decide
+for tasks it has `task_experts`: the experts of each task by its name."""
 RESULT = {
     **FORMAT_KEY,
     "metrics_rows": _said(COUNT, "rows of metrics.jsonl when the run ended"),
@@ -323,6 +334,13 @@ MOST_LINES_BYTES = 2**31
 
 class Unreadable(ValueError):
     """A file that is there and does not hold what it should; the message goes on from the file's name."""
+
+
+def of_tasks(row: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """What a row says of each task by its name: `top1_pct`, `nll` or `epochs`."""
+    first, last = TASK_QUALITY.format("\0", key).split("\0")
+    return {name[len(first) : -len(last)]: value for name, value in row.items()
+            if name.startswith(first) and name.endswith(last)}  # fmt: skip
 
 
 def fault(row: Mapping[str, Any], keys: Mapping[str, Key]) -> str:

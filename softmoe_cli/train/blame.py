@@ -21,10 +21,17 @@ def exploded(what: str, step: int) -> RunError:
 
 
 def not_finite(
-    model: VisionTransformer, x: Tensor, autocast: torch.autocast, first_image: int, step: int, loss: float, norm: float
+    model: VisionTransformer,
+    inputs: tuple[Tensor, ...],
+    autocast: torch.autocast,
+    first_image: int,
+    step: int,
+    loss: float,
+    norm: float,
 ) -> RunError:
     """The error for an update that was not made. Goes through the same batch again to find where the loss or a gradient
     first stopped being finite. `first_image` is the place of the batch's first image in the stream of all batches."""
+    x = inputs[0]
     broken: list[str] = []
 
     def remember(name: str) -> Any:
@@ -39,7 +46,7 @@ def not_finite(
     hooks = [m.register_forward_hook(remember(name)) for name, m in model.named_modules() if not list(m.children())]
     hooks += [m.register_forward_hook(remember(name)) for name, m in model.named_modules() if isinstance(m, Layer)]
     with torch.no_grad(), autocast:
-        model(x)
+        model(*inputs)
     for hook in hooks:
         hook.remove()
     gradients = [n for n, p in model.named_parameters() if p.grad is not None and not own_part(p.grad).isfinite().all()]

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from softmoe_cli.data import batches, splits
+from softmoe_cli.data.mix import MixedSet
 from softmoe_cli.evaluate.fewshot import fewshot
-from softmoe_cli.evaluate.quality import evaluate, features, routing_statistics
+from softmoe_cli.evaluate.quality import Outcomes, by_task, features, outcomes, qualities, routing_statistics, together
 from softmoe_cli.moe.kind import Layer
 from softmoe_cli.train.blame import exploded
 from softmoe_cli.train.recording import Recording
 from softmoe_cli.train.stop import Stop
+from softmoe_cli.train.tasks import changes, taken_by, told_by_name
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,21 @@ class Looks:
         with self.recording.progress.booked("eval"):
             found = routing_statistics(model, next(self._batches(setup.splits.validation, [0])), setup.autocast)
             shots = self._few_shots() if setup.config.train.fewshot else {}
-        layers = [numbers for place, numbers in found if "beside" not in place] or [numbers for _, numbers in found]
+        tasks = setup.config.data.tasks
+        earlier = self.recording.run.rows("routing.jsonl") if any(told for *_, told in found) else []
+        of_tasks: dict[str, float] = {}
+        for place, numbers, told in found:
+            told |= told_by_name(told, tasks)
+            numbers |= changes(earlier, int(place["block"]), told)
+            if "task_experts" in told:
+                of_tasks |= taken_by(int(place["block"]), told, self._experts(int(place["block"])))
+        layers = [each for place, each, _ in found if "beside" not in place] or [each for _, each, _ in found]
         keys = dict.fromkeys(key for layer in layers for key in layer)
         having = {key: [layer[key] for layer in layers if key in layer] for key in keys}
         means = {f"routing_{key}": sum(numbers) / len(numbers) for key, numbers in having.items()}
-        row = self._quality("validation", setup.splits.validation, means | shots)
-        for place, numbers in found:  # last, so that a stop leaves all rows or none
-            self.recording.run.append("routing.jsonl", {"step": row["step"], **place, **numbers})
+        row = self._quality("validation", setup.splits.validation, means | of_tasks | shots)
+        for place, numbers, told in found:  # last, so that a stop leaves all rows or none
+            self.recording.run.append("routing.jsonl", {"step": row["step"], **place, **numbers, **told})
         return row
 
     def test(self) -> dict[str, Any]:
@@ -59,18 +69,29 @@ class Looks:
         return [place for place, block in enumerate(blocks) if isinstance(block.mlp, Layer)]
 
     def _quality(self, split: str, images: splits.ImageSet, beside: dict[str, float]) -> dict[str, Any]:
-        setup, progress = self.recording.setup, self.recording.progress
-        turns = setup.crew.turns(len(images), setup.config.train.eval_batch_size)
+        progress, tasks = self.recording.progress, self.recording.setup.config.data.tasks
         with progress.booked("eval"):
-            parts = self.stop.watch(self._batches(images, turns.own))
-            found = evaluate(
-                self.recording.trained.evaluated, parts, loss=setup.config.train.loss, autocast=setup.autocast,
-                collect=turns.collect,
-            )  # fmt: skip
-            values = dict(found)
+            if isinstance(images, MixedSet) and tasks is not None:
+                of_each = {name: self._outcomes(images.of_task(task)) for task, name in enumerate(tasks)}
+                values = dict(qualities(together(list(of_each.values())))) | by_task(of_each)
+            else:
+                values = dict(qualities(self._outcomes(images)))
         if not math.isfinite(values["loss"]):
             raise exploded(f"{split} loss {values['loss']}", progress.step)
         return self.recording.row(split, values | beside)
+
+    def _experts(self, block: int) -> int:
+        layer = self.recording.trained.model.blocks[block].mlp
+        assert isinstance(layer, Layer)
+        return layer.router.num_experts
+
+    def _outcomes(self, images: splits.ImageSet) -> Outcomes:
+        setup = self.recording.setup
+        turns = setup.crew.turns(len(images), setup.config.train.eval_batch_size)
+        return outcomes(
+            self.recording.trained.evaluated, self.stop.watch(self._batches(images, turns.own)),
+            loss=setup.config.train.loss, autocast=setup.autocast, collect=turns.collect,
+        )  # fmt: skip
 
     def _few_shots(self) -> dict[str, float]:
         """Few-shot quality. Shots are drawn with the seed of the data's cut, so that every run of a study has the same
@@ -91,7 +112,7 @@ class Looks:
             raise exploded("features that are not finite", self.recording.progress.step)
         return found
 
-    def _batches(self, images: splits.ImageSet, turns: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(self, images: splits.ImageSet, turns: list[int]) -> Iterator[batches.Batch]:
         config = self.recording.setup.config
         return batches.eval_batches(
             images,

@@ -14,10 +14,12 @@ from softmoe_cli.config.run import Config, check_tokens
 from softmoe_cli.cost.fit import require_place, settle, training_cost
 from softmoe_cli.cost.load import Load
 from softmoe_cli.data import batches, sets, workers
+from softmoe_cli.data.batches import Batch
 from softmoe_cli.device import arithmetic, compiled, free_memory, keep_freed_memory, precision_context
 from softmoe_cli.errors import UsageError
 from softmoe_cli.evaluate.fewshot import check_shots
 from softmoe_cli.evaluate.quality import classification_loss
+from softmoe_cli.model.tasks import valid_answers
 from softmoe_cli.model.vit import build, prepare
 from softmoe_cli.model.weights import LoadReport, experts_left
 from softmoe_cli.moe.kind import Decided, Decider
@@ -34,6 +36,7 @@ from softmoe_cli.train.recording import Recording
 from softmoe_cli.train.resume import Trained, carry_moments, delta_of, load_source, resume
 from softmoe_cli.train.setup import Begun, Setup, require_batches
 from softmoe_cli.train.stop import Interrupted, Stop
+from softmoe_cli.train.tasks import task_rows, tell_shares
 
 SMALLEST_SCALE = 2.0**-14
 """fp16: gradients that are not finite even at this loss scale are not saved by a smaller one."""
@@ -84,6 +87,7 @@ def train(begun: Begun) -> dict[str, Any]:
         model = build(config.model, classes)
         freeze(model, config.optim.freeze)
         loaded = load_source(model, source, config, splits.classes, screen) if source is not None else LoadReport()
+        tell_shares(model, config, splits.train)
         pruning = Pruning.of(config, load, budget, model, screen) if config.prune.keep is not None else None
         prepare(model, device, config.train.precision)
         model.set_grad_checkpointing(config.train.recompute)
@@ -102,6 +106,8 @@ def train(begun: Begun) -> dict[str, Any]:
     # --- record: the run's folder, where it stands, and what it writes down
     run.open(config)
     progress = resume(run, trained, screen, crew)
+    for title, text in task_rows(model, config.model.tasks) if crew.way == "ddp" else []:  # else nobody has them whole
+        screen.row(title, text)
     pace = forecast(setup, model) if crew.size == 1 else None
     if pace is not None:
         screen.row("time", summary.time_row(setup, pace, progress))
@@ -147,14 +153,14 @@ def train(begun: Begun) -> dict[str, Any]:
                 compiles = config.train.compile and progress.step in (first_step, progress.changed_at)
                 with progress.booked("compile" if compiles else "device", crew.size):
                     lr, scale = learning_rate(here), scaler.get_scale()
-                    x, targets = next(training)
+                    batch = next(training)
                     open_pruning = pruning if pruning is not None and pruning.open(progress) else None
-                    loss, aux_loss, norm = update(step, x, targets, lr, open_pruning)
+                    loss, aux_loss, norm = update(step, batch, lr, open_pruning)
                     updated = math.isfinite(loss) and math.isfinite(norm)
                     rescaling = math.isfinite(loss) and SMALLEST_SCALE < scaler.get_scale() < scale
                     if not updated and not rescaling:
                         image = progress.step * config.train.batch_size
-                        raise not_finite(model, x, autocast, image, progress.step, loss, norm)
+                        raise not_finite(model, batch.inputs, autocast, image, progress.step, loss, norm)
                     _adjust(adjusting, crew, updated=updated)
                     if updated and average is not None:
                         average.update(model)
@@ -165,7 +171,7 @@ def train(begun: Begun) -> dict[str, Any]:
                 progress.add_loss(loss, aux_loss)
                 first_steps.add()
                 if open_pruning is not None:
-                    _let_go(step, recording, open_pruning, x)
+                    _let_go(step, recording, open_pruning, batch)
                 now = budget.position(progress)
                 images_per_s = progress.images_per_s(config.train.batch_size)
                 screen.step(now / budget.total, loss, lr, images_per_s)
@@ -191,7 +197,7 @@ def train(begun: Begun) -> dict[str, Any]:
     return result
 
 
-def _batches(setup: Setup, rows: Tensor | slice, first_step: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(setup: Setup, rows: Tensor | slice, first_step: int) -> Iterator[Batch]:
     """Endless batches of training images: of each batch the `rows` of this process."""
     config = setup.config
     return batches.train_batches(
@@ -216,7 +222,7 @@ class Step:
     say has landed, int64."""
 
     model: VisionTransformer
-    forward: Callable[[Tensor], Tensor]
+    forward: Callable[..., Tensor]
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     autocast: torch.autocast
@@ -226,9 +232,7 @@ class Step:
     landed: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
 
 
-def update(
-    step: Step, x: Tensor, targets: Tensor, lr: float, pruning: Pruning | None = None
-) -> tuple[float, float, float]:
+def update(step: Step, batch: Batch, lr: float, pruning: Pruning | None = None) -> tuple[float, float, float]:
     """One update on one batch, computed in `accumulate` equal parts whose gradients add up to the whole batch's; of
     several processes each has its share of every part.
 
@@ -236,22 +240,24 @@ def update(
     clipping. The weights stay as they were, and the gradients can be looked at, when loss or norm is not finite; where
     only the norm is not, a scaler then lowers its scale. `pruning` measures experts that may still go.
     """
-    config, crew, optimizer, scaler = step.config, step.crew, step.optimizer, step.scaler
+    config, crew, optimizer, scaler, x = step.config, step.crew, step.optimizer, step.scaler, batch.images
     optimizer.zero_grad(set_to_none=True)  # of an update that was not made
     parts, share = config.train.accumulate, crew.share(config)
     total = torch.zeros(2, device=x.device)
     with step.autocast:  # around all parts: a weight that it has cast once stays cast until the update
-        for part, (part_x, part_targets) in enumerate(zip(x.chunk(parts), targets.chunk(parts), strict=True), start=1):
+        for part, (part_targets, *inputs) in enumerate(_in_parts(batch, parts), start=1):
             step.seen.clear()
             with crew.passing(step.forward, share, last=part == parts):
-                logits = step.forward(part_x)
+                logits = step.forward(*inputs)
                 for routing in step.seen:  # now: recomputation will call the routers again
                     if routing.landed is not None:
                         step.landed.add_(routing.landed)
                 if pruning is not None:
                     pruning.see(step.seen)
                 with full_precision(x):
-                    loss = classification_loss(logits, part_targets, config.train.loss) * share.of_images / parts
+                    valid = valid_answers(step.model, tuple(inputs))
+                    loss = classification_loss(logits, part_targets, config.train.loss, valid)
+                    loss = loss * share.of_images / parts
                     aux = sum((routing.aux_loss for routing in step.seen), loss.new_zeros(())) * share.of_groups / parts
                     total += torch.stack([loss.detach(), aux.detach()])
                     scaler.scale(loss + aux).backward()
@@ -273,7 +279,12 @@ def update(
     return main, aux_loss, norm_value
 
 
-def _let_go(step: Step, recording: Recording, pruning: Pruning, x: Tensor) -> None:
+def _in_parts(batch: Batch, parts: int) -> Iterator[tuple[Tensor, ...]]:
+    """Targets, and what the model is called with, of each of several parts of a batch."""
+    return zip(*(each.chunk(parts) for each in (batch.labels, *batch.inputs)), strict=True)
+
+
+def _let_go(step: Step, recording: Recording, pruning: Pruning, batch: Batch) -> None:
     """Adds up what an update has measured of the experts and, where a window ends, lets some go. Writes down which,
     how far that changes outputs on the update's images, and what an image costs from now on."""
     progress, trained, crew = recording.progress, recording.trained, step.crew
@@ -282,20 +293,22 @@ def _let_go(step: Step, recording: Recording, pruning: Pruning, x: Tensor) -> No
     changed = 0.0
     if any(decision.goes for decision in decisions.values()):
         with progress.booked("eval"):
-            before = _logits(step, x)
+            before = _logits(step, batch)
             trained.leave(decisions)
-            changed = crew.largest_of_all((_logits(step, x) - before).abs().max().item())
+            changed = crew.largest_of_all((_logits(step, batch) - before).abs().max().item())
         progress.phases.append([progress.step, *pruning.cost().phase])
     recording.decide(changed, decisions)
 
 
 @torch.no_grad()
-def _logits(step: Step, x: Tensor) -> Tensor:
+def _logits(step: Step, batch: Batch) -> Tensor:
+    """The logits of possible answers; 0 in the place of others."""
     step.model.eval()
     with step.autocast:  # in parts, as updates are: more might not fit
-        logits = torch.cat([step.model(part).float() for part in x.chunk(step.config.train.accumulate)])
+        parts = _in_parts(batch, step.config.train.accumulate)
+        logits = torch.cat([step.model(*inputs).float() for _, *inputs in parts])
     step.model.train()
-    return logits
+    return logits.masked_fill(logits.isneginf(), 0)
 
 
 def _adjusting(model: VisionTransformer) -> list[Decider]:

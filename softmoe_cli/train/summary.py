@@ -16,6 +16,8 @@ from softmoe_cli.config.model import Model
 from softmoe_cli.config.run import WANDB_LETTERS, Config
 from softmoe_cli.cost.fit import Fit
 from softmoe_cli.data import splits
+from softmoe_cli.data.mix import MixedSet
+from softmoe_cli.data.order import TaskDraws
 from softmoe_cli.device import KEPT, hardware, slower
 from softmoe_cli.model.router import router_class
 from softmoe_cli.run import rows
@@ -128,7 +130,7 @@ def memory_row(fit: Fit, device: torch.device, *, kept: bool) -> str:
 def time_row(setup: Setup, pace: Pace, progress: Progress) -> str:
     """How long the run will take, and how that is known."""
     known = "from a forward pass and FLOPs"
-    if setup.splits.train.images is None:
+    if setup.splits.train.images is None and not isinstance(setup.splits.train, MixedSet):
         known += ", decoding not counted"
     return f"{pace.left(setup.budget, progress, setup.config.train.eval_every)}; {known}"
 
@@ -146,6 +148,10 @@ def wandb_settings(setup: Setup, folder: Path) -> dict[str, Any]:
         "name": w.name or folder.name[-WANDB_LETTERS:],
         "config": asdict(config),
     }
+
+
+SOMETIMES = ("fewshot_", *(key.partition("{")[0] for key in (rows.TASK_QUALITY, rows.OVER_TASKS)))
+"""How those qualities begin that only some runs have."""
 
 
 def result_row(
@@ -185,12 +191,14 @@ def result_row(
         "ece_pct": test["ece_pct"],
         "validation_top1_pct": progress.validation["top1_pct"],
         "validation_loss": progress.validation["loss"],
-        **{f"validation_{key}": value for key, value in progress.validation.items() if key.startswith("fewshot_")},
+        **{f"validation_{key}": value for key, value in progress.validation.items() if key.startswith(SOMETIMES)},
+        **{key: value for key, value in test.items() if key.startswith(SOMETIMES)},
         "best_validation_top1_pct": progress.best_top1_pct,
         "best_step": progress.best_step,
         "steps": progress.step,
         "images": seen,
         "epochs": seen / len(images.train),
+        **_epochs_of_tasks(setup, progress.step),
         "batch_size": config.train.batch_size,
         "lr": config.optim.lr,
         "precision": config.train.precision,
@@ -220,9 +228,23 @@ def result_row(
     }
 
 
+def _epochs_of_tasks(setup: Setup, steps: int) -> dict[str, float]:
+    """How often training has seen each task's images; nothing where there is one set."""
+    images, config = setup.splits.train, setup.config
+    if not isinstance(images, MixedSet):
+        return {}
+    draws = TaskDraws(images, config.data.temperature, config.train.batch_size, config.seed)
+    times = (draws.before(steps) / torch.tensor([len(own) for own in draws.of_task])).tolist()
+    return {rows.TASK_EPOCHS.format(name): each for name, each in zip(config.data.sets, times, strict=True)}
+
+
 def _commonest_pct(images: splits.ImageSet) -> float:
-    """The share of the commonest class: what a model reaches that always gives the same answer."""
-    return 100 * int(images.labels.bincount().max()) / len(images)
+    """The share of the commonest class: what a model reaches that always gives the same answer; in a mix the same
+    answer for all images of a task."""
+    of_each = [images.labels]
+    if isinstance(images, MixedSet):
+        of_each = [images.labels[images.tasks == task] for task in range(len(images.parts))]
+    return 100 * sum(int(labels.bincount().max()) for labels in of_each) / len(images)
 
 
 def _commit() -> str | None:
@@ -253,6 +275,7 @@ def shown(result: dict[str, Any], folder: Path, routing: str) -> dict[str, str]:
     compilation = f", compilation {in_words(result['compile_s'])}" if result["compile_s"] else ""
     titled = {
         "test top-1": f"{result['top1_pct']:.2f}%  ({result['test_images']:,} images, read once, last weights)",
+        "by task": _by_task(result),
         "chance": chance(result),
         "test top-5": f"{result['top5_pct']:.2f}%" if result["classes"] > 5 else "",
         "test loss": f"{result['loss']:.4f}",
@@ -260,12 +283,27 @@ def shown(result: dict[str, Any], folder: Path, routing: str) -> dict[str, str]:
         f"at step {result['best_step']:,})",
         "routing": routing,
         "experts left": _left(result),
-        "trained on": f"{result['images']:,} images, {result['epochs']:.1f} epochs, {result['steps']:,} steps",
+        "trained on": f"{result['images']:,} images, {result['epochs']:.1f} epochs{_epochs_said(result)}, "
+        f"{result['steps']:,} steps",
         "training cost": f"{flop(1e15 * result['train_pflop'])}, {in_words(result['device_s'])}{energy}",
         "beside it": f"evaluation {in_words(result['eval_s'])}, saving {in_words(result['save_s'])}{compilation}",
         "folder": str(folder),
     }
     return {key: value for key, value in titled.items() if value}
+
+
+def _by_task(result: dict[str, Any]) -> str:
+    """Test top-1 of each task and both means; nothing where there is one set."""
+    means = {"tasks": result.get(rows.OVER_TASKS.format("top1_pct")), "images": result["top1_pct"]}
+    if means["tasks"] is None:
+        return ""
+    each = [f"{name} {figure:.2f}%" for name, figure in rows.of_tasks(result, "top1_pct").items()]
+    return "; ".join([", ".join(each), *(f"mean over {what} {figure:.2f}%" for what, figure in means.items())])
+
+
+def _epochs_said(result: dict[str, Any]) -> str:
+    each = [f"{number:.1f} of {name}" for name, number in rows.of_tasks(result, "epochs").items()]
+    return f" ({', '.join(each)})" if each else ""
 
 
 def _left(result: dict[str, Any]) -> str:
@@ -288,8 +326,11 @@ def chance(result: dict[str, Any]) -> str:
     commonest class; else nothing."""
     if not at_chance([result["top1_pct"]], result["chance_pct"], result["test_images"]):
         return ""
+    commonest = f"always the commonest of {result['classes']} classes"
+    if rows.OVER_TASKS.format("top1_pct") in result:
+        commonest = "always the commonest class of an image's task"
     return (
-        f"top-1 cannot be told from chance: always the commonest of {result['classes']} classes is right for "
+        f"top-1 cannot be told from chance: {commonest} is right for "
         f"{result['chance_pct']:.1f}% of these {result['test_images']:,} images"
     )
 

@@ -18,6 +18,7 @@ from softmoe_cli.cost import fit
 from softmoe_cli.cost.fit import Fit, require_place, settle
 from softmoe_cli.cost.memory import Live, predict
 from softmoe_cli.cost.sharded import CHECKED_WITH
+from softmoe_cli.data.batches import Batch
 from softmoe_cli.device import KEPT, _control_group_free, keep_freed_memory, precision_context
 from softmoe_cli.errors import UsageError
 from softmoe_cli.model.vit import build, prepare
@@ -61,7 +62,7 @@ def allocated_peak(config: Config, crew: Crew = ALONE) -> int:
 
         def step() -> None:
             autocast = precision_context("cpu", t.precision, cached=crew.way == "ddp")
-            update(Step(model, forward, optimizer, scaler, autocast, seen, config, crew), x, targets, 0.001)
+            update(Step(model, forward, optimizer, scaler, autocast, seen, config, crew), Batch(x, targets), 0.001)
 
         step()
         optimizer.zero_grad(set_to_none=True)
@@ -123,7 +124,7 @@ def held_in_predicted(much: bool) -> None:
         def step(images: int) -> None:
             x, targets = torch.randn(images, 1, 128, 128), torch.rand(images, 10)
             autocast = precision_context("cpu", "fp32")
-            update(Step(model, model, optimizer, scaler, autocast, seen, config), x, targets, 0.001)
+            update(Step(model, model, optimizer, scaler, autocast, seen, config), Batch(x, targets), 0.001)
 
         step(1)  # which brings the code itself into memory, and the moments
         before = resident("VmRSS") - sum(3 * p.nbytes for p in model.parameters())

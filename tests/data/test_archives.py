@@ -329,7 +329,7 @@ def test_evaluation_sees_what_timm_shows(tmp_path: Path, size: tuple[int, int], 
     write(tmp_path, {f"{name}/0.jpg": picture(i, size, "JPEG") for i, name in enumerate(CLASSES)})
     data = settings("folder", tmp_path, crop_pct=crop_pct, from_file=True, test_fraction=1, mean=[0.0], std=[1.0])
     images = load(data).test
-    (x, _), *_ = eval_batches(images, data, image_size=64, in_chans=3, batch_size=3, device=CPU)
+    (x, *_), *_ = eval_batches(images, data, image_size=64, in_chans=3, batch_size=3, device=CPU)
     timm = create_transform(64, interpolation="bicubic", crop_pct=crop_pct, mean=(0, 0, 0), std=(1, 1, 1))
     assert images.files is not None
     for i, place in enumerate(images.files.places):
@@ -361,7 +361,7 @@ def test_training_sees_what_timm_shows(tmp_path: Path, workers: int, monkeypatch
             images, data, change, image_size=64, in_chans=3, num_classes=3, batch_size=size, label_smoothing=0.0,
             seed=3, first_step=first_step, device=CPU, rows=rows,
         )  # fmt: skip
-        return [x for x, _ in itertools.islice(found, 4 - first_step)]
+        return [x for x, *_ in itertools.islice(found, 4 - first_step)]
 
     whole, drawn = ours(0), _Changes(change, True, 3, size, slice(None))
     for step, index in zip(range(4), stream(3, size, 3, 0), strict=False):
@@ -452,14 +452,14 @@ def test_which_samples_a_step_consumes_is_a_function_of_seed_and_step(twenty_tho
             splits.train, data, change, image_size=8, in_chans=1, num_classes=10, batch_size=size, label_smoothing=0.0,
             seed=0, first_step=first_step, device=CPU,
         )  # fmt: skip
-        return [_numbers(x, y.argmax(1)) for x, y in itertools.islice(found, steps)]
+        return [_numbers(x, y.argmax(1)) for x, y, _ in itertools.islice(found, steps)]
 
     whole = numbers(0, last + 1)
     epoch = [number for step in whole for number in step][:19600]
     held = [
         number
         for part in parts[1:]
-        for x, y in eval_batches(part, data, image_size=8, in_chans=1, batch_size=64, device=CPU)
+        for x, y, _ in eval_batches(part, data, image_size=8, in_chans=1, batch_size=64, device=CPU)
         for number in _numbers(x, y)
     ]
     assert sorted(epoch + held) == list(range(SHARDS * PER_SHARD))

@@ -141,27 +141,27 @@ def test_plain_batches_are_the_normalised_images() -> None:
     want = torch.stack(
         [(scaled[:, c] - mean) / std for c, (mean, std) in enumerate([(0.1, 0.5), (0.2, 0.25), (0.3, 2.0)])], dim=1
     )
-    torch.testing.assert_close(torch.cat([x for x, _ in found]).double(), want, atol=1e-6, rtol=1e-6)
-    assert torch.equal(torch.cat([y for _, y in found]), F.one_hot(images.labels[order], 3).float())
+    torch.testing.assert_close(torch.cat([x for x, *_ in found]).double(), want, atol=1e-6, rtol=1e-6)
+    assert torch.equal(torch.cat([y for _, y, _ in found]), F.one_hot(images.labels[order], 3).float())
 
 
 def test_flips_are_whole_images() -> None:
     images, data = in_memory(), folder(Path())
     plain, always = (next(batches(images, data, augment(hflip=p))) for p in (0.0, 1.0))
     assert torch.equal(always[0], plain[0].flip(3))
-    half = torch.cat([x for x, _ in itertools.islice(batches(images, data, augment(hflip=0.5)), 25)])
-    whole = torch.cat([x for x, _ in itertools.islice(batches(images, data, augment()), 25)])
+    half = torch.cat([x for x, *_ in itertools.islice(batches(images, data, augment(hflip=0.5)), 25)])
+    whole = torch.cat([x for x, *_ in itertools.islice(batches(images, data, augment()), 25)])
     flipped = [torch.equal(a, b.flip(2)) for a, b in zip(half, whole, strict=True)]
     assert all(f or torch.equal(a, b) for f, a, b in zip(flipped, half, whole, strict=True))
     assert 30 < sum(flipped) < 70
 
 
 def test_label_smoothing() -> None:
-    _, y = next(batches(in_memory(), folder(Path()), augment(), num_classes=5, label_smoothing=0.2))
+    _, y, _ = next(batches(in_memory(), folder(Path()), augment(), num_classes=5, label_smoothing=0.2))
     values = y.flatten().unique().tolist()
     assert values == pytest.approx([0.04, 0.84])
     torch.testing.assert_close(y.sum(dim=1), torch.ones(4))
-    _, hard = next(batches(in_memory(), folder(Path()), augment(), num_classes=5, label_smoothing=0.0))
+    _, hard, _ = next(batches(in_memory(), folder(Path()), augment(), num_classes=5, label_smoothing=0.0))
     assert torch.equal(hard.argmax(1), y.argmax(1))
     assert hard.unique().tolist() == [0.0, 1.0]
 
@@ -170,7 +170,7 @@ def test_label_smoothing() -> None:
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_mixed_targets_sum_to_one(change: dict[str, object], smoothing: float) -> None:
     found = itertools.islice(batches(in_memory(), folder(Path()), augment(**change), label_smoothing=smoothing), 8)
-    targets = torch.cat([y for _, y in found])
+    targets = torch.cat([y for _, y, _ in found])
     assert targets.dtype == torch.float32
     torch.testing.assert_close(targets.sum(dim=1), torch.ones(32))
     sure = 1 - smoothing + smoothing / 3
@@ -184,7 +184,7 @@ def test_mixup_mixes_pixels_as_it_mixes_targets() -> None:
     labels = torch.arange(n) % 3
     flat = (100 * labels).to(torch.uint8).view(n, 1, 1, 1).expand(n, 1, SIDE, SIDE).contiguous()
     images, data = ImageSet(labels, flat, SIDE, 1), folder(Path(), mean=[0.0], std=[1.0])
-    for x, y in itertools.islice(batches(images, data, augment(mixup=0.8, cutmix=1.0), label_smoothing=0.0), 8):
+    for x, y, _ in itertools.islice(batches(images, data, augment(mixup=0.8, cutmix=1.0), label_smoothing=0.0), 8):
         want = (y @ torch.tensor([0.0, 100, 200])) / 255
         torch.testing.assert_close(x.mean(dim=(1, 2, 3)), want, atol=1e-5, rtol=1e-4)
 
@@ -197,13 +197,13 @@ def test_grey_images_are_repeated() -> None:
         assert colour.shape == (4, 3, SIDE, SIDE)
         torch.testing.assert_close(colour, grey.expand(-1, 3, -1, -1), atol=0, rtol=0)
     data = folder(Path(), mean=[0.1, 0.2, 0.3], std=[0.5, 0.6, 0.7])
-    (colour, _), *_ = eval_batches(images, data, image_size=SIDE, in_chans=3, batch_size=10, device=CPU)
+    (colour, *_), *_ = eval_batches(images, data, image_size=SIDE, in_chans=3, batch_size=10, device=CPU)
     assert images.images is not None
     for channel in range(3):
         want = (images.images[:, 0].float() / 255 - data.mean[channel]) / data.std[channel]
         torch.testing.assert_close(colour[:, channel], want)
     data = folder(Path(), mean=[0.3], std=[0.7])
-    (colour, _), *_ = eval_batches(images, data, image_size=12, in_chans=3, batch_size=10, device=CPU)
+    (colour, *_), *_ = eval_batches(images, data, image_size=12, in_chans=3, batch_size=10, device=CPU)
     assert colour.shape == (10, 3, 12, 12)
     assert torch.equal(colour[:, 0], colour[:, 2])
 
@@ -218,10 +218,10 @@ def test_evaluation_covers_each_image_once(tree: Path, memory: float, batch_size
     images = load(data).train
     assert len(images) == 12
     found = list(eval_batches(images, data, image_size=SIDE, in_chans=3, batch_size=batch_size, device=CPU))
-    assert all(len(x) == len(y) <= batch_size for x, y in found)
+    assert all(len(x) == len(y) <= batch_size for x, y, _ in found)
     assert len(found) == -(-12 // batch_size)
-    assert torch.equal(torch.cat([y for _, y in found]), images.labels)
-    torch.testing.assert_close(torch.cat([x for x, _ in found]), pixels(images) / 255, atol=1e-6, rtol=0)
+    assert torch.equal(torch.cat([y for _, y, _ in found]), images.labels)
+    torch.testing.assert_close(torch.cat([x for x, *_ in found]), pixels(images) / 255, atol=1e-6, rtol=0)
 
 
 # --- crops ------------------------------------------------------------------------------------------------------------
@@ -231,7 +231,7 @@ def test_shifted_batches_are_filled_with_black() -> None:
     images, data = in_memory(side=10), folder(Path(), mean=[0.5, 0.4, 0.3], std=[0.5, 0.2, 0.1])
     images = ImageSet(images.labels, torch.full_like(pixels(images), 255), 10, 3)
     found = batches(images, data, augment(crop="shift", shift=0.2), image_size=10)
-    x = torch.cat([x for x, _ in itertools.islice(found, 9)])
+    x = torch.cat([x for x, *_ in itertools.islice(found, 9)])
     for channel, (white, black) in enumerate([(1, -1), (3, -2), (7, -3)]):
         assert x[:, channel].unique().tolist() == pytest.approx([black, white], abs=1e-5)
     outside = (x[:, 0] < 0).all(dim=2).sum(dim=1)

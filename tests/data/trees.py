@@ -12,7 +12,7 @@ from torch import Tensor
 from softmoe_cli.config.data import Data
 from softmoe_cli.config.recipe import Augment
 from softmoe_cli.data.archives import Stored
-from softmoe_cli.data.batches import train_batches
+from softmoe_cli.data.batches import Batch, train_batches
 from softmoe_cli.data.decode import centre, opened
 from softmoe_cli.data.sets import load
 from softmoe_cli.data.splits import ImageSet, Splits
@@ -22,7 +22,6 @@ from tests.oracles import compose
 CPU = torch.device("cpu")
 CLASSES = ("ant", "bee", "cat")
 SIDE = 8
-Batch = tuple[Tensor, Tensor]
 
 
 def write_image(path: Path, rng: np.random.Generator, size: tuple[int, int] = (11, 9), mode: str = "RGB") -> None:

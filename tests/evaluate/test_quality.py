@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from softmoe_cli.data.batches import Batch
 from softmoe_cli.evaluate.quality import Outcomes, calibration_error, evaluate, outcomes, qualities
 from tests import oracles
 
@@ -19,8 +20,8 @@ def scores(n: int, classes: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return logits, torch.randint(classes, (n,), generator=rng)
 
 
-def batches(logits: Tensor, labels: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(logits.split(size), labels.split(size), strict=True)
+def batches(logits: Tensor, labels: Tensor, size: int) -> Iterator[Batch]:
+    return map(Batch, logits.split(size), labels.split(size))
 
 
 @pytest.mark.parametrize("bins", [1, 8, 15])

@@ -46,7 +46,7 @@ REFUSED = {
     "Hydra's completion, asked": ("-sc query=bash", 'eval "$(softmoe completion bash)"'),
     "Hydra's completion, bare": ("train --shell-completion", 'eval "$(softmoe completion bash)"'),
     "key of the chosen router": ("train model/router=tokens_choice k=2", "Did you mean 'model.router.k'?"),
-    "key of another router": ("train k=2", "model.router.k is an option of model/router=image_choice, tokens_choice, "),
+    "key of another router": ("train k=2", "model.router.k is an option of model/router=image_choice, static_tasks, "),
     "appended key": ("train +epochs=3", "Did you mean 'train.epochs'?"),
     "no key": ("train =5", "'=5' has no key"),
     "no key, appended": ("train +=5", "'+=5' has no key"),

@@ -8,6 +8,7 @@ import torch
 
 from softmoe_cli.config.run import Config
 from softmoe_cli.cost.flop import account
+from softmoe_cli.data.batches import Batch
 from softmoe_cli.model.router import make_layer
 from softmoe_cli.model.vit import build
 from softmoe_cli.moe.layer import MoE
@@ -44,9 +45,9 @@ def test_updates_count_what_landed_once(parts: int, recompute: bool) -> None:
         quiet = torch.autocast("cpu", enabled=False)
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         step = Step(model, model, optimizer_of(model, settings.optim), scaler, quiet, seen, settings)
-        update(step, x, targets, 0.0)
+        update(step, Batch(x, targets), 0.0)
         assert int(step.landed) == want > 0
-        update(step, x, targets, 0.0)
+        update(step, Batch(x, targets), 0.0)
         assert int(step.landed) == 2 * want
 
 

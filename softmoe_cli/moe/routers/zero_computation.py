@@ -347,7 +347,7 @@ class ZeroComputationRouter(Router):
             tokens, kept = grouped_tokens(x, keep, self.images_per_group if self.training else 1)
             logits = self.scores(tokens, carried)
             routing = self.route(logits, tokens, kept, (x.shape[0], x.shape[1]))
-            routing.carried = Carried(logits)
+            routing.carried = (carried or Carried())._replace(logits=logits)
             return routing
 
     def scores(self, tokens: Float[Tensor, "g s d"], carried: Carried | None) -> Float[Tensor, "g s all"]:

@@ -1,0 +1,1 @@
+"""Smaller checkpoints out of one that knows several tasks."""

@@ -1,0 +1,154 @@
+"""The model of some tasks out of one that knows several: the experts that they take, and their classes.
+
+Exact: what a task takes does not depend on an image (Kudugunta et al., 2021, https://arxiv.org/abs/2110.03742, Section
+3.2), so that experts which it does not take have no part in its outputs.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from softmoe_cli.config.model import Model
+from softmoe_cli.errors import UsageError
+from softmoe_cli.model.vit import portable_options
+from softmoe_cli.moe.by_task import TaskRouter
+from softmoe_cli.moe.kind import Layer
+from softmoe_cli.moe.layer import MoE
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A model with its weights, in the precision of what it was cut out of.
+
+    Attributes:
+        kept: by block the experts that stay, by their old numbers; of blocks that decide by task.
+        whole: by block the router whose experts all stay, as it does not decide by task.
+    """
+
+    model: Model
+    weights: dict[str, Tensor]
+    kept: dict[int, list[int]]
+    whole: dict[int, str]
+
+
+def outputs_of(tasks: Mapping[str, int], which: Sequence[str]) -> list[int]:
+    """The outputs of a head that are of some tasks, one task after the other."""
+    numbers = dict(zip(tasks, range(len(tasks)), strict=True))
+    sizes = list(tasks.values())
+    first = [sum(sizes[:i]) for i in range(len(sizes))]
+    return [first[numbers[name]] + i for name in which for i in range(tasks[name])]
+
+
+@torch.no_grad()
+def cut_out(model: Model, vit: VisionTransformer, which: Sequence[str]) -> Cut:
+    """The model of the tasks `which`, in this order, with the experts that they take in every block.
+
+    Raises:
+        UsageError: there is none that computes the same.
+    """
+    if model.head != "linear":
+        raise UsageError(f"model.head={model.head} is one tensor for all classes; only a linear head can be cut")
+    if model.adapter.name != "none":
+        raise UsageError(f"a model with adapters ({model.adapter.name}) cannot be cut; take what they belong to")
+    names = list(model.tasks)
+    numbers = [names.index(name) for name in which]
+    weights, options = dict(vit.state_dict()), {}
+    kept: dict[int, list[int]] = {}
+    whole: dict[int, str] = {}
+    for place, block in enumerate(vit.blocks):
+        layer = block.mlp
+        if not isinstance(layer, Layer):
+            continue
+        options[place] = portable_options(model.router_of(place), layer)
+        if not isinstance(layer, MoE) or not isinstance(layer.router, TaskRouter):
+            whole[place] = str(options[place]["_target_"]).split(".")[-2]
+            continue
+        chosen = layer.router.settled()[1]
+        kept[place] = sorted({expert for task in numbers for expert in chosen[task]})
+        try:
+            own, factor = layer.router.weights_of(numbers, kept[place])
+        except ValueError as error:
+            raise UsageError(f"{model.router_key(place)}: {error}") from error
+        options[place] |= layer.router.options_of(numbers, kept[place])
+        start = f"blocks.{place}.mlp."
+        for name in list(weights):
+            if name.startswith(f"{start}experts."):
+                times = factor if name.endswith((".w2", ".b2")) else 1.0
+                weights[name] = times * weights[name][kept[place]]
+            elif name.startswith(f"{start}router."):
+                weights[name] = own[name.removeprefix(f"{start}router.")]
+    for name in ("head.weight", "head.bias"):
+        weights[name] = weights[name][outputs_of(model.tasks, which)]
+    tasks = {name: model.tasks[name] for name in which} if len(which) > 1 else None
+    return Cut(_with_routers(replace(model, tasks=tasks), options), weights, kept, whole)
+
+
+def _with_routers(model: Model, options: Mapping[int, dict[str, Any]]) -> Model:
+    """The config of a model whose blocks have these routers."""
+    if not options:
+        return model
+    router = next(iter(options.values()))
+    return replace(model, router=router, blocks={str(place): each for place, each in options.items() if each != router})
+
+
+@torch.no_grad()
+def folded(model: Model, vit: VisionTransformer) -> tuple[Model, dict[str, Tensor]]:
+    """A model of one task with one expert in each block, as wide as its k experts together: their hidden units side by
+    side, their outputs added up by the gates, which are constants. Exact, as GELU takes each unit by itself.
+
+    Raises:
+        UsageError: its layers would need different widths, for which a model has one option.
+    """
+    weights, options, widths = dict(vit.state_dict()), {}, {}
+    for place, block in enumerate(vit.blocks):
+        if not isinstance(block.mlp, Layer):
+            continue
+        layer, options[place] = block.mlp, dict(model.router_of(place))
+        if not isinstance(layer, MoE) or not isinstance(layer.router, TaskRouter):
+            raise UsageError(
+                f"form=folded: block {place} decides by token or image, so that its experts cannot be folded into one, "
+                "and experts of a model have one width; leave form=experts"
+            )
+        gates, chosen = layer.router.settled()
+        w1, b1, w2, b2 = (part[chosen[0]] for part in layer.experts.weights_left())
+        start, c = f"blocks.{place}.mlp.experts.", gates[0]
+        weights[f"{start}w1"] = torch.cat(list(w1), dim=1)[None]
+        weights[f"{start}b1"] = b1.flatten()[None]
+        weights[f"{start}w2"] = (c[:, None, None] * w2).flatten(0, 1)[None]
+        weights[f"{start}b2"] = (c[:, None] * b2).sum(dim=0, keepdim=True)
+        options[place] |= layer.router.options_of([0], [0]) | {"k": 1}
+        if "assigned" in options[place]:
+            options[place]["assigned"] = [[0]]
+        if "table" in dict(layer.router.named_parameters()):
+            weights[f"blocks.{place}.mlp.router.table"] = weights[f"blocks.{place}.mlp.router.table"][:, :1]
+        widths[place] = weights[f"{start}w1"].shape[2]
+    if len(set(widths.values())) > 1:
+        raise UsageError(f"form=folded: blocks {sorted(widths)} would have experts of different widths; leave it out")
+    if not widths:
+        raise UsageError("form=folded: no block has experts that a task takes; leave form=experts")
+    return replace(_with_routers(model, options), expert_width=next(iter(widths.values()))), weights
+
+
+class OneTask(nn.Module):
+    """A model's logits for the classes of one task, for images of that task. `task`: its number; None: it is the only
+    one that the model knows."""
+
+    def __init__(self, model: nn.Module, task: int | None, outputs: Sequence[int]) -> None:
+        super().__init__()
+        self.model, self.task, self.outputs = model, task, list(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inputs = (x,) if self.task is None else (x, torch.full((len(x),), self.task, device=x.device))
+        logits: Tensor = self.model(*inputs)
+        return logits[:, self.outputs]
+
+
+def one_task(model: Model, vit: nn.Module, name: str) -> OneTask:
+    """`OneTask` of a model that knows the task of this name among others, or no other."""
+    if model.tasks is None:
+        return OneTask(vit, None, range(vit.num_classes))  # type: ignore[arg-type]
+    return OneTask(vit, list(model.tasks).index(name), outputs_of(model.tasks, [name]))
