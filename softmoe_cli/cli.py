@@ -3,6 +3,7 @@ them."""
 
 import dataclasses
 import functools
+import gc
 import io
 import json
 import os
@@ -25,12 +26,17 @@ from softmoe_cli.config.commands import (
 from softmoe_cli.config.data import check_channels
 from softmoe_cli.config.run import Config
 from softmoe_cli.config.settle import FAIR_KEYS
+from softmoe_cli.deferred import defer_packages
 from softmoe_cli.errors import UsageError, first_line, nearest
 from softmoe_cli.failures import defect, ours
 from softmoe_cli.options.compose import Jobs, admit, changed, door, other_model, overlay, plain, say_once, tree_of
 from softmoe_cli.options.usage import COMMANDS, HELP
 from softmoe_cli.signals import interruptible, leave, nobody_listens
 from softmoe_cli.text import printable_lines
+
+GARBAGE = 50_000
+"""New objects after which Python looks for circles of garbage. By default it looks after 700, which is an eighth of the
+time that importing torch takes, and finds none."""
 
 
 def main() -> None:
@@ -39,6 +45,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # file names and terminals may not be UTF-8
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    gc.set_threshold(GARBAGE)
+    defer_packages()
     code, text = run(sys.argv[1:])
     if text:
         print(f"softmoe: {printable_lines(text.removeprefix('softmoe '))}", file=sys.stderr)
@@ -146,20 +154,38 @@ def _learn(command: str, arguments: list[str]) -> int:
 
     for config, typed in jobs:
         with jobs.attempt():
-            checked, source = resolve(command, plain(config, Config), typed)  # before torch is imported
-            if checked.devices > 1 and "RANK" not in os.environ:
-                from softmoe_cli.launch.devices import launch
-
-                launch(checked, command)
-            else:
-                from softmoe_cli.terminal import Screen
-                from softmoe_cli.train.loop import train
-                from softmoe_cli.train.setup import begin
-
-                with begin(checked, command, source, Screen()) as begun:
-                    train(begun)
+            checked, source = resolve(command, plain(config, Config), typed)
+            _train(command, checked, source)
     jobs.end()
     return 0
+
+
+def _train(command: str, config: Config, source: Any) -> None:
+    """One run; torch is imported where it is needed. `source`: the weights that it begins with."""
+    from softmoe_cli.run import mirror
+    from softmoe_cli.terminal import Screen
+    from softmoe_cli.train.first import Images, ended, what_runs
+
+    together = "RANK" in os.environ  # one of several processes that train one model
+    screen, images = Screen(quiet=os.environ.get("RANK", "0") != "0"), None
+    screen.say(what_runs(config))
+    if not together:
+        from softmoe_cli.data.contents import identity
+
+        images = Images(identity(config.data, to_train=True))
+        if ended(config, command, source, images, screen):
+            return
+    mirror.check(config)
+    if config.devices > 1 and not together:
+        from softmoe_cli.launch.devices import launch
+
+        launch(config, command)
+        return
+    from softmoe_cli.train.loop import train
+    from softmoe_cli.train.setup import begin
+
+    with begin(config, command, source, screen, images) as begun:
+        train(begun)
 
 
 def _sweep(command: str, arguments: list[str], more: Sequence[str]) -> Jobs:
@@ -264,6 +290,10 @@ def _match(config: Any, typed: list[str]) -> int:
 
 def _data_check(config: Any, _typed: list[str]) -> int:
     checked = door(plain(config, DataCheckConfig), DataCheckConfig)
+    if checked.data.format is not None:
+        from softmoe_cli.data.listing import listing
+
+        listing(checked.data)  # says what is wrong with a path before torch is imported
     from softmoe_cli.data.check import check_data
 
     return check_data(checked)
@@ -290,10 +320,11 @@ def _evaluate(config: Any, typed: list[str]) -> int:
     for path in paths:
         if path.startswith("timm:"):
             raise UsageError(f"checkpoint={path} knows no classes of a data set here; use softmoe finetune")
-    from softmoe_cli.evaluate.command import evaluate_checkpoint
     from softmoe_cli.options import inherit
 
     sources = [inherit.named_source(path, tree["base"]) for path in paths]
+    from softmoe_cli.evaluate.command import evaluate_checkpoint
+
     model, *_ = [inherit.model_of(source, tree["trust"]) for source in sources]
     named = inherit.names_data(tree["data"])
     inherit.take_data(tree, sources[0], typed)
@@ -315,10 +346,11 @@ def _export(config: Any, typed: list[str]) -> int:
         raise UsageError("softmoe export needs checkpoint=: a run folder, a .safetensors file or hf-hub:OWNER/NAME")
     if tree["checkpoint"].startswith("timm:"):
         raise UsageError(f"checkpoint={tree['checkpoint']} is timm's own; softmoe export is for what softmoe trained")
-    from softmoe_cli.export import export, show_export
     from softmoe_cli.options import inherit
 
     source = inherit.named_source(tree["checkpoint"], tree["base"])
+    from softmoe_cli.export import export, show_export
+
     model = inherit.model_of(source, tree["trust"])
     named = inherit.names_data(tree["data"])
     inherit.take_data(tree, source, typed)
@@ -349,14 +381,11 @@ def _upcycle(config: Any, typed: list[str]) -> int:
             "softmoe upcycle needs checkpoint= of a dense model: a run folder, a .safetensors file, "
             "hf-hub:OWNER/NAME or timm:NAME"
         )
-    from softmoe_cli.model.pretrained import timm_card
     from softmoe_cli.options import inherit
+
+    source = inherit.described_by_timm(inherit.source_of_layers(tree["checkpoint"], "upcycle"), tree["model"])
     from softmoe_cli.upcycle import show_upcycle, upcycle
 
-    source = inherit.source_of_layers(tree["checkpoint"], "upcycle")
-    name = tree["model"]["backbone"]["timm"]
-    if "model" not in source.card and name not in (None, "???"):
-        source = dataclasses.replace(source, card=timm_card(name))
     inherit.take_backbone(tree["model"], source, typed)
     named = inherit.names_data(tree["data"])
     tree["data"] = overlay(source.card.get("data", {}), tree["data"])

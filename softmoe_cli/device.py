@@ -79,6 +79,18 @@ def precision_context(device: str, precision: str, cached: bool = True) -> torch
     return torch.autocast(device, dtype=dtype, enabled=precision != "fp32", cache_enabled=cached)
 
 
+def fast_precision(device: torch.device) -> tuple[str, str]:
+    """What `train.precision=auto` is on a device, and why: decided by its instructions, never by a clock, so that the
+    same command is the same run whatever else the machine does meanwhile."""
+    if device.type == "cuda":
+        fast, name = torch.cuda.is_bf16_supported(including_emulation=False), torch.cuda.get_device_name(device)
+    elif device.type == "cpu":
+        fast, name = CPU_PRODUCTS[torch.bfloat16] == "fast", "this CPU"
+    else:
+        return "fp32", f"nobody has measured bf16 with device={device.type}"
+    return ("bf16", f"{name} has instructions for it") if fast else ("fp32", f"{name} has no instructions for bf16")
+
+
 def compiled(call: T, **options: Any) -> T:
     """torch.compile with the backward pass outside of autocast, as it is without compiling. By default torch would run
     it under the forward pass's autocast, and compute the routers' gradients in half precision. The setting is torch's

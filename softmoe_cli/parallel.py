@@ -10,25 +10,24 @@ other weights (expert). Parts are DTensors; gradients, moments and averages are 
 
 import math
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from timm.layers import DropPath
 from timm.models.vision_transformer import VisionTransformer
-from timm.utils import ModelEmaV3
+from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.rendezvous import rendezvous
-from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
@@ -39,6 +38,10 @@ from softmoe_cli.moe.divided import DividedExperts, span
 from softmoe_cli.moe.kind import Decider
 from softmoe_cli.moe.layer import MoE
 from softmoe_cli.moe.routing import of_whole_batch, whole_batch
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor, Shard
+    from typing_extensions import TypeIs
 
 T = TypeVar("T")
 
@@ -230,6 +233,8 @@ class Crew:
         if self.way == "ddp":
             model.to(device)
             return
+        from torch.distributed.fsdp import fully_shard
+
         assert dist.group.WORLD is not None
         mesh = DeviceMesh.from_group(dist.group.WORLD, device.type)
         apart = {parameter for parameter in model.parameters() if parameter.ndim == 0}  # one number cannot be divided
@@ -248,7 +253,9 @@ class Crew:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
 
-    def _axis(self, parameter: nn.Parameter) -> Shard:
+    def _axis(self, parameter: nn.Parameter) -> "Shard":
+        from torch.distributed.tensor import Shard
+
         return Shard(cut_axis(parameter.shape, self.size))
 
     def prepare(self, model: nn.Module) -> Callable[..., Tensor]:
@@ -263,7 +270,7 @@ class Crew:
                     setattr(module, name, WholeBatchDropPath(child.drop_prob, child.scale_by_keep))
         if self.way != "ddp":
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-            self._undivided = [parameter for parameter in trained if not isinstance(parameter, DTensor)]
+            self._undivided = [parameter for parameter in trained if not is_part(parameter)]
             return model
         own = [name for name, _ in model.named_buffers()]  # equal by themselves, or counted by each process
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, own)
@@ -292,10 +299,10 @@ class Crew:
     def norm(self, model: nn.Module) -> Tensor:
         """The norm of all gradients, 0-dim."""
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        parts = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
+        parts = [gradient for gradient in gradients if is_part(gradient)]
         if not parts:
             return nn.utils.get_total_norm(gradients)
-        whole = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+        whole = [gradient for gradient in gradients if not is_part(gradient)]
         own, undivided = nn.utils.get_total_norm([own_part(part) for part in parts]), nn.utils.get_total_norm(whole)
         return (self.add(own.double().square()) + undivided.double().square()).sqrt().to(own.dtype)
 
@@ -303,16 +310,25 @@ class Crew:
 ALONE = Crew()
 
 
+def is_part(tensor: Tensor) -> "TypeIs[DTensor]":
+    """Whether a tensor is a process's part of a divided one. Where nobody has imported DTensor there are none, and to
+    import it takes a second."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def own_part(tensor: Tensor) -> Tensor:
     """This process's part of a tensor; the two share memory."""
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    return tensor._local_tensor if is_part(tensor) else tensor
 
 
 def part_of(whole: Tensor, like: Tensor) -> Tensor:
     """This process's part of a whole tensor, given its part `like` of another tensor of that shape, on the same
     device."""
-    if not isinstance(like, DTensor) or whole.ndim == 0:
+    if not is_part(like) or whole.ndim == 0:
         return whole.to(like.device)
+    from torch.distributed.tensor import DTensor
+
     axis = _axis_of(like)
     first, last = span(whole.shape[axis], like.device_mesh.size(), like.device_mesh.get_local_rank())
     own = whole.narrow(axis, first, last - first).clone(memory_format=torch.contiguous_format).to(like.device)
@@ -326,7 +342,9 @@ def cut_axis(shape: Sequence[int], size: int) -> int:
     return next((axis for axis, length in enumerate(shape) if length % size == 0), 0)
 
 
-def _axis_of(tensor: DTensor) -> int:
+def _axis_of(tensor: "DTensor") -> int:
+    from torch.distributed.tensor import Shard
+
     (placement,) = tensor.placements
     assert isinstance(placement, Shard)
     return placement.dim

@@ -22,6 +22,7 @@ from softmoe_cli.config.commands import UpcycleConfig
 from softmoe_cli.config.model import Model
 from softmoe_cli.cost.flop import account_model, on_meta
 from softmoe_cli.data import batches, sets
+from softmoe_cli.data.contents import identity
 from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.evaluate.quality import classification_loss
 from softmoe_cli.model.router import check_evaluated, router_class
@@ -67,7 +68,7 @@ def upcycle(config: UpcycleConfig, source: Source) -> dict[str, Any]:
     if not (config.expert_noise or config.expert_redraw or model.expert_width):
         model = replace(model, expert_init="identical")
     moments = read_moments(source) if config.carry_optimizer else {}
-    settings = _settings(config, model, sets.identity(config.data), moments)
+    settings = _settings(config, model, identity(config.data), moments)
     folder = _folder(config, model, source, settings)
     if (found := already_made(folder, source, settings)) is not None:
         Screen().say(f"{folder} holds this already; nothing to do")
@@ -395,11 +396,11 @@ def _carried(training: dict[str, Tensor], new: VisionTransformer) -> dict[str, A
 
 
 def _settings(
-    config: UpcycleConfig, model: Model, identity: str | None, moments: dict[str, dict[str, Tensor]]
+    config: UpcycleConfig, model: Model, images_digest: str | None, moments: dict[str, dict[str, Tensor]]
 ) -> dict[str, Any]:
     """What decides the result, beside the source's weights."""
     chosen = {key: getattr(config, key) for key in ("expert_noise", "expert_redraw", "preserve", "seed", "images")}
-    return {"model": asdict(model), "data": settings_of(config.data) | {"identity": identity}, **chosen} | (
+    return {"model": asdict(model), "data": settings_of(config.data) | {"identity": images_digest}, **chosen} | (
         {"carry_optimizer": True} if moments else {}
     )
 

@@ -74,9 +74,8 @@ Softmoe = Callable[..., Answer]
 def softmoe(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Softmoe:
     """Runs a command line as `softmoe` would, in a fresh working folder; returns exit status and output."""
     from softmoe_cli import cli
-    from tests.processes import compose_once, share_server
+    from tests.processes import share_server
 
-    compose_once()
     share_server(monkeypatch.setattr)
     monkeypatch.chdir(tmp_path)
 

@@ -14,19 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from hydra._internal.hydra import Hydra
 
 from softmoe_cli.launch import job, places
 from softmoe_cli.run import mirror
 
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["tests.warm"])
-
-
-def compose_once() -> None:
-    """Stops Hydra from composing each configuration twice: the first time only shows whether the files ask for a sweep.
-    Ours never do, and it takes a third of the time of a short run."""
-    Hydra.get_mode = lambda *_, **__: None  # type: ignore[method-assign]
 
 
 def share_server(replace: Callable[[object, str, object], object]) -> None:
@@ -131,7 +124,6 @@ def _attempt(folder: Path, arguments: list[str], out: Path, err: Path) -> None:
     for descriptor, path in ((1, out), (2, err)):
         with path.open("w") as file:
             os.dup2(file.fileno(), descriptor)
-    compose_once()
     sys.argv = ["softmoe", *arguments]
     from softmoe_cli.cli import main
 
@@ -186,7 +178,6 @@ def _main(
     os.setsid()
     _own_threads()
     _write_to(out)
-    compose_once()
     mirror.LAST_WAIT_S = 300  # the machine may be slow, and the test reads the file
     sys.argv = ["softmoe", *arguments]
     if dtype:

@@ -24,7 +24,7 @@ from softmoe_cli.model.pretrained import read_checkpoint
 from softmoe_cli.model.router import make_layer
 from softmoe_cli.model.vit import build, portable
 from softmoe_cli.run.card import CARD_FORMAT
-from softmoe_cli.run.checkpoint import damage
+from softmoe_cli.run.sealed import damage
 from softmoe_cli.run.source import read_source
 from tests.conftest import Softmoe
 from tests.oracles import compose

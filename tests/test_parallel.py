@@ -30,7 +30,8 @@ from softmoe_cli.launch.devices import Loopback, Note, cause
 from softmoe_cli.moe.divided import span
 from softmoe_cli.moe.routing import noise_like, whole_batch
 from softmoe_cli.parallel import Crew, Lost, Turns, WholeBatchDropPath, _contact, largest_share
-from softmoe_cli.run import pieces
+from softmoe_cli.run.sealed import piece_files
+from softmoe_cli.train import setup
 from softmoe_cli.train.setup import images_identity
 from tests.conftest import TINY
 from tests.oracles import compose
@@ -162,7 +163,7 @@ def test_four_stop_two_go_on_one_ends(tmp_path: Path) -> None:
             time.sleep(0.01)
         processes[asked].send(signal.SIGTERM)
         assert "stopped by SIGTERM" in finish(processes, 130)[0]
-        assert len(pieces.piece_files(last(the_run(tmp_path / "parts")) / "model.safetensors")) == size
+        assert len(piece_files(last(the_run(tmp_path / "parts")) / "model.safetensors")) == size
         seen = (the_run(tmp_path / "parts") / "metrics.jsonl").stat().st_size
     assert "going on from step" in finish(start(tmp_path / "parts", 1, *line))[0]
     finish(whole)
@@ -257,7 +258,7 @@ def test_one_process_of_a_machine_reads_what_images_show(tmp_path: Path, monkeyp
         read.append("here")
         return "a"
 
-    monkeypatch.setattr(sets, "identity", identity)
+    monkeypatch.setattr(setup, "identity", identity)
     second = Crew(rank=1, size=4, local_rank=1, local_size=2)
     monkeypatch.setattr(Crew, "gather", lambda _, own: [own, "a", None, "a"])
     assert images_identity(settings, second) == "a" and not read

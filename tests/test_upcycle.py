@@ -21,7 +21,8 @@ from softmoe_cli.moe.layer import Experts, MoE
 from softmoe_cli.moe.routers.zero_computation import ZeroComputationRouter
 from softmoe_cli.moe.routing import Carried
 from softmoe_cli.run.card import CARD_FORMAT
-from softmoe_cli.run.checkpoint import damage, digest_of
+from softmoe_cli.run.checkpoint import digest_of
+from softmoe_cli.run.sealed import damage
 from softmoe_cli.terminal import Screen
 from softmoe_cli.train.loop import train
 from softmoe_cli.train.setup import begin
@@ -391,7 +392,7 @@ ARCHITECTURES = {
     "CLIP's norm before the blocks": ("vit_xsmall_patch16_clip_224", 32, ""),
     "DeiT's distillation token": ("deit_tiny_distilled_patch16_224", 32, "VisionTransformerDistilled"),
     "registers and LayerScale": ("test_vit2", 32, ""),
-    "SwiGLU": ("vit_giant_patch14_dinov2", 28, "GluMlp blocks with SiLU; experts replace plain GELU MLPs"),
+    "SwiGLU": ("vit_giant_patch14_dinov2", 28, "vit_giant_patch14_dinov2 has GluMlp; softmoe knows ViTs with plain"),
     "another GELU": ("vit_base_patch32_clip_quickgelu_224", 32, "Mlp blocks with QuickGELU; experts replace"),
 }
 

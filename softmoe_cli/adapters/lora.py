@@ -27,10 +27,6 @@ class LowRank(Adapter):
         y: Tensor = self.up(self.down(x)) * self.scale
         return y
 
-    def matrix(self) -> Float[Tensor, "o d"]:
-        """What is added to a matrix that this stands beside."""
-        return self.scale * (self.up.weight @ self.down.weight)
-
 
 class AdaptedProjection(nn.Linear):
     """timm's matrix of queries, keys and values, with low-rank ones beside queries and values."""

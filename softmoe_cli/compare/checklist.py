@@ -93,9 +93,6 @@ def checklist(comparison: Comparison, block: Block) -> str:
     if judged:
         kinds = sorted({(each.method, each.unit) for group in judged if (each := group.difference)})
         methods = sorted({method for method, _ in kinds})
-        families = [measure_name(comparison.quality)]
-        families += [measure_name(comparison.second)] if any(group.second for group in judged) else []
-        families += ["quality at each budget"] if any(each.difference for g in judged for each in g.budgets) else []
         parts.append(
             f"test: differences from a baseline, {' or '.join(TESTS[m].format(u) for m, u in kinds)}, two-sided, 5%"
         )
@@ -103,6 +100,19 @@ def checklist(comparison: Comparison, block: Block) -> str:
         if comparison.margin is not None:
             how = "the same e-values" if methods == ["any-time"] else "two one-sided tests"
             parts.append(f"equality within {comparison.margin:g}: {how}, 5%")
-        holm = f"Holm over {len(judged)} comparisons" if len(judged) > 1 else "none is needed, there is one comparison"
-        parts.append(f"correction: {holm} for each of {', '.join(families)} apart")
+        parts.append(f"correction: {_correction(comparison, block)}")
     return f"{'; '.join(parts)}; compute: {comparison.compute}."
+
+
+def _correction(comparison: Comparison, block: Block) -> str:
+    """Over how many comparisons each family was corrected: Holm over 2 in test top-1, over 6 in quality at budgets."""
+    names = {"main": measure_name(comparison.quality), "second": measure_name(comparison.second),
+             "budgets": "quality at budgets"}  # fmt: skip
+    told = {names[family]: count for family, count in block.corrected.items()}
+    many = [f"over {count} comparisons in {name}" for name, count in told.items() if count > 1]
+    few = [name for name, count in told.items() if count == 1]
+    without = [name for name, count in told.items() if count == 0]
+    parts = [f"Holm {', '.join(many)}, each apart"] if many else []
+    parts += [f"none is needed in {' and '.join(few)}, one comparison each"] if few else []
+    parts += [f"nothing was tested in {' and '.join(without)}"] if without else []
+    return ", ".join(parts)

@@ -174,7 +174,7 @@ def closing(comparison: Comparison, block: Block) -> str:
         if each.axis == axis and each.difference and each.interval
     ]
     if not places:
-        return f"Nothing was compared at equal {amount}: --at names budgets that all runs reach."
+        return f"Nothing was compared at equal {COSTS[axis].amount}: --at names budgets that all runs reach."
     largest = max(budget for budget, *_ in places)
     _, _, group, each = max((place for place in places if place[0] == largest), key=lambda place: place[1])
     return _at_budget(comparison, group, each)

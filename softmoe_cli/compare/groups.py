@@ -139,12 +139,14 @@ class Group:
 
 @dataclass
 class Block:
-    """Groups whose figures may be compared with each other."""
+    """Groups whose figures may be compared with each other. `corrected`: how many comparisons Holm's correction counted
+    in each of the families main, second and budgets."""
 
     title: str
     groups: list[Group]
     notes: list[str]
     outlook: Outlook | None = None
+    corrected: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass

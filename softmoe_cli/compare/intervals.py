@@ -222,13 +222,18 @@ LESS = ", by less than the margin"
 """What is added to better and worse where the difference is surely smaller than the margin."""
 
 
+def tested(differences: Mapping[Any, Difference]) -> dict[Any, Difference]:
+    """Those that have a test: what Holm's correction counts."""
+    return {key: d for key, d in differences.items() if d.p is not None and d.interval.n >= MIN_SEEDS}
+
+
 def verdicts(differences: Mapping[Any, Difference], *, higher_is_better: bool, family: int = 0) -> dict[Any, Verdict]:
     """The verdict of each of one family of comparisons. A family that was fixed at a larger number keeps it, whatever
     became of the others."""
     claims: dict[Any, dict[str, float]] = {}
-    for key, d in differences.items():
-        if d.p is not None and d.interval.n >= MIN_SEEDS:
-            claims[key] = {"different": d.p} | ({} if d.p_equal is None else {"equal": d.p_equal})
+    for key, d in tested(differences).items():
+        assert d.p is not None
+        claims[key] = {"different": d.p} | ({} if d.p_equal is None else {"equal": d.p_equal})
     gone = {("gone", place): {"different": 1.0} for place in range(family - len(claims))}
     adjusted = shaffer(claims | gone)
     verdict_of: dict[Any, Verdict] = {}

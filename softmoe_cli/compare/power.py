@@ -142,14 +142,17 @@ LATER = (10, 20, 50, 100, 200, 500, 1000)
 """Round numbers of seeds; the first that is twice what there is, is told."""
 
 
-def outlook(found: Mapping[str, Difference], undecided: Iterable[str], margin: float | None) -> Outlook | None:
-    """Of the comparisons of a table, by label, that are paired by seed; None where no deviation is known."""
+def outlook(
+    found: Mapping[str, Difference], undecided: Iterable[str], margin: float | None, family: int = 0
+) -> Outlook | None:
+    """Of the comparisons of a table, by label, that are paired by seed; None where no deviation is known. `family`: how
+    many comparisons Holm's correction counts at least."""
     paired = {label: d for label, d in found.items() if d.method != "Welch" and d.deviation and d.freedom}
     if not paired:
         return None
     anytime = any(d.method == "any-time" for d in paired.values())
     n = min(d.interval.n for d in paired.values())
-    comparisons = sum(d.interval.n >= MIN_SEEDS for d in paired.values()) or len(paired)
+    comparisons = max(family, sum(d.interval.n >= MIN_SEEDS for d in paired.values()) or len(paired))
     deviation = pooled([(d.deviation or 0.0, d.freedom or 0.0) for d in paired.values()])
     later = next((each for each in LATER if each >= 2 * n), 2 * n)
     sees, later_sees = (visible_effect(each, comparisons, anytime=anytime) for each in (n, later))

@@ -30,21 +30,21 @@ def tracking_mode() -> str:
 def send_look(
     folders: Sequence[Path],
     question: Question,
+    out: Path,
     mode: str,
     say: Callable[[str], None],
     *,
     project: str | None = None,
     look: int | None = None,
 ) -> Comparison:
-    """Compares the runs below the folders as they are now, writes compare/ into the first one and sends it. For whoever
-    adds seeds between looks: calls with one question are one W&B run, whose charts have the numbers of `look` after
-    `look`, and whose tables and page are the last one's. Records no look.
+    """Compares the runs below the folders as they are now, writes the files into `out` and sends them. For whoever adds
+    seeds between looks: calls with one question are one W&B run, whose charts have the numbers of `look` after `look`,
+    and whose tables and page are the last one's. Records no look.
 
     Raises:
         UsageError: nothing to compare, or the folder cannot be written.
     """
     comparison = compare(folders, question)
-    out = folders[0] / "compare"
     send(comparison, question, write_comparison(comparison, out), out, mode, say, project=project, look=look)
     return comparison
 

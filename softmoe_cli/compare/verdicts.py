@@ -1,7 +1,9 @@
 """Compares every group with its baseline: finds the baseline, gives verdicts, and says what else was unequal."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from softmoe_cli.compare.cuts import Draw, compared_by, independent, spread, unit_of
 from softmoe_cli.compare.groups import Block, Group, Second, key_named, said
@@ -15,6 +17,7 @@ from softmoe_cli.compare.intervals import (
     best_set,
     difference,
     mean_interval,
+    tested,
     verdicts,
 )
 from softmoe_cli.compare.looks import PastLooks, draw_order, seeds_were_added
@@ -98,7 +101,9 @@ def _judge_block(block: Block, candidates: list[Group], question: Question, look
     for (label, place), told in verdicts(common, higher_is_better=higher, family=family).items():
         of[label].budgets[place].verdict = told.word
     undecided = [label for label in ends if of[label].verdict in (OPEN, FEW)]
-    block.outlook = outlook(ends, undecided, question.margin)
+    block.outlook = outlook(ends, undecided, question.margin, family)
+    families: dict[str, Mapping[Any, Difference]] = {"main": ends, "second": second, "budgets": common}
+    block.corrected = {name: max(family, len(tested(each))) for name, each in families.items() if each}
     _best(block, question, looks)
 
 
@@ -266,15 +271,15 @@ def _judge_notes(block: Block, candidates: list[Group]) -> None:
         for baseline in baselines:
             block.notes.append(f"against {baseline}: {'; '.join(g.label for g in judged if g.baseline == baseline)}")
     methods = sorted({group.difference.method for group in judged if group.difference})
-    tested = sum(group.p_holm is not None for group in judged)
+    counted = block.corrected.get("main", 0)
     if methods:
         tests = {"paired": "paired by {} (Student's t)", "Welch": "of unpaired {}s (Welch's t)",
                  "any-time": "paired by {} (any-time)"}  # fmt: skip
         kinds = sorted({(each.method, each.unit) for group in judged if (each := group.difference)})
         told = " and ".join(tests[method].format(unit) for method, unit in kinds)
         holm = ""
-        if tested > 1:
-            holm = f"; the {tested} verdicts hold all at once (Holm), intervals each for itself"
+        if counted > 1:
+            holm = f"; verdicts hold all at once (Holm over {counted}), intervals each for itself"
         block.notes.append(f"differences are {told}, intervals 95%{holm}")
     for group in judged:
         assert group.difference is not None

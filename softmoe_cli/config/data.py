@@ -1,7 +1,7 @@
 """The options of a data set."""
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from softmoe_cli.config.option import MISSING, Section, option, typed
 from softmoe_cli.errors import UsageError, nearest
@@ -101,7 +101,6 @@ class Data(Section):
     views: int | None = option(
         "exemplars: fixed views of each class for validation, and as many others for test", low=1, absent=True
     )
-
     sets: Any = option(
         "mix: the sets, each of which is a task: [digits,fashion_mnist], or with options: [digits, {data: folder, "
         "name: site_a, root: PATH, num_classes: 3, image_size: 28}]",
@@ -153,6 +152,10 @@ class Data(Section):
             self._check_exemplars()
         else:
             self._check_set()
+
+    def filled(self) -> Self:
+        """A temperature is a number with a point, or inf."""
+        return replace(self, temperature=float(self.temperature)) if type(self.temperature) is int else self
 
     def _check_set(self) -> None:
         if "://" in self.root:

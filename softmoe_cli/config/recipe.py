@@ -103,7 +103,10 @@ class Train(Section):
         "parts (micro-batches) that a batch is computed in, to save memory (gradient accumulation); same update",
         low=1,
     )
-    precision: str = option("arithmetic under autocast; weights stay fp32", choices=("fp32", "bf16", "fp16"))
+    precision: str = option(
+        "arithmetic under autocast; weights stay fp32; auto: bf16 where the device has instructions for it, else fp32",
+        choices=("fp32", "bf16", "fp16", "auto"),
+    )
     compile: bool = option("torch.compile the model")
     recompute: bool = option(
         "recompute activations in the backward pass (activation checkpointing): less memory, a third more time"

@@ -11,8 +11,7 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int64, UInt8
-from timm.data import Mixup
-from timm.data.mixup import one_hot
+from timm.data.mixup import Mixup, one_hot
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
@@ -20,9 +19,10 @@ from softmoe_cli.config.data import Data
 from softmoe_cli.config.model import Model
 from softmoe_cli.config.recipe import Augment
 from softmoe_cli.data.archives import Stored
-from softmoe_cli.data.decode import centre, opened, random_square
+from softmoe_cli.data.decode import centre, random_square
 from softmoe_cli.data.mix import MixedSet
 from softmoe_cli.data.order import CHANGE, CUT, ERASE, MIX, VIEW, TaskDraws, mixed_stream, purpose_seed, stream
+from softmoe_cli.data.picture import opened
 from softmoe_cli.data.pixels import (
     boxes,
     erased,

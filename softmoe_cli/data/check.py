@@ -17,10 +17,11 @@ from torch.utils.data import Dataset
 
 from softmoe_cli.config.commands import DataCheckConfig
 from softmoe_cli.config.data import Data
-from softmoe_cli.data import decode, sets, workers
+from softmoe_cli.data import sets, workers
 from softmoe_cli.data.archives import IMAGE_ENDINGS, Stored
 from softmoe_cli.data.folders import HIDDEN_FILES, Listing, Passed
 from softmoe_cli.data.listing import listing
+from softmoe_cli.data.picture import IMAGE_FORMATS, opened
 from softmoe_cli.data.splits import ImageSet, split
 from softmoe_cli.data.suit import shorter_sides, side_for
 from softmoe_cli.errors import UsageError
@@ -62,7 +63,7 @@ class _Files(Dataset):
     def __getitem__(self, i: int) -> Seen:
         """The digest is of size and decoded pixels, so that the same picture in another file is found."""
         try:
-            image = decode.opened(self.stored, i, self.channels, self.max_megapixels)
+            image = opened(self.stored, i, self.channels, self.max_megapixels)
             raw = self.stored.read(i)
         except (UsageError, OSError) as error:
             return Seen(0, 0, "", 0, b"", str(error))
@@ -72,7 +73,7 @@ class _Files(Dataset):
 
 def _beside(raw: bytes) -> Iterator[str]:
     """The keys of BESIDE that an image has. What cannot be read because it is damaged counts as absent."""
-    with Image.open(io.BytesIO(raw), formats=decode.IMAGE_FORMATS) as image:
+    with Image.open(io.BytesIO(raw), formats=IMAGE_FORMATS) as image:
         has = {
             "orientation": lambda: image.getexif().get(ExifTags.Base.Orientation) in range(2, 9),
             "transparency": lambda: image.has_transparency_data,

@@ -15,7 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from softmoe_cli.config.data import Data
 from softmoe_cli.data.archives import Stored
+from softmoe_cli.data.found import idx_arrays
+from softmoe_cli.data.listing import check_cut, usable
 from softmoe_cli.errors import UsageError
 
 READ_WHOLE = 256 * 2**10
@@ -41,6 +44,26 @@ Parts = Mapping[str, tuple[Stored, np.ndarray]]
 
 _known: dict[str, str] = {}
 """Digests of sets, each by a digest of everything that shows that no file has changed."""
+
+
+def identity(data: Data, *, to_train: bool = False) -> str | None:
+    """A digest of the images and of what decides their classes; None for the sets that are the same everywhere.
+
+    Raises:
+        UsageError: the files cannot be used; with `to_train`, also where a run could not cut them.
+    """
+    if data.sets is not None:
+        of_each = [identity(own, to_train=to_train) for own in data.of_sets()]
+        return hashlib.sha256(json.dumps(of_each).encode()).hexdigest() if any(of_each) else None
+    data = data.made_of
+    if data.name == "fashion_mnist" and data.format is None:  # files of these names hold other sets too
+        return hashlib.sha256(b"".join(array.tobytes() for array in idx_arrays(data))).hexdigest()
+    if data.format is None:
+        return None
+    listed = usable(data)
+    if to_train:
+        check_cut(listed, data)
+    return digest(listed.parts, listed.classes)
 
 
 def digest(parts: Parts, classes: Sequence[str]) -> str:

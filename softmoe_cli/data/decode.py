@@ -1,51 +1,18 @@
-"""From the bytes of an image to a square of pixels."""
+"""From an image to a square of pixels."""
 
-import io
 import math
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 
 from softmoe_cli.config.data import Data
 from softmoe_cli.data.archives import Stored
-from softmoe_cli.errors import UsageError
-
-IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-"""Formats that are decoded, whatever a file is called: for some other formats Pillow runs programs (PostScript)."""
-
-
-Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, which nobody could raise: ours is data.max_megapixels
-
-
-def opened(stored: Stored, i: int, channels: int, max_megapixels: float) -> Image.Image:
-    """Image i, decoded, grey or RGB.
-
-    Raises:
-        UsageError: it is no image, is cut short, too large, or cannot be read.
-    """
-    try:
-        with Image.open(io.BytesIO(stored.read(i)), formats=IMAGE_FORMATS) as image:
-            if image.width * image.height > max_megapixels * 1e6:  # before anything is decoded
-                raise UsageError(
-                    f"{stored.place(i)} is {image.width:,} x {image.height:,} pixels, and a few bytes can say that; if "
-                    f"it is right, raise data.max_megapixels={max_megapixels:g}"
-                )
-            if image.mode.startswith(("I", "F")):
-                raise ValueError(f"{image.mode} pixels have more than 8 bits; convert it to 8 bits a channel first")
-            mode = "L" if channels == 1 else "RGB"
-            image.load()
-            return image if image.mode == mode else image.convert(mode)
-    except UnidentifiedImageError as error:
-        raise UsageError(
-            f"{stored.place(i)} is not an image that can be read: damaged, or none of {', '.join(IMAGE_FORMATS)}"
-        ) from error
-    except (OSError, EOFError, SyntaxError, ValueError) as error:
-        raise UsageError(f"{stored.place(i)} is not an image that can be read: {error}") from error
+from softmoe_cli.data.picture import opened
 
 
 def squares(stored: Stored, data: Data) -> UInt8[Tensor, "n c s s"]:

@@ -1,9 +1,6 @@
-"""The sets that softmoe knows by name: digits, Fashion-MNIST, CIFAR; found on the disk or downloaded."""
+"""The sets that softmoe knows by name, as labelled images: digits, Fashion-MNIST, CIFAR."""
 
 import gzip
-import math
-import urllib.error
-import zlib
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,11 +11,9 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from softmoe_cli.config.data import Data
-from softmoe_cli.data.splits import ImageSet, Splits, with_test, with_validation
-from softmoe_cli.errors import UsageError, first_line
-from softmoe_cli.text import gibibytes
+from softmoe_cli.data.found import download, idx_arrays
+from softmoe_cli.data.splits import ImageSet, Splits, split
 
-DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist
 FASHION_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
@@ -34,7 +29,7 @@ def digits(data: Data) -> Splits:
     pixels = np.rint(table[:, :-1] * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8)  # 0..16 in the source
     images = _convert(torch.from_numpy(pixels), data.channels)
     labels = torch.from_numpy(table[:, -1]).long()
-    return with_test(ImageSet(labels, images, 8, data.channels), [str(i) for i in range(10)], data)
+    return split({"": ImageSet(labels, images, 8, data.channels)}, [str(i) for i in range(10)], data)
 
 
 def _convert(images: UInt8[Tensor, "n c s s"], channels: int) -> UInt8[Tensor, "n c2 s s"]:
@@ -52,86 +47,12 @@ def fashion_mnist(data: Data) -> Splits:
     train, test = (
         ImageSet(arrays[i + 1].long(), _convert(arrays[i][:, None], data.channels), 28, data.channels) for i in (0, 2)
     )
-    return with_validation(train, test, list(FASHION_CLASSES), data)
-
-
-IDX_NAMES = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
-
-
-def idx_arrays(data: Data) -> list[np.ndarray]:
-    """Training images and labels, test images and labels.
-
-    Raises:
-        UsageError: files of these names hold something else.
-    """
-    paths = idx_paths(data)
-    if len(paths) < len(IDX_NAMES):
-        said = f"{', '.join(IDX_NAMES)} (also with .gz); Debian's dataset-fashion-mnist has them"
-        _download("FashionMNIST", data, said)
-        paths = idx_paths(data)
-    arrays = [read_idx(path) for path in paths]
-    for i in (0, 2):
-        images, labels = arrays[i : i + 2]
-        if images.shape[1:] != (28, 28) or labels.shape != images.shape[:1] or not labels.size or labels.max() > 9:
-            raise UsageError(
-                f"{paths[i]} and {paths[i + 1].name} are not images of 28x28 pixels, each with a label from 0 to 9: "
-                f"they have shapes {images.shape} and {labels.shape}"
-            )
-    return arrays
-
-
-def idx_paths(data: Data) -> list[Path]:
-    folders = [Path(data.root), Path(data.root) / "FashionMNIST" / "raw", DEBIAN_FASHION]
-    return [path for name in IDX_NAMES if (path := _first_existing(folders, name)) is not None]
-
-
-def _first_existing(folders: list[Path], name: str) -> Path | None:
-    candidates = [folder / f"{name}{ending}" for folder in folders for ending in ("", ".gz")]
-    return next((path for path in candidates if path.is_file()), None)
-
-
-LARGEST_IDX = 2**31
-"""The most bytes: Fashion-MNIST's largest file has 47 million, and a gzipped file may unpack to a thousand times its
-size."""
-
-
-def read_idx(path: Path) -> np.ndarray:
-    """An array of bytes in MNIST's idx format, gzipped or not.
-
-    Raises:
-        UsageError: a file that is not idx, or has not the bytes that its header promises, or promises too many.
-    """
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            raw = file.read(4)
-            if len(raw) < 4 or raw[:3] != b"\x00\x00\x08":
-                raise UsageError(f"{path} is no idx file of bytes: it must begin with 00 00 08")
-            head = 4 + 4 * raw[3]
-            raw += file.read(head - 4)
-            if len(raw) < head:
-                raise UsageError(f"{path} is cut short: {len(raw)} bytes where its header alone has {head}")
-            shape = np.frombuffer(raw[4:], dtype=">u4").tolist()
-            promised = math.prod(shape)
-            if promised > LARGEST_IDX:
-                raise UsageError(
-                    f"{path} promises {gibibytes(promised)}, more than the {gibibytes(LARGEST_IDX)} that are read at "
-                    "once; a set of that size belongs into files of its own: data=folder or data=webdataset"
-                )
-            pixels = file.read(promised + 1)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UsageError(f"{path} cannot be read: {error}") from error
-    if len(pixels) != promised:
-        many = f"{head + len(pixels)} bytes" if len(pixels) < promised else "more bytes"
-        raise UsageError(
-            f"{path} is {'cut short' if len(pixels) < promised else 'too long'}: {many} where its header promises "
-            f"{head + promised}"
-        )
-    return np.frombuffer(pixels, dtype=np.uint8).reshape(shape).copy()
+    return split({"train": train, "val": test}, list(FASHION_CLASSES), data)
 
 
 def cifar(data: Data) -> Splits:
     if cifar_part(data, train=False) is None:
-        _download(CIFAR[data.name][0], data, f"the folder {CIFAR[data.name][1]}")
+        download(CIFAR[data.name][0], data, f"the folder {CIFAR[data.name][1]}")
     parts = [cifar_part(data, train=part) for part in (True, False)]
     train, test = (
         ImageSet(
@@ -142,7 +63,7 @@ def cifar(data: Data) -> Splits:
         )
         for part in parts
     )
-    return with_validation(train, test, list(parts[0].classes), data)
+    return split({"train": train, "val": test}, list(parts[0].classes), data)
 
 
 CIFAR = {"cifar10": ("CIFAR10", "cifar-10-batches-py"), "cifar100": ("CIFAR100", "cifar-100-python")}
@@ -158,16 +79,3 @@ def cifar_part(data: Data, *, train: bool) -> Any:
         return getattr(datasets, CIFAR[data.name][0])(data.root, train=train, download=False)
     except RuntimeError:
         return None
-
-
-def _download(kind: str, data: Data, expected: str) -> None:
-    from torchvision import datasets
-
-    print(f"downloading {kind} to {data.root}", flush=True)
-    try:
-        getattr(datasets, kind)(data.root, download=True)
-    except (urllib.error.URLError, OSError, RuntimeError) as error:
-        raise UsageError(
-            f"data={data.name} is not in data.root={data.root} and cannot be downloaded "
-            f"({first_line(error)}); put there {expected}"
-        ) from error

@@ -5,10 +5,11 @@ train.tar and val.tar, or one such tree. The other formats are sets of files who
 one set are read; other files are refused, or counted as passed over.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from softmoe_cli.config.data import Data
+from softmoe_cli.data.cut import cut
 from softmoe_cli.data.folders import Listing, appearance, folder
 from softmoe_cli.data.shards import shards
 from softmoe_cli.errors import UsageError
@@ -27,6 +28,30 @@ def listing(data: Data) -> Listing:
         raise UsageError(f"{error.filename or data.root} cannot be read: {error.strerror or error}") from error
     listed.faults.extend(_alike(listed.classes))
     return listed
+
+
+def usable(data: Data) -> Listing:
+    """The listing of a set that can be used for training or evaluation.
+
+    Raises:
+        UsageError: the files have a fault.
+    """
+    listed = listing(data)
+    if listed.faults:
+        raise UsageError(listed.faults[0])
+    return listed
+
+
+def check_cut(listed: Listing, data: Data) -> None:
+    """Raises UsageError if a set cannot be cut for a run: a class has too few images, or there are too many classes."""
+    cut({part: labels for part, (_, labels) in listed.parts.items()}, listed.classes, data)
+    check_num_classes(data, listed.classes)
+
+
+def check_num_classes(data: Data, classes: Sequence[str]) -> None:
+    """Raises UsageError if there are more classes than data.num_classes says."""
+    if data.num_classes is not None and data.num_classes < len(classes):
+        raise UsageError(f"data.num_classes={data.num_classes} is less than the {len(classes)} classes found")
 
 
 def _alike(classes: Iterable[str]) -> Iterator[str]:

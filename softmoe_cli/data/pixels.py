@@ -6,7 +6,7 @@ import random
 import numpy as np
 import torch
 from jaxtyping import Float, Int64, UInt8
-from timm.data import Mixup
+from timm.data.mixup import Mixup
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.nn import functional as F

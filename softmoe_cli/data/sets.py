@@ -1,7 +1,5 @@
-"""The images of `data.name`, divided into training, validation and test images, and the digest that identifies them."""
+"""The images of `data.name`, divided into training, validation and test images."""
 
-import hashlib
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -9,15 +7,13 @@ import torch
 
 from softmoe_cli.config.data import Data
 from softmoe_cli.data.archives import Stored
-from softmoe_cli.data.contents import digest
 from softmoe_cli.data.decode import squares
 from softmoe_cli.data.exemplars import exemplars
-from softmoe_cli.data.folders import Listing
-from softmoe_cli.data.known import IDX_NAMES, cifar, cifar_part, digits, fashion_mnist, idx_arrays, idx_paths
-from softmoe_cli.data.listing import listing
+from softmoe_cli.data.found import IDX_NAMES, idx_paths
+from softmoe_cli.data.known import cifar, cifar_part, digits, fashion_mnist
+from softmoe_cli.data.listing import check_num_classes, usable
 from softmoe_cli.data.mix import mixed
 from softmoe_cli.data.splits import ImageSet, Splits, split
-from softmoe_cli.errors import UsageError
 
 
 def num_classes(data: Data, splits: Splits) -> int:
@@ -34,8 +30,7 @@ def load(data: Data) -> Splits:
     if data.sets is not None:
         return mixed(data, [load(own) for own in data.of_sets()])
     splits = _read(data)
-    if data.num_classes is not None and data.num_classes < len(splits.classes):
-        raise UsageError(f"data.num_classes={data.num_classes} is less than the {len(splits.classes)} classes found")
+    check_num_classes(data, splits.classes)
     return splits
 
 
@@ -44,24 +39,6 @@ def _read(data: Data) -> Splits:
         return exemplars(load(replace(data.made_of, memory_gib=0)), data)  # the taken images alone are decoded
     readers = {"digits": digits, "fashion_mnist": fashion_mnist, "cifar10": cifar, "cifar100": cifar}
     return _stored(data) if data.format is not None else readers[data.name](data)
-
-
-def identity(data: Data) -> str | None:
-    """A digest of the images and of what decides their classes; None for the sets that are the same everywhere.
-
-    Raises:
-        UsageError: the files cannot be used.
-    """
-    if data.sets is not None:
-        of_each = [identity(own) for own in data.of_sets()]
-        return hashlib.sha256(json.dumps(of_each).encode()).hexdigest() if any(of_each) else None
-    data = data.made_of
-    if data.name == "fashion_mnist" and data.format is None:  # files of these names hold other sets too
-        return hashlib.sha256(b"".join(array.tobytes() for array in idx_arrays(data))).hexdigest()
-    if data.format is None:
-        return None
-    listed = usable(data)
-    return digest(listed.parts, listed.classes)
 
 
 def is_here(data: Data) -> bool:
@@ -93,18 +70,6 @@ def _stored(data: Data) -> Splits:
         return images.subset(np.random.default_rng(0).permutation(len(images)))
 
     return replace(splits, validation=mixed(splits.validation), test=mixed(splits.test), notes=listed.notes)
-
-
-def usable(data: Data) -> Listing:
-    """The listing of a set that can be used for training or evaluation.
-
-    Raises:
-        UsageError: the files have a fault.
-    """
-    listed = listing(data)
-    if listed.faults:
-        raise UsageError(listed.faults[0])
-    return listed
 
 
 def _image_set(stored: Stored, labels: np.ndarray, data: Data, in_memory: bool) -> ImageSet:

@@ -4,8 +4,6 @@ import io
 import statistics
 from collections.abc import Sequence
 
-import numpy as np
-
 from softmoe_cli.config.data import Data
 from softmoe_cli.errors import UsageError
 
@@ -38,10 +36,11 @@ def shorter_sides(data: Data) -> list[int]:
     Raises:
         UsageError: the files are no set to train on, or none of these images can be read.
     """
+    import numpy as np
     from PIL import Image, UnidentifiedImageError
 
-    from softmoe_cli.data.decode import IMAGE_FORMATS, opened
-    from softmoe_cli.data.sets import usable
+    from softmoe_cli.data.listing import usable
+    from softmoe_cli.data.picture import IMAGE_FORMATS, opened
 
     stored, _ = next(iter(usable(data).parts.values()))
     sides = []

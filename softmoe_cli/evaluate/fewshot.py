@@ -14,7 +14,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
-from softmoe_cli.data.splits import ImageSet, by_class
+from softmoe_cli.data.cut import by_class
+from softmoe_cli.data.splits import ImageSet
 from softmoe_cli.errors import UsageError
 
 L2 = tuple(2.0**power for power in range(-10, 20))
@@ -29,7 +30,7 @@ SCORES_AT_ONCE = 2**24
 def draws(labels: Int64[Tensor, " n"], seed: int) -> list[np.ndarray]:
     """For each class, ascending, the numbers of its images in a random order: the first k of each are the k shots."""
     rng = np.random.default_rng(seed)
-    return [rng.permutation(index) for index in by_class(labels)]
+    return [rng.permutation(index) for index in by_class(labels.numpy())]
 
 
 def take(orders: Sequence[np.ndarray], shots: int) -> np.ndarray:

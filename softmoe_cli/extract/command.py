@@ -18,12 +18,12 @@ from softmoe_cli.config.commands import ExtractConfig, as_list
 from softmoe_cli.config.data import Data, check_channels
 from softmoe_cli.config.model import Model
 from softmoe_cli.cost.flop import account
-from softmoe_cli.data import batches, sets
+from softmoe_cli.data import batches, contents, sets
 from softmoe_cli.data.mix import classes_of_task
 from softmoe_cli.device import arithmetic, hardware
 from softmoe_cli.errors import RunError, UsageError, nearest
 from softmoe_cli.export import hub_config
-from softmoe_cli.extract.cut import Cut, cut_out, folded, one_task, outputs_of
+from softmoe_cli.extract.cut import Cut, cut_out, fold, one_task, outputs_of
 from softmoe_cli.model.router import check_evaluated
 from softmoe_cli.model.vit import build, portable, prepare
 from softmoe_cli.model.weights import load_weights
@@ -38,7 +38,7 @@ from softmoe_cli.run.source import Source
 from softmoe_cli.terminal import Screen
 from softmoe_cli.text import flop, si
 
-NO_MORE = 1e-12
+FURTHEST_OFF = 1e-12
 """The largest allowed difference of the new model's outputs in float64, as a share of the largest output."""
 TIMM_READS = 1e-9
 """The same of what timm alone makes of a plain ViT, whose weights have been rounded to float32 for both."""
@@ -81,7 +81,7 @@ def extract(config: ExtractConfig, model: Model, source: Source) -> dict[str, An
     load_weights(whole, source.weights, keep_head=True, allow_unexpected=[])
     made = Made.of(config.form, model, copy.deepcopy(whole).double().eval(), which)
     data = _data_of(config.data, which)
-    settings = {"tasks": which, "form": config.form, "data": settings_of(data) | {"identity": sets.identity(data)}}
+    settings = {"tasks": which, "form": config.form, "data": settings_of(data) | {"identity": contents.identity(data)}}
     folder = Path(config.output_root) / "extracted" / f"{made.model.name.replace('/', '_')}-"
     folder = folder.with_name(folder.name + made_from(source, settings))
     folder = folder if config.folder is None else Path(config.folder)
@@ -174,10 +174,13 @@ class Made:
         if form == "experts":
             return made
         if made.cut.kept:
-            made = cls(*folded(made.model, made.built(torch.float64)), cut)
+            made = cls(*fold(made.model, made.built(torch.float64)), cut)
         if form == "dense":
             wide = made.built(torch.float64)
-            made = cls(folded_model(made.model, wide), folded_weights(made.model, wide), cut)
+            try:
+                made = cls(folded_model(made.model, wide), folded_weights(made.model, wide), cut)
+            except UsageError as error:  # which speaks of softmoe prune's option
+                raise UsageError(str(error).replace("to=dense", "form=dense")) from error
         return made
 
     def built(self, dtype: torch.dtype) -> VisionTransformer:
@@ -208,7 +211,7 @@ class Made:
             x = next(_batches(config, model, name)).images.cpu().double()
             share, _ = distance_in_float64(one_task(model, precise, name), one_task(self.model, new, name), x)
             most = max(most, share)
-        if not most <= NO_MORE:
+        if not most <= FURTHEST_OFF:
             raise RunError(f"the new model's outputs are off by {most:.2g} in float64: an error of softmoe's")
         return most
 
@@ -252,26 +255,30 @@ def show_extracted(receipt: dict[str, Any], form: str) -> None:
         print(json.dumps(receipt))
         return
     settings, cost = receipt["settings"], receipt["cost"]
-    rows = {"from": receipt["source"]["checkpoint"], "tasks": ", ".join(settings["tasks"])}
+    screen, rows = Screen(), {"from": receipt["source"]["checkpoint"], "tasks": ", ".join(settings["tasks"])}
     for place, block in receipt["blocks"].items():
         kept = None if block["kept"] is None else ", ".join(map(str, block["kept"]))
         rows[f"block {place}"] = block.get("why") or f"experts {kept} stay, of {block['of']}"
     kind = {"experts": "a mixture of those", "dense": "a plain ViT, which timm loads"}
     rows["is now"] = kind.get(settings["form"], "a mixture with one expert in each block, as wide as those together")
+    screen.table("extract", rows)
     for name, each in receipt["of_each"].items():
-        rows[f"outputs, {name}"] = (
-            f"off by at most {each['max_change']:.2g}; {each['same_predictions_pct']:.1f}% of "
+        outputs = (
+            f"{name}: off by at most {each['max_change']:.2g}; {each['same_predictions_pct']:.1f}% of "
             f"{each['validation_images']:,} validation predictions are the same; top-1 "
             f"{each['validation']['before']['top1_pct']:.2f}% before, {each['validation']['after']['top1_pct']:.2f}% "
             "after"
         )
+        screen.row("outputs", outputs)
         if "clock" in each:
             one, other = (each["clock"][when] for when in ("before", "after"))
-            rows[f"latency, {name}"] = f"{one['latency_ms']:.4g} ms before, {other['latency_ms']:.4g} ms after"
-            rows[f"latency, {name}"] += f" ({each['clock']['images']} images, {each['clock']['hardware']})"
+            latency = f"{name}: {one['latency_ms']:.4g} ms before, {other['latency_ms']:.4g} ms after"
+            screen.row("latency", f"{latency} ({each['clock']['images']} images, {each['clock']['hardware']})")
+    rows = {}
     rows["in float64"] = f"off by at most {receipt['float64_distance']:.2g} of the largest output"
     before, after = cost["before"], cost["after"]
     rows["parameters"] = f"{si(before['params'])} before, {si(after['params'])} after"
     rows["cost per image"] = f"{flop(before['forward_flop'])} forward before, {flop(after['forward_flop'])} after"
     rows["folder"] = receipt["folder"]
-    Screen().table("extract", rows)
+    for title, text in rows.items():
+        screen.row(title, text)

@@ -96,7 +96,7 @@ def _with_routers(model: Model, options: Mapping[int, dict[str, Any]]) -> Model:
 
 
 @torch.no_grad()
-def folded(model: Model, vit: VisionTransformer) -> tuple[Model, dict[str, Tensor]]:
+def fold(model: Model, vit: VisionTransformer) -> tuple[Model, dict[str, Tensor]]:
     """A model of one task with one expert in each block, as wide as its k experts together: their hidden units side by
     side, their outputs added up by the gates, which are constants. Exact, as GELU takes each unit by itself.
 
@@ -120,9 +120,8 @@ def folded(model: Model, vit: VisionTransformer) -> tuple[Model, dict[str, Tenso
         weights[f"{start}b1"] = b1.flatten()[None]
         weights[f"{start}w2"] = (c[:, None, None] * w2).flatten(0, 1)[None]
         weights[f"{start}b2"] = (c[:, None] * b2).sum(dim=0, keepdim=True)
-        options[place] |= layer.router.options_of([0], [0]) | {"k": 1}
-        if "assigned" in options[place]:
-            options[place]["assigned"] = [[0]]
+        alone = {"num_experts": 1, "k": 1, "assigned": None}
+        options[place] |= {key: value for key, value in alone.items() if key in options[place]}
         if "table" in dict(layer.router.named_parameters()):
             weights[f"blocks.{place}.mlp.router.table"] = weights[f"blocks.{place}.mlp.router.table"][:, :1]
         widths[place] = weights[f"{start}w1"].shape[2]

@@ -114,7 +114,7 @@ def launch(config: Config, command: str) -> None:
         if engine.startswith(("torch.distributed.elastic", "torch.multiprocessing")):
             logging.getLogger(engine).setLevel(logging.CRITICAL)  # the launcher prints what matters
     # Slurm may warn every process of a job that its time is nearly over; the process that handles it sends SIGTERM.
-    start_server(["softmoe_cli.train.loop"])
+    start_server(["softmoe_cli.launch.preloaded"])
     asked = Asked()
 
     def hear(number: int) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from softmoe_cli.config.data import Data
 from softmoe_cli.config.launch import Launcher, RayLauncher, SlurmLauncher
 from softmoe_cli.config.run import Config
 from softmoe_cli.errors import RunError, UsageError
@@ -30,7 +31,10 @@ class Job:
     """What the check has learnt of the images (contents.known), so that the job need not read them again."""
     folders: dict[int, Path] = field(default_factory=dict)
     """Of its runs with other seeds, where the inquiry named some."""
-    dense: bool = False
+    added: int = 0
+    """What the model has beside a plain one: 1 for experts, 2 for adapters, 3 for both."""
+    data: Data | None = None
+    """As the job will have them: a checkpoint may decide of them."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +51,13 @@ def answer(inquiry: Inquiry) -> tuple[list[Job | UsageError | RunError], list[st
     """Checks every job as its own process would, all in one process; returns a job or the reason against it for each,
     and a word for each job that may run at a time: its GPU, or nothing."""
     from softmoe_cli.cost.fit import with_largest_batch
-    from softmoe_cli.data.contents import known
-    from softmoe_cli.data.sets import identity
+    from softmoe_cli.data.contents import identity, known
+    from softmoe_cli.device import arithmetic, fast_precision
     from softmoe_cli.failures import defect, ours
     from softmoe_cli.model.weights import experts_left
     from softmoe_cli.options.inherit import resolve
-    from softmoe_cli.train.setup import run_folder
+    from softmoe_cli.run import mirror
+    from softmoe_cli.run.identity import run_folder
 
     identities: dict[str, str | None] = {}
     options = inquiry.options
@@ -64,13 +69,15 @@ def answer(inquiry: Inquiry) -> tuple[list[Job | UsageError | RunError], list[st
             seeded = "${seed}" in repr(tree)  # else a seed changes nothing but itself
             trees = {seed: copy.deepcopy(tree) | {"seed": seed} for seed in inquiry.seeds} if seeded else {}
             config, source = resolve(inquiry.command, tree, overrides)
+            mirror.check(config)
             settled, left = [], experts_left(source.weights) if source is not None else {}
+            if config.train.precision == "auto":
+                _require_device_known("train.precision", options, "fp32, bf16 or fp16")
+                precision, _ = fast_precision(arithmetic(config.device, "fp32", config.threads)[0])
+                config.train.precision = precision
+                settled.append(f"train.precision={precision}")
             if config.train.batch_size == "auto":
-                if options.where != "local":
-                    raise UsageError(
-                        f"train.batch_size=auto depends on the device, which hydra/launcher={options.where} does not "
-                        "know yet; give a number"
-                    )
+                _require_device_known("train.batch_size", options, "a number")
                 config = with_largest_batch(config, left, sharers)
                 settled.append(f"train.batch_size={config.train.batch_size}")
             if config.devices > 1 and options.where != "slurm":
@@ -92,18 +99,27 @@ def answer(inquiry: Inquiry) -> tuple[list[Job | UsageError | RunError], list[st
             folders = {seed: place(replace(config, seed=seed)) for seed in inquiry.seeds if not seeded}
             for seed, other in trees.items():
                 with_seed, _ = resolve(inquiry.command, other, overrides)
-                with_seed.train.batch_size = config.train.batch_size
+                with_seed.train.batch_size, with_seed.train.precision = config.train.batch_size, config.train.precision
                 folders[seed] = place(with_seed)
             priced = options.plan or options.limit.given or inquiry.seeds
             cost = _costs(config, left, times=options.plan) if priced else {}
             unknown = [key for key in options.limit.given if math.isnan(cost[key])]
             if unknown:
                 raise UsageError(f"hydra.launcher.limit: train.minutes leaves {unknown[0]} open; give train.steps")
-            folder, dense = place(config), config.model.router_name == "dense"
-            answers.append(Job(name, [*overrides, *settled], folder, config.threads, cost, known(), folders, dense))
+            words = [*overrides, *settled]
+            added = (config.model.router_name != "dense") + 2 * (config.model.adapter.name != "none")
+            answers.append(Job(name, words, place(config), config.threads, cost, known(), folders, added, config.data))
         except Exception as error:
             answers.append(ours(error) or RunError(defect(error)))
     return answers, slots
+
+
+def _require_device_known(key: str, options: Launcher, instead: str) -> None:
+    """Raises UsageError where `key`=auto is decided by a device that only a job on a cluster will see."""
+    if options.where != "local":
+        raise UsageError(
+            f"{key}=auto depends on the device, which hydra/launcher={options.where} does not know yet; give {instead}"
+        )
 
 
 def _share(options: Launcher, devices: set[str]) -> tuple[list[str], int]:

@@ -104,7 +104,7 @@ class Sweep(HydraLauncher):
         self._place: Place | None = None
         self._console = Console(highlight=False, soft_wrap=True, emoji=False)
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # jobs share the cores: no thread may spin
-        start_server(["softmoe_cli.train.loop", "softmoe_cli.cli", "softmoe_cli.launch.sweep"])
+        start_server(["softmoe_cli.launch.preloaded", "softmoe_cli.cli", "softmoe_cli.launch.sweep"])
 
     def _share_composed(self, loader: ConfigLoader) -> None:
         """Has every job composed once: the sweeper composes all of them to see whether it can, and then `_ask` needs
@@ -272,8 +272,9 @@ class Sweep(HydraLauncher):
         return self._entries[-1]
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """The sweep's folder, made where there is none, and held against a second launcher."""
+    def held(self, *, in_turn: bool = False) -> Iterator[None]:
+        """The sweep's folder, made where there is none, and held against a second launcher, which is refused, or `in
+        turn` waits until the first one has ended or is gone."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             lock = os.fdopen(not_following(str(self._folder / ".lock"), os.O_WRONLY | os.O_CREAT), "w")
@@ -286,7 +287,13 @@ class Sweep(HydraLauncher):
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise UsageError(f"the same sweep is running already: softmoe status {self._folder}") from error
+                if not in_turn:
+                    raise UsageError(f"the same sweep is running already: softmoe status {self._folder}") from error
+                self.tell(
+                    f"another command works on {self._folder.parent}; this one goes on when that has ended: softmoe "
+                    f"status {self._folder}"
+                )
+                fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
     def _write_down(self) -> None:

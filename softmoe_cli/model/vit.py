@@ -167,7 +167,8 @@ def _official_vit(model: Model, num_classes: int) -> VisionTransformer:
                 setattr(block.attn, name, norm(c.width // c.heads, bias=False))
     if c.init == "official" and not abstract:
         _init_official(vit)
-    nn.init.normal_(vit.pos_embed, std=c.pos_std)
+    if not abstract:
+        nn.init.normal_(vit.pos_embed, std=c.pos_std)
     return vit
 
 
@@ -223,16 +224,19 @@ def plain_vit(name: str, vit: nn.Module) -> VisionTransformer:
     if not isinstance(vit, VisionTransformer) or type(vit) is not VisionTransformer:
         raise UsageError(f"timm's {name} is a {type(vit).__name__}, not a plain VisionTransformer")
     strange = {type(block).__name__ for block in vit.blocks if type(block) is not Block}
-    strange |= {type(block.attn).__name__ for block in vit.blocks if type(block) is Block and not _is_plain(block.attn)}
+    inside = [
+        part
+        for block in vit.blocks
+        if type(block) is Block
+        for part, kind in ((block.attn, Attention), (block.mlp, Mlp))
+        if type(part) is not kind
+    ]
+    strange |= {type(part).__name__ for part in inside}
     if vit.attn_pool is not None:
         strange.add(type(vit.attn_pool).__name__)
     if strange:
         raise UsageError(f"timm's {name} has {', '.join(sorted(strange))}; softmoe knows ViTs with plain blocks only")
     return vit
-
-
-def _is_plain(attention: nn.Module) -> bool:
-    return type(attention) is Attention
 
 
 def _layer(mlp: nn.Module, model: Model, index: int, num_tokens: int) -> Layer:

@@ -12,9 +12,7 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Shard, distribute_tensor
 
 from softmoe_cli.moe.layer import Stacked, chosen, experts, ragged_experts
 
@@ -98,6 +96,8 @@ class DividedExperts(Visited):
     """
 
     def __init__(self, whole: Stacked, mesh: DeviceMesh, groups: Sequence[int]) -> None:
+        from torch.distributed.tensor import Shard, distribute_tensor  # which takes a second to import
+
         spans = [span(len(whole.w1), mesh.size(), place) for place in range(mesh.size())]
         own = [
             nn.Parameter(distribute_tensor(all_of_it.detach(), mesh, [Shard(0)], src_data_rank=None),
@@ -138,6 +138,8 @@ class DividedExperts(Visited):
         return everyones.tolist()
 
     def exchange(self, rows: Float[Tensor, "r d"], there: list[int], back: list[int]) -> Float[Tensor, "s d"]:
+        from torch.distributed._functional_collectives import all_to_all_single_autograd
+
         return all_to_all_single_autograd(rows.contiguous(), back, there, self._mesh)
 
 

@@ -99,7 +99,7 @@ class Jobs:
 
         from softmoe_cli.options.own_conf import OwnConf, OwnSource, ignored
 
-        store_schemas()
+        store_schema(self._command)
         own = OwnConf.own = own_conf_folder()
         for plugin in (OwnConf, OwnSource):
             Plugins.instance().register(plugin)
@@ -116,6 +116,8 @@ class Jobs:
         def task(config: DictConfig) -> None:
             self._composed.append((config, list(HydraConfig.get().overrides.task)))
 
+        if not any("hydra.mode" in word or word.startswith(OTHER_FILES) for word in arguments):
+            compose_once()
         try:
             hydra.main(version_base=None, config_path=str(conf_folder()), config_name=self._command)(task)()
         except (HydraException, OmegaConfBaseException) as error:
@@ -147,17 +149,31 @@ def admit(launcher: type) -> None:
         Plugins.is_in_toplevel_plugins_module = takes  # type: ignore[method-assign, assignment]
 
 
+OTHER_FILES = ("-cd", "--config-dir", "-cp", "--config-path", "-cn", "--config-name")
+"""Words that name files of Hydra's beside ours."""
+
+
 @functools.cache
-def store_schemas() -> None:
-    """Tells Hydra the schemas that the yaml files in conf/ start from, once."""
+def compose_once() -> None:
+    """Stops Hydra, in this process, from composing each configuration twice: the first time only shows whether the
+    files ask for a sweep, as `hydra.mode` there does. Ours never do, and from a user's own conf folder it is not taken.
+    The question is a method of Hydra's (the same in 1.3.2 and 1.3.8), replaced here."""
+    from hydra._internal.hydra import Hydra
+
+    Hydra.get_mode = lambda *_, **__: None  # type: ignore[method-assign]
+
+
+@functools.cache
+def store_schema(command: str) -> None:
+    """Tells Hydra the schemas that a command's yaml file in conf/ starts from, once."""
     from hydra.core.config_store import ConfigStore
 
     _register_resolvers()
     store = ConfigStore.instance()
-    store.store(name="schema", node=Config)
-    for name in ("evaluate", "cost", "match", "upcycle", "prune", "extract", "export"):
-        store.store(name=f"{name}_schema", node=SCHEMAS[name])
-    store.store(name="data_check_schema", node=DataCheckConfig)
+    if command in ("train", "finetune"):
+        store.store(name="schema", node=Config)
+    else:
+        store.store(name=f"{command}_schema", node=DataCheckConfig if command == "data_check" else SCHEMAS[command])
     for name, launcher in LAUNCHERS.items():
         store.store(group="hydra/launcher", name=f"_{name}", node=launcher)
 
@@ -353,7 +369,7 @@ def compose(*overrides: str) -> Config:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    store_schemas()
+    store_schema("train")
     try:
         with initialize_config_dir(str(conf_folder()), version_base=None):
             return door(plain(hydra_compose("train", list(overrides)), Config), Config)

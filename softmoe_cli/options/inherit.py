@@ -25,8 +25,6 @@ def resolve(command: str, tree: dict[str, Any], typed: Sequence[str]) -> "tuple[
     Raises:
         UsageError: it cannot work.
     """
-    from softmoe_cli.run import mirror
-
     if command == "train":
         checked = door(tree, Config)
         refuse_idle_pruning(checked, typed)
@@ -45,18 +43,16 @@ def resolve(command: str, tree: dict[str, Any], typed: Sequence[str]) -> "tuple[
                 f"adapter={checked.model.adapter.name} belongs to softmoe finetune: adapters stand beside a trained "
                 "backbone, and softmoe train starts afresh"
             )
-        mirror.check(checked)
         return checked, None
     if not tree["checkpoint"]:
         raise UsageError(
             "softmoe finetune needs checkpoint=: a run folder, a .safetensors file, hf-hub:OWNER/NAME or timm:NAME"
         )
+    source = described_by_timm(named_source(tree["checkpoint"], tree["base"]), tree["model"])
     from softmoe_cli.model.weights import experts_left, proportional_slots
 
-    source = named_source(tree["checkpoint"], tree["base"])
     take_model(tree, source, typed)
     checked = door(tree, Config)
-    mirror.check(checked)
     refuse_idle_pruning(checked, typed)
     if checked.model.adapter.name != "none" and experts_left(source.weights):
         raise UsageError(
@@ -106,6 +102,10 @@ def named_source(
     Raises:
         UsageError: nothing usable there.
     """
+    from softmoe_cli.run.sealed import require_there
+
+    if not checkpoint.startswith(("hf-hub:", "timm:")):
+        require_there(checkpoint)  # before torch is imported
     from softmoe_cli.model.pretrained import read_checkpoint
 
     source = read_checkpoint(checkpoint, base, check)
@@ -121,6 +121,17 @@ def source_of_layers(checkpoint: str, command: str) -> "Source":
         UsageError: nothing usable there, or a model with adapters; of those no base is read.
     """
     return named_source(checkpoint, check=lambda source: _refuse_adapters(source, command))
+
+
+def described_by_timm(source: "Source", model: Any) -> "Source":
+    """The source, with the card of timm's model where it has none and that is named (`model.backbone.timm`)."""
+    backbone = model.get("backbone") if isinstance(model, dict) else None
+    name = backbone.get("timm") if isinstance(backbone, dict) else None
+    if "model" in source.card or name in (None, "???"):
+        return source
+    from softmoe_cli.model.pretrained import timm_card
+
+    return dataclasses.replace(source, card=timm_card(name))
 
 
 def take_model(tree: dict[str, Any], source: "Source", typed: Sequence[str]) -> None:

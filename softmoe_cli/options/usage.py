@@ -102,14 +102,15 @@ Adds seeds in rounds until every arm has its verdict, or a budget is used up.
   softmoe settle +experiment=placement/last_1,placement/last_4 max_seeds=20
   softmoe settle model/router=dense,soft hydra/launcher=slurm \\
     hydra.launcher.partition=gpu hydra.launcher.gpus=1 format=json
+  softmoe settle checkpoint=RUN adapter=none,lora,soft_moa margin=0.5
 
-Commas make arms; all other words are those of softmoe train -m, but seeds are
-settle's own business: seed=N is the first one. The verdicts are those of
-softmoe compare by the any-time rule: 95% hold for all arms and looks at once.
-Arms, baseline, measure and margin are fixed before the first run. What counts
-is in the run folders: the same command goes on after a stop, and with a larger
-budget after its end. The exit status is 0 where every arm has its verdict and 3
-where some are open.""",
+Commas make arms; all other words are those of softmoe train -m, or with
+checkpoint= those of softmoe finetune -m, but seeds are settle's own business:
+seed=N is the first one. The verdicts are those of softmoe compare by the
+any-time rule: 95% hold for all arms and looks at once. Arms, baseline, measure
+and margin are fixed before the first run. What counts is in the run folders:
+the same command goes on after a stop, and with a larger budget after its end.
+The exit status is 0 where every arm has its verdict and 3 where some are open.""",
     "upcycle": """\
 softmoe upcycle checkpoint=SOURCE [GROUP=CHOICE | KEY=VALUE]...
 

@@ -21,6 +21,7 @@ from softmoe_cli.config.data import check_channels
 from softmoe_cli.config.model import Model
 from softmoe_cli.cost.flop import account, on_meta
 from softmoe_cli.data import batches, sets
+from softmoe_cli.data.contents import identity
 from softmoe_cli.data.splits import ImageSet, Splits
 from softmoe_cli.device import arithmetic, hardware
 from softmoe_cli.errors import RunError, UsageError
@@ -160,7 +161,7 @@ def _settings(config: PruneConfig, before: Source | None) -> dict[str, Any]:
         chosen["seed"] = config.seed
     if before is not None:
         chosen["before"] = before.digest
-    return chosen | {"data": settings_of(config.data) | {"identity": sets.identity(config.data)}}
+    return chosen | {"data": settings_of(config.data) | {"identity": identity(config.data)}}
 
 
 @dataclass(frozen=True)

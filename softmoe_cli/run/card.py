@@ -80,6 +80,7 @@ def _card_fault(card: Any) -> str | None:
         return "classes is no list of names" if "classes" in card else "it lacks classes"
     for key in ("loss", "precision"):
         choices = next(f.metadata["choices"] for f in fields(Train) if f.name == key)
+        choices = [choice for choice in choices if choice != "auto"]  # a run settles that
         if card.get(key) not in choices:
             return f"{key} is none of {', '.join(choices)}" if key in card else f"it lacks {key}"
     if not isinstance(card.get("origin", ""), str):

@@ -1,9 +1,8 @@
-"""A checkpoint is a folder with SHA256SUMS: its files, written, sealed, found, checked and read. When a run writes one
-is in run/saving.py."""
+"""A checkpoint is a folder with SHA256SUMS: what its files hold, written, checked and read. How its files are found and
+sealed is in run/sealed.py, when a run writes one in run/saving.py."""
 
 import hashlib
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,15 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from softmoe_cli.errors import UsageError
-from softmoe_cli.files import sync
-from softmoe_cli.run import pieces, rows
 from softmoe_cli.run.card import card_text, other_format
+from softmoe_cli.run.sealed import STATE, TRAINING, WEIGHTS, seal
 
-WEIGHTS, TRAINING, STATE, SUMS = "model.safetensors", "training.safetensors", "state.json", "SHA256SUMS"
 FIRST_WEIGHT = "patch_embed.proj.weight"
 """A name that every ViT's weights have."""
-OURS = re.compile(r"(last|best)-\d+|\.(last|best)-\d+(-before)?")
-"""Checkpoints and unfinished ones: nothing else in their folder is ever removed."""
 
 
 @dataclass(frozen=True)
@@ -85,28 +80,6 @@ def _random_fault(training: dict[str, Tensor]) -> str | None:
     return None
 
 
-def numbered(folder: Path, kind: str) -> list[Path]:
-    """The checkpoints of a kind in a folder, newest first; not what a user has put there under other names."""
-    checkpoints = [path for path in folder.glob(f"{kind}-*") if OURS.fullmatch(path.name)]
-    return sorted(checkpoints, key=step_of, reverse=True)
-
-
-def step_of(checkpoint: Path) -> int:
-    (step,) = re.findall(r"\d+", checkpoint.name)
-    return int(step)
-
-
-def between_names(folder: Path) -> list[tuple[Path, Path]]:
-    """(path, right name) of each checkpoint that has only a temporary name, because a process ended while renaming
-    it."""
-    pairs = [
-        (before, before.with_name(before.name.removeprefix(".").removesuffix("-before")))
-        for before in folder.glob(".*-before")
-        if OURS.fullmatch(before.name)
-    ]
-    return [(before, final) for before, final in pairs if not final.exists()]
-
-
 def write_checkpoint(
     folder: Path, weights: dict[str, Tensor], card: dict[str, Any], training: dict[str, Tensor], texts: dict[str, str]
 ) -> None:
@@ -122,21 +95,6 @@ def write_checkpoint(
     seal(folder)
 
 
-def seal(folder: Path, known: dict[str, str] | None = None) -> None:
-    """Writes the checksums of all files in a folder, of which some may be `known`; on disk when this returns.
-
-    Raises:
-        OSError: one that is known is not there.
-    """
-    known = known or {}
-    files = sorted({file.name for file in folder.iterdir()} | known.keys())
-    digests = {file: known.get(file) or sha256(folder / file) for file in files}
-    (folder / SUMS).write_text("".join(f"{digest}  {file}\n" for file, digest in digests.items()))
-    for file in [*files, SUMS]:
-        sync(folder / file)
-    sync(folder)
-
-
 def digest_of(weights: dict[str, Tensor]) -> str:
     """SHA-256 of names and values, whatever file they stand in."""
     digest = hashlib.sha256()
@@ -144,31 +102,6 @@ def digest_of(weights: dict[str, Tensor]) -> str:
         value = weights[key].detach().cpu().contiguous()
         digest.update(key.encode() + value.reshape(-1).view(torch.uint8).numpy().tobytes())  # NumPy has no bfloat16
     return digest.hexdigest()
-
-
-def damage(checkpoint: Path, files: tuple[str, ...] | None = (WEIGHTS, TRAINING, STATE)) -> str | None:
-    """What is wrong with a checkpoint folder, or None when all files that it lists are there and `files` (None: all),
-    whole or in pieces, match their checksums."""
-    try:
-        sums = rows.contents(checkpoint / SUMS).decode(errors="replace")
-    except FileNotFoundError:
-        return f"{SUMS} is missing"
-    except rows.Unreadable as error:
-        return f"{SUMS} {error}"
-    lines = [line.split("  ", 1) for line in sums.splitlines()]
-    if not lines or any(len(line) != 2 for line in lines):
-        return f"{SUMS} is unreadable"
-    for digest, file in lines:
-        if Path(file).name != file or not (checkpoint / file).is_file():
-            return f"{file} is missing"
-        if (files is None or pieces.whole_of(file) in files) and sha256(checkpoint / file) != digest:
-            return f"{file} does not match its checksum"
-    return None
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def random_state() -> dict[str, Tensor]:

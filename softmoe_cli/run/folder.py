@@ -40,22 +40,6 @@ class Run:
         self._writes = crew.first
         self._lock: TextIO | None = None
 
-    @property
-    def result(self) -> dict[str, Any] | None:
-        """The flat row of a finished run, or None."""
-        path = self.folder / "result.json"
-        try:
-            path.stat()
-            return rows.row(path, rows.RESULT)
-        except FileNotFoundError:
-            return None
-        except rows.Unreadable as error:
-            raise UsageError(f"{path} {error}; remove it to run again") from error
-        except OSError as error:
-            raise UsageError(
-                f"{self.folder} can be no run's folder: {error.strerror}; choose another output_root, study or name"
-            ) from error
-
     def open(self, config: Config) -> None:
         """Makes the folder, locks it against a second process, and writes config.yaml."""
         if not self._writes:

@@ -4,12 +4,22 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from softmoe_cli.config.data import Data
 from softmoe_cli.config.option import absent_keys
 from softmoe_cli.config.run import NOT_SCIENCE, Config
-from softmoe_cli.run.source import Source
+
+if TYPE_CHECKING:  # importing it takes seconds, and a run that is finished needs none of its weights
+    from softmoe_cli.run.source import Source
+
+
+def run_folder(config: Config, command: str, source: "Source | None", images_digest: str | None) -> Path:
+    """Where a run on these images (`contents.identity`) goes."""
+    name = config.name or f"{config.model.name}-{config.data.name}"
+    mark = signature(config, command, source.digest if source else None, images_digest)
+    return Path(config.output_root) / config.study / f"{name.replace('/', '_')}-{mark}"
 
 
 def signature(config: Config, command: str, source_digest: str | None, data_digest: str | None) -> str:
@@ -71,12 +81,12 @@ def settings_of(data: Data) -> dict[str, Any]:
     return {key: value for key, value in said.items() if key not in ("root", "workers", "memory_gib", *absent)}
 
 
-def made_from(source: Source, settings: dict[str, Any]) -> str:
+def made_from(source: "Source", settings: dict[str, Any]) -> str:
     """Ten hex digits of what a folder is made from and how: part of its name where none is chosen."""
     return hashlib.sha256(json.dumps([source.digest, settings], sort_keys=True).encode()).hexdigest()[:10]
 
 
-def origin(command: str, settings: dict[str, Any], source: Source | None) -> str:
+def origin(command: str, settings: dict[str, Any], source: "Source | None") -> str:
     """Ten hex digits that are equal for weights that were made with the same settings but for the seed and the cut of
     the data, from weights of one origin. Two checkpoints of one origin differ only by chance, so comparisons may group
     runs that were finetuned from them."""

@@ -9,7 +9,6 @@ counts of steps) and knows floating point only (not random states).
 import itertools
 import json
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -18,11 +17,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from softmoe_cli.errors import RunError
-
-PIECE_NAME = re.compile(r"(?P<name>.+)\.\d+-of-\d+\.safetensors")
+from softmoe_cli.parallel import is_part
+from softmoe_cli.run.sealed import piece_files
 
 
 class Piece(NamedTuple):
@@ -36,7 +34,7 @@ class Piece(NamedTuple):
 def own(value: Tensor, *, first: bool) -> Piece | None:
     """What this process writes of a tensor: its block of a divided one, unless another process has the same block; all
     of one that every process has, if it is the first."""
-    if not isinstance(value, DTensor):
+    if not is_part(value):
         return Piece(value, (0,) * value.ndim, tuple(value.shape)) if first else None
     (block,) = value.__create_chunk_list__()
     place = value.device_mesh.get_coordinate() or ()
@@ -44,27 +42,11 @@ def own(value: Tensor, *, first: bool) -> Piece | None:
     return None if repeated or 0 in block.sizes else Piece(value.to_local(), tuple(block.offsets), tuple(value.shape))
 
 
-def file_of(name: str, rank: int, size: int) -> str:
-    """`model.safetensors` of the third of four processes is `model.3-of-4.safetensors`."""
-    return f"{name.removesuffix('.safetensors')}.{rank + 1}-of-{size}.safetensors"
-
-
-def whole_of(file: str) -> str:
-    """The name of the whole that a file has pieces of, or its own."""
-    match = PIECE_NAME.fullmatch(file)
-    return f"{match['name']}.safetensors" if match else file
-
-
 def write_pieces(path: Path, pieces: dict[str, Piece], text: str) -> None:
     """Writes a file of pieces; `text` is what the header of the whole file is to say."""
     places = {key: (piece.offset, piece.shape) for key, piece in pieces.items()}
     header = json.dumps({"text": text, "places": places})
     save_file({key: piece.tensor for key, piece in pieces.items()}, path, metadata={"pieces": header})
-
-
-def piece_files(path: Path) -> list[Path]:
-    """The files with the pieces of `path`, in any order; none if `path` is whole, or missing."""
-    return [file for file in path.parent.glob("*.safetensors") if file != path and whole_of(file.name) == path.name]
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

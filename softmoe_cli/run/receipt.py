@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 
 from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.files import clear, require_vacant, sync, unused
-from softmoe_cli.run.checkpoint import damage
+from softmoe_cli.run.sealed import damage
 from softmoe_cli.run.source import Source
 
 RECEIPT = "receipt.json"

@@ -257,6 +257,7 @@ RESULT = {
     "device_s": SPENT["device_s"],
     "forward_gflop": Key(NUMBER, "forward GFLOP/image", unit="GFLOP", amount="forward FLOPs"),
     "train_gflop": Key(NUMBER, "training GFLOP/image", unit="GFLOP", amount="training FLOPs an image"),
+    "remark": _said(TEXT, "what the router says of its last look; empty: nothing", optional=True),
     "params_m": Key(NUMBER, "parameters, M", unit="M", amount="parameters"),
     "trained_params_m": Key(
         NUMBER, "trained parameters, M", "all that are not frozen", optional=True, unit="M", amount="trained parameters"

@@ -11,15 +11,16 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from softmoe_cli.device import free_memory
 from softmoe_cli.errors import RunError
 from softmoe_cli.files import clear, file_bytes, sync
-from softmoe_cli.parallel import Crew
+from softmoe_cli.parallel import Crew, is_part
 from softmoe_cli.run import pieces as run_pieces
 from softmoe_cli.run.card import CARD_FORMAT, card_text
-from softmoe_cli.run.checkpoint import (
+from softmoe_cli.run.checkpoint import write_checkpoint
+from softmoe_cli.run.pieces import Piece
+from softmoe_cli.run.sealed import (
     OURS,
     STATE,
     SUMS,
@@ -27,12 +28,12 @@ from softmoe_cli.run.checkpoint import (
     WEIGHTS,
     between_names,
     damage,
+    file_of,
     numbered,
+    piece_files,
     seal,
     sha256,
-    write_checkpoint,
 )
-from softmoe_cli.run.pieces import Piece
 
 
 class Checkpoints:
@@ -71,7 +72,7 @@ class Checkpoints:
         Raises:
             RunError: weights that are not finite; or the one before could not be written.
         """
-        divided = any(isinstance(value, DTensor) for value in weights.values())
+        divided = any(is_part(value) for value in weights.values())
         if not self._writes and not divided:
             return
         given = [_own_pieces(weights, self._writes), _own_pieces(training, self._writes)]
@@ -200,7 +201,7 @@ class Checkpoints:
                 folder.mkdir(exist_ok=True)
                 for whole, pieces, text in ((WEIGHTS, weights, card_text(card)), (TRAINING, training, "")):
                     if pieces:
-                        file = folder / run_pieces.file_of(whole, crew.rank, crew.size)
+                        file = folder / file_of(whole, crew.rank, crew.size)
                         run_pieces.write_pieces(file, pieces, text)
                         sums[file.name] = sha256(file)
                         sync(file)
@@ -223,8 +224,8 @@ class Checkpoints:
         if f"  {WEIGHTS}\n" in (path / SUMS).read_text():
             return
         weights, card = run_pieces.whole_tensors(path / WEIGHTS)
-        training = run_pieces.whole_tensors(path / TRAINING)[0] if run_pieces.piece_files(path / TRAINING) else {}
-        pieces = [file for name in (WEIGHTS, TRAINING) for file in run_pieces.piece_files(path / name)]
+        training = run_pieces.whole_tensors(path / TRAINING)[0] if piece_files(path / TRAINING) else {}
+        pieces = [file for name in (WEIGHTS, TRAINING) for file in piece_files(path / name)]
         temporary = path.with_name(f".{path.name}")
         clear(temporary)
         try:

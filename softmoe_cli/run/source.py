@@ -12,16 +12,16 @@ from torch import Tensor
 from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.run import pieces, rows
 from softmoe_cli.run.card import read_card
-from softmoe_cli.run.checkpoint import (
-    FIRST_WEIGHT,
+from softmoe_cli.run.checkpoint import FIRST_WEIGHT, digest_of
+from softmoe_cli.run.sealed import (
     TRAINING,
     WEIGHTS,
-    between_names,
+    checkpoints_in,
     damage,
-    digest_of,
-    numbered,
+    piece_files,
+    require_there,
     sha256,
-    step_of,
+    unreadable,
 )
 
 
@@ -51,25 +51,17 @@ def read_source(checkpoint: str) -> Source:
     Raises:
         UsageError: nothing there, nothing undamaged, or not a safetensors file. Pickles are never opened.
     """
-    if not checkpoint.strip():  # an empty path would mean the working folder
-        raise UsageError(f"checkpoint={checkpoint} is empty, as $NAME is where NAME is not set; give it a value")
-    path = Path(checkpoint)
+    path = require_there(checkpoint)
     try:
         if path.is_dir():
             path = _weights_in(path)
             if not path.exists():
                 return _joined_source(path)
-        if not path.is_file():
-            path.stat()
-            raise UsageError(f"checkpoint={checkpoint} is neither a file nor a folder")
         digest = sha256(path)
     except UsageError:
         raise
-    except FileNotFoundError as error:
-        raise UsageError(f"checkpoint={checkpoint} does not exist") from error
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UsageError(f"checkpoint={checkpoint} cannot be read: {reason}") from error
+        raise unreadable(checkpoint, error) from error
     try:
         with safe_open(path, framework="pt") as file:
             card = (file.metadata() or {}).get("softmoe")
@@ -133,7 +125,7 @@ def read_moments(source: Source, digest: str | None = None) -> dict[str, dict[st
         UsageError: they are damaged, or not the ones that the weights speak of.
     """
     folder, tensors = Path(source.label).parent, {}
-    if Path(source.label).name == WEIGHTS and ((folder / TRAINING).is_file() or pieces.piece_files(folder / TRAINING)):
+    if Path(source.label).name == WEIGHTS and ((folder / TRAINING).is_file() or piece_files(folder / TRAINING)):
         fault = damage(folder)
         if fault is not None:
             raise UsageError(f"checkpoint={folder}: {fault}")
@@ -153,18 +145,8 @@ def read_moments(source: Source, digest: str | None = None) -> dict[str, dict[st
 
 def _weights_in(folder: Path) -> Path:
     """The weights file of a run or checkpoint folder, its checksum tested."""
-    if (folder / WEIGHTS).is_file() or pieces.piece_files(folder / WEIGHTS):
-        candidates = [folder]
-    else:
-        checkpoints = numbered(folder / "checkpoints", "last")
-        checkpoints += [
-            before for before, final in between_names(folder / "checkpoints") if final.name.startswith("last-")
-        ]
-        candidates = sorted(checkpoints, key=step_of, reverse=True)
-    if not candidates:
-        raise UsageError(f"checkpoint={folder} holds no checkpoint: neither {WEIGHTS} nor checkpoints/last-*")
     faults = []
-    for candidate in candidates:
+    for candidate in checkpoints_in(folder):
         fault = damage(candidate)
         if fault is None:
             return candidate / WEIGHTS

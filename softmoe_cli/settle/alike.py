@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from softmoe_cli.config.data import Data
 from softmoe_cli.config.settle import Fairness, SettleConfig
 from softmoe_cli.errors import UsageError
 from softmoe_cli.run.rows import QUALITIES
@@ -10,7 +11,7 @@ from softmoe_cli.settle.arms import key_of
 
 SAME_IMAGES = (
     "name", "format", "root", "label", "num_classes", "split_seed", "validation_fraction", "test_fraction", "source",
-    "strength", "views",
+    "exemplars", "strength", "views",
 )  # fmt: skip
 """Settings of data that decide which images a run is tested on."""
 OWN_CUT = "write 'data.split_seed=${seed}': then each seed has its own cut"
@@ -36,14 +37,20 @@ def require_comparable(typed: Sequence[Sequence[str]], trees: Sequence[dict[str,
         )
 
 
-def _require_one_measure(trees: Sequence[dict[str, Any]], quality: str) -> None:
+def require_same_images(arms: Sequence[Data]) -> None:
+    """Raises UsageError where arms, with the same seed, would be tested on other images than each other."""
     for key in SAME_IMAGES:
-        values = list(dict.fromkeys(str(tree["data"].get(key)) for tree in trees))
+        values = list(dict.fromkeys(str(getattr(data, key)) for data in arms))
         if len(values) > 1:
             way_out = OWN_CUT if key == "split_seed" else "settle each in a study of its own"
             raise UsageError(f"data.{key}={','.join(values)}: arms must be tested on the same images; {way_out}")
+
+
+def _require_one_measure(trees: Sequence[dict[str, Any]], quality: str) -> None:
     losses = list(dict.fromkeys(str(tree["train"]["loss"]) for tree in trees))
     if QUALITIES[quality].curve == "loss" and len(losses) > 1:
         raise UsageError(f"train.loss={','.join(losses)}: quality={quality} is another measure in each; use top1_pct")
     if any(tree["train"]["batch_size"] == "auto" for tree in trees):
         raise UsageError("train.batch_size=auto is another number where memory is; settle needs a number")
+    if any(tree["train"]["precision"] == "auto" for tree in trees):
+        raise UsageError("train.precision=auto is another one where the device is; settle needs fp32, bf16 or fp16")

@@ -9,7 +9,7 @@ from softmoe_cli.errors import UsageError, nearest
 from softmoe_cli.launch.plan import Job
 
 FIRST_SEED = 0
-NAMED = ("model", "data", "recipe", "experiment")
+NAMED = ("model", "adapter", "data", "recipe", "experiment")
 """Groups without a stroke whose choice says enough of itself."""
 
 SET_OTHERS = {"slots", "checkpoint", "base", "data.crop", "data.area", "train.default_epochs"}
@@ -74,15 +74,15 @@ def labels(many: Sequence[Sequence[str]]) -> list[str]:
     return found
 
 
-def baseline_of(told: Sequence[str], many: Sequence[Sequence[str]], dense: Sequence[bool], named: str | None) -> int:
-    """The place of the arm that others are measured against: by its label or one of its words; else the first dense
-    one, else the first.
+def baseline_of(told: Sequence[str], many: Sequence[Sequence[str]], added: Sequence[int], named: str | None) -> int:
+    """The place of the arm that others are measured against: by its label or one of its words; else the first of
+    those to which least was `added`: one without adapters and, if there is one, without experts.
 
     Raises:
         UsageError: no arm, or several, are called so.
     """
     if named is None:
-        return dense.index(True) if True in dense else 0
+        return added.index(min(added))
     found = [place for place, words in enumerate(many) if named in (told[place], *words)]
     if len(found) != 1:
         which = f"{len(found)} arms have that." if found else f"no arm is called or has that.{nearest(named, told)}"

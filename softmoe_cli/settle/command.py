@@ -1,6 +1,7 @@
 """`softmoe settle`: what is typed, and how it ends."""
 
 import dataclasses
+import importlib.util
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -25,6 +26,7 @@ def settle_arms(arguments: Sequence[str], run: RunCommand) -> int:
         RunError: the baseline fails with every seed.
     """
     from softmoe_cli.launch.sweep import Sweep, study_of
+    from softmoe_cli.settle.arms import key_of
     from softmoe_cli.settle.sweeper import Settle
 
     own, words = own_words(arguments, SettleConfig)
@@ -33,7 +35,8 @@ def settle_arms(arguments: Sequence[str], run: RunCommand) -> int:
         raise UsageError(f"quality={own.quality}: no such figure.{nearest(own.quality, QUALITIES)} Choices: {choices}")
     _refuse_searches(words)
     words = [word for word in words if word not in ("-m", "--multirun", "--plan")]
-    words = check_line("train", ["-m", *words])
+    command = "finetune" if any(key_of(word) == "checkpoint" for word in words) else "train"
+    words = check_line(command, ["-m", *words])
     if "--plan" in arguments:
         words.append("hydra.launcher.plan=true")
     study = study_of(words)
@@ -44,7 +47,7 @@ def settle_arms(arguments: Sequence[str], run: RunCommand) -> int:
     admit(Settle)
     Sweep.run, Sweep.last = staticmethod(run), None
     Settle.asked, Settle.status = own, None
-    Jobs("train", [*words, f"hydra.sweeper._target_={Settle.__module__}.{Settle.__name__}"])
+    Jobs(command, [*words, f"hydra.sweeper._target_={Settle.__module__}.{Settle.__name__}"])
     assert Settle.status is not None
     return Settle.status
 
@@ -87,16 +90,24 @@ def own_words(arguments: Sequence[str], section: type[F]) -> tuple[F, list[str]]
     keys = {field.name for field in dataclasses.fields(section)}
     own = [word for word in arguments if word.partition("=")[0] in keys and "=" in word]
     tree: dict[str, Any] = load_yaml(conf_folder() / "settle.yaml")
+    lists = [key for key, value in tree.items() if isinstance(value, list)]
     for word in own:
         try:
             tree |= tree_of(OmegaConf.from_dotlist([word]))
         except (YAMLError, OmegaConfBaseException) as error:
             raise UsageError(f"cannot read '{word}': {first_line(error)}") from error
+    for key in lists:
+        if not isinstance(tree[key], list):
+            raise UsageError(f"{key}={tree[key]}: write a list, {key}=[VALUE,VALUE]")
     checked = door({key: tree[key] for key in keys}, section)
     typed = {word.partition("=")[0]: word for word in own}
     for key, needed in NEEDS.items():
         if key in typed and getattr(checked, needed) is None:
             raise UsageError(f"{typed[key]} has no effect without {needed}=")
+    if checked.tune_trials is not None and importlib.util.find_spec("optuna") is None:
+        raise UsageError(
+            f"tune_trials={checked.tune_trials} needs Optuna: pip install 'softmoe-cli[optuna]'; or give tune_values="
+        )
     if section is Fairness and "baseline" in typed and checked.equal is None and checked.tune is not None:
         raise UsageError(f"{typed['baseline']} has no effect without equal=: tuning measures each arm by itself")
     return checked, [word for word in arguments if word not in own]

@@ -110,6 +110,8 @@ class Leveller:
         t = config.train
         if t.batch_size == "auto":
             raise UsageError("train.batch_size=auto is not known before a run starts; give a number")
+        if t.precision == "auto":
+            raise UsageError("train.precision=auto is not known before a run starts; give fp32, bf16 or fp16")
         partly = {
             "optim.freeze": bool(config.optim.freeze), "model.adapter": config.model.adapter.name != "none",
             "prune.keep": config.prune.keep is not None,
@@ -148,8 +150,3 @@ class Leveller:
                 f"not train.minutes={config.train.minutes:g}"
             )
         return steps
-
-
-def level_arms(leveller: Leveller, arms: Sequence[tuple[str, list[str], dict[str, Any]]], base: int) -> list[Levelled]:
-    """In a process that may import torch."""
-    return leveller.level(arms, base)

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from softmoe_cli.config.settle import Fairness
+from softmoe_cli.config.settle import Fairness, SettleConfig
 from softmoe_cli.errors import UsageError
 from softmoe_cli.launch.job import answered
 from softmoe_cli.launch.plan import Job
 from softmoe_cli.launch.sweep import Sweep
-from softmoe_cli.settle.alike import require_comparable
+from softmoe_cli.settle.alike import require_comparable, require_same_images
 from softmoe_cli.settle.arms import Arm, baseline_of, labels, science, with_changes
-from softmoe_cli.settle.equal import Levelled, Leveller, level_arms
+from softmoe_cli.settle.equal import Levelled, Leveller
 from softmoe_cli.settle.record import give, given_before
 from softmoe_cli.text import aligned, four_digits
 
@@ -50,7 +50,9 @@ def fair_arms(launcher: Sweep, typed: list[list[str]], asked: Fairness, seeds: S
     trees = [tree for _, _, tree in launcher.composed([[*each, f"seed={seeds[0]}"] for each in typed])]
     require_comparable(typed, trees, asked)
     jobs, slots = asked_arms(launcher, typed, seeds)
-    base = baseline_of(told, typed, [job.dense for job in jobs], asked.baseline)
+    if isinstance(asked, SettleConfig):
+        require_same_images([job.data for job in jobs if job.data is not None])
+    base = baseline_of(told, typed, [job.added for job in jobs], asked.baseline)
     words = typed
     if asked.equal is not None:
         named = list(zip(told, typed, trees, strict=True))
@@ -88,7 +90,7 @@ def _levelled(
     if given is None:
         assert asked.equal is not None
         leveller = Leveller(launcher.command, asked.equal, asked.free, asked.tolerance)
-        found: list[Levelled] = answered(level_arms, leveller, arms, base)
+        found: list[Levelled] = answered(leveller.level, arms, base)
         given = [vars(found[words.index(each)]) for each in order]
         if not launcher.plans:
             given = give(path, question, given)
@@ -103,8 +105,3 @@ def _table(told: Sequence[str], found: Sequence[Levelled], by: str, base: str) -
         apart = f"{100 * (each.cost / each.baseline_cost - 1):+.2f}%"
         table.append([label, each.free or "", given, four_digits(each.cost), apart])
     return f"equal={by}:\n{aligned(table, markdown=False)}"
-
-
-def fairness_of(asked: Fairness) -> dict[str, Any]:
-    """What was asked of fairness, for a record."""
-    return {key: getattr(asked, key) for key in ("equal", "free", "tolerance", "tune", "tune_values", "tune_seeds")}

@@ -28,8 +28,9 @@ def tuning_figure(found: Sequence[Tuned], key: str) -> dict[str, bytes]:
 
 def _draw(found: Sequence[Tuned], key: str) -> Figure:
     by = found[0].by
-    values = [trial.value for trial in found[0].trials]
+    values = [trial.value for each in found for trial in each.trials]
     numbers = all(map(number, values))
+    values = values if numbers else [trial.value for trial in found[0].trials]
     drawn = Figure()
     axes = drawn.subplots()
     handles: list[Any] = []

@@ -23,7 +23,7 @@ def foreseen(contest: Contest, arms: Arms, asked: SettleConfig, seen: Outlook | 
     found = expectations(len(contest.arms), contest.least, asked.max_seeds, margins)
     costs = [arm.job.cost for arm in arms.arms]
     seconds = math.fsum(cost["seconds"] for cost in costs)
-    trials = len(asked.tune_values) * asked.tune_seeds
+    trials = asked.trials * asked.tune_seeds
     return {
         "quality": contest.quality,
         "margin": contest.margin,

@@ -24,21 +24,32 @@ def fix_question(study: Path, asked: dict[str, Any], begun: Callable[[], bool]) 
     Raises:
         UsageError: it is another one than before, or results were there before the question.
     """
+    if agree(study, asked):
+        return
+    if begun():
+        raise UsageError(
+            f"{printable(str(study))} has results of these arms already, and a question that is fixed after them "
+            "proves little: choose another study=NAME, or seed=N above theirs"
+        )
+    write_atomically(study / RECORD, json.dumps({"format": rows.FORMAT, **asked}, indent=1) + "\n")
+
+
+def agree(study: Path, asked: dict[str, Any]) -> bool:
+    """Whether the question is written down already.
+
+    Raises:
+        UsageError: another one is.
+    """
     known = asked_before(study)
     if known is None:
-        if begun():
-            raise UsageError(
-                f"{printable(str(study))} has results of these arms already, and a question that is fixed after them "
-                "proves little: choose another study=NAME, or seed=N above theirs"
-            )
-        write_atomically(study / RECORD, json.dumps({"format": rows.FORMAT, **asked}, indent=1) + "\n")
-        return
+        return False
     for key in asked:
         if _meant(known, key) != _meant(asked, key):
             raise UsageError(
                 f"{printable(str(study))} was begun with {_apart(key, known, asked)}: the question is fixed "
                 "before the first run; ask as before, or begin another study with study=NAME"
             )
+    return True
 
 
 def _meant(question: dict[str, Any], key: str) -> Any:
@@ -47,6 +58,8 @@ def _meant(question: dict[str, Any], key: str) -> Any:
         return sorted(science(arm["words"]) for arm in question["arms"])
     if key == "baseline":
         return [science(arm["words"]) for arm in question["arms"] if arm["label"] == question["baseline"]]
+    if key == "fairness":
+        return {name: value for name, value in question[key].items() if value not in (None, [])}
     return question[key]
 
 
@@ -54,7 +67,7 @@ def _apart(key: str, *questions: dict[str, Any]) -> str:
     """In what two questions differ: `margin=0.5, not margin=1.0`."""
     before, now = (question[key] for question in questions)
     if key == "fairness":
-        odd = [name for name in now if before.get(name) != now[name]]
+        odd = [name for name in now if before.get(name) != now[name] and (before.get(name) or now[name])]
         told = [" ".join(f"{name}={json.dumps(each.get(name))}" for name in odd) for each in (before, now)]
     elif key != "arms":
         told = [f"{'seed' if key == 'first_seed' else key}={json.dumps(each)}" for each in (before, now)]

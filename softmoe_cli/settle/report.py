@@ -60,6 +60,18 @@ class Account:
         values = self.values(arm)
         return mean_interval(values) if values else None
 
+    def sources(self) -> dict[str, float | None]:
+        """What the checkpoint had cost that an arm's runs began with, in PFLOP of training; None where that is not
+        known. Arms that began afresh are not there."""
+        told = {}
+        for arm, of_arm in self.runs.items():
+            costs = [
+                run.row["checkpoint.train_pflop"] for run in of_arm.values() if run.row.get("checkpoint") is not None
+            ]
+            if costs:
+                told[arm] = None if None in costs else mean_interval(costs).mean
+        return told
+
     def needed(self, arm: str) -> tuple[int | None, int | None]:
         """How many seeds would see the difference that an open arm has now, and how many would find it equal within the
         margin if it has none: estimates by compare's power, None where there is no number."""
@@ -119,12 +131,25 @@ def as_text(report: Account) -> str:
         lines.append(
             f"tuning {report.asked.tune}, booked apart: {in_words(apart.seconds)} and {flop(1e15 * apart.pflop)}"
         )
+    lines += _pretraining(report)
     lines += report.notes
     lines += [f"open: {each}" for each in needs(report)]
     if report.over:
         more = f"{in_words(report.next_round.seconds)} and {flop(1e15 * report.next_round.pflop)}"
         lines.append(f"the next look would pass {report.over}: it takes about {more} more")
     return "\n".join(lines)
+
+
+def _pretraining(report: Account) -> list[str]:
+    """A line about what checkpoints had cost before finetuning, which no budget counts."""
+    costs = {
+        arm: "what is not known" if pflop is None else flop(1e15 * pflop) for arm, pflop in report.sources().items()
+    }
+    if not costs:
+        return []
+    amounts = set(costs.values())
+    each = amounts.pop() if len(amounts) == 1 else ", ".join(f"{cost} ({arm})" for arm, cost in costs.items())
+    return [f"checkpoints had cost {each} of training, not counted here; softmoe compare --with-source counts it"]
 
 
 def needs(report: Account) -> list[str]:
@@ -147,7 +172,7 @@ def as_json(report: Account) -> str:
 
 def told_rows(report: Account) -> dict[str, Any]:
     """The report for programs."""
-    contest, standing = report.contest, report.standing
+    contest, standing, sources = report.contest, report.standing, report.sources()
     arms: list[Mapping[str, Any]] = []
     for arm in (contest.baseline, *contest.arms):
         told, found, mean = standing.told.get(arm), standing.found.get(arm), report.mean(arm)
@@ -169,6 +194,7 @@ def told_rows(report: Account) -> dict[str, Any]:
                 "p_equal_holm": told.p_equal if told else None,
                 "seeds_needed": different,
                 "equal_seeds_needed": equal,
+                "checkpoint_pflop": sources.get(arm),
             }
         )
     return {

@@ -18,15 +18,15 @@ from softmoe_cli.compare.power import Outlook, outlook
 from softmoe_cli.compare.question import Question
 from softmoe_cli.compare.runs import FINGERPRINT, FinishedRun, read_runs
 from softmoe_cli.compare.send import send_look
-from softmoe_cli.config.settle import Fairness, SettleConfig
+from softmoe_cli.config.settle import FAIR_KEYS, Fairness, SettleConfig
 from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.launch.sweep import Sweep
 from softmoe_cli.options.compose import say_once
 from softmoe_cli.run.mirror import tracking_of
 from softmoe_cli.settle.arms import FIRST_SEED, expanded, key_of, science, without_seed
-from softmoe_cli.settle.fair import Arms, fair_arms, fairness_of
+from softmoe_cli.settle.fair import Arms, fair_arms
 from softmoe_cli.settle.foresee import foreseen, plan_text
-from softmoe_cli.settle.record import fix_question
+from softmoe_cli.settle.record import agree, fix_question
 from softmoe_cli.settle.report import Account, as_json, as_text
 from softmoe_cli.settle.rounds import Contest, Standing, fewest_seeds, lacking, seen, stand
 from softmoe_cli.settle.spent import Spent, passed, spent_by, spent_in, total
@@ -67,7 +67,7 @@ class Fair(Sweeper):
         batch = expanded(self._params, arguments, self._loader)
         typed = without_seed(batch)
         if Fair.asked.tune is not None:
-            require_below(int(seed) for words in batch for word in words if (seed := _seed_of(word)).isdigit())
+            require_below(int(seed) for seed in _seeds(batch) if seed.isdigit())
         arms = fair_arms(self._launcher, typed, Fair.asked, [FIRST_SEED])
         if Fair.asked.tune is not None and not self._launcher.plans:
             with self._launcher.held():
@@ -113,9 +113,11 @@ class Settle(Fair):
             Settle.status = 0
             return
         launcher.lie_in(arms.study, HELD)
-        with launcher.held():
+        question = _question(contest, arms, asked)
+        agree(arms.study, question)  # before it waits for its turn
+        with launcher.held(in_turn=True):
             launcher.recall()
-            fix_question(arms.study, _question(contest, arms, asked), lambda: _begun(arms, asked))
+            fix_question(arms.study, question, lambda: _begun(arms, asked))
             tuned: list[Tuned] = []
             if asked.tune is not None:
                 arms, tuned = tune_arms(launcher, arms, asked, asked.quality, seeds)
@@ -131,8 +133,9 @@ def _mode(tracking: str) -> str:
     return mode if tracking != "auto" or mode == "online" else "off"
 
 
-def _seed_of(word: str) -> str:
-    return word.partition("=")[2] if key_of(word) == "seed" else ""
+def _seeds(batch: Sequence[Sequence[str]]) -> set[str]:
+    """The seeds that were typed."""
+    return {word.partition("=")[2] for words in batch for word in words if key_of(word) == "seed"}
 
 
 def _first_seed(batch: Sequence[Sequence[str]]) -> int:
@@ -141,7 +144,7 @@ def _first_seed(batch: Sequence[Sequence[str]]) -> int:
     Raises:
         UsageError: several were.
     """
-    seeds = {word.partition("=")[2] for words in batch for word in words if key_of(word) == "seed"}
+    seeds = _seeds(batch)
     if len(seeds) > 1 or not all(seed.isdigit() for seed in seeds):
         raise UsageError(
             f"seed={','.join(sorted(seeds))}: settle chooses how many seeds there are; seed=N is the first one"
@@ -159,9 +162,10 @@ def _begun(arms: Arms, asked: SettleConfig) -> bool:
 def _question(contest: Contest, arms: Arms, asked: SettleConfig) -> dict[str, Any]:
     """What is fixed before the first run."""
     told = [{"label": arm.label, "words": science(words)} for arm, words in zip(arms.arms, arms.typed, strict=True)]
+    fairness = {key: getattr(asked, key) for key in FAIR_KEYS if key != "baseline"}
     return {
         "arms": told, "baseline": contest.baseline, "quality": contest.quality, "margin": contest.margin,
-        "first_seed": contest.first, "fairness": fairness_of(asked),
+        "first_seed": contest.first, "fairness": fairness,
     }  # fmt: skip
 
 
@@ -197,7 +201,7 @@ class Rounds:
             runs = self._finished()
             standing = self._look(runs)
             report = self._report(standing, runs)
-            self._send(standing)
+            self._send(standing, runs)
             retried = self._retried(standing) if again else []
             if not standing.wanted and not retried:
                 return report
@@ -213,15 +217,17 @@ class Rounds:
             again = again and not retried
             self._launch(wanted)
 
-    def _send(self, standing: Standing) -> None:
-        """Sends what compare says after a look, where the runs are tracked: all looks are one W&B run."""
+    def _send(self, standing: Standing, runs: dict[str, dict[int, FinishedRun]]) -> None:
+        """Sends what compare says of what a look has seen, where the runs are tracked: all looks are one W&B run."""
         if not standing.n or self._mode == "off" or self._sent == standing.n:
             return
         self._sent = standing.n
+        ahead = self._read.keys() - {run.folder for run in seen(self._contest, standing, runs)}
+        begun = [folder for arm in self._arms.values() for folder in arm.job.folders.values() if folder.is_dir()]
+        shown = [folder for folder in begun if folder not in ahead]
+        out = self._study / "compare"
         try:
-            send_look(
-                [self._study], Question(), self._mode, self._launcher.tell, project=self._project, look=self._sent
-            )
+            send_look(shown, Question(), out, self._mode, self._launcher.tell, project=self._project, look=self._sent)
         except (UsageError, RunError) as error:
             self._launcher.tell(f"W&B has not got this look: {error}")
 
@@ -241,7 +247,7 @@ class Rounds:
         runs = self._finished()
         shown = [run for of_arm in runs.values() for run in of_arm.values()]
         standing = stand(self._contest, runs, read_looks(shown), self._asked.max_seeds)
-        return outlook(standing.found, [], self._contest.margin)
+        return outlook(standing.found, [], self._contest.margin, len(self._contest.arms))
 
     def _finished(self) -> dict[str, dict[int, FinishedRun]]:
         """The finished runs of every arm, by seed.

@@ -2,13 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from softmoe_cli.compare.intervals import Interval, mean_interval
 from softmoe_cli.compare.runs import FinishedRun
 from softmoe_cli.run.rows import QUALITIES, number
-from softmoe_cli.settle.spent import Spent, spent_in
+from softmoe_cli.settle.spent import Spent
 
 TUNING_SEED = 1_000_000_000
 """The first seed of tuning: no verdict ever rests on seeds from here on."""
@@ -36,7 +35,8 @@ class Tried:
 
 @dataclass(frozen=True)
 class Tuned:
-    """All trials of one arm, in the order of the list. `default` is the value that the arm has without tuning."""
+    """All trials of one arm, in the order of the list or the search. `default` is the value that the arm has without
+    tuning."""
 
     arm: str
     trials: list[Tried]
@@ -45,6 +45,8 @@ class Tuned:
     spent: Spent = field(default_factory=Spent)
     given: str | None = None
     """The value, as text, that the arm was given under a command before: fixed, whatever trials have come since."""
+    searched: bool = False
+    """Whether the values were found one after the other in a range, for each arm its own."""
 
     @property
     def best(self) -> Tried | None:
@@ -72,11 +74,6 @@ class Tuned:
 
     def at(self, value: Any) -> Interval | None:
         return next((trial.mean(self.by) for trial in self.trials if trial.value == value), None)
-
-
-def booked(trials: Sequence[Tried], folders: Sequence[Path] = ()) -> Spent:
-    """What trials have cost; with their folders, those that failed or were stopped too."""
-    return spent_in([run for trial in trials for run in trial.runs], folders)
 
 
 def order(quality: Mapping[str, float], by: str) -> list[str]:

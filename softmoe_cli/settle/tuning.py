@@ -9,19 +9,21 @@ from softmoe_cli.compare.units import cell
 from softmoe_cli.files import write_atomically
 from softmoe_cli.run.rows import QUALITIES
 from softmoe_cli.settle.tune import Tuned, changed_order
-from softmoe_cli.text import aligned, flop, in_words, several
+from softmoe_cli.text import aligned, flop, four_digits, in_words, several
 
 
 def tuning_text(found: Sequence[Tuned], key: str) -> str:
     """Quality against the value for every arm, what was chosen, and what that says."""
     by = found[0].by
-    rows = [[key, *(each.arm for each in found)]]
+    searched = found[0].searched
+    rows = [["trial" if searched else key, *(each.arm for each in found)]]
     for place, trial in enumerate(found[0].trials):
-        line = [str(trial.value)]
+        line = [str(place + 1 if searched else trial.value)]
         for each in found:
             mine = each.trials[place]
             mean = cell(by, mine.mean(by)) or f"{several(mine.failed, 'seed')} failed"
-            line.append(f"{mean}{' *' if mine is each.best else ''}")
+            value = f"{four_digits(mine.value)}: " if searched else ""
+            line.append(f"{value}{mean}{' *' if mine is each.best else ''}")
         rows.append(line)
     rows.append(["training", *(flop(1e15 * each.spent.pflop) for each in found)])
     rows.append(["time", *(in_words(each.spent.seconds) for each in found)])
@@ -40,10 +42,9 @@ def tuning_sentences(found: Sequence[Tuned], key: str) -> list[str]:
     for each in found:
         if each.best and each.at_end:
             side = "below" if each.at_end == "smallest" else "above"
-            told.append(
-                f"- {each.arm} is best at the {each.at_end} value tried, {each.best.value}: the list was too short; "
-                f"add values {side} it to tune_values"
-            )
+            way_out = "better ones may lie outside tune_range; try a wider one in another study" if each.searched else (
+                f"the list was too short; add values {side} it to tune_values")  # fmt: skip
+            told.append(f"- {each.arm} is best at the {each.at_end} value tried, {each.best.value}: {way_out}")
     values = {each.arm: each.best.value for each in found if each.best}
     shared = len({str(value) for value in values.values()}) == 1
     each_own = "; ".join(f"{arm} {value}" for arm, value in values.items())
@@ -51,7 +52,7 @@ def tuning_sentences(found: Sequence[Tuned], key: str) -> list[str]:
     orders = changed_order(found)
     if orders is None:
         told.append(
-            f"- whether tuning changed the order of the arms is not known: tune_values lacks a default of {key}"
+            f"- whether tuning changed the order of the arms is not known: not every arm's default of {key} was tried"
         )
     elif orders[0] == orders[1]:
         told.append(f"- tuning did not change the order of the arms by their means: {' > '.join(orders[0])}")

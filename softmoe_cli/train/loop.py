@@ -26,8 +26,10 @@ from softmoe_cli.moe.kind import Decided, Decider
 from softmoe_cli.moe.routing import full_precision, routings
 from softmoe_cli.optim import freeze, optimizer_of, schedule
 from softmoe_cli.parallel import ALONE, Average, Crew, own_part
+from softmoe_cli.run.finished import finished
 from softmoe_cli.train import summary
 from softmoe_cli.train.blame import not_finite, out_of_memory
+from softmoe_cli.train.ending import close
 from softmoe_cli.train.looks import Looks
 from softmoe_cli.train.pace import FirstSteps, forecast
 from softmoe_cli.train.progress import Budget
@@ -51,10 +53,10 @@ def train(begun: Begun) -> dict[str, Any]:
         Interrupted: a signal asked to stop; the state is saved.
     """
     run, config, source, screen, crew = begun.run, begun.config, begun.source, begun.screen, begun.crew
-    if run.result is not None:
+    if (before := finished(run.folder)) is not None:  # several processes, or a batch that only now has a size
         screen.say(f"{run.folder} is finished; nothing to do")
-        summary.close(screen, run.result, run.folder, config.model)
-        return run.result
+        close(screen, before, run.folder)
+        return before
 
     # --- data: the images, and how often they are seen
     device, _ = arithmetic(config.device, config.train.precision, config.threads)
@@ -192,8 +194,9 @@ def train(begun: Begun) -> dict[str, Any]:
         except torch.OutOfMemoryError as error:
             raise out_of_memory(error, progress.step, config.train, cost.whole_batches) from error
     result = summary.result_row(setup, run.folder, progress, test, recording.card["model"]["router"], looks.moe_blocks)
-    recording.finish(result := result | served(config.model, model, cost))
-    summary.close(screen, result, run.folder, config.model)
+    result |= served(config.model, model, cost) | {"remark": summary.remark(result, run.folder, config.model)}
+    recording.finish(result)
+    close(screen, result, run.folder)
     return result
 
 

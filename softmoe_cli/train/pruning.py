@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from softmoe_cli.config.model import Model
 from softmoe_cli.config.run import Config
@@ -23,7 +22,7 @@ from softmoe_cli.errors import UsageError
 from softmoe_cli.moe.kind import Decided
 from softmoe_cli.moe.layer import MoE
 from softmoe_cli.moe.routing import Routing, most_precise
-from softmoe_cli.parallel import Crew
+from softmoe_cli.parallel import Crew, is_part
 from softmoe_cli.prune.fold import folded_model
 from softmoe_cli.prune.rule import largest, shares, survivors
 from softmoe_cli.prune.scores import MEASURED, prunable, random_scores, router_norms
@@ -173,7 +172,7 @@ class Pruning:
     def _norms(self, place: int) -> Tensor:
         router = self.layers[place].router
         whole = {
-            f"blocks.{place}.mlp.router.{name}": each.full_tensor() if isinstance(each, DTensor) else each
+            f"blocks.{place}.mlp.router.{name}": each.full_tensor() if is_part(each) else each
             for name, each in router.named_parameters()
         }
         return router_norms(whole, place, self.layers[place])

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
@@ -13,21 +12,24 @@ from softmoe_cli.config.run import Config, check_parts
 from softmoe_cli.cost.fit import Fit, with_largest_batch
 from softmoe_cli.cost.flop import Cost
 from softmoe_cli.data import sets, workers
+from softmoe_cli.data.contents import identity
 from softmoe_cli.data.splits import Splits
+from softmoe_cli.device import arithmetic, fast_precision
 from softmoe_cli.errors import UsageError
 from softmoe_cli.model.router import check_evaluated
 from softmoe_cli.model.weights import experts_left
 from softmoe_cli.parallel import Crew
 from softmoe_cli.run.folder import Run
-from softmoe_cli.run.identity import signature
+from softmoe_cli.run.identity import run_folder
 from softmoe_cli.run.source import Source
 from softmoe_cli.terminal import Screen
+from softmoe_cli.train.first import Images
 from softmoe_cli.train.progress import Budget, Progress
 
 
 @dataclass(frozen=True)
 class Begun:
-    """A run that has its folder and its processes. `images_digest` is what `sets.identity` says of its images."""
+    """A run that has its folder and its processes. `images_digest` is what `contents.identity` says of its images."""
 
     run: Run
     config: Config
@@ -39,8 +41,11 @@ class Begun:
 
 
 @contextmanager
-def begin(config: Config, command: str, source: Source | None, screen: Screen) -> Iterator[Begun]:
-    """Joins the processes that train one model and takes the run's folder; lets go of both at the end.
+def begin(
+    config: Config, command: str, source: Source | None, screen: Screen, images: Images | None = None
+) -> Iterator[Begun]:
+    """Joins the processes that train one model and takes the run's folder; lets go of both at the end. `images`: None
+    where nobody has looked at their files yet.
 
     Raises:
         UsageError: its images cannot be used, or no batch fits.
@@ -48,6 +53,15 @@ def begin(config: Config, command: str, source: Source | None, screen: Screen) -
     with parallel.joined(config) as crew:
         if not crew.first:
             screen = Screen(quiet=True)
+        if config.train.precision == "auto":
+            precision, why = crew.ask_first(
+                lambda: fast_precision(arithmetic(config.device, "fp32", config.threads)[0])
+            )
+            screen.say(
+                f"train.precision=auto: {precision}, as {why}; type train.precision={precision} to have the same run "
+                "elsewhere"
+            )
+            config = replace(config, train=replace(config.train, precision=precision))
         if config.train.batch_size == "auto":
             config = with_largest_batch(config, experts_left(source.weights) if source is not None else {})
             number = config.train.batch_size
@@ -55,7 +69,7 @@ def begin(config: Config, command: str, source: Source | None, screen: Screen) -
                 f"train.batch_size=auto: {number}; type train.batch_size={number} to have the same run elsewhere"
             )
         config = replace(config, devices=crew.size)  # under torchrun it may not say
-        images_digest = images_identity(config.data, crew)
+        images_digest = images.digest if images is not None else images_identity(config.data, crew)
         run = Run(run_folder(config, command, source, images_digest), crew)
         try:
             yield Begun(run, config, command, source, images_digest, screen, crew)
@@ -66,7 +80,7 @@ def begin(config: Config, command: str, source: Source | None, screen: Screen) -
 
 @dataclass(frozen=True)
 class Setup:
-    """A run that has not begun. `images_digest` is what `sets.identity` says of its images."""
+    """A run that has not begun. `images_digest` is what `contents.identity` says of its images."""
 
     config: Config
     command: str
@@ -122,20 +136,13 @@ def require_batches(config: Config, cost: Cost) -> None:
 
 
 def images_identity(settings: Data, crew: Crew) -> str | None:
-    """`sets.identity`, for which the first process of each machine reads the images, and no other one.
+    """`contents.identity`, for which the first process of each machine reads the images, and no other one.
 
     Raises:
         UsageError: the images cannot be used, or are others on another machine.
     """
-    of_each = crew.gather(sets.identity(settings) if crew.local_rank == 0 else None)
+    of_each = crew.gather(identity(settings) if crew.local_rank == 0 else None)
     digests = {digest for digest in of_each if digest is not None}
     if len(digests) > 1:
         raise UsageError(f"data.root={settings.root} holds other images on one machine than on another")
     return next(iter(digests), None)
-
-
-def run_folder(config: Config, command: str, source: Source | None, images_digest: str | None) -> Path:
-    """Where a run on these images (`sets.identity`) goes."""
-    name = config.name or f"{config.model.name}-{config.data.name}"
-    mark = signature(config, command, source.digest if source else None, images_digest)
-    return Path(config.output_root) / config.study / f"{name.replace('/', '_')}-{mark}"

@@ -1,7 +1,6 @@
-"""What a run says of itself: before its first step, what it is and needs; at its end, what it reached and cost."""
+"""What a run says of itself: before its first step, what it is and needs; at its end, its result row."""
 
 import platform
-import shlex
 import subprocess
 from dataclasses import asdict
 from importlib.metadata import version
@@ -11,7 +10,6 @@ from typing import Any
 import torch
 
 import softmoe_cli
-from softmoe_cli.compare.intervals import at_chance
 from softmoe_cli.config.model import Model
 from softmoe_cli.config.run import WANDB_LETTERS, Config
 from softmoe_cli.cost.fit import Fit
@@ -23,8 +21,7 @@ from softmoe_cli.model.router import router_class
 from softmoe_cli.run import rows
 from softmoe_cli.run.identity import flat_science
 from softmoe_cli.run.saving import room_beside
-from softmoe_cli.terminal import Screen
-from softmoe_cli.text import flop, gibibytes, in_words, si
+from softmoe_cli.text import flop, gibibytes, si
 from softmoe_cli.train.pace import Pace
 from softmoe_cli.train.progress import Progress
 from softmoe_cli.train.setup import Setup
@@ -259,80 +256,6 @@ def _commit() -> str | None:
     except OSError:  # a machine without git
         return None
     return git.stdout.strip() or None
-
-
-def close(screen: Screen, result: dict[str, Any], folder: Path, model: Model) -> None:
-    """The closing table, and what may be typed next: lines of their own, to be copied whole."""
-    screen.table("result", shown(result, folder, remark(result, folder, model)))
-    screen.table("next", {})
-    screen.say(f"  softmoe evaluate checkpoint={shlex.quote(str(folder))}")
-    screen.say(f"  softmoe compare {shlex.quote(str(folder.parent))}")
-
-
-def shown(result: dict[str, Any], folder: Path, routing: str) -> dict[str, str]:
-    """Title -> what the result says, for the closing table. `routing`: what the router says of it."""
-    energy = f"; {result['energy_kj']:.4g} kJ in all" if result.get("energy_kj") is not None else ""
-    compilation = f", compilation {in_words(result['compile_s'])}" if result["compile_s"] else ""
-    titled = {
-        "test top-1": f"{result['top1_pct']:.2f}%  ({result['test_images']:,} images, read once, last weights)",
-        "by task": _by_task(result),
-        "chance": chance(result),
-        "test top-5": f"{result['top5_pct']:.2f}%" if result["classes"] > 5 else "",
-        "test loss": f"{result['loss']:.4f}",
-        "validation top-1": f"{result['validation_top1_pct']:.2f}%  (best {result['best_validation_top1_pct']:.2f}% "
-        f"at step {result['best_step']:,})",
-        "routing": routing,
-        "experts left": _left(result),
-        "trained on": f"{result['images']:,} images, {result['epochs']:.1f} epochs{_epochs_said(result)}, "
-        f"{result['steps']:,} steps",
-        "training cost": f"{flop(1e15 * result['train_pflop'])}, {in_words(result['device_s'])}{energy}",
-        "beside it": f"evaluation {in_words(result['eval_s'])}, saving {in_words(result['save_s'])}{compilation}",
-        "folder": str(folder),
-    }
-    return {key: value for key, value in titled.items() if value}
-
-
-def _by_task(result: dict[str, Any]) -> str:
-    """Test top-1 of each task and both means; nothing where there is one set."""
-    means = {"tasks": result.get(rows.OVER_TASKS.format("top1_pct")), "images": result["top1_pct"]}
-    if means["tasks"] is None:
-        return ""
-    each = [f"{name} {figure:.2f}%" for name, figure in rows.of_tasks(result, "top1_pct").items()]
-    return "; ".join([", ".join(each), *(f"mean over {what} {figure:.2f}%" for what, figure in means.items())])
-
-
-def _epochs_said(result: dict[str, Any]) -> str:
-    each = [f"{number:.1f} of {name}" for name, number in rows.of_tasks(result, "epochs").items()]
-    return f" ({', '.join(each)})" if each else ""
-
-
-def _left(result: dict[str, Any]) -> str:
-    """What is left where experts were pruned, and what softmoe prune makes of it."""
-    if not result.get("experts_left"):
-        return ""
-    told = f"{result['experts_left']} in blocks {result['moe_blocks']}"
-    if not result["served_as"]:
-        return told
-    kind = "a plain ViT (softmoe prune to=dense)" if result["served_as"] == "dense" else "a mixture (softmoe prune)"
-    parameters = f"{si(1e6 * result['served_params_m'])} parameters for {si(1e6 * result['params_m'])}"
-    return (
-        f"{told}; served as {kind}: {parameters}, "
-        f"{flop(1e9 * result['served_forward_gflop'])} for {flop(1e9 * result['forward_gflop'])} forward"
-    )
-
-
-def chance(result: dict[str, Any]) -> str:
-    """A sentence where top-1 on the test images cannot be told from that of a model which always answers with their
-    commonest class; else nothing."""
-    if not at_chance([result["top1_pct"]], result["chance_pct"], result["test_images"]):
-        return ""
-    commonest = f"always the commonest of {result['classes']} classes"
-    if rows.OVER_TASKS.format("top1_pct") in result:
-        commonest = "always the commonest class of an image's task"
-    return (
-        f"top-1 cannot be told from chance: {commonest} is right for "
-        f"{result['chance_pct']:.1f}% of these {result['test_images']:,} images"
-    )
 
 
 def remark(result: dict[str, Any], folder: Path, model: Model) -> str:

@@ -128,7 +128,7 @@ def test_the_checklist_counts_runs_that_failed(tmp_path: Path) -> None:
     assert told.startswith("Checklist. Varied: the seed,")
     for part in (
         "n: 5 seeds for each group", "paired by seed, Student's t, two-sided, 5%", "main measure: test top-1",
-        "none is needed, there is one comparison for each of test top-1, test NLL, quality at each budget",
+        "Holm over 3 comparisons in quality at budgets, each apart, none is needed in test top-1 and test NLL, one",
         "10 finished runs took 1.28 TFLOP", "2 runs that failed or did not finish took 148.5 GFLOP and",
     ):  # fmt: skip
         assert part in told, (part, told)

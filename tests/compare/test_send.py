@@ -26,7 +26,8 @@ for look in (1, 2):
         for seed in range(3, 6):
             write(folder, row(router="dense", seed=seed, top1_pct=90 + seed))
             write(folder, row(router="soft", seed=seed, top1_pct=93 + seed + 0.1 * seed))
-    send_look([folder], Question(any_time=True, margin=5.0), "offline", print, project="mine", look=look)
+    question = Question(any_time=True, margin=5.0)
+    send_look([folder], question, folder / "compare", "offline", print, project="mine", look=look)
 """
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from softmoe_cli.compare.checklist import checklist
 from softmoe_cli.compare.groups import Comparison
 from softmoe_cli.compare.intervals import verdicts
 from softmoe_cli.compare.settled import RECORD
@@ -25,6 +26,32 @@ def settled(folder: Path, **changes: Any) -> Path:
     jobs = [{"run": f"near seed={place}", "folder": f"../{name}", "overrides": []} for place, name in enumerate(runs)]
     (sweep / "jobs.json").write_text(json.dumps({"command": "train", "typed": [], "jobs": jobs}))
     return folder
+
+
+@pytest.mark.parametrize(("routers", "judged"), [((), 2), (("router=dense,tokens_choice",), 1)])
+def test_the_checklist_says_what_was_corrected(tmp_path: Path, routers: tuple[str, ...], judged: int) -> None:
+    """Also where one comparison of a larger family is left: Holm counts those that were fixed before the first run."""
+    comparison = asked(settled(tmp_path), where=routers)
+    (block,) = comparison.blocks
+    assert sum(each.difference is not None for each in block.groups) == judged
+    told = checklist(comparison, block)
+    budgets = max(4, 3 * judged)
+    assert (
+        "correction: Holm over 4 comparisons in test top-1, over 4 comparisons in test NLL, "
+        f"over {budgets} comparisons in quality at budgets, each apart; " in told
+    ), told
+    assert "e-values that hold at every look" in told and "equality within 5: the same e-values" in told
+    assert "none is needed" not in told
+    assert any("(Holm over 4)" in note for note in block.notes)
+    assert block.outlook is not None and block.outlook.comparisons == 4
+
+
+def test_one_comparison_needs_no_correction(tmp_path: Path) -> None:
+    labels = [{"label": label, "words": []} for label in ("near", "dense")]
+    comparison = asked(settled(tmp_path, arms=labels), where=("router=dense,tokens_choice",))
+    told = checklist(comparison, comparison.blocks[0])
+    assert "none is needed in test top-1 and test NLL, one comparison each; " in told, told
+    assert not any("Holm over" in note for note in comparison.blocks[0].notes)
 
 
 def p_of(comparison: Comparison, label: str) -> float | None:

@@ -20,7 +20,8 @@ from torchvision.transforms import RandomResizedCrop
 
 from softmoe_cli.data.archives import Stored
 from softmoe_cli.data.batches import eval_batches, stream, train_batches
-from softmoe_cli.data.sets import identity, load
+from softmoe_cli.data.contents import identity
+from softmoe_cli.data.sets import load
 from softmoe_cli.errors import UsageError
 from tests.conftest import TINY
 from tests.images import (

@@ -14,9 +14,9 @@ from PIL import Image
 from softmoe_cli.config.data import Data
 from softmoe_cli.data import contents
 from softmoe_cli.data.archives import Stored
-from softmoe_cli.data.sets import identity
+from softmoe_cli.data.contents import identity
 from softmoe_cli.errors import UsageError
-from softmoe_cli.train.setup import run_folder
+from softmoe_cli.run.identity import run_folder
 from tests.images import CLASSES, as_arrow, as_part_tars, as_tfds, picture, settings, shards, write
 from tests.oracles import compose
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from softmoe_cli.config.data import KNOWN_SETS, Data
 from softmoe_cli.data.batches import eval_batches
-from softmoe_cli.data.sets import identity, is_here, load
+from softmoe_cli.data.contents import identity
+from softmoe_cli.data.sets import is_here, load
 from softmoe_cli.data.splits import Splits
 from softmoe_cli.errors import UsageError
 from softmoe_cli.options.conf_files import files, load_yaml

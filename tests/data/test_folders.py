@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from softmoe_cli.data.sets import identity, load
+from softmoe_cli.data.contents import identity
+from softmoe_cli.data.sets import load
 from tests.data.trees import CLASSES, SIDE, files, folder, pixels, refused, same, write_image, write_tree
 from tests.oracles import compose
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from softmoe_cli.data.known import read_idx
+from softmoe_cli.data.found import read_idx
 from softmoe_cli.data.sets import load
 from softmoe_cli.errors import UsageError
 from tests.data.trees import pixels, same

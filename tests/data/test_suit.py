@@ -14,7 +14,7 @@ from softmoe_cli.data.suit import SIDES, backbone_for, side_for
 from softmoe_cli.errors import UsageError
 from softmoe_cli.options.compose import say_once
 from softmoe_cli.options.conf_files import conf_folder
-from softmoe_cli.train.setup import run_folder
+from softmoe_cli.run.identity import run_folder
 from tests.conftest import TINY, Softmoe
 from tests.oracles import compose
 

@@ -13,7 +13,8 @@ from softmoe_cli.config.data import Data
 from softmoe_cli.config.recipe import Augment
 from softmoe_cli.data.archives import Stored
 from softmoe_cli.data.batches import Batch, train_batches
-from softmoe_cli.data.decode import centre, opened
+from softmoe_cli.data.decode import centre
+from softmoe_cli.data.picture import opened
 from softmoe_cli.data.sets import load
 from softmoe_cli.data.splits import ImageSet, Splits
 from softmoe_cli.errors import UsageError

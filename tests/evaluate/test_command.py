@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from softmoe_cli.config.commands import EvaluateConfig
-from softmoe_cli.data import known
+from softmoe_cli.data import found
 from softmoe_cli.data.archives import Stored
 from softmoe_cli.data.splits import ImageSet
 from softmoe_cli.errors import UsageError
@@ -387,7 +387,7 @@ def test_files_of_many_classes_and_of_odd_names(tmp_path: Path) -> None:
 def test_a_set_that_only_a_checkpoint_names_is_not_fetched(
     softmoe: Softmoe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, name: str
 ) -> None:
-    monkeypatch.setattr(known, "DEBIAN_FASHION", tmp_path / "nowhere")
+    monkeypatch.setattr(found, "DEBIAN_FASHION", tmp_path / "nowhere")
     place = tmp_path / "chosen by the checkpoint"
     made = saved(tmp_path / "a.safetensors", 0, f"data={name}", f"data.root={place}", "model.in_chans=3")
     told = softmoe(command, f"checkpoint={made}")

@@ -190,6 +190,7 @@ WRONG = {
     "test quality": (("seed=0,1", "hydra.launcher.objective=[top1_pct]"), "is not one of"),
     "limit alone": (("seed=0,1", "hydra.launcher.limit.params_m=1"), "goes with one quality"),
     "auto on a cluster": (("hydra/launcher=ray", "train.batch_size=auto", "seed=0,1"), "give a number"),
+    "a precision on a cluster": (("hydra/launcher=ray", "train.precision=auto", "seed=0,1"), "give fp32, bf16 or fp16"),
     "queue of submitit": (("hydra/launcher=slurm", "hydra.launcher.cluster=local", "hydra.launcher.partition=gpu"),
                           "neither partition nor account"),
 }  # fmt: skip

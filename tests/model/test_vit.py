@@ -264,7 +264,7 @@ def test_unusable_timm_models_are_refused(name: str, overrides: list[str], messa
 
 def test_gated_mlps_are_refused() -> None:
     config = compose_timm("vit_giant_patch14_reg4_dinov2", "model.image_size=28", router="soft")
-    with torch.device("meta"), pytest.raises(UsageError, match="experts replace plain GELU MLPs"):
+    with torch.device("meta"), pytest.raises(UsageError, match="has GluMlp; softmoe knows"):
         build(config.model, 10)
 
 

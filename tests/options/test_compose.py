@@ -6,6 +6,8 @@ import pytest
 
 from softmoe_cli.errors import UsageError
 from softmoe_cli.optim import span_length
+from softmoe_cli.options.inherit import described_by_timm
+from softmoe_cli.run.source import Source
 from tests.conftest import TINY, Softmoe
 from tests.oracles import compose
 
@@ -72,3 +74,12 @@ def test_the_sgd_recipe_is_the_published_one() -> None:
     assert (t.steps, t.batch_size, t.loss, t.label_smoothing, t.ema) == (10_000, 1024, "softmax", 0, None)
     assert (span_length(o.warmup, 10_000), o.weight_decay, o.head_weight_decay, o.layer_decay) == (500, 0, 0, None)
     assert (a.crop, a.area, a.hflip, a.mixup, a.cutmix, a.randaugment, a.erase) == ("resized", 0.05, 0.5, 0, 0, None, 0)
+
+
+def test_a_file_that_says_nothing_is_the_model_of_timms_name() -> None:
+    source = Source("x", "", {}, {})
+    card = described_by_timm(source, {"backbone": {"timm": "test_vit"}}).card
+    assert card["model"]["backbone"]["timm"] == "test_vit" and card["data"]["mean"]
+    ours = Source("x", "", {}, card | {"ours": True})
+    assert described_by_timm(ours, {"backbone": {"timm": "test_vit2"}}) is ours
+    assert all(described_by_timm(source, each) is source for each in ("???", {}, {"backbone": {"timm": "???"}}))

@@ -16,7 +16,7 @@ from softmoe_cli.config.commands import SCHEMAS
 from softmoe_cli.config.launch import LAUNCHERS
 from softmoe_cli.errors import UsageError
 from softmoe_cli.options import conf_files, help, usage
-from softmoe_cli.options.compose import store_schemas
+from softmoe_cli.options.compose import store_schema
 from softmoe_cli.options.conf_files import conf_folder
 from tests.conftest import Softmoe
 
@@ -46,8 +46,8 @@ def without_missing(tree: Any) -> Any:
 
 @pytest.mark.parametrize(("command", "chosen"), COMPOSED, ids=str)
 def test_help_has_the_values_that_hydra_composes(command: str, chosen: Mapping[str, str]) -> None:
-    store_schemas()
     name = "data_check" if command == "data" else command
+    store_schema(name)
     overrides = [f"{group}={choice}" for group, choice in chosen.items()]
     with initialize_config_dir(str(conf_folder()), version_base=None):
         config = hydra_compose(name, overrides, return_hydra_config=True)
@@ -83,7 +83,7 @@ def test_help_fits_a_terminal_and_names_every_option(command: str) -> None:
 def test_help_shows_values_kinds_groups_and_the_chosen_router(softmoe: Softmoe) -> None:
     text = " ".join(softmoe("train", "model/router=tokens_choice", "recipe=paper", "--help").out.split())
     assert "optim.lr=0.001 peak learning rate [number > 0]" in text
-    assert "train.precision=fp32 arithmetic under autocast; weights stay fp32 [fp32|bf16|fp16]" in text
+    assert "train.precision=fp32 arithmetic under autocast; weights stay fp32; auto: bf16 where the device" in text
     assert "model.router.k=1 experts that each token takes" in text
     assert "recipe=paper" in text and "hydra/launcher=local" in text and "+experiment=" in text
     assert "augment.crop=resized" in softmoe("train", "recipe=strong", "--help", "crop").out

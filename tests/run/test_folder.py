@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from softmoe_cli.errors import RunError, UsageError
+from softmoe_cli.run.finished import finished
 from softmoe_cli.run.folder import Run
 from tests.oracles import compose
 from tests.runs import finish, start
@@ -22,13 +23,13 @@ def test_files_of_a_run_that_cannot_be_read_are_one_sentence(tmp_path: Path) -> 
         (tmp_path / name).mkdir()
         (tmp_path / name / "result.json").write_bytes(content)
         with pytest.raises(UsageError, match=r"result\.json .*; remove it to run again"):
-            _ = Run(tmp_path / name).result
+            _ = finished(tmp_path / name)
     (tmp_path / "result.json").mkdir()
     with pytest.raises(UsageError, match=r"result\.json is no file; remove it to run again"):
-        _ = run.result
+        _ = finished(run.folder)
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="can be no run's folder: Not a directory"):
-        _ = Run(tmp_path / "file" / "run").result
+        _ = finished(tmp_path / "file" / "run")
 
 
 def test_no_byte_left_when_a_run_begins_is_one_sentence(tmp_path: Path) -> None:

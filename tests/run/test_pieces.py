@@ -19,9 +19,10 @@ from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.parallel import Crew
 from softmoe_cli.run import pieces as run_pieces
 from softmoe_cli.run.card import card_text
-from softmoe_cli.run.checkpoint import Checkpoint, damage, seal
+from softmoe_cli.run.checkpoint import Checkpoint
 from softmoe_cli.run.folder import Run
-from softmoe_cli.run.pieces import Piece, file_of, whole_of, whole_tensors, write_pieces
+from softmoe_cli.run.pieces import Piece, whole_tensors, write_pieces
+from softmoe_cli.run.sealed import damage, file_of, piece_files, seal, whole_of
 from softmoe_cli.run.source import read_source
 from tests.conftest import TINY, Softmoe
 from tests.runs import last, the_run
@@ -61,9 +62,7 @@ def test_joined_pieces_are_the_whole(tmp_path: Path) -> None:
     for rank, mine in enumerate([*pieces(3), {}]):
         write_pieces(tmp_path / file_of(path.name, rank, 4), mine, "card")
     save_file({"other": torch.ones(1)}, tmp_path / "training.safetensors")
-    assert len(run_pieces.piece_files(path)) == 4 and {
-        whole_of(file.name) for file in run_pieces.piece_files(path)
-    } == {path.name}
+    assert len(piece_files(path)) == 4 and {whole_of(file.name) for file in piece_files(path)} == {path.name}
     tensors, text = whole_tensors(path)
     assert equal(tensors) and text == "card"
 
@@ -215,7 +214,7 @@ def test_joining_that_stops_half_way_is_done_again(tmp_path: Path, monkeypatch: 
             assert Run(tmp_path).checkpoints.newest() == (path, [])
         assert damage(path, files=None) is None
     found = Checkpoint.read(path)
-    assert equal(found.weights) and equal(found.training) and not run_pieces.piece_files(path / "model.safetensors")
+    assert equal(found.weights) and equal(found.training) and not piece_files(path / "model.safetensors")
 
 
 @pytest.mark.thorough

@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 
 from softmoe_cli.errors import RunError
 from softmoe_cli.run import checkpoint, saving
-from softmoe_cli.run.checkpoint import OURS, Checkpoint
+from softmoe_cli.run.checkpoint import Checkpoint
 from softmoe_cli.run.folder import Run
+from softmoe_cli.run.sealed import OURS
 from tests.conftest import TINY, Softmoe
 from tests.runs import last, the_run
 

@@ -26,12 +26,13 @@ def test_a_change_takes_the_place_of_what_was_typed() -> None:
 
 def test_the_baseline_is_the_first_dense_arm_or_the_one_that_is_named() -> None:
     told = labels(ROUTERS)
-    assert baseline_of(told, ROUTERS, [False, True], None) == 1
-    assert baseline_of(told, ROUTERS, [False, False], None) == 0
+    assert baseline_of(told, ROUTERS, [1, 0], None) == 1
+    assert baseline_of(told, ROUTERS, [1, 1], None) == 0
+    assert baseline_of(told, ROUTERS, [3, 1], None) == 1
     for named in ("soft", "model/router=soft"):
-        assert baseline_of(told, ROUTERS, [True, False], named) == 1
+        assert baseline_of(told, ROUTERS, [0, 1], named) == 1
     no_arm = r"baseline=sofd: no arm is called or has that\. Did you mean 'soft'.*dense; soft"
     with pytest.raises(UsageError, match=no_arm):
-        baseline_of(told, ROUTERS, [True, False], "sofd")
+        baseline_of(told, ROUTERS, [0, 1], "sofd")
     with pytest.raises(UsageError, match="baseline=study=x: 2 arms have that"):
-        baseline_of(told, ROUTERS, [True, False], "study=x")
+        baseline_of(told, ROUTERS, [0, 1], "study=x")

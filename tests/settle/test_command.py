@@ -13,8 +13,9 @@ import pytest
 import yaml
 
 from tests.conftest import Softmoe
-from tests.launch.sweeps import LINE, until
+from tests.launch.sweeps import LINE, rows_of, until
 from tests.processes import Started
+from tests.wandb_file import records
 
 SHORT = (*(word for word in LINE if not word.startswith("study=")), "train.steps=12", "study=settled")
 LEARNS, CRIPPLED = {"optim": {"lr": 1e-2}}, {"optim": {"lr": 1e-4}}
@@ -54,7 +55,7 @@ def test_what_cannot_be_settled_is_refused(softmoe: Softmoe) -> None:
         ("model/router=dense,soft", "seed=0,1"): "seed=N is the first one",
         ("model/router=dense,soft", "max_seeds=4"): "needs 5 seeds",
         ("model/router=dense,soft", "free=train.steps"): "has no effect without equal=",
-        ("model/router=dense,soft", "tune=optim.lr"): "go together",
+        ("model/router=dense,soft", "tune=optim.lr"): "goes together",
         ("model/router=dense,soft", "+search=quality"): "leave one out",
     }.items():
         answer = softmoe("settle", *SHORT, *words)
@@ -120,17 +121,45 @@ def _killed(process: Started, study: Path, later_s: float) -> None:
 
 @pytest.mark.thorough
 @pytest.mark.long
-def test_failures_budgets_and_a_second_command_at_once(tmp_path: Path) -> None:
-    """An arm whose every seed fails has failed; a budget of FLOPs ends it, with what more would be needed; a second
-    command at the same time is refused; other arms in the same study are refused."""
-    line = experiments(tmp_path, dense={}, crippled=dict(CRIPPLED), raises=dict(RAISES))
-    process = settle(tmp_path, line, "max_seeds=6", "format=json")
+def test_several_at_once_take_turns(tmp_path: Path) -> None:
+    """Three commands, as from three machines: one works, is killed, and the next goes on with its runs; both that are
+    left end with the same verdicts, and each run was made once. Another question does not wait to be refused."""
+    line = experiments(tmp_path, dense=dict(LEARNS), same={"router": "identity", **LEARNS}, crippled=dict(CRIPPLED))
+    words = (line, "margin=30", "format=json", "max_seeds=6", "train.batch_size=32")
     study = tmp_path / "outputs" / "settled"
-    until(lambda: list(study.glob("sweep-*/jobs.json")))
-    other = Started(tmp_path, ["settle", *SHORT, line, "max_seeds=6"], {}, out="other.txt")
-    code, out = other.wait()
-    assert code == 2 and "the same sweep is running already" in out
-    answer = told(process, 3)
+
+    def begin(name: str, *more: str) -> Started:
+        return Started(tmp_path, ["settle", *SHORT, *words, *more], {}, out=name)
+
+    first = begin("first.txt")
+    until(lambda: list(study.glob("sweep-settle/jobs.json")))
+    others = [begin(f"{name}.txt") for name in ("second", "third")]
+    until(
+        lambda: all(
+            "another command works on" in (tmp_path / f"{name}.txt").read_text() for name in ("second", "third")
+        )
+    )
+    refused, out = begin("other.txt", "margin=3").wait()
+    assert refused == 2 and "was begun with margin=30.0, not margin=3.0" in out
+    until(lambda: first.ended or len(list(study.glob("*/result.json"))) > 2)
+    assert not first.ended, "it ended before it could be killed"
+    first.send(signal.SIGKILL)
+    first.wait()
+    left = [process.wait() for process in others]
+    assert {code for code, _ in left} <= {0, 3}, left
+    one, two = (json.loads(out.splitlines()[-1]) for _, out in left)
+    assert verdicts(one) == verdicts(two) and one["seeds"] == 6
+    done = [line for _, out in left for line in out.splitlines() if re.search(r"\] done +", line)]
+    assert len(done) < 18 == len(list(study.glob("*/result.json"))), "what the first had finished was not made again"
+
+
+@pytest.mark.thorough
+@pytest.mark.long
+def test_failures_and_budgets(tmp_path: Path) -> None:
+    """An arm whose every seed fails has failed; a budget of FLOPs ends it, with what more would be needed; other
+    questions in the same study are refused."""
+    line = experiments(tmp_path, dense={}, crippled=dict(CRIPPLED), raises=dict(RAISES))
+    answer = told(settle(tmp_path, line, "max_seeds=6", "format=json"), 3)
     assert {arm["arm"]: arm["verdict"] for arm in answer["arms"]}["raises"] == "failed"
     assert answer["open"] == ["crippled"] and len(answer["failed"]) == 6 and "not finite" in answer["failed"][0]
     pflop = answer["train_pflop"]
@@ -190,12 +219,104 @@ def test_a_sweep_with_fair_arms(tmp_path: Path) -> None:
 
 @pytest.mark.thorough
 @pytest.mark.long
-def test_rounds_run_where_sweeps_do(tmp_path: Path) -> None:
-    """Slurm's own processes on this machine."""
-    pytest.importorskip("submitit")
-    words = ("model/router=dense,soft", "max_seeds=5", "hydra/launcher=slurm", "hydra.launcher.cluster=local",
-             "hydra.launcher.gpus=0", "hydra.launcher.cpus=1", "format=json")  # fmt: skip
-    process = settle(tmp_path, *words)
+@pytest.mark.parametrize(
+    ("needs", "where"),
+    [
+        ("submitit", ("slurm", "cluster=local", "gpus=0", "cpus=1")),
+        ("ray", ("ray", "cpus=1", "jobs=2")),
+    ],
+)
+def test_rounds_run_where_sweeps_do(tmp_path: Path, needs: str, where: tuple[str, ...]) -> None:
+    """Slurm's own processes on this machine, and a Ray of its own."""
+    pytest.importorskip(needs)
+    place, *options = where
+    launcher = [f"hydra/launcher={place}", *(f"hydra.launcher.{option}" for option in options)]
+    process = settle(tmp_path, "model/router=dense,soft", "max_seeds=5", *launcher, "format=json")
     left, out = process.wait()
     assert left in (0, 3), out
     assert json.loads(out.splitlines()[-1])["seeds"] == 5
+
+
+@pytest.mark.thorough
+@pytest.mark.long
+def test_wandb_has_the_verdicts_of_each_look(tmp_path: Path) -> None:
+    """Read back from its offline files: each round has a seed more, and the last look is what the command ends with."""
+    untracked = [word for word in SHORT if not word.startswith("tracking=")]
+    words = (*untracked, "model/router=dense,soft", "tracking=offline", "wandb.project=mine", "max_seeds=7",
+             "margin=0.5", "hydra.launcher.jobs=2", "format=json")  # fmt: skip
+    code, out = Started(tmp_path, ["settle", *words], {}, out="out.txt").wait()
+    assert code in (0, 3), out
+    answer = json.loads(out.splitlines()[-1])
+    soft = next(arm for arm in answer["arms"] if arm["arm"] == "soft")
+    study = tmp_path / "outputs" / "settled"
+    files = sorted((study / "compare").glob("wandb/offline-run-*/run-*.wandb"))
+    told, ids = [], set()
+    for file in files:
+        kept = records(file)
+        ids.add(next(each.run.run_id for each in kept if each.WhichOneof("record_type") == "run"))
+        (history,) = [each.history for each in kept if each.WhichOneof("record_type") == "history"]
+        numbers = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in history.item}
+        table = json.loads(next((file.parent / "files" / "media").rglob("verdicts_*.table.json")).read_text())
+        rows = [dict(zip(table["columns"], each, strict=True)) for each in table["data"]]
+        told.append((history.step.num, numbers, {row["group"]: row for row in rows}))
+    assert len(ids) == 1 and [step for step, *_ in told] == list(range(5, answer["seeds"] + 1))
+    assert all(numbers["compare/n/soft"] == step == rows["soft"]["seeds"] for step, numbers, rows in told)
+    _, numbers, rows = told[-1]
+    assert rows["soft"]["verdict"] == soft["verdict"] and rows["dense"]["verdict"] == "baseline"
+    for theirs, ours in (("difference", "difference"), ("low", "difference_low"), ("high", "difference_high")):
+        assert rows["soft"][theirs] == pytest.approx(soft[ours], rel=1e-12)
+    assert rows["soft"]["p"] == pytest.approx(soft["p_holm"]) and numbers["compare/open"] == len(answer["open"])
+    page = next((files[-1].parent / "files" / "media").rglob("page_*.html")).read_text()
+    assert page == (study / "compare" / "index.html").read_text() and soft["verdict"] in page
+    assert len(list(study.glob("vit_*/wandb/offline-run-*"))) == 2 * answer["seeds"], "each run has its own"
+
+
+@pytest.mark.thorough
+@pytest.mark.long
+def test_finetunings_are_settled(tmp_path: Path) -> None:
+    """With a checkpoint the arms are finetunings, whose pretraining is stated."""
+    code, out = Started(tmp_path, ["train", *SHORT, "train.steps=30", "study=base"], {}, out="base.txt").wait()
+    assert code == 0, out
+    (base,) = (tmp_path / "outputs" / "base").glob("*/result.json")
+    size = ("threads=1", "train.batch_size=8", "train.steps=12", "tracking=off")
+    words = ("settle", f"checkpoint={base.parent}", *size, "adapter=lora,none", "max_seeds=5", "study=tuned")
+    code, out = Started(tmp_path, [*words, "format=json"], {}, out="out.txt").wait()
+    assert code in (0, 3), out
+    answer = json.loads(out.splitlines()[-1])
+    cost = json.loads(base.read_text())["train_pflop"]
+    assert {arm["arm"]: arm["baseline"] for arm in answer["arms"]} == {"lora": False, "none": True}
+    assert [arm["checkpoint_pflop"] for arm in answer["arms"]] == [pytest.approx(cost)] * 2
+    rows = rows_of(tmp_path / "outputs" / "tuned")
+    assert {(row["command"], row["seed"]) for row in rows} == {("finetune", seed) for seed in range(5)}
+    assert answer["train_pflop"] == pytest.approx(sum(row["train_pflop"] for row in rows), rel=1e-12)
+    code, out = Started(tmp_path, [*words], {}, out="out.txt").wait()
+    assert "checkpoints had cost" in out and "not counted here; softmoe compare --with-source counts it" in out
+    assert "softmoe compare outputs/tuned" in out
+
+
+@pytest.mark.thorough
+@pytest.mark.long
+def test_a_search_for_the_best_value(tmp_path: Path) -> None:
+    """Killed and typed again, it ends in the same values as a search that nobody stopped."""
+    pytest.importorskip("optuna")
+    words = ["train", "-m", *SHORT, "model/router=dense,soft", "seed=0", "train.steps=20", "tune=optim.lr",
+             "tune_trials=4", "tune_range=[1e-4,1e-2]", "tune_seeds=1"]  # fmt: skip
+
+    def begin(folder: Path) -> Started:
+        return Started(folder, words, {}, out="out.txt")
+
+    whole, killed = (tmp_path / name / "outputs" / "settled-tuning" for name in ("whole", "killed"))
+    code, out = begin(tmp_path / "whole").wait()
+    assert code == 0, out
+    for _ in range(2):
+        _killed(begin(tmp_path / "killed"), killed, 0.3)
+    code, out = begin(tmp_path / "killed").wait()
+    assert code == 0, out
+    expected, found = (json.loads((trials / "tuning.json").read_text()) for trials in (whole, killed))
+    assert [(arm["best"], arm["trials"]) for arm in found["arms"]] == [
+        (arm["best"], arm["trials"]) for arm in expected["arms"]
+    ]
+    assert [len(arm["trials"]) for arm in found["arms"]] == [4, 4] and found["order_changed"] is not None
+    assert len(list(killed.glob("*/result.json"))) == 8, "none was tried twice"
+    chosen = {row["router"]: row["optim.lr"] for row in rows_of(tmp_path / "killed" / "outputs" / "settled")}
+    assert chosen == {arm["arm"]: arm["best"] for arm in found["arms"]}

@@ -1,22 +1,26 @@
 """What is fixed before the first run: the question, the arms' cost and their tuned values."""
 
+import json
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
+from softmoe_cli.config.data import Data
 from softmoe_cli.config.settle import SettleConfig
 from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.launch.plan import Job
 from softmoe_cli.launch.sweep import Sweep
 from softmoe_cli.options.conf_files import conf_folder, load_yaml
-from softmoe_cli.settle.alike import require_comparable
+from softmoe_cli.settle.alike import require_comparable, require_same_images
 from softmoe_cli.settle.arms import Arm, science
 from softmoe_cli.settle.command import own_words
 from softmoe_cli.settle.fair import Arms
 from softmoe_cli.settle.record import fix_question, give, given_before
+from softmoe_cli.settle.search import first_values
 from softmoe_cli.settle.trials import TUNED, require_below, tune_arms
 from tests.synthetic import row, write
 
@@ -40,6 +44,10 @@ def test_the_question_is_what_was_meant_and_not_how_it_was_typed(tmp_path: Path)
     fix_question(tmp_path, question(["a=1", "b=2"], ["a=2", "b=2"]), lambda: False)
     again = question(["b=2", "device=cpu", "a=1", "output_root=/x", "wandb.tags=[x]"], ["b=2", "a=2"])
     fix_question(tmp_path, again, lambda: True)
+    fix_question(tmp_path, question(["a=1", "b=2"], ["a=2", "b=2"], fairness={"tune": None, "tune_range": []}), bool)
+    fair = question(["a=1", "b=2"], ["a=2", "b=2"], fairness={"equal": "params_m", "tune_range": []})
+    with pytest.raises(UsageError, match=r"was begun with equal=null, not equal=.params_m.: the"):
+        fix_question(tmp_path, fair, lambda: True)
     for other in (question(["a=1", "b=3"], ["a=2", "b=3"]), question(["a=2", "b=2"], ["a=1", "b=2"])):
         with pytest.raises(UsageError, match="was begun with"):
             fix_question(tmp_path, other, lambda: False)
@@ -59,17 +67,13 @@ def test_what_is_given_first_stays(tmp_path: Path) -> None:
     assert give(path, asked_for | {"arms": []}, [3]) == [3]
 
 
-def tree(**data: Any) -> dict[str, Any]:
-    fields = ("name", "format", "root", "label", "num_classes", "split_seed", "validation_fraction", "test_fraction")
-    loss, batch = data.pop("loss", "softmax"), data.pop("batch_size", 32)
-    return {"data": dict.fromkeys(fields, 0) | data, "train": {"loss": loss, "batch_size": batch}}
+def tree(loss: str = "softmax", batch_size: int | str = 32, split_seed: int | str = 0) -> dict[str, Any]:
+    return {"data": {"split_seed": split_seed}, "train": {"loss": loss, "batch_size": batch_size}}
 
 
 @pytest.mark.parametrize(
     ("changes", "words", "said"),
     [
-        ({"split_seed": 1}, (), "write 'data.split_seed=${seed}': then each seed has its own cut"),
-        ({"name": "b"}, (), "data.name=0,b: arms must be tested on the same images"),
         ({"loss": "sigmoid"}, ("quality=loss",), "another measure in each"),
         ({"batch_size": "auto"}, (), "settle needs a number"),
     ],
@@ -81,6 +85,21 @@ def test_arms_that_cannot_be_compared_are_refused_before_anything_starts(
     require_comparable(typed, [tree(), tree()], asked(*words))
     with pytest.raises(UsageError) as error:
         require_comparable(typed, [tree(), tree(**changes)], asked(*words))
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"split_seed": 1}, "write 'data.split_seed=${seed}': then each seed has its own cut"),
+        ({"name": "b"}, "data.name=a,b: arms must be tested on the same images"),
+    ],
+)
+def test_arms_on_other_images_are_refused(changes: dict[str, Any], said: str) -> None:
+    data = replace(Data(), name="a", split_seed=0)
+    require_same_images([data, replace(data, workers=7)])
+    with pytest.raises(UsageError) as error:
+        require_same_images([data, replace(data, **changes)])
     assert said in str(error.value)
 
 
@@ -100,6 +119,34 @@ def test_idle_words_are_refused(word: str) -> None:
         asked(word)
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("tune=optim.lr", "goes together with tune_values"),
+        ("tune_values=[1,2]", "goes together with tune_values"),
+        ("tune=optim.lr tune_values=[1,2] tune_trials=4 tune_range=[1,2]", "goes together with tune_values"),
+        ("tune=optim.lr tune_trials=4", "tune_trials=N and tune_range=.LOW,HIGH. go together"),
+        ("tune=optim.lr tune_range=[1,2]", "tune_trials=N and tune_range=.LOW,HIGH. go together"),
+        ("tune=optim.lr tune_trials=4 tune_range=[2,1]", "tune_range=.2.0, 1.0.: give the smallest"),
+        ("tune=optim.lr tune_trials=4 tune_range=[0,1]", "tune_range=.0.0, 1.0.: every|tune_range"),
+        ("tune=optim.lr tune_trials=1 tune_range=[1,2]", "tune_trials=1"),
+        ("tune=optim.lr tune_trials=4 tune_range=1", "tune_range=1: write a list"),
+    ],
+)
+def test_tuning_that_cannot_be_is_refused(words: str, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        asked(*words.split())
+
+
+def test_a_search_needs_optuna(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"tune_trials=4 needs Optuna: pip install 'softmoe-cli\[optuna\]'"):
+        asked("tune=optim.lr", "tune_trials=4", "tune_range=[1,2]")
+
+
+PFLOP = 0.000128
+
+
 @dataclass
 class Launcher:
     """Answers for arms that are called by their first word, and writes a result for every trial whose seed works."""
@@ -107,11 +154,17 @@ class Launcher:
     folder: Path
     best: dict[str, str]
     fails: set[tuple[str, str]] = field(default_factory=set)
+    notes: dict[Path, str] = field(default_factory=dict)
     ran: int = 0
+    most: int = 1000
+    """It is interrupted after so many runs."""
     failures: dict[Path, str] = field(default_factory=dict)
 
     def composed(self, many: Sequence[list[str]]) -> list[tuple[str, list[str], dict[str, Any]]]:
         return [("", words, {"study": "s", "optim": {"lr": 1}}) for words in many]
+
+    def noted(self) -> dict[Path, str]:
+        return self.notes
 
     def ask(self, many: Sequence[list[str]], seeds: Sequence[int]) -> tuple[list[Job], list[str]]:
         jobs = []
@@ -119,7 +172,7 @@ class Launcher:
             of = dict(word.split("=") for word in words)
             names = {seed: self.result(of["arm"], of["optim.lr"], seed)["name"] for seed in seeds}
             folders = {seed: self.folder / of.get("study", "s") / name for seed, name in names.items()}
-            cost = {"train_pflop": 0.000128}
+            cost = {"train_pflop": PFLOP}
             jobs.append(Job(" ".join(words), words, folders[seeds[0]], None, cost, folders=folders))
         return jobs, [""]
 
@@ -130,20 +183,24 @@ class Launcher:
 
     def carry_out(self, jobs: Sequence[Job], slots: Sequence[str]) -> None:
         for job in jobs:
+            if self.ran == self.most:
+                raise KeyboardInterrupt
             self.ran += 1
             of = dict(word.split("=") for word in job.overrides)
-            if (of["arm"], of["optim.lr"]) not in self.fails:
+            if (of["arm"], of["optim.lr"]) in self.fails:
+                self.failures[job.folder] = self.notes[job.folder.absolute()] = f"{job.run}: not finite"
+            else:
                 write(job.folder.parent, self.result(of["arm"], of["optim.lr"], int(of["seed"])))
 
     def tell(self, text: str) -> None:
         """Said to nobody."""
 
 
-def tuned(launcher: Launcher, *words: str, values: str = "1,2") -> dict[str, list[str]]:
+def tuned(launcher: Launcher, *words: str, values: str = "tune_values=[1,2]") -> dict[str, list[str]]:
     names = [["arm=a", "optim.lr=9"], ["arm=b", "optim.lr=9"]]
-    cost = {"train_pflop": 0.000128}
-    arms = Arms([Arm(each[0], each, Job("", each, Path(), None, cost)) for each in names], 0, names, [""])
-    own = asked("tune=optim.lr", f"tune_values=[{values}]", "tune_seeds=2", *words)
+    study, cost = launcher.folder / "s" / "run", {"train_pflop": PFLOP}
+    arms = Arms([Arm(each[0], each, Job("", each, study, None, cost)) for each in names], 0, names, [""])
+    own = asked("tune=optim.lr", *values.split(), "tune_seeds=2", *words)
     found, _ = tune_arms(cast(Sweep, launcher), arms, own, "top1_pct", range(5))
     return {arm.label: arm.words for arm in found.arms}
 
@@ -159,7 +216,10 @@ def test_a_tuned_value_is_fixed_once(tmp_path: Path) -> None:
 
 
 def test_no_value_is_written_as_null(tmp_path: Path) -> None:
-    assert tuned(Launcher(tmp_path, {"a": "null", "b": "1"}), values="null,1")["arm=a"] == ["arm=a", "optim.lr=null"]
+    assert tuned(Launcher(tmp_path, {"a": "null", "b": "1"}), values="tune_values=[null,1]")["arm=a"] == [
+        "arm=a",
+        "optim.lr=null",
+    ]
 
 
 def test_tuning_keeps_to_the_budgets(tmp_path: Path) -> None:
@@ -171,3 +231,70 @@ def test_tuning_keeps_to_the_budgets(tmp_path: Path) -> None:
         tuned(slow := Launcher(tmp_path / "b", {"a": "1", "b": "2"}), "hours=0.02")
     assert slow.ran == 2
     assert load_yaml(conf_folder() / "settle.yaml")["hours"] is None
+
+
+SEARCH = "tune_trials=8 tune_range=[1e-4,1e-1]"
+TRIALS = 2 * 8 * 2  # arms, values, seeds
+
+
+class Surface(Launcher):
+    """Quality is a parabola in the logarithm of the value, whose top is at `best`."""
+
+    def result(self, arm: str, value: str, seed: int) -> dict[str, Any]:
+        good = 90 - 8 * math.log10(float(value) / float(self.best[arm])) ** 2 + seed % 2
+        return super().result(arm, value, seed) | {"validation_top1_pct": good}
+
+
+def given(folder: Path) -> list[dict[str, Any]]:
+    (line,) = (folder / "s-tuning" / TUNED).read_text().splitlines()
+    found: list[dict[str, Any]] = json.loads(line)["given"]
+    return found
+
+
+@pytest.mark.thorough
+def test_a_search_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    """Each arm tries as many values, first its own without tuning, and comes near its own optimum; stopped anywhere and
+    typed again, the same values are tried, and none twice."""
+    pytest.importorskip("optuna")
+    best = {"a": "0.002", "b": "0.03"}
+    whole = Surface(tmp_path / "whole", best)
+    chosen = tuned(whole, values=SEARCH)
+    assert whole.ran == TRIALS and [len(each["tried"]) for each in given(whole.folder)] == [8, 8]
+    for arm, optimum in best.items():
+        value = float(chosen[f"arm={arm}"][-1].partition("=")[2])
+        assert abs(math.log10(value / float(optimum))) < 0.2, (arm, value)
+    stopped = Surface(tmp_path / "stopped", best)
+    for most in (3, 17, 18, 30):
+        stopped.most = most
+        with pytest.raises(KeyboardInterrupt):
+            tuned(stopped, values=SEARCH)
+    stopped.most = TRIALS
+    assert tuned(stopped, values=SEARCH) == chosen and given(stopped.folder) == given(whole.folder)
+    assert stopped.ran == TRIALS
+
+
+@pytest.mark.thorough
+def test_a_failed_trial_of_a_search_stays_failed(tmp_path: Path) -> None:
+    """What came after it was chosen with it; but where nothing has worked yet, all is tried again."""
+    pytest.importorskip("optuna")
+    first = [str(value) for value in first_values(8, 1e-4, 1e-1, 1)]
+    launcher = Surface(tmp_path, {"a": "0.002", "b": "0.03"}, {("b", first[0])}, most=20)
+    with pytest.raises(KeyboardInterrupt):
+        tuned(launcher, values=SEARCH)
+    launcher.fails, launcher.most = set(), 1000
+    tuned(launcher, values=SEARCH)
+    assert launcher.ran == TRIALS and not list((tmp_path / "s-tuning").glob(f"b-{first[0]}-*"))
+    never = Surface(tmp_path / "never", launcher.best, {("b", value) for value in first})
+    with pytest.raises(RunError, match=r"every value fails with some seed for arm=b\n.*not finite"):
+        tuned(never, values=SEARCH)
+    assert never.ran == 2 * len(first) * 2, "the search does not go on from nothing"
+    never.fails = set()
+    tuned(never, values=SEARCH)
+    assert len(list((tmp_path / "never" / "s-tuning").glob("b-*"))) == 16
+
+
+def test_a_search_counts_all_its_trials_before_it_starts(tmp_path: Path) -> None:
+    launcher = Surface(tmp_path, {"a": "0.002", "b": "0.03"})
+    with pytest.raises(RunError, match=f"pflop={31 * PFLOP:g}: tuning has taken"):
+        tuned(launcher, f"pflop={31 * PFLOP}", values=SEARCH)
+    assert launcher.ran == 0

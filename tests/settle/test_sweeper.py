@@ -127,8 +127,8 @@ def test_each_look_is_sent_once_where_runs_are_tracked(tmp_path: Path, monkeypat
     """With the question of the study's own settle.json; what W&B or the disk refuses ends no settling."""
     sent: list[Any] = []
 
-    def send(folders: list[Path], question: Question, mode: str, say: Any, **told: Any) -> None:
-        sent.append((folders, question, mode, told))
+    def send(folders: list[Path], question: Question, out: Path, mode: str, say: Any, **told: Any) -> None:
+        sent.append((folders, question, out, mode, told))
         raise RunError("the disk is full")
 
     monkeypatch.setattr("softmoe_cli.settle.sweeper.send_look", send)
@@ -138,7 +138,10 @@ def test_each_look_is_sent_once_where_runs_are_tracked(tmp_path: Path, monkeypat
     assert sent == [], "auto without a key"
     account = rounds(launcher, same, tracking="offline", project="mine", max_seeds=8).go()
     assert [told["look"] for *_, told in sent] == sorted({told["look"] for *_, told in sent})
-    assert sent[-1] == ([tmp_path], Question(), "offline", {"project": "mine", "look": account.standing.n})
+    looks = {told["look"]: folders for folders, *_, told in sent}
+    assert {n: len(folders) for n, folders in looks.items()} == {n: 2 * n for n in looks}, "not those that ran ahead"
+    told = {"project": "mine", "look": account.standing.n}
+    assert sent[-1][1:] == (Question(), tmp_path / "compare", "offline", told)
     assert "W&B has not got this look: the disk is full" in launcher.said
 
 
@@ -191,3 +194,23 @@ def test_equal_arms_show_the_p_of_equality(tmp_path: Path) -> None:
     told = account.standing.told["tokens_choice"]
     assert told.word == "equal within the margin" and told.p_equal is not None and told.p_equal < 0.05
     assert f"  {told.p_equal:.2g}  " in as_text(account)
+
+
+@pytest.mark.parametrize(
+    ("costs", "told"),
+    [
+        ({"dense": 0.002, "soft": 0.002}, "checkpoints had cost 2 TFLOP of training, not counted here"),
+        ({"dense": 0.002, "soft": None}, "had cost 2 TFLOP (dense), what is not known (soft) of training"),
+        ({"soft": 0.002}, "had cost 2 TFLOP of training"),
+        ({}, ""),
+    ],
+)
+def test_what_checkpoints_had_cost_is_told(tmp_path: Path, costs: dict[str, float | None], told: str) -> None:
+    def changes(router: str, _seed: int) -> dict[str, Any]:
+        return {"checkpoint": "x", "checkpoint.train_pflop": costs[router]} if router in costs else {}
+
+    account = rounds(Launcher(tmp_path, lambda router, seed: False, changes=changes), max_seeds=5).go()
+    assert told in as_text(account) and ("had cost" in as_text(account)) == bool(told)
+    assert {arm["arm"]: arm["checkpoint_pflop"] for arm in told_rows(account)["arms"]} == {
+        router: costs.get(router) for router in ROUTERS
+    }

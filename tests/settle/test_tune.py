@@ -1,11 +1,13 @@
 """What tuning finds on response surfaces whose optima are known."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
-from softmoe_cli.settle.spent import Spent
-from softmoe_cli.settle.tune import Tried, Tuned, booked, changed_order, chosen_by
+from softmoe_cli.settle.search import first_values, next_value
+from softmoe_cli.settle.spent import Spent, spent_in
+from softmoe_cli.settle.tune import Tried, Tuned, changed_order, chosen_by
 from softmoe_cli.settle.tuning import tuning_rows, tuning_sentences, tuning_text
 from tests.settle.made_up import finished
 
@@ -23,7 +25,8 @@ def tuned(arm: str, optimum: float, top: float = 90.0, default: float = 1e-3, va
             for seed in range(3)
         ]  # fmt: skip
         trials.append(Tried(value, runs))
-    return Tuned(arm, trials, default, "validation_top1_pct", booked(trials))
+    spent = spent_in([run for trial in trials for run in trial.runs], [])
+    return Tuned(arm, trials, default, "validation_top1_pct", spent)
 
 
 @pytest.mark.parametrize("optimum", VALUES)
@@ -70,3 +73,44 @@ def test_choices_are_made_on_validation_images() -> None:
     assert [chosen_by(key) for key in ("top1_pct", "validation_top1_pct", "nll", "loss")] == [
         "validation_top1_pct", "validation_top1_pct", "validation_loss", "validation_loss",
     ]  # fmt: skip
+
+
+def test_a_search_begins_with_the_default_and_with_even_steps() -> None:
+    assert first_values(9, 1e-4, 1e-1, 0.003) == [0.003, 0.000562, 0.0178]
+    for default in (None, "x", True, 0.5):
+        assert first_values(8, 1e-4, 1e-1, default) == [0.000316, 0.00316, 0.0316]
+    assert first_values(8, 1e-4, 1e-1, 0.000562) == [0.000316, 0.00316, 0.0316]
+    assert first_values(2, 1, 100, 5) == [5, 10] and first_values(2, 1, 100, None) == [3.16, 31.6]
+
+
+@pytest.mark.thorough  # importing Optuna takes seconds
+@pytest.mark.parametrize("higher", [True, False])
+def test_a_search_comes_nearer_than_as_many_even_steps(higher: bool) -> None:
+    """On parabolas in the logarithm, turned round for a loss; failed trials are passed over; the same trials have the
+    same sequel."""
+    pytest.importorskip("optuna")
+    sign = 1 if higher else -1
+    nearest = []
+    for optimum in (2e-4, 3e-4, 1e-3, 2e-3, 5e-3, 2e-2):
+
+        def quality(value: float, optimum: float = optimum) -> float | None:
+            return None if value > 0.05 else -sign * math.log10(value / optimum) ** 2
+
+        tried = [(value, quality(value)) for value in first_values(12, 1e-4, 1e-1, None)]
+        while len(tried) < 12:
+            value = next_value(tried, 1e-4, 1e-1, higher_is_better=higher)
+            assert value == next_value(tried, 1e-4, 1e-1, higher_is_better=higher) and 1e-4 <= value <= 1e-1
+            assert value not in [each for each, _ in tried]
+            tried.append((value, quality(value)))
+        nearest.append(min(abs(math.log10(value / optimum)) for value, _ in tried))
+    steps = math.log10(1e-1 / 1e-4) / 12
+    assert sum(nearest) / len(nearest) < steps / 4, "the mean distance of 12 even steps from any value"
+
+
+def test_a_search_is_told_by_its_trials() -> None:
+    """Each arm has values of its own."""
+    a = replace(tuned("a", 1e-3, values=[1e-3, 1e-4]), searched=True)
+    b = replace(tuned("b", 1e-2, values=[1e-3, 1e-2]), searched=True)
+    text = tuning_text([a, b], "optim.lr")
+    assert "1         0.001: 90.00" in text and "0.01: 90.00" in text and "trial" in text
+    assert "- b is best at the largest value tried, 0.01: better ones may lie outside tune_range" in text

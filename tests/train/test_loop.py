@@ -17,6 +17,7 @@ import yaml
 from safetensors.torch import load_file
 
 from softmoe_cli.cli import main
+from softmoe_cli.moe.processor import CPU_PRODUCTS
 from softmoe_cli.parallel import Average
 from tests.conftest import TINY, Softmoe, thinned
 from tests.processes import forked
@@ -156,6 +157,22 @@ def test_rows_and_result(softmoe: Softmoe, tmp_path: Path) -> None:
     assert result["signature"] == run.name.rpartition("-")[2]
     layers = {row["block"] for row in rows(run, "routing.jsonl")}
     assert layers == {1}
+
+
+def test_precision_auto_is_the_run_of_the_precision_that_it_takes(
+    softmoe: Softmoe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = ("train", *TINY, "train.steps=1")
+    for products, precision in (("emulated", "fp32"), ("fast", "bf16")):
+        monkeypatch.setitem(CPU_PRODUCTS, torch.bfloat16, products)
+        told = softmoe(*line, "train.precision=auto")
+        reason = "has instructions for it" if precision == "bf16" else "has no instructions for bf16"
+        assert f"train.precision=auto: {precision}, as this CPU {reason}; type train.precision={precision}" in told.out
+        assert f"thread, {precision}" in told.out
+        for again in ("auto", precision):
+            assert "is finished" in softmoe(*line, f"train.precision={again}").out
+    told_of = [json.loads(path.read_text()) for path in tmp_path.glob("outputs/default/*/result.json")]
+    assert {result["precision"] for result in told_of} == {"fp32", "bf16"} and len(told_of) == 2
 
 
 def test_batch_size_auto_is_the_run_of_its_number(softmoe: Softmoe, tmp_path: Path) -> None:

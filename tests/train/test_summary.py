@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from softmoe_cli.train.summary import _commit, chance, remark, shown
+from softmoe_cli.train.ending import chance, shown
+from softmoe_cli.train.summary import _commit, remark
 from tests.conftest import TINY, Softmoe
 from tests.oracles import compose
 
@@ -13,7 +14,7 @@ RESULT = {"test_images": 18, "top1_pct": 100 * 6 / 18, "chance_pct": 100 * 6 / 1
 FINISHED = {
     **RESULT, "top5_pct": 100.0, "loss": 1.0, "validation_top1_pct": 1.0, "best_validation_top1_pct": 1.0,
     "best_step": 1, "images": 1, "epochs": 1.0, "steps": 1, "train_pflop": 3.924e-4, "device_s": 63.0,
-    "eval_s": 1.0, "save_s": 0.0, "compile_s": 0.0,
+    "eval_s": 1.0, "save_s": 0.0, "compile_s": 0.0, "remark": "",
 }  # fmt: skip
 
 
@@ -39,8 +40,8 @@ def test_what_the_router_says_of_the_last_look(tmp_path: Path) -> None:
 
     almost = told({"dispatch_max": 0.020}, {"dispatch_max": 0.022})
     assert almost.startswith("still almost uniform") and "0.0210" in almost and "0.0156" in almost
-    assert shown(FINISHED, Path("x"), almost)["routing"] == almost
-    assert told({"dispatch_max": 0.9}) == "" and "routing" not in shown(FINISHED, Path("x"), "")
+    assert shown(FINISHED | {"remark": almost}, Path("x"))["routing"] == almost
+    assert told({"dispatch_max": 0.9}) == "" and "routing" not in shown(FINISHED, Path("x"))
     assert remark(RESULT, tmp_path / "none", model) == ""
     for content in ('{"step":', "[1]\n", '{"step": "x"}'):
         file.write_text(content)
@@ -51,8 +52,8 @@ def test_what_the_router_says_of_the_last_look(tmp_path: Path) -> None:
 
 
 def test_no_top5_of_five_classes() -> None:
-    titled = shown(FINISHED, Path("x"), "")
-    assert "test top-5" not in titled and "test top-5" in shown(FINISHED | {"classes": 6}, Path("x"), "")
+    titled = shown(FINISHED, Path("x"))
+    assert "test top-5" not in titled and "test top-5" in shown(FINISHED | {"classes": 6}, Path("x"))
     assert titled["training cost"] == "392.4 GFLOP, 1 min 3 s"
 
 

@@ -1,0 +1,56 @@
+"""What a training command does before torch is imported: it says what runs, finds faults of the images' files, and
+knows a run that has ended before."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from softmoe_cli.config.recipe import BUDGETS
+from softmoe_cli.config.run import Config
+from softmoe_cli.run.finished import finished
+from softmoe_cli.run.identity import run_folder
+from softmoe_cli.terminal import Screen
+from softmoe_cli.text import several
+
+if TYPE_CHECKING:
+    from softmoe_cli.run.source import Source
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images whose files have no fault that can be seen without decoding them; `digest` is what `contents.identity`
+    says of them."""
+
+    digest: str | None
+
+
+def what_runs(config: Config) -> str:
+    """The first line of a training command, from its settings alone."""
+    t = config.train
+    key = next(key for key in BUDGETS if getattr(t, key) is not None)
+    amount, unit = getattr(t, key), key.removesuffix("s")
+    budget = several(amount, unit) if float(amount).is_integer() else f"{amount:g} {unit}s"
+    start = "" if config.checkpoint is None else f" from {config.checkpoint}"
+    images = "as many images as fit" if t.batch_size == "auto" else several(t.batch_size, "image")
+    return f"{config.model.name}{start} on {config.data.name}: {budget}, {images} an update, seed {config.seed}"
+
+
+def ended(config: Config, command: str, source: "Source | None", images: Images, screen: Screen) -> bool:
+    """Whether the run has ended before; if so, says what it has reached.
+
+    Raises:
+        UsageError: its folder holds a damaged result, or can be no run's.
+    """
+    if "auto" in (
+        config.train.batch_size,
+        config.train.precision,
+    ):  # a part of what the run is, that the device decides
+        return False
+    folder = run_folder(config, command, source, images.digest)
+    result = finished(folder)
+    if result is None:
+        return False
+    from softmoe_cli.train.ending import close  # which needs numpy
+
+    screen.say(f"{folder} is finished; nothing to do")
+    close(screen, result, folder)
+    return True

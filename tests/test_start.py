@@ -1,0 +1,123 @@
+"""What a command has imported when it speaks: in real processes, line by line."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import TINY, Softmoe
+
+ROOT = Path(__file__).resolve().parents[1]
+CHILD = """
+import io, json, os, sys
+
+said = []
+
+class Heard(io.TextIOWrapper):
+    line = ""
+
+    def write(self, text):
+        for piece in text.splitlines(keepends=True):
+            self.line += piece
+            if piece.endswith("\\n"):
+                said.append((self.line.rstrip(), sorted(sys.modules)))
+                self.line = ""
+        return super().write(text)
+
+for name in ("stdout", "stderr"):
+    setattr(sys, name, Heard(getattr(sys, name).detach(), encoding="utf-8", line_buffering=True))
+file, *sys.argv[1:] = sys.argv[1:]
+from softmoe_cli.cli import main
+
+try:
+    main()
+finally:
+    said.append(("", sorted(sys.modules)))
+    with open(file, "w") as told:
+        json.dump(said, told)
+"""
+HEAVY = {"torch", "torchvision", "timm", "wandb", "sklearn", "matplotlib"}
+"""Packages that take long to import."""
+NEVER = {
+    "wandb", "sklearn", "matplotlib", "torchvision.ops.roi_align", "torchvision.datasets.cifar", "timm.models.resnet",
+    "timm.data.loader", "timm.utils.summary",
+}  # fmt: skip
+"""What no command imports for a model of ours on images of ours: trackers, drawing, detectors, other families."""
+
+
+def said(folder: Path, *words: str, code: int = 0) -> list[tuple[str, set[str]]]:
+    """Each line that the command says, in both streams, with the names of all modules that are imported by then; at
+    last those of its end, with an empty line."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    file = folder / "said.json"
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", CHILD, str(file), *words],
+        cwd=folder, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ran.returncode == code, ran.stderr
+    return [(line, set(modules)) for line, modules in json.loads(file.read_text())]
+
+
+def packages(modules: set[str]) -> set[str]:
+    return {name.partition(".")[0] for name in modules}
+
+
+WRONG = {
+    "a folder": ("train data=folder data.root=nowhere", "data.root=nowhere is not a folder"),
+    "too few images": ("train data=folder data.root=few data.image_size=8", "leaves no image of class a"),
+    "too few classes": ("train data=folder data.root=few data.image_size=8 data.num_classes=1", "a class needs 3"),
+    "a checkpoint": ("finetune checkpoint=nowhere data=digits", "checkpoint=nowhere does not exist"),
+    "no checkpoint": ("evaluate checkpoint=few", "checkpoint=few holds no checkpoint"),
+    "a folder to check": ("data check data=folder data.root=nowhere", "data.root=nowhere is not a folder"),
+    "a key": ("train sede=1", "Did you mean 'seed'?"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_with_paths_and_files_is_said_without_torch(name: str, tmp_path: Path) -> None:
+    for label in "ab":
+        (tmp_path / "few" / label).mkdir(parents=True)
+        (tmp_path / "few" / label / "1.png").write_bytes(b"not looked at")
+    words, sentence = WRONG[name]
+    *_, (last, _), (_, modules) = said(tmp_path, *words.split(), code=2)
+    assert sentence in last
+    assert "torch" not in packages(modules)
+
+
+def test_a_finished_run_is_known_without_torch(softmoe: Softmoe, tmp_path: Path) -> None:
+    words = ("train", *TINY, "train.steps=1")
+    before = softmoe(*words).out.splitlines()
+    lines = said(tmp_path, *words)
+    first, modules = lines[0]
+    assert first == before[0] and packages(modules).isdisjoint(HEAVY | {"numpy"})
+    told = [line for line, _ in lines[:-1]]
+    assert told[1].endswith("is finished; nothing to do")
+    assert told[2:] == before[before.index("result") :]
+    assert packages(lines[-1][1]).isdisjoint(HEAVY)
+
+
+def test_a_configuration_is_shown_without_torch(tmp_path: Path) -> None:
+    *_, (_, modules) = said(tmp_path, "train", "--cfg", "job")
+    assert packages(modules).isdisjoint(HEAVY | {"numpy"})
+
+
+@pytest.mark.thorough
+def test_what_a_run_has_imported_when_it_speaks(tmp_path: Path) -> None:
+    lines = said(tmp_path, "train", *TINY, "train.steps=1")
+    assert packages(lines[0][1]).isdisjoint(HEAVY | {"numpy"})
+    assert lines[1][0] == "train" and "torch" in lines[1][1]
+    (header,) = [modules for line, modules in lines if line.startswith("  time ")]
+    goodbye = lines[-1][1]
+    assert header < goodbye and goodbye.isdisjoint(NEVER), goodbye & NEVER
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    "words", ["cost model=vit_nano2_soft", "data check", "match model=vit_nano2_soft to=vit_nano2_dense"]
+)
+def test_what_other_commands_have_imported_in_the_end(words: str, tmp_path: Path) -> None:
+    *_, (_, modules) = said(tmp_path, *words.split())
+    assert modules.isdisjoint(NEVER), modules & NEVER
