@@ -19,8 +19,9 @@ from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 
 from softmoe_cli.data.archives import Stored
-from softmoe_cli.data.batches import eval_batches, stream, train_batches
+from softmoe_cli.data.batches import eval_batches, train_batches
 from softmoe_cli.data.contents import identity
+from softmoe_cli.data.order import stream
 from softmoe_cli.data.sets import load
 from softmoe_cli.errors import UsageError
 from tests.conftest import TINY

@@ -1,6 +1,7 @@
 """Several sets in one run: which images a batch has, how they are seen, and what cannot be mixed."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def sized(*sizes: int) -> MixedSet:
     """A mix of sets of so many images, which nobody looks at."""
     parts = tuple(ImageSet(torch.zeros(n, dtype=torch.int64), None, 1, 1) for n in sizes)
     tasks = torch.cat([torch.full((n,), task) for task, n in enumerate(sizes)])
-    return MixedSet(torch.zeros_like(tasks), None, 1, 1, None, parts, tasks, tasks)
+    return MixedSet(torch.zeros_like(tasks), None, 1, 1, parts=parts, tasks=tasks, places=tasks)
 
 
 @pytest.fixture
@@ -138,7 +139,7 @@ def test_the_task_is_no_function_of_the_label(config: Config) -> None:
     """It is there when an image is asked for: labels that are drawn anew leave it as it was."""
     mixed = load(config.data).test
     assert isinstance(mixed, MixedSet)
-    others = MixedSet(torch.zeros_like(mixed.labels), None, 28, 1, None, mixed.parts, mixed.tasks, mixed.places)
+    others = replace(mixed, labels=torch.zeros_like(mixed.labels))
     options = {"image_size": 8, "in_chans": 1, "batch_size": 50, "device": CPU}
     pairs = zip(*(eval_batches(each, config.data, **options) for each in (mixed, others)), strict=True)  # type: ignore[arg-type]
     for one, other in pairs:
