@@ -306,7 +306,7 @@ def _settle_side(tree: dict[str, Any]) -> None:
 
     from softmoe_cli.data.suit import shorter_sides, side_for
 
-    read = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Data), data))
+    read = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Data), _with_absent(data, Data)))
     assert isinstance(read, Data)
     read = read.settled()
     sides, patch = shorter_sides(read), model["backbone"]["patch_size"]
