@@ -1,6 +1,7 @@
 """Which value of a tuned setting a search tries next: a function of the trials so far, so that a search that was
 stopped goes on as if nothing had happened."""
 
+import logging
 import math
 import warnings
 from collections.abc import Sequence
@@ -50,7 +51,7 @@ def next_value(
         return float(trial.suggest_float("value", low, high, log=True))
 
     verbosity = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)

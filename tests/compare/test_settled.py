@@ -47,7 +47,7 @@ def test_the_checklist_says_what_was_corrected(tmp_path: Path, routers: tuple[st
 
 
 def test_one_comparison_needs_no_correction(tmp_path: Path) -> None:
-    labels = [{"label": label, "words": []} for label in ("near", "dense")]
+    labels: list[dict[str, Any]] = [{"label": label, "words": []} for label in ("near", "dense")]
     comparison = asked(settled(tmp_path, arms=labels), where=("router=dense,tokens_choice",))
     told = checklist(comparison, comparison.blocks[0])
     assert "none is needed in test top-1 and test NLL, one comparison each; " in told, told

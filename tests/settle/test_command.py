@@ -260,12 +260,12 @@ def test_wandb_has_the_verdicts_of_each_look(tmp_path: Path) -> None:
         rows = [dict(zip(table["columns"], each, strict=True)) for each in table["data"]]
         told.append((history.step.num, numbers, {row["group"]: row for row in rows}))
     assert len(ids) == 1 and [step for step, *_ in told] == list(range(5, answer["seeds"] + 1))
-    assert all(numbers["compare/n/soft"] == step == rows["soft"]["seeds"] for step, numbers, rows in told)
-    _, numbers, rows = told[-1]
-    assert rows["soft"]["verdict"] == soft["verdict"] and rows["dense"]["verdict"] == "baseline"
+    assert all(numbers["compare/n/soft"] == step == by["soft"]["seeds"] for step, numbers, by in told)
+    _, numbers, last = told[-1]
+    assert last["soft"]["verdict"] == soft["verdict"] and last["dense"]["verdict"] == "baseline"
     for theirs, ours in (("difference", "difference"), ("low", "difference_low"), ("high", "difference_high")):
-        assert rows["soft"][theirs] == pytest.approx(soft[ours], rel=1e-12)
-    assert rows["soft"]["p"] == pytest.approx(soft["p_holm"]) and numbers["compare/open"] == len(answer["open"])
+        assert last["soft"][theirs] == pytest.approx(soft[ours], rel=1e-12)
+    assert last["soft"]["p"] == pytest.approx(soft["p_holm"]) and numbers["compare/open"] == len(answer["open"])
     page = next((files[-1].parent / "files" / "media").rglob("page_*.html")).read_text()
     assert page == (study / "compare" / "index.html").read_text() and soft["verdict"] in page
     assert len(list(study.glob("vit_*/wandb/offline-run-*"))) == 2 * answer["seeds"], "each run has its own"
