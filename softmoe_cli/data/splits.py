@@ -27,7 +27,7 @@ class ImageSet:
     side: int
     channels: int
     files: Stored | None = None
-    strength: float | None = None
+    strength: float | None = field(default=None, kw_only=True)
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -21,7 +21,7 @@ from torchvision.transforms import RandomResizedCrop
 from softmoe_cli.data.archives import Stored
 from softmoe_cli.data.batches import eval_batches, train_batches
 from softmoe_cli.data.contents import identity
-from softmoe_cli.data.order import stream
+from softmoe_cli.data.order import CUT, stream
 from softmoe_cli.data.sets import load
 from softmoe_cli.errors import UsageError
 from tests.conftest import TINY
@@ -343,7 +343,7 @@ def test_evaluation_sees_what_timm_shows(tmp_path: Path, size: tuple[int, int], 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_training_sees_what_timm_shows(tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Crop, resizing and mirroring to the bit, with torchvision's draws of the same law instead of timm's."""
-    from softmoe_cli.data.batches import CUT, _Changes
+    from softmoe_cli.data.batches import _Changes
 
     write(tmp_path, {f"{name}/0.jpg": picture(i, (90, 70), "JPEG") for i, name in enumerate(CLASSES)})
     data = settings("folder", tmp_path, from_file=True, test_fraction=1, mean=[0.4], std=[0.2], workers=workers)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from softmoe_cli.config.data import KNOWN_SETS, Data
-from softmoe_cli.data.batches import eval_batches
+from softmoe_cli.data.batches import Batch, eval_batches
 from softmoe_cli.data.contents import identity
 from softmoe_cli.data.sets import is_here, load
 from softmoe_cli.data.splits import Splits
@@ -20,7 +20,7 @@ from softmoe_cli.errors import UsageError
 from softmoe_cli.options.conf_files import files, load_yaml
 from softmoe_cli.run.identity import flat_science, signature
 from tests.conftest import TINY, Softmoe
-from tests.data.trees import CPU, Batch, augment, batches, write_tree
+from tests.data.trees import CPU, augment, batches, write_tree
 from tests.oracles import compose
 
 DIGITS = ("data=exemplars", "data.source=digits")

@@ -41,7 +41,7 @@ def settings(root: Path) -> Data:
     return found
 
 
-def looks(root: Path) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def looks(root: Path) -> Iterator[batches.Batch]:
     chosen = settings(root)
     return batches.eval_batches(
         sets.load(chosen).test, chosen, image_size=8, in_chans=1, batch_size=1, device=torch.device("cpu")

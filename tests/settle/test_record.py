@@ -67,8 +67,11 @@ def test_what_is_given_first_stays(tmp_path: Path) -> None:
     assert give(path, asked_for | {"arms": []}, [3]) == [3]
 
 
-def tree(loss: str = "softmax", batch_size: int | str = 32, split_seed: int | str = 0) -> dict[str, Any]:
-    return {"data": {"split_seed": split_seed}, "train": {"loss": loss, "batch_size": batch_size}}
+def tree(split_seed: int | str = 0, **train: Any) -> dict[str, Any]:
+    return {
+        "data": {"split_seed": split_seed},
+        "train": {"loss": "softmax", "batch_size": 32, "precision": "fp32"} | train,
+    }
 
 
 @pytest.mark.parametrize(
@@ -76,6 +79,7 @@ def tree(loss: str = "softmax", batch_size: int | str = 32, split_seed: int | st
     [
         ({"loss": "sigmoid"}, ("quality=loss",), "another measure in each"),
         ({"batch_size": "auto"}, (), "settle needs a number"),
+        ({"precision": "auto"}, (), "settle needs fp32, bf16 or fp16"),
     ],
 )
 def test_arms_that_cannot_be_compared_are_refused_before_anything_starts(
@@ -93,6 +97,7 @@ def test_arms_that_cannot_be_compared_are_refused_before_anything_starts(
     [
         ({"split_seed": 1}, "write 'data.split_seed=${seed}': then each seed has its own cut"),
         ({"name": "b"}, "data.name=a,b: arms must be tested on the same images"),
+        ({"sets": ["digits"]}, "arms must be tested on the same images"),
     ],
 )
 def test_arms_on_other_images_are_refused(changes: dict[str, Any], said: str) -> None:

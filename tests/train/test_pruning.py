@@ -20,6 +20,7 @@ from softmoe_cli.cost.fit import training_cost
 from softmoe_cli.cost.flop import account
 from softmoe_cli.cost.load import Load
 from softmoe_cli.cost.memory import predict
+from softmoe_cli.data.batches import Batch
 from softmoe_cli.model.router import make_layer
 from softmoe_cli.model.vit import build
 from softmoe_cli.moe.layer import MoE
@@ -197,7 +198,7 @@ def test_outputs_are_compared_in_as_many_parts_as_updates() -> None:
     optimizer, scaler = torch.optim.SGD([x]), torch.amp.GradScaler("cpu", enabled=False)
     quiet = torch.autocast("cpu", enabled=False)
     step = Step(model, model, optimizer, scaler, quiet, [], config)
-    assert torch.equal(_logits(step, x), x[:, None]) and model.images == [2, 2, 2, 2] and model.training
+    assert torch.equal(_logits(step, Batch(x, x)), x[:, None]) and model.images == [2, 2, 2, 2] and model.training
 
 
 @pytest.mark.thorough
