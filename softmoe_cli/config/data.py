@@ -10,8 +10,15 @@ WIDEST = 65_535
 """Pixels on a side that a JPEG may have."""
 MOST_CLASSES = 10**7
 """The most classes: a longer list of names takes minutes and gigabytes before the first message."""
-KNOWN_SETS = ("digits", "fashion_mnist", "cifar10", "cifar100")
+KNOWN_SETS = {"digits": 8, "fashion_mnist": 28, "cifar10": 32, "cifar100": 32}
+"""The sets that softmoe knows, and the pixels on the side of their images."""
 DATA_FORMATS = ("folder", "webdataset", "tfds", "arrow")
+EXEMPLARS = "exemplars"
+"""The name of data whose classes are single images of another set."""
+OF_EXEMPLARS = ("source", "exemplars", "strength", "views")
+"""What such data alone have."""
+SOURCES = (*KNOWN_SETS, *DATA_FORMATS)
+"""What they may be taken from."""
 MIX_NAME = "mix"
 """The name of data that are several sets."""
 OF_A_SET = (
@@ -77,6 +84,23 @@ class Data(Section):
     prefetch: int = option("batches that each of these processes decodes ahead", low=1)
     memory_gib: float = option("files that decode to more than this are read from disk as it goes", low=0)
     max_megapixels: float = option("larger images are refused before they are decoded", above=0)
+    source: str | None = option(
+        "exemplars: the set whose training images are taken, as classes of one image each; root, label and so on are "
+        "its own",
+        choices=SOURCES,
+        absent=True,
+    )
+    exemplars: int | None = option("exemplars: how many images, and so classes", low=2, high=MOST_CLASSES, absent=True)
+    strength: float | None = option(
+        "exemplars: how far views differ from their image; 0: not at all, 1: as softmoe_cli/data/views.py says, 2: "
+        "twice as far",
+        low=0,
+        high=2,
+        absent=True,
+    )
+    views: int | None = option(
+        "exemplars: fixed views of each class for validation, and as many others for test", low=1, absent=True
+    )
     sets: Any = option(
         "mix: the sets, each of which is a task: [digits,fashion_mnist], or with options: [digits, {data: folder, "
         "name: site_a, root: PATH, num_classes: 3, image_size: 28}]",
@@ -89,12 +113,22 @@ class Data(Section):
         absent=True,
     )
 
+    @property
+    def made_of(self) -> "Data":
+        """Of exemplars the set that they are taken from; of other data themselves."""
+        if self.source is None:
+            return self
+        nothing: dict[str, Any] = dict.fromkeys(OF_EXEMPLARS)
+        format = self.source if self.source in DATA_FORMATS else None
+        return replace(self, name=self.source, format=format, num_classes=None, **nothing)
+
     def of_sets(self) -> "list[Data]":
         """The sets of a mix, in the order of their tasks; of other data themselves."""
         if self.sets is None:
             return [self]
         common = {key: getattr(self, key) for key in OF_THE_MIX}
-        common |= {"class_numbers": False, "from_file": False, "sets": None, "temperature": None}
+        common |= {"class_numbers": False, "from_file": False, **dict.fromkeys(OF_EXEMPLARS)}
+        common |= {"sets": None, "temperature": None}
         return [Data(**common | own) for own in self.sets.values()]
 
     @property
@@ -103,12 +137,19 @@ class Data(Section):
         return None if self.sets is None else {name: own["num_classes"] for name, own in self.sets.items()}
 
     def check(self) -> None:
+        single = self.name == EXEMPLARS and self.format is None
+        idle = [] if single else [key for key in OF_EXEMPLARS if getattr(self, key) is not None]
+        if idle:
+            value = typed(getattr(self, idle[0]))
+            raise UsageError(f"data.{idle[0]}={value} has no effect on data={self.name}; say data=exemplars")
         if self.name == MIX_NAME and self.format is None:
             check_mix(self)
         elif self.sets is not None or self.temperature is not None:
             said = {"temperature": self.temperature, "sets": None if self.sets is None else list(self.sets)}
             key, value = next((key, value) for key, value in said.items() if value is not None)
             raise UsageError(f"data.{key}={typed(value)} has no effect on data={self.name}; say data=mix")
+        elif single:
+            self._check_exemplars()
         else:
             self._check_set()
 
@@ -144,6 +185,27 @@ class Data(Section):
         for key in ("mean", "std"):
             if len(getattr(self, key)) not in (1, 3):
                 raise UsageError(f"data.{key}={getattr(self, key)} needs 1 number, or 3 for three colours")
+
+    def _check_exemplars(self) -> None:
+        check_source(self.name, self.source)
+        for key in OF_EXEMPLARS:
+            if getattr(self, key) is None:
+                raise UsageError(f"data.{key}=null: data=exemplars needs a value")
+        if self.from_file:
+            raise UsageError("data.from_file=true: views are made of images in memory; give data.image_size instead")
+        if self.test_fraction == 1:
+            raise UsageError("data.test_fraction=1 leaves no training images of data.source to take exemplars from")
+        if self.class_numbers:
+            raise UsageError("data.class_numbers=true: exemplars are known by what their images show")
+        self.made_of.check()
+
+
+def check_source(name: str, source: Any) -> None:
+    if name == EXEMPLARS and source not in SOURCES:
+        raise UsageError(
+            f"data.source={typed(source)} is not one of {', '.join(SOURCES)}.{nearest(str(source), SOURCES)} "
+            "data=exemplars takes images of another set"
+        )
 
 
 def check_side(name: str, format: str | None, side: Any) -> None:

@@ -148,7 +148,7 @@ def predict(load: Load, processes: int = 1, way: str = "ddp") -> Memory:
     every, average = sum(moment_bytes(load.optim, size // 4) for size in trained), weights if load.ema else 0
     moments = "fp32" if load.optim is None else load.optim.moments
     beside = every if moments == "offload" else 0
-    held = (weights if load.model.adapter.name == "none" else sum(trained)) * (2 if load.ema else 1) + every
+    copied = (weights if load.model.adapter.name == "none" else sum(trained)) * (2 if load.ema else 1) + every
     if moments == "8bit" and device.type == "cpu":  # the update unpacks a whole parameter's moments
         peak = max(peak, weights + sum(trained) + UNPACKED_8BIT * 4 * max(size // 4 for size in trained))
     return Memory(
@@ -158,8 +158,8 @@ def predict(load: Load, processes: int = 1, way: str = "ddp") -> Memory:
         average_bytes=average,
         activation_bytes=activations,
         peak_bytes=peak + every - beside + average,
-        held_bytes=held,
-        saving_bytes=held * processes if divided else 0,
+        held_bytes=copied,
+        saving_bytes=copied * processes if divided else 0,
         beside_bytes=beside,
     )
 

@@ -1,7 +1,7 @@
 """What the model sees, batch by batch.
 
-Everything random about a training batch is a function of (seed, step): order, crop, flip, RandAugment, erasing, mixup.
-A resumed run therefore sees the same batches bit for bit, with no state saved and any number of workers.
+Everything random about a training batch is a function of (seed, step): order, views, crop, flip, RandAugment, erasing,
+mixup. A resumed run therefore sees the same batches bit for bit, with no state saved and any number of workers.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,7 +21,7 @@ from softmoe_cli.config.recipe import Augment
 from softmoe_cli.data.archives import Stored
 from softmoe_cli.data.decode import centre, random_square
 from softmoe_cli.data.mix import MixedSet
-from softmoe_cli.data.order import CHANGE, CUT, ERASE, MIX, TaskDraws, mixed_stream, purpose_seed, stream
+from softmoe_cli.data.order import CHANGE, CUT, ERASE, MIX, VIEW, TaskDraws, mixed_stream, purpose_seed, stream
 from softmoe_cli.data.picture import opened
 from softmoe_cli.data.pixels import (
     boxes,
@@ -35,6 +35,7 @@ from softmoe_cli.data.pixels import (
     shift_crop,
 )
 from softmoe_cli.data.splits import ImageSet
+from softmoe_cli.data.views import drawn_views, viewed
 from softmoe_cli.data.workers import by_workers
 
 
@@ -159,6 +160,9 @@ def train_batches(
     labels, pixels = images.labels.to(device), _Pixels.of(data, in_chans, image_size, device)
     order = enumerate((index[made] for index in stream(len(images), batch_size, seed, first_step)), start=first_step)
     for step, index, raw in _raw(images, data, image_size, order, changes, device):
+        if images.strength is not None:
+            views = drawn_views(batch_size, images.strength, changes.chance(step, VIEW))
+            raw = viewed(raw, views.of(made, device))
         x = _changed(raw, pixels, changes, step, from_memory=images.images is not None)
         if mixup is None:
             yield Batch(x, one_hot(labels[index], num_classes, 1 - label_smoothing + off, off))

@@ -16,12 +16,14 @@ from PIL import ExifTags, Image
 from torch.utils.data import Dataset
 
 from softmoe_cli.config.commands import DataCheckConfig
+from softmoe_cli.config.data import Data
 from softmoe_cli.data import sets, workers
 from softmoe_cli.data.archives import IMAGE_ENDINGS, Stored
 from softmoe_cli.data.folders import HIDDEN_FILES, Listing, Passed
 from softmoe_cli.data.listing import listing
 from softmoe_cli.data.picture import IMAGE_FORMATS, opened
 from softmoe_cli.data.splits import ImageSet, split
+from softmoe_cli.data.suit import shorter_sides, side_for
 from softmoe_cli.errors import UsageError
 from softmoe_cli.terminal import Screen
 from softmoe_cli.text import aligned, gibibytes, printable
@@ -104,9 +106,10 @@ def inspect(config: DataCheckConfig) -> dict[str, Any]:
         raise UsageError("data=mix is of several sets; check them one by one, with the same data.root")
     settings = dataclasses.replace(config.data, memory_gib=0, image_size=1)  # no image is cut here
     faults: list[dict[str, Any]] = []
-    passed, notes = Passed(), []
+    passed, notes = Passed(), list[str]()
     if settings.format is None:
-        splits = sets.load(settings)
+        splits = sets.load(_with_side(config.data))
+        notes += [f"{word}: {said}" for word, said in splits.notes.items()]
         parts = {part: getattr(splits, part) for part in SPLITS}
         classes = splits.classes
     else:
@@ -141,6 +144,13 @@ def inspect(config: DataCheckConfig) -> dict[str, Any]:
         "notes": notes,
         "faults": faults,
     }
+
+
+def _with_side(data: Data) -> Data:
+    """The data with a number of pixels: exemplars are known by what they show at their size."""
+    if data.image_size != "auto":
+        return data
+    return dataclasses.replace(data, image_size=side_for(shorter_sides(data.made_of), None))
 
 
 def _fault(kind: str, sentence: str, places: list[str] | None = None) -> dict[str, Any]:

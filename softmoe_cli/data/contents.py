@@ -55,6 +55,7 @@ def identity(data: Data, *, to_train: bool = False) -> str | None:
     if data.sets is not None:
         of_each = [identity(own, to_train=to_train) for own in data.of_sets()]
         return hashlib.sha256(json.dumps(of_each).encode()).hexdigest() if any(of_each) else None
+    data = data.made_of
     if data.name == "fashion_mnist" and data.format is None:  # files of these names hold other sets too
         return hashlib.sha256(b"".join(array.tobytes() for array in idx_arrays(data))).hexdigest()
     if data.format is None:

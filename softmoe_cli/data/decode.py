@@ -1,6 +1,7 @@
 """From an image to a square of pixels."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -8,6 +9,25 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
+
+from softmoe_cli.config.data import Data
+from softmoe_cli.data.archives import Stored
+from softmoe_cli.data.picture import opened
+
+
+def squares(stored: Stored, data: Data) -> UInt8[Tensor, "n c s s"]:
+    """The centre squares of all images, as `data` has them.
+
+    Raises:
+        UsageError: one of them cannot be read.
+    """
+    with ThreadPoolExecutor() as pool:  # PIL decodes outside Python's lock
+        decoded = pool.map(
+            lambda i: centre(opened(stored, i, data.channels, data.max_megapixels), data.image_size, data.crop_pct),
+            range(len(stored)),
+        )
+        return torch.stack(list(decoded))
+
 
 MOST_RESIZED = 10**8
 """The most pixels of an image when it is resized."""

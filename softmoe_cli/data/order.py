@@ -18,7 +18,7 @@ def purpose_seed(seed: int, *purpose: int) -> int:
     return int(np.random.SeedSequence((seed, *purpose)).generate_state(1, np.uint64)[0]) >> 1
 
 
-ORDER, CHANGE, MIX, ERASE, CUT, TASK = range(6)
+ORDER, CHANGE, MIX, ERASE, CUT, TASK, VIEW = range(7)
 """What chance is drawn for."""
 
 

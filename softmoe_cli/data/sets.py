@@ -1,6 +1,5 @@
 """The images of `data.name`, divided into training, validation and test images."""
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -8,12 +7,12 @@ import torch
 
 from softmoe_cli.config.data import Data
 from softmoe_cli.data.archives import Stored
-from softmoe_cli.data.decode import centre
+from softmoe_cli.data.decode import squares
+from softmoe_cli.data.exemplars import exemplars
 from softmoe_cli.data.found import IDX_NAMES, idx_paths
 from softmoe_cli.data.known import cifar, cifar_part, digits, fashion_mnist
 from softmoe_cli.data.listing import check_num_classes, usable
 from softmoe_cli.data.mix import mixed
-from softmoe_cli.data.picture import opened
 from softmoe_cli.data.splits import ImageSet, Splits, split
 
 
@@ -30,16 +29,23 @@ def load(data: Data) -> Splits:
     """
     if data.sets is not None:
         return mixed(data, [load(own) for own in data.of_sets()])
-    readers = {"digits": digits, "fashion_mnist": fashion_mnist, "cifar10": cifar, "cifar100": cifar}
-    splits = _stored(data) if data.format is not None else readers[data.name](data)
+    splits = _read(data)
     check_num_classes(data, splits.classes)
     return splits
+
+
+def _read(data: Data) -> Splits:
+    if data.source is not None:
+        return exemplars(load(replace(data.made_of, memory_gib=0)), data)  # the taken images alone are decoded
+    readers = {"digits": digits, "fashion_mnist": fashion_mnist, "cifar10": cifar, "cifar100": cifar}
+    return _stored(data) if data.format is not None else readers[data.name](data)
 
 
 def is_here(data: Data) -> bool:
     """Whether a set can be read as it lies there, with nothing fetched."""
     if data.sets is not None:
         return all(map(is_here, data.of_sets()))
+    data = data.made_of
     if data.format is not None or data.name == "digits":
         return True
     if data.name == "fashion_mnist":
@@ -67,12 +73,5 @@ def _stored(data: Data) -> Splits:
 
 
 def _image_set(stored: Stored, labels: np.ndarray, data: Data, in_memory: bool) -> ImageSet:
-    images = None
-    if in_memory:
-        with ThreadPoolExecutor() as pool:  # PIL decodes outside Python's lock
-            decoded = pool.map(
-                lambda i: centre(opened(stored, i, data.channels, data.max_megapixels), data.image_size, data.crop_pct),
-                range(len(stored)),
-            )
-            images = torch.stack(list(decoded))
+    images = squares(stored, data) if in_memory else None
     return ImageSet(torch.from_numpy(labels), images, data.image_size, data.channels, stored)

@@ -1,6 +1,6 @@
 """Labelled images, divided into those that are trained on and those that are held out."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -17,7 +17,9 @@ from softmoe_cli.errors import UsageError
 class ImageSet:
     """Labelled images: decoded in memory, or (`images` is None) files that are decoded as they are asked for.
 
-    Decoded images are squares of `side` pixels with `channels` channels.
+    Decoded images are squares of `side` pixels with `channels` channels. Where `strength` is a number, every training
+    batch has new views of them, of that strength (`softmoe_cli/data/views.py`); who reads them otherwise sees the
+    images themselves.
     """
 
     labels: Int64[Tensor, " n"]
@@ -25,6 +27,7 @@ class ImageSet:
     side: int
     channels: int
     files: Stored | None = None
+    strength: float | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -33,7 +36,7 @@ class ImageSet:
         chosen = torch.as_tensor(index)
         images = None if self.images is None else self.images[chosen]
         files = None if self.files is None else self.files.subset(index)
-        return ImageSet(self.labels[chosen], images, self.side, self.channels, files)
+        return replace(self, labels=self.labels[chosen], images=images, files=files)
 
 
 @dataclass(frozen=True)

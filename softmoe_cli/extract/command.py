@@ -5,7 +5,7 @@ The new model computes what the old one does for these tasks; receipt.json says 
 
 import copy
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,14 @@ from softmoe_cli.data.mix import classes_of_task
 from softmoe_cli.device import arithmetic, hardware
 from softmoe_cli.errors import RunError, UsageError, nearest
 from softmoe_cli.export import hub_config
-from softmoe_cli.extract.cut import Cut, cut_out, fold, one_task, outputs_of
+from softmoe_cli.extract.cut import outputs_of
+from softmoe_cli.extract.forms import Made, one_task
 from softmoe_cli.model.router import check_evaluated
 from softmoe_cli.model.vit import build, portable, prepare
 from softmoe_cli.model.weights import load_weights
 from softmoe_cli.options import inherit
 from softmoe_cli.options.compose import door, plain
-from softmoe_cli.prune.fold import folded_model, folded_weights, timm_entry
+from softmoe_cli.prune.fold import timm_entry
 from softmoe_cli.prune.smaller import compared, distance_in_float64, latencies
 from softmoe_cli.run.checkpoint import digest_of, write_checkpoint
 from softmoe_cli.run.identity import made_from, origin, settings_of
@@ -99,7 +100,7 @@ def extract(config: ExtractConfig, model: Model, source: Source) -> dict[str, An
         name: _compared(config, model, made.model, (whole.to(device), new.to(device)), name, source.card["loss"])
         for name in which
     }
-    receipt["float64_distance"] = made.distance(config, model, whole, which)
+    receipt["float64_distance"] = _distance(made, config, model, whole, which)
     costs = {"before": account(model, whole.num_classes), "after": account(made.model, new.num_classes)}
     receipt["cost"] = {when: cost.row for when, cost in costs.items()}
     receipt["bytes"] = {"before": _bytes(whole.state_dict()), "after": _bytes(weights)}
@@ -158,62 +159,20 @@ def _data_of(data: Data, which: list[str]) -> Data:
     ).settled()
 
 
-@dataclass(frozen=True)
-class Made:
-    """A model that was made out of another one, with its weights in float64."""
+def _distance(made: Made, config: ExtractConfig, model: Model, whole: VisionTransformer, which: list[str]) -> float:
+    """How far outputs are off in float64 on the first images of each task.
 
-    model: Model
-    weights: dict[str, Tensor]
-    cut: Cut
-
-    @classmethod
-    def of(cls, form: str, model: Model, vit: VisionTransformer, which: list[str]) -> "Made":
-        """In one of the three forms, of a model in float64."""
-        cut = cut_out(model, vit, which)
-        made = cls(cut.model, cut.weights, cut)
-        if form == "experts":
-            return made
-        if made.cut.kept:
-            made = cls(*fold(made.model, made.built(torch.float64)), cut)
-        if form == "dense":
-            wide = made.built(torch.float64)
-            try:
-                made = cls(folded_model(made.model, wide), folded_weights(made.model, wide), cut)
-            except UsageError as error:  # which speaks of softmoe prune's option
-                raise UsageError(str(error).replace("to=dense", "form=dense")) from error
-        return made
-
-    def built(self, dtype: torch.dtype) -> VisionTransformer:
-        vit = build(self.model, len(self.weights["head.weight"])).to(dtype).eval()
-        vit.load_state_dict({key: value.to(dtype) for key, value in self.weights.items()})
-        return vit
-
-    def blocks(self, whole: VisionTransformer) -> dict[str, dict[str, Any]]:
-        """For each block of experts which of them stay, and of how many."""
-        found: dict[str, dict[str, Any]] = {
-            str(place): {"kept": own, "of": whole.blocks[place].mlp.router.num_experts}
-            for place, own in self.cut.kept.items()
-        }
-        found |= {
-            str(place): {"kept": None, "why": f"{router} does not decide by task, so that all its experts stay"}
-            for place, router in self.cut.whole.items()
-        }
-        return dict(sorted(found.items(), key=lambda each: int(each[0])))
-
-    def distance(self, config: ExtractConfig, model: Model, whole: VisionTransformer, which: list[str]) -> float:
-        """How far outputs are off in float64 on the first images of each task.
-
-        Raises:
-            RunError: by more than rounding.
-        """
-        precise, new, most = copy.deepcopy(whole).cpu().double().eval(), self.built(torch.float64), 0.0
-        for name in which:
-            x = next(_batches(config, model, name)).images.cpu().double()
-            share, _ = distance_in_float64(one_task(model, precise, name), one_task(self.model, new, name), x)
-            most = max(most, share)
-        if not most <= FURTHEST_OFF:
-            raise RunError(f"the new model's outputs are off by {most:.2g} in float64: an error of softmoe's")
-        return most
+    Raises:
+        RunError: by more than rounding.
+    """
+    precise, new, most = copy.deepcopy(whole).cpu().double().eval(), made.built(torch.float64), 0.0
+    for name in which:
+        x = next(_batches(config, model, name)).images.cpu().double()
+        share, _ = distance_in_float64(one_task(model, precise, name), one_task(made.model, new, name), x)
+        most = max(most, share)
+    if not most <= FURTHEST_OFF:
+        raise RunError(f"the new model's outputs are off by {most:.2g} in float64: an error of softmoe's")
+    return most
 
 
 def _batches(config: ExtractConfig, model: Model, name: str) -> Any:

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from softmoe_cli.config.commands import SCHEMAS, DataCheckConfig, MatchConfig
-from softmoe_cli.config.data import OF_A_SET, Data, check_side
+from softmoe_cli.config.data import DATA_FORMATS, KNOWN_SETS, OF_A_SET, Data, check_side, check_source
 from softmoe_cli.config.launch import LAUNCHERS
 from softmoe_cli.config.option import Section, absent_keys
 from softmoe_cli.config.run import Config
@@ -201,6 +201,8 @@ def plain(config: Any, section: type) -> dict[str, Any]:
     tree = tree_of(config)
     _refuse_unknown(tree, section)
     spell_out(tree)
+    if isinstance(tree.get("data"), dict):
+        tree["data"] = {k: v for k, v in tree["data"].items() if v != "???" or k not in absent_keys(Data)}
     spell_sets(tree)
     root = OmegaConf.select(config, "data.root", throw_on_resolution_failure=False)
     if root is not None:
@@ -283,7 +285,8 @@ def _typed_set(name: str, own: Any) -> dict[str, Any]:
 
 
 def _settle_side(tree: dict[str, Any]) -> None:
-    """data.image_size=auto becomes a number of pixels: those of a model that has its own, else what suits the files.
+    """data.image_size=auto becomes a number of pixels: for exemplars of a known set, those of that set; else those of a
+    model that has its own; else what suits the files.
 
     Raises:
         UsageError: the files cannot be used.
@@ -291,7 +294,12 @@ def _settle_side(tree: dict[str, Any]) -> None:
     data, model = tree.get("data"), tree.get("model")
     if not isinstance(data, dict) or "${" in str(data["image_size"]):
         return
-    check_side(data["name"], data["format"], data["image_size"])
+    source = data.get("source")
+    if data["format"] is None:
+        check_source(data["name"], source)
+    if data["image_size"] == "auto" and source in KNOWN_SETS:
+        data["image_size"] = KNOWN_SETS[source]
+    check_side(data["name"], source if source in DATA_FORMATS else data["format"], data["image_size"])
     if data["image_size"] != "auto" or not isinstance(model, dict) or model["image_size"] == "???":
         return
     if data["root"] == "???":
@@ -306,9 +314,9 @@ def _settle_side(tree: dict[str, Any]) -> None:
 
     from softmoe_cli.data.suit import shorter_sides, side_for
 
-    read = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Data), data))
+    read = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Data), _with_absent(data, Data)))
     assert isinstance(read, Data)
-    read = read.settled()
+    read = read.settled().made_of
     sides, patch = shorter_sides(read), model["backbone"]["patch_size"]
     data["image_size"] = side = side_for(sides, patch if isinstance(patch, int) else None)
     if os.environ.get("RANK", "0") == "0":

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softmoe_cli.config.adapter import no_adapter
-from softmoe_cli.config.data import OF_THE_MIX, Data
+from softmoe_cli.config.data import DATA_FORMATS, OF_THE_MIX, Data
 from softmoe_cli.config.model import Model
 from softmoe_cli.config.option import absent_keys
 from softmoe_cli.config.run import Config
@@ -340,10 +340,13 @@ def take_task(tree: dict[str, Any], source: "Source", typed: Sequence[str], *, n
 
 def keep_cut(data: dict[str, Any], card: dict[str, Any], typed: Sequence[str]) -> None:
     """The checkpoint's own set is cut as it was for the checkpoint, unless typed otherwise: another cut would have
-    images that were trained on among those that are held out."""
+    images that were trained on among those that are held out. So is the set that the checkpoint's exemplars are of."""
     card = _said_of(data, card)
     if "name" not in card or data["test_fraction"] == 1:  # all of it is for evaluation
         return
+    if card.get("source") is not None and data.get("source") is None:
+        own = card["source"]
+        card = card | {"name": own, "format": own if own in DATA_FORMATS else None, "source": None}
     other = {key: card[key] for key in CUT_KEYS if key in card and data[key] != card[key]}
     other = {key: value for key, value in other.items() if not names(f"data.{key}", typed)}
     words = " ".join(f"data.{key}={value}" for key, value in other.items())
@@ -436,11 +439,12 @@ CUT_KEYS = ("split_seed", "test_fraction", "validation_fraction")
 
 def same_set(data: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether both name the same images: one data set, and where it is read from files, one place."""
-    if any(data.get(key) != other.get(key) for key in ("name", "format")):
+    if any(data.get(key) != other.get(key) for key in ("name", "format", "source")):
         return False
     if data.get("sets") not in (None, "???"):
         return _sets(data) == _sets(other)
-    return data.get("format") is None or Path(data["root"]).resolve() == Path(other["root"]).resolve()
+    of_files = data.get("format") is not None or data.get("source") in DATA_FORMATS
+    return not of_files or Path(data["root"]).resolve() == Path(other["root"]).resolve()
 
 
 def _sets(data: dict[str, Any]) -> list[dict[str, Any]]:

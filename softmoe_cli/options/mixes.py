@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from softmoe_cli.config.data import MIX_NAME, OF_A_SET
+from softmoe_cli.config.data import EXEMPLARS, MIX_NAME, OF_A_SET
 from softmoe_cli.errors import UsageError, nearest
 from softmoe_cli.options.conf_files import files, laid
 
@@ -55,6 +55,10 @@ def _spelt_out(entry: Any) -> dict[str, Any]:
     name = given["data"]
     if name == MIX_NAME:
         raise UsageError("data.sets names a mix; a mix is of sets alone: name the sets of both mixes in one list")
+    if name == EXEMPLARS:
+        raise UsageError(
+            "data.sets names exemplars; a mix is of sets as they are: name the set that they are taken from"
+        )
     if name not in known:
         raise UsageError(f"data.sets: there is no set '{name}'.{nearest(str(name), known)}")
     file = laid("data", name)

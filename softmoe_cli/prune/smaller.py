@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from softmoe_cli.config.model import Model
@@ -57,8 +57,8 @@ def key_map(weights: Mapping[str, Tensor], kept: Mapping[int, Sequence[int]], to
 
 @torch.no_grad()
 def compared(
-    whole: VisionTransformer,
-    new: VisionTransformer,
+    whole: nn.Module,
+    new: nn.Module,
     batches: Iterable[Batch],
     *,
     loss: str,
@@ -100,7 +100,7 @@ def distance_in_float64(
 
 
 @torch.no_grad()
-def latencies(models: Mapping[str, VisionTransformer], x: Tensor, repeats: int) -> dict[str, dict[str, float]]:
+def latencies(models: Mapping[str, nn.Module], x: Tensor, repeats: int) -> dict[str, dict[str, float]]:
     """Milliseconds of a forward pass of `x`, the models taking turns: median, and the distance of the quartiles."""
     times: dict[str, list[float]] = {name: [] for name in models}
     for turn in range(-UNTIMED, repeats):

@@ -11,6 +11,7 @@ from softmoe_cli.settle.arms import key_of
 
 SAME_IMAGES = (
     "name", "sets", "format", "root", "label", "num_classes", "split_seed", "validation_fraction", "test_fraction",
+    "source", "exemplars", "strength", "views",
 )  # fmt: skip
 """Settings of data that decide which images a run is tested on."""
 OWN_CUT = "write 'data.split_seed=${seed}': then each seed has its own cut"

@@ -9,9 +9,10 @@ import torch
 from softmoe_cli.config.run import Config
 from softmoe_cli.data import order
 from softmoe_cli.data.batches import Batch, eval_batches, train_batches
+from softmoe_cli.data.contents import identity
 from softmoe_cli.data.mix import MixedSet, classes_of_task, task_shares
 from softmoe_cli.data.order import Epochs, TaskDraws, mixed_stream
-from softmoe_cli.data.sets import identity, load
+from softmoe_cli.data.sets import load
 from softmoe_cli.data.splits import ImageSet
 from softmoe_cli.errors import UsageError
 from softmoe_cli.run.identity import flat_science, signature

@@ -94,8 +94,10 @@ def augment(**changes: object) -> Augment:
 def batches(
     images: ImageSet, data: Data, change: Augment, *, first_step: int = 0, batch_size: int = 4, seed: int = 0,
     image_size: int = SIDE, in_chans: int | None = None, num_classes: int = 3, label_smoothing: float = 0.1,
+    rows: Tensor | slice = slice(None),
 ) -> Iterator[Batch]:  # fmt: skip
     return train_batches(
         images, data, change, image_size=image_size, in_chans=in_chans or images.channels, num_classes=num_classes,
         batch_size=batch_size, label_smoothing=label_smoothing, seed=seed, first_step=first_step, device=CPU,
+        rows=rows,
     )  # fmt: skip
