@@ -227,7 +227,7 @@ class Trials:
             raise RunError(
                 f"{over}: tuning has taken {in_words(spent.seconds)} and {flop(1e15 * spent.pflop)}, and the trials "
                 f"left take about {in_words(price.seconds)} and {flop(1e15 * price.pflop)}; give more, or try fewer "
-                "values or tune_seeds"
+                "values or tune_seeds in another study"
             )
 
     def _open(self, label: str, value: Any, job: Job, worked: bool) -> list[Job]:
