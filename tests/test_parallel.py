@@ -210,11 +210,12 @@ def test_processes_need_not_read_the_images_again(tmp_path: Path, monkeypatch: p
     """What `softmoe train devices=2` has read to know whether the run is finished, it tells them."""
     told: list[dict[str, str]] = []
 
-    def processes(*_: object) -> Any:
-        return lambda _config, _command, _folder, environment, _notes: told.append(environment) or {0: 0, 1: 0}
+    def process(*given: Any) -> dict[int, int]:
+        told.append(given[3])
+        return {0: 0, 1: 0}
 
     monkeypatch.setattr(devices, "start_server", lambda _: None)
-    monkeypatch.setattr(devices, "elastic_launch", processes)
+    monkeypatch.setattr(devices, "elastic_launch", lambda *_: process)
     words = ("data=folder", f"data.root={write_tree(tmp_path)}", "data.image_size=8", "devices=2")
     config = compose(*words)
     identity(config.data)
