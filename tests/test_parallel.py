@@ -24,8 +24,10 @@ from softmoe_cli.cost.fit import _first_that_fits, obstacle
 from softmoe_cli.cost.load import Load
 from softmoe_cli.cost.memory import Memory, predict
 from softmoe_cli.data import batches as data_batches
-from softmoe_cli.data import sets
+from softmoe_cli.data import contents, sets
+from softmoe_cli.data.contents import identity
 from softmoe_cli.errors import RunError, UsageError
+from softmoe_cli.launch import devices
 from softmoe_cli.launch.devices import Loopback, Note, cause
 from softmoe_cli.moe.divided import span
 from softmoe_cli.moe.routing import noise_like, whole_batch
@@ -34,6 +36,7 @@ from softmoe_cli.run.sealed import piece_files
 from softmoe_cli.train import setup
 from softmoe_cli.train.setup import images_identity
 from tests.conftest import TINY
+from tests.data.trees import write_tree
 from tests.oracles import compose
 from tests.processes import Started, torchrun
 from tests.runs import CLOCKS, last, rows, the_run
@@ -201,6 +204,26 @@ def test_no_other_machine_reaches_where_processes_meet() -> None:
     assert not [line for line in every if line[1].endswith(f":{port}")]
     first.store.set("x", "1")
     assert not second.store.check(["x"]) and first.store.get("x") == b"1"
+
+
+def test_processes_need_not_read_the_images_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `softmoe train devices=2` has read to know whether the run is finished, it tells them."""
+    told: list[dict[str, str]] = []
+
+    def process(*given: Any) -> dict[int, int]:
+        told.append(given[3])
+        return {0: 0, 1: 0}
+
+    monkeypatch.setattr(devices, "start_server", lambda _: None)
+    monkeypatch.setattr(devices, "elastic_launch", lambda *_: process)
+    words = ("data=folder", f"data.root={write_tree(tmp_path)}", "data.image_size=8", "devices=2")
+    config = compose(*words)
+    identity(config.data)
+    devices.launch(config, "train")
+    monkeypatch.setenv(contents.KNOWN, told[0][contents.KNOWN])
+    monkeypatch.setattr(contents, "_known", {})
+    monkeypatch.setattr(contents, "_pictures", lambda _: pytest.fail("read again"))
+    identity(config.data)
 
 
 def listened(pid: int) -> set[str]:

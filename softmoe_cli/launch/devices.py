@@ -33,6 +33,7 @@ from torch.distributed.elastic.rendezvous import (
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from softmoe_cli.config.run import Config
+from softmoe_cli.data import contents
 from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.failures import defect, ours
 from softmoe_cli.files import write_atomically
@@ -123,6 +124,9 @@ def launch(config: Config, command: str) -> None:
 
     # This process may itself have the variables of torchrun, from a job's script or an image.
     environment = {name: value for name, value in os.environ.items() if name not in (*TOLD, ATTEMPT)}
+    environment[contents.KNOWN] = (
+        contents.known()
+    )  # this process has read the images, to know whether the run is finished
     inside = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
     if inside is not None:
         environment.setdefault("GLOO_SOCKET_IFNAME", inside)  # else gloo looks up the machine's name

@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher as HydraLauncher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
@@ -38,6 +39,7 @@ from softmoe_cli.launch.places import PLACES, Place
 from softmoe_cli.launch.plan import Inquiry, Job, answer
 from softmoe_cli.launch.tables import Entry, fitted, plan_table
 from softmoe_cli.options.compose import plain
+from softmoe_cli.options.explain import explain
 from softmoe_cli.run.rows import RESULT, Unreadable
 from softmoe_cli.run.rows import jobs as jobs_told
 from softmoe_cli.run.status import State, held, progress_cells, tally
@@ -232,24 +234,24 @@ class Sweep(HydraLauncher):
         errors: list[tuple[str, UsageError | RunError]] = []
         typed = {word.partition("=")[0]: word for word in self._typed}
         for overrides in job_overrides:
-            config = self._composed.pop(tuple(overrides), None) or self._compose(self._config, list(overrides))
-            with read_write(config), open_dict(config):
-                del config["hydra"]
             varied = [each for each in overrides if typed.get(each.partition("=")[0]) != each]
             name = " ".join(varied or overrides)
             try:
+                config = self._composed.pop(tuple(overrides), None) or self._compose(self._config, list(overrides))
+                with read_write(config), open_dict(config):
+                    del config["hydra"]
                 jobs.append((name, list(overrides), plain(config, Config)))
-            except UsageError as error:
-                errors.append((name, error))
+            except (HydraException, UsageError) as error:
+                known = error if isinstance(error, UsageError) else UsageError(explain(error, self.command, overrides))
+                errors.append((name, known))
         self._refuse(errors, len(job_overrides))
         return jobs
 
     def _refuse(self, errors: Sequence[tuple[str, UsageError | RunError]], jobs: int) -> None:
         if errors:
             kind = RunError if any(isinstance(error, RunError) for _, error in errors) else UsageError
-            lines = [f"{name}: {error}" for name, error in errors]
-            head = f"{len(lines)} of {jobs} jobs cannot work, so none was started:"
-            raise kind("\n  ".join([head, *lines]))
+            head = f"{len(errors)} of {jobs} jobs cannot work, so none was started:"
+            raise kind("\n  ".join([head, *(f"{name}: {error}" for name, error in errors)]))
 
     def _number(self, jobs: Sequence[Job]) -> list[Entry]:
         """Makes an entry for each job; two jobs that are the same run share one."""
@@ -381,9 +383,8 @@ class Sweep(HydraLauncher):
             self.failures[entry.job.folder] = f"{entry.job.run}: {reason} ({entry.log})"
             self._line("failed", entry, f": {reason}")
 
-    def _line(self, word: str, entry: Entry, text: str) -> None:
-        place = self._entries.index(entry) + 1
-        self.say(f"[{place}/{len(self._entries)}] {word:<8} {entry.job.run}{text}  {entry.log}")
+    def _line(self, word: str, entry: Entry, end: str) -> None:
+        self.say(f"[{self._entries.index(entry) + 1}/{len(self._entries)}] {word:<8} {entry.job.run}{end}  {entry.log}")
 
     def say(self, text: str) -> None:
         """Prints a line, unless a table on the terminal shows it."""
@@ -487,7 +488,6 @@ def study_of(arguments: Sequence[str]) -> str | None:
     `model/router=dense,soft seed=0,1` -> `router-seed`
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
 
     if any(word.lstrip("+").startswith(("study=", "experiment=", "experiment/")) for word in arguments):
         return None

@@ -12,13 +12,16 @@ DIGITS = 3
 
 def first_values(trials: int, low: float, high: float, default: object) -> list[float]:
     """The first third of the trials, which is the same for any outcome: the value that the arm has without tuning,
-    where it is a number in the range, and the middles of parts of the range whose ends have the same ratio."""
+    where it is a number in the range, and the middles of parts of the range whose ends have the same ratio. Where the
+    value is such a middle itself, the range has a part more, and the middle nearest to the value is left out."""
     count = max(2, math.ceil(trials / 3))
-    if isinstance(default, int | float) and not isinstance(default, bool) and low <= default <= high:
-        others = _middles(count - 1, low, high)
-        if default not in others:
-            return [float(default), *others]
-    return _middles(count, low, high)
+    if not isinstance(default, int | float) or isinstance(default, bool) or not low <= default <= high:
+        return _middles(count, low, high)
+    others = _middles(count - 1, low, high)
+    if default in others:
+        others = _middles(count, low, high)
+        others.remove(min(others, key=lambda value: abs(math.log(value / default))))
+    return [float(default), *others]
 
 
 def _good(trials: int) -> int:
@@ -28,7 +31,10 @@ def _good(trials: int) -> int:
 
 
 def _middles(count: int, low: float, high: float) -> list[float]:
-    return [_rounded(low * (high / low) ** ((place + 0.5) / count)) for place in range(count)]
+    exact = [low * (high / low) ** ((place + 0.5) / count) for place in range(count)]
+    rounded = [_rounded(value) for value in exact]
+    apart = len(set(rounded)) == count and low <= rounded[0] and rounded[-1] <= high
+    return rounded if apart else exact  # a range may be narrower than people's digits
 
 
 def _rounded(value: float) -> float:

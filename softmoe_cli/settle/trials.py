@@ -72,7 +72,8 @@ def tune_arms(
     chosen = [with_changes(arm.words, [word_of(asked.tune, given[place[arm.label]]["value"])]) for arm in arms.arms]
     tuned_jobs, slots = asked_arms(launcher, chosen, seeds)
     launcher.tell(tuning_text(found, asked.tune))
-    write_tuning(found, asked.tune, study)
+    if all(each.best and each.best.mean(by) for each in found):  # else runs were removed, and the files know more
+        write_tuning(found, asked.tune, study)
     own_arms = [Arm(arm.label, each, job) for arm, each, job in zip(arms.arms, chosen, tuned_jobs, strict=True)]
     return replace(arms, arms=own_arms, slots=slots), found
 
@@ -196,7 +197,7 @@ class Trials:
 
     def run(self) -> None:
         """Runs what has no result yet: the first trial of each arm, which tells what one takes, then all. A run that
-        failed is not tried again once a trial of its arm has worked: a search has gone on from there.
+        failed in a search is not tried again once a trial of its arm has worked: the search has gone on from there.
 
         Raises:
             RunError: these trials, with those that are to follow them, would pass a budget.
@@ -206,7 +207,7 @@ class Trials:
             todo, price = [], Spent()
             for label, pairs in self._jobs.items():
                 done = self._runs(job for _, job in pairs)
-                worked = any(not trial.failed for trial in self.tried(label))
+                worked = self._asked.tune_trials is not None and any(not each.failed for each in self.tried(label))
                 open_jobs = [each for value, job in pairs for each in self._open(label, value, job, worked)]
                 one = Spent(0.0, self._arms[label].job.cost["train_pflop"])
                 if done:
@@ -226,7 +227,7 @@ class Trials:
             raise RunError(
                 f"{over}: tuning has taken {in_words(spent.seconds)} and {flop(1e15 * spent.pflop)}, and the trials "
                 f"left take about {in_words(price.seconds)} and {flop(1e15 * price.pflop)}; give more, or try fewer "
-                "values or tune_seeds"
+                "values or tune_seeds in another study"
             )
 
     def _open(self, label: str, value: Any, job: Job, worked: bool) -> list[Job]:

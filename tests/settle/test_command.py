@@ -64,6 +64,15 @@ def test_what_cannot_be_settled_is_refused(softmoe: Softmoe) -> None:
 
 
 @pytest.mark.thorough
+def test_a_value_that_no_run_takes_is_named(softmoe: Softmoe) -> None:
+    """Not the one that was typed for all arms."""
+    words = ("model/router=dense,soft", "tune=train.steps", "tune_values=[3.5,4.5]")
+    answer = softmoe("settle", *SHORT, *words)
+    assert answer.code == 2
+    assert "4 of 4 jobs cannot work" in answer.err and "train.steps=4.5: expected whole number" in answer.err
+
+
+@pytest.mark.thorough
 def test_a_plan_starts_nothing(softmoe: Softmoe) -> None:
     answer = softmoe("settle", *SHORT, "model/router=dense,soft", "margin=2", "max_seeds=20", "format=json", "--plan")
     assert answer.code == 0, answer.err

@@ -220,6 +220,25 @@ def test_a_tuned_value_is_fixed_once(tmp_path: Path) -> None:
     assert len((tmp_path / "s-tuning" / TUNED).read_text().splitlines()) == 1
 
 
+def test_a_failed_trial_of_a_list_is_tried_again_until_values_are_given(tmp_path: Path) -> None:
+    launcher = Launcher(tmp_path, {"a": "1", "b": "2"}, {("b", "2")}, most=7)
+    with pytest.raises(KeyboardInterrupt):
+        tuned(launcher)
+    launcher.fails, launcher.most = set(), 1000
+    assert tuned(launcher)["arm=b"] == ["arm=b", "optim.lr=2"]
+
+
+def test_what_was_given_stays_where_runs_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the files that say what tuning found are left as they are."""
+    written: list[int] = []
+    monkeypatch.setattr("softmoe_cli.settle.trials.write_tuning", lambda found, *_: written.append(len(found)))
+    launcher = Launcher(tmp_path, {"a": "1", "b": "2"})
+    first = tuned(launcher)
+    for result in (tmp_path / "s-tuning").glob("*/result.json"):
+        result.unlink()
+    assert tuned(launcher) == first and written == [2] and launcher.ran == 8
+
+
 def test_no_value_is_written_as_null(tmp_path: Path) -> None:
     assert tuned(Launcher(tmp_path, {"a": "null", "b": "1"}), values="tune_values=[null,1]")["arm=a"] == [
         "arm=a",

@@ -79,8 +79,14 @@ def test_a_search_begins_with_the_default_and_with_even_steps() -> None:
     assert first_values(9, 1e-4, 1e-1, 0.003) == [0.003, 0.000562, 0.0178]
     for default in (None, "x", True, 0.5):
         assert first_values(8, 1e-4, 1e-1, default) == [0.000316, 0.00316, 0.0316]
-    assert first_values(8, 1e-4, 1e-1, 0.000562) == [0.000316, 0.00316, 0.0316]
+    assert first_values(8, 1e-4, 1e-1, 0.000562) == [0.000562, 0.00316, 0.0316], "a middle itself is tried too"
+    assert first_values(6, 1e-4, 1e-2, 1e-3) == [1e-3, 0.000316]
     assert first_values(2, 1, 100, 5) == [5, 10] and first_values(2, 1, 100, None) == [3.16, 31.6]
+
+
+def test_a_narrow_range_has_as_many_values() -> None:
+    values = first_values(12, 1.0042, 1.0049, None)
+    assert len(set(values)) == 4 and all(1.0042 <= value <= 1.0049 for value in values)
 
 
 @pytest.mark.thorough  # importing Optuna takes seconds
