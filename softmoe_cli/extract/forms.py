@@ -20,8 +20,9 @@ from softmoe_cli.prune.fold import folded_model, folded_weights
 
 @torch.no_grad()
 def fold(model: Model, vit: VisionTransformer) -> tuple[Model, dict[str, Tensor]]:
-    """A model of one task with one expert in each block, as wide as its k experts together: their hidden units side by
-    side, their outputs added up by the gates, which are constants. Exact, as GELU takes each unit by itself.
+    """A model of one task with one expert in each block, as wide as its k experts and the shared ones together: their
+    hidden units side by side, their outputs added up by the gates, which are constants (1 of shared experts). Exact, as
+    GELU takes each unit by itself.
 
     Raises:
         UsageError: its layers would need different widths, for which a model has one option.
@@ -39,11 +40,16 @@ def fold(model: Model, vit: VisionTransformer) -> tuple[Model, dict[str, Tensor]
         gates, chosen = layer.router.settled()
         w1, b1, w2, b2 = (part[chosen[0]] for part in layer.experts.weights_left())
         start, c = f"blocks.{place}.mlp.experts.", gates[0]
-        weights[f"{start}w1"] = torch.cat(list(w1), dim=1)[None]
-        weights[f"{start}b1"] = b1.flatten()[None]
-        weights[f"{start}w2"] = (c[:, None, None] * w2).flatten(0, 1)[None]
-        weights[f"{start}b2"] = (c[:, None] * b2).sum(dim=0, keepdim=True)
-        alone = {"num_experts": 1, "k": 1, "assigned": None}
+        parts = [(*w1,), (*b1,), (*(c[:, None, None] * w2),), (*(c[:, None] * b2),)]
+        if layer.shared is not None:
+            parts = [(*own, *shared) for own, shared in zip(parts, layer.shared.weights_left(), strict=True)]
+            gone = f"blocks.{place}.mlp.shared."
+            weights = {key: value for key, value in weights.items() if not key.startswith(gone)}
+        weights[f"{start}w1"] = torch.cat(parts[0], dim=1)[None]
+        weights[f"{start}b1"] = torch.cat(parts[1])[None]
+        weights[f"{start}w2"] = torch.cat(parts[2])[None]
+        weights[f"{start}b2"] = torch.stack(parts[3]).sum(dim=0, keepdim=True)
+        alone = {"num_experts": 1, "k": 1, "assigned": None, "shared_experts": 0}
         options[place] |= {key: value for key, value in alone.items() if key in options[place]}
         if "table" in dict(layer.router.named_parameters()):
             weights[f"blocks.{place}.mlp.router.table"] = weights[f"blocks.{place}.mlp.router.table"][:, :1]

@@ -68,7 +68,7 @@ def test_one_task_computes_the_same(kind: str, name: str) -> None:
                 router.table.data[1 - number] = torch.nan
     for parameter in (vit.head.weight, vit.head.bias):
         parameter.data[10 * (1 - number) : 10 * (2 - number)] = torch.nan
-    forms = ["experts"] if kind in ("hybrid", "shared") else ["experts", "folded"]
+    forms = ["experts"] if kind == "hybrid" else ["experts", "folded"]
     for form in forms:
         new = Made.of(form, model, vit, [name])
         assert new.model.tasks is None and len(new.weights["head.weight"]) == 10
@@ -76,8 +76,8 @@ def test_one_task_computes_the_same(kind: str, name: str) -> None:
         got = new.built(torch.float64)(X)
         assert ((got - before).abs().max() / before.abs().max()).item() <= 1e-12
         experts = [block.mlp.experts.w1.shape for block in new.built(torch.float64).blocks]
-        k = vit.blocks[1].mlp.router.k
-        assert experts[1] == ((k, 16, 32) if form == "experts" else (1, 16, 32 * k))
+        k, shared = vit.blocks[1].mlp.router.k, vit.blocks[1].mlp.router.shared_experts
+        assert experts[1] == ((k, 16, 32) if form == "experts" else (1, 16, 32 * (k + shared)))
 
 
 @pytest.mark.parametrize("kind", ["task_choice", "many experts", "static", "hybrid"])
@@ -106,7 +106,10 @@ def test_what_cannot_be_folded() -> None:
 
 
 def test_a_plain_vit_of_one_expert_or_of_parts_of_an_mlp() -> None:
-    for words in (MODELS["plain gates"], ("model.expert_width=16",)):
+    for words in (
+        MODELS["plain gates"], ("model.expert_width=16",),
+        ("model.expert_width=16", "model.router.k=1", "model.router.renormalise=false", *MODELS["shared"]),
+    ):  # fmt: skip
         model, vit = made(*words)
         new = Made.of("dense", model, vit, ["digits"])
         assert new.model.router == {"_target_": None} and off(model, vit, new, "digits") <= 1e-12
