@@ -12,6 +12,7 @@ from softmoe_cli.config.model import Model
 from softmoe_cli.errors import UsageError
 from softmoe_cli.extract.cut import Cut, cut_out, outputs_of, with_routers
 from softmoe_cli.model.vit import build
+from softmoe_cli.model.weights import load_weights
 from softmoe_cli.moe.by_task import TaskRouter
 from softmoe_cli.moe.kind import Layer
 from softmoe_cli.moe.layer import MoE
@@ -109,8 +110,15 @@ class Made:
 
     def built(self, dtype: torch.dtype) -> VisionTransformer:
         vit = build(self.model, len(self.weights["head.weight"])).to(dtype).eval()
-        vit.load_state_dict({key: value.to(dtype) for key, value in self.weights.items()})
+        load_weights(vit, self.weights_as(dtype), keep_head=True, allow_unexpected=[])
         return vit
+
+    def weights_as(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The weights, all but those that are no numbers: which experts are left where some were pruned."""
+        return {
+            key: value.to(dtype).contiguous() if value.is_floating_point() else value
+            for key, value in self.weights.items()
+        }
 
     def blocks(self, whole: VisionTransformer) -> dict[str, dict[str, Any]]:
         """For each block of experts which of them stay, and of how many."""

@@ -97,6 +97,17 @@ def test_plain_gates_of_several_tasks_are_refused() -> None:
         cut_out(model, vit, ["digits", "fashion_mnist"])
 
 
+def test_pruned_experts_stay_pruned() -> None:
+    """Of a block that decides by token, whose experts a finetuning on the mix has pruned."""
+    model, vit = made(*MODELS["hybrid"])
+    vit.blocks[0].mlp.prunable()
+    vit.blocks[0].mlp.leave([1, 2])
+    new = Made.of("experts", model, vit, ["digits"])
+    assert off(model, vit, new, "digits") <= 1e-12
+    assert new.built(torch.float32).blocks[0].mlp.left == [1, 2]
+    assert new.weights_as(torch.float32)["blocks.0.mlp.alive"].dtype == torch.bool
+
+
 def test_what_cannot_be_folded() -> None:
     model, vit = made(*MODELS["hybrid"])
     with pytest.raises(UsageError, match="form=folded: block 0 decides by token or image"):
@@ -164,6 +175,8 @@ def test_a_trained_model_in_every_form(softmoe: Softmoe, clothes: Path, tmp_path
     for mine, theirs in zip(told(softmoe, "evaluate", "checkpoint=both")["tasks"], whole["tasks"], strict=True):
         assert mine.pop("task") == theirs["task"]
         assert mine == pytest.approx({key: theirs[key] for key in mine}, rel=1e-4)
+    tuned = softmoe("finetune", "checkpoint=experts", "data=digits", "train.steps=1", "threads=1", "tracking=off")
+    assert tuned.code == 0, tuned.err[-1500:]
     again = softmoe("extract", run, "task=fashion_mnist", "folder=experts")
     assert again.code == 0 and "holds this already" in again.out
     refused = {
