@@ -4,6 +4,7 @@ import csv
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -145,7 +146,7 @@ def test_each_task_of_a_mix_has_verdicts(tmp_path: Path) -> None:
 def test_mixes_of_other_sets_stand_apart(tmp_path: Path) -> None:
     """Even where they have as many images and classes."""
     for router, name in {"dense": "mnist", "soft": "cifar10"}.items():
-        keys = {"task_digits_top1_pct": 90.0, f"task_{name}_top1_pct": 80.0}
+        keys: dict[str, Any] = {"task_digits_top1_pct": 90.0, f"task_{name}_top1_pct": 80.0}
         write(tmp_path, row(router=router, data="mix", data__name="mix", **keys))
     comparison = asked(tmp_path)
     assert len(comparison.blocks) == 2 and "data.sets cifar10, digits" in comparison.blocks[0].title
