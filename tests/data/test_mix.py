@@ -224,6 +224,13 @@ def test_what_cannot_be(words: tuple[str, ...], says: str) -> None:
     assert says in str(told.value)
 
 
+def test_a_set_with_other_classes_than_it_says_is_named(tmp_path: Path) -> None:
+    config = compose(*mix(write_clothes(tmp_path)), "data.sets=[{data: digits, num_classes: 5}, fashion_mnist]")
+    with pytest.raises(UsageError, match="num_classes=5 is less than the 10 classes found") as told:
+        load(config.data)
+    assert str(told.value).startswith("data.sets, digits: ")
+
+
 def test_the_order_of_sets_is_none() -> None:
     """Or two runs that differ in their numbers would have one signature, and a finetuning would swap its tasks."""
     one, other = (compose("data=mix", f"data.sets=[{sets}]") for sets in ("digits,cifar10", "cifar10,digits"))
