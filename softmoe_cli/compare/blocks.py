@@ -27,7 +27,7 @@ from softmoe_cli.compare.runs import FINGERPRINT, VERSION, FinishedRun, read_run
 from softmoe_cli.compare.settled import as_settled
 from softmoe_cli.compare.verdicts import judge
 from softmoe_cli.errors import UsageError
-from softmoe_cli.run.rows import COSTS, QUALITIES, number
+from softmoe_cli.run.rows import COSTS, QUALITIES, number, of_tasks
 from softmoe_cli.text import shortened
 
 SPLIT_SEED = "data.split_seed"
@@ -144,7 +144,7 @@ def kept_apart(
     return found, list(dict.fromkeys(APART[i] for i in varying))
 
 
-APART = (*EVALUATION, "train.loss", *FINGERPRINT, *VERSION)
+APART = (*EVALUATION, "data.sets", "train.loss", *FINGERPRINT, *VERSION)
 Separated = defaultdict[tuple[str, ...], list[FinishedRun]]
 
 
@@ -177,6 +177,7 @@ def _apart(run: FinishedRun, question: Question) -> tuple[str, ...]:
     seconds = question.clocked or row.get("train.minutes") is not None  # minutes buy more training on better hardware
     return (
         *(said(row.get(key)) for key in EVALUATION),
+        ", ".join(sorted(of_tasks(row, "top1_pct"))),  # other sets may have as many images and classes
         said(row.get("train.loss")) if QUALITIES[question.quality].curve == "loss" else "",
         *(said(row.get(key)) if seconds else "" for key in FINGERPRINT),
         *(said(row.get(key)) if question.strict else "" for key in VERSION),

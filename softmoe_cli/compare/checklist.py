@@ -107,7 +107,7 @@ def checklist(comparison: Comparison, block: Block) -> str:
 def _correction(comparison: Comparison, block: Block) -> str:
     """Over how many comparisons each family was corrected: Holm over 2 in test top-1, over 6 in quality at budgets."""
     names = {"main": measure_name(comparison.quality), "second": measure_name(comparison.second),
-             "budgets": "quality at budgets"}  # fmt: skip
+             "budgets": "quality at budgets", "tasks": "test top-1 of each task"}  # fmt: skip
     told = {names[family]: count for family, count in block.corrected.items()}
     many = [f"over {count} comparisons in {name}" for name, count in told.items() if count > 1]
     few = [name for name, count in told.items() if count == 1]

@@ -9,10 +9,11 @@ from typing import Any
 
 from softmoe_cli.compare.cuts import Spread
 from softmoe_cli.compare.findings import findings
-from softmoe_cli.compare.groups import Block, Comparison, Group, setting
+from softmoe_cli.compare.groups import Block, Comparison, Group, Second, setting
 from softmoe_cli.compare.intervals import Interval
 from softmoe_cli.compare.runs import said_seed
-from softmoe_cli.run.rows import QUALITIES
+from softmoe_cli.compare.verdicts import TASK_MEASURE
+from softmoe_cli.run.rows import QUALITIES, TASK_QUALITY
 from softmoe_cli.text import spreadsheet_cell
 
 
@@ -49,7 +50,11 @@ def _flat(comparison: Comparison, block: Block, group: Group) -> dict[str, Any]:
         "front_probability": group.front_probability,
     }
     row |= _flat_spread("", group.spread) | _flat_spread("difference_", group.difference_spread)
-    row |= _flat_outlook(block, group) | _flat_reached(group) | _flat_second(comparison, group)
+    row |= _flat_outlook(block, group) | _flat_reached(group)
+    if group.second:
+        row |= _flat_beside(comparison.second, group.second, shown=comparison.second in group.intervals)
+    for name, own in group.tasks.items():
+        row |= _flat_beside(TASK_QUALITY.format(name, TASK_MEASURE), own, shown=False)
     for each in group.budgets:
         name = f"{QUALITIES[comparison.quality].curve}_at_{each.axis}_{each.budget!r}"
         row |= _ends(name, each.interval)
@@ -93,11 +98,9 @@ def _flat_reached(group: Group) -> dict[str, Any]:
     )
 
 
-def _flat_second(comparison: Comparison, group: Group) -> dict[str, Any]:
-    key, told = comparison.second, group.second
-    if told is None:
-        return {}
-    row = {} if key in group.intervals else _ends(key, told.interval)
+def _flat_beside(key: str, told: Second, *, shown: bool) -> dict[str, Any]:
+    """A measure beside the main one; `shown`: its mean is in the row already."""
+    row = {} if shown else _ends(key, told.interval)
     row |= _ends(f"{key}_difference", told.difference.interval if told.difference else None)
     verdict = {f"{key}_p_holm": told.p_holm, f"{key}_verdict": told.verdict}
     return row | verdict | _chance(f"{key}_p_better", told.p_better)
@@ -159,6 +162,7 @@ def _group(comparison: Comparison, group: Group) -> dict[str, Any]:
     plain["difference"] = asdict(group.difference) if group.difference else None
     plain["p_better"] = asdict(group.p_better) if group.p_better else None
     plain["second"] = asdict(group.second) if group.second else None
+    plain["tasks"] = {name: asdict(own) for name, own in group.tasks.items()}
     for key in ("spread", "difference_spread"):
         plain[key] = asdict(vars(group)[key]) if vars(group)[key] else None
     plain["reached"] = asdict(group.reached) if group.reached else None

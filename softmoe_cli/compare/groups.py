@@ -58,8 +58,8 @@ class Budgeted:
 
 @dataclass
 class Second:
-    """A group in the second measure: its mean and, against the baseline, difference, verdict, adjusted p-value and the
-    probability to be better."""
+    """A group in the second measure, or in one task of a mix: its mean and, against the baseline, difference, verdict,
+    adjusted p-value and the probability to be better."""
 
     interval: Interval
     difference: Difference | None = None
@@ -76,8 +76,8 @@ class Group:
     run is better than the baseline's of the same seed. `may_be_best`: whether it cannot be ruled out that no group is
     better; None where nothing can be ruled out. `cost_ratio` is the group's cost over the baseline's, both with the
     cost of their checkpoints where that is known; `conditions` say what else was unequal. `at_chance`: no better than
-    guessing, which reaches `chance_pct`. `spread` and, against the baseline, `difference_spread` say how much cuts and
-    seeds vary, where there are several cuts.
+    guessing, which reaches `chance_pct`. `tasks`: of a mix the test top-1 of each task by its name. `spread` and,
+    against the baseline, `difference_spread` say how much cuts and seeds vary, where there are several cuts.
     """
 
     settings: Row
@@ -91,6 +91,7 @@ class Group:
     p_equal_holm: float | None = None
     p_better: Interval | None = None
     second: Second | None = None
+    tasks: dict[str, Second] = field(default_factory=dict)
     spread: Spread | None = None
     difference_spread: Spread | None = None
     reached: Reached | None = None
@@ -140,7 +141,7 @@ class Group:
 @dataclass
 class Block:
     """Groups whose figures may be compared with each other. `corrected`: how many comparisons Holm's correction counted
-    in each of the families main, second and budgets."""
+    in each of the families main, second, budgets and tasks."""
 
     title: str
     groups: list[Group]

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from softmoe_cli.compare.findings import closing, findings, front, headline, provisos, sentences
 from softmoe_cli.compare.groups import Block, Comparison, Group, setting
-from softmoe_cli.compare.units import Unit, cell, chance_cell, difference_cell, figure, titled, unit
+from softmoe_cli.compare.units import Unit, cell, chance_cell, difference_cell, figure, measure_name, titled, unit
+from softmoe_cli.compare.verdicts import TASK_MEASURE
 from softmoe_cli.run.rows import AXES, COSTS, CURVES, QUALITIES
 from softmoe_cli.text import aligned, folded
 
@@ -24,6 +25,10 @@ REACHED_NOTE = (
     "The cost at which the best look so far first reached the quality, linear between looks, geometric mean over "
     "seeds; the ratio is the baseline's cost over the group's, paired by seed where seeds are shared, with the 95% "
     "interval of its logarithm; where a seed never got there, the mean of these seeds has a bound alone"
+)
+TASKS_NOTE = (
+    "Each task's own test images, among its own classes; one family of verdicts over tasks times comparisons: they "
+    "say where a difference comes from, and never replace the main measure's"
 )
 CURVE_NOTE = (
     "Quality on the validation images, each run's curve interpolated linearly and never extrapolated; a point inside a "
@@ -64,7 +69,7 @@ def units(comparison: Comparison) -> dict[str, Unit]:
 
 
 def tables(comparison: Comparison) -> list[Table]:
-    """Per block: groups with their figures; then quality at equal cost; then the second measure."""
+    """Per block: groups with their figures; of a mix then each task; quality at equal cost; the second measure."""
     shown, found = units(comparison), []
     for block in comparison.blocks:
         found.append(_groups(comparison, block, shown))
@@ -167,6 +172,7 @@ def _budgets(comparison: Comparison, block: Block, shown: dict[str, Unit]) -> li
 def _beside(comparison: Comparison, block: Block, shown: dict[str, Unit]) -> list[Table]:
     """The tables beside a block's first one."""
     return [
+        *_tasks(block),
         *_budgets(comparison, block, shown),
         *_reached(comparison, block, shown),
         *_cuts(comparison, block),
@@ -238,6 +244,27 @@ def _second(comparison: Comparison, block: Block) -> list[Table]:
     return [
         Table(f"{block.title}: {QUALITIES[key].title}, beside the main measure", SECOND_NOTE, head, rows, block.title)
     ]
+
+
+def _tasks(block: Block) -> list[Table]:
+    """A table with the test top-1 of each task, where the runs are of a mix."""
+    baselines = {group.baseline for group in block.groups}
+    judged = any(group.difference for group in block.groups)
+    rows = []
+    for name in block.groups[0].tasks:
+        for group in block.groups:
+            own = group.tasks[name]
+            row = [group.label, group.count, name, cell(TASK_MEASURE, own.interval)]
+            if judged:
+                verdict = own.verdict or ("baseline" if group.label in baselines else "")
+                words = [verdict, *(group.conditions if own.verdict else [])]
+                row += [difference_cell(TASK_MEASURE, own.difference), ",\n".join(words), chance_cell(own.p_better)]
+            rows.append(row)
+    if not rows:
+        return []
+    head = ["group", "n", "task", QUALITIES[TASK_MEASURE].title]
+    head += [_minus(block), "verdict", "P(better)"] if judged else []
+    return [Table(f"{block.title}: {measure_name(TASK_MEASURE)} of each task", TASKS_NOTE, head, rows, block.title)]
 
 
 def remarks(comparison: Comparison) -> list[str]:

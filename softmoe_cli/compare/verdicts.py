@@ -27,16 +27,21 @@ from softmoe_cli.compare.reach import reached
 from softmoe_cli.compare.settled import Settled
 from softmoe_cli.compare.units import apart
 from softmoe_cli.errors import UsageError, nearest
-from softmoe_cli.run.rows import COSTS, QUALITIES, number
+from softmoe_cli.run.rows import COSTS, QUALITIES, TASK_QUALITY, number, of_tasks
 
 UNSETTLED = Settled()
 ROUTED = ("model.moe_blocks", "model.expert_init", "model.expert_width")
 """Settings that, like model.router.*, come with a router: they do not help to find the dense control of a group."""
 
 
+TASK_MEASURE = "top1_pct"
+"""What the tasks of a mix are compared by."""
+
+
 def judge(blocks: list[Block], question: Question, looks: PastLooks, settled: Settled = UNSETTLED) -> None:
-    """Every group against its baseline, at the end, in the second measure and at the budgets: three families per table,
-    Holm's correction in each. The any-time rule judges where seeds were added after a look, and settled studies."""
+    """Every group against its baseline, at the end, in the second measure, at the budgets and in each task of a mix: a
+    family of each per table, Holm's correction in each. The any-time rule judges where seeds were added after a look,
+    and settled studies."""
     matched = 0
     keys = list(
         dict.fromkeys(key for block in blocks for group in block.groups for run in group.runs for key in run.row)
@@ -45,6 +50,7 @@ def judge(blocks: list[Block], question: Question, looks: PastLooks, settled: Se
         candidates = settled.candidates(block.groups) or _candidates(block.groups, question.baseline, keys)
         matched += len(candidates)
         _second_means(block, question)
+        _task_means(block)
         _judge_block(block, candidates, question, looks, settled.family)
         _judge_notes(block, candidates)
         _look_notes(block, question, looks, settled)
@@ -59,7 +65,6 @@ def judge(blocks: list[Block], question: Question, looks: PastLooks, settled: Se
 def _judge_block(block: Block, candidates: list[Group], question: Question, looks: PastLooks, family: int) -> None:
     higher = QUALITIES[question.quality].better == "higher"
     ends: dict[str, Difference] = {}
-    second: dict[str, Difference] = {}
     common: dict[tuple[str, int], Difference] = {}
     for group in block.groups:
         baseline = None if group in candidates else _nearest_group(group, candidates)
@@ -80,9 +85,10 @@ def _judge_block(block: Block, candidates: list[Group], question: Question, look
         _conditions(group, baseline, question.cost)
         _to_quality(group, baseline, rule, question, block.notes)
         if group.second and baseline.second:
-            group.second.difference = second[group.label] = rule.difference(
-                group.values(question.second), baseline.values(question.second)
-            )
+            group.second.difference = rule.difference(group.values(question.second), baseline.values(question.second))
+        for name, own in group.tasks.items():
+            key = TASK_QUALITY.format(name, TASK_MEASURE)
+            own.difference = rule.difference(group.values(key), baseline.values(key))
         for place, (ours, theirs) in enumerate(zip(group.budgets, baseline.budgets, strict=True)):
             if ours.interval and theirs.interval:
                 ours.difference = common[group.label, place] = rule.difference(
@@ -92,19 +98,30 @@ def _judge_block(block: Block, candidates: list[Group], question: Question, look
     _spreads(block, question.quality)
     for label, told in verdicts(ends, higher_is_better=higher, family=family).items():
         of[label].verdict, of[label].p_holm, of[label].p_equal_holm = told
-    second_higher = QUALITIES[question.second].better == "higher"
-    for label, told in verdicts(second, higher_is_better=second_higher, family=family).items():
-        beside = of[label].second
-        assert beside is not None
-        beside.verdict, beside.p_holm = told.word, told.p
-        beside.p_better = beats(second[label], higher_is_better=second_higher)
+    beside = {group.label: group.second for group in block.groups if group.second}
+    second = _judge_beside(beside, QUALITIES[question.second].better == "higher", family)
+    names = block.groups[0].tasks
+    by_task = {(group.label, name): own for group in block.groups for name, own in group.tasks.items()}
+    told_of_tasks = _judge_beside(by_task, QUALITIES[TASK_MEASURE].better == "higher", family * len(names))
     for (label, place), told in verdicts(common, higher_is_better=higher, family=family).items():
         of[label].budgets[place].verdict = told.word
     undecided = [label for label in ends if of[label].verdict in (OPEN, FEW)]
     block.outlook = outlook(ends, undecided, question.margin, family)
     families: dict[str, Mapping[Any, Difference]] = {"main": ends, "second": second, "budgets": common}
     block.corrected = {name: max(family, len(tested(each))) for name, each in families.items() if each}
+    if told_of_tasks:
+        block.corrected["tasks"] = max(family * len(names), len(tested(told_of_tasks)))
     _best(block, question, looks)
+
+
+def _judge_beside(beside: Mapping[Any, Second], higher_is_better: bool, family: int) -> dict[Any, Difference]:
+    """Verdicts of one family beside the main one, written into it; returns the differences that they are of."""
+    found = {key: own.difference for key, own in beside.items() if own.difference}
+    for key, told in verdicts(found, higher_is_better=higher_is_better, family=family).items():
+        own = beside[key]
+        own.verdict, own.p_holm = told.word, told.p
+        own.p_better = beats(found[key], higher_is_better=higher_is_better)
+    return found
 
 
 class _Rule:
@@ -193,6 +210,18 @@ def _second_means(block: Block, question: Question) -> None:
     else:
         for group in block.groups:
             group.second = Second(mean_interval(independent(group.values(key))))
+
+
+def _task_means(block: Block) -> None:
+    """The test top-1 of each task in every group, where all runs are of a mix and say it."""
+    runs = [run for group in block.groups for run in group.runs]
+    for name in of_tasks(runs[0].row, TASK_MEASURE):
+        key = TASK_QUALITY.format(name, TASK_MEASURE)
+        if all(number(run.row.get(key)) for run in runs):
+            for group in block.groups:
+                group.tasks[name] = Second(mean_interval(independent(group.values(key))))
+        else:
+            block.notes.append(f"not every run has {key}, and so that task has no verdicts")
 
 
 def _conditions(group: Group, baseline: Group, cost: str) -> None:

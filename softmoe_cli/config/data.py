@@ -102,8 +102,8 @@ class Data(Section):
         "exemplars: fixed views of each class for validation, and as many others for test", low=1, absent=True
     )
     sets: Any = option(
-        "mix: the sets, each of which is a task: [digits,fashion_mnist], or with options: [digits, {data: folder, "
-        "name: site_a, root: PATH, num_classes: 3, image_size: 28}]",
+        "mix: the sets in any order, each of which is a task: [digits,fashion_mnist], or with options: [digits, {data: "
+        "folder, name: site_a, root: PATH, num_classes: 3, image_size: 28}]",
         absent=True,
     )
     temperature: Any = option(

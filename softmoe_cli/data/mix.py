@@ -108,6 +108,6 @@ def _joined(parts: Sequence[ImageSet], classes: Sequence[int]) -> MixedSet:
 def task_shares(sizes: Sequence[int], temperature: float | str) -> Float64[Tensor, " t"]:
     """How large a share of all draws each set of so many images gets: in proportion to size^(1/temperature); `inf`: all
     the same (Kudugunta et al., 2021, https://arxiv.org/abs/2110.03742, Section 4.1)."""
-    power = 0.0 if temperature == "inf" else 1 / float(temperature)
+    power = 0.0 if temperature == "inf" else min(1 / float(temperature), 1e300)  # near 0: the largest alone
     logits = power * torch.tensor(sizes, dtype=torch.float64).log()  # a power of a large number might be infinite
     return logits.softmax(dim=0)

@@ -14,6 +14,7 @@ from softmoe_cli.data.known import cifar, cifar_part, digits, fashion_mnist
 from softmoe_cli.data.listing import check_num_classes, usable
 from softmoe_cli.data.mix import mixed
 from softmoe_cli.data.splits import ImageSet, Splits, split
+from softmoe_cli.errors import UsageError
 
 
 def num_classes(data: Data, splits: Splits) -> int:
@@ -28,10 +29,17 @@ def load(data: Data) -> Splits:
         UsageError: files that are missing, unreadable or damaged, or too few of them; the message names them.
     """
     if data.sets is not None:
-        return mixed(data, [load(own) for own in data.of_sets()])
+        return mixed(data, [_of_a_mix(own) for own in data.of_sets()])
     splits = _read(data)
     check_num_classes(data, splits.classes)
     return splits
+
+
+def _of_a_mix(own: Data) -> Splits:
+    try:
+        return load(own)
+    except UsageError as error:
+        raise UsageError(f"data.sets, {own.name}: {error}") from error
 
 
 def _read(data: Data) -> Splits:

@@ -93,7 +93,7 @@ def extract(config: ExtractConfig, model: Model, source: Source) -> dict[str, An
     prepare(whole, device, "fp32")
     new = made.built(torch.float32)
     prepare(new, device, "fp32")
-    weights = {key: value.float().contiguous() for key, value in made.weights.items()}
+    weights = made.weights_as(torch.float32)
     receipt: dict[str, Any] = {"source": {"checkpoint": source.label, "digest": source.digest}, "settings": settings}
     receipt |= {"result": {"digest": digest_of(weights)}, "blocks": made.blocks(whole)}
     receipt["of_each"] = {

@@ -12,6 +12,7 @@ from softmoe_cli.config.model import Model
 from softmoe_cli.errors import UsageError
 from softmoe_cli.extract.cut import Cut, cut_out, outputs_of, with_routers
 from softmoe_cli.model.vit import build
+from softmoe_cli.model.weights import load_weights
 from softmoe_cli.moe.by_task import TaskRouter
 from softmoe_cli.moe.kind import Layer
 from softmoe_cli.moe.layer import MoE
@@ -20,8 +21,9 @@ from softmoe_cli.prune.fold import folded_model, folded_weights
 
 @torch.no_grad()
 def fold(model: Model, vit: VisionTransformer) -> tuple[Model, dict[str, Tensor]]:
-    """A model of one task with one expert in each block, as wide as its k experts together: their hidden units side by
-    side, their outputs added up by the gates, which are constants. Exact, as GELU takes each unit by itself.
+    """A model of one task with one expert in each block, as wide as its k experts and the shared ones together: their
+    hidden units side by side, their outputs added up by the gates, which are constants (1 of shared experts). Exact, as
+    GELU takes each unit by itself.
 
     Raises:
         UsageError: its layers would need different widths, for which a model has one option.
@@ -39,11 +41,16 @@ def fold(model: Model, vit: VisionTransformer) -> tuple[Model, dict[str, Tensor]
         gates, chosen = layer.router.settled()
         w1, b1, w2, b2 = (part[chosen[0]] for part in layer.experts.weights_left())
         start, c = f"blocks.{place}.mlp.experts.", gates[0]
-        weights[f"{start}w1"] = torch.cat(list(w1), dim=1)[None]
-        weights[f"{start}b1"] = b1.flatten()[None]
-        weights[f"{start}w2"] = (c[:, None, None] * w2).flatten(0, 1)[None]
-        weights[f"{start}b2"] = (c[:, None] * b2).sum(dim=0, keepdim=True)
-        alone = {"num_experts": 1, "k": 1, "assigned": None}
+        parts = [(*w1,), (*b1,), (*(c[:, None, None] * w2),), (*(c[:, None] * b2),)]
+        if layer.shared is not None:
+            parts = [(*own, *shared) for own, shared in zip(parts, layer.shared.weights_left(), strict=True)]
+            gone = f"blocks.{place}.mlp.shared."
+            weights = {key: value for key, value in weights.items() if not key.startswith(gone)}
+        weights[f"{start}w1"] = torch.cat(parts[0], dim=1)[None]
+        weights[f"{start}b1"] = torch.cat(parts[1])[None]
+        weights[f"{start}w2"] = torch.cat(parts[2])[None]
+        weights[f"{start}b2"] = torch.stack(parts[3]).sum(dim=0, keepdim=True)
+        alone = {"num_experts": 1, "k": 1, "assigned": None, "shared_experts": 0}
         options[place] |= {key: value for key, value in alone.items() if key in options[place]}
         if "table" in dict(layer.router.named_parameters()):
             weights[f"blocks.{place}.mlp.router.table"] = weights[f"blocks.{place}.mlp.router.table"][:, :1]
@@ -103,8 +110,15 @@ class Made:
 
     def built(self, dtype: torch.dtype) -> VisionTransformer:
         vit = build(self.model, len(self.weights["head.weight"])).to(dtype).eval()
-        vit.load_state_dict({key: value.to(dtype) for key, value in self.weights.items()})
+        load_weights(vit, self.weights_as(dtype), keep_head=True, allow_unexpected=[])
         return vit
+
+    def weights_as(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The weights, all but those that are no numbers: which experts are left where some were pruned."""
+        return {
+            key: value.to(dtype).contiguous() if value.is_floating_point() else value
+            for key, value in self.weights.items()
+        }
 
     def blocks(self, whole: VisionTransformer) -> dict[str, dict[str, Any]]:
         """For each block of experts which of them stay, and of how many."""

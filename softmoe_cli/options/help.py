@@ -137,7 +137,7 @@ def usage(command: str, arguments: Sequence[str]) -> str:
         return "\n".join([USAGE[command], "", bold("options"), *rows])
     if command == "settle":
         values, own = load_yaml(conf_folder() / "settle.yaml"), list(options(SettleConfig))
-        foot = "All other options are those of softmoe train --help all, or softmoe finetune --help all."
+        foot = "All other options are those of softmoe train, or finetune: --help all."
         return "\n".join([USAGE[command], "", bold("options"), *(_option_row(o, values) for o in own), "", foot])
     if command not in SCHEMAS:
         return USAGE[command]

@@ -74,7 +74,8 @@ def resolve(command: str, tree: dict[str, Any], typed: Sequence[str]) -> "tuple[
 def require_same_tasks(model: Model, source: "Source") -> None:
     """Raises UsageError where a checkpoint's routers decide for other tasks than the data have."""
     theirs = source.card.get("model", {}).get("tasks")
-    if theirs and theirs != model.tasks and any("num_tasks" in each for each in model.routers):
+    same = theirs == model.tasks and list(theirs or {}) == list(model.tasks or {})  # their order is the routers'
+    if theirs and not same and any("num_tasks" in each for each in model.routers):
         own = ", ".join(model.tasks) if model.tasks else "one and no name for it"
         raise UsageError(
             f"checkpoint={source.label} routes by its tasks, {', '.join(theirs)}, and the data have {own}; softmoe "

@@ -13,8 +13,8 @@ OF_LABELS = ("class", "classes", "labels", "label_range", "tasks")
 
 
 def spell_sets(tree: dict[str, Any]) -> None:
-    """In a composed configuration, replaces data.sets by all options of each set, by the sets' names; and where nothing
-    else is typed takes channels, classes and size from them.
+    """In a composed configuration, replaces data.sets by all options of each set, by the sets' names in alphabetical
+    order; and where nothing else is typed takes channels, classes and size from them.
 
     Raises:
         UsageError: there is no such set, or one is named twice.
@@ -24,12 +24,12 @@ def spell_sets(tree: dict[str, Any]) -> None:
         return
     if data.get("temperature") == math.inf:
         data["temperature"] = "inf"  # no number in JSON
-    if isinstance(data.get("sets"), str) and data["sets"] != "???":
+    if isinstance(data.get("sets"), str | int | float) and data["sets"] != "???":
         raise UsageError(f"data.sets={data['sets']} is no list; write data.sets=[{data['sets']},OTHER]")
-    if data.get("name") == MIX_NAME and data.get("format") is None and data.get("sets") in (None, "???"):
+    if data.get("name") == MIX_NAME and data.get("format") is None and data.get("sets") in (None, "???", []):
         raise UsageError(
-            "data=mix does not say of what; name its sets: data.sets=[digits,fashion_mnist] (of a checkpoint's own mix "
-            "nothing is typed)"
+            "data=mix does not say of what; name its sets: data.sets=[digits,fashion_mnist] (softmoe evaluate and "
+            "extract take a checkpoint's own mix where no data= is typed)"
         )
     if not isinstance(data.get("sets"), list):
         return
@@ -40,7 +40,7 @@ def spell_sets(tree: dict[str, Any]) -> None:
             way = "" if options["format"] is None else "; give each its own name, as {data: folder, name: site_a, …}"
             raise UsageError(f"data.sets names {options['name']} twice, and a set is one task{way}")
         sets[options["name"]] = options
-    data["sets"] = sets
+    data["sets"] = {name: sets[name] for name in sorted(sets)}  # the same sets in another order are the same mix
     of_each: dict[str, Callable[[list[int]], int]] = {"channels": max, "num_classes": sum, "image_size": max}
     for key, of_all in of_each.items():
         if data.get(key) == "???":
@@ -59,7 +59,7 @@ def _spelt_out(entry: Any) -> dict[str, Any]:
         raise UsageError(
             "data.sets names exemplars; a mix is of sets as they are: name the set that they are taken from"
         )
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise UsageError(f"data.sets: there is no set '{name}'.{nearest(str(name), known)}")
     file = laid("data", name)
     own = {key: value for key, value in given.items() if key != "data"}
@@ -76,6 +76,7 @@ def _spelt_out(entry: Any) -> dict[str, Any]:
     if file["format"] is None and own.get("name", file["name"]) != file["name"]:
         raise UsageError(f"data.sets, {name}: a set that softmoe knows keeps its name; leave out name={own['name']}")
     options = {key: (file | own)[key] for key in OF_A_SET if key != "root" or "root" in own}
+    options["name"] = str(options["name"])
     for key in ("num_classes", "image_size"):
         if type(options[key]) is not int:
             raise UsageError(f"data.sets, {options['name']}: say {key}, which a mix must know before it reads a file")

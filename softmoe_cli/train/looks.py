@@ -42,11 +42,10 @@ class Looks:
         with self.recording.progress.booked("eval"):
             found = routing_statistics(model, next(self._batches(setup.splits.validation, [0])), setup.autocast)
             shots = self._few_shots() if setup.config.train.fewshot else {}
-        tasks = setup.config.data.tasks
+        found = [(place, each, told_by_name(told, setup.config.data.tasks)) for place, each, told in found]
         earlier = self.recording.run.rows("routing.jsonl") if any(told for *_, told in found) else []
         of_tasks: dict[str, float] = {}
         for place, numbers, told in found:
-            told |= told_by_name(told, tasks)
             numbers |= changes(earlier, int(place["block"]), told)
             if "task_experts" in told:
                 of_tasks |= taken_by(int(place["block"]), told, self._experts(int(place["block"])))

@@ -48,9 +48,10 @@ def task_rows(model: VisionTransformer, tasks: Mapping[str, int] | None) -> list
 
 
 def told_by_name(told: Mapping[str, Any], tasks: Mapping[str, int] | None) -> dict[str, Any]:
-    """What a look says of a block beside numbers, with the tasks by their names."""
+    """What a look says of a block beside numbers, with the tasks by their names; of a single task, which has no name,
+    nothing: which experts it takes says its model."""
     if tasks is None or "task_experts" not in told:
-        return dict(told)
+        return {key: each for key, each in told.items() if key != "task_experts"}
     return {**told, "task_experts": dict(zip(tasks, map(sorted, told["task_experts"]), strict=True))}
 
 

@@ -4,6 +4,7 @@ import csv
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -113,6 +114,42 @@ def test_the_second_measure_has_verdicts_of_its_own(tmp_path: Path) -> None:
     mixed = asked(tmp_path, quality="validation_top1_pct")
     assert group(mixed, "soft").second is None
     assert any("validation_loss is another loss in some runs" in note for note in mixed.blocks[0].notes)
+
+
+def test_each_task_of_a_mix_has_verdicts(tmp_path: Path) -> None:
+    """Better at one task and the same at the other; the family counts tasks times comparisons."""
+    for seed, noise in enumerate((0.3, -0.2, 0.1, -0.3, 0.2)):
+        for router, gains in {"dense": (0.0, 0.0), "soft": (2 + noise, noise), "image_choice": (noise, -noise)}.items():
+            keys = {"task_digits_top1_pct": 80 + seed + gains[0], "task_clothes_top1_pct": 70 - seed + gains[1]}
+            write(tmp_path, row(router=router, seed=seed, data="mix", data__name="mix", **keys))
+    comparison = asked(tmp_path)
+    soft, (block,) = group(comparison, "soft"), comparison.blocks
+    one, other = soft.tasks["digits"], soft.tasks["clothes"]
+    assert one.difference is not None and other.difference is not None and one.difference.p is not None
+    assert one.interval.mean == pytest.approx(84.02) and one.difference.interval.mean == pytest.approx(2.02)
+    assert (one.verdict, other.verdict, block.corrected["tasks"]) == ("better", "not distinguishable", 4)
+    assert one.p_holm == pytest.approx(4 * one.difference.p), "the smallest of four"
+    assert soft.second is not None and soft.p_holm != one.p_holm
+    (table,) = [each for each in tables(comparison) if each.title.endswith("test top-1 of each task")]
+    assert table.head[:5] == ["group", "n", "task", "test top-1, %", "minus dense"]
+    lines = {(line[0], line[2]): line for line in table.rows}
+    assert lines["soft", "digits"][5].startswith("better,") and lines["dense", "clothes"][5] == "baseline"
+    assert "digits  " in terminal(comparison) and "| digits |" in " ".join(markdown(comparison).split())
+    (flat,) = [each for each in csv.DictReader(comma_separated(comparison).splitlines()) if each["group"] == "soft"]
+    assert flat["task_digits_top1_pct_verdict"] == "better"
+    assert float(flat["task_clothes_top1_pct_difference_mean"]) == other.difference.interval.mean
+    told = json.loads(json_text(comparison))["blocks"][0]["groups"]
+    assert {each["label"]: each["tasks"]["digits"]["p_holm"] for each in told}["soft"] == one.p_holm
+    assert "over 4 comparisons in test top-1 of each task" in sentences(comparison, block)[-1]
+
+
+def test_mixes_of_other_sets_stand_apart(tmp_path: Path) -> None:
+    """Even where they have as many images and classes."""
+    for router, name in {"dense": "mnist", "soft": "cifar10"}.items():
+        keys: dict[str, Any] = {"task_digits_top1_pct": 90.0, f"task_{name}_top1_pct": 80.0}
+        write(tmp_path, row(router=router, data="mix", data__name="mix", **keys))
+    comparison = asked(tmp_path)
+    assert len(comparison.blocks) == 2 and "data.sets cifar10, digits" in comparison.blocks[0].title
 
 
 def test_the_checklist_counts_runs_that_failed(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import itertools
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from softmoe_cli.data.order import Epochs, TaskDraws, mixed_stream
 from softmoe_cli.data.sets import load
 from softmoe_cli.data.splits import ImageSet
 from softmoe_cli.errors import UsageError
+from softmoe_cli.options.inherit import require_same_tasks
 from softmoe_cli.run.identity import flat_science, signature
 from tests.conftest import Softmoe
 from tests.mixes import mix, write_clothes
@@ -196,6 +198,9 @@ def test_one_set_says_nothing_of_mixes() -> None:
     ("words", "says"),
     [
         (("data=mix",), "data=mix does not say of what; name its sets"),
+        (("data=mix", "data.sets=[]"), "data=mix does not say of what; name its sets"),
+        (("data=mix", "data.sets=5"), "data.sets=5 is no list"),
+        (("data=mix", "data.sets=[{data: [digits]},cifar10]"), "there is no set '['digits']'"),
         (("data=mix", "data.sets=[digits]"), "data.sets=[digits] is no mix; name at least two sets"),
         (("data=mix", "data.sets=[digits,digits]"), "data.sets names digits twice, and a set is one task"),
         (("data=mix", "data.sets=[digits,mix]"), "a mix is of sets alone"),
@@ -209,7 +214,7 @@ def test_one_set_says_nothing_of_mixes() -> None:
         (("data=mix", "data.sets=[digits,cifar10]", "data.temperature=0"), "data.temperature=0 is out of range"),
         (("data=mix", "data.sets=[digits,cifar10]", "augment.mixup=0.2"), "two images, which data=mix may have of two"),
         (("data=mix", "data.sets=[digits,cifar10]", "train.fewshot=[1]"), "is of the classes of one set"),
-        (("data.sets=[digits,cifar10]",), "data.sets=[digits,cifar10] has no effect on data=digits; say data=mix"),
+        (("data.sets=[digits,cifar10]",), "data.sets=[cifar10,digits] has no effect on data=digits; say data=mix"),
         (("data.temperature=3",), "data.temperature=3 has no effect on data=digits"),
     ],
 )  # fmt: skip
@@ -219,9 +224,29 @@ def test_what_cannot_be(words: tuple[str, ...], says: str) -> None:
     assert says in str(told.value)
 
 
+def test_a_set_with_other_classes_than_it_says_is_named(tmp_path: Path) -> None:
+    config = compose(*mix(write_clothes(tmp_path)), "data.sets=[{data: digits, num_classes: 5}, fashion_mnist]")
+    with pytest.raises(UsageError, match="num_classes=5 is less than the 10 classes found") as told:
+        load(config.data)
+    assert str(told.value).startswith("data.sets, digits: ")
+
+
+def test_the_order_of_sets_is_none() -> None:
+    """Or two runs that differ in their numbers would have one signature, and a finetuning would swap its tasks."""
+    one, other = (compose("data=mix", f"data.sets=[{sets}]") for sets in ("digits,cifar10", "cifar10,digits"))
+    assert list(one.data.sets) == list(other.data.sets) == list(one.model.tasks) == ["cifar10", "digits"]
+    assert one == other
+    theirs = dict(reversed(one.model.tasks.items()))
+    source: Any = SimpleNamespace(label="old", card={"model": {"tasks": theirs}})
+    one.model.router["num_tasks"] = None
+    with pytest.raises(UsageError, match="routes by its tasks, digits, cifar10, and the data have cifar10, digits"):
+        require_same_tasks(one.model, source)
+
+
 def test_temperature_may_be_infinite() -> None:
     data = compose("data=mix", "data.sets=[digits,cifar10]", "data.temperature=inf").data
     assert data.temperature == "inf" and task_shares([5, 500], data.temperature).tolist() == [0.5, 0.5]
+    assert task_shares([5, 500], 1e-320).tolist() == [0, 1]
 
 
 def test_sets_are_checked_one_by_one(softmoe: Softmoe) -> None:

@@ -68,7 +68,7 @@ def test_one_task_computes_the_same(kind: str, name: str) -> None:
                 router.table.data[1 - number] = torch.nan
     for parameter in (vit.head.weight, vit.head.bias):
         parameter.data[10 * (1 - number) : 10 * (2 - number)] = torch.nan
-    forms = ["experts"] if kind in ("hybrid", "shared") else ["experts", "folded"]
+    forms = ["experts"] if kind == "hybrid" else ["experts", "folded"]
     for form in forms:
         new = Made.of(form, model, vit, [name])
         assert new.model.tasks is None and len(new.weights["head.weight"]) == 10
@@ -76,8 +76,8 @@ def test_one_task_computes_the_same(kind: str, name: str) -> None:
         got = new.built(torch.float64)(X)
         assert ((got - before).abs().max() / before.abs().max()).item() <= 1e-12
         experts = [block.mlp.experts.w1.shape for block in new.built(torch.float64).blocks]
-        k = vit.blocks[1].mlp.router.k
-        assert experts[1] == ((k, 16, 32) if form == "experts" else (1, 16, 32 * k))
+        k, shared = vit.blocks[1].mlp.router.k, vit.blocks[1].mlp.router.shared_experts
+        assert experts[1] == ((k, 16, 32) if form == "experts" else (1, 16, 32 * (k + shared)))
 
 
 @pytest.mark.parametrize("kind", ["task_choice", "many experts", "static", "hybrid"])
@@ -97,6 +97,17 @@ def test_plain_gates_of_several_tasks_are_refused() -> None:
         cut_out(model, vit, ["digits", "fashion_mnist"])
 
 
+def test_pruned_experts_stay_pruned() -> None:
+    """Of a block that decides by token, whose experts a finetuning on the mix has pruned."""
+    model, vit = made(*MODELS["hybrid"])
+    vit.blocks[0].mlp.prunable()
+    vit.blocks[0].mlp.leave([1, 2])
+    new = Made.of("experts", model, vit, ["digits"])
+    assert off(model, vit, new, "digits") <= 1e-12
+    assert new.built(torch.float32).blocks[0].mlp.left == [1, 2]
+    assert new.weights_as(torch.float32)["blocks.0.mlp.alive"].dtype == torch.bool
+
+
 def test_what_cannot_be_folded() -> None:
     model, vit = made(*MODELS["hybrid"])
     with pytest.raises(UsageError, match="form=folded: block 0 decides by token or image"):
@@ -106,7 +117,10 @@ def test_what_cannot_be_folded() -> None:
 
 
 def test_a_plain_vit_of_one_expert_or_of_parts_of_an_mlp() -> None:
-    for words in (MODELS["plain gates"], ("model.expert_width=16",)):
+    for words in (
+        MODELS["plain gates"], ("model.expert_width=16",),
+        ("model.expert_width=16", "model.router.k=1", "model.router.renormalise=false", *MODELS["shared"]),
+    ):  # fmt: skip
         model, vit = made(*words)
         new = Made.of("dense", model, vit, ["digits"])
         assert new.model.router == {"_target_": None} and off(model, vit, new, "digits") <= 1e-12
@@ -161,6 +175,8 @@ def test_a_trained_model_in_every_form(softmoe: Softmoe, clothes: Path, tmp_path
     for mine, theirs in zip(told(softmoe, "evaluate", "checkpoint=both")["tasks"], whole["tasks"], strict=True):
         assert mine.pop("task") == theirs["task"]
         assert mine == pytest.approx({key: theirs[key] for key in mine}, rel=1e-4)
+    tuned = softmoe("finetune", "checkpoint=experts", "data=digits", "train.steps=1", "threads=1", "tracking=off")
+    assert tuned.code == 0, tuned.err[-1500:]
     again = softmoe("extract", run, "task=fashion_mnist", "folder=experts")
     assert again.code == 0 and "holds this already" in again.out
     refused = {
