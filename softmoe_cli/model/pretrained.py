@@ -105,6 +105,7 @@ def timm_card(name: str) -> dict[str, Any]:
             "moe_blocks": [],
             "blocks": {},
             "expert_width": None,
+            "tasks": None,
             "head": "linear",
             "head_experts": None,
             "head_norm": None,

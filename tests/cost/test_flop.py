@@ -82,6 +82,7 @@ def test_formula_equals_torchs_counter(name: str) -> None:
 def test_formula_equals_torchs_counter_for_every_router(router: str) -> None:
     """At three image sizes with and without recomputation, and where a group of images is not full."""
     options = [] if router == "dense" else ["model.router.num_experts=3"]
+    options += ["model.router.num_tasks=1"] if "num_tasks" in YAMLS[router] else []
     grouped = "images_per_group" in YAMLS[router]
     for size, recompute in ((14, False), (28, False), (28, True), (42, True)):
         model = composed(
