@@ -36,7 +36,7 @@ MIXTURES: dict[str, tuple[str, ...]] = dict.fromkeys(ROUTERS, ()) | {
     "soft, other routers in single blocks": (
         "model.moe_blocks=[1,2,3]", "model.blocks={1: tokens_choice_dropless, 3: {num_experts: 3}}",
     )
-}  # fmt: skip
+} | {name: ("model.router.num_tasks=1",) for name, options in ROUTERS.items() if "num_tasks" in options}  # fmt: skip
 """What is chosen beside a router."""
 
 

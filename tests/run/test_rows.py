@@ -17,6 +17,7 @@ from softmoe_cli.options.help import options
 from softmoe_cli.run import rows
 from softmoe_cli.run.rows import COSTS, EVERY, FEWSHOT, LOOK, QUALITIES, RESULT, ROUTING, TRAIN
 from tests.conftest import TINY, Softmoe
+from tests.routers import ROUTERS
 
 
 def test_a_run_writes_what_is_declared(softmoe: Softmoe, tmp_path: Path) -> None:
@@ -48,13 +49,12 @@ def test_a_run_writes_what_is_declared(softmoe: Softmoe, tmp_path: Path) -> None
 
 def test_every_statistic_is_some_routers() -> None:
     found: set[str] = set()
-    for name, file in files("model/router").items():
-        if load_yaml(file).get("_target_") is not None:
-            router = make_router(load_yaml(file), 16, 16)
-            own = router(torch.randn(4, 16, 16)).statistics() | router.statistics()
-            assert own.keys() <= ROUTING.keys(), name
-            found |= own.keys()
-    assert found == ROUTING.keys() - {"format", "step", "block", "beside"}
+    for name, own_options in ROUTERS.items():
+        router = make_router(own_options, 16, 16)
+        own = router(torch.randn(4, 16, 16)).statistics() | router.statistics()
+        assert own.keys() <= ROUTING.keys(), name
+        found |= own.keys()
+    assert found == ROUTING.keys() - {"format", "step", "block", "beside", "task_changes"}  # of looks, not of routers
 
 
 def test_what_is_declared_fits_together() -> None:
