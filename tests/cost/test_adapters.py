@@ -113,7 +113,9 @@ def test_predicted_memory_of_adapters_is_the_allocators(name: str, router: str, 
     assert predicted.peak_bytes == pytest.approx(allocated_peak(config), rel=0.02)
     assert predicted.held_bytes == predicted.gradient_bytes + predicted.optimizer_bytes, "no frozen weights"
     full = predict(load(composed("train.batch_size=32", *more, router=router)))
-    assert predicted.gradient_bytes < full.gradient_bytes / 5 and predicted.peak_bytes < full.peak_bytes
+    assert predicted.gradient_bytes < full.gradient_bytes / 5
+    if "train.recompute=true" not in more:  # what adapters add to the one block that is there at a time may be more
+        assert predicted.peak_bytes < full.peak_bytes
 
 
 @pytest.mark.long
