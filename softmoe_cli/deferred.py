@@ -117,5 +117,6 @@ def _run(package: ModuleType) -> bool:
         finally:
             _running.remove(package.__name__)
         package.__loader__ = spec.loader = whole
-        package.__class__ = ModuleType  # type: ignore[assignment]
+        whole_package: ModuleType = package
+        whole_package.__class__ = ModuleType
         return True

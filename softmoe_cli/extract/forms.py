@@ -76,10 +76,10 @@ class OneTask(nn.Module):
         return logits[:, self.outputs]
 
 
-def one_task(model: Model, vit: nn.Module, name: str) -> OneTask:
+def one_task(model: Model, vit: VisionTransformer, name: str) -> OneTask:
     """`OneTask` of a model that knows the task of this name among others, or no other."""
     if model.tasks is None:
-        return OneTask(vit, None, range(vit.num_classes))  # type: ignore[arg-type]
+        return OneTask(vit, None, range(vit.num_classes))
     return OneTask(vit, list(model.tasks).index(name), outputs_of(model.tasks, [name]))
 
 

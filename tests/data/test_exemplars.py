@@ -40,6 +40,11 @@ def pixels(images: Tensor | None) -> list[bytes]:
     return [image.numpy().tobytes() for image in images]
 
 
+def source_images(splits: Splits) -> torch.Tensor:
+    assert splits.train.images is not None
+    return splits.train.images
+
+
 def parts(splits: Splits) -> list[list[bytes]]:
     return [pixels(part.images) for part in (splits.train, splits.validation, splits.test)]
 
@@ -111,7 +116,7 @@ def test_training_views_never_come_again() -> None:
     raw = pixels((made * 127.5 + 127.5).round().to(torch.uint8))
     assert len(set(raw)) == 640 and not set(raw) & set(itertools.chain(*parts(splits)))
     labels = torch.cat([batch[1].argmax(dim=1) for batch in some(splits, data, 40)])
-    source = (splits.train.images.float() - 127.5) / 127.5  # type: ignore[union-attr]
+    source = (source_images(splits).float() - 127.5) / 127.5
     means = torch.stack([made[labels == label].mean(dim=0) for label in range(10)])
     nearest = torch.cdist(means.flatten(1), source.flatten(1)).argmin(dim=1)
     assert nearest.tolist() == list(range(10))
@@ -123,7 +128,7 @@ def test_strength_0_is_the_source() -> None:
     train, validation, test = parts(splits)
     assert validation == test == train * 3
     for batch in some(splits, data):
-        want = splits.train.images[batch[1].argmax(dim=1)]  # type: ignore[index]
+        want = source_images(splits)[batch[1].argmax(dim=1)]
         torch.testing.assert_close(batch[0], want.float() / 127.5 - 1, atol=1e-6, rtol=0)
 
 
@@ -147,7 +152,7 @@ def test_who_reads_training_images_sees_the_images_themselves() -> None:
     chosen = splits.train.subset(torch.arange(5, 15).numpy())
     assert chosen.strength == 1
     seen = next(eval_batches(chosen, data, image_size=8, in_chans=1, batch_size=10, device=CPU))
-    torch.testing.assert_close(seen[0] * 127.5 + 127.5, splits.train.images[5:15].float())  # type: ignore[index]
+    torch.testing.assert_close(seen[0] * 127.5 + 127.5, source_images(splits)[5:15].float())
 
 
 def test_pixels_and_head_follow_the_source() -> None:
