@@ -30,7 +30,7 @@ OF_THE_MIX = ("root", "crop", "area", "split_seed", "workers", "prefetch", "memo
 """What all sets of a mix have in common."""
 IDLE_IN_A_MIX: dict[str, Any] = {
     "format": None, "label": None, "class_numbers": False, "crop_pct": None, "from_file": False, "mean": [0.0],
-    "std": [1.0], "validation_fraction": 0.1, "test_fraction": 0.2,
+    "std": [1.0], "validation_fraction": 0.1, "test_fraction": 0.2, "cache": None,
 }  # fmt: skip
 """What a mix leaves to its sets, with what stands there instead."""
 
@@ -83,6 +83,10 @@ class Data(Section):
     )
     prefetch: int = option("batches that each of these processes decodes ahead", low=1)
     memory_gib: float = option("files that decode to more than this are read from disk as it goes", low=0)
+    cache: str | None = option(
+        "folder for decoded squares of image_size pixels, in one file that is written once and mapped into memory; "
+        "null: each run decodes"
+    )
     max_megapixels: float = option("larger images are refused before they are decoded", above=0)
     source: str | None = option(
         "exemplars: the set whose training images are taken, as classes of one image each; root, label and so on are "
@@ -127,7 +131,7 @@ class Data(Section):
         if self.sets is None:
             return [self]
         common = {key: getattr(self, key) for key in OF_THE_MIX}
-        common |= {"class_numbers": False, "from_file": False, **dict.fromkeys(OF_EXEMPLARS)}
+        common |= {"class_numbers": False, "from_file": False, "cache": None, **dict.fromkeys(OF_EXEMPLARS)}
         common |= {"sets": None, "temperature": None}
         return [Data(**common | own) for own in self.sets.values()]
 
@@ -170,10 +174,15 @@ class Data(Section):
                     f"data.name={self.name} is not one of {', '.join(KNOWN_SETS)}.{nearest(self.name, KNOWN_SETS)} "
                     f"For files of your own set data.format: {', '.join(DATA_FORMATS)}"
                 )
-            given = {"label": self.label, "crop_pct": self.crop_pct, "from_file": self.from_file or None}
+            given = {key: getattr(self, key) or None for key in ("label", "crop_pct", "from_file", "cache")}
             for key, value in given.items():
                 if value is not None:
                     raise UsageError(f"data.{key}={value} has no effect on data={self.name}, which has no files")
+        if self.cache is not None and self.from_file:
+            raise UsageError(
+                f"data.cache={self.cache} keeps squares of data.image_size pixels, and data.from_file=true cuts every "
+                "image from its file; say data.from_file=false data.image_size=256, or data.cache=null"
+            )
         if self.format == "folder" and self.label is not None:
             raise UsageError(f"data.label={self.label} has no effect with data.format=folder: folders are the labels")
         if self.class_numbers and self.test_fraction != 1:

@@ -208,8 +208,8 @@ class Config(Section):
 NOT_SCIENCE = (
     "output_root", "study", "name", "tracking", "wandb", "device", "threads", "devices", "parallel", "restarts",
     "checkpoint", "base", "trust", "data.root", "data.workers", "data.prefetch", "data.memory_gib",
-    "data.max_megapixels", "data.crop", "data.area", "train.default_epochs", "train.max_tokens", "train.log_every",
-    "train.eval_batch_size", "train.fewshot", "train.save_seconds", "slots",
+    "data.cache", "data.max_megapixels", "data.crop", "data.area", "train.default_epochs", "train.max_tokens",
+    "train.log_every", "train.eval_batch_size", "train.fewshot", "train.save_seconds", "slots",
 )  # fmt: skip
 """Keys that are left out of the signature: they change where, when or how fast a run goes but never its numbers, or
 only other programs read them. (The number that `slots` becomes stands in model.router.)"""

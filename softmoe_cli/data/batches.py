@@ -265,10 +265,10 @@ def _raw(
 ) -> Iterator[tuple[int, Int64[Tensor, " r"], UInt8[Tensor, "r c s s"]]]:
     """Step, indices and pixels of each batch of `order`."""
     if images.images is not None:
-        in_memory = images.images.to(device)
+        decoded = images.images.to(device) if isinstance(images.images, Tensor) else images.images
         for step, index in order:
             moved = index.to(device)
-            yield step, moved, in_memory[moved]
+            yield step, moved, decoded[moved].to(device)
     else:
         order, ahead = tee(order)
         pixels = _pixels_of_files(images, data, image_size, ahead, changes, device)
@@ -321,7 +321,8 @@ def eval_batches(
         return
     pixels = _Pixels.of(data, in_chans, image_size, device)
     if images.images is not None:
-        raws: Iterator[Tensor] = (images.images[index] for index in indices)
+        decoded = images.images
+        raws: Iterator[Tensor] = (decoded[index] for index in indices)
     else:
         raws = _pixels_of_files(images, data, image_size, enumerate(indices), None, device)
     for index, raw in zip(indices, raws, strict=True):

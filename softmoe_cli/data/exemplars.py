@@ -69,7 +69,7 @@ def _chosen(train: ImageSet, data: Data) -> tuple[list[int], UInt8[Tensor, "k c 
         done += len(index)
         some = train.subset(index)
         if some.images is not None:
-            pixels = some.images
+            pixels = torch.stack(list(some.images))
         else:
             assert some.files is not None
             pixels = squares(some.files, data)

@@ -7,6 +7,7 @@ import torch
 
 from softmoe_cli.config.data import Data
 from softmoe_cli.data.archives import Stored
+from softmoe_cli.data.cache import cached
 from softmoe_cli.data.decode import squares
 from softmoe_cli.data.exemplars import exemplars
 from softmoe_cli.data.found import IDX_NAMES, idx_paths
@@ -71,15 +72,16 @@ def _stored(data: Data) -> Splits:
     listed = usable(data)
     total = sum(len(labels) for _, labels in listed.parts.values())
     in_memory = not data.from_file and total * data.channels * data.image_size**2 <= data.memory_gib * 2**30
-    sets = {part: _image_set(stored, labels, data, in_memory) for part, (stored, labels) in listed.parts.items()}
+    on_disk = {} if data.cache is None else cached(listed, data)
+
+    def of(part: str, stored: Stored, labels: np.ndarray) -> ImageSet:
+        images = on_disk.get(part) or (squares(stored, data) if in_memory else None)
+        return ImageSet(torch.from_numpy(labels), images, data.image_size, data.channels, stored)
+
+    sets = {part: of(part, *lies) for part, lies in listed.parts.items()}
     splits = split(sets, listed.classes, data)
 
     def mixed(images: ImageSet) -> ImageSet:
         return images.subset(np.random.default_rng(0).permutation(len(images)))
 
     return replace(splits, validation=mixed(splits.validation), test=mixed(splits.test), notes=listed.notes)
-
-
-def _image_set(stored: Stored, labels: np.ndarray, data: Data, in_memory: bool) -> ImageSet:
-    images = squares(stored, data) if in_memory else None
-    return ImageSet(torch.from_numpy(labels), images, data.image_size, data.channels, stored)

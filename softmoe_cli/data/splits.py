@@ -9,13 +9,15 @@ from torch import Tensor
 
 from softmoe_cli.config.data import Data
 from softmoe_cli.data.archives import Stored
+from softmoe_cli.data.cache import Mapped
 from softmoe_cli.data.cut import cut
 from softmoe_cli.errors import UsageError
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Labelled images: decoded in memory, or (`images` is None) files that are decoded as they are asked for.
+    """Labelled images: decoded, in memory or in a file, or (`images` is None) files that are decoded as they are asked
+    for.
 
     Decoded images are squares of `side` pixels with `channels` channels. Where `strength` is a number, every training
     batch has new views of them, of that strength (`softmoe_cli/data/views.py`); who reads them otherwise sees the
@@ -23,7 +25,7 @@ class ImageSet:
     """
 
     labels: Int64[Tensor, " n"]
-    images: UInt8[Tensor, "n c s s"] | None
+    images: UInt8[Tensor, "n c s s"] | Mapped | None
     side: int
     channels: int
     files: Stored | None = None
@@ -34,7 +36,8 @@ class ImageSet:
 
     def subset(self, index: np.ndarray) -> "ImageSet":
         chosen = torch.as_tensor(index)
-        images = None if self.images is None else self.images[chosen]
+        images = self.images.subset(index) if isinstance(self.images, Mapped) else self.images
+        images = images[chosen] if isinstance(images, Tensor) else images
         files = None if self.files is None else self.files.subset(index)
         return replace(self, labels=self.labels[chosen], images=images, files=files)
 

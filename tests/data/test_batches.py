@@ -199,7 +199,7 @@ def test_grey_images_are_repeated() -> None:
         torch.testing.assert_close(colour, grey.expand(-1, 3, -1, -1), atol=0, rtol=0)
     data = folder(Path(), mean=[0.1, 0.2, 0.3], std=[0.5, 0.6, 0.7])
     (colour, *_), *_ = eval_batches(images, data, image_size=SIDE, in_chans=3, batch_size=10, device=CPU)
-    assert images.images is not None
+    assert isinstance(images.images, torch.Tensor)
     for channel in range(3):
         want = (images.images[:, 0].float() / 255 - data.mean[channel]) / data.std[channel]
         torch.testing.assert_close(colour[:, channel], want)

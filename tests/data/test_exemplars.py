@@ -13,6 +13,7 @@ from torch import Tensor
 
 from softmoe_cli.config.data import KNOWN_SETS, Data
 from softmoe_cli.data.batches import Batch, eval_batches
+from softmoe_cli.data.cache import Mapped
 from softmoe_cli.data.contents import identity
 from softmoe_cli.data.sets import is_here, load
 from softmoe_cli.data.splits import Splits
@@ -35,13 +36,13 @@ def settings(**changes: Any) -> Data:
     return replace(_settings(), num_classes=None, **changes).settled()
 
 
-def pixels(images: Tensor | None) -> list[bytes]:
+def pixels(images: Tensor | Mapped | None) -> list[bytes]:
     assert images is not None
     return [image.numpy().tobytes() for image in images]
 
 
 def source_images(splits: Splits) -> torch.Tensor:
-    assert splits.train.images is not None
+    assert isinstance(splits.train.images, torch.Tensor)
     return splits.train.images
 
 

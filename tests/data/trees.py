@@ -62,6 +62,7 @@ def same(a: Splits, b: Splits) -> bool:
 
 def pixels(images: ImageSet) -> Tensor:
     if images.images is not None:
+        assert isinstance(images.images, Tensor)
         return images.images
     stored = images.files
     assert stored is not None
