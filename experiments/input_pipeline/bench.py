@@ -5,10 +5,10 @@ python experiments/input_pipeline/bench.py [--images 960] [--batch 32] [--rounds
 Writes JPEG files of 500 x 375 pixels once. In each round the loaders, in an order that turns, are started, warmed up,
 timed in the middle of an epoch, where every worker is busy, and ended; what is timed ends at a normalised float32 batch
 on the CPU. timm has two loaders: with its prefetcher, which is its default and normalises whole batches in the main
-process as softmoe does, and without. `cached` is softmoe with data.cache: squares of 256 pixels that were decoded before
-the first round, cut and mirrored a batch at a time, which sees other parts of an image than the others do. Training: random resized crop (area 0.08 to 1, bicubic), mirroring. Evaluation:
-shorter side 256, centre 224. Prints, per setting, the mean of the rounds' ratios and its 95% interval by Student's t,
-both of their logarithms.
+process as softmoe does, and without. `cached` is softmoe with data.cache: squares of 256 pixels that were decoded
+before they are asked for, cut and mirrored a batch at a time, without workers. Training: random resized crop (area 0.08
+to 1, bicubic), mirroring. Evaluation: shorter side 256, centre 224 (cached: the square, resized). Prints, per setting,
+the mean of the rounds' ratios and its 95% interval by Student's t, both of their logarithms.
 """
 
 import argparse
