@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from softmoe_cli import answers
 from softmoe_cli.errors import UsageError, nearest
 from softmoe_cli.run.rows import AXES, COSTS, QUALITIES
 
@@ -71,6 +72,7 @@ def compare_folders(arguments: Sequence[str]) -> int:
 
 def _compare(chosen: argparse.Namespace, drawn: "Drawing") -> int:
     from softmoe_cli.compare.blocks import compare
+    from softmoe_cli.compare.flat import everything
     from softmoe_cli.compare.looks import record_look
     from softmoe_cli.compare.question import Question
     from softmoe_cli.compare.send import send, tracking_mode
@@ -92,8 +94,11 @@ def _compare(chosen: argparse.Namespace, drawn: "Drawing") -> int:
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     shown = [run for group in comparison.groups for run in group.runs]
     unrecorded = record_look(shown, comparison.quality, comparison.margin)
-    print("\n".join([terminal(comparison, width), *(f"- {each}" for each in unrecorded)]))
-    print(f"\n{files_told(files, out, width)}")
+    if answers.wanted():
+        answers.answer(everything(comparison) | {"folder": str(out), "files": files, "unrecorded": unrecorded})
+    else:
+        print("\n".join([terminal(comparison, width), *(f"- {each}" for each in unrecorded)]))
+        print(f"\n{files_told(files, out, width)}")
     if mode != "off":
         send(comparison, question, files, out, mode, print, project=chosen.project)
     return 0
