@@ -6,7 +6,6 @@ import gc
 import io
 import os
 import sys
-import tempfile
 import traceback
 import typing
 from collections.abc import Callable, Sequence
@@ -223,6 +222,8 @@ def _sweep(command: str, arguments: list[str], more: Sequence[str]) -> Jobs:
     admit(Sweep)
     Sweep.run, Sweep.last = staticmethod(run), None
     if "--plan" in arguments:
+        import tempfile
+
         with tempfile.TemporaryDirectory() as folder:  # Hydra writes its own files there
             arguments = [argument for argument in arguments if argument != "--plan"]
             return Jobs(command, [*arguments, "hydra.launcher.plan=true", f"hydra.sweep.dir={folder}"])

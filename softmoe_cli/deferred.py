@@ -12,7 +12,6 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
@@ -45,7 +44,7 @@ def defer_packages() -> None:
         sys.meta_path.insert(0, _Finder())
 
 
-class _Finder(MetaPathFinder):
+class _Finder:  # a MetaPathFinder, whose class would import zip files, temporary files and what those need
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name not in PACKAGES or target is not None:  # a target is a module that is to be loaded again
             return None
@@ -56,8 +55,8 @@ class _Finder(MetaPathFinder):
         return spec
 
 
-class _Loader(Loader):
-    def __init__(self, whole: Loader) -> None:
+class _Loader:
+    def __init__(self, whole: Any) -> None:
         self.whole = whole
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
