@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from typing import Any, TextIO
+from typing import Any
 
 from softmoe_cli.errors import UsageError
 
@@ -21,7 +21,7 @@ FORMATTED = (
 )  # fmt: skip
 """Commands with an option `format`, for which --json is format=json."""
 
-_listening: list[TextIO] = []
+_listening: list[int] = []
 
 
 def wanted() -> bool:
@@ -36,7 +36,11 @@ def answer(value: Any) -> None:
 
 def say(text: str) -> None:
     """Prints an answer that is text already."""
-    print(text, file=_listening[-1] if _listening else sys.stdout, flush=True)
+    if not _listening:
+        print(text)
+        return
+    with os.fdopen(os.dup(_listening[-1]), "w", encoding="utf-8") as out:
+        print(text, file=out)
 
 
 def _finite(value: Any) -> Any:
@@ -77,12 +81,12 @@ def for_programs() -> Iterator[None]:
     """Inside, `answer` alone prints on standard output: what this process and those that it starts say otherwise goes
     to standard error."""
     sys.stdout.flush()
-    with os.fdopen(os.dup(1), "w", encoding="utf-8") as out:
-        os.dup2(2, 1)
-        _listening.append(out)
-        try:
-            with redirect_stdout(sys.stderr):
-                yield
-        finally:
-            _listening.pop()
-            os.dup2(out.fileno(), 1)
+    _listening.append(os.dup(1))
+    os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        out = _listening.pop()
+        os.dup2(out, 1)
+        os.close(out)

@@ -14,7 +14,12 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from importlib.abc import Loader, MetaPathFinder
+else:  # to import those classes is to import temporary files, random numbers and more; Python asks for their methods
+    Loader = MetaPathFinder = object
 
 PACKAGES: Mapping[str, Mapping[str, str]] = {
     "numpy.f2py": {},
@@ -44,7 +49,7 @@ def defer_packages() -> None:
         sys.meta_path.insert(0, _Finder())
 
 
-class _Finder:  # a MetaPathFinder, whose class would import zip files, temporary files and what those need
+class _Finder(MetaPathFinder):
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name not in PACKAGES or target is not None:  # a target is a module that is to be loaded again
             return None
@@ -55,8 +60,8 @@ class _Finder:  # a MetaPathFinder, whose class would import zip files, temporar
         return spec
 
 
-class _Loader:
-    def __init__(self, whole: Any) -> None:
+class _Loader(Loader):
+    def __init__(self, whole: Loader) -> None:
         self.whole = whole
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
