@@ -1,20 +1,18 @@
 """What is typed: the commands and their exit statuses. torch, timm and wandb are imported by the command that needs
 them."""
 
-import dataclasses
 import functools
 import gc
 import io
-import json
 import os
 import sys
-import tempfile
 import traceback
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from softmoe_cli import answers
 from softmoe_cli.config.commands import (
     CostConfig,
     DataCheckConfig,
@@ -27,10 +25,11 @@ from softmoe_cli.config.data import check_channels
 from softmoe_cli.config.run import Config
 from softmoe_cli.config.settle import FAIR_KEYS
 from softmoe_cli.deferred import defer_packages
-from softmoe_cli.errors import UsageError, first_line, nearest
+from softmoe_cli.errors import UsageError, nearest
 from softmoe_cli.failures import defect, ours
-from softmoe_cli.options.compose import Jobs, admit, changed, door, other_model, overlay, plain, say_once, tree_of
+from softmoe_cli.options.compose import Jobs, admit, changed, door, other_model, overlay, plain, say_once
 from softmoe_cli.options.usage import COMMANDS, HELP
+from softmoe_cli.run.finished import finished
 from softmoe_cli.signals import interruptible, leave, nobody_listens
 from softmoe_cli.text import printable_lines
 
@@ -54,12 +53,23 @@ def main() -> None:
 
 
 def run(arguments: Sequence[str]) -> tuple[int, str]:
-    """Runs a command line; returns its exit status and, where an error caused it, the sentence that says why."""
+    """Runs a command line; returns its exit status and, where an error caused it, the sentence that says why. With
+    --json that is an answer too."""
+    if not answers.asked(arguments):
+        return _run(arguments)
+    with answers.for_programs():
+        code, text = _run(arguments)
+        if text:
+            answers.answer({"error": text, "status": code})
+    return code, text
+
+
+def _run(arguments: Sequence[str]) -> tuple[int, str]:
     debug = "--debug" in arguments
     trains = arguments[:1] in (["train"], ["finetune"], ["settle"])
     try:
         with interruptible(functools.partial(_stopped, trains)):
-            command, words = _command([argument for argument in arguments if argument != "--debug"])
+            command, words = _command(answers.as_option([word for word in arguments if word != "--debug"]))
             return ACTIONS[command](words), ""
     except KeyboardInterrupt as error:
         if debug:
@@ -115,21 +125,25 @@ def _require_command(word: str) -> None:
 
 
 def _help(words: list[str]) -> int:
-    if not words:
-        print(HELP)
-        return 0
-    _require_command(words[0])
-    from softmoe_cli.options.help import usage
+    text = HELP
+    if words:
+        _require_command(words[0])
+        from softmoe_cli.options.help import usage
 
-    print(usage(words[0], words[1:]))
+        text = usage(words[0], words[1:])
+    return _tell("help", text)
+
+
+def _tell(what: str, text: str) -> int:
+    """Prints a text; for a program as the value of `what`."""
+    answers.answer({what: text}) if answers.wanted() else print(text)
     return 0
 
 
 def _version(_words: list[str]) -> int:
     from importlib.metadata import version
 
-    print(version("softmoe-cli"))
-    return 0
+    return _tell("version", version("softmoe-cli"))
 
 
 # --- commands that train ----------------------------------------------------------------------------------------------
@@ -155,13 +169,15 @@ def _learn(command: str, arguments: list[str]) -> int:
     for config, typed in jobs:
         with jobs.attempt():
             checked, source = resolve(command, plain(config, Config), typed)
-            _train(command, checked, source)
+            folder = _train(command, checked, source)
+            if answers.wanted() and os.environ.get("RANK", "0") == "0":
+                answers.answer({"folder": str(folder), **(finished(folder) or {})})
     jobs.end()
     return 0
 
 
-def _train(command: str, config: Config, source: Any) -> None:
-    """One run; torch is imported where it is needed. `source`: the weights that it begins with."""
+def _train(command: str, config: Config, source: Any) -> Path:
+    """One run, and its folder; torch is imported where it is needed. `source`: the weights that it begins with."""
     from softmoe_cli.run import mirror
     from softmoe_cli.terminal import Screen
     from softmoe_cli.train.first import Images, ended, what_runs
@@ -173,19 +189,20 @@ def _train(command: str, config: Config, source: Any) -> None:
         from softmoe_cli.data.contents import identity
 
         images = Images(identity(config.data, to_train=True))
-        if ended(config, command, source, images, screen):
-            return
+        before = ended(config, command, source, images, screen)
+        if before is not None:
+            return before
     mirror.check(config)
     if config.devices > 1 and not together:
         from softmoe_cli.launch.devices import launch
 
-        launch(config, command)
-        return
+        return launch(config, command)
     from softmoe_cli.train.loop import train
     from softmoe_cli.train.setup import begin
 
     with begin(config, command, source, screen, images) as begun:
         train(begun)
+        return begun.run.folder
 
 
 def _sweep(command: str, arguments: list[str], more: Sequence[str]) -> Jobs:
@@ -205,12 +222,16 @@ def _sweep(command: str, arguments: list[str], more: Sequence[str]) -> Jobs:
     admit(Sweep)
     Sweep.run, Sweep.last = staticmethod(run), None
     if "--plan" in arguments:
+        import tempfile
+
         with tempfile.TemporaryDirectory() as folder:  # Hydra writes its own files there
             arguments = [argument for argument in arguments if argument != "--plan"]
             return Jobs(command, [*arguments, "hydra.launcher.plan=true", f"hydra.sweep.dir={folder}"])
     jobs = Jobs(command, arguments)
     if Sweep.last is not None:
         Sweep.last.report()
+        if answers.wanted():
+            answers.answer(Sweep.last.told())
     return jobs
 
 
@@ -235,11 +256,14 @@ def _groups(command: str, arguments: list[str]) -> int:
             checked, _ = resolve(command, plain(config, Config), typed)
             from softmoe_cli.cost.flop import on_meta
             from softmoe_cli.data import sets
-            from softmoe_cli.optim import freeze, table
+            from softmoe_cli.optim import freeze, settings, table
 
             vit = on_meta(checked.model, checked.data.num_classes or len(sets.load(checked.data).classes))
             freeze(vit, checked.optim.freeze)
-            print(table(vit, checked.optim))
+            if answers.wanted():
+                answers.answer([row.told() for row in settings(vit, checked.optim)])
+            else:
+                print(table(vit, checked.optim))
     jobs.end()
     return 0
 
@@ -275,7 +299,7 @@ def _cost(arguments: list[str]) -> int:
     if models:
         from softmoe_cli.cost.command import costs, show_costs
 
-        print(show_costs(costs(models), models[0].format, many=_many(arguments)))
+        answers.say(show_costs(costs(models), models[0].format, many=_many(arguments)))
     return code
 
 
@@ -284,7 +308,8 @@ def _match(config: Any, typed: list[str]) -> int:
     checked = door(tree, MatchConfig)
     from softmoe_cli.cost.match import match, show_match
 
-    print(show_match(match(checked, other_model(checked.to, typed), functools.partial(changed, tree)), checked))
+    best = match(checked, other_model(checked.to, typed), functools.partial(changed, tree))
+    answers.say(show_match(best, checked))
     return 0
 
 
@@ -425,47 +450,21 @@ def _check(arguments: list[str]) -> int:
         raise UsageError(
             f"softmoe check takes one router and its options as KEY=VALUE, got {' '.join(names) or 'none'}"
         )
-    import yaml
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    from softmoe_cli.check.command import check_as_typed
 
-    from softmoe_cli.check.command import check_router, options_to_check
-
-    options = options_to_check(names[0])
-    for argument in arguments:
-        if "=" in argument:
-            try:
-                options |= tree_of(OmegaConf.from_dotlist([argument]))
-            except (yaml.YAMLError, OmegaConfBaseException) as error:
-                raise UsageError(f"cannot read '{argument}': {first_line(error)}") from error
-    outcomes = check_router(options)
-    for outcome in outcomes:
-        print(f"{outcome.verdict:<5} {outcome.name:<30} {outcome.figure}")
-    failed = sum(outcome.verdict == "fail" for outcome in outcomes)
-    passed = sum(outcome.verdict == "pass" for outcome in outcomes)
-    print(f"{names[0]}: {passed} passed, {failed} failed, {len(outcomes) - passed - failed} not applicable")
-    return 1 if failed else 0
+    return check_as_typed(names[0], [argument for argument in arguments if "=" in argument])
 
 
 def _status(arguments: list[str]) -> int:
-    """`softmoe status`: prints the table, or JSON."""
-    unknown = [a for a in arguments if a.startswith("-") and a != "--json"]
-    folders = [Path(a) for a in arguments if not a.startswith("-")]
-    if unknown:
-        raise UsageError(f"softmoe status has no option {unknown[0]}; it has --json")
-    if not folders and not Path("outputs").is_dir():
-        raise UsageError("there is no folder outputs here; softmoe status FOLDER takes a study, a sweep or a run")
-    from softmoe_cli.run.status import read_states, show_states
+    from softmoe_cli.run.status import status_as_typed
 
-    states = read_states(folders or [Path("outputs")], newest_first=not folders)
-    print(json.dumps([dataclasses.asdict(state) for state in states]) if "--json" in arguments else show_states(states))
-    return 0
+    return status_as_typed(arguments)
 
 
 def _list(arguments: list[str]) -> int:
-    from softmoe_cli.options.list import list_choices
+    from softmoe_cli.options.list import list_as_typed
 
-    print(list_choices(arguments))
+    list_as_typed(arguments)
     return 0
 
 

@@ -2,21 +2,27 @@
 
 To import `timm.layers` is to import `timm` first, and with it every family of models that timm has; and of torchvision
 one class is enough to import its detectors, and behind them torch's compiler. A command uses one family and no
-detector. Here a package is there at once, its submodules can be imported, and the first name that it lacks runs its
-__init__, after that of the package around it: from then on it is the package that everybody knows. Nothing of it is
-left out or replaced, so that code of one's own sees no difference.
+detector. scipy asks numpy for all that it has, and so for its Fortran compiler. Here a package is there at once, its
+submodules can be imported, and the first name that it lacks runs its __init__, after that of the package around it:
+from then on it is the package that everybody knows. Nothing of it is left out or replaced, so that code of one's own
+sees no difference.
 """
 
 import sys
 import threading
 from collections.abc import Mapping, Sequence
 from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from importlib.abc import Loader, MetaPathFinder
+else:  # to import those classes is to import temporary files, random numbers and more; Python asks for their methods
+    Loader = MetaPathFinder = object
 
 PACKAGES: Mapping[str, Mapping[str, str]] = {
+    "numpy.f2py": {},
     "timm": {"__version__": "version"},
     "timm.data": dict.fromkeys(
         (

@@ -21,6 +21,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from softmoe_cli import answers
 from softmoe_cli.config.adapter import no_adapter
 from softmoe_cli.config.commands import ExportConfig
 from softmoe_cli.config.model import Model
@@ -314,7 +315,7 @@ def push(folder: Path, name: str) -> str:
 def show_export(receipt: dict[str, Any], form: str) -> None:
     """Prints a receipt as a table or as JSON."""
     if form == "json":
-        print(json.dumps(receipt))
+        answers.answer(receipt)
         return
     rows = {"from": receipt["source"]["checkpoint"]}
     for name, found in receipt["programs"].items():

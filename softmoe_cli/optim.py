@@ -67,6 +67,11 @@ class Setting:
     def frozen(self) -> bool:
         return not self.parameter.requires_grad
 
+    def told(self) -> dict[str, Any]:
+        """The row for a program."""
+        row = {"parameter": self.name, "shape": list(self.parameter.shape), "layer": self.layer, "frozen": self.frozen}
+        return row | {"lr_scale": self.lr_scale, "weight_decay": self.weight_decay}
+
 
 def settings(model: nn.Module, optim: Optim) -> list[Setting]:
     """A row for every parameter. Stacked experts are in their block's layer, with the decay of the matrices and biases

@@ -5,7 +5,6 @@ that off for minutes. The system's handler behind it writes the signal's number 
 main thread is doing, and a thread reads it there.
 """
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -122,7 +121,8 @@ def leave_now(code: int, text: str = "", terminal: bytes = b"") -> NoReturn:
 
 def end_children() -> None:
     """Kills the processes that this one has started, and what those have started in groups of their own."""
-    for child in multiprocessing.active_children():
+    multiprocessing = sys.modules.get("multiprocessing")  # not imported for this alone: the Tab key is waiting
+    for child in multiprocessing.active_children() if multiprocessing is not None else ():
         assert child.pid is not None
         with suppress(ProcessLookupError):
             os.kill(child.pid, signal.SIGKILL)

@@ -3,12 +3,18 @@
 import inspect
 import os
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from softmoe_cli import answers
 from softmoe_cli.check.laws import (
     DIM,
     FAULTS,
@@ -47,6 +53,7 @@ from softmoe_cli.check.official import (
 from softmoe_cli.errors import UsageError, first_line, nearest
 from softmoe_cli.model.router import router_class
 from softmoe_cli.moe.kind import Decider
+from softmoe_cli.options.compose import tree_of
 from softmoe_cli.options.conf_files import files, load_yaml
 
 
@@ -162,3 +169,24 @@ def check_router(options: dict[str, Any]) -> list[Outcome]:
         raise UsageError(f"{error} (the checks build it for {TOKENS} tokens of width {DIM})") from error
     torch.set_num_threads(1)
     return [run_check(name, subject) for name in CHECKS]
+
+
+def check_as_typed(name: str, options: Sequence[str]) -> int:
+    """Checks the router of that name with its options as KEY=VALUE, and prints the report; 1 if a check failed."""
+    chosen = options_to_check(name)
+    for word in options:
+        try:
+            chosen |= tree_of(OmegaConf.from_dotlist([word]))
+        except (yaml.YAMLError, OmegaConfBaseException) as error:
+            raise UsageError(f"cannot read '{word}': {first_line(error)}") from error
+    outcomes = check_router(chosen)
+    count = Counter(outcome.verdict for outcome in outcomes)
+    if answers.wanted():
+        laws = [{"law": each.name, "verdict": each.verdict, "figure": each.figure} for each in outcomes]
+        answers.answer({"router": name, "passed": count["pass"], "failed": count["fail"], "laws": laws})
+    else:
+        for outcome in outcomes:
+            print(f"{outcome.verdict:<5} {outcome.name:<30} {outcome.figure}")
+        rest = len(outcomes) - count["pass"] - count["fail"]
+        print(f"{name}: {count['pass']} passed, {count['fail']} failed, {rest} not applicable")
+    return 1 if count["fail"] else 0

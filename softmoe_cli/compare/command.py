@@ -10,10 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from softmoe_cli import answers
 from softmoe_cli.errors import UsageError, nearest
 from softmoe_cli.run.rows import AXES, COSTS, QUALITIES
 
 if TYPE_CHECKING:
+    from softmoe_cli.compare.drawing import Drawing
     from softmoe_cli.compare.question import Question
 
 
@@ -62,7 +64,15 @@ def compare_folders(arguments: Sequence[str]) -> int:
         UsageError: an option, a folder or a key that cannot work.
     """
     chosen = _parse(arguments)
+    from softmoe_cli.compare.drawing import drawing
+
+    with drawing() as drawn:  # before numpy is imported
+        return _compare(chosen, drawn)
+
+
+def _compare(chosen: argparse.Namespace, drawn: "Drawing") -> int:
     from softmoe_cli.compare.blocks import compare
+    from softmoe_cli.compare.flat import everything
     from softmoe_cli.compare.looks import record_look
     from softmoe_cli.compare.question import Question
     from softmoe_cli.compare.send import send, tracking_mode
@@ -77,14 +87,18 @@ def compare_folders(arguments: Sequence[str]) -> int:
     comparison = compare(chosen.folders, question)
     if reference is not None:
         comparison.reference_name, comparison.reference = reference
+    drawn.begin(comparison)
     first = chosen.folders[0]
     out = chosen.out or (first if first.is_dir() else first.parent) / "compare"
-    files = write_comparison(comparison, out)
+    files = write_comparison(comparison, out, drawn.files)
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     shown = [run for group in comparison.groups for run in group.runs]
     unrecorded = record_look(shown, comparison.quality, comparison.margin)
-    print("\n".join([terminal(comparison, width), *(f"- {each}" for each in unrecorded)]))
-    print(f"\n{files_told(files, out, width)}")
+    if answers.wanted():
+        answers.answer(everything(comparison) | {"folder": str(out), "files": files, "unrecorded": unrecorded})
+    else:
+        print("\n".join([terminal(comparison, width), *(f"- {each}" for each in unrecorded)]))
+        print(f"\n{files_told(files, out, width)}")
     if mode != "off":
         send(comparison, question, files, out, mode, print, project=chosen.project)
     return 0

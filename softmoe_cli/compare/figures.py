@@ -8,10 +8,12 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backend_bases import RendererBase
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.text import Text
 
 from softmoe_cli.compare.findings import provisos
 from softmoe_cli.compare.groups import Block, Comparison, Group
@@ -62,6 +64,17 @@ def drawn_files(name: str, draw: Callable[[], Figure]) -> dict[str, bytes]:
     return files
 
 
+def rehearse() -> None:
+    """Draws one word in every form, which imports whatever matplotlib imports on the way: to be ready."""
+
+    def word() -> Figure:
+        figure = Figure(figsize=(1, 1))
+        figure.text(0, 0, "word")
+        return figure
+
+    drawn_files("word", word)
+
+
 def _panels(comparison: Comparison, draw: Callable[[Axes, Comparison, Block], float], *, apart: bool) -> Figure:
     """A panel per block, one below the other, each with its legend beside it, where the legend covers nothing."""
     other = apart and bool(comparison.reference) and not same_axes(comparison)
@@ -96,6 +109,23 @@ def safe(text: str) -> str:
     return f" {shown}" if shown.startswith("_") else shown
 
 
+class _Line(Text):
+    """One line of text that begins at its place. matplotlib's own draws the same, and measures it anew in each form to
+    find where it ends, which takes as long as the drawing."""
+
+    def draw(self, renderer: RendererBase) -> None:
+        x, y = self.get_transform().transform(self.get_position())
+        if renderer.flipy():
+            y = renderer.get_canvas_width_height()[1] - y
+        renderer.open_group("text")
+        with_colour = renderer.new_gc()
+        with_colour.set_foreground(self.get_color())
+        letters = self.get_text().replace(r"\$", "$")  # nothing here is mathematics
+        renderer.draw_text(with_colour, x, y, letters, self.get_fontproperties(), 0, mtext=self)
+        with_colour.restore()
+        renderer.close_group("text")
+
+
 def legend_beside(axes: Axes, handles: Sequence[Line2D], labels: Sequence[str]) -> float:
     """A legend at the panel's side, in columns of up to 15 lines; returns the inches that it needs. Its places are
     reckoned once here, and not anew in each form, as matplotlib's own legend would."""
@@ -116,7 +146,8 @@ def legend_beside(axes: Axes, handles: Sequence[Line2D], labels: Sequence[str]) 
         sample.set(transform=axes.transAxes, markevery=[1])
         axes.add_artist(sample).set_clip_on(False)
         at = (left + LEGEND_SAMPLE + 0.12) / PLOT_WIDTH, height - 0.05 / PLOT_HEIGHT
-        text = axes.text(*at, safe(label), transform=axes.transAxes)
+        text = axes.add_artist(_Line(*at, safe(label), transform=axes.transAxes))
+        text.set_clip_on(False)
         width = text.get_window_extent(renderer).width / figure.dpi
         widest = max(widest, LEGEND_SAMPLE + 0.12 + width + 0.3)
     return left + widest - PLOT_WIDTH

@@ -1,7 +1,7 @@
 """The files of a comparison, and where they are."""
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,6 @@ from softmoe_cli.files import require_vacant, write_atomically
 if TYPE_CHECKING:
     from softmoe_cli.compare.groups import Comparison
 
-FIGURES = ("curves", "pareto")
 PAGE = "index.html"
 
 
@@ -28,26 +27,28 @@ def files_told(files: Sequence[str], out: Path, width: int | None) -> str:
     return f"open {printable(str(out / PAGE))}\n{others if width is None else textwrap.fill(others, width)}"
 
 
-def write_comparison(comparison: "Comparison", out: Path) -> list[str]:
-    """Writes every file into `out` and returns their names.
+def write_comparison(
+    comparison: "Comparison", out: Path, drawn: Callable[[], dict[str, bytes]] | None = None
+) -> list[str]:
+    """Writes every file into `out` and returns their names. `drawn` hands over figures that are drawn beside this.
 
     Raises:
         UsageError: the folder cannot be written, or holds files of these names that are not ours.
     """
-    from softmoe_cli.compare.figures import figure_files
+    from softmoe_cli.compare.drawing import figures
     from softmoe_cli.compare.flat import comma_separated, json_text
     from softmoe_cli.compare.page import PAGE_MARK, page
     from softmoe_cli.compare.tables import latex, markdown
 
-    drawn = {name: content for each in FIGURES for name, content in figure_files(comparison, each).items()}
     texts = {
-        PAGE: page(comparison, drawn, out),  # written first: it marks the folder as ours
         "table.md": markdown(comparison),
         "table.tex": latex(comparison),
         "table.csv": comma_separated(comparison),
         "table.json": json_text(comparison),
     }
-    files = {name: text.encode() for name, text in texts.items()} | drawn
+    pictures = figures(comparison) if drawn is None else drawn()
+    texts = {PAGE: page(comparison, pictures, out)} | texts  # written first: it marks the folder as ours
+    files = {name: text.encode() for name, text in texts.items()} | pictures
     return write_files(files, out, PAGE_MARK)
 
 

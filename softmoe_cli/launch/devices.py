@@ -40,6 +40,8 @@ from softmoe_cli.files import write_atomically
 from softmoe_cli.launch.job import follow_launcher, start_server
 from softmoe_cli.signals import ASKING, Asked, end_children, heard, leave_now, leave_soon
 
+DONE = "done"
+"""The file in which the first process says where the run is."""
 GRACE_S = 120
 """How many seconds processes have to save and leave, when asked to, before they are killed."""
 TAKEN_S = 3
@@ -102,8 +104,8 @@ class Loopback(RendezvousHandler):
         return True
 
 
-def launch(config: Config, command: str) -> None:
-    """Trains in `config.devices` processes until all are done.
+def launch(config: Config, command: str) -> Path:
+    """Trains in `config.devices` processes until all are done; returns the run's folder.
 
     Raises:
         UsageError, RunError: what the first process that failed has said, or how it was ended.
@@ -158,6 +160,7 @@ def launch(config: Config, command: str) -> None:
             end_children()  # after a second Ctrl-C we end them
         if any(codes.values()):
             raise KeyboardInterrupt(notes(Path(folder))[0].text)
+        return Path((Path(folder) / DONE).read_text())
 
 
 def notes(folder: Path) -> list[Note]:
@@ -207,6 +210,8 @@ def _process(config: Config, command: str, directory: str, environment: dict[str
         source = read_checkpoint(config.checkpoint, config.base) if config.checkpoint else None
         with begin(config, command, source, screen) as begun:
             train(begun)
+            if rank == 0:
+                write_atomically(Path(folder) / DONE, str(begun.run.folder))
     except KeyboardInterrupt as error:
         leave(130, str(error))
         with contextlib.suppress(RuntimeError):

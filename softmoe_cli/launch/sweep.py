@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -37,7 +38,7 @@ from softmoe_cli.files import not_following, write_atomically
 from softmoe_cli.launch.job import Order, RunCommand, answered, ending, note, start_server
 from softmoe_cli.launch.places import PLACES, Place
 from softmoe_cli.launch.plan import Inquiry, Job, answer
-from softmoe_cli.launch.tables import Entry, fitted, plan_table
+from softmoe_cli.launch.tables import Entry, fitted, show_plan
 from softmoe_cli.options.compose import plain
 from softmoe_cli.options.explain import explain
 from softmoe_cli.run.rows import RESULT, Unreadable
@@ -166,7 +167,7 @@ class Sweep(HydraLauncher):
         if initial_job_idx == 0:
             self._entries = []
         if self._options.plan:
-            print(plan_table(list(dict.fromkeys(self._number(jobs))), len(slots)))
+            show_plan(list(dict.fromkeys(self._number(jobs))), len(slots))
             return [JobReturn(status=JobStatus.COMPLETED) for _ in jobs]
         with self.held():
             entries = self.carry_out(jobs, slots)
@@ -395,9 +396,8 @@ class Sweep(HydraLauncher):
         """Prints what no table on the terminal shows."""
         self._console.print(printable_lines(text), markup=False)
 
-    def say_aside(self) -> None:
-        """From here on all is said on standard error: standard output is for what a program reads."""
-        self._console = Console(highlight=False, soft_wrap=True, emoji=False, stderr=True)
+    def told(self) -> list[dict[str, Any]]:  # as softmoe status tells them
+        return [asdict(state) for state in self._states()]
 
     def _states(self) -> list[State]:
         return [entry.state(self._local) for entry in self._entries]

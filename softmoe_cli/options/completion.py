@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from softmoe_cli.answers import answer, wanted
 from softmoe_cli.config.commands import SCHEMAS
 from softmoe_cli.config.settle import SettleConfig
 from softmoe_cli.errors import UsageError, nearest
@@ -39,14 +40,12 @@ complete -c softmoe -f -a '(command softmoe completion answer (commandline -cp |
 }
 
 FLAGS = {
-    "train": ("--help", "--cfg", "--info", "--multirun", "--plan", "--groups", "--debug"),
-    "compare": (),
-    "scaling": (),
+    "train": ("--help", "--cfg", "--info", "--multirun", "--plan", "--groups", "--json", "--debug"),
     "status": ("--json", "--help"),
-    "list": ("--filter", "--help"),
+    "list": ("--filter", "--json", "--help"),
+    "settle": ("--help", "--plan", "--json", "--debug"),
 }
 FLAGS["finetune"] = FLAGS["train"]
-FLAGS["settle"] = ("--help", "--plan", "--debug")
 
 PATHS = ("checkpoint", "data.root", "folder", "output_root", "predictions", "confusion", "real", "allow_unexpected")
 """Keys whose value may be a path."""
@@ -66,7 +65,7 @@ def complete(arguments: Sequence[str]) -> int:
     if len(arguments) != 1 or arguments[0] not in SCRIPTS:
         told = f"not {' '.join(arguments)}.{nearest(arguments[0], SCRIPTS)}" if arguments else "none was named"
         raise UsageError(f"completion is for {', '.join(SCRIPTS)}; {told}")
-    print(SCRIPTS[arguments[0]], end="")
+    answer({"script": SCRIPTS[arguments[0]]}) if wanted() else print(SCRIPTS[arguments[0]], end="")
     return 0
 
 
@@ -121,7 +120,7 @@ def _candidates(before: Sequence[str], typed: str) -> Iterator[str]:
         yield "check"
     elif command in (*SCHEMAS, "settle"):
         if typed.startswith("-"):
-            yield from FLAGS.get(command, ("--help", "--cfg", "--multirun", "--debug"))
+            yield from FLAGS.get(command, ("--help", "--cfg", "--multirun", "--json", "--debug"))
         elif rest[-1:] == ["--cfg"] or rest[-1:] == ["-c"]:
             yield from ("job", "hydra", "all")
         elif rest[-1:] == ["--info"] or rest[-1:] == ["-i"]:
@@ -137,7 +136,7 @@ def _options_of(command: str) -> list[str]:
     from softmoe_cli.compare.command import OPTIONS
     from softmoe_cli.scaling.command import SCALING_OPTIONS
 
-    return [*(f"--{name}" for name in (OPTIONS if command == "compare" else SCALING_OPTIONS)), "--help"]
+    return [*(f"--{name}" for name in (OPTIONS if command == "compare" else SCALING_OPTIONS)), "--json", "--help"]
 
 
 def _router_options(name: str) -> Iterable[str]:

@@ -10,7 +10,6 @@ import functools
 import logging
 import os
 import re
-import statistics
 import sys
 import typing
 from collections.abc import Iterator, Sequence
@@ -310,6 +309,8 @@ def _settle_side(tree: dict[str, Any]) -> None:
     if model["backbone"]["timm"] not in (None, "???"):
         data["image_size"] = TIMM_SIDE
         return
+    import statistics
+
     from omegaconf import OmegaConf
 
     from softmoe_cli.data.suit import shorter_sides, side_for

@@ -1,8 +1,11 @@
 """`softmoe list`: what can be chosen, a line each; models with their sizes."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+from softmoe_cli import answers
 from softmoe_cli.errors import UsageError, nearest
 from softmoe_cli.options.conf_files import TITLES, conf_folder, files, read_yaml
 from softmoe_cli.options.help import bold, help_row
@@ -21,6 +24,16 @@ def list_choices(arguments: Sequence[str]) -> str:
     Raises:
         UsageError: arguments that it does not have, or a word that nothing listed has.
     """
+    names, wanted = _asked(arguments)
+    blocks = [block for name in names if (block := _block(*TITLES[name], wanted))]
+    if not blocks:
+        words = " ".join(word for word in arguments if not word.startswith("-") and word != wanted)
+        raise UsageError(f"softmoe list {words}: nothing has the word '{wanted}'".replace(" :", ":"))
+    return "\n\n".join(blocks)
+
+
+def _asked(arguments: Sequence[str]) -> tuple[list[str], str]:
+    """The keys of TITLES that are asked for, and the word of --filter."""
     words, wanted = list(arguments), ""
     for i, argument in enumerate(words):
         if argument == "--filter" or argument.startswith("--filter="):
@@ -32,11 +45,27 @@ def list_choices(arguments: Sequence[str]) -> str:
     bad = next((word for word in words if word.startswith("-")), None)
     if bad is not None:
         raise UsageError(f"softmoe list has no option {bad}; it has --filter")
-    names = [_titled(word) for word in words] or list(TITLES)
-    blocks = [block for name in names if (block := _block(*TITLES[name], wanted))]
-    if not blocks:
-        raise UsageError(f"softmoe list {' '.join(words)}: nothing has the word '{wanted}'".replace(" :", ":"))
-    return "\n\n".join(blocks)
+    return [_titled(word) for word in words] or list(TITLES), wanted
+
+
+def list_as_typed(arguments: Sequence[str]) -> None:
+    """Prints what `softmoe list ARGUMENTS` shows; for a program every choice as a row."""
+    text = list_choices(arguments)
+    if not answers.wanted():
+        print(text)
+        return
+    names, wanted = _asked(arguments)
+    answers.answer([row for name in names for row in _rows(TITLES[name][0], wanted)])
+
+
+def _rows(group: str, wanted: str) -> list[dict[str, Any]]:
+    sizes = read_sizes(conf_folder()) if group == "model" else {}
+    rows: list[dict[str, Any]] = []
+    for name, file in files(group).items():
+        if wanted.lower() in f"{name} {comment(file)}".lower():
+            size = sizes.get(name) if file.parent == conf_folder() / group else None
+            rows.append({"group": group, "name": name, "meaning": comment(file)} | (asdict(size) if size else {}))
+    return rows
 
 
 def _titled(word: str) -> str:

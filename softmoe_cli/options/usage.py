@@ -45,7 +45,7 @@ usage: softmoe COMMAND [ARGUMENTS]
               eval "$(softmoe completion bash)"
 
 softmoe COMMAND --help says more; --debug shows the traceback of an error;
---version prints the version."""
+--json prints JSON and nothing else; --version prints the version."""
 
 USAGE = {
     "train": """\

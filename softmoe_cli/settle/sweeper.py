@@ -1,6 +1,5 @@
 """Rounds of seeds: decides which jobs there are, and gives them to a sweep's launcher."""
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,6 +11,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
+from softmoe_cli import answers
 from softmoe_cli.compare.blocks import kept_apart
 from softmoe_cli.compare.looks import read_looks, record_look
 from softmoe_cli.compare.power import Outlook, outlook
@@ -88,8 +88,6 @@ class Settle(Fair):
 
     def sweep(self, arguments: list[str]) -> None:
         launcher, asked = self._launcher, Settle.asked
-        if asked.format == "json":
-            launcher.say_aside()
         if "seed" in self._params:
             say_once(f"the experiment's seed={self._params.pop('seed')} is not used: settle chooses seeds")
         batch = expanded(self._params, arguments, self._loader)
@@ -109,7 +107,7 @@ class Settle(Fair):
         contest = Contest(others, base, asked.quality, asked.margin, first)
         if launcher.plans:
             plan = foreseen(contest, arms, asked, Rounds(launcher, contest, arms, asked).outlook())
-            print(json.dumps(plan) if asked.format == "json" else plan_text(plan))
+            answers.answer(plan) if asked.format == "json" else print(plan_text(plan))
             Settle.status = 0
             return
         launcher.lie_in(arms.study, HELD)
@@ -123,7 +121,7 @@ class Settle(Fair):
                 arms, tuned = tune_arms(launcher, arms, asked, asked.quality, seeds)
             account = Rounds(launcher, contest, arms, asked, tuned).go()
         end = f"\ntables and figures: softmoe compare {arms.study}"
-        print(as_json(account) if asked.format == "json" else as_text(account) + end)
+        answers.say(as_json(account)) if asked.format == "json" else print(as_text(account) + end)
         Settle.status = OPEN_STATUS if account.open else 0
 
 

@@ -2,6 +2,7 @@
 knows a run that has ended before."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from softmoe_cli.config.recipe import BUDGETS
@@ -34,8 +35,8 @@ def what_runs(config: Config) -> str:
     return f"{config.model.name}{start} on {config.data.name}: {budget}, {images} an update, seed {config.seed}"
 
 
-def ended(config: Config, command: str, source: "Source | None", images: Images, screen: Screen) -> bool:
-    """Whether the run has ended before; if so, says what it has reached.
+def ended(config: Config, command: str, source: "Source | None", images: Images, screen: Screen) -> Path | None:
+    """The folder of a run that has ended before, None of another; says what it has reached.
 
     Raises:
         UsageError: its folder holds a damaged result, or can be no run's.
@@ -44,13 +45,13 @@ def ended(config: Config, command: str, source: "Source | None", images: Images,
         config.train.batch_size,
         config.train.precision,
     ):  # a part of what the run is, that the device decides
-        return False
+        return None
     folder = run_folder(config, command, source, images.digest)
     result = finished(folder)
     if result is None:
-        return False
+        return None
     from softmoe_cli.train.ending import close  # which needs numpy
 
     screen.say(f"{folder} is finished; nothing to do")
     close(screen, result, folder)
-    return True
+    return folder

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from softmoe_cli.compare.blocks import compare
 from softmoe_cli.compare.figures import LEFT, PLOT_HEIGHT, PLOT_WIDTH, figure_files, legend_beside
@@ -59,3 +60,13 @@ def test_a_legend_has_room_for_all_its_lines(count: int) -> None:
         assert box.y0 < (own.y0 + own.y1) / 2 < box.y1 and own.x1 < box.x0
         assert axes.bbox.x1 < own.x0 and box.y0 > 0 and box.x1 < figure.bbox.x1 and box.y1 < figure.bbox.y1
         assert not any(box.overlaps(other) or own.overlaps(other) for other in boxes[:i])
+
+
+def test_lines_of_a_legend_are_drawn_as_matplotlib_draws_them(
+    compared: Comparison, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the byte, in every form."""
+    compared.groups[0].label = "$8, fi_ff"
+    ours = figure_files(compared, "curves")
+    monkeypatch.setattr("softmoe_cli.compare.figures._Line.draw", Text.draw)
+    assert figure_files(compared, "curves") == ours
