@@ -175,12 +175,12 @@ def _distance(made: Made, config: ExtractConfig, model: Model, whole: VisionTran
     return most
 
 
-def _batches(config: ExtractConfig, model: Model, name: str) -> Any:
-    """Batches of the validation images of one task."""
+def _batches(config: ExtractConfig, model: Model, name: str, part: str = "validation") -> Any:
+    """Batches of a part of the images of one task."""
     own = next(each for each in config.data.of_sets() if each.name == name)
     device, _ = arithmetic(config.device, "fp32", config.threads)
     return batches.eval_batches(
-        sets.load(own).validation, own, image_size=model.image_size, in_chans=model.in_chans,
+        getattr(sets.load(own), part), own, image_size=model.image_size, in_chans=model.in_chans,
         batch_size=config.batch_size, device=device,
     )  # fmt: skip
 
@@ -193,9 +193,13 @@ def _compared(
     name: str,
     loss: str,
 ) -> dict[str, Any]:
-    """How far both models' outputs for one task are apart on its validation images, and their quality there."""
+    """How far both models' outputs for one task are apart on its validation images, and their quality there; and on its
+    test images, whose labels are not read, so that nothing is known of quality there."""
     one, other = one_task(model, both[0], name), one_task(new_model, both[1], name)
     found = compared(one.eval(), other.eval(), _batches(config, model, name), loss=loss, labelled=True)
+    found |= {"validation_images": found.pop("images"), "validation": found.pop("quality")}
+    test = compared(one, other, _batches(config, model, name, "test"), loss=loss, labelled=False)
+    found["test"] = {key: test[key] for key in ("images", "max_change", "same_predictions_pct")}
     if config.clock:
         x = next(_batches(config, model, name)).images
         found["clock"] = latencies({"before": one, "after": other}, x, config.repeats)
@@ -223,12 +227,13 @@ def show_extracted(receipt: dict[str, Any], form: str) -> None:
     screen.table("extract", rows)
     for name, each in receipt["of_each"].items():
         outputs = (
-            f"{name}: off by at most {each['max_change']:.2g}; {each['same_predictions_pct']:.1f}% of "
-            f"{each['validation_images']:,} validation predictions are the same; top-1 "
-            f"{each['validation']['before']['top1_pct']:.2f}% before, {each['validation']['after']['top1_pct']:.2f}% "
-            "after"
+            f"{name}: off by at most {max(each['max_change'], each['test']['max_change']):.2g}; "
+            f"{each['same_predictions_pct']:.1f}% of {each['validation_images']:,} validation predictions and "
+            f"{each['test']['same_predictions_pct']:.1f}% of {each['test']['images']:,} test predictions are the same"
         )
         screen.row("outputs", outputs)
+        quality = (each["validation"][when]["top1_pct"] for when in ("before", "after"))
+        screen.row("validation", f"{name}: top-1 {{:.2f}}% before, {{:.2f}}% after".format(*quality))
         if "clock" in each:
             one, other = (each["clock"][when] for when in ("before", "after"))
             latency = f"{name}: {one['latency_ms']:.4g} ms before, {other['latency_ms']:.4g} ms after"

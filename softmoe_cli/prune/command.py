@@ -227,6 +227,7 @@ class Pruned:
             whole, new, self.batches(self.splits.validation), loss=self.source.card["loss"],
             labelled=self.splits.classes == self.source.card["classes"],
         )  # fmt: skip
+        found |= {"validation_images": found.pop("images"), "validation": found.pop("quality")}
         x = next(self.batches(self.splits.validation)).images
         if self.config.clock:
             found["clock"] = latencies({"before": whole, "after": new}, x, self.config.repeats)
