@@ -48,12 +48,7 @@ TIMM_READS = 1e-9
 def extract_as_typed(config: Any, typed: list[str]) -> int:
     """`softmoe extract`, from what Hydra composed and the words that were typed."""
     tree = plain(config, ExtractConfig)
-    if tree["checkpoint"] == "???":
-        raise UsageError("softmoe extract needs checkpoint=: a run folder, a .safetensors file or hf-hub:OWNER/NAME")
-    if tree["checkpoint"].startswith("timm:"):
-        raise UsageError(f"checkpoint={tree['checkpoint']} is timm's own and knows one task")
-    source = inherit.source_of_layers(tree["checkpoint"], "extract")
-    model = inherit.model_of(source, tree["trust"])
+    source, model = inherit.cut_from(tree, "extract", "knows one task")
     if not model.tasks:
         raise UsageError(f"checkpoint={source.label} knows one task; there is nothing to extract")
     if inherit.names_data(tree["data"]):
@@ -62,7 +57,10 @@ def extract_as_typed(config: Any, typed: list[str]) -> int:
     checked = door(tree, ExtractConfig)
     check_channels(checked.data, model.in_chans)
     check_evaluated("batch_size", checked.batch_size, model)
-    inherit.check_here(checked.data, source)
+    which = _named(checked, model)
+    for own in checked.data.of_sets():
+        if own.name in which:  # no other task's images are looked at
+            inherit.check_here(own, source)
     show_extracted(extract(checked, model, source), checked.format)
     return 0
 

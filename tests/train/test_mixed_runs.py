@@ -61,6 +61,20 @@ def test_killed_runs_end_with_the_same_bits(tmp_path: Path) -> None:
     same(the_run(tmp_path / "whole"), the_run(tmp_path / "killed"))
 
 
+@pytest.mark.long
+@pytest.mark.thorough
+def test_a_compiled_run_loses_as_much(tmp_path: Path) -> None:
+    """In a process of its own, where no shape checker is in the way; noise would be drawn otherwise when compiled."""
+    clothes = write_clothes(tmp_path / "sets")
+    for flag in ("true", "false"):
+        words = mix(clothes, "train.steps=4", "model.backbone.depth=1", "model.moe_blocks=[0]", "threads=1",
+                    "model.router.noise_std=0", f"train.compile={flag}")  # fmt: skip
+        finish(Started(tmp_path / flag, ["train", *words], {"TORCHINDUCTOR_COMPILE_THREADS": "1"}))
+    compiled, eager = (rows(the_run(tmp_path / flag)) for flag in ("true", "false"))
+    for x, y in zip(compiled, eager, strict=True):
+        assert x["loss"] == pytest.approx(y["loss"], rel=1e-4)
+
+
 @pytest.mark.thorough
 @pytest.mark.parametrize("way", ["ddp", "fsdp", "expert"])
 def test_several_processes_are_as_one(way: str, tmp_path: Path) -> None:
