@@ -214,6 +214,8 @@ def test_a_trained_model_in_every_form(softmoe: Softmoe, clothes: Path, tmp_path
         receipt = told(softmoe, "extract", run, "task=fashion_mnist", f"form={form}", f"folder={form}")
         assert receipt["float64_distance"] <= 1e-12 and receipt["of_each"]["fashion_mnist"]["max_change"] < 1e-5
         assert receipt["cost"]["after"]["params"] < receipt["cost"]["before"]["params"]
+        test = dict(receipt["of_each"]["fashion_mnist"]["test"])
+        assert test.pop("max_change") < 1e-5 and test == {"images": 40, "same_predictions_pct": 100}, "and no quality"
         if form != "dense":
             assert [block["of"] for block in receipt["blocks"].values()] == [4, 4]
         alone, part = (
