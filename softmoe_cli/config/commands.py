@@ -146,12 +146,28 @@ class UpcycleConfig(Section):
 
 
 @dataclass
-class PruneConfig(Section):
-    """What `softmoe prune` composes."""
+class Smaller(Section):
+    """What `softmoe prune` and `softmoe extract` have in common: a checkpoint, a smaller one of it, and how they
+    are compared."""
 
     path: ClassVar[str] = ""
     checkpoint: str = option("a run folder, a .safetensors file or hf-hub:OWNER/NAME")
     trust: str | None = option("a router of the checkpoint's that is not softmoe's, as module.Class: its code will run")
+    data: Data = field(default_factory=Data)
+    batch_size: int = option("images per forward pass", low=1)
+    clock: bool = option("measure the latency of both models on this machine, in turns")
+    repeats: int = option("times that the clock measures each", low=3)
+    folder: str | None = option("where the checkpoint goes; null: output_root/pruned or extracted/NAME-SIGNATURE")
+    output_root: str = option("the folder of all studies")
+    format: str = option("what is printed", choices=("table", "json"))
+    device: str = option("auto: cuda, else mps, else cpu", choices=DEVICES)
+    threads: int | None = option("CPU threads; null: torch's choice", low=1)
+
+
+@dataclass
+class PruneConfig(Smaller):
+    """What `softmoe prune` composes."""
+
     keep: int | None = option("experts that stay in each block; null: those that are left", low=1)
     by: str = option(
         "what an expert's worth is: the sum of its gates, its tokens, how its part of the router has grown, or chance",
@@ -161,16 +177,7 @@ class PruneConfig(Section):
     to: str = option("a mixture of the experts that stay or, of one in each block, a plain ViT",
                      choices=("experts", "dense"))  # fmt: skip
     seed: int = option("of by=random", low=0, high=2**31 - 1)
-    data: Data = field(default_factory=Data)
     images: int = option("training images that alpha_score and hit_rate are taken on, spread over all", low=1)
-    batch_size: int = option("images per forward pass", low=1)
-    clock: bool = option("measure the latency of both models on this machine, in turns")
-    repeats: int = option("times that the clock measures each", low=3)
-    folder: str | None = option("where the checkpoint goes; null: output_root/pruned/NAME-SIGNATURE")
-    output_root: str = option("the folder of all studies")
-    format: str = option("what is printed", choices=("table", "json"))
-    device: str = option("auto: cuda, else mps, else cpu", choices=DEVICES)
-    threads: int | None = option("CPU threads; null: torch's choice", low=1)
 
     def check(self) -> None:
         if (self.by == "router_change") != (self.before is not None):
@@ -181,27 +188,15 @@ class PruneConfig(Section):
 
 
 @dataclass
-class ExtractConfig(Section):
-    """What `softmoe extract` composes."""
+class ExtractConfig(Smaller):
+    """What `softmoe extract` composes, of a checkpoint that was trained with data=mix."""
 
-    path: ClassVar[str] = ""
-    checkpoint: str = option("a run folder, a .safetensors file or hf-hub:OWNER/NAME, trained with data=mix")
-    trust: str | None = option("a router of the checkpoint's that is not softmoe's, as module.Class: its code will run")
     task: Any = option("the task to extract, by the name of its set, or a list of some")
     form: str = option(
         "experts: a mixture of the experts that the tasks take; folded: of one task, one expert in each block; dense: "
         "that as a plain ViT",
         choices=("experts", "folded", "dense"),
     )
-    data: Data = field(default_factory=Data)
-    batch_size: int = option("images per forward pass", low=1)
-    clock: bool = option("measure the latency of both models on this machine, in turns")
-    repeats: int = option("times that the clock measures each", low=3)
-    folder: str | None = option("where the checkpoint goes; null: output_root/extracted/NAME-SIGNATURE")
-    output_root: str = option("the folder of all studies")
-    format: str = option("what is printed", choices=("table", "json"))
-    device: str = option("auto: cuda, else mps, else cpu", choices=DEVICES)
-    threads: int | None = option("CPU threads; null: torch's choice", low=1)
 
     def check(self) -> None:
         names = as_list(self.task)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
@@ -151,6 +152,14 @@ class Model(Section):
     def router_key(self, block: int) -> str:
         """Where these options stand, such as model.router."""
         return f"model.blocks.{block}" if str(block) in (self.blocks or {}) else "model.router"
+
+    def with_routers(self, options: Mapping[int, dict[str, Any]]) -> Self:
+        """The same model with these options of the routers of its blocks, by block; of none it stays as it is."""
+        if not options:
+            return self
+        router = next(iter(options.values()))
+        apart = {str(place): each for place, each in options.items() if each != router}
+        return replace(self, router=router, blocks=apart)
 
     @property
     def images_per_group(self) -> int:

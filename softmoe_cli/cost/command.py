@@ -4,6 +4,8 @@ import csv
 import io
 import json
 from collections.abc import Sequence
+from dataclasses import replace
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -12,8 +14,9 @@ from timm.models.vision_transformer import VisionTransformer
 from softmoe_cli.config.commands import CostConfig
 from softmoe_cli.cost.clock import Timing, measure, rank
 from softmoe_cli.cost.flop import account_model, count_flop, on_meta
-from softmoe_cli.cost.load import load_of
+from softmoe_cli.cost.load import Load, load_of
 from softmoe_cli.cost.memory import predict
+from softmoe_cli.cost.served import of_one_task, served_tasks
 from softmoe_cli.text import aligned, several
 
 CONVENTION = (
@@ -29,6 +32,7 @@ def formula_row(config: CostConfig, vit: VisionTransformer) -> CostRow:
     load = load_of(config)
     cost = account_model(vit, batch=load.part, recompute=load.recompute)
     memory = predict(load, config.devices, config.parallel)
+    served = served_tasks(config.model, vit)
     return {
         "model": config.model.name,
         "image_size": config.model.image_size,
@@ -46,6 +50,18 @@ def formula_row(config: CostConfig, vit: VisionTransformer) -> CostRow:
         "active_params_m": cost.active_params / 1e6,
         "forward_gflop": cost.forward_flop / 1e9,
         "train_gflop": cost.train_flop / 1e9,
+        "served_params_m": fmean(each.params for each in served.values()) / 1e6 if served else None,
+        "served_forward_gflop": fmean(each.forward_flop for each in served.values()) / 1e9 if served else None,
+        "served": [
+            {
+                "task": name,
+                "params_m": each.params / 1e6,
+                "active_params_m": each.active_params / 1e6,
+                "forward_gflop": each.forward_flop / 1e9,
+                "latency_ms": None,
+            }
+            for name, each in served.items()
+        ],
         "weight_mib": memory.weight_bytes / 2**20,
         "gradient_mib": memory.gradient_bytes / 2**20,
         "optimizer_mib": memory.optimizer_bytes / 2**20,
@@ -90,13 +106,25 @@ def costs(configs: Sequence[CostConfig]) -> list[CostRow]:
     timed = [index for index, config in enumerate(configs) if config.clock]
     if timed:
         repeats = max(configs[index].repeats for index in timed)
-        for index, timing in zip(timed, measure([loads[index] for index in timed], repeats), strict=True):
-            rows[index] |= _clock_row(timing, loads[index].batch)
+        alone = {index: _alone(loads[index]) for index in timed}
+        timings = iter(measure([each for index in timed for each in (loads[index], *alone[index])], repeats))
+        for index in timed:
+            rows[index] |= _clock_row(next(timings), loads[index].batch)
+            for each in rows[index]["served"]:
+                each["latency_ms"] = next(timings).latency_ms
     timed_rows = [rows[index] for index in timed]
     places = rank([(row["latency_ms"] / row["batch_size"], row["hardware"]) for row in timed_rows])
     for row, place in zip(timed_rows, places, strict=True):
         row["latency_rank"] = place
     return rows
+
+
+def _alone(load: Load) -> list[Load]:
+    """The same with each task alone, for a model that knows several."""
+    if not load.model.tasks:
+        return []
+    model = of_one_task(load.model, on_meta(load.model, load.num_classes))
+    return [replace(load, model=model, num_classes=classes) for classes in load.model.tasks.values()]
 
 
 def _clock_row(timing: Timing, batch: int) -> CostRow:
@@ -132,7 +160,7 @@ def show_costs(rows: list[CostRow], form: str, *, many: bool) -> str:
         return json.dumps([{"convention": CONVENTION, **row} for row in rows] if many else {
             "convention": CONVENTION, **rows[0]
         })  # fmt: skip
-    lines = [{key: value for key, value in row.items() if key != "parts"} for row in rows]
+    lines = [{key: value for key, value in row.items() if key not in ("parts", "served")} for row in rows]
     if not many:
         lines = [*rows[0]["parts"], {"part": "total", **lines[0]}]
     if form == "csv":
@@ -157,9 +185,22 @@ def show_costs(rows: list[CostRow], form: str, *, many: bool) -> str:
     if any(row["recompute"] for row in rows) and not many:
         notes += "\n" + UNDIVIDED
     chapters = [notes, aligned(table, form == "markdown"), aligned(_filled(measured), form == "markdown")]
+    if any(row["served"] for row in rows):
+        chapters.append(aligned(_served_table(rows), form == "markdown"))
     if where:
         chapters.append("measured on " + "; ".join(where))
     return "\n\n".join(chapters)
+
+
+def _served_table(rows: list[CostRow]) -> list[list[str]]:
+    """What softmoe extract makes of each task of a model, below the whole of it."""
+    keys = ("params_m", "active_params_m", "forward_gflop", "latency_ms")
+    table = [["model", "served", "params M", "active M", "forward GFLOP", "latency ms"]]
+    for row in rows:
+        if row["served"]:
+            for name, each in [("whole", row), *((f"{each['task']} alone", each) for each in row["served"])]:
+                table.append([row["model"], name, *(_cell(each[key]) for key in keys)])
+    return _filled(table)
 
 
 def _about(row: CostRow) -> str:

@@ -49,12 +49,7 @@ TIMM_READS = 1e-9
 def extract_as_typed(config: Any, typed: list[str]) -> int:
     """`softmoe extract`, from what Hydra composed and the words that were typed."""
     tree = plain(config, ExtractConfig)
-    if tree["checkpoint"] == "???":
-        raise UsageError("softmoe extract needs checkpoint=: a run folder, a .safetensors file or hf-hub:OWNER/NAME")
-    if tree["checkpoint"].startswith("timm:"):
-        raise UsageError(f"checkpoint={tree['checkpoint']} is timm's own and knows one task")
-    source = inherit.source_of_layers(tree["checkpoint"], "extract")
-    model = inherit.model_of(source, tree["trust"])
+    source, model = inherit.cut_from(tree, "extract", "knows one task")
     if not model.tasks:
         raise UsageError(f"checkpoint={source.label} knows one task; there is nothing to extract")
     if inherit.names_data(tree["data"]):
@@ -63,7 +58,10 @@ def extract_as_typed(config: Any, typed: list[str]) -> int:
     checked = door(tree, ExtractConfig)
     check_channels(checked.data, model.in_chans)
     check_evaluated("batch_size", checked.batch_size, model)
-    inherit.check_here(checked.data, source)
+    which = _named(checked, model)
+    for own in checked.data.of_sets():
+        if own.name in which:  # no other task's images are looked at
+            inherit.check_here(own, source)
     show_extracted(extract(checked, model, source), checked.format)
     return 0
 
@@ -176,12 +174,12 @@ def _distance(made: Made, config: ExtractConfig, model: Model, whole: VisionTran
     return most
 
 
-def _batches(config: ExtractConfig, model: Model, name: str) -> Any:
-    """Batches of the validation images of one task."""
+def _batches(config: ExtractConfig, model: Model, name: str, part: str = "validation") -> Any:
+    """Batches of a part of the images of one task."""
     own = next(each for each in config.data.of_sets() if each.name == name)
     device, _ = arithmetic(config.device, "fp32", config.threads)
     return batches.eval_batches(
-        sets.load(own).validation, own, image_size=model.image_size, in_chans=model.in_chans,
+        getattr(sets.load(own), part), own, image_size=model.image_size, in_chans=model.in_chans,
         batch_size=config.batch_size, device=device,
     )  # fmt: skip
 
@@ -194,9 +192,13 @@ def _compared(
     name: str,
     loss: str,
 ) -> dict[str, Any]:
-    """How far both models' outputs for one task are apart on its validation images, and their quality there."""
+    """How far both models' outputs for one task are apart on its validation images, and their quality there; and on its
+    test images, whose labels are not read, so that nothing is known of quality there."""
     one, other = one_task(model, both[0], name), one_task(new_model, both[1], name)
     found = compared(one.eval(), other.eval(), _batches(config, model, name), loss=loss, labelled=True)
+    found |= {"validation_images": found.pop("images"), "validation": found.pop("quality")}
+    test = compared(one, other, _batches(config, model, name, "test"), loss=loss, labelled=False)
+    found["test"] = {key: test[key] for key in ("images", "max_change", "same_predictions_pct")}
     if config.clock:
         x = next(_batches(config, model, name)).images
         found["clock"] = latencies({"before": one, "after": other}, x, config.repeats)
@@ -224,12 +226,13 @@ def show_extracted(receipt: dict[str, Any], form: str) -> None:
     screen.table("extract", rows)
     for name, each in receipt["of_each"].items():
         outputs = (
-            f"{name}: off by at most {each['max_change']:.2g}; {each['same_predictions_pct']:.1f}% of "
-            f"{each['validation_images']:,} validation predictions are the same; top-1 "
-            f"{each['validation']['before']['top1_pct']:.2f}% before, {each['validation']['after']['top1_pct']:.2f}% "
-            "after"
+            f"{name}: off by at most {max(each['max_change'], each['test']['max_change']):.2g}; "
+            f"{each['same_predictions_pct']:.1f}% of {each['validation_images']:,} validation predictions and "
+            f"{each['test']['same_predictions_pct']:.1f}% of {each['test']['images']:,} test predictions are the same"
         )
         screen.row("outputs", outputs)
+        quality = (each["validation"][when]["top1_pct"] for when in ("before", "after"))
+        screen.row("validation", f"{name}: top-1 {{:.2f}}% before, {{:.2f}}% after".format(*quality))
         if "clock" in each:
             one, other = (each["clock"][when] for when in ("before", "after"))
             latency = f"{name}: {one['latency_ms']:.4g} ms before, {other['latency_ms']:.4g} ms after"

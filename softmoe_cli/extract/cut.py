@@ -6,7 +6,6 @@ Exact: what a task takes does not depend on an image (Kudugunta et al., 2021, ht
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -84,12 +83,4 @@ def cut_out(model: Model, vit: VisionTransformer, which: Sequence[str]) -> Cut:
     for name in ("head.weight", "head.bias"):
         weights[name] = weights[name][outputs_of(model.tasks, which)]
     tasks = {name: model.tasks[name] for name in which} if len(which) > 1 else None
-    return Cut(with_routers(replace(model, tasks=tasks), options), weights, kept, whole)
-
-
-def with_routers(model: Model, options: Mapping[int, dict[str, Any]]) -> Model:
-    """The config of a model whose blocks have these routers."""
-    if not options:
-        return model
-    router = next(iter(options.values()))
-    return replace(model, router=router, blocks={str(place): each for place, each in options.items() if each != router})
+    return Cut(replace(model, tasks=tasks).with_routers(options), weights, kept, whole)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from softmoe_cli.config.model import Model
 from softmoe_cli.errors import UsageError
-from softmoe_cli.extract.cut import Cut, cut_out, outputs_of, with_routers
+from softmoe_cli.extract.cut import Cut, cut_out, outputs_of
 from softmoe_cli.model.vit import build
 from softmoe_cli.model.weights import load_weights
 from softmoe_cli.moe.by_task import TaskRouter
@@ -59,7 +59,7 @@ def fold(model: Model, vit: VisionTransformer) -> tuple[Model, dict[str, Tensor]
         raise UsageError(f"form=folded: blocks {sorted(widths)} would have experts of different widths; leave it out")
     if not widths:
         raise UsageError("form=folded: no block has experts that a task takes; leave form=experts")
-    return replace(with_routers(model, options), expert_width=next(iter(widths.values()))), weights
+    return replace(model.with_routers(options), expert_width=next(iter(widths.values()))), weights
 
 
 class OneTask(nn.Module):

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from softmoe_cli.moe.routing import Carried, Router, SparseRouting, full_precision
+from softmoe_cli.moe.routing import Carried, DroplessRouter, SparseRouting, full_precision
 from softmoe_cli.moe.sparse import in_runs
 
 
@@ -45,7 +45,7 @@ class TaskRouting(SparseRouting):
         return {"task_experts": self.chosen.tolist()}
 
 
-class TaskRouter(Router):
+class TaskRouter(DroplessRouter):
     """All tokens of all images of a task take the same k experts with the same gates; nothing is dropped.
 
     Args:
@@ -58,10 +58,7 @@ class TaskRouter(Router):
         ValueError: an impossible combination.
     """
 
-    slots_per_expert = None
-    k: int
     num_tasks: int
-    counts_landed = True
     unprunable = "each is there for the tasks that take it; softmoe extract keeps the experts of some tasks"
     for_checks: ClassVar[Mapping[str, Any]] = {"num_tasks": 3}
 
@@ -79,13 +76,6 @@ class TaskRouter(Router):
 
     def fixed_options(self) -> dict[str, Any]:
         return {"num_tasks": self.num_tasks}
-
-    @property
-    def experts_per_token(self) -> float:
-        return float(self.k + self.shared_experts)
-
-    def rows(self, num_tokens: int) -> float:
-        return float(num_tokens * self.k)
 
     def flop(self, num_tokens: int) -> int:
         """None: a decision is looked up."""
@@ -123,6 +113,10 @@ class TaskRouter(Router):
     @abstractmethod
     def options_of(self, tasks: Sequence[int], experts: Sequence[int]) -> dict[str, Any]:
         """Options of a router of these tasks alone, in this order, before these of the experts."""
+
+    def options_alone(self) -> dict[str, Any]:
+        """Options that differ in a router of one of the tasks, whichever it is, before the experts that it takes."""
+        return {"num_tasks": 1, "num_experts": self.k}
 
     @abstractmethod
     def weights_of(self, tasks: Sequence[int], experts: Sequence[int]) -> tuple[dict[str, Tensor], float]:

@@ -135,6 +135,22 @@ class Router(Decider):
         its router `carries` and is not the first."""
 
 
+class DroplessRouter(Router):
+    """A router that gives each token k experts, which compute as many rows as ask for them: there is no capacity, and
+    nothing is dropped."""
+
+    slots_per_expert = None
+    counts_landed = True
+    k: int
+
+    @property
+    def experts_per_token(self) -> float:
+        return float(self.k + self.shared_experts)
+
+    def rows(self, num_tokens: int) -> float:
+        return float(num_tokens * self.k)
+
+
 class DenseRouting(Routing):
     """Every token is a part of every slot and the reverse: two batched matrix products.
 

@@ -124,6 +124,21 @@ def source_of_layers(checkpoint: str, command: str) -> "Source":
     return named_source(checkpoint, check=lambda source: _refuse_adapters(source, command))
 
 
+def cut_from(tree: dict[str, Any], command: str, timm: str) -> "tuple[Source, Model]":
+    """The checkpoint of a command that makes another one of a part of it, and its model. `timm`: why it is none of
+    timm's own.
+
+    Raises:
+        UsageError: none is named, nothing usable there, or a model whose layers cannot be changed.
+    """
+    if tree["checkpoint"] == "???":
+        raise UsageError(f"softmoe {command} needs checkpoint=: a run folder, a .safetensors file or hf-hub:OWNER/NAME")
+    if tree["checkpoint"].startswith("timm:"):
+        raise UsageError(f"checkpoint={tree['checkpoint']} is timm's own and {timm}")
+    source = source_of_layers(tree["checkpoint"], command)
+    return source, model_of(source, tree["trust"])
+
+
 def described_by_timm(source: "Source", model: Any) -> "Source":
     """The source, with the card of timm's model where it has none and that is named (`model.backbone.timm`)."""
     backbone = model.get("backbone") if isinstance(model, dict) else None
@@ -263,9 +278,11 @@ def check_here(data: Data, source: "Source") -> None:
     from softmoe_cli.data.sets import is_here
 
     if not is_here(data):
+        mixed = data.sets is not None or source.card["data"].get("sets")
+        way = "name the folder that has it with data.root=" if mixed else f"add data={data.name}"
         raise UsageError(
             f"checkpoint={source.label} names data={data.name}, which is not in data.root={data.root}; only a set that "
-            f"is typed is fetched: add data={data.name}"
+            f"is typed is fetched: {way}"
         )
 
 

@@ -1,13 +1,13 @@
 """`softmoe list`: what can be chosen, a line each; models with their sizes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from softmoe_cli import answers
 from softmoe_cli.errors import UsageError, nearest
-from softmoe_cli.options.conf_files import TITLES, conf_folder, files, read_yaml
+from softmoe_cli.options.conf_files import TITLES, conf_folder, files, laid, read_yaml
 from softmoe_cli.options.help import bold, help_row
 from softmoe_cli.options.sizes import Size, read_sizes
 
@@ -94,7 +94,7 @@ def _block(group: str, title: str, wanted: str) -> str:
     width = max(len(name) for name in rows)
     if group != "model":
         body = [help_row(name, text, LIST_WIDTH, width + 4) for name, text in rows.items()]
-        return "\n".join([bold(title), *body])
+        return "\n".join([bold(title), *body, *(_tasks(rows) if group == "data" else [])])
     sizes = read_sizes(conf_folder())
     head = f"  {'':<{width}}   px  tokens  params, M    GFLOP"
     ours = files(group)
@@ -104,6 +104,19 @@ def _block(group: str, title: str, wanted: str) -> str:
         figures = _figures(None if own else sizes.get(name))
         body.append(help_row(f"{name:<{width}} {figures}", text, LIST_WIDTH, len(head) + 2))
     return "\n".join([bold(title), head, *body, "", CROSSING])
+
+
+def _tasks(names: Iterable[str]) -> list[str]:
+    """Which of these sets may be named in a mix, where each is a task; others need options, or are no such set."""
+    known = []
+    for name in names:
+        try:
+            own = laid("data", name)
+        except UsageError:  # which its row tells
+            continue
+        if type(own.get("num_classes")) is int and not own.get("from_file"):
+            known.append(name)
+    return ["", f"  Tasks of data=mix by their names alone: {', '.join(known)}"]
 
 
 def _figures(size: Size | None) -> str:

@@ -31,6 +31,14 @@ def spell_sets(tree: dict[str, Any]) -> None:
             "data=mix does not say of what; name its sets: data.sets=[digits,fashion_mnist] (softmoe evaluate and "
             "extract take a checkpoint's own mix where no data= is typed)"
         )
+    if isinstance(data.get("sets"), dict) and not all(
+        isinstance(own, dict) and own.keys() >= {*OF_A_SET} - {"root"} for own in data["sets"].values()
+    ):  # those of a checkpoint have all options
+        first = next(iter(data["sets"]), "digits")
+        raise UsageError(
+            f"data.sets={{{first}: …}} is a mapping; write a list, each set's options with data=NAME among them: "
+            f"data.sets=[{{data: {first}, …}}, OTHER]"
+        )
     if not isinstance(data.get("sets"), list):
         return
     sets: dict[str, Any] = {}

@@ -173,8 +173,8 @@ decide by task (model/router=task_choice, static_tasks) keep the experts that
 the task takes; others decide by what an image shows, and keep all. The head
 keeps the task's classes. receipt.json, and the header of the weights, say
 which experts stay, parameters before and after, and how far the outputs are
-off on the task's validation images. softmoe export takes the folder as any
-other.""",
+off on the task's validation and test images, of which no test label is read.
+softmoe export takes the folder as any other.""",
     "evaluate": """\
 softmoe evaluate checkpoint=SOURCE [data=CHOICE] [KEY=VALUE]...
 

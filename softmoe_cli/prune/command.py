@@ -51,12 +51,7 @@ NO_MORE = 1e-9
 def prune_as_typed(config: Any, typed: list[str]) -> int:
     """`softmoe prune`, from what Hydra composed and the words that were typed."""
     tree = plain(config, PruneConfig)
-    if tree["checkpoint"] == "???":
-        raise UsageError("softmoe prune needs checkpoint=: a run folder, a .safetensors file or hf-hub:OWNER/NAME")
-    if tree["checkpoint"].startswith("timm:"):
-        raise UsageError(f"checkpoint={tree['checkpoint']} is timm's own and has no experts to prune")
-    source = inherit.source_of_layers(tree["checkpoint"], "prune")
-    model = inherit.model_of(source, tree["trust"])
+    source, model = inherit.cut_from(tree, "prune", "has no experts to prune")
     if model.tasks:
         raise UsageError(
             f"checkpoint={source.label} knows the tasks {', '.join(model.tasks)}; first make a model of one: softmoe "
@@ -228,6 +223,7 @@ class Pruned:
             whole, new, self.batches(self.splits.validation), loss=self.source.card["loss"],
             labelled=self.splits.classes == self.source.card["classes"],
         )  # fmt: skip
+        found |= {"validation_images": found.pop("images"), "validation": found.pop("quality")}
         x = next(self.batches(self.splits.validation)).images
         if self.config.clock:
             found["clock"] = latencies({"before": whole, "after": new}, x, self.config.repeats)

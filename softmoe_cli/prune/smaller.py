@@ -3,7 +3,6 @@
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,8 +27,7 @@ def smaller_model(model: Model, vit: VisionTransformer) -> Model:
         if isinstance(block.mlp, MoE):
             own = portable_options(model.router_of(place), block.mlp)
             options[place] = own | {k: v for k, v in block.mlp.router.options_left().items() if k in own}
-    router = next(iter(options.values()))
-    return replace(model, router=router, blocks={str(place): each for place, each in options.items() if each != router})
+    return model.with_routers(options)
 
 
 def smaller_weights(vit: VisionTransformer) -> dict[str, Tensor]:
@@ -64,8 +62,8 @@ def compared(
     loss: str,
     labelled: bool,
 ) -> dict[str, Any]:
-    """Both models' outputs on all images: how far apart they are and, where the labels are of the head's classes,
-    quality before and after."""
+    """Both models' outputs on all `images`: how far apart they are and, if `labelled`, `quality` before and after; else
+    no label is looked at."""
     whole.eval(), new.eval()
     images, same, changes, most = 0, 0, 0.0, 0.0
     right, losses = [0, 0], [0.0, 0.0]
@@ -84,8 +82,8 @@ def compared(
         {"top1_pct": 100 * right[i] / images, "loss": losses[i] / images} if labelled else None for i in range(2)
     ]
     return {
-        "validation_images": images, "mean_change": changes / images, "max_change": most,
-        "same_predictions_pct": 100 * same / images, "validation": {"before": quality[0], "after": quality[1]},
+        "images": images, "mean_change": changes / images, "max_change": most,
+        "same_predictions_pct": 100 * same / images, "quality": {"before": quality[0], "after": quality[1]},
     }  # fmt: skip
 
 

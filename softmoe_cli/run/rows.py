@@ -273,12 +273,27 @@ RESULT = {
     "experts_left": _said(
         TEXT, "in each block of experts, where some were pruned or could be", null=True, optional=True
     ),
-    "served_as": _said(TEXT, "dense or experts: what softmoe prune makes of what is left", null=True, optional=True),
+    "served_as": _said(
+        TEXT,
+        "dense or experts: what softmoe prune makes of what is left; task: one of several, by softmoe extract",
+        null=True,
+        optional=True,
+    ),
     "served_params_m": Key(
-        NUMBER, "served parameters, M", "of that", optional=True, unit="M", amount="served parameters"
+        NUMBER,
+        "served parameters, M",
+        "of that; the mean over tasks",
+        optional=True,
+        unit="M",
+        amount="served parameters",
     ),
     "served_forward_gflop": Key(
-        NUMBER, "served forward GFLOP/image", "of that", optional=True, unit="GFLOP", amount="served forward FLOPs"
+        NUMBER,
+        "served forward GFLOP/image",
+        "of that; the mean over tasks",
+        optional=True,
+        unit="GFLOP",
+        amount="served forward FLOPs",
     ),
     "peak_mib": Key(NUMBER, "peak memory, MiB", "predicted", unit="MiB", amount="peak memory"),
     "images": Key(WHOLE, "training images", amount="training images", axis=True, trained=True),

@@ -32,6 +32,7 @@ def shown(result: dict[str, Any], folder: Path) -> dict[str, str]:
         f"at step {result['best_step']:,})",
         "routing": result.get("remark", ""),
         "experts left": _left(result),
+        "served as": _served(result),
         "trained on": f"{result['images']:,} images, {result['epochs']:.1f} epochs{_epochs_said(result)}, "
         f"{result['steps']:,} steps",
         "training cost": f"{flop(1e15 * result['train_pflop'])}, {in_words(result['device_s'])}{energy}",
@@ -56,18 +57,23 @@ def _epochs_said(result: dict[str, Any]) -> str:
 
 
 def _left(result: dict[str, Any]) -> str:
-    """What is left where experts were pruned, and what softmoe prune makes of it."""
+    """The experts that are left, where some were pruned or could be."""
     if not result.get("experts_left"):
         return ""
-    told = f"{result['experts_left']} in blocks {result['moe_blocks']}"
-    if not result["served_as"]:
-        return told
-    kind = "a plain ViT (softmoe prune to=dense)" if result["served_as"] == "dense" else "a mixture (softmoe prune)"
+    return f"{result['experts_left']} in blocks {result['moe_blocks']}"
+
+
+def _served(result: dict[str, Any]) -> str:
+    """What would be served instead of what was trained, and its cost; nothing where that is the same."""
+    if not result.get("served_as"):
+        return ""
+    kind = {
+        "dense": "a plain ViT (softmoe prune to=dense)", "experts": "a mixture (softmoe prune)",
+        "task": "one task alone (softmoe extract)",
+    }[result["served_as"]]  # fmt: skip
     parameters = f"{si(1e6 * result['served_params_m'])} parameters for {si(1e6 * result['params_m'])}"
-    return (
-        f"{told}; served as {kind}: {parameters}, "
-        f"{flop(1e9 * result['served_forward_gflop'])} for {flop(1e9 * result['forward_gflop'])} forward"
-    )
+    forward = f"{flop(1e9 * result['served_forward_gflop'])} for {flop(1e9 * result['forward_gflop'])} forward"
+    return f"{kind}: {parameters}, {forward}"
 
 
 def chance(result: dict[str, Any]) -> str:

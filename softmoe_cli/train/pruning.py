@@ -7,6 +7,7 @@ checkpoints and divided weights keep theirs; what goes is neither computed nor r
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from softmoe_cli.config.run import Config
 from softmoe_cli.cost.fit import training_cost
 from softmoe_cli.cost.flop import Cost, account
 from softmoe_cli.cost.load import Load
+from softmoe_cli.cost.served import served_tasks
 from softmoe_cli.errors import UsageError
 from softmoe_cli.moe.kind import Decided
 from softmoe_cli.moe.layer import MoE
@@ -179,23 +181,25 @@ class Pruning:
 
 
 def served(config: Model, vit: VisionTransformer, cost: Cost) -> dict[str, Any]:
-    """What the model costs when it is served, after softmoe prune where experts have gone: as a plain ViT if it is one.
-    `cost`: with all experts."""
+    """What the model costs when it is served: one task alone, the mean over tasks, where it knows several; and after
+    softmoe prune where experts have gone, as a plain ViT if it is one. `cost`: with all experts."""
     layers = [
         block.mlp for block in vit.blocks if isinstance(block.mlp, MoE) and "alive" in dict(block.mlp.named_buffers())
     ]
-    form = None
-    if any(len(layer.left) < len(layer.experts.w1) for layer in layers):
+    form, costs = None, [cost]
+    if config.tasks:
+        form, costs = "task", list(served_tasks(config, vit).values())
+    elif any(len(layer.left) < len(layer.experts.w1) for layer in layers):
         try:
             form, model = "dense", folded_model(config, vit)
         except UsageError:
             form, model = "experts", smaller_model(config, vit)
-        cost = account(model, vit.num_classes)
+        costs = [account(model, vit.num_classes)]
     return {
         "experts_left": ",".join(str(len(layer.left)) for layer in layers) or None,
         "served_as": form,
-        "served_params_m": cost.params / 1e6,
-        "served_forward_gflop": cost.forward_flop / 1e9,
+        "served_params_m": fmean(each.params for each in costs) / 1e6,
+        "served_forward_gflop": fmean(each.forward_flop for each in costs) / 1e9,
     }
 
 

@@ -5,6 +5,7 @@ import io
 import json
 import resource
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -134,3 +135,25 @@ def test_memory_of_each_of_several_devices(softmoe: Softmoe) -> None:
 def test_devices_that_cost_cannot_take(softmoe: Softmoe, words: str, why: str) -> None:
     told = softmoe("cost", "data=fashion_mnist", "model=vit_nano4_soft", *words.split())
     assert told.code == 2 and why in told.err
+
+
+def test_each_task_stands_beside_the_whole() -> None:
+    """Of a model of several sets: its cost alone, its latency where the clock runs, and the mean in the model's row."""
+    words = ("data=mix", "data.sets=[digits,{data: folder, name: site, root: x, num_classes: 4, image_size: 8}]",
+             "model/backbone=vit_nano2", "model.backbone.width=16", "model.backbone.mlp_width=32",
+             "model/router=task_choice", "model.router.num_experts=6", "model.router.k=2")  # fmt: skip
+    (row,) = costs([replace(costed(clock=True), model=(config := compose(*words)).model, data=config.data)])
+    assert [each["task"] for each in row["served"]] == ["digits", "site"]
+    one, other = row["served"]
+    assert one["params_m"] - other["params_m"] == pytest.approx(6 * 17e-6), "six classes more"
+    experts = 2 * 4 * (2 * 16 * 32 + 32 + 16)  # four fewer in each of the last two blocks
+    tables = 2 * (2 * 6 - 2)
+    assert row["params_m"] - one["params_m"] == pytest.approx((experts + tables + 4 * 17) / 1e6)
+    assert row["served_params_m"] == (one["params_m"] + other["params_m"]) / 2
+    assert all(each["latency_ms"] > 0 for each in row["served"])
+    table = show_costs([row], "table", many=False)
+    assert "digits alone" in table and "site alone" in table
+    (line,) = csv.DictReader(io.StringIO(show_costs([row], "csv", many=True)))
+    assert float(line["served_params_m"]) == row["served_params_m"] and "served" not in line
+    (plain,) = costs([costed()])
+    assert plain["served"] == [] and plain["served_params_m"] is None

@@ -200,6 +200,7 @@ def test_one_set_says_nothing_of_mixes() -> None:
         (("data=mix",), "data=mix does not say of what; name its sets"),
         (("data=mix", "data.sets=[]"), "data=mix does not say of what; name its sets"),
         (("data=mix", "data.sets=5"), "data.sets=5 is no list"),
+        (("data=mix", "data.sets={cifar10: {hflip: 0}}"), "write a list, each set's options with data=NAME among them"),
         (("data=mix", "data.sets=[{data: [digits]},cifar10]"), "there is no set '['digits']'"),
         (("data=mix", "data.sets=[digits]"), "data.sets=[digits] is no mix; name at least two sets"),
         (("data=mix", "data.sets=[digits,digits]"), "data.sets names digits twice, and a set is one task"),

@@ -1,6 +1,7 @@
 """Models of single tasks, cut out of one that knows several: they compute what it does, in every form."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +9,17 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
+from timm.models.vision_transformer import VisionTransformer
 
 from softmoe_cli.config.model import Model
+from softmoe_cli.cost.flop import account, on_meta
+from softmoe_cli.cost.served import served_tasks
 from softmoe_cli.errors import UsageError
 from softmoe_cli.extract.cut import cut_out
 from softmoe_cli.extract.forms import Made, one_task
 from softmoe_cli.model.tasks import TaskVit
 from softmoe_cli.model.vit import build
-from tests.conftest import Softmoe
+from tests.conftest import TINY, Softmoe
 from tests.mixes import mix, write_clothes
 from tests.oracles import compose
 from tests.runs import the_run
@@ -40,6 +44,11 @@ def made(*overrides: str) -> tuple[Model, TaskVit]:
     for parameter in vit.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return config, vit.double().eval()
+
+
+def made_of_one_set() -> tuple[Model, VisionTransformer]:
+    config = compose(*TINY).model
+    return config, on_meta(config, 10)
 
 
 @torch.no_grad()
@@ -91,6 +100,53 @@ def test_all_tasks_together_are_the_whole_model(kind: str) -> None:
     assert left.num_experts == len(taken) <= 2 * left.k
 
 
+@pytest.mark.parametrize("kind", MODELS)
+def test_what_is_served_is_known_before(kind: str) -> None:
+    """The cost that a run tells of one task is that of the model which is extracted."""
+    model, vit = made(*MODELS[kind])
+    told = served_tasks(model, vit)
+    assert list(told) == ["digits", "fashion_mnist"]
+    for name, cost in told.items():
+        new = Made.of("experts", model, vit, [name])
+        assert cost.row == account(new.model, 10).row
+        assert cost.params == sum(each.numel() for each in new.built(torch.float32).parameters())
+    assert served_tasks(*made_of_one_set()) == {}
+
+
+WIDTHS = {"base": (512, 2048), "big": (1024, 8192)}
+TABLES_7_AND_8: list[tuple[str, int, int, float, float, float]] = [
+    ("base", 3, 32, 19, 214, 25),  # the encoder
+    ("base", 3, 32, 25, 221, 32),  # the decoder
+    ("big", 3, 128, 126, 6500, 176),
+    ("big", 3, 128, 151, 6500, 201),
+]
+"""Of Kudugunta et al. (2021), Tables 7 and 8: widths, blocks with experts, experts, and millions of parameters of the
+dense model, of the mixture, and of what serves one task with two experts. The 6.5 billion are half of a printed 13, and
+176 is not printed: the same sum for the other half."""
+
+
+@pytest.mark.parametrize(("size", "blocks", "experts", "dense_m", "whole_m", "served_m"), TABLES_7_AND_8)
+def test_parameters_of_the_paper(
+    size: str, blocks: int, experts: int, dense_m: float, whole_m: float, served_m: float
+) -> None:
+    """What experts add to a dense model, whole and served, by our count of what a mixture adds to ours."""
+    width, hidden = WIDTHS[size]
+    words = (
+        "model/router=task_choice", f"model.router.num_experts={experts}", "model.router.k=2",
+        "model/backbone=vit_nano2", f"model.backbone.width={width}", f"model.backbone.mlp_width={hidden}",
+        "model.backbone.depth=6", "model.moe_blocks=every_2",
+    )  # fmt: skip
+    config = compose("data=mix", "data.sets=[digits,fashion_mnist]", "data.image_size=8", *words).model
+    vit = on_meta(config, 20)
+    dense = account(replace(config, router={"_target_": None}, moe_blocks=[], tasks=None), 10)
+    whole = account(config, 20).params - (width + 1) * 10  # of the other task's classes
+    served = served_tasks(config, vit)["digits"].params
+    assert len(config.moe_blocks) == blocks
+    rounding = 100 if whole_m > 1000 else 1.5  # to whole millions, of a dense model that is printed so as well
+    assert dense_m + (whole - dense.params) / 1e6 == pytest.approx(whole_m, abs=rounding)
+    assert dense_m + (served - dense.params) / 1e6 == pytest.approx(served_m, abs=1.5)
+
+
 def test_plain_gates_of_several_tasks_are_refused() -> None:
     model, vit = made(*MODELS["plain gates"])
     with pytest.raises(UsageError, match="each task's outputs would have to be multiplied by another number"):
@@ -130,9 +186,9 @@ def test_a_plain_vit_of_one_expert_or_of_parts_of_an_mlp() -> None:
 # --- as it is typed ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def clothes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_clothes(tmp_path_factory.mktemp("sets") / "clothes")
+@pytest.fixture
+def clothes(tmp_path: Path) -> Path:
+    return write_clothes(tmp_path / "sets" / "clothes")
 
 
 def told(softmoe: Softmoe, *words: str) -> dict[str, Any]:
@@ -158,6 +214,8 @@ def test_a_trained_model_in_every_form(softmoe: Softmoe, clothes: Path, tmp_path
         receipt = told(softmoe, "extract", run, "task=fashion_mnist", f"form={form}", f"folder={form}")
         assert receipt["float64_distance"] <= 1e-12 and receipt["of_each"]["fashion_mnist"]["max_change"] < 1e-5
         assert receipt["cost"]["after"]["params"] < receipt["cost"]["before"]["params"]
+        test = dict(receipt["of_each"]["fashion_mnist"]["test"])
+        assert test.pop("max_change") < 1e-5 and test == {"images": 40, "same_predictions_pct": 100}, "and no quality"
         if form != "dense":
             assert [block["of"] for block in receipt["blocks"].values()] == [4, 4]
         alone, part = (
@@ -196,3 +254,11 @@ def test_a_trained_model_in_every_form(softmoe: Softmoe, clothes: Path, tmp_path
         answer = softmoe(*typed)
         assert answer.code == 2 and says in answer.err, (typed, answer)
     assert len(load_file("experts/model.safetensors")["blocks.1.mlp.experts.w1"]) == 2
+    kept = told(softmoe, "extract", run, "task=digits", "folder=digits")["blocks"]
+    for file in clothes.iterdir():
+        file.unlink()
+    alone = told(softmoe, "evaluate", run, "task=digits")
+    assert {key: alone[key] for key in ("top1_pct", "loss", "ece_pct")} == {
+        key: whole["tasks"][0][key] for key in ("top1_pct", "loss", "ece_pct")
+    }, "an evaluation of one task needs no other task's images and is not changed by them"
+    assert told(softmoe, "extract", run, "task=digits", "folder=digits_without")["blocks"] == kept

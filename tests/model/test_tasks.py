@@ -7,12 +7,14 @@ import torch
 from torch.nn import functional as F
 
 from softmoe_cli.cost.flop import account, count_flop, on_meta
+from softmoe_cli.device import compiled
 from softmoe_cli.evaluate.quality import classification_loss
 from softmoe_cli.model.blocks import CarryingBlock
 from softmoe_cli.model.tasks import TaskVit, valid_answers
 from softmoe_cli.model.vit import build
 from tests.mixes import mix
 from tests.oracles import compose
+from tests.processes import forked
 
 TASKS = torch.tensor([0, 1, 1, 0])
 FOUR = ("model.backbone.depth=4", "model.moe_blocks=[1,3]")
@@ -83,6 +85,28 @@ def test_token_level_first_and_task_level_later() -> None:
     model.blocks[3].mlp.router.table.data[1] = model.blocks[3].mlp.router.table.data[0]
     same, other = model.forward_features(x, TASKS), model.forward_features(x, 1 - TASKS)
     assert torch.equal(same, other)  # tasks that take the same experts differ in nothing else
+
+
+@pytest.mark.thorough
+def test_it_compiles_as_one_graph(tmp_path: Path) -> None:
+    told = tmp_path / "told.txt"
+    assert forked(told, compile_all, timeout=600) == 0, told.read_text()
+
+
+def compile_all() -> None:
+    """By task, by token first and by task later, and with no router at all: outputs and gradients."""
+    for words in (("model.router.noise_std=0",), (*FOUR, "model.blocks={1: tokens_choice}"), ("model/router=dense",)):
+        torch.compiler.reset()
+        model = made(*words).eval()
+        graph = compiled(model, fullgraph=True, backend="aot_eager")
+        assert torch.equal(graph(images(), TASKS), model(images(), TASKS))
+        found = []
+        for each in (model, graph):
+            model.zero_grad()
+            F.cross_entropy(each(images(), TASKS), torch.tensor([0, 10, 11, 1])).backward()
+            found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        for mine, theirs in zip(*found, strict=True):
+            torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
 
 
 def test_recomputation_gives_the_same_gradients() -> None:

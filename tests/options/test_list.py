@@ -23,6 +23,8 @@ def test_list(softmoe: Softmoe, tmp_path: Path) -> None:
     assert row.split()[1:5] == ["224", "196", "923", "8.53"]
     assert not any("dense" in row for row in rows)
     assert softmoe("list", "routers").out.startswith("routers, model/router=\n  dense ")
+    tasks = softmoe("list", "data").out.splitlines()[-1]
+    assert tasks.endswith(": cifar10, cifar100, digits, fashion_mnist"), "neither files without classes nor mixes"
     for word, said in {
         "modles": "Did you mean 'models'?",
         "--flter": "it has --filter",

@@ -18,6 +18,9 @@ from tests.oracles import compose
 from tests.processes import Started, torchrun
 from tests.runs import finish, kill_five_times, last, rows, same, the_run
 
+EXPERT, TABLE, HEAD = 2 * 16 * 32 + 32 + 16, 2 * 4 - 2, 10 * 17
+"""Parameters of an expert of the tiny mixture, what its table loses with one task and two experts, and its head."""
+
 
 def test_what_a_run_writes_down(softmoe: Softmoe, tmp_path: Path) -> None:
     words = mix(write_clothes(tmp_path / "sets"), "train.steps=8", "train.eval_every=0.25", "model.router.noise_std=40",
@@ -43,6 +46,8 @@ def test_what_a_run_writes_down(softmoe: Softmoe, tmp_path: Path) -> None:
     assert result["top1_pct"] == pytest.approx((359 * own + 40 * other) / 399)
     assert result["validation_task_digits_top1_pct"] == row["task_digits_top1_pct"]
     assert result["chance_pct"] == pytest.approx(100 * (37 + 4) / 399)
+    assert result["served_as"] == "task" and "served as        one task alone (softmoe extract): " in answer.out
+    assert result["params_m"] - result["served_params_m"] == pytest.approx((2 * EXPERT + TABLE + HEAD) / 1e6)
     config = compose(*words)
     images = load(config.data).train
     assert isinstance(images, MixedSet)
@@ -59,6 +64,20 @@ def test_killed_runs_end_with_the_same_bits(tmp_path: Path) -> None:
     kill_five_times(lambda: Started(tmp_path / "killed", ["train", *words], {}), tmp_path / "killed")
     finish(Started(tmp_path / "killed", ["train", *words], {}))
     same(the_run(tmp_path / "whole"), the_run(tmp_path / "killed"))
+
+
+@pytest.mark.long
+@pytest.mark.thorough
+def test_a_compiled_run_loses_as_much(tmp_path: Path) -> None:
+    """In a process of its own, where no shape checker is in the way; noise would be drawn otherwise when compiled."""
+    clothes = write_clothes(tmp_path / "sets")
+    for flag in ("true", "false"):
+        words = mix(clothes, "train.steps=4", "model.backbone.depth=1", "model.moe_blocks=[0]", "threads=1",
+                    "model.router.noise_std=0", f"train.compile={flag}")  # fmt: skip
+        finish(Started(tmp_path / flag, ["train", *words], {"TORCHINDUCTOR_COMPILE_THREADS": "1"}))
+    compiled, eager = (rows(the_run(tmp_path / flag)) for flag in ("true", "false"))
+    for x, y in zip(compiled, eager, strict=True):
+        assert x["loss"] == pytest.approx(y["loss"], rel=1e-4)
 
 
 @pytest.mark.thorough

@@ -65,5 +65,8 @@ class StaticTasksRouter(TaskRouter):
         assigned = [[place[expert] for expert in self.settled()[1][task]] for task in tasks]
         return {"num_tasks": len(tasks), "num_experts": len(experts), "assigned": assigned}
 
+    def options_alone(self) -> dict[str, Any]:
+        return super().options_alone() | {"assigned": None}
+
     def weights_of(self, tasks: Sequence[int], experts: Sequence[int]) -> tuple[dict[str, Tensor], float]:
         return {}, 1.0

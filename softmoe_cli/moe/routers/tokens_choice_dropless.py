@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from softmoe_cli.moe.kind import Weak
-from softmoe_cli.moe.routing import Router, SparseRouting, full_precision
+from softmoe_cli.moe.routing import DroplessRouter, SparseRouting, full_precision
 from softmoe_cli.moe.sparse import (
     Balanced,
     Gate,
@@ -26,7 +26,7 @@ from softmoe_cli.moe.sparse import (
 from softmoe_cli.moe.weak import WeakChoice
 
 
-class TokensChoiceDroplessRouter(Router):
+class TokensChoiceDroplessRouter(DroplessRouter):
     """Each token takes its k best experts, which process however many tokens chose them.
 
     Args:
@@ -46,10 +46,7 @@ class TokensChoiceDroplessRouter(Router):
         ValueError: an impossible combination.
     """
 
-    slots_per_expert = None
-    k: int
     evaluates_alone = True
-    counts_landed = True
     decays = ("gate.kernel",)
     expert_axes: ClassVar[dict[str, int]] = {"gate.kernel": 1, "balance.bias": 0}
     unprunable = None
@@ -88,13 +85,6 @@ class TokensChoiceDroplessRouter(Router):
             gshard_weight=gshard_weight,
             bias_rate=bias_rate,
         )
-
-    @property
-    def experts_per_token(self) -> float:
-        return float(self.k + self.shared_experts)
-
-    def rows(self, num_tokens: int) -> float:
-        return float(num_tokens * self.k)
 
     def flop(self, num_tokens: int) -> int:
         """The gate: one product of n, d and e."""
