@@ -1,0 +1,189 @@
+"""The pictures of a run: which maps are made of what was looked at."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from softmoe_cli.moe.kind import Shares
+from softmoe_cli.show.looked import LayerLook, Look, expert_weights
+from softmoe_cli.show.paint import (
+    Cell,
+    Pixels,
+    Sheet,
+    colours,
+    enlarged,
+    expert_map,
+    heat_map,
+    patch_in_place,
+)
+from softmoe_cli.text import shortened
+
+LEADING = 4
+"""Slots, or experts that see all tokens, whose weights are painted."""
+CHOICES = 3
+"""Choices of a token that are painted, each as a map."""
+LIKERS = 16
+"""Experts whose patches are shown, those with the largest load."""
+MAPPED = 6
+"""Experts whose mean maps are shown."""
+IN_LEGEND = 16
+KIND_WORDS = {"ffn": "MLP"}
+
+
+def leader(shares: Shares) -> torch.Tensor:
+    """The expert of each token (b n): the first choice, or the one with the largest weight; -1: dropped."""
+    if shares.chosen is not None:
+        return shares.chosen[:, :, 0]
+    return expert_weights(shares, "given").argmax(dim=2)
+
+
+def _grid(values: torch.Tensor, layer: LayerLook) -> np.ndarray:
+    return values.reshape(layer.grid).numpy()
+
+
+def _legend(layer: LayerLook, shown: set[int]) -> list[tuple[str, tuple[int, int, int]]]:
+    """The experts that are on a sheet, in the order of their numbers; the grey of a dropped patch if there is one."""
+    palette = colours(layer.num_experts)
+    experts = sorted(expert for expert in shown if expert >= 0)
+    told = [(f"expert {expert}", _rgb(palette[expert])) for expert in experts[:IN_LEGEND]]
+    if len(experts) > IN_LEGEND:
+        told.append((f"and {len(experts) - IN_LEGEND} more", (255, 255, 255)))
+    return told + ([("dropped", (128, 128, 128))] if -1 in shown else [])
+
+
+def _rgb(colour: np.ndarray) -> tuple[int, int, int]:
+    red, green, blue = (int(part) for part in colour)
+    return red, green, blue
+
+
+def routing_sheet(look: Look, layer: LayerLook, captions: Sequence[str]) -> Sheet:
+    """The painted images and, beside each, who takes its patches. `captions`: a word for each of these images."""
+    shares, palette, rows, shown = layer.painted, colours(layer.num_experts), [], set[int]()
+    names = layer.name.replace(", ", "-").replace(" ", "-")
+    for place, number in enumerate(look.painted):
+        image = look.pixels[number]
+        cells = [Cell(enlarged(image), captions[place])]
+        if shares.chosen is None:
+            top = leader(shares)[place]
+            shown |= set(top.tolist())
+            cells.append(Cell(expert_map(_grid(top, layer), palette, image), "largest weight"))
+            cells += _weights(shares, place, layer, len(image))
+        else:
+            for rank in range(min(CHOICES, shares.chosen.shape[2])):
+                choice = shares.chosen[place, :, rank]
+                shown |= set(choice.tolist()) if rank == 0 else set(choice.tolist()) - {-1}
+                what = "expert" if shares.chosen.shape[2] == 1 else f"choice {rank + 1}"
+                cells.append(Cell(_choice(choice, layer, palette, image, rank), what))
+            if shares.kinds:
+                cells += _kinds(shares, place, layer, image)
+        rows.append(cells)
+    legend = _legend(layer, shown)
+    if shares.kinds:
+        legend += list(zip(_kinds_of(shares), map(_rgb, _kind_colours(shares)), strict=True))
+    return Sheet(f"routing-{names}", f"{layer.name}: who takes which patch", _note(layer), rows, legend)
+
+
+def _note(layer: LayerLook) -> str:
+    if layer.painted.taken is not None:
+        return (
+            "Each patch in the colour of the expert with the largest weight in it; then the slots with the largest "
+            "weights in this image: dispatch, what of the image is in the slot, and combine, where its result goes."
+        )
+    if layer.painted.chosen is None:
+        return "Each patch in the colour of its largest expert; then the experts with the largest parts in this image."
+    dropped = f"{100 * layer.dropped_share:.2g}% of the patches of all images that were looked at were dropped"
+    return f"Each patch in the colour of its expert; {dropped if layer.dropped_share else 'no patch was dropped'}."
+
+
+def _choice(
+    choice: torch.Tensor, layer: LayerLook, palette: np.ndarray, image: Pixels, rank: int
+) -> Pixels:
+    """A map of one choice of each token. That a token has no further choice is no cross: the image is seen there."""
+    grid = _grid(choice, layer)
+    painted = expert_map(grid, palette, image)
+    if rank == 0:
+        return painted
+    from softmoe_cli.show.paint import spread
+
+    return np.where(spread(grid < 0, len(painted))[..., None], enlarged(image), painted)
+
+
+def _kinds_of(shares: Shares) -> list[str]:
+    return [KIND_WORDS.get(kind, kind) for kind in dict.fromkeys(shares.kinds)]
+
+
+def _kind_colours(shares: Shares) -> np.ndarray:
+    """Of kinds: from the end of the wheel of 24, so that they are not the colours of experts."""
+    return colours(24)[-len(set(shares.kinds)) :]
+
+
+def _kinds(shares: Shares, place: int, layer: LayerLook, image: Pixels) -> list[Cell]:
+    """The kind of each choice: which of them compute something."""
+    assert shares.chosen is not None
+    named = list(dict.fromkeys(shares.kinds))
+    kind = torch.tensor([*(named.index(each) for each in shares.kinds), -1])  # -1, the last, of a dropped token
+    return [
+        Cell(expert_map(_grid(kind[shares.chosen[place, :, rank]], layer), _kind_colours(shares), image),
+             f"kind of choice {rank + 1}")
+        for rank in range(min(CHOICES, shares.chosen.shape[2]))
+    ]  # fmt: skip
+
+
+def leading(shares: Shares, place: int) -> list[int]:
+    """The columns with the largest weights in one image."""
+    return shares.given[place].sum(dim=0).argsort(descending=True, stable=True)[:LEADING].tolist()
+
+
+def _weights(shares: Shares, place: int, layer: LayerLook, side: int) -> list[Cell]:
+    """Dispatch and combine weights of the leading slots, each on a scale from 0 to its own largest."""
+    slots = len(shares.expert) // layer.num_experts
+    cells = []
+    for column in leading(shares, place):
+        expert = int(shares.expert[column])
+        own = int((shares.expert[:column] == expert).sum())
+        name = f"expert {expert}" + (f", slot {own}" if slots > 1 else "")
+        for words, weights in (("dispatch", shares.taken), ("combine" if shares.taken is not None else "", shares.given)):
+            if weights is not None:
+                most = float(weights[place, :, column].max())
+                picture = heat_map(_grid(weights[place, :, column], layer), most, side)
+                cells.append(Cell(picture, f"{name} {words} to {most:.2g}".replace("  ", " ")))
+    return cells
+
+
+def likes_sheet(look: Look, layer: LayerLook) -> Sheet:
+    """For each expert the patches that have the largest weights at it, in their surroundings."""
+    rows = []
+    for expert in layer.order[:LIKERS]:
+        weights, images, patches = (each[expert] for each in layer.liked)
+        cells = [
+            Cell(patch_in_place(look.pixels[image], patch, layer.grid), f"expert {expert}: {weight:.2g}")
+            for weight, image, patch in zip(weights.tolist(), images.tolist(), patches.tolist(), strict=True)
+            if weight > -torch.inf
+        ]
+        if cells:
+            rows.append(cells)
+    idle = layer.num_experts - int((layer.liked[0][:, 0] > -torch.inf).sum())
+    more = f" {len(layer.order) - LIKERS} experts with less load are not shown." if len(layer.order) > LIKERS else ""
+    note = (
+        f"Patches, framed, of {len(look.pixels):,} images that have the largest weights at an expert, one of an image; "
+        f"a row for each expert, the largest load first.{more}" + (f" {idle} experts see no patch." if idle else "")
+    )
+    name = layer.name.replace(", ", "-").replace(" ", "-")
+    return Sheet(f"likes-{name}", f"{layer.name}: what each expert likes", note, rows)
+
+
+def classes_sheet(look: Look, layer: LayerLook, classes: Sequence[str]) -> Sheet:
+    """Where in an image of a class each expert is at work, in the mean."""
+    experts, side = layer.order[:MAPPED], look.pixels.shape[1]
+    most = float(layer.by_class[:, experts].max())
+    rows = [
+        [Cell(heat_map(_grid(layer.by_class[label, expert], layer), most, side),
+              f"{shortened(classes[label], 14)}: expert {expert}") for expert in experts]
+        for label in range(len(layer.by_class))
+        if bool(layer.by_class[label].any())
+    ]  # fmt: skip
+    what = "share of the images in which it sees the patch" if layer.painted.chosen is not None else "mean weight"
+    note = f"A row for each class, a column for each of the experts with the largest load: {what}, from 0 to {most:.2g}."
+    name = layer.name.replace(", ", "-").replace(" ", "-")
+    return Sheet(f"classes-{name}", f"{layer.name}: where an expert is at work, by class", note, rows)
