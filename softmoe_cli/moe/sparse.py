@@ -120,7 +120,7 @@ def in_runs(
 
 
 @torch.no_grad()
-def shares_of_choices(
+def choice_shares(
     chosen: Int[Tensor, "g s k"],
     weights: Float[Tensor, "g s k"],
     landed: Bool[Tensor, "g s k"],

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from softmoe_cli.compare.figures import RECIPE, safe
 from softmoe_cli.compare.styles import COLOURS
 from softmoe_cli.evaluate.quality import Outcomes, reliability
-from softmoe_cli.run.rows import AXES, COSTS, CURVES
-from softmoe_cli.show.record import Record, curve, routing_curves
+from softmoe_cli.run.rows import COSTS, CURVES
+from softmoe_cli.show.record import Record, curve, routing_curves, statistics_of, unchanged
 from softmoe_cli.text import shortened
 
 MOST_CLASSES = 50
@@ -30,7 +30,7 @@ def chart_files(record: Record, said: Outcomes | None, classes: list[str]) -> di
         if keys:
             found["curves.png"] = _lines(curves, {key: CURVES[key].title if key in CURVES else key for key in keys})
         layers = routing_curves(record)
-        keys = [key for key in dict.fromkeys(k for each in layers.values() for k in each) if key not in ("step", *AXES)]
+        keys = [key for key in statistics_of(layers) if not unchanged(layers, key)]
         if keys:
             found["routing.png"] = _lines(layers, {key: key.replace("_", " ") for key in keys})
         if said is not None:

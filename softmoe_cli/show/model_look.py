@@ -1,6 +1,7 @@
 """From a run's checkpoints and its images to what is painted."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,8 @@ from softmoe_cli.run.source import Source
 from softmoe_cli.show.looked import Look, look_at, pixels_of
 from softmoe_cli.show.page import Shown
 from softmoe_cli.show.paint import Cell, Sheet, enlarged
-from softmoe_cli.show.sheets import classes_sheet, likes_sheet, routing_sheet
-from softmoe_cli.text import printable, shortened, several
+from softmoe_cli.show.sheets import classes_sheet, likes_sheet, routing_sheet, strip_sheets
+from softmoe_cli.text import printable, shortened
 
 WORST = 16
 """Images that are shown because their label has the smallest probability."""
@@ -77,9 +78,7 @@ class Subject:
             loss=self.loss, autocast=autocast, labelled=self.labelled,
         )  # fmt: skip
 
-    def _batches(
-        self, images: ImageSet, device: torch.device
-    ) -> Iterator[tuple[Batch, UInt8[np.ndarray, "b s s 3"]]]:
+    def _batches(self, images: ImageSet, device: torch.device) -> Iterator[tuple[Batch, UInt8[np.ndarray, "b s s 3"]]]:
         data, model = self.config.data, self.model
         each = data.of_sets() if data.sets is not None else [data]
         mean, std = (torch.tensor([_for_channels(getattr(own, key), model.in_chans) for own in each])
@@ -133,9 +132,9 @@ def subject_of(tree: dict[str, Any], source: Source, typed: Sequence[str]) -> Su
         some = f"{count:,} of {len(whole):,}" if count < len(whole) else f"all {count:,}"
         what = f"{some} {config.split} images of {config.data.name}"
     painted = np.linspace(0, len(images) - 1, min(config.painted, len(images))).round().astype(int).tolist()
-    precision = config.precision or source.card["precision"]
+    precision, classes = config.precision or source.card["precision"], [printable(each) for each in known]
     return Subject(
-        config, model, source.card["loss"], precision, images, what, known, labelled, task, first, painted
+        config, model, source.card["loss"], precision, images, what, classes, labelled, task, first, painted
     )  # fmt: skip
 
 
@@ -154,8 +153,8 @@ def _own_image(place: str, data: Data, model: Model) -> ImageSet:
     return ImageSet(torch.zeros(1, dtype=torch.int64), pixels, side, own.channels)
 
 
-def shown_of(subject: Subject, source: Source) -> Shown:
-    """Every picture that one checkpoint gives."""
+def shown_of(subject: Subject, source: Source, folder: Path) -> Shown:
+    """Every picture that the newest checkpoint of a run's folder gives, and the strip of all of them."""
     look = subject.look(source)
     sheets: dict[str, list[Sheet]] = {}
     captions = [_caption(subject, look, number) for number in look.painted]
@@ -166,13 +165,19 @@ def shown_of(subject: Subject, source: Source) -> Shown:
         sheets["What each expert likes"] = [likes_sheet(look, layer) for layer in look.layers]
     if look.said is not None:
         sheets["By class"] = [classes_sheet(look, layer, subject.classes) for layer in look.layers]
+    sheets["Over training"] = over_training(subject, folder, subject.config.base)
     notes = [f"The router of {name} does not say which expert takes which token." for name in look.silent]
     if not look.layers and not look.silent:
         notes.append("The model has no layer with experts whose routing could be painted.")
     if not subject.labelled and subject.config.image is None:
         notes.append("The images have other classes than the checkpoint: predictions are not judged.")
-    of = f"Of {printable(source.label)}, on {printable(subject.what)}."
-    return Shown(of, look.said, subject.classes, sheets, notes)
+    of = f"Seen: {printable(subject.what)}, by {printable(Path(source.label).parent.name)}."
+    layers = [
+        {"layer": layer.name, "experts": layer.num_experts, "dropped_share": layer.dropped_share,
+         "load": (layer.load / layer.load.sum().clamp(min=1e-30)).tolist()}
+        for layer in look.layers
+    ]  # fmt: skip
+    return Shown(of, look.said, subject.classes, sheets, notes, layers)
 
 
 def _caption(subject: Subject, look: Look, number: int) -> str:
@@ -187,13 +192,11 @@ def worst_sheet(look: Look, classes: Sequence[str]) -> Sheet:
     """The images whose label has the smallest probability."""
     said = look.said
     assert said is not None
-    order = said.label_probability.argsort(stable=True)[:WORST].tolist()
-    cells = [
-        Cell(enlarged(look.pixels[number]),
-             f"{shortened(printable(classes[said.label[number]]), 20)} {100 * said.label_probability[number]:.2g}%, said "
-             f"{shortened(printable(classes[said.prediction[number]]), 20)} {100 * said.probability[number]:.2g}%")
-        for number in order
-    ]  # fmt: skip
+    cells = []
+    for number in said.label_probability.argsort(stable=True)[:WORST].tolist():
+        label, guess = (shortened(printable(classes[each[number]]), 20) for each in (said.label, said.prediction))
+        own, its = (100 * float(each[number]) for each in (said.label_probability, said.probability))
+        cells.append(Cell(enlarged(look.pixels[number]), f"{label} {own:.2g}%, said {guess} {its:.2g}%"))
     note = "The images whose label got the smallest probability: label, its probability, prediction, its probability."
     return Sheet("worst", "Worst images", note, [cells[i : i + 8] for i in range(0, len(cells), 8)])
 
@@ -204,5 +207,10 @@ def checkpoints_by_step(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found.items()) if damage(path) is None]
 
 
-def strip_sheets(subject: Subject, several_sources: Sequence[tuple[int, Source]]) -> list[Sheet]:
-    raise NotImplementedError(several(len(several_sources), "checkpoint"))
+def over_training(subject: Subject, folder: Path, base: str | None) -> list[Sheet]:
+    """The painted images' maps in every checkpoint of the run; nothing where it has one only."""
+    looks: dict[int, Look] = {}
+    for path in checkpoints_by_step(folder):
+        with suppress(UsageError):  # a run that goes on may have removed it by now
+            looks[step_of(path)] = subject.look(inherit.named_source(str(path), base), only_painted=True)
+    return strip_sheets(looks) if len(looks) > 1 else []

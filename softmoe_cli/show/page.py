@@ -10,7 +10,7 @@ from softmoe_cli.compare.page import filled_page, html_table
 from softmoe_cli.compare.tables import Table
 from softmoe_cli.run.rows import AXES, COSTS, CURVES, ROUTING
 from softmoe_cli.run.status import ago
-from softmoe_cli.show.record import Record, changed_settings, curve, routing_curves
+from softmoe_cli.show.record import Record, changed_settings, curve, routing_curves, statistics_of
 from softmoe_cli.text import flop, four_digits, in_words, printable, shortened
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ SHOWN_MARK = b'<meta name="generator" content="softmoe show">'
 MOST_COUNTED = 20
 """Up to so many classes their confusion is a square; above it is a list."""
 LISTED = 20
+OPENED = 12
+"""Settings that are shown at once; more are unfolded."""
 REFRESH = '<meta name="viewport"'
 
 
@@ -32,6 +34,7 @@ class Shown:
         of: a sentence that says which checkpoint did what to which images; why nothing did, where nothing did.
         said: the predictions of `classes`.
         sheets: pictures, by the heading that they stand below.
+        layers: what was found of each layer, as JSON has it.
     """
 
     of: str
@@ -39,6 +42,7 @@ class Shown:
     classes: list[str] = field(default_factory=list)
     sheets: dict[str, "list[Sheet]"] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    layers: list[dict[str, Any]] = field(default_factory=list)
 
 
 def run_page(record: Record, shown: Shown, *, refresh_s: float | None = None) -> str:
@@ -55,7 +59,7 @@ def run_page(record: Record, shown: Shown, *, refresh_s: float | None = None) ->
     for heading, sheets in shown.sheets.items():
         if sheets:
             body.append(f"<h2>{escape(heading)}</h2>")
-            body += [_sheet(sheet) for sheet in sheets]
+            body += [_sheet(sheet, heading) for sheet in sheets]
     body.append("</section>")
     page = filled_page("show", f"{record.name}: softmoe show", body, _data(record))
     if refresh_s is not None:
@@ -66,16 +70,17 @@ def run_page(record: Record, shown: Shown, *, refresh_s: float | None = None) ->
 def headline(record: Record) -> str:
     """One sentence: what it is, how far it is, how good."""
     state, said = record.state, record.settings
-    words = [state.state if state.progress is None or state.state == "done" else f"{state.state} at {100 * state.progress:.0f}%"]
+    far = "" if state.progress is None or state.state == "done" else f" at {100 * state.progress:.0f}%"
+    words = [f"{state.state}{far}"]
     if record.result is not None:
         words.append(f"test top-1 {record.result['top1_pct']:.2f}% of {record.result['test_images']:,} images")
     if state.top1_pct is not None:
         words.append(f"validation top-1 {state.top1_pct:.2f}%")
     if state.age_s is not None and record.result is None:
         words.append(f"last row {ago(state.age_s)}")
-    what = " on ".join(str(said[key]) for key in ("model.name", "data.name") if said.get(key))
     seed = f", seed {said['seed']}" if "seed" in said else ""
-    return f"{what or record.name}{seed}: {', '.join(words)}." + (f" {state.reason}." if state.reason else "")
+    what = f"{record.name.rpartition('-')[0] or record.name}{seed}: {', '.join(words)}."
+    return f"{what} {state.reason}." if state.reason else what
 
 
 def _table(table: Table | None) -> str:
@@ -106,8 +111,12 @@ def _costs(record: Record) -> Table | None:
     """What it has cost so far, and what its model costs, as far as it is known."""
     last = record.rows[-1] if record.rows else {}
     known = {key: value for key, value in {**last, **(record.result or {})}.items() if key in COSTS}
-    cells = [[COSTS[key].title.removesuffix(", PFLOP"), _cost(key, known[key])] for key in COSTS if key in known]
+    cells = [[_what(key), _cost(key, known[key])] for key in COSTS if key in known]
     return Table("Cost", "", ["cost", "amount"], cells) if cells else None
+
+
+def _what(key: str) -> str:
+    return f"{COSTS[key].amount}, landed" if key == "landed_pflop" else COSTS[key].amount
 
 
 def _cost(key: str, value: float) -> str:
@@ -126,12 +135,16 @@ def _settings(record: Record) -> list[str]:
         return ["<h2>Settings</h2>", "<p>All are as softmoe train has them where nothing is typed.</p>"]
     table = html_table(Table("Settings", note, ["setting", "here", "usual"], rows))
     count = f"<summary>{len(rows)} settings</summary>"
-    return ["<h2>Settings</h2>", f"<p>{note}</p>", f"<details{' open' if len(rows) <= 12 else ''}>{count}{table}</details>"]
+    return [
+        "<h2>Settings</h2>",
+        f"<p>{note}</p>",
+        f"<details{' open' if len(rows) <= 12 else ''}>{count}{table}</details>",
+    ]
 
 
 def _said(value: Any) -> str:
-    text = {None: "null", True: "true", False: "false"}.get(value) if not isinstance(value, list | dict) else None
-    return shortened(printable(text or str(value)), 200)
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return shortened(printable(text), 200)
 
 
 def _routing(record: Record) -> list[str]:
@@ -139,7 +152,7 @@ def _routing(record: Record) -> list[str]:
     layers = routing_curves(record)
     if not layers:
         return ["<h2>Routing statistics</h2>", "<p>There are none: no layer with experts has been looked at.</p>"]
-    keys = [key for key in dict.fromkeys(k for each in layers.values() for k in each) if key not in ("step", *AXES)]
+    keys = statistics_of(layers)
     cells = [
         [name, *(f"{each[key][-1]:.4g}" if key in each and each[key][-1] is not None else "" for key in keys)]
         for name, each in layers.items()
@@ -157,27 +170,28 @@ def _calibration(said: "Outcomes") -> list[str]:
     """How often predictions of a probability are right, as a drawing."""
     from softmoe_cli.evaluate.quality import calibration_error, reliability
 
-    bins, parts = reliability(said.probability, said.right), []
-    count, left, size = len(bins), 44, 240
+    bins, parts, left, size = reliability(said.probability, said.right), [], 44, 240
+    width = size / len(bins)
     for place, (images, right, probability) in enumerate(bins.tolist()):
-        if images:
-            x, y = left + place * size / count, 10 + (1 - right) * size
-            tip = f"{images:.0f} images: {100 * right:.0f}% right, mean probability {100 * probability:.0f}%"
-            parts.append(f'<rect x="{x:.1f}" y="{y:.1f}" width="{size / count - 1:.1f}" height="{right * size:.1f}" '
-                         f'fill="var(--c6)"><title>{tip}</title></rect>'
-                         f'<circle cx="{left + probability * size:.1f}" cy="{y:.1f}" r="3" fill="var(--c1)"/>')  # fmt: skip
+        if not images:
+            continue
+        y, tall = 10 + (1 - right) * size, right * size
+        tip = f"{images:.0f} images: {100 * right:.0f}% right, mean probability {100 * probability:.0f}%"
+        at = f'x="{left + place * width:.1f}" y="{y:.1f}" width="{width - 1:.1f}" height="{tall:.1f}"'
+        parts.append(f'<rect {at} fill="var(--c6)"><title>{tip}</title></rect>')
+        parts.append(f'<circle cx="{left + probability * size:.1f}" cy="{y:.1f}" r="3" fill="var(--c1)"/>')
     for tick in (0, 0.5, 1):
-        parts.append(f'<text x="{left + tick * size}" y="{size + 26}" text-anchor="middle">{tick:g}</text>'
-                     f'<text x="{left - 6}" y="{14 + (1 - tick) * size}" text-anchor="end">{tick:g}</text>')  # fmt: skip
-    frame = (
-        f'<line class="front" x1="{left}" y1="{10 + size}" x2="{left + size}" y2="10"/>'
-        f'<text x="{left + size / 2}" y="{size + 42}" text-anchor="middle">probability of the prediction</text>'
-        f'<text transform="translate(12 {10 + size / 2}) rotate(-90)" text-anchor="middle">share that is right</text>'
-    )
+        parts.append(f'<text x="{left + tick * size}" y="{size + 26}" text-anchor="middle">{tick:g}</text>')
+        parts.append(f'<text x="{left - 6}" y="{14 + (1 - tick) * size}" text-anchor="end">{tick:g}</text>')
+    parts += [
+        f'<line class="front" x1="{left}" y1="{10 + size}" x2="{left + size}" y2="10"/>',
+        f'<text x="{left + size / 2}" y="{size + 42}" text-anchor="middle">probability of the prediction</text>',
+        f'<text transform="translate(12 {10 + size / 2}) rotate(-90)" text-anchor="middle">share that is right</text>',
+    ]
     error = 100 * calibration_error(said.probability, said.right)
     told = f"Expected calibration error {error:.2f}%, {said.top1_pct:.2f}% of {len(said.label):,} images right."
-    drawing = f'<svg class="fixed" viewBox="0 0 {left + size + 12} {size + 50}" role="img">{"".join(parts)}{frame}</svg>'
-    return ["<h2>Calibration</h2>", f"<p>{told}</p>", drawing]
+    box = f'class="fixed" viewBox="0 0 {left + size + 12} {size + 50}" role="img"'
+    return ["<h2>Calibration</h2>", f"<p>{told}</p>", f"<svg {box}>{''.join(parts)}</svg>"]
 
 
 def _confusion(said: "Outcomes", classes: Sequence[str]) -> list[str]:
@@ -203,7 +217,7 @@ def _confusion(said: "Outcomes", classes: Sequence[str]) -> list[str]:
             f'<div class="wide" tabindex="0">{table}</div>']  # fmt: skip
 
 
-def _sheet(sheet: "Sheet") -> str:
+def _sheet(sheet: "Sheet", heading: str) -> str:
     from softmoe_cli.show.paint import png
 
     swatches = "".join(
@@ -220,7 +234,8 @@ def _sheet(sheet: "Sheet") -> str:
         for row in sheet.rows
     )
     legend = f'<div class="swatches">{swatches}</div>' if swatches else ""
-    return f"<h3>{escape(sheet.title)}</h3><p>{escape(sheet.note)}</p>{legend}{rows}"
+    title = f"<h3>{escape(sheet.title)}</h3>" if sheet.title != heading else ""
+    return f"{title}<p>{escape(sheet.note)}</p>{legend}{rows}"
 
 
 def _data(record: Record) -> dict[str, Any]:
@@ -238,11 +253,9 @@ def _drawn(curves: Mapping[str, Mapping[str, Any]], titles: Mapping[str, str]) -
     return [
         {
             "label": name, "colour": place % 7, "marker": "osD^vPX*"[place % 8], "n": 0,
-            "names": {key: titles.get(key, key.replace("_", " ")) for key in each if key not in ("step", *AXES)},
+            "names": {key: titles.get(key, key.replace("_", " ")) for key in statistics_of({"": each})},
             "runs": [each],
         }
         for place, (name, each) in enumerate(curves.items())
         if each
     ]  # fmt: skip
-
-

@@ -52,8 +52,9 @@ def colours(number: int) -> UInt8[np.ndarray, "e 3"]:
     """A colour for each of so many experts; the first ones are the same whatever the number."""
     found = list(FIRST_COLOURS[:number])
     for i in range(len(found), number):  # steps of the golden ratio around the wheel: neighbours lie far apart
-        red, green, blue = colorsys.hsv_to_rgb((0.13 + i * 0.6180339887) % 1, (0.55, 0.8, 0.95)[i % 3], 0.95 - i % 2 / 4)
-        found.append((round(255 * red), round(255 * green), round(255 * blue)))
+        hue, saturation, value = (0.13 + i * 0.6180339887) % 1, (0.55, 0.8, 0.95)[i % 3], 0.95 - i % 2 / 4
+        red, green, blue = (round(255 * part) for part in colorsys.hsv_to_rgb(hue, saturation, value))
+        found.append((red, green, blue))
     return np.array(found, np.uint8).reshape(-1, 3)
 
 
@@ -94,9 +95,12 @@ def _crossed(
     return np.where((dropped & cross)[..., None], np.array(CROSS, np.uint8), picture)
 
 
-def heat_map(weights: Float[np.ndarray, "h w"], most: float, side: int) -> UInt8[np.ndarray, "t t 3"]:
-    """Weights from 0 to `most` as colours, for an image of `side` pixels."""
-    place = np.clip(weights / most if most > 0 else np.zeros_like(weights), 0, 1) * (len(SCALE) - 1)
+def heat_map(
+    weights: Float[np.ndarray, "h w"], most: float, side: int, least: float = 0.0
+) -> UInt8[np.ndarray, "t t 3"]:
+    """Weights from `least` to `most` as colours, for an image of `side` pixels."""
+    share = (weights - least) / (most - least) if most > least else np.zeros_like(weights)
+    place = np.clip(share, 0, 1) * (len(SCALE) - 1)
     scale = np.array(SCALE, float)
     low = np.minimum(place.astype(int), len(SCALE) - 2)
     mixed = scale[low] + (place - low)[..., None] * (scale[low + 1] - scale[low])

@@ -1,5 +1,6 @@
 """What a run's files say of it, finished or not; without torch and without its checkpoints."""
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 import yaml
 
 from softmoe_cli.errors import UsageError, nearest
+from softmoe_cli.options.compose import compose
 from softmoe_cli.run import rows
 from softmoe_cli.run.rows import AXES, EVERY, RESULT, Row
 from softmoe_cli.run.status import State, state
@@ -25,7 +27,7 @@ class Record:
         result: its row; None of a run that has not ended.
         rows: of metrics.jsonl, in their order.
         routing: of routing.jsonl.
-        settings: every value of config.yaml by its whole key.
+        config: config.yaml; empty where that cannot be read.
         notes: what could not be read, a sentence each.
     """
 
@@ -34,8 +36,13 @@ class Record:
     result: Row | None
     rows: list[Row]
     routing: list[Row]
-    settings: dict[str, Any]
+    config: dict[str, Any]
     notes: list[str]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Every value of config.yaml by its whole key."""
+        return flattened(self.config)
 
     @property
     def name(self) -> str:
@@ -62,14 +69,14 @@ def read_record(folder: Path) -> Record:
         notes.append(f"result.json {error}.")
     metrics = _lines(folder / "metrics.jsonl", EVERY, notes)
     routing = _lines(folder / "routing.jsonl", rows.FORMAT_KEY, notes)
-    settings: dict[str, Any] = {}
+    config: dict[str, Any] = {}
     try:
         said = yaml.safe_load(rows.contents(folder / "config.yaml"))
-        settings = flattened(said) if isinstance(said, dict) else {}
+        config = said if isinstance(said, dict) else {}
     except (FileNotFoundError, rows.Unreadable, yaml.YAMLError, RecursionError):
         notes.append("config.yaml cannot be read, so that settings are not shown.")
     found = state(folder, folder.resolve().name, None)
-    return Record(folder, found, result, metrics, routing, settings, notes)
+    return Record(folder, found, result, metrics, routing, config, notes)
 
 
 def _require_run(folder: Path) -> None:
@@ -123,10 +130,6 @@ def flattened(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def changed_settings(record: Record) -> list[tuple[str, Any, Any]]:
     """Key, value and default of each setting that is not what `softmoe train` does where nothing is typed. Values that
     only follow others, such as a model's name, stand there too."""
-    import dataclasses
-
-    from softmoe_cli.options.compose import compose
-
     usual = flattened(dataclasses.asdict(compose()))
     return [
         (key, value, usual.get(key, "not there"))
@@ -162,3 +165,14 @@ def routing_curves(record: Record) -> dict[str, dict[str, list[float | None]]]:
             name = f"block {row.get('block')}" + (f", {row['beside']}" if "beside" in row else "")
             layers.setdefault(name, []).append(row | spent[row["step"]])
     return {name: curve(found) for name, found in layers.items()}
+
+
+def statistics_of(curves: Mapping[str, Mapping[str, list[float | None]]]) -> list[str]:
+    """The keys of these curves that say something of themselves; those that never change come last."""
+    keys = dict.fromkeys(key for each in curves.values() for key in each if key not in ("step", "epoch", *AXES))
+    return sorted(keys, key=lambda key: unchanged(curves, key))
+
+
+def unchanged(curves: Mapping[str, Mapping[str, list[float | None]]], key: str) -> bool:
+    """Whether the key has one value in each of the curves."""
+    return all(len(set(each.get(key, []))) < 2 for each in curves.values())

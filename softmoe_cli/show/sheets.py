@@ -1,6 +1,6 @@
 """The pictures of a run: which maps are made of what was looked at."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -16,10 +16,11 @@ from softmoe_cli.show.paint import (
     expert_map,
     heat_map,
     patch_in_place,
+    spread,
 )
 from softmoe_cli.text import shortened
 
-LEADING = 4
+LEADING = 3
 """Slots, or experts that see all tokens, whose weights are painted."""
 CHOICES = 3
 """Choices of a token that are painted, each as a map."""
@@ -27,6 +28,8 @@ LIKERS = 16
 """Experts whose patches are shown, those with the largest load."""
 MAPPED = 6
 """Experts whose mean maps are shown."""
+STRIPS = 2
+"""Images that are followed over training."""
 IN_LEGEND = 16
 KIND_WORDS = {"ffn": "MLP"}
 
@@ -36,6 +39,11 @@ def leader(shares: Shares) -> torch.Tensor:
     if shares.chosen is not None:
         return shares.chosen[:, :, 0]
     return expert_weights(shares, "given").argmax(dim=2)
+
+
+def file_stem(layer: LayerLook) -> str:
+    """The layer's name as a part of a file's."""
+    return layer.name.replace(", ", "-").replace(" ", "-")
 
 
 def _grid(values: torch.Tensor, layer: LayerLook) -> np.ndarray:
@@ -60,7 +68,6 @@ def _rgb(colour: np.ndarray) -> tuple[int, int, int]:
 def routing_sheet(look: Look, layer: LayerLook, captions: Sequence[str]) -> Sheet:
     """The painted images and, beside each, who takes its patches. `captions`: a word for each of these images."""
     shares, palette, rows, shown = layer.painted, colours(layer.num_experts), [], set[int]()
-    names = layer.name.replace(", ", "-").replace(" ", "-")
     for place, number in enumerate(look.painted):
         image = look.pixels[number]
         cells = [Cell(enlarged(image), captions[place])]
@@ -81,7 +88,7 @@ def routing_sheet(look: Look, layer: LayerLook, captions: Sequence[str]) -> Shee
     legend = _legend(layer, shown)
     if shares.kinds:
         legend += list(zip(_kinds_of(shares), map(_rgb, _kind_colours(shares)), strict=True))
-    return Sheet(f"routing-{names}", f"{layer.name}: who takes which patch", _note(layer), rows, legend)
+    return Sheet(f"routing-{file_stem(layer)}", f"{layer.name}: who takes which patch", _note(layer), rows, legend)
 
 
 def _note(layer: LayerLook) -> str:
@@ -96,16 +103,12 @@ def _note(layer: LayerLook) -> str:
     return f"Each patch in the colour of its expert; {dropped if layer.dropped_share else 'no patch was dropped'}."
 
 
-def _choice(
-    choice: torch.Tensor, layer: LayerLook, palette: np.ndarray, image: Pixels, rank: int
-) -> Pixels:
+def _choice(choice: torch.Tensor, layer: LayerLook, palette: np.ndarray, image: Pixels, rank: int) -> Pixels:
     """A map of one choice of each token. That a token has no further choice is no cross: the image is seen there."""
     grid = _grid(choice, layer)
     painted = expert_map(grid, palette, image)
     if rank == 0:
         return painted
-    from softmoe_cli.show.paint import spread
-
     return np.where(spread(grid < 0, len(painted))[..., None], enlarged(image), painted)
 
 
@@ -143,11 +146,12 @@ def _weights(shares: Shares, place: int, layer: LayerLook, side: int) -> list[Ce
         expert = int(shares.expert[column])
         own = int((shares.expert[:column] == expert).sum())
         name = f"expert {expert}" + (f", slot {own}" if slots > 1 else "")
-        for words, weights in (("dispatch", shares.taken), ("combine" if shares.taken is not None else "", shares.given)):
-            if weights is not None:
-                most = float(weights[place, :, column].max())
-                picture = heat_map(_grid(weights[place, :, column], layer), most, side)
-                cells.append(Cell(picture, f"{name} {words} to {most:.2g}".replace("  ", " ")))
+        both = {f"{name} dispatch": shares.taken, f"{name} combine": shares.given}
+        for words, weights in both.items() if shares.taken is not None else [(name, shares.given)]:
+            assert weights is not None
+            most = float(weights[place, :, column].max())
+            picture = heat_map(_grid(weights[place, :, column], layer), most, side)
+            cells.append(Cell(picture, f"{words}, 0 to {most:.2g}"))
     return cells
 
 
@@ -169,21 +173,56 @@ def likes_sheet(look: Look, layer: LayerLook) -> Sheet:
         f"Patches, framed, of {len(look.pixels):,} images that have the largest weights at an expert, one of an image; "
         f"a row for each expert, the largest load first.{more}" + (f" {idle} experts see no patch." if idle else "")
     )
-    name = layer.name.replace(", ", "-").replace(" ", "-")
-    return Sheet(f"likes-{name}", f"{layer.name}: what each expert likes", note, rows)
+    return Sheet(f"likes-{file_stem(layer)}", f"{layer.name}: what each expert likes", note, rows)
 
 
 def classes_sheet(look: Look, layer: LayerLook, classes: Sequence[str]) -> Sheet:
     """Where in an image of a class each expert is at work, in the mean."""
     experts, side = layer.order[:MAPPED], look.pixels.shape[1]
-    most = float(layer.by_class[:, experts].max())
+    shown = [label for label in range(len(layer.by_class)) if bool(layer.by_class[label].any())]
+    maps = layer.by_class[shown][:, experts]
+    sparse = layer.painted.chosen is not None
+    most, least = float(maps.max()), 0.0 if sparse else float(maps.min())
     rows = [
-        [Cell(heat_map(_grid(layer.by_class[label, expert], layer), most, side),
-              f"{shortened(classes[label], 14)}: expert {expert}") for expert in experts]
-        for label in range(len(layer.by_class))
-        if bool(layer.by_class[label].any())
-    ]  # fmt: skip
-    what = "share of the images in which it sees the patch" if layer.painted.chosen is not None else "mean weight"
-    note = f"A row for each class, a column for each of the experts with the largest load: {what}, from 0 to {most:.2g}."
-    name = layer.name.replace(", ", "-").replace(" ", "-")
-    return Sheet(f"classes-{name}", f"{layer.name}: where an expert is at work, by class", note, rows)
+        [
+            Cell(heat_map(_grid(own, layer), most, side, least), f"{shortened(classes[label], 14)}: expert {expert}")
+            for expert, own in zip(experts, of_class, strict=True)
+        ]
+        for label, of_class in zip(shown, maps, strict=True)
+    ]
+    what = "share of the images in which it sees the patch" if sparse else "mean weight"
+    note = (
+        f"A row for each class, a column for each of the experts with the largest load: {what}, from {least:.2g} "
+        f"(dark) to {most:.2g} (bright)."
+    )
+    return Sheet(f"classes-{file_stem(layer)}", f"{layer.name}: where an expert is at work, by class", note, rows)
+
+
+def strip_sheets(looks: Mapping[int, Look]) -> list[Sheet]:
+    """The same images in several checkpoints, by their step: whose each patch is and, where slots are mixtures, what is
+    in the slot that leads in the last one. `looks`: of the painted images alone."""
+    last, sheets = list(looks.values())[-1], []
+    for layer in last.layers:
+        palette, rows, shown = colours(layer.num_experts), [], set[int]()
+        for place in range(min(STRIPS, len(last.painted))):
+            image, then = last.pixels[place], {}
+            for step, look in looks.items():
+                then[step] = next(each.painted for each in look.layers if each.name == layer.name)
+            tops = {step: leader(shares)[place] for step, shares in then.items()}
+            shown |= {expert for top in tops.values() for expert in top.tolist()}
+            cells = [
+                Cell(expert_map(_grid(top, layer), palette, image), f"step {step:,}") for step, top in tops.items()
+            ]
+            rows.append([Cell(enlarged(image), f"image {place + 1}"), *cells])
+            if layer.painted.taken is not None:
+                (column, *_), expert = leading(layer.painted, place), layer.painted.expert
+                taken = {step: shares.taken[place, :, column] for step, shares in then.items()
+                         if shares.taken is not None}  # fmt: skip
+                most = max(float(each.max()) for each in taken.values())
+                cells = [Cell(heat_map(_grid(each, layer), most, len(image)), f"step {step:,}, 0 to {most:.2g}")
+                         for step, each in taken.items()]  # fmt: skip
+                rows.append([Cell(enlarged(image), f"expert {int(expert[column])}, dispatch"), *cells])
+        note = "The same images in every checkpoint that the run has kept: each patch in the colour of its expert."
+        name = f"{layer.name}: over training"
+        sheets.append(Sheet(f"training-{file_stem(layer)}", name, note, rows, _legend(layer, shown)))
+    return sheets
