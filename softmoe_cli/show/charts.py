@@ -67,7 +67,7 @@ def _lines(curves: Mapping[str, Mapping[str, list[Any]]], keys: Mapping[str, str
 def _calibration(said: Outcomes) -> Figure:
     figure = Figure(figsize=(4.2, 4.2), layout="constrained")
     panel = figure.subplots()
-    bins = reliability(said.probability, said.right)
+    bins = reliability(said.probability, said.right).numpy()
     there = bins[:, 0] > 0
     left = np.arange(len(bins)) / len(bins)
     panel.bar(left[there], bins[there, 1], 1 / len(bins), align="edge", color=COLOURS[6], edgecolor="white")

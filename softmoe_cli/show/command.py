@@ -52,8 +52,8 @@ def show_as_typed(composed: Any, typed: list[str]) -> int:
     tree = plain(composed, ShowConfig)
     if tree["run"] == "???":
         raise UsageError("softmoe show needs the folder of a run: softmoe show outputs/STUDY/RUN")
-    record = read_record(Path(tree["run"]))
     config = _checked(tree)
+    record = read_record(Path(config.run))
     if config.follow:
         _follow(config, tree, typed)
         return 0

@@ -9,7 +9,6 @@ from softmoe_cli.moe.kind import Shares
 from softmoe_cli.show.looked import LayerLook, Look, expert_weights
 from softmoe_cli.show.paint import (
     Cell,
-    Pixels,
     Sheet,
     colours,
     enlarged,
@@ -103,7 +102,7 @@ def _note(layer: LayerLook) -> str:
     return f"Each patch in the colour of its expert; {dropped if layer.dropped_share else 'no patch was dropped'}."
 
 
-def _choice(choice: torch.Tensor, layer: LayerLook, palette: np.ndarray, image: Pixels, rank: int) -> Pixels:
+def _choice(choice: torch.Tensor, layer: LayerLook, palette: np.ndarray, image: np.ndarray, rank: int) -> np.ndarray:
     """A map of one choice of each token. That a token has no further choice is no cross: the image is seen there."""
     grid = _grid(choice, layer)
     painted = expert_map(grid, palette, image)
@@ -121,7 +120,7 @@ def _kind_colours(shares: Shares) -> np.ndarray:
     return colours(24)[-len(set(shares.kinds)) :]
 
 
-def _kinds(shares: Shares, place: int, layer: LayerLook, image: Pixels) -> list[Cell]:
+def _kinds(shares: Shares, place: int, layer: LayerLook, image: np.ndarray) -> list[Cell]:
     """The kind of each choice: which of them compute something."""
     assert shares.chosen is not None
     named = list(dict.fromkeys(shares.kinds))

@@ -68,16 +68,16 @@ def sparse(first: int, b: int, n: int, *, runs: bool) -> SparseRouting:
 
 
 def painted_by_hand(experts: np.ndarray, image: np.ndarray, palette: np.ndarray) -> np.ndarray:
-    """Pixel by pixel, in loops; where patches are dropped the cross is left out."""
-    factor = SIDE // len(image)
-    picture = np.zeros((SIDE, SIDE, 3), np.uint8)
-    for y in range(SIDE):
-        for x in range(SIDE):
-            expert = experts[y * GRID // SIDE, x * GRID // SIDE]
+    """Pixel of the image by pixel, in loops; where patches are dropped the cross is left out."""
+    side = len(image)
+    small = np.zeros((side, side, 3), np.uint8)
+    for y in range(side):
+        for x in range(side):
+            expert = experts[y * GRID // side, x * GRID // side]
             colour = GREY if expert < 0 else palette[expert]
-            grey = image[y // factor, x // factor].mean()
-            picture[y, x] = [round(CLEAR * float(part) + (1 - CLEAR) * grey) for part in colour]
-    return picture
+            grey = sum(map(float, image[y, x])) / 3
+            small[y, x] = [round(CLEAR * float(part) + (1 - CLEAR) * grey) for part in colour]
+    return small.repeat(SIDE // side, 0).repeat(SIDE // side, 1)
 
 
 def same_but_crosses(got: np.ndarray, wanted: np.ndarray, experts: np.ndarray) -> None:
