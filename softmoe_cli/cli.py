@@ -17,7 +17,6 @@ from softmoe_cli.config.commands import (
     CostConfig,
     DataCheckConfig,
     EvaluateConfig,
-    ExportConfig,
     MatchConfig,
     UpcycleConfig,
 )
@@ -366,25 +365,9 @@ def _evaluate(config: Any, typed: list[str]) -> int:
 
 
 def _export(config: Any, typed: list[str]) -> int:
-    tree = plain(config, ExportConfig)
-    if tree["checkpoint"] == "???":
-        raise UsageError("softmoe export needs checkpoint=: a run folder, a .safetensors file or hf-hub:OWNER/NAME")
-    if tree["checkpoint"].startswith("timm:"):
-        raise UsageError(f"checkpoint={tree['checkpoint']} is timm's own; softmoe export is for what softmoe trained")
-    from softmoe_cli.options import inherit
+    from softmoe_cli.export import export_as_typed
 
-    source = inherit.named_source(tree["checkpoint"], tree["base"])
-    from softmoe_cli.export import export, show_export
-
-    model = inherit.model_of(source, tree["trust"])
-    named = inherit.names_data(tree["data"])
-    inherit.take_data(tree, source, typed)
-    checked = door(tree, ExportConfig)
-    check_channels(checked.data, model.in_chans)
-    if not named:
-        inherit.check_here(checked.data, source)
-    show_export(export(checked, model, source), checked.format)
-    return 0
+    return export_as_typed(config, typed)
 
 
 def _prune(config: Any, typed: list[str]) -> int:
@@ -443,6 +426,13 @@ def _scaling(arguments: list[str]) -> int:
     return run_scaling(arguments)
 
 
+def _show(arguments: list[str]) -> int:
+    """`softmoe show`: a word without = is the run, and two options are words of their own."""
+    from softmoe_cli.show.command import show_as_typed, spelt_out
+
+    return _composing("show", show_as_typed)(spelt_out(arguments))
+
+
 def _check(arguments: list[str]) -> int:
     """`softmoe check`: prints the report; 1 if a check failed."""
     names = [argument for argument in arguments if "=" not in argument]
@@ -487,6 +477,7 @@ ACTIONS: typing.Final[dict[str, Callable[[list[str]], int]]] = {
     "match": _composing("match", _match),
     "compare": _compare,
     "scaling": _scaling,
+    "show": _show,
     "check": _check,
     "data": _data,
     "status": _status,

@@ -24,6 +24,7 @@ from torch.export import Dim, ExportedProgram
 from softmoe_cli import answers
 from softmoe_cli.config.adapter import no_adapter
 from softmoe_cli.config.commands import ExportConfig
+from softmoe_cli.config.data import check_channels
 from softmoe_cli.config.model import Model
 from softmoe_cli.data import batches, sets
 from softmoe_cli.errors import RunError, UsageError, first_line
@@ -32,6 +33,8 @@ from softmoe_cli.model.hub import softmoe_vit
 from softmoe_cli.model.router import check_evaluated, evaluation_group
 from softmoe_cli.model.vit import build
 from softmoe_cli.model.weights import experts_left, load_weights
+from softmoe_cli.options import inherit
+from softmoe_cli.options.compose import door, plain
 from softmoe_cli.run.identity import made_from, settings_of
 from softmoe_cli.run.receipt import RECEIPT, already_made, make_whole
 from softmoe_cli.run.sealed import WEIGHTS, seal
@@ -43,6 +46,25 @@ TOLERANCE = 1e-4
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 Program = Callable[[Tensor], Tensor]
 """Images (b c s s) to logits (b classes)."""
+
+
+def export_as_typed(composed: Any, typed: list[str]) -> int:
+    """`softmoe export`, from what Hydra composed and the words that were typed."""
+    tree = plain(composed, ExportConfig)
+    if tree["checkpoint"] == "???":
+        raise UsageError("softmoe export needs checkpoint=: a run folder, a .safetensors file or hf-hub:OWNER/NAME")
+    if tree["checkpoint"].startswith("timm:"):
+        raise UsageError(f"checkpoint={tree['checkpoint']} is timm's own; softmoe export is for what softmoe trained")
+    source = inherit.named_source(tree["checkpoint"], tree["base"])
+    model = inherit.model_of(source, tree["trust"])
+    named = inherit.names_data(tree["data"])
+    inherit.take_data(tree, source, typed)
+    checked = door(tree, ExportConfig)
+    check_channels(checked.data, model.in_chans)
+    if not named:
+        inherit.check_here(checked.data, source)
+    show_export(export(checked, model, source), checked.format)
+    return 0
 
 
 def export(config: ExportConfig, model: Model, source: Source) -> dict[str, Any]:

@@ -52,9 +52,9 @@ def write_comparison(
     return write_files(files, out, PAGE_MARK)
 
 
-def write_files(files: Mapping[str, bytes], out: Path, mark: bytes) -> list[str]:
+def write_files(files: Mapping[str, bytes], out: Path, mark: bytes, *, key: str = "--out") -> list[str]:
     """Writes a command's files into `out`, PAGE the first of them, and returns their names. A folder whose PAGE has
-    the command's `mark` is written over.
+    the command's `mark` is written over; `key` is the option that named it.
 
     Raises:
         UsageError: the folder cannot be written, or holds files of these names that are not the command's.
@@ -63,10 +63,10 @@ def write_files(files: Mapping[str, bytes], out: Path, mark: bytes) -> list[str]
         out.mkdir(parents=True, exist_ok=True)
         ours = (out / PAGE).is_file() and mark in (out / PAGE).read_bytes()
     except (OSError, ValueError) as error:
-        raise UsageError(f"--out {out} cannot be written: {error}; choose another folder") from error
+        raise UsageError(f"{key} {out} cannot be written: {error}; choose another folder") from error
     for name in files:
         if not ours:
-            require_vacant("--out", out / name)
+            require_vacant(key, out / name)
     for name, content in files.items():
         write_atomically(out / name, content)
     return list(files)

@@ -295,9 +295,41 @@ class MatchConfig(Measured):
             raise UsageError(f"free=train.steps changes no {self.by}; use by=train_pflop with steps=")
 
 
+@dataclass
+class ShowConfig(Section):
+    """What `softmoe show` composes."""
+
+    path: ClassVar[str] = ""
+    run: str = option("the folder of a run; softmoe show RUN is short for softmoe show run=RUN")
+    image: str | None = option("an image file of your own to paint the routing on; null: images of the split")
+    split: str = option("which images", choices=("validation", "test", "train"))
+    images: int = option("images of the split, spread evenly, that all but the curves is made of", low=1)
+    painted: int = option("how many of them are painted with their routing", low=1, high=32)
+    task: str | None = option(
+        "of a checkpoint that knows several tasks the one that the images are of; null: all, on its own mix of sets"
+    )
+    data: Data = field(default_factory=Data)
+    base: str | None = option("where the weights are that a checkpoint of adapters belongs to, if they moved")
+    trust: str | None = option("a router of the checkpoint's that is not softmoe's, as module.Class: its code will run")
+    batch_size: int = option("images per forward pass", low=1)
+    precision: str | None = option("as in train.precision; null: the checkpoint's", choices=("fp32", "bf16", "fp16"))
+    folder: str | None = option("where the page and the pictures go; null: show/ in the run's folder")
+    wandb: bool = option("send page and pictures to Weights & Biases, as a run of the study's group")
+    follow: bool = option("while the run trains, serve its page on this machine and renew it; ends by itself")
+    port: int = option("follow: where the page is served; 0: any that is free", low=0, high=65535)
+    every_s: float = option("follow: seconds between two looks at the run's files", low=1)
+    format: str = option("what is printed", choices=("table", "json"))
+    device: str = option("auto: cuda, else mps, else cpu", choices=DEVICES)
+    threads: int | None = option("CPU threads; null: torch's choice", low=1)
+
+    def check(self) -> None:
+        if self.follow and self.wandb:
+            raise UsageError("follow=true and wandb=true: a page that is renewed is not sent; leave one out")
+
+
 SCHEMAS: dict[str, type[Section]] = {
     "train": Config, "finetune": Config, "evaluate": EvaluateConfig, "cost": CostConfig, "match": MatchConfig,
     "upcycle": UpcycleConfig, "prune": PruneConfig, "extract": ExtractConfig, "export": ExportConfig,
-    "data": DataCheckConfig,
+    "data": DataCheckConfig, "show": ShowConfig,
 }  # fmt: skip
 """What each command composes."""

@@ -162,6 +162,18 @@ def calibration_error(
     return excess.abs().sum().item() / len(probability)
 
 
+def reliability(
+    probability: Float64[Tensor, " n"], right: Bool[Tensor, " n"], bins: int = CALIBRATION_BINS
+) -> Float64[Tensor, "bins 3"]:
+    """Of each bin of `calibration_error`: its images, the share of them that is right, the mean probability."""
+    edges = torch.arange(1, bins + 1, dtype=torch.float64) / bins
+    place = torch.bucketize(probability, edges).clamp(max=bins - 1)
+    sums = torch.zeros(bins, 3, dtype=torch.float64)
+    sums.index_add_(0, place, torch.stack([torch.ones_like(probability), right.double(), probability], dim=1))
+    sums[:, 1:] /= sums[:, :1].clamp(min=1)
+    return sums
+
+
 def qualities(said: Outcomes) -> Iterator[tuple[str, float]]:
     """Yields top1_pct, top5_pct, loss, nll, ece_pct and images_evaluated."""
     yield "top1_pct", said.top1_pct
@@ -205,13 +217,28 @@ def features(
     return torch.cat(collect(pooled)).cpu()
 
 
+def watched_routers(model: VisionTransformer) -> Iterator[tuple[dict[str, int | str], Decider]]:
+    """What decides in a model, in the order of its blocks, and where it stands: the `block`, and of adapters the
+    sublayer `beside` which it is. That of a head with experts comes last, as a block of its own `beside` which is the
+    head."""
+    for name, module in model.named_modules():
+        if isinstance(module, FactorisedHead):
+            yield {"block": len(model.blocks), "beside": "head"}, module.router
+        if isinstance(module, Layer | SoftMoA):
+            where = re.search(r"\bblocks\.(\d+)\.(\w+)", name)
+            assert where is not None
+            place: dict[str, int | str] = {"block": int(where[1])}
+            if isinstance(module, SoftMoA):
+                place["beside"] = where[2].removesuffix("_adapter")
+            yield place, module.router
+
+
 @torch.no_grad()
 def routing_statistics(
     model: VisionTransformer, batch: Batch, autocast: torch.autocast
 ) -> list[tuple[dict[str, int | str], dict[str, float], dict[str, Any]]]:
-    """Statistics of every router, in the order of the blocks, on one batch; before them where it stands: the `block`,
-    and of a router of adapters the sublayer `beside` which it is; behind them what it tells beside numbers. A head with
-    experts comes last, as a block of its own `beside` which is the head."""
+    """Statistics of every router on one batch; before them where it stands, as in `watched_routers`; behind them what
+    it tells beside numbers."""
     model.eval()
     statistics: list[tuple[dict[str, int | str], dict[str, float], dict[str, Any]]] = []
 
@@ -222,17 +249,7 @@ def routing_statistics(
 
         return hook
 
-    hooks = []
-    for name, module in model.named_modules():
-        if isinstance(module, FactorisedHead):
-            hooks.append(module.router.register_forward_hook(remember({"block": len(model.blocks), "beside": "head"})))
-        if isinstance(module, Layer | SoftMoA):
-            where = re.search(r"\bblocks\.(\d+)\.(\w+)", name)
-            assert where is not None
-            place: dict[str, int | str] = {"block": int(where[1])}
-            if isinstance(module, SoftMoA):
-                place["beside"] = where[2].removesuffix("_adapter")
-            hooks.append(module.router.register_forward_hook(remember(place)))
+    hooks = [router.register_forward_hook(remember(place)) for place, router in watched_routers(model)]
     with autocast:
         model(*batch.inputs)
     for hook in hooks:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from softmoe_cli.moe.kind import Decided
+from softmoe_cli.moe.kind import Decided, Shares
 from softmoe_cli.moe.routing import has_numbers, load_statistics
 
 NORM_EPS = 1e-5
@@ -165,6 +165,12 @@ class Coefficients(Decided):
     def __init__(self, levels: Sequence[Float[Tensor, "b n _"]]) -> None:
         self.levels = tuple(levels)
         self.aux_loss = levels[0].new_zeros(())
+
+    @torch.no_grad()
+    def shares(self) -> Shares:
+        """Of several levels, the first one's."""
+        first = self.levels[0]
+        return Shares(first, None, torch.arange(first.shape[2], device=first.device), None)
 
     @torch.no_grad()
     def statistics(self) -> dict[str, float]:

@@ -13,6 +13,26 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 
+class Shares(NamedTuple):
+    """Which experts have which part in which token, for whoever draws or counts it. A column is a slot; where rows are
+    single tokens, or experts have no rows, it is an expert.
+
+    Attributes:
+        given: each column's weight in each token's output; 0 where it has no part.
+        taken: each token's share in each slot; None where a row is one token, or there are no rows.
+        expert: the expert of each column.
+        chosen: where rows are single tokens, the experts that see each token, the first choice or largest weight
+            first; -1 behind the last one, and everywhere for a token that was dropped. None where all see all.
+        kinds: what kind each expert is of, where there are several.
+    """
+
+    given: Float[Tensor, "b n m"]
+    taken: Float[Tensor, "b n m"] | None
+    expert: Int[Tensor, " m"]
+    chosen: Int[Tensor, "b n k"] | None
+    kinds: tuple[str, ...] = ()
+
+
 class Decided(ABC):
     """What one layer has decided about one batch."""
 
@@ -30,6 +50,10 @@ class Decided(ABC):
     def told(self) -> dict[str, Any]:
         """What the record says beside these numbers, as JSON has it."""
         return {}
+
+    def shares(self) -> Shares | None:
+        """The parts that experts have in tokens; computed only here, when asked. None: it does not say."""
+        return None
 
 
 class Weak(NamedTuple):

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from softmoe_cli.moe.kind import Decided, Decider, Weak
+from softmoe_cli.moe.kind import Decided, Decider, Shares, Weak
 
 
 class Carried(NamedTuple):
@@ -188,6 +188,12 @@ class DenseRouting(Routing):
         return self.combine_weights.to(most_precise(self.combine_weights)).sum(dim=(0, 1, 3))
 
     @torch.no_grad()
+    def shares(self) -> Shares:
+        e, p = self.dispatch_weights.shape[2:]
+        expert = torch.arange(e, device=self.dispatch_weights.device).repeat_interleave(p)
+        return Shares(self.combine_weights.flatten(2), self.dispatch_weights.flatten(2), expert, None)
+
+    @torch.no_grad()
     def statistics(self) -> dict[str, float]:
         """Every slot is filled and no token dropped. `dispatch_max` and its like are means over slots of the dispatch
         weights' extremes over tokens, and over tokens of the combine weights' extremes over slots (the curves
@@ -272,6 +278,24 @@ class SparseRouting(Routing):
         place = torch.arange(len(self.gate), device=self.gate.device, dtype=self.offsets.dtype)
         expert = torch.searchsorted(self.offsets, place, right=True)
         return self.gate.new_zeros(len(self.offsets), dtype=precise).index_add(0, expert, self.gate.to(precise))
+
+    @torch.no_grad()
+    def shares(self) -> Shares:
+        if self.offsets is None:
+            e = len(self.token)
+            expert = torch.arange(e, device=self.token.device)[:, None].expand_as(self.token)
+        else:  # rows behind the last end are nobody's: they meet the column after the last expert
+            e = len(self.offsets)
+            place = torch.arange(len(self.token), device=self.token.device, dtype=self.offsets.dtype)
+            expert = torch.searchsorted(self.offsets, place, right=True)
+        b, n = self.shape
+        where = (self.token.flatten(), expert.flatten())
+        empty = self.gate.new_zeros(int(b) * n + 1, e + 1)
+        given = empty.index_put(where, self.gate.flatten(), accumulate=True)[:-1, :-1]
+        sees = empty.index_put(where, empty.new_ones(()))[:-1, :-1] > 0
+        order = given.masked_fill(~sees, -math.inf).argsort(dim=1, descending=True, stable=True)
+        chosen = order.masked_fill(~sees.gather(1, order), -1)[:, : max(1, int(sees.sum(dim=1).max()))]
+        return Shares(given.view(b, n, e), None, torch.arange(e, device=given.device), chosen.view(b, n, -1))
 
     @torch.no_grad()
     def statistics(self) -> dict[str, float]:

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
+from softmoe_cli.moe.kind import Shares
 from softmoe_cli.moe.routing import SparseRouting, noise_like
 
 
@@ -116,6 +117,21 @@ def in_runs(
     offsets = count(torch.ones_like(expert)).cumsum(dim=0).int()
     demand = count(keep[:, :, None].expand_as(chosen).flatten().long())
     return SparseRouting(order // k, gate[order], aux_loss, demand, (b, n), offsets)
+
+
+@torch.no_grad()
+def choice_shares(
+    chosen: Int[Tensor, "g s k"],
+    weights: Float[Tensor, "g s k"],
+    landed: Bool[Tensor, "g s k"],
+    kinds: tuple[str, ...],
+    shape: tuple[int | torch.SymInt, int],
+) -> Shares:
+    """What `Decided.shares` says of choices, of which those that `landed` count, among experts of these kinds."""
+    given = weights.new_zeros(*chosen.shape[:2], len(kinds)).scatter(2, chosen, weights * landed)
+    by_image = [each.flatten(0, 1).unflatten(0, (-1, shape[1]))[: shape[0]]
+                for each in (given, chosen.masked_fill(~landed, -1))]  # fmt: skip
+    return Shares(by_image[0], None, torch.arange(len(kinds), device=given.device), by_image[1], kinds)
 
 
 def squared_variation(v: Float[Tensor, "g e"]) -> Float[Tensor, " g"]:

@@ -47,7 +47,18 @@ FLAGS = {
 }
 FLAGS["finetune"] = FLAGS["train"]
 
-PATHS = ("checkpoint", "data.root", "folder", "output_root", "predictions", "confusion", "real", "allow_unexpected")
+PATHS = (
+    "checkpoint",
+    "run",
+    "image",
+    "data.root",
+    "folder",
+    "output_root",
+    "predictions",
+    "confusion",
+    "real",
+    "allow_unexpected",
+)
 """Keys whose value may be a path."""
 
 
@@ -118,6 +129,8 @@ def _candidates(before: Sequence[str], typed: str) -> Iterator[str]:
             yield from _paths(typed, ".py")
     elif command == "data" and not rest:
         yield "check"
+    elif command == "show" and typed.startswith("-"):
+        yield from ("--follow", "--json", "--wandb", "--help", "--debug")
     elif command in (*SCHEMAS, "settle"):
         if typed.startswith("-"):
             yield from FLAGS.get(command, ("--help", "--cfg", "--multirun", "--json", "--debug"))
@@ -130,6 +143,8 @@ def _candidates(before: Sequence[str], typed: str) -> Iterator[str]:
         else:
             yield from (f"{option.key}=" for option in (options(SettleConfig) if command == "settle" else ()))
             yield from _keys("train" if command == "settle" else command, rest, typed)
+            if command == "show" and not rest:
+                yield from _runs()
 
 
 def _options_of(command: str) -> list[str]:

@@ -33,6 +33,8 @@ usage: softmoe COMMAND [ARGUMENTS]
               softmoe compare outputs/default
   scaling     laws fitted to runs: which experts, which size, how many images
               softmoe scaling outputs/default --train-pflop 0.5
+  show        a run's page, and its routing painted on images
+              softmoe show outputs/default/RUN
   check       conformance report for a router
               softmoe check soft
   data check  read a data set before a long run does
@@ -289,6 +291,25 @@ Needs three sizes, three numbers of images and of experts at least, better four
 sizes, and three seeds. Every answer has its interval and says how far beyond
 the runs it lies; beyond ten times it is refused. The exit status is 1 where no
 law beats predictors without a law on the dearest runs.""",
+    "show": """\
+softmoe show RUN [image=FILE | split=validation] [KEY=VALUE]...
+
+A run's page, which opens in any browser, and its pictures: curves, cost,
+settings, routing over training, calibration, confusion, the worst images; for
+each layer of experts who takes which patch, what each expert likes, and where
+it is at work in the images of a class.
+
+  softmoe show outputs/default/RUN
+  softmoe show RUN image=cat.jpg  the routing of your own image
+  softmoe show RUN split=test images=2000 painted=8 folder=pictures
+  softmoe show RUN --follow       while it trains: serves the page on this
+                                  machine, renews it, and ends with the run
+  softmoe show RUN --wandb        the same pictures on Weights & Biases
+  softmoe show RUN --json         where the files are
+
+A run may be going on, stopped or done; without a checkpoint there is no routing
+to paint, and the page says so. The images are the checkpoint's own unless data=
+names others.""",
     "check": """\
 softmoe check ROUTER [KEY=VALUE]...
 
@@ -352,6 +373,7 @@ folders of runs. In ~/.bashrc, ~/.zshrc or ~/.config/fish/config.fish:
 for _command in ("evaluate", "export", "extract", "prune", "upcycle"):
     USAGE[_command] += f"\n{textwrap.fill(RULE, 80)}"
 USAGE["compare"] += f"\n{textwrap.fill(f'{RULE} Only a folder that softmoe compare made is made anew.', 80)}"
+USAGE["show"] += f"\n{textwrap.fill(f'{RULE} Only a folder that softmoe show made is made anew.', 80)}"
 USAGE["scaling"] += f"\n{textwrap.fill(f'{RULE} Only a folder that softmoe scaling made is made anew.', 80)}"
 
 COMMANDS = tuple(USAGE)

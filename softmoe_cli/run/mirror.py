@@ -235,11 +235,20 @@ def publish(
     tables `beside` it, the figures, the page, and all `files` of `folder` as an artifact; and `numbers`, of which W&B
     draws charts over `step`."""
     more = _More(beside or {}, numbers or {}, step)
+    deliver(
+        mode, settings, folder, lambda run: _publish(run, settings["job_type"], folder, rows, axes, files, more), say
+    )  # fmt: skip
+
+
+def deliver(
+    mode: str, settings: dict[str, Any], folder: Path, send: Callable[[Any], None], say: Callable[[str], None]
+) -> None:
+    """Sends files of `folder` as a W&B run of its own: `send` is given the run, and finishes it. Says how that went."""
     failures: list[Exception] = []
 
     def work() -> None:
         try:
-            _publish(_init(mode, settings, folder, say), settings["job_type"], folder, rows, axes, files, more)
+            send(_init(mode, settings, folder, say))
         except Exception as error:  # whatever W&B raises: the files are written, and the reader is told
             failures.append(error)
 

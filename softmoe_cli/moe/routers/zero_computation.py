@@ -19,8 +19,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from softmoe_cli.moe.kind import Shares
 from softmoe_cli.moe.routing import Carried, Router, SparseRouting, full_precision, has_numbers
-from softmoe_cli.moe.sparse import Gate, choose, grouped_tokens, in_groups, positions, seat, surest_first
+from softmoe_cli.moe.sparse import Gate, choice_shares, choose, grouped_tokens, in_groups, positions, seat, surest_first
 
 EXPERT_KINDS = ("ffn", "constant", "copy", "zero")
 Gates = Literal["softmax", "renormalised", "top2_softmax"]
@@ -154,6 +155,10 @@ class ZeroComputationRouting(SparseRouting):
     def combine(self, rows: Float[Tensor, "*rows d"]) -> Float[Tensor, "b n d"]:
         y = super().combine(rows)
         return y if self.direct is None else y + self.direct.to(y.dtype)
+
+    def shares(self) -> Shares:
+        kinds = tuple(kind for kind, count in zip(EXPERT_KINDS, self._counts, strict=True) for _ in range(count))
+        return choice_shares(*self.choices[:3], kinds, self.shape)
 
     @torch.no_grad()
     def statistics(self) -> dict[str, float]:

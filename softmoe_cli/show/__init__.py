@@ -1,0 +1,1 @@
+"""A run on one page: its curves, its costs, and its routing painted on images."""

@@ -1,0 +1,144 @@
+"""`softmoe show`: a run's page and its pictures."""
+
+import copy
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from softmoe_cli.compare.written import PAGE, files_told, write_files
+from softmoe_cli.config.commands import ShowConfig
+from softmoe_cli.errors import UsageError
+from softmoe_cli.options import inherit
+from softmoe_cli.options.compose import compose, door, overlay, plain
+from softmoe_cli.run.sealed import checkpoints_in
+from softmoe_cli.show.page import SHOWN_MARK, Shown, headline, run_page
+from softmoe_cli.show.record import Record, read_record
+
+FLAGS_OF_SHOW = {"--follow": "follow=true", "--json": "format=json", "--wandb": "wandb=true"}
+CHART_TITLES = {
+    "curves.png": "curves", "routing.png": "routing statistics", "calibration.png": "calibration",
+    "confusion.png": "confusion",
+}  # fmt: skip
+
+
+def spelt_out(arguments: Sequence[str]) -> list[str]:
+    """The words of `softmoe show` as Hydra takes them: `RUN` is `run=RUN`, `--follow` is `follow=true`.
+
+    Raises:
+        UsageError: several runs.
+    """
+    runs = [word for word in arguments if _is_run(word)]
+    if len(runs) > 1:
+        raise UsageError(f"softmoe show takes one run, got {' '.join(runs)}; softmoe compare takes many")
+    return [f"run={_quoted(word)}" if word in runs else FLAGS_OF_SHOW.get(word, word) for word in arguments]
+
+
+def _is_run(word: str) -> bool:
+    return not word.startswith("-") and ("=" not in word or os.path.isdir(word))
+
+
+def _quoted(word: str) -> str:
+    """A path that Hydra takes as it is, whatever is in it."""
+    escaped = word.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def show_as_typed(composed: Any, typed: list[str]) -> int:
+    """`softmoe show`, from what Hydra composed and the words that were typed."""
+    tree = plain(composed, ShowConfig)
+    if tree["run"] == "???":
+        raise UsageError("softmoe show needs the folder of a run: softmoe show outputs/STUDY/RUN")
+    config = _checked(tree)
+    record = read_record(Path(config.run))
+    if config.follow:
+        _follow(config, tree, typed)
+        return 0
+    from softmoe_cli.show.send import mode_of_sending, send_pictures
+
+    mode = mode_of_sending() if config.wandb else "off"
+    shown = what_is_shown(tree, record, typed)
+    out = Path(config.folder) if config.folder is not None else record.folder / "show"
+    drawn = pictures(record, shown)
+    files = write_files({PAGE: run_page(record, shown).encode()} | drawn, out, SHOWN_MARK, key="folder")
+    if config.format == "json":
+        print(json.dumps(_row(record, shown, out, list(drawn))))
+    else:
+        print(f"{headline(record)}\n{shown.of}\n{files_told(files, out, None)}")
+    if mode != "off":
+        titles = {name: CHART_TITLES[name] for name in drawn if name in CHART_TITLES}
+        titles |= {f"{sheet.name}.png": sheet.title for sheets in shown.sheets.values() for sheet in sheets}
+        aside = sys.stderr if config.format == "json" else sys.stdout
+        send_pictures(record, titles, PAGE, out, mode, lambda text: print(text, file=aside))
+    return 0
+
+
+def _checked(tree: dict[str, Any]) -> ShowConfig:
+    """The options, checked before any work is done for them. Whether the data go with a checkpoint is not known yet.
+
+    Raises:
+        UsageError: one of them cannot be.
+    """
+    usual = dataclasses.asdict(compose().data)
+    named = tree["data"] if inherit.names_data(tree["data"]) else {}
+    return door(copy.deepcopy(tree) | {"data": overlay(usual, named)}, ShowConfig)
+
+
+def _row(record: Record, shown: Shown, out: Path, drawn: list[str]) -> dict[str, Any]:
+    """What is printed as JSON."""
+    said = shown.said
+    return {
+        "run": str(record.folder), "state": record.state.state, "page": str(out / PAGE),
+        "pictures": [str(out / name) for name in drawn], "seen": shown.of,
+        "images": len(said.label) if said is not None else None,
+        "top1_pct": said.top1_pct if said is not None else None,
+        "layers": shown.layers, "notes": [*record.notes, *shown.notes],
+    }  # fmt: skip
+
+
+def what_is_shown(tree: dict[str, Any], record: Record, typed: list[str]) -> Shown:
+    """What the newest checkpoint does with the images; a sentence where there is none."""
+    try:
+        checkpoints_in(record.folder)
+    except UsageError as error:
+        if tree["image"] is not None:
+            raise UsageError(f"image={tree['image']}: the run has no checkpoint that could look at it") from error
+        return Shown("The run has no checkpoint, so that no image could be looked at.")
+    from softmoe_cli.show.model_look import shown_of, subject_of
+
+    source = inherit.named_source(str(record.folder), tree["base"])
+    return shown_of(subject_of(tree, source, typed), source, record.folder)
+
+
+def _follow(config: ShowConfig, tree: dict[str, Any], typed: list[str]) -> None:
+    """Serves the page while the run goes on. Images are looked at again when there is a new checkpoint."""
+    from softmoe_cli.show.follow import follow
+
+    seen: dict[str, Shown] = {}
+
+    def make(goes_on: bool) -> tuple[str, str]:
+        record = read_record(Path(config.run))
+        newest = max((str(path) for path in record.folder.glob("checkpoints/last-*/SHA256SUMS")), default="")
+        if newest not in seen:
+            shown = what_is_shown(tree, record, typed)
+            seen.clear()
+            seen[newest] = shown
+        page = run_page(record, seen[newest], refresh_s=config.every_s if goes_on else None)
+        return page, record.state.state
+
+    def age_s() -> float | None:
+        return read_record(Path(config.run)).state.age_s
+
+    follow(make, config.port, config.every_s, print, age_s=age_s)
+
+
+def pictures(record: Record, shown: Shown) -> dict[str, bytes]:
+    """Every picture as a file: name to content."""
+    from softmoe_cli.show.charts import chart_files
+    from softmoe_cli.show.paint import sheet_png
+
+    sheets = [sheet for each in shown.sheets.values() for sheet in each]
+    return chart_files(record, shown.said, shown.classes) | {f"{sheet.name}.png": sheet_png(sheet) for sheet in sheets}
