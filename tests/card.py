@@ -10,7 +10,7 @@ tests/test_card.py compares them.
 What is not pretended: kernels, streams (a copy that is not waited for is there at once), memory, torch.compile.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -21,8 +21,8 @@ import torch._dynamo  # before torch.cuda is patched, which it reads
 from torch import Tensor
 from torch._C import _get_dispatch_mode, _TorchDispatchModeKey  # type: ignore[attr-defined]
 from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 CARD, CPU, ANY = torch.device("cuda", 0), torch.device("cpu"), None
 """ANY: made by torch itself inside an operation, where its operands are."""
@@ -32,11 +32,22 @@ INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, 
 """Their indices may stay on the CPU."""
 
 
-def place_of(tensor: Tensor) -> torch.device | None:
+def place_of(tensor: Tensor, unknown: torch.device | None = CPU) -> torch.device | None:
     """Where a tensor is: what nobody has put on the card is on the CPU."""
     with torch._C.DisableTorchFunction():
-        place: torch.device | None = getattr(tensor.untyped_storage(), "place", CPU)
+        place: torch.device | None = getattr(tensor.untyped_storage(), "place", unknown)
     return place
+
+
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """Those among arguments or results, and in lists of them."""
+    found: list[Tensor] = []
+    for each in values:
+        if isinstance(each, Tensor):
+            found.append(each)
+        elif isinstance(each, list | tuple):
+            found += _tensors(each)
+    return found
 
 
 def _pretending(tensor: Tensor) -> bool:
@@ -51,26 +62,32 @@ class _Places(TorchDispatchMode):
         super().__init__()
         self.made: Any = ANY
         """Where the Python call that is running wants its result."""
+        self.unknown: Any = CPU
+        """Where operands are of which nothing is noted."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunction():
-            operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            operands = _tensors((*args, *kwargs.values()) if kwargs else args)
             place = CPU if func in ACROSS else self._common(func, args, operands)
             out = func(*args, **(kwargs or {}))
             held = {each.untyped_storage()._cdata for each in operands}
-            for leaf in tree_leaves(out):
-                if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in held:
-                    leaf.untyped_storage().place = place if self.made is ANY else self.made  # type: ignore[attr-defined]
+            for made in _tensors((out,)):
+                storage: Any = made.untyped_storage()
+                if storage._cdata not in held:
+                    storage.place = place if self.made is ANY else self.made
             return out
+
+    def _of(self, tensor: Tensor) -> torch.device | None:
+        return place_of(tensor, self.unknown)
 
     def _common(self, func: Any, args: Any, operands: list[Tensor]) -> torch.device | None:
         """The place of all operands. A CPU's tensor without axes goes with any; a card's does not."""
         if func in INDEXING:
-            places = [place_of(each) for each in args[1] if isinstance(each, Tensor)]
-            if place_of(args[0]) == CARD or CARD not in places:
+            places = [self._of(each) for each in args[1] if isinstance(each, Tensor)]
+            if self._of(args[0]) == CARD or CARD not in places:
                 operands = [args[0], *(each for each in args[2:3] if isinstance(each, Tensor))]
-        places = [place_of(each) for each in operands if each.ndim]
-        single = [place_of(each) for each in operands if not each.ndim]
+        places = [self._of(each) for each in operands if each.ndim]
+        single = [self._of(each) for each in operands if not each.ndim]
         if CARD in places and CPU in places:
             raise RuntimeError(f"{func}: operands on cuda and on cpu; where was the latter made?")
         if CARD in single and CPU in places:
@@ -81,6 +98,10 @@ class _Places(TorchDispatchMode):
         return CARD if CARD in places or CARD in single else known[0]
 
 
+_GETTER = type(Tensor.device.__get__)  # type: ignore[attr-defined]
+_ASKED = [getattr(Tensor, name).__get__ for name in ("device", "is_cuda", "is_cpu")]
+
+
 class _Calls(TorchFunctionMode):
     """Answers for tensors that are asked where they are, and takes `cuda` out of what torch is asked for."""
 
@@ -89,10 +110,12 @@ class _Calls(TorchFunctionMode):
         self._places = places
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if type(func) is _GETTER and func not in _ASKED:
+            return func(*args)
         kwargs = dict(kwargs or {})
         if _get_dispatch_mode(_TorchDispatchModeKey.FAKE) is not None:  # whose gradients on cuda need a driver
             return func(*args, **kwargs | ({} if kwargs.get("device") is None else {"device": CPU}))
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tensors = _tensors((*args, *kwargs.values()))
         if any(not _pretending(each) for each in tensors):
             return func(*args, **kwargs)
         if func == Tensor.device.__get__:  # type: ignore[attr-defined]
@@ -105,12 +128,14 @@ class _Calls(TorchFunctionMode):
             return -1 if place_of(args[0]) == CPU else 0
         if func in (Tensor.numpy, Tensor.__array__) and place_of(args[0]) == CARD:
             raise TypeError("can't convert cuda:0 device type tensor to numpy; use Tensor.cpu()")
-        if func is Tensor.backward:  # recomputation calls modules in there
-            gradient = kwargs.pop("gradient", None)
-            with self:
-                return torch.autograd.backward(*args, gradient, **kwargs)
         if func is Tensor.pin_memory:
             return args[0].clone()
+        if func in (Tensor.__getitem__, Tensor.__setitem__) and any(isinstance(each, list) for each in args[1:2]):
+            self._places.unknown = ANY  # the list becomes a tensor where the indexed one is
+            try:
+                return func(*args, **kwargs)
+            finally:
+                self._places.unknown = CPU
         if func in (Tensor.to, Tensor.cpu, Tensor.cuda):
             return self._moved(func, args[0], list(args[1:]), kwargs)
         return self._made(func, args, kwargs, tensors)
@@ -149,9 +174,10 @@ class _Calls(TorchFunctionMode):
         if func is Tensor.__deepcopy__:  # which copies storages without an operation
             out.untyped_storage().place = place_of(args[0])
         if not tensors:  # torch.tensor makes its result without an operation
-            for leaf in tree_leaves(out):
-                if isinstance(leaf, Tensor) and not hasattr(leaf.untyped_storage(), "place"):
-                    leaf.untyped_storage().place = place  # type: ignore[attr-defined]
+            for each in _tensors((out,)):
+                storage: Any = each.untyped_storage()
+                if not hasattr(storage, "place"):
+                    storage.place = place
         return out
 
     @contextmanager
@@ -174,7 +200,8 @@ def card() -> Iterator[None]:
             "is_bf16_supported": lambda **_: True, "get_device_name": lambda *_: "a pretended card",
             "mem_get_info": lambda *_: (2**36, 2**36), "memory_allocated": lambda *_: 0,
             "max_memory_allocated": lambda *_: 2**20, "get_device_properties": lambda *_: SimpleNamespace(uuid="0"),
-            "get_rng_state": lambda *_: torch.get_rng_state(), "set_rng_state": lambda state, *_: torch.set_rng_state(state),
+            "get_rng_state": lambda *_: torch.get_rng_state(),
+            "set_rng_state": lambda state, *_: torch.set_rng_state(state),
             **dict.fromkeys(("synchronize", "empty_cache", "set_device", "reset_peak_memory_stats"), nothing),
         }  # fmt: skip
         for name, answer in answers.items():
@@ -193,5 +220,21 @@ def card() -> Iterator[None]:
         for name in ("is_autocast_enabled", "get_autocast_dtype"):
             asked = getattr(torch, name)
             patch.setattr(torch, name, lambda device="cpu", asked=asked: asked("cpu" if device == "cuda" else device))
-        with places, _Calls(places):
+        calls, frame = _Calls(places), checkpoint._CheckpointFrame
+
+        class Frame(frame):  # type: ignore[misc, valid-type]
+            """Recomputation happens inside of the backward pass, where torch has put modes of calls aside."""
+
+            def __init__(self, recompute: Callable[..., None], *args: Any, **options: Any) -> None:
+                def inside(*inputs: Any) -> None:
+                    with calls:
+                        recompute(*inputs)
+
+                super().__init__(inside, *args, **options)
+
+        patch.setattr(checkpoint, "_CheckpointFrame", Frame)
+        patch.setitem(
+            checkpoint._allowed_determinism_checks_to_fns, "default", lambda x: (x.shape, x.dtype, place_of(x))
+        )
+        with places, calls:
             yield
