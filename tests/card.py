@@ -208,15 +208,12 @@ def card() -> Iterator[None]:
             patch.setattr(torch.cuda, name, answer)
         stream = SimpleNamespace(is_capturing=lambda: False)
         patch.setattr(torch.accelerator, "current_stream", lambda *_: stream)
-        real = torch.autocast
+        begun = torch.autocast.__init__
 
-        class Autocast(real):  # type: ignore[misc, valid-type]
-            """The card's autocast is the CPU's."""
+        def begin(self: torch.autocast, device_type: str, *args: Any, **options: Any) -> None:
+            begun(self, "cpu" if device_type == "cuda" else device_type, *args, **options)
 
-            def __init__(self, device_type: str, *args: Any, **options: Any) -> None:
-                super().__init__("cpu" if device_type == "cuda" else device_type, *args, **options)
-
-        patch.setattr(torch, "autocast", Autocast)
+        patch.setattr(torch.autocast, "__init__", begin)  # the card's autocast is the CPU's
         for name in ("is_autocast_enabled", "get_autocast_dtype"):
             asked = getattr(torch, name)
             patch.setattr(torch, name, lambda device="cpu", asked=asked: asked("cpu" if device == "cuda" else device))

@@ -197,16 +197,16 @@ def test_every_option_of_a_run(softmoe: Softmoe, options: tuple[str, ...]) -> No
 def test_a_run_goes_on(softmoe: Softmoe, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped by an error after four updates, it comes to the same end, moments and random states included."""
     line = ("train", *TINY, "train.steps=8", "train.eval_every=0.5", "model.router.noise_std=1.0", "train.ema=0.9")
-    on_card(softmoe, *line, "study=whole")
+    on_card(softmoe, *line, "output_root=whole")
 
     def broken(*_: object) -> dict[str, object]:
         raise UsageError("no further")
 
     with monkeypatch.context() as patch, card():
         patch.setattr(Looks, "validation", broken)
-        assert softmoe(*line, "study=parted", "device=cuda").code == 2
-    assert "going on from step" in on_card(softmoe, *line, "study=parted").out
-    same(run_of("whole"), run_of("parted"))
+        assert softmoe(*line, "output_root=parted", "device=cuda").code == 2
+    assert "going on from step" in on_card(softmoe, *line, "output_root=parted").out
+    same(*(next(Path(root, "default").iterdir()) for root in ("whole", "parted")))
 
 
 @pytest.mark.thorough
@@ -219,7 +219,7 @@ def test_finetuning(softmoe: Softmoe, adapter: str) -> None:
     on_card(softmoe, "finetune", begin, "tracking=off", "train.steps=6", f"adapter={adapter}", "study=second", *some)
     on_card(softmoe, "evaluate", f"checkpoint={run_of('second')}", "fewshot=[1]", "contrast=[drop_1,flat,skip]")
     if adapter == "none":
-        on_card(softmoe, "prune", begin, "keep=1", "clock=true", "repeats=1")
+        on_card(softmoe, "prune", begin, "keep=1", "clock=true", "repeats=3")
 
 
 @pytest.mark.thorough
@@ -235,7 +235,7 @@ def test_a_mix(softmoe: Softmoe, tmp_path: Path, router: str) -> None:
 @pytest.mark.thorough
 def test_files(softmoe: Softmoe, tmp_path: Path) -> None:
     """Images that workers decode: what they made is copied from pinned memory."""
-    for split in ("train", "validation"):
+    for split in ("train", "val"):
         for name in ("a", "b"):
             folder = tmp_path / "tree" / split / name
             folder.mkdir(parents=True)
@@ -249,5 +249,5 @@ def test_files(softmoe: Softmoe, tmp_path: Path) -> None:
 @pytest.mark.thorough
 @pytest.mark.parametrize("router", ["dense", "soft", "tokens_choice", "zero_computation"])
 def test_what_a_model_costs(softmoe: Softmoe, router: str) -> None:
-    some = ("recompute=true", "accumulate=2", "batch_size=4", "clock=true", "repeats=1")
+    some = ("recompute=true", "accumulate=2", "batch_size=4", "clock=true", "repeats=3")
     on_card(softmoe, "cost", f"model=vit_nano2_{router}", *some)
