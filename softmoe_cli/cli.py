@@ -150,31 +150,29 @@ def _learn(command: str, arguments: list[str]) -> int:
     if "--groups" in arguments:
         return _groups(command, [argument for argument in arguments if argument != "--groups"])
     jobs = _sweep(command, arguments, made_fair) if many else Jobs(command, arguments)
-    from softmoe_cli.options.inherit import resolve
+    from softmoe_cli.options.inherit import resolve, resolved_early
+    from softmoe_cli.train.first import first_words
 
     for config, typed in jobs:
         with jobs.attempt():
-            checked, source = resolve(command, plain(config, Config), typed)
-            _train(command, checked, source)
+            tree = plain(config, Config)
+            known = resolved_early(command, tree, typed)
+            first = None if known is None else first_words(command, *known)
+            if first is None or not first.ended:
+                checked, source = known if known is not None and command == "train" else resolve(command, tree, typed)
+                _train(command, checked, source, first or first_words(command, checked, source))
     jobs.end()
     return 0
 
 
-def _train(command: str, config: Config, source: Any) -> None:
-    """One run; torch is imported where it is needed. `source`: the weights that it begins with."""
+def _train(command: str, config: Config, source: Any, first: Any) -> None:
+    """One run; torch is imported where it is needed. `source`: the weights that it begins with; `first`: what its
+    settings have told."""
     from softmoe_cli.run import mirror
-    from softmoe_cli.terminal import Screen
-    from softmoe_cli.train.first import Images, ended, what_runs
 
+    if first.ended:
+        return
     together = "RANK" in os.environ  # one of several processes that train one model
-    screen, images = Screen(quiet=os.environ.get("RANK", "0") != "0"), None
-    screen.say(what_runs(config))
-    if not together:
-        from softmoe_cli.data.contents import identity
-
-        images = Images(identity(config.data, to_train=True))
-        if ended(config, command, source, images, screen):
-            return
     mirror.check(config)
     if config.devices > 1 and not together:
         from softmoe_cli.launch.devices import launch
@@ -184,7 +182,7 @@ def _train(command: str, config: Config, source: Any) -> None:
     from softmoe_cli.train.loop import train
     from softmoe_cli.train.setup import begin
 
-    with begin(config, command, source, screen, images) as begun:
+    with begin(config, command, source, first.screen, first.images) as begun:
         train(begun)
 
 
@@ -390,6 +388,7 @@ def _upcycle(config: Any, typed: list[str]) -> int:
     named = inherit.names_data(tree["data"])
     tree["data"] = overlay(source.card.get("data", {}), tree["data"])
     inherit.take_model(tree, source, typed)
+    inherit.require_own(tree, source)
     if tree["data"].get("name", "???") == "???":
         raise UsageError(f"checkpoint={source.label} names no images; choose some with data=, for the receipt")
     if tree["model"]["router"] == "???" or tree["model"]["router"]["_target_"] is None:
