@@ -163,34 +163,34 @@ def _learn(command: str, arguments: list[str]) -> int:
     if "--groups" in arguments:
         return _groups(command, [argument for argument in arguments if argument != "--groups"])
     jobs = _sweep(command, arguments, made_fair) if many else Jobs(command, arguments)
-    from softmoe_cli.options.inherit import resolve
+    from softmoe_cli.options.inherit import resolve, resolved_early
+    from softmoe_cli.train.first import first_words
 
     for config, typed in jobs:
         with jobs.attempt():
-            checked, source = resolve(command, plain(config, Config), typed)
-            folder = _train(command, checked, source)
+            tree = plain(config, Config)
+            known = resolved_early(command, tree, typed)
+            first = None if known is None else first_words(command, *known)
+            if first is None or first.ended is None:
+                checked, source = known if known is not None and command == "train" else resolve(command, tree, typed)
+                folder = _train(command, checked, source, first or first_words(command, checked, source))
+            else:
+                folder = first.ended
             if answers.wanted() and os.environ.get("RANK", "0") == "0":
                 answers.answer({"folder": str(folder), **(finished(folder) or {})})
     jobs.end()
     return 0
 
 
-def _train(command: str, config: Config, source: Any) -> Path:
-    """One run, and its folder; torch is imported where it is needed. `source`: the weights that it begins with."""
+def _train(command: str, config: Config, source: Any, first: Any) -> Path:
+    """One run, and its folder; torch is imported where it is needed. `source`: the weights that it begins with;
+    `first`: what its settings have told."""
     from softmoe_cli.run import mirror
-    from softmoe_cli.terminal import Screen
-    from softmoe_cli.train.first import Images, ended, what_runs
 
+    if first.ended is not None:
+        ended: Path = first.ended
+        return ended
     together = "RANK" in os.environ  # one of several processes that train one model
-    screen, images = Screen(quiet=os.environ.get("RANK", "0") != "0"), None
-    screen.say(what_runs(config))
-    if not together:
-        from softmoe_cli.data.contents import identity
-
-        images = Images(identity(config.data, to_train=True))
-        before = ended(config, command, source, images, screen)
-        if before is not None:
-            return before
     mirror.check(config)
     if config.devices > 1 and not together:
         from softmoe_cli.launch.devices import launch
@@ -199,7 +199,7 @@ def _train(command: str, config: Config, source: Any) -> Path:
     from softmoe_cli.train.loop import train
     from softmoe_cli.train.setup import begin
 
-    with begin(config, command, source, screen, images) as begun:
+    with begin(config, command, source, first.screen, first.images) as begun:
         train(begun)
         return begun.run.folder
 
@@ -398,6 +398,7 @@ def _upcycle(config: Any, typed: list[str]) -> int:
     named = inherit.names_data(tree["data"])
     tree["data"] = overlay(source.card.get("data", {}), tree["data"])
     inherit.take_model(tree, source, typed)
+    inherit.require_own(tree, source)
     if tree["data"].get("name", "???") == "???":
         raise UsageError(f"checkpoint={source.label} names no images; choose some with data=, for the receipt")
     if tree["model"]["router"] == "???" or tree["model"]["router"]["_target_"] is None:

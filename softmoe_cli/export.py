@@ -35,10 +35,10 @@ from softmoe_cli.model.vit import build
 from softmoe_cli.model.weights import experts_left, load_weights
 from softmoe_cli.options import inherit
 from softmoe_cli.options.compose import door, plain
+from softmoe_cli.run.header import Source
 from softmoe_cli.run.identity import made_from, settings_of
 from softmoe_cli.run.receipt import RECEIPT, already_made, make_whole
 from softmoe_cli.run.sealed import WEIGHTS, seal
-from softmoe_cli.run.source import Source
 from softmoe_cli.terminal import Screen
 
 TOLERANCE = 1e-4

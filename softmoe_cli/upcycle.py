@@ -34,9 +34,10 @@ from softmoe_cli.moe.kind import Layer
 from softmoe_cli.moe.layer import MoE, Stacked
 from softmoe_cli.moe.routing import Router
 from softmoe_cli.run.checkpoint import digest_of, write_checkpoint
+from softmoe_cli.run.header import Source
 from softmoe_cli.run.identity import made_from, origin, settings_of
 from softmoe_cli.run.receipt import RECEIPT, already_made, make_whole
-from softmoe_cli.run.source import Source, read_moments
+from softmoe_cli.run.source import read_moments
 from softmoe_cli.terminal import Screen
 from softmoe_cli.text import flop, si
 

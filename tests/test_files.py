@@ -7,8 +7,8 @@ import pytest
 
 from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.files import RULE, require_vacant, unused, write_atomically
+from softmoe_cli.run.header import Source
 from softmoe_cli.run.receipt import already_made, make_whole
-from softmoe_cli.run.source import Source
 from tests.conftest import Softmoe
 
 

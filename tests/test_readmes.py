@@ -146,6 +146,7 @@ def test_commands_work_as_typed(
 ) -> None:
     for work in WORK:
         monkeypatch.setattr(work, reached)
+    monkeypatch.setattr("softmoe_cli.train.first.first_words", lambda *_: None)
     monkeypatch.setattr(Sweep, "launch", compose_last)
     monkeypatch.setattr("softmoe_cli.settle.sweeper.fair_arms", compose_last)
     monkeypatch.setattr(Sweeper, "validate_batch_is_legal", lambda *_: None)  # by composing it

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import TINY, Softmoe
+from tests.runs import saved
 
 ROOT = Path(__file__).resolve().parents[1]
 CHILD = """
@@ -70,6 +71,10 @@ WRONG = {
     "too few images": ("train data=folder data.root=few data.image_size=8", "leaves no image of class a"),
     "too few classes": ("train data=folder data.root=few data.image_size=8 data.num_classes=1", "a class needs 3"),
     "a checkpoint": ("finetune checkpoint=nowhere data=digits", "checkpoint=nowhere does not exist"),
+    "too few images to finetune": (
+        "finetune checkpoint=base.safetensors data=folder data.root=few data.channels=1",
+        "leaves no image of class a",
+    ),
     "no checkpoint": ("evaluate checkpoint=few", "checkpoint=few holds no checkpoint"),
     "a folder to check": ("data check data=folder data.root=nowhere", "data.root=nowhere is not a folder"),
     "a key": ("train sede=1", "Did you mean 'seed'?"),
@@ -81,6 +86,8 @@ def test_what_is_wrong_with_paths_and_files_is_said_without_torch(name: str, tmp
     for label in "ab":
         (tmp_path / "few" / label).mkdir(parents=True)
         (tmp_path / "few" / label / "1.png").write_bytes(b"not looked at")
+    if "base.safetensors" in WRONG[name][0]:
+        saved(tmp_path / "base.safetensors", 0)
     words, sentence = WRONG[name]
     *_, (last, _), (_, modules) = said(tmp_path, *words.split(), code=2)
     assert sentence in last
@@ -96,6 +103,20 @@ def test_a_finished_run_is_known_without_torch(softmoe: Softmoe, tmp_path: Path)
     told = [line for line, _ in lines[:-1]]
     assert told[1].endswith("is finished; nothing to do")
     assert told[2:] == before[before.index("result") :]
+    assert packages(lines[-1][1]).isdisjoint(HEAVY)
+
+
+def test_a_finished_finetuning_is_known_without_torch(softmoe: Softmoe, tmp_path: Path) -> None:
+    assert softmoe("train", *TINY, "train.steps=1", "study=first").code == 0
+    (run,) = (tmp_path / "outputs/first").iterdir()
+    words = ("finetune", f"checkpoint={run}", "tracking=off", "train.steps=1", "study=second")
+    before = softmoe(*words)
+    assert before.code == 0, before.err
+    lines = said(tmp_path, *words)
+    told, modules = [line for line, _ in lines], lines[0][1]
+    first = next(line for line in before.out.splitlines() if line.startswith("vit_nano2"))
+    assert told[0] == first and packages(modules).isdisjoint(HEAVY | {"numpy"})
+    assert told[1].endswith("is finished; nothing to do")
     assert packages(lines[-1][1]).isdisjoint(HEAVY)
 
 

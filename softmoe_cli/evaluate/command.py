@@ -36,7 +36,7 @@ from softmoe_cli.files import require_vacant, write_atomically
 from softmoe_cli.model.router import check_evaluated
 from softmoe_cli.model.vit import build, prepare
 from softmoe_cli.model.weights import load_weights
-from softmoe_cli.run.source import Source
+from softmoe_cli.run.header import Source
 from softmoe_cli.terminal import Screen
 from softmoe_cli.text import aligned, printable, spreadsheet_cell
 

@@ -34,9 +34,9 @@ from softmoe_cli.options.compose import door, plain
 from softmoe_cli.prune.fold import timm_entry
 from softmoe_cli.prune.smaller import compared, distance_in_float64, latencies
 from softmoe_cli.run.checkpoint import digest_of, write_checkpoint
+from softmoe_cli.run.header import Source
 from softmoe_cli.run.identity import made_from, origin, settings_of
 from softmoe_cli.run.receipt import RECEIPT, already_made, make_whole
-from softmoe_cli.run.source import Source
 from softmoe_cli.terminal import Screen
 from softmoe_cli.text import flop, si
 

@@ -13,7 +13,8 @@ from softmoe_cli.errors import UsageError, first_line, nearest
 from softmoe_cli.model.vit import plain_vit
 from softmoe_cli.run.checkpoint import digest_of
 from softmoe_cli.run.delta import base_name, composed
-from softmoe_cli.run.source import Source, read_source
+from softmoe_cli.run.header import Source
+from softmoe_cli.run.source import read_source
 
 
 def read_checkpoint(

@@ -17,7 +17,7 @@ from softmoe_cli.model.adapted import is_adapters
 from softmoe_cli.model.vit import build, count_tokens
 from softmoe_cli.moe.kind import Decider
 from softmoe_cli.moe.layer import MoE
-from softmoe_cli.run.source import Source
+from softmoe_cli.run.header import Source
 
 
 @dataclass

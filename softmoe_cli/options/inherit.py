@@ -1,5 +1,6 @@
 """What a checkpoint decides of a configuration: the model, the pixels, which images are held out, whose code runs."""
 
+import copy
 import dataclasses
 import os
 from collections.abc import Callable, Collection, Sequence
@@ -16,7 +17,7 @@ from softmoe_cli.options.compose import door, names, overlay, say_once
 from softmoe_cli.options.conf_files import load_yaml, own_conf_folder
 
 if TYPE_CHECKING:
-    from softmoe_cli.run.source import Source
+    from softmoe_cli.run.header import Source
 
 
 def resolve(command: str, tree: dict[str, Any], typed: Sequence[str]) -> "tuple[Config, Source | None]":
@@ -51,9 +52,8 @@ def resolve(command: str, tree: dict[str, Any], typed: Sequence[str]) -> "tuple[
     source = described_by_timm(named_source(tree["checkpoint"], tree["base"]), tree["model"])
     from softmoe_cli.model.weights import experts_left, proportional_slots
 
-    take_model(tree, source, typed)
-    checked = door(tree, Config)
-    refuse_idle_pruning(checked, typed)
+    checked = _from(tree, source, typed)
+    require_own(tree, source)
     if checked.model.adapter.name != "none" and experts_left(source.weights):
         raise UsageError(
             f"adapter={checked.model.adapter.name}: checkpoint={source.label} still holds the experts that were "
@@ -69,6 +69,33 @@ def resolve(command: str, tree: dict[str, Any], typed: Sequence[str]) -> "tuple[
         kept = door(source.card["model"], Model)
         checked.model.router |= {"slots_per_expert": proportional_slots(kept, checked.model)}
     return checked, source
+
+
+def resolved_early(command: str, tree: dict[str, Any], typed: Sequence[str]) -> "tuple[Config, Source | None] | None":
+    """What `resolve` would return, without the weights and so without torch, where the checkpoint's file says enough of
+    itself; else None.
+
+    Raises:
+        UsageError: it cannot work.
+    """
+    if command == "train":
+        return resolve(command, tree, typed)
+    checkpoint = tree["checkpoint"]
+    plain_file = isinstance(checkpoint, str) and checkpoint and not checkpoint.startswith(("hf-hub:", "timm:"))
+    if not plain_file or tree["base"] is not None or tree["slots"] != "kept":
+        return None
+    from softmoe_cli.run.header import read_header
+
+    source = read_header(checkpoint)
+    return None if source is None else (_from(copy.deepcopy(tree), source, typed), source)
+
+
+def _from(tree: dict[str, Any], source: "Source", typed: Sequence[str]) -> Config:
+    """The configuration of a run that begins with these weights, checked but for what they are."""
+    take_model(tree, source, typed)
+    checked = door(tree, Config)
+    refuse_idle_pruning(checked, typed)
+    return checked
 
 
 def require_same_tasks(model: Model, source: "Source") -> None:
@@ -168,11 +195,15 @@ def take_model(tree: dict[str, Any], source: "Source", typed: Sequence[str]) -> 
     for block, router in whole.items():  # no change of the checkpoint's
         tree["model"]["blocks"][block] = router
     require_trust(tree["model"], source, tree.get("trust"), own_words)
-    if "classes" in card:  # ours, not timm's
-        same = router_targets(tree["model"]) == router_targets(card["model"])
-        _described(source, card["model"]["router"] if same else {"_target_": None})
     take_pixels(tree["data"], card.get("data", {}), typed)
     keep_cut(tree["data"], card.get("data", {}), typed)
+
+
+def require_own(tree: dict[str, Any], source: "Source") -> None:
+    """Raises UsageError where the weights of a checkpoint of ours are not those of the model that it describes."""
+    if "classes" in source.card:  # ours, not timm's
+        same = router_targets(tree["model"]) == router_targets(source.card["model"])
+        _described(source, source.card["model"]["router"] if same else {"_target_": None})
 
 
 def _check_adapter(own: dict[str, Any], model: Any, label: str) -> None:

@@ -16,9 +16,6 @@ from softmoe_cli.errors import UsageError
 from softmoe_cli.run.card import card_text, other_format
 from softmoe_cli.run.sealed import STATE, TRAINING, WEIGHTS, seal
 
-FIRST_WEIGHT = "patch_embed.proj.weight"
-"""A name that every ViT's weights have."""
-
 
 @dataclass(frozen=True)
 class Checkpoint:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from softmoe_cli.errors import UsageError
 from softmoe_cli.run.checkpoint import digest_of
-from softmoe_cli.run.source import Source
+from softmoe_cli.run.header import Source
 
 HEAD = "head."
 NAMED_BY_THE_USER = ("timm:", "hf-hub:")

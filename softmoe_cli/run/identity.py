@@ -12,7 +12,7 @@ from softmoe_cli.config.option import absent_keys
 from softmoe_cli.config.run import NOT_SCIENCE, Config
 
 if TYPE_CHECKING:  # importing it takes seconds, and a run that is finished needs none of its weights
-    from softmoe_cli.run.source import Source
+    from softmoe_cli.run.header import Source
 
 
 def run_folder(config: Config, command: str, source: "Source | None", images_digest: str | None) -> Path:

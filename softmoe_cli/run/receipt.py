@@ -10,8 +10,8 @@ from safetensors import SafetensorError
 
 from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.files import clear, require_vacant, sync, unused
+from softmoe_cli.run.header import Source
 from softmoe_cli.run.sealed import damage
-from softmoe_cli.run.source import Source
 
 RECEIPT = "receipt.json"
 """The name of a file in folders made from a checkpoint: it says from what they were made, how, and what came out."""

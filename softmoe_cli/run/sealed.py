@@ -1,6 +1,7 @@
 """The files of checkpoints, found by their names and compared with their checksums; what is in them is not read here,
 and torch is not needed."""
 
+import functools
 import hashlib
 import re
 from pathlib import Path
@@ -98,6 +99,21 @@ def checkpoints_in(folder: Path) -> list[Path]:
     return sorted(checkpoints, key=step_of, reverse=True)
 
 
+def weights_in(folder: Path) -> Path:
+    """The weights file of a run or checkpoint folder, its checksum tested.
+
+    Raises:
+        UsageError: there is none that is undamaged.
+    """
+    faults = []
+    for candidate in checkpoints_in(folder):
+        fault = damage(candidate)
+        if fault is None:
+            return candidate / WEIGHTS
+        faults.append(f"{candidate.name}: {fault}")
+    raise UsageError(f"checkpoint={folder} holds no undamaged checkpoint ({'; '.join(faults)})")
+
+
 def seal(folder: Path, known: dict[str, str] | None = None) -> None:
     """Writes the checksums of all files in a folder, of which some may be `known`; on disk when this returns.
 
@@ -134,5 +150,12 @@ def damage(checkpoint: Path, files: tuple[str, ...] | None = (WEIGHTS, TRAINING,
 
 
 def sha256(path: Path) -> str:
+    """The digest of a file. One that has not changed since this process asked before is not read again."""
+    known = path.stat()
+    return _sha256(path, known.st_ino, known.st_size, known.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=64)
+def _sha256(path: Path, *_known: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

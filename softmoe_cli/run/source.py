@@ -1,48 +1,27 @@
 """Weights to start from, read from a run, a checkpoint or a file, with what is known of them."""
 
 import hashlib
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from softmoe_cli.errors import RunError, UsageError
-from softmoe_cli.run import pieces, rows
+from softmoe_cli.run import pieces
 from softmoe_cli.run.card import read_card
-from softmoe_cli.run.checkpoint import FIRST_WEIGHT, digest_of
+from softmoe_cli.run.checkpoint import digest_of
+from softmoe_cli.run.header import FIRST_WEIGHT, Source
 from softmoe_cli.run.sealed import (
     TRAINING,
     WEIGHTS,
-    checkpoints_in,
     damage,
     piece_files,
     require_there,
     sha256,
     unreadable,
+    weights_in,
 )
-
-
-@dataclass(frozen=True)
-class Source:
-    """Weights to start from or to evaluate: `card` is what the file says of its model and classes, `prefix` what every
-    name in the file began with and does not here. Of a delta, `own` are the names in the file itself: the other weights
-    are its base's."""
-
-    label: str
-    digest: str
-    weights: dict[str, Tensor]
-    card: dict[str, Any]
-    prefix: str = ""
-    own: frozenset[str] = frozenset()
-
-    @property
-    def train_pflop(self) -> float | None:
-        """What its training had cost, from the first weights on; None where the file does not say."""
-        cost: Any = self.card.get("train_pflop")
-        return float(cost) if rows.number(cost) and cost >= 0 else None
 
 
 def read_source(checkpoint: str) -> Source:
@@ -54,7 +33,7 @@ def read_source(checkpoint: str) -> Source:
     path = require_there(checkpoint)
     try:
         if path.is_dir():
-            path = _weights_in(path)
+            path = weights_in(path)
             if not path.exists():
                 return _joined_source(path)
         digest = sha256(path)
@@ -141,14 +120,3 @@ def read_moments(source: Source, digest: str | None = None) -> dict[str, dict[st
         name, _, kind = key.removeprefix("optimizer.").rpartition(".")
         moments.setdefault(name, {})[kind] = value
     return {name: state for name, state in moments.items() if state.keys() == {"exp_avg", "exp_avg_sq", "step"}}
-
-
-def _weights_in(folder: Path) -> Path:
-    """The weights file of a run or checkpoint folder, its checksum tested."""
-    faults = []
-    for candidate in checkpoints_in(folder):
-        fault = damage(candidate)
-        if fault is None:
-            return candidate / WEIGHTS
-        faults.append(f"{candidate.name}: {fault}")
-    raise UsageError(f"checkpoint={folder} holds no undamaged checkpoint ({'; '.join(faults)})")

@@ -1,6 +1,7 @@
 """What a training command does before torch is imported: it says what runs, finds faults of the images' files, and
 knows a run that has ended before."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from softmoe_cli.terminal import Screen
 from softmoe_cli.text import several
 
 if TYPE_CHECKING:
-    from softmoe_cli.run.source import Source
+    from softmoe_cli.run.header import Source
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,33 @@ def what_runs(config: Config) -> str:
     return f"{config.model.name}{start} on {config.data.name}: {budget}, {images} an update, seed {config.seed}"
 
 
-def ended(config: Config, command: str, source: "Source | None", images: Images, screen: Screen) -> Path | None:
+@dataclass(frozen=True)
+class First:
+    """What a run's settings have told. `images`: None where nobody has looked at their files. `ended`: the folder
+    of one that has ended before, which was said."""
+
+    screen: Screen
+    images: Images | None
+    ended: Path | None
+
+
+def first_words(command: str, config: Config, source: "Source | None") -> First:
+    """Says what runs, and finds out whether it has run before.
+
+    Raises:
+        UsageError: the images cannot be used, or the run's folder holds a damaged result, or can be no run's.
+    """
+    screen = Screen(quiet=os.environ.get("RANK", "0") != "0")
+    screen.say(what_runs(config))
+    if "RANK" in os.environ:  # one of several processes that train one model: they look together
+        return First(screen, None, ended=None)
+    from softmoe_cli.data.contents import identity
+
+    images = Images(identity(config.data, to_train=True))
+    return First(screen, images, ended=_ended(config, command, source, images, screen))
+
+
+def _ended(config: Config, command: str, source: "Source | None", images: Images, screen: Screen) -> Path | None:
     """The folder of a run that has ended before, None of another; says what it has reached.
 
     Raises:

@@ -20,7 +20,8 @@ from softmoe_cli.parallel import Average, Crew, part_of
 from softmoe_cli.run.checkpoint import Checkpoint, random_state, set_random_state
 from softmoe_cli.run.delta import Delta
 from softmoe_cli.run.folder import Run
-from softmoe_cli.run.source import Source, read_moments
+from softmoe_cli.run.header import Source
+from softmoe_cli.run.source import read_moments
 from softmoe_cli.terminal import Screen
 from softmoe_cli.train.progress import Progress
 from softmoe_cli.train.pruning import Decision, Pruning

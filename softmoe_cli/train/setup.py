@@ -20,8 +20,8 @@ from softmoe_cli.model.router import check_evaluated
 from softmoe_cli.model.weights import experts_left
 from softmoe_cli.parallel import Crew
 from softmoe_cli.run.folder import Run
+from softmoe_cli.run.header import Source
 from softmoe_cli.run.identity import run_folder
-from softmoe_cli.run.source import Source
 from softmoe_cli.terminal import Screen
 from softmoe_cli.train.first import Images
 from softmoe_cli.train.progress import Budget, Progress

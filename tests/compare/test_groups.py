@@ -9,8 +9,8 @@ from softmoe_cli.compare.blocks import compare
 from softmoe_cli.compare.groups import natural
 from softmoe_cli.compare.question import Question
 from softmoe_cli.errors import UsageError
+from softmoe_cli.run.header import Source
 from softmoe_cli.run.identity import origin
-from softmoe_cli.run.source import Source
 from tests.synthetic import asked, group, looks, rewrite, row, study, write
 
 

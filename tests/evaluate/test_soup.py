@@ -9,7 +9,7 @@ import torch
 from softmoe_cli.errors import UsageError
 from softmoe_cli.evaluate.soup import Weights, average, greedy
 from softmoe_cli.options.inherit import check_alike
-from softmoe_cli.run.source import Source
+from softmoe_cli.run.header import Source
 
 CARD: dict[str, Any] = {
     "model": {"router": {"_target_": None}}, "classes": ["a"], "loss": "softmax", "precision": "fp32",

@@ -7,7 +7,7 @@ import pytest
 from softmoe_cli.errors import UsageError
 from softmoe_cli.optim import span_length
 from softmoe_cli.options.inherit import described_by_timm
-from softmoe_cli.run.source import Source
+from softmoe_cli.run.header import Source
 from tests.conftest import TINY, Softmoe
 from tests.oracles import compose
 

@@ -16,7 +16,8 @@ from softmoe_cli.model.vit import build, portable
 from softmoe_cli.model.weights import load_weights
 from softmoe_cli.options.inherit import model_of
 from softmoe_cli.run.card import CARD_FORMAT, read_card
-from softmoe_cli.run.source import Source, read_source
+from softmoe_cli.run.header import Source
+from softmoe_cli.run.source import read_source
 from tests.conftest import TINY, Softmoe
 from tests.oracles import compose
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from softmoe_cli.model.adapted import is_adapters
 from softmoe_cli.run.checkpoint import digest_of
 from softmoe_cli.run.delta import Delta, composed
-from softmoe_cli.run.source import Source
+from softmoe_cli.run.header import Source
 from tests.adapters.adapters import OPTIONS
 from tests.conftest import Softmoe
 from tests.oracles import compose

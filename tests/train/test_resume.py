@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from softmoe_cli.model.vit import build, portable
-from softmoe_cli.run.source import Source
+from softmoe_cli.run.header import Source
 from softmoe_cli.terminal import Screen
 from softmoe_cli.train.resume import load_source
 from tests.conftest import TINY, Softmoe, thinned
