@@ -1,18 +1,15 @@
 """What is typed: the commands and their exit statuses. torch, timm and wandb are imported by the command that needs
 them."""
 
-import dataclasses
 import functools
 import gc
 import io
-import json
 import os
 import sys
 import tempfile
 import traceback
 import typing
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from softmoe_cli.config.commands import (
@@ -448,18 +445,15 @@ def _check(arguments: list[str]) -> int:
 
 
 def _status(arguments: list[str]) -> int:
-    """`softmoe status`: prints the table, or JSON."""
-    unknown = [a for a in arguments if a.startswith("-") and a != "--json"]
-    folders = [Path(a) for a in arguments if not a.startswith("-")]
-    if unknown:
-        raise UsageError(f"softmoe status has no option {unknown[0]}; it has --json")
-    if not folders and not Path("outputs").is_dir():
-        raise UsageError("there is no folder outputs here; softmoe status FOLDER takes a study, a sweep or a run")
-    from softmoe_cli.run.status import read_states, show_states
+    from softmoe_cli.run.status import status_as_typed
 
-    states = read_states(folders or [Path("outputs")], newest_first=not folders)
-    print(json.dumps([dataclasses.asdict(state) for state in states]) if "--json" in arguments else show_states(states))
-    return 0
+    return status_as_typed(arguments)
+
+
+def _doctor(arguments: list[str]) -> int:
+    from softmoe_cli.doctor.command import doctor_as_typed
+
+    return doctor_as_typed(arguments)
 
 
 def _list(arguments: list[str]) -> int:
@@ -491,6 +485,7 @@ ACTIONS: typing.Final[dict[str, Callable[[list[str]], int]]] = {
     "check": _check,
     "data": _data,
     "status": _status,
+    "doctor": _doctor,
     "list": _list,
     "completion": _completion,
     "help": _help,

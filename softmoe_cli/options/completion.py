@@ -43,6 +43,7 @@ FLAGS = {
     "compare": (),
     "scaling": (),
     "status": ("--json", "--help"),
+    "doctor": ("--json", "--help"),
     "list": ("--filter", "--help"),
 }
 FLAGS["finetune"] = FLAGS["train"]
@@ -108,9 +109,9 @@ def _candidates(before: Sequence[str], typed: str) -> Iterator[str]:
         yield from SCRIPTS
     elif command == "list":
         yield from (*TITLES, *FLAGS["list"])
-    elif command in ("compare", "scaling", "status"):
+    elif command in ("compare", "scaling", "status", "doctor"):
         if typed.startswith("-"):
-            yield from FLAGS["status"] if command == "status" else _options_of(command)
+            yield from FLAGS[command] or _options_of(command)
         else:
             yield from _folders(typed)
     elif command == "check":

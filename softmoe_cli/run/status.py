@@ -11,13 +11,14 @@ last row how far it is. A sweep adds a folder sweep-ID beside its runs, with wha
 """
 
 import fcntl
+import json
 import os
 import platform
 import shlex
 import stat
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from softmoe_cli.errors import UsageError
@@ -55,6 +56,19 @@ class State:
     log: str | None
     folder: str
     resume: str | None = None
+
+
+def status_as_typed(arguments: Sequence[str]) -> int:
+    """`softmoe status`: prints the table, or JSON."""
+    unknown = [a for a in arguments if a.startswith("-") and a != "--json"]
+    folders = [Path(a) for a in arguments if not a.startswith("-")]
+    if unknown:
+        raise UsageError(f"softmoe status has no option {unknown[0]}; it has --json")
+    if not folders and not Path("outputs").is_dir():
+        raise UsageError("there is no folder outputs here; softmoe status FOLDER takes a study, a sweep or a run")
+    states = read_states(folders or [Path("outputs")], newest_first=not folders)
+    print(json.dumps([asdict(state) for state in states]) if "--json" in arguments else show_states(states))
+    return 0
 
 
 def read_states(folders: Iterable[Path], *, newest_first: bool = False) -> list[State]:
