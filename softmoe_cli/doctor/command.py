@@ -127,7 +127,7 @@ def _findings(each: Examined) -> str:
     table = [["  finding", "measured", "bad", "where"]]
     for reading in each.findings:
         sign = SIGNS[reading.sign]
-        bad = f"{'below' if sign.low else 'from'} {reading.limit:.3g}"
+        bad = f"{sign.side} {reading.limit:.3g}"
         table.append([f"  {sign.title}", f"{reading.figure:.4g}", bad, printable(reading.where)])
     return f"{_named(each)}: {several(len(each.findings), 'finding')}\n{aligned(table, markdown=False)}"
 

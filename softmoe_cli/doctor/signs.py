@@ -12,7 +12,7 @@ class Sign:
         title: what tables call it.
         measured: what the figure is, with its unit.
         limit: the first figure that is bad.
-        low: figures below the limit are bad, instead of the limit and those above it.
+        side: how figures that are bad stand to the limit: `from` it on, `below` it, or `not surely above` it.
         source: why the limit is there; "ours" where nobody has published one.
     """
 
@@ -20,10 +20,10 @@ class Sign:
     measured: str
     limit: float
     source: str
-    low: bool = False
+    side: str = "from"
 
     def bad(self, figure: float, limit: float) -> bool:
-        return figure < limit if self.low else figure >= limit
+        return figure >= limit if self.side == "from" else figure < limit
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def as_row(reading: Reading) -> dict[str, Any]:
     sign = SIGNS[reading.sign]
     return {
         "sign": reading.sign, "ill": reading.ill, "figure": reading.figure, "limit": reading.limit,
-        "bad": "below" if sign.low else "at or above", "measured": sign.measured, "where": reading.where,
+        "bad": sign.side, "measured": sign.measured, "where": reading.where,
         "turn": reading.turn, "source": sign.source, "unseen": reading.unseen,
     }  # fmt: skip
 
@@ -77,10 +77,10 @@ SIGNS = {
     # --- the run
     "damaged": Sign("damaged", "files that cannot be read", 1, "a file that contradicts its declaration is not read"),
     "unfinished": Sign("not finished", "% of the budget that was used", 100, "a run is done at its whole budget",
-                       low=True),
+                       side="below"),
     "chance": Sign("at chance", "validation top-1, %", 0, "the rule of softmoe compare: right answers that guessing "
                    "the commonest class reaches with a probability above 2.5% (binomial); the limit is what guessing "
-                   "reaches", low=True),
+                   "reaches", side="not surely above"),
     # --- the learning rate
     "diverged": Sign("diverged", "training loss of the last tenth of rows over that of the first row, where it is 0.1 "
                      "more at least", 1.1, "ours: of 61 healthy runs none ended above 0.99 of it"),
@@ -92,7 +92,7 @@ SIGNS = {
                     "ours: healthy runs are clipped in up to 90% of these rows"),
     "idle": Sign("weights barely moved", "% of a weight's usual size that all updates together can have moved it", 1,
                  "ours: AdamW moves a weight by about the learning rate in an update at most (Kingma and Ba 2015, "
-                 "section 2.1), SGD by the gradient times it; a hundredth of a weight changes nothing", low=True),
+                 "section 2.1), SGD by the gradient times it; a hundredth of a weight changes nothing", side="below"),
     "falling": Sign("loss still falling", "% of the fall of the training loss that came in the last third of all "
                     "learning rates added up", 30, "ours: a loss that falls in proportion to what was learned has 33% "
                     "there; healthy runs had 2% to 20%"),
@@ -108,7 +108,7 @@ SIGNS = {
                  "ours: any, where 20 tokens an expert were looked at on average, so that chance leaves none without"),
     "collapsed": Sign("collapsed experts", "effective experts, % of those that there are", 50 + 1e-9,
                       "ours: exp(entropy of the loads); half or fewer. Untrained routers have 57% and more, trained "
-                      "ones 68% and more", low=True),
+                      "ones 68% and more", side="below"),
     "dropped": Sign("dropped tokens", "% of tokens that no expert saw", 25,
                     "Soft MoE paper, appendix B: up to 25% with Tokens Choice, and 50% with Experts Choice, which is "
                     "its limit here, in layers of 100 to 1,000 experts; two thirds of zero_computation's choices of "
@@ -124,7 +124,7 @@ SIGNS = {
     "scale_idle": Sign("idle scale", "how far the scale of the logits has moved from 1, where it began, in the block "
                        "where it moved most, of a routing that is still almost uniform", 0.02,
                        "ours: almost uniform as softmoe train says it, a largest share below 1.5 times the mean one",
-                       low=True),
+                       side="below"),
     # --- time
     "loading": Sign("time lost in loading", "% of all seconds that training waited for images", 20,
                     "ours, of a minute lost or more: a fifth is what a second reader would win back"),
