@@ -100,7 +100,7 @@ def _clipped(chart: Chart, clip: float | None) -> Reading:
         return unseen("clipped", "optim.clip_norm=null: nothing is clipped")
     if len(norms) < WINDOW:
         return unseen("clipped", f"fewer than {WINDOW} gradient norms in the second half of training")
-    share = 100 * sum(norm > clip for norm in norms) / len(norms)
+    share = 100 * sum(norm > 2 * clip for norm in norms) / len(norms)
     turn = (
         f"optim.clip_norm ({clip:g}): above {sorted(norms)[len(norms) // 2]:.3g}, the median norm; or a lower "
         f"optim.lr ({_said(chart, 'optim.lr')})"

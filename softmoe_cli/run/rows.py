@@ -323,8 +323,9 @@ LOOKED = {
 """A row of looks.jsonl, which lies in the folder of a study: what softmoe compare has shown of it."""
 JOB = {"run": _said(TEXT, "the job's name"), "folder": _said(PATH, "its run's, from the sweep's")}
 """A job in jobs.json."""
+FAILED_FILE = "failed.json"
 FAILURE = {"reason": _said(TEXT, "why a job failed")}
-"""NN.json beside a sweep's log."""
+"""NN.json beside a sweep's log, and FAILED_FILE in a run's folder."""
 
 
 # --- how rows are read ------------------------------------------------------------------------------------------------

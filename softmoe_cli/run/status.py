@@ -156,7 +156,11 @@ def state(folder: Path, name: str, log: Path | None) -> State:
         return replace(run_state, state="running", resume=None)
     if log is not None and os.path.exists(log.with_suffix(".json")):
         return replace(run_state, state="failed", reason=_failure(log.with_suffix(".json")))
-    return run_state if holder is None else replace(run_state, state="running or killed", resume=None)
+    if holder is not None:
+        return replace(run_state, state="running or killed", resume=None)
+    if run_state.state == "stopped" and os.path.exists(folder / rows.FAILED_FILE):
+        return replace(run_state, state="failed", reason=_failure(folder / rows.FAILED_FILE))
+    return run_state
 
 
 def _age(file: Path) -> float | None:

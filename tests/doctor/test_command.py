@@ -103,7 +103,7 @@ PLANTED: dict[str, Callable[[Path], object]] = {
     "dropped": lambda run: set_all(run, R, None, dropped_share=0.3),
     "experts_alike": alike,
     "slots_alike": lambda run: set_all(run, R, None, slot_cosine_mean=0.95),
-    "saturated": lambda run: set_all(run, R, None, dispatch_max=0.95),
+    "saturated": lambda run: set_all(run, R, None, dispatch_max=0.97),
     "scale_idle": lambda run: set_all(run, R, None, scale=1.001, dispatch_max=0.07),
     "loading": lambda run: set_all(run, M, None, load_s=70.0),
     "evaluation": lambda run: set_all(run, M, None, eval_s=80.0),
@@ -191,6 +191,18 @@ def test_a_run_just_begun_is_told_only_what_is_true(name: str, softmoe: Softmoe,
             key, worst = of_rows[each["sign"]]
             assert each["figure"] == pytest.approx(100 * worst(row[key] for row in last))
         assert name != "dense" or each["sign"] == "chance"
+
+
+def test_why_a_run_broke_off(softmoe: Softmoe, tmp_path: Path) -> None:
+    """Its folder says it, to softmoe doctor and softmoe status."""
+    line = ("train", *TINY, "threads=1", "train.steps=9", "optim.lr=1e30", "optim.clip_norm=null")
+    answer = softmoe(*line)
+    assert answer.code == 1 and "lower optim.lr" in answer.err
+    ((_, found),) = findings(softmoe, the_run(tmp_path)).items()
+    (ended,) = (each for each in found if each["sign"] == "unfinished")
+    assert ended["where"].startswith("failed: ") and "lower optim.lr" in ended["where"]
+    (state,) = json.loads(softmoe("status", str(the_run(tmp_path)), "--json").out)
+    assert state["state"] == "failed" and ended["where"] == f"failed: {state['reason']}"
 
 
 def test_words_that_cannot_work(softmoe: Softmoe, tmp_path: Path) -> None:
