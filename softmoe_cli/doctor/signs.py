@@ -89,7 +89,7 @@ SIGNS = {
                    "OLMo 2 (arXiv 2501.00656); the tenth is ours: the loss of a run that has learned scatters little, "
                    "so that seven deviations may be nothing"),
     "clipped": Sign("always clipped", "% of rows in the second half of training whose gradient was clipped to half or "
-                    "less", 95, "ours: 38% at most in 313 trained runs"),
+                    "less", 95, "ours: 38% at most in 183 trained runs"),
     "idle": Sign("weights barely moved", "% of a weight's usual size that all updates together can have moved it", 1,
                  "ours: AdamW moves a weight by about the learning rate in an update at most (Kingma and Ba 2015, "
                  "section 2.1), SGD by the gradient times it; a hundredth of a weight changes nothing", side="below"),
@@ -113,7 +113,7 @@ SIGNS = {
                     "its limit here, in layers of 100 to 1,000 experts; two thirds of zero_computation's choices of "
                     "MLPs is ours (trained runs had up to 55%)"),
     "experts_alike": Sign("experts alike", "mean cosine between two experts' weights in a block", 0.99,
-                          "arXiv 2605.19378 calls experts equal above it; trained experts had 0.9898 at most"),
+                          "arXiv 2605.19378 calls experts equal above it; in 124 trained runs it was 0.9898 at most"),
     "slots_alike": Sign("slots alike", "mean cosine between two slots' parameters in a block", 0.9,
                         "ours: slots at that angle differ in their logits by 0.45 times the scale at most"),
     "saturated": Sign("saturated routing", "largest share of a token in a slot, or of a slot in a token, mean in a "
@@ -125,7 +125,7 @@ SIGNS = {
                        side="below"),
     # --- time
     "loading": Sign("time lost in loading", "% of all seconds that training waited for images", 20,
-                    "ours, of a minute lost or more: a fifth is what a second reader would win back"),
+                    "ours, of a minute lost or more: more processes that read win it back"),
     "evaluation": Sign("time lost in evaluation", "% of all seconds that went into evaluation", 30,
                        "ours, of a minute lost or more: trained runs had up to 12%"),
     "saving": Sign("time lost in saving", "% of all seconds that went into saving", 10,

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from softmoe_cli.doctor.signs import SIGNS
 from softmoe_cli.doctor.weights import mean_cosine
 from tests.conftest import TINY, Softmoe, thinned
-from tests.routers import ROUTERS, YAMLS
+from tests.routers import ROOT, ROUTERS, YAMLS
 from tests.runs import the_run
 
 Rows = list[dict[str, Any]]
@@ -203,6 +203,12 @@ def test_why_a_run_broke_off(softmoe: Softmoe, tmp_path: Path) -> None:
     assert ended["where"].startswith("failed: ") and "lower optim.lr" in ended["where"]
     (state,) = json.loads(softmoe("status", str(the_run(tmp_path)), "--json").out)
     assert state["state"] == "failed" and ended["where"] == f"failed: {state['reason']}"
+
+
+def test_readme_has_every_sign() -> None:
+    readme = (ROOT / "softmoe_cli/doctor/README.md").read_text()
+    rows = [f"| {s.title} | {s.measured} | {s.side} {s.limit:.3g} | {s.source} |" for s in SIGNS.values()]
+    assert "\n".join(["|---|---|---|---|", *rows, ""]) in readme
 
 
 def test_words_that_cannot_work(softmoe: Softmoe, tmp_path: Path) -> None:
