@@ -15,8 +15,8 @@ from softmoe_cli.run import rows
 from softmoe_cli.run.sealed import WEIGHTS, numbered
 
 OF_EXPERTS = re.compile(r"(.*)\.experts\.(w1|w2)")
-MOST_NUMBERS = 2**20
-"""The most numbers that are taken of one tensor, the first ones of every expert, so that large checkpoints take no
+MOST_OF_EXPERTS, MOST_OF_OTHERS = 2**18, 2**12
+"""The most numbers that are taken of one tensor, the first ones of every expert, so that large checkpoints take hardly
 longer than small ones do."""
 
 
@@ -64,9 +64,9 @@ def _weights(file: Any, step: int) -> Weighed:
         shape = part.get_shape()
         if part.get_dtype() != "F32" or len(shape) < 2:
             continue
-        taken = _first(part, shape)
-        squares, numbers = squares + float(np.square(taken, dtype=np.float64).sum()), numbers + taken.size
         layer = OF_EXPERTS.fullmatch(name)
+        taken = _first(part, shape, MOST_OF_EXPERTS if layer else MOST_OF_OTHERS)
+        squares, numbers = squares + float(np.square(taken, dtype=np.float64).sum()), numbers + taken.size
         if layer and len(shape) == 3 and shape[0] > 1:
             cosines[layer[1]].append(mean_cosine(taken.reshape(shape[0], -1)))
         if name == "head.weight":
@@ -75,10 +75,10 @@ def _weights(file: Any, step: int) -> Weighed:
     return Weighed(step, alike, (squares / max(numbers, 1)) ** 0.5, classes)
 
 
-def _first(part: Any, shape: Sequence[int]) -> np.ndarray[Any, Any]:
+def _first(part: Any, shape: Sequence[int], most: int) -> np.ndarray[Any, Any]:
     """The first numbers of a tensor; of three axes the first of each matrix."""
     axis = 1 if len(shape) == 3 else 0
-    rows_taken = min(shape[axis], max(1, MOST_NUMBERS * shape[axis] // max(1, math.prod(shape))))
+    rows_taken = min(shape[axis], max(1, most * shape[axis] // max(1, math.prod(shape))))
     return np.asarray(part[:, :rows_taken] if axis else part[:rows_taken])
 
 
