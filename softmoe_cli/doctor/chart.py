@@ -76,6 +76,13 @@ class Chart:
         return int(side // patch) ** 2 + (self.setting("model.backbone.class_token") == "true")
 
     @property
+    def young(self) -> str:
+        """Why a run is no matter for signs that are natural at a beginning; empty where it is."""
+        if self.state.progress is None:
+            return "how much of the budget is used cannot be read"
+        return "" if self.state.progress >= 0.5 else "less than half of the budget is used"
+
+    @property
     def done(self) -> bool:
         return self.state.state in ("done", "done before")
 

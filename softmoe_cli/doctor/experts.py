@@ -129,6 +129,8 @@ def _peak(row: Row) -> float:
 
 
 def _scale(chart: Chart, rows: Sequence[Row]) -> Reading:
+    if chart.young:
+        return unseen("scale_idle", chart.young)
     if chart.tokens is None:
         return unseen("scale_idle", "how many tokens an image has is told by result.json")
     furthest = max((row for row in rows if "scale" in row), key=lambda row: abs(row["scale"] - 1))
@@ -139,8 +141,8 @@ def _scale(chart: Chart, rows: Sequence[Row]) -> Reading:
 
 
 def _alike(chart: Chart, weights: Weighed | str) -> Reading:
-    if isinstance(weights, str):
-        return unseen("experts_alike", weights)
+    if chart.young or isinstance(weights, str):
+        return unseen("experts_alike", chart.young or str(weights))
     if not weights.alike:
         return unseen("experts_alike", "the checkpoint has no experts with weights of their own")
     place = max(weights.alike, key=lambda name: weights.alike[name])

@@ -40,13 +40,11 @@ def of_learning(chart: Chart, weights: Weighed | str) -> Iterator[Reading]:
 
 
 def above_chance(chart: Chart, weights: Weighed | str) -> Reading:
-    """Whether the last look is better than guessing. A run that has used less than half of its budget may be at
-    chance."""
+    """Whether the last look is better than guessing."""
     if not chart.looks:
         return unseen("chance", chart.faults.get("metrics.jsonl") or "no row of validation yet")
-    progress = chart.state.progress
-    if not chart.done and (progress is None or progress < 0.5):
-        return unseen("chance", "less than half of the budget is used")
+    if chart.young:
+        return unseen("chance", chart.young)
     if chart.result is not None:
         guess = float(chart.result["chance_pct"])
     elif isinstance(weights, Weighed) and weights.classes is not None:
@@ -110,8 +108,8 @@ def _clipped(chart: Chart, clip: float | None) -> Reading:
 
 def _idle(chart: Chart, weights: Weighed | str) -> Reading:
     """The furthest that a weight can have come, over the usual size of one."""
-    if isinstance(weights, str):
-        return unseen("idle", weights)
+    if chart.young or isinstance(weights, str):
+        return unseen("idle", chart.young or str(weights))
     if not weights.usual:
         return unseen("idle", "the checkpoint's matrices are all zero, or not float32")
     steps = [(row["step"] - before, row) for before, row in pairs(chart.train)]
