@@ -9,7 +9,6 @@ import sys
 import traceback
 import typing
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from softmoe_cli import answers
@@ -452,6 +451,12 @@ def _status(arguments: list[str]) -> int:
     return status_as_typed(arguments)
 
 
+def _doctor(arguments: list[str]) -> int:
+    from softmoe_cli.doctor.command import doctor_as_typed
+
+    return doctor_as_typed(arguments)
+
+
 def _list(arguments: list[str]) -> int:
     from softmoe_cli.options.list import list_as_typed
 
@@ -482,6 +487,7 @@ ACTIONS: typing.Final[dict[str, Callable[[list[str]], int]]] = {
     "check": _check,
     "data": _data,
     "status": _status,
+    "doctor": _doctor,
     "list": _list,
     "completion": _completion,
     "help": _help,

@@ -48,7 +48,7 @@ def saved(path: Path, seed: int, *overrides: str, tiny: Sequence[str] = TINY) ->
     return path
 
 
-CLOCKS = {"device_s", "eval_s", "save_s", "compile_s", "images_per_s", "energy_kj", "metrics_sha256"}
+CLOCKS = {"device_s", "eval_s", "save_s", "compile_s", "load_s", "images_per_s", "energy_kj", "metrics_sha256"}
 """What differs each time: clocks, and the digest of rows that have them."""
 
 

@@ -50,6 +50,7 @@ WORK = (
     "softmoe_cli.cost.match.match", "softmoe_cli.compare.blocks.compare", "softmoe_cli.check.command.check_router",
     "softmoe_cli.compare.blocks.usable_runs",
     "softmoe_cli.data.check.check_data", "softmoe_cli.show.command.read_record",
+    "softmoe_cli.doctor.command.examine",
 )  # fmt: skip
 """What commands call with all that was checked. softmoe list, status, completion, --help, --groups and --cfg run."""
 

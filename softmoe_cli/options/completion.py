@@ -44,6 +44,7 @@ FLAGS = {
     "status": ("--json", "--help"),
     "list": ("--filter", "--json", "--help"),
     "settle": ("--help", "--plan", "--json", "--debug"),
+    "doctor": ("--json", "--help"),
 }
 FLAGS["finetune"] = FLAGS["train"]
 
@@ -118,9 +119,9 @@ def _candidates(before: Sequence[str], typed: str) -> Iterator[str]:
         yield from SCRIPTS
     elif command == "list":
         yield from (*TITLES, *FLAGS["list"])
-    elif command in ("compare", "scaling", "status"):
+    elif command in ("compare", "scaling", "status", "doctor"):
         if typed.startswith("-"):
-            yield from FLAGS["status"] if command == "status" else _options_of(command)
+            yield from FLAGS[command] or _options_of(command)
         else:
             yield from _folders(typed)
     elif command == "check":

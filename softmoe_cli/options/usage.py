@@ -41,6 +41,8 @@ usage: softmoe COMMAND [ARGUMENTS]
               softmoe data check data=folder data.root=PATH
   status      what runs are doing, from their files
               softmoe status outputs/default
+  doctor      what is wrong with runs, from their files, and what to turn
+              softmoe doctor outputs/default
   list        models with their sizes, routers, data sets, recipes, experiments
               softmoe list models --filter soft
   completion  what the Tab key completes, for bash, zsh and fish
@@ -346,6 +348,23 @@ What runs are doing, from their files alone, here or on another machine.
 done; running; stopped, with what to type to go on; failed, with the reason;
 waiting; damaged, with the file. Runs of another machine that have neither ended
 nor stopped are "running or killed": the age of the last row tells which.""",
+    "doctor": """\
+softmoe doctor RUN|FOLDER... [--json]
+
+What is wrong with runs, from their files alone: each finding with what was
+measured, the limit, and the options to turn.
+
+  softmoe doctor outputs/default/RUN
+  softmoe doctor outputs/expert_count       a study, or a sweep-* folder in it
+  softmoe doctor outputs/default --json     every figure, limit and its source
+
+Looks for runs that did not finish, are at chance or diverged; loss spikes,
+gradients that are always clipped, weights that barely moved, a loss that still
+falls; too few images, too small a model; dead, collapsed or equal experts, equal
+slots, dropped tokens, routing that is saturated or never left its start; time
+lost in loading, evaluation, saving or compilation; a precision that this
+processor is slow at. What could not be looked at is said. The exit status is 1
+where anything was found and 0 where all runs are healthy.""",
     "list": """\
 softmoe list [WHAT] [--filter WORD]
 

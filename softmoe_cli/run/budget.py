@@ -28,7 +28,27 @@ def configured_budget(path: Path) -> ConfiguredBudget:
     Raises:
         FileNotFoundError, Unreadable: there is none, or it tells no budget.
     """
+    said = config_tree(path)
+    train = said.get("train")
+    if not isinstance(train, dict):
+        raise rows.Unreadable("does not say what train is")
+    given = [key for key in BUDGETS if train.get(key) not in NOTHING]
+    if not given:
+        raise rows.Unreadable(f"has none of {', '.join(f'train.{key}' for key in BUDGETS)}")
+    amount = _amount(f"train.{given[0]}", train[given[0]])
+    devices = _amount("devices", said.get("devices", "1"))
+    return ConfiguredBudget(given[0], amount, devices, "train" if said.get("checkpoint") in NOTHING else "finetune")
+
+
+def config_tree(path: Path) -> dict[str, Any]:
+    """A run's config.yaml, in which every value stays text as it is written; empty where it is no mapping.
+
+    Raises:
+        FileNotFoundError, Unreadable: there is none, it is empty, or no YAML.
+    """
     text, loader = rows.contents(path), getattr(yaml, "CBaseLoader", yaml.BaseLoader)
+    if not text.strip():
+        raise rows.Unreadable("is empty")
     try:  # scalars stay as they are written: no YAML type is needed
         depth = 0
         for event in yaml.parse(text, Loader=loader):  # libyaml's composer ends the process at great depth
@@ -40,15 +60,7 @@ def configured_budget(path: Path) -> ConfiguredBudget:
         raise
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise rows.Unreadable(f"is no YAML ({first_line(error)})") from error
-    train = said.get("train") if isinstance(said, dict) else None
-    if not isinstance(train, dict):
-        raise rows.Unreadable("does not say what train is" if text.strip() else "is empty")
-    given = [key for key in BUDGETS if train.get(key) not in NOTHING]
-    if not given:
-        raise rows.Unreadable(f"has none of {', '.join(f'train.{key}' for key in BUDGETS)}")
-    amount = _amount(f"train.{given[0]}", train[given[0]])
-    devices = _amount("devices", said.get("devices", "1"))
-    return ConfiguredBudget(given[0], amount, devices, "train" if said.get("checkpoint") in NOTHING else "finetune")
+    return said if isinstance(said, dict) else {}
 
 
 DEEPEST = 50

@@ -8,8 +8,10 @@ outputs/<study>/<name>-<signature>/
   checkpoints/     last-STEP (two of them) and best-STEP, each a folder with SHA256SUMS; in pieces (run/pieces.py) while
                    processes train that have divided the weights
   result.json      one flat row; written last and atomically: its existence means done
+  failed.json      why it broke off; gone when it goes on
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -64,6 +66,7 @@ class Run:
             os.write(self._lock.fileno(), f"{platform.node()} {os.getpid()}".encode())
         except OSError as error:
             raise cannot_write(self.folder / ".lock", error) from error
+        (self.folder / rows.FAILED_FILE).unlink(missing_ok=True)
         write_atomically(self.folder / "config.yaml", yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
 
     def close(self) -> None:
@@ -105,6 +108,12 @@ class Run:
             if path.exists():
                 with open(path, "r+", opener=not_following) as written:
                     written.truncate(length)
+
+    def fail(self, reason: str) -> None:
+        """Writes down why the run broke off, if that can be written: the reason itself is told anyhow."""
+        if self._writes:
+            with contextlib.suppress(RunError):
+                write_atomically(self.folder / rows.FAILED_FILE, json.dumps({"reason": reason}) + "\n")
 
     def finish(self, row: dict[str, Any]) -> None:
         """Writes result.json, which also records what metrics.jsonl is by now."""

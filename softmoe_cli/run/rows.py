@@ -130,6 +130,8 @@ SPENT = {
     "eval_s": Key(NUMBER, "evaluation s", unit="s", amount="evaluation time", clocked=True),
     "save_s": Key(NUMBER, "saving s", unit="s", amount="saving time", clocked=True),
     "compile_s": Key(NUMBER, "compilation s", unit="s", amount="compilation time", clocked=True),
+    "load_s": _said(NUMBER, "seconds of training and compilation that the first process waited for images",
+                    optional=True),
     "energy_kj": Key(NUMBER, "energy, kJ", "of the devices, where they tell", optional=True, unit="kJ", amount="energy",
                      trained=True, clocked=True),
 }  # fmt: skip
@@ -299,10 +301,11 @@ RESULT = {
     "images": Key(WHOLE, "training images", amount="training images", axis=True, trained=True),
     "epochs": Key(NUMBER, "epochs", amount="epochs", trained=True),
     "steps": Key(WHOLE, "updates", amount="updates", trained=True),
-    **{key: SPENT[key] for key in ("eval_s", "save_s", "compile_s", "energy_kj")},
+    **{key: SPENT[key] for key in ("eval_s", "save_s", "compile_s", "load_s", "energy_kj")},
     "batch_size": _said(COUNT, "images of an update"),
     "lr": _said(NUMBER, "the highest learning rate"),
     "precision": _said(TEXT, "of the arithmetic"),
+    "fp32_is_faster": _said(YES_NO, "whether float32 would have been, on this hardware", optional=True),
     "devices": _said(COUNT, "that trained together"),
     "parallel": _said(TEXT, "how several devices shared the model", null=True),
     "hardware": _said(TEXT, "what the run ran on"),
@@ -335,8 +338,9 @@ LOOKED = {
 """A row of looks.jsonl, which lies in the folder of a study: what softmoe compare has shown of it."""
 JOB = {"run": _said(TEXT, "the job's name"), "folder": _said(PATH, "its run's, from the sweep's")}
 """A job in jobs.json."""
+FAILED_FILE = "failed.json"
 FAILURE = {"reason": _said(TEXT, "why a job failed")}
-"""NN.json beside a sweep's log."""
+"""NN.json beside a sweep's log, and FAILED_FILE in a run's folder."""
 
 
 # --- how rows are read ------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ last row how far it is. A sweep adds a folder sweep-ID beside its runs, with wha
 """
 
 import fcntl
+import json
 import os
 import platform
 import shlex
@@ -56,6 +57,19 @@ class State:
     log: str | None
     folder: str
     resume: str | None = None
+
+
+def status_as_typed(arguments: Sequence[str]) -> int:
+    """`softmoe status`: prints the table, or JSON."""
+    unknown = [a for a in arguments if a.startswith("-") and a != "--json"]
+    folders = [Path(a) for a in arguments if not a.startswith("-")]
+    if unknown:
+        raise UsageError(f"softmoe status has no option {unknown[0]}; it has --json")
+    if not folders and not Path("outputs").is_dir():
+        raise UsageError("there is no folder outputs here; softmoe status FOLDER takes a study, a sweep or a run")
+    states = read_states(folders or [Path("outputs")], newest_first=not folders)
+    print(json.dumps([asdict(state) for state in states]) if "--json" in arguments else show_states(states))
+    return 0
 
 
 def read_states(folders: Iterable[Path], *, newest_first: bool = False) -> list[State]:
@@ -143,7 +157,11 @@ def state(folder: Path, name: str, log: Path | None) -> State:
         return replace(run_state, state="running", resume=None)
     if log is not None and os.path.exists(log.with_suffix(".json")):
         return replace(run_state, state="failed", reason=_failure(log.with_suffix(".json")))
-    return run_state if holder is None else replace(run_state, state="running or killed", resume=None)
+    if holder is not None:
+        return replace(run_state, state="running or killed", resume=None)
+    if run_state.state == "stopped" and os.path.exists(folder / rows.FAILED_FILE):
+        return replace(run_state, state="failed", reason=_failure(folder / rows.FAILED_FILE))
+    return run_state
 
 
 def _age(file: Path) -> float | None:

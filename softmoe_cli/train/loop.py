@@ -155,7 +155,8 @@ def train(begun: Begun) -> dict[str, Any]:
                 compiles = config.train.compile and progress.step in (first_step, progress.changed_at)
                 with progress.booked("compile" if compiles else "device", crew.size):
                     lr, scale = learning_rate(here), scaler.get_scale()
-                    batch = next(training)
+                    with progress.booked("load"):
+                        batch = next(training)
                     open_pruning = pruning if pruning is not None and pruning.open(progress) else None
                     loss, aux_loss, norm = update(step, batch, lr, open_pruning)
                     updated = math.isfinite(loss) and math.isfinite(norm)

@@ -11,6 +11,8 @@ from softmoe_cli.config.run import Config
 from softmoe_cli.optim import span_length
 from softmoe_cli.text import several
 
+BOOKED = ("device", "eval", "save", "compile", "load")
+
 
 @dataclass
 class Progress:
@@ -18,7 +20,8 @@ class Progress:
 
     step: int = 0
     compiled_steps: int = 0
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("device", "eval", "save", "compile"), 0.0))
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(BOOKED, 0.0))
+    """By what they went into; `load`, waiting for images, is a part of `device` and `compile`."""
     device_s: float = 0.0
     """Seconds of training, summed over the devices."""
     energy_j: float | None = 0.0
@@ -73,7 +76,7 @@ class Progress:
             yield
         finally:
             took = time.perf_counter() - start
-            self.seconds[what] += took
+            self.seconds[what] = self.seconds.get(what, 0.0) + took  # a checkpoint may know fewer parts
             if what == "device":
                 self.device_s += took * devices
 

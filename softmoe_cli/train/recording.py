@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from softmoe_cli.device import Energy
+from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.model.vit import portable
 from softmoe_cli.run import mirror, rows
 from softmoe_cli.run.folder import Run
@@ -119,7 +120,9 @@ class Recording:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Closes the run without a result if it has broken off inside."""
+        """Closes the run without a result if it has broken off inside, and writes down why, unless a signal asked."""
+        if isinstance(error, RunError | UsageError):
+            self.run.fail(str(error))
         if kind is not None:
             self._mirror.close(None)
 

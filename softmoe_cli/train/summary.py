@@ -199,6 +199,7 @@ def result_row(
         "batch_size": config.train.batch_size,
         "lr": config.optim.lr,
         "precision": config.train.precision,
+        "fp32_is_faster": bool(slower(setup.device, config.train.precision)),
         "adapter": None if m.adapter.name == "none" else m.adapter.name,
         "params_m": cost.params / 1e6,
         "trained_params_m": cost.trained_params / 1e6,

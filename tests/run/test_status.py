@@ -187,10 +187,13 @@ def test_what_to_type_to_go_on(softmoe: Softmoe, tmp_path: Path) -> None:
     assert trained.code == 0, trained
     (own,) = tmp_path.glob("outputs/own/*")
     (own / "result.json").unlink()
+    (own / "failed.json").write_text('{"reason": "it broke"}')
+    assert f"failed: {own.name}: it broke" in softmoe("status", "outputs/own").out
     (line,) = [line for line in softmoe("status", "outputs/own").out.splitlines() if line.startswith("to go on: ")]
     again = softmoe(*shlex.split(line.removeprefix("to go on: softmoe ")))
     assert again.code == 0 and "going on from step 2" in again.out, again
     assert list(tmp_path.glob("outputs/own/*")) == [own] and (own / "result.json").exists()
+    assert not (own / "failed.json").exists(), "it went on"
     assert {path.name for path in (tmp_path / "outputs").iterdir()} == {"mine", "own"}, "no files of Hydra's"
 
 

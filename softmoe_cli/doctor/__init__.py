@@ -1,0 +1,1 @@
+"""`softmoe doctor`: what is wrong with a run, from its files."""
