@@ -311,8 +311,8 @@ def _evaluate(config: Any, typed: list[str]) -> int:
     tree = plain(config, EvaluateConfig)
     if tree["checkpoint"] == "???":
         raise UsageError(
-            "softmoe evaluate needs checkpoint=: a run folder, a .safetensors file or hf-hub:OWNER/NAME, or a list of "
-            "them"
+            "softmoe evaluate needs checkpoint=: a run folder, a .safetensors file, hf-hub:OWNER/NAME or vmoe:PATH, or "
+            "a list of them"
         )
     paths = tree["checkpoint"] if isinstance(tree["checkpoint"], list) else [tree["checkpoint"]]
     if not paths or not all(isinstance(path, str) for path in paths):
@@ -343,7 +343,7 @@ def _evaluate(config: Any, typed: list[str]) -> int:
 def _export(config: Any, typed: list[str]) -> int:
     tree = plain(config, ExportConfig)
     if tree["checkpoint"] == "???":
-        raise UsageError("softmoe export needs checkpoint=: a run folder, a .safetensors file or hf-hub:OWNER/NAME")
+        raise UsageError("softmoe export needs checkpoint=: a run, a .safetensors file, hf-hub:OWNER/NAME or vmoe:PATH")
     if tree["checkpoint"].startswith("timm:"):
         raise UsageError(f"checkpoint={tree['checkpoint']} is timm's own; softmoe export is for what softmoe trained")
     from softmoe_cli.options import inherit
@@ -379,7 +379,7 @@ def _upcycle(config: Any, typed: list[str]) -> int:
     if tree["checkpoint"] == "???":
         raise UsageError(
             "softmoe upcycle needs checkpoint= of a dense model: a run folder, a .safetensors file, "
-            "hf-hub:OWNER/NAME or timm:NAME"
+            "hf-hub:OWNER/NAME, timm:NAME or vmoe:PATH"
         )
     from softmoe_cli.options import inherit
 

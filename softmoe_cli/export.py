@@ -31,6 +31,7 @@ from softmoe_cli.model.hub import softmoe_vit
 from softmoe_cli.model.router import check_evaluated, evaluation_group
 from softmoe_cli.model.vit import build
 from softmoe_cli.model.weights import experts_left, load_weights
+from softmoe_cli.run.card import CARD_FORMAT
 from softmoe_cli.run.identity import made_from, settings_of
 from softmoe_cli.run.receipt import RECEIPT, already_made, make_whole
 from softmoe_cli.run.sealed import WEIGHTS, seal
@@ -66,6 +67,8 @@ def export(config: ExportConfig, model: Model, source: Source) -> dict[str, Any]
             f"checkpoint={source.label} still holds the experts that were pruned; make the smaller model first: "
             f"softmoe prune checkpoint={source.label}"
         )
+    if "name" not in source.card["data"]:  # official weights, which know no images
+        source = replace(source, card=source.card | {"format": CARD_FORMAT, "data": asdict(config.data)})
     if config.push is not None:
         _check_name(config.push)
     lacking = [name for name in ONNX_PACKAGES if find_spec(name) is None]
@@ -256,7 +259,7 @@ def _readme(model: Model, card: dict[str, Any], formats: list[str]) -> str:
 library_name: timm
 tags: [image-classification, softmoe]
 ---
-# {model.name}, trained on {card["data"]["name"]}
+# {model.name}, {"official weights" if card.get("unnamed") else f"trained on {card['data']['name']}"}
 
 {len(card["classes"])} classes, images of {model.image_size} pixels in {model.in_chans} channels. Exported by softmoe;
 `receipt.json` says from what, and how far outputs are from the trained model's.
