@@ -484,7 +484,7 @@ def _by_part(mode: FlopCounterMode, root: str) -> dict[str, int]:
     """The counter's figures by module, added up by part. Routers have what is left: gradients that come back through
     what a router hands on to the next one are booked on modules in between."""
     total = {name.removeprefix(f"{root}."): sum(ops.values()) for name, ops in mode.get_flop_counts().items()}
-    head = total.get("head", 0) + total.get("fc_norm", 0)
+    head = total.get("head", 0) + total.get("fc_norm.pre_logits", 0)
     parts = dict.fromkeys(PARTS, 0) | {"embedding and norms": total.get("patch_embed", 0), "head": head}
     for name, flop in total.items():
         inside = r"attn|mlp|mlp\.experts|mlp\.shared|(?:attn\.qkv\.[qv]|attn|mlp)_adapter"
