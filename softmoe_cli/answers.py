@@ -17,7 +17,7 @@ from softmoe_cli.errors import UsageError
 
 FLAG = "--json"
 FORMATTED = (
-    "settle", "upcycle", "prune", "extract", "evaluate", "export", "cost", "match", "data",
+    "settle", "upcycle", "prune", "extract", "evaluate", "export", "cost", "match", "data", "show",
 )  # fmt: skip
 """Commands with an option `format`, for which --json is format=json."""
 

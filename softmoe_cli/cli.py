@@ -31,6 +31,11 @@ from softmoe_cli.run.finished import finished
 from softmoe_cli.signals import interruptible, leave, nobody_listens
 from softmoe_cli.text import printable_lines
 
+if typing.TYPE_CHECKING:
+    from pathlib import Path
+
+    from softmoe_cli.train.first import First
+
 GARBAGE = 50_000
 """New objects after which Python looks for circles of garbage. By default it looks after 700, which is an eighth of the
 time that importing torch takes, and finds none."""
@@ -181,14 +186,13 @@ def _learn(command: str, arguments: list[str]) -> int:
     return 0
 
 
-def _train(command: str, config: Config, source: Any, first: Any) -> Path:
+def _train(command: str, config: Config, source: Any, first: "First") -> "Path":
     """One run, and its folder; torch is imported where it is needed. `source`: the weights that it begins with;
     `first`: what its settings have told."""
     from softmoe_cli.run import mirror
 
     if first.ended is not None:
-        ended: Path = first.ended
-        return ended
+        return first.ended
     together = "RANK" in os.environ  # one of several processes that train one model
     mirror.check(config)
     if config.devices > 1 and not together:
@@ -334,8 +338,8 @@ def _evaluate(config: Any, typed: list[str]) -> int:
     tree = plain(config, EvaluateConfig)
     if tree["checkpoint"] == "???":
         raise UsageError(
-            "softmoe evaluate needs checkpoint=: a run folder, a .safetensors file or hf-hub:OWNER/NAME, or a list of "
-            "them"
+            "softmoe evaluate needs checkpoint=: a run folder, a .safetensors file, hf-hub:OWNER/NAME or vmoe:PATH, or "
+            "a list of them"
         )
     paths = tree["checkpoint"] if isinstance(tree["checkpoint"], list) else [tree["checkpoint"]]
     if not paths or not all(isinstance(path, str) for path in paths):
@@ -386,7 +390,7 @@ def _upcycle(config: Any, typed: list[str]) -> int:
     if tree["checkpoint"] == "???":
         raise UsageError(
             "softmoe upcycle needs checkpoint= of a dense model: a run folder, a .safetensors file, "
-            "hf-hub:OWNER/NAME or timm:NAME"
+            "hf-hub:OWNER/NAME, timm:NAME or vmoe:PATH"
         )
     from softmoe_cli.options import inherit
 

@@ -35,6 +35,7 @@ from softmoe_cli.model.vit import build
 from softmoe_cli.model.weights import experts_left, load_weights
 from softmoe_cli.options import inherit
 from softmoe_cli.options.compose import door, plain
+from softmoe_cli.run.card import CARD_FORMAT
 from softmoe_cli.run.header import Source
 from softmoe_cli.run.identity import made_from, settings_of
 from softmoe_cli.run.receipt import RECEIPT, already_made, make_whole
@@ -52,7 +53,7 @@ def export_as_typed(composed: Any, typed: list[str]) -> int:
     """`softmoe export`, from what Hydra composed and the words that were typed."""
     tree = plain(composed, ExportConfig)
     if tree["checkpoint"] == "???":
-        raise UsageError("softmoe export needs checkpoint=: a run folder, a .safetensors file or hf-hub:OWNER/NAME")
+        raise UsageError("softmoe export needs checkpoint=: a run, a .safetensors file, hf-hub:OWNER/NAME or vmoe:PATH")
     if tree["checkpoint"].startswith("timm:"):
         raise UsageError(f"checkpoint={tree['checkpoint']} is timm's own; softmoe export is for what softmoe trained")
     source = inherit.named_source(tree["checkpoint"], tree["base"])
@@ -89,6 +90,8 @@ def export(config: ExportConfig, model: Model, source: Source) -> dict[str, Any]
             f"checkpoint={source.label} still holds the experts that were pruned; make the smaller model first: "
             f"softmoe prune checkpoint={source.label}"
         )
+    if "name" not in source.card["data"]:  # official weights, which know no images
+        source = replace(source, card=source.card | {"format": CARD_FORMAT, "data": asdict(config.data)})
     if config.push is not None:
         _check_name(config.push)
     lacking = [name for name in ONNX_PACKAGES if find_spec(name) is None]
@@ -279,7 +282,7 @@ def _readme(model: Model, card: dict[str, Any], formats: list[str]) -> str:
 library_name: timm
 tags: [image-classification, softmoe]
 ---
-# {model.name}, trained on {card["data"]["name"]}
+# {model.name}, {"official weights" if card.get("unnamed") else f"trained on {card['data']['name']}"}
 
 {len(card["classes"])} classes, images of {model.image_size} pixels in {model.in_chans} channels. Exported by softmoe;
 `receipt.json` says from what, and how far outputs are from the trained model's.

@@ -33,7 +33,9 @@ class EvaluateConfig(Section):
     """What `softmoe evaluate` composes."""
 
     path: ClassVar[str] = ""
-    checkpoint: Any = option("a run folder, a .safetensors file or hf-hub:OWNER/NAME; of a list, the average")
+    checkpoint: Any = option(
+        "a run folder, a .safetensors file, hf-hub:OWNER/NAME or vmoe:PATH; of a list, the average"
+    )
     base: str | None = option("where the weights are that a checkpoint of adapters belongs to, if they moved")
     trust: str | None = option("a router of the checkpoint's that is not softmoe's, as module.Class: its code will run")
     soup: str = option(
@@ -119,7 +121,9 @@ class UpcycleConfig(Section):
     """What `softmoe upcycle` composes."""
 
     path: ClassVar[str] = ""
-    checkpoint: str = option("a dense model: a run folder, a .safetensors file, hf-hub:OWNER/NAME or timm:NAME")
+    checkpoint: str = option(
+        "a dense model: a run folder, a .safetensors file, hf-hub:OWNER/NAME, timm:NAME or vmoe:PATH"
+    )
     allow_unexpected: list[str] = option("weights that may be left unused, by name or by pattern (*)")
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)

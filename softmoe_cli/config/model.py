@@ -40,6 +40,7 @@ class Backbone(Section):
     init: str | None = option(
         "official: Xavier kernels, zero head, bias -ln(classes); timm: timm's", choices=("official", "timm")
     )
+    pre_logits: bool | None = option("a layer of the model's width, and tanh, before the head (V-MoE)", absent=True)
 
     def check(self) -> None:
         chosen = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("name", "timm")}
@@ -50,7 +51,9 @@ class Backbone(Section):
                     f"model.backbone.timm={self.timm} brings its own {extra[0]}; leave model.backbone.{extra[0]} null"
                 )
             return
-        missing = [name for name, value in chosen.items() if value is None and name != "layer_scale"]
+        missing = [
+            name for name, value in chosen.items() if value is None and name not in ("layer_scale", "pre_logits")
+        ]
         if missing:
             raise UsageError(f"model.backbone.{missing[0]}=null needs a value unless model.backbone.timm names a model")
         assert self.width is not None and self.heads is not None
@@ -58,6 +61,14 @@ class Backbone(Section):
             raise UsageError(f"model.backbone.heads={self.heads} does not divide model.backbone.width={self.width}")
         if self.pool == "token" and not self.class_token:
             raise UsageError("model.backbone.pool=token needs model.backbone.class_token=true")
+        if self.pre_logits and self.norm_after_pool:
+            raise UsageError(
+                "model.backbone.pre_logits=true stands where model.backbone.norm_after_pool=true puts its norm; choose "
+                "one"
+            )
+
+    def filled(self) -> Self:
+        return replace(self, pre_logits=self.pre_logits or None)
 
 
 @dataclass

@@ -109,7 +109,9 @@ class Config(Section):
     study: str = option("the folder that a run's folder stands in (experiment)")
     name: str | None = option("what the run's folder is called before its signature; null: model-data")
     output_root: str = option("the folder of all studies")
-    checkpoint: str | None = option("finetune: a run folder, a .safetensors file, hf-hub:OWNER/NAME or timm:NAME")
+    checkpoint: str | None = option(
+        "finetune: a run folder, a .safetensors file, hf-hub:OWNER/NAME, timm:NAME or vmoe:PATH"
+    )
     base: str | None = option("finetune: where the weights are that a checkpoint of adapters belongs to, if they moved")
     allow_unexpected: list[str] = option("finetune: weights that may be left unused, by name or by pattern (*)")
     trust: str | None = option(

@@ -235,7 +235,7 @@ def on_meta(model: Model, num_classes: int) -> VisionTransformer:
 
 def _part_of(name: str) -> str:
     """The part that a parameter belongs to."""
-    if name.startswith("head."):
+    if name.startswith(("head.", "fc_norm.pre_logits.")):
         return "head"
     if is_adapters(name):
         return "adapter"
@@ -300,8 +300,9 @@ def block_flop(block: Any, n: int) -> dict[str, int]:
 
 
 def head_flop(vit: VisionTransformer) -> int:
-    """FLOPs per image of a model's head."""
-    return int(2 * vit.head.weight.numel() if isinstance(vit.head, nn.Linear) else vit.head.flop())
+    """FLOPs per image of a model's head, and of the layer before it."""
+    before = sum(2 * each.weight.numel() for each in vit.fc_norm.modules() if isinstance(each, nn.Linear))
+    return int(before + (2 * vit.head.weight.numel() if isinstance(vit.head, nn.Linear) else vit.head.flop()))
 
 
 def _last_product(block: Block, n: int) -> tuple[str, int]:
@@ -483,11 +484,11 @@ def _by_part(mode: FlopCounterMode, root: str) -> dict[str, int]:
     """The counter's figures by module, added up by part. Routers have what is left: gradients that come back through
     what a router hands on to the next one are booked on modules in between."""
     total = {name.removeprefix(f"{root}."): sum(ops.values()) for name, ops in mode.get_flop_counts().items()}
-    parts = dict.fromkeys(PARTS, 0) | {"embedding and norms": total.get("patch_embed", 0), "head": total.get("head", 0)}
+    head = total.get("head", 0) + total.get("fc_norm.pre_logits", 0)
+    parts = dict.fromkeys(PARTS, 0) | {"embedding and norms": total.get("patch_embed", 0), "head": head}
     for name, flop in total.items():
-        block = re.fullmatch(
-            r"blocks\.\d+\.(attn|mlp|mlp\.experts|mlp\.shared|(?:attn\.qkv\.[qv]|attn|mlp)_adapter)", name
-        )
+        inside = r"attn|mlp|mlp\.experts|mlp\.shared|(?:attn\.qkv\.[qv]|attn|mlp)_adapter"
+        block = re.fullmatch(rf"blocks\.\d+\.({inside})", name)
         if block is None:
             continue
         if block[1].endswith("adapter"):

@@ -5,7 +5,6 @@ import dataclasses
 import io
 import re
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from softmoe_cli.errors import UsageError
 from softmoe_cli.evaluate import soup
 from softmoe_cli.evaluate.audit import Audit, Effect, summary
 from softmoe_cli.evaluate.by_task import each_task, require_one_task, show_tasks
+from softmoe_cli.evaluate.classes import named_by_order, outputs_for
 from softmoe_cli.evaluate.fewshot import check_shots, fewshot
 from softmoe_cli.evaluate.quality import Outcomes, calibration_error, features, outcomes, qualities
 from softmoe_cli.evaluate.real import check_order, real_labels, real_qualities
@@ -80,9 +80,10 @@ def evaluate_checkpoint(config: EvaluateConfig, model_config: Model, sources: li
     splits.need(*_parts(config))
     images = {"train": splits.train, "validation": splits.validation, "test": splits.test}[config.split]
     notes = check_shots(splits.train.labels, config.fewshot, "fewshot") if config.fewshot else []
+    known, note = named_by_order(sources[0], known, splits.classes, config.data.class_numbers)
     if config.real is not None:
         check_order(config.real, known)
-    outputs = _outputs(known, splits.classes, config.data.class_numbers)
+    outputs = outputs_for(known, splits.classes, config.data.class_numbers)
     if outputs is None:
         _check_foreign(config, sources[0], splits.classes)
     judge = replace(judge, outputs=None if outputs == list(range(len(known))) else outputs)
@@ -91,6 +92,7 @@ def evaluate_checkpoint(config: EvaluateConfig, model_config: Model, sources: li
     right = real_labels(config.real, images, len(known)) if config.real is not None else []
     row = _begun(config, kept, len(sources))
     start = time.perf_counter()
+    row |= note
     if outputs is None:
         row["head"] = f"not scored: it knows {_shortly(known)}, the data have {_shortly(splits.classes)}"
     else:
@@ -298,25 +300,6 @@ class Among(nn.Module):
     def forward(self, *inputs: Tensor) -> Tensor:
         logits: Tensor = self.model(*inputs)
         return logits[:, self.outputs]
-
-
-def _outputs(known: list[str], found: list[str], by_number: bool) -> list[int] | None:
-    """The head's output for each class of the data, by name or by number; None: some classes have no output.
-
-    Raises:
-        UsageError: several outputs have one of the names.
-    """
-    if not by_number and found == known:
-        return list(range(len(known)))
-    times = Counter(known)
-    twice = [name for name in found if times[name] > 1]
-    if twice and not by_number and set(found) <= set(known):
-        raise UsageError(
-            f"the checkpoint has {times[twice[0]]} outputs called '{twice[0]}', so that it is open which one "
-            "the data's class of that name is; set data.class_numbers=true if the data's classes are outputs' numbers"
-        )
-    place = {str(i) if by_number else name: i for i, name in enumerate(known)}
-    return [place[name] for name in found] if set(found) <= set(place) else None
 
 
 def _check_foreign(config: EvaluateConfig, source: Source, classes: list[str]) -> None:

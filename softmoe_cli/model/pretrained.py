@@ -15,14 +15,15 @@ from softmoe_cli.run.checkpoint import digest_of
 from softmoe_cli.run.delta import base_name, composed
 from softmoe_cli.run.header import Source
 from softmoe_cli.run.source import read_source
+from softmoe_cli.vmoe.source import MARK, read_official
 
 
 def read_checkpoint(
     checkpoint: str, base: str | None = None, check: Callable[[Source], None] = lambda _: None
 ) -> Source:
     """The weights that `checkpoint=` names: what `source.read_source` reads, `hf-hub:OWNER/NAME`, a folder that softmoe
-    export made and pushed, or `timm:NAME`, a pretrained dense ViT. A delta is put together with its base, which `base`
-    may name; `check` sees it before that.
+    export made and pushed, `timm:NAME`, a pretrained dense ViT, or `vmoe:PATH`, official weights. A delta is put
+    together with its base, which `base` may name; `check` sees it before that.
 
     Raises:
         UsageError: nothing usable there, or a base that is another one.
@@ -57,6 +58,8 @@ def _read(checkpoint: str) -> Source:
     """`read_checkpoint`, a delta by itself."""
     if checkpoint.startswith("hf-hub:"):
         return replace(read_source(_pulled(checkpoint)), label=checkpoint)
+    if checkpoint.startswith(MARK):
+        return read_official(checkpoint)
     if not checkpoint.startswith("timm:"):
         return read_source(checkpoint)
     name = checkpoint.removeprefix("timm:")

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import pkgutil
+from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
 from importlib import import_module
@@ -165,6 +166,9 @@ def _official_vit(model: Model, num_classes: int) -> VisionTransformer:
         for block in vit.blocks:
             for name in ("q_norm", "k_norm"):
                 setattr(block.attn, name, norm(c.width // c.heads, bias=False))
+    if c.pre_logits:  # where timm's forward has a norm, which such a model has before its pooling
+        layer = nn.Linear(c.width, c.width)
+        vit.fc_norm = nn.Sequential(OrderedDict(pre_logits=layer, tanh=nn.Tanh()))
     if c.init == "official" and not abstract:
         _init_official(vit)
     if not abstract:

@@ -47,7 +47,8 @@ def resolve(command: str, tree: dict[str, Any], typed: Sequence[str]) -> "tuple[
         return checked, None
     if not tree["checkpoint"]:
         raise UsageError(
-            "softmoe finetune needs checkpoint=: a run folder, a .safetensors file, hf-hub:OWNER/NAME or timm:NAME"
+            "softmoe finetune needs checkpoint=: a run folder, a .safetensors file, hf-hub:OWNER/NAME, timm:NAME or "
+            "vmoe:PATH"
         )
     source = described_by_timm(named_source(tree["checkpoint"], tree["base"]), tree["model"])
     from softmoe_cli.model.weights import experts_left, proportional_slots
@@ -132,13 +133,15 @@ def named_source(
     """
     from softmoe_cli.run.sealed import require_there
 
-    if not checkpoint.startswith(("hf-hub:", "timm:")):
+    if not checkpoint.startswith(("hf-hub:", "timm:", "vmoe:")):
         require_there(checkpoint)  # before torch is imported
     from softmoe_cli.model.pretrained import read_checkpoint
 
     source = read_checkpoint(checkpoint, base, check)
     if source.prefix:
         say_once(f"checkpoint={source.label}: every name in it begins with '{source.prefix}'; read without that")
+    if source.assumed:
+        say_once(f"checkpoint={source.label}: {source.assumed}")
     return source
 
 
@@ -321,6 +324,8 @@ def take_data(tree: dict[str, Any], source: "Source", typed: Sequence[str]) -> N
     """Fills in the checkpoint's data set. Where another set was named, only its mean and deviation of pixels."""
     named = names_data(tree["data"])
     base = source.card["data"]
+    if not named and "name" not in base:
+        raise UsageError(f"checkpoint={source.label} names no images; choose some with data=")
     if named:
         base = {key: value for key, value in base.items() if key not in absent_keys(Data)}
     tree["data"] = overlay(base, tree["data"])

@@ -83,13 +83,14 @@ The same loop as softmoe train, from given weights.
     model.image_size=64
   softmoe finetune checkpoint=timm:vit_tiny_patch16_224 data=folder \\
     data.root=PATH
+  softmoe finetune checkpoint=vmoe:PATH data=cifar10   official JAX weights
   softmoe finetune checkpoint=RUN data=cifar10 recipe=finetune_adamw \\
     model.image_size=64 slots=proportional
   softmoe finetune checkpoint=RUN data=cifar10 \\
     'optim.freeze=[patch_embed.*,blocks.0.*]' --groups
 
-SOURCE is a run folder, a .safetensors file, hf-hub:OWNER/NAME or timm:NAME. The
-model is the checkpoint's, the images are those of data= (digits without it),
+SOURCE is a run folder, a .safetensors file, hf-hub:OWNER/NAME, timm:NAME or
+vmoe:PATH. The model is the checkpoint's, the images are those of data= (digits without it),
 the checkpoint's own set cut as it was; the head is kept only when the classes
 are the same. model.image_size resamples the position table and keeps the slots
 per expert; slots=proportional lets them grow with the tokens. --groups lists

@@ -27,6 +27,10 @@ def folded_model(model: Model, vit: VisionTransformer) -> Model:
     """
     if model.head != "linear":
         raise UsageError(f"to=dense: the head is {model.head}, which no plain ViT has; {KEEP}")
+    if model.backbone.pre_logits:
+        raise UsageError(
+            f"to=dense: the model has a layer before its head (pre_logits), which no plain ViT has; {KEEP}"
+        )
     widths = {}
     for place, block in enumerate(vit.blocks):
         if isinstance(block.mlp, Layer):

@@ -21,7 +21,7 @@ LONGEST = 2**27
 class Source:
     """Weights to start from or to evaluate: `card` is what the file says of its model and classes, `prefix` what every
     name in the file began with and does not here. Of a delta, `own` are the names in the file itself: the other weights
-    are its base's."""
+    are its base's. `assumed` is what of its model was taken as given because no file says it."""
 
     label: str
     digest: str
@@ -29,6 +29,7 @@ class Source:
     card: dict[str, Any]
     prefix: str = ""
     own: frozenset[str] = frozenset()
+    assumed: str = ""
 
     @property
     def train_pflop(self) -> float | None:

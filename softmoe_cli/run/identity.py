@@ -41,6 +41,8 @@ def _science(config: Config) -> dict[str, Any]:
             del science["data"][key]
     for own in science["data"].get("sets", {}).values():  # the same images at another place are the same
         own.pop("root", None)
+    if science["model"]["backbone"]["pre_logits"] is None:
+        del science["model"]["backbone"]["pre_logits"]
     if config.prune.keep is None:  # the others are idle
         del science["prune"]
     own = {key: value for key, value in science["model"].pop("adapter").items() if value is not None}

@@ -11,7 +11,6 @@ last row how far it is. A sweep adds a folder sweep-ID beside its runs, with wha
 """
 
 import fcntl
-import json
 import os
 import platform
 import shlex
@@ -60,15 +59,15 @@ class State:
 
 
 def status_as_typed(arguments: Sequence[str]) -> int:
-    """`softmoe status`: prints the table, or JSON."""
-    unknown = [a for a in arguments if a.startswith("-") and a != "--json"]
-    folders = [Path(a) for a in arguments if not a.startswith("-")]
+    """Prints what the runs of the folders that are typed are doing, or those below outputs."""
+    unknown = [word for word in arguments if word.startswith("-")]
+    folders = [Path(word) for word in arguments if not word.startswith("-")]
     if unknown:
-        raise UsageError(f"softmoe status has no option {unknown[0]}; it has --json")
+        raise UsageError(f"softmoe status has no option {unknown[0]}; it has {answers.FLAG}")
     if not folders and not Path("outputs").is_dir():
         raise UsageError("there is no folder outputs here; softmoe status FOLDER takes a study, a sweep or a run")
     states = read_states(folders or [Path("outputs")], newest_first=not folders)
-    print(json.dumps([asdict(state) for state in states]) if "--json" in arguments else show_states(states))
+    answers.answer([asdict(state) for state in states]) if answers.wanted() else print(show_states(states))
     return 0
 
 
@@ -292,16 +291,3 @@ def tally(states: Iterable[State]) -> str:
 
 def ago(seconds: float | None) -> str:
     return "-" if seconds is None else f"{in_words(seconds)} ago"
-
-
-def status_as_typed(arguments: Sequence[str]) -> int:
-    """Prints what the runs of the folders that are typed are doing, or those below outputs."""
-    unknown = [word for word in arguments if word.startswith("-")]
-    folders = [Path(word) for word in arguments if not word.startswith("-")]
-    if unknown:
-        raise UsageError(f"softmoe status has no option {unknown[0]}; it has {answers.FLAG}")
-    if not folders and not Path("outputs").is_dir():
-        raise UsageError("there is no folder outputs here; softmoe status FOLDER takes a study, a sweep or a run")
-    states = read_states(folders or [Path("outputs")], newest_first=not folders)
-    answers.answer([asdict(state) for state in states]) if answers.wanted() else print(show_states(states))
-    return 0

@@ -2,13 +2,12 @@
 
 import copy
 import dataclasses
-import json
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from softmoe_cli import answers
 from softmoe_cli.compare.written import PAGE, files_told, write_files
 from softmoe_cli.config.commands import ShowConfig
 from softmoe_cli.errors import UsageError
@@ -18,7 +17,7 @@ from softmoe_cli.run.sealed import checkpoints_in
 from softmoe_cli.show.page import SHOWN_MARK, Shown, headline, run_page
 from softmoe_cli.show.record import Record, read_record
 
-FLAGS_OF_SHOW = {"--follow": "follow=true", "--json": "format=json", "--wandb": "wandb=true"}
+FLAGS_OF_SHOW = {"--follow": "follow=true", "--wandb": "wandb=true"}
 CHART_TITLES = {
     "curves.png": "curves", "routing.png": "routing statistics", "calibration.png": "calibration",
     "confusion.png": "confusion",
@@ -65,14 +64,13 @@ def show_as_typed(composed: Any, typed: list[str]) -> int:
     drawn = pictures(record, shown)
     files = write_files({PAGE: run_page(record, shown).encode()} | drawn, out, SHOWN_MARK, key="folder")
     if config.format == "json":
-        print(json.dumps(_row(record, shown, out, list(drawn))))
+        answers.answer(_row(record, shown, out, list(drawn)))
     else:
         print(f"{headline(record)}\n{shown.of}\n{files_told(files, out, None)}")
     if mode != "off":
         titles = {name: CHART_TITLES[name] for name in drawn if name in CHART_TITLES}
         titles |= {f"{sheet.name}.png": sheet.title for sheets in shown.sheets.values() for sheet in sheets}
-        aside = sys.stderr if config.format == "json" else sys.stdout
-        send_pictures(record, titles, PAGE, out, mode, lambda text: print(text, file=aside))
+        send_pictures(record, titles, PAGE, out, mode, print)
     return 0
 
 

@@ -26,8 +26,8 @@ from softmoe_cli.model.vit import build, prepare
 from softmoe_cli.model.weights import load_weights
 from softmoe_cli.options import inherit
 from softmoe_cli.options.compose import door
+from softmoe_cli.run.header import Source
 from softmoe_cli.run.sealed import damage, numbered, step_of
-from softmoe_cli.run.source import Source
 from softmoe_cli.show.looked import Look, look_at, pixels_of
 from softmoe_cli.show.page import Shown
 from softmoe_cli.show.paint import Cell, Sheet, enlarged

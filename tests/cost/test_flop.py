@@ -102,7 +102,7 @@ def test_formula_equals_torchs_counter_for_every_router(router: str) -> None:
         ("vit_nano2_soft", ["model.router.slots_per_expert=null", "model.router.capacity_factor=2.0"]),
         ("vit_nano2_soft", ["model.backbone.mlp_width=100", "model.backbone.qk_norm=none", "model.in_chans=3"]),
         ("vit_nano2_soft", ["model.backbone.layer_scale=0.1"]),
-        ("vit_nano2_dense", ["model.backbone.drop_path=0.1"]),
+        ("vit_nano2_dense", ["model.backbone.drop_path=0.1", "model.backbone.pre_logits=true"]),
         ("vit_nano2_tokens_choice", ["model.router.k=2", "model.router.shared_experts=2"]),
         ("vit_nano2_zero_computation", []),
         ("vit_nano2_zero_computation", ["model.router.capacity_factor=null", "model.backbone.layer_scale=0.1"]),

@@ -19,7 +19,7 @@ from softmoe_cli.data.archives import Stored
 from softmoe_cli.data.splits import ImageSet
 from softmoe_cli.errors import UsageError
 from softmoe_cli.evaluate import command as evaluate_command
-from softmoe_cli.evaluate.command import _outputs
+from softmoe_cli.evaluate.classes import outputs_for
 from softmoe_cli.evaluate.quality import Outcomes
 from softmoe_cli.model.vit import build
 from softmoe_cli.options.compose import say_once
@@ -124,11 +124,11 @@ def test_which_data_are_the_checkpoints_own(
 
 def test_classes_of_one_name_are_told_by_their_places() -> None:
     known = ["ant", "sunglasses", "sunglasses"]
-    assert _outputs(known, known, by_number=False) == [0, 1, 2]
+    assert outputs_for(known, known, by_number=False) == [0, 1, 2]
     with pytest.raises(UsageError, match=r"2 outputs called 'sunglasses'.*set data.class_numbers=true"):
-        _outputs(known, ["ant", "sunglasses"], by_number=False)
-    assert _outputs(known, ["ant", "bee"], by_number=False) is None
-    assert _outputs(["ant", "bee"], ["bee"], by_number=False) == [1]
+        outputs_for(known, ["ant", "sunglasses"], by_number=False)
+    assert outputs_for(known, ["ant", "bee"], by_number=False) is None
+    assert outputs_for(["ant", "bee"], ["bee"], by_number=False) == [1]
 
 
 def test_features_serve_other_classes(softmoe: Softmoe, tmp_path: Path) -> None:

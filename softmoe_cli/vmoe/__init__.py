@@ -1,0 +1,1 @@
+"""Checkpoints of the official JAX code, read without JAX."""
