@@ -1,8 +1,10 @@
 """Several seeds as one stacked computation, beside the run alone: what an update takes per seed, side by side in turns.
 
 python experiments/seeds_at_once/bench.py CSV [model/backbone=vit_pico7 ...] [seeds=1,4,8] [rounds=15]
+python experiments/seeds_at_once/bench.py batches data=exemplars data.root=PATH [...]
 
-Sides, on drawn images and labels (what they show changes no time):
+The second form says what making a batch takes beside an update, which no stacking of models shortens. Sides of the
+first, on drawn images and labels (what they show changes no time):
 
 - `alone`: train/loop.py's own update of one model; every other side is compared with it.
 - `alone, N times the images`: the same on N batches at once. Stacked operations of the same kinds cannot take less:
@@ -37,7 +39,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn import functional as F
 
-from softmoe_cli.data.batches import Batch
+from softmoe_cli.data import sets
+from softmoe_cli.data.batches import Batch, train_batches
 from softmoe_cli.device import hardware, keep_freed_memory, precision_context
 from softmoe_cli.evaluate.quality import classification_loss
 from softmoe_cli.model.vit import build
@@ -272,6 +275,27 @@ def check(config: Any, n: int) -> str:
     return f"{n} seeds, {UPDATES} updates: losses differ by at most {apart:.1e}, weights by {max(shares):.1e}"
 
 
+def batches_beside(config: Any) -> str:
+    """What making a batch takes, and the update on it."""
+    images = sets.load(config.data)
+    classes = sets.num_classes(config.data, images)
+    m, took = config.model, []
+    made = train_batches(
+        images.train, config.data, config.augment, image_size=m.image_size, in_chans=m.in_chans, num_classes=classes,
+        batch_size=config.train.batch_size, label_smoothing=0.0, seed=0, first_step=0, device=CPU,
+    )  # fmt: skip
+    with ExitStack() as hooks:
+        run = alone(build(m, classes).train(), config, hooks)
+        for _ in range(UPDATES):
+            start = time.process_time()
+            batch = next(made)
+            between = time.process_time()
+            run(batch.images, batch.labels, config.optim.lr)
+            took.append((1000 * (between - start), 1000 * (time.process_time() - between)))
+    making, updating = (statistics.median(each) for each in zip(*took[5:], strict=True))
+    return f"{m.name}, {config.train.batch_size} images: batch {making:.2f} ms, update {updating:.2f} ms"
+
+
 def main() -> None:
     file, *words = sys.argv[1:]
     asked = {word.partition("=")[0]: word.partition("=")[2] for word in words if word.startswith(("seeds=", "rounds="))}
@@ -279,6 +303,9 @@ def main() -> None:
     numbers, rounds = [int(n) for n in asked.get("seeds", "1,4,8").split(",")], int(asked.get("rounds", "15"))
     torch.set_num_threads(1)
     keep_freed_memory(CPU, 2**30, 2**34)
+    if file == "batches":
+        print(batches_beside(config))
+        return
     written = config.model.router_name in ("dense", "soft")
     if written:
         print(check(config, 4), flush=True)
