@@ -78,7 +78,7 @@ def test_only_the_shots_are_looked_at_and_l2_is_chosen_where_it_is_said() -> Non
     asked: list[int] = []
 
     def features(images: ImageSet) -> Tensor:
-        assert images.images is not None
+        assert isinstance(images.images, Tensor)
         asked.append(len(images))
         return table[images.images.flatten().long()]
 
