@@ -194,7 +194,7 @@ def worst_sheet(look: ModelLook, classes: Sequence[str]) -> Sheet:
     assert said is not None
     cells = []
     for number in said.label_probability.argsort(stable=True)[:WORST].tolist():
-        label, guess = (shortened(printable(classes[each[number]]), 20) for each in (said.label, said.prediction))
+        label, guess = (shortened(classes[int(each[number])], 20) for each in (said.label, said.prediction))
         own, its = (100 * float(each[number]) for each in (said.label_probability, said.probability))
         cells.append(Cell(enlarged(look.pixels[number]), f"{label} {own:.2g}%, said {guess} {its:.2g}%"))
     note = "The images whose label got the smallest probability: label, its probability, prediction, its probability."

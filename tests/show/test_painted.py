@@ -107,7 +107,7 @@ def test_a_planted_sparse_router_is_painted_to_the_pixel(runs: bool, class_token
         wanted = painted_by_hand(PLANTED[number], look.pixels[number], colours(EXPERTS))
         same_but_crosses(painted.pixels, wanted, PLANTED[number])
     assert layer.dropped_share == pytest.approx((PLANTED < 0).mean())
-    assert layer.load.tolist() == [(e == PLANTED).sum() for e in range(EXPERTS)]
+    assert layer.load.tolist() == [int(np.equal(PLANTED, e).sum()) for e in range(EXPERTS)]
     for label in (0, 1):
         for expert in range(EXPERTS):
             mean = (PLANTED[label::2] == expert).mean(axis=0)
@@ -177,7 +177,7 @@ def test_kinds_of_zero_computation_are_painted() -> None:
         start[0] += len(tokens)
         return logits[start[0] - len(tokens) : start[0]]
 
-    router.scores = scores  # type: ignore[method-assign]
+    router.scores = scores  # type: ignore[method-assign, assignment]
     look = seen(vit)
     (layer,) = look.layers
     assert layer.painted.kinds == ("ffn", "ffn", "constant", "copy", "zero")
