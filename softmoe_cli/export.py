@@ -157,9 +157,9 @@ def whole(model: Model, source: Source) -> tuple[Model, dict[str, Tensor], dict[
     if model.adapter.name != "lora":
         return model, source.weights, card
     assert model.adapter.alpha is not None
-    plain = replace(model, adapter=no_adapter())
-    card["model"] = card["model"] | {"adapter": asdict(plain.adapter)}
-    return plain, merged(source.weights, model.adapter.alpha), card
+    bare = replace(model, adapter=no_adapter())
+    card["model"] = card["model"] | {"adapter": asdict(bare.adapter)}
+    return bare, merged(source.weights, model.adapter.alpha), card
 
 
 def distance(
@@ -246,14 +246,14 @@ def write_onnx(graph: ExportedProgram, folder: Path, router: str) -> Program:
 
 def hub_config(model: Model, vit: VisionTransformer, card: dict[str, Any]) -> dict[str, Any]:
     """config.json in timm's form: a dense timm model under timm's name, any other model as `softmoe_vit`."""
-    plain = _is_timms(model)
+    timms = _is_timms(model)
     return {
-        "architecture": str(model.backbone.timm).split(".")[0] if plain else softmoe_vit.__name__,
+        "architecture": str(model.backbone.timm).split(".")[0] if timms else softmoe_vit.__name__,
         "num_classes": vit.num_classes,
         "num_features": vit.num_features,
         "global_pool": vit.global_pool,
         "label_names": card["classes"],
-        "model_args": {} if plain else {"softmoe": card["model"]},
+        "model_args": {} if timms else {"softmoe": card["model"]},
         "pretrained_cfg": {
             "input_size": [model.in_chans, model.image_size, model.image_size],
             "fixed_input_size": True,

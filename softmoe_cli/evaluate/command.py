@@ -207,8 +207,8 @@ def _scored(
     row = {key: value for key, value in qualities(result) if key != "images_evaluated"}
     row["ece_pct"] = 100 * calibration_error(result.probability, result.right, config.calibration_bins)
     if config.real is not None:
-        answers = result.prediction if judge.outputs is None else torch.tensor(judge.outputs)[result.prediction]
-        row |= real_qualities(answers, right)
+        named = result.prediction if judge.outputs is None else torch.tensor(judge.outputs)[result.prediction]
+        row |= real_qualities(named, right)
     _write(config, result, images, classes, columns)
     return row | _by_class(result, classes) | (_confusion(result) if config.format == "json" else {})
 

@@ -15,7 +15,7 @@ from softmoe_cli.run.rows import COSTS, CURVES
 from softmoe_cli.show.record import Record, curve, routing_curves, statistics_of, unchanged
 from softmoe_cli.text import shortened
 
-MOST_CLASSES = 50
+MOST_IN_SQUARE = 50
 """Above so many classes a square of counts shows nothing."""
 
 
@@ -35,7 +35,7 @@ def chart_files(record: Record, said: Outcomes | None, classes: list[str]) -> di
             found["routing.png"] = _lines(layers, {key: key.replace("_", " ") for key in keys})
         if said is not None:
             found["calibration.png"] = _calibration(said)
-            if len(classes) <= MOST_CLASSES:
+            if len(classes) <= MOST_IN_SQUARE:
                 found["confusion.png"] = _confusion(said, classes)
         return {name: _file(figure) for name, figure in found.items()}
 

@@ -14,7 +14,7 @@ from softmoe_cli.errors import UsageError
 from softmoe_cli.options import inherit
 from softmoe_cli.options.compose import compose, door, overlay, plain
 from softmoe_cli.run.sealed import checkpoints_in
-from softmoe_cli.show.page import SHOWN_MARK, Shown, headline, run_page
+from softmoe_cli.show.page import SHOWN_MARK, Shown, run_page, state_told
 from softmoe_cli.show.record import Record, read_record
 
 FLAGS_OF_SHOW = {"--follow": "follow=true", "--wandb": "wandb=true"}
@@ -66,7 +66,7 @@ def show_as_typed(composed: Any, typed: list[str]) -> int:
     if config.format == "json":
         answers.answer(_row(record, shown, out, list(drawn)))
     else:
-        print(f"{headline(record)}\n{shown.of}\n{files_told(files, out, None)}")
+        print(f"{state_told(record)}\n{shown.of}\n{files_told(files, out, None)}")
     if mode != "off":
         titles = {name: CHART_TITLES[name] for name in drawn if name in CHART_TITLES}
         titles |= {f"{sheet.name}.png": sheet.title for sheets in shown.sheets.values() for sheet in sheets}

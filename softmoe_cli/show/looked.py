@@ -58,7 +58,7 @@ class LayerLook:
 
 
 @dataclass(frozen=True)
-class Look:
+class ModelLook:
     """What a checkpoint did with images.
 
     Attributes:
@@ -116,7 +116,7 @@ class _Watch:
         images = torch.bincount(labels[labels < self.classes], minlength=self.classes)
         assert self.sums is not None and isinstance(self.load, Tensor)
         return LayerLook(
-            self.name, self.grid, joined(self.kept), self.load, (best, image, patch.T.gather(1, image)),
+            self.name, self.grid, joined_shares(self.kept), self.load, (best, image, patch.T.gather(1, image)),
             (self.sums / images.clamp(min=1)[:, None, None]).mT, self.dropped / self.tokens,
         )  # fmt: skip
 
@@ -146,7 +146,7 @@ def sees_token(chosen: Int[Tensor, "b n k"], experts: int) -> Float[Tensor, "b n
     return torch.zeros(*chosen.shape[:2], experts + 1).scatter(2, places, 1.0)[..., :-1]
 
 
-def joined(parts: Sequence[Shares]) -> Shares:
+def joined_shares(parts: Sequence[Shares]) -> Shares:
     """Shares of several batches one after the other. Tokens of one batch may have been seen by more experts at most
     than those of another."""
     first, chosen = parts[0], None
@@ -168,7 +168,7 @@ def look_at(
     loss: str,
     autocast: torch.autocast,
     labelled: bool,
-) -> Look:
+) -> ModelLook:
     """One pass over the images, each batch with its pixels.
 
     Args:
@@ -212,7 +212,7 @@ def look_at(
                 stack.enter_context(router.register_forward_hook(remember(name)))
         said = outcomes(model, fed(), loss=loss, autocast=autocast)
     layers = [watch.told(torch.cat(labels)) for watch in watches.values()]
-    return Look(np.concatenate(pixels), list(painted), said if labelled else None, layers, list(silent))
+    return ModelLook(np.concatenate(pixels), list(painted), said if labelled else None, layers, list(silent))
 
 
 def pixels_of(

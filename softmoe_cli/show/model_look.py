@@ -28,7 +28,7 @@ from softmoe_cli.options import inherit
 from softmoe_cli.options.compose import door
 from softmoe_cli.run.header import Source
 from softmoe_cli.run.sealed import damage, numbered, step_of
-from softmoe_cli.show.looked import Look, look_at, pixels_of
+from softmoe_cli.show.looked import ModelLook, look_at, pixels_of
 from softmoe_cli.show.page import Shown
 from softmoe_cli.show.paint import Cell, Sheet, enlarged
 from softmoe_cli.show.sheets import classes_sheet, likes_sheet, routing_sheet, strip_sheets
@@ -39,7 +39,7 @@ WORST = 16
 
 
 @dataclass(frozen=True)
-class Subject:
+class LookedAt:
     """The images that are looked at, and the model that looks.
 
     Attributes:
@@ -63,7 +63,7 @@ class Subject:
     first: int
     painted: list[int]
 
-    def look(self, source: Source, *, only_painted: bool = False) -> Look:
+    def look(self, source: Source, *, only_painted: bool = False) -> ModelLook:
         """One pass of a checkpoint over the images, or only over those that are painted."""
         device, autocast = arithmetic(self.config.device, self.precision, self.config.threads)
         if "head.weight" not in source.weights:
@@ -99,7 +99,7 @@ def _for_channels(numbers: Sequence[float], channels: int) -> list[float]:
     return list(numbers) if len(numbers) == channels else [numbers[0]] * channels
 
 
-def subject_of(tree: dict[str, Any], source: Source, typed: Sequence[str]) -> Subject:
+def subject_of(tree: dict[str, Any], source: Source, typed: Sequence[str]) -> LookedAt:
     """What `softmoe show` looks at with a checkpoint.
 
     Raises:
@@ -133,7 +133,7 @@ def subject_of(tree: dict[str, Any], source: Source, typed: Sequence[str]) -> Su
         what = f"{some} {config.split} images of {config.data.name}"
     painted = np.linspace(0, len(images) - 1, min(config.painted, len(images))).round().astype(int).tolist()
     precision, classes = config.precision or source.card["precision"], [printable(each) for each in known]
-    return Subject(
+    return LookedAt(
         config, model, source.card["loss"], precision, images, what, classes, labelled, task, first, painted
     )  # fmt: skip
 
@@ -153,7 +153,7 @@ def _own_image(place: str, data: Data, model: Model) -> ImageSet:
     return ImageSet(torch.zeros(1, dtype=torch.int64), pixels, side, own.channels)
 
 
-def shown_of(subject: Subject, source: Source, folder: Path) -> Shown:
+def shown_of(subject: LookedAt, source: Source, folder: Path) -> Shown:
     """Every picture that the newest checkpoint of a run's folder gives, and the strip of all of them."""
     look = subject.look(source)
     sheets: dict[str, list[Sheet]] = {}
@@ -180,7 +180,7 @@ def shown_of(subject: Subject, source: Source, folder: Path) -> Shown:
     return Shown(of, look.said, subject.classes, sheets, notes, layers)
 
 
-def _caption(subject: Subject, look: Look, number: int) -> str:
+def _caption(subject: LookedAt, look: ModelLook, number: int) -> str:
     if look.said is None:
         return "the image"
     label, guess = int(look.said.label[number]), int(look.said.prediction[number])
@@ -188,13 +188,13 @@ def _caption(subject: Subject, look: Look, number: int) -> str:
     return names[0] if label == guess else f"{names[0]}, said {names[1]}"
 
 
-def worst_sheet(look: Look, classes: Sequence[str]) -> Sheet:
+def worst_sheet(look: ModelLook, classes: Sequence[str]) -> Sheet:
     """The images whose label has the smallest probability."""
     said = look.said
     assert said is not None
     cells = []
     for number in said.label_probability.argsort(stable=True)[:WORST].tolist():
-        label, guess = (shortened(printable(classes[each[number]]), 20) for each in (said.label, said.prediction))
+        label, guess = (shortened(classes[int(each[number])], 20) for each in (said.label, said.prediction))
         own, its = (100 * float(each[number]) for each in (said.label_probability, said.probability))
         cells.append(Cell(enlarged(look.pixels[number]), f"{label} {own:.2g}%, said {guess} {its:.2g}%"))
     note = "The images whose label got the smallest probability: label, its probability, prediction, its probability."
@@ -207,9 +207,9 @@ def checkpoints_by_step(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found.items()) if damage(path) is None]
 
 
-def over_training(subject: Subject, folder: Path, base: str | None) -> list[Sheet]:
+def over_training(subject: LookedAt, folder: Path, base: str | None) -> list[Sheet]:
     """The painted images' maps in every checkpoint of the run; nothing where it has one only."""
-    looks: dict[int, Look] = {}
+    looks: dict[int, ModelLook] = {}
     for path in checkpoints_by_step(folder):
         with suppress(UsageError):  # a run that goes on may have removed it by now
             looks[step_of(path)] = subject.look(inherit.named_source(str(path), base), only_painted=True)

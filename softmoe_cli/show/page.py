@@ -47,7 +47,7 @@ class Shown:
 
 def run_page(record: Record, shown: Shown, *, refresh_s: float | None = None) -> str:
     """The whole file; with `refresh_s` a browser asks for it again after so many seconds."""
-    body = [f"<h1>{escape(record.name)}</h1>", f'<p class="lead">{escape(headline(record))}</p>']
+    body = [f"<h1>{escape(record.name)}</h1>", f'<p class="lead">{escape(state_told(record))}</p>']
     body += [f"<p>{escape(note)}</p>" for note in record.notes]
     body += ["<section>", _table(_qualities(record)), "<h2>Curves</h2>"]
     body += ['<div class="chart" data-curves="0"></div>', "<h2>Cost</h2>", _table(_costs(record))]
@@ -67,7 +67,7 @@ def run_page(record: Record, shown: Shown, *, refresh_s: float | None = None) ->
     return page
 
 
-def headline(record: Record) -> str:
+def state_told(record: Record) -> str:
     """One sentence: what it is, how far it is, how good."""
     state, said = record.state, record.settings
     far = "" if state.progress is None or state.state == "done" else f" at {100 * state.progress:.0f}%"

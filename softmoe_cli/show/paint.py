@@ -15,14 +15,14 @@ SIDE = 128
 """Pixels of a side that a picture has at least."""
 CLEAR = 0.75
 """How much of a map's colour is seen before the image that shines through it."""
-GREY, CROSS, FRAME = (128, 128, 128), (0, 0, 0), (255, 0, 160)
+DROPPED_GREY, CROSS, FRAME = (128, 128, 128), (0, 0, 0), (255, 0, 160)
 """Of a dropped patch, of the cross in it, and of the frame around a patch that is meant."""
 FIRST_COLOURS = (
     (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167),
     (148, 103, 255),
 )  # fmt: skip
 """Those of Okabe and Ito, which people with any kind of sight can tell apart, and one more."""
-SCALE = (
+HEAT = (
     (68, 1, 84), (71, 44, 122), (59, 81, 139), (44, 113, 142), (33, 144, 141), (39, 173, 129), (92, 200, 99),
     (170, 220, 50), (253, 231, 37),
 )  # fmt: skip
@@ -64,7 +64,7 @@ def enlarged(picture: UInt8[np.ndarray, "s s 3"]) -> UInt8[np.ndarray, "t t 3"]:
     return picture.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
-def spread(map_: np.ndarray, side: int) -> np.ndarray:
+def over_pixels(map_: np.ndarray, side: int) -> np.ndarray:
     """A map of patches (h, w, ...) as one of pixels (side, side, ...)."""
     rows, columns = (np.arange(side) * length // side for length in map_.shape[:2])
     return map_[rows][:, columns]
@@ -78,9 +78,9 @@ def expert_map(
     seen = enlarged(image)
     side = len(seen)
     behind = np.broadcast_to(seen.mean(axis=2, keepdims=True), seen.shape)
-    colour = np.concatenate([palette, np.array([GREY], np.uint8)])[experts]  # -1 is the last
-    painted = (CLEAR * spread(colour, side) + (1 - CLEAR) * behind).round().astype(np.uint8)
-    return _crossed(painted, spread(experts < 0, side), experts.shape)
+    colour = np.concatenate([palette, np.array([DROPPED_GREY], np.uint8)])[experts]  # -1 is the last
+    painted = (CLEAR * over_pixels(colour, side) + (1 - CLEAR) * behind).round().astype(np.uint8)
+    return _crossed(painted, over_pixels(experts < 0, side), experts.shape)
 
 
 def _crossed(
@@ -100,12 +100,12 @@ def heat_map(
 ) -> UInt8[np.ndarray, "t t 3"]:
     """Weights from `least` to `most` as colours, for an image of `side` pixels."""
     share = (weights - least) / (most - least) if most > least else np.zeros_like(weights)
-    place = np.clip(share, 0, 1) * (len(SCALE) - 1)
-    scale = np.array(SCALE, float)
-    low = np.minimum(place.astype(int), len(SCALE) - 2)
+    place = np.clip(share, 0, 1) * (len(HEAT) - 1)
+    scale = np.array(HEAT, float)
+    low = np.minimum(place.astype(int), len(HEAT) - 2)
     mixed = scale[low] + (place - low)[..., None] * (scale[low + 1] - scale[low])
     pixels = side * max(1, -(-SIDE // side))
-    return spread(mixed.round().astype(np.uint8), pixels)
+    return over_pixels(mixed.round().astype(np.uint8), pixels)
 
 
 def patch_in_place(

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from softmoe_cli.moe.kind import Shares
-from softmoe_cli.show.looked import LayerLook, Look, expert_weights
+from softmoe_cli.show.looked import LayerLook, ModelLook, expert_weights
 from softmoe_cli.show.paint import (
     Cell,
     Sheet,
@@ -14,14 +14,14 @@ from softmoe_cli.show.paint import (
     enlarged,
     expert_map,
     heat_map,
+    over_pixels,
     patch_in_place,
-    spread,
 )
 from softmoe_cli.text import shortened
 
 LEADING = 3
 """Slots, or experts that see all tokens, whose weights are painted."""
-CHOICES = 3
+PAINTED_CHOICES = 3
 """Choices of a token that are painted, each as a map."""
 LIKERS = 16
 """Experts whose patches are shown, those with the largest load."""
@@ -64,7 +64,7 @@ def _rgb(colour: np.ndarray) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def routing_sheet(look: Look, layer: LayerLook, captions: Sequence[str]) -> Sheet:
+def routing_sheet(look: ModelLook, layer: LayerLook, captions: Sequence[str]) -> Sheet:
     """The painted images and, beside each, who takes its patches. `captions`: a word for each of these images."""
     shares, palette, rows, shown = layer.painted, colours(layer.num_experts), [], set[int]()
     for place, number in enumerate(look.painted):
@@ -76,7 +76,7 @@ def routing_sheet(look: Look, layer: LayerLook, captions: Sequence[str]) -> Shee
             cells.append(Cell(expert_map(_grid(top, layer), palette, image), "largest weight"))
             cells += _weights(shares, place, layer, len(image))
         else:
-            for rank in range(min(CHOICES, shares.chosen.shape[2])):
+            for rank in range(min(PAINTED_CHOICES, shares.chosen.shape[2])):
                 choice = shares.chosen[place, :, rank]
                 shown |= set(choice.tolist()) if rank == 0 else set(choice.tolist()) - {-1}
                 what = "expert" if shares.chosen.shape[2] == 1 else f"choice {rank + 1}"
@@ -108,7 +108,7 @@ def _choice(choice: torch.Tensor, layer: LayerLook, palette: np.ndarray, image: 
     painted = expert_map(grid, palette, image)
     if rank == 0:
         return painted
-    return np.where(spread(grid < 0, len(painted))[..., None], enlarged(image), painted)
+    return np.where(over_pixels(grid < 0, len(painted))[..., None], enlarged(image), painted)
 
 
 def _kinds_of(shares: Shares) -> list[str]:
@@ -128,7 +128,7 @@ def _kinds(shares: Shares, place: int, layer: LayerLook, image: np.ndarray) -> l
     return [
         Cell(expert_map(_grid(kind[shares.chosen[place, :, rank]], layer), _kind_colours(shares), image),
              f"kind of choice {rank + 1}")
-        for rank in range(min(CHOICES, shares.chosen.shape[2]))
+        for rank in range(min(PAINTED_CHOICES, shares.chosen.shape[2]))
     ]  # fmt: skip
 
 
@@ -154,7 +154,7 @@ def _weights(shares: Shares, place: int, layer: LayerLook, side: int) -> list[Ce
     return cells
 
 
-def likes_sheet(look: Look, layer: LayerLook) -> Sheet:
+def likes_sheet(look: ModelLook, layer: LayerLook) -> Sheet:
     """For each expert the patches that have the largest weights at it, in their surroundings."""
     rows = []
     for expert in layer.order[:LIKERS]:
@@ -175,7 +175,7 @@ def likes_sheet(look: Look, layer: LayerLook) -> Sheet:
     return Sheet(f"likes-{file_stem(layer)}", f"{layer.name}: what each expert likes", note, rows)
 
 
-def classes_sheet(look: Look, layer: LayerLook, classes: Sequence[str]) -> Sheet:
+def classes_sheet(look: ModelLook, layer: LayerLook, classes: Sequence[str]) -> Sheet:
     """Where in an image of a class each expert is at work, in the mean."""
     experts, side = layer.order[:MAPPED], look.pixels.shape[1]
     shown = [label for label in range(len(layer.by_class)) if bool(layer.by_class[label].any())]
@@ -197,7 +197,7 @@ def classes_sheet(look: Look, layer: LayerLook, classes: Sequence[str]) -> Sheet
     return Sheet(f"classes-{file_stem(layer)}", f"{layer.name}: where an expert is at work, by class", note, rows)
 
 
-def strip_sheets(looks: Mapping[int, Look]) -> list[Sheet]:
+def strip_sheets(looks: Mapping[int, ModelLook]) -> list[Sheet]:
     """The same images in several checkpoints, by their step: whose each patch is and, where slots are mixtures, what is
     in the slot that leads in the last one. `looks`: of the painted images alone."""
     last, sheets = list(looks.values())[-1], []

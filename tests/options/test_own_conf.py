@@ -9,8 +9,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from softmoe_cli.errors import UsageError
-from softmoe_cli.options.inherit import require_trust
 from softmoe_cli.options.own_conf import OwnSource
+from softmoe_cli.options.trust import require_trust
 from softmoe_cli.run.header import Source
 from softmoe_cli.run.source import read_source
 from tests.conftest import TINY, Softmoe

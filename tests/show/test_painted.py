@@ -12,8 +12,8 @@ from softmoe_cli.data.batches import Batch
 from softmoe_cli.model.vit import build
 from softmoe_cli.moe.routers.zero_computation import ZeroComputationRouter
 from softmoe_cli.moe.routing import DenseRouting, SparseRouting
-from softmoe_cli.show.looked import Look, look_at, pixels_of
-from softmoe_cli.show.paint import CLEAR, CROSS, FRAME, GREY, SCALE, SIDE, colours, patch_in_place
+from softmoe_cli.show.looked import ModelLook, look_at, pixels_of
+from softmoe_cli.show.paint import CLEAR, CROSS, DROPPED_GREY, FRAME, HEAT, SIDE, colours, patch_in_place
 from softmoe_cli.show.sheets import classes_sheet, likes_sheet, routing_sheet
 from tests.conftest import TINY
 from tests.oracles import compose
@@ -29,7 +29,7 @@ def model(*overrides: str) -> VisionTransformer:
     return build(compose(*TINY, *overrides).model, 10)
 
 
-def seen(vit: VisionTransformer, painted: tuple[int, ...] = (1, 4), batch_size: int = 4) -> Look:
+def seen(vit: VisionTransformer, painted: tuple[int, ...] = (1, 4), batch_size: int = 4) -> ModelLook:
     """Six images in two batches; image i is of class i % 2, and its patches have different greys."""
     images = torch.linspace(0, 1, IMAGES * 8 * 8).view(IMAGES, 1, 8, 8)
 
@@ -74,7 +74,7 @@ def painted_by_hand(experts: np.ndarray, image: np.ndarray, palette: np.ndarray)
     for y in range(side):
         for x in range(side):
             expert = experts[y * GRID // side, x * GRID // side]
-            colour = GREY if expert < 0 else palette[expert]
+            colour = DROPPED_GREY if expert < 0 else palette[expert]
             grey = sum(map(float, image[y, x])) / 3
             small[y, x] = [round(CLEAR * float(part) + (1 - CLEAR) * grey) for part in colour]
     return small.repeat(SIDE // side, 0).repeat(SIDE // side, 1)
@@ -107,12 +107,14 @@ def test_a_planted_sparse_router_is_painted_to_the_pixel(runs: bool, class_token
         wanted = painted_by_hand(PLANTED[number], look.pixels[number], colours(EXPERTS))
         same_but_crosses(painted.pixels, wanted, PLANTED[number])
     assert layer.dropped_share == pytest.approx((PLANTED < 0).mean())
-    assert layer.load.tolist() == [(e == PLANTED).sum() for e in range(EXPERTS)]
+    assert layer.load.tolist() == [int(np.equal(PLANTED, e).sum()) for e in range(EXPERTS)]
     for label in (0, 1):
         for expert in range(EXPERTS):
             mean = (PLANTED[label::2] == expert).mean(axis=0)
             assert np.allclose(layer.by_class[label, expert].view(GRID, GRID).numpy(), mean)
-    assert ("dropped", GREY) in sheet.legend and {f"expert {e}" for e in range(EXPERTS)} <= {w for w, _ in sheet.legend}
+    assert ("dropped", DROPPED_GREY) in sheet.legend and {f"expert {e}" for e in range(EXPERTS)} <= {
+        w for w, _ in sheet.legend
+    }
 
 
 def test_identity_is_the_grid() -> None:
@@ -126,12 +128,12 @@ def test_identity_is_the_grid() -> None:
 
 
 def heat_by_hand(weights: np.ndarray, most: float) -> np.ndarray:
-    picture, side, steps = np.zeros((SIDE, SIDE, 3), np.uint8), SIDE // GRID, len(SCALE) - 1
+    picture, side, steps = np.zeros((SIDE, SIDE, 3), np.uint8), SIDE // GRID, len(HEAT) - 1
     for row in range(GRID):
         for column in range(GRID):
             place = float(weights[row, column]) / most * steps
             low = min(int(place), steps - 1)
-            colour = [round(a + (place - low) * (b - a)) for a, b in zip(SCALE[low], SCALE[low + 1], strict=True)]
+            colour = [round(a + (place - low) * (b - a)) for a, b in zip(HEAT[low], HEAT[low + 1], strict=True)]
             picture[row * side : (row + 1) * side, column * side : (column + 1) * side] = colour
     return picture
 
@@ -175,7 +177,7 @@ def test_kinds_of_zero_computation_are_painted() -> None:
         start[0] += len(tokens)
         return logits[start[0] - len(tokens) : start[0]]
 
-    router.scores = scores  # type: ignore[method-assign]
+    router.scores = scores  # type: ignore[method-assign, assignment]
     look = seen(vit)
     (layer,) = look.layers
     assert layer.painted.kinds == ("ffn", "ffn", "constant", "copy", "zero")

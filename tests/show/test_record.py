@@ -52,7 +52,9 @@ def test_layers_have_their_own_curves(tmp_path: Path) -> None:
     curves = routing_curves(read_record(run_of(tmp_path)))
     assert list(curves) == ["block 1", "block 1, attn"]
     assert curves["block 1"]["load_max"] == [2.5] and curves["block 1"]["images"] == [48]
-    moving = {"a": {"images": [1, 2], "still": [3.0, 3.0], "moves": [1.0, 2.0]}}
+    moving: dict[str, dict[str, list[float | None]]] = {
+        "a": {"images": [1.0, 2.0], "still": [3.0, 3.0], "moves": [1.0, 2.0]}
+    }
     assert statistics_of(moving) == ["moves", "still"] and unchanged(moving, "still")
 
 
