@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from softmoe_cli.doctor.signs import SIGNS
 from softmoe_cli.doctor.weights import mean_cosine
+from softmoe_cli.options.explain import known_keys
 from tests.conftest import TINY, Softmoe
 from tests.routers import ROOT, ROUTERS, YAMLS, start
 from tests.runs import the_run
@@ -143,6 +144,7 @@ def test_each_illness_is_found_alone(softmoe: Softmoe, tmp_path: Path) -> None:
     shutil.move(the_run(tmp_path), study / "healthy")
     make_healthy(study / "healthy")
     assert PLANTED.keys() == SIGNS.keys()
+    known = {*known_keys("train", []), *known_keys("train", ["model/router=tokens_choice"])}
     for sign, plant in PLANTED.items():
         shutil.copytree(study / "healthy", study / sign)
         plant(study / sign)
@@ -151,6 +153,8 @@ def test_each_illness_is_found_alone(softmoe: Softmoe, tmp_path: Path) -> None:
     assert signs == {"healthy": []} | {sign: [sign] for sign in PLANTED}
     for sign, (reading,) in ((sign, readings) for sign, readings in found.items() if readings):
         assert reading["limit"] == SIGNS[sign].limit or sign == "chance"
+        for key in re.findall(r"\b(?:optim|train|model|data|augment)\.[a-z_]+(?:\.[a-z_]+)*", reading["turn"]):
+            assert key in known, f"{sign}: {key}"
 
     healthy = softmoe("doctor", str(study / "healthy"))
     assert healthy.code == 0 and "(done): healthy; looked at: damaged, " in healthy.out
@@ -204,8 +208,9 @@ def rules(softmoe: Softmoe, healthy: Path) -> None:
         few = functools.partial(config, old="eval_batch_size: 64", new=f"eval_batch_size: {images}")
         assert signs(f"{images} images", sparse, PLANTED["dead"], few) == told
     sgd = functools.partial(config, old="name: adamw", new="name: sgd")
-    assert signs("sgd", sgd) == []
-    assert signs("sgd, flat", sgd, lambda run: set_all(run, M, "train", grad_norm=1e-9)) == ["idle"]
+    fast = functools.partial(set_all, file=M, split="train", lr=0.1)
+    assert signs("sgd", sgd, fast) == []
+    assert signs("sgd, flat", sgd, fast, lambda run: set_all(run, M, "train", grad_norm=1e-3)) == ["idle"]
     seconds = {key: value / 10 for key, value in SPENT.items()}
     assert signs("short", lambda run: set_all(run, M, None, **seconds | {"eval_s": 59.0})) == []
 
