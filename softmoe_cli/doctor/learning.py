@@ -107,7 +107,7 @@ def _clipped(chart: Chart, clip: float | None) -> Reading:
 
 
 def _idle(chart: Chart, weights: Weighed | str) -> Reading:
-    """The furthest that a weight can have come, over the usual size of one."""
+    """How far a weight can have come, over the usual size of one."""
     if chart.young or isinstance(weights, str):
         return unseen("idle", chart.young or str(weights))
     if not weights.usual:
@@ -118,6 +118,7 @@ def _idle(chart: Chart, weights: Weighed | str) -> Reading:
         clip, momentum = chart.amount("optim.clip_norm"), chart.amount("optim.momentum") or 0.0
         norms = [(updates * row["lr"], row["grad_norm"] or 0.0) for updates, row in steps]
         way = sum(each * (norm if clip is None else min(norm, clip)) for each, norm in norms) / (1 - momentum)
+        way /= math.sqrt(weights.count)  # of all weights together, so far
     turn = f"optim.lr ({_said(chart, 'optim.lr')}): a hundred times more; or more of train.steps"
     return read("idle", 100 * way / weights.usual, where=f"step {chart.train[-1]['step']:,}", turn=turn)
 

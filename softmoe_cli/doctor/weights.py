@@ -27,13 +27,14 @@ class Weighed:
     Attributes:
         step: of the checkpoint.
         alike: place of a layer of experts -> mean cosine between two of its experts.
-        usual: root mean square of the numbers in matrices.
+        usual: root mean square of the numbers in matrices, count: how many these are.
         classes: of the head; None where there is no plain one.
     """
 
     step: int
     alike: dict[str, float]
     usual: float
+    count: int
     classes: int | None
 
 
@@ -58,7 +59,7 @@ def weighed(folder: Path) -> Weighed:
 
 def _weights(file: Any, step: int) -> Weighed:
     cosines: dict[str, list[float]] = defaultdict(list)
-    squares, numbers, classes = 0.0, 0, None
+    squares, numbers, count, classes = 0.0, 0, 0, None
     for name in file.keys():  # noqa: SIM118 (it is no mapping)
         part = file.get_slice(name)
         shape = part.get_shape()
@@ -67,12 +68,13 @@ def _weights(file: Any, step: int) -> Weighed:
         layer = OF_EXPERTS.fullmatch(name)
         taken = _first(part, shape, MOST_OF_EXPERTS if layer else MOST_OF_OTHERS)
         squares, numbers = squares + float(np.square(taken, dtype=np.float64).sum()), numbers + taken.size
+        count += math.prod(shape)
         if layer and len(shape) == 3 and shape[0] > 1:
             cosines[layer[1]].append(mean_cosine(taken.reshape(shape[0], -1)))
         if name == "head.weight":
             classes = shape[0]
     alike = {place: sum(each) / len(each) for place, each in cosines.items()}
-    return Weighed(step, alike, (squares / max(numbers, 1)) ** 0.5, classes)
+    return Weighed(step, alike, (squares / max(numbers, 1)) ** 0.5, count, classes)
 
 
 def _first(part: Any, shape: Sequence[int], most: int) -> np.ndarray[Any, Any]:
