@@ -11,7 +11,7 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from softmoe_cli import answers
+from softmoe_cli import programs
 from softmoe_cli.config.commands import (
     CostConfig,
     DataCheckConfig,
@@ -58,12 +58,12 @@ def main() -> None:
 def run(arguments: Sequence[str]) -> tuple[int, str]:
     """Runs a command line; returns its exit status and, where an error caused it, the sentence that says why. With
     --json that is an answer too."""
-    if not answers.asked(arguments):
+    if not programs.wanted_by(arguments):
         return _run(arguments)
-    with answers.for_programs():
+    with programs.for_programs():
         code, text = _run(arguments)
         if text:
-            answers.answer({"error": text, "status": code})
+            programs.reply({"error": text, "status": code})
     return code, text
 
 
@@ -72,7 +72,7 @@ def _run(arguments: Sequence[str]) -> tuple[int, str]:
     trains = arguments[:1] in (["train"], ["finetune"], ["settle"])
     try:
         with interruptible(functools.partial(_stopped, trains)):
-            command, words = _command(answers.as_option([word for word in arguments if word != "--debug"]))
+            command, words = _command(programs.as_option([word for word in arguments if word != "--debug"]))
             return ACTIONS[command](words), ""
     except KeyboardInterrupt as error:
         if debug:
@@ -139,7 +139,7 @@ def _help(words: list[str]) -> int:
 
 def _tell(what: str, text: str) -> int:
     """Prints a text; for a program as the value of `what`."""
-    answers.answer({what: text}) if answers.wanted() else print(text)
+    programs.reply({what: text}) if programs.listen() else print(text)
     return 0
 
 
@@ -180,8 +180,8 @@ def _learn(command: str, arguments: list[str]) -> int:
                 folder = _train(command, checked, source, first or first_words(command, checked, source))
             else:
                 folder = first.ended
-            if answers.wanted() and os.environ.get("RANK", "0") == "0":
-                answers.answer({"folder": str(folder), **(finished(folder) or {})})
+            if programs.listen() and os.environ.get("RANK", "0") == "0":
+                programs.reply({"folder": str(folder), **(finished(folder) or {})})
     jobs.end()
     return 0
 
@@ -232,8 +232,8 @@ def _sweep(command: str, arguments: list[str], more: Sequence[str]) -> Jobs:
     jobs = Jobs(command, arguments)
     if Sweep.last is not None:
         Sweep.last.report()
-        if answers.wanted():
-            answers.answer(Sweep.last.told())
+        if programs.listen():
+            programs.reply(Sweep.last.told())
     return jobs
 
 
@@ -262,8 +262,8 @@ def _groups(command: str, arguments: list[str]) -> int:
 
             vit = on_meta(checked.model, checked.data.num_classes or len(sets.load(checked.data).classes))
             freeze(vit, checked.optim.freeze)
-            if answers.wanted():
-                answers.answer([row.told() for row in settings(vit, checked.optim)])
+            if programs.listen():
+                programs.reply([row.told() for row in settings(vit, checked.optim)])
             else:
                 print(table(vit, checked.optim))
     jobs.end()
@@ -301,7 +301,7 @@ def _cost(arguments: list[str]) -> int:
     if models:
         from softmoe_cli.cost.command import costs, show_costs
 
-        answers.say(show_costs(costs(models), models[0].format, many=_many(arguments)))
+        programs.say(show_costs(costs(models), models[0].format, many=_many(arguments)))
     return code
 
 
@@ -311,7 +311,7 @@ def _match(config: Any, typed: list[str]) -> int:
     from softmoe_cli.cost.match import match, show_match
 
     best = match(checked, other_model(checked.to, typed), functools.partial(changed, tree))
-    answers.say(show_match(best, checked))
+    programs.say(show_match(best, checked))
     return 0
 
 

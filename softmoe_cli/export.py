@@ -21,7 +21,6 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from softmoe_cli import answers
 from softmoe_cli.config.adapter import no_adapter
 from softmoe_cli.config.commands import ExportConfig
 from softmoe_cli.config.data import check_channels
@@ -35,6 +34,7 @@ from softmoe_cli.model.vit import build
 from softmoe_cli.model.weights import experts_left, load_weights
 from softmoe_cli.options import inherit
 from softmoe_cli.options.compose import door, plain
+from softmoe_cli.programs import reply
 from softmoe_cli.run.card import CARD_FORMAT
 from softmoe_cli.run.header import Source
 from softmoe_cli.run.identity import made_from, settings_of
@@ -340,7 +340,7 @@ def push(folder: Path, name: str) -> str:
 def show_export(receipt: dict[str, Any], form: str) -> None:
     """Prints a receipt as a table or as JSON."""
     if form == "json":
-        answers.answer(receipt)
+        reply(receipt)
         return
     rows = {"from": receipt["source"]["checkpoint"]}
     for name, found in receipt["programs"].items():

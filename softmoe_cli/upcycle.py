@@ -18,7 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn import functional as F
 
-from softmoe_cli import answers
+from softmoe_cli import programs
 from softmoe_cli.config.commands import UpcycleConfig
 from softmoe_cli.config.model import Model
 from softmoe_cli.cost.flop import account_model, on_meta
@@ -109,7 +109,7 @@ def upcycle(config: UpcycleConfig, source: Source) -> dict[str, Any]:
 def show_upcycle(receipt: dict[str, Any], form: str) -> None:
     """Prints a receipt as a table or, without its key map, as JSON."""
     if form == "json":
-        answers.answer({key: value for key, value in receipt.items() if key != "keys"})
+        programs.reply({key: value for key, value in receipt.items() if key != "keys"})
         return
     before, after = receipt["cost"]["before"], receipt["cost"]["after"]
     fates: dict[str, int] = {}

@@ -14,7 +14,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from softmoe_cli import answers
+from softmoe_cli import programs
 from softmoe_cli.check.laws import (
     DIM,
     FAULTS,
@@ -181,9 +181,9 @@ def check_as_typed(name: str, options: Sequence[str]) -> int:
             raise UsageError(f"cannot read '{word}': {first_line(error)}") from error
     outcomes = check_router(chosen)
     count = Counter(outcome.verdict for outcome in outcomes)
-    if answers.wanted():
+    if programs.listen():
         laws = [{"law": each.name, "verdict": each.verdict, "figure": each.figure} for each in outcomes]
-        answers.answer({"router": name, "passed": count["pass"], "failed": count["fail"], "laws": laws})
+        programs.reply({"router": name, "passed": count["pass"], "failed": count["fail"], "laws": laws})
     else:
         for outcome in outcomes:
             print(f"{outcome.verdict:<5} {outcome.name:<30} {outcome.figure}")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from softmoe_cli import answers
+from softmoe_cli import programs
 from softmoe_cli.errors import UsageError, nearest
 from softmoe_cli.run.rows import AXES, COSTS, QUALITIES
 
@@ -94,8 +94,8 @@ def _compare(chosen: argparse.Namespace, drawn: "Drawing") -> int:
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     shown = [run for group in comparison.groups for run in group.runs]
     unrecorded = record_look(shown, comparison.quality, comparison.margin)
-    if answers.wanted():
-        answers.answer(everything(comparison) | {"folder": str(out), "files": files, "unrecorded": unrecorded})
+    if programs.listen():
+        programs.reply(everything(comparison) | {"folder": str(out), "files": files, "unrecorded": unrecorded})
     else:
         print("\n".join([terminal(comparison, width), *(f"- {each}" for each in unrecorded)]))
         print(f"\n{files_told(files, out, width)}")

@@ -14,7 +14,7 @@ import torch
 from PIL import ExifTags, Image
 from torch.utils.data import Dataset
 
-from softmoe_cli import answers
+from softmoe_cli import programs
 from softmoe_cli.config.commands import DataCheckConfig
 from softmoe_cli.config.data import Data
 from softmoe_cli.data import sets, workers
@@ -92,7 +92,7 @@ def check_data(config: DataCheckConfig) -> int:
         UsageError: there is nothing to read.
     """
     report = inspect(config)
-    answers.answer(report) if config.format == "json" else _show(report)
+    programs.reply(report) if config.format == "json" else _show(report)
     return 1 if report["faults"] else 0
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from softmoe_cli import answers
+from softmoe_cli import programs
 from softmoe_cli.doctor.chart import Chart, read_chart
 from softmoe_cli.doctor.experts import of_experts
 from softmoe_cli.doctor.learning import of_learning
@@ -42,7 +42,7 @@ def doctor_as_typed(arguments: Sequence[str]) -> int:
     """
     unknown = [word for word in arguments if word.startswith("-")]
     if unknown:
-        raise UsageError(f"softmoe doctor has no option {unknown[0]}; it has {answers.FLAG}")
+        raise UsageError(f"softmoe doctor has no option {unknown[0]}; it has {programs.FLAG}")
     folders = [Path(word) for word in arguments if not word.startswith("-")]
     if not folders:
         raise UsageError("softmoe doctor needs a run, a study or a sweep, such as softmoe doctor outputs/default")
@@ -50,7 +50,7 @@ def doctor_as_typed(arguments: Sequence[str]) -> int:
     begun = [state for state in states if state.state not in NOT_BEGUN]
     examined = [examine(state) for state in begun]
     later = len(states) - len(begun)
-    answers.answer(report(examined, later)) if answers.wanted() else print(show(examined, later))
+    programs.reply(report(examined, later)) if programs.listen() else print(show(examined, later))
     return 1 if any(each.findings for each in examined) else 0
 
 

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from softmoe_cli import answers
+from softmoe_cli import programs
 from softmoe_cli.config.commands import EvaluateConfig
 from softmoe_cli.data import sets
 from softmoe_cli.data.splits import ImageSet
@@ -44,7 +44,7 @@ def each_task(
 def show_tasks(row: dict[str, Any], form: str) -> None:
     """Prints the row as a table or as JSON."""
     if form == "json":
-        answers.answer(row)
+        programs.reply(row)
         return
     shown: dict[str, str] = {key: str(row[key]) for key in ("checkpoint", "soup", "data", "split") if key in row}
     if isinstance(row["checkpoint"], list):

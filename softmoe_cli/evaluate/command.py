@@ -15,7 +15,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from softmoe_cli import answers
+from softmoe_cli import programs
 from softmoe_cli.config.commands import EvaluateConfig
 from softmoe_cli.config.model import Model
 from softmoe_cli.data import sets
@@ -107,7 +107,7 @@ def evaluate_checkpoint(config: EvaluateConfig, model_config: Model, sources: li
     if config.audit:
         audited, findings = _audited(judge, weights, images)
         row |= audited
-    answers.answer(row) if config.format == "json" else _show(row, findings)
+    programs.reply(row) if config.format == "json" else _show(row, findings)
 
 
 def _begun(config: EvaluateConfig, kept: list[Source], of: int | None = None) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from softmoe_cli import answers
+from softmoe_cli import programs
 from softmoe_cli.config.commands import ExtractConfig, as_list
 from softmoe_cli.config.data import Data, check_channels
 from softmoe_cli.config.model import Model
@@ -214,7 +214,7 @@ def _bytes(weights: dict[str, Tensor]) -> int:
 def show_extracted(receipt: dict[str, Any], form: str) -> None:
     """Prints a receipt as a table or as JSON."""
     if form == "json":
-        answers.answer(receipt)
+        programs.reply(receipt)
         return
     settings, cost = receipt["settings"], receipt["cost"]
     screen, rows = Screen(), {"from": receipt["source"]["checkpoint"], "tasks": ", ".join(settings["tasks"])}

@@ -40,7 +40,7 @@ from softmoe_cli.files import write_atomically
 from softmoe_cli.launch.job import follow_launcher, start_server
 from softmoe_cli.signals import ASKING, Asked, end_children, heard, leave_now, leave_soon
 
-DONE = "done"
+ENDED_IN = "done"
 """The file in which the first process says where the run is."""
 GRACE_S = 120
 """How many seconds processes have to save and leave, when asked to, before they are killed."""
@@ -160,7 +160,7 @@ def launch(config: Config, command: str) -> Path:
             end_children()  # after a second Ctrl-C we end them
         if any(codes.values()):
             raise KeyboardInterrupt(notes(Path(folder))[0].text)
-        return Path((Path(folder) / DONE).read_text())
+        return Path((Path(folder) / ENDED_IN).read_text())
 
 
 def notes(folder: Path) -> list[Note]:
@@ -211,7 +211,7 @@ def _process(config: Config, command: str, directory: str, environment: dict[str
         with begin(config, command, source, screen) as begun:
             train(begun)
             if rank == 0:
-                write_atomically(Path(folder) / DONE, str(begun.run.folder))
+                write_atomically(Path(folder) / ENDED_IN, str(begun.run.folder))
     except KeyboardInterrupt as error:
         leave(130, str(error))
         with contextlib.suppress(RuntimeError):

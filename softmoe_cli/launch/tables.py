@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from softmoe_cli import answers
+from softmoe_cli import programs
 from softmoe_cli.launch.places import Attempt
 from softmoe_cli.launch.plan import Job
 from softmoe_cli.run.status import State, state
@@ -85,12 +85,12 @@ def plan_table(entries: list[Entry], at_a_time: int) -> str:
 
 def show_plan(entries: list[Entry], at_a_time: int) -> None:
     """Prints the jobs with what they will cost; for a program what is not known is null."""
-    if not answers.wanted():
+    if not programs.listen():
         print(plan_table(entries, at_a_time))
         return
     told = [{"run": seen.run, "state": seen.state, "folder": seen.folder, **entry.job.cost}
             for entry in entries if (seen := entry.state(True))]  # fmt: skip
-    answers.answer({"jobs": told, "at_a_time": at_a_time})
+    programs.reply({"jobs": told, "at_a_time": at_a_time})
 
 
 def _flop(pflop: float) -> str:

@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from softmoe_cli.answers import answer, wanted
 from softmoe_cli.config.commands import SCHEMAS
 from softmoe_cli.config.settle import SettleConfig
 from softmoe_cli.errors import UsageError, nearest
@@ -13,6 +12,7 @@ from softmoe_cli.options.conf_files import ADDED, CONF_GROUPS, TITLES, chosen_gr
 from softmoe_cli.options.explain import known_keys
 from softmoe_cli.options.help import launcher_options, options
 from softmoe_cli.options.usage import COMMANDS
+from softmoe_cli.programs import listen, reply
 
 SCRIPTS = {
     # bash cuts words at = and : too, and asks for the rest of what it calls the word, $2.
@@ -77,7 +77,7 @@ def complete(arguments: Sequence[str]) -> int:
     if len(arguments) != 1 or arguments[0] not in SCRIPTS:
         told = f"not {' '.join(arguments)}.{nearest(arguments[0], SCRIPTS)}" if arguments else "none was named"
         raise UsageError(f"completion is for {', '.join(SCRIPTS)}; {told}")
-    answer({"script": SCRIPTS[arguments[0]]}) if wanted() else print(SCRIPTS[arguments[0]], end="")
+    reply({"script": SCRIPTS[arguments[0]]}) if listen() else print(SCRIPTS[arguments[0]], end="")
     return 0
 
 

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from softmoe_cli import answers
+from softmoe_cli import programs
 from softmoe_cli.errors import UsageError, nearest
 from softmoe_cli.options.conf_files import TITLES, conf_folder, files, laid, read_yaml
 from softmoe_cli.options.help import bold, help_row
@@ -51,11 +51,11 @@ def _asked(arguments: Sequence[str]) -> tuple[list[str], str]:
 def list_as_typed(arguments: Sequence[str]) -> None:
     """Prints what `softmoe list ARGUMENTS` shows; for a program every choice as a row."""
     text = list_choices(arguments)
-    if not answers.wanted():
+    if not programs.listen():
         print(text)
         return
     names, wanted = _asked(arguments)
-    answers.answer([row for name in names for row in _rows(TITLES[name][0], wanted)])
+    programs.reply([row for name in names for row in _rows(TITLES[name][0], wanted)])
 
 
 def _rows(group: str, wanted: str) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from softmoe_cli import answers
+from softmoe_cli import programs
 from softmoe_cli.config.commands import PruneConfig
 from softmoe_cli.config.data import check_channels
 from softmoe_cli.config.model import Model
@@ -258,7 +258,7 @@ class Pruned:
 def show_pruned(receipt: dict[str, Any], form: str) -> None:
     """Prints a receipt as a table or, without its key map, as JSON."""
     if form == "json":
-        answers.answer({key: value for key, value in receipt.items() if key != "keys"})
+        programs.reply({key: value for key, value in receipt.items() if key != "keys"})
         return
     settings, cost, quality = receipt["settings"], receipt["cost"], receipt["validation"]
     rows = {"from": receipt["source"]["checkpoint"]}

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from softmoe_cli import answers
+from softmoe_cli import programs
 from softmoe_cli.errors import UsageError
 from softmoe_cli.run import rows
 from softmoe_cli.run.budget import ConfiguredBudget, configured_budget
@@ -63,11 +63,11 @@ def status_as_typed(arguments: Sequence[str]) -> int:
     unknown = [word for word in arguments if word.startswith("-")]
     folders = [Path(word) for word in arguments if not word.startswith("-")]
     if unknown:
-        raise UsageError(f"softmoe status has no option {unknown[0]}; it has {answers.FLAG}")
+        raise UsageError(f"softmoe status has no option {unknown[0]}; it has {programs.FLAG}")
     if not folders and not Path("outputs").is_dir():
         raise UsageError("there is no folder outputs here; softmoe status FOLDER takes a study, a sweep or a run")
     states = read_states(folders or [Path("outputs")], newest_first=not folders)
-    answers.answer([asdict(state) for state in states]) if answers.wanted() else print(show_states(states))
+    programs.reply([asdict(state) for state in states]) if programs.listen() else print(show_states(states))
     return 0
 
 

@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from softmoe_cli import answers
+from softmoe_cli import programs
 from softmoe_cli.compare.command import listed, no_study, parsed_options
 from softmoe_cli.compare.written import PAGE, files_told, write_files
 from softmoe_cli.errors import UsageError, nearest
@@ -110,9 +110,9 @@ def run_scaling(arguments: Sequence[str]) -> int:
     notes = [*lacking, *version_notes(runs, False), *(f"left out: {folder}: {reason}" for folder, reason in left_out)]
     out = chosen.out or chosen.folders[0] / "scaling"
     files = _write(reports, notes, left_out, out)
-    if answers.wanted():
+    if programs.listen():
         told = json.loads((out / "scaling.json").read_text(encoding="utf-8"))
-        answers.answer(told | {"folder": str(out), "files": files})
+        programs.reply(told | {"folder": str(out), "files": files})
     else:
         _show(reports, notes, files, out)
     if mode != "off":
@@ -308,8 +308,8 @@ def _published(chosen: argparse.Namespace) -> int:
 
     shown = published_tables(chosen.published)
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    if answers.wanted():
-        answers.answer([{"title": table.title, "note": table.note, "head": table.head, "rows": table.rows}
+    if programs.listen():
+        programs.reply([{"title": table.title, "note": table.note, "head": table.head, "rows": table.rows}
                         for table in shown])  # fmt: skip
     print("\n\n".join(f"{printed_table(table, width)}\n{wrapped_line(f'- {table.note}', width)}" for table in shown))
     if chosen.out is not None:

@@ -11,7 +11,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from softmoe_cli import answers
+from softmoe_cli import programs
 from softmoe_cli.compare.blocks import kept_apart
 from softmoe_cli.compare.looks import read_looks, record_look
 from softmoe_cli.compare.power import Outlook, outlook
@@ -107,7 +107,7 @@ class Settle(Fair):
         contest = Contest(others, base, asked.quality, asked.margin, first)
         if launcher.plans:
             plan = foreseen(contest, arms, asked, Rounds(launcher, contest, arms, asked).outlook())
-            answers.answer(plan) if asked.format == "json" else print(plan_text(plan))
+            programs.reply(plan) if asked.format == "json" else print(plan_text(plan))
             Settle.status = 0
             return
         launcher.lie_in(arms.study, HELD)
@@ -121,7 +121,7 @@ class Settle(Fair):
                 arms, tuned = tune_arms(launcher, arms, asked, asked.quality, seeds)
             account = Rounds(launcher, contest, arms, asked, tuned).go()
         end = f"\ntables and figures: softmoe compare {arms.study}"
-        answers.say(as_json(account)) if asked.format == "json" else print(as_text(account) + end)
+        programs.say(as_json(account)) if asked.format == "json" else print(as_text(account) + end)
         Settle.status = OPEN_STATUS if account.open else 0
 
 

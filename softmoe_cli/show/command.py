@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from softmoe_cli import answers
+from softmoe_cli import programs
 from softmoe_cli.compare.written import PAGE, files_told, write_files
 from softmoe_cli.config.commands import ShowConfig
 from softmoe_cli.errors import UsageError
@@ -64,7 +64,7 @@ def show_as_typed(composed: Any, typed: list[str]) -> int:
     drawn = pictures(record, shown)
     files = write_files({PAGE: run_page(record, shown).encode()} | drawn, out, SHOWN_MARK, key="folder")
     if config.format == "json":
-        answers.answer(_row(record, shown, out, list(drawn)))
+        programs.reply(_row(record, shown, out, list(drawn)))
     else:
         print(f"{state_told(record)}\n{shown.of}\n{files_told(files, out, None)}")
     if mode != "off":

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from softmoe_cli import answers
+from softmoe_cli import programs
 from softmoe_cli.cli import ACTIONS
 from softmoe_cli.options.usage import COMMANDS
 from tests.conftest import TINY, Answer, Softmoe
@@ -54,16 +54,16 @@ def test_answers_that_need_no_model(softmoe: Softmoe, tmp_path: Path) -> None:
 def test_two_formats_and_what_is_no_json(softmoe: Softmoe) -> None:
     assert "two formats" in told(softmoe("cost", "format=csv", "--json"))["error"]
     assert "leave out --json" in told(softmoe("train", "--cfg", "job", "--json"))["error"]
-    (way,) = {tuple(answers.as_option(["cost", *words])) for words in (["--json"], ["format=json", "--json"])}
+    (way,) = {tuple(programs.as_option(["cost", *words])) for words in (["--json"], ["format=json", "--json"])}
     assert way == ("cost", "format=json")
 
 
 def test_all_else_goes_to_standard_error(capfd: pytest.CaptureFixture[str]) -> None:
     """What this process prints, and what those print that it starts; afterwards all is as before."""
-    with answers.for_programs():
+    with programs.for_programs():
         print("for people")
         subprocess.run(["echo", "by another"], check=True)
-        answers.answer({"loss": float("nan"), "of": [1.5, float("inf")], "text": "é\n"})
+        programs.reply({"loss": float("nan"), "of": [1.5, float("inf")], "text": "é\n"})
     print("after")
     out, err = capfd.readouterr()
     line, after = out.splitlines()

@@ -24,12 +24,12 @@ FORMATTED = (
 _listening: list[int] = []
 
 
-def wanted() -> bool:
+def listen() -> bool:
     """Whether a program reads what this command prints."""
     return bool(_listening)
 
 
-def answer(value: Any) -> None:
+def reply(value: Any) -> None:
     """Prints the answer. A figure that is no finite number is null, as JSON has no such numbers."""
     say(json.dumps(_finite(value), allow_nan=False))
 
@@ -51,7 +51,7 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def asked(words: Sequence[str]) -> bool:
+def wanted_by(words: Sequence[str]) -> bool:
     """Whether a command line asks for JSON."""
     return FLAG in words or ("format=json" in words and words[0] in FORMATTED)
 
@@ -78,7 +78,7 @@ def as_option(words: Sequence[str]) -> list[str]:
 
 @contextmanager
 def for_programs() -> Iterator[None]:
-    """Inside, `answer` alone prints on standard output: what this process and those that it starts say otherwise goes
+    """Inside, `reply` alone prints on standard output: what this process and those that it starts say otherwise goes
     to standard error."""
     sys.stdout.flush()
     _listening.append(os.dup(1))
