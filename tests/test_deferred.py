@@ -137,7 +137,7 @@ def test_no_file_asks_a_deferred_package_for_a_name() -> None:
     found = []
     for file in Path(deferred.__file__).parent.rglob("*.py"):
         for node in ast.parse(file.read_text()).body:
-            if isinstance(node, ast.ImportFrom) and node.module in deferred.PACKAGES:
-                known = deferred.PACKAGES[node.module]
+            if isinstance(node, ast.ImportFrom) and (node.module or "") in deferred.PACKAGES:
+                known = deferred.PACKAGES[node.module or ""]
                 found += [file.name for each in node.names if each.name not in known]
     assert set(found) == {"hub.py"}
