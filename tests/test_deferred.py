@@ -1,5 +1,6 @@
 """Packages whose __init__ waits until something of it is asked for, and is then what it always is."""
 
+import ast
 import importlib
 import json
 import subprocess
@@ -129,3 +130,14 @@ def test_timm_and_torchvision_are_whole_when_they_are_asked_for() -> None:
     assert before == [False] * 3 and star
     assert (kept, meta, made) == ([0, 2], [2, 3, 4, 4], 11_689_512)
     assert (models, version) == (timm.list_models(), timm.__version__)
+
+
+def test_no_file_asks_a_deferred_package_for_a_name() -> None:
+    """At its top, where it would run the whole package; model/hub.py asks on purpose, as timm's own register does."""
+    found = []
+    for file in Path(deferred.__file__).parent.rglob("*.py"):
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.ImportFrom) and (node.module or "") in deferred.PACKAGES:
+                known = deferred.PACKAGES[node.module or ""]
+                found += [file.name for each in node.names if each.name not in known]
+    assert set(found) == {"hub.py"}
