@@ -23,7 +23,7 @@ def test_a_page_is_served_here_alone_and_renewed() -> None:
     try:
         assert served.address.startswith("http://127.0.0.1:")
         served.renew("one")
-        assert asked(served.address) == "one" and served.asked.is_set()
+        assert asked(served.address) == "one" and served.asked.wait(30)
         served.renew("two ü")
         assert not served.asked.is_set() and asked(served.address + "?again") == "two ü"
         with pytest.raises(urllib.error.HTTPError, match="404"):
