@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -130,7 +131,8 @@ def _follow(config: ShowConfig, tree: dict[str, Any], typed: list[str]) -> None:
     def age_s() -> float | None:
         return read_record(Path(config.run)).state.age_s
 
-    follow(make, config.port, config.every_s, print, age_s=age_s)
+    say = functools.partial(print, flush=True)  # whoever reads it from a file needs the address now
+    follow(make, config.port, config.every_s, say, age_s=age_s)
 
 
 def pictures(record: Record, shown: Shown) -> dict[str, bytes]:

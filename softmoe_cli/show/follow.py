@@ -92,11 +92,12 @@ def follow(
         page, state = make(True)
         if state not in GOING_ON:
             raise UsageError(f"follow=true: the run is {state}, and its page would not change; leave follow out")
+        served.renew(page)
         say(f"{served.address} until the run ends; Ctrl-C ends it before")
         while state in GOING_ON and not (state == GOING_ON[1] and (age_s() or 0.0) > quiet_s):
-            served.renew(page)
             time.sleep(every_s)
             page, state = make(True)
+            served.renew(page)
         page, state = make(False)
         served.renew(page)
         served.asked.wait(last_s)

@@ -196,7 +196,7 @@ def worst_sheet(look: ModelLook, classes: Sequence[str]) -> Sheet:
     for number in said.label_probability.argsort(stable=True)[:WORST].tolist():
         label, guess = (shortened(classes[int(each[number])], 20) for each in (said.label, said.prediction))
         own, its = (100 * float(each[number]) for each in (said.label_probability, said.probability))
-        cells.append(Cell(enlarged(look.pixels[number]), f"{label} {own:.2g}%, said {guess} {its:.2g}%"))
+        cells.append(Cell(enlarged(look.pixels[number]), f"{label} {own:.3g}%, said {guess} {its:.3g}%"))
     note = "The images whose label got the smallest probability: label, its probability, prediction, its probability."
     return Sheet("worst", "Worst images", note, [cells[i : i + 8] for i in range(0, len(cells), 8)])
 

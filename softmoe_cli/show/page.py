@@ -111,12 +111,8 @@ def _costs(record: Record) -> Table | None:
     """What it has cost so far, and what its model costs, as far as it is known."""
     last = record.rows[-1] if record.rows else {}
     known = {key: value for key, value in {**last, **(record.result or {})}.items() if key in COSTS}
-    cells = [[_what(key), _cost(key, known[key])] for key in COSTS if key in known]
+    cells = [[COSTS[key].amount, _cost(key, known[key])] for key in COSTS if key in known]
     return Table("Cost", "", ["cost", "amount"], cells) if cells else None
-
-
-def _what(key: str) -> str:
-    return f"{COSTS[key].amount}, landed" if key == "landed_pflop" else COSTS[key].amount
 
 
 def _cost(key: str, value: float) -> str:

@@ -98,7 +98,7 @@ def _note(layer: LayerLook) -> str:
         )
     if layer.painted.chosen is None:
         return "Each patch in the colour of its largest expert; then the experts with the largest parts in this image."
-    dropped = f"{100 * layer.dropped_share:.2g}% of the patches of all images that were looked at were dropped"
+    dropped = f"{100 * layer.dropped_share:.3g}% of the patches of all images that were looked at were dropped"
     return f"Each patch in the colour of its expert; {dropped if layer.dropped_share else 'no patch was dropped'}."
 
 

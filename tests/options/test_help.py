@@ -31,6 +31,7 @@ COMPOSED = [
     ("upcycle", {}),
     ("prune", {}),
     ("export", {}),
+    ("show", {"data": "digits"}),
     ("cost", {"model/router": "dense"}),
     ("match", {}),
     ("data", {"data": "folder"}),
