@@ -123,7 +123,8 @@ WRONG_VALUES = (
     "check", "check nosuch", "check soft num_experts=0", "check soft num_experts=many", "check soft nosuch=1",
     "check soft =", "check soft soft", "check /dev/null", "check nowhere.py", "check IMAGES", "list nosuch",
     "list a b c",
-    "status nowhere", "status IMAGES", "status /dev/null", "status --nosuch", "compare nowhere", "compare /dev/null",
+    "status nowhere", "status IMAGES", "status /dev/null", "status --nosuch", "doctor nowhere",
+    "doctor", "doctor --nosuch", "compare nowhere", "compare /dev/null",
     "compare --nosuch", "compare IMAGES", "compare RUNS --quality nosuch", "compare RUNS --cost nosuch",
     "compare RUNS --where router", "compare RUNS --where nosuch=1", "compare RUNS --by nosuch",
     "compare RUNS --at nosuch=1", "compare RUNS --at train_pflop=many", "compare RUNS --baseline nosuch=1",
@@ -481,6 +482,7 @@ def runs() -> Iterator[tuple[str, Case]]:
         for number, content in enumerate(contents):
             prepare = _study_with(name, content)
             yield f"status: {name} {number}", Case(("status", "s"), (SAID, RUN), prepare)
+            yield f"doctor: {name} {number}", Case(("doctor", "s"), (SAID, RUN), prepare, True)
             if name != ".lock":
                 yield f"compare: {name} {number}", Case(("compare", "s"), (SAID,), prepare, number > 0)
     for number, text in enumerate((

@@ -71,9 +71,9 @@ class Chart:
         if self.result is not None:
             return int(self.result["tokens"])
         side, patch = self.amount("model.image_size"), self.amount("model.backbone.patch_size")
-        if side is None or patch is None:
+        if side is None or not patch:
             return None
-        return int(side // patch) ** 2 + (self.setting("model.backbone.class_token") == "true")
+        return int(side // patch) ** 2 + (self.setting("model.backbone.class_token") == "true") or None
 
     @property
     def young(self) -> str:

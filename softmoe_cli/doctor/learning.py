@@ -31,7 +31,7 @@ def of_learning(chart: Chart, weights: Weighed | str) -> Iterator[Reading]:
     clip = chart.amount("optim.clip_norm")
     unclipped = "; optim.clip_norm=1" if clip is None else ""
     where = f"step {chart.train[-1]['step']:,}"
-    rise = end / first if first > 0 else math.inf
+    rise = end / first if first > 0 else 0.0
     yield read("diverged", rise, where=where, turn=lower + unclipped, only_if=end - first >= 0.1)
     yield _spikes(chart, first, lower + unclipped)
     yield _clipped(chart, clip)
@@ -115,7 +115,7 @@ def _idle(chart: Chart, weights: Weighed | str) -> Reading:
     steps = [(row["step"] - before, row) for before, row in pairs(chart.train)]
     way = sum(updates * row["lr"] for updates, row in steps)
     if chart.setting("optim.name") == "sgd":
-        clip, momentum = chart.amount("optim.clip_norm"), chart.amount("optim.momentum") or 0.0
+        clip, momentum = chart.amount("optim.clip_norm"), min(chart.amount("optim.momentum") or 0.0, 0.99999)
         norms = [(updates * row["lr"], row["grad_norm"] or 0.0) for updates, row in steps]
         way = sum(each * (norm if clip is None else min(norm, clip)) for each, norm in norms) / (1 - momentum)
         way /= math.sqrt(weights.count)  # of all weights together, so far
@@ -137,7 +137,7 @@ def _shape(chart: Chart, first: float, end: float) -> Iterator[Reading]:
         why = "the run is not finished"
     elif len(chart.train) < FEWEST_ROWS or not chart.looks:
         why = f"fewer than {FEWEST_ROWS} rows of training, or no look"
-    elif first - end < LEARNED * first:
+    elif first <= 0 or first - end < LEARNED * first:
         why = "the training loss has hardly fallen"
     if why:
         for sign in ("falling", "data_bound", "capacity_bound"):

@@ -73,6 +73,8 @@ def _weights(file: Any, step: int) -> Weighed:
             cosines[layer[1]].append(mean_cosine(taken.reshape(shape[0], -1)))
         if name == "head.weight":
             classes = shape[0]
+    if not math.isfinite(squares):
+        raise rows.Unreadable("the weights of the newest checkpoint are not all finite")
     alike = {place: sum(each) / len(each) for place, each in cosines.items()}
     return Weighed(step, alike, (squares / max(numbers, 1)) ** 0.5, count, classes)
 
