@@ -2,7 +2,7 @@
 
 import os
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from softmoe_cli.config.data import Data, check_channels
 from softmoe_cli.config.model import Model, check_groups, group_of
@@ -12,6 +12,8 @@ from softmoe_cli.config.recipe import Augment, Optim, Train
 from softmoe_cli.errors import UsageError
 from softmoe_cli.text import printable
 
+WANDB_WORDS = ("auto", "online", "offline")
+"""What tracking= may say of Weights & Biases; without one of them nothing is sent there."""
 WANDB_LETTERS = 128
 """Letters that W&B takes in a project, a group or a name."""
 
@@ -58,6 +60,19 @@ def check_tokens(config: "Config", tokens: int) -> None:
             f"train.max_tokens={config.train.max_tokens}, and attention's cost grows with their square; choose larger "
             "patches (without model= they follow the images) or smaller images (data.image_size, model.image_size), or "
             f"set train.max_tokens={tokens}"
+        )
+
+
+def check_tracking(tracking: Any) -> None:
+    """Checks that where rows are mirrored to is a word, or several that go together."""
+    words = tracking if isinstance(tracking, list) else [tracking]
+    if not words or not all(isinstance(word, str) for word in words):
+        raise UsageError(f"tracking={tracking} is no word and no list of words; tracking=off mirrors nothing")
+    of_wandb = [word for word in words if word in WANDB_WORDS]
+    if len(of_wandb) > 1 or len(set(words)) < len(words) or ("off" in words and len(words) > 1):
+        raise UsageError(
+            f"tracking=[{','.join(words)}] says more than one thing; write off alone, or one of "
+            f"{', '.join(WANDB_WORDS)} and tensorboard, as [offline,tensorboard]"
         )
 
 
@@ -121,9 +136,10 @@ class Config(Section):
         "finetune: slots per expert as in the checkpoint, or in proportion to the tokens",
         choices=("kept", "proportional"),
     )
-    tracking: str = option(
-        "Weights & Biases; auto: WANDB_MODE, else online when a key is configured, else offline",
-        choices=("auto", "online", "offline", "off"),
+    tracking: Any = option(
+        "Weights & Biases; auto: WANDB_MODE, else online when a key is configured, else offline; tensorboard: an event "
+        "file in the run's folder; [auto,tensorboard]: both",
+        choices=(*WANDB_WORDS, "off", "tensorboard"),
     )
     device: str = option("auto: cuda, else mps, else cpu", choices=DEVICES)
     threads: int | None = option("CPU threads; null: torch's choice", low=1)
@@ -140,6 +156,7 @@ class Config(Section):
             raise UsageError(
                 f"data={self.data.name} has data.test_fraction=1: its images are for softmoe evaluate only"
             )
+        check_tracking(self.tracking)
         if self.restarts and self.devices == 1:
             raise UsageError(
                 f"restarts={self.restarts} has no effect with devices=1; torchrun has --max-restarts of its own"

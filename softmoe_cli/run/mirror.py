@@ -9,13 +9,13 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
 
-from softmoe_cli.config.run import WANDB_LETTERS, Config
+from softmoe_cli.config.run import WANDB_LETTERS, WANDB_WORDS, Config
 from softmoe_cli.errors import UsageError, first_line, nearest
 from softmoe_cli.run.rows import AXES, CURVES, EVERY
 from softmoe_cli.signals import waits_for_nobody
@@ -32,14 +32,17 @@ INIT_TIMEOUT_S = 10
 LAST_WAIT_S = 30
 
 
-def tracking_of(tracking: str) -> str:
-    """online, offline or off for `tracking=`; auto is what WANDB_MODE says, else online when W&B has a key.
+def tracking_of(tracking: str | list[str]) -> str:
+    """online, offline or off for `tracking=`; auto is what WANDB_MODE says, else online when W&B has a key. Of a list
+    the word that is about W&B counts; without one it is off.
 
     Raises:
         UsageError: WANDB_MODE is no mode.
     """
-    if tracking != "auto":
-        return tracking
+    words = tracking if isinstance(tracking, list) else [tracking]
+    word = next((each for each in words if each in WANDB_WORDS), "off")
+    if word != "auto":
+        return word
     mode = os.environ.get("WANDB_MODE")
     if not mode:
         return "online" if _has_key() else "offline"
@@ -103,6 +106,7 @@ class Mirror:
         folder: where wandb/ goes.
         earlier: rows of an earlier part of this run; those that W&B lacks are sent first.
         say: prints a sentence.
+        pinned: keys of the config that stand at the top of the run's page.
     """
 
     def __init__(
@@ -112,8 +116,10 @@ class Mirror:
         folder: Path,
         earlier: list[dict[str, Any]],
         say: Callable[[str], None],
+        pinned: Sequence[str] = (),
     ) -> None:
         self._mode, self._settings, self._folder, self._earlier, self._say = mode, settings, folder, earlier, say
+        self._pinned = list(pinned)
         self._queue: queue.SimpleQueue[tuple[str, dict[str, Any]]] = queue.SimpleQueue()
         self._started = time.monotonic()
         self._thread = threading.Thread(target=self._work, daemon=True)
@@ -144,6 +150,12 @@ class Mirror:
         for axis in OTHER_AXES:  # by their full names, which go before the *
             for key in CURVES:
                 run.define_metric(f"by_{axis}/{key}", step_metric=axis)
+        for key, each in CURVES.items():  # the last value would hide a better one on the way
+            best = "max" if each.better == "higher" else "min"
+            run.define_metric(f"validation/{key}", step_metric=AXIS, summary=f"{best},last")
+        pin = getattr(run, "pin_config_keys", None)  # since wandb 0.30
+        if pin is not None:
+            pin(self._pinned)
         for row in self._earlier[run.step :]:
             run.log(_named(row))
         while True:
@@ -283,9 +295,10 @@ def _publish(
 ) -> None:
     import wandb
 
-    table = _table(rows)
-    logged = {"table": table, "scatter": wandb.plot.scatter(table, *axes, title=" against ".join(axes[::-1]))}
-    logged |= {name: _table(each) for name, each in more.beside.items()} | dict(more.numbers)
+    tables = {"table": _table(rows)} | {name: _table(each) for name, each in more.beside.items()}
+    table = tables["table"]
+    logged = {**tables, "scatter": wandb.plot.scatter(table, *axes, title=" against ".join(axes[::-1]))}
+    logged |= dict(more.numbers)
     for path in (folder / file for file in files):
         if path.suffix == ".png":
             logged[path.stem] = wandb.Image(str(path))
@@ -295,5 +308,10 @@ def _publish(
     artifact = wandb.Artifact(run.id, type="comparison")
     for file in files:
         artifact.add_file(str(folder / file))
+    for name, rows_of in {
+        "table": rows,
+        **more.beside,
+    }.items():  # tables of their own: one belongs to what it is logged in
+        artifact.add(_table(rows_of), name)
     run.log_artifact(artifact)
     run.finish()

@@ -28,7 +28,7 @@ class Arms:
     base: int
     typed: list[list[str]]
     slots: list[str]
-    tracking: str = "off"
+    tracking: str | list[str] = "off"
     project: str | None = None
     """Where looks are sent: what tracking= and wandb.project= say of the runs."""
 

@@ -125,10 +125,11 @@ class Settle(Fair):
         Settle.status = OPEN_STATUS if account.open else 0
 
 
-def _mode(tracking: str) -> str:
+def _mode(tracking: str | list[str]) -> str:
     """online or offline where that was typed, or where tracking=auto is online; else off, as looks cost figures."""
     mode = tracking_of(tracking)
-    return mode if tracking != "auto" or mode == "online" else "off"
+    typed = "auto" not in (tracking if isinstance(tracking, list) else [tracking])
+    return mode if typed or mode == "online" else "off"
 
 
 def _seeds(batch: Sequence[Sequence[str]]) -> set[str]:

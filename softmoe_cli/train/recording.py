@@ -11,6 +11,7 @@ from softmoe_cli.device import Energy
 from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.model.vit import portable
 from softmoe_cli.run import mirror, rows
+from softmoe_cli.run.events import Events
 from softmoe_cli.run.folder import Run
 from softmoe_cli.run.identity import flat_science, origin
 from softmoe_cli.run.mirror import Mirror
@@ -18,7 +19,7 @@ from softmoe_cli.train.progress import Progress
 from softmoe_cli.train.pruning import Decision
 from softmoe_cli.train.resume import Trained
 from softmoe_cli.train.setup import Setup
-from softmoe_cli.train.summary import wandb_settings
+from softmoe_cli.train.summary import PINNED, wandb_settings
 
 
 @dataclass
@@ -49,13 +50,19 @@ class Recording:
         science = flat_science(config) | {"data.identity": self.setup.images_digest}
         self._origin = origin(self.setup.command, science, self.setup.source)
         self._energy = Energy(self.setup.device)
-        self._mirror = Mirror(
+        earlier = self.run.rows("metrics.jsonl") if writes else []
+        self._mirrors: list[Mirror | Events] = []
+        if writes and "tensorboard" in config.tracking:  # a word, or a list of words
+            self._mirrors.append(Events(self.run.folder, earlier, self.say))
+        wandb = Mirror(
             mirror.tracking_of(config.tracking) if writes else "off",
             wandb_settings(self.setup, self.run.folder),
             self.run.folder,
-            self.run.rows("metrics.jsonl") if writes else [],
+            earlier,
             self.say,
+            PINNED,
         )
+        self._mirrors.append(wandb)
 
     def row(self, split: str, values: Mapping[str, float | None]) -> dict[str, Any]:
         """Writes a row of metrics, with where the run stands and what it has cost."""
@@ -65,7 +72,8 @@ class Recording:
         self._book()
         row |= {**values, **self._experts_left(), **self.setup.pflop(progress), **progress.spent}
         self.run.append("metrics.jsonl", row)
-        self._mirror.row(row)
+        for each in self._mirrors:
+            each.row(row)
         return row
 
     def decide(self, changed: float, decisions: dict[int, Decision]) -> None:
@@ -112,7 +120,8 @@ class Recording:
     def finish(self, result: dict[str, Any]) -> None:
         """Writes the result, which ends the run."""
         self.run.finish(result)
-        self._mirror.close(result)
+        for each in self._mirrors:
+            each.close(result)
 
     def __enter__(self) -> "Recording":
         return self
@@ -124,7 +133,8 @@ class Recording:
         if isinstance(error, RunError | UsageError):
             self.run.fail(str(error))
         if kind is not None:
-            self._mirror.close(None)
+            for each in self._mirrors:
+                each.close(None)
 
     def _book(self) -> None:
         """Adds the energy that the devices have used since the last time, and the choices that experts have

@@ -143,8 +143,19 @@ def wandb_settings(setup: Setup, folder: Path) -> dict[str, Any]:
         "job_type": setup.command,
         "tags": w.tags,
         "name": w.name or folder.name[-WANDB_LETTERS:],
-        "config": asdict(config),
+        "config": asdict(config) | _at_the_top(setup),
     }
+
+
+PINNED = ("router_name", "backbone_name", "data_name", "seed", "checkpoint")
+"""Keys of W&B's config that stand at the top of a run's page: what runs usually differ in."""
+
+
+def _at_the_top(setup: Setup) -> dict[str, Any]:
+    """Those of them that are no settings by themselves: W&B pins keys of the first level only."""
+    config = setup.config
+    m = config.model
+    return {"router_name": m.router_name, "backbone_name": m.backbone.name, "data_name": config.data.name}
 
 
 SOMETIMES = ("fewshot_", *(key.partition("{")[0] for key in (rows.TASK_QUALITY, rows.OVER_TASKS)))

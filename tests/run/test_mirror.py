@@ -83,6 +83,18 @@ def test_wandb_offline_mirrors_the_run(tmp_path: Path) -> None:
             assert steps[f"by_{axis}/{key}"] == axis
             assert all(row[f"by_{axis}/{key}"] == row[f"validation/{key}"] for row in looks)
     assert all({"images", "train_pflop", "device_s"} <= row.keys() for row in looks)
+    metrics = {each.metric.name: each.metric for each in kept if each.WhichOneof("record_type") == "metric"}
+    best, least = metrics["validation/top1_pct"], metrics["validation/loss"]
+    assert (best.summary.max, best.summary.min) == (True, False)
+    assert (least.summary.max, least.summary.min) == (False, True)
+    assert best.summary.last and best.step_metric == "images"
+    said = [update for each in kept if each.WhichOneof("record_type") == "config" for update in each.config.update]
+    (pinned,) = [json.loads(each.value_json) for each in said if list(each.nested_key) == ["_wandb", "pinned_keys"]]
+    (begun,) = [each.run for each in kept if each.WhichOneof("record_type") == "run"]
+    first = {each.key: json.loads(each.value_json) for each in begun.config.update}
+    assert pinned == ["router_name", "backbone_name", "data_name", "seed", "checkpoint"]
+    assert set(pinned) <= first.keys() and (first["router_name"], first["data_name"]) == ("soft", "digits")
+    assert (begun.run_group, begun.job_type) == ("default", "train")
 
 
 def test_unreachable_wandb_loses_nothing(tmp_path: Path) -> None:

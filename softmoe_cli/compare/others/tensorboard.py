@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from softmoe_cli.compare.others.told import Cells, Damaged, Told, last_values, others_bytes
+from softmoe_cli.run.events import masked_crc
 from softmoe_cli.text import printable, shortened
 
 LARGEST_RECORD = 2**16
@@ -20,27 +21,6 @@ LARGEST_RECORD = 2**16
 WALL = "wall_s"
 """Seconds from the first event of a run to a row, as its history calls them."""
 EVENT_NAMES = {"device_s": WALL}
-
-
-def _table() -> list[int]:
-    table = []
-    for byte in range(256):
-        for _ in range(8):
-            byte = byte >> 1 ^ (0x82F63B78 if byte & 1 else 0)
-        table.append(byte)
-    return table
-
-
-CASTAGNOLI = _table()
-
-
-def masked_crc(data: bytes) -> int:
-    """CRC-32C as TensorFlow stores it."""
-    crc = 0xFFFFFFFF
-    for byte in data:
-        crc = crc >> 8 ^ CASTAGNOLI[(crc ^ byte) & 0xFF]
-    crc ^= 0xFFFFFFFF
-    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 def event_records(path: Path) -> Iterator[bytes]:
