@@ -1,6 +1,6 @@
 """Processor seconds before a command speaks: this checkout beside another one, start by start in turns.
 
-python experiments/startup/bench.py OTHER [--starts 7] [--csv FILE]
+python experiments/startup/bench.py OTHER [--starts 7] [--csv FILE] [--only NAME ...]
 
 OTHER is a second checkout of softmoe, as `git worktree add OTHER COMMIT` makes one. Every start is a new process of
 this Python in which the checkout's package is found first. What it prints goes through a stream that notes, at the end
@@ -29,12 +29,13 @@ SMALL = (
 COMMANDS: dict[str, tuple[str, ...]] = {
     "header": ("train", "tracking=off"),
     "finished": SMALL,
+    "finished finetuning": ("finetune", "checkpoint=RUN", "tracking=off", "train.steps=1", "study=second"),
     "no such data.root": ("train", "data=folder", "data.root=nowhere"),
     "no such checkpoint": ("finetune", "checkpoint=nowhere", "data=digits"),
     "cost": ("cost", "model=vit_nano2_soft"),
     "data check": ("data", "check"),
 }
-"""What is typed."""
+"""What is typed; RUN stands for the folder of a finished run."""
 LAST = "  time "
 """The beginning of a header's last line, which ends a start; without such a line the command's own end does."""
 
@@ -80,6 +81,7 @@ def main() -> None:
     parser.add_argument("other", type=Path)
     parser.add_argument("--starts", type=int, default=7)
     parser.add_argument("--csv", type=Path)
+    parser.add_argument("--only", nargs="+", choices=COMMANDS, default=list(COMMANDS))
     typed = parser.parse_args()
     sides = {"now": HERE, "then": typed.other.resolve()}
     rows: list[dict[str, Any]] = []
@@ -88,8 +90,11 @@ def main() -> None:
         for side, folder in folders.items():
             folder.mkdir()
             start(sides[side], folder, SMALL, "never said")  # the run that `finished` finds
+            if "finished finetuning" in typed.only:
+                start(sides[side], folder, COMMANDS["finished finetuning"], "never said")
         for number in range(typed.starts + 1):
-            for command, words in COMMANDS.items():
+            for command in typed.only:
+                words = COMMANDS[command]
                 took = {side: start(sides[side], folders[side], words) for side in sides}
                 moments = {"first line": 0, "header": 1} if command == "header" else {command: 1}
                 for what, place in moments.items():
@@ -111,7 +116,8 @@ def start(checkout: Path, folder: Path, words: Sequence[str], last: str = LAST) 
     """Processor seconds of one start until its first line, and until its end."""
     reader, writer = os.pipe()
     environment = os.environ | {"PYTHONPATH": str(checkout), "TOLD": str(writer)}
-    line = [sys.executable, "-c", CHILD, last, *words]
+    run = next((str(run) for run in sorted(folder.glob("outputs/default/*"))), "")
+    line = [sys.executable, "-c", CHILD, last, *(word.replace("RUN", run) for word in words)]
     with (folder / "said.txt").open("a") as said:
         subprocess.run(line, cwd=folder, env=environment, stdout=said, stderr=said, pass_fds=[writer], check=False)
     os.close(writer)
