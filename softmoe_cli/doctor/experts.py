@@ -10,7 +10,7 @@ from softmoe_cli.run.rows import Row
 TOKENS_EACH = 20
 """Tokens that an expert must get on average for one without any to mean something: chance leaves exp(-20)."""
 DROPS_OF_EXPERTS_CHOICE = 50.0
-SHARES = {"dispatch_min", "dispatch_max", "combine_min", "combine_max"}
+OF_SOFT = {"dispatch_min", "dispatch_max", "combine_min", "combine_max"}
 DROPPED_CHOICES = 200 / 3
 """Of zero_computation's choices of MLPs; a token whose choice is dropped has others."""
 ALMOST_UNIFORM = 1.5
@@ -114,7 +114,7 @@ def _slots(chart: Chart) -> Iterator[Reading]:
         worst = max(rows, key=lambda row: row["slot_cosine_mean"])
         turn = "fewer model.router.slots_per_expert, more model.router.num_experts; or a longer training"
         yield read("slots_alike", worst["slot_cosine_mean"], where=_place(worst), turn=turn)
-    rows = [row for row in chart.routing if row.keys() >= SHARES]
+    rows = [row for row in chart.routing if row.keys() >= OF_SOFT]
     if rows:
         worst = max(rows, key=_peak)
         turn = f"optim.lr ({chart.setting('optim.lr')}) down, optim.weight_decay up: it holds the scale of the logits"
