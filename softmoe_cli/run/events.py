@@ -10,7 +10,7 @@ import struct
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from softmoe_cli.errors import first_line
 from softmoe_cli.run.rows import EVERY, number
@@ -89,7 +89,8 @@ class Events:
     """
 
     def __init__(self, folder: Path, earlier: Iterable[dict[str, Any]], say: Callable[[str], None]) -> None:
-        self._say, self._step, self._file = say, -1, None
+        self._say, self._step = say, -1
+        self._file: BinaryIO | None = None
         try:
             place = folder / FOLDER
             place.mkdir(exist_ok=True)

@@ -5,6 +5,7 @@ Three kinds: vmoe's own, an `.index` with shards of data beside it; flax's msgpa
 
 import math
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -152,7 +153,7 @@ def _of_archive(path: Path) -> dict[str, Tensor]:
                 for name in names
                 if name.startswith(start)
             }
-    except (zipfile.BadZipFile, zipfile.zlib.error, EOFError, NotImplementedError, KeyError, ValueError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, KeyError, ValueError) as error:
         raise Fault(f"it is no archive of arrays, or is truncated or damaged ({first_line(error)})") from error
 
 

@@ -45,7 +45,9 @@ def read_official(checkpoint: str) -> Source:
     Raises:
         UsageError: nothing usable there, or a KEY without effect.
     """
-    name, words = _WORDS.fullmatch(checkpoint.removeprefix(MARK)).groups()  # type: ignore[union-attr]  # of anything
+    found = _WORDS.fullmatch(checkpoint.removeprefix(MARK))
+    assert found is not None  # whatever the path
+    name, words = found.groups()
     said = _said(checkpoint, words.split("@")[1:])
     try:
         weights, shapes = translated(parameters_in(Path(name)))

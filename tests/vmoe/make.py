@@ -116,8 +116,18 @@ def write_big_vision(folder: Path) -> dict[str, Any]:
     from big_vision.models import vit
 
     logits, x = {}, images(SIDE)
-    size = {"patch_size": (PATCH, PATCH), "width": 8, "depth": 2, "mlp_dim": 12, "num_heads": 2, "rep_size": True}
-    kinds = {"big_vision": {"pool_type": "tok"}, "sincos2d": {"pool_type": "gap", "posemb": "sincos2d", "scan": True}}
+    size: dict[str, Any] = {
+        "patch_size": (PATCH, PATCH),
+        "width": 8,
+        "depth": 2,
+        "mlp_dim": 12,
+        "num_heads": 2,
+        "rep_size": True,
+    }
+    kinds: dict[str, dict[str, Any]] = {
+        "big_vision": {"pool_type": "tok"},
+        "sincos2d": {"pool_type": "gap", "posemb": "sincos2d", "scan": True},
+    }
     for seed, (name, arguments) in enumerate(kinds.items()):
         model = vit.Model(CLASSES, **size, **arguments)
         params = randomised(model.init(jax.random.PRNGKey(0), x)["params"], 10 + seed)
@@ -127,7 +137,8 @@ def write_big_vision(folder: Path) -> dict[str, Any]:
         named = flax.traverse_util.flatten_dict(flax.core.unfreeze(params), sep="/")
         if name == "sincos2d":  # numpy writes bfloat16 numbers as two bytes without a meaning
             named = {key: np.asarray(value.astype("bfloat16")).view("V2") for key, value in named.items()}
-        np.savez(folder / f"{name}.npz", **{f"params/{key}": np.asarray(value) for key, value in named.items()})
+        archive: dict[str, Any] = {f"params/{key}": np.asarray(value) for key, value in named.items()}
+        np.savez(folder / f"{name}.npz", **archive)
     return logits
 
 

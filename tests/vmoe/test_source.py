@@ -7,6 +7,7 @@ import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgpack
 import numpy as np
@@ -117,7 +118,8 @@ def test_computed_positions_are_the_formulas() -> None:
 
 
 def archived(path: Path, named: dict[str, np.ndarray]) -> Path:
-    np.savez(path, **named)
+    kept: dict[str, Any] = dict(named)
+    np.savez(path, **kept)
     return path
 
 
