@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch._dynamo  # before torch.cuda is patched, which it reads
 from torch import Tensor
-from torch._C import _get_dispatch_mode, _TorchDispatchModeKey  # type: ignore[attr-defined]
+from torch._C import _get_dispatch_mode, _TorchDispatchModeKey
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -98,7 +98,7 @@ class _Places(TorchDispatchMode):
         return CARD if CARD in places or CARD in single else known[0]
 
 
-_GETTER = type(Tensor.device.__get__)  # type: ignore[attr-defined]
+_GETTER = type(Tensor.device.__get__)
 _ASKED = [getattr(Tensor, name).__get__ for name in ("device", "is_cuda", "is_cpu")]
 
 
@@ -118,11 +118,11 @@ class _Calls(TorchFunctionMode):
         tensors = _tensors((*args, *kwargs.values()))
         if any(not _pretending(each) for each in tensors):
             return func(*args, **kwargs)
-        if func == Tensor.device.__get__:  # type: ignore[attr-defined]
+        if func == Tensor.device.__get__:
             return CPU if place_of(args[0]) == CPU else CARD
-        if func == Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
+        if func == Tensor.is_cuda.__get__:
             return place_of(args[0]) != CPU
-        if func == Tensor.is_cpu.__get__:  # type: ignore[attr-defined]
+        if func == Tensor.is_cpu.__get__:
             return place_of(args[0]) == CPU
         if func is Tensor.get_device:
             return -1 if place_of(args[0]) == CPU else 0
@@ -146,13 +146,13 @@ class _Calls(TorchFunctionMode):
         if args and isinstance(args[0], Tensor):
             place, dtype, shape = place_of(args[0]), args[0].dtype, None
         elif func is Tensor.to:
-            place, dtype, _, shape = torch._C._nn._parse_to(*args, **kwargs)  # type: ignore[attr-defined]
+            place, dtype, _, shape = torch._C._nn._parse_to(*args, **kwargs)
         else:
             place, dtype, shape = (CPU if func is Tensor.cpu else CARD), None, kwargs.get("memory_format")
         there = before if place is None else CPU if place.type == "cpu" else CARD if place.type == "cuda" else place
         if there is not None and there.type == "meta":
             return tensor.to(*args, **kwargs)
-        options = {} if shape is None else {"memory_format": shape}
+        options: dict[str, Any] = {} if shape is None else {"memory_format": shape}
         with self._making(there if there != before else ANY):
             return tensor.to(dtype=dtype or tensor.dtype, copy=copy or there != before, **options)
 

@@ -101,7 +101,7 @@ def on_devices(work: Callable[[torch.device], dict[str, float]]) -> None:
 @pytest.mark.parametrize("router", thinned([(router,) for router in ["dense", *ROUTERS]], 4))
 def test_every_layer_learns_and_is_evaluated(router: str) -> None:
     """Two updates in two parts with recomputation, of the model and of an average, and what is looked at."""
-    some = () if router == "dense" else (start(router), "model.moe_blocks=last_2")
+    some: tuple[str, ...] = () if router == "dense" else (start(router), "model.moe_blocks=last_2")
     some += ("model.router.num_tasks=1",) if "num_tasks" in ROUTERS.get(router, {}) else ()
     config = compose(*TINY, f"model/router={router}", "train.accumulate=2", "optim.clip_norm=0.1", *some)
 
@@ -150,7 +150,14 @@ def run_of(study: str) -> Path:
 
 def test_a_run_is_the_cpus(softmoe: Softmoe) -> None:
     """Rows, routing, weights, moments and random states of a whole run; its checkpoint is evaluated on the card too."""
-    line = ("train", *TINY, "train.steps=2", "train.eval_every=1.0", "train.accumulate=2", "train.recompute=true")
+    line: tuple[str, ...] = (
+        "train",
+        *TINY,
+        "train.steps=2",
+        "train.eval_every=1.0",
+        "train.accumulate=2",
+        "train.recompute=true",
+    )
     line += ("train.ema=0.9", "optim.clip_norm=0.1", "augment.hflip=0.5", "augment.mixup=0.2", "train.fewshot=[2]")
     assert softmoe(*line, "study=cpu", "device=cpu").code == 0
     on_card(softmoe, *line, "study=card")

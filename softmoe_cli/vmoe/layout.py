@@ -139,7 +139,7 @@ def _same(values: set[K], what: str) -> K:
 
 def _one_block_each(named: dict[str, Tensor]) -> dict[str, Tensor]:
     """Blocks that big_vision's `scan` has put on top of each other, taken apart."""
-    apart = {}
+    apart: dict[str, Tensor] = {}
     for name, value in named.items():
         place, stacked, rest = name.partition("/encoderblock/")
         if stacked:

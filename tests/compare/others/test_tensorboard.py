@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from softmoe_cli.compare.others.tensorboard import event_records, fields, masked_crc, read_events
+from softmoe_cli.compare.others.tensorboard import event_records, fields, read_events
 from softmoe_cli.compare.others.told import Damaged
+from softmoe_cli.run.events import masked_crc
 
 
 def slow_crc32c(data: bytes) -> int:
