@@ -120,9 +120,9 @@ class _Calls(TorchFunctionMode):
             return func(*args, **kwargs)
         if func == Tensor.device.__get__:
             return CPU if place_of(args[0]) == CPU else CARD
-        if func == Tensor.is_cuda.__get__:
+        if func == Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
             return place_of(args[0]) != CPU
-        if func == Tensor.is_cpu.__get__:
+        if func == Tensor.is_cpu.__get__:  # type: ignore[attr-defined]
             return place_of(args[0]) == CPU
         if func is Tensor.get_device:
             return -1 if place_of(args[0]) == CPU else 0
