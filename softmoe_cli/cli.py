@@ -44,7 +44,7 @@ time that importing torch takes, and finds none."""
 def main() -> None:
     """The entry point: runs sys.argv and exits with 0, 1 (it failed, or found faults), 2 (cannot work) or 130
     (interrupted)."""
-    for stream in (sys.stdout, sys.stderr):  # file names and terminals may not be UTF-8
+    for stream in programs.streams():  # file names and terminals may not be UTF-8
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     gc.set_threshold(GARBAGE)
@@ -63,7 +63,7 @@ def run(arguments: Sequence[str]) -> tuple[int, str]:
     with programs.for_programs():
         code, text = _run(arguments)
         if text:
-            programs.reply({"error": text, "status": code})
+            programs.fail(text, code)
     return code, text
 
 

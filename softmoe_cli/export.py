@@ -91,7 +91,7 @@ def export(config: ExportConfig, model: Model, source: Source) -> dict[str, Any]
             f"softmoe prune checkpoint={source.label}"
         )
     if "name" not in source.card["data"]:  # official weights, which know no images
-        source = replace(source, card=source.card | {"format": CARD_FORMAT, "data": asdict(config.data)})
+        source = replace(source, card=source.card | {"format": CARD_FORMAT, "data": config.data.on_card()})
     if config.push is not None:
         _check_name(config.push)
     lacking = [name for name in ONNX_PACKAGES if find_spec(name) is None]

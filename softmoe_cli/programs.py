@@ -10,8 +10,8 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
-from typing import Any
+from contextlib import contextmanager, redirect_stdout, suppress
+from typing import Any, TextIO
 
 from softmoe_cli.errors import UsageError
 
@@ -32,6 +32,27 @@ def listen() -> bool:
 def reply(value: Any) -> None:
     """Prints the answer. A figure that is no finite number is null, as JSON has no such numbers."""
     say(json.dumps(_finite(value), allow_nan=False))
+
+
+def fail(text: str, status: int) -> None:
+    """Prints what failed, for whoever still reads."""
+    with suppress(BrokenPipeError):
+        reply({"error": text, "status": status})
+
+
+def streams() -> tuple[TextIO, TextIO]:
+    """Standard output and error; a process that was started without them gets ones that nobody reads."""
+    sys.stdout = sys.stdout or os.fdopen(_as(1), "w")
+    sys.stderr = sys.stderr or os.fdopen(_as(2), "w")
+    return sys.stdout, sys.stderr
+
+
+def _as(number: int) -> int:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    if nowhere != number:
+        os.dup2(nowhere, number)
+        os.close(nowhere)
+    return number
 
 
 def say(text: str) -> None:

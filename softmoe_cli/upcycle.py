@@ -94,7 +94,7 @@ def upcycle(config: UpcycleConfig, source: Source) -> dict[str, Any]:
     receipt |= {"cost": {when: cost.row for when, cost in costs.items()}, "keys": keys}
     receipt["unused"] = report.unexpected
     receipt["optimizer"] = _carried(training, new) if training else None
-    card = {"model": portable(model, new), "data": asdict(config.data), "classes": splits.classes, "loss": loss}
+    card = {"model": portable(model, new), "data": config.data.on_card(), "classes": splits.classes, "loss": loss}
     card |= {
         "precision": source.card.get("precision", "fp32"),
         "receipt": receipt,

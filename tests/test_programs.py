@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -95,3 +96,11 @@ def test_a_run_a_sweep_and_a_check(softmoe: Softmoe, tmp_path: Path) -> None:
     verdicts = [law["verdict"] for law in checked["laws"]]
     assert (checked["passed"], checked["failed"]) == (verdicts.count("pass"), verdicts.count("fail"))
     assert checked["router"] == "identity" and checked["passed"] > 3
+
+
+def test_nobody_reads(tmp_path: Path) -> None:
+    """Standard output that is closed, or whose reader has gone: the sentence, the status, and no traceback."""
+    wrong = f"{sys.executable} -m softmoe_cli train modl=x --json"
+    for line in (f"{wrong} >&-", f"{wrong} > >(exec 0<&-; sleep 3)"):
+        done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, cwd=tmp_path, check=False)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and "modl" in done.stderr

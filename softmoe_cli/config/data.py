@@ -1,6 +1,6 @@
 """The options of a data set."""
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Self
 
 from softmoe_cli.config.option import MISSING, Section, option, typed
@@ -85,7 +85,8 @@ class Data(Section):
     memory_gib: float = option("files that decode to more than this are read from disk as it goes", low=0)
     cache: str | None = option(
         "folder for decoded squares of image_size pixels, in one file that is written once and mapped into memory; "
-        "null: each run decodes"
+        "null: each run decodes",
+        absent=True,
     )
     max_megapixels: float = option("larger images are refused before they are decoded", above=0)
     source: str | None = option(
@@ -116,6 +117,11 @@ class Data(Section):
         above=0,
         absent=True,
     )
+
+    def on_card(self) -> dict[str, Any]:
+        """What a checkpoint says of its images. Where decoded ones are kept is not among it: whoever reads a checkpoint
+        writes only where he says himself."""
+        return asdict(replace(self, cache=None))
 
     @property
     def made_of(self) -> "Data":

@@ -7,6 +7,7 @@ make another file, and what lies there is used without decoding anything.
 """
 
 import fcntl
+import glob
 import hashlib
 import itertools
 import json
@@ -68,7 +69,7 @@ def cached(listed: Listing, data: Data) -> dict[str, Mapped]:
     assert data.cache is not None
     files = [stored for stored, _ in listed.parts.values()]
     shape = (sum(map(len, files)), data.channels, data.image_size, data.image_size)
-    path = Path(data.cache) / f"{data.name.replace('/', '_')}-{data.image_size}px-{_digest(listed, data)}.npy"
+    path = Path(data.cache) / f"{_digest(listed, data)}-{data.image_size}px-{data.name.replace('/', '_')[:60]}.npy"
     if not path.is_file():
         _write_once(path, files, shape, data)
     pixels = _opened(path, shape)
@@ -121,7 +122,7 @@ def _write_once(path: Path, files: list[Stored], shape: tuple[int, ...], data: D
 
 def _write(path: Path, files: list[Stored], shape: tuple[int, ...], data: Data) -> None:
     """The file appears whole or not at all: a killed process leaves a hidden one, which the next one removes."""
-    for left in path.parent.glob(f".{path.name[:60]}-*"):
+    for left in path.parent.glob(f".{glob.escape(path.name[:60])}-*"):
         clear(left)  # the lock is held: nobody writes it
     temporary = unused(path)
     try:

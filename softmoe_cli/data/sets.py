@@ -75,7 +75,7 @@ def _stored(data: Data) -> Splits:
     on_disk = {} if data.cache is None else cached(listed, data)
 
     def of(part: str, stored: Stored, labels: np.ndarray) -> ImageSet:
-        images = on_disk.get(part) or (squares(stored, data) if in_memory else None)
+        images = on_disk[part] if on_disk else squares(stored, data) if in_memory else None
         return ImageSet(torch.from_numpy(labels), images, data.image_size, data.channels, stored)
 
     sets = {part: of(part, *lies) for part, lies in listed.parts.items()}

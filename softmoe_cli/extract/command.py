@@ -5,7 +5,7 @@ The new model computes what the old one does for these tasks; receipt.json says 
 
 import copy
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ def extract(config: ExtractConfig, model: Model, source: Source) -> dict[str, An
     receipt["bytes"] = {"before": _bytes(whole.state_dict()), "after": _bytes(weights)}
     classes = source.card["classes"]
     kept = [classes[i] for i in outputs_of(model.tasks, which)]
-    card: dict[str, Any] = {"model": portable(made.model, new), "data": asdict(data)}
+    card: dict[str, Any] = {"model": portable(made.model, new), "data": data.on_card()}
     card |= {"classes": classes_of_task(which[0], kept) if len(which) == 1 else kept}
     card |= {key: source.card[key] for key in ("loss", "precision")}
     card |= {"receipt": receipt, "origin": origin("extract", settings, source), "train_pflop": source.train_pflop}

@@ -278,7 +278,7 @@ def check_here(data: Data, source: "Source") -> None:
 def take_data(tree: dict[str, Any], source: "Source", typed: Sequence[str]) -> None:
     """Fills in the checkpoint's data set. Where another set was named, only its mean and deviation of pixels."""
     named = names_data(tree["data"])
-    base = source.card["data"]
+    base = {key: value for key, value in source.card["data"].items() if key != "cache"}  # a place that nobody typed
     if not named and "name" not in base:
         raise UsageError(f"checkpoint={source.label} names no images; choose some with data=")
     if named:

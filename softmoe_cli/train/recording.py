@@ -1,7 +1,7 @@
 """What a run writes down on its way: rows and checkpoints in its folder, and the rows on Weights & Biases."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
@@ -41,7 +41,7 @@ class Recording:
         config, writes = self.setup.config, self.setup.crew.first
         self.card = {
             "model": portable(config.model, self.trained.model),
-            "data": asdict(config.data),
+            "data": config.data.on_card(),
             "classes": self.setup.splits.classes,
             "loss": config.train.loss,
             "precision": config.train.precision,

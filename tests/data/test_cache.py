@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from softmoe_cli.config.data import Data
 from softmoe_cli.data import cache
@@ -164,3 +165,21 @@ def test_it_is_for_squares_of_files(softmoe: Softmoe, tree: Path, tmp_path: Path
     (tmp_path / "file").write_text("")
     answer = softmoe("train", "data=folder", f"data.root={tree}", "data.cache=file", "train.steps=1")
     assert answer.code == 2 and "data.cache=file is no folder to write to" in answer.err
+
+
+def test_a_checkpoint_says_no_place(softmoe: Softmoe, tree: Path, tmp_path: Path) -> None:
+    """Who evaluates somebody's weights writes nothing where that person kept pixels."""
+    line = ("train", *TINY, "data=folder", f"data.root={tree}", "train.steps=1", "data.cache=kept")
+    assert softmoe(*line).code == 0
+    (weights,) = tmp_path.glob("outputs/*/*/checkpoints/last-*/model.safetensors")
+    shutil.rmtree(tmp_path / "kept")
+    assert softmoe("evaluate", f"checkpoint={weights}").code == 0 and not (tmp_path / "kept").exists()
+    with safe_open(weights, "pt") as file:
+        card = json.loads(file.metadata()["softmoe"])
+    assert card["data"].pop("cache") is None
+    card["data"]["cache"] = "xx"
+    save_file(load_file(weights), tmp_path / "forged.safetensors", {"softmoe": json.dumps(card)})
+    answer = softmoe("evaluate", "checkpoint=forged.safetensors")
+    assert answer.code == 0 and not (tmp_path / "xx").exists()
+    assert softmoe("evaluate", "checkpoint=forged.safetensors", "data.cache=yy").code == 0
+    assert len(files(tmp_path / "yy")) == 1
