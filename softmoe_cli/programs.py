@@ -74,7 +74,8 @@ def _finite(value: Any) -> Any:
 
 def wanted_by(words: Sequence[str]) -> bool:
     """Whether a command line asks for JSON."""
-    return FLAG in words or ("format=json" in words and words[0] in FORMATTED)
+    formats = [word for word in words if word.startswith("format=")]  # the last one counts
+    return FLAG in words or (formats[-1:] == ["format=json"] and words[0] in FORMATTED)
 
 
 def as_option(words: Sequence[str]) -> list[str]:

@@ -212,6 +212,7 @@ def test_processes_need_not_read_the_images_again(tmp_path: Path, monkeypatch: p
 
     def process(*given: Any) -> dict[int, int]:
         told.append(given[3])
+        (Path(given[4]) / devices.ENDED_IN).write_text("run")
         return {0: 0, 1: 0}
 
     monkeypatch.setattr(devices, "start_server", lambda _: None)

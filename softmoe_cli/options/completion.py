@@ -121,7 +121,7 @@ def _candidates(before: Sequence[str], typed: str) -> Iterator[str]:
         yield from (*TITLES, *FLAGS["list"])
     elif command in ("compare", "scaling", "status", "doctor"):
         if typed.startswith("-"):
-            yield from FLAGS[command] or _options_of(command)
+            yield from FLAGS.get(command) or _options_of(command)
         else:
             yield from _folders(typed)
     elif command == "check":

@@ -90,12 +90,12 @@ The same loop as softmoe train, from given weights.
     'optim.freeze=[patch_embed.*,blocks.0.*]' --groups
 
 SOURCE is a run folder, a .safetensors file, hf-hub:OWNER/NAME, timm:NAME or
-vmoe:PATH. The model is the checkpoint's, the images are those of data= (digits without it),
-the checkpoint's own set cut as it was; the head is kept only when the classes
-are the same. model.image_size resamples the position table and keeps the slots
-per expert; slots=proportional lets them grow with the tokens. --groups lists
-each parameter's learning rate and decay, and stops. What softmoe upcycle
-carried over of an optimizer's state is where the new one starts.""",
+vmoe:PATH. The model is the checkpoint's, the images are those of data= (digits
+without it), the checkpoint's own set cut as it was; the head is kept only when
+the classes are the same. model.image_size resamples the position table and
+keeps the slots per expert; slots=proportional lets them grow with the tokens.
+--groups lists each parameter's learning rate and decay, and stops. What softmoe
+upcycle carried over of an optimizer's state is where the new one starts.""",
     "settle": """\
 softmoe settle [GROUP=CHOICE,CHOICE | KEY=VALUE,VALUE]... [OPTION=VALUE]...
 
