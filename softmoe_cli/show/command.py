@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from softmoe_cli.options.compose import compose, door, overlay, plain
 from softmoe_cli.run.sealed import checkpoints_in
 from softmoe_cli.show.page import SHOWN_MARK, Shown, run_page, state_told
 from softmoe_cli.show.record import Record, read_record
+from softmoe_cli.text import printable
 
 FLAGS_OF_SHOW = {"--follow": "follow=true", "--wandb": "wandb=true"}
 CHART_TITLES = {
@@ -113,26 +114,43 @@ def what_is_shown(tree: dict[str, Any], record: Record, typed: list[str]) -> Sho
 
 
 def _follow(config: ShowConfig, tree: dict[str, Any], typed: list[str]) -> None:
-    """Serves the page while the run goes on. Images are looked at again when there is a new checkpoint."""
+    """Serves the page while the run goes on."""
     from softmoe_cli.show.follow import follow
-
-    seen: dict[str, Shown] = {}
-
-    def make(goes_on: bool) -> tuple[str, str]:
-        record = read_record(Path(config.run))
-        newest = max((str(path) for path in record.folder.glob("checkpoints/last-*/SHA256SUMS")), default="")
-        if newest not in seen:
-            shown = what_is_shown(tree, record, typed)
-            seen.clear()
-            seen[newest] = shown
-        page = run_page(record, seen[newest], refresh_s=config.every_s if goes_on else None)
-        return page, record.state.state
 
     def age_s() -> float | None:
         return read_record(Path(config.run)).state.age_s
 
     say = functools.partial(print, flush=True)  # whoever reads it from a file needs the address now
+    make = pages_of(Path(config.run), tree, typed, config.every_s)
     follow(make, config.port, config.every_s, say, age_s=age_s)
+
+
+def pages_of(folder: Path, tree: dict[str, Any], typed: list[str], every_s: float) -> Callable[[bool], tuple[str, str]]:
+    """What makes the page of a run that goes on, and says its state. Images are looked at again when there is a new
+    checkpoint; where that cannot be, as of one that has gone since it was found, the last look stays, and is tried
+    again the next time."""
+    seen: dict[str, Shown] = {}
+
+    def make(goes_on: bool) -> tuple[str, str]:
+        record = read_record(folder)
+        newest = max((str(path) for path in record.folder.glob("checkpoints/last-*/SHA256SUMS")), default="")
+        if newest in seen:
+            shown = seen[newest]
+        else:
+            try:
+                shown = what_is_shown(copy.deepcopy(tree), record, typed)  # which it changes
+            except UsageError as error:
+                if not seen:
+                    raise
+                (last,) = seen.values()
+                told = f"The newest checkpoint could not be looked at: {printable(str(error))}"
+                shown = dataclasses.replace(last, notes=[*last.notes, told])
+            else:
+                seen.clear()
+                seen[newest] = shown
+        return run_page(record, shown, refresh_s=every_s if goes_on else None), record.state.state
+
+    return make
 
 
 def pictures(record: Record, shown: Shown) -> dict[str, bytes]:

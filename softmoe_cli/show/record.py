@@ -98,7 +98,8 @@ def _metric_fault(row: Row) -> str:
 
 
 def _lines(path: Path, fault: Callable[[Row], str], notes: list[str]) -> list[Row]:
-    """The rows that can be read, those in which `fault` finds none. The last line of a run that goes on, or was killed, may be cut short."""
+    """The rows that can be read and have no `fault`. The last line of a run that goes on, or was killed, may be cut
+    short."""
     try:
         text = rows.contents(path, rows.MOST_LINES_BYTES)
     except FileNotFoundError:

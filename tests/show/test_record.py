@@ -30,7 +30,9 @@ def run_of(folder: Path, steps: int = 6) -> Path:
     config = "seed: 7\nstudy: mine\ntrain: {steps: 10, batch_size: 48}\noptim: {lr: 0.25}\ndata: {name: <b>}\n"
     (run / "config.yaml").write_text(config)
     rows = [row(step, "train", loss=1 / step) for step in range(1, steps + 1)]
-    rows += [row(steps, "validation", loss=0.5, top1_pct=71.5, top5_pct=90.0, nll=0.5, ece_pct=4.5, images_evaluated=200)]
+    rows += [
+        row(steps, "validation", loss=0.5, top1_pct=71.5, top5_pct=90.0, nll=0.5, ece_pct=4.5, images_evaluated=200)
+    ]
     (run / "metrics.jsonl").write_text("\n".join(rows) + "\n" + rows[0][:40])
     routing = [
         {"format": FORMAT, "step": steps, "block": 1, "load_max": 2.5, "dropped_share": 0.0},
