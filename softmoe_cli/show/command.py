@@ -54,6 +54,9 @@ def show_as_typed(composed: Any, typed: list[str]) -> int:
     if tree["run"] == "???":
         raise UsageError("softmoe show needs the folder of a run: softmoe show outputs/STUDY/RUN")
     config = _checked(tree)
+    for key in ("port", "every_s"):
+        if inherit.names(key, typed) and not config.follow:
+            raise UsageError(f"{key}={tree[key]:g} has no effect without --follow; add it, or leave {key} out")
     record = read_record(Path(config.run))
     if config.follow:
         _follow(config, tree, typed)

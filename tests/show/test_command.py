@@ -135,6 +135,15 @@ def begun(folder: Path) -> Path:
         (["outputs/default/begun-0123456789", "imagse=3"], "Did you mean 'image'?"),
         (["outputs/default/begun-0123456789", "painted=0"], "painted"),
         (["outputs/default/begun-0123456789", "images=many"], "images"),
+        *(
+            pytest.param(["outputs/default/begun-0123456789", *words], said, marks=marks)
+            for words, said, marks in (
+                (["--follow", "folder=x"], "follow=true and folder=x: a page that is served", ()),
+                (["--follow", "--json"], "follow=true and format=json: of a page", pytest.mark.thorough),
+                (["port=0"], "port=0 has no effect without --follow; add it, or leave port out", pytest.mark.thorough),
+                (["every_s=3"], "every_s=3 has no effect without --follow; add it, or leave every_s out", ()),
+            )
+        ),
     ],
 )
 def test_what_cannot_be_shown_is_said(words: list[str], said: str, softmoe: Softmoe, tmp_path: Path) -> None:
