@@ -4,12 +4,13 @@ import copy
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from softmoe_cli import programs
-from softmoe_cli.compare.written import PAGE, files_told, write_files
+from softmoe_cli.compare.written import PAGE, files_told, is_marked, write_files
 from softmoe_cli.config.commands import ShowConfig
 from softmoe_cli.errors import UsageError
 from softmoe_cli.options import inherit
@@ -24,6 +25,8 @@ CHART_TITLES = {
     "curves.png": "curves", "routing.png": "routing statistics", "calibration.png": "calibration",
     "confusion.png": "confusion",
 }  # fmt: skip
+
+OF_SHEETS = re.compile(r"(worst|(routing|likes|classes|training)-block-\d+(-\w+)?)\.png")
 
 
 def spelt_out(arguments: Sequence[str]) -> list[str]:
@@ -67,7 +70,7 @@ def show_as_typed(composed: Any, typed: list[str]) -> int:
     shown = what_is_shown(tree, record, typed)
     out = Path(config.folder) if config.folder is not None else record.folder / "show"
     drawn = pictures(record, shown)
-    files = write_files({PAGE: run_page(record, shown).encode()} | drawn, out, SHOWN_MARK, key="folder")
+    files = write_pictures(run_page(record, shown), drawn, out)
     if config.format == "json":
         programs.reply(_row(record, shown, out, list(drawn)))
     else:
@@ -77,6 +80,25 @@ def show_as_typed(composed: Any, typed: list[str]) -> int:
         titles |= {f"{sheet.name}.png": sheet.title for sheets in shown.sheets.values() for sheet in sheets}
         send_pictures(record, titles, PAGE, out, mode, print)
     return 0
+
+
+def write_pictures(page: str, drawn: Mapping[str, bytes], out: Path) -> list[str]:
+    """Writes the page and its pictures, and returns their names. Pictures of an earlier look that this one has not made
+    are removed: they would be taken for its own.
+
+    Raises:
+        UsageError: see `write_files`.
+    """
+    try:
+        earlier = list(out.glob("*.png")) if is_marked(out, SHOWN_MARK) else []
+    except (OSError, ValueError):
+        earlier = []  # `write_files` says why
+    files = write_files({PAGE: page.encode(), **drawn}, out, SHOWN_MARK, key="folder")
+    for path in earlier:
+        known = path.name in CHART_TITLES or OF_SHEETS.fullmatch(path.name)
+        if known and path.name not in files and path.is_file() and not path.is_symlink():
+            path.unlink(missing_ok=True)
+    return files
 
 
 def _checked(tree: dict[str, Any]) -> ShowConfig:
