@@ -14,7 +14,7 @@ from softmoe_cli.compare.written import PAGE, files_told, is_marked, write_files
 from softmoe_cli.config.commands import ShowConfig
 from softmoe_cli.errors import UsageError
 from softmoe_cli.options import inherit
-from softmoe_cli.options.compose import compose, door, overlay, plain
+from softmoe_cli.options.compose import compose, door, names, overlay, plain
 from softmoe_cli.run.sealed import checkpoints_in
 from softmoe_cli.show.page import SHOWN_MARK, Shown, run_page, state_told
 from softmoe_cli.show.record import Record, read_record
@@ -58,7 +58,7 @@ def show_as_typed(composed: Any, typed: list[str]) -> int:
         raise UsageError("softmoe show needs the folder of a run: softmoe show outputs/STUDY/RUN")
     config = _checked(tree)
     for key in ("port", "every_s"):
-        if inherit.names(key, typed) and not config.follow:
+        if names(key, typed) and not config.follow:
             raise UsageError(f"{key}={tree[key]:g} has no effect without --follow; add it, or leave {key} out")
     record = read_record(Path(config.run))
     if config.follow:
