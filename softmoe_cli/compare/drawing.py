@@ -62,7 +62,8 @@ class Drawing:
 
 @contextmanager
 def drawing() -> Iterator[Drawing]:
-    """Starts the process; at the end, however it comes, none is left."""
+    """Starts the process, which is ended where it still draws when this ends. The one that it has started itself then
+    ends when its figure is drawn."""
     with _beside(_draw) as to:
         yield Drawing(to)
 

@@ -52,6 +52,11 @@ def write_comparison(
     return write_files(files, out, PAGE_MARK)
 
 
+def is_marked(out: Path, mark: bytes) -> bool:
+    """Whether a folder's PAGE has the `mark` of a command, so that its files are the command's. Raises OSError."""
+    return (out / PAGE).is_file() and mark in (out / PAGE).read_bytes()
+
+
 def write_files(files: Mapping[str, bytes], out: Path, mark: bytes, *, key: str = "--out") -> list[str]:
     """Writes a command's files into `out`, PAGE the first of them, and returns their names. A folder whose PAGE has
     the command's `mark` is written over; `key` is the option that named it.
@@ -61,7 +66,7 @@ def write_files(files: Mapping[str, bytes], out: Path, mark: bytes, *, key: str 
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        ours = (out / PAGE).is_file() and mark in (out / PAGE).read_bytes()
+        ours = is_marked(out, mark)
     except (OSError, ValueError) as error:
         raise UsageError(f"{key} {out} cannot be written: {error}; choose another folder") from error
     for name in files:

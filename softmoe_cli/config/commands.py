@@ -329,6 +329,13 @@ class ShowConfig(Section):
     def check(self) -> None:
         if self.follow and self.wandb:
             raise UsageError("follow=true and wandb=true: a page that is renewed is not sent; leave one out")
+        if self.follow and self.folder is not None:
+            raise UsageError(
+                f"follow=true and folder={self.folder}: a page that is served is not written; leave one out"
+            )
+        if self.follow and self.format != "table":
+            raise UsageError(f"follow=true and format={self.format}: of a page that is served no row is printed; leave "
+                             "one out")  # fmt: skip
 
 
 SCHEMAS: dict[str, type[Section]] = {

@@ -1,7 +1,7 @@
 """What a run's files tell a doctor: rows, settings, state. Nothing is computed here, and torch is not needed."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,7 @@ def read_chart(state: State) -> Chart:
     for split, keys in (("train", TRAIN), ("validation", LOOK)):
         kept[split] = [row for row in metrics if row["split"] == split]
         wrong = next((fault for row in kept[split] if (fault := rows.fault(row, keys))), "")
+        wrong = wrong or (_backwards(kept[split]) if split == "train" else "")
         if wrong:
             told, kept[split] = told or f"a row of {split} {wrong}", []
     if told:
@@ -120,6 +121,18 @@ def read_chart(state: State) -> Chart:
     routing = [row for row in looked if row["step"] == looked[-1]["step"]]
     last = metrics[-1] if metrics else None
     return Chart(state, config, kept["train"], kept["validation"], last, routing, result, faults)
+
+
+def _backwards(train: Sequence[Row]) -> str:
+    """What no training writes: that would make less of all learning rates added up."""
+    step = 0
+    for row in train:
+        if row["lr"] < 0:
+            return f"says lr is {row['lr']}, which is below 0"
+        if row["step"] < step:
+            return f"says step is {row['step']}, which is below that of the row before"
+        step = row["step"]
+    return ""
 
 
 def _rows(path: Path, keys: Mapping[str, rows.Key]) -> tuple[list[Row], str]:

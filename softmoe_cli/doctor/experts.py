@@ -16,6 +16,9 @@ DROPPED_CHOICES = 200 / 3
 ALMOST_UNIFORM = 1.5
 """A mean largest share below so many times the uniform one, as the soft router says it."""
 
+EPOCHS_TO_PART = 10
+"""Whole epochs before which experts that began equal are not held against the limit, which comes from longer runs."""
+
 
 def of_experts(chart: Chart, weights: Weighed | str) -> Iterator[Reading]:
     """The signs of what a run has: nothing of a model without experts. `weights` as text: why there are none."""
@@ -146,6 +149,17 @@ def _alike(chart: Chart, weights: Weighed | str) -> Reading:
         return unseen("experts_alike", chart.young or str(weights))
     if not weights.alike:
         return unseen("experts_alike", "the checkpoint has no experts with weights of their own")
-    place = max(weights.alike, key=lambda name: weights.alike[name])
+    found, epochs = weights.alike, chart.last["epoch"] if chart.last else 0.0
+    if chart.setting("model.expert_init") != "independent" and round(epochs) < EPOCHS_TO_PART:
+        found = {
+            place: cosine for place, cosine in found.items() if place.endswith("_adapter")
+        }  # which begin different
+    if not found:
+        why = (
+            f"the experts began equal (model.expert_init={chart.setting('model.expert_init') or 'null'}), and fewer "
+            f"than {EPOCHS_TO_PART} epochs of training tell little of whether they part"
+        )
+        return unseen("experts_alike", why)
+    place = max(found, key=lambda name: found[name])
     turn = "a longer training; model.expert_init=independent; of softmoe upcycle expert_redraw=0.5 or expert_noise=0.1"
-    return read("experts_alike", weights.alike[place], where=f"{place}, step {weights.step:,}", turn=turn)
+    return read("experts_alike", found[place], where=f"{place}, step {weights.step:,}", turn=turn)

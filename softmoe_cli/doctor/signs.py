@@ -112,7 +112,8 @@ SIGNS = {
                     "Soft MoE paper, appendix B: up to 25% with Tokens Choice, and 50% with Experts Choice, which is "
                     "its limit here, in layers of 100 to 1,000 experts; two thirds of zero_computation's choices of "
                     "MLPs is ours (trained runs had up to 55%)"),
-    "experts_alike": Sign("experts alike", "mean cosine between two experts' weights in a block", 0.99,
+    "experts_alike": Sign("experts alike", "mean cosine between two experts' weights in a block, after 10 epochs or "
+                          "more where they began equal", 0.99,
                           "arXiv 2605.19378 calls experts equal above it; in 124 trained runs it was 0.9898 at most"),
     "slots_alike": Sign("slots alike", "mean cosine between two slots' parameters in a block", 0.9,
                         "ours: slots at that angle differ in their logits by 0.45 times the scale at most"),

@@ -4,25 +4,29 @@ import copy
 import dataclasses
 import functools
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from softmoe_cli import programs
-from softmoe_cli.compare.written import PAGE, files_told, write_files
+from softmoe_cli.compare.written import PAGE, files_told, is_marked, write_files
 from softmoe_cli.config.commands import ShowConfig
 from softmoe_cli.errors import UsageError
 from softmoe_cli.options import inherit
-from softmoe_cli.options.compose import compose, door, overlay, plain
+from softmoe_cli.options.compose import compose, door, names, overlay, plain
 from softmoe_cli.run.sealed import checkpoints_in
 from softmoe_cli.show.page import SHOWN_MARK, Shown, run_page, state_told
 from softmoe_cli.show.record import Record, read_record
+from softmoe_cli.text import printable
 
 FLAGS_OF_SHOW = {"--follow": "follow=true", "--wandb": "wandb=true"}
 CHART_TITLES = {
     "curves.png": "curves", "routing.png": "routing statistics", "calibration.png": "calibration",
     "confusion.png": "confusion",
 }  # fmt: skip
+
+OF_SHEETS = re.compile(r"(worst|(routing|likes|classes|training)-block-\d+(-\w+)?)\.png")
 
 
 def spelt_out(arguments: Sequence[str]) -> list[str]:
@@ -53,6 +57,9 @@ def show_as_typed(composed: Any, typed: list[str]) -> int:
     if tree["run"] == "???":
         raise UsageError("softmoe show needs the folder of a run: softmoe show outputs/STUDY/RUN")
     config = _checked(tree)
+    for key in ("port", "every_s"):
+        if names(key, typed) and not config.follow:
+            raise UsageError(f"{key}={tree[key]:g} has no effect without --follow; add it, or leave {key} out")
     record = read_record(Path(config.run))
     if config.follow:
         _follow(config, tree, typed)
@@ -63,7 +70,7 @@ def show_as_typed(composed: Any, typed: list[str]) -> int:
     shown = what_is_shown(tree, record, typed)
     out = Path(config.folder) if config.folder is not None else record.folder / "show"
     drawn = pictures(record, shown)
-    files = write_files({PAGE: run_page(record, shown).encode()} | drawn, out, SHOWN_MARK, key="folder")
+    files = write_pictures(run_page(record, shown), drawn, out)
     if config.format == "json":
         programs.reply(_row(record, shown, out, list(drawn)))
     else:
@@ -73,6 +80,25 @@ def show_as_typed(composed: Any, typed: list[str]) -> int:
         titles |= {f"{sheet.name}.png": sheet.title for sheets in shown.sheets.values() for sheet in sheets}
         send_pictures(record, titles, PAGE, out, mode, print)
     return 0
+
+
+def write_pictures(page: str, drawn: Mapping[str, bytes], out: Path) -> list[str]:
+    """Writes the page and its pictures, and returns their names. Pictures of an earlier look that this one has not made
+    are removed: they would be taken for its own.
+
+    Raises:
+        UsageError: see `write_files`.
+    """
+    try:
+        earlier = list(out.glob("*.png")) if is_marked(out, SHOWN_MARK) else []
+    except (OSError, ValueError):
+        earlier = []  # `write_files` says why
+    files = write_files({PAGE: page.encode(), **drawn}, out, SHOWN_MARK, key="folder")
+    for path in earlier:
+        known = path.name in CHART_TITLES or OF_SHEETS.fullmatch(path.name)
+        if known and path.name not in files and path.is_file() and not path.is_symlink():
+            path.unlink(missing_ok=True)
+    return files
 
 
 def _checked(tree: dict[str, Any]) -> ShowConfig:
@@ -113,26 +139,43 @@ def what_is_shown(tree: dict[str, Any], record: Record, typed: list[str]) -> Sho
 
 
 def _follow(config: ShowConfig, tree: dict[str, Any], typed: list[str]) -> None:
-    """Serves the page while the run goes on. Images are looked at again when there is a new checkpoint."""
+    """Serves the page while the run goes on."""
     from softmoe_cli.show.follow import follow
-
-    seen: dict[str, Shown] = {}
-
-    def make(goes_on: bool) -> tuple[str, str]:
-        record = read_record(Path(config.run))
-        newest = max((str(path) for path in record.folder.glob("checkpoints/last-*/SHA256SUMS")), default="")
-        if newest not in seen:
-            shown = what_is_shown(tree, record, typed)
-            seen.clear()
-            seen[newest] = shown
-        page = run_page(record, seen[newest], refresh_s=config.every_s if goes_on else None)
-        return page, record.state.state
 
     def age_s() -> float | None:
         return read_record(Path(config.run)).state.age_s
 
     say = functools.partial(print, flush=True)  # whoever reads it from a file needs the address now
+    make = pages_of(Path(config.run), tree, typed, config.every_s)
     follow(make, config.port, config.every_s, say, age_s=age_s)
+
+
+def pages_of(folder: Path, tree: dict[str, Any], typed: list[str], every_s: float) -> Callable[[bool], tuple[str, str]]:
+    """What makes the page of a run that goes on, and says its state. Images are looked at again when there is a new
+    checkpoint; where that cannot be, as of one that has gone since it was found, the last look stays, and is tried
+    again the next time."""
+    seen: dict[str, Shown] = {}
+
+    def make(goes_on: bool) -> tuple[str, str]:
+        record = read_record(folder)
+        newest = max((str(path) for path in record.folder.glob("checkpoints/last-*/SHA256SUMS")), default="")
+        if newest in seen:
+            shown = seen[newest]
+        else:
+            try:
+                shown = what_is_shown(copy.deepcopy(tree), record, typed)  # which it changes
+            except UsageError as error:
+                if not seen:
+                    raise
+                (last,) = seen.values()
+                told = f"The newest checkpoint could not be looked at: {printable(str(error))}"
+                shown = dataclasses.replace(last, notes=[*last.notes, told])
+            else:
+                seen.clear()
+                seen[newest] = shown
+        return run_page(record, shown, refresh_s=every_s if goes_on else None), record.state.state
+
+    return make
 
 
 def pictures(record: Record, shown: Shown) -> dict[str, bytes]:

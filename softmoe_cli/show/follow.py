@@ -3,12 +3,13 @@
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from softmoe_cli.errors import UsageError
 
 LOOPBACK = "127.0.0.1"
-"""Nobody but this machine can ask."""
+"""Nobody but users of this machine can ask."""
 LAST_S = 30.0
 """After the end of the run a browser that shows the page has so long to ask for the last one."""
 GOING_ON = ("running", "running or killed")
@@ -32,16 +33,19 @@ class Served:
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                found = self.path.partition("?")[0] in ("/", "/index.html")
-                page = served._page if found else b""
-                self.send_response(200 if found else 404)
-                self.send_header("Content-Type", "text/html; charset=utf-8")
-                self.send_header("Content-Length", str(len(page)))
-                self.send_header("Cache-Control", "no-store")
-                self.end_headers()
-                self.wfile.write(page)
-                if found and page is served._page:
-                    served.asked.set()
+                status = 200 if self.path.partition("?")[0] in ("/", "/index.html") else 404
+                if self.headers.get("Host") not in served.hosts:
+                    status = 403  # a page from elsewhere, whose name was made to lead here
+                page = served._page if status == 200 else b""
+                with suppress(ConnectionError):  # the browser has closed
+                    self.send_response(status)
+                    self.send_header("Content-Type", "text/html; charset=utf-8")
+                    self.send_header("Content-Length", str(len(page)))
+                    self.send_header("Cache-Control", "no-store")
+                    self.end_headers()
+                    self.wfile.write(page)
+                    if status == 200 and page is served._page:
+                        served.asked.set()
 
             def log_message(self, *_: object) -> None:
                 return
@@ -55,7 +59,14 @@ class Served:
 
     @property
     def address(self) -> str:
-        return f"http://{LOOPBACK}:{self._server.server_address[1]}/"
+        return f"http://{self.hosts[0]}/"
+
+    @property
+    def hosts(self) -> tuple[str, str]:
+        """What a browser may call this server."""
+        port = self._server.server_address[1]
+        place = "" if port == 80 else f":{port}"  # which browsers leave out
+        return f"{LOOPBACK}{place}", f"localhost{place}"
 
     def renew(self, page: str) -> None:
         self._page = page.encode()

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -19,7 +19,7 @@ from softmoe_cli.moe.kind import Decided, Decider, Shares
 LIKED = 8
 """Patches that are kept of each expert."""
 CLASSES = 10
-"""The most classes whose mean maps are kept: those with the lowest numbers."""
+"""The most classes whose mean maps are kept: those of the images' task with the lowest numbers."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class LayerLook:
         liked: of each expert, its patches with the largest weights, one of an image: the weight (minus infinity: there
             is none), the image and the patch.
         by_class: mean map of each expert over the images of a class: share of images in which it sees the patch, or
-            mean weight of the patch. Of a class without images it is 0.
+            mean weight of the patch. Of a class without images it is 0. The first one is the task's first.
         dropped_share: share of the patches that no expert saw.
     """
 
@@ -84,6 +84,7 @@ class _Watch:
     grid: tuple[int, int]
     prefix: int
     classes: int
+    first: int
     kept: list[Shares] = field(default_factory=list)
     best: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     load: Tensor | float = 0.0
@@ -104,16 +105,22 @@ class _Watch:
         self.best.append(tuple(weights.max(dim=1)))  # type: ignore[arg-type]
         if self.sums is None:
             self.sums = part.new_zeros(self.classes, part.shape[1], part.shape[2])
-        here = batch.labels < self.classes
-        self.sums.index_add_(0, batch.labels[here], part[here])
+        own, here = self._of_task(batch.labels)
+        self.sums.index_add_(0, own[here], part[here])
         chosen = None if shares.chosen is None else shares.chosen[painted]
         taken = None if shares.taken is None else shares.taken[painted]
         self.kept.append(shares._replace(given=shares.given[painted], taken=taken, chosen=chosen))
 
+    def _of_task(self, labels: Int[Tensor, " b"]) -> tuple[Int[Tensor, " b"], Bool[Tensor, " b"]]:
+        """The labels' numbers in their task, and which of these have a map."""
+        own = labels - self.first
+        return own, (own >= 0) & (own < self.classes)
+
     def told(self, labels: Tensor) -> LayerLook:
         weight, patch = (torch.cat(each) for each in zip(*self.best, strict=True))
         best, image = weight.T.topk(min(LIKED, len(weight)), dim=1)
-        images = torch.bincount(labels[labels < self.classes], minlength=self.classes)
+        own, here = self._of_task(labels)
+        images = torch.bincount(own[here], minlength=self.classes)
         assert self.sums is not None and isinstance(self.load, Tensor)
         return LayerLook(
             self.name, self.grid, joined_shares(self.kept), self.load, (best, image, patch.T.gather(1, image)),
@@ -168,14 +175,17 @@ def look_at(
     loss: str,
     autocast: torch.autocast,
     labelled: bool,
+    first_class: int = 0,
 ) -> ModelLook:
     """One pass over the images, each batch with its pixels.
 
     Args:
+        first_class: the number of the model's first answer that is of the images' task.
         painted: numbers of the images whose shares are kept, ascending.
         labelled: whether the batches' labels are classes of the model; otherwise nothing is made of them.
     """
     grid, prefix = model.patch_embed.grid_size, model.num_prefix_tokens
+    classes = min(CLASSES, model.num_classes - first_class)
     watches: dict[str, _Watch] = {}
     silent: dict[str, None] = {}
     pixels: list[np.ndarray] = []
@@ -200,7 +210,7 @@ def look_at(
             if shares is None:
                 silent[name] = None
                 return
-            watch = watches.setdefault(name, _Watch(name, grid, prefix, min(CLASSES, model.num_classes)))
+            watch = watches.setdefault(name, _Watch(name, grid, prefix, classes, first_class))
             watch.see(shares, *now)
 
         return hook

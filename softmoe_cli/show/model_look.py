@@ -75,7 +75,7 @@ class LookedAt:
         return look_at(
             vit.to(device), self._batches(images, device),
             painted=list(range(len(self.painted))) if only_painted else self.painted,
-            loss=self.loss, autocast=autocast, labelled=self.labelled,
+            loss=self.loss, autocast=autocast, labelled=self.labelled, first_class=self.first,
         )  # fmt: skip
 
     def _batches(self, images: ImageSet, device: torch.device) -> Iterator[tuple[Batch, UInt8[np.ndarray, "b s s 3"]]]:
@@ -164,7 +164,8 @@ def shown_of(subject: LookedAt, source: Source, folder: Path) -> Shown:
     if len(look.pixels) > 1:
         sheets["What each expert likes"] = [likes_sheet(look, layer) for layer in look.layers]
     if look.said is not None:
-        sheets["By class"] = [classes_sheet(look, layer, subject.classes) for layer in look.layers]
+        own = subject.classes[subject.first :]
+        sheets["By class"] = [classes_sheet(look, layer, own) for layer in look.layers if bool(layer.by_class.any())]
     sheets["Over training"] = over_training(subject, folder, subject.config.base)
     notes = [f"The router of {name} does not say which expert takes which token." for name in look.silent]
     if not look.layers and not look.silent:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import yaml
 from softmoe_cli.errors import UsageError, nearest
 from softmoe_cli.options.compose import compose
 from softmoe_cli.run import rows
-from softmoe_cli.run.rows import AXES, EVERY, RESULT, Row
+from softmoe_cli.run.rows import AXES, EVERY, LOOK, RESULT, ROUTING, TRAIN, Row
 from softmoe_cli.run.status import State, state
 
 MOST_POINTS = 400
@@ -67,8 +67,8 @@ def read_record(folder: Path) -> Record:
         pass
     except rows.Unreadable as error:
         notes.append(f"result.json {error}.")
-    metrics = _lines(folder / "metrics.jsonl", EVERY, notes)
-    routing = _lines(folder / "routing.jsonl", rows.FORMAT_KEY, notes)
+    metrics = _lines(folder / "metrics.jsonl", _metric_fault, notes)
+    routing = _lines(folder / "routing.jsonl", lambda row: rows.fault(row, ROUTING), notes)
     config: dict[str, Any] = {}
     try:
         said = yaml.safe_load(rows.contents(folder / "config.yaml"))
@@ -92,8 +92,14 @@ def _require_run(folder: Path) -> None:
         raise UsageError(f"run={folder} is no run: it has neither config.yaml nor metrics.jsonl")
 
 
-def _lines(path: Path, keys: Mapping[str, rows.Key], notes: list[str]) -> list[Row]:
-    """The rows that can be read. The last line of a run that goes on, or was killed, may be cut short."""
+def _metric_fault(row: Row) -> str:
+    """What is wrong with a row of metrics.jsonl; empty where nothing is."""
+    return rows.fault(row, EVERY) or rows.fault(row, TRAIN if row["split"] == "train" else LOOK)
+
+
+def _lines(path: Path, fault: Callable[[Row], str], notes: list[str]) -> list[Row]:
+    """The rows that can be read and have no `fault`. The last line of a run that goes on, or was killed, may be cut
+    short."""
     try:
         text = rows.contents(path, rows.MOST_LINES_BYTES)
     except FileNotFoundError:
@@ -107,7 +113,7 @@ def _lines(path: Path, keys: Mapping[str, rows.Key], notes: list[str]) -> list[R
             row = rows.parsed(line)
         except rows.Unreadable:
             row = None
-        if isinstance(row, dict) and not rows.fault(row, keys):
+        if isinstance(row, dict) and not fault(row):
             found.append(rows.printed(row))
         else:
             bad += 1

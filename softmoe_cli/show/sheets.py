@@ -176,7 +176,8 @@ def likes_sheet(look: ModelLook, layer: LayerLook) -> Sheet:
 
 
 def classes_sheet(look: ModelLook, layer: LayerLook, classes: Sequence[str]) -> Sheet:
-    """Where in an image of a class each expert is at work, in the mean."""
+    """Where in an image of a class each expert is at work, in the mean. `classes`: those of the images' task; there is
+    an image of one of the first."""
     experts, side = layer.order[:MAPPED], look.pixels.shape[1]
     shown = [label for label in range(len(layer.by_class)) if bool(layer.by_class[label].any())]
     maps = layer.by_class[shown][:, experts]

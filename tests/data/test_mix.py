@@ -1,7 +1,7 @@
 """Several sets in one run: which images a batch has, how they are seen, and what cannot be mixed."""
 
 import itertools
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +18,8 @@ from softmoe_cli.data.order import Epochs, TaskDraws, mixed_stream
 from softmoe_cli.data.sets import load
 from softmoe_cli.data.splits import ImageSet
 from softmoe_cli.errors import UsageError
-from softmoe_cli.options.inherit import require_same_tasks
+from softmoe_cli.options.inherit import require_same_tasks, take_task
+from softmoe_cli.run.header import Source
 from softmoe_cli.run.identity import flat_science, signature
 from tests.conftest import Softmoe
 from tests.mixes import mix, write_clothes
@@ -135,6 +136,15 @@ def test_each_set_has_its_own_pixels(tmp_path: Path) -> None:
         place = mixed.places[here]
         assert torch.equal(batch.images[here], want.images[place])
         assert torch.equal(batch.labels[here] - 10 * task, want.labels[place])
+
+
+def test_a_task_of_a_checkpoint_is_that_set_of_its_mix(config: Config) -> None:
+    """Every option of the data, as `softmoe evaluate RUN task=NAME` and `softmoe show` take them."""
+    card = {"model": {"tasks": config.data.tasks}, "data": asdict(config.data)}
+    for own in config.data.of_sets():
+        tree = {"task": own.name, "data": asdict(config.data)}
+        take_task(tree, Source("RUN", "", {}, card), [], named=False)
+        assert tree["data"] == asdict(own)
 
 
 def test_the_task_is_no_function_of_the_label(config: Config) -> None:

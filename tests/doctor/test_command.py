@@ -1,5 +1,6 @@
 """softmoe doctor: the files of one real run, made healthy by hand, and from them a run with each illness alone."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -15,9 +16,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from softmoe_cli.doctor.chart import Chart, read_chart
+from softmoe_cli.doctor.experts import of_experts
+from softmoe_cli.doctor.learning import of_learning
 from softmoe_cli.doctor.signs import SIGNS
-from softmoe_cli.doctor.weights import mean_cosine
+from softmoe_cli.doctor.weights import Weighed, mean_cosine
 from softmoe_cli.options.explain import known_keys
+from softmoe_cli.run.status import State
 from tests.conftest import TINY, Softmoe
 from tests.routers import ROOT, ROUTERS, YAMLS, start
 from tests.runs import the_run
@@ -211,8 +216,15 @@ def rules(softmoe: Softmoe, healthy: Path) -> None:
     fast = functools.partial(set_all, file=M, split="train", lr=0.1)
     assert signs("sgd", sgd, fast) == []
     assert signs("sgd, flat", sgd, fast, lambda run: set_all(run, M, "train", grad_norm=1e-3)) == ["idle"]
+    for epochs, told in {9.0: [], 9.96: ["experts_alike"]}.items():
+        assert signs(f"equal, {epochs} epochs", alike, functools.partial(began_equal, epochs=epochs)) == told
     seconds = {key: value / 10 for key, value in SPENT.items()}
     assert signs("short", lambda run: set_all(run, M, None, **seconds | {"eval_s": 59.0})) == []
+
+
+def began_equal(run: Path, epochs: float) -> None:
+    config(run, "expert_init: independent", "expert_init: identical")
+    set_all(run, M, None, epoch=epochs)
 
 
 ONLY_JUST_BEGUN = {"chance", "idle", "experts_alike", "scale_idle", "dead", "collapsed", "dropped"}
@@ -240,6 +252,43 @@ def test_a_run_just_begun_is_told_only_what_is_true(name: str, softmoe: Softmoe,
             key, worst = of_rows[each["sign"]]
             assert each["figure"] == pytest.approx(100 * worst(row[key] for row in last))
         assert name != "dense" or each["sign"] in ("chance", "idle")
+
+
+def chart_of(folder: Path, rows: Rows, **epoch: float) -> Chart:
+    """What is read of a folder that has these rows of training, beside what every row has."""
+    every = {"format": 1, "images": 8, "epoch": 1.0, "split": "train", "train_pflop": 0.1, **SPENT}
+    every |= {"loss": 1.0, "aux_loss": 0.0, "lr": 0.1, "grad_norm": 1.0, "images_per_s": 9.0} | epoch
+    (folder / "config.yaml").write_text("model: {expert_init: identical, router: {_target_: x}}\n")
+    (folder / M).write_text("".join(json.dumps(every | row) + "\n" for row in rows))
+    return read_chart(State("x", "done", 1.0, None, None, None, None, str(folder)))
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        ([{"step": 100, "lr": -1}, {"step": 139, "lr": -1}], "a row of train says lr is -1, which is below 0"),
+        (
+            [{"step": 9}, {"step": 9}, {"step": 3}],
+            "a row of train says step is 3, which is below that of the row before",
+        ),
+        ([{"step": 9, "lr": 0}, {"step": 9}], None),
+    ],
+)
+def test_rows_that_no_training_writes_are_damage(rows: Rows, told: str | None, tmp_path: Path) -> None:
+    chart = chart_of(tmp_path, rows)
+    assert chart.faults.get(M) == told and len(chart.train) == (0 if told else len(rows))
+    assert {each.sign for each in of_learning(chart, "no weights")} >= {"diverged", "falling"}
+
+
+@pytest.mark.parametrize(("epochs", "seen"), [(6.0, False), (9.96, True)])
+def test_experts_that_began_equal_get_time_to_part(epochs: float, seen: bool, tmp_path: Path) -> None:
+    """Those of adapters begin independent."""
+    chart = chart_of(tmp_path, [{"step": 9}], epoch=epochs)
+    weights = Weighed(9, {"blocks.1.mlp": 0.9955}, 1.0, 1, 10)
+    *_, reading = of_experts(chart, weights)
+    assert reading.ill == seen and ("began equal" in reading.unseen) == (not seen)
+    *_, reading = of_experts(chart, dataclasses.replace(weights, alike={"blocks.1.mlp_adapter": 0.9955}))
+    assert reading.ill
 
 
 def test_why_a_run_broke_off(softmoe: Softmoe, tmp_path: Path) -> None:

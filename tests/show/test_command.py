@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from softmoe_cli.show.command import spelt_out
+from softmoe_cli.show.command import spelt_out, write_pictures
+from softmoe_cli.show.page import SHOWN_MARK
 from tests.compare.test_page import Reader
 from tests.conftest import TINY, Softmoe
 from tests.runs import the_run
@@ -73,6 +74,12 @@ def test_a_run_is_shown(softmoe: Softmoe, tmp_path: Path) -> None:
     answer = softmoe("show", str(run), f"image={own}", "folder=mine", "threads=1")
     assert answer.code == 0 and "your image" in answer.out, answer.err
     _, mine = read_page(tmp_path / "mine/index.html")
+    assert softmoe("show", str(run), "folder=mine", "threads=1").code == 0
+    assert (tmp_path / "mine/confusion.png").is_file() and (tmp_path / "mine/likes-block-1.png").is_file()
+    assert softmoe("show", str(run), f"image={own}", "folder=mine", "threads=1").code == 0
+    kept = {each.name for each in (tmp_path / "mine").iterdir()}
+    assert not kept & {"confusion.png", "calibration.png", "worst.png", "likes-block-1.png", "classes-block-1.png"}
+    assert "routing-block-1.png" in kept
     assert "Worst images" not in mine.words["h2"] and "Who takes which patch" in mine.words["h2"]
 
     few = softmoe("show", str(run), "images=5", "split=test", "threads=1", "batch_size=2")
@@ -135,6 +142,15 @@ def begun(folder: Path) -> Path:
         (["outputs/default/begun-0123456789", "imagse=3"], "Did you mean 'image'?"),
         (["outputs/default/begun-0123456789", "painted=0"], "painted"),
         (["outputs/default/begun-0123456789", "images=many"], "images"),
+        *(
+            pytest.param(["outputs/default/begun-0123456789", *words], said, marks=marks)
+            for words, said, marks in (
+                (["--follow", "folder=x"], "follow=true and folder=x: a page that is served", ()),
+                (["--follow", "--json"], "follow=true and format=json: of a page", pytest.mark.thorough),
+                (["port=0"], "port=0 has no effect without --follow; add it, or leave port out", pytest.mark.thorough),
+                (["every_s=3"], "every_s=3 has no effect without --follow; add it, or leave every_s out", ()),
+            )
+        ),
     ],
 )
 def test_what_cannot_be_shown_is_said(words: list[str], said: str, softmoe: Softmoe, tmp_path: Path) -> None:
@@ -142,6 +158,22 @@ def test_what_cannot_be_shown_is_said(words: list[str], said: str, softmoe: Soft
     answer = softmoe("show", *words)
     assert answer.code == 2 and said in answer.err and answer.err.count("\n") == 1, answer.err
     assert not list(tmp_path.rglob("index.html"))
+
+
+def test_pictures_of_an_earlier_look_go(tmp_path: Path) -> None:
+    """Those that show could have made, in a folder that is its own, and no others."""
+    page = SHOWN_MARK.decode()
+    of_show = {"confusion.png", "worst.png", "likes-block-1.png", "routing-block-12-attn.png", "training-block-0.png"}
+    others = {"mine.png", "training-notes.png", "confusion.png.txt", "confusion-old.png", "routing.csv"}
+    for name in of_show | others:
+        (tmp_path / name).write_text("earlier")
+    (tmp_path / "calibration.png").symlink_to(tmp_path / "mine.png")
+    assert write_pictures(page, {"curves.png": b"new"}, tmp_path) == ["index.html", "curves.png"]
+    assert {each.name for each in tmp_path.iterdir()} >= of_show | others, "the folder was not ours"
+    write_pictures(page, {"worst.png": b"new"}, tmp_path)
+    left = {each.name for each in tmp_path.iterdir()}
+    assert left == others | {"index.html", "worst.png", "calibration.png"}
+    assert (tmp_path / "worst.png").read_text() == "new"
 
 
 def test_words_are_spelt_out() -> None:

@@ -1,16 +1,21 @@
 """--follow: a page is served on this machine alone, renewed while the run goes on, and ends with it."""
 
 import contextlib
+import socket
+import struct
 import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from softmoe_cli.errors import UsageError
-from softmoe_cli.show.follow import Served, follow
+from softmoe_cli.show import command
+from softmoe_cli.show.follow import LOOPBACK, Served, follow
+from softmoe_cli.show.page import Shown
 
 
 def asked(address: str) -> str:
@@ -33,6 +38,68 @@ def test_a_page_is_served_here_alone_and_renewed() -> None:
             Served(port)
     finally:
         served.close()
+
+
+def test_other_names_for_this_machine_are_refused() -> None:
+    """A page from elsewhere whose name leads to this machine would read the run."""
+    served = Served(0)
+    try:
+        served.renew("one")
+        port = served.address.rpartition(":")[2].strip("/")
+        assert asked(served.address.replace("127.0.0.1", "localhost")) == "one"
+        for host in ("elsewhere.example", f"elsewhere.example:{port}", "127.0.0.1", f"127.0.0.1:{int(port) - 1}"):
+            with pytest.raises(urllib.error.HTTPError, match="403") as refused:
+                urllib.request.urlopen(urllib.request.Request(served.address, headers={"Host": host}), timeout=30)
+            assert refused.value.read() == b""
+    finally:
+        served.close()
+
+
+def test_a_browser_that_closes_in_the_middle_is_no_fault(capfd: pytest.CaptureFixture[str]) -> None:
+    served = Served(0)
+    try:
+        served.renew("x" * 2**26)
+        host = served.address.removeprefix("http://").strip("/")
+        with socket.create_connection((LOOPBACK, int(host.partition(":")[2])), timeout=30) as browser:
+            browser.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closes at once
+            browser.sendall(f"GET / HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+            assert browser.recv(10)
+        assert not served.asked.wait(0.3)
+        served.renew("two")
+        assert asked(served.address) == "two"
+    finally:
+        served.close()
+    assert capfd.readouterr().err == ""
+
+
+def test_a_checkpoint_that_has_gone_leaves_the_last_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is tried again the next time, with the options as they were typed."""
+    (tmp_path / "metrics.jsonl").touch()
+    answers: list[Shown | str] = ["none", Shown("one"), "gone", Shown("two")]
+
+    def look(tree: dict[str, Any], _record: object, _typed: list[str]) -> Shown:
+        assert tree == {"data": {}}
+        tree["data"]["name"] = "changed"
+        answer = answers.pop(0)
+        if isinstance(answer, str):
+            raise UsageError(answer)
+        return answer
+
+    def checkpoint(step: int) -> None:
+        (tmp_path / f"checkpoints/last-{step}").mkdir(parents=True)
+        (tmp_path / f"checkpoints/last-{step}/SHA256SUMS").touch()
+
+    monkeypatch.setattr(command, "what_is_shown", look)
+    make = command.pages_of(tmp_path, {"data": {}}, [], 5)
+    with pytest.raises(UsageError, match="none"):
+        make(True)
+    assert "<p>one</p>" in make(True)[0] and len(answers) == 2
+    assert "<p>one</p>" in make(True)[0] and len(answers) == 2, "nothing is new"
+    checkpoint(1)
+    page, _ = make(True)
+    assert "<p>one</p>" in page and "could not be looked at: gone" in page
+    page, _ = make(True)
+    assert "<p>two</p>" in page and "could not" not in page and answers == []
 
 
 class Reader:

@@ -24,22 +24,24 @@ PLANTED = np.array([[[(3 * i + 2 * row + column) % (EXPERTS + 1) - 1 for column 
 """The expert of each patch of each image, -1: dropped. No row is a column."""
 
 
-def model(*overrides: str) -> VisionTransformer:
+def model(*overrides: str, classes: int = 10) -> VisionTransformer:
     torch.manual_seed(0)
-    return build(compose(*TINY, *overrides).model, 10)
+    return build(compose(*TINY, *overrides).model, classes)
 
 
-def seen(vit: VisionTransformer, painted: tuple[int, ...] = (1, 4), batch_size: int = 4) -> ModelLook:
-    """Six images in two batches; image i is of class i % 2, and its patches have different greys."""
+def seen(
+    vit: VisionTransformer, painted: tuple[int, ...] = (1, 4), batch_size: int = 4, *, label: int = 0, first: int = 0
+) -> ModelLook:
+    """Six images in two batches; image i is of class label + i % 2, and its patches have different greys."""
     images = torch.linspace(0, 1, IMAGES * 8 * 8).view(IMAGES, 1, 8, 8)
 
     def batches() -> Iterator[tuple[Batch, np.ndarray]]:
         for part in torch.arange(IMAGES).split(batch_size):
             some = images[part]
-            yield Batch(some, part % 2), pixels_of(some, torch.zeros(1, 1), torch.ones(1, 1))
+            yield Batch(some, label + part % 2), pixels_of(some, torch.zeros(1, 1), torch.ones(1, 1))
 
     return look_at(vit, batches(), painted=painted, loss="softmax", autocast=torch.autocast("cpu", enabled=False),
-                   labelled=True)  # fmt: skip
+                   labelled=True, first_class=first)  # fmt: skip
 
 
 def plant(vit: VisionTransformer, decide: object) -> None:
@@ -238,3 +240,20 @@ def test_maps_by_class_stand_in_their_rows() -> None:
         for expert, cell in zip(order, row, strict=True):
             wanted = heat_by_hand((PLANTED[label::2] == expert).mean(axis=0), most)
             assert np.abs(cell.pixels.astype(int) - wanted).max() <= 1
+
+
+@pytest.mark.parametrize("first", [0, 10, 20])
+def test_maps_by_class_are_of_the_task(first: int) -> None:
+    """Labels of a mix's later task begin at its first class; classes above the first ten have no maps."""
+    vit = model("model/router=tokens_choice", classes=30)
+    plant(vit, lambda *where: sparse(*where, runs=False))
+    look = seen(vit, label=10, first=first)
+    (layer,) = look.layers
+    assert bool(layer.by_class.any()) == (first == 10)
+    if first == 10:
+        sheet = classes_sheet(look, layer, [f"class {i}" for i in range(10, 30)])
+        assert [row[0].caption.partition(":")[0] for row in sheet.rows] == ["class 10", "class 11"]
+        for label in (0, 1):
+            for expert in range(EXPERTS):
+                mean = (PLANTED[label::2] == expert).mean(axis=0)
+                assert np.allclose(layer.by_class[label, expert].view(GRID, GRID).numpy(), mean)

@@ -16,6 +16,8 @@ from tests.compare.test_page import Reader
 
 def row(step: int, split: str, **more: Any) -> str:
     spent = {"train_pflop": step / 1e3, "device_s": step / 10, "eval_s": 0.0, "save_s": 0.0, "compile_s": 0.0}
+    if split == "train":
+        spent |= {"aux_loss": 0.0, "lr": 0.25, "grad_norm": 1.0, "images_per_s": 80.0}
     return json.dumps(
         {"format": FORMAT, "step": step, "images": 8 * step, "epoch": step / 4, "split": split} | spent | more
     )
@@ -28,7 +30,9 @@ def run_of(folder: Path, steps: int = 6) -> Path:
     config = "seed: 7\nstudy: mine\ntrain: {steps: 10, batch_size: 48}\noptim: {lr: 0.25}\ndata: {name: <b>}\n"
     (run / "config.yaml").write_text(config)
     rows = [row(step, "train", loss=1 / step) for step in range(1, steps + 1)]
-    rows += [row(steps, "validation", loss=0.5, top1_pct=71.5, top5_pct=90.0, nll=0.5, ece_pct=4.5)]
+    rows += [
+        row(steps, "validation", loss=0.5, top1_pct=71.5, top5_pct=90.0, nll=0.5, ece_pct=4.5, images_evaluated=200)
+    ]
     (run / "metrics.jsonl").write_text("\n".join(rows) + "\n" + rows[0][:40])
     routing = [
         {"format": FORMAT, "step": steps, "block": 1, "load_max": 2.5, "dropped_share": 0.0},
@@ -46,6 +50,26 @@ def test_a_row_that_was_being_written_is_left_out(tmp_path: Path) -> None:
         metrics.write("\nnonsense\n" + row(7, "train", loss=0.1) + "\n")
     record = read_record(tmp_path / "soft-digits-0123456789")
     assert record.of("train")[-1]["step"] == 7 and record.notes == ["metrics.jsonl: 2 lines are damaged and left out."]
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("routing.jsonl", '"step": 6', '"step": [1]'),
+        ("routing.jsonl", '"load_max": 2.5', '"load_max": "x"'),
+        ("metrics.jsonl", '"loss": 0.25', '"loss": "x"'),
+        ("metrics.jsonl", '"top1_pct": 71.5', '"top1_pct": "x"'),
+    ],
+)
+def test_a_damaged_row_is_left_out_and_said(file: str, old: str, new: str, tmp_path: Path) -> None:
+    run = run_of(tmp_path)
+    text = (run / file).read_text()
+    assert old in text
+    (run / file).write_text(text.replace(old, new, 1))
+    record = read_record(run)
+    assert record.notes == [f"{file}: 1 lines are damaged and left out."]
+    assert len(record.rows) + len(record.routing) == 8
+    assert "damaged" in run_page(record, Shown("Seen: nothing."))
 
 
 def test_layers_have_their_own_curves(tmp_path: Path) -> None:
