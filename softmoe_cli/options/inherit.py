@@ -343,7 +343,7 @@ def take_task(tree: dict[str, Any], source: "Source", typed: Sequence[str], *, n
         tree["data"] |= {key: own[key] for key in ("mean", "std") if not names(f"data.{key}", typed)}
         return
     common = {key: data[key] for key in OF_THE_MIX}
-    none = {"class_numbers": False, "from_file": False, "cache": None, **dict.fromkeys(absent_keys(Data))}
+    none = {"class_numbers": False, "from_file": False, **dict.fromkeys(absent_keys(Data))}
     tree["data"] = common | own | none
 
 
