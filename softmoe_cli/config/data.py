@@ -85,7 +85,8 @@ class Data(Section):
     memory_gib: float = option("files that decode to more than this are read from disk as it goes", low=0)
     cache: str | None = option(
         "folder for decoded squares of image_size pixels, in one file that is written once and mapped into memory; "
-        "null: each run decodes"
+        "null: each run decodes",
+        absent=True,
     )
     max_megapixels: float = option("larger images are refused before they are decoded", above=0)
     source: str | None = option(

@@ -37,7 +37,7 @@ def _science(config: Config) -> dict[str, Any]:
         del (science[section] if section else science)[leaf]
     del science["model"]["tasks"]  # they follow the data
     for key in absent_keys(Data):
-        if science["data"][key] is None:
+        if science["data"].get(key, ...) is None:
             del science["data"][key]
     for own in science["data"].get("sets", {}).values():  # the same images at another place are the same
         own.pop("root", None)
@@ -80,7 +80,7 @@ def settings_of(data: Data) -> dict[str, Any]:
     for own in (said["sets"] or {}).values():
         own.pop("root", None)
     absent = [key for key in absent_keys(Data) if said[key] is None]
-    return {key: value for key, value in said.items() if key not in ("root", "workers", "memory_gib", *absent)}
+    return {key: value for key, value in said.items() if key not in ("root", "workers", "memory_gib", "cache", *absent)}
 
 
 def made_from(source: "Source", settings: dict[str, Any]) -> str:
