@@ -12,6 +12,7 @@ What is not pretended: kernels, streams (a copy that is not waited for is there 
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -50,6 +51,13 @@ def _tensors(values: Iterable[Any]) -> list[Tensor]:
     return found
 
 
+@cache
+def _targets(func: Any) -> list[tuple[int, str]]:
+    """The arguments that an operation writes to: their places in the line, and their names."""
+    arguments = enumerate(getattr(getattr(func, "_schema", None), "arguments", ()))
+    return [(at, each.name) for at, each in arguments if each.alias_info is not None and each.alias_info.is_write]
+
+
 def _pretending(tensor: Tensor) -> bool:
     with torch._C.DisableTorchFunction():
         return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu"
@@ -67,9 +75,12 @@ class _Places(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunction():
-            operands = _tensors((*args, *kwargs.values()) if kwargs else args)
+            kwargs = kwargs or {}
+            operands = _tensors((*args, *kwargs.values()))
             place = CPU if func in ACROSS else self._common(func, args, operands)
-            out = func(*args, **(kwargs or {}))
+            if func not in ACROSS:
+                self._write(func, args, kwargs, place)
+            out = func(*args, **kwargs)
             held = {each.untyped_storage()._cdata for each in operands}
             for made in _tensors((out,)):
                 storage: Any = made.untyped_storage()
@@ -79,6 +90,16 @@ class _Places(TorchDispatchMode):
 
     def _of(self, tensor: Tensor) -> torch.device | None:
         return place_of(tensor, self.unknown)
+
+    def _write(self, func: Any, args: Any, kwargs: Any, place: torch.device | None) -> None:
+        """What is written to must be where the operands are, one number too; what torch has made itself is there from
+        now on. `place`: the operands'."""
+        for each in _tensors(args[at] if at < len(args) else kwargs.get(name) for at, name in _targets(func)):
+            if place == CARD and self._of(each) == CPU:
+                raise RuntimeError(f"{func}: operands on cuda, the result is written to cpu")
+            if place is not ANY and self._of(each) is ANY:
+                storage: Any = each.untyped_storage()
+                storage.place = place
 
     def _common(self, func: Any, args: Any, operands: list[Tensor]) -> torch.device | None:
         """The place of all operands. A CPU's tensor without axes goes with any; a card's does not."""

@@ -300,6 +300,19 @@ def test_wrong_card(kind: str, command: str, finished: Path, softmoe: Softmoe, t
     assert sorted(path.name for path in tmp_path.iterdir()) == ["payload.py", "wrong.safetensors"]
 
 
+def test_card_from_before_an_option(finished: Path, softmoe: Softmoe, tmp_path: Path) -> None:
+    """A card without data.cache, which came later, is read, and its images are found."""
+    from safetensors import safe_open
+
+    with safe_open(weights_of(finished), framework="pt") as file:
+        card = json.loads(file.metadata()["softmoe"])
+    del card["data"]["cache"]
+    text = json.dumps(card)
+    save_file(load_file(weights_of(finished)), tmp_path / "older.safetensors", metadata={"softmoe": text})
+    answer = softmoe("evaluate", "checkpoint=older.safetensors")
+    assert answer.code == 0, answer
+
+
 def test_colour_weights_take_grey_images(softmoe: Softmoe, tmp_path: Path) -> None:
     """The means of three colours are used for grey images, which are repeated; a timm checkpoint's means too."""
     tree(tmp_path / "images")

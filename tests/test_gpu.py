@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from softmoe_cli import device
 from tests.oracles import compose
 
 PATH = Path(__file__).resolve().parents[1] / "experiments/gpu/bench.py"
@@ -43,10 +44,42 @@ def test_it_goes_on_after_a_failure_and_stops_in_time(bench: Any, tmp_path: Path
     told = [(row["part"], row["value"], row["why"]) for row in table(out)]
     failed = ("fails", "", "exit status 1: ValueError: no card")
     assert told == [failed, ("hangs", "2.0", ""), ("hangs", "", "stopped after 1 s"), ("works", "2.0", "")]
-    assert bench.main([str(out), "only=works"], parts, begin) == 0
-    assert [row["part"] for row in table(out)] == ["works"]
-    assert bench.main([str(out), "minutes=0"], parts, begin) == 1
-    assert {row["why"] for row in table(out)} == {"no time left"} and len(table(out)) == 3
+    one, late = tmp_path / "one.csv", tmp_path / "late.csv"
+    assert bench.main([str(one), "only=works"], parts, begin) == 0
+    assert [row["part"] for row in table(one)] == ["works"]
+    assert bench.main([str(late), "minutes=0"], parts, begin) == 1
+    assert {row["why"] for row in table(late)} == {"no time left"} and len(table(late)) == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (("new.csv", "minuets=3"), "there is no key minuets; keys: minutes, "),
+        (("new.csv", "only=works,nonsense"), "there is no part nonsense; parts: works"),
+        (("only=works",), "name one file"),
+        (("old.csv",), "old.csv has figures already"),
+    ],
+)
+def test_it_refuses(
+    bench: Any, words: tuple[str, ...], why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("old.csv").write_text("earlier figures")
+    with pytest.raises(SystemExit, match=why):
+        bench.main(words, [bench.Part("works", 30, None)], ("-S", "-c", FAKE))
+    assert Path("old.csv").read_text() == "earlier figures" and not Path("new.csv").exists()
+
+
+@pytest.mark.parametrize(("name", "peak"), [("NVIDIA L4", 121.0), ("NVIDIA L40", None)])
+def test_peaks_are_those_of_whole_names(
+    bench: Any, name: str, peak: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "hardware", lambda _: name)
+    (row,) = bench.throughput(
+        "vit_s16_dense", bench.MODELS["vit_s16_dense"], "eager", bench.Bench("cpu", "pico", tmp_path)
+    )
+    tflops = row["train_gflop"] * row["train_samples_per_sec"] / 1000
+    assert row["mfu_pct"] == (None if peak is None else pytest.approx(100 * tflops / peak))
 
 
 @pytest.mark.parametrize("name", ["vit_s16_soft", "vit_s16_zero_computation"])

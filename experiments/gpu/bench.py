@@ -2,6 +2,8 @@
 
 python experiments/gpu/bench.py OUT.csv [minutes=12] [device=cuda] [size=full|pico] [only=PART,PART...]
 
+OUT.csv is a new file: figures are not written over.
+
 Every part is a process of its own with a time limit, the most valuable ones first. A part that fails or is too slow is
 a row that says why, and the next one begins; what there is no time for is a row too. Rows are on disk when they happen.
 """
@@ -29,8 +31,12 @@ COLUMNS = (
 )  # fmt: skip
 """timm's names where timm has one: step times in ms, param_count in millions, infer_gmacs in billions of
 multiply-adds for an image. train_gflop and all else are softmoe's: 1 multiply-add is 2 FLOPs."""
-PEAK_TFLOPS = {"H200": 989.4, "H100 80GB HBM3": 989.4, "A100": 312.0, "L40S": 362.0, "L4": 121.0, "A10G": 70.0}
-"""Dense bf16 products, by the card's data sheet; for mfu_pct."""
+PEAK_TFLOPS = {
+    "NVIDIA H200": 989.4, "NVIDIA H100 80GB HBM3": 989.4, "NVIDIA A100-SXM4-40GB": 312.0,
+    "NVIDIA A100-SXM4-80GB": 312.0, "NVIDIA A100-PCIE-40GB": 312.0, "NVIDIA A100 80GB PCIe": 312.0,
+    "NVIDIA L40S": 362.0, "NVIDIA L4": 121.0, "NVIDIA A10G": 70.0,
+}  # fmt: skip
+"""Dense bf16 products, by the card's data sheet; for mfu_pct. Whole names: an H200 NVL or an L40 is another card."""
 SIZES = {"full": (224, 128, 4.0), "pico": (16, 4, 0.0)}
 """Pixels of a side, images of a batch, seconds that each of both clocks runs at least."""
 
@@ -103,6 +109,7 @@ def throughput(name: str, model: Sequence[str], mode: str, bench: Bench) -> Iter
     from softmoe_cli.cost.flop import account_model, on_meta
     from softmoe_cli.cost.load import Load
     from softmoe_cli.cost.memory import predict
+    from softmoe_cli.device import hardware
     from softmoe_cli.options.compose import compose
 
     pixels, batch, _ = SIZES[bench.size]
@@ -113,7 +120,7 @@ def throughput(name: str, model: Sequence[str], mode: str, bench: Bench) -> Iter
     workload = Workload(load)
     step, forward = seconds_of(workload.step, bench), seconds_of(workload.forward, bench)
     rate = cost.train_flop * batch / step / 1e12
-    peak = next((tflops for card, tflops in PEAK_TFLOPS.items() if card in workload.hardware), None)
+    peak = PEAK_TFLOPS.get(hardware(torch.device(bench.device)))
     reached = bench.work / "products"
     taken = workload.peak()
     yield {
@@ -323,11 +330,21 @@ def main(words: Sequence[str], parts: Sequence[Part] = PARTS, begin: Sequence[st
     """Runs all parts, or those of `only=`, as long as there is time; 1 if one gave no figure. `begin`: what a part's
     process is started with."""
     options = {"minutes": "12", "device": "cuda", "size": "full", "only": ""}
-    options |= dict(word.split("=", 1) for word in words if "=" in word)
-    (out,) = (Path(word) for word in words if "=" not in word)
-    wanted = options["only"].split(",") if options["only"] else [part.name for part in parts]
+    given = dict(word.split("=", 1) for word in words if "=" in word)
+    files, names = [Path(word) for word in words if "=" not in word], [part.name for part in parts]
+    if unknown := [key for key in given if key not in options]:
+        sys.exit(f"there is no key {', '.join(unknown)}; keys: {', '.join(options)}")
+    options |= given
+    wanted = options["only"].split(",") if options["only"] else names
+    if unknown := [name for name in wanted if name not in names]:
+        sys.exit(f"only: there is no part {', '.join(unknown)}; parts: {', '.join(names)}")
+    if len(files) != 1:
+        sys.exit("name one file for the figures; see the first lines of this file")
+    (out,) = files
+    if out.exists():
+        sys.exit(f"{out} has figures already; name another file")
     until, failed = time.monotonic() + 60 * float(options["minutes"]), 0
-    with tempfile.TemporaryDirectory() as work, out.open("w", newline="") as file:
+    with tempfile.TemporaryDirectory() as work, out.open("x", newline="") as file:
         table = csv.DictWriter(file, COLUMNS)
         table.writeheader()
         for part in (part for part in parts if part.name in wanted):

@@ -5,8 +5,7 @@ python experiments/loop_overhead/products.py [rounds=300] [OVERRIDES...]
 The products of one update of `train/loop.py` are noted with their shapes, strides and order, attention and the
 convolution among them, forwards and backwards; then updates and those products, on tensors of the same shapes, take
 turns in one process on one thread, so that whatever else the machine does meets both alike. Time is that of the process
-(processor seconds). Prints the ratio of the
-medians, and the quartiles of the ratios within a round.
+(processor seconds). Prints the ratio of the medians, and the quartiles of the ratios within a round.
 """
 
 import statistics

@@ -22,7 +22,8 @@ class Shares(NamedTuple):
         taken: each token's share in each slot; None where a row is one token, or there are no rows.
         expert: the expert of each column.
         chosen: where rows are single tokens, the experts that see each token, the first choice or largest weight
-            first; -1 behind the last one, and everywhere for a token that was dropped. None where all see all.
+            first; -1 for a choice that found no room, which may stand before one that did, and behind the last one.
+            None where all see all.
         kinds: what kind each expert is of, where there are several.
     """
 

@@ -344,7 +344,7 @@ def take_task(tree: dict[str, Any], source: "Source", typed: Sequence[str], *, n
         return
     common = {key: data[key] for key in OF_THE_MIX}
     none = {"class_numbers": False, "from_file": False, **dict.fromkeys(absent_keys(Data))}
-    tree["data"] = common | own | none
+    tree["data"] = common | own | none | {"cache": data.get("cache")}  # none of a mix, but it may be typed
 
 
 def keep_cut(data: dict[str, Any], card: dict[str, Any], typed: Sequence[str]) -> None:
