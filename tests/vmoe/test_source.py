@@ -207,6 +207,22 @@ def test_finetuning_and_export_begin_with_them(softmoe: Softmoe) -> None:
     is_official(logits_of(again), "soft_moe")
 
 
+def test_pruning_writes_what_can_be_read(softmoe: Softmoe, tmp_path: Path) -> None:
+    """The official card knows no images, and so the new one has those that pruning was given; classes stay unnamed."""
+    write_tree(tmp_path / "images", per_class=8, classes=("ant", "bee", "cat", "dog", "eel"))
+    words = ["data=folder", "data.root=images", "data.test_fraction=0.25", "data.workers=0", "threads=1"]
+    answer = softmoe("prune", f"checkpoint=vmoe:{MADE}/v_moe", "keep=2", "images=8", "folder=out", *words)
+    assert answer.code == 0, answer.err
+    card = read_checkpoint("out").card
+    assert (card["data"]["name"], card["data"]["root"], card["unnamed"]) == ("folder", "images", True)
+    answer = softmoe("evaluate", "checkpoint=out", "threads=1", "format=json")
+    assert answer.code == 0, answer.err
+    row = json.loads(answer.out)
+    assert row["classes"].startswith("in the order of the data's names") and "loss" in row
+    answer = softmoe("prune")
+    assert answer.code == 2 and "hf-hub:OWNER/NAME or vmoe:PATH" in answer.err
+
+
 # --- files that cannot be used ----------------------------------------------------------------------------------------
 
 
