@@ -223,7 +223,7 @@ class Pruned:
         """
         found = compared(
             whole, new, self.batches(self.splits.validation), loss=self.source.card["loss"],
-            labelled=self.splits.classes == self.source.card["classes"],
+            labelled=self.splits.classes == self.source.classes,
         )  # fmt: skip
         found |= {"validation_images": found.pop("images"), "validation": found.pop("quality")}
         x = next(self.batches(self.splits.validation)).images

@@ -3,6 +3,7 @@ of other sizes, older names, and files that are damaged or of another model."""
 
 import io
 import json
+import re
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -207,13 +208,30 @@ def test_finetuning_and_export_begin_with_them(softmoe: Softmoe) -> None:
     is_official(logits_of(again), "soft_moe")
 
 
+def test_numbers_are_no_names_of_classes(softmoe: Softmoe, tmp_path: Path) -> None:
+    """The digits are called 0 to 9, as the outputs of a head without names are: it is new all the same."""
+    ten = {"head/kernel": np.zeros((8, 10), "f"), "head/bias": np.zeros(10, "f")}
+    archived(tmp_path / "ten.npz", big_vision() | ten)
+    made = ["checkpoint=vmoe:ten.npz", "data=digits", "threads=1"]
+    short = ["train.steps=1", "train.batch_size=4", "tracking=off", "model.image_size=8"]
+    answer = softmoe("finetune", *made, *short)
+    assert answer.code == 0 and re.search(r"new +head\.weight, head\.bias", answer.out), answer.err + answer.out
+    router = ["model/router=soft", "model.router.num_experts=2", "model.moe_blocks=last_1"]
+    answer = softmoe("upcycle", *made, *router, "images=8", "folder=out", "format=json")
+    assert answer.code == 0, answer.err
+    keys = read_checkpoint("out").card["receipt"]["keys"]
+    assert keys["head.weight"]["from"] is None and keys["norm.weight"]["from"] is not None
+
+
 def test_pruning_writes_what_can_be_read(softmoe: Softmoe, tmp_path: Path) -> None:
-    """The official card knows no images, and so the new one has those that pruning was given; classes stay unnamed."""
-    write_tree(tmp_path / "images", per_class=8, classes=("ant", "bee", "cat", "dog", "eel"))
+    """The official card knows no images, and so the new one has those that pruning was given; classes stay unnamed, and
+    nothing is scored by numbers that only look like the data's names."""
+    write_tree(tmp_path / "images", per_class=8, classes=tuple("01234"))
     words = ["data=folder", "data.root=images", "data.test_fraction=0.25", "data.workers=0", "threads=1"]
     answer = softmoe("prune", f"checkpoint=vmoe:{MADE}/v_moe", "keep=2", "images=8", "folder=out", *words)
     assert answer.code == 0, answer.err
     card = read_checkpoint("out").card
+    assert card["receipt"]["validation"] == {"before": None, "after": None}
     assert (card["data"]["name"], card["data"]["root"], card["unnamed"]) == ("folder", "images", True)
     answer = softmoe("evaluate", "checkpoint=out", "threads=1", "format=json")
     assert answer.code == 0, answer.err
