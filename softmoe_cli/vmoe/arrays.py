@@ -19,7 +19,7 @@ DTYPES = {
 CHUNKED = "__msgpack_chunked_array__"
 """The key by which flax marks an array that it has cut into pieces, because it has more than 2^30 bytes."""
 
-DEEPEST = 100
+_DEEPEST = 100
 """Dicts in dicts: models have about 6, and Python can follow some hundreds."""
 
 
@@ -114,8 +114,8 @@ def sides(numbers: Any) -> tuple[int, ...]:
 def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """Every value of nested dicts with its path, a/b/c, in the order in which JAX numbers them: by key. An array that
     flax has cut is one value."""
-    if path.count("/") > DEEPEST:
-        raise Fault(f"it holds dicts in dicts, more than {DEEPEST} deep")
+    if path.count("/") > _DEEPEST:
+        raise Fault(f"it holds dicts in dicts, more than {_DEEPEST} deep")
     if isinstance(tree, Mapping) and CHUNKED not in tree:
         for key in sorted(tree, key=str):
             yield from leaves(tree[key], f"{path}/{key}" if path else str(key))
