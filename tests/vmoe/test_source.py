@@ -215,15 +215,24 @@ def test_finetuning_and_export_begin_with_them(softmoe: Softmoe) -> None:
     is_official(logits_of(again), "v_moe")
 
 
-def test_numbers_are_no_names_of_classes(softmoe: Softmoe, tmp_path: Path) -> None:
-    """The digits are called 0 to 9, as the outputs of a head without names are: it is new all the same."""
+def with_ten(path: Path) -> list[str]:
+    """A ViT of ten outputs, and the digits, which are called 0 to 9 as outputs without names are."""
     ten = {"head/kernel": np.zeros((8, 10), "f"), "head/bias": np.zeros(10, "f")}
-    archived(tmp_path / "ten.npz", big_vision() | ten)
-    made = ["checkpoint=vmoe:ten.npz", "data=digits", "threads=1"]
+    archived(path, big_vision() | ten)
+    return [f"checkpoint=vmoe:{path}", "data=digits", "threads=1"]
+
+
+def test_numbers_are_no_names_of_classes(softmoe: Softmoe, tmp_path: Path) -> None:
+    """In finetuning the head is new."""
     short = ["train.steps=1", "train.batch_size=4", "tracking=off", "model.image_size=8"]
-    answer = softmoe("finetune", *made, *short)
+    answer = softmoe("finetune", *with_ten(tmp_path / "ten.npz"), *short)
     assert answer.code == 0 and re.search(r"new +head\.weight, head\.bias", answer.out), answer.err + answer.out
+
+
+@pytest.mark.thorough
+def test_numbers_are_no_names_of_classes_to_upcycle(softmoe: Softmoe, tmp_path: Path) -> None:
     router = ["model/router=soft", "model.router.num_experts=2", "model.moe_blocks=last_1"]
+    made = with_ten(tmp_path / "ten.npz")
     answer = softmoe("upcycle", *made, *router, "images=8", "folder=out", "format=json")
     assert answer.code == 0, answer.err
     keys = read_checkpoint("out").card["receipt"]["keys"]
