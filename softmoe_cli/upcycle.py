@@ -78,7 +78,7 @@ def upcycle(config: UpcycleConfig, source: Source) -> dict[str, Any]:
 
     torch.manual_seed(config.seed)
     old = build(dense, classes)
-    keep_head = source.card.get("classes") == splits.classes and _head(source.weights) == old.head.weight.shape
+    keep_head = source.classes == splits.classes and _head(source.weights) == old.head.weight.shape
     report = load_weights(old, source.weights, keep_head=keep_head, allow_unexpected=config.allow_unexpected)
     torch.manual_seed(config.seed)
     new = build(model, classes)

@@ -155,7 +155,7 @@ class Smaller(Section):
     are compared."""
 
     path: ClassVar[str] = ""
-    checkpoint: str = option("a run folder, a .safetensors file or hf-hub:OWNER/NAME")
+    checkpoint: str = option("a run folder, a .safetensors file, hf-hub:OWNER/NAME or vmoe:PATH")
     trust: str | None = option("a router of the checkpoint's that is not softmoe's, as module.Class: its code will run")
     data: Data = field(default_factory=Data)
     batch_size: int = option("images per forward pass", low=1)
@@ -216,7 +216,7 @@ class ExportConfig(Section):
     """What `softmoe export` composes."""
 
     path: ClassVar[str] = ""
-    checkpoint: str = option("a run folder, a .safetensors file or hf-hub:OWNER/NAME")
+    checkpoint: str = option("a run folder, a .safetensors file, hf-hub:OWNER/NAME or vmoe:PATH")
     base: str | None = option("where the weights are that a checkpoint of adapters belongs to, if they moved")
     trust: str | None = option("a router of the checkpoint's that is not softmoe's, as module.Class: its code will run")
     data: Data = field(default_factory=Data)

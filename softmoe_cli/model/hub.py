@@ -8,6 +8,7 @@ from typing import Any
 
 from timm.models import build_model_with_cfg, register_model, resolve_pretrained_cfg
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from torch import Tensor
 
 from softmoe_cli.config.adapter import AdapterOptions
 from softmoe_cli.config.model import Backbone, Model
@@ -38,9 +39,16 @@ def softmoe_vit(pretrained: bool = False, *, softmoe: dict[str, Any], **argument
     trained = resolve_pretrained_cfg("softmoe_vit", arguments.get("pretrained_cfg")).num_classes
     make = partial(_adapted, model, trained)
     vit: VisionTransformer = build_model_with_cfg(
-        make, "softmoe_vit", pretrained, pretrained_filter_fn=checkpoint_filter_fn, **arguments
+        make, "softmoe_vit", pretrained, pretrained_filter_fn=_for_timm, **arguments
     )
     return vit
+
+
+def _for_timm(weights: dict[str, Tensor], vit: VisionTransformer) -> dict[str, Tensor]:
+    """What timm makes of weights for its models, with the layer before the head, which timm leaves out."""
+    own = {name: value for name, value in weights.items() if name.startswith("fc_norm.pre_logits.")}
+    kept: dict[str, Tensor] = checkpoint_filter_fn(weights, vit)
+    return kept | own
 
 
 def _adapted(

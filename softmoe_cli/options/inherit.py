@@ -162,7 +162,9 @@ def cut_from(tree: dict[str, Any], command: str, timm: str) -> "tuple[Source, Mo
         UsageError: none is named, nothing usable there, or a model whose layers cannot be changed.
     """
     if tree["checkpoint"] == "???":
-        raise UsageError(f"softmoe {command} needs checkpoint=: a run folder, a .safetensors file or hf-hub:OWNER/NAME")
+        raise UsageError(
+            f"softmoe {command} needs checkpoint=: a run folder, a .safetensors file, hf-hub:OWNER/NAME or vmoe:PATH"
+        )
     if tree["checkpoint"].startswith("timm:"):
         raise UsageError(f"checkpoint={tree['checkpoint']} is timm's own and {timm}")
     source = source_of_layers(tree["checkpoint"], command)

@@ -7,7 +7,7 @@ method this is after, and what is ours: README.md.
 import copy
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +115,10 @@ def prune(config: PruneConfig, model: Model, source: Source, before: Source | No
     costs = {"before": account(model, vit.num_classes, left=there), "after": account(new_model, vit.num_classes)}
     receipt["cost"] = {when: cost.row for when, cost in costs.items()}
     card = {"model": portable(new_model, new)} | {
-        key: source.card[key] for key in ("data", "classes", "loss", "precision")
+        key: source.card[key] for key in ("data", "classes", "loss", "precision", "unnamed") if key in source.card
     }
+    if "name" not in card["data"]:  # official weights, which know no images
+        card["data"] = asdict(config.data)
     card |= {"receipt": receipt, "origin": origin("prune", settings, source), "train_pflop": source.train_pflop}
     files = {RECEIPT: receipt}
     if entry is not None:
@@ -221,7 +223,7 @@ class Pruned:
         """
         found = compared(
             whole, new, self.batches(self.splits.validation), loss=self.source.card["loss"],
-            labelled=self.splits.classes == self.source.card["classes"],
+            labelled=self.splits.classes == self.source.classes,
         )  # fmt: skip
         found |= {"validation_images": found.pop("images"), "validation": found.pop("quality")}
         x = next(self.batches(self.splits.validation)).images

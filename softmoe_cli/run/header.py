@@ -37,6 +37,12 @@ class Source:
         cost: Any = self.card.get("train_pflop")
         return float(cost) if rows.number(cost) and cost >= 0 else None
 
+    @property
+    def classes(self) -> list[str] | None:
+        """What its outputs are called; None where no file says it, and numbers stand for the names (`unnamed`)."""
+        found: list[str] | None = None if self.card.get("unnamed") else self.card.get("classes")
+        return found
+
 
 def read_header(checkpoint: str) -> Source | None:
     """What `checkpoint=` names, without its weights; None where they are needed to know what it is: in pieces, of

@@ -138,7 +138,7 @@ def load_source(
     report = load_weights(
         model,
         source.weights,
-        keep_head=source.card.get("classes") == classes
+        keep_head=source.classes == classes
         and getattr(source.weights.get("head.weight"), "shape", None) == model.head.weight.shape,
         allow_unexpected=config.allow_unexpected,
         resize_slots=config.slots == "proportional",

@@ -19,6 +19,9 @@ DTYPES = {
 CHUNKED = "__msgpack_chunked_array__"
 """The key by which flax marks an array that it has cut into pieces, because it has more than 2^30 bytes."""
 
+_DEEPEST = 100
+"""Dicts in dicts: models have about 6, and Python can follow some hundreds."""
+
 
 class Fault(Exception):
     """What is wrong with a file, as the end of a sentence about it."""
@@ -80,22 +83,29 @@ def _extension(code: int, data: bytes) -> Any:
     """flax's extensions 1 (array) and 3 (number), vmoe's 6 (extent) and 8 (of an index); others stay as they are."""
     if code in (1, 3):
         shape, dtype, numbers = msgpack.unpackb(data, raw=True)
-        return Array(_sides(shape), str(dtype, "ascii"), bytes(numbers))
+        if not isinstance(numbers, bytes):  # bytes() of a number would make as many
+            raise ValueError("an array without numbers")
+        return Array(sides(shape), str(dtype, "ascii"), numbers)
     if code == 6:
         return _box(data)
     if code == 8:
         described, _, shards = msgpack.unpackb(data, raw=True)
         shape, *_ = msgpack.unpackb(described, raw=True)
-        return Indexed(_sides(shape), _sides(shards))
+        return Indexed(sides(shape), sides(shards))
     return msgpack.ExtType(code, data)
 
 
 def _box(data: bytes) -> Extent:
     ends = [msgpack.unpackb(each, raw=True) for each in msgpack.unpackb(data, raw=True)]
-    return Extent(tuple((start, stop) for start, stop in ([*_sides(each[:2])] for each in ends)))
+    return Extent(tuple((start, stop) for start, stop in ([*sides(each[:2])] for each in ends)))
 
 
-def _sides(numbers: Any) -> tuple[int, ...]:
+def sides(numbers: Any) -> tuple[int, ...]:
+    """The shape that a file says an array has.
+
+    Raises:
+        ValueError: it is none.
+    """
     if not isinstance(numbers, list) or not all(type(each) is int and 0 <= each < 2**48 for each in numbers):
         raise ValueError("a shape that is none")
     return tuple(numbers)
@@ -104,6 +114,8 @@ def _sides(numbers: Any) -> tuple[int, ...]:
 def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """Every value of nested dicts with its path, a/b/c, in the order in which JAX numbers them: by key. An array that
     flax has cut is one value."""
+    if path.count("/") > _DEEPEST:
+        raise Fault(f"it holds dicts in dicts, more than {_DEEPEST} deep")
     if isinstance(tree, Mapping) and CHUNKED not in tree:
         for key in sorted(tree, key=str):
             yield from leaves(tree[key], f"{path}/{key}" if path else str(key))
@@ -120,6 +132,6 @@ def _joined(tree: Mapping[str, Any], path: str) -> Array:
         pieces = [tree["chunks"][str(i)] for i in range(len(tree["chunks"]))]
         dtypes = {each.dtype for each in pieces}
         (dtype,) = dtypes
-        return Array(_sides(list(shape)), dtype, b"".join(each.data for each in pieces))
+        return Array(sides(list(shape)), dtype, b"".join(each.data for each in pieces))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise Fault(f"{path} is cut into pieces that do not fit") from error

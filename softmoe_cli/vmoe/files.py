@@ -4,6 +4,7 @@ Three kinds: vmoe's own, an `.index` with shards of data beside it; flax's msgpa
 """
 
 import math
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from softmoe_cli.errors import first_line
-from softmoe_cli.vmoe.arrays import Array, Extent, Fault, Indexed, leaves, unpacked
+from softmoe_cli.vmoe.arrays import Array, Extent, Fault, Indexed, leaves, sides, unpacked
 
 FIRST = "embedding/kernel"
 """The weight by which a ViT is known."""
@@ -92,6 +93,8 @@ def _of_shards(prefix: Path, index: Path) -> dict[str, Tensor]:
     missing = [file.name for file in files.values() if not file.is_file()]
     if missing:
         raise Fault(f"{missing[0]} is missing{f' and {len(missing) - 1} more' if missing[1:] else ''}")
+    if empty := [name for name, entry in wanted.values() if 0 in entry.shape]:
+        raise Fault(f"{index.name} says that {empty[0]} is empty")
     if sum(math.prod(entry.shape) for _, entry in wanted.values()) > sum(
         file.stat().st_size for file in files.values()
     ):
@@ -143,6 +146,14 @@ def _fill(whole: Tensor, extent: Extent, parts: list[Any], name: str) -> None:
 # --- archives of arrays -----------------------------------------------------------------------------------------------
 
 
+UNREADABLE = (
+    zipfile.BadZipFile, zlib.error, tokenize.TokenError, EOFError, KeyError, IndexError, ValueError, TypeError,
+    SyntaxError, OverflowError, MemoryError, RuntimeError,
+)  # fmt: skip
+"""What zipfile and numpy raise of archives that are damaged, have a password (RuntimeError, of which RecursionError and
+NotImplementedError are kinds too), or whose headers are no numpy's."""
+
+
 def _of_archive(path: Path) -> dict[str, Tensor]:
     try:
         with zipfile.ZipFile(path) as archive:
@@ -153,19 +164,26 @@ def _of_archive(path: Path) -> dict[str, Tensor]:
                 for name in names
                 if name.startswith(start)
             }
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, KeyError, ValueError) as error:
+    except UNREADABLE as error:
         raise Fault(f"it is no archive of arrays, or is truncated or damaged ({first_line(error)})") from error
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> Array:
     """One array of an archive, read without numpy's loader, which would take a file's word for its size."""
-    with archive.open(f"{name}.npy") as file:
+    entry = archive.getinfo(f"{name}.npy")
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise Fault(f"{name} is compressed as no array of numpy's is")
+    with archive.open(entry) as file:
         major, _ = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
         shape, columns_first, dtype = read(file)
-        data = file.read()
-    if dtype.hasobject:
-        raise Fault(f"{name} is a pickle, which can run code when opened")
+        if dtype.hasobject:
+            raise Fault(f"{name} is a pickle, which can run code when opened")
+        shape = sides(list(shape))
+        size = math.prod(shape) * dtype.itemsize
+        data = file.read(min(size, entry.file_size) + 1)  # not all: a little file can hold gigabytes of zeros
+    if len(data) > size:
+        raise Fault(f"{name} is said to be {shape} of {dtype.name} and holds more than {size} bytes")
     kind = "bfloat16" if dtype == np.dtype("V2") else dtype.name  # numpy knows no bfloat16 and keeps its two bytes
     if columns_first or not dtype.isnative:
         numbers = np.frombuffer(data, dtype).reshape(shape, order="F" if columns_first else "C")

@@ -142,6 +142,8 @@ def _one_block_each(named: dict[str, Tensor]) -> dict[str, Tensor]:
     apart: dict[str, Tensor] = {}
     for name, value in named.items():
         place, stacked, rest = name.partition("/encoderblock/")
+        if stacked and not value.ndim:
+            raise Fault(f"{name} is a single number, where blocks on top of each other belong")
         if stacked:
             apart |= {f"{place}/encoderblock_{i}/{rest}": each for i, each in enumerate(value)}
         else:

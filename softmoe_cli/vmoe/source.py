@@ -1,6 +1,7 @@
 """`checkpoint=vmoe:PATH`: official weights as a source like others, with a card that their shapes tell."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +34,7 @@ OF_TAKING = ("capacity_factor", "capacity_rounding", "capacity_multiple", "image
 OF_CHOOSING = ("k", *OF_TAKING)
 """What routers do that their weights do not show, by what `@KEY:VALUE` may say: of experts that take tokens, and of
 tokens that choose."""
+ROUNDINGS = ("ceil", "round")
 _WORDS = re.compile(r"(.*?)((?:@[a-z_]+:[\w.]+)*)", re.DOTALL)
 """A path, which may have an @ itself, and what is said behind it."""
 
@@ -48,8 +50,8 @@ def read_official(checkpoint: str) -> Source:
     found = _WORDS.fullmatch(checkpoint.removeprefix(MARK))
     assert found is not None  # whatever the path
     name, words = found.groups()
-    said = _said(checkpoint, words.split("@")[1:])
     try:
+        said = _said(words.split("@")[1:])
         weights, shapes = translated(parameters_in(Path(name)))
         router, blocks, assumed = _routers(shapes, said)
         side = _image_side(shapes, said)
@@ -67,16 +69,32 @@ def read_official(checkpoint: str) -> Source:
     return Source(checkpoint, digest_of(weights), weights, card, assumed="; ".join(assumed))
 
 
-def _said(checkpoint: str, words: Sequence[str]) -> dict[str, Any]:
+def _said(words: Sequence[str]) -> dict[str, Any]:
     """What stands behind the path, as values."""
     known, said = ("router", "image_size", *OF_CHOOSING), {}
     for word in words:
-        key, _, value = word.partition(":")
+        key, _, text = word.partition(":")
         if key not in known:
-            raise UsageError(f"checkpoint={checkpoint}: @{key} is none of @{', @'.join(known)}.{nearest(key, known)}")
-        number = float(value) if value.replace(".", "", 1).isdigit() else None
-        said[key] = value if number is None else int(number) if number.is_integer() else number
+            raise Fault(f"@{key} is none of @{', @'.join(known)}.{nearest(key, known)}")
+        if key in said:
+            raise Fault(f"@{key} is said twice; leave one out")
+        said[key] = text if key == "router" else _value(key, text)
     return said
+
+
+def _value(key: str, text: str) -> str | int | float:
+    """A value behind the path: what the routers could take, so that a fault is not laid at the file's door."""
+    if key == "capacity_rounding":
+        if text not in ROUNDINGS:
+            raise Fault(f"@{key}:{text} is none of {', '.join(ROUNDINGS)}")
+        return text
+    digits = text.replace(".", "", 1)
+    number = float(text) if digits.isascii() and digits.isdecimal() else 0.0
+    if key == "capacity_factor" and not 0 < number < math.inf:
+        raise Fault(f"@{key}:{text} is no number above 0")
+    if key != "capacity_factor" and not (1 <= number < 2**31 and number.is_integer()):
+        raise Fault(f"@{key}:{text} is no whole number from 1 on")
+    return int(number) if number.is_integer() else number
 
 
 def _routers(shapes: Shapes, said: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], list[str]]:

@@ -3,7 +3,9 @@ of other sizes, older names, and files that are damaged or of another model."""
 
 import io
 import json
+import re
 import shutil
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -99,6 +101,11 @@ def test_what_is_said_behind_the_path_decides(tmp_path: Path) -> None:
         "v_moe@router:experts_choice@k:1": "@k has no effect",
         "soft_moe.msgpack@k:1": "@k has no effect",
         "sincos2d.npz@image_size:13": "images of 13 pixels are no whole patches of 4",
+        "v_moe@k:1@k:2": "@k is said twice",
+        "v_moe@k:²": "@k:² is no whole number from 1 on",
+        "v_moe@images_per_group:0": "@images_per_group:0 is no whole number from 1 on",
+        "v_moe@capacity_factor:abc": "@capacity_factor:abc is no number above 0",
+        "v_moe@capacity_rounding:up": "@capacity_rounding:up is none of ceil, round",
     }.items():
         with pytest.raises(UsageError, match=message):
             read(words)
@@ -200,11 +207,54 @@ def test_finetuning_and_export_begin_with_them(softmoe: Softmoe) -> None:
     answer = softmoe("finetune", made, "data=digits", *short)
     assert answer.code == 0, answer.err
     assert "pos_embed 9 -> 4 positions" in answer.out and "head.weight" in answer.out
+    made = f"checkpoint=vmoe:{MADE}/v_moe"  # with a layer before its head, which timm has not
     answer = softmoe("export", made, "data=digits", "threads=1", "images=8", "folder=out", "format=json")
     assert answer.code == 0, answer.err
     again = read_checkpoint("out")
-    assert again.weights.keys() == read("soft_moe.msgpack").weights.keys() and again.card["unnamed"]
-    is_official(logits_of(again), "soft_moe")
+    assert again.weights.keys() == read("v_moe").weights.keys() and again.card["unnamed"]
+    is_official(logits_of(again), "v_moe")
+
+
+def with_ten(path: Path) -> list[str]:
+    """A ViT of ten outputs, and the digits, which are called 0 to 9 as outputs without names are."""
+    ten = {"head/kernel": np.zeros((8, 10), "f"), "head/bias": np.zeros(10, "f")}
+    archived(path, big_vision() | ten)
+    return [f"checkpoint=vmoe:{path}", "data=digits", "threads=1"]
+
+
+def test_numbers_are_no_names_of_classes(softmoe: Softmoe, tmp_path: Path) -> None:
+    """In finetuning the head is new."""
+    short = ["train.steps=1", "train.batch_size=4", "tracking=off", "model.image_size=8"]
+    answer = softmoe("finetune", *with_ten(tmp_path / "ten.npz"), *short)
+    assert answer.code == 0 and re.search(r"new +head\.weight, head\.bias", answer.out), answer.err + answer.out
+
+
+@pytest.mark.thorough
+def test_numbers_are_no_names_of_classes_to_upcycle(softmoe: Softmoe, tmp_path: Path) -> None:
+    router = ["model/router=soft", "model.router.num_experts=2", "model.moe_blocks=last_1"]
+    made = with_ten(tmp_path / "ten.npz")
+    answer = softmoe("upcycle", *made, *router, "images=8", "folder=out", "format=json")
+    assert answer.code == 0, answer.err
+    keys = read_checkpoint("out").card["receipt"]["keys"]
+    assert keys["head.weight"]["from"] is None and keys["norm.weight"]["from"] is not None
+
+
+def test_pruning_writes_what_can_be_read(softmoe: Softmoe, tmp_path: Path) -> None:
+    """The official card knows no images, and so the new one has those that pruning was given; classes stay unnamed, and
+    nothing is scored by numbers that only look like the data's names."""
+    write_tree(tmp_path / "images", per_class=8, classes=tuple("01234"))
+    words = ["data=folder", "data.root=images", "data.test_fraction=0.25", "data.workers=0", "threads=1"]
+    answer = softmoe("prune", f"checkpoint=vmoe:{MADE}/v_moe", "keep=2", "images=8", "folder=out", *words)
+    assert answer.code == 0, answer.err
+    card = read_checkpoint("out").card
+    assert card["receipt"]["validation"] == {"before": None, "after": None}
+    assert (card["data"]["name"], card["data"]["root"], card["unnamed"]) == ("folder", "images", True)
+    answer = softmoe("evaluate", "checkpoint=out", "threads=1", "format=json")
+    assert answer.code == 0, answer.err
+    row = json.loads(answer.out)
+    assert row["classes"].startswith("in the order of the data's names") and "loss" in row
+    answer = softmoe("prune")
+    assert answer.code == 2 and "hf-hub:OWNER/NAME or vmoe:PATH" in answer.err
 
 
 # --- files that cannot be used ----------------------------------------------------------------------------------------
@@ -245,14 +295,17 @@ def test_shards_that_lack_something_are_named(tmp_path: Path) -> None:
     refused(str(path), "says version 20210101, and only 20220622 is known")
 
 
-def test_an_index_cannot_ask_for_more_than_its_files_hold(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("sides", "message"), [([2**40], "says more than its files hold"), ([2**47] * 3 + [0], "head/bias is empty")]
+)
+def test_an_index_cannot_ask_for_more_than_its_files_hold(sides: list[int], message: str, tmp_path: Path) -> None:
     path = copied(tmp_path)
     index = msgpack.unpackb((tmp_path / "v_moe.index").read_bytes(), raw=False)
     described, spans, shards = msgpack.unpackb(index["index"]["params"]["head"]["bias"].data, raw=True)
-    shape = msgpack.packb([[2**40], *msgpack.unpackb(described, raw=True)[1:]])
+    shape = msgpack.packb([sides, *msgpack.unpackb(described, raw=True)[1:]])
     index["index"]["params"]["head"]["bias"] = msgpack.ExtType(8, msgpack.packb([shape, spans, shards]))
     (tmp_path / "v_moe.index").write_bytes(msgpack.packb(index))
-    refused(str(path), "says more than its files hold")
+    refused(str(path), message)
 
 
 def test_other_files_are_refused_by_a_sentence(tmp_path: Path) -> None:
@@ -280,6 +333,67 @@ def test_other_files_are_refused_by_a_sentence(tmp_path: Path) -> None:
     )
 
 
+def headed(text: str) -> bytes:
+    """The beginning of a .npy file, with a header of any text."""
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
+
+
+KERNEL = "{'descr': '<f4', 'fortran_order': False, 'shape': (%s)}"
+HEADERS = {
+    "ends early": "{'descr': '<f4', 'shape': (1,",
+    "dict as key": "{{}: 1}",
+    "list as key": "{[]: 1}",
+    "no type": "{'descr': ',,,', 'fortran_order': False, 'shape': (1,)}",
+    "truth as side": KERNEL % "True,",
+    "side below 0": KERNEL % "-1,",
+    "nested": "-" * 9000 + "1",
+}
+
+
+@pytest.mark.parametrize("fault", HEADERS)
+def test_headers_that_are_no_numpys_are_refused(fault: str, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "bad.npz", "w") as archive:
+        archive.writestr("embedding/kernel.npy", headed(HEADERS[fault]) + bytes(4))
+    refused(str(tmp_path / "bad.npz"), "it is no archive of arrays, or is truncated or damaged")
+
+
+def test_an_archive_with_a_password_is_refused(tmp_path: Path) -> None:
+    whole = bytearray((MADE / "big_vision.npz").read_bytes())
+    place = -1
+    while (place := whole.find(b"PK\x01\x02", place + 1)) >= 0:
+        whole[place + 8] |= 1  # the flag in the archive's list; zipfile compares it with the entry's own
+    while (place := whole.find(b"PK\x03\x04", place + 1)) >= 0:
+        whole[place + 6] |= 1
+    (tmp_path / "closed.npz").write_bytes(whole)
+    refused(str(tmp_path / "closed.npz"), "no archive of arrays.*encrypted")
+
+
+def test_an_archive_is_read_no_further_than_its_shapes_say(tmp_path: Path) -> None:
+    """A little file can hold gigabytes of zeros: here 64 MB, of which less than a tenth may be in memory."""
+    with zipfile.ZipFile(tmp_path / "zeros.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("embedding/kernel.npy", headed(KERNEL % "2,") + bytes(2**26))
+    message = r"embedding/kernel is said to be \(2,\) of float32 and holds more than 8 bytes"
+    refused(str(tmp_path / "zeros.npz"), message)  # and imports what reading needs
+    tracemalloc.start()
+    refused(str(tmp_path / "zeros.npz"), message)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**26 / 10
+    with zipfile.ZipFile(tmp_path / "lzma.npz", "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("embedding/kernel.npy", headed(KERNEL % "2,") + bytes(8))
+    refused(str(tmp_path / "lzma.npz"), "embedding/kernel is compressed as no array of numpy's is")
+
+
+def test_messages_that_are_no_arrays_are_refused(tmp_path: Path) -> None:
+    """An array of which only the number of bytes is there, and dicts in dicts."""
+    path = tmp_path / "bad.msgpack"
+    array = msgpack.ExtType(1, msgpack.packb(((2**10,), "float32", 2**12), use_bin_type=True))
+    path.write_bytes(msgpack.packb({"embedding": {"kernel": array}}))
+    refused(str(path), "truncated or damaged .an array without numbers")
+    path.write_bytes(b"\x81\xa1a" * 1000 + b"\x80")
+    refused(str(path), "dicts in dicts, more than 100 deep")
+
+
 def without(named: dict[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
     return {key: value for key, value in named.items() if key != name}
 
@@ -293,6 +407,10 @@ WRONG: dict[str, tuple[Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]],
         r"key/bias is \(4, 2\), where \(2, 4\) belongs",
     ),
     "type": (lambda n: n | {"head/bias": np.zeros(5, "i4")}, "head/bias is of int32, which no weight is"),
+    "stacked": (
+        lambda n: n | {"Transformer/encoderblock/gate": np.array(1, "f")},
+        "encoderblock/gate is a single number, where blocks on top of each other belong",
+    ),
     "grid": (lambda n: n | {"pos_embedding": np.zeros((1, 7, 8), "f")}, "has 7 positions, which is no square grid"),
     "map": (lambda n: n | {"MAPHead_0/probe": np.zeros((1, 1, 8), "f")}, "pools its tokens with attention"),
     "extra": (lambda n: n | {f"{BLOCK}/gate": np.zeros(2, "f")}, r"has 1 weights that no model here has: .*gate"),
