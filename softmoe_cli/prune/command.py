@@ -7,7 +7,7 @@ method this is after, and what is ours: README.md.
 import copy
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,7 @@ def prune(config: PruneConfig, model: Model, source: Source, before: Source | No
         key: source.card[key] for key in ("data", "classes", "loss", "precision", "unnamed") if key in source.card
     }
     if "name" not in card["data"]:  # official weights, which know no images
-        card["data"] = asdict(config.data)
+        card["data"] = config.data.on_card()
     card |= {"receipt": receipt, "origin": origin("prune", settings, source), "train_pflop": source.train_pflop}
     files = {RECEIPT: receipt}
     if entry is not None:
