@@ -313,6 +313,7 @@ def test_card_from_before_an_option(finished: Path, softmoe: Softmoe, tmp_path: 
     assert answer.code == 0, answer
 
 
+@pytest.mark.thorough
 def test_colour_weights_take_grey_images(softmoe: Softmoe, tmp_path: Path) -> None:
     """The means of three colours are used for grey images, which are repeated; a timm checkpoint's means too."""
     tree(tmp_path / "images")

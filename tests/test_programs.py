@@ -98,6 +98,7 @@ def test_a_run_a_sweep_and_a_check(softmoe: Softmoe, tmp_path: Path) -> None:
     assert checked["router"] == "identity" and checked["passed"] > 3
 
 
+@pytest.mark.thorough
 def test_nobody_reads(tmp_path: Path) -> None:
     """Standard output that is closed, or whose reader has gone: the sentence, the status, and no traceback."""
     wrong = f"{sys.executable} -m softmoe_cli train modl=x --json"

@@ -155,8 +155,9 @@ Makes a mixture with fewer experts, without training.
 
 SOURCE is a run folder, a .safetensors file, hf-hub:OWNER/NAME or vmoe:PATH.
 Experts are scored on training images of data= (the checkpoint's set without
-it), without their labels. With to=dense the one expert that is left in each block becomes
-the block's MLP; where that would compute something else, it is refused.
+it), without their labels. With to=dense the one expert that is left in each
+block becomes the block's MLP; where that would compute something else, it is
+refused.
 receipt.json, and the header of the weights, say which experts stay and why,
 what changed on the validation images, quality and cost before and after.
 softmoe evaluate reads the folder as any other. To prune while finetuning:

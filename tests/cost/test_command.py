@@ -108,6 +108,7 @@ def test_errors_of_use(softmoe: Softmoe) -> None:
         assert len(told.err.splitlines()) == 1
 
 
+@pytest.mark.thorough
 def test_memory_of_each_of_several_devices(softmoe: Softmoe) -> None:
     """As training predicts it; FLOPs of an image are what they were."""
     line = ("cost", "model=vit_nano4_soft", "data=fashion_mnist", "batch_size=32", "devices=4")

@@ -14,6 +14,7 @@ from softmoe_cli.moe.routers.soft import SoftRouter
 from tests.cost.loads import CPU, FOUR, composed, held, load, with_free
 
 
+@pytest.mark.thorough
 def test_a_refusal_names_ways_to_divide(monkeypatch: pytest.MonkeyPatch) -> None:
     config, cuda = composed("soft", "train.batch_size=4"), torch.device("cuda")
     fsdp, expert = (held(config, 4, way).peak_bytes for way in ("fsdp", "expert"))

@@ -236,6 +236,7 @@ def test_moments_in_8_bits() -> None:
     assert found.peak_bytes == pytest.approx(allocated_peak(config), rel=0.02)
 
 
+@pytest.mark.thorough
 def test_moments_in_the_machines_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     config, cuda = composed("soft", "train.batch_size=4", "optim.moments=offload"), torch.device("cuda")
     plain, found = held(composed("soft", "train.batch_size=4")), held(config)

@@ -101,6 +101,7 @@ def test_overrides_may_stand_before_flags(softmoe: Softmoe) -> None:
     assert "seed: 3" in softmoe("train", "seed=3", "--cfg", "job", "train.steps=2").out
 
 
+@pytest.mark.thorough
 def test_a_model_that_has_no_name_is_crossed(softmoe: Softmoe) -> None:
     """The words that replace its name lead to its backbone and router; where one has a name there are none."""
     routers = {name: conf_files.load_yaml(file)["_target_"] for name, file in conf_files.files("model/router").items()}

@@ -93,6 +93,7 @@ def test_words_that_do_not_go_together_are_refused(words: str) -> None:
     assert compose("tracking=[offline,tensorboard]").tracking == ["offline", "tensorboard"]
 
 
+@pytest.mark.thorough
 def test_a_run_mirrors_its_rows(tmp_path: Path) -> None:
     finish(start(tmp_path, "train.steps=4", "tracking=tensorboard"))
     run = the_run(tmp_path)
