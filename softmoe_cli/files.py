@@ -5,7 +5,9 @@ import errno
 import os
 import secrets
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from softmoe_cli.errors import RunError, UsageError
 
@@ -48,10 +50,21 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     Raises:
         RunError: it cannot be written; what was there is still there.
     """
+    with written_whole(path) as file:
+        file.write(content if isinstance(content, bytes) else content.encode("utf-8", "surrogateescape"))
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to, which becomes `path` when all is written, and nothing if something is raised before.
+
+    Raises:
+        RunError: it cannot be written; what was there is still there.
+    """
     temporary = unused(path)
     try:
         with temporary.open("xb") as file:
-            file.write(content if isinstance(content, bytes) else content.encode("utf-8", "surrogateescape"))
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -65,7 +65,8 @@ def main() -> None:
     optimizer, scaler = optimizer_of(model, config.optim), torch.amp.GradScaler("cpu", enabled=False)
     b, side = config.train.batch_size, config.model.image_size
     batch = Batch(torch.randn(b, config.model.in_chans, side, side), one_hot(torch.arange(b) % 10, 10).float())
-    ratios, both = list[float](), ([], [])  # type: ignore[var-annotated]
+    ratios: list[float] = []
+    both: tuple[list[float], list[float]] = ([], [])
     with routings(model) as seen:
         step = Step(model, model, optimizer, scaler, precision_context("cpu", "fp32"), seen, config)
         for _ in range(3):

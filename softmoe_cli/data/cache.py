@@ -30,7 +30,7 @@ from softmoe_cli.data.archives import Stored
 from softmoe_cli.data.decode import squares
 from softmoe_cli.data.folders import Listing
 from softmoe_cli.errors import RunError, UsageError
-from softmoe_cli.files import cannot_write, clear, sync, unused
+from softmoe_cli.files import clear, written_whole
 from softmoe_cli.text import gibibytes
 
 TOGETHER = 256
@@ -124,20 +124,10 @@ def _write(path: Path, files: list[Stored], shape: tuple[int, ...], data: Data) 
     """The file appears whole or not at all: a killed process leaves a hidden one, which the next one removes."""
     for left in path.parent.glob(f".{glob.escape(path.name[:60])}-*"):
         clear(left)  # the lock is held: nobody writes it
-    temporary = unused(path)
-    try:
-        with temporary.open("xb") as file:
-            head = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)), "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, head)
-            for stored in files:
-                for start in range(0, len(stored), TOGETHER):
-                    some = stored.subset(np.arange(start, min(start + TOGETHER, len(stored))))
-                    file.write(squares(some, data).numpy().data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync(path.parent)
-    except OSError as error:
-        raise cannot_write(path, error) from error
-    finally:
-        clear(temporary)
+    with written_whole(path) as file:
+        head = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, head)
+        for stored in files:
+            for start in range(0, len(stored), TOGETHER):
+                some = stored.subset(np.arange(start, min(start + TOGETHER, len(stored))))
+                file.write(squares(some, data).numpy().data)

@@ -102,7 +102,8 @@ class _Watch:
             self.dropped += float((sees.sum(dim=2) == 0).sum())
         self.tokens += given.shape[0] * given.shape[1]
         self.load = self.load + given.sum(dim=(0, 1))
-        self.best.append(tuple(weights.max(dim=1)))  # type: ignore[arg-type]
+        strongest, patch = weights.max(dim=1)
+        self.best.append((strongest, patch))
         if self.sums is None:
             self.sums = part.new_zeros(self.classes, part.shape[1], part.shape[2])
         own, here = self._of_task(batch.labels)

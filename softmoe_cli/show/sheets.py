@@ -34,9 +34,10 @@ KIND_WORDS = {"ffn": "MLP"}
 
 
 def leader(shares: Shares) -> torch.Tensor:
-    """The expert of each token (b n): the first choice, or the one with the largest weight; -1: dropped."""
+    """The expert of each token (b n): the first choice that has room, or the largest weight's; -1: none has room."""
     if shares.chosen is not None:
-        return shares.chosen[:, :, 0]
+        first = (shares.chosen >= 0).int().argmax(dim=2, keepdim=True)
+        return shares.chosen.gather(2, first)[:, :, 0]
     return expert_weights(shares, "given").argmax(dim=2)
 
 

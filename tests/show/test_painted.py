@@ -10,11 +10,12 @@ from torch import Tensor
 
 from softmoe_cli.data.batches import Batch
 from softmoe_cli.model.vit import build
+from softmoe_cli.moe.kind import Shares
 from softmoe_cli.moe.routers.zero_computation import ZeroComputationRouter
 from softmoe_cli.moe.routing import DenseRouting, SparseRouting
 from softmoe_cli.show.looked import ModelLook, look_at, pixels_of
 from softmoe_cli.show.paint import CLEAR, CROSS, DROPPED_GREY, FRAME, HEAT, SIDE, colours, patch_in_place
-from softmoe_cli.show.sheets import classes_sheet, likes_sheet, routing_sheet
+from softmoe_cli.show.sheets import classes_sheet, leader, likes_sheet, routing_sheet
 from tests.conftest import TINY
 from tests.oracles import compose
 
@@ -257,3 +258,8 @@ def test_maps_by_class_are_of_the_task(first: int) -> None:
             for expert in range(EXPERTS):
                 mean = (PLANTED[label::2] == expert).mean(axis=0)
                 assert np.allclose(layer.by_class[label, expert].view(GRID, GRID).numpy(), mean)
+
+
+def test_a_second_choice_that_has_room_leads() -> None:
+    chosen = torch.tensor([[[2, 0], [-1, 1], [-1, -1], [0, -1]]])
+    assert leader(Shares(torch.zeros(1, 4, 3), None, torch.arange(3), chosen)).tolist() == [[2, 1, -1, 0]]
