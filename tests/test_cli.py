@@ -420,6 +420,7 @@ def test_finetune_from_timm_without_its_weights(softmoe: Softmoe) -> None:
     assert "could not fetch its weights" in answer.err
 
 
+@pytest.mark.thorough
 def test_finished_runs_are_not_repeated_and_sweeps_make_a_run_each(softmoe: Softmoe, tmp_path: Path) -> None:
     line = ("train", "-m", *TINY, "train.steps=2", "seed=0,1")
     assert softmoe(*line).code == 0

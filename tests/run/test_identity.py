@@ -41,6 +41,9 @@ def test_a_runs_folder_is_named_after_what_it_computes() -> None:
     idle = ("seed=0", "output_root=other", "threads=1", "wandb.project=p", "train.eval_batch_size=7")
     assert len({folder_of(*TINY, word).name for word in idle}) == 1
     assert len({folder_of(*TINY, word).name for word in ("seed=0", "seed=1", "optim.lr=0.1")}) == 3
+    places = ("model.moe_blocks=last_1", "model.moe_blocks=last_2")
+    assert len({folder_of("model/router=dense", word) for word in places}) == 1
+    assert len({folder_of("model/router=soft", word) for word in places}) == 2
 
 
 @pytest.mark.thorough
@@ -66,6 +69,7 @@ def test_signature_is_what_the_run_computes(softmoe: Softmoe, tmp_path: Path) ->
     assert len({path.parent.name for path in tmp_path.glob("*/default/*/result.json")}) == 3
 
 
+@pytest.mark.thorough
 def test_dense_control_is_one_run_whatever_the_rivals_sweep(softmoe: Softmoe, tmp_path: Path) -> None:
     options = ("tracking=off", "train.steps=2", "model/router=dense", "model.backbone.width=16")
     for other in ("model.moe_blocks=last_1", "model.moe_blocks=last_2"):
