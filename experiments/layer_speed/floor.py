@@ -7,6 +7,7 @@ The floor is a sum over the products of a step, of which each takes the longer o
 
     FLOPs / the rate of a product of exactly that shape     one expert's, or one image's, again and again, so that its
                                                             operands stay in the cache; the best of their four layouts
+                                                            and of a sum over pieces of the inner axis
     bytes / the bandwidth of a copy                         what it must fetch or leave in memory: weights (each pass),
                                                             gradients of weights, hidden units (written, then read),
                                                             tokens and what they became (each pass)
@@ -79,7 +80,7 @@ def products(d: int, e: int, batch: int) -> tuple[list[Product], list[Product]]:
     return forward, backward
 
 
-def best_s(what: Callable[[], Any], times: int = 5) -> float:
+def best_s(what: Callable[[], Any], times: int = 7) -> float:
     """Processor seconds of a call, the least of some turns of at least 2 ms each."""
     what()
     calls, found = 1, 0.0
@@ -101,12 +102,20 @@ def best_s(what: Callable[[], Any], times: int = 5) -> float:
 
 
 def product_s(m: int, k: int, n: int, known: dict[tuple[int, int, int], float]) -> float:
-    """Seconds of one product whose operands are in the cache, in the best of their layouts."""
+    """Seconds of one product whose operands are in the cache, in the best way found."""
     if (m, k, n) not in known:
         out = torch.empty(m, n)
         lefts, rights = (torch.randn(m, k), torch.randn(k, m).T), (torch.randn(k, n), torch.randn(n, k).T)
-        each = [best_s(lambda a=a, b=b: torch.mm(a, b, out=out)) for a in lefts for b in rights]
-        known[m, k, n] = min(each)
+
+        def in_pieces(piece: int) -> None:
+            first, *others = zip(lefts[0].split(piece, 1), rights[0].split(piece), strict=True)
+            torch.mm(*first, out=out)
+            for part in others:
+                out.addmm_(*part)
+
+        ways = [lambda a=a, b=b: torch.mm(a, b, out=out) for a in lefts for b in rights]
+        ways += [lambda piece=piece: in_pieces(piece) for piece in (32, 64, 128) if piece < k <= 32 * piece]
+        known[m, k, n] = min(map(best_s, ways))
     return known[m, k, n]
 
 

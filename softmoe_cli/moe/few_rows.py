@@ -16,7 +16,7 @@ FEW = 64
 """Rows of an expert up to which it pays to meet a weight in pieces."""
 TURNED = 48
 """Rows up to which it pays to turn the gradient."""
-PIECE = 32
+UNPACKED = 32
 """Rows of a weight that MKL multiplies as they lie."""
 LONG = 4096
 """Bytes above which each row of a weight lies on pages of memory of its own. It pays for such weights only."""
@@ -40,7 +40,7 @@ class _FewRows(torch.autograd.Function):
         _, d, h = weights.shape
         if h * weights.element_size() <= LONG or h < d:
             return torch.baddbmm(bias[:, None], rows, weights)
-        piece = max(PIECE, 2 * rows.shape[1])
+        piece = max(UNPACKED, 2 * rows.shape[1])
         first, *others = zip(rows.split(piece, 2), weights.split(piece, 1), strict=True)
         y = torch.baddbmm(bias[:, None], *first)
         for part in others:

@@ -48,7 +48,7 @@ def test_numbers_and_gradients_are_those_of_single_rows(r: int) -> None:
 
 @pytest.mark.parametrize("turned", [0, TURNED])
 def test_gradients_of_gradients(turned: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"LONG": 0, "PIECE": 2, "TURNED": turned}.items():
+    for name, value in {"LONG": 0, "UNPACKED": 2, "TURNED": turned}.items():
         monkeypatch.setattr(few_rows, name, value)
     given = drawn(2, 1, 3, 4)
     assert pays(*given[:2])
