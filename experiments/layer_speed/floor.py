@@ -7,7 +7,7 @@ The floor is a sum over the products of a step, of which each takes the longer o
 
     FLOPs / the rate of a product of exactly that shape     one expert's, or one image's, again and again, so that its
                                                             operands stay in the cache; the best of their four layouts
-                                                            and of a sum over pieces of the inner axis
+                                                            and of one piece as often as there are pieces
     bytes / the bandwidth of a copy                         what it must fetch or leave in memory: weights (each pass),
                                                             gradients of weights, hidden units (written, then read),
                                                             tokens and what they became (each pass)
@@ -106,16 +106,15 @@ def product_s(m: int, k: int, n: int, known: dict[tuple[int, int, int], float]) 
     if (m, k, n) not in known:
         out = torch.empty(m, n)
         lefts, rights = (torch.randn(m, k), torch.randn(k, m).T), (torch.randn(k, n), torch.randn(n, k).T)
-
-        def in_pieces(piece: int) -> None:
-            first, *others = zip(lefts[0].split(piece, 1), rights[0].split(piece), strict=True)
-            torch.mm(*first, out=out)
-            for part in others:
-                out.addmm_(*part)
-
-        ways = [lambda a=a, b=b: torch.mm(a, b, out=out) for a in lefts for b in rights]
-        ways += [lambda piece=piece: in_pieces(piece) for piece in (32, 64, 128) if piece < k <= 32 * piece]
-        known[m, k, n] = min(map(best_s, ways))
+        found = [best_s(lambda a=a, b=b: torch.mm(a, b, out=out)) for a in lefts for b in rights]
+        a, b = lefts[0], rights[0]
+        for piece in (32, 128):  # the same piece again and again: of large operands, only a part fits into the cache
+            for axis, size in enumerate((m, k, n)):
+                if size > piece:
+                    rows, inner, columns = (piece if axis == each else None for each in range(3))
+                    part = best_s(lambda r=rows, i=inner, c=columns: out[:r, :c].addmm_(a[:r, :i], b[:i, :c]))
+                    found.append(part * size / piece)
+        known[m, k, n] = min(found)
     return known[m, k, n]
 
 

@@ -1,9 +1,9 @@
 """Products of experts that have few rows each, on a CPU.
 
-There a product moves its weights rather than multiplies, and MKL, torch's library for it, copies them into an order of
-its own first, so that it waits for memory and then computes. Whether it copies, and how, it decides by the shapes of
-operands that it is handed: below they are handed over in shapes for which it reads weights as they lie, or copies them
-in runs. What that is worth, and what else was tried: experiments/layer_speed.
+There a product moves its weights rather than multiplies, and MKL, torch's library for it, takes as long as arithmetic
+and transfer one after the other. For some operands it does better: for weights of few rows, which it seems not to copy
+before it multiplies, and where weights stand on the left instead of turned on the right. Below, products are handed
+over so. What that is worth, and what else was tried: experiments/layer_speed.
 """
 
 from typing import Any
@@ -12,12 +12,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-FEW = 64
+PIECED = 64
 """Rows of an expert up to which it pays to meet a weight in pieces."""
 TURNED = 48
 """Rows up to which it pays to turn the gradient."""
 UNPACKED = 32
-"""Rows of a weight that MKL multiplies as they lie."""
+"""Rows of a weight that make a piece at least."""
 LONG = 4096
 """Bytes above which each row of a weight lies on pages of memory of its own. It pays for such weights only."""
 
@@ -29,7 +29,7 @@ def pays(rows: Float[Tensor, "e r d"], w1: Float[Tensor, "e d h"]) -> bool:
         return False
     mkl = rows.device.type == "cpu" and torch.backends.mkl.is_available() and not torch.is_autocast_enabled("cpu")
     whole = rows.dtype == w1.dtype and rows.dtype in (torch.float32, torch.float64)
-    return mkl and whole and 0 < rows.shape[1] <= FEW and w1.shape[2] * w1.element_size() > LONG
+    return mkl and whole and 0 < rows.shape[1] <= PIECED and w1.shape[2] * w1.element_size() > LONG
 
 
 class _FewRows(torch.autograd.Function):

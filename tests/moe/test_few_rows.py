@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from softmoe_cli.moe import few_rows, layer
-from softmoe_cli.moe.few_rows import FEW, LONG, TURNED, pays
+from softmoe_cli.moe.few_rows import LONG, PIECED, TURNED, pays
 from softmoe_cli.moe.layer import Experts, experts
 
 WIDE = LONG // 4 + 1
@@ -24,21 +24,27 @@ def drawn(e: int, r: int, d: int, h: int, dtype: torch.dtype = torch.float64) ->
     return [(torch.randn(shape, dtype=dtype) / 4).requires_grad_() for shape in shapes]
 
 
+def mlps(*given: Tensor) -> Tensor:
+    rows, w1, b1, w2, b2 = given
+    return experts(rows, w1, b1, w2, b2, "tanh")
+
+
 def one_by_one(rows: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
     """Row by row, expert by expert."""
     made = []
     for i, own in enumerate(rows):
-        hidden = [F.gelu(row @ w1[i] + b1[i]) for row in own]
+        hidden = [F.gelu(row @ w1[i] + b1[i], approximate="tanh") for row in own]
         made.append(torch.stack([each @ w2[i] + b2[i] for each in hidden]))
     return torch.stack(made)
 
 
-@pytest.mark.parametrize("r", [1, TURNED, TURNED + 1, FEW + 1])
+@pytest.mark.parametrize("r", [1, TURNED, TURNED + 1, PIECED + 1])
 def test_numbers_and_gradients_are_those_of_single_rows(r: int) -> None:
     """70 is no multiple of a piece, and less than one for many rows."""
     given = drawn(2, r, 70, LONG // 8 + 1)
-    assert pays(*given[:2]) is (r <= FEW)
-    want, got = one_by_one(*given), experts(*given, gelu="none")
+    assert pays(given[0], given[1]) is (r <= PIECED)
+    rows, w1, b1, w2, b2 = given
+    want, got = one_by_one(rows, w1, b1, w2, b2), mlps(*given)
     torch.testing.assert_close(got, want, atol=1e-11, rtol=1e-11)
     seed = torch.randn_like(want)
     pairs = zip(torch.autograd.grad(got, given, seed), torch.autograd.grad(want, given, seed), strict=True)
@@ -51,11 +57,7 @@ def test_gradients_of_gradients(turned: int, monkeypatch: pytest.MonkeyPatch) ->
     for name, value in {"LONG": 0, "UNPACKED": 2, "TURNED": turned}.items():
         monkeypatch.setattr(few_rows, name, value)
     given = drawn(2, 1, 3, 4)
-    assert pays(*given[:2])
-
-    def mlps(*tensors: Tensor) -> Tensor:
-        return experts(*tensors, gelu="tanh")
-
+    assert pays(given[0], given[1])
     assert torch.autograd.gradcheck(mlps, given, fast_mode=True)
     assert torch.autograd.gradgradcheck(mlps, given, fast_mode=True)
 
@@ -66,7 +68,7 @@ def test_only_what_learns_gets_a_gradient(learned: int) -> None:
     for i, each in enumerate(part):
         each.requires_grad_(i == learned)
     for given in (whole, part):
-        experts(*given, gelu="tanh").square().sum().backward()
+        mlps(*given).square().sum().backward()
     assert [each.grad is not None for each in part] == [i == learned for i in range(5)]
     assert torch.equal(part[learned].grad, whole[learned].grad)  # type: ignore[arg-type]
 
@@ -78,7 +80,7 @@ def test_where_it_does_not_pay_torch_gets_the_products_as_they_are() -> None:
     assert pays(*given())
     assert pays(*given(dtype=torch.float64))
     assert not pays(*given(r=0))
-    assert not pays(*given(r=FEW + 1))
+    assert not pays(*given(r=PIECED + 1))
     assert not pays(*given(h=WIDE - 1))
     assert not pays(*given(dtype=torch.bfloat16))
     assert not pays(*given(device="meta"))
@@ -96,7 +98,7 @@ def test_functional_transforms_get_plain_products() -> None:
     stacked = [torch.stack([each, -each]).detach() for each in weights]
 
     def loss(*given: Tensor) -> Tensor:
-        return experts(rows.detach(), *given, gelu="tanh").square().sum()
+        return mlps(rows.detach(), *given).square().sum()
 
     both = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1, 2, 3)))(*stacked)
     for i, sign in enumerate((1, -1)):
@@ -108,9 +110,9 @@ def test_functional_transforms_get_plain_products() -> None:
 def test_recomputation_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
 
-    def counted(*given: Tensor) -> Tensor:
-        taken.append(given)
-        return few_rows.few_rows(*given)
+    def counted(rows: Tensor, weights: Tensor, bias: Tensor) -> Tensor:
+        taken.append(rows)
+        return few_rows.few_rows(rows, weights, bias)
 
     monkeypatch.setattr(layer, "few_rows", counted)
     torch.manual_seed(0)
