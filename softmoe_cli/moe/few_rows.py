@@ -38,7 +38,7 @@ class _FewRows(torch.autograd.Function):
         rows: Float[Tensor, "e r d"], weights: Float[Tensor, "e d h"], bias: Float[Tensor, "e h"]
     ) -> Float[Tensor, "e r h"]:
         _, d, h = weights.shape
-        if h * weights.element_size() <= LONG or h < d:
+        if h < d:
             return torch.baddbmm(bias[:, None], rows, weights)
         piece = max(UNPACKED, 2 * rows.shape[1])
         first, *others = zip(rows.split(piece, 2), weights.split(piece, 1), strict=True)
