@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from softmoe_cli.errors import first_line
-from softmoe_cli.run.rows import EVERY, named, number
+from softmoe_cli.run.rows import EVERY, charted, number
 
 FOLDER = "tensorboard"
 
@@ -135,7 +135,7 @@ class Events:
         new = row["step"] != self._step
         said = {
             key: float(value)
-            for key, value in named(row).items()
+            for key, value in charted(row).items()
             if _fits(value) and key != "step" and (new or key not in EVERY)
         }
         self._step = row["step"]

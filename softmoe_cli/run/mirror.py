@@ -17,7 +17,7 @@ from urllib.parse import urlparse
 
 from softmoe_cli.config.run import WANDB_LETTERS, WANDB_WORDS, Config
 from softmoe_cli.errors import UsageError, first_line, nearest
-from softmoe_cli.run.rows import AXES, CURVES, named
+from softmoe_cli.run.rows import AXES, CURVES, charted
 from softmoe_cli.run.trackio import check_trackio
 from softmoe_cli.signals import waits_for_nobody
 
@@ -222,8 +222,8 @@ def _init(mode: str, settings: dict[str, Any], folder: Path, say: Callable[[str]
 def _by_axes(row: dict[str, Any]) -> dict[str, Any]:
     """A row by its names, with by_device_s/top1_pct and so on."""
     if row["split"] != "validation":
-        return named(row)
-    return named(row) | {f"by_{axis}/{key}": row[key] for axis in OTHER_AXES for key in CURVES}
+        return charted(row)
+    return charted(row) | {f"by_{axis}/{key}": row[key] for axis in OTHER_AXES for key in CURVES}
 
 
 def publish(

@@ -492,7 +492,7 @@ def jobs(path: Path) -> tuple[str, list[str], list[Row]]:
     return sweep_row.get("command") or "train", typed, job_rows
 
 
-def named(row: Row) -> Row:
+def charted(row: Row) -> Row:
     """A row as charts of other programs name it: train/loss, validation/top1_pct; what every row has keeps its name."""
     said = {key: value for key, value in row.items() if key not in ("format", "split") and value is not None}
     return {key if key in EVERY else f"{row['split']}/{key}": value for key, value in said.items()}

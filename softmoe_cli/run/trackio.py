@@ -9,7 +9,7 @@ from typing import Any
 
 from softmoe_cli.config.run import Config
 from softmoe_cli.errors import UsageError, first_line
-from softmoe_cli.run.rows import named, number
+from softmoe_cli.run.rows import charted, number
 
 ELSEWHERE = ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL")
 """Variables with which Trackio sends rows away, whatever it is told."""
@@ -89,7 +89,7 @@ class Trackio:
     def _log(self, row: dict[str, Any]) -> None:
         if self._run is not None:
             self._step = row["step"]
-            self._run.log({key: value for key, value in named(row).items() if key != "step"}, self._step)
+            self._run.log({key: value for key, value in charted(row).items() if key != "step"}, self._step)
 
     @contextlib.contextmanager
     def _stops_nothing(self) -> Iterator[None]:

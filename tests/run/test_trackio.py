@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from softmoe_cli.errors import UsageError
-from softmoe_cli.run.rows import named
+from softmoe_cli.run.rows import charted
 from softmoe_cli.run.trackio import ELSEWHERE, check_trackio
 from tests.oracles import compose
 from tests.runs import finish, start, the_run
@@ -76,7 +76,7 @@ def test_a_run_mirrors_its_rows(place: Path) -> None:
     ((name, config, logs),) = json.loads(python(READ, "softmoe"))
     assert name == run.name and config["data_name"] == "digits" and config["_Group"] == "default"
     assert [{key: value for key, value in row.items() if key != "timestamp"} for row in logs[:-1]] == list(
-        map(named, kept)
+        map(charted, kept)
     )
     assert logs[-1]["result/top1_pct"] == json.loads((run / "result.json").read_text())["top1_pct"]
     assert list(run.glob("wandb/offline-run-*")) and list(run.glob("tensorboard/events.*"))
