@@ -126,7 +126,7 @@ def train(begun: Begun) -> dict[str, Any]:
     # --- evaluation, and what ends the run
     stop = Stop(crew)
     looks = Looks(recording, stop)
-    first_steps = FirstSteps(progress, budget, config.train.eval_every, pace, screen.say)
+    first_steps = FirstSteps(progress, budget, config.train.eval_every, pace, screen.sentence)
 
     # --- loop
     training = _batches(setup, crew.share(config).rows(config.train.accumulate), progress.step)

@@ -158,7 +158,9 @@ def test_wandb_offline_holds_group_table_and_artifact(tmp_path: Path) -> None:
     run = next(each.run for each in kept if each.WhichOneof("record_type") == "run")
     assert (run.run_group, run.job_type, run.project) == ("made_up", "compare", "mine")
     artifact = next(each.artifact for each in kept if each.artifact.type == "comparison")
-    assert {each.path for each in artifact.manifest.contents} >= {"table.csv", "table.tex", "index.html", "pareto.pdf"}
+    assert {each.path for each in artifact.manifest.contents} >= {
+        "table.csv", "table.tex", "index.html", "pareto.pdf", "table.table.json", "verdicts.table.json",
+    }  # fmt: skip
     media = {path.name.split("_0_")[0] for path in (file.parent / "files" / "media").rglob("*") if path.is_file()}
     assert media == {"table", "verdicts", "pareto", "curves", "page"}
     table = json.loads(next((file.parent / "files" / "media").rglob("table_0_*.table.json")).read_text())
