@@ -211,9 +211,9 @@ def point(d: int, e: int, batch: int, rounds: int, known: dict[tuple[int, int, i
 
 
 def summary(file: Path) -> None:
-    """A Markdown row for each point of the grid."""
+    """A Markdown row for each point of the grid, first of steps, then of forward passes."""
     with file.open() as lines:
-        rows = list(csv.DictReader(lines))
+        rows = sorted(csv.DictReader(lines), key=lambda row: (row["what"] != "step", *map(int, list(row.values())[:3])))
     print(
         "| | width | experts | images | rows | floor, ms | arithmetic and traffic in turn | plain | now "
         "| now over plain | products, GELU, softmax, rest |\n|---|---|---|---|---|---|---|---|---|---|---|"
