@@ -4,6 +4,7 @@ The pass is written down once, as the plain operations that torch.func makes of 
 carried out from there: what torch.func and autograd add to each operation is paid once.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from softmoe_cli.moe.routing import drawn_by
 from softmoe_cli.parallel import draw_elsewhere
 from softmoe_cli.run.checkpoint import random_state, set_random_state
 from softmoe_cli.stack.folded import Folding
+from softmoe_cli.stack.updating import Updates, alike, clip, norms
 
 Losses = Callable[..., tuple[Tensor, Tensor, Tensor]]
 """Of a forward pass, targets and what the model is called with: the loss, the auxiliary loss, and what has landed."""
@@ -26,35 +28,70 @@ Losses = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Handed:
-    """What a run hands in for its next update. `parts`: targets and inputs of each part of its batch; `landed`: what
-    the routings of all updates say has landed."""
+    """What a run hands in for its next update.
+
+    Attributes:
+        parts: targets and inputs of each part of its batch.
+        landed: what the routings of all updates say has landed.
+        lr: the learning rate of this update.
+        clip_norm: what gradients are shortened to; None: nothing.
+    """
 
     model: nn.Module
     losses: Losses
     parts: list[tuple[Tensor, ...]]
     landed: Tensor
+    optimizer: torch.optim.Optimizer
+    lr: float
+    clip_norm: float | None
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a run gets back: its losses, (2); and of an update that was made already the loss, the auxiliary loss and
+    the gradients' norm before clipping. Where none was made, its parameters have their gradients."""
+
+    losses: Tensor
+    update: tuple[float, float, float] | None = None
 
 
 class Stack:
     """The parameters and buffers of models of one architecture, stacked. The models go on as they are: theirs are views
     of the stack from now on."""
 
-    def __init__(self, models: Sequence[nn.Module]) -> None:
-        self._models = list(models)
+    def __init__(self, handed: Sequence[Handed]) -> None:
+        self._models = models = [each.model for each in handed]
         for model in models:
             draw_elsewhere(model)
-        self._parameters = [list(model.parameters()) for model in models]
         self._weights = _stacked([dict(model.named_parameters()) for model in models])
         self._buffers = _stacked([dict(model.named_buffers()) for model in models])
         self._trained = [name for name, each in models[0].named_parameters() if each.requires_grad]
         self._graph: GraphModule | None = None
         self._draws: list[Callable[[Tensor], Tensor]] = []
+        optimizers = [each.optimizer for each in handed]
+        self._updates = Updates(models, optimizers) if alike(models, optimizers) else None
 
-    def holds(self, models: Sequence[nn.Module]) -> bool:
-        return len(models) == len(self._models) and all(a is b for a, b in zip(models, self._models, strict=True))
+    def holds(self, handed: Sequence[Handed]) -> bool:
+        return [id(each.model) for each in handed] == [id(model) for model in self._models]
 
-    def passed(self, handed: Sequence[Handed]) -> list[Tensor]:
-        """The losses of each run, (2); its parameters get their gradients."""
+    def passed(self, handed: Sequence[Handed]) -> list[Made]:
+        """Forwards and backwards; and the update, where all have the same optimizer and are equally far."""
+        losses, gradients = self._gradients(handed)
+        trained = list(gradients.values())
+        norm = norms(trained)
+        told: list[list[float]] = torch.cat([losses, norm[:, None]], dim=1).tolist()
+        one_rate = len({(each.lr, each.clip_norm) for each in handed}) == 1
+        if self._updates is not None and one_rate and all(math.isfinite(each) for own in told for each in own):
+            clip(trained, norm, handed[0].clip_norm)
+            self._updates.step(self._weights, gradients, handed[0].lr)
+            return [Made(own, (loss, aux, of)) for own, (loss, aux, of) in zip(losses, told, strict=True)]
+        for name, gradient in gradients.items():
+            for model, mine in zip(self._models, gradient, strict=True):
+                model.get_parameter(name).grad = mine
+        return [Made(own) for own in losses]
+
+    def _gradients(self, handed: Sequence[Handed]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Losses (n 2), and by name the gradients (n ...) of the parameters that have one."""
         sums: list[Tensor] = []
         for parts in zip(*(each.parts for each in handed), strict=True):
             tensors = [torch.stack(each) for each in zip(*parts, strict=True)]
@@ -66,11 +103,7 @@ class Stack:
         losses, landed, *gradients = sums
         for each, count in zip(handed, landed, strict=True):
             each.landed.add_(count)
-        for name, gradient in zip(self._trained, gradients, strict=True):
-            if gradient is not None:
-                for model, own in zip(self._models, gradient, strict=True):
-                    model.get_parameter(name).grad = own
-        return list(losses)
+        return losses, {n: each for n, each in zip(self._trained, gradients, strict=True) if each is not None}
 
     def _written_down(self, losses: Losses, tensors: list[Tensor]) -> GraphModule:
         model = self._models[0]

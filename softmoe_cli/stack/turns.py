@@ -13,11 +13,10 @@ from collections.abc import Callable, Sequence
 from typing import TextIO
 
 import torch
-from torch import Tensor
 
 from softmoe_cli.run.checkpoint import random_state, set_random_state
 from softmoe_cli.signals import ASKING, heard, pass_on
-from softmoe_cli.stack.passing import Handed, Stack, drawing
+from softmoe_cli.stack.passing import Handed, Made, Stack, drawing
 
 _own = threading.local()
 
@@ -32,7 +31,7 @@ class Member:
         self.away = 0.0
         """Seconds that others had: they are not this run's."""
         self.handed: Handed | None = None
-        self.answer: Tensor | Exception | None = None
+        self.answer: Made | Exception | None = None
         self.took = 0.0
         """Seconds of the last pass that are this run's."""
         self._work, self._out, self._back = work, out, back
@@ -48,9 +47,9 @@ class Member:
         finally:
             self._back.release()
 
-    def passed(self, handed: Handed) -> Tensor | None:
-        """Hands in a batch, and waits until the pass is made: its losses; gradients are left in the parameters. None
-        where no other run is left, and so nothing was computed."""
+    def passed(self, handed: Handed) -> Made | None:
+        """Hands in a batch, and waits until the pass is made. None where no other run is left, and so nothing was
+        computed."""
         start = time.perf_counter()
         self.handed = handed
         self._back.release()
@@ -114,11 +113,10 @@ def _pass(waiting: Sequence[Member], stack: Stack | None) -> Stack | None:
     start = time.perf_counter()
     handed = [each.handed for each in waiting if each.handed is not None]
     try:
-        models = [each.model for each in handed]
-        if stack is None or not stack.holds(models):
-            stack = Stack(models)
+        if stack is None or not stack.holds(handed):
+            stack = Stack(handed)
         with drawing([each.random for each in waiting]):
-            answers: list[Tensor] | list[Exception] = stack.passed(handed)
+            answers: list[Made] | list[Exception] = stack.passed(handed)
     except Exception as error:  # each run says why it ends, in its own words
         stack, answers = None, [error] * len(waiting)
     if torch.cuda.is_available():

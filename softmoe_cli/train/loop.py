@@ -250,7 +250,12 @@ def update(step: Step, batch: Batch, lr: float, pruning: Pruning | None = None) 
     """
     config, crew, optimizer, scaler = step.config, step.crew, step.optimizer, step.scaler
     optimizer.zero_grad(set_to_none=True)  # of an update that was not made
-    total = _passed(step, batch, pruning)
+    own = member()
+    made = None if own is None else own.passed(_handed(step, batch, lr))
+    step.seen.clear()
+    if made is not None and made.update is not None:
+        return made.update
+    total = made.losses if made is not None else _passed(step, batch, pruning)
     crew.add(total)
     scaler.unscale_(optimizer)
     norm = crew.norm(step.model)
@@ -268,19 +273,20 @@ def update(step: Step, batch: Batch, lr: float, pruning: Pruning | None = None) 
     return main, aux_loss, norm_value
 
 
+def _handed(step: Step, batch: Batch, lr: float) -> Handed:
+    """What a run of several in one process hands in for an update of all."""
+    parts, clip_norm = list(_in_parts(batch, step.config.train.accumulate)), step.config.optim.clip_norm
+    return Handed(step.model, partial(_losses, step), parts, step.landed, step.optimizer, lr, clip_norm)
+
+
 def _passed(step: Step, batch: Batch, pruning: Pruning | None) -> Tensor:
-    """Forwards and backwards, in a stack with others: the losses of the whole batch, (2); leaves gradients."""
-    parts, own = step.config.train.accumulate, member()
-    losses = partial(_losses, step)
-    if own is not None:
-        together = own.passed(Handed(step.model, losses, list(_in_parts(batch, parts)), step.landed))
-        if together is not None:
-            return together
+    """Forwards and backwards: the losses of the whole batch, (2); leaves gradients."""
+    parts = step.config.train.accumulate
     total = torch.zeros(2, device=batch.images.device)
     with step.autocast:  # around all parts: a weight that it has cast once stays cast until the update
         for part, tensors in enumerate(_in_parts(batch, parts), start=1):
             with step.crew.passing(step.forward, step.crew.share(step.config), last=part == parts):
-                loss, aux, landed = losses(step.forward, *tensors)
+                loss, aux, landed = _losses(step, step.forward, *tensors)
                 if pruning is not None:
                     pruning.see(step.seen)
                 step.landed.add_(landed)
