@@ -93,11 +93,13 @@ def fast_precision(device: torch.device) -> tuple[str, str]:
 
 def compiled(call: T, **options: Any) -> T:
     """torch.compile with the backward pass outside of autocast, as it is without compiling. By default torch would run
-    it under the forward pass's autocast, and compute the routers' gradients in half precision. The setting is torch's
-    own: it holds for everything that this process compiles."""
+    it under the forward pass's autocast, and compute the routers' gradients in half precision. What is compiled is kept
+    for other processes (launch/README.md), graphs with gradients of our own among them, such as the soft router's. The
+    settings are torch's own: they hold for everything that this process compiles."""
     from torch._functorch import config
 
     config.backward_pass_autocast = "off"
+    config.autograd_cache_allow_custom_autograd_functions = True
     return cast(T, torch.compile(call, **options))
 
 

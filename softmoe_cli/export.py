@@ -37,8 +37,8 @@ from softmoe_cli.options.compose import door, plain
 from softmoe_cli.programs import reply
 from softmoe_cli.run.card import CARD_FORMAT
 from softmoe_cli.run.header import Source
-from softmoe_cli.run.identity import made_from, settings_of
-from softmoe_cli.run.receipt import RECEIPT, already_made, make_whole
+from softmoe_cli.run.identity import settings_of
+from softmoe_cli.run.receipt import RECEIPT, already_made, folder_of, make_whole
 from softmoe_cli.run.sealed import WEIGHTS, seal
 from softmoe_cli.terminal import Screen
 
@@ -101,8 +101,7 @@ def export(config: ExportConfig, model: Model, source: Source) -> dict[str, Any]
     settings["pixels"] = _pixels(model, source.card)
     if "base" in source.card:
         settings["base"] = source.card["base"]["digest"]
-    folder = Path(config.output_root) / "exported" / f"{model.name.replace('/', '_')}-{made_from(source, settings)}"
-    folder = folder if config.folder is None else Path(config.folder)
+    folder = folder_of("exported", config, model.name, source, settings)
     receipt = already_made(folder, source, settings)
     if receipt is None:
         receipt = {"source": {"checkpoint": source.label, "digest": source.digest}, "settings": settings}

@@ -8,7 +8,6 @@ vision models the optimizer's state too.
 import json
 import math
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,8 +34,8 @@ from softmoe_cli.moe.layer import MoE, Stacked
 from softmoe_cli.moe.routing import Router
 from softmoe_cli.run.checkpoint import digest_of, write_checkpoint
 from softmoe_cli.run.header import Source
-from softmoe_cli.run.identity import made_from, origin, settings_of
-from softmoe_cli.run.receipt import RECEIPT, already_made, make_whole
+from softmoe_cli.run.identity import origin, settings_of
+from softmoe_cli.run.receipt import RECEIPT, already_made, folder_of, make_whole
 from softmoe_cli.run.source import read_moments
 from softmoe_cli.terminal import Screen
 from softmoe_cli.text import flop, si
@@ -71,7 +70,7 @@ def upcycle(config: UpcycleConfig, source: Source) -> dict[str, Any]:
         model = replace(model, expert_init="identical")
     moments = read_moments(source) if config.carry_optimizer else {}
     settings = _settings(config, model, identity(config.data), moments)
-    folder = _folder(config, model, source, settings)
+    folder = folder_of("upcycled", config, model.name, source, settings)
     if (found := already_made(folder, source, settings)) is not None:
         Screen().say(f"{folder} holds this already; nothing to do")
         return found | {"folder": str(folder)}
@@ -405,9 +404,3 @@ def _settings(
     return {"model": asdict(model), "data": settings_of(config.data) | {"identity": images_digest}, **chosen} | (
         {"carry_optimizer": True} if moments else {}
     )
-
-
-def _folder(config: UpcycleConfig, model: Model, source: Source, settings: dict[str, Any]) -> Path:
-    if config.folder is not None:
-        return Path(config.folder)
-    return Path(config.output_root) / "upcycled" / f"{model.name.replace('/', '_')}-{made_from(source, settings)}"

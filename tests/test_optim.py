@@ -3,10 +3,12 @@
 import copy
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from softmoe_cli.config.recipe import Optim
 from softmoe_cli.data.batches import Batch
@@ -258,6 +260,38 @@ def test_an_optimizer_goes_on_where_another_one_was(moments: str) -> None:
     scaler.unscale_(first)
     scaler.step(first)
     assert all(torch.equal(one, other) for one, other in pairs)
+
+
+@pytest.mark.parametrize("over", [2.0, 1 - 1e-4, 0.5])
+def test_gradients_are_touched_where_their_norm_is_too_large_and_then_as_torch_does_it(over: float) -> None:
+    """`over`: the norm over `optim.clip_norm`. Plain SGD moves weights by the gradients, to the bit."""
+    plain = (*TWO_BLOCKS, "optim.name=sgd", "optim.momentum=0", "optim.weight_decay=0", "optim.head_weight_decay=0")
+    torch.manual_seed(0)
+    one = build(compose(*plain).model, 10)
+    other, x, targets = copy.deepcopy(one), torch.randn(4, 1, 8, 8), torch.eye(10)[:4]
+    classification_loss(other(x), targets, "softmax").backward()
+    limit = torch.nn.utils.get_total_norm([p.grad for p in other.parameters() if p.grad is not None]).item() / over
+    torch.nn.utils.clip_grad_norm_(other.parameters(), limit)
+    torch.optim.SGD(other.parameters(), lr=0.1).step()
+    config = compose(*plain, f"optim.clip_norm={limit}")
+    scaler, quiet = torch.amp.GradScaler("cpu", enabled=False), torch.autocast("cpu", enabled=False)
+    with routings(one) as seen, TorchCalls() as calls:
+        update(Step(one, one, optimizer_of(one, config.optim), scaler, quiet, seen, config), Batch(x, targets), 0.1)
+    assert calls.names.count("_foreach_mul_") == (over > 1)
+    for mine, theirs in zip(one.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-7)
+
+
+class TorchCalls(TorchDispatchMode):
+    """Notes the names of the operations inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])

@@ -45,7 +45,7 @@ NOT_RUN = {
 """Words of commands that are not run here, and why."""
 WORK = (
     "softmoe_cli.cli._train", "softmoe_cli.upcycle.upcycle",
-    "softmoe_cli.evaluate.command.evaluate_checkpoint", "softmoe_cli.export.export", "softmoe_cli.prune.command.prune",
+    "softmoe_cli.evaluate.command.evaluate_checkpoint", "softmoe_cli.export.export", "softmoe_cli.prune.make.prune",
     "softmoe_cli.cost.command.costs",
     "softmoe_cli.cost.match.match", "softmoe_cli.compare.blocks.compare", "softmoe_cli.check.command.check_router",
     "softmoe_cli.compare.blocks.usable_runs",

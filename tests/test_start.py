@@ -77,6 +77,8 @@ WRONG = {
     ),
     "no checkpoint": ("evaluate checkpoint=few", "checkpoint=few holds no checkpoint"),
     "a folder to check": ("data check data=folder data.root=nowhere", "data.root=nowhere is not a folder"),
+    "a checkpoint to prune": ("prune checkpoint=nowhere keep=2", "checkpoint=nowhere does not exist"),
+    "a checkpoint to extract from": ("extract checkpoint=nowhere task=a", "checkpoint=nowhere does not exist"),
     "a key": ("train sede=1", "Did you mean 'seed'?"),
 }
 
@@ -118,6 +120,17 @@ def test_a_finished_finetuning_is_known_without_torch(softmoe: Softmoe, tmp_path
     assert told[0] == first and packages(modules).isdisjoint(HEAVY | {"numpy"})
     assert told[1].endswith("is finished; nothing to do")
     assert packages(lines[-1][1]).isdisjoint(HEAVY)
+
+
+def test_a_finished_pruning_is_known_without_torch(softmoe: Softmoe, tmp_path: Path) -> None:
+    weights = saved(tmp_path / "base.safetensors", 0)
+    words = ("prune", f"checkpoint={weights}", "data=digits", "keep=2", "by=random")
+    before = softmoe(*words)
+    assert before.code == 0, before.err
+    *lines, (_, modules) = said(tmp_path, *words)
+    told = [line for line, _ in lines]
+    assert told[0].endswith("holds this already; nothing to do") and told[1:] == before.out.splitlines()
+    assert packages(modules).isdisjoint(HEAVY)
 
 
 def test_a_configuration_is_shown_without_torch(tmp_path: Path) -> None:

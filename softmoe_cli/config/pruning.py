@@ -7,6 +7,8 @@ from softmoe_cli.config.option import Section, option
 
 MEASURES = ("alpha_score", "hit_rate", "router_change", "random")
 """What experts are pruned by."""
+MEASURED = ("alpha_score", "hit_rate")
+"""Those of them that routings measure (`Router.measures`)."""
 
 
 @dataclass

@@ -72,7 +72,7 @@ def check_tracking(tracking: Any) -> None:
     if len(of_wandb) > 1 or len(set(words)) < len(words) or ("off" in words and len(words) > 1):
         raise UsageError(
             f"tracking=[{','.join(words)}] says more than one thing; write off alone, or one of "
-            f"{', '.join(WANDB_WORDS)} and tensorboard, as [offline,tensorboard]"
+            f"{', '.join(WANDB_WORDS)} with tensorboard, trackio or both, as [offline,tensorboard]"
         )
 
 
@@ -138,8 +138,8 @@ class Config(Section):
     )
     tracking: Any = option(
         "Weights & Biases; auto: WANDB_MODE, else online when a key is configured, else offline; tensorboard: an event "
-        "file in the run's folder; [auto,tensorboard]: both",
-        choices=(*WANDB_WORDS, "off", "tensorboard"),
+        "file in the run's folder; trackio: Trackio's database on this machine; [auto,tensorboard]: both",
+        choices=(*WANDB_WORDS, "off", "tensorboard", "trackio"),
     )
     device: str = option("auto: cuda, else mps, else cpu", choices=DEVICES)
     threads: int | None = option("CPU threads; null: torch's choice", low=1)

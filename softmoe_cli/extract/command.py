@@ -1,55 +1,35 @@
-"""`softmoe extract`: a model of one task, or of some, out of one that knows several; without training.
-
-The new model computes what the old one does for these tasks; receipt.json says how that was found.
-"""
+"""`softmoe extract`: a model of one task, or of some, out of one that knows several; without training. torch is
+imported for what was not made before."""
 
 import copy
-import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
-
-import timm
-import torch
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
 
 from softmoe_cli import programs
 from softmoe_cli.config.commands import ExtractConfig, as_list
 from softmoe_cli.config.data import Data, check_channels
-from softmoe_cli.config.model import Model
-from softmoe_cli.cost.flop import account
-from softmoe_cli.data import batches, contents, sets
-from softmoe_cli.data.mix import classes_of_task
-from softmoe_cli.device import arithmetic, hardware
-from softmoe_cli.errors import RunError, UsageError, nearest
-from softmoe_cli.export import hub_config
-from softmoe_cli.extract.cut import outputs_of
-from softmoe_cli.extract.forms import Made, one_task
-from softmoe_cli.model.router import check_evaluated
-from softmoe_cli.model.vit import build, portable, prepare
-from softmoe_cli.model.weights import load_weights
+from softmoe_cli.data.contents import identity
+from softmoe_cli.errors import UsageError, nearest
 from softmoe_cli.options import inherit
 from softmoe_cli.options.compose import door, plain
-from softmoe_cli.prune.fold import timm_entry
-from softmoe_cli.prune.smaller import compared, distance_in_float64, latencies
-from softmoe_cli.run.checkpoint import digest_of, write_checkpoint
 from softmoe_cli.run.header import Source
-from softmoe_cli.run.identity import made_from, origin, settings_of
-from softmoe_cli.run.receipt import RECEIPT, already_made, make_whole
+from softmoe_cli.run.identity import settings_of
 from softmoe_cli.terminal import Screen
 from softmoe_cli.text import flop, si
-
-FURTHEST_OFF = 1e-12
-"""The largest allowed difference of the new model's outputs in float64, as a share of the largest output."""
-TIMM_READS = 1e-9
-"""The same of what timm alone makes of a plain ViT, whose weights have been rounded to float32 for both."""
 
 
 def extract_as_typed(config: Any, typed: list[str]) -> int:
     """`softmoe extract`, from what Hydra composed and the words that were typed."""
     tree = plain(config, ExtractConfig)
+    found = inherit.made_before("extracted", tree, lambda source: _asked(copy.deepcopy(tree), source, typed))
+    if found is not None:
+        show_extracted(found, tree["format"])
+        return 0
     source, model = inherit.cut_from(tree, "extract", "knows one task")
+    from softmoe_cli.extract.make import extract
+    from softmoe_cli.model.router import check_evaluated
+
     if not model.tasks:
         raise UsageError(f"checkpoint={source.label} knows one task; there is nothing to extract")
     if inherit.names_data(tree["data"]):
@@ -58,7 +38,7 @@ def extract_as_typed(config: Any, typed: list[str]) -> int:
     checked = door(tree, ExtractConfig)
     check_channels(checked.data, model.in_chans)
     check_evaluated("batch_size", checked.batch_size, model)
-    which = _named(checked, model)
+    which = named(checked, model.tasks)
     for own in checked.data.of_sets():
         if own.name in which:  # no other task's images are looked at
             inherit.check_here(own, source)
@@ -66,68 +46,22 @@ def extract_as_typed(config: Any, typed: list[str]) -> int:
     return 0
 
 
-def extract(config: ExtractConfig, model: Model, source: Source) -> dict[str, Any]:
-    """Writes the checkpoint of the extracted model and returns its receipt, with the folder it lies in.
-
-    Raises:
-        UsageError: a checkpoint, task or form that cannot work; nothing was written.
-        RunError: the new model does not compute what the old one does; nothing was written.
-    """
-    if "head.weight" not in source.weights:
-        raise UsageError(f"checkpoint={source.label} has no head; softmoe finetune gives it one")
-    which = _named(config, model)
-    device, _ = arithmetic(config.device, "fp32", config.threads)
-    whole = build(model, len(source.weights["head.weight"]))
-    load_weights(whole, source.weights, keep_head=True, allow_unexpected=[])
-    made = Made.of(config.form, model, copy.deepcopy(whole).double().eval(), which)
-    data = _data_of(config.data, which)
-    settings = {"tasks": which, "form": config.form, "data": settings_of(data) | {"identity": contents.identity(data)}}
-    folder = Path(config.output_root) / "extracted" / f"{made.model.name.replace('/', '_')}-"
-    folder = folder.with_name(folder.name + made_from(source, settings))
-    folder = folder if config.folder is None else Path(config.folder)
-    if (found := already_made(folder, source, settings)) is not None:
-        Screen().say(f"{folder} holds this already; nothing to do")
-        return found | {"folder": str(folder)}
-
-    prepare(whole, device, "fp32")
-    new = made.built(torch.float32)
-    prepare(new, device, "fp32")
-    weights = made.weights_as(torch.float32)
-    receipt: dict[str, Any] = {"source": {"checkpoint": source.label, "digest": source.digest}, "settings": settings}
-    receipt |= {"result": {"digest": digest_of(weights)}, "blocks": made.blocks(whole)}
-    receipt["of_each"] = {
-        name: _compared(config, model, made.model, (whole.to(device), new.to(device)), name, source.card["loss"])
-        for name in which
-    }
-    receipt["float64_distance"] = _distance(made, config, model, whole, which)
-    costs = {"before": account(model, whole.num_classes), "after": account(made.model, new.num_classes)}
-    receipt["cost"] = {when: cost.row for when, cost in costs.items()}
-    receipt["bytes"] = {"before": _bytes(whole.state_dict()), "after": _bytes(weights)}
-    classes = source.card["classes"]
-    kept = [classes[i] for i in outputs_of(model.tasks, which)]
-    card: dict[str, Any] = {"model": portable(made.model, new), "data": data.on_card()}
-    card |= {"classes": classes_of_task(which[0], kept) if len(which) == 1 else kept}
-    card |= {key: source.card[key] for key in ("loss", "precision")}
-    card |= {"receipt": receipt, "origin": origin("extract", settings, source), "train_pflop": source.train_pflop}
-    files: dict[str, Any] = {RECEIPT: receipt}
-    if config.form == "dense":
-        files["config.json"] = hub_config(made.model, new, card) | timm_entry(made.model)
-    x = next(_batches(config, made.model, which[0])).images
-
-    def write(temporary: Path) -> None:
-        texts = {name: json.dumps(each, indent=1) + "\n" for name, each in files.items()}
-        write_checkpoint(temporary, weights, card, {}, texts)
-        if config.form == "dense":
-            theirs = timm.create_model(f"local-dir:{temporary}", pretrained=True).eval().double()
-            share, others = distance_in_float64(copy.deepcopy(new).cpu().double().eval(), theirs, x.cpu().double())
-            if not share <= TIMM_READS or others:
-                raise RunError(f"what timm loads is off by {share:.2g} in float64: an error of softmoe's")
-
-    make_whole(folder, write)
-    return receipt | {"folder": str(folder)}
+def _asked(tree: dict[str, Any], source: Source, typed: Sequence[str]) -> tuple[ExtractConfig, dict[str, Any]] | None:
+    tasks = source.card["model"]["tasks"]
+    if not tasks or inherit.names_data(tree["data"]):
+        return None
+    inherit.take_data(tree, source, typed)
+    checked = door(tree, ExtractConfig)
+    return checked, settings_of_extract(checked, named(checked, tasks))
 
 
-def _named(config: ExtractConfig, model: Model) -> list[str]:
+def settings_of_extract(config: ExtractConfig, which: list[str]) -> dict[str, Any]:
+    """What decides the result, beside the source's weights."""
+    data = data_of(config.data, which)
+    return {"tasks": which, "form": config.form, "data": settings_of(data) | {"identity": identity(data)}}
+
+
+def named(config: ExtractConfig, tasks: Mapping[str, int]) -> list[str]:
     """The tasks to extract, in the order in which the model knows them.
 
     Raises:
@@ -135,19 +69,17 @@ def _named(config: ExtractConfig, model: Model) -> list[str]:
     """
     which = as_list(config.task)
     for name in which:
-        if name not in model.tasks:
-            raise UsageError(
-                f"task={name}: the checkpoint knows the tasks {', '.join(model.tasks)}.{nearest(name, model.tasks)}"
-            )
+        if name not in tasks:
+            raise UsageError(f"task={name}: the checkpoint knows the tasks {', '.join(tasks)}.{nearest(name, tasks)}")
     if len(which) > 1 and config.form != "experts":
         raise UsageError(
             f"form={config.form} is of one task, since another one takes other experts with other gates; extract one "
             "at a time, or leave form=experts"
         )
-    return [name for name in model.tasks if name in which]
+    return [name for name in tasks if name in which]
 
 
-def _data_of(data: Data, which: list[str]) -> Data:
+def data_of(data: Data, which: list[str]) -> Data:
     """The sets of these tasks: of one, that set with its own pixels."""
     if len(which) == 1:
         return next(own for own in data.of_sets() if own.name == which[0])
@@ -156,59 +88,6 @@ def _data_of(data: Data, which: list[str]) -> Data:
     return replace(
         data, sets=own_sets, num_classes=classes, channels=max(own["channels"] for own in own_sets.values())
     ).settled()
-
-
-def _distance(made: Made, config: ExtractConfig, model: Model, whole: VisionTransformer, which: list[str]) -> float:
-    """How far outputs are off in float64 on the first images of each task.
-
-    Raises:
-        RunError: by more than rounding.
-    """
-    precise, new, most = copy.deepcopy(whole).cpu().double().eval(), made.built(torch.float64), 0.0
-    for name in which:
-        x = next(_batches(config, model, name)).images.cpu().double()
-        share, _ = distance_in_float64(one_task(model, precise, name), one_task(made.model, new, name), x)
-        most = max(most, share)
-    if not most <= FURTHEST_OFF:
-        raise RunError(f"the new model's outputs are off by {most:.2g} in float64: an error of softmoe's")
-    return most
-
-
-def _batches(config: ExtractConfig, model: Model, name: str, part: str = "validation") -> Any:
-    """Batches of a part of the images of one task."""
-    own = next(each for each in config.data.of_sets() if each.name == name)
-    device, _ = arithmetic(config.device, "fp32", config.threads)
-    return batches.eval_batches(
-        getattr(sets.load(own), part), own, image_size=model.image_size, in_chans=model.in_chans,
-        batch_size=config.batch_size, device=device,
-    )  # fmt: skip
-
-
-def _compared(
-    config: ExtractConfig,
-    model: Model,
-    new_model: Model,
-    both: tuple[VisionTransformer, VisionTransformer],
-    name: str,
-    loss: str,
-) -> dict[str, Any]:
-    """How far both models' outputs for one task are apart on its validation images, and their quality there; and on its
-    test images, whose labels are not read, so that nothing is known of quality there."""
-    one, other = one_task(model, both[0], name), one_task(new_model, both[1], name)
-    found = compared(one.eval(), other.eval(), _batches(config, model, name), loss=loss, labelled=True)
-    found |= {"validation_images": found.pop("images"), "validation": found.pop("quality")}
-    test = compared(one, other, _batches(config, model, name, "test"), loss=loss, labelled=False)
-    found["test"] = {key: test[key] for key in ("images", "max_change", "same_predictions_pct")}
-    if config.clock:
-        x = next(_batches(config, model, name)).images
-        found["clock"] = latencies({"before": one, "after": other}, x, config.repeats)
-        device, _ = arithmetic(config.device, "fp32", config.threads)
-        found["clock"] |= {"images": len(x), "repeats": config.repeats, "hardware": hardware(device)}
-    return found
-
-
-def _bytes(weights: dict[str, Tensor]) -> int:
-    return sum(value.nbytes for value in weights.values())
 
 
 def show_extracted(receipt: dict[str, Any], form: str) -> None:

@@ -108,8 +108,7 @@ class Sweep(HydraLauncher):
         start_server(["softmoe_cli.launch.preloaded", "softmoe_cli.cli", "softmoe_cli.launch.sweep"])
 
     def _share_composed(self, loader: ConfigLoader) -> None:
-        """Has every job composed once: the sweeper composes all of them to see whether it can, and then `_ask` needs
-        them, at a quarter of a second each."""
+        """Has every job composed once, which takes a quarter of a second: the sweeper does it to see whether it can."""
         compose = self._compose = loader.load_sweep_config
 
         def once(master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
@@ -161,6 +160,8 @@ class Sweep(HydraLauncher):
             UsageError: some job cannot work; none was started.
             KeyboardInterrupt: a signal asked to stop; every job has saved and left.
         """
+        if not initial_job_idx and not self._options.plan:  # now, as torch has to be imported to check them
+            self.tell(f"{several(len(job_overrides), 'job')}; all are checked before the first one starts")
         jobs, slots = self.ask(job_overrides)
         if initial_job_idx == 0:
             self._entries = []
@@ -431,8 +432,7 @@ class Sweep(HydraLauncher):
 
         with Live(console=self._console, auto_refresh=False, screen=True) as live:
             yield refresh
-        last = f"{self._table(len(self._entries) + 1, self._states())}\nlogs and state in {self._folder}"
-        self._console.print(printable_lines(last), markup=False)
+        self.tell(f"{self._table(len(self._entries) + 1, self._states())}\nlogs and state in {self._folder}")
 
     def _table(self, height: int, states: list[State]) -> str:
         """The table of as many jobs as fit into `height` lines; running, queued and failed ones are kept first."""

@@ -12,9 +12,9 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import GELU, Attention, GELUTanh, Mlp, lecun_normal_
+from timm.layers import GELU, Attention, GELUTanh, Mlp, PatchEmbed, lecun_normal_
 from timm.models.vision_transformer import Block, VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
 from softmoe_cli.config.model import Model, check_blocks, placement
 from softmoe_cli.errors import UsageError, first_line, nearest
@@ -136,6 +136,15 @@ def count_tokens(vit: VisionTransformer) -> int:
     return int(vit.patch_embed.num_patches + vit.num_prefix_tokens)
 
 
+class Patches(PatchEmbed):
+    """timm's, with each token's numbers side by side. A convolution leaves those of an image's tokens side by side,
+    what is added to them keeps that order, and every norm would copy all tokens, forwards and backwards."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens: Tensor = super().forward(x)
+        return tokens.contiguous()
+
+
 def _official_vit(model: Model, num_classes: int) -> VisionTransformer:
     """timm's ViT with the choices of the official Soft MoE configs, each of them an option of `Backbone`."""
     c = model.backbone
@@ -159,6 +168,7 @@ def _official_vit(model: Model, num_classes: int) -> VisionTransformer:
         fc_norm=c.norm_after_pool,
         drop_path_rate=c.drop_path,
         norm_layer=norm,
+        embed_layer=Patches,
         act_layer=GELUTanh if c.gelu == "tanh" else nn.GELU,
         weight_init="skip" if abstract else "",
     )

@@ -1,5 +1,6 @@
 """What a checkpoint decides of a configuration: the model, the pixels, which images are held out, whose code runs."""
 
+import contextlib
 import copy
 import dataclasses
 import os
@@ -169,6 +170,35 @@ def cut_from(tree: dict[str, Any], command: str, timm: str) -> "tuple[Source, Mo
         raise UsageError(f"checkpoint={tree['checkpoint']} is timm's own and {timm}")
     source = source_of_layers(tree["checkpoint"], command)
     return source, model_of(source, tree["trust"])
+
+
+def made_before(
+    what: str, tree: dict[str, Any], asked: "Callable[[Source], tuple[Any, dict[str, Any]] | None]"
+) -> dict[str, Any] | None:
+    """The receipt, with its folder, of what a command has made before of the same checkpoint with the same settings;
+    said, from files alone. None where nothing was, or where torch is needed to know.
+
+    `what` has happened to the model (pruned); `asked` is what was typed, with what a checkpoint decides of it: the
+    command's options and the settings that a receipt has. A mistake is left to whoever makes it, in the order there.
+    """
+    checkpoint, made = tree["checkpoint"], Path(tree["folder"] or Path(tree["output_root"], what))
+    if not made.exists() or checkpoint == "???" or checkpoint.startswith(("hf-hub:", "timm:", "vmoe:")):
+        return None
+    from softmoe_cli.run.header import read_header
+    from softmoe_cli.run.receipt import already_made, folder_of
+    from softmoe_cli.terminal import Screen
+
+    with contextlib.suppress(UsageError):
+        source = read_header(checkpoint)
+        if source is None or "model" not in source.card or (known := asked(source)) is None:
+            return None
+        config, settings = known
+        folder = folder_of(what, config, door(source.card["model"], Model).name, source, settings)
+        found = already_made(folder, source, settings)
+        if found is not None:
+            Screen().say(f"{folder} holds this already; nothing to do")
+            return found | {"folder": str(folder)}
+    return None
 
 
 def described_by_timm(source: "Source", model: Any) -> "Source":

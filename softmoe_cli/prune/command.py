@@ -1,57 +1,35 @@
-"""`softmoe prune`: a trained mixture with fewer experts or, with one left, as a plain ViT; without training.
-
-Experts are scored on training images, whose labels are not read; both models are compared on validation images. Which
-method this is after, and what is ours: README.md.
-"""
+"""`softmoe prune`: a trained mixture with fewer experts or, with one left, as a plain ViT; without training. Which
+method this is after, and what is ours: README.md. torch is imported for what was not made before."""
 
 import copy
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
-
-import timm
-import torch
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
 
 from softmoe_cli import programs
 from softmoe_cli.config.commands import PruneConfig
 from softmoe_cli.config.data import check_channels
-from softmoe_cli.config.model import Model
-from softmoe_cli.cost.flop import account, on_meta
-from softmoe_cli.data import batches, sets
+from softmoe_cli.config.pruning import MEASURED
 from softmoe_cli.data.contents import identity
-from softmoe_cli.data.splits import ImageSet, Splits
-from softmoe_cli.device import arithmetic, hardware
-from softmoe_cli.errors import RunError, UsageError
-from softmoe_cli.export import hub_config
-from softmoe_cli.model.router import check_evaluated
-from softmoe_cli.model.vit import build, portable, prepare
-from softmoe_cli.model.weights import load_weights
-from softmoe_cli.moe.layer import MoE
+from softmoe_cli.errors import UsageError
 from softmoe_cli.options import inherit
 from softmoe_cli.options.compose import door, plain
-from softmoe_cli.prune.fold import folded_model, folded_weights, timm_entry
-from softmoe_cli.prune.rule import largest, shares
-from softmoe_cli.prune.scores import MEASURED, measured, prunable, random_scores, router_norms
-from softmoe_cli.prune.smaller import compared, distance_in_float64, key_map, latencies, smaller_model, smaller_weights
-from softmoe_cli.run.checkpoint import digest_of, write_checkpoint
-from softmoe_cli.run.header import Source
-from softmoe_cli.run.identity import made_from, origin, settings_of
-from softmoe_cli.run.receipt import RECEIPT, already_made, make_whole
+from softmoe_cli.run.header import Source, read_header
+from softmoe_cli.run.identity import settings_of
 from softmoe_cli.terminal import Screen
 from softmoe_cli.text import flop, si
-
-NO_MORE = 1e-9
-"""The largest allowed difference of the written model's outputs in float64, as a share of the largest output."""
 
 
 def prune_as_typed(config: Any, typed: list[str]) -> int:
     """`softmoe prune`, from what Hydra composed and the words that were typed."""
     tree = plain(config, PruneConfig)
+    found = inherit.made_before("pruned", tree, lambda source: _asked(copy.deepcopy(tree), source, typed))
+    if found is not None:
+        show_pruned(found, tree["format"])
+        return 0
     source, model = inherit.cut_from(tree, "prune", "has no experts to prune")
+    from softmoe_cli.model.router import check_evaluated
+    from softmoe_cli.prune.make import prune
+
     if model.tasks:
         raise UsageError(
             f"checkpoint={source.label} knows the tasks {', '.join(model.tasks)}; first make a model of one: softmoe "
@@ -69,88 +47,14 @@ def prune_as_typed(config: Any, typed: list[str]) -> int:
     return 0
 
 
-def prune(config: PruneConfig, model: Model, source: Source, before: Source | None) -> dict[str, Any]:
-    """Writes the checkpoint of the pruned model and returns its receipt, with the folder it lies in. `before`: the
-    checkpoint since which routers have changed.
-
-    Raises:
-        UsageError: a checkpoint, router or combination that cannot work; nothing was written.
-        RunError: the new model does not compute what the pruned one does; nothing was written.
-    """
-    if "head.weight" not in source.weights:
-        raise UsageError(f"checkpoint={source.label} has no head; softmoe finetune gives it one")
-    device, _ = arithmetic(config.device, "fp32", config.threads)
-    vit = build(model, len(source.weights["head.weight"]))
-    load_weights(vit, source.weights, keep_head=True, allow_unexpected=[])
-    layers = prunable(vit, model, config.by)
-    _check_keep(config, layers)
-    if config.to == "dense":
-        _check_foldable(config, model, layers, vit.num_classes)
-    settings = _settings(config, before)
-    folder = Path(config.output_root) / "pruned" / f"{model.name.replace('/', '_')}-{made_from(source, settings)}"
-    folder = folder if config.folder is None else Path(config.folder)
-    if (found := already_made(folder, source, settings)) is not None:
-        Screen().say(f"{folder} holds this already; nothing to do")
-        return found | {"folder": str(folder)}
-
-    splits = sets.load(config.data)
-    splits.need("train", "validation")
-    job = Pruned(config, model, source, splits, device)
-    prepare(vit, device, "fp32")
-    whole, there = copy.deepcopy(vit).to(device), {place: layer.left for place, layer in layers.items()}
-    blocks = job.drop(vit.to(device), layers, before)
-    new_model = folded_model(model, vit) if config.to == "dense" else smaller_model(model, vit)
-    weights = folded_weights(model, vit) if config.to == "dense" else smaller_weights(vit)
-    entry = timm_entry(new_model) if config.to == "dense" else None
-    new = build(new_model, vit.num_classes)
-    new.load_state_dict(weights)
-    prepare(new, device, "fp32")
-    weights = {key: value.cpu() for key, value in weights.items()}
-    receipt: dict[str, Any] = {"source": {"checkpoint": source.label, "digest": source.digest}, "settings": settings}
-    receipt |= {"result": {"digest": digest_of(weights)}, "blocks": blocks}
-    receipt["experts_left"] = [len(layer.left) for layer in layers.values()]
-    receipt["scored_images"] = min(config.images, len(splits.train)) if config.by in MEASURED else 0
-    receipt |= {"keys": key_map(weights, {place: layer.left for place, layer in layers.items()}, config.to)}
-    receipt |= job.changes(whole, vit, new.to(device))
-    costs = {"before": account(model, vit.num_classes, left=there), "after": account(new_model, vit.num_classes)}
-    receipt["cost"] = {when: cost.row for when, cost in costs.items()}
-    card = {"model": portable(new_model, new)} | {
-        key: source.card[key] for key in ("data", "classes", "loss", "precision", "unnamed") if key in source.card
-    }
-    if "name" not in card["data"]:  # official weights, which know no images
-        card["data"] = config.data.on_card()
-    card |= {"receipt": receipt, "origin": origin("prune", settings, source), "train_pflop": source.train_pflop}
-    files = {RECEIPT: receipt}
-    if entry is not None:
-        files["config.json"] = hub_config(new_model, new, card) | entry
-    make_whole(folder, lambda temporary: job.write(temporary, weights, card, files, new))
-    return receipt | {"folder": str(folder)}
+def _asked(tree: dict[str, Any], source: Source, typed: Sequence[str]) -> tuple[PruneConfig, dict[str, Any]] | None:
+    inherit.take_data(tree, source, typed)
+    checked = door(tree, PruneConfig)
+    before = None if checked.before is None else read_header(checked.before)
+    return None if before is None and checked.before is not None else (checked, settings_of_pruning(checked, before))
 
 
-def _check_keep(config: PruneConfig, layers: dict[int, MoE]) -> None:
-    """Refuses more experts than there are, and a pruning that would change nothing. Weights that say that all are left
-    become a model that says nothing of it."""
-    fewest = min(layers, key=lambda place: len(layers[place].left))
-    most = len(layers[fewest].left)
-    if config.keep is not None and config.keep > most:
-        raise UsageError(f"keep={config.keep}: block {fewest} has {most} experts left")
-    whole = not any("alive" in dict(layer.named_buffers()) for layer in layers.values())
-    if whole and config.to == "experts" and all(len(layer.left) <= (config.keep or most) for layer in layers.values()):
-        said = "" if config.keep is None else f"keep={config.keep} are all; "
-        raise UsageError(f"{said}nothing would be pruned: say keep= below {most}, or to=dense for a plain ViT")
-
-
-def _check_foldable(config: PruneConfig, model: Model, layers: dict[int, MoE], classes: int) -> None:
-    """Refuses what will make no plain ViT before anything is scored: whichever experts stay, the reason is the same."""
-    vit = on_meta(model, classes)
-    for place, layer in layers.items():
-        shape = vit.blocks[place].mlp
-        shape.prunable()
-        shape.leave(layer.left[: config.keep])
-    folded_model(model, vit)
-
-
-def _settings(config: PruneConfig, before: Source | None) -> dict[str, Any]:
+def settings_of_pruning(config: PruneConfig, before: Source | None) -> dict[str, Any]:
     """What decides the result, beside the source's weights."""
     chosen: dict[str, Any] = {"keep": config.keep, "to": config.to, "by": config.by}
     if config.by in MEASURED:
@@ -160,101 +64,6 @@ def _settings(config: PruneConfig, before: Source | None) -> dict[str, Any]:
     if before is not None:
         chosen["before"] = before.digest
     return chosen | {"data": settings_of(config.data) | {"identity": identity(config.data)}}
-
-
-@dataclass(frozen=True)
-class Pruned:
-    """One pruning: what it is of, and on which images."""
-
-    config: PruneConfig
-    model: Model
-    source: Source
-    splits: Splits
-    device: torch.device
-
-    def batches(self, images: ImageSet) -> Iterator[batches.Batch]:
-        size, channels = self.model.image_size, self.model.in_chans
-        return batches.eval_batches(
-            images, self.config.data, image_size=size, in_chans=channels, batch_size=self.config.batch_size,
-            device=self.device,
-        )  # fmt: skip
-
-    def drop(self, vit: VisionTransformer, layers: dict[int, MoE], before: Source | None) -> dict[str, dict[str, Any]]:
-        """Leaves the `keep` best experts of each layer, or what is left; says of each block what decided it."""
-        keep = self.config.keep
-        most = max(len(each.left) for each in layers.values())
-        scores = self._scores(vit, layers, before) if keep is not None and keep < most else {}
-        blocks: dict[str, dict[str, Any]] = {}
-        for place, layer in layers.items():
-            there = list(layer.left)
-            if keep is not None and len(there) > keep:
-                if "alive" not in dict(layer.named_buffers()):
-                    layer.prunable()
-                layer.leave(largest(scores[place], there, keep))
-            blocks[str(place)] = {
-                "kept": list(layer.left),
-                "dropped": [each for each in there if each not in layer.left],
-            }
-            if scores:
-                blocks[str(place)] |= {
-                    "of": there, "scores": [scores[place][each] for each in there],
-                    "shares": shares(scores[place], there),
-                }  # fmt: skip
-        return blocks
-
-    def _scores(self, vit: VisionTransformer, layers: dict[int, MoE], before: Source | None) -> dict[int, list[float]]:
-        if self.config.by == "random":
-            return {
-                place: random_scores(self.config.seed, place, len(layer.experts.w1)) for place, layer in layers.items()
-            }
-        if before is not None:
-            states = vit.state_dict(), before.weights
-            norms = [{p: router_norms(state, p, layer) for p, layer in layers.items()} for state in states]
-            return {place: (norms[0][place] - norms[1][place]).tolist() for place in layers}
-        images = self.splits.train
-        some = torch.linspace(0, len(images) - 1, min(self.config.images, len(images))).round().long()
-        return measured(vit, layers, self.config.by, self.batches(images.subset(some.numpy())))
-
-    def changes(self, whole: VisionTransformer, pruned: VisionTransformer, new: VisionTransformer) -> dict[str, Any]:
-        """What pruning changed, and that the new model is the pruned one.
-
-        Raises:
-            RunError: it is not.
-        """
-        found = compared(
-            whole, new, self.batches(self.splits.validation), loss=self.source.card["loss"],
-            labelled=self.splits.classes == self.source.classes,
-        )  # fmt: skip
-        found |= {"validation_images": found.pop("images"), "validation": found.pop("quality")}
-        x = next(self.batches(self.splits.validation)).images
-        if self.config.clock:
-            found["clock"] = latencies({"before": whole, "after": new}, x, self.config.repeats)
-            found["clock"] |= {"images": len(x), "repeats": self.config.repeats, "hardware": hardware(self.device)}
-        one, other = (copy.deepcopy(each).cpu().double().eval() for each in (pruned, new))
-        share, others = distance_in_float64(one, other, x.cpu().double())
-        if not share <= NO_MORE:
-            raise RunError(f"the new model's outputs are off by {share:.2g} in float64: an error of softmoe's")
-        return found | {"float64_distance": share, "float64_other_predictions": others}
-
-    def write(
-        self, folder: Path, weights: dict[str, Tensor], card: dict[str, Any], files: dict[str, Any],
-        new: VisionTransformer,
-    ) -> None:  # fmt: skip
-        """Makes the folder and, of a plain ViT, lets timm read it.
-
-        Raises:
-            RunError: timm reads something else.
-        """
-        write_checkpoint(
-            folder, weights, card, {}, {name: json.dumps(each, indent=1) + "\n" for name, each in files.items()}
-        )
-        if self.config.to != "dense":
-            return
-        x = next(self.batches(self.splits.validation)).images
-        theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval().double()
-        share, others = distance_in_float64(copy.deepcopy(new).cpu().double().eval(), theirs, x.cpu().double())
-        if not share <= NO_MORE or others:
-            raise RunError(f"what timm loads is off by {share:.2g} in float64: an error of softmoe's")
 
 
 def show_pruned(receipt: dict[str, Any], form: str) -> None:

@@ -16,14 +16,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from softmoe_cli.config.model import Model
+from softmoe_cli.config.pruning import MEASURED
 from softmoe_cli.data.batches import Batch
 from softmoe_cli.errors import UsageError
 from softmoe_cli.moe.kind import Layer
 from softmoe_cli.moe.layer import MoE
 from softmoe_cli.moe.routing import Routing
-
-MEASURED = ("alpha_score", "hit_rate")
-"""What routings measure (`Router.measures`)."""
 
 
 def prunable(vit: VisionTransformer, model: Model, by: str, key: str = "by") -> dict[int, MoE]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from softmoe_cli.errors import first_line
-from softmoe_cli.run.rows import EVERY, number
+from softmoe_cli.run.rows import EVERY, named, number
 
 FOLDER = "tensorboard"
 
@@ -132,11 +132,11 @@ class Events:
     def _write(self, row: dict[str, Any]) -> None:
         """What every row has stands by its own name, once a step; all else behind its split, as on W&B."""
         assert self._file is not None
-        values = {key: value for key, value in row.items() if _fits(value) and key not in ("format", "step")}
+        new = row["step"] != self._step
         said = {
-            key if key in EVERY else f"{row['split']}/{key}": float(value)
-            for key, value in values.items()
-            if key not in EVERY or row["step"] != self._step
+            key: float(value)
+            for key, value in named(row).items()
+            if _fits(value) and key != "step" and (new or key not in EVERY)
         }
         self._step = row["step"]
         self._file.write(framed(event(row["step"], said, time.time())))

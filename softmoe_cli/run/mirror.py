@@ -17,7 +17,8 @@ from urllib.parse import urlparse
 
 from softmoe_cli.config.run import WANDB_LETTERS, WANDB_WORDS, Config
 from softmoe_cli.errors import UsageError, first_line, nearest
-from softmoe_cli.run.rows import AXES, CURVES, EVERY
+from softmoe_cli.run.rows import AXES, CURVES, named
+from softmoe_cli.run.trackio import check_trackio
 from softmoe_cli.signals import waits_for_nobody
 
 MODES = {"online": "online", "offline": "offline", "run": "online", "dryrun": "offline", "disabled": "off"}
@@ -52,11 +53,12 @@ def tracking_of(tracking: str | list[str]) -> str:
 
 
 def check(config: Config) -> None:
-    """Checks what W&B would refuse later, when the run is on its way, and then not record.
+    """Checks what W&B would refuse later, when the run is on its way, and then not record; and that Trackio is there.
 
     Raises:
-        UsageError: W&B would refuse it; the sentence names the key or the variable.
+        UsageError: W&B or Trackio would refuse it; the sentence names the key or the variable.
     """
+    check_trackio(config)
     if tracking_of(config.tracking) == "off":
         return
     if config.wandb.group is None and len(config.study) > WANDB_LETTERS:
@@ -157,14 +159,14 @@ class Mirror:
         if pin is not None:
             pin(self._pinned)
         for row in self._earlier[run.step :]:
-            run.log(_named(row))
+            run.log(_by_axes(row))
         while True:
             kind, row = self._queue.get()
             if kind == "end":
                 run.summary.update({f"result/{key}": value for key, value in row.items()})
                 run.finish()
                 return
-            run.log(_named(row))
+            run.log(_by_axes(row))
 
 
 def _ends(thread: threading.Thread, patience_s: float, mode: str) -> bool:
@@ -217,17 +219,11 @@ def _init(mode: str, settings: dict[str, Any], folder: Path, say: Callable[[str]
     return init("offline")
 
 
-def _named(row: dict[str, Any]) -> dict[str, Any]:
-    """A row as W&B names it: train/loss, validation/top1_pct, by_device_s/top1_pct; what every row has keeps its
-    name."""
-    named = {
-        key if key in EVERY else f"{row['split']}/{key}": value
-        for key, value in row.items()
-        if key not in ("format", "split") and value is not None
-    }
-    if row["split"] == "validation":
-        named |= {f"by_{axis}/{key}": row[key] for axis in OTHER_AXES for key in CURVES}
-    return named
+def _by_axes(row: dict[str, Any]) -> dict[str, Any]:
+    """A row by its names, with by_device_s/top1_pct and so on."""
+    if row["split"] != "validation":
+        return named(row)
+    return named(row) | {f"by_{axis}/{key}": row[key] for axis in OTHER_AXES for key in CURVES}
 
 
 def publish(

@@ -4,17 +4,32 @@ import json
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors import SafetensorError
 
 from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.files import clear, require_vacant, sync, unused
 from softmoe_cli.run.header import Source
+from softmoe_cli.run.identity import made_from
 from softmoe_cli.run.sealed import damage
 
 RECEIPT = "receipt.json"
 """The name of a file in folders made from a checkpoint: it says from what they were made, how, and what came out."""
+
+
+class Makes(Protocol):
+    """The options that say where a command puts what it makes."""
+
+    folder: str | None
+    output_root: str
+
+
+def folder_of(what: str, config: Makes, name: str, source: Source, settings: dict[str, Any]) -> Path:
+    """Where a command puts the model `name` that it has made, `what` being what has happened to it (pruned)."""
+    if config.folder is not None:
+        return Path(config.folder)
+    return Path(config.output_root) / what / f"{name.replace('/', '_')}-{made_from(source, settings)}"
 
 
 def make_whole(folder: Path, fill: Callable[[Path], None]) -> None:

@@ -144,7 +144,7 @@ EVERY = {
     "split": _said(TEXT, "what the row is of: train, validation or test"),
     **SPENT,
 }
-"""Any row of metrics.jsonl. On W&B these have the same name in all splits."""
+"""Any row of metrics.jsonl. In charts these have the same name in all splits."""
 TRAIN = {
     "loss": _said(NUMBER, "mean over updates since the row before, without the auxiliary loss"),
     "aux_loss": _said(NUMBER, "mean auxiliary loss of the routers over the same updates"),
@@ -488,3 +488,9 @@ def jobs(path: Path) -> tuple[str, list[str], list[Row]]:
         if wrong:
             raise Unreadable(f"is damaged: job {place} {wrong}")
     return sweep_row.get("command") or "train", typed, job_rows
+
+
+def named(row: Row) -> Row:
+    """A row as charts of other programs name it: train/loss, validation/top1_pct; what every row has keeps its name."""
+    said = {key: value for key, value in row.items() if key not in ("format", "split") and value is not None}
+    return {key if key in EVERY else f"{row['split']}/{key}": value for key, value in said.items()}

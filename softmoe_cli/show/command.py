@@ -16,6 +16,7 @@ from softmoe_cli.errors import UsageError
 from softmoe_cli.options import inherit
 from softmoe_cli.options.compose import compose, door, names, overlay, plain
 from softmoe_cli.run.sealed import checkpoints_in
+from softmoe_cli.show.made import is_made, read_made
 from softmoe_cli.show.page import SHOWN_MARK, Shown, run_page, state_told
 from softmoe_cli.show.record import Record, read_record
 from softmoe_cli.text import printable
@@ -60,7 +61,9 @@ def show_as_typed(composed: Any, typed: list[str]) -> int:
     for key in ("port", "every_s"):
         if names(key, typed) and not config.follow:
             raise UsageError(f"{key}={tree[key]:g} has no effect without --follow; add it, or leave {key} out")
-    record = read_record(Path(config.run))
+    record = read_made(Path(config.run)) if is_made(Path(config.run)) else read_record(Path(config.run))
+    if config.follow and record.receipt is not None:
+        raise UsageError(f"follow=true: {config.run} was made from a checkpoint and does not train; leave --follow out")
     if config.follow:
         _follow(config, tree, typed)
         return 0

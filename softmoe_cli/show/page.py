@@ -10,6 +10,7 @@ from softmoe_cli.compare.page import filled_page, html_table
 from softmoe_cli.compare.tables import Table
 from softmoe_cli.run.rows import AXES, COSTS, CURVES, ROUTING
 from softmoe_cli.run.status import ago
+from softmoe_cli.show.made import made_told, receipt_tables
 from softmoe_cli.show.record import Record, changed_settings, curve, routing_curves, statistics_of
 from softmoe_cli.text import flop, four_digits, in_words, printable, shortened
 
@@ -49,9 +50,7 @@ def run_page(record: Record, shown: Shown, *, refresh_s: float | None = None) ->
     """The whole file; with `refresh_s` a browser asks for it again after so many seconds."""
     body = [f"<h1>{escape(record.name)}</h1>", f'<p class="lead">{escape(state_told(record))}</p>']
     body += [f"<p>{escape(note)}</p>" for note in record.notes]
-    body += ["<section>", _table(_qualities(record)), "<h2>Curves</h2>"]
-    body += ['<div class="chart" data-curves="0"></div>', "<h2>Cost</h2>", _table(_costs(record))]
-    body += _settings(record) + _routing(record)
+    body += ["<section>", *(_told_by_files(record) if record.receipt is None else _receipt(record.receipt))]
     body += ["<h2>Predictions and routing</h2>", f"<p>{escape(shown.of)}</p>"]
     body += [f"<p>{escape(note)}</p>" for note in shown.notes]
     if shown.said is not None:
@@ -67,8 +66,26 @@ def run_page(record: Record, shown: Shown, *, refresh_s: float | None = None) ->
     return page
 
 
+def _told_by_files(record: Record) -> list[str]:
+    body = [_table(_qualities(record)), "<h2>Curves</h2>", '<div class="chart" data-curves="0"></div>']
+    return [*body, "<h2>Cost</h2>", _table(_costs(record)), *_settings(record), *_routing(record)]
+
+
+def _receipt(receipt: Mapping[str, Any]) -> list[str]:
+    """What a folder that is no run says of itself."""
+    *changed, rest = receipt_tables(receipt)
+    body = [part for table in changed for part in (f"<h2>{table.title}</h2>", html_table(table))]
+    return [
+        *body,
+        "<h2>Receipt</h2>",
+        f"<details><summary>{len(rest.rows)} lines</summary>{html_table(rest)}</details>",
+    ]
+
+
 def state_told(record: Record) -> str:
     """One sentence: what it is, how far it is, how good."""
+    if record.receipt is not None:
+        return made_told(record)
     state, said = record.state, record.settings
     far = "" if state.progress is None or state.state == "done" else f" at {100 * state.progress:.0f}%"
     words = [f"{state.state}{far}"]

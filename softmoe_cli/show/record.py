@@ -29,6 +29,7 @@ class Record:
         routing: of routing.jsonl.
         config: config.yaml; empty where that cannot be read.
         notes: what could not be read, a sentence each.
+        receipt: of a folder that was made from a checkpoint; None of a run.
     """
 
     folder: Path
@@ -38,6 +39,7 @@ class Record:
     routing: list[Row]
     config: dict[str, Any]
     notes: list[str]
+    receipt: Row | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -118,7 +120,7 @@ def _lines(path: Path, fault: Callable[[Row], str], notes: list[str]) -> list[Ro
         else:
             bad += 1
     if bad:
-        notes.append(f"{path.name}: {bad} lines are damaged and left out.")
+        notes.append(f"{path.name}: {bad:,} {'line is' if bad == 1 else 'lines are'} damaged and left out.")
     return found
 
 

@@ -29,8 +29,11 @@ def mode_of_sending() -> str:
 def run_on_wandb(record: Record) -> dict[str, Any]:
     """Arguments of wandb.init. The same run shown again is the same W&B run."""
     said = record.settings
+    mark = record.name.rpartition("-")[2]
+    if record.receipt is not None:  # a name that was typed is not the only one of its kind
+        mark = f"{str(record.receipt['source'].get('digest'))[:10]}-{record.name}"
     return {
-        "id": f"show-{record.name.rpartition('-')[2]}"[:WANDB_LETTERS],
+        "id": f"show-{mark}"[:WANDB_LETTERS],
         "project": said.get("wandb.project") or "softmoe",
         "entity": said.get("wandb.entity"),
         "group": said.get("wandb.group") or said.get("study") or "show",

@@ -259,14 +259,12 @@ def update(step: Step, batch: Batch, lr: float, pruning: Pruning | None = None) 
     crew.add(total)
     scaler.unscale_(optimizer)
     norm = crew.norm(step.model)
-    if config.optim.clip_norm is not None:
-        gradients = [own_part(p.grad) for p in step.model.parameters() if p.grad is not None]
-        torch._foreach_mul_(gradients, (config.optim.clip_norm / (norm + 1e-6)).clamp(max=1.0))
     main, aux_loss, norm_value = torch.cat([total, norm.reshape(1)]).tolist()
     if math.isfinite(main) and (math.isfinite(norm_value) or scaler.is_enabled()):
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         if math.isfinite(norm_value):  # else do not call it: a first call would make moments and leave them unset
+            _clip(step, norm, norm_value)
             scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)  # now, so that looks and checkpoints can use their memory
         scaler.update()
@@ -312,6 +310,14 @@ def _losses(
         aux = aux * share.of_groups / config.train.accumulate
         landed = [routing.landed for routing in step.seen if routing.landed is not None]
     return loss, aux, sum(landed, torch.zeros((), dtype=torch.int64, device=logits.device))
+
+
+def _clip(step: Step, norm: Tensor, norm_value: float) -> None:
+    """Scales the gradients down to `optim.clip_norm` where their norm is larger."""
+    limit = step.config.optim.clip_norm
+    if limit is not None and norm_value + 1e-6 > limit:
+        gradients = [own_part(p.grad) for p in step.model.parameters() if p.grad is not None]
+        torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
 
 
 def _in_parts(batch: Batch, parts: int) -> Iterator[tuple[Tensor, ...]]:

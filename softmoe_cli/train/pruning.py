@@ -15,6 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from softmoe_cli.config.model import Model
+from softmoe_cli.config.pruning import MEASURED
 from softmoe_cli.config.run import Config
 from softmoe_cli.cost.fit import training_cost
 from softmoe_cli.cost.flop import Cost, account
@@ -27,7 +28,7 @@ from softmoe_cli.moe.routing import Routing, most_precise
 from softmoe_cli.parallel import Crew, is_part
 from softmoe_cli.prune.fold import folded_model
 from softmoe_cli.prune.rule import largest, shares, survivors
-from softmoe_cli.prune.scores import MEASURED, prunable, random_scores, router_norms
+from softmoe_cli.prune.scores import prunable, random_scores, router_norms
 from softmoe_cli.prune.smaller import smaller_model
 from softmoe_cli.terminal import Screen
 from softmoe_cli.train.progress import Budget, Progress

@@ -15,6 +15,7 @@ from softmoe_cli.run.events import Events
 from softmoe_cli.run.folder import Run
 from softmoe_cli.run.identity import flat_science, origin
 from softmoe_cli.run.mirror import Mirror
+from softmoe_cli.run.trackio import Trackio
 from softmoe_cli.train.progress import Progress
 from softmoe_cli.train.pruning import Decision
 from softmoe_cli.train.resume import Trained
@@ -51,12 +52,15 @@ class Recording:
         self._origin = origin(self.setup.command, science, self.setup.source)
         self._energy = Energy(self.setup.device)
         earlier = self.run.rows("metrics.jsonl") if writes else []
-        self._mirrors: list[Mirror | Events] = []
+        settings = wandb_settings(self.setup, self.run.folder)
+        self._mirrors: list[Mirror | Events | Trackio] = []
         if writes and "tensorboard" in config.tracking:  # a word, or a list of words
             self._mirrors.append(Events(self.run.folder, earlier, self.say))
+        if writes and "trackio" in config.tracking:
+            self._mirrors.append(Trackio(settings, self.run.folder.name, earlier, self.say))
         wandb = Mirror(
             mirror.tracking_of(config.tracking) if writes else "off",
-            wandb_settings(self.setup, self.run.folder),
+            settings,
             self.run.folder,
             earlier,
             self.say,

@@ -46,6 +46,7 @@ def test_the_process_that_checks_the_jobs_is_killed(softmoe: Softmoe, monkeypatc
     answer = softmoe("train", "-m", *TINY, "seed=0,1")
     words = "the process that checks the jobs has ended: killed by SIGKILL, which is also what the system does"
     assert answer.code == 1 and words in answer.err and "Traceback" not in answer.err
+    assert answer.out.splitlines()[-1] == "2 jobs; all are checked before the first one starts", "said before the check"
 
 
 def killed(_inquiry: plan.Inquiry) -> None:

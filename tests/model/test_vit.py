@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -268,10 +269,18 @@ def test_gated_mlps_are_refused() -> None:
         build(config.model, 10)
 
 
-# --- loading weights --------------------------------------------------------------------------------------------------
-
-
-# --- slots ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("class_token", ["false", "true"])
+def test_norms_get_tokens_that_lie_in_order_and_are_timms(class_token: str) -> None:
+    vit = make("model=vit_nano2_soft", f"model.backbone.class_token={class_token}")
+    in_order: list[bool] = []
+    for module in vit.modules():
+        if isinstance(module, nn.LayerNorm) and module.normalized_shape == (vit.embed_dim,):
+            module.register_forward_pre_hook(lambda _, given: in_order.append(given[0].is_contiguous()))
+    x = torch.randn(2, 1, 8, 8)
+    vit(x)
+    assert in_order == [True] * 9
+    theirs = PatchEmbed.forward(vit.patch_embed, x)
+    assert not theirs.is_contiguous() and torch.equal(vit.patch_embed(x), theirs)
 
 
 def test_timms_models_have_stochastic_depth_too() -> None:
