@@ -55,7 +55,8 @@ def settle(load: Load, parallel: str = "auto", crew: Crew = ALONE, at_once: int 
         way, why, memory = parallel, f"parallel={parallel}", predict(load, crew.size, parallel)
     _require_machine(memory, load.device, crew, way)
     if _needed(load, memory) > free_of_each:
-        raise UsageError(_Room(load, free_of_each, crew.size, way).refusal(memory))
+        why = _Room(load, free_of_each, crew.size, way).refusal(memory)
+        raise UsageError(why if at_once == 1 else f"{why}; {at_once} seeds at once share what is free")
     return Fit(way, why, memory, free)
 
 

@@ -16,6 +16,7 @@ from torch.func import functional_call, vmap
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from softmoe_cli.errors import UsageError, first_line
 from softmoe_cli.moe.routing import drawn_by
 from softmoe_cli.parallel import draw_elsewhere
 from softmoe_cli.run.checkpoint import random_state, set_random_state
@@ -126,8 +127,14 @@ class Stack:
 
         before = {name: buffer.clone() for name, buffer in self._buffers.items()}
         states = [dict(state) for state in _states]
-        with _carrying_out(self._draws):
-            graph = make_fx(together)(self._weights, self._buffers, tensors)
+        try:
+            with _carrying_out(self._draws):
+                graph = make_fx(together)(self._weights, self._buffers, tensors)
+        except RuntimeError as error:  # such as a router's that asks what numbers are
+            raise UsageError(
+                f"these models cannot be computed {len(self._models)} at once ({first_line(error)}); leave "
+                "seeds_at_once out"
+            ) from error
         for name, buffer in self._buffers.items():  # writing down was a pass too
             buffer.copy_(before[name])
         _states[:] = states

@@ -248,7 +248,7 @@ def update(step: Step, batch: Batch, lr: float, pruning: Pruning | None = None) 
     clipping. The weights stay as they were, and the gradients can be looked at, when loss or norm is not finite; where
     only the norm is not, a scaler then lowers its scale. `pruning` measures experts that may still go.
     """
-    config, crew, optimizer, scaler = step.config, step.crew, step.optimizer, step.scaler
+    crew, optimizer, scaler = step.crew, step.optimizer, step.scaler
     optimizer.zero_grad(set_to_none=True)  # of an update that was not made
     own = member()
     made = None if own is None else own.passed(_handed(step, batch, lr))

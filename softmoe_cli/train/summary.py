@@ -146,6 +146,7 @@ def wandb_settings(setup: Setup, folder: Path) -> dict[str, Any]:
         "tags": w.tags,
         "name": w.name or folder.name[-WANDB_LETTERS:],
         "config": asdict(config) | _at_the_top(setup),
+        "reinit": "create_new" if at_once() > 1 else "finish_previous",
     }
 
 
