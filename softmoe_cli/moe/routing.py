@@ -141,7 +141,6 @@ class DroplessRouter(Router):
 
     slots_per_expert = None
     counts_landed = True
-    unstacked: ClassVar[str | None] = "gives experts as many rows as ask for them, which differ from seed to seed"
     k: int
 
     @property

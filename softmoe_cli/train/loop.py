@@ -251,7 +251,7 @@ def update(step: Step, batch: Batch, lr: float, pruning: Pruning | None = None) 
     crew, optimizer, scaler = step.crew, step.optimizer, step.scaler
     optimizer.zero_grad(set_to_none=True)  # of an update that was not made
     own = member()
-    made = None if own is None else own.passed(_handed(step, batch, lr))
+    made = None if own is None else own.passed(handed(step, batch, lr))
     step.seen.clear()
     if made is not None and made.update is not None:
         return made.update
@@ -271,7 +271,7 @@ def update(step: Step, batch: Batch, lr: float, pruning: Pruning | None = None) 
     return main, aux_loss, norm_value
 
 
-def _handed(step: Step, batch: Batch, lr: float) -> Handed:
+def handed(step: Step, batch: Batch, lr: float) -> Handed:
     """What a run of several in one process hands in for an update of all."""
     parts, clip_norm = list(_in_parts(batch, step.config.train.accumulate)), step.config.optim.clip_norm
     return Handed(step.model, partial(_losses, step), parts, step.landed, step.optimizer, lr, clip_norm)

@@ -82,8 +82,9 @@ ROUTERS = {
     "zero_computation": (),
     "image_choice": (),
     "soft_uniform": ("optim.name=sgd", "optim.momentum=0.9"),
-    "uniform_soft": (),
-    "uniform": (),
+    "uniform_soft": ("model.expert_init=independent",),
+    "uniform": ("model.expert_init=independent",),
+    "tokens_choice_dropless": (),
     "identity": (),
 }
 
