@@ -144,6 +144,10 @@ class Sweep(HydraLauncher):
         """Whether nothing is to be started."""
         return self._options.plan
 
+    @property
+    def seeds_at_once(self) -> int:
+        return self._options.seeds_at_once
+
     def lie_in(self, study: Path, name: str | None = None) -> None:
         """The sweep's folder lies beside its runs, also where an experiment among its jobs names the study. `name`:
         what it is called where that does not depend on the words that were typed."""

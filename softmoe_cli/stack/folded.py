@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-
 FEW_TOKENS = 32
 """Up to so many tokens torch's fused attention on a CPU takes longer than two products and a softmax: forwards and
 backwards 1.9 times as long for 16, as long for 49."""

@@ -51,7 +51,7 @@ class Member:
         """Hands in a batch, and waits until the pass is made. None where no other run is left, and so nothing was
         computed."""
         start = time.perf_counter()
-        self.handed = handed
+        self.handed, self.took = handed, 0.0
         self._back.release()
         self._turn.acquire()
         self.away += time.perf_counter() - start - self.took

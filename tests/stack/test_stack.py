@@ -1,18 +1,35 @@
 """Several seeds as one stack: each run is the run alone, whatever its router draws, keeps or balances."""
 
+import copy
+import functools
 import io
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn import functional as F
 
 from softmoe_cli import cli
+from softmoe_cli.data.batches import Batch
+from softmoe_cli.device import precision_context
+from softmoe_cli.errors import UsageError
+from softmoe_cli.launch.plan import Job
+from softmoe_cli.launch.tables import Entry, stacks
+from softmoe_cli.model.vit import build
+from softmoe_cli.moe.routing import routings
+from softmoe_cli.optim import optimizer_of
+from softmoe_cli.run.checkpoint import random_state, set_random_state
+from softmoe_cli.stack.passing import Stack, drawing
+from softmoe_cli.stack.refused import check_stack
 from softmoe_cli.stack.turns import in_turns
-from tests.conftest import TINY, thinned
+from softmoe_cli.train.loop import Step, handed, update
+from tests.conftest import TINY, Softmoe
+from tests.oracles import compose
 from tests.runs import CLOCKS
 
 COMMON = (*TINY, "threads=1", "train.steps=50", "train.batch_size=8", "train.log_every=1", "train.eval_every=25")
@@ -73,6 +90,113 @@ def require_as_alone(folder: Path, arguments: Sequence[str], seeds: Sequence[int
         require_alike(folder / "stack/x" / run.name, run)
 
 
+def new_step(config: Any, seed: int, hooks: ExitStack) -> Step:
+    torch.manual_seed(seed)
+    model = build(config.model, 10).train()
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    autocast, seen = precision_context("cpu", "fp32", cached=True), hooks.enter_context(routings(model))
+    return Step(model, model, optimizer_of(model, config.optim), scaler, autocast, seen, config)
+
+
+SPARSE = (
+    "model/router=tokens_choice", "model.router.load_weight=0", "model.router.importance_weight=0.1",
+    "model.router.bias_rate=0.01",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("apart", "words"),
+    [
+        pytest.param(False, ("model.backbone.depth=1", "model.router.noise_std=1"), id="soft"),
+        pytest.param(False, SPARSE, id="tokens_choice", marks=pytest.mark.thorough),
+        pytest.param(True, SPARSE, id="one further", marks=pytest.mark.thorough),
+    ],
+)
+def test_updates_of_a_stack_are_those_of_each_alone(apart: bool, words: tuple[str, ...]) -> None:
+    """Losses, norms, what has landed, weights, moments, what a router keeps and random states over three updates, with
+    router noise; also where the runs have made different numbers of updates before."""
+    config = compose(*TINY, *words, "train.batch_size=4", "optim.clip_norm=0.1")
+    torch.manual_seed(9)
+    images = torch.randn(4, 2, 4, config.model.in_chans, config.model.image_size, config.model.image_size)
+    targets = F.one_hot(torch.randint(10, (4, 2, 4)), 10).float()
+    with ExitStack() as hooks:
+        ours, theirs = ([new_step(config, seed, hooks) for seed in (0, 1)] for _ in range(2))
+        states = {(id(steps), seed): random_state() for steps in (ours, theirs) for seed in (0, 1)}
+
+        def alone(steps: list[Step], seed: int, turn: int) -> tuple[float, float, float]:
+            set_random_state(states[id(steps), seed])
+            told = update(steps[seed], Batch(images[turn, seed], targets[turn, seed]), 1e-2)
+            states[id(steps), seed] = random_state()
+            return told
+
+        if apart:
+            alone(ours, 1, 3), alone(theirs, 1, 3)
+        stack: Stack | None = None
+        for turn in range(3):
+            given = [
+                handed(step, Batch(images[turn, seed], targets[turn, seed]), 1e-2) for seed, step in enumerate(ours)
+            ]
+            stack = stack or Stack(given)
+            with drawing([states[id(ours), seed] for seed in (0, 1)]):
+                made = stack.passed(given)
+            for seed in (0, 1):
+                told = alone(theirs, seed, turn)
+                assert (made[seed].update is None) == apart
+                if made[seed].update is None:
+                    assert made[seed].losses.tolist() == pytest.approx(told[:2], rel=1e-5)
+                    torch.nn.utils.clip_grad_norm_(ours[seed].model.parameters(), 0.1)
+                    for group in ours[seed].optimizer.param_groups:
+                        group["lr"] = 1e-2 * group["lr_scale"]
+                    ours[seed].optimizer.step()
+                else:
+                    assert made[seed].update == pytest.approx(told, rel=1e-5)
+    for seed in (0, 1):
+        mine, yours = ours[seed], theirs[seed]
+        assert int(mine.landed) == int(yours.landed) and (int(mine.landed) > 0) == (words == SPARSE)
+        assert torch.equal(states[id(ours), seed]["random.cpu"], states[id(theirs), seed]["random.cpu"])
+        torch.testing.assert_close(dict(mine.model.named_buffers()), dict(yours.model.named_buffers()))
+        for (name, a), b in zip(mine.model.named_parameters(), yours.model.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
+            kept = mine.optimizer.state[a], yours.optimizer.state[b]
+            torch.testing.assert_close(*(dict(each) for each in kept), rtol=1e-3, atol=1e-6)
+
+
+def test_jobs_that_differ_in_nothing_but_the_seed_are_gathered() -> None:
+    words = ["a seed=0", "b seed=0", "a seed=1", "b seed=1", "a seed=2"]
+    entries = [Entry(Job(each, each.split(), Path(each), 1), Path("log")) for each in words]
+    assert [[entry.job.run for entry in stack] for stack in stacks(entries, 2)] == [
+        ["a seed=0", "a seed=1"], ["b seed=0", "b seed=1"], ["a seed=2"]
+    ]  # fmt: skip
+    assert [len(stack) for stack in stacks(entries, 1)] == [1] * 5
+
+
+REFUSED: dict[str, tuple[str, Any]] = {
+    "train.precision": ("train.precision", "bf16"), "train.compile": ("train.compile", True),
+    "train.recompute": ("train.recompute", True), "train.minutes": ("train.minutes", 1.0), "devices": ("devices", 2),
+    "prune.keep": ("prune.keep", 1), "adapter": ("model.adapter.name", "lora"),
+    "model.head": ("model.head", "mumoe_cp"), "data=": ("data.sets", {"a": {}}), "data= ": ("data.format", "folder"),
+    "model/router=mumoe_cp": ("model.router", {"_target_": "softmoe_cli.moe.routers.mumoe_cp.MuMoECPRouter"}),
+}  # fmt: skip
+
+
+def test_what_cannot_be_stacked_is_refused() -> None:
+    """By key, with the way out; alone each of it is a run."""
+    config = compose("model.moe_blocks=last_1")
+    check_stack(config, 4)
+    for said, (key, value) in REFUSED.items():
+        *sections, leaf = key.split(".")
+        other = copy.deepcopy(config)
+        setattr(functools.reduce(getattr, sections, other), leaf, value)
+        check_stack(other, 1)
+        with pytest.raises(UsageError, match=rf"^seeds_at_once=4: {said.strip()}.*; .*, or leave seeds_at_once out$"):
+            check_stack(other, 4)
+
+
+def test_without_m_there_are_no_seeds(softmoe: Softmoe) -> None:
+    answer = softmoe("train", "seeds_at_once=2")
+    assert answer.code == 2 and "seeds_at_once=2 is about the jobs of a sweep; it goes with -m" in answer.err
+
+
 ROUTERS = {
     "dense": (),
     "soft": ("model.router.noise_std=1",),
@@ -89,7 +213,8 @@ ROUTERS = {
 }
 
 
-@pytest.mark.parametrize("router", thinned(ROUTERS, 1))
+@pytest.mark.thorough
+@pytest.mark.parametrize("router", ROUTERS)
 def test_each_run_is_the_run_alone(router: str, tmp_path: Path) -> None:
     """Rows of losses, norms, validation and routing, weights, moments and random state over 50 updates."""
     tiny = [word for word in COMMON if router not in ("dense", "identity") or not word.startswith("model.router")]
