@@ -182,6 +182,7 @@ REFUSED: dict[str, tuple[str, Any]] = {
 def test_what_cannot_be_stacked_is_refused() -> None:
     """By key, with the way out; alone each of it is a run."""
     config = compose("model.moe_blocks=last_1")
+    config.data.workers = 2  # of which a set that is in memory has no use
     check_stack(config, 4)
     for said, (key, value) in REFUSED.items():
         *sections, leaf = key.split(".")
