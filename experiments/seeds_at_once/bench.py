@@ -40,7 +40,8 @@ from softmoe_cli.model.vit import build
 from softmoe_cli.moe.routing import routings
 from softmoe_cli.optim import optimizer_of
 from softmoe_cli.options.compose import compose
-from softmoe_cli.stack.passing import Stack
+from softmoe_cli.run.checkpoint import random_state
+from softmoe_cli.stack.passing import Stack, drawing
 from softmoe_cli.train.loop import Step, handed, update
 
 CPU = torch.device("cpu")
@@ -60,12 +61,14 @@ def alone(step: Step) -> Callable[[Tensor, Tensor, float], float]:
 
 def as_stack(steps: Sequence[Step]) -> Callable[[Tensor, Tensor, float], list[float]]:
     stack: list[Stack] = []
+    states = [random_state() for _ in steps]
 
     def all_at_once(images: Tensor, targets: Tensor, lr: float) -> list[float]:
         given = [handed(step, Batch(*own), lr) for step, *own in zip(steps, images, targets, strict=True)]
         if not stack:
             stack.append(Stack(given))
-        made = stack[0].passed(given)
+        with drawing(states):
+            made = stack[0].passed(given)
         return [each.update[0] for each in made if each.update is not None]
 
     return all_at_once
