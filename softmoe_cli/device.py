@@ -1,10 +1,13 @@
 """Where the arithmetic happens and in which precision."""
 
 import ctypes
+import fcntl
+import hashlib
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -101,6 +104,21 @@ def compiled(call: T, **options: Any) -> T:
     config.backward_pass_autocast = "off"
     config.autograd_cache_allow_custom_autograd_functions = True
     return cast(T, torch.compile(call, **options))
+
+
+@contextmanager
+def compiling_alone(what: object) -> Iterator[None]:
+    """Inside, no other process of this machine compiles the same, which is known by its `repr`: who comes second finds
+    it compiled. torch itself would let jobs of a sweep that start together compile it side by side."""
+    from torch._inductor.runtime.runtime_utils import cache_dir
+
+    mark = hashlib.sha256(repr(what).encode()).hexdigest()[:16]
+    with Path(cache_dir(), f"softmoe_{mark}.lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(held, fcntl.LOCK_UN)  # a process that torch has started may have the file open still
 
 
 def slower(device: torch.device, precision: str) -> str:

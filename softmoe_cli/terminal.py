@@ -60,6 +60,15 @@ class Screen:
     def say(self, text: str) -> None:
         self.console.print(escape(printable_lines(text)))
 
+    def sentence(self, text: str) -> None:
+        """What has no command in it that is to be copied: on a terminal wrapped between words."""
+        self.say("\n".join(self._wrapped(text, self.console.width)))
+
+    def _wrapped(self, text: str, room: int) -> list[str]:
+        if not self.console.is_terminal:
+            return [text]
+        return textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False) or [""]
+
     def table(self, title: str, rows: dict[str, str]) -> None:
         """A table with a row for each word: on a terminal wrapped between words, in a file one line each."""
         self.console.print(f"[bold]{escape(title)}[/bold]")
@@ -67,11 +76,7 @@ class Screen:
             self.row(key, value)
 
     def row(self, key: str, value: str) -> None:
-        value = printable_lines(value)
-        lines = [value]
-        if self.console.is_terminal:
-            room = max(20, self.console.width - INDENT)
-            lines = textwrap.wrap(value, room, break_long_words=False, break_on_hyphens=False) or [""]
+        lines = self._wrapped(printable_lines(value), max(20, self.console.width - INDENT))
         text = f"\n{' ' * INDENT}".join(map(escape, lines))
         self.console.print(f"  [bold]{escape(key):<{INDENT - 2}}[/bold]{text}")
 
@@ -88,13 +93,17 @@ class Screen:
         )
 
     def evaluation(self, row: dict[str, Any], note: str = "") -> None:
-        """A line per evaluation; a narrow terminal goes without the epoch."""
+        """A line per evaluation; a narrow terminal goes without the epoch, then without what it has cost."""
         by_task = ", ".join(f"{name} {figure:.2f}%" for name, figure in of_tasks(row, "top1_pct").items())
         parts = [
             f"{row['split']:<10}", f"step {row['step']:>7,}", f"epoch {row['epoch']:7.2f}", f"loss {row['loss']:.4f}",
             f"top-1 {row['top1_pct']:6.2f}%", by_task, flop(1e15 * row["train_pflop"]), in_words(row["device_s"]), note,
         ]  # fmt: skip
-        line = "  ".join(filter(None, parts))
-        if self.console.is_terminal and len(line) > self.console.width:
-            line = "  ".join(filter(None, parts[:2] + parts[3:]))
-        self.say(line)
+        lines = ["  ".join(filter(None, parts))]
+        for left_out in (2, 6, 7):
+            if self.console.is_terminal and len(lines[0]) > self.console.width:
+                parts[left_out] = ""
+                lines = ["  ".join(filter(None, parts))]
+        if len(lines[0]) > self.console.width:  # a figure for each of many tasks
+            lines = self._wrapped(lines[0], self.console.width - 12)
+        self.say(f"\n{' ' * 12}".join(lines))

@@ -1,5 +1,6 @@
 """What every test shares: no network, one thread, a working folder of its own, and the command line in-process."""
 
+import gc
 import logging
 import os
 import sys
@@ -17,6 +18,15 @@ os.environ["WANDB_MODE"] = "offline"
 for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "RANK", "WORLD_SIZE"):
     os.environ.pop(name, None)
 torch.set_num_threads(1)  # tests are small: a second thread costs more than it brings
+
+
+def pytest_collection_finish() -> None:
+    """What all tests have imported is no longer searched for garbage."""
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -242,38 +243,49 @@ def tree(root: Path, parts: tuple[str, ...] = ("",), classes: str = "ab", count:
                 picture(root / part / c / f"{i}.png", 10 * i + (100 if c == "b" else 0))
 
 
-def test_wrong_folders(softmoe: Softmoe, tmp_path: Path) -> None:
+def empty_class(root: Path) -> None:
+    tree(root)
+    (root / "c").mkdir()
+
+
+def not_an_image(root: Path) -> None:
+    tree(root)
+    (root / "a" / "x.png").write_text("hello")
+
+
+def cut_short(root: Path) -> None:
+    tree(root)
+    whole = (root / "a" / "0.png").read_bytes()
+    (root / "a" / "0.png").write_bytes(whole[: len(whole) // 2])
+
+
+def other_classes(root: Path) -> None:
+    tree(root, parts=("train",))
+    tree(root, parts=("val",), classes="ac")
+
+
+WRONG_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "not_an_image": (not_an_image, "a/x.png is not an image"),
+    "flat": (Path.mkdir, "has no class folders"),
+    "empty_class": (empty_class, "empty_class/c holds no image"),
+    "cut": (cut_short, "a/0.png is not an image"),
+    "single": (lambda root: tree(root, classes="a"), "one class folder only"),
+    "few": (lambda root: tree(root, count=1), "leaves no image of class"),
+    "train_only": (lambda root: tree(root, parts=("train",)), "needs train and val"),
+    "other": (other_classes, "different classes: b, c"),
+    "file": (Path.touch, "is not a folder"),
+}
+"""What makes the folder, and what is said of it."""
+
+
+@pytest.mark.parametrize("name", thinned(WRONG_FOLDERS, 3))
+def test_wrong_folders(name: str, softmoe: Softmoe, tmp_path: Path) -> None:
     """Each wrong folder gets its own sentence; the run's folder is never made."""
-
-    def answer(name: str) -> str:
-        got = softmoe("train", *TINY, "data=folder", f"data.root={name}", "data.image_size=8", "model.in_chans=3")
-        assert got.code == 2, got
-        assert not (tmp_path / "outputs").exists()
-        return got.err
-
-    (tmp_path / "flat").mkdir()
-    assert "has no class folders" in answer("flat")
-    tree(tmp_path / "empty_class")
-    (tmp_path / "empty_class" / "c").mkdir()
-    assert "empty_class/c holds no image" in answer("empty_class")
-    tree(tmp_path / "not_an_image")
-    (tmp_path / "not_an_image" / "a" / "x.png").write_text("hello")
-    assert "a/x.png is not an image" in answer("not_an_image")
-    tree(tmp_path / "cut")
-    whole = (tmp_path / "cut" / "a" / "0.png").read_bytes()
-    (tmp_path / "cut" / "a" / "0.png").write_bytes(whole[: len(whole) // 2])
-    assert "a/0.png is not an image" in answer("cut")
-    tree(tmp_path / "single", classes="a")
-    assert "one class folder only" in answer("single")
-    tree(tmp_path / "few", count=1)
-    assert "leaves no image of class" in answer("few")
-    tree(tmp_path / "train_only", parts=("train",))
-    assert "needs train and val" in answer("train_only")
-    tree(tmp_path / "other", parts=("train",))
-    tree(tmp_path / "other", parts=("val",), classes="ac")
-    assert "different classes: b, c" in answer("other")
-    (tmp_path / "file").write_text("")
-    assert "is not a folder" in answer("file")
+    make, sentence = WRONG_FOLDERS[name]
+    make(tmp_path / name)
+    got = softmoe("train", *TINY, "data=folder", f"data.root={name}", "data.image_size=8", "model.in_chans=3")
+    assert got.code == 2 and sentence in got.err, got
+    assert not (tmp_path / "outputs").exists()
 
 
 @pytest.mark.parametrize("kind", ["no JSON", "lacks classes", "interpolation", "somebody's router"])
@@ -408,6 +420,7 @@ def test_finetune_from_timm_without_its_weights(softmoe: Softmoe) -> None:
     assert "could not fetch its weights" in answer.err
 
 
+@pytest.mark.thorough
 def test_finished_runs_are_not_repeated_and_sweeps_make_a_run_each(softmoe: Softmoe, tmp_path: Path) -> None:
     line = ("train", "-m", *TINY, "train.steps=2", "seed=0,1")
     assert softmoe(*line).code == 0

@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import resource
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from softmoe_cli import device
-from softmoe_cli.device import KEPT, Energy, cores, fast_precision, free_memory, keep_freed_memory
+from softmoe_cli.device import KEPT, Energy, compiling_alone, cores, fast_precision, free_memory, keep_freed_memory
 from softmoe_cli.moe.processor import CPU_PRODUCTS
 from softmoe_cli.train.progress import Progress
 from tests.processes import forked
@@ -153,3 +154,24 @@ def resident() -> None:
         held.append(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize())
         free_memory(CPU)
     print(json.dumps(held))
+
+
+def test_what_is_compiled_by_one_process_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same waits, something else does not; each lock of a file opened anew, as in another process."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    order: list[str] = []
+
+    def second(what: str) -> None:
+        with compiling_alone(what):
+            order.append(what)
+
+    with compiling_alone("same"):
+        waits, goes = (threading.Thread(target=second, args=(what,)) for what in ("same", "other"))
+        waits.start()
+        goes.start()
+        goes.join()
+        waits.join(timeout=0.1)
+        order.append("first")
+    waits.join()
+    assert order == ["other", "first", "same"]
+    assert len(list(tmp_path.iterdir())) == 2

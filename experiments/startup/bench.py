@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "header": ("train", "tracking=off"),
     "finished": SMALL,
     "finished finetuning": ("finetune", "checkpoint=RUN", "tracking=off", "train.steps=1", "study=second"),
+    "finished pruning": ("prune", "checkpoint=RUN", "data=digits", "keep=2", "by=random"),
     "no such data.root": ("train", "data=folder", "data.root=nowhere"),
     "no such checkpoint": ("finetune", "checkpoint=nowhere", "data=digits"),
     "cost": ("cost", "model=vit_nano2_soft"),
@@ -90,8 +91,9 @@ def main() -> None:
         for side, folder in folders.items():
             folder.mkdir()
             start(sides[side], folder, SMALL, "never said")  # the run that `finished` finds
-            if "finished finetuning" in typed.only:
-                start(sides[side], folder, COMMANDS["finished finetuning"], "never said")
+            for command in ("finished finetuning", "finished pruning"):
+                if command in typed.only:
+                    start(sides[side], folder, COMMANDS[command], "never said")
         for number in range(typed.starts + 1):
             for command in typed.only:
                 words = COMMANDS[command]

@@ -26,7 +26,7 @@ from softmoe_cli.compare.reach import Reached
 from softmoe_cli.compare.runs import FINGERPRINT, FinishedRun
 from softmoe_cli.compare.units import quantity
 from softmoe_cli.errors import UsageError, nearest
-from softmoe_cli.run.rows import COSTS, QUALITIES, Row, number
+from softmoe_cli.run.rows import COSTS, OF_TASKS, QUALITIES, Row, number
 from softmoe_cli.text import several, shortened
 
 LABELS = {
@@ -185,7 +185,7 @@ def block_of(title: str, runs: list[FinishedRun], by: list[str], columns: list[s
     notes = _mixed_notes(groups) if by else []
     fingerprints = Counter(" with torch ".join(str(run.row.get(key)) for key in FINGERPRINT) for run in runs)
     for key in dict.fromkeys([question.quality, question.cost, *columns]):
-        if key not in COSTS and key not in QUALITIES:
+        if key not in COSTS and key not in QUALITIES and not key.startswith(OF_TASKS):
             continue
         apart = key in COSTS and COSTS[key].clocked and len(fingerprints) > 1
         for group in groups:

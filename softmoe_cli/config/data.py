@@ -1,5 +1,6 @@
 """The options of a data set."""
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -164,7 +165,9 @@ class Data(Section):
             self._check_set()
 
     def filled(self) -> Self:
-        """A temperature is a number with a point, or inf."""
+        """A temperature is a number with a point, or inf, which YAML writes with a point before it."""
+        if self.temperature in (".inf", math.inf):
+            return replace(self, temperature="inf")
         return replace(self, temperature=float(self.temperature)) if type(self.temperature) is int else self
 
     def _check_set(self) -> None:
@@ -266,7 +269,7 @@ def check_mix(data: Data) -> None:
                 f"data.{key}={typed(getattr(data, key))} has no effect on data=mix, where each set has its own: "
                 f"data.sets=[{{data: {next(iter(data.sets))}, {key}: …}}]"
             )
-    if data.temperature != "inf" and type(data.temperature) not in (int, float):
+    if data.temperature not in ("inf", ".inf") and type(data.temperature) not in (int, float):
         raise UsageError(f"data.temperature={typed(data.temperature)} is neither a number above 0 nor inf")
     for each in data.of_sets():
         _check_part(each)

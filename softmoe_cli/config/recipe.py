@@ -107,7 +107,7 @@ class Train(Section):
         "arithmetic under autocast; weights stay fp32; auto: bf16 where the device has instructions for it, else fp32",
         choices=("fp32", "bf16", "fp16", "auto"),
     )
-    compile: bool = option("torch.compile the model")
+    compile: bool = option("torch.compile the model; runs of the same shapes find it compiled")
     recompute: bool = option(
         "recompute activations in the backward pass (activation checkpointing): less memory, a third more time"
     )

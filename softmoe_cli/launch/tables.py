@@ -2,6 +2,9 @@
 
 import math
 import re
+import shutil
+import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -74,8 +77,9 @@ def fitted(rows: list[list[str]], width: int) -> str:
     return aligned(rows, markdown=False)
 
 
-def plan_table(entries: list[Entry], at_a_time: int) -> str:
-    """The jobs with what they will cost, and the sum of those that are to be done."""
+def plan_table(entries: list[Entry], at_a_time: int, width: int | None = None) -> str:
+    """The jobs with what they will cost, and the sum of those that are to be done. Where that is wider than `width`
+    letters, the names are shorter and the folders are left out."""
     rows = [["run", "state", "training", "peak MiB", "time", "folder"]]
     todo = [entry for entry in entries if not entry.finished]
     for entry in entries:
@@ -92,17 +96,23 @@ def plan_table(entries: list[Entry], at_a_time: int) -> str:
         f"; not in it: {unknown}, as jobs are not timed that do not fit, or have several devices, frozen weights or "
         "moments in other than fp32" if unknown else ""
     )  # fmt: skip
-    return (
-        f"{aligned(rows, markdown=False)}\n\n{len(entries)} jobs, {len(todo)} to do: {_flop(pflop)}, "
+    table = aligned(rows, markdown=False)
+    told = (
+        f"{len(entries)} jobs, {len(todo)} to do: {_flop(pflop)}, "
         f"{_time(sum(known)) if known or not todo else 'unknown'} of training and evaluation{together}; from a few "
         f"steps timed here, saving not counted{beside}"
     )
+    if width is not None and max(map(len, table.split("\n"))) > width:
+        table = fitted([row[:-1] for row in rows], width)
+        told = textwrap.fill(f"{told}; --json has the folders", width)
+    return f"{table}\n\n{told}"
 
 
 def show_plan(entries: list[Entry], at_a_time: int) -> None:
     """Prints the jobs with what they will cost; for a program what is not known is null."""
     if not programs.listen():
-        print(plan_table(entries, at_a_time))
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        print(plan_table(entries, at_a_time, width))
         return
     told = [{"run": seen.run, "state": seen.state, "folder": seen.folder, **entry.job.cost}
             for entry in entries if (seen := entry.state(True))]  # fmt: skip

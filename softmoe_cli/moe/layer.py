@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from softmoe_cli.moe.few_rows import few_rows, pays
 from softmoe_cli.moe.kind import Decider, Layer
 from softmoe_cli.moe.processor import CPU_PRODUCTS
 from softmoe_cli.moe.routing import Carried, Router, Routing, full_precision
@@ -26,6 +27,8 @@ def experts(
 
     `gelu` is `tanh` (the approximation that the official code uses) or `none` (exact).
     """
+    if pays(rows, w1):
+        return few_rows(F.gelu(few_rows(rows, w1, b1), approximate=gelu), w2, b2)
     hidden = F.gelu(torch.baddbmm(b1[:, None], rows, w1), approximate=gelu)
     return torch.baddbmm(b2[:, None], hidden, w2)
 

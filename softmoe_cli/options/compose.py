@@ -388,9 +388,10 @@ def other_model(to: str, typed: Sequence[str]) -> MatchConfig:
     from hydra.errors import HydraException
 
     kept = [override for override in typed if re.split(r"[.=/@]", override.lstrip("+~"))[0] != "model"]
+    quoted = to.replace("\\", "\\\\").replace("'", "\\'")  # as text, whatever it looks like
     try:
         with initialize_config_dir(str(conf_folder()), version_base=None):
-            config = compose("match", [*kept, *(crossing(to) or [f"model={to}"])])
+            config = compose("match", [*kept, *(crossing(to) or [f"model='{quoted}'"])])
     except HydraException as error:
         raise UsageError(f"to={to}: {explain(error, 'match', []).partition(': ')[2]}") from error
     return door(plain(config, MatchConfig), MatchConfig)

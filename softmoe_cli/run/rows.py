@@ -170,6 +170,8 @@ TASK_QUALITY = "task_{}_{}"
 of the validation images after `validation_`."""
 OVER_TASKS = "mean_over_tasks_{}"
 """The mean of that over tasks, each of which counts once; under the plain name stands the mean over images."""
+OF_TASKS = tuple(key.partition("{")[0] for key in (TASK_QUALITY, OVER_TASKS))
+"""How both begin."""
 TASK_EPOCHS = "task_{}_epochs"
 """In results: how often training has seen each task's training images."""
 EXPERTS_LEFT = "experts_left_block_{}"

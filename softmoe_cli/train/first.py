@@ -53,7 +53,7 @@ def first_words(command: str, config: Config, source: "Source | None") -> First:
         UsageError: the images cannot be used, or the run's folder holds a damaged result, or can be no run's.
     """
     screen = Screen(quiet=os.environ.get("RANK", "0") != "0")
-    screen.say(what_runs(config))
+    screen.sentence(what_runs(config))
     if "RANK" in os.environ:  # one of several processes that train one model: they look together
         return First(screen, None, ended=None)
     from softmoe_cli.data.contents import identity

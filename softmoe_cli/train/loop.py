@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,7 +17,14 @@ from softmoe_cli.cost.fit import require_place, settle, training_cost
 from softmoe_cli.cost.load import Load
 from softmoe_cli.data import batches, sets, workers
 from softmoe_cli.data.batches import Batch
-from softmoe_cli.device import arithmetic, compiled, free_memory, keep_freed_memory, precision_context
+from softmoe_cli.device import (
+    arithmetic,
+    compiled,
+    compiling_alone,
+    free_memory,
+    keep_freed_memory,
+    precision_context,
+)
 from softmoe_cli.errors import UsageError
 from softmoe_cli.evaluate.fewshot import check_shots
 from softmoe_cli.evaluate.quality import classification_loss
@@ -121,7 +129,7 @@ def train(begun: Begun) -> dict[str, Any]:
     # --- evaluation, and what ends the run
     stop = Stop(crew)
     looks = Looks(recording, stop)
-    first_steps = FirstSteps(progress, budget, config.train.eval_every, pace, screen.say)
+    first_steps = FirstSteps(progress, budget, config.train.eval_every, pace, screen.sentence)
 
     # --- loop
     training = _batches(setup, crew.share(config).rows(config.train.accumulate), progress.step)
@@ -157,7 +165,9 @@ def train(begun: Begun) -> dict[str, Any]:
                     saved_at, save_took = time.monotonic(), time.monotonic() - start
 
                 compiles = prepares and progress.step in (first_step, progress.changed_at)
-                with progress.booked("compile" if compiles else "device", crew.size):
+                turns = compiles and config.train.compile and crew.size == 1
+                alone = compiling_alone(_graph_of(config, classes)) if turns else nullcontext()
+                with progress.booked("compile" if compiles else "device", crew.size), alone:
                     lr, scale = learning_rate(here), scaler.get_scale()
                     with progress.booked("load"):
                         batch = next(training)
@@ -323,6 +333,12 @@ def _clip(step: Step, norm: Tensor, norm_value: float) -> None:
 def _in_parts(batch: Batch, parts: int) -> Iterator[tuple[Tensor, ...]]:
     """Targets, and what the model is called with, of each of several parts of a batch."""
     return zip(*(each.chunk(parts) for each in (batch.labels, *batch.inputs)), strict=True)
+
+
+def _graph_of(config: Config, classes: int) -> tuple[Any, ...]:
+    """What decides what is compiled: runs that differ elsewhere, as in their seeds, compile the same."""
+    t = config.train
+    return config.model, classes, t.batch_size, t.accumulate, t.recompute, t.precision
 
 
 def _let_go(step: Step, recording: Recording, pruning: Pruning, batch: Batch) -> None:

@@ -161,7 +161,7 @@ def _at_the_top(setup: Setup) -> dict[str, Any]:
     return {"router_name": m.router_name, "backbone_name": m.backbone.name, "data_name": config.data.name}
 
 
-SOMETIMES = ("fewshot_", *(key.partition("{")[0] for key in (rows.TASK_QUALITY, rows.OVER_TASKS)))
+SOMETIMES = ("fewshot_", *rows.OF_TASKS)
 """How those qualities begin that only some runs have."""
 
 

@@ -55,6 +55,8 @@ def read_official(checkpoint: str) -> Source:
         weights, shapes = translated(parameters_in(Path(name)))
         router, blocks, assumed = _routers(shapes, said)
         side = _image_side(shapes, said)
+        for each in (router, *blocks.values()):
+            _require_room(each, (side // shapes.patch) ** 2 + shapes.class_token)
         if said:
             raise Fault(f"@{next(iter(said))} has no effect on such weights; leave it out")
     except Fault as fault:
@@ -142,6 +144,20 @@ def _options(mixture: Mixture, kind: str, given: dict[str, Any]) -> dict[str, An
         options |= {"importance_weight": 0.005, "load_weight": 0.005, "gshard_weight": 0.0, "bias_rate": 0.0}
         options |= {"shared_experts": 0}
     return options | given
+
+
+def _require_room(router: dict[str, Any], tokens: int) -> None:
+    """Checks that each expert has a slot."""
+    if router.get("capacity_factor") is None:
+        return
+    choices = tokens * router["images_per_group"] * router.get("k", 1)
+    experts, factor = router["num_experts"], router["capacity_factor"]
+    exact = choices * factor / experts
+    if (math.ceil(exact) if router["capacity_rounding"] == "ceil" else round(exact)) < 1:
+        raise Fault(
+            f"@capacity_factor:{factor:g} gives no slot to any of {experts} experts, of {choices:,} choices; say a "
+            "larger one"
+        )
 
 
 def _image_side(shapes: Shapes, said: dict[str, Any]) -> int:

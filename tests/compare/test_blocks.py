@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from softmoe_cli.compare.tables import tables
 from tests.synthetic import asked, group, row, study, write
 
 
@@ -66,6 +67,13 @@ def test_by_where_sort_and_columns(tmp_path: Path) -> None:
     shown = asked(tmp_path, columns=("peak_mib", "num_experts"))
     assert shown.columns == ["peak_mib", "num_experts"]
     assert shown.groups[0].intervals["peak_mib"] is not None
+
+
+def test_a_column_of_tasks_is_a_mean_over_seeds(tmp_path: Path) -> None:
+    for seed in range(3):
+        write(tmp_path, row(seed=seed, mean_over_tasks_top1_pct=90 + seed, task_digits_top1_pct=80.0))
+    shown = asked(tmp_path, columns=("mean_over_tasks_top1_pct", "task_digits_top1_pct"))
+    assert tables(shown)[0].rows[0][-2:] == ["91.0 ± 2.5", "80"]
 
 
 def test_order_of_folders_changes_nothing(tmp_path: Path) -> None:

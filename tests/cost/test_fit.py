@@ -8,9 +8,11 @@ import torch
 
 from softmoe_cli.cost import fit
 from softmoe_cli.cost.fit import largest_batch, last_within, settle
+from softmoe_cli.cost.load import Load
 from softmoe_cli.cost.memory import Memory, predict
 from softmoe_cli.errors import UsageError
 from softmoe_cli.moe.routers.soft import SoftRouter
+from tests.cost import loads
 from tests.cost.loads import CPU, FOUR, composed, held, load, with_free
 
 
@@ -43,7 +45,19 @@ def test_the_largest_number_within_a_limit(limit: int) -> None:
     assert last_within(size, limit, 50) == want
 
 
-def test_a_run_that_cannot_fit_is_refused_with_what_would(monkeypatch: pytest.MonkeyPatch) -> None:
+def by_formula(asked: Load, processes: int = 1, way: str = "ddp") -> Memory:
+    """In the place of a prediction, which takes a second: what parts, recomputation and moments do to it."""
+    state, image = 1000, 40 if asked.recompute else 100
+    moments = 2 * state if asked.optim is None or asked.optim.moments == "fp32" else state // 2
+    seen = image * asked.part
+    return Memory(state, state, moments, 0, seen, 2 * state + moments + seen, 0, 0)
+
+
+@pytest.mark.parametrize("predicted", [False, pytest.param(True, marks=pytest.mark.thorough)])
+def test_a_run_that_cannot_fit_is_refused_with_what_would(predicted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not predicted:
+        for module in (fit, loads):
+            monkeypatch.setattr(module, "predict", by_formula)
     config = composed("soft", "train.batch_size=16", "model.backbone.depth=3")
     need = held(config)
     with_free(monkeypatch, need.peak_bytes)

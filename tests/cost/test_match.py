@@ -72,6 +72,7 @@ def test_when_nothing_meets_it_both_sides_are_named() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        ("to=1e-3 model=vit_nano2_soft", "to=0.001: no such choice"),
         ("to=vit_nano2_dense model=vit_nano2_dense", "router dense has no num_experts"),
         ("to=vit_nano2_dense free=train.steps", "free=train.steps changes no forward_gflop"),
         ("to=vit_nano2_dense by=train_pflop", "steps belong to by=train_pflop and by=landed_pflop, which need them"),

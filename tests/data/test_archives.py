@@ -387,13 +387,16 @@ SHARDS, PER_SHARD = 8, 2500
 
 @pytest.fixture(scope="module")
 def twenty_thousand(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """20,000 images in shards of 2,500; each one's first two pixels are its number, and its label the number mod 10."""
-    root = tmp_path_factory.mktemp("shards")
+    return numbered(tmp_path_factory.mktemp("shards"), PER_SHARD)
+
+
+def numbered(root: Path, per_shard: int) -> Path:
+    """Eight shards of images; each one's first two pixels are its number, and its label the number mod 10."""
     rng = np.random.default_rng(0)
-    noise = rng.integers(0, 256, (SHARDS * PER_SHARD, 64), dtype=np.uint8)
+    noise = rng.integers(0, 256, (SHARDS * per_shard, 64), dtype=np.uint8)
     for shard in range(SHARDS):
         with tarfile.open(root / f"tiny-{shard:03d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
-            for number in range(shard * PER_SHARD, (shard + 1) * PER_SHARD):
+            for number in range(shard * per_shard, (shard + 1) * per_shard):
                 pixels = bytes(divmod(number, 256)) + noise[number, 2:].tobytes()
                 files = {"pgm": b"P5 8 8 255\n" + pixels, "cls": b"%d" % (number % 10)}
                 for ending, content in files.items():
@@ -440,14 +443,17 @@ def test_a_kill_in_the_middle_of_a_shard_resumes_at_the_exact_sample(twenty_thou
     assert resumed == whole and len(whole) == 240 + 2
 
 
-def test_which_samples_a_step_consumes_is_a_function_of_seed_and_step(twenty_thousand: Path) -> None:
+@pytest.mark.parametrize("per_shard", [250, pytest.param(PER_SHARD, marks=pytest.mark.thorough)])
+def test_which_samples_a_step_consumes_is_a_function_of_seed_and_step(per_shard: int, tmp_path: Path) -> None:
     """By the numbers that the decoded pixels hold: an epoch has each training image once, and goes on from anywhere."""
-    data = compose(*LINE[1:], f"data.root={twenty_thousand}", "data.mean=[0]", "data.std=[1]", "data.workers=0").data
+    root, total = numbered(tmp_path, per_shard), SHARDS * per_shard
+    data = compose(*LINE[1:], f"data.root={root}", "data.mean=[0]", "data.std=[1]", "data.workers=0").data
     change = compose(*LINE[1:], "data.root=x").augment
     splits = load(data)
     parts = (splits.train, splits.validation, splits.test)
-    assert [len(part) for part in parts] == [19600, 200, 200]
-    size, last = 1000, 19
+    trained = total * 98 // 100
+    assert [len(part) for part in parts] == [trained, total // 100, total // 100]
+    size, last = total // 20, 19
 
     def numbers(first_step: int, steps: int) -> list[list[int]]:
         found = train_batches(
@@ -457,17 +463,17 @@ def test_which_samples_a_step_consumes_is_a_function_of_seed_and_step(twenty_tho
         return [_numbers(x, y.argmax(1)) for x, y, _ in itertools.islice(found, steps)]
 
     whole = numbers(0, last + 1)
-    epoch = [number for step in whole for number in step][:19600]
+    epoch = [number for step in whole for number in step][:trained]
     held = [
         number
         for part in parts[1:]
         for x, y, _ in eval_batches(part, data, image_size=8, in_chans=1, batch_size=64, device=CPU)
         for number in _numbers(x, y)
     ]
-    assert sorted(epoch + held) == list(range(SHARDS * PER_SHARD))
+    assert sorted(epoch + held) == list(range(total))
     assert numbers(7, 2) == whole[7:9]
-    begun = [sum(number // PER_SHARD == shard for number in epoch[: 7 * size]) for shard in range(SHARDS)]
-    assert all(0 < count < PER_SHARD - 50 for count in begun)  # step 7 is in the middle of every shard
+    begun = [sum(number // per_shard == shard for number in epoch[: 7 * size]) for shard in range(SHARDS)]
+    assert all(0 < count < per_shard * 49 // 50 for count in begun)  # step 7 is in the middle of every shard
 
 
 def _numbers(x: Tensor, labels: Tensor) -> list[int]:

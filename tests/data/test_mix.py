@@ -195,6 +195,8 @@ def test_a_mix_at_another_place_is_the_same_run(tmp_path: Path) -> None:
     other = compose(*mix(write_clothes(tmp_path / "c", seed=1)))
     marks = [signature(each, "train", None, identity(each.data)) for each in (a, b, other)]
     assert marks[0] == marks[1] != marks[2]
+    each_alike = [compose(*mix(tmp_path / "a", f"data.temperature={word}")) for word in ("inf", ".inf")]
+    assert [config.data.temperature for config in each_alike] == ["inf", "inf"]
     warm = compose(*mix(tmp_path / "a", "data.temperature=2"))
     assert signature(warm, "train", None, None) != signature(a, "train", None, None)
 

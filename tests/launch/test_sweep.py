@@ -250,6 +250,41 @@ def test_the_sweep_of_wandb(softmoe: Softmoe) -> None:
     assert asked["metric"]["name"] == "validation/top1_pct", "a row's key, as the mirror names it"
 
 
+@pytest.mark.long
+@pytest.mark.thorough
+def test_jobs_of_the_same_shapes_compile_once(tmp_path: Path) -> None:
+    """By what torch notes of its caches, process by process: of two jobs that start together one compiles and the other
+    finds all of it; so does a job of a later command, with another seed and rate. Nothing but torch's cache is left."""
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path / "temporary"),
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",
+    }  # fmt: skip
+    (tmp_path / "temporary").mkdir()
+    environment.pop("TORCHINDUCTOR_CACHE_DIR", None)
+    found = ["aotautograd_cache_hit", "fx_graph_cache_hit"]
+    made = ["aotautograd_cache_miss", "fx_graph_cache_miss"]
+    common = ("train.compile=true", "train.steps=2", "model.backbone.depth=1", "hydra.launcher.jobs=2")
+    for words, expected in ((("seed=0,1",), [found, made]), (("seed=2", "optim.lr=0.01"), [found])):
+        trace = tmp_path / words[0]
+        line = [sys.executable, "-m", "softmoe_cli", "train", "-m", *LINE, *common, *words]
+        ran = subprocess.run(
+            line,
+            cwd=tmp_path,
+            env=environment | {"TORCH_TRACE": str(trace)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert ran.returncode == 0, ran.stdout + ran.stderr
+        noted = [
+            re.findall(r'"name": "((?:fx_graph|aotautograd)_cache_\w+)"', each.read_text()) for each in trace.iterdir()
+        ]
+        assert sorted(sorted(set(each)) for each in noted if each) == expected
+    (cache,) = (tmp_path / "temporary").iterdir()
+    assert cache.name.startswith("torchinductor_")
+    assert {path.name for path in tmp_path.iterdir()} == {"temporary", "outputs", "seed=0,1", "seed=2"}
+
+
 STUDIES = {
     ("model/router=dense,soft", "seed=0,1,2", "train.steps=5"): "router-seed",
     ("model.router.num_experts=8,16",): "num_experts",

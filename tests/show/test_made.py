@@ -46,7 +46,8 @@ def test_a_receipt_is_told_and_nothing_of_it_twice(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"), [("{", "is truncated or damaged"), ("[1]", "does not say what"), ('{"source": 3}', "does not say what")]
+    ("text", "said"),
+    [("{", "is truncated or damaged"), ("[1]", "does not say what"), ('{"source": 3}', "does not say what")],
 )
 def test_a_receipt_of_another_hand(text: str, said: str, tmp_path: Path) -> None:
     folder = written(tmp_path, text)

@@ -104,6 +104,7 @@ def test_what_is_said_behind_the_path_decides(tmp_path: Path) -> None:
         "v_moe@k:1@k:2": "@k is said twice",
         "v_moe@k:²": "@k:² is no whole number from 1 on",
         "v_moe@images_per_group:0": "@images_per_group:0 is no whole number from 1 on",
+        "v_moe@capacity_factor:0.001": "@capacity_factor:0.001 gives no slot to any of 4 experts, of ",
         "v_moe@capacity_factor:abc": "@capacity_factor:abc is no number above 0",
         "v_moe@capacity_rounding:up": "@capacity_rounding:up is none of ceil, round",
     }.items():
