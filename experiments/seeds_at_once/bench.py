@@ -40,7 +40,7 @@ from softmoe_cli.model.vit import build
 from softmoe_cli.moe.routing import routings
 from softmoe_cli.optim import optimizer_of
 from softmoe_cli.options.compose import compose
-from softmoe_cli.run.checkpoint import random_state
+from softmoe_cli.run.checkpoint import random_state, set_random_state
 from softmoe_cli.stack.passing import Stack, drawing
 from softmoe_cli.train.loop import Step, handed, update
 
@@ -56,7 +56,15 @@ def step_of(model: VisionTransformer, config: Any, hooks: ExitStack) -> Step:
 
 
 def alone(step: Step) -> Callable[[Tensor, Tensor, float], float]:
-    return lambda images, targets, lr: update(step, Batch(images, targets), lr)[0]
+    state = random_state()
+
+    def one(images: Tensor, targets: Tensor, lr: float) -> float:
+        set_random_state(state)
+        loss = update(step, Batch(images, targets), lr)[0]
+        state.update(random_state())
+        return loss
+
+    return one
 
 
 def as_stack(steps: Sequence[Step]) -> Callable[[Tensor, Tensor, float], list[float]]:
