@@ -110,7 +110,7 @@ def compiled(call: T, **options: Any) -> T:
 def compiling_alone(what: object) -> Iterator[None]:
     """Inside, no other process of this machine compiles the same, which is known by its `repr`: who comes second finds
     it compiled. torch itself would let jobs of a sweep that start together compile it side by side."""
-    from torch._inductor.runtime.runtime_utils import cache_dir
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     mark = hashlib.sha256(repr(what).encode()).hexdigest()[:16]
     with Path(cache_dir(), f"softmoe_{mark}.lock").open("w") as held:

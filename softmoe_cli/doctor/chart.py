@@ -26,6 +26,7 @@ class Chart:
         routing: the rows of the last look in routing.jsonl.
         result: result.json, where there is one.
         faults: file -> what is wrong with it.
+        gone: the steps after which a finetuning dropped experts, which its loss feels.
     """
 
     state: State
@@ -36,6 +37,7 @@ class Chart:
     routing: list[Row]
     result: Row | None
     faults: dict[str, str]
+    gone: list[int]
 
     @property
     def folder(self) -> Path:
@@ -118,9 +120,10 @@ def read_chart(state: State) -> Chart:
     if told:
         faults["routing.jsonl"] = told
     looked = [row for row in routing if "window" not in row]  # the others tell which experts went
+    gone = [row["step"] for row in routing if row.get("dropped")]
     routing = [row for row in looked if row["step"] == looked[-1]["step"]]
     last = metrics[-1] if metrics else None
-    return Chart(state, config, kept["train"], kept["validation"], last, routing, result, faults)
+    return Chart(state, config, kept["train"], kept["validation"], last, routing, result, faults, gone)
 
 
 def _backwards(train: Sequence[Row]) -> str:

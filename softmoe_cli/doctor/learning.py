@@ -79,7 +79,12 @@ def _said(chart: Chart, key: str) -> str:
 def _spikes(chart: Chart, first: float, turn: str) -> Reading:
     if len(chart.train) <= WINDOW:
         return unseen("spikes", f"{WINDOW} rows of training or fewer")
-    found = [chart.train[i]["step"] for i in range(WINDOW, len(chart.train)) if spike(chart.train, i, first)]
+    found = [
+        chart.train[i]["step"]
+        for i in range(WINDOW, len(chart.train))
+        if spike(chart.train, i, first)
+        and not any(chart.train[i - 1]["step"] <= step < chart.train[i]["step"] for step in chart.gone)
+    ]
     where = f"steps {', '.join(f'{step:,}' for step in found[:4])}{', …' if found[4:] else ''}" if found else ""
     return read("spikes", len(found), where=where, turn=turn)
 

@@ -2,19 +2,17 @@
 imported for what was not made before."""
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any
 
 from softmoe_cli import programs
-from softmoe_cli.config.commands import ExtractConfig, as_list
-from softmoe_cli.config.data import Data, check_channels
-from softmoe_cli.data.contents import identity
-from softmoe_cli.errors import UsageError, nearest
+from softmoe_cli.config.commands import ExtractConfig
+from softmoe_cli.config.data import check_channels
+from softmoe_cli.errors import UsageError
+from softmoe_cli.extract.settings import settings_of_extract, tasks_asked
 from softmoe_cli.options import inherit
 from softmoe_cli.options.compose import door, plain
 from softmoe_cli.run.header import Source
-from softmoe_cli.run.identity import settings_of
 from softmoe_cli.terminal import Screen
 from softmoe_cli.text import flop, si
 
@@ -38,7 +36,7 @@ def extract_as_typed(config: Any, typed: list[str]) -> int:
     checked = door(tree, ExtractConfig)
     check_channels(checked.data, model.in_chans)
     check_evaluated("batch_size", checked.batch_size, model)
-    which = named(checked, model.tasks)
+    which = tasks_asked(checked, model.tasks)
     for own in checked.data.of_sets():
         if own.name in which:  # no other task's images are looked at
             inherit.check_here(own, source)
@@ -52,42 +50,7 @@ def _asked(tree: dict[str, Any], source: Source, typed: Sequence[str]) -> tuple[
         return None
     inherit.take_data(tree, source, typed)
     checked = door(tree, ExtractConfig)
-    return checked, settings_of_extract(checked, named(checked, tasks))
-
-
-def settings_of_extract(config: ExtractConfig, which: list[str]) -> dict[str, Any]:
-    """What decides the result, beside the source's weights."""
-    data = data_of(config.data, which)
-    return {"tasks": which, "form": config.form, "data": settings_of(data) | {"identity": identity(data)}}
-
-
-def named(config: ExtractConfig, tasks: Mapping[str, int]) -> list[str]:
-    """The tasks to extract, in the order in which the model knows them.
-
-    Raises:
-        UsageError: there is no such task, or nothing would change.
-    """
-    which = as_list(config.task)
-    for name in which:
-        if name not in tasks:
-            raise UsageError(f"task={name}: the checkpoint knows the tasks {', '.join(tasks)}.{nearest(name, tasks)}")
-    if len(which) > 1 and config.form != "experts":
-        raise UsageError(
-            f"form={config.form} is of one task, since another one takes other experts with other gates; extract one "
-            "at a time, or leave form=experts"
-        )
-    return [name for name in tasks if name in which]
-
-
-def data_of(data: Data, which: list[str]) -> Data:
-    """The sets of these tasks: of one, that set with its own pixels."""
-    if len(which) == 1:
-        return next(own for own in data.of_sets() if own.name == which[0])
-    own_sets = {name: own for name, own in data.sets.items() if name in which}
-    classes = sum(own["num_classes"] for own in own_sets.values())
-    return replace(
-        data, sets=own_sets, num_classes=classes, channels=max(own["channels"] for own in own_sets.values())
-    ).settled()
+    return checked, settings_of_extract(checked, tasks_asked(checked, tasks))
 
 
 def show_extracted(receipt: dict[str, Any], form: str) -> None:

@@ -18,9 +18,9 @@ from softmoe_cli.data.mix import classes_of_task
 from softmoe_cli.device import arithmetic, hardware
 from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.export import hub_config
-from softmoe_cli.extract.command import data_of, named, settings_of_extract
 from softmoe_cli.extract.cut import outputs_of
 from softmoe_cli.extract.forms import Made, one_task
+from softmoe_cli.extract.settings import data_of, settings_of_extract, tasks_asked
 from softmoe_cli.model.vit import build, portable, prepare
 from softmoe_cli.model.weights import load_weights
 from softmoe_cli.prune.fold import timm_entry
@@ -46,7 +46,7 @@ def extract(config: ExtractConfig, model: Model, source: Source) -> dict[str, An
     """
     if "head.weight" not in source.weights:
         raise UsageError(f"checkpoint={source.label} has no head; softmoe finetune gives it one")
-    which = named(config, model.tasks)
+    which = tasks_asked(config, model.tasks)
     device, _ = arithmetic(config.device, "fp32", config.threads)
     whole = build(model, len(source.weights["head.weight"]))
     load_weights(whole, source.weights, keep_head=True, allow_unexpected=[])

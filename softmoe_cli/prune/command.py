@@ -8,13 +8,11 @@ from typing import Any
 from softmoe_cli import programs
 from softmoe_cli.config.commands import PruneConfig
 from softmoe_cli.config.data import check_channels
-from softmoe_cli.config.pruning import MEASURED
-from softmoe_cli.data.contents import identity
 from softmoe_cli.errors import UsageError
 from softmoe_cli.options import inherit
 from softmoe_cli.options.compose import door, plain
+from softmoe_cli.prune.settings import settings_of_pruning
 from softmoe_cli.run.header import Source, read_header
-from softmoe_cli.run.identity import settings_of
 from softmoe_cli.terminal import Screen
 from softmoe_cli.text import flop, si
 
@@ -52,18 +50,6 @@ def _asked(tree: dict[str, Any], source: Source, typed: Sequence[str]) -> tuple[
     checked = door(tree, PruneConfig)
     before = None if checked.before is None else read_header(checked.before)
     return None if before is None and checked.before is not None else (checked, settings_of_pruning(checked, before))
-
-
-def settings_of_pruning(config: PruneConfig, before: Source | None) -> dict[str, Any]:
-    """What decides the result, beside the source's weights."""
-    chosen: dict[str, Any] = {"keep": config.keep, "to": config.to, "by": config.by}
-    if config.by in MEASURED:
-        chosen["images"] = config.images
-    if config.by == "random":
-        chosen["seed"] = config.seed
-    if before is not None:
-        chosen["before"] = before.digest
-    return chosen | {"data": settings_of(config.data) | {"identity": identity(config.data)}}
 
 
 def show_pruned(receipt: dict[str, Any], form: str) -> None:

@@ -25,10 +25,10 @@ from softmoe_cli.export import hub_config
 from softmoe_cli.model.vit import build, portable, prepare
 from softmoe_cli.model.weights import load_weights
 from softmoe_cli.moe.layer import MoE
-from softmoe_cli.prune.command import settings_of_pruning
 from softmoe_cli.prune.fold import folded_model, folded_weights, timm_entry
 from softmoe_cli.prune.rule import largest, shares
 from softmoe_cli.prune.scores import measured, prunable, random_scores, router_norms
+from softmoe_cli.prune.settings import settings_of_pruning
 from softmoe_cli.prune.smaller import compared, distance_in_float64, key_map, latencies, smaller_model, smaller_weights
 from softmoe_cli.run.checkpoint import digest_of, write_checkpoint
 from softmoe_cli.run.header import Source

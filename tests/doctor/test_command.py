@@ -200,6 +200,13 @@ def rules(softmoe: Softmoe, healthy: Path) -> None:
         ((_, found),) = findings(softmoe, run).items()
         return [each["sign"] for each in found]
 
+    def experts_go(after: int) -> Callable[[Path], object]:
+        gone = {"step": after, "block": 1, "window": 0, "dropped": [0, 2], "format": 1}
+        return lambda run: edited(run, R, lambda rows: rows.append(gone))
+
+    assert signs("experts_went", PLANTED["spikes"], experts_go(30)) == []
+    assert signs("experts_went_before", PLANTED["spikes"], experts_go(29)) == ["spikes"]
+
     young = [alike, *(PLANTED[sign] for sign in ("unfinished", "chance", "idle", "scale_idle"))]
     assert signs("young", *young, lambda run: config(run, "steps: 4\n", "steps: 400\n")) == ["unfinished"]
     by_expert = lambda run: config(run, SOFT, OTHER.format("experts_choice.ExpertsChoiceRouter"))  # noqa: E731

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from softmoe_cli.moe import few_rows, layer
 from softmoe_cli.moe.few_rows import LONG, PIECED, TURNED, pays
@@ -125,3 +126,10 @@ def test_recomputation_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         found.append(torch.autograd.grad(y.square().sum(), [rows, *module.parameters()]))
     assert all(map(torch.equal, *found))
     assert len(taken) == 2 + 4
+
+
+def test_pieces_cost_what_the_product_costs() -> None:
+    given = drawn(2, 3, 70, WIDE, torch.float32)
+    with FlopCounterMode(display=False) as counted:
+        mlps(*given).sum().backward()
+    assert counted.get_total_flops() == 3 * 2 * 3 * 2 * 2 * 70 * WIDE
