@@ -152,10 +152,10 @@ def _learn(command: str, arguments: list[str]) -> int:
 
     many = _many(arguments)
     if many:
-        from softmoe_cli.launch.typed import spelt_out
+        from softmoe_cli.launch.typed import in_full
         from softmoe_cli.settle.command import fair_words
 
-        arguments, made_fair = fair_words(spelt_out(arguments))
+        arguments, made_fair = fair_words(in_full(arguments))
     elif fair := [word for word in arguments if word.partition("=")[0] in (*FAIR_KEYS, "seeds_at_once")]:
         raise UsageError(f"{fair[0]} is about the jobs of a sweep; it goes with -m, or with softmoe settle")
     arguments = check_line(command, arguments)

@@ -41,7 +41,7 @@ from softmoe_cli.moe.routing import routings
 from softmoe_cli.optim import optimizer_of
 from softmoe_cli.options.compose import compose
 from softmoe_cli.run.checkpoint import random_state, set_random_state
-from softmoe_cli.stack.passing import Stack, drawing
+from softmoe_cli.stack.passing import Stack, own_draws
 from softmoe_cli.train.loop import Step, handed, update
 
 CPU = torch.device("cpu")
@@ -75,7 +75,7 @@ def as_stack(steps: Sequence[Step]) -> Callable[[Tensor, Tensor, float], list[fl
         given = [handed(step, Batch(*own), lr) for step, *own in zip(steps, images, targets, strict=True)]
         if not stack:
             stack.append(Stack(given))
-        with drawing(states):
+        with own_draws(states):
             made = stack[0].passed(given)
         return [each.update[0] for each in made if each.update is not None]
 

@@ -12,7 +12,7 @@ SHORT = {"seeds_at_once": "hydra.launcher.seeds_at_once"}
 """Options of a launcher that may be typed without its name."""
 
 
-def spelt_out(arguments: Sequence[str]) -> list[str]:
+def in_full(arguments: Sequence[str]) -> list[str]:
     """The words with the full names of keys that may be typed shorter."""
     halves = [word.partition("=") for word in arguments]
     return [f"{SHORT.get(key, key)}{equals}{value}" for key, equals, value in halves]

@@ -415,13 +415,13 @@ def whole_batch(first: int, images: int) -> Iterator[None]:
         _whole = before
 
 
-Draw = Callable[[Tensor], Tensor]
+DrawInto = Callable[[Tensor], Tensor]
 """Fills a tensor with random numbers, in place."""
-_drawn: Callable[[Tensor, Draw], Tensor] | None = None
+_drawn: Callable[[Tensor, DrawInto], Tensor] | None = None
 
 
 @contextmanager
-def drawn_by(drawn: Callable[[Tensor, Draw], Tensor]) -> Iterator[None]:
+def drawn_by(drawn: Callable[[Tensor, DrawInto], Tensor]) -> Iterator[None]:
     """Inside, random numbers in the shape of a tensor are what `drawn` makes of it, and of how they are drawn."""
     global _drawn
     before, _drawn = _drawn, drawn
@@ -431,7 +431,7 @@ def drawn_by(drawn: Callable[[Tensor, Draw], Tensor]) -> Iterator[None]:
         _drawn = before
 
 
-def of_whole_batch(like: Float[Tensor, "..."], draw: Draw, images: int = 1) -> Tensor:
+def of_whole_batch(like: Float[Tensor, "..."], draw: DrawInto, images: int = 1) -> Tensor:
     """Random numbers in the shape of `like`, each row for a group of `images` images: `draw` fills a tensor in place.
 
     Inside `whole_batch` those of the larger batch are drawn, and the rows that are this one's are kept. So it gets what

@@ -48,7 +48,7 @@ class Handed:
 
 
 @dataclass(frozen=True)
-class Made:
+class Returned:
     """What a run gets back: its losses, (2); and of an update that was made already the loss, the auxiliary loss and
     the gradients' norm before clipping. Where none was made, its parameters have their gradients."""
 
@@ -75,7 +75,7 @@ class Stack:
     def holds(self, handed: Sequence[Handed]) -> bool:
         return [id(each.model) for each in handed] == [id(model) for model in self._models]
 
-    def passed(self, handed: Sequence[Handed]) -> list[Made]:
+    def passed(self, handed: Sequence[Handed]) -> list[Returned]:
         """Forwards and backwards; and the update, where all have the same optimizer and are equally far."""
         losses, gradients = self._gradients(handed)
         trained = list(gradients.values())
@@ -85,11 +85,11 @@ class Stack:
         if self._updates is not None and one_rate and all(math.isfinite(each) for own in told for each in own):
             clip(trained, norm, handed[0].clip_norm)
             self._updates.step(self._weights, gradients, handed[0].lr)
-            return [Made(own, (loss, aux, of)) for own, (loss, aux, of) in zip(losses, told, strict=True)]
+            return [Returned(own, (loss, aux, of)) for own, (loss, aux, of) in zip(losses, told, strict=True)]
         for name, gradient in gradients.items():
             for model, mine in zip(self._models, gradient, strict=True):
                 model.get_parameter(name).grad = mine
-        return [Made(own) for own in losses]
+        return [Returned(own) for own in losses]
 
     def _gradients(self, handed: Sequence[Handed]) -> tuple[Tensor, dict[str, Tensor]]:
         """Losses (n 2), and by name the gradients (n ...) of the parameters that have one."""
@@ -166,7 +166,7 @@ _draws: list[Callable[[Tensor], Tensor]] = []
 
 
 @contextmanager
-def drawing(states: list[dict[str, Tensor]]) -> Iterator[None]:
+def own_draws(states: list[dict[str, Tensor]]) -> Iterator[None]:
     """Inside, each run's random numbers come from its own state, which moves on."""
     _states[:] = states
     try:
@@ -188,7 +188,7 @@ def _carrying_out(draws: list[Callable[[Tensor], Tensor]]) -> Iterator[None]:
 
 
 @torch.library.custom_op("softmoe::drawn", mutates_args=())
-def drawn(like: Tensor, number: int) -> Tensor:
+def drawn_alone(like: Tensor, number: int) -> Tensor:
     """Random numbers in the shape of `like` (n ...), of each run as it would draw them alone."""
     made = torch.empty_like(like)
     for place, own in enumerate(made):
@@ -209,4 +209,4 @@ class _Drawn(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, dims: Any, like: Tensor, number: int) -> tuple[Tensor, int]:
-        return drawn(like.movedim(dims[0], 0), number), 0
+        return drawn_alone(like.movedim(dims[0], 0), number), 0

@@ -16,7 +16,7 @@ import torch
 
 from softmoe_cli.run.checkpoint import random_state, set_random_state
 from softmoe_cli.signals import ASKING, heard, pass_on
-from softmoe_cli.stack.passing import Handed, Made, Stack, drawing
+from softmoe_cli.stack.passing import Handed, Returned, Stack, own_draws
 
 _own = threading.local()
 
@@ -31,7 +31,7 @@ class Member:
         self.away = 0.0
         """Seconds that others had: they are not this run's."""
         self.handed: Handed | None = None
-        self.answer: Made | Exception | None = None
+        self.answer: Returned | Exception | None = None
         self.took = 0.0
         """Seconds of the last pass that are this run's."""
         self._work, self._out, self._back = work, out, back
@@ -47,7 +47,7 @@ class Member:
         finally:
             self._back.release()
 
-    def passed(self, handed: Handed) -> Made | None:
+    def passed(self, handed: Handed) -> Returned | None:
         """Hands in a batch, and waits until the pass is made. None where no other run is left, and so nothing was
         computed."""
         start = time.perf_counter()
@@ -115,8 +115,8 @@ def _pass(waiting: Sequence[Member], stack: Stack | None) -> Stack | None:
     try:
         if stack is None or not stack.holds(handed):
             stack = Stack(handed)
-        with drawing([each.random for each in waiting]):
-            answers: list[Made] | list[Exception] = stack.passed(handed)
+        with own_draws([each.random for each in waiting]):
+            answers: list[Returned] | list[Exception] = stack.passed(handed)
     except Exception as error:  # each run says why it ends, in its own words
         stack, answers = None, [error] * len(waiting)
     if torch.cuda.is_available():

@@ -24,7 +24,7 @@ from softmoe_cli.model.vit import build
 from softmoe_cli.moe.routing import routings
 from softmoe_cli.optim import optimizer_of
 from softmoe_cli.run.checkpoint import random_state, set_random_state
-from softmoe_cli.stack.passing import Stack, drawing
+from softmoe_cli.stack.passing import Stack, own_draws
 from softmoe_cli.stack.refused import check_stack
 from softmoe_cli.stack.turns import in_turns
 from softmoe_cli.train.loop import Step, handed, update
@@ -137,7 +137,7 @@ def test_updates_of_a_stack_are_those_of_each_alone(apart: bool, words: tuple[st
                 handed(step, Batch(images[turn, seed], targets[turn, seed]), 1e-2) for seed, step in enumerate(ours)
             ]
             stack = stack or Stack(given)
-            with drawing([states[id(ours), seed] for seed in (0, 1)]):
+            with own_draws([states[id(ours), seed] for seed in (0, 1)]):
                 made = stack.passed(given)
             for seed in (0, 1):
                 told = alone(theirs, seed, turn)
