@@ -32,7 +32,7 @@ from tests.conftest import TINY, Softmoe
 from tests.oracles import compose
 from tests.runs import CLOCKS
 
-COMMON = (*TINY, "threads=1", "train.steps=50", "train.batch_size=8", "train.log_every=1", "train.eval_every=25")
+COMMON = (*TINY, "threads=1", "train.batch_size=8", "train.log_every=1", "train.eval_every=0.5")
 ROUNDING = 2e-4
 """As a share of what is compared; of weights after 50 updates, of their tensor's largest."""
 
@@ -217,6 +217,8 @@ ROUTERS = {
 @pytest.mark.thorough
 @pytest.mark.parametrize("router", ROUTERS)
 def test_each_run_is_the_run_alone(router: str, tmp_path: Path) -> None:
-    """Rows of losses, norms, validation and routing, weights, moments and random state over 50 updates."""
+    """Rows of losses, norms, validation and routing, weights, moments and random state over 50 updates; over 12 where
+    tokens or experts choose, as later rounding may decide between two that are nearly equal."""
+    steps = 12 if "choice" in router or router == "zero_computation" else 50
     tiny = [word for word in COMMON if router not in ("dense", "identity") or not word.startswith("model.router")]
-    require_as_alone(tmp_path, [*tiny, f"model/router={router}", *ROUTERS[router]])
+    require_as_alone(tmp_path, [*tiny, f"train.steps={steps}", f"model/router={router}", *ROUTERS[router]])
