@@ -59,16 +59,15 @@ def _layer_norm(n: int, x: Tensor, shape: Any, weight: Tensor | None, bias: Tens
     unit = F.layer_norm(x, shape, eps=eps)
     if weight is None:
         return unit
-    weight, bias = (
-        None if each is None else each.view(n, *[1] * (x.ndim - each.ndim), *shape) for each in (weight, bias)
-    )
-    return unit * weight if bias is None else torch.addcmul(bias, unit, weight)
+    spread = (n, *[1] * (x.ndim - weight.ndim), *shape)
+    return unit * weight.view(spread) if bias is None else torch.addcmul(bias.view(spread), unit, weight.view(spread))
 
 
 def _attention(n: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """q, k, v (n b heads tokens d) -> the same."""
     if q.device.type != "cpu" or q.shape[3] > FEW_TOKENS:
-        return F.scaled_dot_product_attention(*(each.flatten(0, 1) for each in (q, k, v))).unflatten(0, (n, -1))
+        q, k, v = (each.flatten(0, 1) for each in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v).unflatten(0, (n, -1))
     shape = q.shape[2:]
     q, k, v = (each.flatten(0, 2) for each in (q * q.shape[-1] ** -0.5, k, v))
     return torch.bmm(torch.bmm(q, k.mT).softmax(dim=2), v).view(n, -1, *shape)
@@ -107,12 +106,10 @@ def _attention_of(q: Tensor, k: Tensor, v: Tensor, *_mask: Any, **options: Any) 
 def _patches_of(
     x: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
 ) -> Tensor | None:
-    apart = tuple(stride) == tuple(weight.shape[2:]) if isinstance(stride, tuple) else False
-    if not apart or padding != (0, 0) or dilation != (1, 1) or groups != 1:
+    plain = padding in (0, (0, 0)) and dilation in (1, (1, 1)) and groups == 1
+    if not plain or stride != tuple(weight.shape[2:]) or any(x.shape[2 + i] % stride[i] for i in (0, 1)):
         return None
-    if any(side % step for side, step in zip(x.shape[2:], stride, strict=True)):
-        return None
-    return _fold(_patches, lambda *operands: F.conv2d(*operands, stride=stride), x, weight, bias)
+    return _fold(_patches, lambda x, weight, bias: F.conv2d(x, weight, bias, stride), x, weight, bias)
 
 
 def _experts_of(bias: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
@@ -124,7 +121,7 @@ def _product_of(x: Tensor, matrix: Tensor) -> Tensor | None:
 
 
 def _fold(rule: Callable[..., Tensor], plain: Callable[..., Tensor], *operands: Any) -> Tensor:
-    made: Tensor = _Folded.apply(rule, plain, *operands)  # type: ignore[no-untyped-call]
+    made: Tensor = _Folded.apply(rule, plain, *operands)
     return made
 
 

@@ -142,7 +142,7 @@ class Stack:
 
     def _draw(self, like: Tensor, draw: Callable[[Tensor], Tensor]) -> Tensor:
         self._draws.append(draw)
-        drawn: Tensor = _Drawn.apply(like.detach(), len(self._draws) - 1)  # type: ignore[no-untyped-call]
+        drawn: Tensor = _Drawn.apply(like.detach(), len(self._draws) - 1)
         return drawn
 
 

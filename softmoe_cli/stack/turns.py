@@ -112,11 +112,12 @@ def _pass(waiting: Sequence[Member], stack: Stack | None) -> Stack | None:
     """Makes one pass for all who wait, with the stack of the last pass where it is of the same runs."""
     start = time.perf_counter()
     handed = [each.handed for each in waiting if each.handed is not None]
+    answers: Sequence[Returned | Exception]
     try:
         if stack is None or not stack.holds(handed):
             stack = Stack(handed)
         with own_draws([each.random for each in waiting]):
-            answers: list[Returned] | list[Exception] = stack.passed(handed)
+            answers = stack.passed(handed)
     except Exception as error:  # each run says why it ends, in its own words
         stack, answers = None, [error] * len(waiting)
     if torch.cuda.is_available():
