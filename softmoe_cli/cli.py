@@ -12,13 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from softmoe_cli import programs
-from softmoe_cli.config.commands import (
-    CostConfig,
-    DataCheckConfig,
-    EvaluateConfig,
-    MatchConfig,
-    UpcycleConfig,
-)
+from softmoe_cli.config.commands import CostConfig, DataCheckConfig, EvaluateConfig, MatchConfig, UpcycleConfig
 from softmoe_cli.config.data import check_channels
 from softmoe_cli.config.run import Config
 from softmoe_cli.config.settle import FAIR_KEYS
@@ -158,11 +152,12 @@ def _learn(command: str, arguments: list[str]) -> int:
 
     many = _many(arguments)
     if many:
+        from softmoe_cli.launch.typed import in_full
         from softmoe_cli.settle.command import fair_words
 
-        arguments, made_fair = fair_words(arguments)
-    elif fair := [word for word in arguments if word.partition("=")[0] in FAIR_KEYS]:
-        raise UsageError(f"{fair[0]} is about the arms of a sweep; it goes with -m, or with softmoe settle")
+        arguments, made_fair = fair_words(in_full(arguments))
+    elif fair := [word for word in arguments if word.partition("=")[0] in (*FAIR_KEYS, "seeds_at_once")]:
+        raise UsageError(f"{fair[0]} is about the jobs of a sweep; it goes with -m, or with softmoe settle")
     arguments = check_line(command, arguments)
     if "--groups" in arguments:
         return _groups(command, [argument for argument in arguments if argument != "--groups"])
@@ -214,7 +209,8 @@ def _sweep(command: str, arguments: list[str], more: Sequence[str]) -> Jobs:
     Raises:
         RunError: some jobs failed; the message lists them.
     """
-    from softmoe_cli.launch.sweep import Sweep, study_of
+    from softmoe_cli.launch.sweep import Sweep
+    from softmoe_cli.launch.typed import study_of
 
     study = study_of(arguments)
     if study is not None:

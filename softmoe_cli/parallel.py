@@ -265,9 +265,7 @@ class Crew:
         for module in list(model.modules()):
             if isinstance(module, Decider):
                 module.share_batches()
-            for name, child in module.named_children():
-                if type(child) is DropPath:
-                    setattr(module, name, WholeBatchDropPath(child.drop_prob, child.scale_by_keep))
+        draw_elsewhere(model)
         if self.way != "ddp":
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             self._undivided = [parameter for parameter in trained if not is_part(parameter)]
@@ -381,6 +379,14 @@ class WholeBatchDropPath(DropPath):
         keep = 1 - self.drop_prob
         drawn = of_whole_batch(x.new_empty(len(x), *[1] * (x.ndim - 1)), lambda whole: whole.bernoulli_(keep))
         return x * (drawn / keep if self.scale_by_keep else drawn)
+
+
+def draw_elsewhere(model: nn.Module) -> None:
+    """Puts it in the place of timm's: what is drawn for a batch is then for `of_whole_batch` to say."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child) is DropPath:
+                setattr(module, name, WholeBatchDropPath(child.drop_prob, child.scale_by_keep))
 
 
 @contextmanager

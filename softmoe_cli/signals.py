@@ -27,14 +27,30 @@ CURSOR = b"\x1b[?25h"
 os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # a child's signals are not ours
 
 
+_elsewhere: dict[int, list[Callable[[int], None]]] = {}
+"""Who wants to hear signals in other threads than the main one, by thread; the last one of each does."""
+
+
+def pass_on(number: int) -> None:
+    """Tells a signal that the main thread has heard to whoever would hear it in other threads."""
+    for hears in list(_elsewhere.values()):
+        for hear in hears[-1:]:
+            hear(number)
+
+
 @contextmanager
 def heard(
     numbers: Sequence[int], hear: Callable[[int], None], act: Callable[[int], None] = lambda _number: None
 ) -> Iterator[None]:
     """Inside, each of these signals calls `hear` in a thread as soon as it arrives, and `act` in the main thread when
     that runs Python again. Afterwards the handlers from before are back."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # where Python takes no signals
+    if threading.current_thread() is not threading.main_thread():  # where Python takes no signals
+        own = _elsewhere.setdefault(threading.get_ident(), [])
+        own.append(hear)
+        try:
+            yield
+        finally:
+            own.remove(hear)
         return
     reader, writer = os.pipe()
     os.set_blocking(writer, False)

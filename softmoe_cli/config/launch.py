@@ -39,6 +39,7 @@ class Launcher(Section):
     _target_: str = MISSING
     where: str = MISSING
     jobs: int | None = option("jobs at a time; null: one per GPU, or one per core; on a cluster: all", low=1)
+    seeds_at_once: int = option("seeds of one model that a job computes as one; also typed seeds_at_once=N", low=1)
     objective: list[str] = option(
         "what a searching sweeper (hydra/sweeper=optuna) is told of each job", choices=(*SEARCHED, *FORESEEN)
     )

@@ -35,14 +35,15 @@ class Fit:
     free: int
 
 
-def settle(load: Load, parallel: str = "auto", crew: Crew = ALONE) -> Fit:
+def settle(load: Load, parallel: str = "auto", crew: Crew = ALONE, at_once: int = 1) -> Fit:
     """Decides how the processes of a run share the training of `load`. `parallel=auto` takes the first of
-    `config.WAYS` that fits on every device, or where none does the one that needs least.
+    `config.WAYS` that fits on every device, or where none does the one that needs least. `at_once`: so many runs of one
+    process share the device.
 
     Raises:
         UsageError: the run is impossible as configured, or does not fit; the message says what would fit.
     """
-    free = free_memory(load.device)
+    free = free_memory(load.device) // at_once
     free_of_each = _of_each(free, load.device, crew)
     if crew.size == 1:
         way, why, memory = "ddp", "", predict(load)
@@ -54,7 +55,8 @@ def settle(load: Load, parallel: str = "auto", crew: Crew = ALONE) -> Fit:
         way, why, memory = parallel, f"parallel={parallel}", predict(load, crew.size, parallel)
     _require_machine(memory, load.device, crew, way)
     if _needed(load, memory) > free_of_each:
-        raise UsageError(_Room(load, free_of_each, crew.size, way).refusal(memory))
+        why = _Room(load, free_of_each, crew.size, way).refusal(memory)
+        raise UsageError(why if at_once == 1 else f"{why}; {at_once} seeds at once share what is free")
     return Fit(way, why, memory, free)
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 from softmoe_cli.errors import RunError
 from softmoe_cli.failures import defect, ours
@@ -47,19 +47,34 @@ class Order:
         return self.log.with_suffix(".json")
 
 
-def perform(order: Order, run: RunCommand) -> int:
-    """Runs a job's command line, with its output in a log; writes down why it failed. Returns the exit status."""
+def perform(orders: Sequence[Order], run: RunCommand) -> int:
+    """Runs a job's command line, with its output in a log; writes down why it failed. Several jobs run in turns, as one
+    stack. Returns the exit status, of several the largest."""
+    logs: list[TextIO] = []
     try:
-        os.chdir(order.directory)
-        os.environ.update(order.environment)
-        order.failure.unlink(missing_ok=True)
-        with open(order.log, "a", opener=not_following) as log:
-            os.dup2(log.fileno(), 1)
-            os.dup2(log.fileno(), 2)
+        os.chdir(orders[0].directory)
+        os.environ.update(orders[0].environment)
+        for order in orders:
+            order.failure.unlink(missing_ok=True)
+            logs.append(open(order.log, "a", buffering=1, opener=not_following))  # noqa: SIM115 (to the end)
+        for number in (1, 2):
+            os.dup2(logs[0].fileno(), number)
     except OSError as error:  # said on the launcher's own output
         print(f"softmoe: cannot write {order.log}: {error.strerror}", file=sys.stderr)
         return os.EX_CANTCREAT
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    codes: list[int] = []
+    works = [lambda order=order: codes.append(_carry_out(order, run)) for order in orders]
+    if len(works) == 1:
+        works[0]()
+    else:
+        from softmoe_cli.stack.turns import in_turns
+
+        in_turns(works, logs)
+    return max(codes)
+
+
+def _carry_out(order: Order, run: RunCommand) -> int:
     sys.argv = ["softmoe", *order.arguments]
     code, reason = run(order.arguments)
     if reason:
@@ -144,15 +159,16 @@ def ending(code: int) -> str:
     return f"killed by {signal.Signals(-code).name}" if code < 0 else f"its process ended with status {code}"
 
 
-def in_process(order: Order, run: RunCommand) -> None:
-    """Runs a job in a process that was forked for it."""
+def in_process(orders: Sequence[Order], run: RunCommand) -> None:
+    """Runs a job, or several as one stack, in a process that was forked for it."""
     follow_launcher()
-    leave(perform(order, run))
+    leave(perform(orders, run))
 
 
-def in_worker(order: Order, run: RunCommand) -> int:
-    """Runs a job in a worker of submitit or Ray, in place of their signal handlers. With SIGUSR2 submitit warns of a
-    time limit or a preemption: the job then saves, leaves and is queued again."""
+def in_worker(orders: Sequence[Order], run: RunCommand) -> int:
+    """Runs a job, or several as one stack, in a worker of submitit or Ray, in place of their signal
+    handlers. With SIGUSR2 submitit warns of a time limit or a preemption: the job then saves, leaves and is queued
+    again."""
     told: list[int] = []
 
     def save(number: int, _frame: FrameType | None) -> None:
@@ -161,7 +177,7 @@ def in_worker(order: Order, run: RunCommand) -> int:
 
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGUSR2, save)
-    code = perform(order, run)
+    code = perform(orders, run)
     if code == 130 and told:
         _queue_again()
     return code

@@ -6,7 +6,7 @@ import os
 import secrets
 import signal
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,9 +25,9 @@ class Attempt(Protocol):
 
 
 class Place(Protocol):
-    """Where jobs are started."""
+    """Where jobs are started, one in a process or several as one stack."""
 
-    def start(self, order: Order) -> Attempt: ...
+    def start(self, orders: Sequence[Order]) -> Attempt: ...
 
 
 class Processes:
@@ -36,13 +36,13 @@ class Processes:
     def __init__(self, _options: object, _folder: Path, run: RunCommand) -> None:
         self._run = run
 
-    def start(self, order: Order) -> Attempt:
-        return Forked(order, self._run)
+    def start(self, orders: Sequence[Order]) -> Attempt:
+        return Forked(orders, self._run)
 
 
 class Forked:
-    def __init__(self, order: Order, run: RunCommand) -> None:
-        self._process = SERVER.Process(target=in_process, args=(order, run))
+    def __init__(self, orders: Sequence[Order], run: RunCommand) -> None:
+        self._process = SERVER.Process(target=in_process, args=(orders, run))
         self._process.start()
 
     def ended(self) -> int | None:
@@ -77,27 +77,30 @@ class Slurm:
                 slurm_partition=options.partition, slurm_account=options.account, slurm_signal_delay_s=120
             )
 
-    def start(self, order: Order) -> Attempt:
+    def start(self, orders: Sequence[Order]) -> Attempt:
         import submitit
 
-        ticket = order.log.with_suffix(".slurm")
-        if ticket.exists() and not self._local:
-            return Submitted(submitit.SlurmJob(self._folder, ticket.read_text()), ticket)
-        job = self._executor.submit(in_worker, order, self._run)
-        ticket.write_text(job.job_id)
-        return Submitted(job, ticket)
+        tickets = [order.log.with_suffix(".slurm") for order in orders]
+        known = next((ticket for ticket in tickets if ticket.exists()), None)
+        if known is not None and not self._local:
+            return Submitted(submitit.SlurmJob(self._folder, known.read_text()), tickets)
+        job = self._executor.submit(in_worker, orders, self._run)
+        for ticket in tickets:
+            ticket.write_text(job.job_id)
+        return Submitted(job, tickets)
 
 
 class Submitted:
-    def __init__(self, job: Any, ticket: Path) -> None:
-        self._job, self._ticket = job, ticket
+    def __init__(self, job: Any, tickets: Sequence[Path]) -> None:
+        self._job, self._tickets = job, tickets
 
     def ended(self) -> int | None:
         from submitit.core.utils import FailedJobError, UncompletedJobError
 
         if not self._job.done():
             return None
-        self._ticket.unlink(missing_ok=True)
+        for ticket in self._tickets:
+            ticket.unlink(missing_ok=True)
         try:
             return int(self._job.result())
         except (FailedJobError, UncompletedJobError):
@@ -126,8 +129,8 @@ class Ray:
         atexit.register(self._close)
         self._task = ray.remote(max_calls=1, max_retries=0, num_cpus=options.cpus, num_gpus=options.gpus)(in_worker)
 
-    def start(self, order: Order) -> Attempt:
-        return Task(self._task.remote(order, self._run))
+    def start(self, orders: Sequence[Order]) -> Attempt:
+        return Task(self._task.remote(orders, self._run))
 
     def _close(self) -> None:
         import ray

@@ -58,6 +58,7 @@ def answer(inquiry: Inquiry) -> tuple[list[Job | UsageError | RunError], list[st
     from softmoe_cli.options.inherit import resolve
     from softmoe_cli.run import mirror
     from softmoe_cli.run.identity import run_folder
+    from softmoe_cli.stack.refused import check_stack
 
     identities: dict[str, str | None] = {}
     options = inquiry.options
@@ -70,6 +71,7 @@ def answer(inquiry: Inquiry) -> tuple[list[Job | UsageError | RunError], list[st
             trees = {seed: copy.deepcopy(tree) | {"seed": seed} for seed in inquiry.seeds} if seeded else {}
             config, source = resolve(inquiry.command, tree, overrides)
             mirror.check(config)
+            check_stack(config, options.seeds_at_once)
             settled, left = [], experts_left(source.weights) if source is not None else {}
             if config.train.precision == "auto":
                 _require_device_known("train.precision", options, "fp32, bf16 or fp16")
@@ -78,7 +80,7 @@ def answer(inquiry: Inquiry) -> tuple[list[Job | UsageError | RunError], list[st
                 settled.append(f"train.precision={precision}")
             if config.train.batch_size == "auto":
                 _require_device_known("train.batch_size", options, "a number")
-                config = with_largest_batch(config, left, sharers)
+                config = with_largest_batch(config, left, sharers * options.seeds_at_once)
                 settled.append(f"train.batch_size={config.train.batch_size}")
             if config.devices > 1 and options.where != "slurm":
                 raise UsageError(

@@ -4,15 +4,12 @@ The launcher itself imports no model code. Jobs fork from a server that has impo
 at once; whatever needs a model beforehand (signatures, costs) is worked out in such a process too.
 """
 
-import argparse
 import contextlib
 import fcntl
 import hashlib
 import importlib.util
 import json
 import os
-import re
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,7 +35,8 @@ from softmoe_cli.files import not_following, write_atomically
 from softmoe_cli.launch.job import Order, RunCommand, answered, ending, note, start_server
 from softmoe_cli.launch.places import PLACES, Place
 from softmoe_cli.launch.plan import Inquiry, Job, answer
-from softmoe_cli.launch.tables import Entry, fitted, show_plan
+from softmoe_cli.launch.tables import Entry, fitted, show_plan, stacks
+from softmoe_cli.launch.typed import flags_of
 from softmoe_cli.options.compose import plain
 from softmoe_cli.options.explain import explain
 from softmoe_cli.run.rows import RESULT, Unreadable
@@ -145,6 +143,10 @@ class Sweep(HydraLauncher):
     def plans(self) -> bool:
         """Whether nothing is to be started."""
         return self._options.plan
+
+    @property
+    def seeds_at_once(self) -> int:
+        return self._options.seeds_at_once
 
     def lie_in(self, study: Path, name: str | None = None) -> None:
         """The sweep's folder lies beside its runs, also where an experiment among its jobs names the study. `name`:
@@ -314,37 +316,41 @@ class Sweep(HydraLauncher):
 
     def _work_off(self, waiting: list[Entry], slots: list[str]) -> None:
         """Starts the next job when one ends, until all have."""
-        running: list[Entry] = []
+        running: list[list[Entry]] = []
         self.say(f"{tally(self._states())}; logs and state in {self._folder}")
         signals = Signals()
         with heard(ASKING, signals.hear), self._screen(signals) as refresh:
             while waiting or running:
-                for entry in list(running):
-                    assert entry.attempt is not None
-                    code = entry.attempt.ended()
+                for stack in list(running):
+                    assert stack[0].attempt is not None
+                    code = stack[0].attempt.ended()
                     if code is not None:
-                        running.remove(entry)
-                        slots.append(entry.slot)
-                        self._end(entry, code, signals.name is not None)
+                        running.remove(stack)
+                        slots.append(stack[0].slot)
+                        for entry in stack:
+                            own = code if len(stack) == 1 else 0 if entry.finished else code or 1
+                            self._end(entry, own, signals.name is not None)
                 now = signals.now
                 if signals.name is not None and (now or not signals.told):
                     if not signals.told:
-                        self.say(f"{signals.name}: {len(running)} jobs save and leave; Ctrl-C again ends them at once")
+                        jobs = f"{sum(map(len, running))} jobs save and leave"
+                        self.say(f"{signals.name}: {jobs}; Ctrl-C again ends them at once")
                     signals.told, waiting = True, []
-                    for entry in running:
-                        assert entry.attempt is not None
-                        entry.attempt.stop(now=now)
+                    for stack in running:
+                        assert stack[0].attempt is not None
+                        stack[0].attempt.stop(now=now)
                     if now and not self._local:
                         break  # do not wait until the cluster has answered
                 for entry in list(waiting):
                     entry.word = "held" if self._local and held(entry.job.folder) else ""
-                    if not entry.word and slots:
+                    if not entry.word and entry.finished:  # the process that held the run has finished it
+                        entry.word = "done before"
                         waiting.remove(entry)
-                        if entry.finished:  # the process that held the run has finished it
-                            entry.word = "done before"
-                            continue
-                        running.append(entry)
-                        self._start(entry, slots.pop(0))
+                free = [entry for entry in waiting if not entry.word]
+                for stack in stacks(free, self._options.seeds_at_once)[: len(slots)]:
+                    waiting = [entry for entry in waiting if entry not in stack]
+                    running.append(stack)
+                    self._start(stack, slots.pop(0))
                 refresh()
                 if running or waiting:
                     time.sleep(PERIOD_S)
@@ -352,19 +358,23 @@ class Sweep(HydraLauncher):
         if signals.name is not None:
             raise KeyboardInterrupt(signals.name)
 
-    def _start(self, entry: Entry, slot: str) -> None:
+    def _start(self, stack: list[Entry], slot: str) -> None:
+        """Starts jobs in one process."""
         if self._place is None:
             self._place = PLACES[self._options.where](self._options, self._folder, Sweep.run)
-        entry.slot, entry.started = slot, None
-        entry.attempt = self._place.start(self._order(entry))
-        self._line("started", entry, "")
+        for entry in stack:
+            entry.slot, entry.started = slot, None
+        attempt = self._place.start([self._order(entry) for entry in stack])
+        for entry in stack:
+            entry.attempt = attempt
+            self._line("started", entry, "")
 
     def _order(self, entry: Entry) -> Order:
         environment = dict(os.environ) if self._local else {"OMP_WAIT_POLICY": "passive"}
         environment |= {"OMP_NUM_THREADS": str(entry.job.threads), KNOWN: entry.job.images}
         if entry.slot:
             environment["CUDA_VISIBLE_DEVICES"] = entry.slot
-        arguments = [self.command, *_flags(self._config), *entry.job.overrides]
+        arguments = [self.command, *flags_of(self._config), *entry.job.overrides]
         return Order(arguments, os.getcwd(), environment, entry.log.absolute())
 
     def _end(self, entry: Entry, code: int, stopping: bool) -> None:
@@ -467,34 +477,3 @@ class Sweep(HydraLauncher):
             job_return.status = JobStatus.FAILED
             job_return.return_value = RunError(f"{entry.job.run} failed; see {entry.log}")
         return job_return
-
-
-def _flags(config: DictConfig) -> list[str]:
-    """Options for Hydra itself that each job needs too: where its configuration comes from, but not where a sweep's
-    jobs run or which jobs there are."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for short, long in (("-cd", "--config-dir"), ("-cp", "--config-path"), ("-cn", "--config-name")):
-        parser.add_argument(short, long)
-    typed = vars(parser.parse_known_args(sys.argv[1:])[0])
-    flags = [f"--{key.replace('_', '-')}={value}" for key, value in typed.items() if value is not None]
-    elsewhere = ("hydra/launcher=", "hydra/sweeper", "hydra.launcher", "hydra.sweep", "hydra.mode")
-    return flags + [word for word in config.hydra.overrides.hydra if not word.lstrip("+~").startswith(elsewhere)]
-
-
-def study_of(arguments: Sequence[str]) -> str | None:
-    """The default name of a sweep's folder: the last words of the keys that vary, in the order in which they were
-    typed. None if the command line or an experiment names the study, or if Hydra will refuse the words.
-
-    `model/router=dense,soft seed=0,1` -> `router-seed`
-    """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    if any(word.lstrip("+").startswith(("study=", "experiment=", "experiment/")) for word in arguments):
-        return None
-    words = [word for word in arguments if not word.startswith("-") and "=" in word]
-    try:
-        typed = OverridesParser.create().parse_overrides(words)
-    except HydraException:
-        return None
-    keys = [override.key_or_group for override in typed if override.is_sweep_override()]
-    return "-".join(dict.fromkeys(re.split(r"[./]", key)[-1] for key in keys)) or None

@@ -6,6 +6,7 @@ import shutil
 import sys
 import textwrap
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,7 +37,7 @@ class Entry:
     def state(self, local: bool) -> State:
         """The job's state: as its files say, except where the launcher knows more."""
         job_state = state(self.job.folder, self.job.run, self.log)
-        if self.attempt is not None:
+        if self.attempt is not None and not self.finished:  # others of its stack may go on
             started = local or job_state.state in ("running", "running or killed")
             job_state = replace(job_state, state="running" if started else "queued")
             if started and self.started is None:
@@ -48,6 +49,21 @@ class Entry:
             return "-"
         pace = (time.monotonic() - self.started) / (progress - self.first_progress)
         return in_words(pace * (1 - progress))
+
+
+def stacks(entries: Sequence[Entry], most: int) -> list[list[Entry]]:
+    """The jobs in order, those that differ in nothing but the seed together, up to `most` of them."""
+    found: dict[str, list[list[Entry]]] = {}
+    made = []
+    for entry in entries:
+        job = entry.job
+        words = [word for word in job.overrides if not word.startswith("seed=")]
+        alike = found.setdefault(repr((words, job.threads, job.images)), [])
+        if not alike or len(alike[-1]) == most:
+            alike.append([])
+            made.append(alike[-1])
+        alike[-1].append(entry)
+    return made
 
 
 def fitted(rows: list[list[str]], width: int) -> str:

@@ -11,7 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -116,6 +116,7 @@ class FactorisedRouter(Decider):
         ValueError: an impossible choice.
     """
 
+    unstacked: ClassVar[str | None] = "was not tried for several models"
     unprunable = "its experts share the factors of one tensor, and each has a part in every token"
 
     def __init__(

@@ -97,6 +97,9 @@ class Decider(nn.Module, ABC):
     whole_batches: str | None = None
     """Why a batch cannot be computed in parts, with the way out; None where it can."""
 
+    unstacked: ClassVar[str | None] = None
+    """Why layers of several models cannot be computed at once, as the rest of a sentence about it; None where they
+    can."""
     for_checks: ClassVar[Mapping[str, Any]] = {}
     """Options that its yaml leaves to the data, as `softmoe check` gives them."""
     unprunable: str | None = "softmoe does not know how it would decide among fewer experts"

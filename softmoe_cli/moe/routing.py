@@ -415,12 +415,30 @@ def whole_batch(first: int, images: int) -> Iterator[None]:
         _whole = before
 
 
-def of_whole_batch(like: Float[Tensor, "..."], draw: Callable[[Tensor], Tensor], images: int = 1) -> Tensor:
+DrawInto = Callable[[Tensor], Tensor]
+"""Fills a tensor with random numbers, in place."""
+_drawn: Callable[[Tensor, DrawInto], Tensor] | None = None
+
+
+@contextmanager
+def drawn_by(drawn: Callable[[Tensor, DrawInto], Tensor]) -> Iterator[None]:
+    """Inside, random numbers in the shape of a tensor are what `drawn` makes of it, and of how they are drawn."""
+    global _drawn
+    before, _drawn = _drawn, drawn
+    try:
+        yield
+    finally:
+        _drawn = before
+
+
+def of_whole_batch(like: Float[Tensor, "..."], draw: DrawInto, images: int = 1) -> Tensor:
     """Random numbers in the shape of `like`, each row for a group of `images` images: `draw` fills a tensor in place.
 
     Inside `whole_batch` those of the larger batch are drawn, and the rows that are this one's are kept. So it gets what
     it would get as a part of the larger batch, and the random state moves on by as much.
     """
+    if _drawn is not None:
+        return _drawn(like, draw)
     if _whole is None:
         return draw(torch.empty_like(like))
     first, total = _whole
@@ -431,7 +449,8 @@ def of_whole_batch(like: Float[Tensor, "..."], draw: Callable[[Tensor], Tensor],
 
 def noise_like(like: Float[Tensor, "..."], images: int = 1) -> Tensor:
     """Standard normal noise, as `of_whole_batch`."""
-    return torch.randn_like(like) if _whole is None else of_whole_batch(like, Tensor.normal_, images)
+    alone = _whole is None and _drawn is None
+    return torch.randn_like(like) if alone else of_whole_batch(like, Tensor.normal_, images)
 
 
 @contextmanager

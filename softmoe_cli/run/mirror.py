@@ -200,11 +200,10 @@ def _init(mode: str, settings: dict[str, Any], folder: Path, say: Callable[[str]
 
     def init(mode: Literal["online", "offline"]) -> Any:
         return wandb.init(
-            **settings,
+            **({"reinit": "finish_previous"} | settings),
             mode=mode,
             dir=folder,
             resume="allow" if mode == "online" else None,
-            reinit="finish_previous",
             settings=wandb.Settings(init_timeout=INIT_TIMEOUT_S, silent=True, console="off"),
         )
 

@@ -25,7 +25,8 @@ def settle_arms(arguments: Sequence[str], run: RunCommand) -> int:
         UsageError: it cannot work as typed; nothing was started.
         RunError: the baseline fails with every seed.
     """
-    from softmoe_cli.launch.sweep import Sweep, study_of
+    from softmoe_cli.launch.sweep import Sweep
+    from softmoe_cli.launch.typed import in_full, study_of
     from softmoe_cli.settle.arms import key_of
     from softmoe_cli.settle.sweeper import Settle
 
@@ -36,7 +37,7 @@ def settle_arms(arguments: Sequence[str], run: RunCommand) -> int:
     _refuse_searches(words)
     words = [word for word in words if word not in ("-m", "--multirun", "--plan")]
     command = "finetune" if any(key_of(word) == "checkpoint" for word in words) else "train"
-    words = check_line(command, ["-m", *words])
+    words = check_line(command, ["-m", *in_full(words)])
     if "--plan" in arguments:
         words.append("hydra.launcher.plan=true")
     study = study_of(words)

@@ -327,7 +327,7 @@ class Rounds:
         n = wanted[-1][1] - self._contest.first + 1
         for more in range(n + 1, min(n + max(1, n // AHEAD), self._asked.max_seeds) + 1):
             larger = lacking(self._contest, standing, runs, more, self._passed_over)
-            if len(larger) > len(self._slots):
+            if len(larger) > len(self._slots) * self._launcher.seeds_at_once:
                 break
             wanted = larger
         return wanted

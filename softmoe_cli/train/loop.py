@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ from softmoe_cli.moe.routing import full_precision, routings
 from softmoe_cli.optim import freeze, optimizer_of, schedule
 from softmoe_cli.parallel import ALONE, Average, Crew, own_part
 from softmoe_cli.run.finished import finished
+from softmoe_cli.stack.passing import Handed
+from softmoe_cli.stack.turns import at_once, member
 from softmoe_cli.train import summary
 from softmoe_cli.train.blame import not_finite, out_of_memory
 from softmoe_cli.train.ending import close
@@ -81,14 +84,14 @@ def train(begun: Begun) -> dict[str, Any]:
     cost = training_cost(load)
     check_tokens(config, cost.tokens)
     require_batches(config, cost)
-    fit = settle(load, config.parallel, crew)
+    fit = settle(load, config.parallel, crew, at_once())
     crew.way, crew.why = fit.way, fit.why
     autocast = precision_context(device.type, config.train.precision, cached=fit.way == "ddp")  # others change in use
     setup = Setup(config, begun.command, source, begun.images_digest, splits, budget, device, autocast, crew, cost, fit)
     screen.table(begun.command, summary.header(setup, run.folder))
     for note in notes:
         screen.row("few-shot", note)
-    kept = keep_freed_memory(device, fit.memory.peak_bytes, free_memory(device) // crew.local_size)
+    kept = keep_freed_memory(device, at_once() * fit.memory.peak_bytes, free_memory(device) // crew.local_size)
     screen.row("memory", summary.memory_row(fit, device, kept=kept))
 
     # --- model: new weights, or those of the source
@@ -134,6 +137,7 @@ def train(begun: Begun) -> dict[str, Any]:
     if config.train.compile:
         forward = compiled(forward)
     saved_at, save_took, first_step = time.monotonic(), 0.0, progress.step
+    prepares = config.train.compile or at_once() > 1
     with stop, routings(model) as seen, screen, recording:
         step = Step(model, forward, optimizer, scaler, autocast, seen, config, crew, recording.landed)
         try:
@@ -160,8 +164,9 @@ def train(begun: Begun) -> dict[str, Any]:
                     recording.save("last")
                     saved_at, save_took = time.monotonic(), time.monotonic() - start
 
-                compiles = config.train.compile and progress.step in (first_step, progress.changed_at)
-                alone = compiling_alone(_graph_of(config, classes)) if compiles and crew.size == 1 else nullcontext()
+                compiles = prepares and progress.step in (first_step, progress.changed_at)
+                turns = compiles and config.train.compile and crew.size == 1
+                alone = compiling_alone(_graph_of(config, classes)) if turns else nullcontext()
                 with progress.booked("compile" if compiles else "device", crew.size), alone:
                     lr, scale = learning_rate(here), scaler.get_scale()
                     with progress.booked("load"):
@@ -253,28 +258,14 @@ def update(step: Step, batch: Batch, lr: float, pruning: Pruning | None = None) 
     clipping. The weights stay as they were, and the gradients can be looked at, when loss or norm is not finite; where
     only the norm is not, a scaler then lowers its scale. `pruning` measures experts that may still go.
     """
-    config, crew, optimizer, scaler, x = step.config, step.crew, step.optimizer, step.scaler, batch.images
+    crew, optimizer, scaler = step.crew, step.optimizer, step.scaler
     optimizer.zero_grad(set_to_none=True)  # of an update that was not made
-    parts, share = config.train.accumulate, crew.share(config)
-    total = torch.zeros(2, device=x.device)
-    with step.autocast:  # around all parts: a weight that it has cast once stays cast until the update
-        for part, (part_targets, *inputs) in enumerate(_in_parts(batch, parts), start=1):
-            step.seen.clear()
-            with crew.passing(step.forward, share, last=part == parts):
-                logits = step.forward(*inputs)
-                for routing in step.seen:  # now: recomputation will call the routers again
-                    if routing.landed is not None:
-                        step.landed.add_(routing.landed)
-                if pruning is not None:
-                    pruning.see(step.seen)
-                with full_precision(x):
-                    valid = valid_answers(step.model, tuple(inputs))
-                    loss = classification_loss(logits, part_targets, config.train.loss, valid)
-                    loss = loss * share.of_images / parts
-                    aux = sum((routing.aux_loss for routing in step.seen), loss.new_zeros(())) * share.of_groups / parts
-                    total += torch.stack([loss.detach(), aux.detach()])
-                    scaler.scale(loss + aux).backward()
+    own = member()
+    made = None if own is None else own.passed(handed(step, batch, lr))
     step.seen.clear()
+    if made is not None and made.update is not None:
+        return made.update
+    total = made.losses if made is not None else _passed(step, batch, pruning)
     crew.add(total)
     scaler.unscale_(optimizer)
     norm = crew.norm(step.model)
@@ -288,6 +279,47 @@ def update(step: Step, batch: Batch, lr: float, pruning: Pruning | None = None) 
             optimizer.zero_grad(set_to_none=True)  # now, so that looks and checkpoints can use their memory
         scaler.update()
     return main, aux_loss, norm_value
+
+
+def handed(step: Step, batch: Batch, lr: float) -> Handed:
+    """What a run of several in one process hands in for an update of all."""
+    parts, clip_norm = list(_in_parts(batch, step.config.train.accumulate)), step.config.optim.clip_norm
+    return Handed(step.model, partial(_losses, step), parts, step.landed, step.optimizer, lr, clip_norm)
+
+
+def _passed(step: Step, batch: Batch, pruning: Pruning | None) -> Tensor:
+    """Forwards and backwards: the losses of the whole batch, (2); leaves gradients."""
+    parts = step.config.train.accumulate
+    total = torch.zeros(2, device=batch.images.device)
+    with step.autocast:  # around all parts: a weight that it has cast once stays cast until the update
+        for part, tensors in enumerate(_in_parts(batch, parts), start=1):
+            with step.crew.passing(step.forward, step.crew.share(step.config), last=part == parts):
+                loss, aux, landed = _losses(step, step.forward, *tensors)
+                if pruning is not None:
+                    pruning.see(step.seen)
+                step.landed.add_(landed)
+                total += torch.stack([loss.detach(), aux.detach()])
+                step.scaler.scale(loss + aux).backward()
+    step.seen.clear()
+    return total
+
+
+def _losses(
+    step: Step, forward: Callable[..., Tensor], targets: Tensor, *inputs: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a part of a batch what it adds to the loss and to the auxiliary loss, and how many rows of experts hold a
+    token."""
+    config, share = step.config, step.crew.share(step.config)
+    step.seen.clear()
+    logits = forward(*inputs)
+    with full_precision(logits):
+        valid = valid_answers(step.model, inputs)
+        loss = classification_loss(logits, targets, config.train.loss, valid)
+        loss = loss * share.of_images / config.train.accumulate
+        aux = sum((routing.aux_loss for routing in step.seen), loss.new_zeros(()))
+        aux = aux * share.of_groups / config.train.accumulate
+        landed = [routing.landed for routing in step.seen if routing.landed is not None]
+    return loss, aux, sum(landed, torch.zeros((), dtype=torch.int64, device=logits.device))
 
 
 def _clip(step: Step, norm: Tensor, norm_value: float) -> None:

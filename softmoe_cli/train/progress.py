@@ -1,7 +1,6 @@
 """Where a run stands, and how long it goes on."""
 
 import math
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -9,6 +8,7 @@ from itertools import pairwise
 
 from softmoe_cli.config.run import Config
 from softmoe_cli.optim import span_length
+from softmoe_cli.stack.turns import clock
 from softmoe_cli.text import several
 
 BOOKED = ("device", "eval", "save", "compile", "load")
@@ -71,11 +71,11 @@ class Progress:
     @contextmanager
     def booked(self, what: str, devices: int = 1) -> Iterator[None]:
         """Books the time spent inside under `what`, so that training time is training only."""
-        start = time.perf_counter()
+        start = clock()
         try:
             yield
         finally:
-            took = time.perf_counter() - start
+            took = clock() - start
             self.seconds[what] = self.seconds.get(what, 0.0) + took  # a checkpoint may know fewer parts
             if what == "device":
                 self.device_s += took * devices

@@ -21,6 +21,7 @@ from softmoe_cli.model.router import router_class
 from softmoe_cli.run import rows
 from softmoe_cli.run.identity import flat_science
 from softmoe_cli.run.saving import room_beside
+from softmoe_cli.stack.turns import at_once
 from softmoe_cli.text import flop, gibibytes, si
 from softmoe_cli.train.pace import Pace
 from softmoe_cli.train.progress import Progress
@@ -78,7 +79,8 @@ def _adapter(model: Model) -> str:
 
 def _hardware(setup: Setup) -> str:
     name = hardware(setup.device)
-    return f"{setup.crew.size} x {name}" if setup.crew.size > 1 else name
+    together = f", {at_once()} seeds at once" if at_once() > 1 else ""
+    return f"{setup.crew.size} x {name}" if setup.crew.size > 1 else f"{name}{together}"
 
 
 def _optimizer(config: Config) -> str:
@@ -144,6 +146,7 @@ def wandb_settings(setup: Setup, folder: Path) -> dict[str, Any]:
         "tags": w.tags,
         "name": w.name or folder.name[-WANDB_LETTERS:],
         "config": asdict(config) | _at_the_top(setup),
+        "reinit": "create_new" if at_once() > 1 else "finish_previous",
     }
 
 

@@ -18,8 +18,9 @@ import yaml
 from hydra.core.plugins import Plugins
 from omegaconf import OmegaConf
 
-from softmoe_cli.launch.sweep import Sweep, study_of
+from softmoe_cli.launch.sweep import Sweep
 from softmoe_cli.launch.tables import fitted
+from softmoe_cli.launch.typed import study_of
 from softmoe_cli.options.compose import admit
 from softmoe_cli.run import status
 from tests.conftest import TINY, Softmoe, thinned

@@ -49,11 +49,16 @@ def soft_logits(
 
 class _Cosines(torch.autograd.Function):
     """x @ slots / length of x. autograd's own backward pass reads and writes the tokens three times more, for the
-    gradient of the length."""
+    gradient of the length. Of s models at once, x is s bn d and slots are s d m."""
 
     @staticmethod
-    def forward(x: Float[Tensor, "b n d"], slots: Float[Tensor, "d m"]) -> Float[Tensor, "b n m"]:
+    def forward(x: Float[Tensor, "b n d"], slots: Float[Tensor, "*s d m"]) -> Float[Tensor, "b n m"]:
         return (x @ slots).mul_(inverse_length(x, dim=2))
+
+    @staticmethod
+    def vmap(info: Any, dims: tuple[int, int], x: Tensor, slots: Tensor) -> tuple[Tensor, int]:
+        x, slots = x.movedim(dims[0], 0), slots.movedim(dims[1], 0)
+        return _Cosines.apply(x.flatten(1, 2), slots).unflatten(1, x.shape[1:3]), 0
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -68,9 +73,9 @@ class _Cosines(torch.autograd.Function):
             of_length = (grad * cosines).sum(dim=2, keepdim=True) * inverse.square()
         grad = grad * inverse
         if ctx.needs_input_grad[0]:
-            of_x = torch.addcmul(grad @ slots.T, x, of_length, value=-1)
+            of_x = torch.addcmul(grad @ slots.mT, x, of_length, value=-1)
         if ctx.needs_input_grad[1]:
-            of_slots = x.flatten(0, 1).T @ grad.flatten(0, 1)
+            of_slots = x.flatten(0, 1).T @ grad.flatten(0, 1) if slots.ndim == 2 else x.mT @ grad
         return of_x, of_slots
 
 

@@ -1,0 +1,224 @@
+"""Several seeds as one stack: each run is the run alone, whatever its router draws, keeps or balances."""
+
+import copy
+import functools
+import io
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from softmoe_cli import cli
+from softmoe_cli.data.batches import Batch
+from softmoe_cli.device import precision_context
+from softmoe_cli.errors import UsageError
+from softmoe_cli.launch.plan import Job
+from softmoe_cli.launch.tables import Entry, stacks
+from softmoe_cli.model.vit import build
+from softmoe_cli.moe.routing import routings
+from softmoe_cli.optim import optimizer_of
+from softmoe_cli.run.checkpoint import random_state, set_random_state
+from softmoe_cli.stack.passing import Stack, own_draws
+from softmoe_cli.stack.refused import check_stack
+from softmoe_cli.stack.turns import in_turns
+from softmoe_cli.train.loop import Step, handed, update
+from tests.conftest import TINY, Softmoe
+from tests.oracles import compose
+from tests.runs import CLOCKS
+
+COMMON = (*TINY, "threads=1", "train.batch_size=8", "train.log_every=1", "train.eval_every=0.5")
+ROUNDING = 2e-4
+"""As a share of what is compared; of weights after 50 updates, of their tensor's largest."""
+
+
+def together(arguments: Sequence[str], seeds: Sequence[int]) -> list[tuple[int, str]]:
+    """Runs seeds as one stack; returns the exit status and the reason of each."""
+    told: list[tuple[int, str]] = []
+    works = [lambda seed=seed: told.append(cli.run(["train", *arguments, f"seed={seed}"])) for seed in seeds]
+    outs = [io.StringIO() for _ in seeds]
+    in_turns(works, outs)
+    return told
+
+
+def rows(folder: Path, file: str) -> list[dict[str, Any]]:
+    path = folder / file
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def close(one: Any, other: Any) -> bool:
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(close, one, other))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(close(one[key], other[key]) for key in one)
+    return bool(one == pytest.approx(other, rel=ROUNDING, abs=1e-6)) if isinstance(one, float) else bool(one == other)
+
+
+def require_alike(one: Path, other: Path) -> None:
+    """Every number that a run has written down but clocks, and all tensors of its last checkpoint."""
+    for file in ("metrics.jsonl", "routing.jsonl"):
+        ours, theirs = rows(one, file), rows(other, file)
+        assert len(ours) == len(theirs)
+        for mine, yours in zip(ours, theirs, strict=True):
+            assert mine.keys() == yours.keys()
+            for key in mine.keys() - CLOCKS:
+                assert close(mine[key], yours[key]), (file, mine["step"], key, mine[key], yours[key])
+    for file in ("model.safetensors", "training.safetensors"):
+        mine, yours = (load_file(sorted(run.glob("checkpoints/last-*"))[-1] / file) for run in (one, other))
+        assert mine.keys() == yours.keys()
+        for name, tensor in mine.items():
+            if name.startswith("random."):
+                assert torch.equal(tensor, yours[name]), name
+            else:
+                apart = (tensor.double() - yours[name].double()).abs().max()
+                assert apart <= ROUNDING * yours[name].double().abs().max().clamp(min=1e-3), name
+
+
+def require_as_alone(folder: Path, arguments: Sequence[str], seeds: Sequence[int] = (0, 1)) -> None:
+    ours, alone = ((*arguments, f"output_root={folder / name}", "study=x") for name in ("stack", "alone"))
+    assert together(ours, seeds) == [(0, "")] * len(seeds)
+    for seed in seeds:
+        assert cli.run(["train", *alone, f"seed={seed}"]) == (0, "")
+    runs = sorted((folder / "alone/x").iterdir())
+    assert len(runs) == len(seeds)
+    for run in runs:
+        require_alike(folder / "stack/x" / run.name, run)
+
+
+def new_step(config: Any, seed: int, hooks: ExitStack) -> Step:
+    torch.manual_seed(seed)
+    model = build(config.model, 10).train()
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    autocast, seen = precision_context("cpu", "fp32", cached=True), hooks.enter_context(routings(model))
+    return Step(model, model, optimizer_of(model, config.optim), scaler, autocast, seen, config)
+
+
+SPARSE = (
+    "model/router=tokens_choice", "model.router.load_weight=0", "model.router.importance_weight=0.1",
+    "model.router.bias_rate=0.01",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("apart", "words"),
+    [
+        pytest.param(False, ("model.backbone.depth=1", "model.router.noise_std=1"), id="soft"),
+        pytest.param(False, SPARSE, id="tokens_choice", marks=pytest.mark.thorough),
+        pytest.param(True, SPARSE, id="one further", marks=pytest.mark.thorough),
+    ],
+)
+def test_updates_of_a_stack_are_those_of_each_alone(apart: bool, words: tuple[str, ...]) -> None:
+    """Losses, norms, what has landed, weights, moments, what a router keeps and random states over three updates, with
+    router noise; also where the runs have made different numbers of updates before."""
+    config = compose(*TINY, *words, "train.batch_size=4", "optim.clip_norm=0.1")
+    torch.manual_seed(9)
+    images = torch.randn(4, 2, 4, config.model.in_chans, config.model.image_size, config.model.image_size)
+    targets = F.one_hot(torch.randint(10, (4, 2, 4)), 10).float()
+    with ExitStack() as hooks:
+        ours, theirs = ([new_step(config, seed, hooks) for seed in (0, 1)] for _ in range(2))
+        states = {(id(steps), seed): random_state() for steps in (ours, theirs) for seed in (0, 1)}
+
+        def alone(steps: list[Step], seed: int, turn: int) -> tuple[float, float, float]:
+            set_random_state(states[id(steps), seed])
+            told = update(steps[seed], Batch(images[turn, seed], targets[turn, seed]), 1e-2)
+            states[id(steps), seed] = random_state()
+            return told
+
+        if apart:
+            alone(ours, 1, 3), alone(theirs, 1, 3)
+        stack: Stack | None = None
+        for turn in range(3):
+            given = [
+                handed(step, Batch(images[turn, seed], targets[turn, seed]), 1e-2) for seed, step in enumerate(ours)
+            ]
+            stack = stack or Stack(given)
+            with own_draws([states[id(ours), seed] for seed in (0, 1)]):
+                made = stack.passed(given)
+            for seed in (0, 1):
+                told = alone(theirs, seed, turn)
+                assert (made[seed].update is None) == apart
+                if made[seed].update is None:
+                    assert made[seed].losses.tolist() == pytest.approx(told[:2], rel=1e-5)
+                    torch.nn.utils.clip_grad_norm_(ours[seed].model.parameters(), 0.1)
+                    for group in ours[seed].optimizer.param_groups:
+                        group["lr"] = 1e-2 * group["lr_scale"]
+                    ours[seed].optimizer.step()
+                else:
+                    assert made[seed].update == pytest.approx(told, rel=1e-5)
+    for seed in (0, 1):
+        mine, yours = ours[seed], theirs[seed]
+        assert int(mine.landed) == int(yours.landed) and (int(mine.landed) > 0) == (words == SPARSE)
+        assert torch.equal(states[id(ours), seed]["random.cpu"], states[id(theirs), seed]["random.cpu"])
+        torch.testing.assert_close(dict(mine.model.named_buffers()), dict(yours.model.named_buffers()))
+        for (name, a), b in zip(mine.model.named_parameters(), yours.model.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
+            kept = mine.optimizer.state[a], yours.optimizer.state[b]
+            torch.testing.assert_close(*(dict(each) for each in kept), rtol=1e-3, atol=1e-6)
+
+
+def test_jobs_that_differ_in_nothing_but_the_seed_are_gathered() -> None:
+    words = ["a seed=0", "b seed=0", "a seed=1", "b seed=1", "a seed=2"]
+    entries = [Entry(Job(each, each.split(), Path(each), 1), Path("log")) for each in words]
+    assert [[entry.job.run for entry in stack] for stack in stacks(entries, 2)] == [
+        ["a seed=0", "a seed=1"], ["b seed=0", "b seed=1"], ["a seed=2"]
+    ]  # fmt: skip
+    assert [len(stack) for stack in stacks(entries, 1)] == [1] * 5
+
+
+REFUSED: dict[str, tuple[str, Any]] = {
+    "train.precision": ("train.precision", "bf16"), "train.compile": ("train.compile", True),
+    "train.recompute": ("train.recompute", True), "train.minutes": ("train.minutes", 1.0), "devices": ("devices", 2),
+    "prune.keep": ("prune.keep", 1), "adapter": ("model.adapter.name", "lora"),
+    "model.head": ("model.head", "mumoe_cp"), "data=": ("data.sets", {"a": {}}), "data= ": ("data.format", "folder"),
+    "model/router=mumoe_cp": ("model.router", {"_target_": "softmoe_cli.moe.routers.mumoe_cp.MuMoECPRouter"}),
+}  # fmt: skip
+
+
+def test_what_cannot_be_stacked_is_refused() -> None:
+    """By key, with the way out; alone each of it is a run."""
+    config = compose("model.moe_blocks=last_1")
+    config.data.workers = 2  # of which a set that is in memory has no use
+    check_stack(config, 4)
+    for said, (key, value) in REFUSED.items():
+        *sections, leaf = key.split(".")
+        other = copy.deepcopy(config)
+        setattr(functools.reduce(getattr, sections, other), leaf, value)
+        check_stack(other, 1)
+        with pytest.raises(UsageError, match=rf"^seeds_at_once=4: {said.strip()}.*; .*, or leave seeds_at_once out$"):
+            check_stack(other, 4)
+
+
+def test_without_m_there_are_no_seeds(softmoe: Softmoe) -> None:
+    answer = softmoe("train", "seeds_at_once=2")
+    assert answer.code == 2 and "seeds_at_once=2 is about the jobs of a sweep; it goes with -m" in answer.err
+
+
+ROUTERS = {
+    "dense": (),
+    "soft": ("model.router.noise_std=1",),
+    "tokens_choice": ("model.router.load_weight=0", "model.router.bias_rate=0.01", "model.backbone.drop_path=0.3"),
+    "tokens_choice_bpr": ("train.accumulate=2",),
+    "experts_choice": ("train.ema=0.9",),
+    "zero_computation": (),
+    "image_choice": (),
+    "soft_uniform": ("optim.name=sgd", "optim.momentum=0.9"),
+    "uniform_soft": ("model.expert_init=independent",),
+    "uniform": ("model.expert_init=independent",),
+    "tokens_choice_dropless": (),
+    "identity": (),
+}
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("router", ROUTERS)
+def test_each_run_is_the_run_alone(router: str, tmp_path: Path) -> None:
+    """Rows of losses, norms, validation and routing, weights, moments and random state over 50 updates; over 12 where
+    tokens or experts choose, as later rounding may decide between two that are nearly equal."""
+    steps = 12 if "choice" in router or router == "zero_computation" else 50
+    tiny = [word for word in COMMON if router not in ("dense", "identity") or not word.startswith("model.router")]
+    require_as_alone(tmp_path, [*tiny, f"train.steps={steps}", f"model/router={router}", *ROUTERS[router]])
