@@ -25,7 +25,7 @@ from softmoe_cli.model.vit import build
 from softmoe_cli.options.compose import say_once
 from softmoe_cli.options.inherit import keep_cut
 from softmoe_cli.run.card import CARD_FORMAT
-from softmoe_cli.run.rows import named
+from softmoe_cli.run.rows import charted
 from tests import oracles
 from tests.conftest import TINY, Softmoe
 from tests.runs import saved
@@ -159,7 +159,7 @@ def test_few_shots_while_training_change_nothing_else(softmoe: Softmoe, tmp_path
     result = json.loads((run / "result.json").read_text())
     last = [row for row in shot if row["split"] == "validation"][-1]
     assert all(result[f"validation_{key}"] == last[key] for key in added)
-    assert {f"validation/{key}" for key in added} <= named(last).keys()  # W&B
+    assert {f"validation/{key}" for key in added} <= charted(last).keys()  # W&B
     row = json.loads(
         softmoe(
             "evaluate", f"checkpoint={run}", "split=validation", "fewshot=[1,5]", "fewshot_l2=scored", "format=json"
