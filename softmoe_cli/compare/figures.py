@@ -29,6 +29,8 @@ FIGURE_FORMATS: dict[str, Any] = {
     "png": {"pil_kwargs": {"compress_level": 3}},  # as small as by default, in less time
 }
 GREY = "#767676"
+EQUAL_COST = 0.01
+"""Costs that differ by no more than this share of the largest are drawn as one."""
 DRAWN_LETTERS = 120
 LEFT, PLOT_WIDTH, PLOT_HEIGHT, ABOVE, BETWEEN = 0.8, 5.2, 3.2, 0.35, 1.15
 """Inches that place the panels: matplotlib's layout engine would take as long as the drawing."""
@@ -176,21 +178,29 @@ def _pareto(axes: Axes, comparison: Comparison, block: Block) -> float:
     x, y = np.array([at[group.label] for group in groups]).T
     x_half, y_half = np.array([[half(group.intervals[key]) or 0.0 for group in groups] for key in (cost, quality)])
     x_half *= unit.factor
+    equal = not handles and len(x) > 1 and x.max() - x.min() <= EQUAL_COST * x.max()
+    if equal:  # in a column they would hide each other, and a finer scale would make much of rounding
+        line.set_data([], [])
+        axes.set_xticks([(len(x) - 1) / 2], [f"{x.mean():.4g}"])
+        axes.set_xlim(-1, len(x))
+        x, x_half = np.arange(len(x)), np.zeros(len(x))
     # One call draws all bars: a call per group would double the number of lines in the figure.
     axes.hlines(y, x - x_half, x + x_half, colours, linewidth=1.2, zorder=3)
     axes.vlines(x, y - y_half, y + y_half, colours, linewidth=1.2, zorder=3)
     for i, group in enumerate(groups):
-        face = colours[i] if group.front else "white"
+        face = colours[i] if group.front and not equal else "white"
         style: Any = {"color": colours[i], "markerfacecolor": face, "markersize": 8, "zorder": 3}
         handles += axes.plot(x[i], y[i], marks[group.label][1], **style)
         n = " ".join(group.count.split())
         labels.append(f"{group.label} ({', '.join([f'n={n}', *provisos(group, cost)])})")
-    _scale(axes, [cost for cost, _ in at.values()])
-    axes.set_xlabel(unit.head)
+    if not equal:
+        _scale(axes, x)
+    axes.set_xlabel(f"{unit.head}, the same for all" if equal else unit.head)
     axes.set_ylabel(QUALITIES[quality].title)
     axes.annotate("bars: 95% t-intervals", (1, -0.17), xycoords="axes fraction", ha="right", va="top",
                   fontsize=10, color=GREY)  # fmt: skip
-    return legend_beside(axes, [*handles, line], [*labels, "Pareto front (filled)"])
+    front_line = ([], []) if equal else ([line], ["Pareto front (filled)"])
+    return legend_beside(axes, handles + front_line[0], labels + front_line[1])
 
 
 def _point(group: Group, comparison: Comparison, factor: float) -> tuple[float, float]:

@@ -1,5 +1,6 @@
 """Figures: what they can draw."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,19 @@ from tests.synthetic import row, write
 
 def test_names_that_figures_cannot_draw(nasty: Comparison) -> None:
     assert all(figure_files(nasty, "pareto").values()) and all(figure_files(nasty, "curves").values())
+
+
+@pytest.mark.parametrize(("cost", "column"), [(0.001002, True), (0.00102, False)])
+def test_groups_of_equal_cost_are_drawn_beside_each_other(tmp_path: Path, cost: float, column: bool) -> None:
+    """A scale of rounding would say that one of them is cheaper."""
+    for seed in range(3):
+        write(tmp_path / "runs", row(router="dense", seed=seed, name=f"dense{seed}", train_pflop=0.001))
+        write(tmp_path / "runs", row(seed=seed, name=f"soft{seed}", train_pflop=cost))
+    drawn = figure_files(compare([tmp_path / "runs"], Question()), "pareto")["pareto.svg"].decode()
+    assert ("the same for all" in drawn) == column and ("Pareto front" in drawn) == (not column)
+    ticks = re.findall(r'<g id="xtick_\d+">', drawn)
+    assert (len(ticks) == 1) == column
+    assert not column or "<!-- 1.001 -->" in drawn, "TFLOP, of both"
 
 
 def test_names_too_long_to_draw(tmp_path: Path) -> None:
