@@ -44,6 +44,7 @@ class Launcher:
     failures: dict[Path, str] = field(default_factory=dict)
     ran: list[tuple[str, int]] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
+    seeds_at_once: int = 1
     changes: Callable[[str, int], dict[str, Any]] = lambda router, seed: {}
 
     def noted(self) -> dict[Path, str]:

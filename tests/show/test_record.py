@@ -67,7 +67,7 @@ def test_a_damaged_row_is_left_out_and_said(file: str, old: str, new: str, tmp_p
     assert old in text
     (run / file).write_text(text.replace(old, new, 1))
     record = read_record(run)
-    assert record.notes == [f"{file}: 1 lines are damaged and left out."]
+    assert record.notes == [f"{file}: 1 line is damaged and left out."]
     assert len(record.rows) + len(record.routing) == 8
     assert "damaged" in run_page(record, Shown("Seen: nothing."))
 
