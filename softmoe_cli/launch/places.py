@@ -97,7 +97,7 @@ class Submitted:
         self._jobs, self._tickets = jobs, tickets
 
     def ended(self) -> int | None:
-        if not all([job.done() for job in self._jobs]):
+        if not all(job.done() for job in self._jobs):
             return None
         for ticket in self._tickets:
             ticket.unlink(missing_ok=True)
