@@ -73,9 +73,9 @@ def as_stack(steps: Sequence[Step]) -> Callable[[Tensor, Tensor, float], list[fl
 
     def all_at_once(images: Tensor, targets: Tensor, lr: float) -> list[float]:
         given = [handed(step, Batch(*own), lr) for step, *own in zip(steps, images, targets, strict=True)]
-        if not stack:
-            stack.append(Stack(given))
         with own_draws(states):
+            if not stack:
+                stack.append(Stack(given))
             made = stack[0].passed(given)
         return [each.update[0] for each in made if each.update is not None]
 

@@ -63,15 +63,15 @@ def perform(orders: Sequence[Order], run: RunCommand) -> int:
         print(f"softmoe: cannot write {order.log}: {error.strerror}", file=sys.stderr)
         return os.EX_CANTCREAT
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
-    codes: list[int] = []
-    works = [lambda order=order: codes.append(_carry_out(order, run)) for order in orders]
+    codes = dict.fromkeys(range(len(orders)), 1)
+    works = [lambda i=i, order=order: codes.update({i: _carry_out(order, run)}) for i, order in enumerate(orders)]
     if len(works) == 1:
         works[0]()
     else:
         from softmoe_cli.stack.turns import in_turns
 
         in_turns(works, logs)
-    return max(codes)
+    return max(codes.values())
 
 
 def _carry_out(order: Order, run: RunCommand) -> int:

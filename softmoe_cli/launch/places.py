@@ -78,36 +78,43 @@ class Slurm:
             )
 
     def start(self, orders: Sequence[Order]) -> Attempt:
+        """Follows what is queued or running under an earlier launcher, which may have had other stacks, and queues the
+        rest as one."""
         import submitit
 
-        tickets = [order.log.with_suffix(".slurm") for order in orders]
-        known = next((ticket for ticket in tickets if ticket.exists()), None)
-        if known is not None and not self._local:
-            return Submitted(submitit.SlurmJob(self._folder, known.read_text()), tickets)
-        job = self._executor.submit(in_worker, orders, self._run)
-        for ticket in tickets:
-            ticket.write_text(job.job_id)
-        return Submitted(job, tickets)
+        tickets = {order.log: order.log.with_suffix(".slurm") for order in orders}
+        known = {log: ticket.read_text() for log, ticket in tickets.items() if ticket.exists() and not self._local}
+        jobs = [submitit.SlurmJob(self._folder, number) for number in dict.fromkeys(known.values())]
+        if rest := [order for order in orders if order.log not in known]:
+            jobs.append(self._executor.submit(in_worker, rest, self._run))
+            for order in rest:
+                tickets[order.log].write_text(jobs[-1].job_id)
+        return Submitted(jobs, list(tickets.values()))
 
 
 class Submitted:
-    def __init__(self, job: Any, tickets: Sequence[Path]) -> None:
-        self._job, self._tickets = job, tickets
+    def __init__(self, jobs: Sequence[Any], tickets: Sequence[Path]) -> None:
+        self._jobs, self._tickets = jobs, tickets
 
     def ended(self) -> int | None:
-        from submitit.core.utils import FailedJobError, UncompletedJobError
-
-        if not self._job.done():
+        if not all(job.done() for job in self._jobs):
             return None
         for ticket in self._tickets:
             ticket.unlink(missing_ok=True)
-        try:
-            return int(self._job.result())
-        except (FailedJobError, UncompletedJobError):
-            return 1
+        return max(map(_status, self._jobs))
 
     def stop(self, *, now: bool) -> None:
-        self._job.cancel(check=False)
+        for job in self._jobs:
+            job.cancel(check=False)
+
+
+def _status(job: Any) -> int:
+    from submitit.core.utils import FailedJobError, UncompletedJobError
+
+    try:
+        return int(job.result())
+    except (FailedJobError, UncompletedJobError):
+        return 1
 
 
 class Ray:

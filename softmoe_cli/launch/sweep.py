@@ -328,8 +328,7 @@ class Sweep(HydraLauncher):
                         running.remove(stack)
                         slots.append(stack[0].slot)
                         for entry in stack:
-                            own = code if len(stack) == 1 else 0 if entry.finished else code or 1
-                            self._end(entry, own, signals.name is not None)
+                            self._end(entry, 0 if entry.finished else code, signals.name is not None)
                 now = signals.now
                 if signals.name is not None and (now or not signals.told):
                     if not signals.told:

@@ -61,16 +61,18 @@ class Stack:
     of the stack from now on."""
 
     def __init__(self, handed: Sequence[Handed]) -> None:
+        """Writes the pass down too, for batches in the shapes of these: make it inside `own_draws`."""
         self._models = models = [each.model for each in handed]
         for model in models:
             draw_elsewhere(model)
         self._weights = _stacked([dict(model.named_parameters()) for model in models])
         self._buffers = _stacked([dict(model.named_buffers()) for model in models])
         self._trained = [name for name, each in models[0].named_parameters() if each.requires_grad]
-        self._graph: GraphModule | None = None
         self._draws: list[Callable[[Tensor], Tensor]] = []
         optimizers = [each.optimizer for each in handed]
         self._updates = Updates(models, optimizers) if alike(models, optimizers) else None
+        first_parts = [torch.stack(each) for each in zip(*(each.parts[0] for each in handed), strict=True)]
+        self._graph = self._written_down(handed[0].losses, first_parts)
 
     def holds(self, handed: Sequence[Handed]) -> bool:
         return [id(each.model) for each in handed] == [id(model) for model in self._models]
@@ -96,8 +98,6 @@ class Stack:
         sums: list[Tensor] = []
         for parts in zip(*(each.parts for each in handed), strict=True):
             tensors = [torch.stack(each) for each in zip(*parts, strict=True)]
-            if self._graph is None:
-                self._graph = self._written_down(handed[0].losses, tensors)
             with torch.no_grad(), _carrying_out(self._draws):
                 made = self._graph(self._weights, self._buffers, tensors)
             sums = made if not sums else [a if a is None else a + b for a, b in zip(sums, made, strict=True)]
@@ -129,16 +129,18 @@ class Stack:
         states = [dict(state) for state in _states]
         try:
             with _carrying_out(self._draws):
-                graph = make_fx(together)(self._weights, self._buffers, tensors)
+                return make_fx(together)(self._weights, self._buffers, tensors)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:  # such as a router's that asks what numbers are
             raise UsageError(
                 f"these models cannot be computed {len(self._models)} at once ({first_line(error)}); leave "
                 "seeds_at_once out"
             ) from error
-        for name, buffer in self._buffers.items():  # writing down was a pass too
-            buffer.copy_(before[name])
-        _states[:] = states
-        return graph
+        finally:  # writing down was a pass too, and what runs keep is saved also when it has failed
+            for name, buffer in self._buffers.items():
+                buffer.copy_(before[name])
+            _states[:] = states
 
     def _draw(self, like: Tensor, draw: Callable[[Tensor], Tensor]) -> Tensor:
         self._draws.append(draw)

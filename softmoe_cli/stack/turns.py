@@ -34,6 +34,13 @@ class Member:
         self.answer: Returned | Exception | None = None
         self.took = 0.0
         """Seconds of the last pass that are this run's."""
+        self.prepared = 0.0
+        """Seconds in which passes were written down, as far as they are this run's and nobody has booked them."""
+        self.threads = 1
+        """With so many this run computes."""
+        self.together: Sequence[Member] = ()
+        """All runs of the process."""
+        self.ended = False
         self._work, self._out, self._back = work, out, back
         self._turn = threading.Semaphore(0)
         self._thread = threading.Thread(target=self._begin, daemon=True)
@@ -45,13 +52,14 @@ class Member:
         try:
             self._work()
         finally:
+            self.ended = True
             self._back.release()
 
     def passed(self, handed: Handed) -> Returned | None:
         """Hands in a batch, and waits until the pass is made. None where no other run is left, and so nothing was
         computed."""
         start = time.perf_counter()
-        self.handed, self.took = handed, 0.0
+        self.handed, self.took, self.threads = handed, 0.0, torch.get_num_threads()
         self._back.release()
         self._turn.acquire()
         self.away += time.perf_counter() - start - self.took
@@ -81,6 +89,22 @@ def at_once() -> int:
     return 1 if own is None else own.at_once
 
 
+def going_on() -> int:
+    """How many runs of this process have not ended."""
+    own = member()
+    return 1 if own is None else sum(not each.ended for each in own.together)
+
+
+def prepared_s() -> float:
+    """Seconds since the last call in which passes were written down, as far as they are this run's. `clock` does not
+    count them."""
+    own = member()
+    if own is None:
+        return 0.0
+    took, own.prepared = own.prepared, 0.0
+    return took
+
+
 def clock() -> float:
     """Seconds for differences: of a run that has turns, those that were its own."""
     own = member()
@@ -94,6 +118,8 @@ def in_turns(works: Sequence[Callable[[], None]], outs: Sequence[TextIO]) -> Non
         mallopt(-8, 1)  # M_ARENA_MAX: threads share the main one's memory, and what is freed there is used again
     back, streams = threading.Semaphore(0), (sys.stdout, sys.stderr)
     members = [Member(work, out, back, len(works)) for work, out in zip(works, outs, strict=True)]
+    for each in members:
+        each.together = members
     stack: Stack | None = None
     try:
         with heard(ASKING, pass_on):
@@ -110,19 +136,27 @@ def in_turns(works: Sequence[Callable[[], None]], outs: Sequence[TextIO]) -> Non
 
 def _pass(waiting: Sequence[Member], stack: Stack | None) -> Stack | None:
     """Makes one pass for all who wait, with the stack of the last pass where it is of the same runs."""
-    start = time.perf_counter()
     handed = [each.handed for each in waiting if each.handed is not None]
+    torch.set_num_threads(waiting[0].threads)  # each thread of a process has its own number, and this one computes
+    begun = prepared = time.perf_counter()
     answers: Sequence[Returned | Exception]
     try:
-        if stack is None or not stack.holds(handed):
-            stack = Stack(handed)
         with own_draws([each.random for each in waiting]):
+            if stack is None or not stack.holds(handed):
+                stack = Stack(handed)
+                prepared = _now()
             answers = stack.passed(handed)
     except Exception as error:  # each run says why it ends, in its own words
         stack, answers = None, [error] * len(waiting)
+    ended = _now()
+    for each, answer in zip(waiting, answers, strict=True):
+        each.answer, each.took = answer, (ended - prepared) / len(waiting)
+        each.prepared += (prepared - begun) / len(waiting)
+    return stack
+
+
+def _now() -> float:
+    """Seconds for differences, when everything is computed."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    took = (time.perf_counter() - start) / len(waiting)
-    for each, answer in zip(waiting, answers, strict=True):
-        each.answer, each.took = answer, took
-    return stack
+    return time.perf_counter()

@@ -37,7 +37,7 @@ from softmoe_cli.optim import freeze, optimizer_of, schedule
 from softmoe_cli.parallel import ALONE, Average, Crew, own_part
 from softmoe_cli.run.finished import finished
 from softmoe_cli.stack.passing import Handed
-from softmoe_cli.stack.turns import at_once, member
+from softmoe_cli.stack.turns import at_once, member, prepared_s
 from softmoe_cli.train import summary
 from softmoe_cli.train.blame import not_finite, out_of_memory
 from softmoe_cli.train.ending import close
@@ -137,7 +137,6 @@ def train(begun: Begun) -> dict[str, Any]:
     if config.train.compile:
         forward = compiled(forward)
     saved_at, save_took, first_step = time.monotonic(), 0.0, progress.step
-    prepares = config.train.compile or at_once() > 1
     with stop, routings(model) as seen, screen, recording:
         step = Step(model, forward, optimizer, scaler, autocast, seen, config, crew, recording.landed)
         try:
@@ -164,8 +163,8 @@ def train(begun: Begun) -> dict[str, Any]:
                     recording.save("last")
                     saved_at, save_took = time.monotonic(), time.monotonic() - start
 
-                compiles = prepares and progress.step in (first_step, progress.changed_at)
-                turns = compiles and config.train.compile and crew.size == 1
+                compiles = config.train.compile and progress.step in (first_step, progress.changed_at)
+                turns = compiles and crew.size == 1
                 alone = compiling_alone(_graph_of(config, classes)) if turns else nullcontext()
                 with progress.booked("compile" if compiles else "device", crew.size), alone:
                     lr, scale = learning_rate(here), scaler.get_scale()
@@ -181,6 +180,7 @@ def train(begun: Begun) -> dict[str, Any]:
                     _adjust(adjusting, crew, updated=updated)
                     if updated and average is not None:
                         average.update(model)
+                progress.book("compile", prepared_s())
                 if budget.steps is None:
                     progress.seconds["device"] = crew.largest_of_all(progress.seconds["device"])
                 progress.step += 1

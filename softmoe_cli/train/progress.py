@@ -76,9 +76,12 @@ class Progress:
             yield
         finally:
             took = clock() - start
-            self.seconds[what] = self.seconds.get(what, 0.0) + took  # a checkpoint may know fewer parts
+            self.book(what, took)
             if what == "device":
                 self.device_s += took * devices
+
+    def book(self, what: str, took: float) -> None:
+        self.seconds[what] = self.seconds.get(what, 0.0) + took  # a checkpoint may know fewer parts
 
     def add_loss(self, loss: float, aux_loss: float) -> None:
         """Adds the losses of one more step, for the means of the next training row."""

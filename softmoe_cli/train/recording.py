@@ -16,7 +16,7 @@ from softmoe_cli.run.folder import Run
 from softmoe_cli.run.identity import flat_science, origin
 from softmoe_cli.run.mirror import Mirror
 from softmoe_cli.run.trackio import Trackio
-from softmoe_cli.stack.turns import at_once
+from softmoe_cli.stack.turns import going_on
 from softmoe_cli.train.progress import Progress
 from softmoe_cli.train.pruning import Decision
 from softmoe_cli.train.resume import Trained
@@ -144,8 +144,8 @@ class Recording:
     def _book(self) -> None:
         """Adds the energy that the devices have used since the last time, and the choices that experts have
         computed."""
-        used = self._energy.used()  # by all runs of this process
-        own = None if used is None else used / at_once()
+        used = self._energy.used()  # by all runs of this process that go on
+        own = None if used is None else used / going_on()
         self.progress.used(self.setup.crew.joules(own, self.setup.device))
         if self.setup.cost.landed_row_flop is not None:
             self.progress.landed += int(self.setup.crew.add(self.landed))

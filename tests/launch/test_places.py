@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from softmoe_cli.config.launch import SlurmLauncher
+from softmoe_cli.launch.job import Order
+from softmoe_cli.launch.places import Slurm
 from tests.launch.sweeps import below, finish, launch, runs, until
 from tests.oracles import compose
 from tests.runs import same
@@ -58,6 +61,43 @@ def test_a_job_of_two_processes_whose_end_is_near_is_queued_again(tmp_path: Path
     told = next(tmp_path.glob("outputs/default/sweep-*/00.log")).read_text()
     assert told.count("the job is queued again") == 1 and "was killed" not in told
     assert list(rows.parent.glob("checkpoints/last-*"))
+
+
+def test_what_slurm_has_already_is_followed_and_the_rest_queued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the stacks of the launcher before were others: each job has an end of its own, and none is lost."""
+    queued: list[list[str]] = []
+
+    class Number:
+        def __init__(self, _folder: Path, job_id: str) -> None:
+            self.job_id = job_id
+
+        def done(self) -> bool:
+            return True
+
+        def result(self) -> int:
+            return int(self.job_id == "7")
+
+    class Queue:
+        def __init__(self, *_: object, **__: object) -> None: ...
+
+        def update_parameters(self, **_: object) -> None: ...
+
+        def submit(self, _work: object, orders: list[Order], _run: object) -> Number:
+            queued.append([order.log.name for order in orders])
+            return Number(tmp_path, "8")
+
+    monkeypatch.setattr("submitit.AutoExecutor", Queue)
+    monkeypatch.setattr("submitit.SlurmJob", Number)
+    orders = [Order([], "", {}, tmp_path / f"{i:02}.log") for i in range(4)]
+    for i in (1, 2):
+        (tmp_path / f"{i:02}.slurm").write_text("7")
+    attempt = Slurm(SlurmLauncher(cluster="slurm"), tmp_path, lambda _: (0, "")).start(orders)
+    assert queued == [["00.log", "03.log"]]
+    assert [(tmp_path / f"{i:02}.slurm").read_text() for i in range(4)] == ["8", "7", "7", "8"]
+    assert attempt.ended() == 1
+    assert not list(tmp_path.glob("*.slurm"))
 
 
 STUB = """#!/bin/bash

@@ -136,8 +136,8 @@ def test_updates_of_a_stack_are_those_of_each_alone(apart: bool, words: tuple[st
             given = [
                 handed(step, Batch(images[turn, seed], targets[turn, seed]), 1e-2) for seed, step in enumerate(ours)
             ]
-            stack = stack or Stack(given)
             with own_draws([states[id(ours), seed] for seed in (0, 1)]):
+                stack = stack or Stack(given)
                 made = stack.passed(given)
             for seed in (0, 1):
                 told = alone(theirs, seed, turn)

@@ -12,16 +12,21 @@ import torch
 
 from softmoe_cli.signals import heard, pass_on
 from softmoe_cli.stack import turns
-from softmoe_cli.stack.turns import at_once, clock, in_turns, member
+from softmoe_cli.stack.turns import at_once, clock, going_on, in_turns, member, prepared_s
 
 NOW = [0.0]
 """What the clock shows."""
 
 
+THREADS: list[int] = []
+"""With how many passes were made."""
+
+
 class Waits:
-    """A stack whose pass takes 2 seconds."""
+    """A stack whose pass takes 4 seconds to be written down, and then 2 each time."""
 
     def __init__(self, handed: list[Any]) -> None:
+        NOW[0] += 4
         self.n = len(handed)
 
     def holds(self, handed: list[Any]) -> bool:
@@ -29,6 +34,7 @@ class Waits:
 
     def passed(self, handed: list[Any]) -> list[Any]:
         NOW[0] += 2
+        THREADS.append(torch.get_num_threads())
         if any(each.breaks for each in handed):
             raise ValueError("the pass broke")
         return [each.seed for each in handed]
@@ -82,6 +88,40 @@ def test_a_turn_has_its_own_output_numbers_and_time() -> None:
         generator = torch.Generator().manual_seed(seed)
         assert drawn[seed] == [torch.rand((), generator=generator).item() for _ in range(2 + seed)]
     assert took == {0: 2.0, 1: 11.0}
+
+
+def test_writing_a_pass_down_is_told_apart_and_done_again_for_those_that_go_on() -> None:
+    told: dict[int, list[tuple[float, float, int]]] = {0: [], 1: [], 2: []}
+
+    def work(seed: int) -> None:
+        for _ in range(3 if seed else 1):
+            start = clock()
+            hand_in(seed)
+            told[seed].append((clock() - start, prepared_s(), going_on()))
+
+    run(*(lambda seed=seed: work(seed) for seed in range(3)))
+    pass_of_all, of_two = pytest.approx((2 / 3, 4 / 3)), (1.0, 2.0)
+    assert {seed: [each[:2] for each in of_one] for seed, of_one in told.items()} == {
+        0: [pass_of_all], 1: [pass_of_all, of_two, (1.0, 0.0)], 2: [pass_of_all, of_two, (1.0, 0.0)]
+    }  # fmt: skip
+    assert [[each[2] for each in told[seed]] for seed in range(3)] == [[3], [2, 2, 2], [2, 2, 1]]
+    assert prepared_s() == 0 and going_on() == 1
+
+
+def test_passes_are_made_with_the_threads_of_the_runs() -> None:
+    """Each thread of a process has its own number of them, and the main one's was fixed before runs were there."""
+    before = torch.get_num_threads()
+    THREADS.clear()
+
+    def work(seed: int) -> None:
+        torch.set_num_threads(before + 1)
+        hand_in(seed)
+
+    try:
+        run(lambda: work(0), lambda: work(1))
+        assert [before + 1] == THREADS
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_every_run_says_why_a_pass_broke() -> None:
