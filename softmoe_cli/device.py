@@ -7,7 +7,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -113,12 +113,12 @@ def compiling_alone(what: object) -> Iterator[None]:
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     mark = hashlib.sha256(repr(what).encode()).hexdigest()[:16]
-    with Path(cache_dir(), f"softmoe_{mark}.lock").open("w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.flock(held, fcntl.LOCK_UN)  # a process that torch has started may have the file open still
+    with ExitStack() as held:
+        with suppress(OSError):  # another user's file, a disk that knows no locks: then side by side
+            file = held.enter_context(Path(cache_dir(), f"softmoe_{mark}.lock").open("w"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+            held.callback(fcntl.flock, file, fcntl.LOCK_UN)  # a process that torch has started may have it open still
+        yield
 
 
 def slower(device: torch.device, precision: str) -> str:

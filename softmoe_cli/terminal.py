@@ -67,7 +67,7 @@ class Screen:
     def _wrapped(self, text: str, room: int) -> list[str]:
         if not self.console.is_terminal:
             return [text]
-        return textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False) or [""]
+        return textwrap.wrap(text, max(20, room), break_long_words=False, break_on_hyphens=False) or [""]
 
     def table(self, title: str, rows: dict[str, str]) -> None:
         """A table with a row for each word: on a terminal wrapped between words, in a file one line each."""
@@ -76,7 +76,7 @@ class Screen:
             self.row(key, value)
 
     def row(self, key: str, value: str) -> None:
-        lines = self._wrapped(printable_lines(value), max(20, self.console.width - INDENT))
+        lines = self._wrapped(printable_lines(value), self.console.width - INDENT)
         text = f"\n{' ' * INDENT}".join(map(escape, lines))
         self.console.print(f"  [bold]{escape(key):<{INDENT - 2}}[/bold]{text}")
 

@@ -1,6 +1,7 @@
 """What the device is asked: energy by its own counters (files of the kernel, NVML where there is a GPU), cores,
 and freed memory."""
 
+import fcntl
 import json
 import os
 import platform
@@ -175,3 +176,25 @@ def test_what_is_compiled_by_one_process_at_a_time(tmp_path: Path, monkeypatch: 
     waits.join()
     assert order == ["other", "first", "same"]
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_where_nothing_can_be_locked_all_compile_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    done = []
+    with compiling_alone("same"):
+        done.append("locked")
+    (lock,) = tmp_path.iterdir()
+    lock.unlink()
+    lock.mkdir()
+    with compiling_alone("same"), compiling_alone("same"):
+        done.append("another's")
+
+    def refused(*_: object) -> None:
+        raise OSError("no locks")
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    with compiling_alone("other"):
+        done.append("no locks")
+    with pytest.raises(OSError, match="what is compiled"), compiling_alone("other"):
+        raise OSError("what is compiled")
+    assert done == ["locked", "another's", "no locks"]

@@ -282,6 +282,21 @@ def test_gradients_are_touched_where_their_norm_is_too_large_and_then_as_torch_d
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-7)
 
 
+def test_the_backward_pass_is_outside_of_autocast() -> None:
+    """What was float32 on the way forwards, such as the router, is so on the way back."""
+    config = compose(*TWO_BLOCKS, "train.accumulate=2")
+    torch.manual_seed(0)
+    vit = build(config.model, 10)
+    inside: list[bool] = []
+    for parameter in vit.parameters():
+        parameter.register_hook(lambda gradient: inside.append(torch.is_autocast_enabled("cpu")))
+    scaler, half = torch.amp.GradScaler("cpu", enabled=False), torch.autocast("cpu", torch.bfloat16)
+    with routings(vit) as seen:
+        step = Step(vit, vit, optimizer_of(vit, config.optim), scaler, half, seen, config)
+        update(step, Batch(torch.randn(4, 1, 8, 8), torch.eye(10)[:4]), 0.1)
+    assert len(inside) >= 2 * len(list(vit.parameters())) and not any(inside)
+
+
 class TorchCalls(TorchDispatchMode):
     """Notes the names of the operations inside."""
 

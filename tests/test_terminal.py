@@ -59,6 +59,17 @@ def test_an_evaluation_fits_60_columns() -> None:
     ]
 
 
+@pytest.mark.parametrize("width", [1, 12, 15])
+def test_a_terminal_too_narrow_for_anything_stops_no_run(width: int) -> None:
+    screen, out = on_terminal(width)
+    row = {"split": "test", "step": 3, "epoch": 1.0, "loss": 1.0, "top1_pct": 1.0, "train_pflop": 0.1, "device_s": 3.0}
+    screen.evaluation(row | {"task_digits_top1_pct": 10.0}, "best")
+    screen.sentence("said of a run")
+    screen.row("key", "a value")
+    shown = "".join(out.getvalue().split())
+    assert all(word in shown for word in ("digits10.00%", "best", "saidofarun", "avalue"))
+
+
 def test_a_sweeps_table_fits_60_columns() -> None:
     names = [f"model/router={name} model.router.num_experts=128 seed={i}" for i, name in enumerate(("soft", "dense"))]
     states = [["running or killed", "100%", "23 h 59 min", "100.00%", "07.log"], ["over the limit", "-", "-", "-", "-"]]

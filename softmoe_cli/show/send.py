@@ -1,5 +1,6 @@
 """The page and the pictures on Weights & Biases, as a run of the study's group."""
 
+import hashlib
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -30,8 +31,9 @@ def run_on_wandb(record: Record) -> dict[str, Any]:
     """Arguments of wandb.init. The same run shown again is the same W&B run."""
     said = record.settings
     mark = record.name.rpartition("-")[2]
-    if record.receipt is not None:  # a name that was typed is not the only one of its kind
-        mark = f"{str(record.receipt['source'].get('digest'))[:10]}-{record.name}"
+    if record.receipt is not None:  # a name that was typed is not the only one of its kind, nor of letters for an id
+        made_from = str(record.receipt["source"].get("digest"))
+        mark = hashlib.sha256(f"{made_from} {record.name}".encode(errors="surrogateescape")).hexdigest()[:10]
     return {
         "id": f"show-{mark}"[:WANDB_LETTERS],
         "project": said.get("wandb.project") or "softmoe",

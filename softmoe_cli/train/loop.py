@@ -299,7 +299,8 @@ def _passed(step: Step, batch: Batch, pruning: Pruning | None) -> Tensor:
                     pruning.see(step.seen)
                 step.landed.add_(landed)
                 total += torch.stack([loss.detach(), aux.detach()])
-                step.scaler.scale(loss + aux).backward()
+                with full_precision(loss):  # else gradients of what was float32 would be computed in half precision
+                    step.scaler.scale(loss + aux).backward()
     step.seen.clear()
     return total
 

@@ -1,6 +1,7 @@
 """softmoe show of folders that other commands have made from a checkpoint: pruned, extracted, upcycled, exported."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from softmoe_cli.errors import UsageError
 from softmoe_cli.show.made import is_made, read_made, receipt_tables
 from softmoe_cli.show.page import Shown, run_page, state_told
+from softmoe_cli.show.send import run_on_wandb
 from tests.conftest import TINY, Softmoe
 from tests.mixes import mix, write_clothes
 from tests.runs import the_run
@@ -43,6 +45,18 @@ def test_a_receipt_is_told_and_nothing_of_it_twice(tmp_path: Path) -> None:
     (tmp_path / "page").write_text(run_page(record, Shown("Seen: nothing.")))
     _, reader = read_page(tmp_path / "page")
     assert {"Before and after", "Receipt"} <= set(reader.words["h2"]) and "Curves" not in reader.words["h2"]
+
+
+def test_any_name_of_a_folder_makes_an_id_that_wandb_takes(tmp_path: Path) -> None:
+    """As long and as odd as names of folders are; another name, or another checkpoint, is another run."""
+    ids = set()
+    for name in ("a:b #1?", "x" * 200, "x" * 201, "\udcff"):
+        for digest in ("0123", "4567"):
+            folder = tmp_path / digest / name
+            folder.mkdir(parents=True)
+            (folder / "receipt.json").write_text(json.dumps({"source": {"digest": digest}}))
+            ids.add(run_on_wandb(read_made(folder))["id"])
+    assert len(ids) == 8 and all(re.fullmatch(r"show-[0-9a-f]{10}", each) for each in ids)
 
 
 @pytest.mark.parametrize(
