@@ -59,7 +59,6 @@ class TaskRouter(DroplessRouter):
     """
 
     num_tasks: int
-    unstacked: ClassVar[str | None] = "was not tried for several models"
     unprunable = "each is there for the tasks that take it; softmoe extract keeps the experts of some tasks"
     for_checks: ClassVar[Mapping[str, Any]] = {"num_tasks": 3}
 

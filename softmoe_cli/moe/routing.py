@@ -141,6 +141,7 @@ class DroplessRouter(Router):
 
     slots_per_expert = None
     counts_landed = True
+    unstacked = "gives each expert its own number of rows, which torch does not multiply for several models at once"
     k: int
 
     @property

@@ -176,6 +176,9 @@ REFUSED: dict[str, tuple[str, Any]] = {
     "prune.keep": ("prune.keep", 1), "adapter": ("model.adapter.name", "lora"),
     "model.head": ("model.head", "mumoe_cp"), "data=": ("data.sets", {"a": {}}), "data= ": ("data.format", "folder"),
     "model/router=mumoe_cp": ("model.router", {"_target_": "softmoe_cli.moe.routers.mumoe_cp.MuMoECPRouter"}),
+    "model/router=image_choice gives each expert its own": (
+        "model.router", {"_target_": "softmoe_cli.moe.routers.image_choice.ImageChoiceRouter"}
+    ),
 }  # fmt: skip
 
 
@@ -205,11 +208,9 @@ ROUTERS = {
     "tokens_choice_bpr": ("train.accumulate=2",),
     "experts_choice": ("train.ema=0.9",),
     "zero_computation": (),
-    "image_choice": (),
     "soft_uniform": ("optim.name=sgd", "optim.momentum=0.9"),
     "uniform_soft": ("model.expert_init=independent",),
     "uniform": ("model.expert_init=independent",),
-    "tokens_choice_dropless": (),
     "identity": (),
 }
 
