@@ -27,6 +27,7 @@ from softmoe_cli.run.checkpoint import random_state, set_random_state
 from softmoe_cli.stack.passing import Stack, own_draws
 from softmoe_cli.stack.refused import check_stack
 from softmoe_cli.stack.turns import in_turns
+from softmoe_cli.train import loop
 from softmoe_cli.train.loop import Step, handed, update
 from tests.conftest import TINY, Softmoe
 from tests.oracles import compose
@@ -191,6 +192,30 @@ def test_what_cannot_be_stacked_is_refused() -> None:
         check_stack(other, 1)
         with pytest.raises(UsageError, match=rf"^seeds_at_once=4: {said.strip()}.*; .*, or leave seeds_at_once out$"):
             check_stack(other, 4)
+
+
+@pytest.mark.thorough
+def test_a_run_that_breaks_costs_itself_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seed 1 gets an image that is no number; the others go on, and are the runs alone."""
+    batches_of = loop._batches
+
+    def spoilt(setup: Any, *more: Any) -> Any:
+        for step, batch in enumerate(batches_of(setup, *more)):
+            if setup.config.seed == 1 and step == 3:
+                batch.images[0, 0, 0, 0] = float("nan")
+            yield batch
+
+    monkeypatch.setattr(loop, "_batches", spoilt)
+    line = (*COMMON, "model/router=soft", "model.router.noise_std=1", "train.steps=8", "optim.clip_norm=0.1")
+    told = together([*line, f"output_root={tmp_path / 'stack'}", "study=x"], (0, 1, 2))
+    assert [code for code, _ in sorted(told)] == [0, 0, 1]
+    assert "not finite" in max(told)[1] and "at step 3" in max(told)[1]
+    for seed in (0, 2):
+        assert cli.run(["train", *line, f"output_root={tmp_path / 'alone'}", "study=x", f"seed={seed}"]) == (0, "")
+    for run in sorted((tmp_path / "alone/x").iterdir()):
+        require_alike(tmp_path / "stack/x" / run.name, run)
+        result = json.loads((tmp_path / "stack/x" / run.name / "result.json").read_text())
+        assert result["compile_s"] > result["device_s"] / 8  # the pass of two was written down too
 
 
 def test_without_m_there_are_no_seeds(softmoe: Softmoe) -> None:
