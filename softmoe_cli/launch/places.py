@@ -84,7 +84,7 @@ class Slurm:
 
         tickets = {order.log: order.log.with_suffix(".slurm") for order in orders}
         known = {log: ticket.read_text() for log, ticket in tickets.items() if ticket.exists() and not self._local}
-        jobs = [submitit.SlurmJob(self._folder, number) for number in dict.fromkeys(known.values())]
+        jobs: list[Any] = [submitit.SlurmJob(self._folder, number) for number in dict.fromkeys(known.values())]
         if rest := [order for order in orders if order.log not in known]:
             jobs.append(self._executor.submit(in_worker, rest, self._run))
             for order in rest:

@@ -167,6 +167,7 @@ class Sweep(HydraLauncher):
         if not initial_job_idx and not self._options.plan:  # now, as torch has to be imported to check them
             self.tell(f"{several(len(job_overrides), 'job')}; all are checked before the first one starts")
         jobs, slots = self.ask(job_overrides)
+        self._check_seeds(jobs)
         if initial_job_idx == 0:
             self._entries = []
         if self._options.plan:
@@ -175,6 +176,14 @@ class Sweep(HydraLauncher):
         with self.held():
             entries = self.carry_out(jobs, slots)
         return [self._return(overrides, entry) for overrides, entry in zip(job_overrides, entries, strict=True)]
+
+    def _check_seeds(self, jobs: Sequence[Job]) -> None:
+        n = self.seeds_at_once
+        if n > 1 and len(stacks([Entry(job, self._folder) for job in jobs], n)) == len(jobs):
+            raise UsageError(
+                f"hydra.launcher.seeds_at_once={n} has no effect: no two jobs differ in nothing but the seed; add "
+                f"seeds, as seed={','.join(map(str, range(n)))}, or leave it out"
+            )
 
     def carry_out(self, jobs: Sequence[Job], slots: Sequence[str]) -> list[Entry]:
         """Runs jobs, as `ask` has answered them, to their ends; whoever calls holds the sweep's folder.

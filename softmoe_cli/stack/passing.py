@@ -63,6 +63,10 @@ class Stack:
     def __init__(self, handed: Sequence[Handed]) -> None:
         """Writes the pass down too, for batches in the shapes of these: make it inside `own_draws`."""
         self._models = models = [each.model for each in handed]
+        first, *others = [_shapes(each) for each in handed]
+        for other in others:
+            if odd := next((name for name in [*first, *other] if first.get(name) != other.get(name)), None):
+                raise UsageError(f"these runs differ in more than the seed ({odd}); leave seeds_at_once out")
         for model in models:
             draw_elsewhere(model)
         self._weights = _stacked([dict(model.named_parameters()) for model in models])
@@ -146,6 +150,13 @@ class Stack:
         self._draws.append(draw)
         drawn: Tensor = _Drawn.apply(like.detach(), len(self._draws) - 1)
         return drawn
+
+
+def _shapes(handed: Handed) -> dict[str, object]:
+    """What runs of one stack have in common, by name."""
+    shapes: dict[str, object] = {name: (p.shape, p.requires_grad) for name, p in handed.model.named_parameters()}
+    shapes |= {name: buffer.shape for name, buffer in handed.model.named_buffers()}
+    return shapes | {"the batch": [[tensor.shape for tensor in part] for part in handed.parts]}
 
 
 def _stacked(of_each: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -47,8 +47,14 @@ class Updates:
 
 def alike(models: Sequence[nn.Module], optimizers: Sequence[torch.optim.Optimizer]) -> bool:
     """Whether one update of all is what each optimizer would make of its own: AdamW with moments in float32, after as
-    many steps."""
+    many steps, with the same decay and shares of the rate (which may be written so that they follow the seed)."""
     if {type(optimizer) for optimizer in optimizers} != {torch.optim.AdamW}:
+        return False
+    rates = [
+        [{key: group[key] for key in ("betas", "eps", "weight_decay", "lr_scale")} for group in optimizer.param_groups]
+        for optimizer in optimizers
+    ]
+    if any(each != rates[0] for each in rates):
         return False
     steps = [
         [float(state_of(optimizer, p).get("step", 0.0)) for p in model.parameters()]

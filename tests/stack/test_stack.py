@@ -27,6 +27,8 @@ from softmoe_cli.run.checkpoint import random_state, set_random_state
 from softmoe_cli.stack.passing import Stack, own_draws
 from softmoe_cli.stack.refused import check_stack
 from softmoe_cli.stack.turns import in_turns
+from softmoe_cli.stack.updating import alike
+from softmoe_cli.train import loop
 from softmoe_cli.train.loop import Step, handed, update
 from tests.conftest import TINY, Softmoe
 from tests.oracles import compose
@@ -161,6 +163,27 @@ def test_updates_of_a_stack_are_those_of_each_alone(apart: bool, words: tuple[st
             torch.testing.assert_close(*(dict(each) for each in kept), rtol=1e-3, atol=1e-6)
 
 
+def test_what_follows_the_seed_beside_the_numbers_is_refused_or_kept_apart() -> None:
+    """As a batch size, an architecture or a decay may be written with ${seed} in it."""
+    base = compose(*TINY)
+    others = {"the batch": "train.batch_size=2", "pos_embed": "model.backbone.width=32",
+              "": "optim.weight_decay=0.5"}  # fmt: skip
+    for odd, word in others.items():
+        with ExitStack() as hooks:
+            given = []
+            for config in (base, compose(*TINY, word)):
+                step, m = new_step(config, 0, hooks), config.model
+                images = torch.zeros(2 if odd == "the batch" and config is not base else 4, m.in_chans, 8, 8)
+                given.append(handed(step, Batch(images, torch.zeros(len(images), 10)), 1e-2))
+            models, optimizers = [each.model for each in given], [each.optimizer for each in given]
+            assert alike(models[:1] * 2, optimizers[:1] * 2)
+            if odd:
+                with pytest.raises(UsageError, match=rf"differ in more than the seed \({odd}\)"):
+                    Stack(given)
+            else:
+                assert not alike(models, optimizers)
+
+
 def test_jobs_that_differ_in_nothing_but_the_seed_are_gathered() -> None:
     words = ["a seed=0", "b seed=0", "a seed=1", "b seed=1", "a seed=2"]
     entries = [Entry(Job(each, each.split(), Path(each), 1), Path("log")) for each in words]
@@ -194,6 +217,35 @@ def test_what_cannot_be_stacked_is_refused() -> None:
         check_stack(other, 1)
         with pytest.raises(UsageError, match=rf"^seeds_at_once=4: {said.strip()}.*; .*, or leave seeds_at_once out$"):
             check_stack(other, 4)
+
+
+@pytest.mark.thorough
+def test_a_run_that_breaks_costs_itself_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seed 1 gets an image that is no number; the others go on, and are the runs alone."""
+    batches_of = loop._batches
+
+    def spoilt(setup: Any, *more: Any) -> Any:
+        for step, batch in enumerate(batches_of(setup, *more)):
+            if setup.config.seed == 1 and step == 3:
+                batch.images[0, 0, 0, 0] = float("nan")
+            yield batch
+
+    monkeypatch.setattr(loop, "_batches", spoilt)
+    line = (*COMMON, "model/router=soft", "model.router.noise_std=1", "train.steps=8", "optim.clip_norm=0.1")
+    told = together([*line, f"output_root={tmp_path / 'stack'}", "study=x"], (0, 1, 2))
+    assert [code for code, _ in sorted(told)] == [0, 0, 1]
+    assert "not finite" in max(told)[1] and "at step 3" in max(told)[1]
+    for seed in (0, 2):
+        assert cli.run(["train", *line, f"output_root={tmp_path / 'alone'}", "study=x", f"seed={seed}"]) == (0, "")
+    for run in sorted((tmp_path / "alone/x").iterdir()):
+        require_alike(tmp_path / "stack/x" / run.name, run)
+        result = json.loads((tmp_path / "stack/x" / run.name / "result.json").read_text())
+        assert result["compile_s"] > result["device_s"] / 8  # the pass of two was written down too
+
+
+def test_without_several_seeds_there_is_nothing_to_gather(softmoe: Softmoe) -> None:
+    answer = softmoe("train", "-m", *TINY, "optim.lr=1e-3,1e-2", "seeds_at_once=2")
+    assert answer.code == 2 and "hydra.launcher.seeds_at_once=2 has no effect: no two jobs" in answer.err
 
 
 def test_without_m_there_are_no_seeds(softmoe: Softmoe) -> None:
