@@ -45,7 +45,7 @@ def extract_as_typed(config: Any, typed: list[str]) -> int:
 
 
 def _asked(tree: dict[str, Any], source: Source, typed: Sequence[str]) -> tuple[ExtractConfig, dict[str, Any]] | None:
-    tasks = source.card["model"]["tasks"]
+    tasks = source.card["model"].get("tasks")
     if not tasks or inherit.names_data(tree["data"]):
         return None
     inherit.take_data(tree, source, typed)

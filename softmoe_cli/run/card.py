@@ -76,6 +76,9 @@ def _card_fault(card: Any) -> str | None:
             return f"model.blocks.{block} names no router"
     if not _fits(card["model"]["moe_blocks"], str | list[int]):
         return "model.moe_blocks is neither a text nor a list of numbers"
+    tasks = card["model"].get("tasks")
+    if tasks is not None and not (isinstance(tasks, dict) and all(type(classes) is int for classes in tasks.values())):
+        return "model.tasks is no group of names with numbers of classes"
     if not _fits(card.get("classes"), list[str]) or not card["classes"]:
         return "classes is no list of names" if "classes" in card else "it lacks classes"
     for key in ("loss", "precision"):

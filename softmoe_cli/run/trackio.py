@@ -14,6 +14,9 @@ from softmoe_cli.run.rows import charted, number
 ELSEWHERE = ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL")
 """Variables with which Trackio sends rows away, whatever it is told."""
 
+GROUP = "_Group"
+"""The key of a run's config by which Trackio knows its group."""
+
 
 def check_trackio(config: Config) -> None:
     """Checks, where a run is to be mirrored to Trackio, that it can be, and to this machine.
@@ -39,7 +42,7 @@ class Trackio:
 
     Args:
         settings: what W&B is told of the run; project, group and config are the same.
-        name: the run's folder, by which it is known again.
+        name: the run's folder, by which it is known again in its group: another study may have the same run.
         earlier: rows of an earlier part of this run.
         say: prints a sentence.
     """
@@ -55,7 +58,7 @@ class Trackio:
             project = settings["project"]
             with contextlib.suppress(ValueError):  # no project of that name yet
                 for run in trackio.Api().runs(project):
-                    if run.name == name:
+                    if run.name == name and (run.config or {}).get(GROUP, settings["group"]) == settings["group"]:
                         run.delete()
             self._run = trackio.init(
                 project,

@@ -15,11 +15,13 @@ from softmoe_cli.config.model import Model
 from softmoe_cli.cost.flop import account, on_meta
 from softmoe_cli.cost.served import served_tasks
 from softmoe_cli.errors import UsageError
+from softmoe_cli.extract.command import _asked
 from softmoe_cli.extract.cut import cut_out
 from softmoe_cli.extract.forms import Made, one_task
 from softmoe_cli.model.tasks import TaskVit
 from softmoe_cli.model.vit import build
 from softmoe_cli.options import inherit
+from softmoe_cli.run.header import Source
 from tests.conftest import TINY, Softmoe
 from tests.mixes import mix, write_clothes
 from tests.oracles import compose
@@ -197,6 +199,10 @@ def told(softmoe: Softmoe, *words: str) -> dict[str, Any]:
     assert answer.code == 0, answer.err[-1500:]
     row: dict[str, Any] = json.loads(answer.out)
     return row
+
+
+def test_a_checkpoint_from_before_there_were_tasks_knows_one() -> None:
+    assert _asked({}, Source("x", "0123", {}, {"model": {}}), []) is None
 
 
 def test_a_trained_model_in_every_form(softmoe: Softmoe, clothes: Path, tmp_path: Path) -> None:

@@ -68,6 +68,7 @@ SHAPES += [("receipt", None), ("receipt", [1]), ("receipt", "x"), ("receipt", {"
 SHAPES += [("model.router._target_", 5), ("model.moe_blocks", 5), ("model.image_size", 8.5), ("model.nosuch", 1)]
 SHAPES += [("loss", "hinge"), ("precision", "fp8"), ("classes", ["a", 5]), ("data.mean", [float("nan")])]
 SHAPES += [("data.root", "${oc.env:HOME}"), ("data.num_classes", 10**30), ("model.backbone.name", "\x1b[31m")]
+SHAPES += [("model.tasks", tasks) for tasks in (3, ["a"], {"a": "b"}, {"a": True})]
 
 
 @pytest.mark.parametrize(("key", "value"), SHAPES, ids=str)

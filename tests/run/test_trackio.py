@@ -26,8 +26,8 @@ print(json.dumps([[run.name, run.config, rows] for run, rows in zip(runs, logs)]
 WRITE = """
 import json, sys
 from softmoe_cli.run.trackio import Trackio
-settings = {"project": "p", "group": "study", "config": {"seed": 3}}
 earlier, new, result = json.loads(sys.argv[1])
+settings = {"project": "p", "group": (sys.argv[2:] or ["study"])[0], "config": {"seed": 3}}
 mirror = Trackio(settings, "run-1", earlier, lambda sentence: print(sentence, file=sys.stderr))
 for row in new:
     mirror.row(row)
@@ -66,6 +66,13 @@ def test_what_goes_on_is_written_anew_and_nothing_is_printed(place: Path) -> Non
         {"step": 2, "images": 16, "train/loss": 2.5}, {"step": 2, "images": 16, "validation/loss": 2.5},
         {"step": 2, "result/top1_pct": 90},
     ]  # fmt: skip
+
+
+def test_the_same_run_of_another_study_is_another_run(place: Path) -> None:
+    for run, study in enumerate(("one", "other", "other")):
+        assert python(WRITE, json.dumps([[], rows(1, run=run), None]), study) == ""
+    found = {config["_Group"]: (name, logs[0]["train/loss"]) for name, config, logs in json.loads(python(READ, "p"))}
+    assert found == {"one": ("run-1", 1), "other": ("run-1", 3)}
 
 
 def test_a_run_mirrors_its_rows(place: Path) -> None:
