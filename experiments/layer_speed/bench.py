@@ -445,12 +445,17 @@ def side(row: dict[str, Any]) -> str:
     return "faster" if rounds >= FEWEST and high < 1 else "not told apart"
 
 
-def main() -> None:
+def asked(summary: Callable[[Path], None]) -> tuple[Path, dict[str, list[str]]]:
+    """The file and the grid that were typed; a file alone is summed up, and that is all."""
     file = Path(sys.argv[1])
     if len(sys.argv) == 2:
         summary(file)
-        return
-    grid = {key: values.split(",") for key, values in (argument.split("=") for argument in sys.argv[2:])}
+        sys.exit()
+    return file, {key: values.split(",") for key, values in (argument.split("=") for argument in sys.argv[2:])}
+
+
+def main() -> None:
+    file, grid = asked(summary)
     unknown = grid.keys() - {"dtype", "width", "experts", "batch", "rounds"}
     if unknown:
         sys.exit(f"there is no {', '.join(unknown)}; see the first lines of this file")

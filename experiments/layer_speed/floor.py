@@ -25,14 +25,14 @@ import random
 import statistics
 import sys
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from bench import TOKENS, machine, middle, ours, share, slots, write
+from bench import TOKENS, asked, machine, middle, ours, share, slots, write
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -140,7 +140,7 @@ class Clock(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.seconds: Counter[str] = Counter()
+        self.seconds: dict[str, float] = defaultdict(float)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         start = time.process_time()
@@ -231,11 +231,7 @@ def summary(file: Path) -> None:
 
 
 def main() -> None:
-    file = Path(sys.argv[1])
-    if len(sys.argv) == 2:
-        summary(file)
-        return
-    grid = {key: values.split(",") for key, values in (argument.split("=") for argument in sys.argv[2:])}
+    file, grid = asked(summary)
     rounds = int(grid.pop("rounds", [str(ROUNDS)])[0])
     if grid.keys() != {"width", "experts", "batch"}:
         sys.exit("width=, experts= and batch= are needed, and rounds= may be given; see the first lines of this file")

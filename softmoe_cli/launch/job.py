@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -50,28 +51,29 @@ class Order:
 def perform(orders: Sequence[Order], run: RunCommand) -> int:
     """Runs a job's command line, with its output in a log; writes down why it failed. Several jobs run in turns, as one
     stack. Returns the exit status, of several the largest."""
-    logs: list[TextIO] = []
-    try:
-        os.chdir(orders[0].directory)
-        os.environ.update(orders[0].environment)
-        for order in orders:
-            order.failure.unlink(missing_ok=True)
-            logs.append(open(order.log, "a", buffering=1, opener=not_following))  # noqa: SIM115 (to the end)
-        for number in (1, 2):
-            os.dup2(logs[0].fileno(), number)
-    except OSError as error:  # said on the launcher's own output
-        print(f"softmoe: cannot write {order.log}: {error.strerror}", file=sys.stderr)
-        return os.EX_CANTCREAT
-    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
-    codes = dict.fromkeys(range(len(orders)), 1)
-    works = [lambda i=i, order=order: codes.update({i: _carry_out(order, run)}) for i, order in enumerate(orders)]
-    if len(works) == 1:
-        works[0]()
-    else:
-        from softmoe_cli.stack.turns import in_turns
+    order, logs = orders[0], list[TextIO]()
+    with ExitStack() as files:
+        try:
+            os.chdir(order.directory)
+            os.environ.update(order.environment)
+            for order in orders:
+                order.failure.unlink(missing_ok=True)
+                logs.append(files.enter_context(open(order.log, "a", buffering=1, opener=not_following)))
+            for number in (1, 2):
+                os.dup2(logs[0].fileno(), number)
+        except OSError as error:  # said on the launcher's own output
+            print(f"softmoe: cannot write {order.log}: {error.strerror}", file=sys.stderr)
+            return os.EX_CANTCREAT
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+        codes = dict.fromkeys(range(len(orders)), 1)
+        works = [lambda i=i, order=order: codes.update({i: _carry_out(order, run)}) for i, order in enumerate(orders)]
+        if len(works) == 1:
+            works[0]()
+        else:
+            from softmoe_cli.stack.turns import in_turns
 
-        in_turns(works, logs)
-    return max(codes.values())
+            in_turns(works, logs)
+        return max(codes.values())
 
 
 def _carry_out(order: Order, run: RunCommand) -> int:

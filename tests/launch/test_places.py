@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from softmoe_cli.config.launch import SlurmLauncher
-from softmoe_cli.launch.job import Order
+from softmoe_cli.launch.job import Order, perform
 from softmoe_cli.launch.places import Slurm
 from tests.launch.sweeps import below, finish, launch, runs, until
 from tests.oracles import compose
@@ -138,3 +138,9 @@ def test_the_readmes_batch_script(ends_by_itself: bool, tmp_path: Path) -> None:
     program, _, overrides = command.partition(" -m softmoe_cli train ")
     assert program.startswith("srun torchrun ") and compose(*overrides.split()).model.name == "vit_b16_soft"
     assert told[2:] == ([] if ends_by_itself else ["saved", "scontrol requeue 41"])
+
+
+def test_a_job_whose_directory_is_gone_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    order = Order([], str(tmp_path / "gone"), {}, tmp_path / "00.log")
+    assert perform([order], lambda _: (0, "")) == os.EX_CANTCREAT
+    assert capsys.readouterr().err == f"softmoe: cannot write {order.log}: No such file or directory\n"
