@@ -35,7 +35,7 @@ from softmoe_cli.parallel import Crew, Lost, Turns, WholeBatchDropPath, _contact
 from softmoe_cli.run.sealed import piece_files
 from softmoe_cli.train import setup
 from softmoe_cli.train.setup import images_identity
-from tests.conftest import TINY
+from tests.conftest import TINY, thinned
 from tests.data.trees import write_tree
 from tests.oracles import compose
 from tests.processes import Started, torchrun
@@ -153,13 +153,14 @@ def test_the_numbers_do_not_depend_on_the_number_of_processes(
 
 
 @pytest.mark.long
-def test_four_stop_two_go_on_one_ends(tmp_path: Path) -> None:
+@pytest.mark.parametrize("parts", thinned([[(2, 1, "fsdp")], [(4, 3, "fsdp"), (2, 0, "expert")]], 1))
+def test_some_stop_fewer_go_on_one_ends(parts: list[tuple[int, int, str]], tmp_path: Path) -> None:
     """A signal to any one of the processes stops all at the same step; resuming works whatever part of the model each
     had."""
     line = (*EVERYTHING, "model.router.noise_std=0.5")
     whole = start(tmp_path / "whole", 1, *line)
     seen = 0
-    for size, asked, way in ((4, 3, "fsdp"), (2, 0, "expert")):
+    for size, asked, way in parts:
         processes = start(tmp_path / "parts", size, *line, f"parallel={way}")
         while sum(file.stat().st_size for file in tmp_path.glob("parts/outputs/*/*/metrics.jsonl")) <= seen:
             assert not processes[0].ended

@@ -244,6 +244,12 @@ def explain(error: Exception, command: str, arguments: Sequence[str]) -> str:
         if group:
             return no_choice(group, path.removeprefix(f"{group}/"), error.options)
     text = " ".join(str(error).split())
+    if text.startswith("In 'experiment/") and "study" not in known_keys(command, ()):
+        typed = next(short(a) for a in arguments if "experiment=" in a)
+        return (
+            f"{typed}: an experiment describes runs, and softmoe {command.replace('_', ' ')} makes none; what its runs "
+            f"cost is told by softmoe train -m {typed} --plan"
+        )
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__

@@ -47,6 +47,8 @@ REFUSED = {
     "Hydra's completion, bare": ("train --shell-completion", 'eval "$(softmoe completion bash)"'),
     "key of the chosen router": ("train model/router=tokens_choice k=2", "Did you mean 'model.router.k'?"),
     "key of another router": ("train k=2", "model.router.k is an option of model/router=image_choice, static_tasks, "),
+    "an experiment without runs": ("data check +experiment=exemplars/soft", "softmoe data check makes none; "),
+    "an experiment's cost": ("cost +experiment=expert_count", "softmoe train -m +experiment=expert_count --plan"),
     "appended key": ("train +epochs=3", "Did you mean 'train.epochs'?"),
     "no key": ("train =5", "'=5' has no key"),
     "no key, appended": ("train +=5", "'+=5' has no key"),

@@ -10,8 +10,9 @@ import pytest
 from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.run.finished import finished
 from softmoe_cli.run.folder import Run
+from tests.conftest import TINY, Softmoe
 from tests.oracles import compose
-from tests.runs import finish, start
+from tests.runs import start
 
 
 def test_files_of_a_run_that_cannot_be_read_are_one_sentence(tmp_path: Path) -> None:
@@ -57,10 +58,11 @@ def test_links_in_a_runs_folder_are_not_followed(name: str, tmp_path: Path) -> N
     assert (tmp_path / "mine").read_text() == "mine"
 
 
-def test_a_folder_has_one_writer(tmp_path: Path) -> None:
-    process = start(tmp_path, "train.steps=5000")
+def test_a_folder_has_one_writer(softmoe: Softmoe, tmp_path: Path) -> None:
+    process = start(tmp_path, "train.steps=5000", "train.log_every=1")
     while not list(tmp_path.glob("outputs/*/*/metrics.jsonl")):
         time.sleep(0.01)
-    assert "in use by another process" in finish(start(tmp_path, "train.steps=5000"), 2)
+    refused = softmoe("train", *TINY, "threads=1", "train.steps=5000", "train.log_every=1")
+    assert refused.code == 2 and "in use by another process" in refused.err
     process.send(signal.SIGKILL)
     process.wait()

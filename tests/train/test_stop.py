@@ -11,17 +11,18 @@ import pytest
 from PIL import Image
 
 from softmoe_cli.train.stop import Interrupted, Stop
-from tests.conftest import TINY, Softmoe
+from tests.conftest import TINY, Softmoe, thinned
 from tests.runs import finish, last, same, start, the_run
 
 
 @pytest.mark.long
-def test_signals_save_and_leave(tmp_path: Path) -> None:
-    """SIGTERM, then SIGINT, then SIGUSR1: the run saves and leaves each time, and ends as if it had never stopped."""
+@pytest.mark.parametrize("names", thinned([["SIGUSR1"], ["SIGTERM", "SIGINT", "SIGUSR1"]], 1))
+def test_signals_save_and_leave(names: list[str], tmp_path: Path) -> None:
+    """One after the other: the run saves and leaves each time, and ends as if it had never stopped."""
     options = ("train.steps=500", "train.batch_size=8", "train.log_every=10")
     finish(start(tmp_path / "whole", *options))
     before = 0
-    for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+    for name in names:
         process = start(tmp_path / "stopped", *options)
         metrics = tmp_path / "stopped" / "outputs"
         while sum(file.stat().st_size for file in metrics.glob("*/*/metrics.jsonl")) <= before:
