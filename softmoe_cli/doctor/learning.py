@@ -23,18 +23,16 @@ def of_learning(chart: Chart, weights: Weighed | str) -> Iterator[Reading]:
     yield above_chance(chart, weights)
     if len(chart.train) < 2:
         why = chart.faults.get("metrics.jsonl") or "fewer than two rows of training"
-        for sign in ("diverged", "spikes", "clipped", "idle", "falling", "data_bound", "capacity_bound"):
+        for sign in ("diverged", "spikes", "idle", "falling", "data_bound", "capacity_bound"):
             yield unseen(sign, why)
         return
     first, end = chart.train[0]["loss"], mean_loss(tenth(chart.train))
     lower = f"optim.lr ({_said(chart, 'optim.lr')}): a third of it, or a longer optim.warmup"
-    clip = chart.amount("optim.clip_norm")
-    unclipped = "; optim.clip_norm=1" if clip is None else ""
+    unclipped = "; optim.clip_norm=1" if chart.amount("optim.clip_norm") is None else ""
     where = f"step {chart.train[-1]['step']:,}"
     rise = end / first if first > 0 else 0.0
     yield read("diverged", rise, where=where, turn=lower + unclipped, only_if=end - first >= 0.1)
     yield _spikes(chart, first, lower + unclipped)
-    yield _clipped(chart, clip)
     yield _idle(chart, weights)
     yield from _shape(chart, first, end)
 
@@ -95,20 +93,6 @@ def spike(train: Sequence[Row], place: int, first: float) -> bool:
     mean = sum(before) / WINDOW
     deviation = math.sqrt(sum((loss - mean) ** 2 for loss in before) / WINDOW)
     return bool(train[place]["loss"] - mean >= max(DEVIATIONS * deviation, 0.1 * first))
-
-
-def _clipped(chart: Chart, clip: float | None) -> Reading:
-    norms = [row["grad_norm"] for row in chart.train[len(chart.train) // 2 :] if row["grad_norm"] is not None]
-    if clip is None:
-        return unseen("clipped", "optim.clip_norm=null: nothing is clipped")
-    if len(norms) < WINDOW:
-        return unseen("clipped", f"fewer than {WINDOW} gradient norms in the second half of training")
-    share = 100 * sum(norm > 2 * clip for norm in norms) / len(norms)
-    turn = (
-        f"optim.clip_norm ({clip:g}): above {sorted(norms)[len(norms) // 2]:.3g}, the median norm; or a lower "
-        f"optim.lr ({_said(chart, 'optim.lr')})"
-    )
-    return read("clipped", share, turn=turn)
 
 
 def _idle(chart: Chart, weights: Weighed | str) -> Reading:

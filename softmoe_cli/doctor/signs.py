@@ -88,8 +88,6 @@ SIGNS = {
                    "tenth of the first row's at least", 1, "seven deviations above a rolling mean: the spike score of "
                    "OLMo 2 (arXiv 2501.00656); the tenth is ours: the loss of a run that has learned scatters little, "
                    "so that seven deviations may be nothing"),
-    "clipped": Sign("always clipped", "% of rows in the second half of training whose gradient was clipped to half or "
-                    "less", 95, "ours: 38% at most in 183 trained runs of digits"),
     "idle": Sign("weights barely moved", "% of a weight's usual size that all updates together can have moved it", 1,
                  "ours: AdamW moves a weight by about the learning rate in an update at most (Kingma and Ba 2015, "
                  "section 2.1), SGD by the gradient times it; a hundredth of a weight changes nothing", side="below"),

@@ -105,7 +105,6 @@ PLANTED: dict[str, Callable[[Path], object]] = {
     "chance": lambda run: set_all(run, M, "validation", top1_pct=10.5),
     "diverged": lambda run: train_losses(run, [2.3 + 0.05 * i for i in range(ROWS)]),
     "spikes": lambda run: train_losses(run, [loss + (i == 30) for i, loss in enumerate(falls(0.05))]),
-    "clipped": lambda run: set_all(run, M, "train", grad_norm=5.0),
     "idle": lambda run: set_all(run, M, "train", lr=1e-9),
     "falling": lambda run: train_losses(run, [2.3 - 2.25 * i / ROWS for i in range(ROWS)]),
     "data_bound": lambda run: set_all(run, M, "validation", loss=1.0),
