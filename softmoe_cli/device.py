@@ -6,10 +6,11 @@ import hashlib
 import os
 import platform
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import IO, Any, TypeVar, cast
 
 import pynvml
 import torch
@@ -107,18 +108,34 @@ def compiled(call: T, **options: Any) -> T:
 
 
 @contextmanager
-def compiling_alone(what: object) -> Iterator[None]:
+def compiling_alone(what: object, check: Callable[[], None]) -> Iterator[None]:
     """Inside, no other process of this machine compiles the same, which is known by its `repr`: who comes second finds
-    it compiled. torch itself would let jobs of a sweep that start together compile it side by side."""
+    it compiled. torch itself would let jobs of a sweep that start together compile it side by side. Who waits calls
+    `check` again and again, which may raise."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     mark = hashlib.sha256(repr(what).encode()).hexdigest()[:16]
     with ExitStack() as held:
         with suppress(OSError):  # another user's file, a disk that knows no locks: then side by side
             file = held.enter_context(Path(cache_dir(), f"softmoe_{mark}.lock").open("w"))
-            fcntl.flock(file, fcntl.LOCK_EX)
+            while not _locked(file):
+                check()
+                time.sleep(0.05)
             held.callback(fcntl.flock, file, fcntl.LOCK_UN)  # a process that torch has started may have it open still
         yield
+
+
+def _locked(file: IO[str]) -> bool:
+    """Whether the file is now ours; False where it is another's.
+
+    Raises:
+        OSError: nothing can be locked there.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def slower(device: torch.device, precision: str) -> str:

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import resource
+import signal
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from softmoe_cli import device
 from softmoe_cli.device import KEPT, Energy, compiling_alone, cores, fast_precision, free_memory, keep_freed_memory
 from softmoe_cli.moe.processor import CPU_PRODUCTS
 from softmoe_cli.train.progress import Progress
+from softmoe_cli.train.stop import Interrupted, Stop
 from tests.processes import forked
 
 CPU = torch.device("cpu")
@@ -157,16 +159,29 @@ def resident() -> None:
     print(json.dumps(held))
 
 
+def go_on() -> None:
+    """Nobody asks to stop."""
+
+
+def test_who_waits_for_a_compilation_hears_a_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    stop = Stop()
+    with compiling_alone("same", go_on), stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Interrupted, match="SIGTERM"), compiling_alone("same", stop.check):
+            pytest.fail("it did not wait")
+
+
 def test_what_is_compiled_by_one_process_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same waits, something else does not; each lock of a file opened anew, as in another process."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     order: list[str] = []
 
     def second(what: str) -> None:
-        with compiling_alone(what):
+        with compiling_alone(what, go_on):
             order.append(what)
 
-    with compiling_alone("same"):
+    with compiling_alone("same", go_on):
         waits, goes = (threading.Thread(target=second, args=(what,)) for what in ("same", "other"))
         waits.start()
         goes.start()
@@ -181,20 +196,20 @@ def test_what_is_compiled_by_one_process_at_a_time(tmp_path: Path, monkeypatch: 
 def test_where_nothing_can_be_locked_all_compile_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     done = []
-    with compiling_alone("same"):
+    with compiling_alone("same", go_on):
         done.append("locked")
     (lock,) = tmp_path.iterdir()
     lock.unlink()
     lock.mkdir()
-    with compiling_alone("same"), compiling_alone("same"):
+    with compiling_alone("same", go_on), compiling_alone("same", go_on):
         done.append("another's")
 
     def refused(*_: object) -> None:
         raise OSError("no locks")
 
     monkeypatch.setattr(fcntl, "flock", refused)
-    with compiling_alone("other"):
+    with compiling_alone("other", go_on):
         done.append("no locks")
-    with pytest.raises(OSError, match="what is compiled"), compiling_alone("other"):
+    with pytest.raises(OSError, match="what is compiled"), compiling_alone("other", go_on):
         raise OSError("what is compiled")
     assert done == ["locked", "another's", "no locks"]

@@ -53,7 +53,7 @@ def extract(config: ExtractConfig, model: Model, source: Source) -> dict[str, An
     made = Made.of(config.form, model, copy.deepcopy(whole).double().eval(), which)
     settings = settings_of_extract(config, which)
     folder = folder_of("extracted", config, made.model.name, source, settings)
-    if (found := already_made(folder, source, settings)) is not None:
+    if (found := already_made(folder, source, settings, clock=config.clock)) is not None:
         Screen().say(f"{folder} holds this already; nothing to do")
         return found | {"folder": str(folder)}
 

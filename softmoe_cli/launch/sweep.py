@@ -372,6 +372,7 @@ class Sweep(HydraLauncher):
             self._place = PLACES[self._options.where](self._options, self._folder, Sweep.run)
         for entry in stack:
             entry.slot, entry.started = slot, None
+            self._order(entry).failure.unlink(missing_ok=True)  # of an earlier attempt
         attempt = self._place.start([self._order(entry) for entry in stack])
         for entry in stack:
             entry.attempt = attempt

@@ -37,7 +37,7 @@ class Entry:
     def state(self, local: bool) -> State:
         """The job's state: as its files say, except where the launcher knows more."""
         job_state = state(self.job.folder, self.job.run, self.log)
-        if self.attempt is not None and not self.finished:  # others of its stack may go on
+        if self.attempt is not None and job_state.state not in ("done", "failed"):  # others of its stack may go on
             started = local or job_state.state in ("running", "running or killed")
             job_state = replace(job_state, state="running" if started else "queued")
             if started and self.started is None:
@@ -57,7 +57,7 @@ def stacks(entries: Sequence[Entry], most: int) -> list[list[Entry]]:
     made = []
     for entry in entries:
         job = entry.job
-        words = [word for word in job.overrides if not word.startswith("seed=")]
+        words = [word for word in job.overrides if word.lstrip("+").partition("=")[0] != "seed"]
         alike = found.setdefault(repr((words, job.threads, job.images)), [])
         if not alike or len(alike[-1]) == most:
             alike.append([])

@@ -194,7 +194,7 @@ def made_before(
             return None
         config, settings = known
         folder = folder_of(what, config, door(source.card["model"], Model).name, source, settings)
-        found = already_made(folder, source, settings)
+        found = already_made(folder, source, settings, clock=config.clock)
         if found is not None:
             Screen().say(f"{folder} holds this already; nothing to do")
             return found | {"folder": str(folder)}

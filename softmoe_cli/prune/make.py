@@ -59,7 +59,7 @@ def prune(config: PruneConfig, model: Model, source: Source, before: Source | No
         _check_foldable(config, model, layers, vit.num_classes)
     settings = settings_of_pruning(config, before)
     folder = folder_of("pruned", config, model.name, source, settings)
-    if (found := already_made(folder, source, settings)) is not None:
+    if (found := already_made(folder, source, settings, clock=config.clock)) is not None:
         Screen().say(f"{folder} holds this already; nothing to do")
         return found | {"folder": str(folder)}
 

@@ -49,12 +49,14 @@ def make_whole(folder: Path, fill: Callable[[Path], None]) -> None:
         clear(temporary)
 
 
-def already_made(folder: Path, source: Source, settings: dict[str, Any]) -> dict[str, Any] | None:
+def already_made(
+    folder: Path, source: Source, settings: dict[str, Any], *, clock: bool = False
+) -> dict[str, Any] | None:
     """The receipt of a folder that was made before from the same source with the same settings; None where there is
-    nothing yet.
+    nothing yet. `clock`: latencies are asked for.
 
     Raises:
-        UsageError: something else is there, or nothing can be made there.
+        UsageError: something else is there, or it was made without the latencies, or nothing can be made there.
     """
     made = {"settings": json.loads(json.dumps(settings)), "digest": source.digest}
     receipt: Any = None
@@ -67,6 +69,8 @@ def already_made(folder: Path, source: Source, settings: dict[str, Any]) -> dict
     if isinstance(receipt, dict) and isinstance(receipt.get("source"), dict):
         found = {"settings": receipt.get("settings"), "digest": receipt["source"].get("digest")}
         if found == made:
+            if clock and "clock" not in receipt:
+                raise UsageError(f"clock=true: {folder} was made without it; name another folder=, or leave it out")
             return receipt
     require_vacant("folder", folder)
     return None

@@ -165,7 +165,7 @@ def train(begun: Begun) -> dict[str, Any]:
 
                 compiles = config.train.compile and progress.step in (first_step, progress.changed_at)
                 turns = compiles and crew.size == 1
-                alone = compiling_alone(_graph_of(config, classes)) if turns else nullcontext()
+                alone = compiling_alone(_graph_of(config, classes), stop.check) if turns else nullcontext()
                 with progress.booked("compile" if compiles else "device", crew.size), alone:
                     lr, scale = learning_rate(here), scaler.get_scale()
                     with progress.booked("load"):

@@ -246,6 +246,8 @@ def test_a_trained_model_in_every_form(softmoe: Softmoe, clothes: Path, tmp_path
         patch.setattr(inherit, "named_source", None)  # known from the file's header, without weights
         again = softmoe("extract", run, "task=fashion_mnist", "folder=experts")
     assert again.code == 0 and "holds this already" in again.out
+    timed = softmoe("extract", run, "task=fashion_mnist", "folder=experts", "clock=true")
+    assert timed.code == 2 and "clock=true: experts was made without it" in timed.err
     refused = {
         ("extract", run, "task=shoes"): "knows the tasks digits, fashion_mnist",
         ("extract", run, "task=[digits,fashion_mnist]", "form=folded"): "form=folded is of one task",

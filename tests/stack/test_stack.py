@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from softmoe_cli import cli
 from softmoe_cli.data.batches import Batch
 from softmoe_cli.device import precision_context
 from softmoe_cli.errors import UsageError
+from softmoe_cli.launch.places import Attempt
 from softmoe_cli.launch.plan import Job
 from softmoe_cli.launch.tables import Entry, stacks
 from softmoe_cli.model.vit import build
@@ -185,12 +186,22 @@ def test_what_follows_the_seed_beside_the_numbers_is_refused_or_kept_apart() -> 
 
 
 def test_jobs_that_differ_in_nothing_but_the_seed_are_gathered() -> None:
-    words = ["a seed=0", "b seed=0", "a seed=1", "b seed=1", "a seed=2"]
+    words = ["a seed=0", "b seed=0", "a ++seed=1", "b seed=1", "a seed=2"]
     entries = [Entry(Job(each, each.split(), Path(each), 1), Path("log")) for each in words]
     assert [[entry.job.run for entry in stack] for stack in stacks(entries, 2)] == [
-        ["a seed=0", "a seed=1"], ["b seed=0", "b seed=1"], ["a seed=2"]
+        ["a seed=0", "a ++seed=1"], ["b seed=0", "b seed=1"], ["a seed=2"]
     ]  # fmt: skip
     assert [len(stack) for stack in stacks(entries, 1)] == [1] * 5
+
+
+def test_what_has_failed_is_not_called_running_while_its_stack_goes_on(tmp_path: Path) -> None:
+    """Nor is one that was held; the note of an earlier attempt is gone when the next one starts."""
+
+    going = cast(Attempt, object())
+    entry = Entry(Job("a", ["a"], tmp_path / "run", 1), tmp_path / "00.log", attempt=going)
+    assert entry.state(local=True).state == "running"
+    (tmp_path / "00.json").write_text('{"reason": "why"}')
+    assert (entry.state(local=True).state, entry.state(local=True).reason) == ("failed", "why")
 
 
 REFUSED: dict[str, tuple[str, Any]] = {
