@@ -1,7 +1,7 @@
 """Numbers, names and tables as text."""
 
-import textwrap
 import unicodedata
+from collections.abc import Sequence
 
 
 def si(number: float) -> str:
@@ -100,11 +100,31 @@ def spreadsheet_cell(value: object) -> object:
     return value
 
 
+def width_of(text: str) -> int:
+    """How many columns of a terminal a text takes: Chinese, Japanese and Korean letters two each, accents none."""
+    if text.isascii():
+        return len(text)
+    from rich.cells import cell_len
+
+    return cell_len(text)
+
+
+def padded(text: str, width: int, *, right: bool) -> str:
+    """The text with spaces before it (`right`) or behind it, so that it takes `width` columns."""
+    spaces = " " * (width - width_of(text))
+    return spaces + text if right else text + spaces
+
+
+def row_of(cells: Sequence[str], widths: Sequence[int]) -> list[str]:
+    """Cells of a row, the first to the left and the others to the right."""
+    return [padded(cell, width, right=i > 0) for i, (cell, width) in enumerate(zip(cells, widths, strict=True))]
+
+
 def aligned(rows: list[list[str]], markdown: bool) -> str:
     """A table with its first column to the left and the others to the right; the first row is its head."""
     rows = [[" ".join(cell.split("\n")) for cell in row] for row in rows]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
+    widths = [max(width_of(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [row_of(row, widths) for row in rows]
     if not markdown:
         return "\n".join("  ".join(line).rstrip() for line in lines)
     rule = [("-" * width if i == 0 else "-" * max(1, width - 1) + ":") for i, width in enumerate(widths)]
@@ -115,9 +135,9 @@ def folded(rows: list[list[str]], width: int) -> str:
     """As `aligned`, no wider than a terminal where that can be: cells are broken between words, the widest column
     first; numbers stay with their uncertainty."""
     whole = [[" ".join(cell.split()).replace(" ± ", "\u00a0±\u00a0") for cell in row] for row in rows]
-    columns = list(zip(*whole, strict=True))
-    widths = [max(map(len, column)) for column in columns]
-    least = [max(len(word) for cell in column for word in (cell.split(" ") or [""])) for column in columns]
+    together = list(zip(*whole, strict=True))
+    widths = [max(map(width_of, column)) for column in together]
+    least = [max(width_of(word) for cell in column for word in (cell.split(" ") or [""])) for column in together]
     while sum(widths) + 2 * (len(widths) - 1) > width:
         room = [i for i, (now, low) in enumerate(zip(widths, least, strict=True)) if now > low]
         if not room:
@@ -125,13 +145,20 @@ def folded(rows: list[list[str]], width: int) -> str:
         widths[max(room, key=widths.__getitem__)] -= 1
     lines = []
     for row in whole:
-        cells = [
-            textwrap.wrap(cell, most, break_on_hyphens=False) or [""] for cell, most in zip(row, widths, strict=True)
-        ]
+        cells = [_broken(cell, most) for cell, most in zip(row, widths, strict=True)]
         for i in range(max(map(len, cells))):
             parts = [cell[i] if i < len(cell) else "" for cell in cells]
-            lines.append("  ".join([parts[0].ljust(widths[0]), *map(str.rjust, parts[1:], widths[1:])]).rstrip())
+            lines.append("  ".join(row_of(parts, widths)).rstrip())
     return "\n".join(lines).replace("\u00a0", " ")
+
+
+def _broken(cell: str, width: int) -> list[str]:
+    """The cell's words in lines of at most `width` columns."""
+    lines = [""]
+    for word in cell.split(" "):
+        longer = f"{lines[-1]} {word}".lstrip(" ")
+        lines[-1:] = [longer] if width_of(longer) <= width or not lines[-1] else [lines[-1], word]
+    return lines
 
 
 def printable_lines(text: str) -> str:

@@ -5,9 +5,12 @@ import re
 from pathlib import Path
 
 import pytest
+from rich.cells import cell_len
 
+from softmoe_cli import text
 from softmoe_cli.launch.tables import fitted
 from softmoe_cli.terminal import Listened, Screen
+from softmoe_cli.text import aligned
 from tests.conftest import TINY
 from tests.terminals import on_pty
 
@@ -82,6 +85,16 @@ def test_a_sweeps_table_fits_60_columns() -> None:
     calm = [[name, "running", "67%", "1 min 3 s", "97.90%", "00.log"] for name in names]
     lines = fitted([rows[0], *calm], 60).splitlines()
     assert max(map(len, lines)) <= 60 and [line.split("  ")[0][-6:] for line in lines[1:]] == ["seed=0", "seed=1"]
+
+
+def test_wide_letters_take_two_columns() -> None:
+    """A Chinese or Japanese name of a job, and an accent that takes none, stand in columns as others do."""
+    rows = [["run", "state"], ["data.root=花の写真 seed=0", "running"], ["cafe\u0301", "done"]]
+    for table in (aligned(rows, markdown=False), text.folded(rows, 60)):
+        assert [cell_len(line) for line in table.splitlines()] == [34] * 3
+    lines = fitted(rows, 20).splitlines()
+    assert [cell_len(line) for line in lines] == [19] * 3 and lines[1] == "…真 seed=0  running"
+    assert text.folded([["x", "花 花 花 花"]], 6).splitlines() == ["x   花", *["    花"] * 3]
 
 
 LONG = re.compile(r"outputs/\S{20,}|softmoe: ")

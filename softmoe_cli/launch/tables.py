@@ -14,7 +14,7 @@ from softmoe_cli import programs
 from softmoe_cli.launch.places import Attempt
 from softmoe_cli.launch.plan import Job
 from softmoe_cli.run.status import State, state
-from softmoe_cli.text import aligned, flop, in_words
+from softmoe_cli.text import aligned, flop, in_words, width_of
 
 
 @dataclass(eq=False)
@@ -69,12 +69,17 @@ def stacks(entries: Sequence[Entry], most: int) -> list[list[Entry]]:
 def fitted(rows: list[list[str]], width: int) -> str:
     """A table with lines of at most `width` letters. What is too long is taken from the first column, a job's name: the
     sections of its keys, then its beginning."""
-    room = width - sum(2 + max(map(len, column)) for column in [*zip(*rows, strict=True)][1:])
-    if max(len(name) for name, *_ in rows) > room:
+    room = width - sum(2 + max(map(width_of, column)) for column in [*zip(*rows, strict=True)][1:])
+    if max(width_of(name) for name, *_ in rows) > room:
         short = [re.sub(r"\S*\.(?=[^\s=.]+=)", "", name) for name, *_ in rows]  # num_experts=8, without model.router.
-        cut = [name if len(name) <= room else f"…{name[len(name) - max(0, room - 1) :]}" for name in short]
+        cut = [name if width_of(name) <= room else f"…{_end(name, room - 1)}" for name in short]
         rows = [[name, *others] for name, (_, *others) in zip(cut, rows, strict=True)]
     return aligned(rows, markdown=False)
+
+
+def _end(name: str, room: int) -> str:
+    """The end of a name that `room` columns hold."""
+    return next(end for end in (name[i:] for i in range(len(name) + 1)) if width_of(end) <= max(0, room))
 
 
 def plan_table(entries: list[Entry], at_a_time: int, width: int | None = None) -> str:
