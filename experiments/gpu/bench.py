@@ -71,7 +71,7 @@ class Bench:
 # --- throughput -------------------------------------------------------------------------------------------------------
 
 
-def seconds_of(work: Callable[[], None], bench: Bench) -> float:
+def seconds_of(work: Callable[[], object], bench: Bench) -> float:
     """The median time of one call, warm."""
     import torch
 
@@ -226,8 +226,8 @@ def compared(words: Sequence[str], to: Sequence[str], bench: Bench, *, torchrun:
 
 def resumed(bench: Bench) -> Iterator[Row]:
     """A run that is stopped in the middle and goes on, and one that is not: on a CPU they are equal to the bit."""
-    line = (sys.executable, "-m", "softmoe_cli", "train", "tracking=off", f"device={bench.device}", "train.steps=300")
-    line += ("train.log_every=1", "train.save_seconds=0", "model.router.noise_std=1.0", "train.batch_size=16")
+    line = [sys.executable, "-m", "softmoe_cli", "train", "tracking=off", f"device={bench.device}", "train.steps=300"]
+    line += ["train.log_every=1", "train.save_seconds=0", "model.router.noise_std=1.0", "train.batch_size=16"]
     process = subprocess.Popen(
         [*line, "study=stopped"], cwd=bench.work, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )

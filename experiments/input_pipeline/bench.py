@@ -19,7 +19,7 @@ import math
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,12 @@ def cached(root: Path, part: str, workers: int, batch: int) -> Iterator[Any]:
     )
 
 
-SIDES = {"softmoe": ours, "cached": cached, "timm": timms, "timm_plain": functools.partial(timms, prefetcher=False)}
+SIDES: dict[str, Callable[..., Iterator[Any]]] = {
+    "softmoe": ours,
+    "cached": cached,
+    "timm": timms,
+    "timm_plain": functools.partial(timms, prefetcher=False),
+}
 
 
 def images_per_s(batches: Iterator[Any], warm_up: int, count: int) -> float:

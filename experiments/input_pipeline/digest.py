@@ -12,6 +12,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +71,7 @@ def main() -> None:
         forget(found)
         for state, last in (("cold", "cold"), ("warm", "warm"), ("known", "warm")):
             classes = [*found.classes, last]  # with another class it is another set, of which nothing is known yet
-            timed(f"contents, {state}", lambda classes=classes: contents.digest(found.parts, classes))
+            timed(f"contents, {state}", partial(contents.digest, found.parts, classes))
 
 
 if __name__ == "__main__":

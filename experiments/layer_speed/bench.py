@@ -296,7 +296,7 @@ def point(dtype: str, d: int, e: int, batch: int, fewest: int) -> list[dict[str,
     for name in [name for name in modules if name != "soft"]:
         first[name] = first_step(modules[name], x, half, max(20.0, 5 * once))
     fast = {name: module for name, module in modules.items() if first[name].seconds["step"] < 3 * once}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for what in ("forward", "step"):
         times = in_turns(fast, x, half, what == "step", fewest)
         for name, module in modules.items():

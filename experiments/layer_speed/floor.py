@@ -28,6 +28,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -106,13 +107,13 @@ def product_s(m: int, k: int, n: int, known: dict[tuple[int, int, int], float]) 
     if (m, k, n) not in known:
         out = torch.empty(m, n)
         lefts, rights = (torch.randn(m, k), torch.randn(k, m).T), (torch.randn(k, n), torch.randn(n, k).T)
-        found = [best_s(lambda a=a, b=b: torch.mm(a, b, out=out)) for a in lefts for b in rights]
+        found = [best_s(partial(torch.mm, a, b, out=out)) for a in lefts for b in rights]
         a, b = lefts[0], rights[0]
         for piece in (32, 128):  # the same piece again and again: of large operands, only a part fits into the cache
             for axis, size in enumerate((m, k, n)):
                 if size > piece:
                     rows, inner, columns = (piece if axis == each else None for each in range(3))
-                    part = best_s(lambda r=rows, i=inner, c=columns: out[:r, :c].addmm_(a[:r, :i], b[:i, :c]))
+                    part = best_s(partial(out[:rows, :columns].addmm_, a[:rows, :inner], b[:inner, :columns]))
                     found.append(part * size / piece)
         known[m, k, n] = min(found)
     return known[m, k, n]

@@ -34,7 +34,7 @@ STEPS, WARMUP, STRETCHES = 1020, 20, 20
 
 
 def main() -> None:
-    plain, looped = [], []  # seconds of each step
+    plain, looped = list[float](), list[float]()  # seconds of each step
     make_batches = batches.train_batches
 
     def in_turns(*args: Any, **kwargs: Any) -> Iterator[batches.Batch]:

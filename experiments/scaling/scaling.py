@@ -87,7 +87,7 @@ class Traffic:
 def predicted(model: Model, load: Load, gpus: int, way: str) -> memory.Memory:
     """What each GPU holds with AdamW. The fake step runs as on a CPU, because torch's backward pass wants a GPU that is
     there, but with what a GPU has: fused attention and products in half precision."""
-    memory.prepare = lambda *_: None  # type: ignore[assignment]
+    setattr(memory, "prepare", lambda *_: None)  # noqa: B010 - a name that memory has from elsewhere
     CPU_PRODUCTS[torch.bfloat16] = "fast"
     each = loads.Load(
         model, CLASSES, load.images * gpus, torch.device("cpu"), recompute=load.recompute == 1, precision=load.precision
@@ -96,7 +96,7 @@ def predicted(model: Model, load: Load, gpus: int, way: str) -> memory.Memory:
 
 
 def possible(model: Model, gpus: int, way: str) -> bool:
-    return way != "expert" or sharded.divides(model.router, gpus)
+    return way != "expert" or sharded.indivisible(on_meta(model, CLASSES), gpus) is None
 
 
 def fewest(model: Model, load: Load, room: float, way: str) -> int | None:

@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ def check(config: Any, n: int) -> str:
             start = time.process_time()
             losses = stack(images, targets, config.optim.lr)
             first_s = first_s if turn else time.process_time() - start
-            of_each = [run(*given, config.optim.lr) for run, *given in zip(each, images, targets, strict=True)]
+            of_each = [run(x, y, config.optim.lr) for run, x, y in zip(each, images, targets, strict=True)]
             apart = max(apart, *(abs(a - b) for a, b in zip(losses, of_each, strict=True)))
     shares = [
         ((a - b).abs().max() / b.abs().max().clamp(min=1e-3)).item()
@@ -161,10 +162,10 @@ def main() -> None:
                 (images.flatten(0, 1), targets.flatten(0, 1)),
             )
             name = "alone" if n == 1 else "alone, N times the images"
-            sides[name, n] = lambda one=one, given=flat: one(*given, lr)
+            sides[name, n] = partial(one, *flat, lr)
             if n > 1:
                 stack = as_stack([step_of(new_model(config, seed), config, hooks) for seed in range(n)])
-                sides["stack", n] = lambda stack=stack, given=(images, targets): stack(*given, lr)
+                sides["stack", n] = partial(stack, images, targets, lr)
         took: dict[tuple[str, int], list[float]] = {side: [] for side in sides}
         order = list(sides)
         for turn in range(rounds + 2):
