@@ -1,6 +1,6 @@
 """Several seeds as one stack, beside the run alone: what an update takes per seed, side by side in turns.
 
-python experiments/seeds_at_once/bench.py CSV [model/backbone=vit_pico7 ...] [seeds=4,8] [rounds=15]
+python experiments/seeds_at_once/bench.py CSV [model/backbone=vit_pico7 ...] [seeds=4,8] [rounds=15] [threads=1]
 python experiments/seeds_at_once/bench.py batches data=exemplars data.root=PATH [...]
 
 The second form says what making a batch takes beside an update, which no stacking of models shortens. Sides of the
@@ -11,7 +11,8 @@ first, on drawn images and labels (what they show changes no time):
 - `alone, N times the images`: one model on N batches at once, which computes as much, with fewer weights.
 
 Time is this process's processor time, on one thread: other programs on the machine take the core away, and time on the
-wall with it, but not this. They still take caches, from all sides alike.
+wall with it, but not this. They still take caches, from all sides alike. With several threads it is time on the wall,
+which asks for a machine with nothing else to do.
 
 Before any clock runs, models are trained for 50 updates alone and as a stack, on the same batches; what is printed is
 the largest difference of a loss, of a weight as a share of its tensor's largest, and what writing down the pass took.
@@ -143,10 +144,13 @@ def batches_beside(config: Any) -> str:
 
 def main() -> None:
     file, *words = sys.argv[1:]
-    asked = {word.partition("=")[0]: word.partition("=")[2] for word in words if word.startswith(("seeds=", "rounds="))}
+    own = ("seeds=", "rounds=", "threads=")
+    asked = {word.partition("=")[0]: word.partition("=")[2] for word in words if word.startswith(own)}
     config = compose(*[word for word in words if word.partition("=")[0] not in asked])
     numbers, rounds = [int(n) for n in asked.get("seeds", "4,8").split(",")], int(asked.get("rounds", "15"))
-    torch.set_num_threads(1)
+    threads = int(asked.get("threads", "1"))
+    now = time.process_time if threads == 1 else time.perf_counter
+    torch.set_num_threads(threads)
     keep_freed_memory(CPU, 2**30, 2**34)
     if file == "batches":
         print(batches_beside(config))
@@ -171,11 +175,11 @@ def main() -> None:
         for turn in range(rounds + 2):
             random.Random(turn).shuffle(order)
             for side in order:
-                start = time.process_time()
+                start = now()
                 for _ in range(EACH):
                     sides[side]()
                 if turn >= 2:
-                    took[side].append(1000 * (time.process_time() - start) / EACH)
+                    took[side].append(1000 * (now() - start) / EACH)
     write(Path(file), config, took)
 
 
