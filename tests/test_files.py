@@ -1,14 +1,17 @@
 """Files that softmoe writes replace nothing that it was not asked to replace."""
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.files import RULE, require_vacant, unused, write_atomically
 from softmoe_cli.run.header import Source
-from softmoe_cli.run.receipt import already_made, make_whole
+from softmoe_cli.run.receipt import RECEIPT, already_made, make_whole
+from softmoe_cli.run.sealed import SUMS, sha256
 from tests.conftest import Softmoe
 
 
@@ -75,6 +78,25 @@ def test_what_exists_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(UsageError, match=f"^folder=.*{TAKEN[name]}"):
         already_made(Path(name), Source("x", "digest", {}, {}), {})
     require_vacant("predictions", Path("new"))
+
+
+@pytest.mark.parametrize(
+    ("timed", "plain"),
+    [({"clock": {}}, {}), ({"of_each": {"a": {"clock": {}}}}, {"of_each": {"a": {}}})],
+    ids=["prune", "extract"],
+)
+def test_latencies_are_asked_of_what_has_them(timed: dict[str, Any], plain: dict[str, Any], tmp_path: Path) -> None:
+    """The same command twice finds what it made."""
+    source = Source("x", "digest", {}, {})
+    for name, own in (("timed", timed), ("plain", plain)):
+        receipt = {"settings": {}, "source": {"digest": "digest"}} | own
+        (tmp_path / name).mkdir()
+        (tmp_path / name / RECEIPT).write_text(json.dumps(receipt))
+        (tmp_path / name / SUMS).write_text(f"{sha256(tmp_path / name / RECEIPT)}  {RECEIPT}\n")
+        assert already_made(tmp_path / name, source, {}) == receipt
+    assert already_made(tmp_path / "timed", source, {}, clock=True) is not None
+    with pytest.raises(UsageError, match=r"^clock=true: .*plain was made without it"):
+        already_made(tmp_path / "plain", source, {}, clock=True)
 
 
 def test_a_folder_is_made_whole_beside_neighbours(tmp_path: Path) -> None:

@@ -1,13 +1,15 @@
 """What a table could have seen: power of its tests, and the seeds that would settle a comparison.
 
 Effects are in standard deviations of one paired difference. Power is that of the paired t statistic, which is
-noncentral t (Johnson and Welch, Applications of the non-central t-distribution, 1940). For the any-time rule it is the
-power of the last look alone, so that the rule sees a little more than is said.
+noncentral t (Johnson and Welch, Applications of the non-central t-distribution, 1940): a normal probability, mean over
+quantiles of the deviation, since scipy's nctdtr is nan in its far tails. For the any-time rule it is the power of the
+last look alone, so that the rule sees a little more than is said.
 """
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -36,27 +38,32 @@ def threshold(n: int, comparisons: int, *, anytime: bool) -> float:
 
 def power(effect: float, n: int, comparisons: int = 1, *, anytime: bool = False) -> float:
     """The chance that n pairs give a verdict."""
-    from scipy.special import nctdtr
+    from scipy.special import ndtr
 
     needed = threshold(n, comparisons, anytime=anytime)
     if math.isinf(needed):
         return 0.0
-    shift = min(abs(effect), LARGEST_EFFECT) * math.sqrt(n)
-    return float(1 - nctdtr(n - 1, shift, needed) + nctdtr(n - 1, shift, -needed))
+    shift, limit = min(abs(effect), LARGEST_EFFECT) * math.sqrt(n), needed * _spreads(n)
+    return float((ndtr(shift - limit) + ndtr(-shift - limit)).mean())
+
+
+def _spreads(n: int) -> np.ndarray[Any, Any]:
+    """400 quantiles of the deviation that n pairs show, over the true one."""
+    from scipy.special import chdtri
+
+    return np.sqrt(chdtri(n - 1, (np.arange(400) + 0.5) / 400) / (n - 1))
 
 
 def power_of_equality(margin: float, n: int, comparisons: int = 1, *, anytime: bool = False) -> float:
     """The chance that n pairs of arms without any difference get the verdict *equal within the margin*: a normal
-    probability, mean over 400 quantiles of the deviation."""
-    from scipy.special import chdtri, ndtr, stdtrit
+    probability, mean over quantiles of the deviation."""
+    from scipy.special import ndtr, stdtrit
 
     alpha = (1 - LEVEL) / comparisons
     needed = float(critical(n, alpha)) if anytime else float(stdtrit(n - 1, 1 - alpha))
     if math.isinf(needed):
         return 0.0
-    shares = (np.arange(400) + 0.5) / 400
-    spread = np.sqrt(chdtri(n - 1, shares) / (n - 1))
-    return float(np.maximum(0, 2 * ndtr(margin * math.sqrt(n) - needed * spread) - 1).mean())
+    return float(np.maximum(0, 2 * ndtr(margin * math.sqrt(n) - needed * _spreads(n)) - 1).mean())
 
 
 def visible_effect(n: int, comparisons: int = 1, *, anytime: bool = False) -> float | None:

@@ -47,6 +47,10 @@ class Order:
     def failure(self) -> Path:
         return self.log.with_suffix(".json")
 
+    @property
+    def ticket(self) -> Path:
+        return self.log.with_suffix(".slurm")
+
 
 def perform(orders: Sequence[Order], run: RunCommand) -> int:
     """Runs a job's command line, with its output in a log; writes down why it failed. Several jobs run in turns, as one

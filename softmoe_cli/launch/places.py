@@ -82,7 +82,7 @@ class Slurm:
         rest as one."""
         import submitit
 
-        tickets = {order.log: order.log.with_suffix(".slurm") for order in orders}
+        tickets = {order.log: order.ticket for order in orders}
         known = {log: ticket.read_text() for log, ticket in tickets.items() if ticket.exists() and not self._local}
         jobs: list[Any] = [submitit.SlurmJob(self._folder, number) for number in dict.fromkeys(known.values())]
         if rest := [order for order in orders if order.log not in known]:

@@ -372,8 +372,11 @@ class Sweep(HydraLauncher):
             self._place = PLACES[self._options.where](self._options, self._folder, Sweep.run)
         for entry in stack:
             entry.slot, entry.started = slot, None
-            self._order(entry).failure.unlink(missing_ok=True)  # of an earlier attempt
-        attempt = self._place.start([self._order(entry) for entry in stack])
+        orders = [self._order(entry) for entry in stack]
+        for order in orders:
+            if not order.ticket.exists():  # what Slurm has already is followed, and its note is of this attempt
+                order.failure.unlink(missing_ok=True)
+        attempt = self._place.start(orders)
         for entry in stack:
             entry.attempt = attempt
             self._line("started", entry, "")

@@ -245,9 +245,10 @@ def explain(error: Exception, command: str, arguments: Sequence[str]) -> str:
             return no_choice(group, path.removeprefix(f"{group}/"), error.options)
     text = " ".join(str(error).split())
     if text.startswith("In 'experiment/") and "study" not in known_keys(command, ()):
-        typed = next(short(a) for a in arguments if "experiment=" in a)
+        named = "+experiment=" + text.removeprefix("In 'experiment/").partition("'")[0]
+        typed = next((short(a) for a in arguments if a.lstrip("+").startswith("experiment=")), named)
         return (
-            f"{typed}: an experiment describes runs, and softmoe {command.replace('_', ' ')} makes none; what its runs "
+            f"{typed}: an experiment describes runs, and softmoe {_spoken(command)} makes none; what its runs "
             f"cost is told by softmoe train -m {typed} --plan"
         )
     cause: BaseException = error

@@ -361,12 +361,12 @@ measured, the limit, and the options to turn.
   softmoe doctor outputs/default --json     every figure, limit and its source
 
 Looks for runs that did not finish, are at chance or diverged; loss spikes,
-gradients that are always clipped, weights that barely moved, a loss that still
-falls; too few images, too small a model; dead, collapsed or equal experts,
-equal slots, dropped tokens, routing that is saturated or never left its start;
-time lost in loading, evaluation, saving or compilation; a precision that the
-processor was slow at. What could not be looked at is said. The exit status is 1
-where anything was found and 0 where all runs are healthy.""",
+weights that barely moved, a loss that still falls; too few images, too small a
+model; dead, collapsed or equal experts, equal slots, dropped tokens, routing
+that is saturated or never left its start; time lost in loading, evaluation,
+saving or compilation; a precision that the processor was slow at. What could
+not be looked at is said. The exit status is 1 where anything was found and 0
+where all runs are healthy.""",
     "list": """\
 softmoe list [WHAT] [--filter WORD]
 

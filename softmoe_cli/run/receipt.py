@@ -69,7 +69,8 @@ def already_made(
     if isinstance(receipt, dict) and isinstance(receipt.get("source"), dict):
         found = {"settings": receipt.get("settings"), "digest": receipt["source"].get("digest")}
         if found == made:
-            if clock and "clock" not in receipt:
+            timed = receipt.get("of_each", {"": receipt}).values()  # of extract, each task is
+            if clock and not all("clock" in each for each in timed):
                 raise UsageError(f"clock=true: {folder} was made without it; name another folder=, or leave it out")
             return receipt
     require_vacant("folder", folder)

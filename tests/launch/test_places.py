@@ -8,12 +8,16 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from softmoe_cli.config.launch import SlurmLauncher
-from softmoe_cli.launch.job import Order, perform
+from softmoe_cli.launch.job import Order, note, perform
 from softmoe_cli.launch.places import Slurm
+from softmoe_cli.launch.plan import Job
+from softmoe_cli.launch.sweep import Sweep
+from softmoe_cli.launch.tables import Entry
 from tests.launch.sweeps import below, finish, launch, runs, until
 from tests.oracles import compose
 from tests.runs import same
@@ -98,6 +102,21 @@ def test_what_slurm_has_already_is_followed_and_the_rest_queued(
     assert [(tmp_path / f"{i:02}.slurm").read_text() for i in range(4)] == ["8", "7", "7", "8"]
     assert attempt.ended() == 1
     assert not list(tmp_path.glob("*.slurm"))
+
+
+def test_why_a_job_failed_is_kept_where_slurm_has_it_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its launcher was killed, and the next one follows it: a note there is of this attempt. Others start anew."""
+    entries = [Entry(Job(name, [name], tmp_path / name, 1), tmp_path / f"{name}.log") for name in ("known", "anew")]
+    orders = {entry: Order([], "", {}, entry.log) for entry in entries}
+    for order in orders.values():
+        note(order, "why")
+    orders[entries[0]].ticket.write_text("7")
+    sweep = Sweep()
+    monkeypatch.setattr(sweep, "_place", SimpleNamespace(start=list), raising=False)
+    monkeypatch.setattr(sweep, "_order", orders.get)
+    monkeypatch.setattr(sweep, "_line", lambda *_: None)
+    sweep._start(entries, "")
+    assert [order.failure.exists() for order in orders.values()] == [True, False]
 
 
 STUB = """#!/bin/bash

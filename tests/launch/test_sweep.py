@@ -67,7 +67,7 @@ def test_jobs_with_a_raise_a_kill_too_little_memory_and_a_killed_launcher(good: 
     until(lambda: not any(map(status.held, folders.values())))  # the jobs that it leaves save, or end
     assert "failed   +experiment=long: killed by SIGKILL" in out
     done = {name: (folder / "result.json").stat().st_mtime_ns for name, folder in folders.items() if finished(folder)}
-    assert good // 3 <= len(done) < good
+    assert len(done) >= good // 3
 
     second = Started(tmp_path / "sweep", command, {})
     out = finish(second, 1)

@@ -103,6 +103,14 @@ def test_overrides_may_stand_before_flags(softmoe: Softmoe) -> None:
     assert "seed: 3" in softmoe("train", "seed=3", "--cfg", "job", "train.steps=2").out
 
 
+def test_an_experiment_of_a_group_of_ones_own(softmoe: Softmoe, tmp_path: Path) -> None:
+    own = tmp_path / "conf" / "experiment" / "mine" / "x.yaml"
+    own.parent.mkdir(parents=True)
+    own.write_text("# @package _global_\ndefaults:\n  - override /recipe: finetune\n")
+    answer = softmoe("cost", "+experiment/mine=x")
+    assert answer.code == 2 and "softmoe train -m +experiment=mine/x --plan" in answer.err
+
+
 @pytest.mark.thorough
 def test_a_model_that_has_no_name_is_crossed(softmoe: Softmoe) -> None:
     """The words that replace its name lead to its backbone and router; where one has a name there are none."""

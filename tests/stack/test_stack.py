@@ -195,8 +195,6 @@ def test_jobs_that_differ_in_nothing_but_the_seed_are_gathered() -> None:
 
 
 def test_what_has_failed_is_not_called_running_while_its_stack_goes_on(tmp_path: Path) -> None:
-    """Nor is one that was held; the note of an earlier attempt is gone when the next one starts."""
-
     going = cast(Attempt, object())
     entry = Entry(Job("a", ["a"], tmp_path / "run", 1), tmp_path / "00.log", attempt=going)
     assert entry.state(local=True).state == "running"
