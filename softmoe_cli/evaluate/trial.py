@@ -29,7 +29,7 @@ from softmoe_cli.evaluate.contrast import (
     strong_pass,
     weak_named,
 )
-from softmoe_cli.evaluate.quality import calibration_error
+from softmoe_cli.evaluate.quality import calibration_error, guesses
 from softmoe_cli.moe.kind import Layer
 from softmoe_cli.moe.routing import DenseRouting
 
@@ -74,11 +74,10 @@ def answers_to(
     order: Float[Tensor, "b c"], logits: Float[Tensor, "b c"], labels: Int64[Tensor, " b"]
 ) -> tuple[Int64[Tensor, "4 b"], Float[Tensor, "3 b"]]:
     """The fields of `Answers` of a batch: classes are ranked by `order` and have the softmax of `logits`."""
-    prediction = order.argmax(dim=1)
-    best = order.topk(min(5, order.shape[1]), dim=1).indices
+    prediction, hit = guesses(order, labels)
     log_p = logits.log_softmax(dim=1)
     told = [log_p.gather(1, which[:, None])[:, 0] for which in (prediction, labels)]
-    hit, choices = (best == labels[:, None]).any(dim=1), logits.isfinite().sum(dim=1)
+    choices = logits.isfinite().sum(dim=1)
     return torch.stack([labels, prediction, hit.long(), choices]), torch.stack([told[0].exp(), told[1].exp(), -told[1]])
 
 

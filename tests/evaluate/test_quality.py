@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from softmoe_cli.data.batches import Batch
 from softmoe_cli.evaluate.quality import Outcomes, calibration_error, evaluate, outcomes, qualities
+from softmoe_cli.evaluate.trial import answers_to
 from tests import oracles
 
 NO_AUTOCAST = torch.autocast("cpu", enabled=False)
@@ -61,6 +62,22 @@ def test_qualities_are_those_of_slow_loops_in_any_batches(loss: str) -> None:
     assert whole == pytest.approx(told, rel=1e-6)
     if loss == "softmax":
         assert told["loss"] == pytest.approx(nll, rel=1e-6)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 5, 6, 10, 100])
+def test_of_equal_scores_the_lower_class_comes_first(classes: int) -> None:
+    """As scores in half precision often are; by a sort that keeps the order of equal ones."""
+    rng = torch.Generator().manual_seed(classes)
+    logits = torch.randint(4, (200, classes), generator=rng).float()
+    labels = torch.randint(classes, (200,), generator=rng)
+    said = outcomes(nn.Identity(), batches(logits, labels, 60), loss="softmax", autocast=NO_AUTOCAST)
+    orders = [sorted(range(classes), key=lambda c: -row[c]) for row in logits.tolist()]
+    assert said.prediction.tolist() == [order[0] for order in orders]
+    pairs = zip(labels.tolist(), orders, strict=True)
+    assert said.in_top5.tolist() == [label in order[:5] for label, order in pairs]
+    assert not (said.right & ~said.in_top5).any()
+    integers, _ = answers_to(logits, logits, labels)
+    assert torch.equal(integers[1], said.prediction) and torch.equal(integers[2].bool(), said.in_top5)
 
 
 def test_the_softmax_is_what_yes_or_no_answers_say_when_one_of_them_is_true() -> None:
