@@ -179,20 +179,18 @@ class Coefficients(Decided):
         tokens. `specialist_share`: experts that have half of some token or more. An expert's load is the sum of its
         shares."""
         levels = [level.flatten(0, 1).cpu().double() for level in self.levels]  # on a CPU: not every device has float64
-        tokens, load = len(levels[0]), levels[0].sum(dim=0)
+        tokens, load, most = len(levels[0]), levels[0].sum(dim=0), levels[0].amax(dim=0)
         if len(levels) > 1:
             load = torch.einsum("ni,nj->ij", *levels).flatten()
+            most = torch.cat([(first[:, None] * levels[1]).amax(dim=0) for first in levels[0].T])
         entropy, nonzero, largest = (levels[0].new_zeros(tokens), *levels[0].new_ones(2, tokens))
-        place = torch.zeros(tokens, dtype=torch.int64)  # of a token's largest share
         for shares in levels:
             entropy -= torch.xlogy(shares, shares).sum(dim=1)
             nonzero *= (shares > 0).double().mean(dim=1)
-            top, at = shares.max(dim=1)
-            largest *= top
-            place = place * shares.shape[1] + at
+            largest *= shares.amax(dim=1)
         return load_statistics(load) | {
             "coefficient_entropy": entropy.mean().item(),
             "coefficient_zeros": 1 - nonzero.mean().item(),
             "coefficient_max": largest.mean().item(),
-            "specialist_share": len(place[largest >= 0.5].unique()) / len(load),
+            "specialist_share": (most >= 0.5).double().mean().item(),
         }

@@ -456,7 +456,7 @@ def test_statistics_by_hand() -> None:
         {
             "dead_share": 1 / 3, "load_max": 3 * 0.75, "coefficient_entropy": math.log(2) / 2,
             "effective_experts_share": math.exp(-0.75 * math.log(0.75) - 0.25 * math.log(0.25)) / 3,
-            "coefficient_zeros": 0.5, "coefficient_max": 0.75, "specialist_share": 1 / 3,
+            "coefficient_zeros": 0.5, "coefficient_max": 0.75, "specialist_share": 2 / 3,
         }
     )  # fmt: skip
 
