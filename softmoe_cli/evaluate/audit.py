@@ -189,8 +189,9 @@ class Audit:
         all blocks."""
         parts: list[tuple[int | str, Layer | FactorisedHead]] = [*self.layers.items(), *self.heads.items()]
         for block, part in parts:
-            for expert in range(part.router.num_experts):
-                with part.silenced([expert]):
+            there = part.left if isinstance(part, MoE) else range(part.router.num_experts)
+            for place, expert in enumerate(there):
+                with part.silenced([place]):
                     now = self.said(self.model, self.images, self.batch_size)
                 found = self._finding("experts", f"without expert {expert}", now, block=block)
                 yield replace(found, polysemanticity=polysemanticity(self.reference, now))

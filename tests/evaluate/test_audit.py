@@ -124,6 +124,17 @@ def test_experts_in_turn_and_at_random() -> None:
     assert all(finding.polysemanticity is None for finding in findings[4:])
 
 
+def test_experts_of_a_pruned_model_keep_their_numbers() -> None:
+    made = audit("tokens_choice", changed={"blocks.1.mlp.alive": torch.tensor([True, False, False, True])})
+    findings = {each.setting: each for each in made.findings("experts") if each.block == 1}
+    assert list(findings) == ["without expert 0", "without expert 3"]
+    weights = made.weights | {key: made.weights[key].index_fill(0, torch.tensor(3), 0)
+                              for key in ("blocks.1.mlp.experts.w2", "blocks.1.mlp.experts.b2")}  # fmt: skip
+    want = made.said(made._variant({}, weights), made.images, 8)
+    moved = (want.label_probability - made.reference.label_probability).abs().max().item()
+    assert findings["without expert 3"].probability_change_max == moved > 0
+
+
 def test_forbidden_kinds() -> None:
     """Without the kinds that cost nothing a token takes two MLPs; forbidding what nobody chooses changes nothing."""
     made = audit("zero_computation", num_constant=2)
