@@ -41,6 +41,10 @@ class ImageSet:
         files = None if self.files is None else self.files.subset(index)
         return replace(self, labels=self.labels[chosen], images=images, files=files)
 
+    def spread(self, count: int) -> "ImageSet":
+        """So many of its images, each once, spread evenly from the first to the last; all where there are no more."""
+        return self.subset(np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(np.int64))
+
 
 @dataclass(frozen=True)
 class Splits:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -255,8 +254,7 @@ def _audited(judge: Judge, weights: dict[str, Tensor], images: ImageSet) -> tupl
     """What the audit finds on the images, or on some that are spread evenly over them."""
     config = judge.config
     if config.audit_images is not None:
-        spread = np.linspace(0, len(images) - 1, min(config.audit_images, len(images)))
-        images = images.subset(spread.round().astype(np.int64))
+        images = images.spread(config.audit_images)
     audit = Audit(judge.model, weights, judge.outcomes, images, config.batch_size)
     row: dict[str, Any] = {"audit_images": len(images), "audit_reference_top1_pct": audit.reference.top1_pct}
     reasons = {part: audit.not_applicable(part) for part in config.audit}

@@ -252,4 +252,4 @@ class Layer(nn.Module, ABC):
 
     @abstractmethod
     def silenced(self, which: Sequence[int]) -> AbstractContextManager[None]:
-        """While open, these experts, by their places among those that are left, add nothing; nothing is decided anew."""
+        """While open, these experts, by their places among those left, add nothing; nothing is decided anew."""

@@ -169,9 +169,8 @@ class Pruned:
             states = vit.state_dict(), before.weights
             norms = [{p: router_norms(state, p, layer) for p, layer in layers.items()} for state in states]
             return {place: (norms[0][place] - norms[1][place]).tolist() for place in layers}
-        images = self.splits.train
-        some = torch.linspace(0, len(images) - 1, min(self.config.images, len(images))).round().long()
-        return measured(vit, layers, self.config.by, self.batches(images.subset(some.numpy())))
+        images = self.splits.train.spread(self.config.images)
+        return measured(vit, layers, self.config.by, self.batches(images))
 
     def changes(self, whole: VisionTransformer, pruned: VisionTransformer, new: VisionTransformer) -> dict[str, Any]:
         """What pruning changed, and that the new model is the pruned one.

@@ -127,7 +127,7 @@ def subject_of(tree: dict[str, Any], source: Source, typed: Sequence[str]) -> Lo
         splits.need(config.split)
         whole: ImageSet = getattr(splits, config.split)
         count = min(config.images, len(whole))
-        images = whole.subset(np.linspace(0, len(whole) - 1, count).round().astype(np.int64))
+        images = whole.spread(count)
         labelled = splits.classes == (known if config.task is None else classes_of_task(config.task, known))
         some = f"{count:,} of {len(whole):,}" if count < len(whole) else f"all {count:,}"
         what = f"{some} {config.split} images of {config.data.name}"

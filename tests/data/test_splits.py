@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from softmoe_cli.data.cut import hold_out
+from softmoe_cli.data.splits import ImageSet
 from softmoe_cli.errors import UsageError
 from softmoe_cli.evaluate.fewshot import draws
 
@@ -36,6 +37,17 @@ def test_one_pass_over_the_labels_cuts_as_one_for_each_class_did() -> None:
     rng = np.random.default_rng(3)
     slow = [rng.permutation((labels == label).nonzero().flatten().numpy()) for label in labels.unique().tolist()]
     assert all(map(np.array_equal, slow, draws(labels, 3)))
+
+
+@pytest.mark.parametrize("count", [1, 2, 40_000, 59_999, 60_000, 10**9])
+def test_images_that_are_spread_evenly_are_different_ones(count: int) -> None:
+    """Within a half of where exact fractions are; in float32 some places came twice."""
+    numbers = torch.arange(60_000)
+    places = ImageSet(numbers, None, 1, 1).spread(count).labels
+    taken = min(count, 60_000)
+    assert len(places.unique()) == len(places) == taken and places[0] == 0
+    assert (2 * (places * max(1, taken - 1) - numbers[:taken] * 59_999).abs() <= taken - 1).all()
+    assert taken == 1 or places[-1] == 59_999
 
 
 def test_holding_out_a_whole_class_is_refused() -> None:
