@@ -204,3 +204,12 @@ def test_cuts_after_a_look_are_judged_by_the_any_time_rule_and_later_seeds_of_se
     after = group(comparison, "soft")
     assert after.difference == before.difference, "what a look has seen of a cut stays what it was"
     assert any("seeds that came into a cut after the look" in note for note in comparison.blocks[0].notes)
+
+
+def test_chance_is_that_of_all_cuts(tmp_path: Path) -> None:
+    """A model that always gives the commonest class, which is more common in some cuts, is at chance."""
+    shares = (10.3, 11.4, 11.4, 11.4, 11.7)
+    for cut, share in enumerate(shares):
+        write(tmp_path, row(seed=0, data__split_seed=cut, test_is_cut=True, chance_pct=share, top1_pct=share))
+    (only,) = asked(tmp_path).groups
+    assert only.chance_pct == pytest.approx(statistics.fmean(shares)) and only.at_chance
