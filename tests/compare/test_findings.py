@@ -105,6 +105,8 @@ def test_the_last_word_is_at_equal_cost(tmp_path: Path) -> None:
         closing(dear, dear.blocks[0]),
     )
     assert "at 56% more training FLOPs" in group(dear, "soft").conditions
+    best_look = asked(tmp_path / "dear", quality="best_validation_top1_pct")
+    assert " than dense in validation top-1 (" in closing(best_look, best_look.blocks[0])
     apart = asked(tmp_path / "dear", at=("images=1",))
     assert closing(apart, apart.blocks[0]).startswith("Nothing was compared at equal training FLOPs: --at")
 
