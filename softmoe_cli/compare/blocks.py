@@ -160,7 +160,7 @@ def _joined(parts: Separated, by: Sequence[str]) -> Separated:
         for run in runs:
             groups[run.draw[0]].add(group_key(run, by))
         for together in standing_together(groups):
-            name = said(min(together)) if len(together) == 1 else ""
+            name = ",".join(map(str, sorted(together)))
             found[(*key[:at], name, *key[at + 1 :])] += [run for run in runs if run.draw[0] in together]
     return found
 

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from softmoe_cli.compare.intervals import Interval, mean_interval
+from softmoe_cli.compare.intervals import Interval, mean_interval, mean_of
 
 Draw = tuple[int, int]
 """The cut and the seed of a run: all that chance decides."""
@@ -31,11 +31,7 @@ def by_cut(values: Drawn) -> dict[int, list[float]]:
 def independent(values: Drawn) -> list[float]:
     """The values themselves where there is one cut, else the mean of each cut."""
     cuts = by_cut(values)
-    return [_mean(each) for each in cuts.values()] if len(cuts) > 1 else [value for _, value in values]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
+    return [mean_of(each) for each in cuts.values()] if len(cuts) > 1 else [value for _, value in values]
 
 
 def unit_of(ours: Iterable[Draw], theirs: Iterable[Draw]) -> tuple[str, set[int]]:
@@ -57,7 +53,7 @@ def compared_by(ours: Drawn, theirs: Drawn) -> tuple[str, list[tuple[int, float]
     paired = {cut for cut, _ in drawn[0] & drawn[1]}
     mine, its = (
         [
-            (cut, _mean(values))
+            (cut, mean_of(values))
             for cut, values in by_cut(
                 [(d, value) for d, value in side if d[0] not in paired or d in drawn[0] & drawn[1]]
             ).items()
@@ -98,12 +94,12 @@ def spread(values: Drawn, test_share: float | None = None) -> Spread | None:
         return None
     count, total = len(cuts), len(values)
     mean = math.fsum(value for _, value in values) / total
-    means = [_mean(each) for each in cuts.values()]
+    means = [mean_of(each) for each in cuts.values()]
     between = within = None
     if total > count:
-        squares = math.fsum((value - _mean(each)) ** 2 for each in cuts.values() for value in each)
+        squares = math.fsum((value - mean_of(each)) ** 2 for each in cuts.values() for value in each)
         v_seed = squares / (total - count)
-        among = math.fsum(len(each) * (_mean(each) - mean) ** 2 for each in cuts.values()) / (count - 1)
+        among = math.fsum(len(each) * (mean_of(each) - mean) ** 2 for each in cuts.values()) / (count - 1)
         per_cut = (total - math.fsum(len(each) ** 2 for each in cuts.values()) / total) / (count - 1)
         between, within = math.sqrt(max(0.0, (among - v_seed) / per_cut)), math.sqrt(v_seed)
     interval = mean_interval(means)

@@ -5,7 +5,7 @@ from softmoe_cli.compare.groups import Block, Budgeted, Comparison, Group
 from softmoe_cli.compare.intervals import BETTER, EQUAL, LESS, OPEN, WORSE, Difference
 from softmoe_cli.compare.power import MOST_SEEDS, POWER, Needed
 from softmoe_cli.compare.units import cell, chance_cell, difference_cell, ends, figure, measure_name, points, quantity
-from softmoe_cli.run.rows import AXES, COSTS, QUALITIES
+from softmoe_cli.run.rows import AXES, COSTS, CURVES, QUALITIES
 from softmoe_cli.text import several
 
 MOST_SENTENCES = 4
@@ -182,7 +182,7 @@ def closing(comparison: Comparison, block: Block) -> str:
 
 def _at_budget(comparison: Comparison, group: Group, each: Budgeted) -> str:
     assert each.difference is not None
-    name = f"validation {measure_name(comparison.quality).split(maxsplit=1)[-1]}"
+    name = CURVES[QUALITIES[comparison.quality].curve].title.removesuffix(", %")
     at = f"At equal {COSTS[each.axis].amount} ({quantity(each.axis, each.budget)})"
     told = _settled(comparison, group, each.difference, each.verdict, name, _validation_images(group))
     return f"{at} {told}{''.join(f', {word}' for word in pretraining(group, each.axis))}."

@@ -18,6 +18,7 @@ from softmoe_cli.compare.intervals import (
     budgets,
     front_probability,
     mean_interval,
+    mean_of,
     on_front,
 )
 from softmoe_cli.compare.power import Outlook
@@ -328,8 +329,8 @@ def _chance(groups: list[Group], question: Question) -> None:
         return
     for group in groups:
         row = group.runs[0].row
-        if guesses == 1 and row.get("chance_pct") is not None:
-            group.chance_pct = row["chance_pct"]
+        if guesses == 1 and all(run.row.get("chance_pct") is not None for run in group.runs):
+            group.chance_pct = mean_of(independent(group.values("chance_pct")))  # cuts differ in it
         elif row.get("classes"):
             group.chance_pct = min(100.0, 100 * guesses / row["classes"])
         else:

@@ -25,9 +25,15 @@ class Interval:
     n: int
 
 
+def mean_of(values: Sequence[float]) -> float:
+    """The mean. Of equal values it is that value: the sum's rounding would make equal costs of three and of five seeds
+    differ in the last digit, and one of them the cheaper."""
+    return min(max(values), max(min(values), math.fsum(values) / len(values)))
+
+
 def mean_interval(values: Sequence[float]) -> Interval:
     """Student's 95% interval of a mean (Student, The probable error of a mean, 1908); needs two values."""
-    n, mean = len(values), math.fsum(values) / len(values)
+    n, mean = len(values), mean_of(values)
     if n < 2:
         return Interval(mean, None, None, n)
     half = _student(n - 1) * _standard_error(values)
@@ -41,10 +47,15 @@ def _student(freedom: float) -> float:
     return float(stdtrit(freedom, (1 + LEVEL) / 2))
 
 
-def _standard_error(values: Sequence[float]) -> float:
-    """Zero for values that differ by rounding only."""
+def _standard_error(values: Sequence[float], sizes: Sequence[float] = ()) -> float:
+    """Zero for values that differ by rounding only: of numbers of these `sizes`, where the values are differences."""
     spread = float(np.std(np.asarray(values), ddof=1))
-    return 0.0 if spread <= NO_SPREAD * max(map(abs, values)) else spread / math.sqrt(len(values))
+    return 0.0 if spread <= NO_SPREAD * max(*sizes, *map(abs, values)) else spread / math.sqrt(len(values))
+
+
+def _paired(a: Mapping[Any, float], b: Mapping[Any, float], seeds: Sequence[Any]) -> tuple[list[float], list[float]]:
+    """The differences of these seeds, and for each the larger size of its two values."""
+    return [a[seed] - b[seed] for seed in seeds], [max(abs(a[seed]), abs(b[seed])) for seed in seeds]
 
 
 @dataclass(frozen=True)
@@ -84,14 +95,14 @@ def difference(
     a, b = dict(ours), dict(theirs)
     shared = pairable(ours, theirs)
     if shared is not None:
-        differences = [a[seed] - b[seed] for seed in shared]
-        mean, n, method = math.fsum(differences) / len(shared), len(shared), "paired"
-        error, freedom = (_standard_error(differences) if n > 1 else 0.0), float(n - 1)
+        differences, sizes = _paired(a, b, shared)
+        mean, n, method = mean_of(differences), len(shared), "paired"
+        error, freedom = (_standard_error(differences, sizes) if n > 1 else 0.0), float(n - 1)
         deviation = error * math.sqrt(n)
         alone = tuple(sorted(a.keys() ^ b.keys()))
     else:
         x, y = [value for _, value in ours], [value for _, value in theirs]
-        mean, n, method = math.fsum(x) / len(x) - math.fsum(y) / len(y), min(len(x), len(y)), "Welch"
+        mean, n, method = mean_of(x) - mean_of(y), min(len(x), len(y)), "Welch"
         parts = [_standard_error(values) ** 2 if len(values) > 1 else 0.0 for values in (x, y)]
         error, alone = math.sqrt(sum(parts)), ()
         deviation = math.sqrt(sum(part * len(v) for part, v in zip(parts, (x, y), strict=True)))
@@ -125,15 +136,13 @@ def anytime_difference(
     interval is what the intervals of all numbers of seeds have in common; the mean need not lie in it. Without such
     seeds there is the difference of the means alone, of n = 0."""
     a, b = dict(ours), dict(theirs)
-    differences = [a[seed] - b[seed] for seed in order]
+    differences, sizes = _paired(a, b, order)
     n, alone = len(differences), tuple(sorted((a.keys() | b.keys()) - set(order)))
-    found = look(differences, LEVEL, margin)
-    error = _standard_error(differences) if n > 1 else 0.0
+    found = look(differences, LEVEL, margin, sizes)
+    error = _standard_error(differences, sizes) if n > 1 else 0.0
+    mean = mean_of(differences) if n else mean_of([v for _, v in ours]) - mean_of([v for _, v in theirs])
     if found is None or error == 0:
-        means = [differences] if n else [[value for _, value in ours], [-value for _, value in theirs]]
-        mean = math.fsum(math.fsum(values) / len(values) for values in means)
         return Difference(Interval(mean, None, None, n), None, "any-time", alone)
-    mean = math.fsum(differences) / n
     low, high = (end if math.isfinite(end) else None for end in (found.low, found.high))
     return Difference(Interval(mean, low, high, n), found.p, "any-time", alone, found.sign, found.p_equal,
                       error * math.sqrt(n), error, float(n - 1))  # fmt: skip
@@ -331,8 +340,8 @@ def front_probability(groups: Sequence[tuple[Sequence[float], Sequence[float]]])
     random = np.random.default_rng(0)
 
     def drawn(values: Sequence[float]) -> Any:
-        n, mean = len(values), math.fsum(values) / len(values)
-        return mean + random.standard_t(max(n - 1, 1), DRAWS) * (_standard_error(values) if n > 1 else 0.0)
+        n = len(values)
+        return mean_of(values) + random.standard_t(max(n - 1, 1), DRAWS) * (_standard_error(values) if n > 1 else 0.0)
 
     cost, quality = (np.stack([drawn(group[i]) for group in groups], axis=-1) for i in (0, 1))
     return [float(share) for share in on_front(cost, quality).mean(axis=0)]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from softmoe_cli.compare.anytime import critical
-from softmoe_cli.compare.intervals import LEVEL, MIN_SEEDS, Difference, Interval, effect_interval
+from softmoe_cli.compare.intervals import LEVEL, MIN_SEEDS, Difference, Interval, effect_interval, tested
 
 POWER = 0.8
 MOST_SEEDS = 10_000
@@ -152,14 +152,14 @@ LATER = (10, 20, 50, 100, 200, 500, 1000)
 def outlook(
     found: Mapping[str, Difference], undecided: Iterable[str], margin: float | None, family: int = 0
 ) -> Outlook | None:
-    """Of the comparisons of a table, by label, that are paired by seed; None where no deviation is known. `family`: how
-    many comparisons Holm's correction counts at least."""
+    """Of the comparisons of a table, by label, that are paired by seed; None where no deviation is known. Holm's
+    correction counts the others too, and at least `family` comparisons."""
     paired = {label: d for label, d in found.items() if d.method != "Welch" and d.deviation and d.freedom}
     if not paired:
         return None
     anytime = any(d.method == "any-time" for d in paired.values())
     n = min(d.interval.n for d in paired.values())
-    comparisons = max(family, sum(d.interval.n >= MIN_SEEDS for d in paired.values()) or len(paired))
+    comparisons = max(family, len(tested(found)) or len(paired))
     deviation = pooled([(d.deviation or 0.0, d.freedom or 0.0) for d in paired.values()])
     later = next((each for each in LATER if each >= 2 * n), 2 * n)
     sees, later_sees = (visible_effect(each, comparisons, anytime=anytime) for each in (n, later))

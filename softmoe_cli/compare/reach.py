@@ -59,8 +59,9 @@ def reached(
     """(draw, curve) of a group and its baseline. Without a target it is the baseline's last quality: of the same seed
     where seeds are paired, and then of the shared seeds only, else the mean over its seeds. `compare` compares the
     logarithms of the costs. A seed that never reaches the target is censored: it needs more than its whole cost. None
-    without curves, or where one begins above the target, so that it cannot be told when it got there."""
-    if not all(curve for _, curve in (*ours, *theirs)):
+    without curves (a look before training alone is none), or where one begins above the target, so that it cannot be
+    told when it got there."""
+    if not all(curve and curve[-1][0] > 0 for _, curve in (*ours, *theirs)):
         return None
     shared = pairable(ours, theirs)
     if shared is not None:

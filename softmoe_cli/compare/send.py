@@ -11,8 +11,8 @@ from typing import Any
 from softmoe_cli.compare.blocks import compare
 from softmoe_cli.compare.findings import findings
 from softmoe_cli.compare.flat import flat_rows
-from softmoe_cli.compare.groups import Comparison, Group
-from softmoe_cli.compare.intervals import FEW, OPEN
+from softmoe_cli.compare.groups import Block, Comparison, Group
+from softmoe_cli.compare.intervals import EQUAL, FEW, OPEN
 from softmoe_cli.compare.question import Question
 from softmoe_cli.compare.written import write_comparison
 from softmoe_cli.errors import UsageError
@@ -92,16 +92,16 @@ def wandb_run(comparison: Comparison, question: Question, project: str | None) -
 def verdict_rows(comparison: Comparison) -> list[dict[str, Any]]:
     """What a reader asks first: a row for each group, the baselines too."""
     return [
-        {"table": block.title, "group": group.label, "n": len(group.runs), **_verdict(comparison, group)}
+        {"table": block.title, "group": group.label, "n": len(group.runs), **_verdict(comparison, block, group)}
         for block in comparison.blocks
         for group in block.groups
     ]
 
 
-def _verdict(comparison: Comparison, group: Group) -> dict[str, Any]:
+def _verdict(comparison: Comparison, block: Block, group: Group) -> dict[str, Any]:
     quality, found = group.intervals[comparison.quality], group.difference
     interval = found.interval if found else None
-    baselines = {each.baseline for each in comparison.groups}
+    baselines = {each.baseline for each in block.groups}
     return {
         comparison.quality: quality.mean if quality else None,
         "verdict": group.verdict or ("baseline" if group.label in baselines else ""),
@@ -111,18 +111,20 @@ def _verdict(comparison: Comparison, group: Group) -> dict[str, Any]:
         "low": interval.low if interval else None,
         "high": interval.high if interval else None,
         f"{found.unit}s" if found else "seeds": interval.n if interval else None,
-        "p": group.p_holm,
+        "p": group.p_equal_holm if group.verdict == EQUAL else group.p_holm,
         "cost ratio": group.cost_ratio,
     }
 
 
 def numbers(comparison: Comparison) -> dict[str, float]:
-    """What changes from look to look: how many verdicts are open, and each difference with the ends of its interval."""
-    judged = [group for group in comparison.groups if group.difference]
-    told: dict[str, float] = {"open": sum(group.verdict in (OPEN, FEW) for group in judged), "comparisons": len(judged)}
-    for group in judged:
-        assert group.difference is not None
-        interval = group.difference.interval
+    """What changes from look to look: how many verdicts are open, and each difference with the ends of its interval;
+    with the title of its table where there are several, which may have groups of one name."""
+    found = [(block, group, group.difference.interval)
+             for block in comparison.blocks for group in block.groups if group.difference]  # fmt: skip
+    told: dict[str, float] = {"open": sum(group.verdict in (OPEN, FEW) for _, group, _ in found)}
+    told["comparisons"] = len(found)
+    for block, group, interval in found:
+        label = f"{block.title}: {group.label}" if len(comparison.blocks) > 1 else group.label
         ends = {"difference": interval.mean, "low": interval.low, "high": interval.high, "n": interval.n}
-        told |= {f"{name}/{group.label}": value for name, value in ends.items() if value is not None}
+        told |= {f"{name}/{label}": value for name, value in ends.items() if value is not None}
     return told

@@ -181,6 +181,23 @@ def test_a_stray_cut_is_kept_apart_and_one_cut_can_be_asked_for(tmp_path: Path) 
     assert len(apart.blocks) == 4, "who groups by cuts keeps them apart"
 
 
+def test_cuts_of_other_groups_are_another_table(tmp_path: Path) -> None:
+    """Two groups in cuts 0 and 1 and two others in cuts 2 and 3 have no images in common."""
+    for cut, routers in enumerate((("dense", "soft"),) * 2 + (("dense", "tokens_choice"),) * 2):
+        for router in routers:
+            lr = 0.001 if cut < 2 else 0.002
+            write(tmp_path, row(router=router, optim__lr=lr, data__split_seed=cut, test_is_cut=True))
+    comparison = asked(tmp_path)
+    assert [len(block.groups) for block in comparison.blocks] == [2, 2]
+    assert [sorted({run.draw[0] for each in block.groups for run in each.runs}) for block in comparison.blocks] == [
+        [0, 1],
+        [2, 3],
+    ]
+    assert [block.title for block in comparison.blocks] == [
+        f"digits, 359 test images in each of 2 cuts; data.split_seed {cuts}" for cuts in ("0,1", "2,3")
+    ]
+
+
 def looked(folder: Path) -> Comparison:
     comparison = asked(folder)
     runs = [run for each in comparison.groups for run in each.runs]
@@ -204,3 +221,12 @@ def test_cuts_after_a_look_are_judged_by_the_any_time_rule_and_later_seeds_of_se
     after = group(comparison, "soft")
     assert after.difference == before.difference, "what a look has seen of a cut stays what it was"
     assert any("seeds that came into a cut after the look" in note for note in comparison.blocks[0].notes)
+
+
+def test_chance_is_that_of_all_cuts(tmp_path: Path) -> None:
+    """A model that always gives the commonest class, which is more common in some cuts, is at chance."""
+    shares = (10.3, 11.4, 11.4, 11.4, 11.7)
+    for cut, share in enumerate(shares):
+        write(tmp_path, row(seed=0, data__split_seed=cut, test_is_cut=True, chance_pct=share, top1_pct=share))
+    (only,) = asked(tmp_path).groups
+    assert only.chance_pct == pytest.approx(statistics.fmean(shares)) and only.at_chance

@@ -49,6 +49,19 @@ def test_the_power_line_says_what_the_table_could_have_seen(tmp_path: Path) -> N
     assert list(block.outlook.needed) == ["tokens_choice"], "soft has its verdict"
 
 
+def test_the_power_line_counts_the_comparisons_that_holm_counts(tmp_path: Path) -> None:
+    """Also those that are not paired, which tell it no deviation."""
+    arms(tmp_path, soft=2.0)
+    for router in ("tokens_choice", "experts_choice"):
+        for place, noise in enumerate(WOBBLE[:4]):
+            write(tmp_path, row(router=router, seed=100 + place, top1_pct=90 + noise))
+    (block,) = (comparison := asked(tmp_path)).blocks
+    paired = group(comparison, "soft").difference
+    assert block.outlook and paired is not None and paired.deviation
+    assert block.outlook.comparisons == block.corrected["main"] == 3
+    assert block.outlook.sees == pytest.approx(paired.deviation * (visible_effect(5, 3) or 0))
+
+
 def test_without_a_deviation_there_is_no_power_line(tmp_path: Path) -> None:
     comparison = asked(arms(tmp_path, seeds=1, soft=2.0))
     assert power_line(comparison, comparison.blocks[0]) == "" == best(comparison.blocks[0])
@@ -92,6 +105,8 @@ def test_the_last_word_is_at_equal_cost(tmp_path: Path) -> None:
         closing(dear, dear.blocks[0]),
     )
     assert "at 56% more training FLOPs" in group(dear, "soft").conditions
+    best_look = asked(tmp_path / "dear", quality="best_validation_top1_pct")
+    assert " than dense in validation top-1 (" in closing(best_look, best_look.blocks[0])
     apart = asked(tmp_path / "dear", at=("images=1",))
     assert closing(apart, apart.blocks[0]).startswith("Nothing was compared at equal training FLOPs: --at")
 

@@ -81,6 +81,30 @@ def test_what_cannot_be_told_has_no_interval() -> None:
     assert {v for v, *_ in verdicts({"a": single, "b": pair}, higher_is_better=True).values()} == {"too few seeds"}
 
 
+@pytest.mark.parametrize("images", [359, 10_000, 50_000, 10**6])
+def test_rounding_of_what_is_subtracted_is_no_spread(images: int) -> None:
+    """One image more with every seed: a hundredth of a point or less, in which the rounding of some 80% shows."""
+    right = np.random.default_rng(images).integers(images * 3 // 4, images - 2, 8).tolist()
+    theirs = [(seed, 100 * count / images) for seed, count in enumerate(right)]
+    ours = [(seed, 100 * (count + 1) / images) for seed, count in enumerate(right)]
+    for found in (difference(ours, theirs, 1.0), anytime_difference(ours, theirs, range(8), 1.0)):
+        assert (found.p, found.p_equal, found.interval.low) == (None, None, None)
+        assert found.interval.mean == pytest.approx(100 / images)
+    ours[0] = 0, 100 * (right[0] + 2) / images
+    for found in (difference(ours, theirs), anytime_difference(ours, theirs, range(8))):
+        assert found.p is not None and found.deviation == pytest.approx(100 / images / math.sqrt(8))
+
+
+def test_a_seed_that_went_astray_does_not_make_rounding_of_those_before_it() -> None:
+    ours = [(seed, 2.1 + 1e-4 * seed) for seed in range(8)]
+    theirs = [(seed, 2.3) for seed in range(8)]
+    before = anytime_difference(ours, theirs, range(8))
+    after = anytime_difference([*ours, (8, 1e10)], [*theirs, (8, 1e10)], range(9))
+    alone = difference([*ours, (8, 1e10)], theirs)
+    assert before.p is not None and before.p < 0.01 and after.p == before.p
+    assert alone.p == difference(ours, theirs).p is not None, "nor one without a partner"
+
+
 def test_better_and_worse_follow_the_direction() -> None:
     up = difference([(0, 5.0), (1, 6.1), (2, 7.0)], [(0, 1.0), (1, 2.0), (2, 3.0)])
     assert verdicts({"a": up}, higher_is_better=True)["a"][0] == "better"
@@ -153,6 +177,16 @@ def test_front_is_brute_force() -> None:
             points: Any = random.integers(0, 6, (size, 2)).astype(float)  # small numbers: many ties
             expected = [not each for each in dominated(points.tolist())]
             assert on_front(points[:, 0], points[:, 1]).tolist() == expected
+
+
+def test_equal_costs_of_few_and_of_many_seeds_are_equal() -> None:
+    """The mean of equal numbers is that number, which their sum over n often is not; so the worse of two groups of one
+    cost is never on the front."""
+    for cost in np.random.default_rng(1).uniform(0.001, 10, 50).tolist():
+        for n, m in ((3, 4), (4, 3), (5, 7), (10, 2)):
+            assert mean_interval([cost] * n) == Interval(cost, cost, cost, n)
+            told = front_probability([([cost] * n, [90.0, 91.0] * n), ([cost] * m, [10.0, 11.0] * m)])
+            assert told == [1.0, 0.0]
 
 
 def test_front_probability() -> None:

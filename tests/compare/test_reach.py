@@ -96,6 +96,7 @@ def test_a_seed_that_never_gets_there_gives_a_bound_alone() -> None:
     assert neither is not None and (neither.ratio, neither.below, neither.above) == (None, None, None)
     assert asked_of([planted(1.0)] * 3, [planted(1.0)] * 3, target=40.0) is None, "there at the first look"
     assert asked_of([[]], [planted(1.0)]) is None
+    assert asked_of([[(0.0, 50.0)]] * 3, [planted(1.0)] * 3) is None, "looked at before training alone"
 
 
 @pytest.mark.parametrize("studies", [150, pytest.param(2000, marks=pytest.mark.thorough)])

@@ -45,6 +45,27 @@ def test_the_verdict_table_has_the_words_of_the_row(tmp_path: Path) -> None:
     assert found["difference/soft"] == soft.difference.interval.mean
 
 
+def test_groups_of_one_name_in_two_tables_keep_their_own_numbers(tmp_path: Path) -> None:
+    for seed in range(3):
+        for cut, gain in ((0, 3.0), (1, -3.0)):
+            write(tmp_path, row(router="dense", seed=seed, data__split_seed=cut, top1_pct=90 + seed))
+            write(tmp_path, row(seed=seed, data__split_seed=cut, top1_pct=90 + gain + 1.1 * seed))
+    found = numbers(asked(tmp_path, by=("router", "data.split_seed"), baseline="router=dense"))
+    told = sorted(value for name, value in found.items() if name.startswith("difference/"))
+    assert told == pytest.approx([-2.9, 3.1]) and found["comparisons"] == 2
+
+
+def test_the_p_of_a_verdict_is_that_of_its_own_claim(tmp_path: Path) -> None:
+    for seed in range(6):
+        write(tmp_path, row(router="dense", seed=seed, top1_pct=90 + seed))
+        write(tmp_path, row(seed=seed, top1_pct=90 + seed + (-1) ** seed / 10))
+    comparison = asked(tmp_path, margin=1.0)
+    soft = next(each for each in comparison.groups if each.label == "soft")
+    (told,) = [each for each in verdict_rows(comparison) if each["group"] == "soft"]
+    assert soft.p_equal_holm is not None and soft.p_equal_holm < 0.05
+    assert (told["verdict"], told["p"]) == ("equal within the margin", soft.p_equal_holm)
+
+
 def test_a_baseline_at_chance_is_said_in_the_row_and_in_the_last_sentence(tmp_path: Path) -> None:
     for seed in range(3):
         write(tmp_path, row(router="dense", seed=seed, top1_pct=10.0 + seed / 10))
