@@ -251,7 +251,9 @@ def plain_vit(name: str, vit: nn.Module) -> VisionTransformer:
     if vit.attn_pool is not None:
         strange.add(type(vit.attn_pool).__name__)
     if strange:
-        raise UsageError(f"timm's {name} has {', '.join(sorted(strange))}; softmoe knows ViTs with plain patches and blocks only")
+        raise UsageError(
+            f"timm's {name} has {', '.join(sorted(strange))}; softmoe knows ViTs with plain patches and blocks only"
+        )
     return vit
 
 

@@ -31,6 +31,7 @@ from softmoe_cli.scaling.fit import fit_law, seed_scatter
 from softmoe_cli.scaling.forms import FORMS, held_at
 from softmoe_cli.scaling.laws import chance_held, granular_moe, inference_optimal
 from softmoe_cli.scaling.points import Family, dense_parameters, families, sizes_of
+from softmoe_cli.scaling.report import Report, law_table
 from tests.conftest import TINY, Softmoe
 from tests.oracles import compose
 from tests.processes import Started
@@ -312,6 +313,8 @@ def test_an_accuracy_is_held_against_the_law_as_its_error(tmp_path: Path) -> Non
     error = 1 - last.row["validation_top1_pct"] / 100
     assert f"error by validation_top1_pct {error:.4f}, predicted {middle:.4f} [{low:.4f}, {high:.4f}] by sat" in told
     assert told.endswith(f"the interval, {100 * (error / middle - 1):+.1f}%")
+    notes = [law_table(Report(each, "", [], {}, {}, [])).note for each in (found, of_errors)]
+    assert "1% of the loss;" in notes[0] and "1% of the odds of an error;" in notes[1]
 
 
 @pytest.mark.thorough
