@@ -229,14 +229,27 @@ def proposal(family: Family, size: str, wanted: float, images: float, experts: f
     run, row = family.runs[at], family.runs[at].row
     here = float(points.sizes[size][at])
     changed, made = _width(row, wanted / here, _grown(points, size, at, experts))
-    if experts > 1 and experts != points.sizes["E"][at]:
-        changed.append(f"model.router.num_experts={experts:.0f}")
+    changed += _experts(family, at, experts)
     batch = int(row["batch_size"])
     count = max(1, round(images / batch)) * batch
     budgets = [f"train.{key}=null" for key in ("steps", "epochs", "minutes") if row.get(f"train.{key}") is not None]
     words = ["softmoe", "train", "-cp", os.path.abspath(run.folder), "-cn", "config", *changed]
     words += [f"train.images={count}", *budgets]
     return Proposal(shlex.join(words), here * made, count, experts)
+
+
+def _experts(family: Family, at: int, experts: float) -> list[str]:
+    """Overrides that give a run's model so many experts; where the runs have other slots with other experts, with as
+    many slots per token as it has."""
+    row, has = family.runs[at].row, float(family.points.sizes["E"][at])
+    if experts == has:
+        return []
+    if experts == 1:
+        return ["model.router._target_=null"]
+    slots = {each.row.get("model.router.slots_per_expert") for each in family.runs if each.row["router"] != "dense"}
+    own = row.get("model.router.slots_per_expert")
+    kept = [] if own is None or len(slots) == 1 else [max(1, round(own * has / experts))]
+    return [f"model.router.num_experts={experts:.0f}", *(f"model.router.slots_per_expert={each}" for each in kept)]
 
 
 def _grown(points: Points, size: str, at: int, experts: float) -> Callable[[float, float], float]:
@@ -267,7 +280,10 @@ def _width(row: Row, factor: float, grown: Callable[[float, float], float]) -> t
     if nearest == width:
         return [], made(width)
     hidden = max(1, round(nearest * ratio))
-    return [f"model.backbone.width={nearest}", f"model.backbone.mlp_width={hidden}"], made(nearest)
+    words = [f"model.backbone.width={nearest}", f"model.backbone.mlp_width={hidden}"]
+    if (narrow := row.get("model.expert_width")) is not None:
+        words.append(f"model.expert_width={max(1, round(narrow * hidden / row['model.backbone.mlp_width']))}")
+    return words, made(nearest)
 
 
 def with_room(

@@ -1,6 +1,7 @@
 """`softmoe scaling` on runs of a planted law: what it prints, decides, refuses and writes."""
 
 import csv
+import dataclasses
 import json
 import math
 import re
@@ -289,6 +290,18 @@ def test_a_proposal_of_other_experts_has_their_parameters(tmp_path: Path) -> Non
         really = own * (1 + 7 / 3) if size == "N_total" else own
         assert made.size == pytest.approx(really, rel=0.05 if size == "N_total" else 1e-9)
         assert made.size == pytest.approx(2e6, rel=0.1)
+    dense = proposal(found, "N", 2e5, 48_000.0, 1.0)
+    assert "model.router" not in dense.command
+    for run in found.runs:
+        run.row["model.expert_width"] = run.row["model.backbone.mlp_width"] // 2
+        if run.row["num_experts"] == 4:
+            run.row["model.router.slots_per_expert"] = 4
+    made = proposal(found, "N", 4e5, 48_000.0, 8.0)
+    width = int(re.findall(r"backbone\.width=(\d+)", made.command)[0])
+    assert f"model.expert_width={2 * width} model.router.num_experts=8 model.router.slots_per_expert=2 " in made.command
+    of_16 = np.flatnonzero(found.points.sizes["E"] == 16)
+    only = dataclasses.replace(found, runs=[found.runs[i] for i in of_16], points=found.points.taken(of_16))
+    assert "model.router._target_=null" in proposal(only, "N", 8e5, 48_000.0, 1.0).command
     same = proposal(found, "N_total", float(found.points.sizes["N_total"].max()), 48_000.0, 16.0)
     assert "width" not in same.command and same.size == found.points.sizes["N_total"].max()
 
