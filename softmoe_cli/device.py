@@ -172,7 +172,9 @@ class Energy:
     def __init__(self, device: torch.device, zones: Path = Path("/sys/class/powercap")) -> None:
         self._gpu = _nvml_handle(device) if device.type == "cuda" else None
         packages = sorted(zones.glob("intel-rapl:[0-9]*")) if device.type == "cpu" else []  # AMD's too
-        self._packages = [zone for zone in packages if zone.name.count(":") == 1]
+        self._packages = [
+            zone for zone in packages if zone.name.count(":") == 1 and not _named(zone).startswith("psys")
+        ]
         self._before = self._counters()
 
     def used(self) -> float | None:
@@ -198,6 +200,14 @@ class Energy:
         except OSError:  # usually only root may read it
             return None
         return counters or None
+
+
+def _named(zone: Path) -> str:
+    """What a RAPL zone is of; `psys` is the whole platform, packages included."""
+    try:
+        return (zone / "name").read_text().strip()
+    except OSError:
+        return ""
 
 
 def _nvml_handle(device: torch.device) -> Any:

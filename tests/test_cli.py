@@ -121,7 +121,7 @@ WRONG_LINES = {
     ),
     "timm with parallel blocks": (
         "train model/backbone=timm model.backbone.timm=vit_small_patch16_18x2_224 model.image_size=32 " + DENSE,
-        "plain blocks only",
+        "plain patches and blocks only",
     ),
     "finetune from a convnet": ("finetune checkpoint=timm:resnet18", "is not a ViT"),
     "evaluate timm": ("evaluate checkpoint=timm:test_vit", "use softmoe finetune"),

@@ -58,6 +58,17 @@ def test_packages_add_up_parts_do_not_and_counters_start_again(tmp_path: Path) -
     assert energy.used() == 0
 
 
+def test_the_platform_is_not_added_to_its_packages(tmp_path: Path) -> None:
+    """Laptops have a zone beside package-0 that counts it too, with the rest of the platform."""
+    for number, (name, joules) in enumerate((("package-0", 10), ("psys", 50))):
+        zone(tmp_path, f"intel-rapl:{number}", joules)
+        (tmp_path / f"intel-rapl:{number}/name").write_text(f"{name}\n")
+    energy = Energy(CPU, tmp_path)
+    zone(tmp_path, "intel-rapl:0", 14)
+    zone(tmp_path, "intel-rapl:1", 59)
+    assert energy.used() == pytest.approx(4)
+
+
 def test_a_machine_that_does_not_tell(tmp_path: Path) -> None:
     assert Energy(CPU, tmp_path).used() is None
     zone(tmp_path, "intel-rapl:0", 10)

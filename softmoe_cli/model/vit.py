@@ -246,10 +246,14 @@ def plain_vit(name: str, vit: nn.Module) -> VisionTransformer:
         if type(part) is not kind
     ]
     strange |= {type(part).__name__ for part in inside}
+    if type(vit.patch_embed) is not PatchEmbed:  # convolutions before the patches
+        strange.add(type(vit.patch_embed).__name__)
     if vit.attn_pool is not None:
         strange.add(type(vit.attn_pool).__name__)
     if strange:
-        raise UsageError(f"timm's {name} has {', '.join(sorted(strange))}; softmoe knows ViTs with plain blocks only")
+        raise UsageError(
+            f"timm's {name} has {', '.join(sorted(strange))}; softmoe knows ViTs with plain patches and blocks only"
+        )
     return vit
 
 

@@ -3,7 +3,7 @@
 import math
 import os
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -24,9 +24,9 @@ from softmoe_cli.scaling.decide import (
     win_shares,
     winner,
 )
-from softmoe_cli.scaling.fit import LawFit, percentiles, seed_scatter
+from softmoe_cli.scaling.fit import LawFit, Points, percentiles, seed_scatter
 from softmoe_cli.scaling.laws import Number
-from softmoe_cli.scaling.points import Family, dense_parameters, sizes_of
+from softmoe_cli.scaling.points import Family, dense_parameters, loss_of, sizes_of
 
 SIZES = ("N", "N_act", "N_total")
 MOST_OUTSIDE = 10.0
@@ -77,25 +77,31 @@ def prices(family: Family, size: str, clock: Sequence[Row] | None, where: str, *
 def sizes_at(family: Family, size: Number, images: Number, experts: float) -> dict[str, Number]:
     """What a law takes, at a size in the law's own sense: sparsity as the runs' slots per token make it, and as many
     different images as the runs had."""
-    different = float(np.median(family.points.sizes["U"]))
-    of = dict.fromkeys(SIZES, size) | {"D": images, "E": experts, "U": different, "S": 0.0}
-    if "S" in family.points.sizes and experts > 1:
-        moe = family.points.sizes["E"] > 1
-        slots = (1 - family.points.sizes["S"][moe]) * family.points.sizes["E"][moe]
-        of["S"] = 1 - float(np.median(slots)) / experts
-    return of
+    return _sized(family)(size, images, experts)
+
+
+def _sized(family: Family) -> Callable[[Number, Number, float], dict[str, Number]]:
+    """The same for many sizes. Slots per token are the median of the runs with as many experts, or of all with
+    experts."""
+    sizes = family.points.sizes
+    different, e = float(np.median(sizes["U"])), sizes["E"]
+    slots = (1 - sizes["S"]) * e if "S" in sizes else np.ones(len(e))
+    of_each = {float(number): float(np.median(slots[e == number])) for number in np.unique(e)}
+    of_all = float(np.median(slots[e > 1])) if np.any(e > 1) else 1.0
+
+    def at(size: Number, images: Number, experts: float) -> dict[str, Number]:
+        sparsity = 0.0 if experts == 1 else 1 - of_each.get(experts, of_all) / experts
+        return dict.fromkeys(SIZES, size) | {"D": images, "E": experts, "U": different, "S": sparsity}
+
+    return at
 
 
 def law_world(family: Family, fit: LawFit, cost: Prices, device_mib: float | None, free: Number = None) -> World:
     """The law of these free numbers (the fit's if None), with the costs, as functions of size, images and experts."""
-    used = family.points.sizes.get("S")
-    slots = 1.0 if used is None else float(np.median((1 - used) * family.points.sizes["E"]))
-    different = float(np.median(family.points.sizes["U"]))
+    sized = _sized(family)
 
     def loss(size: Number, images: Number, experts: float) -> Number:
-        of = dict.fromkeys(SIZES, size) | {"D": images, "E": experts, "U": different}
-        of["S"] = 0.0 if experts == 1 else 1 - slots / experts
-        return fit.predict(of, free)
+        return fit.predict(sized(size, images, experts), free)
 
     memory = None if device_mib is None else lambda size, experts: cost.mib(size, experts) / device_mib
     return World(loss, cost.train, cost.serve, memory)
@@ -134,6 +140,8 @@ def may_decide(fit: LawFit, family: Family) -> str:
     sizes = fit.form.law.sizes
     if sizes[0] not in SIZES or "D" not in sizes:
         return f"{fit.form.law.name} does not know both size and images"
+    if "G" in sizes:
+        return f"{fit.form.law.name} is a law of granularity, which no question asks for"
     if len(np.unique(family.points.sizes["E"])) > 1 and not {"E", "S"} & set(sizes):
         return f"{fit.form.law.name} knows no experts, of which the runs have several numbers"
     means = family.points.means()
@@ -200,7 +208,8 @@ def _refused(choice: Choice, why: str) -> Choice:
 
 @dataclass(frozen=True)
 class Proposal:
-    """A run to make: what to type, and the sizes that it really has."""
+    """A run to make: what to type, and its sizes, which the width and the experts to type leave apart from the wanted
+    ones. Where N is not its size, that is interpolated between the runs' own."""
 
     command: str
     size: float
@@ -218,20 +227,43 @@ def proposal(family: Family, size: str, wanted: float, images: float, experts: f
         alike = alike[points.sizes["E"][alike] == points.sizes["E"][alike[0]]]
     at = int(alike[np.argmin(np.abs(np.log(points.sizes[size][alike] / wanted)))])
     run, row = family.runs[at], family.runs[at].row
-    changed, factor = _width(row, wanted / float(points.sizes[size][at]))
-    if experts > 1 and experts != points.sizes["E"][at]:
-        changed.append(f"model.router.num_experts={experts:.0f}")
+    here = float(points.sizes[size][at])
+    changed, made = _width(row, wanted / here, _grown(points, size, at, experts))
+    changed += _experts(family, at, experts)
     batch = int(row["batch_size"])
     count = max(1, round(images / batch)) * batch
     budgets = [f"train.{key}=null" for key in ("steps", "epochs", "minutes") if row.get(f"train.{key}") is not None]
     words = ["softmoe", "train", "-cp", os.path.abspath(run.folder), "-cn", "config", *changed]
     words += [f"train.images={count}", *budgets]
-    return Proposal(shlex.join(words), float(points.sizes[size][at]) * factor, count, experts)
+    return Proposal(shlex.join(words), here * made, count, experts)
 
 
-def _width(row: Row, factor: float) -> tuple[list[str], float]:
-    """Overrides that make the dense size of a run's model nearest to `factor` times what it is, and the factor that
-    they really make. A backbone of timm's stays as it is."""
+def _experts(family: Family, at: int, experts: float) -> list[str]:
+    """Overrides that give a run's model so many experts; where the runs have other slots with other experts, with as
+    many slots per token as it has."""
+    row, has = family.runs[at].row, float(family.points.sizes["E"][at])
+    if experts == has:
+        return []
+    if experts == 1:
+        return ["model.router._target_=null"]
+    slots = {each.row.get("model.router.slots_per_expert") for each in family.runs if each.row["router"] != "dense"}
+    own = row.get("model.router.slots_per_expert")
+    kept = [] if own is None or len(slots) == 1 else [max(1, round(own * has / experts))]
+    return [f"model.router.num_experts={experts:.0f}", *(f"model.router.slots_per_expert={each}" for each in kept)]
+
+
+def _grown(points: Points, size: str, at: int, experts: float) -> Callable[[float, float], float]:
+    """By what a run's size grows where its N goes from one number to another and it gets so many experts: all
+    parameters grow with these too."""
+    if size == "N" or "N" not in points.sizes:
+        return lambda own, n: n / own
+    sizes = surface(points.sizes["N"], points.sizes["E"], points.sizes[size])
+    return lambda own, n: float(sizes(n, experts) / sizes(own, float(points.sizes["E"][at])))
+
+
+def _width(row: Row, factor: float, grown: Callable[[float, float], float]) -> tuple[list[str], float]:
+    """Overrides that make the size of a run's model nearest to `factor` times what it is, and the factor that they
+    really make. A backbone of timm's stays as it is."""
     own = dense_parameters(row)
     if own is None:
         return [], 1.0
@@ -240,15 +272,18 @@ def _width(row: Row, factor: float) -> tuple[list[str], float]:
 
     def made(w: int) -> float:
         changed = row | {"model.backbone.width": w, "model.backbone.mlp_width": max(1, round(w * ratio))}
-        return (dense_parameters(changed) or own) / own
+        return grown(own, dense_parameters(changed) or own)
 
     nearest = min(
         range(heads, 16 * width + heads, heads), key=lambda w: (abs(math.log(made(w) / factor)), w)
     )  # fmt: skip
     if nearest == width:
-        return [], 1.0
+        return [], made(width)
     hidden = max(1, round(nearest * ratio))
-    return [f"model.backbone.width={nearest}", f"model.backbone.mlp_width={hidden}"], made(nearest)
+    words = [f"model.backbone.width={nearest}", f"model.backbone.mlp_width={hidden}"]
+    if (narrow := row.get("model.expert_width")) is not None:
+        words.append(f"model.expert_width={max(1, round(narrow * hidden / row['model.backbone.mlp_width']))}")
+    return words, made(nearest)
 
 
 def with_room(
@@ -272,13 +307,14 @@ def with_room(
 def predicted(
     family: Family, fit: LawFit, drawn_free: np.ndarray, sizes: dict[str, Number]
 ) -> tuple[float, float, float]:
-    """The law's loss at sizes, and the ends of a 95% interval for one run there: of the law, and of a seed."""
+    """The law's loss, or error, at sizes, and the ends of a 95% interval for one run there: of the law, and of a
+    seed."""
     of = {name: np.array([value]) for name, value in sizes.items()}
-    middle = float(fit.predict(of)[0])
-    logs = np.array([math.log(float(fit.predict(of, free)[0])) for free in drawn_free])
-    noise = np.random.default_rng(1).standard_normal((len(logs), 16)) * seed_scatter(family.points)
-    low, high = percentiles((logs[:, None] + noise).ravel())
-    return middle, math.exp(low), math.exp(high)
+    points, middle = family.points, float(fit.predict(of)[0])
+    drawn = np.array([float(points.scale(fit.predict(of, free)[0])) for free in drawn_free])
+    noise = np.random.default_rng(1).standard_normal((len(drawn), 16)) * seed_scatter(points)
+    low, high = percentiles((drawn[:, None] + noise).ravel())
+    return middle, float(points.back(low)), float(points.back(high))
 
 
 def held_against(family: Family, fit: LawFit, drawn_free: np.ndarray, run: FinishedRun, quality: str) -> str:
@@ -293,10 +329,11 @@ def held_against(family: Family, fit: LawFit, drawn_free: np.ndarray, run: Finis
     if lacks:
         raise UsageError(f"--check {run.place}: its row does not tell {' and '.join(lacks)}")
     middle, low, high = predicted(family, fit, drawn_free, {k: float(v or 0.0) for k, v in sizes.items()})
-    value = float(row[quality])
+    value = loss_of(row, quality)
+    what = f"error by {quality}" if family.points.share else quality
     where = "inside" if low <= value <= high else "outside"
     return (
-        f"{run.place}: {quality} {value:.4f}, predicted {middle:.4f} [{low:.4f}, {high:.4f}] by {fit.form.law.name}: "
+        f"{run.place}: {what} {value:.4f}, predicted {middle:.4f} [{low:.4f}, {high:.4f}] by {fit.form.law.name}: "
         f"{where} the interval, {100 * (value / middle - 1):+.1f}%"
     )
 

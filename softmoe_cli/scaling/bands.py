@@ -31,8 +31,13 @@ def law_figures(reports: Sequence[Report]) -> dict[str, bytes]:
     content; nothing where none had."""
     shown = [report for report in reports if report.chosen is not None]
     drawn = drawn_files("laws", lambda: _panels(shown, _law_panel)) if shown else {}
-    flat = [report for report in shown if report.chosen is not None and "D" in report.chosen.form.law.sizes[1:]]
+    flat = [report for report in shown if report.chosen is not None and _flat(report.chosen.form.law.sizes)]
     return drawn | (drawn_files("iso_loss", lambda: _panels(flat, _iso_panel)) if flat else {})
+
+
+def _flat(sizes: Sequence[str]) -> bool:
+    """Whether a law, of so many experts, is one of size and images alone."""
+    return "D" in sizes[1:] and "G" not in sizes
 
 
 def _panels(shown: Sequence[Report], draw: Callable[[Axes, Report], float]) -> Figure:

@@ -280,9 +280,8 @@ def _decide(report: "Report", fit: "LawFit", chosen: argparse.Namespace, seconds
     aim = _aim(chosen, clock[0]["batch_size"] if clock else None)
     wanted = chosen.experts or tuple(int(e) for e in sorted(set(family.points.sizes["E"].tolist())))
     experts = [1.0, *(float(e) for e in sorted(set(wanted)) if e > 1)]
-    known = {"E", "S"} & set(fit.form.law.sizes)
-    if not known:
-        experts = [1.0]
+    if not {"E", "S"} & set(fit.form.law.sizes):  # the runs have one number then
+        experts = [float(family.points.sizes["E"][0])]
     made = decision(family, fit, report.draws, aim, cost, experts, chosen.device_mib, far=chosen.extrapolate)
     report.decision = made
     if made.best is None:

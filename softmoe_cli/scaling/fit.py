@@ -68,11 +68,15 @@ class Points:
         """A point for each configuration: the mean of its runs on the scale of the residuals."""
         kept, of = np.unique(self.config, return_index=True)[1], self.scale(self.loss)
         mean = np.array([of[self.config == self.config[row]].mean() for row in kept])
-        return replace(self.taken(kept), loss=1 / (1 + np.exp(-mean)) if self.share else np.exp(mean))
+        return replace(self.taken(kept), loss=self.back(mean))
 
     def scale(self, loss: Number) -> Number:
         """Where residuals are differences: log L, or the logit of an error share."""
         return np.log(loss) - np.log(1 - loss) if self.share else np.log(loss)
+
+    def back(self, scaled: Number) -> Number:
+        """The loss, or the error share, of what `scale` gives."""
+        return 1 / (1 + np.exp(-scaled)) if self.share else np.exp(scaled)
 
     @property
     def weights(self) -> np.ndarray:

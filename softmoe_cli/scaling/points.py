@@ -71,6 +71,12 @@ def check_quality(key: str) -> None:
         raise UsageError(f"--quality {key}: no law is fitted to that.{hint} Choices: {', '.join(known)}")
 
 
+def loss_of(row: Row, quality: str) -> float:
+    """What a law is fitted to: a loss as it is; of a share of right answers the share of wrong ones."""
+    value = float(row[quality])
+    return 1 - value / 100 if quality in ERRORS else value
+
+
 def families(runs: Sequence[FinishedRun], quality: str) -> list[Family]:
     """A family for each router; dense runs alone where there is no other."""
     dense = [run for run in runs if run.row["router"] == "dense"]
@@ -89,10 +95,9 @@ def _family(name: str, runs: list[FinishedRun], quality: str) -> Family:
     }
     marks = [json.dumps(run.settings(), sort_keys=True) for run in runs]
     models = [json.dumps([each["N"], run.row["backbone"]]) for each, run in zip(told, runs, strict=True)]
-    values = np.array([float(run.row[quality]) for run in runs])
+    values = np.array([loss_of(run.row, quality) for run in runs])
     share, images, chance = quality in ERRORS, 0, 0.0
     if share:
-        values = 1 - values / 100
         row, guesses = runs[0].row, QUALITIES[quality].guesses
         chance = 1 - (row["chance_pct"] / 100 if guesses == 1 else min(0.99, guesses / row["classes"]))
         looked = runs[0].looks[-1]["images_evaluated"] if runs[0].looks else 0

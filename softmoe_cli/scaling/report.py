@@ -16,10 +16,11 @@ from softmoe_cli.scaling.holdout import SHARE, Tested
 from softmoe_cli.scaling.points import Family
 from softmoe_cli.text import in_words, several, si
 
+OF_LOSSES = "log loss over configurations: 0.01 is 1% of the loss"
+OF_ERRORS = "the error's logit over configurations: 0.01 is 1% of the odds of an error"
 LAW_NOTE = (
-    "errors are root mean squares of log loss over configurations: 0.01 is 1% of the loss; the dearest fifth and each "
-    "size were held out in turn and predicted by a fit to the others; a law decides only if it beats the predictors "
-    "without a law on the dearest fifth"
+    "errors are root mean squares of {}; the dearest fifth and each size were held out in turn and predicted by a fit "
+    "to the others; a law decides only if it beats the predictors without a law on the dearest fifth"
 )
 COEFFICIENT_NOTE = (
     "95% intervals of a bootstrap over configurations and seeds; a coefficient whose interval spans a factor of 100 is "
@@ -84,7 +85,8 @@ def law_table(report: Report) -> Table:
         ])  # fmt: skip
     rows += [[name, "", _error(error), "", "", "", "no law"] for name, error in report.trivial.items()]
     head = ["law", "numbers", f"dearest {100 * SHARE:.0f}%", "each size", "AICc", "starts that agree", ""]
-    return Table(f"Laws of {report.family.name}: error where they were not fitted", LAW_NOTE, head, rows)
+    note = LAW_NOTE.format(OF_ERRORS if report.family.points.share else OF_LOSSES)
+    return Table(f"Laws of {report.family.name}: error where they were not fitted", note, head, rows)
 
 
 def _error(value: float | None) -> str:

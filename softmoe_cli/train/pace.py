@@ -13,7 +13,7 @@ from softmoe_cli.device import wait
 from softmoe_cli.model.tasks import any_task
 from softmoe_cli.optim import span_length
 from softmoe_cli.text import in_words, several
-from softmoe_cli.train.progress import Budget, Progress
+from softmoe_cli.train.progress import Budget, Progress, multiples
 from softmoe_cli.train.setup import Setup
 
 WARM_STEPS, PACE_STEPS = 2, 10
@@ -51,11 +51,11 @@ def looks(total: float, every: float, steps: int | None, done: float = 0.0) -> i
     step is followed by two."""
     interval = span_length(every, total)
     if steps is None:
-        return max(1, math.ceil(total / interval - 1e-9) - math.floor(done / interval + 1e-9))
+        return max(1, math.ceil(total / interval - 1e-9) - multiples(done, interval))
     if interval < 1:
         return math.ceil(total - done)
-    last = total // interval > (total - 1) // interval  # the end is such a multiple
-    return int(total // interval - done // interval) + (not last)
+    last = multiples(total, interval) > multiples(total - 1, interval)  # the end is such a multiple
+    return multiples(total, interval) - multiples(done, interval) + (not last)
 
 
 def images_of_a_look(train: Train, validation: int, classes: int, *, routed: bool) -> int:

@@ -98,6 +98,12 @@ class Progress:
         return means
 
 
+def multiples(position: float, interval: float) -> int:
+    """How many multiples of a span lie in (0, position], though the span is a product of floats: 0.07 * 100 is above
+    7."""
+    return math.floor(position / interval + 1e-9)
+
+
 @dataclass(frozen=True)
 class Budget:
     """How long a run trains: in updates, or in seconds of training."""
@@ -110,7 +116,9 @@ class Budget:
         t = config.train
         if t.minutes is not None:
             return cls(None, 60 * t.minutes)
-        images = t.images if t.images is not None else train_images * (t.epochs or 0)
+        images = (
+            t.images if t.images is not None else round(train_images * (t.epochs or 0), 6)
+        )  # 100 * 1.1 is above 110
         return cls(t.steps if t.steps is not None else math.ceil(images / t.batch_size), None)
 
     @property
@@ -124,7 +132,7 @@ class Budget:
     def passed(self, before: float, now: float, every: float) -> bool:
         """Whether a multiple of the span `every`, or the end, lies in (before, now]."""
         interval = span_length(every, self.total)
-        return now // interval > before // interval or (before < self.total <= now)
+        return multiples(now, interval) > multiples(before, interval) or (before < self.total <= now)
 
     def __str__(self) -> str:
         return several(self.steps, "step") if self.steps is not None else f"{self.total / 60:g} minutes"

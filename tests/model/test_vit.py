@@ -263,6 +263,13 @@ def test_unusable_timm_models_are_refused(name: str, overrides: list[str], messa
         build(config.model, 10)
 
 
+def test_convolutions_before_the_patches_are_refused() -> None:
+    """No formula counts them."""
+    config = compose_timm("vit_tiny_r_s16_p8_224", "model.image_size=32", router="dense")
+    with torch.device("meta"), pytest.raises(UsageError, match="has HybridEmbed; softmoe knows ViTs with plain patc"):
+        build(config.model, 10)
+
+
 def test_gated_mlps_are_refused() -> None:
     config = compose_timm("vit_giant_patch14_reg4_dinov2", "model.image_size=28", router="soft")
     with torch.device("meta"), pytest.raises(UsageError, match="has GluMlp; softmoe knows"):

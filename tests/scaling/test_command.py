@@ -1,7 +1,9 @@
 """`softmoe scaling` on runs of a planted law: what it prints, decides, refuses and writes."""
 
 import csv
+import dataclasses
 import json
+import math
 import re
 import shlex
 from pathlib import Path
@@ -13,17 +15,28 @@ import pytest
 from softmoe_cli.compare.runs import read_runs
 from softmoe_cli.cost.flop import account
 from softmoe_cli.errors import UsageError
-from softmoe_cli.scaling.answer import decision, law_world, may_decide, prices, proposal, sizes_at
+from softmoe_cli.scaling.answer import (
+    decision,
+    held_against,
+    law_world,
+    may_decide,
+    predicted,
+    prices,
+    proposal,
+    sizes_at,
+)
 from softmoe_cli.scaling.command import SCALING_OPTIONS, scaling_options
 from softmoe_cli.scaling.costs import matched
 from softmoe_cli.scaling.decide import Aim
-from softmoe_cli.scaling.fit import fit_law
-from softmoe_cli.scaling.forms import FORMS
-from softmoe_cli.scaling.laws import inference_optimal
+from softmoe_cli.scaling.fit import fit_law, seed_scatter
+from softmoe_cli.scaling.forms import FORMS, held_at
+from softmoe_cli.scaling.laws import chance_held, granular_moe, inference_optimal
 from softmoe_cli.scaling.points import Family, dense_parameters, families, sizes_of
+from softmoe_cli.scaling.report import Report, law_table
 from tests.conftest import TINY, Softmoe
 from tests.oracles import compose
 from tests.processes import Started
+from tests.scaling.made_up import PLANTED
 from tests.scaling.study import TRUE, planted, planted_study
 from tests.synthetic import row, write
 from tests.wandb_file import recorded
@@ -245,6 +258,105 @@ def test_worlds_of_laws(tmp_path: Path) -> None:
     noisy = family(tmp_path / "b", **DENSE | {"seeds": 3}, noise=1.0)
     law = fit_law(FORMS["chinchilla"], noisy.points, starts=1)
     assert "more seeds or more validation images are needed" in may_decide(law, noisy)
+
+
+def test_slots_of_a_world_are_those_of_runs_with_experts(tmp_path: Path) -> None:
+    """Two slots per token with 4 experts, and with 16 but for rounding; dense runs, which are most, have no say."""
+    for width in (16, 32, 64):
+        for images in (48_000, 96_000, 192_000):
+            write(tmp_path, planted(width, 1, images, 0))
+        for e, slots in ((4, 2.0), (16, 2.6)):
+            write(tmp_path, planted(width, e, 48_000, 0) | {"slots_per_token": slots})
+    runs, _ = read_runs([tmp_path])
+    (found,) = families(runs, "validation_loss")
+    fit = fit_law(FORMS["sparsity"], found.points, starts=1)
+    world = law_world(found, fit, prices(found, "N_total", None, "", seconds=False), None)
+    for e, sparsity in ((1.0, 0.0), (4.0, 1 - 2 / 4), (16.0, 1 - 2.6 / 16), (64.0, 1 - 2.3 / 64)):
+        assert sizes_at(found, 1e5, 2e5, e)["S"] == pytest.approx(sparsity)
+        want = fit.predict({"N_total": 1e5, "D": 2e5, "S": sparsity})
+        assert world.loss(1e5, 2e5, e) == pytest.approx(want, rel=1e-12)
+
+
+def test_a_proposal_of_other_experts_has_their_parameters(tmp_path: Path) -> None:
+    """All parameters, where 8 experts were not run: a third of N in experts, within what lies between 4 and 16."""
+    found = family(tmp_path, widths=(64, 128, 256), images=(48_000,), seeds=1)
+    for size in ("N_total", "N"):
+        made = proposal(found, size, 2e6, 48_000.0, 8.0)
+        assert "model.router.num_experts=8" in made.command
+        width = int(re.findall(r"backbone\.width=(\d+)", made.command)[0])
+        changed = {"model.backbone.width": width, "model.backbone.mlp_width": 4 * width}
+        own = dense_parameters(planted(16, 1, 48_000, 0) | changed)
+        assert own is not None
+        really = own * (1 + 7 / 3) if size == "N_total" else own
+        assert made.size == pytest.approx(really, rel=0.05 if size == "N_total" else 1e-9)
+        assert made.size == pytest.approx(2e6, rel=0.1)
+    dense = proposal(found, "N", 2e5, 48_000.0, 1.0)
+    assert "model.router" not in dense.command
+    for run in found.runs:
+        run.row["model.expert_width"] = run.row["model.backbone.mlp_width"] // 2
+        if run.row["num_experts"] == 4:
+            run.row["model.router.slots_per_expert"] = 4
+    made = proposal(found, "N", 4e5, 48_000.0, 8.0)
+    width = int(re.findall(r"backbone\.width=(\d+)", made.command)[0])
+    assert f"model.expert_width={2 * width} model.router.num_experts=8 model.router.slots_per_expert=2 " in made.command
+    of_16 = np.flatnonzero(found.points.sizes["E"] == 16)
+    only = dataclasses.replace(found, runs=[found.runs[i] for i in of_16], points=found.points.taken(of_16))
+    assert "model.router._target_=null" in proposal(only, "N", 8e5, 48_000.0, 1.0).command
+    same = proposal(found, "N_total", float(found.points.sizes["N_total"].max()), 48_000.0, 16.0)
+    assert "width" not in same.command and same.size == found.points.sizes["N_total"].max()
+
+
+def test_an_accuracy_is_held_against_the_law_as_its_error(tmp_path: Path) -> None:
+    found = family(tmp_path, **DENSE | {"seeds": 3})
+    compute, random = found.points.sizes["C"], np.random.default_rng(0)
+    errors = chance_held(compute, a=0.02, b=0.3, c=0.02, chance=0.9)
+    logits = np.log(errors / (1 - errors)) + 0.05 * random.standard_normal(len(errors))
+    for run, logit in zip(found.runs, logits, strict=True):
+        run.row["validation_top1_pct"] = 100 / (1 + math.exp(logit))
+    (of_errors,) = families(found.runs, "validation_top1_pct")
+    fit = fit_law(held_at(of_errors.points.chance), of_errors.points, starts=4)
+    draws = fit.free[None].repeat(200, axis=0)
+    last = found.runs[-1]
+    told = held_against(of_errors, fit, draws, last, "validation_top1_pct")
+    middle, low, high = predicted(of_errors, fit, draws, {"C": last.row["train_pflop"]})
+    truth = float(chance_held(last.row["train_pflop"], a=0.02, b=0.3, c=0.02, chance=0.9))
+    assert middle == pytest.approx(truth, rel=0.1)
+    odds = [math.log(each / (1 - each)) for each in (low, middle, high)]
+    assert np.diff(odds) == pytest.approx([1.96 * seed_scatter(of_errors.points)] * 2, rel=0.1)
+    error = 1 - last.row["validation_top1_pct"] / 100
+    assert f"error by validation_top1_pct {error:.4f}, predicted {middle:.4f} [{low:.4f}, {high:.4f}] by sat" in told
+    assert told.endswith(f"the interval, {100 * (error / middle - 1):+.1f}%")
+    notes = [law_table(Report(each, "", [], {}, {}, [])).note for each in (found, of_errors)]
+    assert "1% of the loss;" in notes[0] and "1% of the odds of an error;" in notes[1]
+
+
+@pytest.mark.thorough
+@pytest.mark.usefixtures("undrawn")
+def test_a_law_without_experts_decides_for_those_that_the_runs_have(softmoe: Softmoe, tmp_path: Path) -> None:
+    """All runs have 16 experts: the answer is of 16, inside of the runs, and not of a dense model."""
+    folder = planted_study(tmp_path / "soft", **DENSE | {"experts": (16,)})
+    asked = ("--law", "chinchilla", "--train-pflop", "0.0005", "--draws", "3")
+    answer = softmoe("scaling", str(folder), *asked)
+    assert answer.code == 0, answer.err
+    told = json.loads((folder / "scaling/scaling.json").read_text())["families"][0]
+    (choice,) = (each for each in told["rows"] if each["kind"] == "choice")
+    assert choice["experts"] == 16 and choice["outside"] < 2
+    assert "soft: 16 experts, N " in answer.out and "dense" not in answer.out
+
+
+@pytest.mark.thorough
+def test_a_law_of_granularity_is_shown_and_decides_nothing(softmoe: Softmoe, tmp_path: Path) -> None:
+    for width in (16, 32, 64):
+        for images in (48_000, 96_000, 192_000):
+            for g in (1, 2, 4):
+                made = planted(width, 16, images, 0)
+                loss = float(granular_moe(1e6 * made["params_m"], images, g, **PLANTED["granular_moe"]))
+                made |= {"validation_loss": loss, "model.expert_width": 4 * width // g}
+                write(tmp_path / "study", made | {key: f"{made[key]}{g}" for key in ("name", "signature")})
+    asked = ("--law", "granular_moe", "--train-pflop", "0.001", "--draws", "3")
+    answer = softmoe("scaling", str(tmp_path / "study"), *asked)
+    assert answer.code == 0, answer.err
+    assert "granular_moe is a law of granularity, which no question asks for" in answer.out
 
 
 def test_answers_near_and_far(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """How long a run takes, before its first step and after its first ones."""
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -29,6 +30,25 @@ def test_looks_are_those_that_the_loop_makes(steps: int, every: float) -> None:
     if len(made) > 1:
         half = made[len(made) // 2 - 1]
         assert looks(steps, every, steps, half) == sum(step > half for step in made)
+
+
+@pytest.mark.parametrize("every", ["0.07", "0.11", "0.28", "0.55", "0.033", "0.0033"])
+def test_spans_are_as_they_were_typed(every: str) -> None:
+    """By fractions: as floats, 0.07 * 100 is above 7, and three times 0.28 * 100 above 84."""
+    for total in (10, 100, 1000):
+        span, budget = Fraction(every) * total, Budget(total, None)
+        want = [step for step in range(1, total + 1) if step // span > (step - 1) // span or step == total]
+        assert [step for step in range(1, total + 1) if budget.passed(step - 1, step, float(every))] == want
+        assert looks(total, float(every), total) == len(want)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "images", "batch"), [(1.1, 100, 10), (2.2, 100, 20), (4.4, 100, 8), (1.1, 1437, 32)]
+)
+def test_epochs_are_as_they_were_typed(epochs: float, images: int, batch: int) -> None:
+    """As floats, 100 * 1.1 is above 110, which 11 steps of 10 images are."""
+    config = compose(f"train.epochs={epochs}", f"train.batch_size={batch}")
+    assert Budget.of(config, images).steps == math.ceil(Fraction(str(epochs)) * images / batch)
 
 
 def test_looks_of_a_budget_in_minutes() -> None:
