@@ -271,10 +271,10 @@ def test_slots_of_a_world_are_those_of_runs_with_experts(tmp_path: Path) -> None
     (found,) = families(runs, "validation_loss")
     fit = fit_law(FORMS["sparsity"], found.points, starts=1)
     world = law_world(found, fit, prices(found, "N_total", None, "", seconds=False), None)
-    for e, sparsity in ((1.0, 0.0), (4.0, 1 - 2 / 4), (16.0, 1 - 2.6 / 16), (64.0, 1 - 2.3 / 64)):
-        assert sizes_at(found, 1e5, 2e5, e)["S"] == pytest.approx(sparsity)
+    for experts, sparsity in ((1.0, 0.0), (4.0, 1 - 2 / 4), (16.0, 1 - 2.6 / 16), (64.0, 1 - 2.3 / 64)):
+        assert sizes_at(found, 1e5, 2e5, experts)["S"] == pytest.approx(sparsity)
         want = fit.predict({"N_total": 1e5, "D": 2e5, "S": sparsity})
-        assert world.loss(1e5, 2e5, e) == pytest.approx(want, rel=1e-12)
+        assert world.loss(1e5, 2e5, experts) == pytest.approx(want, rel=1e-12)
 
 
 def test_a_proposal_of_other_experts_has_their_parameters(tmp_path: Path) -> None:
