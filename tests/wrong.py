@@ -567,7 +567,7 @@ def everything(card: dict[str, Any]) -> dict[str, Cases]:
         cases = dict(each)
         if kind != "options":  # the commands of options share cases
             for number, name in enumerate(cases):
-                if number % 7 in (3, 6):
+                if number % 4 == 3:
                     cases[name] = cases[name]._replace(thorough=True)
         for thorough in (False, True):
             names = [name for name in cases if cases[name].thorough == thorough]
