@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -87,12 +88,12 @@ class Traffic:
 def predicted(model: Model, load: Load, gpus: int, way: str) -> memory.Memory:
     """What each GPU holds with AdamW. The fake step runs as on a CPU, because torch's backward pass wants a GPU that is
     there, but with what a GPU has: fused attention and products in half precision."""
-    setattr(memory, "prepare", lambda *_: None)  # noqa: B010 - a name that memory has from elsewhere
     CPU_PRODUCTS[torch.bfloat16] = "fast"
     each = loads.Load(
         model, CLASSES, load.images * gpus, torch.device("cpu"), recompute=load.recompute == 1, precision=load.precision
     )
-    return memory.predict(each, gpus, way)
+    with patch.object(memory, "prepare"):
+        return memory.predict(each, gpus, way)
 
 
 def possible(model: Model, gpus: int, way: str) -> bool:

@@ -116,9 +116,8 @@ class Budget:
         t = config.train
         if t.minutes is not None:
             return cls(None, 60 * t.minutes)
-        images = (
-            t.images if t.images is not None else round(train_images * (t.epochs or 0), 6)
-        )  # 100 * 1.1 is above 110
+        by_epochs = round(train_images * (t.epochs or 0), 6)  # 100 * 1.1 is above 110
+        images = t.images if t.images is not None else by_epochs
         return cls(t.steps if t.steps is not None else math.ceil(images / t.batch_size), None)
 
     @property
