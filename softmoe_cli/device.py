@@ -83,13 +83,21 @@ def precision_context(device: str, precision: str, cached: bool = True) -> torch
     return torch.autocast(device, dtype=dtype, enabled=precision != "fp32", cache_enabled=cached)
 
 
-def fast_precision(device: torch.device) -> tuple[str, str]:
-    """What `train.precision=auto` is on a device, and why: decided by its instructions, never by a clock, so that the
-    same command is the same run whatever else the machine does meanwhile."""
+NARROW = 128
+"""On a CPU with instructions for bf16, models narrower than this were updated no faster in bf16 than in float32, the
+smallest a third slower (experiments/loop_overhead): autocast's casts cost more than the products spare."""
+
+
+def fast_precision(device: torch.device, width: int | None) -> tuple[str, str]:
+    """What `train.precision=auto` is on a device for a model of this width (None: timm's choice), and why: decided by
+    its instructions, never by a clock, so that the same command is the same run whatever else the machine does
+    meanwhile."""
     if device.type == "cuda":
         fast, name = torch.cuda.is_bf16_supported(including_emulation=False), torch.cuda.get_device_name(device)
     elif device.type == "cpu":
         fast, name = CPU_PRODUCTS[torch.bfloat16] == "fast", "this CPU"
+        if fast and width is not None and width < NARROW:
+            return "fp32", f"a model {width} wide gains nothing from bf16 on a CPU"
     else:
         return "fp32", f"nobody has measured bf16 with device={device.type}"
     return ("bf16", f"{name} has instructions for it") if fast else ("fp32", f"{name} has no instructions for bf16")
@@ -138,12 +146,16 @@ def _locked(file: IO[str]) -> bool:
     return True
 
 
-def slower(device: torch.device, precision: str) -> str:
-    """A warning for the header where a half precision costs time instead of saving it."""
+def slower(device: torch.device, precision: str, width: int | None) -> str:
+    """A warning for the header where a half precision costs time instead of saving it. `width`: the model's."""
     if device.type != "cpu" or precision == "fp32":
         return ""
     products = CPU_PRODUCTS[torch.float16 if precision == "fp16" else torch.bfloat16]
-    return "" if products == "fast" else f" (fp32 is faster: this CPU has no instructions for {precision})"
+    if products == "fast":
+        return f" (fp32 is no slower for a model {width} wide)" if width is not None and width < NARROW else ""
+    if products == "slow":
+        return f" (fp32 is no slower: this CPU's instructions for {precision} gain nothing)"
+    return f" (fp32 is faster: this CPU has no instructions for {precision})"
 
 
 def wait(device: torch.device) -> None:

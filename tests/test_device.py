@@ -27,16 +27,17 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize(("products", "takes"), [("fast", "bf16"), ("emulated", "fp32"), ("loops", "fp32")])
 def test_precision_auto_goes_by_instructions(products: str, takes: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not by what oneDNN says that it supports, nor by a clock."""
+    """Not by what oneDNN says that it supports, nor by a clock; small models gain nothing on a CPU."""
     monkeypatch.setitem(CPU_PRODUCTS, torch.bfloat16, products)
-    assert fast_precision(CPU)[0] == takes
+    for width, precision in ((None, takes), (128, takes), (127, "fp32")):
+        assert fast_precision(CPU, width)[0] == precision
     for native, precision in ((True, "bf16"), (False, "fp32")):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Card")
-        assert fast_precision(torch.device("cuda")) == (
+        assert fast_precision(torch.device("cuda"), 16) == (
             precision, "Card has instructions for it" if native else "Card has no instructions for bf16"
         )  # fmt: skip
-    assert fast_precision(torch.device("mps"))[0] == "fp32"
+    assert fast_precision(torch.device("mps"), None)[0] == "fp32"
 
 
 def zone(root: Path, name: str, joules: float, span: float = 1000) -> None:

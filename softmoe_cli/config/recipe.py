@@ -104,7 +104,7 @@ class Train(Section):
         low=1,
     )
     precision: str = option(
-        "arithmetic under autocast; weights stay fp32; auto: bf16 where the device has instructions for it, else fp32",
+        "arithmetic under autocast; weights stay fp32; auto: bf16 where that is faster, else fp32",
         choices=("fp32", "bf16", "fp16", "auto"),
     )
     compile: bool = option("torch.compile the model; runs of the same shapes find it compiled")

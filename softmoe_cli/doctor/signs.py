@@ -131,8 +131,9 @@ SIGNS = {
                    "ours, of a minute lost or more: training waits for checkpoints 2% of the time by design"),
     "compilation": Sign("time lost in compilation", "% of all seconds that went into torch.compile", 30,
                         "ours, of a minute lost or more"),
-    "precision": Sign("slow precision", "whether float32 is faster on this processor (1: it is)", 1,
-                      "whether the processor has instructions for it: emulated products took 3.8 times as long as in "
-                      "float32, those in loops 6 to 40 times (softmoe_cli/moe/processor.py)"),
+    "precision": Sign("slow precision", "whether float32 is no slower on this processor (1: it is)", 1,
+                      "whether the processor has instructions for it, and the model is 128 wide or more: emulated "
+                      "products took 3.8 times as long as in float32, those in loops 6 to 40 times "
+                      "(softmoe_cli/moe/processor.py)"),
 }  # fmt: skip
 """Every sign, in the order in which they are told."""

@@ -75,7 +75,8 @@ def answer(inquiry: Inquiry) -> tuple[list[Job | UsageError | RunError], list[st
             settled, left = [], experts_left(source.weights) if source is not None else {}
             if config.train.precision == "auto":
                 _require_device_known("train.precision", options, "fp32, bf16 or fp16")
-                precision, _ = fast_precision(arithmetic(config.device, "fp32", config.threads)[0])
+                device, _ = arithmetic(config.device, "fp32", config.threads)
+                precision, _ = fast_precision(device, config.model.backbone.width)
                 config.train.precision = precision
                 settled.append(f"train.precision={precision}")
             if config.train.batch_size == "auto":

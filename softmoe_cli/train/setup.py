@@ -55,7 +55,9 @@ def begin(
             screen = Screen(quiet=True)
         if config.train.precision == "auto":
             precision, why = crew.ask_first(
-                lambda: fast_precision(arithmetic(config.device, "fp32", config.threads)[0])
+                lambda: fast_precision(
+                    arithmetic(config.device, "fp32", config.threads)[0], config.model.backbone.width
+                )
             )
             screen.say(
                 f"train.precision=auto: {precision}, as {why}; type train.precision={precision} to have the same run "

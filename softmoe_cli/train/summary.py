@@ -56,7 +56,7 @@ def header(setup: Setup, folder: Path) -> dict[str, str]:
         **images.notes,
         "budget": f"{setup.budget}, {t.batch_size} images each{parts}; {config.optim.schedule}, lr {config.optim.lr:g}",
         **{key: value for key, value in extra.items() if value},
-        "device": f"{_hardware(setup)}, {t.precision}{slower(setup.device, t.precision)}{compiled}",
+        "device": f"{_hardware(setup)}, {t.precision}{slower(setup.device, t.precision, m.backbone.width)}{compiled}",
         **({"processes": crew.describe(config)} if crew.size > 1 else {}),
         "folder": str(folder),
     }
@@ -213,7 +213,7 @@ def result_row(
         "batch_size": config.train.batch_size,
         "lr": config.optim.lr,
         "precision": config.train.precision,
-        "fp32_is_faster": bool(slower(setup.device, config.train.precision)),
+        "fp32_is_faster": bool(slower(setup.device, config.train.precision, m.backbone.width)),
         "adapter": None if m.adapter.name == "none" else m.adapter.name,
         "params_m": cost.params / 1e6,
         "trained_params_m": cost.trained_params / 1e6,

@@ -14,7 +14,7 @@ import softmoe_cli.moe.routers
 from softmoe_cli.model.router import make_layer
 from softmoe_cli.model.vit import portable_options
 from softmoe_cli.moe.kind import Decider, Layer
-from softmoe_cli.moe.layer import Experts, MoE
+from softmoe_cli.moe.layer import TILE, Experts, MoE, in_tiles, ragged_experts
 from softmoe_cli.moe.routers.soft import SoftRouter, soft_logits
 from softmoe_cli.moe.routing import DenseRouting, load_statistics, routings
 from tests.oracles import soft_moe
@@ -338,3 +338,38 @@ def test_flops_count_the_matrix_products() -> None:
     assert isinstance(layer.router, SoftRouter)
     assert layer.router.flop(n) == 3 * 2 * n * d * e * p
     assert layer.experts.flop(float(e * p)) == 2 * (e * p) * (2 * d * h)
+
+
+# --- runs of rows in half precision -----------------------------------------------------------------------------------
+
+RUNS = [[3, 0, 21, 16], [1, 0, 0, 0], [0, 5, 5, 31]]
+
+
+@pytest.mark.parametrize("sizes", RUNS)
+def test_tiles_hold_each_run_from_a_multiple_on(sizes: list[int]) -> None:
+    r = sum(sizes) + 3  # rows behind the last run too
+    place, ends, length = in_tiles(torch.tensor(sizes).cumsum(0).int(), r)
+    full = [-(-size // TILE) * TILE for size in sizes]
+    assert ends.tolist() == [sum(full[: i + 1]) for i in range(len(full))] and ends.dtype == torch.int32
+    starts = [0, *ends.tolist()]
+    want = [starts[i] + j for i, size in enumerate([*sizes, 3]) for j in range(size)]
+    assert place.tolist() == want and max(want) < length
+
+
+@pytest.mark.parametrize("sizes", RUNS)
+def test_runs_in_half_precision_are_those_of_float32(sizes: list[int]) -> None:
+    """Forwards and backwards, whatever stands behind the last run."""
+    torch.manual_seed(0)
+    e, d, h, r = len(sizes), 16, 24, sum(sizes)
+    offsets = torch.tensor(sizes).cumsum(0).int()
+    weights = [torch.randn(shape).bfloat16() for shape in ((e, d, h), (e, h), (e, h, d), (e, d))]
+    rows, gradient = torch.randn(r + 3, d).bfloat16(), torch.randn(r, d).bfloat16()
+    rows[r:] = float("nan")
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        given = [each.to(dtype, copy=True).requires_grad_() for each in (rows, *weights)]
+        made = ragged_experts(given[0], offsets, *given[1:], "tanh")[:r]
+        found.append([made, *torch.autograd.grad(made, given, gradient.to(dtype))])
+    for half, whole in zip(*found, strict=True):
+        half, whole = (each[:r] if len(each) == r + 3 else each for each in (half, whole))
+        assert (half - whole).norm() <= 0.02 * whole.norm()

@@ -22,7 +22,7 @@ from softmoe_cli.moe.routers.soft import SoftRouter
 from tests.conftest import thinned
 
 BF16, FP16 = torch.bfloat16, torch.float16
-SIDES = ("fast", "emulated", "loops")
+SIDES = ("fast", "slow", "emulated", "loops")
 every_side = pytest.mark.parametrize("side", SIDES)
 
 
@@ -38,7 +38,9 @@ every_side = pytest.mark.parametrize("side", SIDES)
         (BF16, True, "avx512_bf16", "x86_64", "avx512_core", "emulated"),
         (BF16, True, "amx_tile", "x86_64", "AVX512_CORE_VNNI", "emulated"),
         (BF16, True, "amx_tile", "x86_64", "AVX512_CORE_BF16", "fast"),
-        (FP16, True, "", "x86_64", "", "fast"),
+        (FP16, True, "amx_fp16", "x86_64", "", "fast"),
+        (FP16, True, "amx_tile", "x86_64", "", "slow"),
+        (FP16, True, "", "aarch64", "", "fast"),
         (FP16, False, "avx512_bf16", "x86_64", "", "loops"),
     ],
 )
@@ -48,7 +50,7 @@ def test_products_are_fast_where_instructions_are(
 ) -> None:  # fmt: skip
     for name in ("bf16", "fp16"):
         monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda: has)
-    for name in ("amx_tile", "avx512_bf16"):
+    for name in ("amx_tile", "amx_fp16", "avx512_bf16"):
         monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda name=name: name == instructions)
     monkeypatch.setattr(platform, "machine", lambda: machine)
     variables = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
@@ -92,11 +94,15 @@ def test_the_layer_multiplies_in_what_is_fast(side: str, monkeypatch: pytest.Mon
 
 @every_side
 def test_the_header_says_where_half_precision_costs_time(side: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = {"fast": "", "slow": " (fp32 is no slower: this CPU's instructions for {} gain nothing)"}
+    want = words.get(side, " (fp32 is faster: this CPU has no instructions for {})")
     for dtype, precision in ((BF16, "bf16"), (FP16, "fp16")):
         monkeypatch.setitem(CPU_PRODUCTS, dtype, side)
-        told = slower(torch.device("cpu"), precision)
-        assert (f"fp32 is faster: this CPU has no instructions for {precision}" in told) == (side != "fast")
-        assert slower(torch.device("cuda"), precision) == slower(torch.device("cpu"), "fp32") == ""
+        for width in (None, 128):
+            assert slower(torch.device("cpu"), precision, width) == want.format(precision)
+        narrow = want.format(precision) or " (fp32 is no slower for a model 64 wide)"
+        assert slower(torch.device("cpu"), precision, 64) == narrow
+        assert slower(torch.device("cuda"), precision, 64) == slower(torch.device("cpu"), "fp32", 64) == ""
 
 
 @every_side

@@ -16,6 +16,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from softmoe_cli import device
 from softmoe_cli.cli import main
 from softmoe_cli.moe.processor import CPU_PRODUCTS
 from softmoe_cli.parallel import Average
@@ -159,15 +160,26 @@ def test_rows_and_result(softmoe: Softmoe, tmp_path: Path) -> None:
     assert layers == {1}
 
 
-@pytest.mark.parametrize(("products", "precision"), thinned([("emulated", "fp32"), ("fast", "bf16")], 1))
+@pytest.mark.parametrize(
+    ("products", "narrow", "precision", "reason"),
+    thinned(
+        [
+            ("fast", 0, "bf16", "this CPU has instructions for it"),
+            ("fast", 128, "fp32", "a model 16 wide gains nothing from bf16 on a CPU"),
+            ("emulated", 0, "fp32", "this CPU has no instructions for bf16"),
+        ],
+        1,
+    ),
+)
 def test_precision_auto_is_the_run_of_the_precision_that_it_takes(
-    products: str, precision: str, softmoe: Softmoe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    products: str, narrow: int, precision: str, reason: str, softmoe: Softmoe, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     monkeypatch.setitem(CPU_PRODUCTS, torch.bfloat16, products)
+    monkeypatch.setattr(device, "NARROW", narrow)
     line = ("train", *TINY, "train.steps=1")
     told = softmoe(*line, "train.precision=auto")
-    reason = "has instructions for it" if precision == "bf16" else "has no instructions for bf16"
-    assert f"train.precision=auto: {precision}, as this CPU {reason}; type train.precision={precision}" in told.out
+    assert f"train.precision=auto: {precision}, as {reason}; type train.precision={precision}" in told.out
     assert f"thread, {precision}" in told.out
     for again in (precision, "auto"):
         assert "is finished" in softmoe(*line, f"train.precision={again}").out
