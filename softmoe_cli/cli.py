@@ -2,8 +2,6 @@
 them."""
 
 import functools
-import gc
-import io
 import os
 import sys
 import traceback
@@ -16,11 +14,11 @@ from softmoe_cli.config.commands import CostConfig, DataCheckConfig, EvaluateCon
 from softmoe_cli.config.data import check_channels
 from softmoe_cli.config.run import Config
 from softmoe_cli.config.settle import FAIR_KEYS
-from softmoe_cli.deferred import defer_packages
 from softmoe_cli.errors import UsageError, nearest
 from softmoe_cli.failures import defect, ours
 from softmoe_cli.options.compose import Jobs, admit, changed, door, other_model, overlay, plain, say_once
 from softmoe_cli.options.usage import COMMANDS, HELP
+from softmoe_cli.process import settle_in
 from softmoe_cli.run.finished import finished
 from softmoe_cli.signals import interruptible, leave, nobody_listens
 from softmoe_cli.text import printable_lines
@@ -30,19 +28,11 @@ if typing.TYPE_CHECKING:
 
     from softmoe_cli.train.first import First
 
-GARBAGE = 50_000
-"""New objects after which Python looks for circles of garbage. By default it looks after 700, which is an eighth of the
-time that importing torch takes, and finds none."""
-
 
 def main() -> None:
     """The entry point: runs sys.argv and exits with 0, 1 (it failed, or found faults), 2 (cannot work) or 130
     (interrupted)."""
-    for stream in programs.streams():  # file names and terminals may not be UTF-8
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    gc.set_threshold(GARBAGE)
-    defer_packages()
+    settle_in()
     code, text = run(sys.argv[1:])
     if text:
         print(f"softmoe: {printable_lines(text.removeprefix('softmoe '))}", file=sys.stderr)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from softmoe_cli.process import SPINS
 from tests.conftest import TINY, Softmoe
 from tests.runs import saved
 
@@ -155,3 +156,16 @@ def test_what_a_run_has_imported_when_it_speaks(tmp_path: Path) -> None:
 def test_what_other_commands_have_imported_in_the_end(words: str, tmp_path: Path) -> None:
     *_, (_, modules) = said(tmp_path, *words.split())
     assert modules.isdisjoint(NEVER), modules & NEVER
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch brings GNU's OpenMP on Linux alone")
+@pytest.mark.parametrize(
+    ("typed", "spins"), [({}, SPINS), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, "0")]
+)
+def test_threads_that_wait_sleep_soon(typed: dict[str, str], spins: str) -> None:
+    """torch's OpenMP says itself what it has read."""
+    code = "from softmoe_cli.process import settle_in; settle_in(); import torch"
+    mine = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    environment = mine | {"PYTHONPATH": str(ROOT), "OMP_DISPLAY_ENV": "verbose"} | typed
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert f"GOMP_SPINCOUNT = '{spins}'" in ran.stderr

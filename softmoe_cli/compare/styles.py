@@ -18,7 +18,7 @@ def styles(groups: Iterable[Group]) -> dict[str, tuple[int, str]]:
     labels = sorted({group.label for group in groups}, key=lambda label: (label not in baselines, natural(label)))
     families: dict[str, list[str]] = {}
     for label in labels:
-        families.setdefault(label.partition(",")[0], []).append(label)
+        families.setdefault(label.partition(", ")[0], []).append(label)
     if 1 < len(families) <= len(COLOURS) and max(map(len, families.values())) <= len(MARKERS):
         at = {label: (c, (c + m) % len(MARKERS)) for c, f in enumerate(families.values()) for m, label in enumerate(f)}
     else:

@@ -104,7 +104,6 @@ class Sweep(HydraLauncher):
         self._entries: list[Entry] = []
         self._place: Place | None = None
         self._console = Console(highlight=False, soft_wrap=True, emoji=False)
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # jobs share the cores: no thread may spin
         start_server(["softmoe_cli.launch.preloaded", "softmoe_cli.cli", "softmoe_cli.launch.sweep"])
 
     def _share_composed(self, loader: ConfigLoader) -> None:
@@ -382,7 +381,7 @@ class Sweep(HydraLauncher):
             self._line("started", entry, "")
 
     def _order(self, entry: Entry) -> Order:
-        environment = dict(os.environ) if self._local else {"OMP_WAIT_POLICY": "passive"}
+        environment = dict(os.environ) if self._local else {}
         environment |= {"OMP_NUM_THREADS": str(entry.job.threads), KNOWN: entry.job.images}
         if entry.slot:
             environment["CUDA_VISIBLE_DEVICES"] = entry.slot

@@ -15,3 +15,10 @@ def test_every_group_has_a_look_of_its_own(tmp_path: Path) -> None:
     look = styles(compare([tmp_path], Question()).groups)
     assert len(set(look.values())) == 30
     assert look["dense"] == (0, "o")
+
+
+def test_a_comma_inside_a_number_of_blocks_ends_no_beginning(tmp_path: Path) -> None:
+    for blocks in ([0], [0, 1], [1]):
+        write(tmp_path, row(model__moe_blocks=blocks, moe_blocks=",".join(map(str, blocks))))
+    look = styles(compare([tmp_path], Question()).groups)
+    assert len({colour for colour, _ in look.values()}) == 3, look
