@@ -1,12 +1,12 @@
 """Would bf16 weights beside the float32 masters, written by the update itself, spare what autocast spends on casting?
 
     cd experiments/layer_speed
-    python beside.py width=384,768 experts=32,128 batch=8 rounds=9
+    python beside.py width=384,768 experts=32,128 batch=8 rounds=9 half=0,1
 
 For each point, in one process and in turns, one thread: AdamW's update of the layer's matrices and the cast of all of
 them to bf16, as a step under autocast has them; and the update in pieces of 65,536 numbers, each cast while it is in
-the cache. Prints processor time, and what share of update, cast and a float32 step of the layer would be spared
-(negative: lost).
+the cache. Prints processor time, and what share of update, cast and a step of the layer, in float32 or in bf16
+(`half=1`), would be spared (negative: lost).
 """
 
 import itertools
@@ -32,7 +32,7 @@ def adamw(weights: list[Tensor], gradients: list[Tensor], first: list[Tensor], s
 
 
 @torch.no_grad()
-def point(d: int, e: int, batch: int, rounds: int) -> str:
+def point(d: int, e: int, batch: int, half: bool, rounds: int) -> str:
     layer = ours("soft", d, e)
     x = torch.randn(batch, TOKENS, d, requires_grad=True)
     weights = [each.detach() for each in layer.parameters() if each.dim() > 1]
@@ -50,13 +50,13 @@ def point(d: int, e: int, batch: int, rounds: int) -> str:
         torch._foreach_copy_(halves, weights)
 
     def in_pieces() -> None:
-        for w, g, m, v, half in itertools.chain(*pieces):
+        for w, g, m, v, short in itertools.chain(*pieces):
             adamw([w], [g], [m], [v])
-            half.copy_(w)
+            short.copy_(w)
 
     def step() -> None:
         with torch.enable_grad():
-            run(layer, x, half=False, backward=True)
+            run(layer, x, half=half, backward=True)
 
     took: dict[str, list[float]] = {}
     for turn in range(rounds + 1):
@@ -72,8 +72,8 @@ def point(d: int, e: int, batch: int, rounds: int) -> str:
     )
     times = ", ".join(f"{name} {1e3 * statistics.median(found):.1f} ms" for name, found in took.items())
     return (
-        f"{d} wide, {e} experts, {batch} images: {times}; in pieces {ratio:.2f} ({low:.2f} to {high:.2f}) of update "
-        f"and cast, which spares {of_all:.1%} of all"
+        f"{d} wide, {e} experts, {batch} images, {'bf16' if half else 'fp32'}: {times}; in pieces {ratio:.2f} "
+        f"({low:.2f} to {high:.2f}) of update and cast, which spares {of_all:.1%} of all"
     )
 
 
@@ -83,8 +83,8 @@ def main() -> None:
     }
     torch.set_num_threads(1)
     keep_freed_memory(torch.device("cpu"))
-    for d, e, batch in itertools.product(grid["width"], grid["experts"], grid["batch"]):
-        print(point(d, e, batch, *grid.get("rounds", [9])), flush=True)
+    for half, d, e, batch in itertools.product(grid.get("half", [0]), grid["width"], grid["experts"], grid["batch"]):
+        print(point(d, e, batch, bool(half), *grid.get("rounds", [9])), flush=True)
 
 
 if __name__ == "__main__":
