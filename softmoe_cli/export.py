@@ -295,8 +295,8 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 
 
 def _is_timms(model: Model) -> bool:
-    dense = model.router["_target_"] is None and model.adapter.name == "none"
-    return model.backbone.timm is not None and dense
+    plain = model.router["_target_"] is None and model.adapter.name == "none" and model.head == "linear"
+    return model.backbone.timm is not None and plain
 
 
 def _check_name(push: str) -> None:

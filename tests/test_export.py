@@ -226,6 +226,17 @@ def test_a_dense_timm_model_needs_timm_alone(softmoe: Softmoe, tmp_path: Path) -
         assert torch.equal(timm.create_model("local-dir:out", pretrained=True).eval()(x), vit(x))
 
 
+def test_a_timm_model_with_a_head_of_its_own_is_ours(softmoe: Softmoe, tmp_path: Path) -> None:
+    """timm's architecture has a linear head."""
+    backbone = ("model/backbone=timm", "model/router=dense", "model.backbone.timm=test_vit", "model.image_size=32")
+    path, vit = weights_of(tmp_path, *backbone, "model.in_chans=1", "model.head=mumoe_cp", "model.head_experts=2")
+    assert softmoe("export", f"checkpoint={path}", "folder=out").code == 0
+    assert json.loads(Path("out/config.json").read_text())["architecture"] == "softmoe_vit"
+    x = images(2, size=32)
+    with torch.no_grad():
+        assert torch.equal(timm.create_model("local-dir:out", pretrained=True).eval()(x), vit(x))
+
+
 def test_pulled_from_the_hub(
     source: tuple[Path, VisionTransformer], softmoe: Softmoe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
