@@ -161,7 +161,8 @@ def proportional_slots(before: Model, after: Model) -> int:
             "it takes the same on both sides, and one that has slots per expert"
         )
     with torch.device("meta"):
-        plain = (replace(model, head="linear") for model in (before, after))  # other heads need more classes than 2
+        # Other heads need more classes than 2, and tasks have their own.
+        plain = (replace(model, head="linear", tasks=None) for model in (before, after))
         old, new = (count_tokens(build(model, 2)) * model.images_per_group for model in plain)
     return max(1, round(slots * new / old))
 

@@ -190,6 +190,8 @@ def test_proportional_slots() -> None:
     model = compose("model=vit_nano2_soft", "model.router.slots_per_expert=3").model
     sizes = {8: 3, 12: 7, 16: 12, 4: 1, 2: 1}
     assert {size: proportional_slots(model, replace(model, image_size=size)) for size in sizes} == sizes
+    of_tasks = replace(model, tasks={"digits": 10, "letters": 26})
+    assert proportional_slots(of_tasks, replace(of_tasks, image_size=16)) == 12
     other = compose("model/router=dense").model
     for before, after in ((other, other), (model, other), (other, model)):
         with pytest.raises(UsageError, match=r"slots=proportional: the checkpoint's router is (soft|dense) and the"):
