@@ -108,6 +108,7 @@ PRESERVING: dict[str, tuple[str, int, dict[str, Any]]] = {
     "experts choice in parts": ("experts_choice", 2, ROOM),
     "experts choice, gates add up to one": ("experts_choice", 1, {"renormalise": True, **ROOM}),
     "identity": ("identity", 1, {}),
+    "given experts in parts": ("static_tasks", 2, {"num_tasks": 1, "k": 2, "assigned": [[1, 2]]}),
     "a zero expert": ("zero_computation", 1, {"num_copy": 0, "num_constant": 0}),
     "no free experts": ("zero_computation", 2, {"num_zero": 0, "num_copy": 0, "num_constant": 0, "tau": 1.0}),
 }  # fmt: skip
@@ -125,6 +126,12 @@ OTHER: dict[str, tuple[str, int, dict[str, Any], str]] = {
         "a token that no expert takes gets nothing",
     ),
     "identity in parts": ("identity", 2, {}, "one part of the MLP only"),
+    "a part twice": (
+        "static_tasks",
+        2,
+        {"num_tasks": 1, "k": 2, "assigned": [[0, 2]]},
+        "experts 0, 2 of a task do not hold whole",
+    ),
     "copies": ("zero_computation", 1, {}, "copy and constant experts are no copies of the MLP"),
     "the paper's gates": (
         "zero_computation",
