@@ -171,6 +171,10 @@ def test_what_cannot_be_folded() -> None:
     model, vit = made(*MODELS["hybrid"])
     with pytest.raises(UsageError, match="form=folded: block 0 decides by token or image"):
         Made.of("folded", model, vit, ["digits"])
+    with pytest.raises(UsageError, match="form=folded: block 0 decides by token or image"):
+        Made.of("folded", *made("model/router=tokens_choice_dropless"), ["digits"])
+    with pytest.raises(UsageError, match="form=folded: no block has experts that a task takes; leave form=experts"):
+        Made.of("folded", *made("model/router=dense"), ["digits"])
     with pytest.raises(UsageError, match="form=dense: MLPs of 64 units in blocks"):
         Made.of("dense", *made("model.moe_blocks=[1]"), ["digits"])
 
