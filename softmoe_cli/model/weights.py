@@ -65,7 +65,7 @@ def load_weights(
         elif key == "pos_embed" and value.shape != own[key].shape:
             incoming[key] = _resample(vit, value)
             report.resized.append(f"{key} {value.shape[1]} -> {own[key].shape[1]} positions")
-        elif key in slots and _alike(value, own[key], but=slots[key]):
+        elif key in slots and value.shape != own[key].shape and _alike(value, own[key], but=slots[key]):
             before, after = value.shape[slots[key]], own[key].shape[slots[key]]
             incoming[key] = resized_slots(value, slots[key], after)
             report.resized.append(f"{key} {before} -> {after} slots per expert")

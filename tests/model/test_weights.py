@@ -183,6 +183,9 @@ def test_slots_are_resized_only_when_asked() -> None:
     report = load_weights(vit, state, keep_head=True, allow_unexpected=[], resize_slots=True)
     assert report.resized == [f"blocks.{i}.mlp.router.phi 1 -> 3 slots per expert" for i in (2, 3)]
     assert torch.equal(vit.blocks[2].mlp.router.phi[:, :, 0].detach(), state["blocks.2.mlp.router.phi"][:, :, 0])
+    same = make("model=vit_nano2_soft")
+    report = load_weights(same, state, keep_head=True, allow_unexpected=[], resize_slots=True)
+    assert not report.resized and report.loaded == list(state), "as many slots as before are loaded as they are"
 
 
 def test_proportional_slots() -> None:
