@@ -22,6 +22,7 @@ from softmoe_cli.model.tasks import TaskVit
 from softmoe_cli.model.vit import build
 from softmoe_cli.options import inherit
 from softmoe_cli.run.header import Source
+from softmoe_cli.train.pruning import served
 from tests.conftest import TINY, Softmoe
 from tests.mixes import mix, write_clothes
 from tests.oracles import compose
@@ -114,6 +115,16 @@ def test_what_is_served_is_known_before(kind: str) -> None:
         assert cost.row == account(new.model, 10).row
         assert cost.params == sum(each.numel() for each in new.built(torch.float32).parameters())
     assert served_tasks(*made_of_one_set()) == {}
+
+
+def test_what_cannot_be_extracted_is_served_whole() -> None:
+    """Twelve experts make a head of 20 classes, and none of the 10 of one task."""
+    model, vit = made("model.head=mumoe_cp", "model.head_experts=12")
+    cost = account(model, 20)
+    with pytest.raises(UsageError, match="only a linear head can be cut"):
+        cut_out(model, vit, ["digits"])
+    told = served(model, vit, cost)
+    assert (told["served_as"], told["served_params_m"]) == (None, cost.params / 1e6)
 
 
 WIDTHS = {"base": (512, 2048), "big": (1024, 8192)}
