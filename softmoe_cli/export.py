@@ -302,8 +302,8 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 
 
 def _is_timms(model: Model) -> bool:
-    plain = model.router["_target_"] is None and model.adapter.name == "none" and model.head == "linear"
-    return model.backbone.timm is not None and plain
+    unchanged = model.router["_target_"] is None and model.adapter.name == "none" and model.head == "linear"
+    return model.backbone.timm is not None and unchanged
 
 
 def _check_name(push: str) -> None:
