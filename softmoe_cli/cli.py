@@ -385,7 +385,7 @@ def _upcycle(config: Any, typed: list[str]) -> int:
 
     inherit.take_backbone(tree["model"], source, typed)
     named = inherit.names_data(tree["data"])
-    tree["data"] = overlay(source.card.get("data", {}), tree["data"])
+    tree["data"] = overlay(inherit.data_said(source, named=named), tree["data"])
     inherit.take_model(tree, source, typed)
     inherit.require_own(tree, source)
     if tree["data"].get("name", "???") == "???":

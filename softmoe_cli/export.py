@@ -123,6 +123,13 @@ def _fill(config: ExportConfig, model: Model, source: Source, receipt: dict[str,
     images = batches.first_images(splits.validation, config.data, model, config.images).images
     group = evaluation_group(model)
     batch = None if group == 1 else group
+    if config.formats:  # a program takes whole groups, and there may be fewer images than were asked for
+        images = images[: len(images) // group * group]
+        if not len(images):
+            raise UsageError(
+                f"formats={','.join(config.formats)}: data={config.data.name} has fewer validation images than one "
+                f"group of model.router.images_per_group={group}, with which a program is compared; leave formats=[]"
+            )
 
     folder.mkdir(parents=True)
     save_file(weights, folder / WEIGHTS, metadata={"softmoe": json.dumps(card)})
@@ -295,8 +302,8 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 
 
 def _is_timms(model: Model) -> bool:
-    dense = model.router["_target_"] is None and model.adapter.name == "none"
-    return model.backbone.timm is not None and dense
+    unchanged = model.router["_target_"] is None and model.adapter.name == "none" and model.head == "linear"
+    return model.backbone.timm is not None and unchanged
 
 
 def _check_name(push: str) -> None:

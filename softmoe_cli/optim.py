@@ -250,11 +250,12 @@ def constant(t: float, total: float, *, peak: float, warmup: float, cooldown: fl
 def schedule(optim: Optim, total: float) -> Callable[[float], float]:
     """The learning rate as a function of the position: steps of `total` steps, or seconds of `total` seconds."""
     warmup, cooldown = span_length(optim.warmup, total), span_length(optim.cooldown, total)
-    if warmup + cooldown > total:
+    if warmup + cooldown > total * (1 + 1e-9):  # shares that add up to one may be above it by a rounding
         raise UsageError(
             f"optim.warmup={optim.warmup:g} and optim.cooldown={optim.cooldown:g} do not fit a budget of {total:g}; "
             "shorten them or give shares below 1"
         )
+    cooldown = min(cooldown, total - warmup)
     match optim.schedule:
         case "rsqrt":
             return lambda t: rsqrt(t, total, peak=optim.lr, warmup=warmup, cooldown=cooldown, timescale=optim.timescale)

@@ -167,6 +167,27 @@ def test_pixels_are_told_as_they_were_made(
     assert (made["interpolation"], made["crop_pct"]) == told
 
 
+@pytest.mark.thorough
+def test_programs_are_compared_on_whole_groups(softmoe: Softmoe, tmp_path: Path) -> None:
+    """The digits have 143 validation images: 35 groups of 4, and a rest."""
+    path, _ = weights_of(tmp_path, "model/router=tokens_choice", "model.router.images_per_group=4", *TINY)
+    line = ("export", f"checkpoint={path}", "images=144", "formats=[torch_export]", "format=json")
+    answer = softmoe(*line)
+    assert answer.code == 0, answer
+    told = json.loads(answer.out)
+    assert told["images"] == told["programs"]["torch_export"]["same_top1"] == 140
+    assert told["programs"]["timm"]["same_top1"] == 140
+
+
+@pytest.mark.thorough
+def test_a_program_of_more_images_than_there_are_is_refused(softmoe: Softmoe, tmp_path: Path) -> None:
+    path, _ = weights_of(tmp_path, "model/router=tokens_choice", "model.router.images_per_group=144", *TINY)
+    line = ("export", f"checkpoint={path}", "images=144", "formats=[torch_export]")
+    answer = softmoe(*line)
+    assert answer.code == 2 and "fewer validation images than one group" in answer.err, answer
+    assert softmoe(*line[:-1]).code == 0
+
+
 def test_timm_adapts_it(source: tuple[Path, VisionTransformer], softmoe: Softmoe) -> None:
     """What timm's users do with any model: load, preprocess, another head, other sizes and channels."""
     path, vit = source
@@ -223,6 +244,17 @@ def test_a_dense_timm_model_needs_timm_alone(softmoe: Softmoe, tmp_path: Path) -
     timm.models.load_checkpoint(plain, ours)
     with torch.no_grad():
         assert torch.equal(plain.eval()(x), vit(x))
+        assert torch.equal(timm.create_model("local-dir:out", pretrained=True).eval()(x), vit(x))
+
+
+def test_a_timm_model_with_a_head_of_its_own_is_ours(softmoe: Softmoe, tmp_path: Path) -> None:
+    """timm's architecture has a linear head."""
+    backbone = ("model/backbone=timm", "model/router=dense", "model.backbone.timm=test_vit", "model.image_size=32")
+    path, vit = weights_of(tmp_path, *backbone, "model.in_chans=1", "model.head=mumoe_cp", "model.head_experts=2")
+    assert softmoe("export", f"checkpoint={path}", "folder=out").code == 0
+    assert json.loads(Path("out/config.json").read_text())["architecture"] == "softmoe_vit"
+    x = images(2, size=32)
+    with torch.no_grad():
         assert torch.equal(timm.create_model("local-dir:out", pretrained=True).eval()(x), vit(x))
 
 

@@ -131,6 +131,16 @@ def test_spans_may_fill_the_budget() -> None:
     assert [rate(0), rate(25), rate(50), rate(75), rate(100)] == pytest.approx([0, 0.5, 1, 0.5, 0])
 
 
+@pytest.mark.parametrize("name", ["rsqrt", "constant"])
+def test_shares_of_one_fill_the_budget_whatever_they_are_rounded_to(name: str) -> None:
+    """0.07 * 7 + 0.93 * 7 is above 7."""
+    for hundredths in range(1, 100):
+        spans = {"warmup": hundredths / 100, "cooldown": (100 - hundredths) / 100}
+        for total in (7, 9, 14, 30, 100):
+            rate = schedule(optim(schedule=name, lr=2.0, **spans), total)
+            assert rate(total) == 0 and rate(spans["warmup"] * total) == pytest.approx(2.0)
+
+
 # --- decay ------------------------------------------------------------------------------------------------------------
 
 DECAYED = (

@@ -28,6 +28,7 @@ from softmoe_cli.train.loop import train
 from softmoe_cli.train.setup import begin
 from softmoe_cli.upcycle import fill_experts, redraw_units, tie_parts
 from tests.conftest import Softmoe, thinned
+from tests.mixes import mix, write_clothes
 from tests.oracles import compose
 from tests.routers import ROUTERS
 
@@ -108,6 +109,7 @@ PRESERVING: dict[str, tuple[str, int, dict[str, Any]]] = {
     "experts choice in parts": ("experts_choice", 2, ROOM),
     "experts choice, gates add up to one": ("experts_choice", 1, {"renormalise": True, **ROOM}),
     "identity": ("identity", 1, {}),
+    "given experts in parts": ("static_tasks", 2, {"num_tasks": 1, "k": 2, "assigned": [[1, 2]]}),
     "a zero expert": ("zero_computation", 1, {"num_copy": 0, "num_constant": 0}),
     "no free experts": ("zero_computation", 2, {"num_zero": 0, "num_copy": 0, "num_constant": 0, "tau": 1.0}),
 }  # fmt: skip
@@ -125,6 +127,12 @@ OTHER: dict[str, tuple[str, int, dict[str, Any], str]] = {
         "a token that no expert takes gets nothing",
     ),
     "identity in parts": ("identity", 2, {}, "one part of the MLP only"),
+    "a part twice": (
+        "static_tasks",
+        2,
+        {"num_tasks": 1, "k": 2, "assigned": [[0, 2]]},
+        "experts 0, 2 of a task do not hold whole",
+    ),
     "copies": ("zero_computation", 1, {}, "copy and constant experts are no copies of the MLP"),
     "the paper's gates": (
         "zero_computation",
@@ -340,6 +348,21 @@ def test_a_named_point_and_other_images(source: Path, softmoe: Softmoe, tmp_path
     receipt = json.loads((tmp_path / "up/receipt.json").read_text())
     assert receipt["outputs"] == "features" and receipt["loss_before"] is None
     assert receipt["keys"]["head.weight"] == {"from": None, "how": "new"}
+
+
+@pytest.mark.thorough
+def test_a_model_of_several_sets_goes_on_with_one(softmoe: Softmoe, tmp_path: Path) -> None:
+    """What only a mix has is nothing of the set that is named."""
+    config = compose(*mix(write_clothes(tmp_path / "sets/clothes")), "model/router=dense")
+    card = {"format": CARD_FORMAT, "model": asdict(config.model), "data": config.data.on_card(), "loss": "softmax"}
+    card |= {"classes": sets.load(config.data).classes, "precision": "fp32"}
+    save_file(build(config.model, 20).state_dict(), "mix.safetensors", metadata={"softmoe": json.dumps(card)})
+    line = ("upcycle", "checkpoint=mix.safetensors", "model/router=identity", *BLOCKS, "images=8")
+    for words, outputs in ((("data=digits", "folder=one"), "features"), (("folder=both",), "logits")):
+        answer = softmoe(*line, *words)
+        assert answer.code == 0, answer
+        receipt = tmp_path / words[-1].removeprefix("folder=") / "receipt.json"
+        assert json.loads(receipt.read_text())["outputs"] == outputs
 
 
 WRONG = {

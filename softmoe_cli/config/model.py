@@ -216,7 +216,7 @@ def check_blocks(blocks: Any, placed: list[int] | None) -> None:
     if not isinstance(blocks, dict):
         raise UsageError(f"model.blocks={blocks} is no group of blocks with their routers, such as {{3: soft}}")
     for block, router in blocks.items():
-        if not str(block).isdigit():
+        if not str(block).isdecimal() or str(int(block)) != str(block):
             raise UsageError(f"model.blocks.{block}: a block is called by its number, from 0")
         if not isinstance(router, dict) or str(router.get("_target_")).count(".") < 1:
             raise UsageError(

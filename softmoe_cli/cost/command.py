@@ -16,7 +16,7 @@ from softmoe_cli.cost.clock import Timing, measure, rank
 from softmoe_cli.cost.flop import account_model, count_flop, on_meta
 from softmoe_cli.cost.load import Load, load_of
 from softmoe_cli.cost.memory import predict
-from softmoe_cli.cost.served import of_one_task, served_tasks
+from softmoe_cli.cost.served import extractable, of_one_task, served_tasks
 from softmoe_cli.text import aligned, several
 
 CONVENTION = (
@@ -120,8 +120,8 @@ def costs(configs: Sequence[CostConfig]) -> list[CostRow]:
 
 
 def _alone(load: Load) -> list[Load]:
-    """The same with each task alone, for a model that knows several."""
-    if not load.model.tasks:
+    """The same with each task alone, for a model that single tasks are taken out of."""
+    if not extractable(load.model):
         return []
     model = of_one_task(load.model, on_meta(load.model, load.num_classes))
     return [replace(load, model=model, num_classes=classes) for classes in load.model.tasks.values()]

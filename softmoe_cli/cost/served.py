@@ -24,9 +24,14 @@ def of_one_task(model: Model, vit: VisionTransformer) -> Model:
     return replace(model, tasks=None).with_routers(options)
 
 
+def extractable(model: Model) -> bool:
+    """Whether softmoe extract takes single tasks out of it: it refuses other heads than linear ones, and adapters."""
+    return bool(model.tasks) and model.head == "linear" and model.adapter.name == "none"
+
+
 def served_tasks(model: Model, vit: VisionTransformer) -> dict[str, Cost]:
-    """The cost of each task alone, by its name; nothing for a model that knows one."""
-    if not model.tasks:
+    """The cost of each task alone, by its name; nothing for a model that none is taken out of."""
+    if not extractable(model):
         return {}
     layers = {place: block.mlp for place, block in enumerate(vit.blocks) if isinstance(block.mlp, MoE)}
     left = {place: layer.left for place, layer in layers.items() if "alive" in dict(layer.named_buffers())}

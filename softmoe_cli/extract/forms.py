@@ -98,7 +98,7 @@ class Made:
         made = cls(cut.model, cut.weights, cut)
         if form == "experts":
             return made
-        if made.cut.kept:
+        if made.cut.kept or form == "folded":
             made = cls(*fold(made.model, made.built(torch.float64)), cut)
         if form == "dense":
             wide = made.built(torch.float64)

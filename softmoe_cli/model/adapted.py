@@ -90,7 +90,8 @@ def is_adapters(name: str) -> bool:
 
 @torch.no_grad()
 def merged(weights: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
-    """A model's weights with LoRA's products added to the matrices that they stand beside, computed in float64."""
+    """A model's weights with LoRA's products added to the matrices that they stand beside, computed in float64. Such a
+    matrix keeps the precision of the more precise of both."""
     whole = {name: value for name, value in weights.items() if not is_adapters(name)}
     for name in weights:
         if name.endswith(".q_adapter.down.weight"):
@@ -100,7 +101,8 @@ def merged(weights: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
                 if which is not None:
                     down, up = (weights[f"{place}{which}_adapter.{side}.weight"].double() for side in ("down", "up"))
                     part.add_(up @ down, alpha=alpha / len(down))
-            whole[f"{place}weight"] = total.to(weights[f"{place}weight"].dtype)
+            kept = torch.promote_types(weights[f"{place}weight"].dtype, weights[name].dtype)
+            whole[f"{place}weight"] = total.to(kept)
     return whole
 
 

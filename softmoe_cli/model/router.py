@@ -101,6 +101,11 @@ def _admits(annotation: Any, value: Any) -> bool:
         if get_origin(kind) is Literal:
             if value in get_args(kind):
                 return True
+        elif get_origin(kind) is list:
+            item = (get_args(kind) or (Any,))[0]
+            number = float | int if item is float else item
+            if type(value) is list and all(_admits(number, each) for each in value):
+                return True
         elif kind in (None, Any) or type(value) is (get_origin(kind) or kind):
             return True
     return False
@@ -109,7 +114,9 @@ def _admits(annotation: Any, value: Any) -> bool:
 def _kind(annotation: Any) -> str:
     if annotation is NoneType:
         return "null"
-    return " or ".join(map(str, get_args(annotation))) if get_origin(annotation) is Literal else annotation.__name__
+    if get_origin(annotation) is Literal:
+        return " or ".join(map(str, get_args(annotation)))
+    return str(annotation) if get_origin(annotation) is list else annotation.__name__
 
 
 def router_class(target: str, where: str = "model.router") -> type[Decider]:

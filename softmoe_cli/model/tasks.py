@@ -9,6 +9,7 @@ from timm.models._manipulate import checkpoint_seq
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from softmoe_cli.errors import UsageError
 from softmoe_cli.moe.routing import Carried, Router, has_numbers
 
 
@@ -70,8 +71,14 @@ def valid_answers(model: nn.Module, inputs: tuple[Tensor, ...]) -> Bool[Tensor, 
 
 
 def task_vit(vit: VisionTransformer, tasks: Mapping[str, int] | None, num_classes: int) -> VisionTransformer:
-    """The model as one of these tasks; None: as it is."""
+    """The model as one of these tasks; None: as it is.
+
+    Raises:
+        UsageError: they have not as many classes as the model has outputs, as only a file may say.
+    """
     if tasks is None:
         return vit
-    assert num_classes == sum(tasks.values())
+    in_all = sum(tasks.values())
+    if num_classes != in_all:
+        raise UsageError(f"model.tasks={dict(tasks)} have {in_all} classes, and the head has {num_classes}")
     return TaskVit(vit, tasks)

@@ -136,6 +136,12 @@ def count_tokens(vit: VisionTransformer) -> int:
     return int(vit.patch_embed.num_patches + vit.num_prefix_tokens)
 
 
+def mlp_ratio(hidden: int, width: int) -> float:
+    """What timm must be told to make MLPs of exactly so many hidden units: it rounds width * ratio down."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
+
+
 class Patches(PatchEmbed):
     """timm's, with each token's numbers side by side. A convolution leaves those of an image's tokens side by side,
     what is added to them keeps that order, and every norm would copy all tokens, forwards and backwards."""
@@ -161,7 +167,7 @@ def _official_vit(model: Model, num_classes: int) -> VisionTransformer:
         embed_dim=c.width,
         depth=c.depth,
         num_heads=c.heads,
-        mlp_ratio=c.mlp_width / c.width,
+        mlp_ratio=mlp_ratio(c.mlp_width, c.width),
         qk_norm=c.qk_norm != "none",
         init_values=c.layer_scale,
         class_token=c.class_token,

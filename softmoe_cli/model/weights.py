@@ -65,7 +65,7 @@ def load_weights(
         elif key == "pos_embed" and value.shape != own[key].shape:
             incoming[key] = _resample(vit, value)
             report.resized.append(f"{key} {value.shape[1]} -> {own[key].shape[1]} positions")
-        elif key in slots and _alike(value, own[key], but=slots[key]):
+        elif key in slots and value.shape != own[key].shape and _alike(value, own[key], but=slots[key]):
             before, after = value.shape[slots[key]], own[key].shape[slots[key]]
             incoming[key] = resized_slots(value, slots[key], after)
             report.resized.append(f"{key} {before} -> {after} slots per expert")
@@ -161,7 +161,8 @@ def proportional_slots(before: Model, after: Model) -> int:
             "it takes the same on both sides, and one that has slots per expert"
         )
     with torch.device("meta"):
-        plain = (replace(model, head="linear") for model in (before, after))  # other heads need more classes than 2
+        # Other heads need more classes than 2, and tasks have their own.
+        plain = (replace(model, head="linear", tasks=None) for model in (before, after))
         old, new = (count_tokens(build(model, 2)) * model.images_per_group for model in plain)
     return max(1, round(slots * new / old))
 

@@ -307,14 +307,19 @@ def check_here(data: Data, source: "Source") -> None:
         )
 
 
+def data_said(source: "Source", *, named: bool) -> dict[str, Any]:
+    """What a checkpoint says of its data, but for the place of decoded images, which nobody typed. Where another set is
+    `named`, nothing of what only a mix or exemplars have."""
+    left_out = {"cache", *(absent_keys(Data) if named else ())}
+    return {key: value for key, value in source.card.get("data", {}).items() if key not in left_out}
+
+
 def take_data(tree: dict[str, Any], source: "Source", typed: Sequence[str]) -> None:
     """Fills in the checkpoint's data set. Where another set was named, only its mean and deviation of pixels."""
     named = names_data(tree["data"])
-    base = {key: value for key, value in source.card["data"].items() if key != "cache"}  # a place that nobody typed
+    base = data_said(source, named=named)
     if not named and "name" not in base:
         raise UsageError(f"checkpoint={source.label} names no images; choose some with data=")
-    if named:
-        base = {key: value for key, value in base.items() if key not in absent_keys(Data)}
     tree["data"] = overlay(base, tree["data"])
     if tree["data"]["image_size"] == "auto":
         own = same_set(tree["data"], source.card["data"])

@@ -10,7 +10,7 @@ from torch import Tensor
 from softmoe_cli.config.model import Model
 from softmoe_cli.cost.flop import on_meta
 from softmoe_cli.errors import UsageError
-from softmoe_cli.model.vit import count_tokens
+from softmoe_cli.model.vit import count_tokens, mlp_ratio
 from softmoe_cli.moe.kind import Layer
 from softmoe_cli.moe.layer import MoE
 
@@ -114,7 +114,7 @@ def timm_entry(model: Model) -> dict[str, Any]:
     assert c.width is not None and c.mlp_width is not None
     sizes = {"patch_size": c.patch_size, "embed_dim": c.width, "depth": c.depth, "num_heads": c.heads}
     choices = {
-        "img_size": model.image_size, "mlp_ratio": c.mlp_width / c.width, "class_token": c.class_token,
+        "img_size": model.image_size, "mlp_ratio": mlp_ratio(c.mlp_width, c.width), "class_token": c.class_token,
         "global_pool": c.pool, "fc_norm": c.norm_after_pool, "qk_norm": c.qk_norm != "none",
         "init_values": c.layer_scale, "act_layer": "gelu_tanh" if c.gelu == "tanh" else "gelu",
     }  # fmt: skip

@@ -182,14 +182,16 @@ class Pruning:
 
 
 def served(config: Model, vit: VisionTransformer, cost: Cost) -> dict[str, Any]:
-    """What the model costs when it is served: one task alone, the mean over tasks, where it knows several; and after
-    softmoe prune where experts have gone, as a plain ViT if it is one. `cost`: with all experts."""
+    """What the model costs when it is served: one task alone, the mean over tasks, where it knows several and softmoe
+    extract takes it; and after softmoe prune where experts have gone, as a plain ViT if it is one. `cost`: with all
+    experts."""
     layers = [
         block.mlp for block in vit.blocks if isinstance(block.mlp, MoE) and "alive" in dict(block.mlp.named_buffers())
     ]
     form, costs = None, [cost]
     if config.tasks:
-        form, costs = "task", list(served_tasks(config, vit).values())
+        alone = list(served_tasks(config, vit).values())
+        form, costs = ("task", alone) if alone else (None, [cost])
     elif any(len(layer.left) < len(layer.experts.w1) for layer in layers):
         try:
             form, model = "dense", folded_model(config, vit)

@@ -22,6 +22,7 @@ from softmoe_cli.model.tasks import TaskVit
 from softmoe_cli.model.vit import build
 from softmoe_cli.options import inherit
 from softmoe_cli.run.header import Source
+from softmoe_cli.train.pruning import served
 from tests.conftest import TINY, Softmoe
 from tests.mixes import mix, write_clothes
 from tests.oracles import compose
@@ -116,6 +117,16 @@ def test_what_is_served_is_known_before(kind: str) -> None:
     assert served_tasks(*made_of_one_set()) == {}
 
 
+def test_what_cannot_be_extracted_is_served_whole() -> None:
+    """Twelve experts make a head of 20 classes, and none of the 10 of one task."""
+    model, vit = made("model.head=mumoe_cp", "model.head_experts=12")
+    cost = account(model, 20)
+    with pytest.raises(UsageError, match="only a linear head can be cut"):
+        cut_out(model, vit, ["digits"])
+    told = served(model, vit, cost)
+    assert (told["served_as"], told["served_params_m"]) == (None, cost.params / 1e6)
+
+
 WIDTHS = {"base": (512, 2048), "big": (1024, 8192)}
 TABLES_7_AND_8: list[tuple[str, int, int, float, float, float]] = [
     ("base", 3, 32, 19, 214, 25),  # the encoder
@@ -171,6 +182,10 @@ def test_what_cannot_be_folded() -> None:
     model, vit = made(*MODELS["hybrid"])
     with pytest.raises(UsageError, match="form=folded: block 0 decides by token or image"):
         Made.of("folded", model, vit, ["digits"])
+    with pytest.raises(UsageError, match="form=folded: block 0 decides by token or image"):
+        Made.of("folded", *made("model/router=tokens_choice_dropless"), ["digits"])
+    with pytest.raises(UsageError, match="form=folded: no block has experts that a task takes; leave form=experts"):
+        Made.of("folded", *made("model/router=dense"), ["digits"])
     with pytest.raises(UsageError, match="form=dense: MLPs of 64 units in blocks"):
         Made.of("dense", *made("model.moe_blocks=[1]"), ["digits"])
 

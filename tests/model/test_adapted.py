@@ -204,6 +204,21 @@ def test_lora_is_its_formula_and_merges_exactly() -> None:
     torch.testing.assert_close(plain(pixels), vit(pixels), atol=1e-11, rtol=1e-11)
 
 
+def test_lora_beside_matrices_in_half_precision_merges_as_exactly_as_it_computes() -> None:
+    """A base that was saved so: what is added must not be rounded to its precision."""
+    vit = timms("class token, registers").eval()
+    adapt(vit, options("lora"))
+    base = {name: value if is_adapters(name) else value.half() for name, value in vit.state_dict().items()}
+    for name in base:
+        if is_adapters(name):
+            nn.init.normal_(base[name])
+    vit.load_state_dict(base)
+    plain = timms("class token, registers").eval()
+    plain.load_state_dict(merged(base, 8.0))
+    pixels = images()
+    torch.testing.assert_close(plain(pixels), vit(pixels), atol=1e-5, rtol=1e-5)
+
+
 COUNTS: dict[str, tuple[str, dict[str, Any], int]] = {
     "Soft-MoA": ("soft_moa", {"slots_per_adapter": 1}, 76_842),
     "Soft-MoA, in both places": ("soft_moa", {"slots_per_adapter": 1, "location": "both"}, 153_684),

@@ -7,6 +7,7 @@ import pytest
 from softmoe_cli.errors import UsageError
 from softmoe_cli.model.router import make_router
 from softmoe_cli.moe.routers.soft import SoftRouter
+from tests.routers import ROUTERS
 
 SOFT: dict[str, Any] = {
     "_target_": "softmoe_cli.moe.routers.soft.SoftRouter",
@@ -58,6 +59,14 @@ def test_wrong_router_options_are_refused(change: dict[str, Any], message: str) 
     make_router(SOFT, 6, 16)
     with pytest.raises(UsageError, match=message):
         make_router(SOFT | change, 6, 16)
+
+
+@pytest.mark.parametrize("assigned", [[0, 1], [[0, 1], None], [[[0]], [[1]]], [[True, 0], [1, 2]], "[[0,1],[1,2]]"])
+def test_lists_hold_what_they_are_said_to_hold(assigned: Any) -> None:
+    options = ROUTERS["static_tasks"] | {"num_tasks": 2, "num_experts": 4, "k": 2}
+    make_router(options | {"assigned": [[0, 1], [1, 2]]}, 6, 16)
+    with pytest.raises(UsageError, match=r"router\.assigned=.* is of type .*; it must be list\[list\[int\]\] or null"):
+        make_router(options | {"assigned": assigned}, 6, 16)
 
 
 @pytest.mark.parametrize("key", sorted(SOFT.keys() - {"_target_"}))

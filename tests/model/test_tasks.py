@@ -1,5 +1,6 @@
 """A ViT that knows several tasks: what is an answer, what travels with the images, and what a loss makes of it."""
 
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,13 @@ from torch.nn import functional as F
 
 from softmoe_cli.cost.flop import account, count_flop, on_meta
 from softmoe_cli.device import compiled
+from softmoe_cli.errors import UsageError
 from softmoe_cli.evaluate.quality import classification_loss
 from softmoe_cli.model.blocks import CarryingBlock
 from softmoe_cli.model.tasks import TaskVit, valid_answers
 from softmoe_cli.model.vit import build
+from softmoe_cli.model.weights import require_described
+from softmoe_cli.run.header import Source
 from tests.mixes import mix
 from tests.oracles import compose
 from tests.processes import forked
@@ -51,6 +55,16 @@ def test_an_unknown_task_has_no_answer() -> None:
     for task in (2, -1):
         with pytest.raises(ValueError, match="a task that is none of 0 to 1"):
             model(images(), TASKS.clone().fill_(task))
+
+
+def test_a_file_that_says_other_classes_than_its_head_has_is_refused() -> None:
+    model = made()
+    card = compose(*mix(Path("x"))).model
+    source = Source("odd.safetensors", "", model.state_dict(), {"model": asdict(card)})
+    require_described(source, card)
+    odd = replace(card, tasks={"digits": 10, "fashion_mnist": 11})
+    with pytest.raises(UsageError, match=r"odd\.safetensors is of another .* have 21 classes, and the head has 20"):
+        require_described(source, odd)
 
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])

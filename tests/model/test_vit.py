@@ -14,8 +14,9 @@ from softmoe_cli.config.model import placement
 from softmoe_cli.config.run import Config
 from softmoe_cli.cost.flop import account
 from softmoe_cli.errors import UsageError
-from softmoe_cli.model.vit import build, count_tokens
+from softmoe_cli.model.vit import build, count_tokens, mlp_ratio
 from softmoe_cli.moe.layer import MoE
+from softmoe_cli.prune.fold import timm_entry
 from tests.model.models import make
 from tests.oracles import compose
 
@@ -138,6 +139,23 @@ def test_choices_of_the_backbone_reach_the_model() -> None:
     assert vit.fc_norm.eps == 1e-5
     assert not (vit.head.bias == -math.log(10)).any()
     assert isinstance(make("model.backbone.qk_norm=none").blocks[0].attn.q_norm, nn.Identity)
+
+
+def test_mlps_have_the_hidden_units_that_are_asked_for() -> None:
+    """timm takes a ratio and rounds what it makes of it down: 98 * (99 / 98) is below 99."""
+    sizes = (
+        "model.backbone.depth=1",
+        "model.backbone.heads=2",
+        "model.backbone.width=98",
+        "model.backbone.mlp_width=99",
+    )
+    model = compose("model=vit_nano2_dense", *sizes).model
+    assert build(model, 10).blocks[0].mlp.fc1.out_features == 99
+    assert make("model/router=soft", "model.moe_blocks=last_1", *sizes).blocks[0].mlp.experts.w1.shape[2] == 99
+    entry = timm_entry(model)
+    assert timm.create_model(entry["architecture"], **entry["model_args"]).blocks[0].mlp.fc1.out_features == 99
+    for width in range(1, 200):
+        assert all(int(width * mlp_ratio(hidden, width)) == hidden for hidden in range(1, 400))
 
 
 def test_exact_gelu_reaches_the_experts() -> None:

@@ -183,6 +183,9 @@ def test_slots_are_resized_only_when_asked() -> None:
     report = load_weights(vit, state, keep_head=True, allow_unexpected=[], resize_slots=True)
     assert report.resized == [f"blocks.{i}.mlp.router.phi 1 -> 3 slots per expert" for i in (2, 3)]
     assert torch.equal(vit.blocks[2].mlp.router.phi[:, :, 0].detach(), state["blocks.2.mlp.router.phi"][:, :, 0])
+    same = make("model=vit_nano2_soft")
+    report = load_weights(same, state, keep_head=True, allow_unexpected=[], resize_slots=True)
+    assert not report.resized and report.loaded == list(state), "as many slots as before are loaded as they are"
 
 
 def test_proportional_slots() -> None:
@@ -190,6 +193,8 @@ def test_proportional_slots() -> None:
     model = compose("model=vit_nano2_soft", "model.router.slots_per_expert=3").model
     sizes = {8: 3, 12: 7, 16: 12, 4: 1, 2: 1}
     assert {size: proportional_slots(model, replace(model, image_size=size)) for size in sizes} == sizes
+    of_tasks = replace(model, tasks={"digits": 10, "letters": 26})
+    assert proportional_slots(of_tasks, replace(of_tasks, image_size=16)) == 12
     other = compose("model/router=dense").model
     for before, after in ((other, other), (model, other), (other, model)):
         with pytest.raises(UsageError, match=r"slots=proportional: the checkpoint's router is (soft|dense) and the"):

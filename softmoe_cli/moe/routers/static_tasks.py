@@ -51,11 +51,20 @@ class StaticTasksRouter(TaskRouter):
             raise ValueError(f"assigned={assigned} does not give {k} different experts to each of {num_tasks} tasks")
         if not {expert for each in given for expert in each} <= set(range(num_experts)):
             raise ValueError(f"assigned={assigned} is not of the experts 0 to {num_experts - 1}")
+        self._given = given
         self.register_buffer("chosen", torch.tensor(given), persistent=False)
         self.register_buffer("ones", torch.ones(self.chosen.shape), persistent=False)  # as precise as the model is
 
     def departs_from_mlp(self, num_tokens: int, parts: int) -> str | None:
-        return None if self.k % parts == 0 else f"its k={self.k} does not hold whole copies of {parts} parts"
+        if self.k % parts:
+            return f"its k={self.k} does not hold whole copies of {parts} parts"
+        for own in self._given:
+            if len({sum(expert % parts == part for expert in own) for part in range(parts)}) > 1:
+                return (
+                    f"experts {', '.join(map(str, own))} of a task do not hold whole copies of {parts} parts; leave "
+                    "model.router.assigned null"
+                )
+        return None
 
     def decided(self) -> tuple[Float[Tensor, "t k"], Int[Tensor, "t k"], Float[Tensor, ""]]:
         return self.ones / self.k, self.chosen, self.ones.new_zeros(())
