@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
@@ -190,7 +191,7 @@ def placement(moe_blocks: Any, depth: int) -> list[int]:
         return list(range(depth - max(1, depth // 2), depth))
     if isinstance(moe_blocks, str):
         kind, _, count = moe_blocks.partition("_")
-        if kind not in ("last", "every") or not count.isdigit() or not 1 <= int(count) <= depth:
+        if kind not in ("last", "every") or not re.fullmatch("[0-9]{1,9}", count) or not 1 <= int(count) <= depth:
             raise UsageError(
                 f"model.moe_blocks={moe_blocks} is none of last_N, last_half, every_N with N from 1 to {depth}, or a "
                 "list as [1,3]"
@@ -216,8 +217,8 @@ def check_blocks(blocks: Any, placed: list[int] | None) -> None:
     if not isinstance(blocks, dict):
         raise UsageError(f"model.blocks={blocks} is no group of blocks with their routers, such as {{3: soft}}")
     for block, router in blocks.items():
-        if not str(block).isdigit():
-            raise UsageError(f"model.blocks.{block}: a block is called by its number, from 0")
+        if not re.fullmatch("0|[1-9][0-9]{0,8}", str(block)):  # in one way: elsewhere it is looked up by this name
+            raise UsageError(f"model.blocks.{block}: a block is called by its number, from 0, without zeros before it")
         if not isinstance(router, dict) or str(router.get("_target_")).count(".") < 1:
             raise UsageError(
                 f"model.blocks.{block}={router} names no router; say a name, or its options with router=NAME among "

@@ -53,6 +53,8 @@ def test_options_alone_are_of_the_models_router() -> None:
         (("model.blocks={3: {k: 2}}",), "model.blocks.3.k: SoftRouter has no such option"),
         (("model.blocks=[3]",), "model.blocks=[3] is no group of blocks"),
         (("model.blocks={last: soft}",), "model.blocks.last: a block is called by its number"),
+        (("model.blocks={03: soft}",), "model.blocks.03: a block is called by its number, from 0, without zeros"),
+        (("model.moe_blocks='last_²'",), "model.moe_blocks=last_² is none of last_N"),
         (("model.blocks={3: zero_computation}",), "set gating_residual=false, or leave model.blocks out"),
         (("model.blocks={3: uniform}",), "with router uniform experts that start equal stay equal"),
     ],
