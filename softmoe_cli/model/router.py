@@ -12,6 +12,11 @@ from softmoe_cli.config.model import Model, check_groups, group_of
 from softmoe_cli.errors import UsageError, nearest
 from softmoe_cli.moe.kind import Decider, Layer
 from softmoe_cli.moe.layer import layer_for
+from softmoe_cli.moe.routing import Router
+
+LARGEST = 2**31 - 1
+"""The largest number that a router's option can be, and the most rows that its experts compute of an image: with much
+larger ones there are sizes that torch cannot represent."""
 
 
 def make_router(options: dict[str, Any], dim: int, num_tokens: int, where: str = "model.router") -> Decider:
@@ -33,6 +38,7 @@ def make_router(options: dict[str, Any], dim: int, num_tokens: int, where: str =
             raise UsageError(
                 f"{where}.{key}: {kind.__name__} has no such option.{nearest(key, known)} It has {', '.join(known)}"
             )
+        _check_size(f"{where}.{key}", value)
         if _admits(known[key], value):
             continue
         if type(value) is not int or not _admits(known[key], float(value)):
@@ -55,7 +61,21 @@ def make_router(options: dict[str, Any], dim: int, num_tokens: int, where: str =
             f"{kind.__name__}.images_per_group={router.images_per_group} must come from an option of that "
             "name, which says in what groups images are read and divided among devices"
         )
+    if isinstance(router, Router) and (rows := router.train_rows(num_tokens)) > LARGEST:
+        raise UsageError(
+            f"{where}: its experts would compute {rows:.3g} rows of an image, and {LARGEST} are the most; choose "
+            "smaller numbers"
+        )
     return router
+
+
+def _check_size(key: str, value: Any) -> None:
+    """Raises UsageError for a number, or a list with one, that no router can have."""
+    for number in value if isinstance(value, list) else [value]:
+        if isinstance(number, float) and math.isinf(number):
+            raise UsageError(f"{key}={value} is not a finite number")
+        if isinstance(number, int | float) and number > LARGEST:
+            raise UsageError(f"{key}={value} is out of range: it must be <= {LARGEST}")
 
 
 def evaluation_group(model: Model) -> int:
@@ -101,6 +121,9 @@ def _admits(annotation: Any, value: Any) -> bool:
         if get_origin(kind) is Literal:
             if value in get_args(kind):
                 return True
+        elif get_origin(kind) is list and isinstance(value, list):
+            if all(_admits(get_args(kind)[0], each) for each in value):
+                return True
         elif kind in (None, Any) or type(value) is (get_origin(kind) or kind):
             return True
     return False
@@ -109,6 +132,8 @@ def _admits(annotation: Any, value: Any) -> bool:
 def _kind(annotation: Any) -> str:
     if annotation is NoneType:
         return "null"
+    if get_origin(annotation) is list:
+        return f"list of {_kind(get_args(annotation)[0])}"
     return " or ".join(map(str, get_args(annotation))) if get_origin(annotation) is Literal else annotation.__name__
 
 
