@@ -12,6 +12,10 @@ from softmoe_cli.config.data import WIDEST
 from softmoe_cli.config.option import Section, option
 from softmoe_cli.errors import UsageError
 
+LARGEST_SIZE = 2**31 - 1
+"""The largest width, the largest number among a router's options, and the most rows of experts that an image can have:
+much larger ones are beyond what torch can represent."""
+
 
 @dataclass
 class Backbone(Section):
@@ -21,10 +25,10 @@ class Backbone(Section):
     name: str = option("what tables call it, such as vit_s16")
     timm: str | None = option("a timm ViT by name; every choice below but drop_path is then timm's and stays null")
     patch_size: int | None = option("pixels on a patch's side", low=1)
-    width: int | None = option("d, numbers per token", low=1)
+    width: int | None = option("d, numbers per token", low=1, high=LARGEST_SIZE)
     depth: int | None = option("blocks", low=1)
     heads: int | None = option("attention heads; they divide the width", low=1)
-    mlp_width: int | None = option("h, hidden width of a dense MLP and of an expert", low=1)
+    mlp_width: int | None = option("h, hidden width of a dense MLP and of an expert", low=1, high=LARGEST_SIZE)
     class_token: bool | None = option("put a learned token before the patches")
     pool: str | None = option("avg: mean over tokens; token: the class token", choices=("avg", "token"))
     norm_after_pool: bool | None = option("final LayerNorm after pooling (timm's fc_norm) or before it (official)")
@@ -92,7 +96,9 @@ class Model(Section):
     expert_init: str = option(
         "identical: all experts of a layer start equal (official)", choices=("identical", "independent")
     )
-    expert_width: int | None = option("hidden width of an expert; null: that of the MLP it replaces", low=1)
+    expert_width: int | None = option(
+        "hidden width of an expert; null: that of the MLP it replaces", low=1, high=LARGEST_SIZE
+    )
     tasks: Any = option(
         "the tasks that it knows, with the number of each one's classes, as data=mix says; null: one, which needs no "
         "name",

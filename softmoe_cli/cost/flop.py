@@ -229,9 +229,7 @@ def on_meta(model: Model, num_classes: int) -> VisionTransformer:
     try:
         with torch.device("meta"):
             return build(model, num_classes)
-    except (RuntimeError, OverflowError, TypeError) as error:
-        if isinstance(error, TypeError) and "Overflow" not in str(error):
-            raise
+    except (RuntimeError, OverflowError) as error:
         raise UsageError(f"{model.name}: such sizes cannot be ({first_line(error)}); choose smaller ones") from error
 
 

@@ -8,15 +8,11 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from softmoe_cli.config.model import Model, check_groups, group_of
+from softmoe_cli.config.model import LARGEST_SIZE, Model, check_groups, group_of
 from softmoe_cli.errors import UsageError, nearest
 from softmoe_cli.moe.kind import Decider, Layer
 from softmoe_cli.moe.layer import layer_for
 from softmoe_cli.moe.routing import Router
-
-LARGEST = 2**31 - 1
-"""The largest number that a router's option can be, and the most rows that its experts compute of an image: with much
-larger ones there are sizes that torch cannot represent."""
 
 
 def make_router(options: dict[str, Any], dim: int, num_tokens: int, where: str = "model.router") -> Decider:
@@ -61,10 +57,10 @@ def make_router(options: dict[str, Any], dim: int, num_tokens: int, where: str =
             f"{kind.__name__}.images_per_group={router.images_per_group} must come from an option of that "
             "name, which says in what groups images are read and divided among devices"
         )
-    if isinstance(router, Router) and (rows := router.train_rows(num_tokens)) > LARGEST:
+    if isinstance(router, Router) and (rows := router.train_rows(num_tokens)) > LARGEST_SIZE:
         raise UsageError(
-            f"{where}: its experts would compute {rows:.3g} rows of an image, and {LARGEST} are the most; choose "
-            "smaller numbers"
+            f"{where}: its experts would compute {rows:.3g} rows of an image, and {LARGEST_SIZE} are the most; "
+            "choose smaller numbers"
         )
     return router
 
@@ -74,8 +70,8 @@ def _check_size(key: str, value: Any) -> None:
     for number in value if isinstance(value, list) else [value]:
         if isinstance(number, float) and math.isinf(number):
             raise UsageError(f"{key}={value} is not a finite number")
-        if isinstance(number, int | float) and number > LARGEST:
-            raise UsageError(f"{key}={value} is out of range: it must be <= {LARGEST}")
+        if isinstance(number, int | float) and number > LARGEST_SIZE:
+            raise UsageError(f"{key}={value} is out of range: it must be <= {LARGEST_SIZE}")
 
 
 def evaluation_group(model: Model) -> int:

@@ -61,11 +61,10 @@ def choice_gates(
     """
     if rule == "softmax":
         return logits.softmax(dim=-1).gather(-1, chosen)
-    picked = logits.gather(-1, chosen)
+    picked, zero = logits.gather(-1, chosen), chosen >= logits.shape[-1] - num_zero
     if rule == "top2_softmax":
         return picked.softmax(dim=-1)
     # A softmax without the zero experts: a share of all can be too small to be divided by.
-    zero = chosen >= logits.shape[-1] - num_zero
     return picked.masked_fill(zero, torch.finfo(logits.dtype).min).softmax(dim=-1).masked_fill(zero, 0)
 
 
