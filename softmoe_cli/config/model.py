@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
@@ -10,6 +11,10 @@ from softmoe_cli.config.adapter import AdapterOptions
 from softmoe_cli.config.data import WIDEST
 from softmoe_cli.config.option import Section, option
 from softmoe_cli.errors import UsageError
+
+LARGEST_SIZE = 2**31 - 1
+"""The largest width, the largest number among a router's options, and the most rows of experts that an image can have:
+much larger ones are beyond what torch can represent."""
 
 
 @dataclass
@@ -20,10 +25,10 @@ class Backbone(Section):
     name: str = option("what tables call it, such as vit_s16")
     timm: str | None = option("a timm ViT by name; every choice below but drop_path is then timm's and stays null")
     patch_size: int | None = option("pixels on a patch's side", low=1)
-    width: int | None = option("d, numbers per token", low=1)
+    width: int | None = option("d, numbers per token", low=1, high=LARGEST_SIZE)
     depth: int | None = option("blocks", low=1)
     heads: int | None = option("attention heads; they divide the width", low=1)
-    mlp_width: int | None = option("h, hidden width of a dense MLP and of an expert", low=1)
+    mlp_width: int | None = option("h, hidden width of a dense MLP and of an expert", low=1, high=LARGEST_SIZE)
     class_token: bool | None = option("put a learned token before the patches")
     pool: str | None = option("avg: mean over tokens; token: the class token", choices=("avg", "token"))
     norm_after_pool: bool | None = option("final LayerNorm after pooling (timm's fc_norm) or before it (official)")
@@ -91,7 +96,9 @@ class Model(Section):
     expert_init: str = option(
         "identical: all experts of a layer start equal (official)", choices=("identical", "independent")
     )
-    expert_width: int | None = option("hidden width of an expert; null: that of the MLP it replaces", low=1)
+    expert_width: int | None = option(
+        "hidden width of an expert; null: that of the MLP it replaces", low=1, high=LARGEST_SIZE
+    )
     tasks: Any = option(
         "the tasks that it knows, with the number of each one's classes, as data=mix says; null: one, which needs no "
         "name",
@@ -190,7 +197,7 @@ def placement(moe_blocks: Any, depth: int) -> list[int]:
         return list(range(depth - max(1, depth // 2), depth))
     if isinstance(moe_blocks, str):
         kind, _, count = moe_blocks.partition("_")
-        if kind not in ("last", "every") or not count.isdigit() or not 1 <= int(count) <= depth:
+        if kind not in ("last", "every") or not re.fullmatch("[0-9]{1,9}", count) or not 1 <= int(count) <= depth:
             raise UsageError(
                 f"model.moe_blocks={moe_blocks} is none of last_N, last_half, every_N with N from 1 to {depth}, or a "
                 "list as [1,3]"
@@ -216,8 +223,8 @@ def check_blocks(blocks: Any, placed: list[int] | None) -> None:
     if not isinstance(blocks, dict):
         raise UsageError(f"model.blocks={blocks} is no group of blocks with their routers, such as {{3: soft}}")
     for block, router in blocks.items():
-        if not str(block).isdecimal() or str(int(block)) != str(block):
-            raise UsageError(f"model.blocks.{block}: a block is called by its number, from 0")
+        if not re.fullmatch("0|[1-9][0-9]{0,8}", str(block)):  # in one way: elsewhere it is looked up by this name
+            raise UsageError(f"model.blocks.{block}: a block is called by its number, from 0, without zeros before it")
         if not isinstance(router, dict) or str(router.get("_target_")).count(".") < 1:
             raise UsageError(
                 f"model.blocks.{block}={router} names no router; say a name, or its options with router=NAME among "

@@ -111,8 +111,14 @@ def measure(loads: Sequence[Load], repeats: int) -> list[Timing]:
     """Times of every load, each measured `repeats` times in turn with the others.
 
     Raises:
-        UsageError: they do not all fit into memory at once.
+        UsageError: they do not all fit into memory at once, or one of them cannot be trained.
     """
+    for load in loads:
+        if load.model.head_norm == "batch" and load.part == 1:
+            raise UsageError(
+                "model.head_norm=batch has no variance over one image, and the clock measures training too; use a "
+                "larger batch_size or model.head_norm=layer"
+            )
     threads, needed = torch.get_num_threads(), Counter[torch.device]()
     for load in loads:
         needed[load.device] += predict(load).peak_bytes

@@ -8,10 +8,11 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from softmoe_cli.config.model import Model, check_groups, group_of
+from softmoe_cli.config.model import LARGEST_SIZE, Model, check_groups, group_of
 from softmoe_cli.errors import UsageError, nearest
 from softmoe_cli.moe.kind import Decider, Layer
 from softmoe_cli.moe.layer import layer_for
+from softmoe_cli.moe.routing import Router
 
 
 def make_router(options: dict[str, Any], dim: int, num_tokens: int, where: str = "model.router") -> Decider:
@@ -33,6 +34,7 @@ def make_router(options: dict[str, Any], dim: int, num_tokens: int, where: str =
             raise UsageError(
                 f"{where}.{key}: {kind.__name__} has no such option.{nearest(key, known)} It has {', '.join(known)}"
             )
+        _check_size(f"{where}.{key}", value)
         if _admits(known[key], value):
             continue
         if type(value) is not int or not _admits(known[key], float(value)):
@@ -55,7 +57,21 @@ def make_router(options: dict[str, Any], dim: int, num_tokens: int, where: str =
             f"{kind.__name__}.images_per_group={router.images_per_group} must come from an option of that "
             "name, which says in what groups images are read and divided among devices"
         )
+    if isinstance(router, Router) and (rows := router.train_rows(num_tokens)) > LARGEST_SIZE:
+        raise UsageError(
+            f"{where}: its experts would compute {rows:.3g} rows of an image, and {LARGEST_SIZE} are the most; "
+            "choose smaller numbers"
+        )
     return router
+
+
+def _check_size(key: str, value: Any) -> None:
+    """Raises UsageError for a number, or a list with one, that no router can have."""
+    for number in value if isinstance(value, list) else [value]:
+        if isinstance(number, float) and math.isinf(number):
+            raise UsageError(f"{key}={value} is not a finite number")
+        if isinstance(number, int | float) and number > LARGEST_SIZE:
+            raise UsageError(f"{key}={value} is out of range: it must be <= {LARGEST_SIZE}")
 
 
 def evaluation_group(model: Model) -> int:
@@ -102,7 +118,7 @@ def _admits(annotation: Any, value: Any) -> bool:
             if value in get_args(kind):
                 return True
         elif get_origin(kind) is list:
-            item = (get_args(kind) or (Any,))[0]
+            item = get_args(kind)[0]
             number = float | int if item is float else item
             if type(value) is list and all(_admits(number, each) for each in value):
                 return True
@@ -114,9 +130,9 @@ def _admits(annotation: Any, value: Any) -> bool:
 def _kind(annotation: Any) -> str:
     if annotation is NoneType:
         return "null"
-    if get_origin(annotation) is Literal:
-        return " or ".join(map(str, get_args(annotation)))
-    return str(annotation) if get_origin(annotation) is list else annotation.__name__
+    if get_origin(annotation) is list:
+        return f"list of {_kind(get_args(annotation)[0])}"
+    return " or ".join(map(str, get_args(annotation))) if get_origin(annotation) is Literal else annotation.__name__
 
 
 def router_class(target: str, where: str = "model.router") -> type[Decider]:

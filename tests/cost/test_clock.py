@@ -1,5 +1,6 @@
 """The clock measures real steps; its figures are only looked at for what they must have in common."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -39,6 +40,13 @@ def test_what_does_not_fit_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("softmoe_cli.cost.clock.free_memory", lambda device: 1000)
     with pytest.raises(UsageError, match="lower batch_size"):
         measure([load()], repeats=3)
+
+
+def test_a_gate_over_a_batch_is_not_measured_with_one_image() -> None:
+    """Its training step ends with an error in the layer."""
+    one = replace(load(accumulate=4), model=replace(load().model, head="mumoe_cp", head_experts=2, head_norm="batch"))
+    with pytest.raises(UsageError, match="head_norm=batch has no variance over one image, and the clock measures"):
+        measure([one], repeats=3)
 
 
 def test_each_is_measured_with_its_own_threads(monkeypatch: pytest.MonkeyPatch) -> None:

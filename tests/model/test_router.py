@@ -65,7 +65,7 @@ def test_wrong_router_options_are_refused(change: dict[str, Any], message: str) 
 def test_lists_hold_what_they_are_said_to_hold(assigned: Any) -> None:
     options = ROUTERS["static_tasks"] | {"num_tasks": 2, "num_experts": 4, "k": 2}
     make_router(options | {"assigned": [[0, 1], [1, 2]]}, 6, 16)
-    with pytest.raises(UsageError, match=r"router\.assigned=.* is of type .*; it must be list\[list\[int\]\] or null"):
+    with pytest.raises(UsageError, match=r"router\.assigned=.* is of type .*; it must be list of list of int or null"):
         make_router(options | {"assigned": assigned}, 6, 16)
 
 

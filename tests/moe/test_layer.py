@@ -287,6 +287,17 @@ def test_float64_goes_through(options: dict[str, Any]) -> None:
     assert not torch.equal(single(x).double(), y)  # some arithmetic was really done in more digits
 
 
+@every_router
+def test_tokens_may_be_of_half_precision(options: dict[str, Any]) -> None:
+    """As a block without a norm of float32 in front of it hands them on under autocast."""
+    layer = contract_layer(options).eval()
+    x = torch.randn(IMAGES, TOKENS, DIM).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), layer(x.float()), atol=0.02, rtol=0.1)
+
+
 def test_soft_weights_are_float32_of_half_precision_tokens_too() -> None:
     router = soft(DIM, TOKENS, 4, 2)
     x = torch.randn(2, TOKENS, DIM).bfloat16()

@@ -143,6 +143,11 @@ def test_sparse_statistics_by_hand() -> None:
         ("experts_choice", {"slots_per_expert": 2}, "give one of them"),
         ("identity", {"num_experts": 8}, "num_experts=8 must be from 1 to the 7 tokens"),
         ("uniform", {"slots_per_expert": 0}, "must be at least 1"),
+        ("tokens_choice", {"bias_rate": math.inf}, "model.router.bias_rate=inf is not a finite number"),
+        ("tokens_choice_dropless", {"images_per_group": 2**31}, "images_per_group=2147483648 is out of range"),
+        ("mumoe_tr", {"rank": [2, 2**40, 2]}, "is out of range: it must be <= 2147483647"),
+        ("uniform", {"slots_per_expert": 10**9}, r"compute 3e\+09 rows of an image, and 2147483647 are the most"),
+        ("zero_computation", {"capacity_factor": 2e9}, "rows of an image, and 2147483647 are the most"),
     ],
 )
 def test_impossible_routers_are_refused(router: str, changes: dict[str, Any], words: str) -> None:

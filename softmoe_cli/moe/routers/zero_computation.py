@@ -59,13 +59,13 @@ def choice_gates(
     zero and divided by their sum, so that the partner of a zero expert has weight 1 (the released model). top2_softmax:
     a softmax over the chosen alone, in which a zero expert keeps its share (the released code's other rule).
     """
-    if rule == "top2_softmax":
-        return logits.gather(-1, chosen).softmax(dim=-1)
-    shares = logits.softmax(dim=-1).gather(-1, chosen)
     if rule == "softmax":
-        return shares
-    shares = shares.masked_fill(chosen >= logits.shape[-1] - num_zero, 0)
-    return shares / shares.sum(dim=-1, keepdim=True).clamp(min=1e-20)
+        return logits.softmax(dim=-1).gather(-1, chosen)
+    picked, zero = logits.gather(-1, chosen), chosen >= logits.shape[-1] - num_zero
+    if rule == "top2_softmax":
+        return picked.softmax(dim=-1)
+    # A softmax without the zero experts: a share of all can be too small to be divided by.
+    return picked.masked_fill(zero, torch.finfo(logits.dtype).min).softmax(dim=-1).masked_fill(zero, 0)
 
 
 def balance_loss(
@@ -97,7 +97,7 @@ class Constants(nn.Module):
 
     def forward(self, x: Float[Tensor, "g s d"]) -> Float[Tensor, "g s c 2"]:
         """a1 and a2 of every token at every one of them."""
-        return (x @ self.kernel.flatten(0, 1).mT).unflatten(2, (-1, 2)).softmax(dim=3)
+        return (x.to(self.kernel.dtype) @ self.kernel.flatten(0, 1).mT).unflatten(2, (-1, 2)).softmax(dim=3)
 
 
 class Choices(NamedTuple):
@@ -379,7 +379,7 @@ class ZeroComputationRouter(Router):
             scaled = scaled.clone()
             scaled[..., first : first + self.counts[place]] = -math.inf
         shares = scaled.softmax(dim=2)
-        chosen = choose(shares, self.k)
+        chosen = choose(scaled, self.k)  # of shares all but the largest can be 0 alike
         weights = choice_gates(scaled, chosen, self.gates, self.counts[3])
         landed = keep[:, :, None].expand_as(chosen)
         choices = Choices(chosen, weights, landed, keep, logits, shares)

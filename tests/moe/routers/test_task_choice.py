@@ -176,6 +176,8 @@ def test_statistics_tell_choices_and_their_overlap() -> None:
         ("static_tasks", {"assigned": [[0, 1], [2, 3]]}, "does not give 2 different experts to each of 3 tasks"),
         ("static_tasks", {"assigned": [[0, 1], [2, 2], [3, 4]]}, "does not give 2 different experts"),
         ("static_tasks", {"assigned": [[0, 1], [2, 3], [3, 5]]}, "is not of the experts 0 to 4"),
+        ("static_tasks", {"assigned": [0, 1, 2]}, "assigned=[0, 1, 2] is of type list; it must be list of list of int"),
+        ("static_tasks", {"assigned": [[0, 1.0], [2, 3], [3, 4]]}, "it must be list of list of int or null"),
     ],
 )  # fmt: skip
 def test_what_cannot_be(name: str, changes: dict[str, Any], says: str) -> None:

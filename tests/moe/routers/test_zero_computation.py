@@ -283,6 +283,15 @@ def test_renormalised_gates_add_up_to_one_and_zero_teaches_nothing() -> None:
     assert gradient[beside].abs().max() < 1e-7 < gradient[~beside].abs().max()
 
 
+@pytest.mark.parametrize("gap", [10.0, 50.0, 120.0])
+def test_the_partner_of_a_sure_zero_expert(gap: float) -> None:
+    """It is the second best expert, with weight 1, also where its share of the softmax is nearly nothing, or 0."""
+    router = router_of(made(num_copy=0, num_constant=0).float())
+    logits, x = torch.tensor([-2.0, -1.0, 0.0, -3.0, gap]).view(1, 1, 5), torch.zeros(1, 1, D)
+    choices = router.route(logits, x, torch.ones(1, 1, dtype=torch.bool), (1, 1)).choices
+    assert choices.chosen.tolist() == [[[4, 2]]] and choices.weights.tolist() == [[[0.0, 1.0]]]
+
+
 def test_normalised_logits_do_not_know_the_size_of_w() -> None:
     """Special case 7."""
     layer, x = made(logits_norm=1.0), images()
