@@ -294,7 +294,7 @@ def update(step: Step, batch: Batch, lr: float, pruning: Pruning | None = None) 
 def handed(step: Step, batch: Batch, lr: float) -> Handed:
     """What a run of several in one process hands in for an update of all."""
     parts, clip_norm = list(_in_parts(batch, step.config.train.accumulate)), step.config.optim.clip_norm
-    return Handed(step.model, partial(_losses, step), parts, step.landed, step.optimizer, lr, clip_norm)
+    return Handed(step.model, partial(_losses, step), step.config, parts, step.landed, step.optimizer, lr, clip_norm)
 
 
 def _passed(step: Step, batch: Batch, pruning: Pruning | None) -> Tensor:
