@@ -89,7 +89,10 @@ def resolved_early(command: str, tree: dict[str, Any], typed: Sequence[str]) -> 
     from softmoe_cli.run.header import read_header
 
     source = read_header(checkpoint)
-    return None if source is None else (_from(copy.deepcopy(tree), source, typed), source)
+    if source is None:
+        return None
+    _tell_damaged(source)
+    return _from(copy.deepcopy(tree), source, typed), source
 
 
 def _from(tree: dict[str, Any], source: "Source", typed: Sequence[str]) -> Config:
@@ -139,11 +142,18 @@ def named_source(
     from softmoe_cli.model.pretrained import read_checkpoint
 
     source = read_checkpoint(checkpoint, base, check)
+    _tell_damaged(source)
     if source.prefix:
         say_once(f"checkpoint={source.label}: every name in it begins with '{source.prefix}'; read without that")
     if source.assumed:
         say_once(f"checkpoint={source.label}: {source.assumed}")
     return source
+
+
+def _tell_damaged(source: "Source") -> None:
+    """Says where a run's last checkpoint is not what is taken."""
+    if source.damaged:
+        say_once(f"checkpoint={source.label} is taken, as newer ones are damaged: {source.damaged}")
 
 
 def source_of_layers(checkpoint: str, command: str) -> "Source":
