@@ -150,11 +150,11 @@ def admit(launcher: type) -> None:
         Plugins.is_in_toplevel_plugins_module = takes  # type: ignore[method-assign, assignment]
 
 
-def said_of_data(hydra: Any) -> list[str]:
+def said_of_data(own: Any) -> list[str]:
     """What the file of -cn says of data, as words: it counts as typed, so that no checkpoint decides of it. Such a file
-    is a run's config.yaml, with which the run goes on. `hydra`: the node of that name. Without -cn nothing is said."""
-    name = f"{str(hydra.job.config_name).removesuffix('.yaml')}.yaml"
-    places = [Path(each.path, name) for each in hydra.runtime.config_sources if each.schema == "file"]
+    is a run's config.yaml, with which the run goes on. `own`: Hydra's own node. Without -cn nothing is said."""
+    name = f"{str(own.job.config_name).removesuffix('.yaml')}.yaml"
+    places = [Path(each.path, name) for each in own.runtime.config_sources if each.schema == "file"]
     file = next((place for place in places if place.is_file()), None)
     if file is None or file.resolve().parent == conf_folder():
         return []
