@@ -106,7 +106,7 @@ def weights_in(folder: Path) -> tuple[Path, str]:
     Raises:
         UsageError: there is none that is undamaged.
     """
-    faults = []
+    faults = list[str]()
     for candidate in checkpoints_in(folder):
         fault = damage(candidate)
         if fault is None:
