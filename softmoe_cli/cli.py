@@ -140,7 +140,7 @@ def _learn(command: str, arguments: list[str]) -> int:
     """`softmoe train` and `softmoe finetune`: one run or, with -m, a sweep of several."""
     from softmoe_cli.options.explain import check_line
 
-    many = _many(arguments)
+    many, line = _many(arguments), arguments
     if many:
         from softmoe_cli.launch.typed import in_full
         from softmoe_cli.settle.command import fair_words
@@ -151,7 +151,7 @@ def _learn(command: str, arguments: list[str]) -> int:
     arguments = check_line(command, arguments)
     if "--groups" in arguments:
         return _groups(command, [argument for argument in arguments if argument != "--groups"])
-    jobs = _sweep(command, arguments, made_fair) if many else Jobs(command, arguments)
+    jobs = _sweep(command, arguments, made_fair, line) if many else Jobs(command, arguments)
     from softmoe_cli.options.inherit import resolve, resolved_early
     from softmoe_cli.train.first import first_words
 
@@ -192,9 +192,9 @@ def _train(command: str, config: Config, source: Any, first: "First") -> "Path":
         return begun.run.folder
 
 
-def _sweep(command: str, arguments: list[str], more: Sequence[str]) -> Jobs:
+def _sweep(command: str, arguments: list[str], more: Sequence[str], line: list[str]) -> Jobs:
     """Lets a sweep's launcher run its jobs; returns the jobs that are still to be run here: all, if the launcher is
-    Hydra's.
+    Hydra's. `line`: the arguments as they were typed.
 
     Raises:
         RunError: some jobs failed; the message lists them.
@@ -208,7 +208,7 @@ def _sweep(command: str, arguments: list[str], more: Sequence[str]) -> Jobs:
         arguments = [*arguments, f"study={study}"]
     arguments = [*arguments, *more]
     admit(Sweep)
-    Sweep.run, Sweep.last = staticmethod(run), None
+    Sweep.run, Sweep.last, Sweep.line = staticmethod(run), None, (command, line)
     if "--plan" in arguments:
         import tempfile
 

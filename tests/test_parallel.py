@@ -483,7 +483,8 @@ def test_every_batch_is_counted_once(batches: int, size: int) -> None:
 
 
 def test_what_ended_a_run(tmp_path: Path) -> None:
-    """The cause is the first error that is not about another process; else the process that left no note."""
+    """The cause is the first error that is not about another process; else the process that left no note; else that
+    contact was lost, of which nobody is accused."""
 
     def note(rank: int, moment: float, text: str, lost: bool) -> None:
         written = asdict(Note(rank, moment, 1, text, lost))
@@ -493,5 +494,8 @@ def test_what_ended_a_run(tmp_path: Path) -> None:
     note(2, 2.0, "lost contact", True)
     assert cause(tmp_path, 3, {0: 1})[1].startswith("process 1 of 3 was killed,")
     assert cause(tmp_path, 3, {1: -9})[1].startswith("process 1 of 3 was killed by SIGKILL,")
+    note(1, 3.0, "lost contact", True)
+    for exits in ({0: 1, 1: 1, 2: 1}, {}):
+        assert cause(tmp_path, 3, exits) == (1, "process 0 of 3: lost contact")
     note(1, 3.0, "no room", False)
     assert cause(tmp_path, 3, {0: 1}) == (1, "process 1 of 3: no room")

@@ -217,12 +217,12 @@ def sweep_commands(runs: list[FinishedRun]) -> list[str]:
     for study in sorted({run.folder.parent for run in runs}):
         for file in sorted(study.glob("sweep-*/jobs.json")):
             try:
-                command, words, jobs = rows.jobs(file)
+                words, jobs = rows.jobs(file)
             except (FileNotFoundError, rows.Unreadable):
                 continue  # softmoe status names it
             mine = [wanted.pop(os.path.normpath(file.parent / job["folder"]), None) for job in jobs]
             if any(mine):
-                commands.append(printable(shlex.join(["softmoe", command, "-m", *words])))
+                commands.append(printable(shlex.join(words)))
     if wanted:
         kinds = sorted({str(run.row.get("command")) for run in wanted.values()})
         commands.append(

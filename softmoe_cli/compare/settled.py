@@ -98,7 +98,7 @@ def _baselines(study: Path, label: str) -> set[str]:
     found = set()
     for file in sorted(study.glob("sweep-*/jobs.json")):
         try:
-            _, _, jobs = rows.jobs(file)
+            _, jobs = rows.jobs(file)
         except (FileNotFoundError, rows.Unreadable):
             continue  # softmoe status names it
         named = [job for job in jobs if str(job["run"]).rpartition(" seed=")[0] == label]

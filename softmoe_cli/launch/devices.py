@@ -171,13 +171,16 @@ def notes(folder: Path) -> list[Note]:
 
 def cause(folder: Path, devices: int, exits: dict[int, int]) -> tuple[int, str]:
     """Exit status and the sentence that says why `devices` processes ended: the first error that is not about another
-    process; else the process that left no note, because something killed it. `exits` are the known statuses."""
+    process; else the process that left no note, because something killed it; where all have lost contact with others,
+    the first one's words. `exits` are the known statuses."""
     found = notes(folder)
     for note in found:
         if not note.lost:
             return note.code, f"process {note.rank} of {devices}: {note.text}"
-    silent = sorted({*range(devices)} - {note.rank for note in found}) or sorted(exits)
-    killed = [rank for rank in silent if exits.get(rank, 0) < 0] or silent
+    silent = sorted({*range(devices)} - {note.rank for note in found})
+    killed = [rank for rank in silent or sorted(exits) if exits.get(rank, 0) < 0] or silent
+    if not killed:
+        return 1, f"process {found[0].rank} of {devices}: {found[0].text}"
     by = f" by {signal.Signals(-exits[killed[0]]).name}" if exits.get(killed[0], 0) < 0 else ""
     which = " or ".join(map(str, killed))
     return 1, f"process {which} of {devices} was killed{by}, which is what the system does when memory runs out"

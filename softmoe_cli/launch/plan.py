@@ -45,6 +45,8 @@ class Inquiry:
     jobs: list[tuple[str, list[str], dict[str, Any]]]  # name, overrides, composed configuration
     options: Launcher
     seeds: tuple[int, ...] = ()
+    said: tuple[str, ...] = ()
+    """What counts as typed for every job (compose.said_of_data)."""
 
 
 def answer(inquiry: Inquiry) -> tuple[list[Job | UsageError | RunError], list[str]]:
@@ -66,10 +68,11 @@ def answer(inquiry: Inquiry) -> tuple[list[Job | UsageError | RunError], list[st
     sharers = max(Counter(slots[: len(inquiry.jobs)]).values(), default=1)  # jobs on one device at a time
     answers: list[Job | UsageError | RunError] = []
     for name, overrides, tree in inquiry.jobs:
+        typed = [*overrides, *inquiry.said]
         try:
             seeded = "${seed}" in repr(tree)  # else a seed changes nothing but itself
             trees = {seed: copy.deepcopy(tree) | {"seed": seed} for seed in inquiry.seeds} if seeded else {}
-            config, source = resolve(inquiry.command, tree, overrides)
+            config, source = resolve(inquiry.command, tree, typed)
             mirror.check(config)
             check_stack(config, options.seeds_at_once)
             settled, left = [], experts_left(source.weights) if source is not None else {}
@@ -101,7 +104,7 @@ def answer(inquiry: Inquiry) -> tuple[list[Job | UsageError | RunError], list[st
 
             folders = {seed: place(replace(config, seed=seed)) for seed in inquiry.seeds if not seeded}
             for seed, other in trees.items():
-                with_seed, _ = resolve(inquiry.command, other, overrides)
+                with_seed, _ = resolve(inquiry.command, other, typed)
                 with_seed.train.batch_size, with_seed.train.precision = config.train.batch_size, config.train.precision
                 folders[seed] = place(with_seed)
             priced = options.plan or options.limit.given or inquiry.seeds

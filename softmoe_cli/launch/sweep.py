@@ -37,7 +37,7 @@ from softmoe_cli.launch.places import PLACES, Place
 from softmoe_cli.launch.plan import Inquiry, Job, answer
 from softmoe_cli.launch.tables import Entry, fitted, show_plan, stacks
 from softmoe_cli.launch.typed import flags_of
-from softmoe_cli.options.compose import plain
+from softmoe_cli.options.compose import plain, said_of_data
 from softmoe_cli.options.explain import explain
 from softmoe_cli.run.rows import RESULT, Unreadable
 from softmoe_cli.run.rows import jobs as jobs_told
@@ -69,6 +69,8 @@ class Sweep(HydraLauncher):
 
     run: ClassVar[RunCommand]
     """Runs a job's command line; cli.py sets this before it calls Hydra."""
+    line: ClassVar[tuple[str, list[str]]]
+    """The command and its words as they were typed, which softmoe status repeats; set beside `run`."""
     last: ClassVar["Sweep | None"] = None
     """This process's sweep: Hydra makes it and does not return it."""
 
@@ -95,6 +97,7 @@ class Sweep(HydraLauncher):
         self._check_objective()
         self.command = str(config.hydra.job.name)
         self._typed = list(config.hydra.overrides.task)
+        self._said = tuple(said_of_data(config.hydra))
         # Other settings that decide which jobs there are.
         searched = ("hydra.launcher.limit", "hydra.launcher.objective", "hydra.sweeper.", "hydra/sweeper")
         others = [word for word in config.hydra.overrides.hydra if word.lstrip("+").startswith(searched)]
@@ -206,7 +209,7 @@ class Sweep(HydraLauncher):
         """Takes up the jobs of the same command when it was typed before, so that each keeps its number and its
         log."""
         with contextlib.suppress(FileNotFoundError, Unreadable):
-            _, _, told = jobs_told(self._folder / "jobs.json")
+            _, told = jobs_told(self._folder / "jobs.json")
             for job in told:
                 folder = Path(os.path.normpath(self._folder / job["folder"]))
                 self._add(Job(job["run"], list(job.get("overrides", [])), folder, None))
@@ -231,7 +234,7 @@ class Sweep(HydraLauncher):
             UsageError, RunError: some job cannot work; the message lists them.
         """
         jobs = self.composed(job_overrides)
-        answers, slots = answered(answer, Inquiry(self.command, jobs, self._options, tuple(seeds)))
+        answers, slots = answered(answer, Inquiry(self.command, jobs, self._options, tuple(seeds), self._said))
         errors = [(job[0], each) for job, each in zip(jobs, answers, strict=True) if not isinstance(each, Job)]
         self._refuse(errors, len(jobs))
         return answers, slots
@@ -316,7 +319,9 @@ class Sweep(HydraLauncher):
             {"run": e.job.run, "overrides": e.job.overrides, "folder": os.path.relpath(e.job.folder, self._folder)}
             for e in self._entries
         ]
-        text = json.dumps({"command": self.command, "typed": self._typed, "jobs": rows}, indent=1)
+        command, words = Sweep.line
+        typed = [word for word in words if word not in ("-m", "--multirun")]
+        text = json.dumps({"command": command, "typed": typed, "jobs": rows}, indent=1)
         write_atomically(self._folder / "jobs.json", text + "\n")
         multirun = Path(self._config.hydra.sweep.dir) / "multirun.yaml"
         if multirun.exists():

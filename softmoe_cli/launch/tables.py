@@ -58,7 +58,7 @@ def stacks(entries: Sequence[Entry], most: int) -> list[list[Entry]]:
     for entry in entries:
         job = entry.job
         words = [word for word in job.overrides if word.lstrip("+").partition("=")[0] != "seed"]
-        alike = found.setdefault(repr((words, job.threads, job.images)), [])
+        alike = found.setdefault(repr((words, job.threads)), [])
         if not alike or len(alike[-1]) == most:
             alike.append([])
             made.append(alike[-1])

@@ -13,6 +13,7 @@ import re
 import sys
 import typing
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from softmoe_cli.config.commands import SCHEMAS, DataCheckConfig, MatchConfig
@@ -113,7 +114,8 @@ class Jobs:
         sys.argv = ["softmoe", *arguments]
 
         def task(config: DictConfig) -> None:
-            self._composed.append((config, list(HydraConfig.get().overrides.task)))
+            own = HydraConfig.get()
+            self._composed.append((config, [*own.overrides.task, *said_of_data(own)]))
 
         if not any("hydra.mode" in word or word.startswith(OTHER_FILES) for word in arguments):
             compose_once()
@@ -146,6 +148,18 @@ def admit(launcher: type) -> None:
     if known is not None:
         takes = staticmethod(lambda target: target == name or known(target))
         Plugins.is_in_toplevel_plugins_module = takes  # type: ignore[method-assign, assignment]
+
+
+def said_of_data(own: Any) -> list[str]:
+    """What the file of -cn says of data, as words: it counts as typed, so that no checkpoint decides of it. Such a file
+    is a run's config.yaml, with which the run goes on. `own`: Hydra's own node. Without -cn nothing is said."""
+    name = f"{str(own.job.config_name).removesuffix('.yaml')}.yaml"
+    places = [Path(each.path, name) for each in own.runtime.config_sources if each.schema == "file"]
+    file = next((place for place in places if place.is_file()), None)
+    if file is None or file.resolve().parent == conf_folder():
+        return []
+    data = load_yaml(file).get("data")
+    return [f"data.{key}={value}" for key, value in data.items()] if isinstance(data, dict) else []
 
 
 OTHER_FILES = ("-cd", "--config-dir", "-cp", "--config-path", "-cn", "--config-name")

@@ -125,7 +125,9 @@ def check_line(command: str, arguments: Sequence[str]) -> list[str]:
         raise _Flags(message)
 
     parser.error = refuse  # type: ignore[method-assign]
-    overrides = [a for a in arguments if "=" in a and not a.startswith("-")]
+    named = {flag for action in parser._actions if action.nargs is None for flag in action.option_strings}  # -cp PATH
+    pairs = list(zip(arguments, ["", *arguments], strict=False))
+    overrides = [a for a, before in pairs if "=" in a and not a.startswith("-") and before not in named]
     ordered = [a for a in arguments if a not in overrides] + overrides
     try:
         told, unknown = parser.parse_known_args([a for a in ordered if a not in OWN_FLAGS])

@@ -89,7 +89,7 @@ def resolved_early(command: str, tree: dict[str, Any], typed: Sequence[str]) -> 
     from softmoe_cli.run.header import read_header
 
     source = read_header(checkpoint)
-    return None if source is None else (_from(copy.deepcopy(tree), source, typed), source)
+    return None if source is None else (_from(copy.deepcopy(tree), _told(source), typed), source)
 
 
 def _from(tree: dict[str, Any], source: "Source", typed: Sequence[str]) -> Config:
@@ -138,11 +138,18 @@ def named_source(
         require_there(checkpoint)  # before torch is imported
     from softmoe_cli.model.pretrained import read_checkpoint
 
-    source = read_checkpoint(checkpoint, base, check)
+    source = _told(read_checkpoint(checkpoint, base, check))
     if source.prefix:
         say_once(f"checkpoint={source.label}: every name in it begins with '{source.prefix}'; read without that")
     if source.assumed:
         say_once(f"checkpoint={source.label}: {source.assumed}")
+    return source
+
+
+def _told(source: "Source") -> "Source":
+    """The source; says so where it is not a run's last checkpoint."""
+    if source.damaged:
+        say_once(f"checkpoint={source.label} is taken, as newer ones are damaged: {source.damaged}")
     return source
 
 

@@ -14,12 +14,15 @@ from softmoe_cli.text import shortened
 
 @dataclass(frozen=True)
 class ConfiguredBudget:
-    """What a run may use: `amount` of the budget `key` (train.KEY); and the command that it belongs to."""
+    """What a run may use: `amount` of the budget `key` (train.KEY); and the command that it belongs to, with where that
+    puts it (None: not said)."""
 
     key: str
     amount: float
     devices: float
     command: str
+    output_root: str | None
+    study: str | None
 
 
 def configured_budget(path: Path) -> ConfiguredBudget:
@@ -37,7 +40,9 @@ def configured_budget(path: Path) -> ConfiguredBudget:
         raise rows.Unreadable(f"has none of {', '.join(f'train.{key}' for key in BUDGETS)}")
     amount = _amount(f"train.{given[0]}", train[given[0]])
     devices = _amount("devices", said.get("devices", "1"))
-    return ConfiguredBudget(given[0], amount, devices, "train" if said.get("checkpoint") in NOTHING else "finetune")
+    command = "train" if said.get("checkpoint") in NOTHING else "finetune"
+    root, study = (value if isinstance(value, str) else None for value in map(said.get, ("output_root", "study")))
+    return ConfiguredBudget(given[0], amount, devices, command, root, study)
 
 
 def config_tree(path: Path) -> dict[str, Any]:

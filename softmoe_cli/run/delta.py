@@ -2,7 +2,7 @@
 digest of that one. A run that trains adapters on a frozen backbone writes such checkpoints."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -77,4 +77,4 @@ def composed(delta: Source, base: Source) -> Source:
         for name, value in base.weights.items()
         if name not in said["left_out"] and not (own_head and name.startswith(HEAD))
     }
-    return Source(delta.label, delta.digest, rest | delta.weights, delta.card, delta.prefix, frozenset(delta.weights))
+    return replace(delta, weights=rest | delta.weights, own=frozenset(delta.weights))

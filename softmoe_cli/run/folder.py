@@ -43,7 +43,7 @@ class Run:
         self._lock: TextIO | None = None
 
     def open(self, config: Config) -> None:
-        """Makes the folder, locks it against a second process, and writes config.yaml."""
+        """Makes the folder, locks it against a second process, and writes config.yaml unless the run is finished."""
         if not self._writes:
             return
         try:
@@ -66,6 +66,8 @@ class Run:
             os.write(self._lock.fileno(), f"{platform.node()} {os.getpid()}".encode())
         except OSError as error:
             raise cannot_write(self.folder / ".lock", error) from error
+        if (self.folder / "result.json").exists():
+            return
         (self.folder / rows.FAILED_FILE).unlink(missing_ok=True)
         write_atomically(self.folder / "config.yaml", yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
 

@@ -21,7 +21,8 @@ LONGEST = 2**27
 class Source:
     """Weights to start from or to evaluate: `card` is what the file says of its model and classes, `prefix` what every
     name in the file began with and does not here. Of a delta, `own` are the names in the file itself: the other weights
-    are its base's. `assumed` is what of its model was taken as given because no file says it."""
+    are its base's. `assumed` is what of its model was taken as given because no file says it, `damaged` what is wrong
+    with newer checkpoints of the run."""
 
     label: str
     digest: str
@@ -30,6 +31,7 @@ class Source:
     prefix: str = ""
     own: frozenset[str] = frozenset()
     assumed: str = ""
+    damaged: str = ""
 
     @property
     def train_pflop(self) -> float | None:
@@ -53,7 +55,7 @@ def read_header(checkpoint: str) -> Source | None:
     """
     path = require_there(checkpoint)
     try:
-        path = weights_in(path) if path.is_dir() else path
+        path, damaged = weights_in(path) if path.is_dir() else (path, "")
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length)) if length < LONGEST else None
@@ -66,4 +68,4 @@ def read_header(checkpoint: str) -> Source | None:
     if not isinstance(text, str) or not whole:
         return None
     card = read_card(text, path)
-    return None if "base" in card else Source(str(path), digest, {}, card)
+    return None if "base" in card else Source(str(path), digest, {}, card, damaged=damaged)

@@ -100,7 +100,8 @@ def _has_key() -> bool:
 
 
 class Mirror:
-    """Sends rows to one W&B run, whose id is the run's signature: a resumed run goes on in the same place.
+    """Sends rows to one W&B run, whose id is made of the run's signature, study and name: a resumed run goes on in the
+    same place, and the same run in another study is another one there too.
 
     Args:
         mode: online, offline or off.

@@ -473,13 +473,13 @@ def lines(path: Path, keys: Mapping[str, Key]) -> list[Row]:
     return parsed_rows
 
 
-def jobs(path: Path) -> tuple[str, list[str], list[Row]]:
-    """The command, the words that were typed and the jobs, from a sweep's jobs.json.
+def jobs(path: Path) -> tuple[list[str], list[Row]]:
+    """The command line that was typed and the jobs, from a sweep's jobs.json.
 
     Raises:
         FileNotFoundError, Unreadable: there is none, or it is damaged; the message says which job.
     """
-    sweep_row = row(path, {"command": _said(TEXT, "train or finetune", optional=True)})
+    sweep_row = row(path, {"command": _said(TEXT, "train, finetune or settle", optional=True)})
     job_rows, typed = sweep_row.get("jobs"), sweep_row.get("typed") or []
     if not isinstance(job_rows, list):
         raise Unreadable("has no list of jobs")
@@ -489,7 +489,8 @@ def jobs(path: Path) -> tuple[str, list[str], list[Row]]:
         wrong = fault(job, JOB) if isinstance(job, dict) else "is no row"
         if wrong:
             raise Unreadable(f"is damaged: job {place} {wrong}")
-    return sweep_row.get("command") or "train", typed, job_rows
+    command = sweep_row.get("command") or "train"
+    return ["softmoe", command, *([] if command == "settle" else ["-m"]), *typed], job_rows
 
 
 def charted(row: Row) -> Row:

@@ -99,17 +99,18 @@ def checkpoints_in(folder: Path) -> list[Path]:
     return sorted(checkpoints, key=step_of, reverse=True)
 
 
-def weights_in(folder: Path) -> Path:
-    """The weights file of a run or checkpoint folder, its checksum tested.
+def weights_in(folder: Path) -> tuple[Path, str]:
+    """The weights file of a run or checkpoint folder, its checksum tested; and what is wrong with newer checkpoints,
+    which are passed over.
 
     Raises:
         UsageError: there is none that is undamaged.
     """
-    faults = []
+    faults = list[str]()
     for candidate in checkpoints_in(folder):
         fault = damage(candidate)
         if fault is None:
-            return candidate / WEIGHTS
+            return candidate / WEIGHTS, "; ".join(faults)
         faults.append(f"{candidate.name}: {fault}")
     raise UsageError(f"checkpoint={folder} holds no undamaged checkpoint ({'; '.join(faults)})")
 

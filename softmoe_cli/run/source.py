@@ -1,6 +1,7 @@
 """Weights to start from, read from a run, a checkpoint or a file, with what is known of them."""
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -30,12 +31,12 @@ def read_source(checkpoint: str) -> Source:
     Raises:
         UsageError: nothing there, nothing undamaged, or not a safetensors file. Pickles are never opened.
     """
-    path = require_there(checkpoint)
+    path, damaged = require_there(checkpoint), ""
     try:
         if path.is_dir():
-            path = weights_in(path)
+            path, damaged = weights_in(path)
             if not path.exists():
-                return _joined_source(path)
+                return replace(_joined_source(path), damaged=damaged)
         digest = sha256(path)
     except UsageError:
         raise
@@ -54,7 +55,7 @@ def read_source(checkpoint: str) -> Source:
             else f"is no safetensors file, or is truncated or damaged ({error})"
         )
         raise UsageError(f"checkpoint={path} {reason}") from error
-    return _source(path, digest, weights, card)
+    return replace(_source(path, digest, weights, card), damaged=damaged)
 
 
 def _source(path: Path, digest: str, weights: dict[str, Tensor], text: str | None) -> Source:

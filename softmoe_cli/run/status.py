@@ -13,6 +13,7 @@ last row how far it is. A sweep adds a folder sweep-ID beside its runs, with wha
 import fcntl
 import os
 import platform
+import re
 import shlex
 import stat
 import time
@@ -106,12 +107,12 @@ def read_states(folders: Iterable[Path], *, newest_first: bool = False) -> list[
 def sweep(folder: Path) -> Iterator[State]:
     """The jobs of a sweep-ID folder; one line that says so where its jobs.json is damaged."""
     try:
-        command, typed, jobs = rows.jobs(folder / "jobs.json")
+        typed, jobs = rows.jobs(folder / "jobs.json")
     except (FileNotFoundError, rows.Unreadable) as error:
         reason = f"jobs.json {error}; type the sweep's command again"
         yield State(folder.name, "damaged", None, None, None, reason, None, str(folder))
         return
-    again = None if held(folder) else shlex.join(["softmoe", command, "-m", *typed])
+    again = None if held(folder) else shlex.join(typed)
     for number, job in enumerate(jobs):
         run = Path(os.path.normpath(folder / job["folder"]))
         job_state = state(run, job["run"], folder / f"{number:02}.log")
@@ -140,7 +141,8 @@ def state(folder: Path, name: str, log: Path | None) -> State:
     try:
         budget = configured_budget(config)
         if run_state.state != "damaged":
-            again = shlex.join(["softmoe", budget.command, "-cp", os.path.abspath(folder), "-cn", "config"])
+            typed = ["softmoe", budget.command, "-cp", os.path.abspath(folder), "-cn", "config"]
+            again = shlex.join([*typed, *_where(folder, budget)])
             progress = _progress(budget, last) if last else 0.0
             run_state = replace(run_state, state="stopped", progress=progress, resume=again)
     except FileNotFoundError:
@@ -161,6 +163,25 @@ def state(folder: Path, name: str, log: Path | None) -> State:
     if run_state.state == "stopped" and os.path.exists(folder / rows.FAILED_FILE):
         return replace(run_state, state="failed", reason=_failure(folder / rows.FAILED_FILE))
     return run_state
+
+
+def _where(folder: Path, budget: ConfiguredBudget) -> list[str]:
+    """Words with which a run goes on where it lies, if its configuration leads elsewhere from here: it was moved, or
+    this is another working folder."""
+    if budget.output_root is None or budget.study is None:
+        return []
+    place, study = os.path.abspath(folder.parent), budget.study
+    if place == os.path.abspath(os.path.join(budget.output_root, study)):
+        return []
+    if place.endswith(f"/{study}"):
+        return [f"output_root={quoted(place.removesuffix(f'/{study}') or '/')}"]
+    root, study = os.path.split(place)
+    return [f"output_root={quoted(root)}", f"study={quoted(study)}"]
+
+
+def quoted(text: str) -> str:
+    """Text as Hydra reads it, whatever it looks like."""
+    return '"' + re.sub(r'(\\*)("|\Z)', lambda found: 2 * found[1] + (found[2] and '\\"'), text) + '"'
 
 
 def _age(file: Path) -> float | None:

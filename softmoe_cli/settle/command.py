@@ -46,7 +46,7 @@ def settle_arms(arguments: Sequence[str], run: RunCommand) -> int:
         words.append(f"study=settle-{study}")
     admit(Sweep)
     admit(Settle)
-    Sweep.run, Sweep.last = staticmethod(run), None
+    Sweep.run, Sweep.last, Sweep.line = staticmethod(run), None, ("settle", list(arguments))
     Settle.asked, Settle.status = own, None
     Jobs(command, [*words, f"hydra.sweeper._target_={Settle.__module__}.{Settle.__name__}"])
     assert Settle.status is not None

@@ -16,10 +16,12 @@ from torch.func import functional_call, vmap
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from softmoe_cli.config.run import Config
 from softmoe_cli.errors import UsageError, first_line
 from softmoe_cli.moe.routing import drawn_by
 from softmoe_cli.parallel import draw_elsewhere
 from softmoe_cli.run.checkpoint import random_state, set_random_state
+from softmoe_cli.run.identity import flat_science
 from softmoe_cli.stack.folded import Folding
 from softmoe_cli.stack.updating import Updates, alike, clip, norms
 
@@ -32,6 +34,7 @@ class Handed:
     """What a run hands in for its next update.
 
     Attributes:
+        config: the settings that the pass is computed with.
         parts: targets and inputs of each part of its batch.
         landed: what the routings of all updates say has landed.
         lr: the learning rate of this update.
@@ -40,6 +43,7 @@ class Handed:
 
     model: nn.Module
     losses: Losses
+    config: Config
     parts: list[tuple[Tensor, ...]]
     landed: Tensor
     optimizer: torch.optim.Optimizer
@@ -153,9 +157,11 @@ class Stack:
 
 
 def _shapes(handed: Handed) -> dict[str, object]:
-    """What runs of one stack have in common, by name."""
+    """What runs of one stack have in common, by name: the pass is written down from the first one's settings."""
+    said = flat_science(handed.config).items()
     shapes: dict[str, object] = {name: (p.shape, p.requires_grad) for name, p in handed.model.named_parameters()}
     shapes |= {name: buffer.shape for name, buffer in handed.model.named_buffers()}
+    shapes |= {key: value for key, value in said if key.startswith("model.") or key == "train.loss"}
     return shapes | {"the batch": [[tensor.shape for tensor in part] for part in handed.parts]}
 
 

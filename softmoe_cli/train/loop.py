@@ -64,9 +64,7 @@ def train(begun: Begun) -> dict[str, Any]:
         Interrupted: a signal asked to stop; the state is saved.
     """
     run, config, source, screen, crew = begun.run, begun.config, begun.source, begun.screen, begun.crew
-    if (before := finished(run.folder)) is not None:  # several processes, or a batch that only now has a size
-        screen.say(f"{run.folder} is finished; nothing to do")
-        close(screen, before, run.folder)
+    if (before := _ended(begun)) is not None:  # several processes, or a batch that only now has a size
         return before
 
     # --- data: the images, and how often they are seen
@@ -118,6 +116,8 @@ def train(begun: Begun) -> dict[str, Any]:
 
     # --- record: the run's folder, where it stands, and what it writes down
     run.open(config)
+    if (before := _ended(begun)) is not None:  # another process held the folder until now, and came to the end
+        return before
     progress = resume(run, trained, screen, crew)
     for title, text in task_rows(model, config.model.tasks) if crew.way == "ddp" else []:  # else nobody has them whole
         screen.row(title, text)
@@ -215,6 +215,16 @@ def train(begun: Begun) -> dict[str, Any]:
     return result
 
 
+def _ended(begun: Begun) -> dict[str, Any] | None:
+    """The result of a run that has ended already, which is told; None of another."""
+    folder = begun.run.folder
+    before = begun.crew.ask_first(lambda: finished(folder))
+    if before is not None:
+        begun.screen.say(f"{folder} is finished; nothing to do")
+        close(begun.screen, before, folder)
+    return before
+
+
 def _batches(setup: Setup, rows: Tensor | slice, first_step: int) -> Iterator[Batch]:
     """Endless batches of training images: of each batch the `rows` of this process."""
     config = setup.config
@@ -284,7 +294,7 @@ def update(step: Step, batch: Batch, lr: float, pruning: Pruning | None = None) 
 def handed(step: Step, batch: Batch, lr: float) -> Handed:
     """What a run of several in one process hands in for an update of all."""
     parts, clip_norm = list(_in_parts(batch, step.config.train.accumulate)), step.config.optim.clip_norm
-    return Handed(step.model, partial(_losses, step), parts, step.landed, step.optimizer, lr, clip_norm)
+    return Handed(step.model, partial(_losses, step), step.config, parts, step.landed, step.optimizer, lr, clip_norm)
 
 
 def _passed(step: Step, batch: Batch, pruning: Pruning | None) -> Tensor:

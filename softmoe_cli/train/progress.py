@@ -118,7 +118,7 @@ class Budget:
             return cls(None, 60 * t.minutes)
         by_epochs = round(train_images * (t.epochs or 0), 6)  # 100 * 1.1 is above 110
         images = t.images if t.images is not None else by_epochs
-        return cls(t.steps if t.steps is not None else math.ceil(images / t.batch_size), None)
+        return cls(t.steps if t.steps is not None else max(1, math.ceil(images / t.batch_size)), None)
 
     @property
     def total(self) -> float:

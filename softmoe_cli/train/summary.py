@@ -1,5 +1,6 @@
 """What a run says of itself: before its first step, what it is and needs; at its end, its result row."""
 
+import hashlib
 import platform
 import subprocess
 from dataclasses import asdict
@@ -137,8 +138,9 @@ def time_row(setup: Setup, pace: Pace, progress: Progress) -> str:
 def wandb_settings(setup: Setup, folder: Path) -> dict[str, Any]:
     """Keyword arguments of wandb.init."""
     config, w = setup.config, setup.config.wandb
+    place = hashlib.sha256(f"{config.study}/{folder.name}".encode()).hexdigest()[:6]  # another study may have this run
     return {
-        "id": folder.name.rpartition("-")[2],
+        "id": f"{folder.name.rpartition('-')[2]}-{place}",
         "project": w.project,
         "entity": w.entity,
         "group": w.group or config.study,

@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -225,10 +226,14 @@ def test_wrong_sweep(name: str, softmoe: Softmoe, tmp_path: Path) -> None:
 
 
 def test_the_same_run_twice_is_run_once(softmoe: Softmoe, tmp_path: Path) -> None:
-    answer = softmoe("train", "-m", *LINE, "train.steps=2", "model.moe_blocks=last_1,[1]", "hydra.launcher.jobs=1")
+    """What status says to type is the command as it was typed, options of the launcher included."""
+    line = ("train", "-m", *LINE, "train.steps=2", "model.moe_blocks=last_1,[1]", "hydra.launcher.jobs=1")
+    answer = softmoe(*line)
     assert answer.code == 0, answer
     assert "model.moe_blocks=[1] is the same run as model.moe_blocks=last_1" in answer.out
-    assert len(list(tmp_path.glob("outputs/default/*/result.json"))) == 1
+    (result,) = tmp_path.glob("outputs/default/*/result.json")
+    result.unlink()
+    assert f"to go on: {shlex.join(['softmoe', *line])}" in softmoe("status").out.splitlines()
 
 
 @pytest.mark.thorough

@@ -103,6 +103,11 @@ def test_overrides_may_stand_before_flags(softmoe: Softmoe) -> None:
     assert "seed: 3" in softmoe("train", "seed=3", "--cfg", "job", "train.steps=2").out
 
 
+def test_a_folder_with_an_equals_sign_belongs_to_its_flag() -> None:
+    line = ["seed=3", "-cp", "/lr=0.1/run", "--config-name", "a=b", "--cfg", "job"]
+    assert explain.check_line("train", line) == [*line[1:], "seed=3"]
+
+
 def test_an_experiment_of_a_group_of_ones_own(softmoe: Softmoe, tmp_path: Path) -> None:
     own = tmp_path / "conf" / "experiment" / "mine" / "x.yaml"
     own.parent.mkdir(parents=True)

@@ -1,5 +1,6 @@
 """The mirror on Weights & Biases: what it refuses, what it holds, and that nothing is lost without it."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -66,7 +67,8 @@ def test_wandb_offline_mirrors_the_run(tmp_path: Path) -> None:
     finish(start(tmp_path, "train.steps=30", "tracking=offline", "wandb.tags=[tagged]"))
     run = the_run(tmp_path)
     file, kept = recorded(run)
-    assert file.name == f"run-{run.name.rpartition('-')[2]}.wandb"
+    place = hashlib.sha256(f"default/{run.name}".encode()).hexdigest()[:6]
+    assert file.name == f"run-{run.name.rpartition('-')[2]}-{place}.wandb", "another study may have the same run"
     content = b"".join(each.SerializeToString() for each in kept)  # in the file itself a block's head may split a word
     for word in ("train/loss", "tagged", "result/top1_pct", "default", "num_experts"):
         assert word.encode() in content, word

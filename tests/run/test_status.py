@@ -12,9 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from softmoe_cli.run.status import quoted
 from tests.conftest import TINY, Softmoe
+from tests.runs import saved
 
 
 def made(run: Path, rows: Sequence[dict[str, Any]], lock: str = "") -> None:
@@ -195,6 +199,34 @@ def test_what_to_type_to_go_on(softmoe: Softmoe, tmp_path: Path) -> None:
     assert list(tmp_path.glob("outputs/own/*")) == [own] and (own / "result.json").exists()
     assert not (own / "failed.json").exists(), "it went on"
     assert {path.name for path in (tmp_path / "outputs").iterdir()} == {"mine", "own"}, "no files of Hydra's"
+
+
+@pytest.mark.thorough
+def test_what_to_type_goes_on_from_everywhere(
+    softmoe: Softmoe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With what was typed of the data, which a checkpoint would decide otherwise, and in a study that was moved."""
+    checkpoint = saved(tmp_path / "weights.safetensors", 0)
+    line = (f"checkpoint={checkpoint}", "tracking=off", "threads=1", "train.steps=2", "study=mine")
+    assert softmoe("finetune", *line, "data.mean=[0.25]", "data.split_seed=7").code == 0
+    study = tmp_path / "moved (a=b)" / "it's"
+    study.parent.mkdir()
+    (tmp_path / "outputs" / "mine").rename(study)
+    (run,) = study.iterdir()
+    for folder in (tmp_path, study):
+        (run / "result.json").unlink()
+        monkeypatch.chdir(folder)
+        (told,) = [each for each in softmoe("status", str(study)).out.splitlines() if each.startswith("to go on: ")]
+        words = shlex.split(told.removeprefix("to go on: softmoe "))
+        again = softmoe(*words)
+        assert again.code == 0 and "going on from step 2" in again.out, again
+        assert (run / "result.json").exists()
+    assert not list(tmp_path.glob("outputs/*"))
+
+
+@pytest.mark.parametrize("text", ["a b", "x\"y'", 'a\\b\\"', "end\\", "null", "007", "a=b,c(d)[e]{f}", "ä:#"])
+def test_hydra_reads_a_quoted_text_as_it_is(text: str) -> None:
+    assert OverridesParser.create().parse_override(f"study={quoted(text)}").value() == text
 
 
 def test_status_of_many_runs_needs_no_torch(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from softmoe_cli.run.rows import jobs
 from tests.conftest import Softmoe, thinned
 from tests.launch.sweeps import LINE, rows_of, until
 from tests.processes import Started
@@ -173,6 +174,8 @@ def test_failures_and_budgets(tmp_path: Path) -> None:
     line = experiments(tmp_path, dense={}, crippled=dict(CRIPPLED), raises=dict(RAISES))
     answer = told(settle(tmp_path, line, "max_seeds=6", "format=json"), 3)
     assert {arm["arm"]: arm["verdict"] for arm in answer["arms"]}["raises"] == "failed"
+    typed, _ = jobs(tmp_path / "outputs" / "settled" / "sweep-settle" / "jobs.json")
+    assert typed == ["softmoe", "settle", *SHORT, line, "max_seeds=6", "format=json"], "what softmoe status repeats"
     assert answer["open"] == ["crippled"] and len(answer["failed"]) == 6 and "not finite" in answer["failed"][0]
     pflop = answer["train_pflop"]
     stopped = settle(tmp_path, line, "max_seeds=9", f"pflop={1.1 * pflop}")

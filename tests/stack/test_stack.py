@@ -168,6 +168,7 @@ def test_what_follows_the_seed_beside_the_numbers_is_refused_or_kept_apart() -> 
     """As a batch size, an architecture or a decay may be written with ${seed} in it."""
     base = compose(*TINY)
     others = {"the batch": "train.batch_size=2", "pos_embed": "model.backbone.width=32",
+              "model.backbone.drop_path": "model.backbone.drop_path=0.5", "train.loss": "train.loss=sigmoid",
               "": "optim.weight_decay=0.5"}  # fmt: skip
     for odd, word in others.items():
         with ExitStack() as hooks:
@@ -187,7 +188,7 @@ def test_what_follows_the_seed_beside_the_numbers_is_refused_or_kept_apart() -> 
 
 def test_jobs_that_differ_in_nothing_but_the_seed_are_gathered() -> None:
     words = ["a seed=0", "b seed=0", "a ++seed=1", "b seed=1", "a seed=2"]
-    entries = [Entry(Job(each, each.split(), Path(each), 1), Path("log")) for each in words]
+    entries = [Entry(Job(each, each.split(), Path(each), 1, images=each), Path("log")) for each in words]
     assert [[entry.job.run for entry in stack] for stack in stacks(entries, 2)] == [
         ["a seed=0", "a ++seed=1"], ["b seed=0", "b seed=1"], ["a seed=2"]
     ]  # fmt: skip

@@ -51,6 +51,10 @@ def test_epochs_are_as_they_were_typed(epochs: float, images: int, batch: int) -
     assert Budget.of(config, images).steps == math.ceil(Fraction(str(epochs)) * images / batch)
 
 
+def test_the_smallest_budget_is_a_step() -> None:
+    assert Budget.of(compose("train.epochs=1e-11"), 1000).steps == 1
+
+
 def test_looks_of_a_budget_in_minutes() -> None:
     assert looks(300.0, 0.1, None) == 10
     assert looks(300.0, 0.1, None, 151.0) == 5

@@ -7,7 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from softmoe_cli.config.run import Config
 from softmoe_cli.model.vit import build, portable
+from softmoe_cli.run.folder import Run
 from softmoe_cli.run.header import Source
 from softmoe_cli.terminal import Screen
 from softmoe_cli.train.resume import load_source
@@ -84,6 +86,28 @@ def test_finetune_options_resume_to_the_same_bits(name: str, softmoe: Softmoe, t
     assert {key for key, value in end.items() if torch.equal(before[key], value)} == frozen
     bytes_kept = {key for key, value in kept.items() if value.dtype == torch.uint8 and key.startswith("optimizer.")}
     assert bool(bytes_kept) == (name == "8bit")
+
+
+@pytest.mark.thorough
+def test_what_another_process_has_ended_meanwhile_stays(
+    softmoe: Softmoe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It had the folder when we looked, and has let go of it when we take it."""
+    line = ("train", *TINY, "train.steps=2")
+    assert softmoe(*line).code == 0
+    run, take = the_run(tmp_path), Run.open
+    files = [run / name for name in ("result.json", "metrics.jsonl", "config.yaml")]
+    ended = [file.read_bytes() for file in files]
+    files[0].unlink()
+
+    def open_late(self: Run, config: Config) -> None:
+        files[0].write_bytes(ended[0])
+        take(self, config)
+
+    monkeypatch.setattr(Run, "open", open_late)
+    answer = softmoe(*line, "threads=1")
+    assert answer.code == 0 and "is finished; nothing to do" in answer.out, answer
+    assert [file.read_bytes() for file in files] == ended
 
 
 def test_the_only_checkpoint_damaged(softmoe: Softmoe, tmp_path: Path) -> None:
