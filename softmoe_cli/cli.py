@@ -337,13 +337,14 @@ def _evaluate(config: Any, typed: list[str]) -> int:
 
     sources = [inherit.named_source(path, tree["base"]) for path in paths]
     from softmoe_cli.evaluate.command import evaluate_checkpoint
+    from softmoe_cli.evaluate.soup import check_alike
 
     model, *_ = [inherit.model_of(source, tree["trust"]) for source in sources]
     named = inherit.names_data(tree["data"])
     inherit.take_data(tree, sources[0], typed)
     own = next((source for source in sources if inherit.same_set(tree["data"], source.card["data"])), sources[0])
     inherit.keep_cut(tree["data"], own.card["data"], typed)
-    inherit.check_alike(sources, tree["data"])
+    check_alike(sources, tree["data"])
     inherit.take_task(tree, sources[0], typed, named=named)
     checked = door(tree, EvaluateConfig)
     check_channels(checked.data, model.in_chans)

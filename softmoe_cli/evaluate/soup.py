@@ -2,11 +2,17 @@
 https://arxiv.org/abs/2203.05482"""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from softmoe_cli.errors import UsageError
+from softmoe_cli.options.inherit import CUT_KEYS, same_set
+from softmoe_cli.run.header import Source
+
 Weights = dict[str, Tensor]
+COMMON = ("model", "classes", "loss", "precision")
 
 
 def average(states: Sequence[Weights]) -> Weights:
@@ -28,3 +34,30 @@ def greedy(states: Sequence[Weights], score: Callable[[Weights], float]) -> list
         if now >= best:
             kept, best = [*kept, i], now
     return kept
+
+
+def check_alike(sources: Sequence[Source], data: dict[str, Any]) -> None:
+    """Raises UsageError unless all sources have the same model, classes, loss, precision and pixels and, where they
+    were trained on the set that they are evaluated on, the same cut of it: with another cut, some would have been
+    trained on the images that choose and score."""
+    own = [source for source in sources if same_set(data, source.card["data"])]
+    for other in sources[1:]:
+        _check_pair(sources[0], other, ("mean", "std"))
+    for other in own[1:]:
+        _check_pair(own[0], other, CUT_KEYS)
+
+
+def _check_pair(first: Source, other: Source, keys: Sequence[str]) -> None:
+    said = [
+        {key: s.card[key] for key in COMMON}
+        | {f"data.{key}": s.card["data"].get(key) for key in keys}
+        | {key: tuple(value.tolist() if key.endswith(".alive") else value.shape) for key, value in s.weights.items()}
+        for s in (first, other)
+    ]
+    odd = [key for key in said[0] | said[1] if said[0].get(key) != said[1].get(key)]
+    if odd:
+        values = [f" ({s[odd[0]]})" if isinstance(s.get(odd[0]), int | float | tuple) else "" for s in said]
+        raise UsageError(
+            f"checkpoint={first.label}{values[0]} and {other.label}{values[1]} differ in {odd[0]}; only "
+            "checkpoints of the same architecture, and of the same cut of the data evaluated, can be averaged"
+        )

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from softmoe_cli.errors import UsageError
-from softmoe_cli.evaluate.soup import Weights, average, greedy
-from softmoe_cli.options.inherit import check_alike
+from softmoe_cli.evaluate.soup import Weights, average, check_alike, greedy
 from softmoe_cli.run.header import Source
 
 CARD: dict[str, Any] = {
