@@ -40,7 +40,7 @@ def test_jobs_with_a_raise_a_kill_too_little_memory_and_a_killed_launcher(good: 
     jobs: dict[str, dict[str, Any]] = {name: {"seed": i, "train": {"steps": 10}} for i, name in enumerate(names)}
     jobs["long"] = {"train": {"steps": 200}}
     jobs["raises"] = {"train": {"steps": 1}, "optim": {"warmup": 0, "lr": 1e38, "clip_norm": None}}
-    jobs["large"] = {"model": {"backbone": {"mlp_width": 2**33}}}
+    jobs["large"] = {"model": {"backbone": {"mlp_width": 2**31 - 1}}}
     order = ["long", "raises", "large", *names]
     for name in ("sweep", "alone"):
         (tmp_path / name / "conf" / "experiment").mkdir(parents=True)

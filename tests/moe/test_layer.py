@@ -379,7 +379,8 @@ def test_runs_in_half_precision_are_those_of_float32(sizes: list[int]) -> None:
     found = []
     for dtype in (torch.bfloat16, torch.float32):
         given = [each.to(dtype, copy=True).requires_grad_() for each in (rows, *weights)]
-        made = ragged_experts(given[0], offsets, *given[1:], "tanh")[:r]
+        x, w1, b1, w2, b2 = given
+        made = ragged_experts(x, offsets, w1, b1, w2, b2, "tanh")[:r]
         found.append([made, *torch.autograd.grad(made, given, gradient.to(dtype))])
     for half, whole in zip(*found, strict=True):
         half, whole = (each[:r] if len(each) == r + 3 else each for each in (half, whole))
