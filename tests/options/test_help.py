@@ -84,7 +84,7 @@ def test_help_fits_a_terminal_and_names_every_option(command: str) -> None:
 def test_help_shows_values_kinds_groups_and_the_chosen_router(softmoe: Softmoe) -> None:
     text = " ".join(softmoe("train", "model/router=tokens_choice", "recipe=paper", "--help").out.split())
     assert "optim.lr=0.001 peak learning rate [number > 0]" in text
-    assert "train.precision=fp32 arithmetic under autocast; weights stay fp32; auto: bf16 where the device" in text
+    assert "train.precision=fp32 arithmetic under autocast; weights stay fp32; auto: bf16 where that is" in text
     assert "model.router.k=1 experts that each token takes" in text
     assert "recipe=paper" in text and "hydra/launcher=local" in text and "+experiment=" in text
     assert "augment.crop=resized" in softmoe("train", "recipe=strong", "--help", "crop").out
