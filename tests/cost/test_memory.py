@@ -71,14 +71,35 @@ def allocated_peak(config: Config, crew: Crew = ALONE) -> int:
     assert watched.profiler is not None
     assert watched.profiler.kineto_results is not None
     now = peak = 0
-    events: list[Any] = [e for e in watched.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
+    for size in sizes(watched.profiler.kineto_results.events()):
+        now += size
         peak = max(peak, now)
     weights = sum(own_part(p).nbytes for p in model.parameters())
     moments = [state_of(optimizer, parameter).values() for parameter in model.parameters()]
     kept = sum(own_part(value).nbytes for values in moments for value in values if value.ndim)
     return weights + kept + peak + x.nbytes + targets.nbytes  # weights and moments were there before
+
+
+PRODUCT_NAMES = {f"aten::{name}" for name in ("mm", "addmm", "bmm", "baddbmm")}
+
+
+def sizes(events: list[Any]) -> list[int]:
+    """Bytes taken and, below zero, given back, in the order of time. Where oneDNN has products of bfloat16 it copies
+    operands into layouts of its own, which is not predicted: what such a product takes and gives back while it runs is
+    left out there."""
+    packs = CPU_PRODUCTS[torch.bfloat16] == "fast"
+    kept: list[int] = []
+    end, first = 0, 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        if packs and event.name() in PRODUCT_NAMES:
+            end, first = event.end_ns(), len(kept)
+        elif event.name() == "[memory]":
+            taken = -event.nbytes()
+            if event.start_ns() < end and taken in kept[first:]:
+                del kept[first + kept[first:].index(taken)]
+            else:
+                kept.append(event.nbytes())
+    return kept
 
 
 @pytest.mark.parametrize(("router", "precision", "accumulate", "recompute"), thinned(CASES, 4))
@@ -87,8 +108,7 @@ def test_predicted_peak_is_the_allocators(router: str, precision: str, accumulat
         router, "train.batch_size=32", f"train.precision={precision}", f"train.accumulate={accumulate}",
         f"train.recompute={str(recompute).lower()}",
     )  # fmt: skip
-    packs = precision == "bf16" and CPU_PRODUCTS[torch.bfloat16] == "fast"  # oneDNN copies operands, which nobody told
-    assert (0.94 if packs else 0.98) < held(config).peak_bytes / allocated_peak(config) < 1.02
+    assert held(config).peak_bytes == pytest.approx(allocated_peak(config), rel=0.02)
 
 
 @pytest.mark.parametrize("side", ["fast", "loops"])
