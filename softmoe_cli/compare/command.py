@@ -57,6 +57,18 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; {self.prog} --help shows the options")
 
 
+class _Kept(argparse.Action):
+    """A value that nothing takes the place of: lists go on, anything else is said once."""
+
+    def __call__(self, parser: object, namespace: argparse.Namespace, value: Any, option: str | None = None) -> None:
+        before = getattr(namespace, self.dest)
+        if isinstance(value, tuple):
+            value = (before or ()) + value
+        elif before is not None:
+            raise UsageError(f"{option} {before} and {option} {value}: it takes one value; keep one of them")
+        setattr(namespace, self.dest, value)
+
+
 def compare_folders(arguments: Sequence[str]) -> int:
     """Compares, writes and prints.
 
@@ -137,15 +149,15 @@ def parsed_options(
     arguments: Sequence[str],
 ) -> argparse.Namespace:
     """The folders and options of a command that reads finished runs. An option without a value is a flag; one of
-    `repeated` may be given several times and is a tuple; the others are None where they are not given.
+    `repeated` is a tuple and may be given several times, as a list may; the others are None where they are not given.
 
     Raises:
-        UsageError: an option that does not exist, or a value that its type does not take.
+        UsageError: an option that does not exist or is given twice, or a value that its type does not take.
     """
     parser = _Parser(command)
     parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER")
     for name, (value, _) in options.items():
-        extra: dict[str, Any] = {"type": types[name]} if name in types else {}
+        extra: dict[str, Any] = {"action": _Kept} | ({"type": types[name]} if name in types else {})
         if not value:
             extra = {"action": "store_true"}
         elif name in repeated:

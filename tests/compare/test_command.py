@@ -15,7 +15,7 @@ import pytest
 
 from softmoe_cli.compare import command as compare_command
 from softmoe_cli.compare.blocks import compare
-from softmoe_cli.compare.command import PAPER, _reference
+from softmoe_cli.compare.command import PAPER, _reference, listed, parsed_options
 from softmoe_cli.compare.groups import Comparison
 from softmoe_cli.compare.question import Question
 from softmoe_cli.compare.send import wandb_run
@@ -188,6 +188,11 @@ def test_wandb_switched_off_or_out_of_reach(softmoe: Softmoe, tmp_path: Path, mo
     assert softmoe("compare", "runs", "--project", "x").err == "softmoe: --project x has no effect without --wandb\n"
 
 
+def test_a_list_given_twice_goes_on() -> None:
+    chosen = parsed_options("compare", {"by": ("KEY,KEY", "")}, {"by": listed}, (), ["runs", "--by", "a", "--by=b,c"])
+    assert (chosen.by, chosen.folders) == (("a", "b", "c"), [Path("runs")])
+
+
 def test_command_line(softmoe: Softmoe, tmp_path: Path) -> None:
     study(tmp_path / "runs")
     answer = softmoe("compare", "--quality", "loss", "runs", "--sort=label", "--at", "images=3200", "--at", "device_s")
@@ -197,6 +202,7 @@ def test_command_line(softmoe: Softmoe, tmp_path: Path) -> None:
     for arguments, told in [
         ((), "and there is none with finished runs in outputs"),
         (("runs", "--qualty", "loss"), "--qualty: there is no such option. Did you mean '--quality'?"),
+        (("runs", "--sort", "loss", "--sort", "label"), "--sort loss and --sort label: it takes one value; keep one"),
         (("runs", "--cost"), "argument --cost: expected one argument"),
         (("runs", "--out", "runs/compare/table.md/x"), "--out runs/compare/table.md/x cannot be written"),
         (("runs", "--reference", "paretoo"), "Did you mean 'pareto'"),
