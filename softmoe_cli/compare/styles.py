@@ -12,15 +12,22 @@ MARKERS = "osD^vPX*"
 
 def styles(groups: Iterable[Group]) -> dict[str, tuple[int, str]]:
     """Label -> (number of the colour, marker), the same in every figure. Baselines come first, in black. Labels that
-    begin alike (mostly a router) share a colour if all groups still look different."""
+    begin alike (mostly a router) share a colour if all groups still look different, and those that end alike (mostly a
+    number of experts) share a marker if several of a colour do."""
     groups = list(groups)
     baselines = {group.baseline for group in groups}
     labels = sorted({group.label for group in groups}, key=lambda label: (label not in baselines, natural(label)))
     families: dict[str, list[str]] = {}
     for label in labels:
         families.setdefault(label.partition(", ")[0], []).append(label)
+    ends = sorted({label.partition(", ")[2] for label in labels}, key=natural)
     if 1 < len(families) <= len(COLOURS) and max(map(len, families.values())) <= len(MARKERS):
-        at = {label: (c, (c + m) % len(MARKERS)) for c, f in enumerate(families.values()) for m, label in enumerate(f)}
+        marker = {label: ends.index(label.partition(", ")[2]) for label in labels}
+        if len(ends) == 1 or len(ends) > min(len(MARKERS), len(labels) - 1):
+            marker = {
+                label: (c + m) % len(MARKERS) for c, f in enumerate(families.values()) for m, label in enumerate(f)
+            }
+        at = {label: (c, marker[label]) for c, f in enumerate(families.values()) for label in sorted(f, key=natural)}
     else:
         at = {label: (i % len(COLOURS), (i + 2 * (i // len(COLOURS))) % len(MARKERS)) for i, label in enumerate(labels)}
     return {label: (colour, MARKERS[marker]) for label, (colour, marker) in at.items()}
