@@ -20,7 +20,7 @@ from softmoe_cli.config.data import Data
 from softmoe_cli.data import sets, workers
 from softmoe_cli.data.archives import IMAGE_ENDINGS, Stored
 from softmoe_cli.data.folders import HIDDEN_FILES, Listing, Passed
-from softmoe_cli.data.listing import listing
+from softmoe_cli.data.listing import check_num_classes, listing
 from softmoe_cli.data.picture import IMAGE_FORMATS, opened
 from softmoe_cli.data.splits import ImageSet, split
 from softmoe_cli.data.suit import shorter_sides, side_for
@@ -165,6 +165,7 @@ def _parts(settings: Any, found: Listing, faults: list[dict[str, Any]]) -> dict[
     }
     if not faults:
         try:
+            check_num_classes(settings, found.classes)
             splits = split(on_disk, found.classes, settings)
         except UsageError as error:
             faults.append(_fault("split", str(error)))

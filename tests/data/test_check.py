@@ -100,6 +100,13 @@ def test_a_set_that_cannot_be_split(softmoe: Softmoe, images: Path) -> None:
     assert fault["kind"] == "split" and "leaves no image of class bee for training" in fault["sentence"]
 
 
+def test_more_classes_than_are_asked_for(softmoe: Softmoe, images: Path) -> None:
+    """A run is refused, and so is the set."""
+    table, report = told(softmoe, "data.num_classes=2")
+    assert table.code == 1 and "wrong: data.num_classes=2 is less than the 3 classes found" in table.out
+    assert [row["part"] for row in report["parts"]] == ["train", "val"]
+
+
 def test_archives_and_what_cannot_be_read_at_all(softmoe: Softmoe, tmp_path: Path) -> None:
     as_tfds(tmp_path / "tfds")
     line = ("data", "check", "data.workers=0", "format=json")
