@@ -49,7 +49,8 @@ def check_alike(sources: Sequence[Source], data: dict[str, Any]) -> None:
 
 def _sets(source: Source) -> dict[str, dict[str, Any]]:
     """The sets of a checkpoint's mix, by name, with their own pixels and cuts."""
-    return source.card["data"].get("sets") or {}
+    sets: dict[str, dict[str, Any]] = source.card["data"].get("sets") or {}
+    return sets
 
 
 def _check_pair(first: Source, other: Source, keys: Sequence[str]) -> None:
