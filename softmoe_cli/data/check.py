@@ -20,7 +20,7 @@ from softmoe_cli.config.data import Data
 from softmoe_cli.data import sets, workers
 from softmoe_cli.data.archives import IMAGE_ENDINGS, Stored
 from softmoe_cli.data.folders import HIDDEN_FILES, Listing, Passed
-from softmoe_cli.data.listing import listing
+from softmoe_cli.data.listing import check_num_classes, listing
 from softmoe_cli.data.picture import IMAGE_FORMATS, opened
 from softmoe_cli.data.splits import ImageSet, split
 from softmoe_cli.data.suit import shorter_sides, side_for
@@ -120,13 +120,8 @@ def inspect(config: DataCheckConfig) -> dict[str, Any]:
     seen = {part: list(_read_images(images, settings)) for part, images in parts.items()}
     for part, images in parts.items():
         faults += _unreadable(part, images, seen[part])
-        if part == "train":
-            counts = np.bincount(images.labels.numpy(), minlength=len(classes))
-            empty = [name for name, count in zip(classes, counts, strict=True) if not count]
-            if empty and not any(fault["kind"] == "classes" for fault in faults):
-                faults.append(
-                    _fault("classes", f"{len(empty)} of {len(classes)} classes have no training image", empty)
-                )
+    if not any(fault["kind"] == "classes" for fault in faults):
+        faults += _lacking(parts, classes)
     faults += _duplicates(parts, seen)
     rows = [_row(part, images, seen[part], len(classes)) for part, images in parts.items() if len(images)]
     if settings.format == "folder" and str(passed):
@@ -165,6 +160,7 @@ def _parts(settings: Any, found: Listing, faults: list[dict[str, Any]]) -> dict[
     }
     if not faults:
         try:
+            check_num_classes(settings, found.classes)
             splits = split(on_disk, found.classes, settings)
         except UsageError as error:
             faults.append(_fault("split", str(error)))
@@ -188,6 +184,16 @@ def _unreadable(part: str, images: ImageSet, seen: list[Seen]) -> Iterator[dict[
     broken = [each.fault for each in seen if each.fault is not None]
     if broken:
         yield _fault("unreadable", f"{part}: {len(broken)} of {len(images)} images cannot be read", broken)
+
+
+def _lacking(parts: dict[str, ImageSet], classes: list[str]) -> Iterator[dict[str, Any]]:
+    """Classes without training images, and others that not every part has."""
+    there = {part: set(images.labels.tolist()) for part, images in parts.items()}
+    trained = there.get("train", set())
+    for part, word in {"train": "training", "validation": "validation", "test": "test"}.items():
+        wanted = range(len(classes)) if part == "train" else sorted(trained)
+        if lacking := [classes[i] for i in wanted if part in there and i not in there[part]]:
+            yield _fault("classes", f"{len(lacking)} of {len(classes)} classes have no {word} image", lacking)
 
 
 def _duplicates(parts: dict[str, ImageSet], seen: dict[str, list[Seen]]) -> Iterator[dict[str, Any]]:

@@ -46,10 +46,10 @@ def centre(image: Image.Image, side: int, crop_pct: float | None) -> UInt8[Tenso
         return _pixels(image.resize((side, side), Image.Resampling.BICUBIC, box=(left, top, left + cut, top + cut)))
     shorter = math.floor(side / crop_pct)
     w, h = (int(shorter * length / min(width, height)) for length in (width, height))
-    if w * h > MOST_RESIZED:  # a very long image: what is far from its centre is cut off before resizing
-        x, y = (max(0, length - 8 * min(width, height)) // 2 for length in (width, height))
-        return centre(image.crop((x, y, width - x, height - y)), side, crop_pct)
     x, y = round((w - side) / 2), round((h - side) / 2)
+    if w * h > MOST_RESIZED:  # a very long image, or a very small share of one: only what is kept is made
+        box = (x * width / w, y * height / h, (x + side) * width / w, (y + side) * height / h)
+        return _pixels(image.resize((side, side), Image.Resampling.BICUBIC, box=box))
     return _pixels(image.resize((w, h), Image.Resampling.BICUBIC).crop((x, y, x + side, y + side)))
 
 

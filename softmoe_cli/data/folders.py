@@ -122,8 +122,6 @@ def folder(root: Path) -> Listing:
         odd = sorted(set(other) ^ set(tree))
         if odd:
             faults.append(f"{place} and {first} have different classes: {told_apart(odd)}")
-    if len(classes) < 2:
-        faults.append(f"{first} has one class folder only, {classes[0]}; there is nothing to tell apart")
     if walk.broken:
         more = f", and {len(walk.broken) - 1:,} others are too" if len(walk.broken) > 1 else ""
         broken = f"{min(walk.broken)} is a link that leads nowhere, a pipe or a device{more}"
@@ -197,6 +195,8 @@ def _tree(root: Path, place: Path, walk: _Walk) -> Tree:
             walk.passed.add(LOOSE, path)
         elif folders and path in tars:
             walk.passed.add("unpacked .tar", path)
+        elif path not in folders and path not in tars:
+            walk.passed.file(str(path))
     if not folders and tars:
         return {tar.stem: Stored.ranges(tar, sorted(_images_of(tar, walk))) for tar in tars}
     tree = {folder.name: Stored.files(root, _images_in(root, folder, walk)) for folder in folders}

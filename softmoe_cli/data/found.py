@@ -40,13 +40,14 @@ def idx_arrays(data: Data) -> list[np.ndarray]:
 
 
 def idx_paths(data: Data) -> list[Path]:
-    folders = [Path(data.root), Path(data.root) / "FashionMNIST" / "raw", DEBIAN_FASHION]
-    return [path for name in IDX_NAMES if (path := _first_existing(folders, name)) is not None]
-
-
-def _first_existing(folders: list[Path], name: str) -> Path | None:
-    candidates = [folder / f"{name}{ending}" for folder in folders for ending in ("", ".gz")]
-    return next((path for path in candidates if path.is_file()), None)
+    """The four files of the first folder that has them all: other sets go by these names, and files of two folders may
+    be of two sets. Nothing where no folder has all."""
+    for folder in (Path(data.root), Path(data.root) / "FashionMNIST" / "raw", DEBIAN_FASHION):
+        pairs = [(folder / name, folder / f"{name}.gz") for name in IDX_NAMES]
+        paths = [path for pair in pairs if (path := next(filter(Path.is_file, pair), None)) is not None]
+        if len(paths) == len(IDX_NAMES):
+            return paths
+    return []
 
 
 LARGEST_IDX = 2**31

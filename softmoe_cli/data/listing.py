@@ -13,6 +13,7 @@ from softmoe_cli.data.cut import cut
 from softmoe_cli.data.folders import Listing, appearance, folder
 from softmoe_cli.data.shards import shards
 from softmoe_cli.errors import UsageError
+from softmoe_cli.text import printable
 
 
 def listing(data: Data) -> Listing:
@@ -26,6 +27,9 @@ def listing(data: Data) -> Listing:
         listed = folder(Path(data.root)) if data.format == "folder" else shards(data)
     except OSError as error:
         raise UsageError(f"{error.filename or data.root} cannot be read: {error.strerror or error}") from error
+    if len(listed.classes) < 2:
+        one = f"one {'class folder' if data.format == 'folder' else 'class'} only, {printable(listed.classes[0])}"
+        listed.faults.append(f"data.root={data.root} has {one}; there is nothing to tell apart")
     listed.faults.extend(_alike(listed.classes))
     return listed
 

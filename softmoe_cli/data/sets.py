@@ -1,5 +1,6 @@
 """The images of `data.name`, divided into training, validation and test images."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -10,10 +11,11 @@ from softmoe_cli.data.archives import Stored
 from softmoe_cli.data.cache import cached
 from softmoe_cli.data.decode import squares
 from softmoe_cli.data.exemplars import exemplars
+from softmoe_cli.data.folders import told_apart
 from softmoe_cli.data.found import IDX_NAMES, idx_paths
 from softmoe_cli.data.known import cifar, cifar_part, digits, fashion_mnist
 from softmoe_cli.data.listing import check_num_classes, usable
-from softmoe_cli.data.mix import mixed
+from softmoe_cli.data.mix import classes_of_task, mixed
 from softmoe_cli.data.splits import ImageSet, Splits, split
 from softmoe_cli.errors import UsageError
 
@@ -41,6 +43,23 @@ def _of_a_mix(own: Data) -> Splits:
         return load(own)
     except UsageError as error:
         raise UsageError(f"data.sets, {own.name}: {error}") from error
+
+
+def load_of_task(own: Data, known: Sequence[str]) -> Splits:
+    """Reads the set of one task of a checkpoint, which knows the classes `known` of all its tasks.
+
+    Raises:
+        UsageError: as `load`; or the set has other classes than the task, or has them in another order.
+    """
+    splits, classes = load(own), classes_of_task(own.name, known)
+    if splits.classes != classes:
+        odd = sorted(set(splits.classes) ^ set(classes))
+        has = f"other classes than the checkpoint's task: {told_apart(odd)}" if odd else "the classes in another order"
+        raise UsageError(
+            f"data.sets, {own.name}: its files have {has}; get those that the checkpoint was trained on, or evaluate "
+            f"these alone, with task={own.name}"
+        )
+    return splits
 
 
 def _read(data: Data) -> Splits:

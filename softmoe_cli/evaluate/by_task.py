@@ -1,7 +1,7 @@
 """Quality of a checkpoint that knows several tasks: of each, and both means over them."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from softmoe_cli import programs
@@ -25,14 +25,18 @@ def require_one_task(config: EvaluateConfig, tasks: dict[str, int]) -> None:
 
 
 def each_task(
-    config: EvaluateConfig, said: Callable[[int, ImageSet], Outcomes]
+    config: EvaluateConfig, known: Sequence[str], said: Callable[[int, ImageSet], Outcomes]
 ) -> tuple[dict[str, Any], dict[str, Outcomes]]:
-    """The row of the checkpoint's own mix, each set among its own classes. `said` gives the outcomes of a task by its
-    number on the images of its set."""
+    """The row of the checkpoint's own mix, each set among its own classes, which are of the `known` ones. `said` gives
+    the outcomes of a task by its number on the images of its set.
+
+    Raises:
+        UsageError: a set cannot be read, or has other classes than the checkpoint knows.
+    """
     start = time.perf_counter()
     found: dict[str, Outcomes] = {}
     for task, own in enumerate(config.data.of_sets()):
-        splits = sets.load(own)
+        splits = sets.load_of_task(own, known)
         found[own.name] = said(task, getattr(splits, config.split))
     whole = dict(qualities(together(list(found.values()))))
     tasks = [{"task": name} | dict(qualities(each)) for name, each in found.items()]

@@ -69,7 +69,9 @@ def evaluate_checkpoint(config: EvaluateConfig, model_config: Model, sources: li
         require_one_task(config, tasks)
         _, weights = _average(judge, sources, None)
         model = judge.built(weights)
-        row, _ = each_task(config, lambda task, some: judge.of_task(task).outcomes(model, some, config.batch_size))
+        row, _ = each_task(
+            config, known, lambda task, some: judge.of_task(task).outcomes(model, some, config.batch_size)
+        )
         show_tasks(_begun(config, sources) | row | {"hardware": hardware(device)}, config.format)
         return
     if config.task is not None:
@@ -84,7 +86,7 @@ def evaluate_checkpoint(config: EvaluateConfig, model_config: Model, sources: li
         check_order(config.real, known)
     outputs = outputs_for(known, splits.classes, config.data.class_numbers)
     if outputs is None:
-        _check_foreign(config, sources[0], splits.classes)
+        _check_foreign(config, sources[0].label, known, splits.classes)
     judge = replace(judge, outputs=None if outputs == list(range(len(known))) else outputs)
     kept, weights = _average(judge, sources, splits.validation)
     model = judge.built(weights)
@@ -300,7 +302,7 @@ class Among(nn.Module):
         return logits[:, self.outputs]
 
 
-def _check_foreign(config: EvaluateConfig, source: Source, classes: list[str]) -> None:
+def _check_foreign(config: EvaluateConfig, label: str, known: list[str], classes: list[str]) -> None:
     """Without common classes there is few-shot quality and nothing else."""
     asks = {
         "audit": config.audit,
@@ -315,7 +317,7 @@ def _check_foreign(config: EvaluateConfig, source: Source, classes: list[str]) -
     if config.fewshot and not asked:
         return
     raise UsageError(
-        f"checkpoint={source.label} knows {_shortly(source.card['classes'])}, but data={config.data.name} has "
+        f"checkpoint={label} knows {_shortly(known)}, but data={config.data.name} has "
         f"{_shortly(classes)}"
         + (f", which {asked[0]} cannot do with" if config.fewshot else "")
         + "; use softmoe finetune for other classes, or fewshot=[1,5,10,25] alone for the features"

@@ -47,10 +47,17 @@ def check_alike(sources: Sequence[Source], data: dict[str, Any]) -> None:
         _check_pair(own[0], other, CUT_KEYS)
 
 
+def _sets(source: Source) -> dict[str, dict[str, Any]]:
+    """The sets of a checkpoint's mix, by name, with their own pixels and cuts."""
+    sets: dict[str, dict[str, Any]] = source.card["data"].get("sets") or {}
+    return sets
+
+
 def _check_pair(first: Source, other: Source, keys: Sequence[str]) -> None:
     said = [
         {key: s.card[key] for key in COMMON}
         | {f"data.{key}": s.card["data"].get(key) for key in keys}
+        | {f"data.sets, {name}, {key}": own[key] for name, own in _sets(s).items() for key in keys if key in own}
         | {key: tuple(value.tolist() if key.endswith(".alive") else value.shape) for key, value in s.weights.items()}
         for s in (first, other)
     ]

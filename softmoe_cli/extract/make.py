@@ -41,7 +41,7 @@ def extract(config: ExtractConfig, model: Model, source: Source) -> dict[str, An
     """Writes the checkpoint of the extracted model and returns its receipt, with the folder it lies in.
 
     Raises:
-        UsageError: a checkpoint, task or form that cannot work; nothing was written.
+        UsageError: a checkpoint, task or form that cannot work, or images of other classes; nothing was written.
         RunError: the new model does not compute what the old one does; nothing was written.
     """
     if "head.weight" not in source.weights:
@@ -57,6 +57,9 @@ def extract(config: ExtractConfig, model: Model, source: Source) -> dict[str, An
         Screen().say(f"{folder} holds this already; nothing to do")
         return found | {"folder": str(folder)}
 
+    for own in config.data.of_sets():
+        if own.name in which:
+            sets.load_of_task(own, source.card["classes"])
     prepare(whole, device, "fp32")
     new = made.built(torch.float32)
     prepare(new, device, "fp32")

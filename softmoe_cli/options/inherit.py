@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softmoe_cli.config.adapter import no_adapter
-from softmoe_cli.config.data import DATA_FORMATS, OF_THE_MIX, Data
+from softmoe_cli.config.data import DATA_FORMATS, OF_A_SET, OF_THE_MIX, Data
 from softmoe_cli.config.model import Model
 from softmoe_cli.config.option import absent_keys
 from softmoe_cli.config.run import Config
@@ -356,11 +356,12 @@ def _said_of(data: dict[str, Any], card: dict[str, Any]) -> dict[str, Any]:
 
 
 def take_task(tree: dict[str, Any], source: "Source", typed: Sequence[str], *, named: bool) -> None:
-    """Where a task is named: takes that set of the checkpoint's mix as the data or, where other images are `named`, its
-    mean and deviation of pixels.
+    """Where a task is named: takes that set of the checkpoint's mix as the data, with what is typed of it, or, where
+    other images are `named`, its mean and deviation of pixels.
 
     Raises:
-        UsageError: the checkpoint knows no such task, or nobody says which one the images are of.
+        UsageError: the checkpoint knows no such task, or nobody says which one the images are of, or where no set of
+            the mix would look a root is typed.
     """
     tasks, task, data = source.card["model"].get("tasks"), tree["task"], tree["data"]
     mix = data.get("sets") not in (None, "???")
@@ -375,6 +376,7 @@ def take_task(tree: dict[str, Any], source: "Source", typed: Sequence[str], *, n
             "answer: say task=NAME for other images, or nothing for its own"
         )
     if task is None:
+        _check_mix_root(data, typed)
         return
     if task not in tasks:
         raise UsageError(
@@ -387,8 +389,20 @@ def take_task(tree: dict[str, Any], source: "Source", typed: Sequence[str], *, n
         tree["data"] |= {key: own[key] for key in ("mean", "std") if not names(f"data.{key}", typed)}
         return
     common = {key: data[key] for key in OF_THE_MIX}
+    own = own | {key: data[key] for key in OF_A_SET if names(f"data.{key}", typed)}
     none = {"class_numbers": False, "from_file": False, **dict.fromkeys(absent_keys(Data))}
     tree["data"] = common | own | none | {"cache": data.get("cache")}  # none of a mix, but it may be typed
+
+
+def _check_mix_root(data: dict[str, Any], typed: Sequence[str]) -> None:
+    """Raises UsageError where data.root is typed although each set that has files has a root of its own."""
+    own = {name: each["root"] for name, each in data["sets"].items() if "root" in each}
+    if own and names("data.root", typed) and own.keys() >= data["sets"].keys() - {"digits"}:
+        name, root = next(iter(own.items()))
+        raise UsageError(
+            f"data.root={data['root']} has no effect, as each set of the mix has its own, such as {name} {root}; say "
+            f"task={name} with it, or name the sets with their places: data=mix data.sets=[…]"
+        )
 
 
 def keep_cut(data: dict[str, Any], card: dict[str, Any], typed: Sequence[str]) -> None:

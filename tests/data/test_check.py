@@ -100,6 +100,22 @@ def test_a_set_that_cannot_be_split(softmoe: Softmoe, images: Path) -> None:
     assert fault["kind"] == "split" and "leaves no image of class bee for training" in fault["sentence"]
 
 
+def test_archives_of_which_a_part_lacks_a_class(softmoe: Softmoe, tmp_path: Path) -> None:
+    for part, first, labels in (("train", 0, [0, 1, 2] * 4), ("val", 50, [0, 2])):
+        pictures = {f"{i}.png": picture(first + i) for i in range(len(labels))}
+        pack(tmp_path / f"set/{part}.tar", pictures | {f"{i}.cls": b"%d" % label for i, label in enumerate(labels)})
+    answer = softmoe("data", "check", "data=webdataset", "data.root=set", "data.workers=0", "format=json")
+    (fault,) = json.loads(answer.out)["faults"]
+    assert answer.code == 1 and (fault["sentence"], fault["places"]) == ("1 of 3 classes have no test image", ["1"])
+
+
+def test_more_classes_than_are_asked_for(softmoe: Softmoe, images: Path) -> None:
+    """A run is refused, and so is the set."""
+    table, report = told(softmoe, "data.num_classes=2")
+    assert table.code == 1 and "wrong: data.num_classes=2 is less than the 3 classes found" in table.out
+    assert [row["part"] for row in report["parts"]] == ["train", "val"]
+
+
 def test_archives_and_what_cannot_be_read_at_all(softmoe: Softmoe, tmp_path: Path) -> None:
     as_tfds(tmp_path / "tfds")
     line = ("data", "check", "data.workers=0", "format=json")

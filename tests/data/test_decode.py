@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from softmoe_cli.data import decode as decoding
 from softmoe_cli.data.batches import eval_batches
 from softmoe_cli.data.decode import centre
 from softmoe_cli.data.sets import load
@@ -83,3 +84,16 @@ def test_a_line_of_pixels_is_not_made_as_wide_as_a_picture(size: tuple[int, int]
     line.putpixel((size[0] // 2, size[1] // 2), 200)
     square = centre(line, 224, 0.875)
     assert square.shape == (1, 224, 224) and int(square.max()) > 150 and int(square.min()) < 50
+
+
+def test_a_small_share_of_an_image_is_cut_without_making_all_of_it_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """timm's transform would have 11,200 x 14,933 pixels in between. Where both ways can go they see the same."""
+    across = np.linspace(0, 255, 400)[None] * np.linspace(0.5, 1, 300)[:, None]
+    image = Image.fromarray(across.round().astype(np.uint8))
+    small = centre(image, 224, 0.02)
+    assert small.shape == (1, 224, 224) and int(small.max()) - int(small.min()) < 8
+    for side, share in ((224, 0.1), (9, 0.01), (30, 0.875), (30, 1.0)):
+        whole = centre(image, side, share).int()
+        with monkeypatch.context() as patched:
+            patched.setattr(decoding, "MOST_RESIZED", 0)
+            assert (centre(image, side, share).int() - whole).abs().max() <= 1

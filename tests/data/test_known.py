@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from softmoe_cli.data.found import read_idx
-from softmoe_cli.data.sets import load
+from softmoe_cli.data import found
+from softmoe_cli.data.found import idx_paths, read_idx
+from softmoe_cli.data.sets import is_here, load
 from softmoe_cli.errors import UsageError
 from tests.data.trees import pixels, same
+from tests.mixes import write_clothes
 from tests.oracles import compose
 
 
@@ -82,3 +84,15 @@ def test_damaged_idx_files_are_refused(tmp_path: Path, name: str, content: bytes
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UsageError, match=words):
         read_idx(tmp_path / name)
+
+
+def test_files_of_two_folders_are_not_taken_for_one_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other sets go by Fashion-MNIST's names: the first folder that has all four files is the set."""
+    root, debian = (write_clothes(tmp_path / name) for name in ("root", "debian"))
+    monkeypatch.setattr(found, "DEBIAN_FASHION", debian)
+    data = compose("data=fashion_mnist", f"data.root={root}").data
+    assert {path.parent for path in idx_paths(data)} == {root}
+    (root / "t10k-labels-idx1-ubyte").unlink()
+    assert {path.parent for path in idx_paths(data)} == {debian}
+    monkeypatch.setattr(found, "DEBIAN_FASHION", tmp_path / "nowhere")
+    assert not idx_paths(data) and not is_here(data)

@@ -107,6 +107,13 @@ def test_names_of_classes_lie_beside_the_records(tmp_path: Path) -> None:
     assert listed("tfds", tmp_path).classes == list(CLASSES), "or above"
 
 
+def test_one_class_is_refused_in_archives_too(tmp_path: Path) -> None:
+    """Its only answer is always right."""
+    as_labelled(tmp_path, "cls", ["bee"] * 12)
+    with pytest.raises(UsageError, match="has one class only, bee; there is nothing to tell apart"):
+        load(settings("webdataset", tmp_path))
+
+
 def test_train_and_test_alone_are_the_same_for_folders_tars_and_shards(tmp_path: Path) -> None:
     files = {name.replace("val/", "test/"): content for name, content in WHOLE.items()}
     write(tmp_path / "folder", files)
@@ -130,12 +137,14 @@ def test_what_is_passed_over_is_counted_and_named(softmoe: Softmoe, tmp_path: Pa
     more: Files = {
         "ant/a.jfif": picture(90, kind="JPEG"), "ant/b.JPE": picture(91, kind="JPEG"), "bee/c.heic": b"",
         "bee/photo": b"", "bee/sub/d.HEIC": b"", "cat/e.jpg~": b"", "loose.png": picture(92), "cat/.DS_Store": b"",
+        "dog.zip": b"",
     }  # fmt: skip
     root = write(tmp_path / "images", SMALL | more)
     found = listed("folder", root)
     assert images(found) == len(SMALL) + 2
     assert found.notes["passed over"] == (
-        "2 .heic, 1 .jpg~, 1 images beside the class folders, 1 without an ending; softmoe data check names them"
+        "2 .heic, 1 .jpg~, 1 .zip, 1 images beside the class folders, 1 without an ending; "
+        "softmoe data check names them"
     )
     line = ("data", "check", "data=folder", "data.root=images", "data.workers=0")
     report, table = json.loads(softmoe(*line, "format=json").out), softmoe(*line)
@@ -143,7 +152,8 @@ def test_what_is_passed_over_is_counted_and_named(softmoe: Softmoe, tmp_path: Pa
         table.code == 0 and "every image was read" not in table.out and "each of these 11 images was read" in table.out
     )
     assert [(each["kind"], each["files"]) for each in report["passed_over"]] == [
-        (".heic", 2), (".jpg~", 1), ("hidden", 1), ("images beside the class folders", 1), ("without an ending", 1),
+        (".heic", 2), (".jpg~", 1), (".zip", 1), ("hidden", 1), ("images beside the class folders", 1),
+        ("without an ending", 1),
     ]  # fmt: skip
     assert "passed over: 2 .heic, such as images/bee/c.heic" in table.out
     assert load(settings("folder", root)).notes == found.notes, "for the header of a run"

@@ -15,7 +15,7 @@ from softmoe_cli.data.batches import Batch, eval_batches, train_batches
 from softmoe_cli.data.contents import identity
 from softmoe_cli.data.mix import MixedSet, classes_of_task, task_shares
 from softmoe_cli.data.order import Epochs, TaskDraws, mixed_stream
-from softmoe_cli.data.sets import load
+from softmoe_cli.data.sets import load, load_of_task
 from softmoe_cli.data.splits import ImageSet
 from softmoe_cli.errors import UsageError
 from softmoe_cli.options.inherit import require_same_tasks, take_task
@@ -145,6 +145,39 @@ def test_a_task_of_a_checkpoint_is_that_set_of_its_mix(config: Config) -> None:
         tree = {"task": own.name, "data": asdict(config.data)}
         take_task(tree, Source("RUN", "", {}, card), [], named=False)
         assert tree["data"] == asdict(own)
+
+
+def test_what_is_typed_of_a_tasks_images_counts(config: Config) -> None:
+    """A share, a root, a size: `softmoe evaluate RUN task=digits data.test_fraction=0.3` read the set's own share."""
+    card = {"model": {"tasks": config.data.tasks}, "data": asdict(config.data)}
+    other = {"test_fraction": 0.3, "root": "elsewhere", "channels": 3}
+    tree = {"task": "digits", "data": asdict(config.data) | other}
+    take_task(tree, Source("RUN", "", {}, card), [f"data.{key}={value}" for key, value in other.items()], named=False)
+    assert tree["data"] == asdict(config.data.of_sets()[0]) | other
+
+
+def test_a_root_that_no_set_of_a_mix_would_read_is_refused(config: Config) -> None:
+    card = {"model": {"tasks": config.data.tasks}, "data": asdict(config.data)}
+    source, typed = Source("RUN", "", {}, card), ["data.root=elsewhere"]
+    tree: dict[str, Any] = {"task": None, "data": asdict(config.data) | {"root": "elsewhere"}}
+    take_task(tree, source, typed, named=False)
+    tree["data"]["sets"]["fashion_mnist"]["root"] = "own"
+    take_task(tree, source, [], named=False)
+    with pytest.raises(UsageError, match=r"data\.root=elsewhere has no effect, .* fashion_mnist own; say task=fashion"):
+        take_task(tree, source, typed, named=False)
+
+
+def test_a_task_has_the_classes_that_the_checkpoint_knows(config: Config) -> None:
+    """Labels are numbers: those of other classes, or in another order, would be scored as its own."""
+    digits, known = config.data.of_sets()[0], load(config.data).classes
+    assert load_of_task(digits, known).classes == load(digits).classes
+    for others, says in (
+        (["digits/zero", *known[1:]], "other classes than the checkpoint's task: 0, zero"),
+        (["digits/ten", *known], "other classes than the checkpoint's task: ten"),
+        ([known[1], known[0], *known[2:]], "the classes in another order"),
+    ):
+        with pytest.raises(UsageError, match=f"data.sets, digits: its files have {says}; .* with task=digits"):
+            load_of_task(digits, others)
 
 
 def test_the_task_is_no_function_of_the_label(config: Config) -> None:

@@ -16,9 +16,11 @@ from safetensors.torch import load_file, save_file
 from softmoe_cli.config.commands import EvaluateConfig
 from softmoe_cli.data import found
 from softmoe_cli.data.archives import Stored
+from softmoe_cli.data.sets import load
 from softmoe_cli.data.splits import ImageSet
 from softmoe_cli.errors import UsageError
 from softmoe_cli.evaluate import command as evaluate_command
+from softmoe_cli.evaluate.by_task import each_task
 from softmoe_cli.evaluate.classes import outputs_for
 from softmoe_cli.evaluate.quality import Outcomes
 from softmoe_cli.model.vit import build
@@ -28,6 +30,7 @@ from softmoe_cli.run.card import CARD_FORMAT
 from softmoe_cli.run.rows import charted
 from tests import oracles
 from tests.conftest import TINY, Softmoe
+from tests.mixes import mix, write_clothes
 from tests.runs import saved
 
 SHORT = (*TINY, "train.steps=12", "train.batch_size=16")
@@ -129,6 +132,14 @@ def test_classes_of_one_name_are_told_by_their_places() -> None:
         outputs_for(known, ["ant", "sunglasses"], by_number=False)
     assert outputs_for(known, ["ant", "bee"], by_number=False) is None
     assert outputs_for(["ant", "bee"], ["bee"], by_number=False) == [1]
+
+
+def test_a_mix_of_other_classes_is_not_scored(tmp_path: Path) -> None:
+    """Its sets' labels are numbers, which are other classes when a folder of a set was renamed."""
+    config = chosen(data=oracles.compose(*mix(write_clothes(tmp_path))).data)
+    known = ["digits/zero", *load(config.data).classes[1:]]
+    with pytest.raises(UsageError, match="digits: its files have other classes than the checkpoint's task: 0, zero"):
+        each_task(config, known, lambda *_: pytest.fail("it was scored"))
 
 
 def test_features_serve_other_classes(softmoe: Softmoe, tmp_path: Path) -> None:

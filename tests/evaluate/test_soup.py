@@ -55,6 +55,10 @@ def test_others_are_refused() -> None:
         two = dataclasses.replace(one, label="two", **change)
         with pytest.raises(UsageError, match=rf"one.* and two.* differ in {word}; "):
             check_alike([one, two], CARD["data"])
+    of_mix = [CARD | {"data": CARD["data"] | {"sets": {"site": {"mean": [mean], "std": [1.0]}}}} for mean in (0.1, 0.2)]
+    three, four = (dataclasses.replace(one, label=name, card=card) for name, card in zip("34", of_mix, strict=True))
+    with pytest.raises(UsageError, match=r"3 and 4 differ in data.sets, site, mean; "):
+        check_alike([three, four], CARD["data"])
     seeded = dataclasses.replace(one, label="two", card=CARD | {"data": CARD["data"] | {"split_seed": 1}})
     with pytest.raises(UsageError, match=r"one and two \(1\) differ in data.split_seed"):
         check_alike([one, seeded], CARD["data"])
