@@ -45,7 +45,7 @@ class LookedAt:
     Attributes:
         images: those of the split, or the one file.
         what: in words.
-        classes: the names of the model's answers.
+        classes: the names of the model's answers; those beyond the classes of its data (data.num_classes) have none.
         labelled: whether the images' labels are among these.
         first: the number of the first answer that is of the images' task.
         painted: the numbers of the images that are painted.
@@ -137,7 +137,8 @@ def subject_of(tree: dict[str, Any], source: Source, typed: Sequence[str]) -> Lo
         some = f"{count:,} of {len(whole):,}" if count < len(whole) else f"all {count:,}"
         what = f"{some} {config.split} images of {config.data.name}"
     painted = np.linspace(0, len(images) - 1, min(config.painted, len(images))).round().astype(int).tolist()
-    precision, classes = config.precision or source.card["precision"], [printable(each) for each in known]
+    precision, head = config.precision or source.card["precision"], source.weights.get("head.weight", ())
+    classes = [*map(printable, known), *(f"answer {number}" for number in range(len(known), len(head)))]
     return LookedAt(
         config, model, source.card["loss"], precision, images, what, classes, labelled, task, first, painted
     )  # fmt: skip

@@ -1,6 +1,7 @@
 """softmoe show as it is typed, on runs that end, go on, were killed, or have nothing to paint."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -114,6 +115,17 @@ def test_maps_over_training_end_with_the_map_of_now(
     for painted, strip in zip(now, over, strict=False):
         image, of_now = painted
         assert np.array_equal(strip[0].pixels, image.pixels) and np.array_equal(strip[-1].pixels, of_now.pixels)
+
+
+@pytest.mark.thorough
+def test_answers_that_no_class_has(softmoe: Softmoe, tmp_path: Path) -> None:
+    """data.num_classes leaves room for classes to come, and a model that has learned nothing says these too."""
+    words = ("model/router=soft", "model.backbone.init=timm", "data.num_classes=40", "optim.lr=1e-9")
+    run = trained(softmoe, tmp_path, *words)
+    answer = softmoe("show", str(run), "images=40", "threads=1")
+    assert answer.code == 0, answer.err
+    _, reader = read_page(run / "show/index.html")
+    assert re.search("said answer [1-3][0-9] ", words_of(reader))
 
 
 @pytest.mark.thorough
