@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor
 
 from softmoe_cli.data.batches import Batch
 from softmoe_cli.evaluate.quality import Outcomes, outcomes, watched_routers
@@ -246,7 +246,7 @@ def look_at(
     return ModelLook(np.concatenate(pixels), list(painted), said if labelled else None, layers, list(silent))
 
 
-def pruned(layer: nn.Module) -> list[int]:
+def pruned(layer: object) -> list[int]:
     """The experts of a layer that are no longer there."""
     if not isinstance(layer, MoE):
         return []
