@@ -6,8 +6,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from softmoe_cli.run.rows import of_tasks
 from softmoe_cli.signals import nobody_listens
@@ -58,7 +58,7 @@ class Screen:
         self._progress.stop()
 
     def say(self, text: str) -> None:
-        self.console.print(escape(printable_lines(text)))
+        self.console.print(Text(printable_lines(text)))
 
     def sentence(self, text: str) -> None:
         """What has no command in it that is to be copied: on a terminal wrapped between words."""
@@ -71,14 +71,13 @@ class Screen:
 
     def table(self, title: str, rows: dict[str, str]) -> None:
         """A table with a row for each word: on a terminal wrapped between words, in a file one line each."""
-        self.console.print(f"[bold]{escape(title)}[/bold]")
+        self.console.print(Text(title, "bold"))
         for key, value in rows.items():
             self.row(key, value)
 
     def row(self, key: str, value: str) -> None:
         lines = self._wrapped(printable_lines(value), self.console.width - INDENT)
-        text = f"\n{' ' * INDENT}".join(map(escape, lines))
-        self.console.print(f"  [bold]{escape(key):<{INDENT - 2}}[/bold]{text}")
+        self.console.print(Text.assemble("  ", (f"{key:<{INDENT - 2}}", "bold"), f"\n{' ' * INDENT}".join(lines)))
 
     def step(self, done: float, loss: float, lr: float, images_per_s: float) -> None:
         """Moves the progress bar to the share `done`; cheap enough for every step."""

@@ -36,6 +36,15 @@ def test_rows_wrap_between_words_on_a_terminal() -> None:
     assert long in out.getvalue()
 
 
+@pytest.mark.parametrize("words", ["outputs/a\\", "[bold]x[/bold]", "a\\[b]", "[/]", "a\\\\", ":smile:"])
+def test_what_looks_like_markup_is_printed_as_it_is(words: str) -> None:
+    screen, out = on_terminal(80)
+    screen.say(words)
+    screen.table(words, {"folder": words})
+    plain = re.sub(r"\x1b\[\d+m", "", out.getvalue())
+    assert plain == f"{words}\n{words}\n  {'folder':<17}{words}\n"
+
+
 def test_an_evaluation_fits_80_columns() -> None:
     row = {"split": "validation", "step": 123_456, "epoch": 1234.5, "loss": 12.3456, "top1_pct": 100.0}
     row |= {"train_pflop": 0.1234567, "device_s": 47.9}

@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.text import Text
 
 from softmoe_cli.compare.findings import provisos
-from softmoe_cli.compare.groups import Block, Comparison, Group
+from softmoe_cli.compare.groups import Block, Comparison, Group, equal_costs
 from softmoe_cli.compare.intervals import Interval, at_budget
 from softmoe_cli.compare.styles import COLOURS, KINDS, reference_points, same_axes, styles
 from softmoe_cli.compare.tables import units
@@ -29,8 +29,6 @@ FIGURE_FORMATS: dict[str, Any] = {
     "png": {"pil_kwargs": {"compress_level": 3}},  # as small as by default, in less time
 }
 GREY = "#767676"
-EQUAL_COST = 0.01
-"""Costs that differ by no more than this share of the largest are drawn as one."""
 DRAWN_LETTERS = 120
 LEFT, PLOT_WIDTH, PLOT_HEIGHT, ABOVE, BETWEEN = 0.8, 5.2, 3.2, 0.35, 1.15
 """Inches that place the panels: matplotlib's layout engine would take as long as the drawing."""
@@ -178,7 +176,7 @@ def _pareto(axes: Axes, comparison: Comparison, block: Block) -> float:
     x, y = np.array([at[group.label] for group in groups]).T
     x_half, y_half = np.array([[half(group.intervals[key]) or 0.0 for group in groups] for key in (cost, quality)])
     x_half *= unit.factor
-    equal = not handles and len(x) > 1 and x.max() - x.min() <= EQUAL_COST * x.max()
+    equal = not handles and equal_costs(x.tolist())
     if equal:  # in a column they would hide each other, and a finer scale would make much of rounding
         line.set_data([], [])
         axes.set_xticks([(len(x) - 1) / 2], [f"{x.mean():.4g}"])

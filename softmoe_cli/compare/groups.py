@@ -302,22 +302,30 @@ def _mixed_notes(groups: list[Group]) -> list[str]:
     return [f"--by puts runs together that differ in {', '.join(sorted(mixed))}"] if mixed else []
 
 
+EQUAL_COST = 0.01
+"""Costs that differ by no more than this share of the largest are one: they are drawn so, and decide no front."""
+
+
 def _fronts(groups: list[Group], question: Question) -> None:
+    """Stores who is on the front. Equal costs decide nothing there: the group with the better mean is."""
     sign = 1 if QUALITIES[question.quality].better == "higher" else -1
     if any(group.intervals[question.cost] is None for group in groups):
         groups = [group for group in groups if group.intervals[question.cost] is not None]
     if not groups:
         return
-    means = [[mean_interval(independent(g.values(key))).mean for g in groups] for key in _plane(question)]
-    chances = front_probability(
-        [
-            (independent(g.values(question.cost)), [sign * v for v in independent(g.values(question.quality))])
-            for g in groups
-        ]
-    )
-    for group, front, chance in zip(groups, on_front(means[1], [sign * q for q in means[0]]), chances, strict=True):
+    costs, qualities = ([independent(g.values(key)) for g in groups] for key in (question.cost, question.quality))
+    means = [[mean_interval(each).mean for each in values] for values in (costs, qualities)]
+    if equal_costs(means[0]):
+        costs, means[0] = [[1.0] * len(each) for each in costs], [1.0] * len(costs)
+    chances = front_probability(list(zip(costs, [[sign * v for v in each] for each in qualities], strict=True)))
+    for group, front, chance in zip(groups, on_front(means[0], [sign * q for q in means[1]]), chances, strict=True):
         group.front = bool(front)
         group.front_probability = chance if len(group.runs) > 1 else None
+
+
+def equal_costs(costs: Sequence[float]) -> bool:
+    """Whether several costs are one, as those of arms that were made equal: the rest is rounding, to whole updates."""
+    return len(costs) > 1 and max(costs) - min(costs) <= EQUAL_COST * max(costs)
 
 
 def _chance(groups: list[Group], question: Question) -> None:
@@ -357,10 +365,6 @@ def _start_notes(groups: list[Group]) -> list[str]:
                 else f"{group.label} began with a checkpoint that had cost {quantity('train_pflop', cost)}: {counted}"
             )
     return notes
-
-
-def _plane(question: Question) -> tuple[str, str]:
-    return question.quality, question.cost
 
 
 def _budgets(groups: list[Group], question: Question, notes: list[str]) -> None:

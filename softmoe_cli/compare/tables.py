@@ -14,8 +14,9 @@ from softmoe_cli.text import aligned, folded
 
 LEGEND = (
     "± is half a 95% t-interval over n seeds, and (a to b) an any-time 95% interval; on the front: nothing is at least "
-    "as good at no more cost; P(front): how often the group is there when its means are drawn anew given their seeds; "
-    "P(better): how often a new run is better than the baseline's of the same seed"
+    "as good at no more cost, where costs that all lie within 1% are one; P(front): how often the group is there when "
+    "its means are drawn anew given their seeds; P(better): how often a new run is better than the baseline's of the "
+    "same seed"
 )
 SECOND_NOTE = (
     "A second measure, with a family of verdicts of its own: it may support what the main measure says, and never "

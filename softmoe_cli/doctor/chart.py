@@ -11,7 +11,9 @@ from softmoe_cli.run.budget import NOTHING, config_tree
 from softmoe_cli.run.rows import EVERY, LOOK, ROUTING, TRAIN, Row
 from softmoe_cli.run.status import State
 
-RESULT_NEEDED = {key: rows.RESULT[key] for key in ("format", "chance_pct", "classes", "tokens", "validation_top1_pct")}
+RESULT_NEEDED = {
+    key: rows.RESULT[key] for key in ("format", "chance_pct", "classes", "tokens", "devices", "validation_top1_pct")
+}
 """What is needed of a result beside what may be missing."""
 
 
@@ -62,10 +64,19 @@ class Chart:
         """The options of the router, or of a block's own; empty where there is none."""
         model = self.config.get("model")
         model = model if isinstance(model, dict) else {}
-        blocks = model.get("blocks")
-        own = blocks.get(str(block)) if isinstance(blocks, dict) else None
-        options = own if isinstance(own, dict) and "_target_" in own else model.get("router")
+        options = self._apart(block) or model.get("router")
         return options if isinstance(options, dict) and options.get("_target_") not in NOTHING else {}
+
+    def router_key(self, block: int) -> str:
+        """Where the options of a block's router stand, such as model.router."""
+        return f"model.blocks.{block}" if self._apart(block) else "model.router"
+
+    def _apart(self, block: int | None) -> dict[str, Any]:
+        """The options of a router that a block has for itself; empty where it has none."""
+        model = self.config.get("model")
+        blocks = model.get("blocks") if isinstance(model, dict) else None
+        own = blocks.get(str(block)) if isinstance(blocks, dict) else None
+        return own if isinstance(own, dict) and "_target_" in own else {}
 
     @property
     def tokens(self) -> int | None:
@@ -76,6 +87,11 @@ class Chart:
         if side is None or not patch:
             return None
         return int(side // patch) ** 2 + (self.setting("model.backbone.class_token") == "true") or None
+
+    @property
+    def devices(self) -> float:
+        """That trained together: torchrun starts more than the settings say."""
+        return float(self.result["devices"]) if self.result is not None else self.amount("devices") or 1.0
 
     @property
     def young(self) -> str:

@@ -84,30 +84,34 @@ def _number(options: dict[str, object], key: str) -> float | None:
 
 def _balance(chart: Chart, block: int) -> str:
     """The options with which this router evens loads."""
-    options = chart.router(block)
+    options, where = chart.router(block), chart.router_key(block)
     own = [key for key in ("load_weight", "importance_weight", "balance_weight", "bias_rate") if key in options]
-    ways = [f"{', '.join(f'model.router.{key} ({options[key]})' for key in own)} up"] if own else []
+    ways = [f"{', '.join(f'{where}.{key} ({options[key]})' for key in own)} up"] if own else []
     number = options.get("num_experts")
-    return "; ".join([*ways, *([f"fewer model.router.num_experts ({number})"] if number else [])])
+    return "; ".join([*ways, *([f"fewer {where}.num_experts ({number})"] if number else [])])
 
 
 def _dropped(chart: Chart) -> Reading:
-    rows = [row for row in chart.routing if "dropped_share" in row]
-    if not rows:
+    """The worst block by its own limit: blocks may have routers of their own."""
+    found = [_dropped_in(chart, row) for row in chart.routing if "dropped_share" in row]
+    if not found:
         return unseen("dropped", "routing.jsonl has no dropped_share")
-    choices = [row for row in rows if "ffn_dropped_share" in row]  # an evaluation of these drops nothing
+    return max(found, key=lambda reading: (reading.figure or 0.0) / reading.limit)
+
+
+def _dropped_in(chart: Chart, row: Row) -> Reading:
+    choices = "ffn_dropped_share" in row  # an evaluation of these drops nothing
     key, what = ("ffn_dropped_share", ", of choices of MLPs in training") if choices else ("dropped_share", "")
-    worst = max(choices or rows, key=lambda row: row[key])
-    options = chart.router(worst["block"])
+    options, where = chart.router(row["block"]), chart.router_key(row["block"])
     by_expert = "experts_choice" in str(options.get("_target_"))
     slots = "capacity_factor" if _number(options, "capacity_factor") else "slots_per_expert"
-    ways = [f"model.router.{slots} ({options.get(slots)}) up"]
+    ways = [f"{where}.{slots} ({options.get(slots)}) up"]
     if choices:
-        ways.append(f"model.router.images_per_group ({options.get('images_per_group')}) up")
+        ways.append(f"{where}.images_per_group ({options.get('images_per_group')}) up")
     elif not by_expert:
-        ways.append("model/router=tokens_choice_dropless")
+        ways.append(f"{'model/router' if where == 'model.router' else where}=tokens_choice_dropless")
     limit = DROPPED_CHOICES if choices else DROPS_OF_EXPERTS_CHOICE if by_expert else None
-    return read("dropped", 100 * worst[key], where=_place(worst) + what, turn=", or ".join(ways), limit=limit)
+    return read("dropped", 100 * row[key], where=_place(row) + what, turn=", or ".join(ways), limit=limit)
 
 
 def _slots(chart: Chart) -> Iterator[Reading]:

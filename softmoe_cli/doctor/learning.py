@@ -16,6 +16,8 @@ FEWEST_ROWS = 20
 """Rows that a curve must have for its shape to be told."""
 LEARNED = 0.05
 """Share of its first value by which a training loss must have fallen for how it fell to mean something."""
+MIXED_TARGETS = ("train.label_smoothing", "augment.mixup", "augment.cutmix")
+"""Settings that give a training image several labels: its loss then ends above that of validation images."""
 
 
 def of_learning(chart: Chart, weights: Weighed | str) -> Iterator[Reading]:
@@ -136,9 +138,15 @@ def _shape(chart: Chart, first: float, end: float) -> Iterator[Reading]:
     late = 100 * (two_thirds(chart.train) - end) / fall
     longer = f"train.{_budget(chart)}: twice as many, or optim.lr ({_said(chart, 'optim.lr')}): three times more"
     yield read("falling", late, turn=longer)
+    mixed = " and ".join(key for key in MIXED_TARGETS if chart.amount(key))
+    why = f"with {mixed} a training loss has a part that no learning takes away, and that of validation has not"
     lag = 100 * (last["loss"] - end) / fall
     losses = f"training {end:.3g}, validation {last['loss']:.3g}"
-    yield read("data_bound", lag, where=losses, turn=_for_data(chart))
+    bound = read("data_bound", lag, where=losses, turn=_for_data(chart))
+    yield bound if bound.ill or not mixed else unseen("data_bound", why)  # without that part it would lag more
+    if mixed:
+        yield unseen("capacity_bound", why)
+        return
     flat = last["loss"] <= 1.1 * end and late < 10 and last["epoch"] >= 5
     size = "more experts (model.router.num_experts), " if chart.router() else ""
     larger = f"{size}model.backbone.width and depth up"

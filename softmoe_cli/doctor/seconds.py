@@ -22,7 +22,7 @@ def of_seconds(chart: Chart) -> Iterator[Reading]:
     if last is None:
         yield from (unseen(sign, chart.faults.get("metrics.jsonl") or "no row yet") for sign in LOST)
     else:
-        trained = last["device_s"] / (chart.amount("devices") or 1)  # device_s adds devices up
+        trained = last["device_s"] / chart.devices  # device_s adds devices up
         whole = trained + last["eval_s"] + last["save_s"] + last["compile_s"]
         for sign, (key, turn, setting) in LOST.items():
             if key not in last or whole <= 0:

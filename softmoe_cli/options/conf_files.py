@@ -141,8 +141,40 @@ def defaults(command: str, chosen: Mapping[str, str]) -> dict[str, Any]:
         UsageError: a file of one's own that cannot be read.
     """
     tree: dict[str, Any] = {}
+    chosen = by_experiment(chosen)
     _lay(tree, "", "data_check" if command == "data" else command, chosen)
+    if "experiment" in chosen:
+        _lay(tree, "experiment", chosen["experiment"], chosen)
     return tree
+
+
+def by_experiment(chosen: Mapping[str, str]) -> dict[str, str]:
+    """These choices of groups, and those that a chosen experiment makes of the other groups.
+
+    Raises:
+        UsageError: a file of one's own that cannot be read.
+    """
+    return _overridden(chosen["experiment"]) | dict(chosen) if "experiment" in chosen else dict(chosen)
+
+
+def _overridden(experiment: str, above: tuple[Path, ...] = ()) -> dict[str, str]:
+    """The choices of groups in an experiment's defaults list; its own count before those of experiments in there."""
+    file = _file("experiment", experiment)
+    if file is None or file in above:  # `_lay` says what is wrong with a list that leads back
+        return {}
+    inherited: dict[str, str] = {}
+    own: dict[str, str] = {}
+    listed = load_yaml(file).get("defaults", [])
+    for entry in listed if isinstance(listed, list) else []:
+        if isinstance(entry, str) and entry != "_self_":
+            inherited |= _overridden(entry, (*above, file))
+        elif isinstance(entry, dict):
+            own |= {
+                str(key).removeprefix("override /"): choice
+                for key, choice in entry.items()
+                if str(key).startswith("override /") and isinstance(choice, str)
+            }
+    return inherited | own
 
 
 def laid(group: str, name: str) -> dict[str, Any]:
@@ -158,10 +190,15 @@ def laid(group: str, name: str) -> dict[str, Any]:
     return tree
 
 
+def _file(group: str, name: str) -> Path | None:
+    """The yaml file of a choice; None where there is none."""
+    places = [root / group / f"{name}.yaml" for root in (own_conf_folder() if group else None, conf_folder()) if root]
+    return next((place for place in places if place.is_file()), None)
+
+
 def _lay(tree: dict[str, Any], group: str, name: str, chosen: Mapping[str, str], above: tuple[Path, ...] = ()) -> None:
     """Merges one file, and those in its defaults list, into the tree. `above`: the files whose lists led to it."""
-    places = [root / group / f"{name}.yaml" for root in (own_conf_folder() if group else None, conf_folder()) if root]
-    file = next((place for place in places if place.is_file()), None)
+    file = _file(group, name)
     if file is None:  # a schema, which Hydra has from Python, or a file of Hydra's own
         return
     if file in above:
@@ -183,6 +220,8 @@ def _lay(tree: dict[str, Any], group: str, name: str, chosen: Mapping[str, str],
             _lay(tree, group, entry, chosen, above)
         elif isinstance(entry, dict):
             for key, choice in entry.items():
+                if group and str(key).startswith("override "):
+                    continue  # `by_experiment` has made the choice, where that group is laid
                 inner = str(key).removeprefix("override ")
                 inner = inner[1:] if inner.startswith("/") else f"{group}/{inner}".lstrip("/")
                 choice = chosen.get(inner, choice)

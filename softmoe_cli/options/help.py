@@ -18,6 +18,7 @@ from softmoe_cli.errors import UsageError
 from softmoe_cli.options.conf_files import (
     ADDED,
     CONF_GROUPS,
+    by_experiment,
     chosen_groups,
     conf_folder,
     defaults,
@@ -143,7 +144,7 @@ def usage(command: str, arguments: Sequence[str]) -> str:
         return USAGE[command]
     words = [argument for argument in arguments if "=" not in argument and not argument.startswith("-")]
     words = [word for word in words if (command, word) != ("data", "check")]
-    chosen = chosen_groups(arguments)
+    chosen = by_experiment(chosen_groups(arguments))
     learns = command in ("train", "finetune")
     tree = (load_yaml(conf_folder() / "settle.yaml") if learns else {}) | defaults(command, chosen)
     sections = _sections(command, tree)

@@ -15,6 +15,7 @@ from torch import Tensor
 from softmoe_cli.data.batches import Batch
 from softmoe_cli.evaluate.quality import Outcomes, outcomes, watched_routers
 from softmoe_cli.moe.kind import Decided, Decider, Shares
+from softmoe_cli.moe.layer import MoE
 
 LIKED = 8
 """Patches that are kept of each expert."""
@@ -31,7 +32,7 @@ class LayerLook:
         grid: patches from top to bottom and from left to right.
         painted: the shares of the images that are painted.
         load: each expert's part in all tokens of all images: how many it sees, or the sum of the weights that they
-            give it.
+            give it; 0 of one that was pruned.
         liked: of each expert, its patches with the largest weights, one of an image: the weight (minus infinity: there
             is none), the image and the patch.
         by_class: mean map of each expert over the images of a class: share of images in which it sees the patch, or
@@ -92,14 +93,15 @@ class _Watch:
     dropped: float = 0.0
     tokens: int = 0
 
-    def see(self, shares: Shares, batch: Batch, painted: Sequence[int]) -> None:
-        shares = patches_of(shares, self.prefix)
+    def see(self, shares: Shares, batch: Batch, painted: Sequence[int], gone: Sequence[int] = ()) -> None:
+        shares = numbered_as_whole(patches_of(shares, self.prefix), gone)
         weights = expert_weights(shares, "taken")
         part, given = weights, expert_weights(shares, "given")
         if shares.chosen is not None:
             sees = sees_token(shares.chosen, given.shape[2])
             part, given, weights = sees, sees, weights.masked_fill(sees == 0, -torch.inf)
             self.dropped += float((sees.sum(dim=2) == 0).sum())
+        weights = weights.index_fill(2, torch.tensor(gone, dtype=torch.int64), -torch.inf)
         self.tokens += given.shape[0] * given.shape[1]
         self.load = self.load + given.sum(dim=(0, 1))
         strongest, patch = weights.max(dim=1)
@@ -136,6 +138,23 @@ def patches_of(shares: Shares, prefix: int) -> Shares:
     assert given is not None
     taken = None if taken is None else taken.float()
     return shares._replace(given=given.float(), taken=taken, expert=shares.expert.cpu(), chosen=chosen)
+
+
+def numbered_as_whole(shares: Shares, gone: Sequence[int]) -> Shares:
+    """The shares with each expert's number among all that a layer once had; those that are `gone` have no part."""
+    if not gone:
+        return shares
+    b, n, columns = shares.given.shape
+    some = int(shares.expert.max()) + 1
+    left = torch.tensor([number for number in range(some + len(gone)) if number not in gone])
+    own, none = columns // some, shares.given.new_zeros(b, n, columns // some * len(gone))
+    expert = torch.cat([left[shares.expert], torch.tensor(gone).repeat_interleave(own)])
+    order = expert.argsort(stable=True)  # a column is the same slot as in a checkpoint with all experts
+    given, taken = (None if each is None else torch.cat([each, none], dim=2)[:, :, order]
+                    for each in (shares.given, shares.taken))  # fmt: skip
+    chosen = None if shares.chosen is None else torch.where(shares.chosen < 0, -1, left[shares.chosen.clamp(min=0)])
+    assert given is not None
+    return shares._replace(given=given, taken=taken, expert=expert[order], chosen=chosen)
 
 
 def expert_weights(shares: Shares, kind: str) -> Float[Tensor, "b n e"]:
@@ -205,14 +224,14 @@ def look_at(
             first += len(seen)
             yield batch
 
-    def remember(name: str) -> Any:
+    def remember(name: str, gone: Sequence[int]) -> Any:
         def hook(_router: Decider, _inputs: object, decision: Decided) -> None:
             shares = decision.shares()
             if shares is None:
                 silent[name] = None
                 return
             watch = watches.setdefault(name, _Watch(name, grid, prefix, classes, first_class))
-            watch.see(shares, *now)
+            watch.see(shares, *now, gone)
 
         return hook
 
@@ -220,10 +239,18 @@ def look_at(
         for place, router in watched_routers(model):
             if place.get("beside") != "head":  # which sees an image as one token
                 name = f"block {place['block']}" + (f", {place['beside']}" if "beside" in place else "")
-                stack.enter_context(router.register_forward_hook(remember(name)))
+                gone = pruned(model.blocks[int(place["block"])].mlp) if "beside" not in place else []
+                stack.enter_context(router.register_forward_hook(remember(name, gone)))
         said = outcomes(model, fed(), loss=loss, autocast=autocast)
     layers = [watch.told(torch.cat(labels)) for watch in watches.values()]
     return ModelLook(np.concatenate(pixels), list(painted), said if labelled else None, layers, list(silent))
+
+
+def pruned(layer: object) -> list[int]:
+    """The experts of a layer that are no longer there."""
+    if not isinstance(layer, MoE):
+        return []
+    return [number for number in range(len(layer.experts.w1)) if number not in layer.left]
 
 
 def pixels_of(

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Int64, UInt8
 
 from softmoe_cli.config.commands import ShowConfig
 from softmoe_cli.config.data import Data, check_channels
@@ -45,7 +45,7 @@ class LookedAt:
     Attributes:
         images: those of the split, or the one file.
         what: in words.
-        classes: the names of the model's answers.
+        classes: the names of the model's answers; those beyond the classes of its data (data.num_classes) have none.
         labelled: whether the images' labels are among these.
         first: the number of the first answer that is of the images' task.
         painted: the numbers of the images that are painted.
@@ -64,19 +64,24 @@ class LookedAt:
     painted: list[int]
 
     def look(self, source: Source, *, only_painted: bool = False) -> ModelLook:
-        """One pass of a checkpoint over the images, or only over those that are painted."""
+        """One pass of a checkpoint over the images, or only over as many as those that are painted need."""
         device, autocast = arithmetic(self.config.device, self.precision, self.config.threads)
         if "head.weight" not in source.weights:
             raise UsageError(f"checkpoint={source.label} has no head; softmoe finetune gives it one")
         vit = build(self.model, len(source.weights["head.weight"]))
         load_weights(vit, source.weights, keep_head=True, allow_unexpected=[])
         prepare(vit, device, self.precision)
-        images = self.images.subset(np.array(self.painted)) if only_painted else self.images
+        numbers = self._with_neighbours() if only_painted else np.arange(len(self.images))
+        images = self.images.subset(numbers) if only_painted else self.images
         return look_at(
-            vit.to(device), self._batches(images, device),
-            painted=list(range(len(self.painted))) if only_painted else self.painted,
+            vit.to(device), self._batches(images, device), painted=np.searchsorted(numbers, self.painted).tolist(),
             loss=self.loss, autocast=autocast, labelled=self.labelled, first_class=self.first,
         )  # fmt: skip
+
+    def _with_neighbours(self) -> Int64[np.ndarray, " m"]:
+        """The numbers of the painted images and of all that are in a routing group with one."""
+        group = np.arange(len(self.images)) // self.model.images_per_group
+        return np.flatnonzero(np.isin(group, group[self.painted]))
 
     def _batches(self, images: ImageSet, device: torch.device) -> Iterator[tuple[Batch, UInt8[np.ndarray, "b s s 3"]]]:
         data, model = self.config.data, self.model
@@ -132,7 +137,8 @@ def subject_of(tree: dict[str, Any], source: Source, typed: Sequence[str]) -> Lo
         some = f"{count:,} of {len(whole):,}" if count < len(whole) else f"all {count:,}"
         what = f"{some} {config.split} images of {config.data.name}"
     painted = np.linspace(0, len(images) - 1, min(config.painted, len(images))).round().astype(int).tolist()
-    precision, classes = config.precision or source.card["precision"], [printable(each) for each in known]
+    precision, head = config.precision or source.card["precision"], source.weights.get("head.weight", ())
+    classes = [*map(printable, known), *(f"answer {number}" for number in range(len(known), len(head)))]
     return LookedAt(
         config, model, source.card["loss"], precision, images, what, classes, labelled, task, first, painted
     )  # fmt: skip

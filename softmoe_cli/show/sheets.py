@@ -201,12 +201,12 @@ def classes_sheet(look: ModelLook, layer: LayerLook, classes: Sequence[str]) -> 
 
 def strip_sheets(looks: Mapping[int, ModelLook]) -> list[Sheet]:
     """The same images in several checkpoints, by their step: whose each patch is and, where slots are mixtures, what is
-    in the slot that leads in the last one. `looks`: of the painted images alone."""
+    in the slot that leads in the last one."""
     last, sheets = list(looks.values())[-1], []
     for layer in last.layers:
         palette, rows, shown = colours(layer.num_experts), [], set[int]()
         for place in range(min(STRIPS, len(last.painted))):
-            image, then = last.pixels[place], {}
+            image, then = last.pixels[last.painted[place]], {}
             for step, look in looks.items():
                 then[step] = next(each.painted for each in look.layers if each.name == layer.name)
             tops = {step: leader(shares)[place] for step, shares in then.items()}

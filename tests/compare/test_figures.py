@@ -19,17 +19,20 @@ def test_names_that_figures_cannot_draw(nasty: Comparison) -> None:
     assert all(figure_files(nasty, "pareto").values()) and all(figure_files(nasty, "curves").values())
 
 
-@pytest.mark.parametrize(("cost", "column"), [(0.001002, True), (0.00102, False)])
+@pytest.mark.parametrize(("cost", "column"), [(0.000998, True), (0.00098, False)])
 def test_groups_of_equal_cost_are_drawn_beside_each_other(tmp_path: Path, cost: float, column: bool) -> None:
-    """A scale of rounding would say that one of them is cheaper."""
+    """A scale of rounding would say that one of them is cheaper; so would a front with the worse one on it."""
     for seed in range(3):
         write(tmp_path / "runs", row(router="dense", seed=seed, name=f"dense{seed}", train_pflop=0.001))
-        write(tmp_path / "runs", row(seed=seed, name=f"soft{seed}", train_pflop=cost))
-    drawn = figure_files(compare([tmp_path / "runs"], Question()), "pareto")["pareto.svg"].decode()
+        write(tmp_path / "runs", row(seed=seed, name=f"soft{seed}", train_pflop=cost, top1_pct=10 + seed / 10))
+    comparison = compare([tmp_path / "runs"], Question())
+    drawn = figure_files(comparison, "pareto")["pareto.svg"].decode()
+    told = {group.label: (group.front, group.front_probability) for group in comparison.groups}
+    assert told == {"dense": (True, 1.0), "soft": (not column, float(not column))}
     assert ("the same for all" in drawn) == column and ("Pareto front" in drawn) == (not column)
     ticks = re.findall(r'<g id="xtick_\d+">', drawn)
     assert (len(ticks) == 1) == column
-    assert not column or "<!-- 1.001 -->" in drawn, "TFLOP, of both"
+    assert not column or "<!-- 999 -->" in drawn, "GFLOP, of both"
 
 
 def test_names_too_long_to_draw(tmp_path: Path) -> None:

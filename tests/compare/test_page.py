@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
@@ -23,6 +25,27 @@ def test_page_has_a_section_for_each_block(tmp_path: Path) -> None:
     comparison = compare([tmp_path], Question())
     sections = page(comparison, {"pareto.svg": b"", "curves.svg": b""}, tmp_path).split("<section>")[1:]
     assert [each.partition("</section>")[0].count("<table ") for each in sections] == [4, 3, 3]
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node runs the page's own script")
+def test_places_of_a_scale_differ_and_cells_are_in_order() -> None:
+    """However narrow the scale; <1% comes before 1%, and >99% after 99%."""
+    from softmoe_cli.compare.page import TEMPLATE
+
+    text = TEMPLATE.read_text()
+    parts = [text[text.index(start) : text.index(end)] for start, end in
+             (("const shown =", "function frame("), ("const value =", "for (const table"))]  # fmt: skip
+    ranges = [[1, 1.0003], [0.99998, 0.99999], [0, 475_392], [-2e-5, 1e-5], [1.2e6, 1.21e6], [99.5, 99.99], [0.1, 0.1]]
+    cells = ["<1%", "1%", "62%", "99%", ">99%"]
+    code = f"""{"".join(parts)}
+      const ticks = {ranges}.map(ends => scale(ends, 300, 0, false)).map(s => s.ticks.map(t => [t, shown(t, s.step)]));
+      console.log(JSON.stringify([ticks, {cells}.map(text => value({{ textContent: text }}))]));"""
+    told = subprocess.run(["node", "-e", code], capture_output=True, text=True, check=True).stdout
+    ticks, numbers = json.loads(told)
+    for of_scale in ticks:
+        assert len({name for _, name in of_scale}) == len(of_scale) >= 2
+        assert [float(name) for _, name in of_scale] == pytest.approx([place for place, _ in of_scale], rel=1e-12)
+    assert numbers == sorted(numbers) and len(set(numbers)) == len(cells)
 
 
 def test_page_draws_seconds_of_one_machine_only(tmp_path: Path) -> None:

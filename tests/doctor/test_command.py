@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from safetensors.numpy import load_file, save_file
 
 from softmoe_cli.doctor.chart import Chart, read_chart
@@ -224,6 +225,14 @@ def rules(softmoe: Softmoe, healthy: Path) -> None:
     assert signs("sgd, flat", sgd, fast, lambda run: set_all(run, M, "train", grad_norm=1e-3)) == ["idle"]
     for epochs, told in {9.0: [], 9.96: ["experts_alike"]}.items():
         assert signs(f"equal, {epochs} epochs", alike, functools.partial(began_equal, epochs=epochs)) == told
+    for key in ("label_smoothing", "mixup", "cutmix"):
+        several_labels = functools.partial(config, old=f" {key}: 0.0", new=f" {key}: 0.1")
+        assert signs(f"{key}, small", several_labels, small) == [], "its loss ends above that of validation images"
+        assert signs(f"{key}, few images", several_labels, PLANTED["data_bound"]) == ["data_bound"]
+    by_torchrun = functools.partial(result, devices=4)  # of which the settings say nothing: 25 s on each
+    assert signs("torchrun", by_torchrun) == []
+    slow_looks = functools.partial(set_all, file=M, split=None, device_s=400.0, eval_s=70.0)
+    assert signs("torchrun, looks", slow_looks) == [] and signs("looks", by_torchrun, slow_looks) == ["evaluation"]
     seconds = {key: value / 10 for key, value in SPENT.items()}
     assert signs("short", lambda run: set_all(run, M, None, **seconds | {"eval_s": 59.0})) == []
 
@@ -260,11 +269,12 @@ def test_a_run_just_begun_is_told_only_what_is_true(name: str, softmoe: Softmoe,
         assert name != "dense" or each["sign"] in ("chance", "idle")
 
 
-def chart_of(folder: Path, rows: Rows, **epoch: float) -> Chart:
+def chart_of(folder: Path, rows: Rows, model: dict[str, Any] | None = None, **epoch: float) -> Chart:
     """What is read of a folder that has these rows of training, beside what every row has."""
     every = {"format": 1, "images": 8, "epoch": 1.0, "split": "train", "train_pflop": 0.1, **SPENT}
     every |= {"loss": 1.0, "aux_loss": 0.0, "lr": 0.1, "grad_norm": 1.0, "images_per_s": 9.0} | epoch
-    (folder / "config.yaml").write_text("model: {expert_init: identical, router: {_target_: x}}\n")
+    told = {"expert_init": "identical"} | (model or {"router": {"_target_": "x"}})
+    (folder / "config.yaml").write_text(yaml.safe_dump({"model": told}))
     (folder / M).write_text("".join(json.dumps(every | row) + "\n" for row in rows))
     return read_chart(State("x", "done", 1.0, None, None, None, None, str(folder)))
 
@@ -284,6 +294,32 @@ def test_rows_that_no_training_writes_are_damage(rows: Rows, told: str | None, t
     chart = chart_of(tmp_path, rows)
     assert chart.faults.get(M) == told and len(chart.train) == (0 if told else len(rows))
     assert {each.sign for each in of_learning(chart, "no weights")} >= {"diverged", "falling"}
+
+
+@pytest.mark.parametrize(
+    ("shares", "block", "ill", "turn"),
+    [
+        ({0: 0.3, 1: 0.4, 2: 0.1}, 0, True, "model.router.slots_per_expert (1) up, or model/router="),
+        ({0: 0.2, 1: 0.6, 2: 0.1}, 1, True, "model.blocks.1.capacity_factor (0.5) up"),
+        ({0: 0.3, 1: 0.1, 2: 0.1}, 0, True, "model.router.slots_per_expert (1) up, or model/router="),
+        ({0: 0.1, 1: 0.1, 2: 0.7}, 2, True, "model.blocks.2.capacity_factor (1.1) up, or model.blocks.2.images_"),
+        ({0: 0.2, 1: 0.4, 2: 0.5}, 0, False, ""),
+    ],
+)
+def test_each_block_drops_tokens_by_the_limit_of_its_router(
+    shares: dict[int, float], block: int, ill: bool, turn: str, tmp_path: Path
+) -> None:
+    """25% of tokens that choose, 50% where experts do, two thirds of choices of MLPs."""
+    choice, plus = OTHER.format("experts_choice.ExpertsChoiceRouter"), OTHER.format("zero_computation.X")
+    blocks = {1: {"_target_": choice, "capacity_factor": 0.5}, 2: {"_target_": plus, "capacity_factor": 1.1}}
+    own = {"_target_": OTHER.format("tokens_choice.TokensChoiceRouter"), "slots_per_expert": 1}
+    rows = [{"format": 1, "step": 9, "block": place, "dropped_share": share} for place, share in shares.items()]
+    rows[2] |= {"dropped_share": 0.0, "ffn_dropped_share": shares[2]}
+    (tmp_path / R).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chart = chart_of(tmp_path, [{"step": 9}], {"router": own, "blocks": blocks})
+    (reading,) = (each for each in of_experts(chart, "no weights") if each.sign == "dropped")
+    assert reading.ill == ill and reading.turn.startswith(turn) and bool(reading.turn) == ill
+    assert reading.where.startswith(f"block {block}, step 9") and reading.figure == 100 * shares[block]
 
 
 @pytest.mark.parametrize(("epochs", "seen"), [(6.0, False), (9.96, True)])

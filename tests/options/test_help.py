@@ -25,6 +25,9 @@ COMPOSED = [
     ("train", {"model": "vit_s16_soft", "data": "imagenet", "recipe": "paper", "hydra/launcher": "slurm"}),
     ("train", {"model/backbone": "vit_micro4", "model/router": "tokens_choice", "recipe": "finetune_sgd"}),
     ("train", {"model": "vit_h14_experts_choice", "recipe": "strong", "hydra/launcher": "ray"}),
+    ("train", {"experiment": "exemplars/tokens_choice_bpr_64"}),
+    ("train", {"experiment": "exemplars/soft", "model/router": "experts_choice", "data": "fashion_mnist"}),
+    ("train", {"experiment": "task_routing/hybrid"}),
     ("finetune", {"recipe": "finetune_adamw"}),
     ("evaluate", {"data": "imagenet_v2"}),
     ("upcycle", {"model": "small", "model/router": "experts_choice"}),
@@ -49,7 +52,7 @@ def without_missing(tree: Any) -> Any:
 def test_help_has_the_values_that_hydra_composes(command: str, chosen: Mapping[str, str]) -> None:
     name = "data_check" if command == "data" else command
     store_schema(name)
-    overrides = [f"{group}={choice}" for group, choice in chosen.items()]
+    overrides = [f"{'+' if group in conf_files.ADDED else ''}{group}={choice}" for group, choice in chosen.items()]
     with initialize_config_dir(str(conf_folder()), version_base=None):
         config = hydra_compose(name, overrides, return_hydra_config=True)
     composed = OmegaConf.to_container(config, resolve=False, throw_on_missing=False)

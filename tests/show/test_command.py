@@ -1,14 +1,17 @@
 """softmoe show as it is typed, on runs that end, go on, were killed, or have nothing to paint."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from softmoe_cli.show.command import spelt_out, write_pictures
-from softmoe_cli.show.page import SHOWN_MARK
+from softmoe_cli.show.page import SHOWN_MARK, Shown
+from softmoe_cli.show.record import Record
 from tests.compare.test_page import Reader
 from tests.conftest import TINY, Softmoe
 from tests.runs import the_run
@@ -90,6 +93,39 @@ def test_a_run_is_shown(softmoe: Softmoe, tmp_path: Path) -> None:
     (tmp_path / "other/index.html").write_text("mine")
     refused = softmoe("show", str(run), "images=5", "folder=other", "threads=1")
     assert refused.code == 2 and "is not overwritten" in refused.err
+
+
+@pytest.mark.thorough
+def test_maps_over_training_end_with_the_map_of_now(
+    softmoe: Softmoe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images that compete with others for room are looked at among these, however few of them are painted."""
+    room = ("model.router.images_per_group=8", "model.router.capacity_factor=0.5")
+    run = trained(softmoe, tmp_path, "model/router=tokens_choice", *room, "train.save_seconds=0")
+    kept: list[Shown] = []
+
+    def remembered(record: Record, shown: Shown) -> dict[str, bytes]:
+        kept.append(shown)
+        return {}
+
+    monkeypatch.setattr("softmoe_cli.show.command.pictures", remembered)
+    assert softmoe("show", str(run), "images=43", "batch_size=16", "threads=1").code == 0
+    now, over = (kept[0].sheets[heading][0].rows for heading in ("Who takes which patch", "Over training"))
+    assert len(over) == 2
+    for painted, strip in zip(now, over, strict=False):
+        image, of_now = painted
+        assert np.array_equal(strip[0].pixels, image.pixels) and np.array_equal(strip[-1].pixels, of_now.pixels)
+
+
+@pytest.mark.thorough
+def test_answers_that_no_class_has(softmoe: Softmoe, tmp_path: Path) -> None:
+    """data.num_classes leaves room for classes to come, and a model that has learned nothing says these too."""
+    words = ("model/router=soft", "model.backbone.init=timm", "data.num_classes=40", "optim.lr=1e-9")
+    run = trained(softmoe, tmp_path, *words)
+    answer = softmoe("show", str(run), "images=40", "threads=1")
+    assert answer.code == 0, answer.err
+    _, reader = read_page(run / "show/index.html")
+    assert re.search("said answer [1-3][0-9] ", words_of(reader))
 
 
 @pytest.mark.thorough

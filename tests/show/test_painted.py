@@ -15,7 +15,7 @@ from softmoe_cli.moe.routers.zero_computation import ZeroComputationRouter
 from softmoe_cli.moe.routing import DenseRouting, SparseRouting
 from softmoe_cli.show.looked import ModelLook, look_at, pixels_of
 from softmoe_cli.show.paint import CLEAR, CROSS, DROPPED_GREY, FRAME, HEAT, SIDE, colours, patch_in_place
-from softmoe_cli.show.sheets import classes_sheet, leader, likes_sheet, routing_sheet
+from softmoe_cli.show.sheets import classes_sheet, leader, likes_sheet, routing_sheet, strip_sheets
 from tests.conftest import TINY
 from tests.oracles import compose
 
@@ -258,6 +258,25 @@ def test_maps_by_class_are_of_the_task(first: int) -> None:
             for expert in range(EXPERTS):
                 mean = (PLANTED[label::2] == expert).mean(axis=0)
                 assert np.allclose(layer.by_class[label, expert].view(GRID, GRID).numpy(), mean)
+
+
+@pytest.mark.parametrize("router", ["soft", "tokens_choice", "experts_choice"])
+def test_experts_that_are_left_keep_their_numbers_and_colours(router: str) -> None:
+    vit = model(f"model/router={router}", "model.expert_init=independent")
+    whole, layer = seen(vit), vit.blocks[-1].mlp
+    layer.prunable()
+    layer.leave([1, 3])
+    left = seen(vit)
+    (look,) = left.layers
+    assert look.num_experts == EXPERTS and look.load[[0, 2]].tolist() == [0, 0] and bool((look.load[[1, 3]] > 0).all())
+    assert set(leader(look.painted).unique().tolist()) <= {-1, 1, 3}
+    likes = likes_sheet(left, look)
+    assert likes.note.endswith("2 experts see no patch.")
+    assert {cell.caption.partition(":")[0] for row in likes.rows for cell in row} == {"expert 1", "expert 3"}
+    assert look.painted.expert.equal(whole.layers[0].painted.expert), "a column is the same slot in both"
+    (strip,) = strip_sheets({2: whole, 4: left})
+    palette = {f"expert {e}": tuple(colour) for e, colour in enumerate(colours(EXPERTS).tolist())}
+    assert dict(strip.legend).items() <= (palette | {"dropped": DROPPED_GREY}).items()
 
 
 def test_a_second_choice_that_has_room_leads() -> None:
