@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
@@ -70,6 +71,19 @@ class Started:
 
 
 started: list[Started] = []
+
+
+def until(happens: Callable[[], Any], *processes: Started, seconds: float = 600) -> Any:
+    """Waits for what the processes do, and returns what `happens` found. Fails at once, with what a process said, where
+    one has ended without it."""
+    end = time.monotonic() + seconds
+    while True:
+        ended = [process for process in processes if process.ended]  # asked first: what it did last counts
+        if found := happens():
+            return found
+        assert not ended, [process.wait() for process in ended]
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
 
 
 def end_all() -> None:

@@ -25,8 +25,8 @@ from softmoe_cli.launch.typed import study_of
 from softmoe_cli.options.compose import admit
 from softmoe_cli.run import status
 from tests.conftest import TINY, Softmoe, thinned
-from tests.launch.sweeps import LINE, finish, finished, launch, rows_of, runs, until
-from tests.processes import Started
+from tests.launch.sweeps import LINE, finish, finished, launch, rows_of, runs
+from tests.processes import Started, until
 from tests.runs import same
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,15 +53,16 @@ def test_jobs_with_a_raise_a_kill_too_little_memory_and_a_killed_launcher(good: 
     command = ["train", "-m", *without_large_width, *line]
     first = Started(tmp_path / "sweep", command, {}, out="first.txt", own_server=True)
     study = tmp_path / "sweep" / "outputs" / "default"
-    until(lambda: list(study.glob("sweep-*/jobs.json")))
+    until(lambda: list(study.glob("sweep-*/jobs.json")), first)
     folders = {name.removeprefix("+experiment="): folder for name, folder in runs(tmp_path / "sweep").items()}
-    until((folders["long"] / "metrics.jsonl").exists)
+    until((folders["long"] / "metrics.jsonl").exists, first)
     os.kill(int((folders["long"] / ".lock").read_text().split()[1]), signal.SIGKILL)
     until(
         lambda: (
             len(list(study.glob("*/result.json"))) >= good // 3
             and any(status.held(folder) and not finished(folder) for folder in folders.values())
-        )
+        ),
+        first,
     )
     first.send(signal.SIGKILL)
     _, out = first.wait()
@@ -88,13 +89,19 @@ def test_jobs_with_a_raise_a_kill_too_little_memory_and_a_killed_launcher(good: 
     assert states == {name: "failed" if name in ("raises", "large") else "done" for name in order}
 
 
+def test_a_launcher_that_has_ended_is_waited_for_no_longer(tmp_path: Path) -> None:
+    process = launch(tmp_path, "stesp=1")
+    with pytest.raises(AssertionError, match="there is no key 'stesp'"):
+        until(lambda: list(tmp_path.glob("outputs/*/sweep-*/jobs.json")), process)
+
+
 @pytest.mark.long
 def test_an_interrupt_saves_every_job(tmp_path: Path) -> None:
     """Meanwhile a second command for the same sweep is refused."""
     line = ("train.steps=100000", "train.log_every=10", "seed=0,1,2", "hydra.launcher.jobs=2")
     process = launch(tmp_path, *line)
     study = tmp_path / "outputs" / "default"
-    until(lambda: len([file for file in study.glob("*/metrics.jsonl") if file.stat().st_size]) == 2)
+    until(lambda: len([file for file in study.glob("*/metrics.jsonl") if file.stat().st_size]) == 2, process)
     assert "the same sweep is running already" in finish(launch(tmp_path, *line), 2)
     assert [each.state for each in status.read_states([study])] == ["running", "running", "waiting"]
     process.send(signal.SIGINT)
@@ -129,7 +136,9 @@ def test_a_terminal_shows_a_table_and_a_second_interrupt_ends_at_once(tmp_path: 
         if select.select([ours], [], [], 0)[0]:
             with contextlib.suppress(OSError):  # the other end has left
                 shown += os.read(ours, 65536)
-        return re.search(rb"seed=0 +running +[0-9]+%", shown) is not None and b"eta" in shown
+        seen = re.search(rb"seed=0 +running +[0-9]+%", shown) is not None and b"eta" in shown
+        assert seen or process.poll() is None, shown.decode()
+        return seen
 
     until(table)
     until(lambda: table() and list(tmp_path.glob("outputs/*/*/metrics.jsonl")))

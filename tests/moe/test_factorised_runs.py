@@ -3,7 +3,6 @@
 import json
 import shutil
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from safetensors.torch import load_file
 from tests.conftest import TINY, Softmoe
 from tests.cost.loads import composed, held
 from tests.cost.test_memory import allocated_peak
+from tests.processes import until
 from tests.routers import ROUTERS
 from tests.runs import finish, last, same, start, the_run
 
@@ -56,9 +56,7 @@ def test_a_kill_changes_no_bit(kind: tuple[str, ...], tmp_path: Path) -> None:
     line = ("train.steps=300", "train.batch_size=8", "train.save_seconds=0", "train.ema=0.9", *kind)
     finish(start(tmp_path / "whole", *line))
     process = start(tmp_path / "killed", *line)
-    while not list(tmp_path.glob("killed/outputs/*/*/checkpoints/last-*")):
-        assert not process.ended
-        time.sleep(0.001)
+    until(lambda: list(tmp_path.glob("killed/outputs/*/*/checkpoints/last-*")), process)
     process.send(signal.SIGKILL)
     process.wait()
     assert not (the_run(tmp_path / "killed") / "result.json").exists()

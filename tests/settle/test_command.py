@@ -14,8 +14,8 @@ import yaml
 
 from softmoe_cli.run.rows import jobs
 from tests.conftest import Softmoe, thinned
-from tests.launch.sweeps import LINE, rows_of, until
-from tests.processes import Started
+from tests.launch.sweeps import LINE, rows_of
+from tests.processes import Started, until
 from tests.wandb_file import records
 
 SHORT = (*(word for word in LINE if not word.startswith("study=")), "train.steps=12", "study=settled")
@@ -145,16 +145,17 @@ def test_several_at_once_take_turns(tmp_path: Path) -> None:
         return Started(tmp_path, ["settle", *SHORT, *words, *more], {}, out=name)
 
     first = begin("first.txt")
-    until(lambda: list(study.glob("sweep-settle/jobs.json")))
+    until(lambda: list(study.glob("sweep-settle/jobs.json")), first)
     others = [begin(f"{name}.txt") for name in ("second", "third")]
     until(
         lambda: all(
             "another command works on" in (tmp_path / f"{name}.txt").read_text() for name in ("second", "third")
-        )
+        ),
+        *others,
     )
     refused, out = begin("other.txt", "margin=3").wait()
     assert refused == 2 and "was begun with margin=30.0, not margin=3.0" in out
-    until(lambda: first.ended or len(list(study.glob("*/result.json"))) > 2)
+    until(lambda: len(list(study.glob("*/result.json"))) > 2, first)
     assert not first.ended, "it ended before it could be killed"
     first.send(signal.SIGKILL)
     first.wait()

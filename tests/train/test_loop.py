@@ -6,7 +6,6 @@ import os
 import resource
 import signal
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from softmoe_cli.cli import main
 from softmoe_cli.moe.processor import CPU_PRODUCTS
 from softmoe_cli.parallel import Average
 from tests.conftest import TINY, Softmoe, thinned
-from tests.processes import forked
+from tests.processes import forked, until
 from tests.runs import finish, last, rows, start, the_run
 
 
@@ -37,8 +36,7 @@ def test_full_disk(tmp_path: Path) -> None:
     """A file size limit stands for the disk: the failing checkpoint is one sentence, the one before stays good."""
     options = ("train.steps=200", "train.save_seconds=0", "train.batch_size=8")
     process = start(tmp_path, *options)
-    while not list(tmp_path.glob("outputs/*/*/checkpoints/last-*")):
-        time.sleep(0.01)
+    until(lambda: list(tmp_path.glob("outputs/*/*/checkpoints/last-*")), process)
     process.send(signal.SIGTERM)
     finish(process, 130)
     told = tmp_path / "told.txt"
