@@ -137,13 +137,24 @@ def test_a_factorised_head(name: str, softmoe: Softmoe, tmp_path: Path) -> None:
     [
         (("model.head=mumoe_pc",), "model.head=mumoe_pc is none of linear, mumoe_cp, mumoe_tr"),
         (("model.head=mumoe_cp", "model.head_experts=64"), "with model.head_experts=64: num_experts=64: whatever"),
-        (("model.head=mumoe_cp", "train.batch_size=1"), "head_norm=batch has no variance over train.batch_size=1"),
+        (("model.head=mumoe_cp", "train.batch_size=1"),
+         "model.head_norm=batch has no variance over one image; use a larger train.batch_size, or set"),
         (("model.head=mumoe_cp", "model.head_norm=null"), "model.head=mumoe_cp needs model.head_experts and"),
     ],
 )  # fmt: skip
 def test_impossible_heads_are_refused(words: tuple[str, ...], told: str, softmoe: Softmoe) -> None:
     answer = softmoe("train", *TINY, *words)
     assert answer.code == 2 and told in answer.err, answer
+
+
+def test_one_token_has_no_variance(softmoe: Softmoe, tmp_path: Path) -> None:
+    line = ("train", *TINY, *CP, "model.router.norm=batch", "model.backbone.patch_size=8", "train.batch_size=1")
+    answer = softmoe(*line)
+    assert answer.code == 2 and (
+        "model.router.norm=batch has no variance over one token; use a larger train.batch_size, or set "
+        "model.router.norm=layer" in answer.err
+    ), answer
+    assert not list(tmp_path.glob("outputs/*/*"))
 
 
 @every_kind
