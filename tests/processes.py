@@ -4,6 +4,7 @@ import contextlib
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import resource
 import signal
 import socket
 import sys
@@ -105,6 +106,18 @@ def forked(out: Path, work: Callable[..., None], *arguments: Any, timeout: float
         process.kill()
         process.join()
     return process.exitcode
+
+
+def with_little_disk(folder: Path, arguments: list[str]) -> None:
+    """`softmoe` in a folder, where no file may be larger than 60,000 bytes: for `forked`."""
+    sys.dont_write_bytecode = True  # Python would leave the beginning of a large file, and read it from then on
+    os.chdir(folder)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60000, 60000))
+    sys.argv = ["softmoe", *arguments]
+    from softmoe_cli.cli import main
+
+    main()
 
 
 class Attempt(NamedTuple):
