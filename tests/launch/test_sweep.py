@@ -19,6 +19,7 @@ import yaml
 from hydra.core.plugins import Plugins
 from omegaconf import OmegaConf
 
+from softmoe_cli.errors import UsageError
 from softmoe_cli.launch.sweep import Sweep
 from softmoe_cli.launch.tables import fitted
 from softmoe_cli.launch.typed import study_of
@@ -316,6 +317,29 @@ STUDIES = {
 @pytest.mark.parametrize("words", STUDIES)
 def test_a_sweep_is_named_after_what_varies(words: tuple[str, ...]) -> None:
     assert study_of(["-m", *words]) == STUDIES[words]
+
+
+def test_sweeps_of_other_jobs_lie_in_other_folders(
+    softmoe: Softmoe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else one would write over the jobs and logs of the other. How many run at a time changes no job."""
+    setup = Sweep.setup
+
+    def told(sweep: Sweep, **given: Any) -> None:
+        setup(sweep, **given)
+        raise UsageError(f"in {sweep._folder.name}")
+
+    monkeypatch.setattr(Sweep, "setup", told)
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.yaml").write_text(f"defaults: [train, _self_]\nname: {name}\n")
+
+    def folder(*words: str) -> str:
+        return softmoe("train", "-m", "model/router=dense,soft", "study=s", *words).err.split()[-1]
+
+    others = [("-cn=a", "-cd=."), ("-cn=b", "-cd=."), ("equal=train_pflop",), ("equal=train_pflop", "tolerance=0.1"),
+              ("tune=optim.lr", "tune_values=[1e-3,1e-2]"), ("tune=optim.lr", "tune_values=[1e-3,3e-2]")]  # fmt: skip
+    assert folder() == folder("hydra.launcher.jobs=2") and folder().startswith("sweep-")
+    assert len({folder(), *(folder(*words) for words in others)}) == 1 + len(others)
 
 
 def test_a_dangling_link_in_a_sweep(softmoe: Softmoe, tmp_path: Path) -> None:
