@@ -204,6 +204,9 @@ class Sweep(HydraLauncher):
                 entry.word = "over the limit"
             elif entry.finished:
                 entry.word = "done before"
+        if lacking := [entry.job.lacking for entry in entries if entry.word == "done before" and entry.job.lacking]:
+            more = f"; the same holds for {several(len(lacking) - 1, 'more run')}" if lacking[1:] else ""
+            self.tell(f"{lacking[0]}{more}")
         self._work_off([entry for entry in dict.fromkeys(entries) if not entry.word], list(slots))
         return entries
 

@@ -342,6 +342,24 @@ def test_sweeps_of_other_jobs_lie_in_other_folders(
     assert len({folder(), *(folder(*words) for words in others)}) == 1 + len(others)
 
 
+@pytest.mark.thorough
+def test_runs_that_were_not_asked_for_few_shots(softmoe: Softmoe, tmp_path: Path) -> None:
+    """They have ended: what is typed for them tells the figure that they would have written down."""
+    line = (*TINY, "threads=1", "train.steps=2", "data.split_seed=3", "study=s")
+    assert softmoe("train", *line, "train.fewshot=[1]").code == 0
+    again = softmoe("train", *line, "train.fewshot=[1]").out
+    assert "is finished; nothing to do" in again and "fewshot" not in again
+    (run,) = tmp_path.glob("outputs/s/*/result.json")
+    words = f"checkpoint={run.parent.relative_to(tmp_path)} split=validation 'fewshot=[5]' fewshot_seed=3"
+    told = "train.fewshot=[5] is looked at while a run trains, and this one has ended; of its last weights: "
+    told += f"softmoe evaluate {words}"
+    assert told in softmoe("train", *line, "train.fewshot=[1,5]").out
+    many = softmoe("train", "-m", *line, "seed=0", "train.fewshot=[1,5]")
+    assert many.code == 0 and told in many.out
+    answer = softmoe("evaluate", *shlex.split(words.replace("[5]", "[1]")), "threads=1", "format=json")
+    assert json.loads(answer.out)["fewshot_1_top1_pct"] == json.loads(run.read_text())["validation_fewshot_1_top1_pct"]
+
+
 def test_a_dangling_link_in_a_sweep(softmoe: Softmoe, tmp_path: Path) -> None:
     for label in "ab":
         (tmp_path / "images" / label).mkdir(parents=True)
