@@ -98,7 +98,7 @@ class Sweep(HydraLauncher):
         self._check_objective()
         self.command = str(config.hydra.job.name)
         self._typed = list(config.hydra.overrides.task)
-        self._said = tuple(said_of_data(config.hydra))
+        self.said = tuple(said_of_data(config.hydra))
         # What else decides which jobs there are.
         searched = ("hydra.launcher.limit", "hydra.launcher.objective", "hydra.sweeper.", "hydra/sweeper")
         others = [word for word in config.hydra.overrides.hydra if word.lstrip("+").startswith(searched)]
@@ -239,7 +239,7 @@ class Sweep(HydraLauncher):
             UsageError, RunError: some job cannot work; the message lists them.
         """
         jobs = self.composed(job_overrides)
-        answers, slots = answered(answer, Inquiry(self.command, jobs, self._options, tuple(seeds), self._said))
+        answers, slots = answered(answer, Inquiry(self.command, jobs, self._options, tuple(seeds), self.said))
         errors = [(job[0], each) for job, each in zip(jobs, answers, strict=True) if not isinstance(each, Job)]
         self._refuse(errors, len(jobs))
         return answers, slots
