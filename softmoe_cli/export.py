@@ -3,6 +3,7 @@
 Every file is read back as its users read it and compared with the model on images.
 """
 
+import io
 import json
 import re
 from collections.abc import Callable
@@ -207,8 +208,9 @@ def trace(model: nn.Module, example: Tensor, batch: int | None, router: str) -> 
 
 
 def write_torch_export(graph: ExportedProgram, folder: Path, router: str) -> Program:
-    path = folder / "model.pt2"
-    torch.export.save(graph, path)
+    path, made = folder / "model.pt2", io.BytesIO()
+    torch.export.save(graph, made)  # written to a full disk, torch's own file would end the process
+    path.write_bytes(made.getbuffer())
     program: Program = torch.export.load(path).module()
     return program
 

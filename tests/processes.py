@@ -4,9 +4,11 @@ import contextlib
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import resource
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
@@ -72,6 +74,19 @@ class Started:
 started: list[Started] = []
 
 
+def until(happens: Callable[[], Any], *processes: Started, seconds: float = 600) -> Any:
+    """Waits for what the processes do, and returns what `happens` found. Fails at once, with what a process said, where
+    one has ended without it."""
+    end = time.monotonic() + seconds
+    while True:
+        ended = [process for process in processes if process.ended]  # asked first: what it did last counts
+        if found := happens():
+            return found
+        assert not ended, [process.wait() for process in ended]
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
+
+
 def end_all() -> None:
     """Ends processes that a failed test has left running: they would take the cores from all other tests."""
     while started:
@@ -91,6 +106,18 @@ def forked(out: Path, work: Callable[..., None], *arguments: Any, timeout: float
         process.kill()
         process.join()
     return process.exitcode
+
+
+def with_little_disk(folder: Path, arguments: list[str]) -> None:
+    """`softmoe` in a folder, where no file may be larger than 60,000 bytes: for `forked`."""
+    sys.dont_write_bytecode = True  # Python would leave the beginning of a large file, and read it from then on
+    os.chdir(folder)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60000, 60000))
+    sys.argv = ["softmoe", *arguments]
+    from softmoe_cli.cli import main
+
+    main()
 
 
 class Attempt(NamedTuple):

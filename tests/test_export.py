@@ -28,6 +28,7 @@ from softmoe_cli.run.sealed import damage
 from softmoe_cli.run.source import read_source
 from tests.conftest import Softmoe
 from tests.oracles import compose
+from tests.processes import forked, with_little_disk
 from tests.routers import ROUTERS
 
 TINY = (
@@ -309,6 +310,18 @@ def test_outputs_that_differ_leave_nothing(
     answer = softmoe("export", f"checkpoint={source[0]}", "folder=out")
     assert answer.code == 1 and "nothing was written" in answer.err, answer
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", ["torch_export", "onnx"])
+def test_full_disk(name: str, source: tuple[Path, VisionTransformer], tmp_path: Path) -> None:
+    """A file size limit stands for the disk, above the weights and below programs: one sentence, and nothing is
+    left."""
+    (tmp_path / "here").mkdir()
+    line = ["export", f"checkpoint={source[0]}", "folder=out", f"formats=[{name}]", "threads=1"]
+    assert forked(tmp_path / "told.txt", with_little_disk, tmp_path / "here", line) == 1
+    assert "softmoe: cannot write out: [Errno 27] File too large" in (tmp_path / "told.txt").read_text()
+    assert "Traceback" not in (tmp_path / "told.txt").read_text() and not list((tmp_path / "here").iterdir())
 
 
 WRONG = {

@@ -21,7 +21,7 @@ from softmoe_cli.run import status
 from softmoe_cli.signals import Asked, end_children, heard
 from softmoe_cli.train.stop import Stop
 from tests.conftest import TINY, Softmoe, thinned
-from tests.processes import Started, forked
+from tests.processes import Started, forked, until
 
 LONG = "torch.linalg.eigvals(torch.randn(4000, 4000))"
 """One operation that takes a minute or more, during which the main thread runs no line of Python."""
@@ -57,8 +57,7 @@ def test_one_signal_ends_a_command(name: str, work: str, tmp_path: Path) -> None
     """The signal comes during an operation, between two operations, and during a clean-up that does not end."""
     (tmp_path / "slow.py").write_text(f"import time, torch\nopen('begun', 'w')\n{work}\n")
     process = Started(tmp_path, ["check", "slow.py"], {})
-    while not (tmp_path / "begun").exists():
-        time.sleep(0.01)
+    until((tmp_path / "begun").exists, process)
     time.sleep(0.1)
     process.send(getattr(signal, name))
     assert process.wait(60) == (130, f"softmoe: stopped by {name}\n")

@@ -82,6 +82,17 @@ def check_parts(config: "Config", whole_batches: str | None) -> None:
         raise UsageError(f"train.accumulate={config.train.accumulate}: {whole_batches}")
 
 
+def check_rows(key: str, images: int, model: Model, whole_batches: str | None, tokens: int) -> None:
+    """Refuses a single row where a layer needs the variance of several: `images` of so many `tokens` each, or of one
+    row in a head. `whole_batches` says whether there is such a layer; `key` names the number of images."""
+    if whole_batches is None or images > 1:
+        return
+    head = model.head != "linear" and model.head_norm == "batch"
+    if head or tokens == 1:
+        norm, row = ("model.head_norm", "image") if head else ("model.router.norm", "token")
+        raise UsageError(f"{norm}=batch has no variance over one {row}; use a larger {key}, or set {norm}=layer")
+
+
 def check_devices(devices: int, batch: int, parts: int) -> None:
     """Checks that each device has at least one image of each part of a batch."""
     if batch // parts < devices:
@@ -190,8 +201,6 @@ class Config(Section):
             check_groups("train.batch_size", self.train.batch_size, self.model.images_per_group, self.train.accumulate)
         elif settled:
             check_shared_groups(self, self.devices)
-        if self.model.head_norm == "batch" and self.model.head != "linear" and self.train.batch_size == 1:
-            raise UsageError("model.head_norm=batch has no variance over train.batch_size=1; set it to layer")
         if self.train.minutes is not None:
             spans = {
                 "optim.warmup": self.optim.warmup,

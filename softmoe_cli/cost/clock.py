@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
+from softmoe_cli.config.run import check_rows
+from softmoe_cli.cost.flop import account
 from softmoe_cli.cost.load import Load
 from softmoe_cli.cost.memory import Live, predict
 from softmoe_cli.device import compiled, free_memory, hardware, keep_freed_memory, precision_context, wait
@@ -114,11 +116,9 @@ def measure(loads: Sequence[Load], repeats: int) -> list[Timing]:
         UsageError: they do not all fit into memory at once, or one of them cannot be trained.
     """
     for load in loads:
-        if load.model.head_norm == "batch" and load.part == 1:
-            raise UsageError(
-                "model.head_norm=batch has no variance over one image, and the clock measures training too; use a "
-                "larger batch_size or model.head_norm=layer"
-            )
+        if load.part == 1:  # the clock measures training too
+            cost = account(load.model, load.num_classes)
+            check_rows("batch_size", 1, load.model, cost.whole_batches, cost.tokens)
     threads, needed = torch.get_num_threads(), Counter[torch.device]()
     for load in loads:
         needed[load.device] += predict(load).peak_bytes

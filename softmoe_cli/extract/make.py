@@ -67,8 +67,7 @@ def extract(config: ExtractConfig, model: Model, source: Source) -> dict[str, An
     receipt: dict[str, Any] = {"source": {"checkpoint": source.label, "digest": source.digest}, "settings": settings}
     receipt |= {"result": {"digest": digest_of(weights)}, "blocks": made.blocks(whole)}
     receipt["of_each"] = {
-        name: _compared(config, model, made.model, (whole.to(device), new.to(device)), name, source.card["loss"])
-        for name in which
+        name: _compared(config, model, made.model, (whole.to(device), new.to(device)), name, source) for name in which
     }
     receipt["float64_distance"] = _distance(made, config, model, whole, which)
     costs = {"before": account(model, whole.num_classes), "after": account(made.model, new.num_classes)}
@@ -130,14 +129,15 @@ def _compared(
     new_model: Model,
     both: tuple[VisionTransformer, VisionTransformer],
     name: str,
-    loss: str,
+    source: Source,
 ) -> dict[str, Any]:
     """How far both models' outputs for one task are apart on its validation images, and their quality there; and on its
     test images, whose labels are not read, so that nothing is known of quality there."""
     one, other = one_task(model, both[0], name), one_task(new_model, both[1], name)
-    found = compared(one.eval(), other.eval(), _batches(config, model, name), loss=loss, labelled=True)
+    said: Any = {"checkpoint": source.label, "loss": source.card["loss"]}
+    found = compared(one.eval(), other.eval(), _batches(config, model, name), **said, labelled=True)
     found |= {"validation_images": found.pop("images"), "validation": found.pop("quality")}
-    test = compared(one, other, _batches(config, model, name, "test"), loss=loss, labelled=False)
+    test = compared(one, other, _batches(config, model, name, "test"), **said, labelled=False)
     found["test"] = {key: test[key] for key in ("images", "max_change", "same_predictions_pct")}
     if config.clock:
         x = next(_batches(config, model, name)).images

@@ -35,6 +35,8 @@ class Job:
     """What the model has beside a plain one: 1 for experts, 2 for adapters, 3 for both."""
     data: Data | None = None
     """As the job will have them: a checkpoint may decide of them."""
+    lacking: str = ""
+    """What is asked of its run, which has ended and did not look at it (finished.not_looked_at)."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ def answer(inquiry: Inquiry) -> tuple[list[Job | UsageError | RunError], list[st
     from softmoe_cli.model.weights import experts_left
     from softmoe_cli.options.inherit import resolve
     from softmoe_cli.run import mirror
+    from softmoe_cli.run.finished import finished, not_looked_at
     from softmoe_cli.run.identity import run_folder
     from softmoe_cli.stack.refused import check_stack
 
@@ -114,7 +117,12 @@ def answer(inquiry: Inquiry) -> tuple[list[Job | UsageError | RunError], list[st
                 raise UsageError(f"hydra.launcher.limit: train.minutes leaves {unknown[0]} open; give train.steps")
             words = [*overrides, *settled]
             added = (config.model.router_name != "dense") + 2 * (config.model.adapter.name != "none")
-            answers.append(Job(name, words, place(config), config.threads, cost, known(), folders, added, config.data))
+            folder = place(config)
+            ended = finished(folder) if config.train.fewshot else None
+            lacking = "" if ended is None else not_looked_at(config, ended, folder)
+            answers.append(
+                Job(name, words, folder, config.threads, cost, known(), folders, added, config.data, lacking)
+            )
         except Exception as error:
             answers.append(ours(error) or RunError(defect(error)))
     return answers, slots

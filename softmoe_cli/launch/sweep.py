@@ -29,6 +29,7 @@ from rich.text import Text
 
 from softmoe_cli.config.launch import LAUNCHERS, Launcher
 from softmoe_cli.config.run import Config
+from softmoe_cli.config.settle import FAIR_KEYS
 from softmoe_cli.data.contents import KNOWN
 from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.files import not_following, write_atomically
@@ -36,7 +37,7 @@ from softmoe_cli.launch.job import Order, RunCommand, answered, ending, note, st
 from softmoe_cli.launch.places import PLACES, Place
 from softmoe_cli.launch.plan import Inquiry, Job, answer
 from softmoe_cli.launch.tables import Entry, fitted, show_plan, stacks
-from softmoe_cli.launch.typed import flags_of
+from softmoe_cli.launch.typed import files_typed, flags_of
 from softmoe_cli.options.compose import plain, said_of_data
 from softmoe_cli.options.explain import explain
 from softmoe_cli.run.rows import RESULT, Unreadable
@@ -97,11 +98,12 @@ class Sweep(HydraLauncher):
         self._check_objective()
         self.command = str(config.hydra.job.name)
         self._typed = list(config.hydra.overrides.task)
-        self._said = tuple(said_of_data(config.hydra))
-        # Other settings that decide which jobs there are.
+        self.said = tuple(said_of_data(config.hydra))
+        # What else decides which jobs there are.
         searched = ("hydra.launcher.limit", "hydra.launcher.objective", "hydra.sweeper.", "hydra/sweeper")
         others = [word for word in config.hydra.overrides.hydra if word.lstrip("+").startswith(searched)]
-        words = json.dumps([self.command, *self._typed, *others])
+        fair = [word for word in Sweep.line[1] if word.partition("=")[0] in FAIR_KEYS]
+        words = json.dumps([self.command, *self._typed, *others, *files_typed(), *fair])
         study = Path(config.output_root) / config.study
         self._folder = study / f"sweep-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
         self._entries: list[Entry] = []
@@ -202,6 +204,9 @@ class Sweep(HydraLauncher):
                 entry.word = "over the limit"
             elif entry.finished:
                 entry.word = "done before"
+        if lacking := [entry.job.lacking for entry in entries if entry.word == "done before" and entry.job.lacking]:
+            more = f"; the same holds for {several(len(lacking) - 1, 'more run')}" if lacking[1:] else ""
+            self.tell(f"{lacking[0]}{more}")
         self._work_off([entry for entry in dict.fromkeys(entries) if not entry.word], list(slots))
         return entries
 
@@ -234,7 +239,7 @@ class Sweep(HydraLauncher):
             UsageError, RunError: some job cannot work; the message lists them.
         """
         jobs = self.composed(job_overrides)
-        answers, slots = answered(answer, Inquiry(self.command, jobs, self._options, tuple(seeds), self._said))
+        answers, slots = answered(answer, Inquiry(self.command, jobs, self._options, tuple(seeds), self.said))
         errors = [(job[0], each) for job, each in zip(jobs, answers, strict=True) if not isinstance(each, Job)]
         self._refuse(errors, len(jobs))
         return answers, slots

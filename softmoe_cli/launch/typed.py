@@ -18,16 +18,22 @@ def in_full(arguments: Sequence[str]) -> list[str]:
     return [f"{SHORT.get(key, key)}{equals}{value}" for key, equals, value in halves]
 
 
-def flags_of(config: DictConfig) -> list[str]:
-    """Options for Hydra itself that each job needs too: where its configuration comes from, but not where a sweep's
-    jobs run or which jobs there are."""
+def files_typed() -> list[str]:
+    """Where Hydra was told to take the configuration from."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for short, long in (("-cd", "--config-dir"), ("-cp", "--config-path"), ("-cn", "--config-name")):
         parser.add_argument(short, long)
     typed = vars(parser.parse_known_args(sys.argv[1:])[0])
-    flags = [f"--{key.replace('_', '-')}={value}" for key, value in typed.items() if value is not None]
+    return [f"--{key.replace('_', '-')}={value}" for key, value in typed.items() if value is not None]
+
+
+def flags_of(config: DictConfig) -> list[str]:
+    """Options for Hydra itself that each job needs too: where its configuration comes from, but not where a sweep's
+    jobs run or which jobs there are."""
     elsewhere = ("hydra/launcher=", "hydra/sweeper", "hydra.launcher", "hydra.sweep", "hydra.mode")
-    return flags + [word for word in config.hydra.overrides.hydra if not word.lstrip("+~").startswith(elsewhere)]
+    return files_typed() + [
+        word for word in config.hydra.overrides.hydra if not word.lstrip("+~").startswith(elsewhere)
+    ]
 
 
 def study_of(arguments: Sequence[str]) -> str | None:

@@ -3,6 +3,7 @@ images."""
 
 import copy
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,12 +139,21 @@ class Pruned:
         )  # fmt: skip
 
     def drop(self, vit: VisionTransformer, layers: dict[int, MoE], before: Source | None) -> dict[str, dict[str, Any]]:
-        """Leaves the `keep` best experts of each layer, or what is left; says of each block what decided it."""
+        """Leaves the `keep` best experts of each layer, or what is left; says of each block what decided it.
+
+        Raises:
+            UsageError: an expert's score is no finite number.
+        """
         keep = self.config.keep
         most = max(len(each.left) for each in layers.values())
         scores = self._scores(vit, layers, before) if keep is not None and keep < most else {}
         blocks: dict[str, dict[str, Any]] = {}
         for place, layer in layers.items():
+            if scores and not all(map(math.isfinite, scores[place])):
+                raise UsageError(
+                    f"checkpoint={self.source.label}: by={self.config.by} is no finite number for an expert of block "
+                    f"{place}; train again with a lower optim.lr, or name another checkpoint"
+                )
             there = list(layer.left)
             if keep is not None and len(there) > keep:
                 if "alive" not in dict(layer.named_buffers()):
@@ -179,8 +189,8 @@ class Pruned:
             RunError: it is not.
         """
         found = compared(
-            whole, new, self.batches(self.splits.validation), loss=self.source.card["loss"],
-            labelled=self.splits.classes == self.source.classes,
+            whole, new, self.batches(self.splits.validation), checkpoint=self.source.label,
+            loss=self.source.card["loss"], labelled=self.splits.classes == self.source.classes,
         )  # fmt: skip
         found |= {"validation_images": found.pop("images"), "validation": found.pop("quality")}
         x = next(self.batches(self.splits.validation)).images

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from softmoe_cli.config.model import Model
 from softmoe_cli.data.batches import Batch
 from softmoe_cli.device import wait
+from softmoe_cli.errors import UsageError
 from softmoe_cli.evaluate.quality import classification_loss
 from softmoe_cli.model.vit import portable_options
 from softmoe_cli.moe.layer import MoE
@@ -59,11 +60,16 @@ def compared(
     new: nn.Module,
     batches: Iterable[Batch],
     *,
+    checkpoint: str,
     loss: str,
     labelled: bool,
 ) -> dict[str, Any]:
     """Both models' outputs on all `images`: how far apart they are and, if `labelled`, `quality` before and after; else
-    no label is looked at."""
+    no label is looked at.
+
+    Raises:
+        UsageError: an output of a model made of `checkpoint` is no finite number.
+    """
     whole.eval(), new.eval()
     images, same, changes, most = 0, 0, 0.0, 0.0
     right, losses = [0, 0], [0.0, 0.0]
@@ -71,6 +77,11 @@ def compared(
         outputs = whole(x), new(x)
         answers = [each.argmax(dim=1) for each in outputs]
         change = (outputs[1] - outputs[0]).abs()
+        if not change.isfinite().all():
+            raise UsageError(
+                f"checkpoint={checkpoint}: its outputs in float32 are no finite numbers; train again with a lower "
+                "optim.lr, or name another checkpoint"
+            )
         images, same = images + len(x), same + int((answers[0] == answers[1]).sum())
         changes, most = changes + change.mean(dim=1).sum().item(), max(most, change.max().item())
         if labelled:

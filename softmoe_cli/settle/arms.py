@@ -1,5 +1,7 @@
 """The arms of a comparison: what commas make of a command line, what each is called, and which one is the baseline."""
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -7,6 +9,7 @@ from typing import Any
 from softmoe_cli.config.run import NOT_SCIENCE
 from softmoe_cli.errors import UsageError, nearest
 from softmoe_cli.launch.plan import Job
+from softmoe_cli.launch.typed import files_typed
 
 FIRST_SEED = 0
 NAMED = ("model", "adapter", "data", "recipe", "experiment")
@@ -45,6 +48,24 @@ def science(words: Iterable[str]) -> list[str]:
     """The words that decide what an arm computes, in one order: the same however and wherever they were typed."""
     aside = set(NOT_SCIENCE) - SET_OTHERS
     return sorted(word for word in words if not any(f"{key_of(word)}.".startswith(f"{key}.") for key in aside))
+
+
+def of_files(trees: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """What a record of arms needs beside their words where -cn, -cp or -cd say more of them: a digest of what they are
+    composed to."""
+    if not files_typed():
+        return {}
+    aside = {*NOT_SCIENCE, "seed"} - SET_OTHERS
+
+    def kept(tree: Mapping[str, Any], start: str = "") -> dict[str, Any]:
+        return {
+            key: kept(value, f"{start}{key}.") if isinstance(value, dict) else value
+            for key, value in tree.items()
+            if f"{start}{key}" not in aside
+        }
+
+    told = sorted(json.dumps(kept(tree), sort_keys=True) for tree in trees)
+    return {"composed": hashlib.sha256("".join(told).encode()).hexdigest()}
 
 
 def without_seed(many: Iterable[Sequence[str]]) -> list[list[str]]:

@@ -41,12 +41,14 @@ def free_setting(by: str, router: dict[str, Any]) -> str | None:
 
 @dataclass
 class Leveller:
-    """What arms are levelled by: the cost `by`, the setting `free` (None: each router's own), and how near."""
+    """What arms are levelled by: the cost `by`, the setting `free` (None: each router's own), and how near. `said`:
+    what counts as typed for every arm (compose.said_of_data)."""
 
     command: str
     by: str
     free: str | None
     tolerance: float
+    said: tuple[str, ...]
 
     def level(self, arms: Sequence[tuple[str, list[str], dict[str, Any]]], base: int) -> list[Levelled]:
         """Levels arms, given by label, words and composed configuration, with the one at the place `base`.
@@ -103,7 +105,7 @@ class Leveller:
     def _checked(self, words: list[str], tree: dict[str, Any]) -> Config:
         from softmoe_cli.options.inherit import resolve
 
-        return resolve(self.command, copy.deepcopy(tree), words)[0]
+        return resolve(self.command, copy.deepcopy(tree), [*words, *self.said])[0]
 
     def _matched(self, config: Config, free: str, to: str) -> MatchConfig:
         """What softmoe match would be asked about a run's model and budget."""

@@ -11,7 +11,7 @@ from softmoe_cli.launch.job import answered
 from softmoe_cli.launch.plan import Job
 from softmoe_cli.launch.sweep import Sweep
 from softmoe_cli.settle.alike import require_comparable, require_same_images
-from softmoe_cli.settle.arms import Arm, baseline_of, labels, science, with_changes
+from softmoe_cli.settle.arms import Arm, baseline_of, labels, of_files, science, with_changes
 from softmoe_cli.settle.equal import Levelled, Leveller
 from softmoe_cli.settle.record import give, given_before
 from softmoe_cli.text import aligned, four_digits
@@ -84,12 +84,13 @@ def _levelled(
     order = sorted(words)
     question = {
         "equal": asked.equal, "free": asked.free, "tolerance": asked.tolerance, "baseline": words[base], "arms": order,
+        **of_files([tree for _, _, tree in arms]),
     }  # fmt: skip
     path = study / LEVELLED
     given = given_before(path, question)
     if given is None:
         assert asked.equal is not None
-        leveller = Leveller(launcher.command, asked.equal, asked.free, asked.tolerance)
+        leveller = Leveller(launcher.command, asked.equal, asked.free, asked.tolerance, launcher.said)
         found: list[Levelled] = answered(leveller.level, arms, base)
         given = [vars(found[words.index(each)]) for each in order]
         if not launcher.plans:

@@ -13,7 +13,7 @@ from softmoe_cli.launch.plan import Job
 from softmoe_cli.launch.sweep import Sweep
 from softmoe_cli.options.conf_files import value_of
 from softmoe_cli.run.rows import QUALITIES
-from softmoe_cli.settle.arms import Arm, science, with_changes
+from softmoe_cli.settle.arms import Arm, of_files, science, with_changes
 from softmoe_cli.settle.equal import NO_MATTER
 from softmoe_cli.settle.fair import Arms, asked_arms
 from softmoe_cli.settle.record import give, given_before
@@ -53,7 +53,7 @@ def tune_arms(
     alike = sorted(science(arm.words) for arm in arms.arms)
     place = {arm.label: alike.index(science(arm.words)) for arm in arms.arms}
     wanted = ("tune", "tune_values", "tune_trials", "tune_range", "tune_seeds")
-    question = {key: getattr(asked, key) for key in wanted} | {"by": by, "arms": alike}
+    question = {key: getattr(asked, key) for key in wanted} | {"by": by, "arms": alike} | of_files(trees)
     given = given_before(study / TUNED, question)
     if given is not None:
         trials.add({label: given[at]["tried"] for label, at in place.items()})

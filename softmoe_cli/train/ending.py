@@ -5,9 +5,19 @@ from pathlib import Path
 from typing import Any
 
 from softmoe_cli.compare.intervals import at_chance
+from softmoe_cli.config.run import Config
 from softmoe_cli.run import rows
+from softmoe_cli.run.finished import not_looked_at
 from softmoe_cli.terminal import Screen
 from softmoe_cli.text import flop, in_words, si
+
+
+def close_again(screen: Screen, config: Config, result: dict[str, Any], folder: Path) -> None:
+    """What a run says that has ended before."""
+    screen.say(f"{folder} is finished; nothing to do")
+    if lacking := not_looked_at(config, result, folder):
+        screen.say(lacking)
+    close(screen, result, folder)
 
 
 def close(screen: Screen, result: dict[str, Any], folder: Path) -> None:

@@ -77,8 +77,7 @@ def _ended(config: Config, command: str, source: "Source | None", images: Images
     result = finished(folder)
     if result is None:
         return None
-    from softmoe_cli.train.ending import close  # which needs numpy
+    from softmoe_cli.train.ending import close_again  # which needs numpy
 
-    screen.say(f"{folder} is finished; nothing to do")
-    close(screen, result, folder)
+    close_again(screen, config, result, folder)
     return folder

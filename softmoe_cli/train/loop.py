@@ -40,7 +40,7 @@ from softmoe_cli.stack.passing import Handed
 from softmoe_cli.stack.turns import at_once, member, prepared_s
 from softmoe_cli.train import summary
 from softmoe_cli.train.blame import not_finite, out_of_memory
-from softmoe_cli.train.ending import close
+from softmoe_cli.train.ending import close, close_again
 from softmoe_cli.train.looks import Looks
 from softmoe_cli.train.pace import FirstSteps, forecast
 from softmoe_cli.train.progress import Budget
@@ -220,8 +220,7 @@ def _ended(begun: Begun) -> dict[str, Any] | None:
     folder = begun.run.folder
     before = begun.crew.ask_first(lambda: finished(folder))
     if before is not None:
-        begun.screen.say(f"{folder} is finished; nothing to do")
-        close(begun.screen, before, folder)
+        close_again(begun.screen, begun.config, before, folder)
     return before
 
 

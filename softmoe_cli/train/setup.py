@@ -8,7 +8,7 @@ import torch
 
 from softmoe_cli import parallel
 from softmoe_cli.config.data import Data
-from softmoe_cli.config.run import Config, check_parts
+from softmoe_cli.config.run import Config, check_parts, check_rows
 from softmoe_cli.cost.fit import Fit, with_largest_batch
 from softmoe_cli.cost.flop import Cost
 from softmoe_cli.data import sets, workers
@@ -134,6 +134,7 @@ class Setup:
 def require_batches(config: Config, cost: Cost) -> None:
     """Raises UsageError for batches that the model's routers do not take."""
     check_parts(config, cost.whole_batches)
+    check_rows("train.batch_size", config.train.batch_size, config.model, cost.whole_batches, cost.tokens)
     check_evaluated("train.eval_batch_size", config.train.eval_batch_size, config.model)
 
 

@@ -248,8 +248,11 @@ def _epochs_of_tasks(setup: Setup, steps: int) -> dict[str, float]:
     if not isinstance(images, MixedSet):
         return {}
     draws = TaskDraws(images, config.data.temperature, config.train.batch_size, config.seed)
-    times = (draws.before(steps) / torch.tensor([len(own) for own in draws.of_task])).tolist()
-    return {rows.TASK_EPOCHS.format(name): each for name, each in zip(config.data.sets, times, strict=True)}
+    seen: list[int] = draws.before(steps).tolist()
+    return {
+        rows.TASK_EPOCHS.format(name): count / len(own)
+        for name, count, own in zip(config.data.sets, seen, draws.of_task, strict=True)
+    }
 
 
 def _commonest_pct(images: splits.ImageSet) -> float:

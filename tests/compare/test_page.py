@@ -14,6 +14,33 @@ from softmoe_cli.compare.blocks import compare
 from softmoe_cli.compare.question import Question
 from tests.synthetic import row, study, write
 
+SORTED = [
+    ["<1%", "1%", "2%", "93% (41% to >99%)", ">99%"],
+    ["-1.50 ± 0.10", "-0.80", "+1.20 (0.40 to 2.10)", "(it ends before)"],
+    ["± 0.50", "± 9.00", "± 10.00"],
+    ["below 0.9", "0.91 (0.8 to 1)", "1.2", "above 1.2", "cannot be told"],
+    ["2025-12-01 10:00", "2026-02-01 09:00", "2026-02-01 10:00"],
+    ["12", "950k [900k, 1.1M]", "1.23M [1M, 2M]"],
+    ["392.4 GFLOP", "1.2 PFLOP"],
+    ["23.4 ms", "1.5 s", "1 min 3 s", "23 min", "1 h", "1 h 5 min", "3.1 days"],
+    ["2 experts", "16 experts", "soft, 2 experts", "soft, 16 experts"],
+]
+"""Cells of columns, as a click on the head sorts them."""
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="there is no node here")
+def test_columns_are_sorted_by_what_their_cells_mean() -> None:
+    from softmoe_cli.compare.page import TEMPLATE
+
+    _, head, rest = TEMPLATE.read_text().partition("const SECONDS =")
+    source = head + rest.partition("for (const table of")[0]
+    told = f"""{source}
+    const of = textContent => value({{textContent}}), columns = {json.dumps([column[::-1] for column in SORTED])};
+    columns.forEach(column => column.sort((a, b) => order(of(a), of(b))));
+    console.log(JSON.stringify(columns));"""
+    answer = subprocess.run(["node", "-e", told], capture_output=True, text=True, check=True)
+    assert json.loads(answer.stdout) == SORTED
+
 
 def test_page_has_a_section_for_each_block(tmp_path: Path) -> None:
     from softmoe_cli.compare.page import page

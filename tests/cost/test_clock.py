@@ -9,6 +9,8 @@ import torch
 from softmoe_cli.cost.clock import Workload, fingerprint, measure, rank
 from softmoe_cli.cost.load import Load, load_of
 from softmoe_cli.errors import UsageError
+from tests.conftest import TINY
+from tests.oracles import compose
 from tests.runs import costed
 
 
@@ -45,8 +47,11 @@ def test_what_does_not_fit_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_gate_over_a_batch_is_not_measured_with_one_image() -> None:
     """Its training step ends with an error in the layer."""
     one = replace(load(accumulate=4), model=replace(load().model, head="mumoe_cp", head_experts=2, head_norm="batch"))
-    with pytest.raises(UsageError, match="head_norm=batch has no variance over one image, and the clock measures"):
+    with pytest.raises(UsageError, match="head_norm=batch has no variance over one image; use a larger batch_size"):
         measure([one], repeats=3)
+    rows = replace(load(), batch=1, model=compose(*TINY, "model/router=mumoe_cp", "model.backbone.patch_size=8").model)
+    with pytest.raises(UsageError, match=r"model\.router\.norm=batch has no variance over one token"):
+        measure([rows], repeats=3)
 
 
 def test_each_is_measured_with_its_own_threads(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import tarfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +46,7 @@ from tests.images import (
     write,
 )
 from tests.oracles import compose
-from tests.processes import Started
+from tests.processes import Started, until
 
 
 def as_class_tars(root: Path) -> Path:
@@ -429,9 +428,8 @@ def test_a_kill_in_the_middle_of_a_shard_resumes_at_the_exact_sample(twenty_thou
     line = [*LINE, f"data.root={twenty_thousand}"]
     alone = Started(tmp_path / "whole", [*line, "data.workers=0"], {})
     killed = Started(tmp_path / "killed", [*line, "data.workers=0"], {})
-    while not list(tmp_path.glob("killed/outputs/*/*/checkpoints/last-*")) or len(rows(tmp_path / "killed")) < 40:
-        assert not killed.ended, killed.wait()
-        time.sleep(0.02)
+    saved = tmp_path / "killed" / "outputs"
+    until(lambda: list(saved.glob("*/*/checkpoints/last-*")) and len(rows(tmp_path / "killed")) >= 40, killed)
     os.kill(killed.pid, signal.SIGKILL)
     assert killed.wait()[0] == -signal.SIGKILL
     stopped = len(rows(tmp_path / "killed"))

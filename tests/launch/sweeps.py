@@ -2,8 +2,6 @@
 
 import contextlib
 import json
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +19,6 @@ def finish(process: Started, code: int = 0) -> str:
     left, out = process.wait()
     assert left == code, out
     return out
-
-
-def until(happens: Callable[[], Any], seconds: float = 600) -> Any:
-    end = time.monotonic() + seconds
-    while not (found := happens()):
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.01)
-    return found
 
 
 def runs(folder: Path) -> dict[str, Path]:

@@ -18,8 +18,9 @@ from softmoe_cli.launch.places import Slurm
 from softmoe_cli.launch.plan import Job
 from softmoe_cli.launch.sweep import Sweep
 from softmoe_cli.launch.tables import Entry
-from tests.launch.sweeps import below, finish, launch, runs, until
+from tests.launch.sweeps import below, finish, launch, runs
 from tests.oracles import compose
+from tests.processes import until
 from tests.runs import same
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,12 +55,12 @@ def test_a_job_of_two_processes_whose_end_is_near_is_queued_again(tmp_path: Path
                     return pid
         return None
 
-    rows = until(lambda: next(tmp_path.glob("outputs/default/*/metrics.jsonl"), None))
-    until(lambda: rows.stat().st_size)
-    first = until(task)
+    rows = until(lambda: next(tmp_path.glob("outputs/default/*/metrics.jsonl"), None), process)
+    until(lambda: rows.stat().st_size, process)
+    first = until(task, process)
     for pid in [*below(first), first]:
         os.kill(pid, signal.SIGUSR2)
-    until(lambda: task() not in (None, first))
+    until(lambda: task() not in (None, first), process)
     process.send(signal.SIGINT)
     assert "failed" not in finish(process, 130)
     told = next(tmp_path.glob("outputs/default/sweep-*/00.log")).read_text()
@@ -144,7 +145,7 @@ def test_the_readmes_batch_script(ends_by_itself: bool, tmp_path: Path) -> None:
     with subprocess.Popen(["bash", "-c", script], env=environment, start_new_session=True) as job:
         try:
             if not ends_by_itself:
-                until(lambda: log.exists() and "srun" in log.read_text())
+                until(lambda: job.poll() is not None or (log.exists() and "srun" in log.read_text()))
                 time.sleep(0.5)  # srun runs before bash knows its number
                 job.send_signal(signal.SIGUSR1)
             job.wait(300)

@@ -19,14 +19,15 @@ import yaml
 from hydra.core.plugins import Plugins
 from omegaconf import OmegaConf
 
+from softmoe_cli.errors import UsageError
 from softmoe_cli.launch.sweep import Sweep
 from softmoe_cli.launch.tables import fitted
 from softmoe_cli.launch.typed import study_of
 from softmoe_cli.options.compose import admit
 from softmoe_cli.run import status
 from tests.conftest import TINY, Softmoe, thinned
-from tests.launch.sweeps import LINE, finish, finished, launch, rows_of, runs, until
-from tests.processes import Started
+from tests.launch.sweeps import LINE, finish, finished, launch, rows_of, runs
+from tests.processes import Started, until
 from tests.runs import same
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,15 +54,16 @@ def test_jobs_with_a_raise_a_kill_too_little_memory_and_a_killed_launcher(good: 
     command = ["train", "-m", *without_large_width, *line]
     first = Started(tmp_path / "sweep", command, {}, out="first.txt", own_server=True)
     study = tmp_path / "sweep" / "outputs" / "default"
-    until(lambda: list(study.glob("sweep-*/jobs.json")))
+    until(lambda: list(study.glob("sweep-*/jobs.json")), first)
     folders = {name.removeprefix("+experiment="): folder for name, folder in runs(tmp_path / "sweep").items()}
-    until((folders["long"] / "metrics.jsonl").exists)
+    until((folders["long"] / "metrics.jsonl").exists, first)
     os.kill(int((folders["long"] / ".lock").read_text().split()[1]), signal.SIGKILL)
     until(
         lambda: (
             len(list(study.glob("*/result.json"))) >= good // 3
             and any(status.held(folder) and not finished(folder) for folder in folders.values())
-        )
+        ),
+        first,
     )
     first.send(signal.SIGKILL)
     _, out = first.wait()
@@ -88,13 +90,19 @@ def test_jobs_with_a_raise_a_kill_too_little_memory_and_a_killed_launcher(good: 
     assert states == {name: "failed" if name in ("raises", "large") else "done" for name in order}
 
 
+def test_a_launcher_that_has_ended_is_waited_for_no_longer(tmp_path: Path) -> None:
+    process = launch(tmp_path, "stesp=1")
+    with pytest.raises(AssertionError, match="there is no key 'stesp'"):
+        until(lambda: list(tmp_path.glob("outputs/*/sweep-*/jobs.json")), process)
+
+
 @pytest.mark.long
 def test_an_interrupt_saves_every_job(tmp_path: Path) -> None:
     """Meanwhile a second command for the same sweep is refused."""
     line = ("train.steps=100000", "train.log_every=10", "seed=0,1,2", "hydra.launcher.jobs=2")
     process = launch(tmp_path, *line)
     study = tmp_path / "outputs" / "default"
-    until(lambda: len([file for file in study.glob("*/metrics.jsonl") if file.stat().st_size]) == 2)
+    until(lambda: len([file for file in study.glob("*/metrics.jsonl") if file.stat().st_size]) == 2, process)
     assert "the same sweep is running already" in finish(launch(tmp_path, *line), 2)
     assert [each.state for each in status.read_states([study])] == ["running", "running", "waiting"]
     process.send(signal.SIGINT)
@@ -129,7 +137,9 @@ def test_a_terminal_shows_a_table_and_a_second_interrupt_ends_at_once(tmp_path: 
         if select.select([ours], [], [], 0)[0]:
             with contextlib.suppress(OSError):  # the other end has left
                 shown += os.read(ours, 65536)
-        return re.search(rb"seed=0 +running +[0-9]+%", shown) is not None and b"eta" in shown
+        seen = re.search(rb"seed=0 +running +[0-9]+%", shown) is not None and b"eta" in shown
+        assert seen or process.poll() is None, shown.decode()
+        return seen
 
     until(table)
     until(lambda: table() and list(tmp_path.glob("outputs/*/*/metrics.jsonl")))
@@ -307,6 +317,47 @@ STUDIES = {
 @pytest.mark.parametrize("words", STUDIES)
 def test_a_sweep_is_named_after_what_varies(words: tuple[str, ...]) -> None:
     assert study_of(["-m", *words]) == STUDIES[words]
+
+
+def test_sweeps_of_other_jobs_lie_in_other_folders(
+    softmoe: Softmoe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else one would write over the jobs and logs of the other. How many run at a time changes no job."""
+    setup = Sweep.setup
+
+    def told(sweep: Sweep, **given: Any) -> None:
+        setup(sweep, **given)
+        raise UsageError(f"in {sweep._folder.name}")
+
+    monkeypatch.setattr(Sweep, "setup", told)
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.yaml").write_text(f"defaults: [train, _self_]\nname: {name}\n")
+
+    def folder(*words: str) -> str:
+        return softmoe("train", "-m", "model/router=dense,soft", "study=s", *words).err.split()[-1]
+
+    others = [("-cn=a", "-cd=."), ("-cn=b", "-cd=."), ("equal=train_pflop",), ("equal=train_pflop", "tolerance=0.1"),
+              ("tune=optim.lr", "tune_values=[1e-3,1e-2]"), ("tune=optim.lr", "tune_values=[1e-3,3e-2]")]  # fmt: skip
+    assert folder() == folder("hydra.launcher.jobs=2") and folder().startswith("sweep-")
+    assert len({folder(), *(folder(*words) for words in others)}) == 1 + len(others)
+
+
+@pytest.mark.thorough
+def test_runs_that_were_not_asked_for_few_shots(softmoe: Softmoe, tmp_path: Path) -> None:
+    """They have ended: what is typed for them tells the figure that they would have written down."""
+    line = (*TINY, "threads=1", "train.steps=2", "data.split_seed=3", "study=s")
+    assert softmoe("train", *line, "train.fewshot=[1]").code == 0
+    again = softmoe("train", *line, "train.fewshot=[1]").out
+    assert "is finished; nothing to do" in again and "fewshot" not in again
+    (run,) = tmp_path.glob("outputs/s/*/result.json")
+    words = f"checkpoint={run.parent.relative_to(tmp_path)} split=validation 'fewshot=[5]' fewshot_seed=3"
+    told = "train.fewshot=[5] is looked at while a run trains, and this one has ended; of its last weights: "
+    told += f"softmoe evaluate {words}"
+    assert told in softmoe("train", *line, "train.fewshot=[1,5]").out
+    many = softmoe("train", "-m", *line, "seed=0", "train.fewshot=[1,5]")
+    assert many.code == 0 and told in many.out
+    answer = softmoe("evaluate", *shlex.split(words.replace("[5]", "[1]")), "threads=1", "format=json")
+    assert json.loads(answer.out)["fewshot_1_top1_pct"] == json.loads(run.read_text())["validation_fewshot_1_top1_pct"]
 
 
 def test_a_dangling_link_in_a_sweep(softmoe: Softmoe, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 import json
 import shutil
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from safetensors.torch import load_file
 from tests.conftest import TINY, Softmoe
 from tests.cost.loads import composed, held
 from tests.cost.test_memory import allocated_peak
+from tests.processes import until
 from tests.routers import ROUTERS
 from tests.runs import finish, last, same, start, the_run
 
@@ -56,9 +56,7 @@ def test_a_kill_changes_no_bit(kind: tuple[str, ...], tmp_path: Path) -> None:
     line = ("train.steps=300", "train.batch_size=8", "train.save_seconds=0", "train.ema=0.9", *kind)
     finish(start(tmp_path / "whole", *line))
     process = start(tmp_path / "killed", *line)
-    while not list(tmp_path.glob("killed/outputs/*/*/checkpoints/last-*")):
-        assert not process.ended
-        time.sleep(0.001)
+    until(lambda: list(tmp_path.glob("killed/outputs/*/*/checkpoints/last-*")), process)
     process.send(signal.SIGKILL)
     process.wait()
     assert not (the_run(tmp_path / "killed") / "result.json").exists()
@@ -139,13 +137,24 @@ def test_a_factorised_head(name: str, softmoe: Softmoe, tmp_path: Path) -> None:
     [
         (("model.head=mumoe_pc",), "model.head=mumoe_pc is none of linear, mumoe_cp, mumoe_tr"),
         (("model.head=mumoe_cp", "model.head_experts=64"), "with model.head_experts=64: num_experts=64: whatever"),
-        (("model.head=mumoe_cp", "train.batch_size=1"), "head_norm=batch has no variance over train.batch_size=1"),
+        (("model.head=mumoe_cp", "train.batch_size=1"),
+         "model.head_norm=batch has no variance over one image; use a larger train.batch_size, or set"),
         (("model.head=mumoe_cp", "model.head_norm=null"), "model.head=mumoe_cp needs model.head_experts and"),
     ],
 )  # fmt: skip
 def test_impossible_heads_are_refused(words: tuple[str, ...], told: str, softmoe: Softmoe) -> None:
     answer = softmoe("train", *TINY, *words)
     assert answer.code == 2 and told in answer.err, answer
+
+
+def test_one_token_has_no_variance(softmoe: Softmoe, tmp_path: Path) -> None:
+    line = ("train", *TINY, *CP, "model.router.norm=batch", "model.backbone.patch_size=8", "train.batch_size=1")
+    answer = softmoe(*line)
+    assert answer.code == 2 and (
+        "model.router.norm=batch has no variance over one token; use a larger train.batch_size, or set "
+        "model.router.norm=layer" in answer.err
+    ), answer
+    assert not list(tmp_path.glob("outputs/*/*"))
 
 
 @every_kind

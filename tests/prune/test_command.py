@@ -246,6 +246,18 @@ def test_weights_that_say_that_all_are_left(softmoe: Softmoe, tmp_path: Path) ->
     assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)
 
 
+def test_no_finite_outputs_are_refused(softmoe: Softmoe, tmp_path: Path) -> None:
+    """Weights that float32 alone overflows with: neither is an expert chosen by such scores, nor is a change told."""
+    source = made(tmp_path, "tokens_choice_dropless")
+    card = {"softmoe": json.dumps(read_checkpoint(str(source)).card)}
+    for part, said in {"blocks.0.mlp.fc": "expert of block 1", "blocks.1.mlp.experts.w": "outputs in float32"}.items():
+        weights = {key: value * (1e25 if key.startswith(part) else 1) for key, value in load_file(source).items()}
+        save_file(weights, tmp_path / "large.safetensors", metadata=card)
+        answer = softmoe("prune", "checkpoint=large.safetensors", "keep=2", "images=64", "folder=out", "threads=1")
+        assert answer.code == 2 and "checkpoint=large.safetensors: " in answer.err and said in answer.err, answer
+        assert not (tmp_path / "out").exists()
+
+
 def test_other_experts_weights_do_not_matter(tmp_path: Path) -> None:
     """What has gone is never read: large numbers there change nothing."""
     source = made(tmp_path, "tokens_choice_dropless")

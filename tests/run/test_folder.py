@@ -2,7 +2,6 @@
 
 import resource
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from softmoe_cli.run.finished import finished
 from softmoe_cli.run.folder import Run
 from tests.conftest import TINY, Softmoe
 from tests.oracles import compose
+from tests.processes import until
 from tests.runs import start
 
 
@@ -60,8 +60,7 @@ def test_links_in_a_runs_folder_are_not_followed(name: str, tmp_path: Path) -> N
 
 def test_a_folder_has_one_writer(softmoe: Softmoe, tmp_path: Path) -> None:
     process = start(tmp_path, "train.steps=5000", "train.log_every=1")
-    while not list(tmp_path.glob("outputs/*/*/metrics.jsonl")):
-        time.sleep(0.01)
+    until(lambda: list(tmp_path.glob("outputs/*/*/metrics.jsonl")), process)
     refused = softmoe("train", *TINY, "threads=1", "train.steps=5000", "train.log_every=1")
     assert refused.code == 2 and "in use by another process" in refused.err
     process.send(signal.SIGKILL)

@@ -12,10 +12,14 @@ from typing import Any
 import pytest
 import yaml
 
+from softmoe_cli.launch import sweep
+from softmoe_cli.launch.sweep import Sweep
 from softmoe_cli.run.rows import jobs
-from tests.conftest import Softmoe, thinned
-from tests.launch.sweeps import LINE, rows_of, until
-from tests.processes import Started
+from softmoe_cli.settle import fair
+from tests.conftest import TINY, Softmoe, thinned
+from tests.launch.sweeps import LINE, rows_of
+from tests.processes import Started, until
+from tests.runs import saved
 from tests.wandb_file import records
 
 SHORT = (*(word for word in LINE if not word.startswith("study=")), "train.steps=12", "study=settled")
@@ -145,16 +149,17 @@ def test_several_at_once_take_turns(tmp_path: Path) -> None:
         return Started(tmp_path, ["settle", *SHORT, *words, *more], {}, out=name)
 
     first = begin("first.txt")
-    until(lambda: list(study.glob("sweep-settle/jobs.json")))
+    until(lambda: list(study.glob("sweep-settle/jobs.json")), first)
     others = [begin(f"{name}.txt") for name in ("second", "third")]
     until(
         lambda: all(
             "another command works on" in (tmp_path / f"{name}.txt").read_text() for name in ("second", "third")
-        )
+        ),
+        *others,
     )
     refused, out = begin("other.txt", "margin=3").wait()
     assert refused == 2 and "was begun with margin=30.0, not margin=3.0" in out
-    until(lambda: first.ended or len(list(study.glob("*/result.json"))) > 2)
+    until(lambda: len(list(study.glob("*/result.json"))) > 2, first)
     assert not first.ended, "it ended before it could be killed"
     first.send(signal.SIGKILL)
     first.wait()
@@ -230,6 +235,41 @@ def test_a_sweep_with_fair_arms(tmp_path: Path) -> None:
     assert max(row["train_pflop"] for row in rows) < 1.02 * min(row["train_pflop"] for row in rows)
     code, out = Started(tmp_path, words, {}, out="out.txt").wait()
     assert code == 0 and "4 done before" in out
+
+
+@pytest.mark.thorough
+def test_equal_cost_is_that_of_the_file_of_cn(
+    softmoe: Softmoe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its images beside a checkpoint's cut are those that the run will have, and what arms were given with another file
+    and the same words is not theirs."""
+    given: list[list[str]] = []
+
+    def launch(_sweep: Sweep, found: list[list[str]], _first: int) -> list[Any]:
+        given[:] = found
+        return []
+
+    monkeypatch.setattr(Sweep, "launch", launch)
+    monkeypatch.setattr(sweep, "start_server", lambda _modules: None)
+    for module in (sweep, fair):
+        monkeypatch.setattr(module, "answered", lambda work, *asked: work(*asked))
+
+    def steps(*words: str) -> int:
+        told = softmoe(words[0], "-m", "tracking=off", "train.batch_size=8", "equal=train_pflop", *words[1:])
+        assert told.code == 0, told
+        return next(int(word.rpartition("=")[2]) for word in given[1] if word.startswith("train.steps="))
+
+    start = saved(tmp_path / "start.safetensors", 0)
+    (tmp_path / "half.yaml").write_text("defaults: [finetune, _self_]\ndata: {validation_fraction: 0.5}\n")
+    line = ("finetune", f"checkpoint={start}", "data=digits", "model.image_size=8,16", "slots=proportional",
+            "train.steps=null", "train.epochs=4")  # fmt: skip
+    typed = steps(*line, "study=typed", "data.validation_fraction=0.5")
+    assert steps(*line, "study=file", "-cn=half", "-cd=.") == typed
+    for name, number in (("some", 100), ("more", 900)):
+        (tmp_path / f"{name}.yaml").write_text(f"defaults: [train, _self_]\ntrain: {{steps: {number}}}\n")
+    line = ("train", *TINY[:3], "model.backbone.heads=2", "model.backbone.mlp_width=32,64", "baseline=mlp_width=32")
+    some, more = (steps(*line, "study=same", f"-cn={name}", "-cd=.") for name in ("some", "more"))
+    assert more / 9 == pytest.approx(some, abs=1)
 
 
 @pytest.mark.thorough

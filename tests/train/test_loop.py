@@ -2,11 +2,7 @@
 
 import functools
 import json
-import os
-import resource
 import signal
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +13,10 @@ import yaml
 from safetensors.torch import load_file
 
 from softmoe_cli import device
-from softmoe_cli.cli import main
 from softmoe_cli.moe.processor import CPU_PRODUCTS
 from softmoe_cli.parallel import Average
 from tests.conftest import TINY, Softmoe, thinned
-from tests.processes import forked
+from tests.processes import forked, until, with_little_disk
 from tests.runs import finish, last, rows, start, the_run
 
 
@@ -34,27 +29,19 @@ def test_a_router_without_parameters_is_told_of_updates(softmoe: Softmoe, monkey
 
 
 def test_full_disk(tmp_path: Path) -> None:
-    """A file size limit stands for the disk: the failing checkpoint is one sentence, the one before stays good."""
+    """A file size limit stands for the disk, above all rows and below moments: the failing checkpoint is one sentence,
+    the one before stays good."""
     options = ("train.steps=200", "train.save_seconds=0", "train.batch_size=8")
     process = start(tmp_path, *options)
-    while not list(tmp_path.glob("outputs/*/*/checkpoints/last-*")):
-        time.sleep(0.01)
+    until(lambda: list(tmp_path.glob("outputs/*/*/checkpoints/last-*")), process)
     process.send(signal.SIGTERM)
     finish(process, 130)
     told = tmp_path / "told.txt"
-    assert forked(told, with_little_disk, tmp_path, [*TINY, "threads=1", *options]) == 1
+    assert forked(told, with_little_disk, tmp_path, ["train", *TINY, "threads=1", *options]) == 1
     assert "cannot write a checkpoint" in told.read_text()
     assert "earlier checkpoints are untouched" in told.read_text()
     assert "Traceback" not in told.read_text()
     assert "going on from step" in finish(start(tmp_path, *options))
-
-
-def with_little_disk(folder: Path, arguments: list[str]) -> None:
-    os.chdir(folder)
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (60000, 60000))  # all rows are smaller, moments larger
-    sys.argv = ["softmoe", "train", *arguments]
-    main()
 
 
 def test_accumulation_gives_the_large_batch_update(softmoe: Softmoe, tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def test_what_a_run_writes_down(softmoe: Softmoe, tmp_path: Path) -> None:
     assert isinstance(images, MixedSet)
     drawn = TaskDraws(images, 5.0, 32, config.seed).before(8).tolist()
     epochs = [result[f"task_{name}_epochs"] for name in ("digits", "fashion_mnist")]
-    assert epochs == pytest.approx([n / len(own) for n, own in zip(drawn, ([0] * 1295, [0] * 110), strict=True)])
+    assert epochs == [drawn[0] / 1295, drawn[1] / 110]
 
 
 @pytest.mark.thorough

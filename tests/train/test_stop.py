@@ -12,6 +12,7 @@ from PIL import Image
 
 from softmoe_cli.train.stop import Interrupted, Stop
 from tests.conftest import TINY, Softmoe, thinned
+from tests.processes import until
 from tests.runs import finish, last, same, start, the_run
 
 
@@ -26,6 +27,7 @@ def test_signals_save_and_leave(names: list[str], tmp_path: Path) -> None:
         process = start(tmp_path / "stopped", *options)
         metrics = tmp_path / "stopped" / "outputs"
         while sum(file.stat().st_size for file in metrics.glob("*/*/metrics.jsonl")) <= before:
+            assert not process.ended, process.wait()
             time.sleep(0.005)
         process.send(getattr(signal, name))
         assert f"stopped by {name}; type the same command to go on" in finish(process, 130)
@@ -49,8 +51,7 @@ def test_a_signal_to_the_whole_group_saves(tmp_path: Path) -> None:
         tmp_path, "data=folder", "data.root=images", "data.image_size=8", "data.channels=1", "data.memory_gib=0",
         "data.workers=2", "train.steps=100000", "train.batch_size=4", "train.log_every=2",
     )  # fmt: skip
-    while not list(tmp_path.glob("outputs/*/*/metrics.jsonl")):
-        time.sleep(0.05)
+    until(lambda: list(tmp_path.glob("outputs/*/*/metrics.jsonl")), process)
     os.killpg(process.pid, signal.SIGTERM)
     out = finish(process, 130)
     assert "stopped by SIGTERM" in out and out.count("saving and leaving") == 1
