@@ -28,7 +28,14 @@ from softmoe_cli.evaluate.audit import Audit, Effect, summary
 from softmoe_cli.evaluate.by_task import each_task, require_one_task, show_tasks
 from softmoe_cli.evaluate.classes import named_by_order, outputs_for
 from softmoe_cli.evaluate.fewshot import check_shots, fewshot
-from softmoe_cli.evaluate.quality import Outcomes, calibration_error, features, outcomes, qualities
+from softmoe_cli.evaluate.quality import (
+    Outcomes,
+    calibration_error,
+    features,
+    outcomes,
+    qualities,
+    require_finite,
+)
 from softmoe_cli.evaluate.real import check_order, real_labels, real_qualities
 from softmoe_cli.evaluate.trial import STRONG, ContrastTrial, contrast_row
 from softmoe_cli.files import require_vacant, write_atomically
@@ -175,7 +182,8 @@ class Judge:
             outputs = [first + i for i in (range(numbers[self.task]) if outputs is None else outputs)]
         if outputs is not None:
             seen = Among(model, outputs)
-        return outcomes(seen, self.batches(images, batch_size), loss=self.loss, autocast=self.autocast)
+        said = outcomes(seen, self.batches(images, batch_size), loss=self.loss, autocast=self.autocast)
+        return require_finite(said, str(self.config.checkpoint), self.precision)
 
 
 def _average(

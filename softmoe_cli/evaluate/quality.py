@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from softmoe_cli.adapters.soft_moa import SoftMoA
 from softmoe_cli.data.batches import Batch
+from softmoe_cli.errors import UsageError
 from softmoe_cli.model.tasks import valid_answers
 from softmoe_cli.moe.factorised import FactorisedHead
 from softmoe_cli.moe.kind import Decided, Decider, Layer
@@ -156,6 +157,22 @@ def outcomes(
     sizes = torch.tensor([each[3] for each in answers], dtype=torch.float64)
     mean = (torch.stack([each[2] for each in answers]).cpu().double() @ sizes).item() / len(label)
     return Outcomes(label, prediction, probability, label_probability, hit.bool(), nll.mean().item(), mean, classes)
+
+
+def require_finite(said: Outcomes, checkpoint: str, precision: str) -> Outcomes:
+    """What was said, where all of it is numbers: an answer that is none would be taken for the first class.
+
+    Raises:
+        UsageError: outputs that are no finite numbers.
+    """
+    none = int(said.probability.isnan().sum())
+    if none:
+        way = "" if precision == "fp32" else "try precision=fp32, "
+        raise UsageError(
+            f"checkpoint={checkpoint}: its outputs of {none:,} of {len(said.label):,} images are no finite numbers in "
+            f"{precision}; {way}train again with a lower optim.lr, or name another checkpoint"
+        )
+    return said
 
 
 def calibration_error(

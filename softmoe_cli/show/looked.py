@@ -231,7 +231,7 @@ def look_at(
                 silent[name] = None
                 return
             watch = watches.setdefault(name, _Watch(name, grid, prefix, classes, first_class))
-            watch.see(shares, *now, gone)
+            watch.see(shares, now[0], now[1], gone)
 
         return hook
 

@@ -256,6 +256,8 @@ def test_no_finite_outputs_are_refused(softmoe: Softmoe, tmp_path: Path) -> None
         answer = softmoe("prune", "checkpoint=large.safetensors", "keep=2", "images=64", "folder=out", "threads=1")
         assert answer.code == 2 and "checkpoint=large.safetensors: " in answer.err and said in answer.err, answer
         assert not (tmp_path / "out").exists()
+    answer = softmoe("evaluate", "checkpoint=large.safetensors", "threads=1")
+    assert answer.code == 2 and "images are no finite numbers in fp32; train again" in answer.err, answer
 
 
 def test_other_experts_weights_do_not_matter(tmp_path: Path) -> None:
