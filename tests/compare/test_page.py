@@ -55,24 +55,19 @@ def test_page_has_a_section_for_each_block(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="node runs the page's own script")
-def test_places_of_a_scale_differ_and_cells_are_in_order() -> None:
-    """However narrow the scale; <1% comes before 1%, and >99% after 99%."""
+def test_places_of_a_scale_differ() -> None:
+    """However narrow it is."""
     from softmoe_cli.compare.page import TEMPLATE
 
     text = TEMPLATE.read_text()
-    parts = [text[text.index(start) : text.index(end)] for start, end in
-             (("const shown =", "function frame("), ("const value =", "for (const table"))]  # fmt: skip
+    part = text[text.index("const shown =") : text.index("function frame(")]
     ranges = [[1, 1.0003], [0.99998, 0.99999], [0, 475_392], [-2e-5, 1e-5], [1.2e6, 1.21e6], [99.5, 99.99], [0.1, 0.1]]
-    cells = ["<1%", "1%", "62%", "99%", ">99%"]
-    code = f"""{"".join(parts)}
-      const ticks = {ranges}.map(ends => scale(ends, 300, 0, false)).map(s => s.ticks.map(t => [t, shown(t, s.step)]));
-      console.log(JSON.stringify([ticks, {cells}.map(text => value({{ textContent: text }}))]));"""
-    told = subprocess.run(["node", "-e", code], capture_output=True, text=True, check=True).stdout
-    ticks, numbers = json.loads(told)
-    for of_scale in ticks:
-        assert len({name for _, name in of_scale}) == len(of_scale) >= 2
-        assert [float(name) for _, name in of_scale] == pytest.approx([place for place, _ in of_scale], rel=1e-12)
-    assert numbers == sorted(numbers) and len(set(numbers)) == len(cells)
+    code = f"""{part}
+      const scales = {ranges}.map(ends => scale(ends, 300, 0, false));
+      console.log(JSON.stringify(scales.map(s => s.ticks.map(t => [t, shown(t, s.step)]))));"""
+    for ticks in json.loads(subprocess.run(["node", "-e", code], capture_output=True, text=True, check=True).stdout):
+        assert len({name for _, name in ticks}) == len(ticks) >= 2
+        assert [float(name) for _, name in ticks] == pytest.approx([place for place, _ in ticks], rel=1e-12)
 
 
 def test_page_draws_seconds_of_one_machine_only(tmp_path: Path) -> None:
