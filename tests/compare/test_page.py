@@ -70,6 +70,28 @@ def test_places_of_a_scale_differ() -> None:
         assert [float(name) for _, name in ticks] == pytest.approx([place for place, _ in ticks], rel=1e-12)
 
 
+@pytest.mark.skipif(shutil.which("node") is None, reason="node runs the page's own script")
+@pytest.mark.parametrize(("cost", "places"), [(1.0, 2), (1.004, 2), (1.2, 2), (None, 1)])
+def test_points_of_equal_cost_stand_beside_each_other(cost: float | None, places: int) -> None:
+    """As in the figures, where they do not hide each other; a group alone stands in the middle, by its cost."""
+    from softmoe_cli.compare.page import TEMPLATE
+
+    text = TEMPLATE.read_text()
+    part = text[text.index("const escaped =") : text.index("function at(")]
+    group = {"colour": 0, "marker": "o", "n": 3, "y": [1, 0.9, 1.1], "front": True, "but": [], "chance": None}
+    groups = [group | {"label": str(x), "x": [x, None, None]} for x in (1.0, cost) if x is not None]
+    code = f"""const data = {{cost: "PFLOP", quality: "loss"}}, place = {{clientWidth: 600}};
+      {part}
+      legend = tips = () => null;
+      pareto(place, {json.dumps(groups)})();
+      console.log(place.innerHTML);"""
+    drawn = subprocess.run(["node", "-e", code], capture_output=True, text=True, check=True).stdout
+    at = [float(piece.partition('"')[0]) for piece in drawn.split('<circle cx="')[1:]]
+    assert len(set(at)) == places == len(at)
+    assert places == 1 or abs(at[0] - at[1]) > 200
+    assert ("PFLOP, the same for all" in drawn) == (cost in (1.0, 1.004))
+
+
 def test_page_draws_seconds_of_one_machine_only(tmp_path: Path) -> None:
     from softmoe_cli.compare.page import page
 
