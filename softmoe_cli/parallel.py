@@ -294,9 +294,8 @@ class Crew:
         if last and gradients:
             torch._foreach_copy_(gradients, list(self.add(torch.stack(gradients))))
 
-    def norm(self, model: nn.Module) -> Tensor:
+    def norm(self, gradients: Sequence[Tensor]) -> Tensor:
         """The norm of all gradients, 0-dim."""
-        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         parts = [gradient for gradient in gradients if is_part(gradient)]
         if not parts:
             return nn.utils.get_total_norm(gradients)

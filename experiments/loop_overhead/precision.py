@@ -13,52 +13,36 @@ import time
 from contextlib import ExitStack
 
 import torch
-from torch.nn.functional import one_hot
+from steps import CPU, RATE, batch_of, step_of
 
-from softmoe_cli.data.batches import Batch
-from softmoe_cli.device import hardware, keep_freed_memory, precision_context
-from softmoe_cli.model.vit import build, prepare
-from softmoe_cli.moe.routing import routings
-from softmoe_cli.optim import optimizer_of
+from softmoe_cli.device import hardware
 from softmoe_cli.options.compose import compose
-from softmoe_cli.train.loop import Step, update
-
-CPU, CLASSES = torch.device("cpu"), 10
+from softmoe_cli.train.loop import update
 
 
 def point(words: list[str], rounds: int) -> str:
     config = compose("tracking=off", *words)
-    b, side = config.train.batch_size, config.model.image_size
-    batch = Batch(
-        torch.randn(b, config.model.in_chans, side, side), one_hot(torch.arange(b) % CLASSES, CLASSES).float()
-    )
-    took: dict[str, list[float]] = {"fp32": [], "bf16": []}
+    batch, took = batch_of(config), dict[str, list[float]](fp32=[], bf16=[])
     with ExitStack() as hooks:
-        steps = {}
-        for precision in took:
-            model = build(config.model, CLASSES).train()
-            prepare(model, CPU, precision)
-            scaler, autocast = torch.amp.GradScaler("cpu", enabled=False), precision_context("cpu", precision)
-            seen = hooks.enter_context(routings(model))
-            steps[precision] = Step(model, model, optimizer_of(model, config.optim), scaler, autocast, seen, config)
+        steps = {precision: step_of(config, hooks, precision) for precision in took}
         for turn in range(-2, rounds):  # the first two warm up
             for precision in sorted(took, reverse=turn % 2 == 0):
                 start = time.process_time()
-                update(steps[precision], batch, 1e-4)
+                update(steps[precision], batch, RATE)
                 if turn >= 0:
                     took[precision].append(time.process_time() - start)
     low, middle, high = statistics.quantiles(
         (half / whole for whole, half in zip(took["fp32"], took["bf16"], strict=True)), n=4
     )
     whole, half = (1e3 * statistics.median(times) for times in took.values())
-    return f"{b} images: fp32 {whole:.1f} ms, bf16 {half:.1f} ms, {middle:.2f} ({low:.2f} to {high:.2f}) of it"
+    images = config.train.batch_size
+    return f"{images} images: fp32 {whole:.1f} ms, bf16 {half:.1f} ms, {middle:.2f} ({low:.2f} to {high:.2f}) of it"
 
 
 def main() -> None:
     words = [word for word in sys.argv[1:] if not word.startswith("rounds=")]
     rounds = int(next((word.split("=")[1] for word in sys.argv[1:] if word.startswith("rounds=")), 15))
     torch.set_num_threads(1)
-    keep_freed_memory(CPU, 2**28, 2**40)
     print(f"{hardware(CPU)}, torch {torch.__version__}, {rounds} rounds")
     for word in words:
         print(f"{word}, {point(word.split('+'), rounds)}", flush=True)

@@ -28,10 +28,7 @@ def _products(dtype: torch.dtype) -> str:
 
 
 CPU_PRODUCTS = {dtype: _products(dtype) for dtype in HALVES}
-"""What becomes of products of a half precision. Only `fast` ones are worth it: one of 2048 x 384 x 1536 takes a tenth
-of the time in bfloat16 that it takes in float32 with AMX, but 1.06 times as long in float16 with AVX-512 FP16 (one of
-512 x 32 x 128 1.3 and 1.9 times as long), 3.8 times when emulated (Xeon with AVX-512), 6 to 40 times in loops (AVX2
-only; torch 2.15, one thread)."""
+"""What becomes of products of a half precision. Only `fast` ones are worth it (experiments/loop_overhead)."""
 
 
 def borrowed(product: Tensor) -> int:

@@ -5,12 +5,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from softmoe_cli.config.run import Config, check_tokens
 from softmoe_cli.cost.fit import require_place, settle, training_cost
@@ -258,6 +258,11 @@ class Step:
     crew: Crew = ALONE
     landed: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
 
+    @cached_property
+    def parameters(self) -> list[nn.Parameter]:
+        """The model's. To find them among its modules takes 0.1 ms, up to 1% of an update."""
+        return list(self.model.parameters())
+
 
 def update(step: Step, batch: Batch, lr: float, pruning: Pruning | None = None) -> tuple[float, float, float]:
     """One update on one batch, computed in `accumulate` equal parts whose gradients add up to the whole batch's; of
@@ -277,13 +282,14 @@ def update(step: Step, batch: Batch, lr: float, pruning: Pruning | None = None) 
     total = made.losses if made is not None else _passed(step, batch, pruning)
     crew.add(total)
     scaler.unscale_(optimizer)
-    norm = crew.norm(step.model)
+    gradients = [parameter.grad for parameter in step.parameters if parameter.grad is not None]
+    norm = crew.norm(gradients)
     main, aux_loss, norm_value = torch.cat([total, norm.reshape(1)]).tolist()
     if math.isfinite(main) and (math.isfinite(norm_value) or scaler.is_enabled()):
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         if math.isfinite(norm_value):  # else do not call it: a first call would make moments and leave them unset
-            _clip(step, norm, norm_value)
+            _clip(gradients, step.config.optim.clip_norm, norm, norm_value)
             scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)  # now, so that looks and checkpoints can use their memory
         scaler.update()
@@ -332,12 +338,10 @@ def _losses(
     return loss, aux, sum(landed, torch.zeros((), dtype=torch.int64, device=logits.device))
 
 
-def _clip(step: Step, norm: Tensor, norm_value: float) -> None:
+def _clip(gradients: Sequence[Tensor], limit: float | None, norm: Tensor, norm_value: float) -> None:
     """Scales the gradients down to `optim.clip_norm` where their norm is larger."""
-    limit = step.config.optim.clip_norm
     if limit is not None and norm_value + 1e-6 > limit:
-        gradients = [own_part(p.grad) for p in step.model.parameters() if p.grad is not None]
-        torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
+        torch._foreach_mul_([own_part(each) for each in gradients], (limit / (norm + 1e-6)).clamp(max=1.0))
 
 
 def _in_parts(batch: Batch, parts: int) -> Iterator[tuple[Tensor, ...]]:
