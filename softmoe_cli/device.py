@@ -83,21 +83,26 @@ def precision_context(device: str, precision: str, cached: bool = True) -> torch
     return torch.autocast(device, dtype=dtype, enabled=precision != "fp32", cache_enabled=cached)
 
 
-NARROW = 128
-"""On a CPU with instructions for bf16, models narrower than this were updated no faster in bf16 than in float32, the
-smallest a third slower (experiments/loop_overhead): autocast's casts cost more than the products spare."""
+NARROW, NARROW_MIXTURE = 128, 192
+"""On a CPU with instructions for bf16, models narrower than this, dense ones and those with experts, were updated no
+faster in bf16 than in float32, the smallest a third slower (experiments/loop_overhead): autocast's casts cost more than
+the products spare."""
 
 
-def fast_precision(device: torch.device, width: int | None) -> tuple[str, str]:
-    """What `train.precision=auto` is on a device for a model of this width (None: timm's choice), and why: decided by
-    its instructions, never by a clock, so that the same command is the same run whatever else the machine does
-    meanwhile."""
+def _narrow(width: int | None, mixture: bool) -> bool:
+    return width is not None and width < (NARROW_MIXTURE if mixture else NARROW)
+
+
+def fast_precision(device: torch.device, width: int | None, *, mixture: bool) -> tuple[str, str]:
+    """What `train.precision=auto` is on a device for a model of this width (None: timm's choice), a dense one or a
+    mixture, and why: decided by its instructions, never by a clock, so that the same command is the same run whatever
+    else the machine does meanwhile."""
     if device.type == "cuda":
         fast, name = torch.cuda.is_bf16_supported(including_emulation=False), torch.cuda.get_device_name(device)
     elif device.type == "cpu":
         fast, name = CPU_PRODUCTS[torch.bfloat16] == "fast", "this CPU"
-        if fast and width is not None and width < NARROW:
-            return "fp32", f"a model {width} wide gains nothing from bf16 on a CPU"
+        if fast and _narrow(width, mixture):
+            return "fp32", f"a {'mixture' if mixture else 'model'} {width} wide gains nothing from bf16 on a CPU"
     else:
         return "fp32", f"nobody has measured bf16 with device={device.type}"
     return ("bf16", f"{name} has instructions for it") if fast else ("fp32", f"{name} has no instructions for bf16")
@@ -146,13 +151,15 @@ def _locked(file: IO[str]) -> bool:
     return True
 
 
-def slower(device: torch.device, precision: str, width: int | None) -> str:
-    """A warning for the header where a half precision costs time instead of saving it. `width`: the model's."""
+def slower(device: torch.device, precision: str, width: int | None, *, mixture: bool) -> str:
+    """A warning for the header where a half precision costs time instead of saving it. `width`: the model's, which may
+    be a `mixture`."""
     if device.type != "cpu" or precision == "fp32":
         return ""
     products = CPU_PRODUCTS[torch.float16 if precision == "fp16" else torch.bfloat16]
     if products == "fast":
-        return f" (fp32 is no slower for a model {width} wide)" if width is not None and width < NARROW else ""
+        kind = "mixture" if mixture else "model"
+        return f" (fp32 is no slower for a {kind} {width} wide)" if _narrow(width, mixture) else ""
     if products == "slow":
         return f" (fp32 is no slower: this CPU's instructions for {precision} gain nothing)"
     return f" (fp32 is faster: this CPU has no instructions for {precision})"

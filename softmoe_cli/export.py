@@ -304,7 +304,7 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 
 
 def _is_timms(model: Model) -> bool:
-    unchanged = model.router["_target_"] is None and model.adapter.name == "none" and model.head == "linear"
+    unchanged = not model.mixture and model.adapter.name == "none" and model.head == "linear"
     return model.backbone.timm is not None and unchanged
 
 

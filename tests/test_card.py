@@ -190,18 +190,19 @@ def test_a_mistake_ends_a_run(softmoe: Softmoe, monkeypatch: pytest.MonkeyPatch)
 
 OPTIONS: list[tuple[str, ...]] = [
     ("train.precision=bf16", "model/router=tokens_choice", "model.backbone.drop_path=0.3"),  # counts what has landed
-    ("train.precision=fp16", "recipe=strong", "train.accumulate=2", "train.recompute=true"),
     ("train.precision=bf16", "train.recompute=true", "model.router.noise_std=1.0", "model.backbone.drop_path=0.3"),
     ("recipe=finetune_sgd", "model/router=tokens_choice_dropless"),
+    ("train.batch_size=auto",),
     ("augment.randaugment=[2,9]", "augment.erase=0.5", "augment.cutmix=1.0", "augment.crop=resized"),
     ("augment.crop=shift", "augment.shift=0.2"),
+    ("train.precision=fp16", "recipe=strong", "train.accumulate=2", "train.recompute=true"),
     ("optim.moments=offload",),
     ("train.loss=sigmoid", "model.head=mumoe_cp", "model.head_experts=4"),
     ("model/router=experts_choice", "model.backbone.layer_scale=0.1", "model.backbone.qk_norm=scale"),
 ]
 
 
-@pytest.mark.parametrize("options", thinned([(case,) for case in OPTIONS], 1), ids=" ".join)
+@pytest.mark.parametrize("options", thinned([(case,) for case in OPTIONS], 2), ids=" ".join)
 def test_every_option_of_a_run(softmoe: Softmoe, options: tuple[str, ...]) -> None:
     on_card(softmoe, "train", *TINY, "train.steps=3", "train.eval_every=0.5", *options)
 
@@ -223,7 +224,18 @@ def test_a_run_goes_on(softmoe: Softmoe, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("adapter", ["none", "soft_moa", "dense_moa", "lora", "bottleneck"])
+def test_checkpoints_are_looked_at(softmoe: Softmoe) -> None:
+    """Averaged, and shown: images of the data, and one of a file."""
+    for study, seed in (("first", "seed=0"), ("second", "seed=1")):
+        on_card(softmoe, "train", *TINY, "train.steps=2", "train.eval_every=1.0", f"study={study}", seed)
+    first, second = run_of("first"), run_of("second")
+    on_card(softmoe, "evaluate", f"checkpoint=[{first},{second}]")
+    Image.fromarray(np.arange(0, 256, 4, dtype=np.uint8).reshape(8, 8)).save("one.png")
+    for image in ((), ("image=one.png",)):
+        on_card(softmoe, "show", str(first), *image, f"folder=shown{len(image)}")
+
+
+@pytest.mark.parametrize("adapter", thinned(["none", "soft_moa", "dense_moa", "lora", "bottleneck"], 1))
 def test_finetuning(softmoe: Softmoe, adapter: str) -> None:
     """And pruning on the way, after it, and what is said of the result."""
     on_card(softmoe, "train", *TINY, "train.steps=2", "train.eval_every=1.0", "study=first")

@@ -29,15 +29,16 @@ CPU = torch.device("cpu")
 def test_precision_auto_goes_by_instructions(products: str, takes: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not by what oneDNN says that it supports, nor by a clock; small models gain nothing on a CPU."""
     monkeypatch.setitem(CPU_PRODUCTS, torch.bfloat16, products)
-    for width, precision in ((None, takes), (128, takes), (127, "fp32")):
-        assert fast_precision(CPU, width)[0] == precision
+    for mixture, least in ((False, 128), (True, 192)):
+        for width, precision in ((None, takes), (least, takes), (least - 1, "fp32")):
+            assert fast_precision(CPU, width, mixture=mixture)[0] == precision
     for native, precision in ((True, "bf16"), (False, "fp32")):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Card")
-        assert fast_precision(torch.device("cuda"), 16) == (
+        assert fast_precision(torch.device("cuda"), 16, mixture=True) == (
             precision, "Card has instructions for it" if native else "Card has no instructions for bf16"
         )  # fmt: skip
-    assert fast_precision(torch.device("mps"), None)[0] == "fp32"
+    assert fast_precision(torch.device("mps"), None, mixture=False)[0] == "fp32"
 
 
 def zone(root: Path, name: str, joules: float, span: float = 1000) -> None:

@@ -113,12 +113,12 @@ class Model(Section):
     def check(self) -> None:
         if not isinstance(self.router, dict) or "_target_" not in self.router:
             raise UsageError(f"model.router={self.router}: choose one with model/router=NAME (softmoe list shows them)")
-        if self.router["_target_"] is not None and str(self.router["_target_"]).count(".") < 1:
+        if self.mixture and str(self.router["_target_"]).count(".") < 1:
             raise UsageError(
                 f"model.router._target_={self.router['_target_']} is not of the form module.Class; "
                 "choose a router with model/router=NAME"
             )
-        routed, depth = self.router["_target_"] is not None, self.backbone.depth
+        routed, depth = self.mixture, self.backbone.depth
         if routed and depth is not None and not placement(self.moe_blocks, depth):
             raise UsageError(
                 f"model.moe_blocks=[] leaves router {self.router_name} without a block and the model dense; "
@@ -140,7 +140,7 @@ class Model(Section):
         """Replaces words for blocks by block numbers. A dense control has no placement and no router options, so that
         it is the same run whatever its rivals sweep over."""
         head: dict[str, Any] = {} if self.head != "linear" else {"head_experts": None, "head_norm": None}
-        if self.router["_target_"] is None:
+        if not self.mixture:
             bare = {"_target_": None}
             return replace(
                 self, moe_blocks=[], blocks={}, router=bare, expert_init="identical", expert_width=None, **head
@@ -153,9 +153,14 @@ class Model(Section):
     @property
     def router_name(self) -> str:
         """The word that tables use: the router's module name, or `dense`; of several, all with + between them."""
-        if self.router["_target_"] is None:
+        if not self.mixture:
             return "dense"
         return "+".join(dict.fromkeys(str(each["_target_"]).split(".")[-2] for each in self.routers))
+
+    @property
+    def mixture(self) -> bool:
+        """Whether it has a router."""
+        return self.router["_target_"] is not None
 
     @property
     def routers(self) -> list[dict[str, Any]]:

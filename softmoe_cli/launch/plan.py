@@ -82,7 +82,7 @@ def answer(inquiry: Inquiry) -> tuple[list[Job | UsageError | RunError], list[st
             if config.train.precision == "auto":
                 _require_device_known("train.precision", options, "fp32, bf16 or fp16")
                 device, _ = arithmetic(config.device, "fp32", config.threads)
-                precision, _ = fast_precision(device, config.model.backbone.width)
+                precision, _ = fast_precision(device, config.model.backbone.width, mixture=config.model.mixture)
                 config.train.precision = precision
                 settled.append(f"train.precision={precision}")
             if config.train.batch_size == "auto":

@@ -40,7 +40,7 @@ def build(model: Model, num_classes: int) -> VisionTransformer:
         vit = _official_vit(model, num_classes)
     else:
         vit = _timm_vit(model.backbone.timm, model, num_classes)
-    if model.router["_target_"] is not None:
+    if model.mixture:
         blocks = placement(model.moe_blocks, len(vit.blocks))
         if not blocks:
             raise UsageError(f"model.moe_blocks=[] leaves router {model.router_name} without a block; name some")

@@ -56,7 +56,9 @@ def begin(
         if config.train.precision == "auto":
             precision, why = crew.ask_first(
                 lambda: fast_precision(
-                    arithmetic(config.device, "fp32", config.threads)[0], config.model.backbone.width
+                    arithmetic(config.device, "fp32", config.threads)[0],
+                    config.model.backbone.width,
+                    mixture=config.model.mixture,
                 )
             )
             screen.say(

@@ -57,7 +57,7 @@ def header(setup: Setup, folder: Path) -> dict[str, str]:
         **images.notes,
         "budget": f"{setup.budget}, {t.batch_size} images each{parts}; {config.optim.schedule}, lr {config.optim.lr:g}",
         **{key: value for key, value in extra.items() if value},
-        "device": f"{_hardware(setup)}, {t.precision}{slower(setup.device, t.precision, m.backbone.width)}{compiled}",
+        "device": f"{_hardware(setup)}, {t.precision}{_slower(setup)}{compiled}",
         **({"processes": crew.describe(config)} if crew.size > 1 else {}),
         "folder": str(folder),
     }
@@ -82,6 +82,11 @@ def _hardware(setup: Setup) -> str:
     name = hardware(setup.device)
     together = f", {at_once()} seeds at once" if at_once() > 1 else ""
     return f"{setup.crew.size} x {name}" if setup.crew.size > 1 else f"{name}{together}"
+
+
+def _slower(setup: Setup) -> str:
+    model = setup.config.model
+    return slower(setup.device, setup.config.train.precision, model.backbone.width, mixture=model.mixture)
 
 
 def _optimizer(config: Config) -> str:
@@ -215,7 +220,7 @@ def result_row(
         "batch_size": config.train.batch_size,
         "lr": config.optim.lr,
         "precision": config.train.precision,
-        "fp32_is_faster": bool(slower(setup.device, config.train.precision, m.backbone.width)),
+        "fp32_is_faster": bool(_slower(setup)),
         "adapter": None if m.adapter.name == "none" else m.adapter.name,
         "params_m": cost.params / 1e6,
         "trained_params_m": cost.trained_params / 1e6,
@@ -280,7 +285,7 @@ def _commit() -> str | None:
 
 def remark(result: dict[str, Any], folder: Path, model: Model) -> str:
     """What the router says of the last look in routing.jsonl; nothing where there is no router."""
-    if model.router["_target_"] is None:
+    if not model.mixture:
         return ""
     file = folder / "routing.jsonl"
     try:

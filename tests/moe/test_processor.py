@@ -98,11 +98,13 @@ def test_the_header_says_where_half_precision_costs_time(side: str, monkeypatch:
     want = words.get(side, " (fp32 is faster: this CPU has no instructions for {})")
     for dtype, precision in ((BF16, "bf16"), (FP16, "fp16")):
         monkeypatch.setitem(CPU_PRODUCTS, dtype, side)
-        for width in (None, 128):
-            assert slower(torch.device("cpu"), precision, width) == want.format(precision)
-        narrow = want.format(precision) or " (fp32 is no slower for a model 64 wide)"
-        assert slower(torch.device("cpu"), precision, 64) == narrow
-        assert slower(torch.device("cuda"), precision, 64) == slower(torch.device("cpu"), "fp32", 64) == ""
+        for mixture, width in ((False, None), (False, 128), (True, None), (True, 192)):
+            assert slower(torch.device("cpu"), precision, width, mixture=mixture) == want.format(precision)
+        for kind, width in (("model", 127), ("mixture", 191)):
+            narrow = want.format(precision) or f" (fp32 is no slower for a {kind} {width} wide)"
+            assert slower(torch.device("cpu"), precision, width, mixture=kind == "mixture") == narrow
+        assert slower(torch.device("cuda"), precision, 64, mixture=False) == ""
+        assert slower(torch.device("cpu"), "fp32", 64, mixture=False) == ""
 
 
 @every_side
