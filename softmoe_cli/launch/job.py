@@ -3,10 +3,12 @@
 import json
 import multiprocessing
 import multiprocessing.forkserver
+import multiprocessing.util
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -30,6 +32,8 @@ GONE_S = 300
 """How long a job that asked to be queued again waits for Slurm to end it."""
 
 SERVER = multiprocessing.get_context("forkserver")
+LONGEST = 103 - len("/pymp-12345678/listener-12345678")
+"""Bytes of a folder's path in which a socket can be made: macOS takes 103, Linux 107."""
 
 NOT_FOR_SERVER = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -102,10 +106,23 @@ def start_server(modules: list[str]) -> None:
     """Starts the server that processes are forked from. The server ignores signals to the process group: without it
     nobody would learn how the processes end."""
     SERVER.set_forkserver_preload(modules)
+    _keep_sockets_short()
     before = {number: signal.signal(number, signal.SIG_IGN) for number in NOT_FOR_SERVER}
     multiprocessing.forkserver.ensure_running()
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+def _keep_sockets_short() -> None:
+    """The server's sockets lie in the folder for temporary files, whose path may be too long for that: then in /tmp, as
+    from Python 3.14 on. (The folder in it is made now and removed when this process ends.)"""
+    usual = tempfile.gettempdir()
+    if len(os.fsencode(usual)) > LONGEST:
+        tempfile.tempdir = "/tmp"
+        try:
+            multiprocessing.util.get_temp_dir()
+        finally:
+            tempfile.tempdir = usual
 
 
 def follow_launcher(stop: Callable[[], object] = lambda: os.kill(os.getpid(), signal.SIGTERM)) -> None:

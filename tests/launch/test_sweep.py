@@ -267,6 +267,22 @@ def test_the_sweep_of_wandb(softmoe: Softmoe) -> None:
     assert asked["metric"]["name"] == "validation/top1_pct", "a row's key, as the mirror names it"
 
 
+def test_a_long_folder_for_temporary_files(tmp_path: Path) -> None:
+    """Whose path leaves no room for that of a socket: the server's is in /tmp then."""
+    folder = tmp_path / ("long" * 20)
+    folder.mkdir()
+    started = "from softmoe_cli.launch.job import start_server; start_server([]); import tempfile; "
+    ran = subprocess.run(
+        [sys.executable, "-c", started + "print(tempfile.gettempdir())"],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(folder)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (ran.returncode, ran.stdout) == (0, f"{folder}\n"), ran.stderr
+    assert list(folder.iterdir()) == []
+
+
 @pytest.mark.long
 @pytest.mark.thorough
 def test_jobs_of_the_same_shapes_compile_once(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def without(router: str, folder: Path) -> None:
 
 @pytest.mark.long
 @pytest.mark.thorough
-@pytest.mark.parametrize("router", ["tokens_choice_dropless", "experts_choice"])
+@pytest.mark.parametrize("router", ["image_choice", "experts_choice"])  # no other is built on them
 def test_without_a_router_all_else_stands(router: str, tmp_path: Path) -> None:
     """Every module is imported, commands run with other routers, every test is collected, and those of the rooms
     that know routers best pass."""

@@ -28,7 +28,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "experts_choice": ("experts_choice", {"noise_std": 0.0}),
     "experts_choice, renormalised": ("experts_choice", {"noise_std": 0.0, "renormalise": True}),
 }
-PRUNABLE = sorted({router for router, _ in CASES.values()})
+PRUNABLE = sorted({router for router, _ in CASES.values()} & ROUTERS.keys())
 
 
 def built(moe: MoE, router: str, changes: dict[str, Any]) -> MoE:
