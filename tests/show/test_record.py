@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from softmoe_cli.errors import UsageError
 from softmoe_cli.run.rows import FORMAT
@@ -130,7 +131,9 @@ def test_layers_differ_in_the_picture_of_their_curves(tmp_path: Path, monkeypatc
     routing = [{"format": FORMAT, "step": step, "block": block, "load_max": step + block} for step in looks
                for block in range(24)]  # fmt: skip
     (run / "routing.jsonl").write_text("".join(json.dumps(each) + "\n" for each in routing))
-    monkeypatch.setattr(charts, "_file", lambda figure: figure)
-    (panel,) = charts.chart_files(read_record(run), None, [])["routing.png"].axes
+    figures: list[Figure] = []
+    monkeypatch.setattr(charts, "_file", figures.append)
+    charts.chart_files(read_record(run), None, [])
+    (panel,) = figures[-1].axes
     drawn = {(line.get_color(), line.get_marker()) for line in panel.lines}
-    assert len(panel.lines) == len(drawn) == len(panel.get_legend().get_texts()) == 24
+    assert len(panel.lines) == len(drawn) == 24
