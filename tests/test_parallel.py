@@ -32,6 +32,7 @@ from softmoe_cli.launch.devices import Loopback, Note, cause
 from softmoe_cli.moe.divided import span
 from softmoe_cli.moe.routing import noise_like, whole_batch
 from softmoe_cli.parallel import Crew, Lost, Turns, WholeBatchDropPath, _contact, largest_share
+from softmoe_cli.run.budget import configured_budget
 from softmoe_cli.run.sealed import piece_files
 from softmoe_cli.train import setup
 from softmoe_cli.train.setup import images_identity
@@ -150,6 +151,8 @@ def test_the_numbers_do_not_depend_on_the_number_of_processes(
         alike(the_run(tmp_path / "alone"), the_run(tmp_path / way), tolerance)
         result = json.loads((the_run(tmp_path / way) / "result.json").read_text())
         assert (result["devices"], result["parallel"]) == (size, way) and result["hardware"].startswith(f"{size} x ")
+        budget = configured_budget(the_run(tmp_path / way) / "config.yaml")
+        assert budget.devices == size, "by which softmoe status divides the seconds of a run that goes on"
 
 
 @pytest.mark.long

@@ -80,6 +80,12 @@ def options_to_check(name: str) -> dict[str, Any]:
         module = import_module(path.stem)
     except (Exception, SystemExit) as error:  # the user's file may raise anything
         raise UsageError(f"{name} cannot be imported: {type(error).__name__}: {first_line(error)}") from error
+    place = getattr(module, "__file__", None)  # a module that is built in has none
+    if place is None or Path(place).resolve() != path.resolve():
+        raise UsageError(
+            f"{name}: Python has another module {path.stem} ({place or 'built in'}), so that no _target_ could name "
+            "what is in this file; rename it"
+        )
     own = [
         each
         for each in vars(module).values()

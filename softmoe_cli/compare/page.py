@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import quote
 
 from softmoe_cli.compare.findings import closing, front, headline, provisos, sentences
-from softmoe_cli.compare.groups import LABEL_LETTERS, Block, Comparison, Group
+from softmoe_cli.compare.groups import EQUAL_COST, LABEL_LETTERS, Block, Comparison, Group
 from softmoe_cli.compare.intervals import Interval
 from softmoe_cli.compare.runs import FINGERPRINT, FinishedRun, said_seed
 from softmoe_cli.compare.styles import KINDS, reference_points, same_axes, styles
@@ -209,6 +209,7 @@ def _data(comparison: Comparison) -> dict[str, Any]:
     data: dict[str, Any] = {
         "quality": QUALITIES[comparison.quality].title,
         "cost": shown[comparison.cost].head,
+        "equal_cost": EQUAL_COST,
         "axes": [_axes(block, shown) for block in comparison.blocks],
         "axis": comparison.cost if comparison.cost in AXES else AXES[0],
         "curve": QUALITIES[comparison.quality].curve,

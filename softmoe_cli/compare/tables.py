@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from softmoe_cli.compare.findings import closing, findings, front, headline, provisos, sentences
-from softmoe_cli.compare.groups import Block, Comparison, Group, setting
+from softmoe_cli.compare.groups import EQUAL_COST, Block, Comparison, Group, setting
 from softmoe_cli.compare.units import Unit, cell, chance_cell, difference_cell, figure, measure_name, titled, unit
 from softmoe_cli.compare.verdicts import TASK_MEASURE
 from softmoe_cli.run.rows import AXES, COSTS, CURVES, QUALITIES
@@ -14,9 +14,9 @@ from softmoe_cli.text import aligned, folded
 
 LEGEND = (
     "± is half a 95% t-interval over n seeds, and (a to b) an any-time 95% interval; on the front: nothing is at least "
-    "as good at no more cost, where costs that all lie within 1% are one; P(front): how often the group is there when "
-    "its means are drawn anew given their seeds; P(better): how often a new run is better than the baseline's of the "
-    "same seed"
+    f"as good at no more cost, where costs that all lie within {EQUAL_COST:.0%} are one; P(front): how often the group "
+    "is there when its means are drawn anew given their seeds; P(better): how often a new run is better than the "
+    "baseline's of the same seed"
 )
 SECOND_NOTE = (
     "A second measure, with a family of verdicts of its own: it may support what the main measure says, and never "

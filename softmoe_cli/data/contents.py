@@ -108,8 +108,9 @@ def _paths(stored: Stored) -> list[bytes]:
 
 
 def _times(stored: Stored) -> bytes:
-    """Each file's size, inode and times: the time of writing, which programs set as they like, and the time of any
-    change, which the system sets. The device is left out: its number differs between the machines of a cluster."""
+    """Each holder's path, and each file's size, inode and times: the time of writing, which programs set as they like,
+    and the time of any change, which the system sets. The device is left out: its number differs between the machines
+    of a cluster."""
     numbers = []
     for path in dict.fromkeys(_paths(stored)):
         try:
@@ -119,7 +120,7 @@ def _times(stored: Stored) -> bytes:
         four = found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns
         numbers.append(b"%d %d %d %d\n" % four)  # of any size: times before 1970 are below 0
     ranges = [column.tobytes() for column in (stored.holder, stored.offset, stored.size)]
-    return b"".join([*numbers, *ranges])
+    return b"".join([*(os.fsencode(holder) + b"\0" for holder in stored.holders), *numbers, *ranges])
 
 
 def _pictures(stored: Stored) -> bytes:

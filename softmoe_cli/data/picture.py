@@ -1,6 +1,7 @@
 """From the bytes of an image to what Pillow makes of them; without torch."""
 
 import io
+import warnings
 
 from PIL import Image, UnidentifiedImageError
 
@@ -12,6 +13,8 @@ IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, which nobody could raise: ours is data.max_megapixels
+# For each image and in each process: of transparency, which data check counts, and of damage that is not in the pixels.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def opened(stored: Stored, i: int, channels: int, max_megapixels: float) -> Image.Image:

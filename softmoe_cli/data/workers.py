@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 import threading
+import warnings
 from collections.abc import Iterable, Iterator
 from multiprocessing.queues import Queue
 from multiprocessing.util import Finalize
@@ -68,6 +69,7 @@ def by_workers(
         WorkersError: a process was killed, or cannot be started or talked to.
     """
     count = cores() if data.workers is None else data.workers
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # more than cores: as data.workers says
     loader = DataLoader(
         _Answers(items),
         sampler=order,

@@ -62,7 +62,8 @@ def _loads(chart: Chart) -> Iterator[Reading]:
 
 
 def _tokens_each(chart: Chart, row: Row) -> float:
-    """Choices of a look over experts. Dense weights are no sample of choices: every token counts for each expert."""
+    """Choices of a look over experts, without those of experts that compute nothing. Dense weights are no sample of
+    choices: every token counts for each expert."""
     if "dispatch_max" in row or "coefficient_max" in row:
         return float("inf")
     options, images = chart.router(row["block"]), chart.amount("train.eval_batch_size")
@@ -72,7 +73,8 @@ def _tokens_each(chart: Chart, row: Row) -> float:
     images = min(images, chart.looks[-1]["images_evaluated"])
     by_image = "image_choice" in str(options.get("_target_"))
     tokens = 1 if by_image else chart.tokens
-    return float("inf") if tokens is None else images * tokens * (_number(options, "k") or 1) / number
+    choices = (_number(options, "k") or 1) * row.get("ffn_share", 1.0)
+    return float("inf") if tokens is None else images * tokens * choices / number
 
 
 def _number(options: dict[str, object], key: str) -> float | None:

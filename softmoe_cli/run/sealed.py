@@ -153,7 +153,7 @@ def damage(checkpoint: Path, files: tuple[str, ...] | None = (WEIGHTS, TRAINING,
 def sha256(path: Path) -> str:
     """The digest of a file. One that has not changed since this process asked before is not read again."""
     known = path.stat()
-    return _sha256(path, known.st_ino, known.st_size, known.st_mtime_ns)
+    return _sha256(path, known.st_dev, known.st_ino, known.st_size, known.st_mtime_ns, known.st_ctime_ns)
 
 
 @functools.lru_cache(maxsize=64)

@@ -30,7 +30,7 @@ SCALING_OPTIONS: dict[str, tuple[str, str]] = {
     "law": ("NAME,NAME", "only these laws; the best of them decides"),
     "delta": (
         "NUMBER",
-        "Huber's, of log loss; without it 1.345 times the scatter of seeds, or of a first fit",
+        "Huber's, of log loss; without it 1.345 times the scatter of seeds, or of the law that leaves least",
     ),
     "draws": ("COUNT", "of the bootstrap; without it 400"),
     "train-pflop": ("PFLOP", "the most that training may take"),
@@ -210,7 +210,7 @@ def _report(
         Unidentified: the runs identify none; the message says what they lack.
     """
     from softmoe_cli.scaling.answer import held_against, may_decide
-    from softmoe_cli.scaling.fit import Unidentified, bootstrap, identified
+    from softmoe_cli.scaling.fit import Unidentified, bootstrap, identified, one_delta
     from softmoe_cli.scaling.forms import FORMS
     from softmoe_cli.scaling.holdout import ranked, trial, trivial_errors, verdict
     from softmoe_cli.scaling.report import Report
@@ -222,7 +222,8 @@ def _report(
     if not forms:
         others = f" ({len(lacks) - 1} other laws lack something too; --law NAME says what)" if len(lacks) > 1 else ""
         raise Unidentified(f"{family.name}: the runs identify no law: {lacks[0]}{others}")
-    tested = ranked([trial(form, family.points, chosen.delta) for form in forms])
+    delta = chosen.delta or one_delta(forms, family.points)
+    tested = ranked([trial(form, family.points, delta) for form in forms])
     trivial = trivial_errors(family.points)
     report = Report(family, quality, tested, trivial, verdict(tested, trivial), lacks)
     wants = any(_given(chosen, name) for name in ASKED)

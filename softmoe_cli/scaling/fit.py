@@ -156,6 +156,12 @@ def residual_delta(form: Form, points: Points) -> float:
     return max(DELTA, 1.345 * 1.4826 * float(np.median(np.abs(apart))))
 
 
+def one_delta(forms: Sequence[Form], points: Points) -> float:
+    """One Huber delta for several laws, as Akaike's criteria of fits with different ones cannot be compared: that of
+    the seeds; where none is repeated, that of the law which leaves least."""
+    return auto_delta(points) or min(residual_delta(form, points) for form in forms)
+
+
 def missing(form: Form, points: Points) -> str:
     """What runs lack for a law to be identified, in one sentence; empty if they have it."""
     name = form.law.name

@@ -8,6 +8,7 @@ import torch
 from softmoe_cli.moe.kind import Shares
 from softmoe_cli.show.looked import LayerLook, ModelLook, expert_weights
 from softmoe_cli.show.paint import (
+    HEAT,
     Cell,
     Sheet,
     colours,
@@ -192,11 +193,11 @@ def classes_sheet(look: ModelLook, layer: LayerLook, classes: Sequence[str]) -> 
         for label, of_class in zip(shown, maps, strict=True)
     ]
     what = "share of the images in which it sees the patch" if sparse else "mean weight"
-    note = (
-        f"A row for each class, a column for each of the experts with the largest load: {what}, from {least:.2g} "
-        f"(dark) to {most:.2g} (bright)."
-    )
-    return Sheet(f"classes-{file_stem(layer)}", f"{layer.name}: where an expert is at work, by class", note, rows)
+    note = "A row for each class, a column for each of the experts with the largest load; brighter is more."
+    scale = [f"{what}: {least:.2g}", f"{(least + most) / 2:.2g}", f"{most:.2g}"]
+    legend = list(zip(scale, (HEAT[0], HEAT[len(HEAT) // 2], HEAT[-1]), strict=True))
+    title = f"{layer.name}: where an expert is at work, by class"
+    return Sheet(f"classes-{file_stem(layer)}", title, note, rows, legend)
 
 
 def strip_sheets(looks: Mapping[int, ModelLook]) -> list[Sheet]:

@@ -338,12 +338,16 @@ def test_a_file_of_ones_own(change: str, code: int, words: str, tmp_path: Path) 
         (("soft", "num_experts=[1"), "cannot read 'num_experts=[1'"),
         (("none.py",), "must define one subclass"),
         (("syntax.py",), "syntax.py cannot be imported"),
+        (("json.py",), "json.py: Python has another module json (/"),
+        (("time.py",), "time.py: Python has another module time (built in), so that no _target_ could name"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, tuple) else "",
 )
 def test_wrong_use(arguments: tuple[str, ...], words: str, softmoe: Any, tmp_path: Path) -> None:
     (tmp_path / "none.py").write_text("x = 1\n")
     (tmp_path / "syntax.py").write_text("def\n")
+    for name in ("json", "time"):
+        (tmp_path / f"{name}.py").write_text(OWN_ROUTER.format(change="routing.combine_weights"))
     answer = softmoe("check", *arguments)
     assert answer.code == 2, answer
     assert words in answer.err

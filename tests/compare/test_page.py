@@ -11,6 +11,7 @@ from urllib.parse import unquote
 import pytest
 
 from softmoe_cli.compare.blocks import compare
+from softmoe_cli.compare.groups import EQUAL_COST
 from softmoe_cli.compare.question import Question
 from tests.synthetic import row, study, write
 
@@ -71,16 +72,22 @@ def test_places_of_a_scale_differ() -> None:
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="node runs the page's own script")
-@pytest.mark.parametrize(("cost", "places"), [(1.0, 2), (1.004, 2), (1.2, 2), (None, 1)])
-def test_points_of_equal_cost_stand_beside_each_other(cost: float | None, places: int) -> None:
-    """As in the figures, where they do not hide each other; a group alone stands in the middle, by its cost."""
+@pytest.mark.parametrize(
+    ("cost", "share", "places", "equal"),
+    [(1.0, 0.01, 2, True), (1.004, 0.01, 2, True), (1.2, 0.01, 2, False), (1.2, 0.3, 2, True), (None, 0.01, 1, False)],
+)
+def test_points_of_equal_cost_stand_beside_each_other(
+    cost: float | None, share: float, places: int, equal: bool
+) -> None:
+    """As in the figures, where they do not hide each other; a group alone stands in the middle, by its cost. The page's
+    data say what counts as equal."""
     from softmoe_cli.compare.page import TEMPLATE
 
     text = TEMPLATE.read_text()
     part = text[text.index("const escaped =") : text.index("function at(")]
     group = {"colour": 0, "marker": "o", "n": 3, "y": [1, 0.9, 1.1], "front": True, "but": [], "chance": None}
     groups = [group | {"label": str(x), "x": [x, None, None]} for x in (1.0, cost) if x is not None]
-    code = f"""const data = {{cost: "PFLOP", quality: "loss"}}, place = {{clientWidth: 600}};
+    code = f"""const data = {{cost: "PFLOP", quality: "loss", equal_cost: {share}}}, place = {{clientWidth: 600}};
       {part}
       legend = tips = () => null;
       pareto(place, {json.dumps(groups)})();
@@ -89,7 +96,7 @@ def test_points_of_equal_cost_stand_beside_each_other(cost: float | None, places
     at = [float(piece.partition('"')[0]) for piece in drawn.split('<circle cx="')[1:]]
     assert len(set(at)) == places == len(at)
     assert places == 1 or abs(at[0] - at[1]) > 200
-    assert ("PFLOP, the same for all" in drawn) == (cost in (1.0, 1.004))
+    assert ("PFLOP, the same for all" in drawn) == equal
 
 
 def test_page_draws_seconds_of_one_machine_only(tmp_path: Path) -> None:
@@ -97,7 +104,9 @@ def test_page_draws_seconds_of_one_machine_only(tmp_path: Path) -> None:
 
     def axes() -> list[str]:
         text = page(compare([study_folder], Question()), {"pareto.svg": b"", "curves.svg": b""}, tmp_path)
-        return list(json.loads(text.partition('id="data">')[2].partition("</script>")[0])["axes"][0])
+        data = json.loads(text.partition('id="data">')[2].partition("</script>")[0])
+        assert data["equal_cost"] == EQUAL_COST
+        return list(data["axes"][0])
 
     study_folder = study(tmp_path / "runs")
     assert axes() == ["train_pflop", "device_s", "images"]

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -74,6 +75,17 @@ def test_a_file_that_is_overwritten_in_place_is_another_one_whatever_the_clock_s
     assert identity(data) != before
     path.write_bytes(grey(2))
     assert identity(data) == before
+
+
+def test_two_file_systems_may_have_the_same_inodes_and_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that keep seconds only and count their inodes themselves, such as one that is mounted over ssh."""
+    a, b = folder(tmp_path / "a"), folder(tmp_path / "b", first=100)
+
+    def alike(path: bytes) -> SimpleNamespace:
+        return SimpleNamespace(st_size=os.stat(path).st_size, st_ino=2, st_mtime_ns=10**9, st_ctime_ns=10**9)
+
+    monkeypatch.setattr(contents, "os", SimpleNamespace(**vars(os) | {"stat": alike}))
+    assert identity(a) != identity(b)
 
 
 def test_labels_and_parts_count(tmp_path: Path) -> None:

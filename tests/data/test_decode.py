@@ -1,6 +1,8 @@
 """Files become pixels, or are refused."""
 
 import itertools
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +51,19 @@ def test_a_program_by_an_images_name_is_not_run(tmp_path: Path) -> None:
     figure = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
     (tmp_path / "bee" / "figure.jpg").write_bytes(figure)
     refused(folder(tmp_path), r"figure\.jpg is not an image that can be read: damaged, or none of BMP, GIF")
+
+
+def test_pillow_says_nothing_of_transparent_palettes(tmp_path: Path) -> None:
+    """In a process of its own: pytest has its own rules for warnings."""
+    Image.new("P", (SIDE, SIDE)).save(tmp_path / "a.png", transparency=bytes([9, 90]))
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from softmoe_cli.data.archives import Stored\n"
+        "from softmoe_cli.data.picture import opened\n"
+        "print(opened(Stored.files(Path(sys.argv[1]), ['a.png']), 0, 3, 1).mode)"
+    )
+    told = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert (told.stdout, told.stderr) == ("RGB\n", "")
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA"])

@@ -70,6 +70,12 @@ def test_the_end_of_a_worker_is_a_sentence(tree: Path, number: int, words: str) 
     assert workers() == before
 
 
+def test_more_workers_than_cores_are_what_was_asked_for(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch warns of them in words of its own, once for each pass over the images; here a warning is an error."""
+    monkeypatch.setattr(torch._utils, "cpu_count", lambda: 1)
+    assert len(list(looks(tree))) == 24
+
+
 def test_full_shared_memory_is_a_sentence(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As torch says it; workers are forked, and so have this version of it."""
 

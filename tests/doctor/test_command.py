@@ -219,6 +219,8 @@ def rules(softmoe: Softmoe, healthy: Path) -> None:
     for images, told in {5: ["dead"], 4: []}.items():  # of 16 tokens, for 4 experts
         few = functools.partial(config, old="eval_batch_size: 64", new=f"eval_batch_size: {images}")
         assert signs(f"{images} images", sparse, PLANTED["dead"], few) == told
+        half = functools.partial(set_all, file=R, split=None, ffn_share=0.5)
+        assert signs(f"{images} images, half of the choices", sparse, PLANTED["dead"], few, half) == []
     sgd = functools.partial(config, old="name: adamw", new="name: sgd")
     fast = functools.partial(set_all, file=M, split="train", lr=0.1)
     assert signs("sgd", sgd, fast) == []

@@ -1,6 +1,7 @@
 """What is known of a checkpoint without its weights, against what is known with them."""
 
 import copy
+import os
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,11 @@ def test_a_file_that_changes_has_another_digest(tmp_path: Path) -> None:
         file.write_text(text)
         digests += [sha256(file), sha256(file)]
     assert digests[0] == digests[1] == digests[4] != digests[2] == digests[3]
+    then = file.stat()
+    with file.open("r+") as other:  # the same inode, size and time of writing
+        other.write("six")
+    os.utime(file, ns=(then.st_atime_ns, then.st_mtime_ns))
+    assert sha256(file) != digests[4]
 
 
 @pytest.mark.thorough

@@ -1,10 +1,12 @@
 """Planted routers give the planted maps, to the pixel: through a model, the look at it and the sheet."""
 
+import io
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -14,7 +16,18 @@ from softmoe_cli.moe.kind import Shares
 from softmoe_cli.moe.routers.zero_computation import ZeroComputationRouter
 from softmoe_cli.moe.routing import DenseRouting, SparseRouting
 from softmoe_cli.show.looked import ModelLook, look_at, pixels_of
-from softmoe_cli.show.paint import CLEAR, CROSS, DROPPED_GREY, FRAME, HEAT, SIDE, colours, patch_in_place
+from softmoe_cli.show.paint import (
+    CLEAR,
+    CROSS,
+    DROPPED_GREY,
+    FRAME,
+    HEAT,
+    LETTERS,
+    SIDE,
+    colours,
+    patch_in_place,
+    sheet_png,
+)
 from softmoe_cli.show.sheets import classes_sheet, leader, likes_sheet, routing_sheet, strip_sheets
 from tests.conftest import TINY
 from tests.oracles import compose
@@ -241,6 +254,11 @@ def test_maps_by_class_stand_in_their_rows() -> None:
         for expert, cell in zip(order, row, strict=True):
             wanted = heat_by_hand((PLANTED[label::2] == expert).mean(axis=0), most)
             assert np.abs(cell.pixels.astype(int) - wanted).max() <= 1
+    what = "share of the images in which it sees the patch"
+    assert sheet.legend == [(f"{what}: 0", HEAT[0]), (f"{most / 2:.2g}", HEAT[4]), (f"{most:.2g}", HEAT[-1])]
+    file = np.asarray(Image.open(io.BytesIO(sheet_png(sheet))))
+    for _, colour in sheet.legend:
+        assert (file[: 5 * LETTERS] == colour).all(axis=2).sum() >= LETTERS**2, "the scale is in the file too"
 
 
 @pytest.mark.parametrize("first", [0, 10, 20])

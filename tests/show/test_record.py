@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from softmoe_cli.errors import UsageError
 from softmoe_cli.run.rows import FORMAT
+from softmoe_cli.show import charts
 from softmoe_cli.show.page import Shown, run_page
 from softmoe_cli.show.paint import Cell, Sheet, colours
 from softmoe_cli.show.record import MOST_POINTS, read_record, routing_curves, statistics_of, thinned_rows, unchanged
@@ -119,3 +121,19 @@ def test_what_is_no_run_is_said(tmp_path: Path) -> None:
         read_record(tmp_path)
     with pytest.raises(UsageError, match=r"Did you mean 'soft-digits-0123456789'"):
         read_record(tmp_path / "soft-digits-012345678")
+
+
+def test_layers_differ_in_the_picture_of_their_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seven have colours of their own."""
+    run, looks = run_of(tmp_path), range(6, 46)
+    told = {"loss": 0.5, "top1_pct": 71.5, "top5_pct": 90.0, "nll": 0.5, "ece_pct": 4.5, "images_evaluated": 200}
+    (run / "metrics.jsonl").write_text("".join(row(step, "validation", **told) + "\n" for step in looks))
+    routing = [{"format": FORMAT, "step": step, "block": block, "load_max": step + block} for step in looks
+               for block in range(24)]  # fmt: skip
+    (run / "routing.jsonl").write_text("".join(json.dumps(each) + "\n" for each in routing))
+    figures: list[Figure] = []
+    monkeypatch.setattr(charts, "_file", figures.append)
+    charts.chart_files(read_record(run), None, [])
+    (panel,) = figures[-1].axes
+    drawn = {(line.get_color(), line.get_marker()) for line in panel.lines}
+    assert len(panel.lines) == len(drawn) == 24
