@@ -47,7 +47,7 @@ def _asked(tree: dict[str, Any], source: Source, typed: Sequence[str]) -> inheri
         return None
     inherit.take_data(tree, source, typed)
     checked, model = door(tree, ExportConfig), door(source.card["model"], Model)
-    return inherit.Request(checked, model.name, settings_of_export(checked, model, source))
+    return inherit.Request(checked, model.name, lambda: settings_of_export(checked, model, source))
 
 
 def show_export(receipt: dict[str, Any], form: str) -> None:

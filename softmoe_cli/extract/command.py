@@ -51,8 +51,8 @@ def _asked(tree: dict[str, Any], source: Source, typed: Sequence[str]) -> inheri
         return None
     inherit.take_data(tree, source, typed)
     checked = door(tree, ExtractConfig)
-    settings = settings_of_extract(checked, tasks_asked(checked, tasks))
-    return inherit.Request(checked, door(source.card["model"], Model).name, settings)
+    which, name = tasks_asked(checked, tasks), door(source.card["model"], Model).name
+    return inherit.Request(checked, name, lambda: settings_of_extract(checked, which))
 
 
 def show_extracted(receipt: dict[str, Any], form: str) -> None:

@@ -181,11 +181,11 @@ def cut_from(tree: dict[str, Any], command: str, timm: str) -> "tuple[Source, Mo
 
 class Request(NamedTuple):
     """What was typed, with what a checkpoint decides of it: the command's options, the name of the model that it makes,
-    and the settings that a receipt has."""
+    and what tells the settings that a receipt has, from the images too."""
 
     config: Any
     name: str
-    settings: dict[str, Any]
+    settings: Callable[[], dict[str, Any]]
 
 
 def made_before(what: str, tree: dict[str, Any], asked: "Callable[[Source], Request | None]") -> dict[str, Any] | None:
@@ -197,6 +197,7 @@ def made_before(what: str, tree: dict[str, Any], asked: "Callable[[Source], Requ
     checkpoint, made = tree["checkpoint"], Path(tree["folder"] or Path(tree["output_root"], what))
     if not made.exists() or checkpoint == "???" or checkpoint.startswith(("hf-hub:", "timm:", "vmoe:")):
         return None
+    from softmoe_cli.data.contents import must_fetch
     from softmoe_cli.run.header import read_header
     from softmoe_cli.run.receipt import already_made, folder_of
     from softmoe_cli.terminal import Screen
@@ -205,8 +206,11 @@ def made_before(what: str, tree: dict[str, Any], asked: "Callable[[Source], Requ
         source = read_header(checkpoint)
         if source is None or "model" not in source.card or (known := asked(source)) is None:
             return None
-        folder = folder_of(what, known.config, known.name, source, known.settings)
-        found = already_made(folder, source, known.settings, clock=getattr(known.config, "clock", False))
+        if must_fetch(known.config.data):
+            return None
+        settings = known.settings()
+        folder = folder_of(what, known.config, known.name, source, settings)
+        found = already_made(folder, source, settings, clock=getattr(known.config, "clock", False))
         if found is not None:
             Screen().say(f"{folder} holds this already; nothing to do")
             return found | {"folder": str(folder)}

@@ -52,7 +52,8 @@ def _asked(tree: dict[str, Any], source: Source, typed: Sequence[str]) -> inheri
     before = None if checked.before is None else read_header(checked.before)
     if before is None and checked.before is not None:
         return None
-    return inherit.Request(checked, door(source.card["model"], Model).name, settings_of_pruning(checked, before))
+    name = door(source.card["model"], Model).name
+    return inherit.Request(checked, name, lambda: settings_of_pruning(checked, before))
 
 
 def show_pruned(receipt: dict[str, Any], form: str) -> None:

@@ -59,7 +59,7 @@ def _asked(tree: dict[str, Any], source: Source, typed: Sequence[str]) -> inheri
     carried = has_moments(source) if checked.carry_optimizer else False
     if carried is None:
         return None
-    return inherit.Request(checked, checked.model.name, settings_of_upcycling(checked, carried=carried))
+    return inherit.Request(checked, checked.model.name, lambda: settings_of_upcycling(checked, carried=carried))
 
 
 def show_upcycle(receipt: dict[str, Any], form: str) -> None:
