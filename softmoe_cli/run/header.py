@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 FIRST_WEIGHT = "patch_embed.proj.weight"
 """A name that every ViT's weights have."""
-LONGEST = 2**27
+LONGEST_HEADER = 2**27
 """Bytes of a header that is read; safetensors' own limit is 100 million."""
 MOMENTS = {"exp_avg", "exp_avg_sq", "step"}
 """What AdamW keeps of a parameter."""
@@ -98,7 +98,7 @@ def _header(path: Path) -> dict[str, Any]:
     """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length)) if length < LONGEST else None
+        header = json.loads(file.read(length)) if length < LONGEST_HEADER else None
     if not isinstance(header, dict):
         raise ValueError(f"{path} is no safetensors file")
     return header
