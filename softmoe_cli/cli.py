@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from softmoe_cli import programs
-from softmoe_cli.config.commands import CostConfig, DataCheckConfig, EvaluateConfig, MatchConfig, UpcycleConfig
+from softmoe_cli.config.commands import CostConfig, DataCheckConfig, EvaluateConfig, MatchConfig
 from softmoe_cli.config.data import check_channels
 from softmoe_cli.config.run import Config
 from softmoe_cli.config.settle import FAIR_KEYS
 from softmoe_cli.errors import UsageError, nearest
 from softmoe_cli.failures import defect, ours
-from softmoe_cli.options.compose import Jobs, admit, changed, door, other_model, overlay, plain, say_once
+from softmoe_cli.options.compose import Jobs, admit, changed, door, other_model, plain, say_once
 from softmoe_cli.options.usage import COMMANDS, HELP
 from softmoe_cli.process import settle_in
 from softmoe_cli.run.finished import finished
@@ -294,9 +294,10 @@ def _cost(arguments: list[str]) -> int:
 def _match(config: Any, typed: list[str]) -> int:
     tree = plain(config, MatchConfig)
     checked = door(tree, MatchConfig)
+    other = other_model(checked.to, typed)  # says that there is none before torch is imported
     from softmoe_cli.cost.match import match, show_match
 
-    best = match(checked, other_model(checked.to, typed), functools.partial(changed, tree))
+    best = match(checked, other, functools.partial(changed, tree))
     programs.say(show_match(best, checked))
     return 0
 
@@ -355,7 +356,7 @@ def _evaluate(config: Any, typed: list[str]) -> int:
 
 
 def _export(config: Any, typed: list[str]) -> int:
-    from softmoe_cli.export import export_as_typed
+    from softmoe_cli.export.command import export_as_typed
 
     return export_as_typed(config, typed)
 
@@ -373,33 +374,9 @@ def _extract(config: Any, typed: list[str]) -> int:
 
 
 def _upcycle(config: Any, typed: list[str]) -> int:
-    tree = plain(config, UpcycleConfig)
-    if tree["checkpoint"] == "???":
-        raise UsageError(
-            "softmoe upcycle needs checkpoint= of a dense model: a run folder, a .safetensors file, "
-            "hf-hub:OWNER/NAME, timm:NAME or vmoe:PATH"
-        )
-    from softmoe_cli.options import inherit
+    from softmoe_cli.upcycle.command import upcycle_as_typed
 
-    source = inherit.described_by_timm(inherit.source_of_layers(tree["checkpoint"], "upcycle"), tree["model"])
-    from softmoe_cli.upcycle import show_upcycle, upcycle
-
-    inherit.take_backbone(tree["model"], source, typed)
-    named = inherit.names_data(tree["data"])
-    tree["data"] = overlay(inherit.data_said(source, named=named), tree["data"])
-    inherit.take_model(tree, source, typed)
-    inherit.require_own(tree, source)
-    if tree["data"].get("name", "???") == "???":
-        raise UsageError(f"checkpoint={source.label} names no images; choose some with data=, for the receipt")
-    if tree["model"]["router"] == "???" or tree["model"]["router"]["_target_"] is None:
-        raise UsageError(
-            "softmoe upcycle needs a router: model/router=NAME with model.moe_blocks=last_N, or a named model as model="
-        )
-    checked = door(tree, UpcycleConfig)
-    if not named:
-        inherit.check_here(checked.data, source)
-    show_upcycle(upcycle(checked, source), checked.format)
-    return 0
+    return upcycle_as_typed(config, typed)
 
 
 # --- commands that compose nothing ------------------------------------------------------------------------------------

@@ -2,10 +2,10 @@
 
 To import `timm.layers` is to import `timm` first, and with it every family of models that timm has; and of torchvision
 one class is enough to import its detectors, and behind them torch's compiler. A command uses one family and no
-detector. scipy asks numpy for all that it has, and so for its Fortran compiler. Here a package is there at once, its
-submodules can be imported, and the first name that it lacks runs its __init__, after that of the package around it:
-from then on it is the package that everybody knows. Nothing of it is left out or replaced, so that code of one's own
-sees no difference.
+detector. scipy asks numpy for all that it has, and so for its Fortran compiler; timm prepares to talk to the Hugging
+Face hub. Here a package is there at once, its submodules can be imported, and the first name that it lacks runs its
+__init__, after that of the package around it: from then on it is the package that everybody knows. Nothing of it is
+left out or replaced, so that code of one's own sees no difference.
 """
 
 import sys
@@ -22,6 +22,7 @@ else:  # to import those classes is to import temporary files, random numbers an
     Loader = MetaPathFinder = object
 
 PACKAGES: Mapping[str, Mapping[str, str]] = {
+    "httpcore2": {},
     "numpy.f2py": {},
     "timm": {"__version__": "version"},
     "timm.data": dict.fromkeys(

@@ -1,5 +1,6 @@
 """Numbers, names and tables as text."""
 
+import re
 import unicodedata
 from collections.abc import Sequence
 
@@ -164,3 +165,8 @@ def _broken(cell: str, width: int) -> list[str]:
 def printable_lines(text: str) -> str:
     """Text of several lines with the escapes of `printable` in each."""
     return "\n".join(map(printable, text.split("\n")))
+
+
+def patterns(keys: list[str]) -> dict[str, None]:
+    """Names of weights in their order, with a * for the number of the block, each once."""
+    return dict.fromkeys(re.sub(r"\bblocks\.\d+\.", "blocks.*.", key) for key in keys)

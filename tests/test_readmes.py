@@ -45,9 +45,9 @@ NOT_RUN = {
 }
 """Words of commands that are not run here, and why."""
 WORK = (
-    "softmoe_cli.cli._train", "softmoe_cli.upcycle.upcycle",
-    "softmoe_cli.evaluate.command.evaluate_checkpoint", "softmoe_cli.export.export", "softmoe_cli.prune.make.prune",
-    "softmoe_cli.cost.command.costs",
+    "softmoe_cli.cli._train", "softmoe_cli.upcycle.make.upcycle",
+    "softmoe_cli.evaluate.command.evaluate_checkpoint", "softmoe_cli.export.make.export",
+    "softmoe_cli.prune.make.prune", "softmoe_cli.cost.command.costs",
     "softmoe_cli.cost.match.match", "softmoe_cli.compare.blocks.compare", "softmoe_cli.check.command.check_router",
     "softmoe_cli.compare.blocks.usable_runs",
     "softmoe_cli.data.check.check_data", "softmoe_cli.show.command.read_record",
@@ -57,7 +57,8 @@ WORK = (
 
 
 def blocks(text: str, language: str = "") -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return [block for written_in, block in found if written_in == language]
 
 
 def commands(text: str) -> Iterator[str]:
@@ -92,7 +93,7 @@ def once() -> dict[str, list[list[str]]]:
 
 
 COMMANDS = once()
-RARE = ("cost", "data", "evaluate", "model", "moe", "settle", "train")
+RARE = ("cost", "data", "evaluate", "export", "model", "moe", "settle", "train", "upcycle")
 """Rooms whose commands are tried by `make long` only: their own tests run most of them, and composing takes time."""
 
 
@@ -189,7 +190,7 @@ def test_a_room_lists_its_files(name: str) -> None:
 
 def test_the_python_of_a_readme_runs() -> None:
     code = [block for text in READMES.values() for block in blocks(text, "python")]
-    code = [block for block in code if "local-dir:" not in block]  # tests/test_export.py loads a folder so
+    code = [block for block in code if "local-dir:" not in block]  # tests/export/test_make.py loads a folder so
     assert len(code) == 1
     exec(code[0], {})
 

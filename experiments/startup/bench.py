@@ -31,6 +31,9 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "finished": SMALL,
     "finished finetuning": ("finetune", "checkpoint=RUN", "tracking=off", "train.steps=1", "study=second"),
     "finished pruning": ("prune", "checkpoint=RUN", "data=digits", "keep=2", "by=random"),
+    "finished export": ("export", "checkpoint=RUN", "images=8"),
+    "no checkpoint to export": ("export", "checkpoint=nowhere"),
+    "no model to match": ("match", "model=vit_nano2_soft", "to=nothing"),
     "no such data.root": ("train", "data=folder", "data.root=nowhere"),
     "no such checkpoint": ("finetune", "checkpoint=nowhere", "data=digits"),
     "cost": ("cost", "model=vit_nano2_soft"),
@@ -91,8 +94,8 @@ def main() -> None:
         for side, folder in folders.items():
             folder.mkdir()
             start(sides[side], folder, SMALL, "never said")  # the run that `finished` finds
-            for command in ("finished finetuning", "finished pruning"):
-                if command in typed.only:
+            for command in typed.only:
+                if command.startswith("finished "):
                     start(sides[side], folder, COMMANDS[command], "never said")
         for number in range(typed.starts + 1):
             for command in typed.only:
@@ -106,7 +109,7 @@ def main() -> None:
     for what in dict.fromkeys(row["what"] for row in rows):
         mine, theirs = ([row[f"{side}_cpu_s"] for row in rows if row["what"] == what] for side in sides)
         ratio = statistics.median(a / b for a, b in zip(mine, theirs, strict=True))
-        print(f"{what:<20} {statistics.median(mine):6.2f} {statistics.median(theirs):6.2f} {ratio:6.2f}")
+        print(f"{what:<23} {statistics.median(mine):6.2f} {statistics.median(theirs):6.2f} {ratio:6.2f}")
     if typed.csv is not None:
         with typed.csv.open("w", newline="") as file:
             writer = csv.DictWriter(file, [*rows[0], "hardware", "torch"], lineterminator="\n")

@@ -17,7 +17,7 @@ import numpy as np
 
 from softmoe_cli.config.data import Data
 from softmoe_cli.data.archives import Stored
-from softmoe_cli.data.found import idx_arrays
+from softmoe_cli.data.found import idx_arrays, idx_paths
 from softmoe_cli.data.listing import check_cut, usable
 from softmoe_cli.errors import UsageError
 
@@ -64,6 +64,12 @@ def identity(data: Data, *, to_train: bool = False) -> str | None:
     if to_train:
         check_cut(listed, data)
     return digest(listed.parts, listed.classes)
+
+
+def must_fetch(data: Data) -> bool:
+    """Whether `identity` would have to fetch images first."""
+    sets = [own.made_of for own in data.of_sets()]
+    return any(own.name == "fashion_mnist" and own.format is None and not idx_paths(own) for own in sets)
 
 
 def digest(parts: Parts, classes: Sequence[str]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from softmoe_cli import programs
 from softmoe_cli.config.commands import ExtractConfig
 from softmoe_cli.config.data import check_channels
+from softmoe_cli.config.model import Model
 from softmoe_cli.errors import UsageError
 from softmoe_cli.extract.settings import settings_of_extract, tasks_asked
 from softmoe_cli.options import inherit
@@ -44,13 +45,14 @@ def extract_as_typed(config: Any, typed: list[str]) -> int:
     return 0
 
 
-def _asked(tree: dict[str, Any], source: Source, typed: Sequence[str]) -> tuple[ExtractConfig, dict[str, Any]] | None:
+def _asked(tree: dict[str, Any], source: Source, typed: Sequence[str]) -> inherit.Request | None:
     tasks = source.card["model"].get("tasks")
     if not tasks or inherit.names_data(tree["data"]):
         return None
     inherit.take_data(tree, source, typed)
     checked = door(tree, ExtractConfig)
-    return checked, settings_of_extract(checked, tasks_asked(checked, tasks))
+    which, name = tasks_asked(checked, tasks), door(source.card["model"], Model).name
+    return inherit.Request(checked, name, lambda: settings_of_extract(checked, which))
 
 
 def show_extracted(receipt: dict[str, Any], form: str) -> None:

@@ -17,7 +17,7 @@ from softmoe_cli.data import batches, sets
 from softmoe_cli.data.mix import classes_of_task
 from softmoe_cli.device import arithmetic, hardware
 from softmoe_cli.errors import RunError, UsageError
-from softmoe_cli.export import hub_config
+from softmoe_cli.export.make import hub_config
 from softmoe_cli.extract.cut import outputs_of
 from softmoe_cli.extract.forms import Made, one_task
 from softmoe_cli.extract.settings import data_of, settings_of_extract, tasks_asked

@@ -30,11 +30,6 @@ class LoadReport:
     unexpected: list[str] = field(default_factory=list)
 
 
-def patterns(keys: list[str]) -> dict[str, None]:
-    """Names in their order, with a * for the number of the block, each once."""
-    return dict.fromkeys(re.sub(r"\bblocks\.\d+\.", "blocks.*.", key) for key in keys)
-
-
 def load_weights(
     vit: VisionTransformer,
     state: dict[str, Tensor],

@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from softmoe_cli.config.adapter import no_adapter
 from softmoe_cli.config.data import DATA_FORMATS, OF_A_SET, OF_THE_MIX, Data
@@ -179,18 +179,25 @@ def cut_from(tree: dict[str, Any], command: str, timm: str) -> "tuple[Source, Mo
     return source, model_of(source, tree["trust"])
 
 
-def made_before(
-    what: str, tree: dict[str, Any], asked: "Callable[[Source], tuple[Any, dict[str, Any]] | None]"
-) -> dict[str, Any] | None:
+class Request(NamedTuple):
+    """What was typed, with what a checkpoint decides of it: the command's options, the name of the model that it makes,
+    and what tells the settings that a receipt has, from the images too."""
+
+    config: Any
+    name: str
+    settings: Callable[[], dict[str, Any]]
+
+
+def made_before(what: str, tree: dict[str, Any], asked: "Callable[[Source], Request | None]") -> dict[str, Any] | None:
     """The receipt, with its folder, of what a command has made before of the same checkpoint with the same settings;
     said, from files alone. None where nothing was, or where torch is needed to know.
 
-    `what` has happened to the model (pruned); `asked` is what was typed, with what a checkpoint decides of it: the
-    command's options and the settings that a receipt has. A mistake is left to whoever makes it, in the order there.
+    `what` has happened to the model (pruned). A mistake is left to whoever makes it, in the order there.
     """
     checkpoint, made = tree["checkpoint"], Path(tree["folder"] or Path(tree["output_root"], what))
     if not made.exists() or checkpoint == "???" or checkpoint.startswith(("hf-hub:", "timm:", "vmoe:")):
         return None
+    from softmoe_cli.data.contents import must_fetch
     from softmoe_cli.run.header import read_header
     from softmoe_cli.run.receipt import already_made, folder_of
     from softmoe_cli.terminal import Screen
@@ -199,9 +206,11 @@ def made_before(
         source = read_header(checkpoint)
         if source is None or "model" not in source.card or (known := asked(source)) is None:
             return None
-        config, settings = known
-        folder = folder_of(what, config, door(source.card["model"], Model).name, source, settings)
-        found = already_made(folder, source, settings, clock=config.clock)
+        if must_fetch(known.config.data):
+            return None
+        settings = known.settings()
+        folder = folder_of(what, known.config, known.name, source, settings)
+        found = already_made(folder, source, settings, clock=getattr(known.config, "clock", False))
         if found is not None:
             Screen().say(f"{folder} holds this already; nothing to do")
             return found | {"folder": str(folder)}

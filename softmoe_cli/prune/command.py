@@ -8,6 +8,7 @@ from typing import Any
 from softmoe_cli import programs
 from softmoe_cli.config.commands import PruneConfig
 from softmoe_cli.config.data import check_channels
+from softmoe_cli.config.model import Model
 from softmoe_cli.errors import UsageError
 from softmoe_cli.options import inherit
 from softmoe_cli.options.compose import door, plain
@@ -45,11 +46,14 @@ def prune_as_typed(config: Any, typed: list[str]) -> int:
     return 0
 
 
-def _asked(tree: dict[str, Any], source: Source, typed: Sequence[str]) -> tuple[PruneConfig, dict[str, Any]] | None:
+def _asked(tree: dict[str, Any], source: Source, typed: Sequence[str]) -> inherit.Request | None:
     inherit.take_data(tree, source, typed)
     checked = door(tree, PruneConfig)
     before = None if checked.before is None else read_header(checked.before)
-    return None if before is None and checked.before is not None else (checked, settings_of_pruning(checked, before))
+    if before is None and checked.before is not None:
+        return None
+    name = door(source.card["model"], Model).name
+    return inherit.Request(checked, name, lambda: settings_of_pruning(checked, before))
 
 
 def show_pruned(receipt: dict[str, Any], form: str) -> None:

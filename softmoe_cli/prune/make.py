@@ -22,7 +22,7 @@ from softmoe_cli.data import batches, sets
 from softmoe_cli.data.splits import ImageSet, Splits
 from softmoe_cli.device import arithmetic, hardware
 from softmoe_cli.errors import RunError, UsageError
-from softmoe_cli.export import hub_config
+from softmoe_cli.export.make import hub_config
 from softmoe_cli.model.vit import build, portable, prepare
 from softmoe_cli.model.weights import load_weights
 from softmoe_cli.moe.layer import MoE

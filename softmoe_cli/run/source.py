@@ -12,7 +12,7 @@ from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.run import pieces
 from softmoe_cli.run.card import read_card
 from softmoe_cli.run.checkpoint import digest_of
-from softmoe_cli.run.header import FIRST_WEIGHT, Source
+from softmoe_cli.run.header import FIRST_WEIGHT, MOMENTS, Source
 from softmoe_cli.run.sealed import (
     TRAINING,
     WEIGHTS,
@@ -120,4 +120,4 @@ def read_moments(source: Source, digest: str | None = None) -> dict[str, dict[st
     for key, value in tensors.items():
         name, _, kind = key.removeprefix("optimizer.").rpartition(".")
         moments.setdefault(name, {})[kind] = value
-    return {name: state for name, state in moments.items() if state.keys() == {"exp_avg", "exp_avg_sq", "step"}}
+    return {name: state for name, state in moments.items() if state.keys() == MOMENTS}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from softmoe_cli.config.run import Config
 from softmoe_cli.errors import UsageError
 from softmoe_cli.model.adapted import trained_names
-from softmoe_cli.model.weights import LoadReport, experts_left, load_weights, patterns
+from softmoe_cli.model.weights import LoadReport, experts_left, load_weights
 from softmoe_cli.moe.kind import Layer
 from softmoe_cli.moe.layer import MoE
 from softmoe_cli.optim import restore, state_of
@@ -23,6 +23,7 @@ from softmoe_cli.run.folder import Run
 from softmoe_cli.run.header import Source
 from softmoe_cli.run.source import read_moments
 from softmoe_cli.terminal import Screen
+from softmoe_cli.text import patterns
 from softmoe_cli.train.progress import Progress
 from softmoe_cli.train.pruning import Decision, Pruning
 

@@ -393,15 +393,16 @@ def test_files_of_many_classes_and_of_odd_names(tmp_path: Path) -> None:
         assert set(evaluate_command._confusion(said)) == {"confusion" if classes == 3 else "confusion_pairs"}
 
 
-@pytest.mark.parametrize("command", ["evaluate", "export"])
+@pytest.mark.parametrize("line", ["evaluate", "export", "prune keep=2"])
 @pytest.mark.parametrize("name", ["cifar10", "fashion_mnist"])
 def test_a_set_that_only_a_checkpoint_names_is_not_fetched(
-    softmoe: Softmoe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, name: str
+    softmoe: Softmoe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, name: str
 ) -> None:
     monkeypatch.setattr(found, "DEBIAN_FASHION", tmp_path / "nowhere")
     place = tmp_path / "chosen by the checkpoint"
     made = saved(tmp_path / "a.safetensors", 0, f"data={name}", f"data.root={place}", "model.in_chans=3")
-    told = softmoe(command, f"checkpoint={made}")
+    (tmp_path / "outputs/pruned").mkdir(parents=True)  # where something may have been made before
+    told = softmoe(*line.split(), f"checkpoint={made}")
     assert told.code == 2 and not place.exists() and "downloading" not in told.out
     assert told.err.endswith(
         f"names data={name}, which is not in data.root={place}; only a set that is typed is fetched: add data={name}\n"

@@ -10,7 +10,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 
 from softmoe_cli.device import compiled
-from softmoe_cli.export import distance, trace, write_torch_export
+from softmoe_cli.export.make import distance, trace, write_torch_export
 from softmoe_cli.model.blocks import CarryingBlock
 from softmoe_cli.model.vit import build
 from softmoe_cli.moe.layer import MoE

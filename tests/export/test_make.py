@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from softmoe_cli import export
 from softmoe_cli.data import sets
 from softmoe_cli.errors import RunError, UsageError
+from softmoe_cli.export import make as export
 from softmoe_cli.model.pretrained import read_checkpoint
 from softmoe_cli.model.router import make_layer
 from softmoe_cli.model.vit import build, portable

@@ -1,4 +1,4 @@
-"""`softmoe export`: a checkpoint as a folder that timm, torch.export, ONNX and the Hugging Face hub understand.
+"""A checkpoint as a folder that timm, torch.export, ONNX and the Hugging Face hub understand.
 
 Every file is read back as its users read it and compared with the model on images.
 """
@@ -24,21 +24,17 @@ from torch.export import Dim, ExportedProgram
 
 from softmoe_cli.config.adapter import no_adapter
 from softmoe_cli.config.commands import ExportConfig
-from softmoe_cli.config.data import check_channels
 from softmoe_cli.config.model import Model
 from softmoe_cli.data import batches, sets
 from softmoe_cli.errors import RunError, UsageError, first_line
+from softmoe_cli.export.settings import settings_of_export, timm_pixels
 from softmoe_cli.model.adapted import merged
 from softmoe_cli.model.hub import softmoe_vit
 from softmoe_cli.model.router import check_evaluated, evaluation_group
 from softmoe_cli.model.vit import build
 from softmoe_cli.model.weights import experts_left, load_weights
-from softmoe_cli.options import inherit
-from softmoe_cli.options.compose import door, plain
-from softmoe_cli.programs import reply
 from softmoe_cli.run.card import CARD_FORMAT
 from softmoe_cli.run.header import Source
-from softmoe_cli.run.identity import settings_of
 from softmoe_cli.run.receipt import RECEIPT, already_made, folder_of, make_whole
 from softmoe_cli.run.sealed import WEIGHTS, seal
 from softmoe_cli.terminal import Screen
@@ -48,25 +44,6 @@ TOLERANCE = 1e-4
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 Program = Callable[[Tensor], Tensor]
 """Images (b c s s) to logits (b classes)."""
-
-
-def export_as_typed(composed: Any, typed: list[str]) -> int:
-    """`softmoe export`, from what Hydra composed and the words that were typed."""
-    tree = plain(composed, ExportConfig)
-    if tree["checkpoint"] == "???":
-        raise UsageError("softmoe export needs checkpoint=: a run, a .safetensors file, hf-hub:OWNER/NAME or vmoe:PATH")
-    if tree["checkpoint"].startswith("timm:"):
-        raise UsageError(f"checkpoint={tree['checkpoint']} is timm's own; softmoe export is for what softmoe trained")
-    source = inherit.named_source(tree["checkpoint"], tree["base"])
-    model = inherit.model_of(source, tree["trust"])
-    named = inherit.names_data(tree["data"])
-    inherit.take_data(tree, source, typed)
-    checked = door(tree, ExportConfig)
-    check_channels(checked.data, model.in_chans)
-    if not named:
-        inherit.check_here(checked.data, source)
-    show_export(export(checked, model, source), checked.format)
-    return 0
 
 
 def export(config: ExportConfig, model: Model, source: Source) -> dict[str, Any]:
@@ -98,17 +75,14 @@ def export(config: ExportConfig, model: Model, source: Source) -> dict[str, Any]
     lacking = [name for name in ONNX_PACKAGES if find_spec(name) is None]
     if "onnx" in config.formats and lacking:
         raise UsageError(f"formats=onnx needs {lacking[0]}, which is not installed: pip install 'softmoe-cli[onnx]'")
-    settings = {"formats": sorted(set(config.formats)), "data": settings_of(config.data), "images": config.images}
-    settings["pixels"] = _pixels(model, source.card)
-    if "base" in source.card:
-        settings["base"] = source.card["base"]["digest"]
+    settings = settings_of_export(config, model, source)
     folder = folder_of("exported", config, model.name, source, settings)
     receipt = already_made(folder, source, settings)
     if receipt is None:
         receipt = {"source": {"checkpoint": source.label, "digest": source.digest}, "settings": settings}
         make_whole(folder, partial(_fill, config, model, source, receipt))
     else:
-        Screen().say(f"{folder} holds this already")
+        Screen().say(f"{folder} holds this already" + ("; nothing to do" if config.push is None else ""))
     if config.push is not None:
         receipt["pushed"] = push(folder, config.push)
     return receipt | {"folder": str(folder)}
@@ -265,19 +239,10 @@ def hub_config(model: Model, vit: VisionTransformer, card: dict[str, Any]) -> di
         "pretrained_cfg": {
             "input_size": [model.in_chans, model.image_size, model.image_size],
             "fixed_input_size": True,
-            **_pixels(model, card),
+            **timm_pixels(model, card),
             "first_conv": "patch_embed.proj",
             "classifier": "head",
         },
-    }
-
-
-def _pixels(model: Model, card: dict[str, Any]) -> dict[str, Any]:
-    """How timm is to turn images into pixels: as when the model was measured."""
-    return {
-        "interpolation": "bicubic" if card["data"]["format"] else "bilinear",
-        "crop_pct": card["data"]["crop_pct"] or 1.0,
-        **{key: (card["data"][key] * model.in_chans)[: model.in_chans] for key in ("mean", "std")},
     }
 
 
@@ -343,19 +308,3 @@ def push(folder: Path, name: str) -> str:
             "again; to log in: hf auth login"
         ) from error
     return f"https://huggingface.co/{name}"
-
-
-def show_export(receipt: dict[str, Any], form: str) -> None:
-    """Prints a receipt as a table or as JSON."""
-    if form == "json":
-        reply(receipt)
-        return
-    rows = {"from": receipt["source"]["checkpoint"]}
-    for name, found in receipt["programs"].items():
-        rows[name] = f"outputs off by at most {found['max_difference']:.2g}, top-1 as the model's on "
-        rows[name] += f"{found['same_top1']} of {receipt['images']} images"
-    rows["outputs"] = f"up to {receipt['largest_output']:.3g}; images at a time: {receipt['images_at_a_time']}"
-    rows["folder"] = receipt["folder"]
-    if "pushed" in receipt:
-        rows["pushed to"] = receipt["pushed"]
-    Screen().table("export", rows)

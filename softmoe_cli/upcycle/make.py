@@ -7,7 +7,7 @@ vision models the optimizer's state too.
 
 import json
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,28 +17,25 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn import functional as F
 
-from softmoe_cli import programs
 from softmoe_cli.config.commands import UpcycleConfig
-from softmoe_cli.config.model import Model
 from softmoe_cli.cost.flop import account_model, on_meta
 from softmoe_cli.data import batches, sets
-from softmoe_cli.data.contents import identity
 from softmoe_cli.errors import RunError, UsageError
 from softmoe_cli.evaluate.quality import classification_loss
 from softmoe_cli.model.router import check_evaluated, router_class
 from softmoe_cli.model.tasks import valid_answers
 from softmoe_cli.model.vit import build, count_tokens, portable
-from softmoe_cli.model.weights import LoadReport, load_weights, patterns
+from softmoe_cli.model.weights import LoadReport, load_weights
 from softmoe_cli.moe.kind import Layer
 from softmoe_cli.moe.layer import MoE, Stacked
 from softmoe_cli.moe.routing import Router
 from softmoe_cli.run.checkpoint import digest_of, write_checkpoint
 from softmoe_cli.run.header import Source
-from softmoe_cli.run.identity import origin, settings_of
+from softmoe_cli.run.identity import origin
 from softmoe_cli.run.receipt import RECEIPT, already_made, folder_of, make_whole
 from softmoe_cli.run.source import read_moments
 from softmoe_cli.terminal import Screen
-from softmoe_cli.text import flop, si
+from softmoe_cli.upcycle.settings import settings_of_upcycling, started
 
 EXACT_MODEL = 1e-9
 """The largest allowed difference of a whole model in float64 if the maths says that nothing changes."""
@@ -66,10 +63,9 @@ def upcycle(config: UpcycleConfig, source: Source) -> dict[str, Any]:
     costs = {"before": account_model(without, batch=None, recompute=False)}
     costs["after"] = account_model(planned, batch=None, recompute=False)
     _check(config, without, planned)
-    if not (config.expert_noise or config.expert_redraw or model.expert_width):
-        model = replace(model, expert_init="identical")
+    model = started(config)
     moments = read_moments(source) if config.carry_optimizer else {}
-    settings = _settings(config, model, identity(config.data), moments)
+    settings = settings_of_upcycling(config, carried=bool(moments))
     folder = folder_of("upcycled", config, model.name, source, settings)
     if (found := already_made(folder, source, settings)) is not None:
         Screen().say(f"{folder} holds this already; nothing to do")
@@ -103,37 +99,6 @@ def upcycle(config: UpcycleConfig, source: Source) -> dict[str, Any]:
     texts = {RECEIPT: json.dumps(receipt, indent=1) + "\n"}
     make_whole(folder, lambda temporary: write_checkpoint(temporary, weights, card, training, texts))
     return receipt | {"folder": str(folder)}
-
-
-def show_upcycle(receipt: dict[str, Any], form: str) -> None:
-    """Prints a receipt as a table or, without its key map, as JSON."""
-    if form == "json":
-        programs.reply({key: value for key, value in receipt.items() if key != "keys"})
-        return
-    before, after = receipt["cost"]["before"], receipt["cost"]["after"]
-    fates: dict[str, int] = {}
-    for fate in receipt["keys"].values():
-        kind = "new" if fate["from"] is None else "copied" if fate["how"] == "copied" else "made from MLPs"
-        fates[kind] = fates.get(kind, 0) + 1
-    losses = "none: the head is new"
-    if receipt["loss_before"] is not None:
-        losses = f"{receipt['loss_before']:.4f} before, {receipt['loss_after']:.4f} after"
-    rows = {
-        "from": receipt["source"]["checkpoint"],
-        "weights": ", ".join(f"{number} {kind}" for kind, number in fates.items()),
-        "change": f"mean {receipt['mean_change']:.3g}, largest {receipt['max_change']:.3g}, in {receipt['outputs']} of "
-        f"mean size {receipt['mean_size']:.3g} ({receipt['images']} images, {receipt['precision']})",
-        "loss": losses,
-        "optimizer": "starts afresh",
-        "parameters": f"{si(before['params'])} before, {si(after['params'])} after, "
-        f"{si(after['active_params'])} of them active per token",
-        "cost per image": f"{flop(before['forward_flop'])} forward before, {flop(after['forward_flop'])} after",
-        "folder": receipt["folder"],
-    }
-    if carried := receipt.get("optimizer"):
-        fresh = f"; {', '.join(patterns(carried['fresh']))} start at zero" if carried["fresh"] else ""
-        rows["optimizer"] = f"moments of {carried['tensors']} tensors after {carried['steps']:,} steps carried{fresh}"
-    Screen().table("upcycle", rows)
 
 
 @torch.no_grad()
@@ -394,13 +359,3 @@ def _carried(training: dict[str, Tensor], new: VisionTransformer) -> dict[str, A
     steps = max(int(value) for key, value in training.items() if key.endswith(".step"))
     tensors = sum(key.endswith(".step") for key in training)
     return {"tensors": tensors, "steps": steps, "fresh": fresh, "digest": digest_of(training)}
-
-
-def _settings(
-    config: UpcycleConfig, model: Model, images_digest: str | None, moments: dict[str, dict[str, Tensor]]
-) -> dict[str, Any]:
-    """What decides the result, beside the source's weights."""
-    chosen = {key: getattr(config, key) for key in ("expert_noise", "expert_redraw", "preserve", "seed", "images")}
-    return {"model": asdict(model), "data": settings_of(config.data) | {"identity": images_digest}, **chosen} | (
-        {"carry_optimizer": True} if moments else {}
-    )

@@ -26,7 +26,7 @@ from softmoe_cli.run.sealed import damage
 from softmoe_cli.terminal import Screen
 from softmoe_cli.train.loop import train
 from softmoe_cli.train.setup import begin
-from softmoe_cli.upcycle import fill_experts, redraw_units, tie_parts
+from softmoe_cli.upcycle.make import fill_experts, redraw_units, tie_parts
 from tests.conftest import Softmoe, thinned
 from tests.mixes import mix, write_clothes
 from tests.oracles import compose

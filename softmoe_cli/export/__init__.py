@@ -1,0 +1,1 @@
+"""A checkpoint as a folder for timm, torch.export, ONNX and the hub."""

@@ -1,0 +1,1 @@
+"""A dense ViT becomes a mixture of experts."""
