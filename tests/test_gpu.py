@@ -25,11 +25,12 @@ if sys.argv[2] == "fails":
 if sys.argv[2] == "torchrun":  # in a session of its own, and ended by who has started it
     worker = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(60)"], start_new_session=True)
     signal.signal(signal.SIGTERM, lambda *_: (worker.kill(), worker.wait(), sys.exit(1)))
-    print('{"value": %d}' % worker.pid, flush=True)
+    print('row {"value": %d}' % worker.pid, flush=True)
     time.sleep(60)
 if sys.argv[2] == "stubborn":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-print('{"measure": "this", "value": 2.0}', flush=True)
+print("{'a library': 'talks'}")
+print('row {"measure": "this", "value": 2.0}', flush=True)
 if sys.argv[2] in ("hangs", "stubborn"):
     time.sleep(60)
 """

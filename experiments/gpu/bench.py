@@ -53,6 +53,8 @@ ROOM = 0.95
 LEFT_GIB = 8
 """What `automatic` leaves free of a card, so that memory limits the batch, not the number of images."""
 
+MARK = "row "
+"""What a line with a row begins with. Other lines are what libraries say."""
 GRACE_S = 5.0
 """What the processes of a part have to end in; the last seconds of `minutes` are kept for it."""
 
@@ -432,7 +434,7 @@ def last_line(text: str) -> str:
 
 
 def child(name: str, bench: Bench) -> None:
-    """One part, in its process: prints its rows, a line of JSON for each."""
+    """One part, in its process: prints its rows, a line of JSON after MARK for each."""
     (part,) = (part for part in PARTS if part.name == name)
     from softmoe_cli.cost.clock import fingerprint
 
@@ -444,7 +446,7 @@ def child(name: str, bench: Bench) -> None:
         import torch
 
         where = fingerprint(torch.device(bench.device), row.get("precision", "fp32"), row.get("mode") == "compiled")
-        print(json.dumps(row | {"hardware": where}), flush=True)
+        print(f"{MARK}{json.dumps(row | {'hardware': where})}", flush=True)
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
@@ -476,7 +478,7 @@ def rows_of(part: Part, line: Sequence[str], limit_s: float) -> list[Row]:
         out.seek(0)
         err.seek(0)
         failed = f"exit status {process.returncode}: {last_line(err.read())}" if process.returncode else ""
-        rows = [json.loads(text) for text in out if text.startswith("{")]
+        rows = [json.loads(text.removeprefix(MARK)) for text in out if text.startswith(MARK)]
     why, took = stopped or failed, {"part": part.name, "seconds": round(time.monotonic() - start, 1)}
     return [row | took for row in rows] + ([took | {"why": why}] if why else [])
 
