@@ -29,7 +29,7 @@ if sys.argv[2] == "torchrun":  # in a session of its own, and ended by who has s
     time.sleep(60)
 if sys.argv[2] == "stubborn":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-print("{'a library': 'talks'}")
+sys.stdout.buffer.write(b"{'a library': 'talks \\xff'}\\n")
 print('row {"measure": "this", "value": 2.0}', flush=True)
 if sys.argv[2] in ("hangs", "stubborn"):
     time.sleep(60)

@@ -466,7 +466,8 @@ def rows_of(part: Part, line: Sequence[str], limit_s: float) -> list[Row]:
     """The rows of a part's process; of one that failed or took too long, also a row that says so."""
     start = time.monotonic()
     # Files, not pipes: a pipe would be waited for as long as anything that the part has started holds it open.
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+    text = partial(tempfile.TemporaryFile, "w+", errors="replace")
+    with text() as out, text() as err:
         process = subprocess.Popen(line, stdout=out, stderr=err, start_new_session=True)
         try:
             process.wait(limit_s)
@@ -478,7 +479,7 @@ def rows_of(part: Part, line: Sequence[str], limit_s: float) -> list[Row]:
         out.seek(0)
         err.seek(0)
         failed = f"exit status {process.returncode}: {last_line(err.read())}" if process.returncode else ""
-        rows = [json.loads(text.removeprefix(MARK)) for text in out if text.startswith(MARK)]
+        rows = [json.loads(line.removeprefix(MARK)) for line in out if line.startswith(MARK)]
     why, took = stopped or failed, {"part": part.name, "seconds": round(time.monotonic() - start, 1)}
     return [row | took for row in rows] + ([took | {"why": why}] if why else [])
 
