@@ -217,6 +217,11 @@ def drawn_alone(like: Tensor, number: int) -> Tensor:
     return made
 
 
+@drawn_alone.register_fake
+def _(like: Tensor, number: int) -> Tensor:
+    return torch.empty_like(like)
+
+
 class _Drawn(torch.autograd.Function):
     @staticmethod
     def forward(like: Tensor, number: int) -> Tensor:
