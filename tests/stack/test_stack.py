@@ -74,6 +74,18 @@ BIASED = (
     "model/router=tokens_choice", "model.router.load_weight=0", "model.router.importance_weight=0.1",
     "model.router.bias_rate=0.01", "model.backbone.drop_path=0.3",
 )  # fmt: skip
+
+
+class Replaces(TokensChoiceRouter):
+    """Has a new tensor for its buffer each time."""
+
+    def forward(self, x: Tensor, keep: Tensor | None = None) -> SparseRouting:
+        routing = super().forward(x, keep)
+        if self.training:
+            self.balance.bias = self.balance.bias + routing.gate.detach().mean() * torch.linspace(0, 0.1, 4)
+        return routing
+
+
 PRECISE = {
     "soft": NOISE,
     "tokens_choice": BIASED,
@@ -82,6 +94,7 @@ PRECISE = {
     "experts_choice": ("model/router=experts_choice", *NOISE),
     "zero_computation": ("model/router=zero_computation",),
     "one further": BIASED,
+    "a buffer that is replaced": (*BIASED, f"model.router._target_={__name__}.Replaces"),
 }
 
 
@@ -243,6 +256,18 @@ class Draws(TokensChoiceRouter):
         return routing
 
 
+class Counts(TokensChoiceRouter):
+    """Keeps what it has seen in no buffer."""
+
+    calls = 0
+
+    def forward(self, x: Tensor, keep: Tensor | None = None) -> SparseRouting:
+        routing = super().forward(x, keep)
+        self.calls += self.training
+        routing.aux_loss = routing.aux_loss * self.calls
+        return routing
+
+
 def cannot(words: str) -> str:
     return rf"these models cannot be computed 2 at once \({words}.*\); leave seeds_at_once out$"
 
@@ -254,7 +279,8 @@ def require_equal(one: nn.Module, other: nn.Module) -> None:
 
 
 OWN = (*BIASED, "model.router.noise_std=1")
-CANNOT = {Asks: r"vmap: It looks like you're calling \.item\(\)", Draws: "vmap: called random operation"}
+CANNOT = {Asks: r"vmap: It looks like you're calling \.item\(\)", Draws: "vmap: called random operation",
+          Counts: r"Counts\.calls changes in a pass, and is no buffer"}  # fmt: skip
 
 
 @pytest.mark.parametrize("router", CANNOT)
