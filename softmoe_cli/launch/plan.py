@@ -77,7 +77,6 @@ def answer(inquiry: Inquiry) -> tuple[list[Job | UsageError | RunError], list[st
             trees = {seed: copy.deepcopy(tree) | {"seed": seed} for seed in inquiry.seeds} if seeded else {}
             config, source = resolve(inquiry.command, tree, typed)
             mirror.check(config)
-            check_stack(config, options.seeds_at_once)
             settled, left = [], experts_left(source.weights) if source is not None else {}
             if config.train.precision == "auto":
                 _require_device_known("train.precision", options, "fp32, bf16 or fp16")
@@ -85,6 +84,7 @@ def answer(inquiry: Inquiry) -> tuple[list[Job | UsageError | RunError], list[st
                 precision, _ = fast_precision(device, config.model.backbone.width, mixture=config.model.mixture)
                 config.train.precision = precision
                 settled.append(f"train.precision={precision}")
+            check_stack(config, options.seeds_at_once)  # now that the precision is known
             if config.train.batch_size == "auto":
                 _require_device_known("train.batch_size", options, "a number")
                 config = with_largest_batch(config, left, sharers * options.seeds_at_once)

@@ -119,7 +119,13 @@ class Stack:
 
         def alone(weights: dict[str, Tensor], buffers: dict[str, Tensor], *given: Tensor) -> tuple[Tensor, ...]:
             def forward(*inputs: Tensor) -> Tensor:
-                logits: Tensor = functional_call(model, (weights, buffers), inputs)
+                tensors = weights | buffers
+                logits: Tensor = functional_call(model, tensors, inputs)
+                for name, buffer in buffers.items():
+                    if (put := tensors[name]) is not buffer:  # a new tensor in its place
+                        if (put.shape, put.dtype) != (buffer.shape, buffer.dtype):
+                            raise RuntimeError(f"{name} gets another shape or type")
+                        buffer.copy_(put.detach())
                 return logits
 
             return losses(forward, *given)
@@ -135,9 +141,13 @@ class Stack:
 
         before = {name: buffer.clone() for name, buffer in self._buffers.items()}
         states = [dict(state) for state in _states]
+        kept = [(module, dict(vars(module))) for module in model.modules()]
         try:
             with _carrying_out(self._draws):
-                return make_fx(together)(self._weights, self._buffers, tensors)
+                graph = make_fx(together)(self._weights, self._buffers, tensors)
+            if odd := next(_changed(kept), None):  # it would stay what it was while the pass was written down
+                raise RuntimeError(f"{odd} changes in a pass, and is no buffer")
+            return graph
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # such as a router's that asks what numbers are
@@ -148,12 +158,23 @@ class Stack:
         finally:  # writing down was a pass too, and what runs keep is saved also when it has failed
             for name, buffer in self._buffers.items():
                 buffer.copy_(before[name])
+            for module, own in kept:
+                vars(module).clear()
+                vars(module).update(own)
             _states[:] = states
 
     def _draw(self, like: Tensor, draw: Callable[[Tensor], Tensor]) -> Tensor:
         self._draws.append(draw)
         drawn: Tensor = _Drawn.apply(like.detach(), len(self._draws) - 1)
         return drawn
+
+
+def _changed(kept: Sequence[tuple[nn.Module, dict[str, Any]]]) -> Iterator[str]:
+    """What modules have beside their tensors and did not have before."""
+    for module, own in kept:
+        yield from (
+            f"{type(module).__name__}.{key}" for key, value in vars(module).items() if own.get(key, own) is not value
+        )
 
 
 def _shapes(handed: Handed) -> dict[str, object]:
@@ -215,6 +236,11 @@ def drawn_alone(like: Tensor, number: int) -> Tensor:
         own.copy_(_draws[number](torch.empty_like(like[place])))
         _states[place] = random_state()
     return made
+
+
+@drawn_alone.register_fake
+def _(like: Tensor, number: int) -> Tensor:
+    return torch.empty_like(like)
 
 
 class _Drawn(torch.autograd.Function):

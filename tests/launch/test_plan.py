@@ -5,10 +5,12 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from omegaconf import DictConfig
 
 from softmoe_cli.launch import plan, sweep
+from softmoe_cli.moe.processor import CPU_PRODUCTS
 from softmoe_cli.options import inherit
 from tests.conftest import TINY, Softmoe
 from tests.launch.sweeps import LINE
@@ -61,6 +63,20 @@ def test_a_defect_in_the_process_that_checks_the_jobs(softmoe: Softmoe, monkeypa
 
 
 _ANSWER = plan.answer
+
+
+def test_seeds_at_once_in_the_precision_of_auto(softmoe: Softmoe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is fp32 they are computed (tests/stack/test_command.py); where it is not, they are refused."""
+    monkeypatch.setattr(sweep, "answer", with_fast_bf16)
+    line = ("train", "-m", *TINY, "model.backbone.width=128", "train.precision=auto", "seed=0,1", "seeds_at_once=2")
+    answer = softmoe(*line)
+    words = "seed=0: seeds_at_once=2: train.precision=bf16 was not tried for several models; set it to fp32, or leave"
+    assert answer.code == 2 and words in answer.err, answer
+
+
+def with_fast_bf16(inquiry: plan.Inquiry) -> object:
+    CPU_PRODUCTS[torch.bfloat16] = "fast"
+    return _ANSWER(inquiry)
 
 
 def confused(inquiry: plan.Inquiry) -> object:

@@ -20,6 +20,7 @@ from tests.conftest import TINY, Softmoe, thinned
 from tests.launch.sweeps import LINE, rows_of
 from tests.processes import Started, until
 from tests.runs import saved
+from tests.stack.alike import require_alike
 from tests.wandb_file import records
 
 SHORT = (*(word for word in LINE if not word.startswith("study=")), "train.steps=12", "study=settled")
@@ -169,6 +170,28 @@ def test_several_at_once_take_turns(tmp_path: Path) -> None:
     assert verdicts(one) == verdicts(two) and one["seeds"] == 6
     done = [line for _, out in left for line in out.splitlines() if re.search(r"\] done +", line)]
     assert len(done) < 18 == len(list(study.glob("*/result.json"))), "what the first had finished was not made again"
+
+
+@pytest.mark.thorough
+@pytest.mark.long
+def test_seeds_at_once(tmp_path: Path) -> None:
+    """Each round's seeds of an arm are one process; the runs and verdicts are those of runs alone."""
+    words = ("model/router=dense,soft", "margin=30", "format=json", "max_seeds=5", "train.log_every=1")
+    answers = {
+        name: settle(tmp_path / name, *words, *more).wait()
+        for name, more in {"alone": (), "stack": ("seeds_at_once=3",)}.items()
+    }
+    assert {code for code, _ in answers.values()} <= {0, 3}, answers
+    alone, stack = (json.loads(answers[name][1].splitlines()[-1]) for name in ("alone", "stack"))
+    assert [arm["verdict"] for arm in stack["arms"]] == [arm["verdict"] for arm in alone["arms"]]
+    for key in ("decided", "seeds", "train_pflop", "failed"):
+        assert stack[key] == alone[key]
+    runs = sorted(file.parent for file in (tmp_path / "alone/outputs/settled").glob("*/result.json"))
+    assert len(runs) == 10
+    for run in runs:
+        require_alike(tmp_path / "stack/outputs/settled" / run.name, run)
+    hardware = [row["hardware"] for row in rows_of(tmp_path / "stack/outputs/settled")]
+    assert sum(each.endswith("3 seeds at once") for each in hardware) == 6, "of each arm the first is tried alone"
 
 
 @pytest.mark.thorough
