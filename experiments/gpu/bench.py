@@ -387,6 +387,39 @@ def automatic(bench: Bench) -> Iterator[Row]:
     yield {"measure": "exit status where no batch fits", "value": said.returncode, "model": "vit_l16_soft"}
 
 
+def of_updates(study: str, bench: Bench) -> dict[int, list[Row]]:
+    """The rows of a study's updates, by seed."""
+    found = {}
+    for file in (bench.work / "outputs" / study).glob("*/result.json"):
+        rows = map(json.loads, file.with_name("metrics.jsonl").read_text().splitlines())
+        found[json.loads(file.read_text())["seed"]] = [row for row in rows if row["split"] == "train"]
+    return found
+
+
+def at_once(n: int, bench: Bench) -> Iterator[Row]:
+    """Seeds 0 to N - 1 in one process, and the first and the last of them alone: how far losses are apart, and how many
+    updates of its seeds the stack makes in the time of one alone, from the 21st on."""
+    words, study = ("train.precision=fp32", "train.steps=60", "model.router.noise_std=1.0"), f"at_once_{n}"
+    seeds = ",".join(map(str, range(n)))
+    line = softmoe(["-m", *words, f"seed={seeds}", f"seeds_at_once={n}", f"study={study}"], bench)
+    said = subprocess.run(line, cwd=bench.work, capture_output=True, text=True, check=False)
+    if said.returncode:
+        raise RuntimeError(f"exit status {said.returncode}: {last_line(said.stderr)}")
+    for seed in (0, n - 1):
+        result = trained([*words, f"seed={seed}"], bench, f"alone_{seed}").result
+    own, alone = of_updates(study, bench), of_updates("alone_0", bench) | of_updates(f"alone_{n - 1}", bench)
+    pairs = [pair for seed, rows in alone.items() for pair in zip(own[seed], rows, strict=True)]
+    far = max(abs(a["loss"] - b["loss"]) / abs(b["loss"]) for a, b in pairs)
+    took = [[rows[-1]["device_s"] - rows[19]["device_s"] for rows in of.values()] for of in (own, alone)]
+    mine, other = (statistics.mean(each) / 40 for each in took)
+    same = {"model": "vit_nano2_soft", "precision": "fp32", "mode": "eager", "train_batch_size": result["batch_size"]}
+    yield same | {"measure": f"largest relative difference of a loss of {n} seeds at once in 60 steps", "value": far}
+    yield same | {
+        "measure": f"updates of {n} seeds at once in the time of one alone", "value": other / mine,
+        "train_samples_per_sec": result["batch_size"] / mine, "train_step_time": 1e3 * mine,
+    }  # fmt: skip
+
+
 # --- the parts, the most valuable first -------------------------------------------------------------------------------
 
 
@@ -416,6 +449,7 @@ PARTS = (
     Part("8bit moments", 45, partial(compared, ("optim.moments=8bit",), ())),
     Part("nccl with one rank", 45, partial(compared, (), (), torchrun=True)),
     Part("recomputation", 45, partial(compared, ("train.recompute=true", "train.accumulate=2"), ())),
+    *(Part(f"{n} seeds at once", 90, partial(at_once, n)) for n in (4, 8)),
     Part("memory in parts", 45, partial(memory_of_parts, SOFT, MODELS[SOFT])),
     Part("automatic", 75, automatic),
     Part("goes on after a stop", 90, resumed),
