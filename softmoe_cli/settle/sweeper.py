@@ -202,6 +202,8 @@ class Rounds:
             report = self._report(standing, runs)
             self._send(standing, runs)
             retried = self._retried(standing) if again else []
+            if retried and standing.wanted and self._over(report.spent, retried, runs)[1]:
+                retried = []  # what the next look needs may be less
             if not standing.wanted and not retried:
                 return report
             wanted = retried or self._next(standing, runs)
