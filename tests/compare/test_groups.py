@@ -37,6 +37,20 @@ def test_every_setting_separates_groups(tmp_path: Path) -> None:
     assert sorted(len(each.runs) for each in asked(tmp_path).groups) == [1, 1, 1]
 
 
+@pytest.mark.parametrize(("sizes", "chance"), [((10, 10), 50.0), ((10, 100), None), ((3, 3), 100.0)])
+def test_five_guesses_of_a_mix_are_among_the_classes_of_one_set(
+    tmp_path: Path, sizes: tuple[int, int], chance: float | None
+) -> None:
+    """A run of no steps has half of the images of ten classes right in five guesses, and not a quarter."""
+    names = dict(zip(("digits", "clothes"), sizes, strict=True))
+    keys = {f"task_{name}_top1_pct": 10.0 for name in names}
+    keys |= {f"data.sets.{name}.num_classes": size for name, size in names.items()}
+    for seed in range(3):
+        write(tmp_path, row(seed=seed, top5_pct=49.0 + seed, classes=sum(sizes)) | keys)
+    (only,) = asked(tmp_path, quality="top5_pct").groups
+    assert (only.chance_pct, only.at_chance) == (chance, chance is not None)
+
+
 def test_finetunes_of_checkpoints_that_differ_by_chance_are_one_group(tmp_path: Path) -> None:
     """Other origins are other groups."""
     for seed in range(3):
