@@ -383,7 +383,8 @@ def _budgets(groups: list[Group], question: Question, notes: list[str]) -> None:
         wanted = given or budgets([curve for curve in curves.values() if curve])
         if not wanted:
             notes.append(f"no common {axis}: no part of it is covered by every run's curve")
-        for budget in wanted:
+        there = {each.budget for each in groups[0].budgets if each.axis == axis}  # each is one comparison
+        for budget in [each for each in dict.fromkeys(wanted) if each not in there]:
             for group in groups:
                 reached = [(run.draw, at_budget(curves[id(run)], budget)) for run in group.runs]
                 values = [(draw, value) for draw, value in reached if value is not None]

@@ -118,6 +118,9 @@ def test_quality_at_equal_cost(tmp_path: Path) -> None:
                 assert draw == (0, run.row["seed"])
     assert [at.axis for at in soft.budgets] == ["images"] * 2 + ["train_pflop"] * 3
     assert soft.budgets[0].verdict == "better"
+    twice = asked(tmp_path, at=("images=3000,3000,6400", "images=6400", "train_pflop", "train_pflop"))
+    assert group(twice, "soft").budgets == soft.budgets, "one comparison each, for Holm too"
+    assert twice.blocks[0].corrected == comparison.blocks[0].corrected
     far = asked(tmp_path, at=("train_pflop=0.000001,0.00013",))
     assert [at.reason for at in group(far, "dense").budgets] == [
         "first look at 16 GFLOP",
