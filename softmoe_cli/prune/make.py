@@ -33,7 +33,7 @@ from softmoe_cli.prune.settings import settings_of_pruning
 from softmoe_cli.prune.smaller import compared, distance_in_float64, key_map, latencies, smaller_model, smaller_weights
 from softmoe_cli.run.checkpoint import digest_of, write_checkpoint
 from softmoe_cli.run.header import Source
-from softmoe_cli.run.identity import origin
+from softmoe_cli.run.identity import origin, origin_of
 from softmoe_cli.run.receipt import RECEIPT, already_made, folder_of, make_whole
 from softmoe_cli.terminal import Screen
 
@@ -90,7 +90,8 @@ def prune(config: PruneConfig, model: Model, source: Source, before: Source | No
     }
     if "name" not in card["data"]:  # official weights, which know no images
         card["data"] = config.data.on_card()
-    card |= {"receipt": receipt, "origin": origin("prune", settings, source), "train_pflop": source.train_pflop}
+    chosen = settings if before is None else settings | {"before": origin_of(before)}
+    card |= {"receipt": receipt, "origin": origin("prune", chosen, source), "train_pflop": source.train_pflop}
     files = {RECEIPT: receipt}
     if entry is not None:
         files["config.json"] = hub_config(new_model, new, card) | entry

@@ -82,6 +82,8 @@ def test_an_origin_is_what_chance_leaves_alike() -> None:
                 made({"optim.lr": 1}, before="x", command="finetune")}) == 4  # fmt: skip
     assert made({"seed": 0}) != made({"seed": 0}, digest="b"), "weights of elsewhere are told by their contents"
     assert origin("train", {"seed": 0}, None) == origin("train", {"seed": 1}, None)
+    cut = [{"data": {"name": name, "split_seed": seed}} for name, seed in (("a", 0), ("a", 4), ("b", 0))]
+    assert made(cut[0]) == made(cut[1]) != made(cut[2]), "as receipts of upcycling and pruning say it"
 
 
 def test_a_dense_control_is_found_for_each_size(tmp_path: Path) -> None:
