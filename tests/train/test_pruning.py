@@ -367,6 +367,16 @@ def test_memory_knows_of_larger_slots() -> None:
     assert predict(replace(load, keep=1)).peak_bytes > predict(load).peak_bytes
 
 
+@pytest.mark.thorough
+def test_memory_knows_of_slots_that_go() -> None:
+    """A soft router's slots go with their experts, and before that all are there."""
+    config = compose(*TINY, "model.router.slots_per_expert=40", "train.batch_size=64")
+    load = Load.of(config, 10, torch.device("cpu"))
+    for way in ("ddp", "fsdp"):
+        whole, pruned = (predict(each, 2, way) for each in (load, replace(load, keep=1)))
+        assert whole == pruned
+
+
 def test_a_pruned_source_costs_what_a_smaller_model_does() -> None:
     """Slots of a router with capacity are as many as with so few experts from the start."""
     config = compose(*TINY, "model/router=tokens_choice", "train.batch_size=64")
