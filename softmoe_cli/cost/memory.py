@@ -178,7 +178,7 @@ def _let_go(vit: VisionTransformer, load: Load) -> None:
     for place, layer in layers.items():
         if layer.router.unprunable is not None:  # refused later
             continue
-        e, rows = len(layer.experts.w1), {}
+        e, rows = len(layer.left), {}  # of all processes
         there = len(load.left.get(place, range(e)))
         for z in range(there, min(load.keep or there, there) - 1, -1):
             if z < e:

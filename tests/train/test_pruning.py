@@ -388,6 +388,20 @@ def test_a_pruned_source_costs_what_a_smaller_model_does() -> None:
     assert pruned == pytest.approx(fresh, rel=0.003) != pytest.approx(whole, rel=0.003), (whole, pruned, fresh)
 
 
+@pytest.mark.thorough
+@pytest.mark.parametrize("left", [2, 3])
+def test_a_pruned_source_needs_what_a_smaller_model_does_where_experts_are_divided(left: int) -> None:
+    """With as many experts as a process has of all, and with more."""
+    words = (*TINY, "train.batch_size=64", "model.router.slots_per_expert=8")
+    whole, small = (
+        Load.of(compose(*words, f"model.router.num_experts={number}"), 10, torch.device("cpu")) for number in (4, left)
+    )
+    pruned, fresh, other = (
+        predict(each, 2, "expert").activation_bytes for each in (replace(whole, left={1: range(left)}), small, whole)
+    )
+    assert pruned == pytest.approx(fresh, rel=0.01) != pytest.approx(other, rel=0.01)
+
+
 def test_router_change_is_of_the_norm(source: Path) -> None:
     """Since the run's first weights, against a slow sum."""
     config = compose(*TINY, "model/router=tokens_choice_dropless", "prune.keep=1", "prune.by=router_change")
