@@ -107,8 +107,9 @@ class Leveller:
         from softmoe_cli.options.inherit import resolve
 
         config, source = resolve(self.command, copy.deepcopy(tree), [*words, *self.said])
-        left = {} if source is None else experts_left(source.weights)
-        if any(len(each) < len(source.weights[f"blocks.{place}.mlp.alive"]) for place, each in left.items()):
+        weights = {} if source is None else source.weights
+        left = experts_left(weights)
+        if source is not None and any(len(left[at]) < len(weights[f"blocks.{at}.mlp.alive"]) for at in left):
             raise UsageError(
                 f"equal={self.by} counts all experts, and of {source.label} some went in its training; cut them away "
                 f"first: softmoe prune checkpoint={source.label}"

@@ -183,7 +183,7 @@ def test_router_change(softmoe: Softmoe, tmp_path: Path) -> None:
 def test_prunings_that_differ_by_chance_have_one_origin(softmoe: Softmoe, tmp_path: Path) -> None:
     """Of two seeds and cuts of one training, each by how its own router has changed: a comparison groups what is
     finetuned from them."""
-    origins = []
+    origins: list[str] = []
     for seed, keep in ((0, 2), (1, 2), (1, 3)):
         for name, step in (("before", 0), ("after", 1)):
             start = made(tmp_path, "soft", f"data.split_seed={seed}")
