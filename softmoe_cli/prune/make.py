@@ -39,6 +39,8 @@ from softmoe_cli.terminal import Screen
 
 NO_MORE = 1e-9
 """The largest allowed difference of the written model's outputs in float64, as a share of the largest output."""
+ROUNDED = 1e-6
+"""The same of a plain ViT, whose biases may be sums that are rounded to float32."""
 
 
 def prune(config: PruneConfig, model: Model, source: Source, before: Source | None) -> dict[str, Any]:
@@ -200,7 +202,7 @@ class Pruned:
             found["clock"] |= {"images": len(x), "repeats": self.config.repeats, "hardware": hardware(self.device)}
         one, other = (copy.deepcopy(each).cpu().double().eval() for each in (pruned, new))
         share, others = distance_in_float64(one, other, x.cpu().double())
-        if not share <= NO_MORE:
+        if not share <= (ROUNDED if self.config.to == "dense" else NO_MORE):
             raise RunError(f"the new model's outputs are off by {share:.2g} in float64: an error of softmoe's")
         return found | {"float64_distance": share, "float64_other_predictions": others}
 
