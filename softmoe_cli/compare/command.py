@@ -62,6 +62,8 @@ class _Kept(argparse.Action):
 
     def __call__(self, parser: object, namespace: argparse.Namespace, value: Any, option: str | None = None) -> None:
         before = getattr(namespace, self.dest)
+        if value == ():
+            raise UsageError(f"{option} names nothing: write words with commas between")
         if isinstance(value, tuple):
             value = (before or ()) + value
         elif before is not None:

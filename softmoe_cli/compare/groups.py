@@ -27,7 +27,7 @@ from softmoe_cli.compare.reach import Reached
 from softmoe_cli.compare.runs import FINGERPRINT, FinishedRun
 from softmoe_cli.compare.units import quantity
 from softmoe_cli.errors import UsageError, nearest
-from softmoe_cli.run.rows import COSTS, OF_TASKS, QUALITIES, Row, number
+from softmoe_cli.run.rows import COSTS, OF_TASKS, QUALITIES, Row, number, of_tasks
 from softmoe_cli.text import several, shortened
 
 LABELS = {
@@ -339,12 +339,20 @@ def _chance(groups: list[Group], question: Question) -> None:
         row = group.runs[0].row
         if guesses == 1 and all(run.row.get("chance_pct") is not None for run in group.runs):
             group.chance_pct = mean_of(independent(group.values("chance_pct")))  # cuts differ in it
-        elif row.get("classes"):
-            group.chance_pct = min(100.0, 100 * guesses / row["classes"])
+        elif choices := _choices(row):
+            group.chance_pct = min(100.0, 100 * guesses / choices)
         else:
             continue  # of another program's run, which does not say it
         images = row.get("test_images") if "validation" not in question.quality else None
         group.at_chance = at_chance(independent(group.values(question.quality)), group.chance_pct, images)
+
+
+def _choices(row: Row) -> int | None:
+    """Among how many classes an answer is: of a mix those of the image's own set. None where that is not said, or sets
+    differ in it, of which nobody says how many test images each has."""
+    tasks = [row.get(f"data.sets.{name}.num_classes") for name in of_tasks(row, "top1_pct")]
+    numbers = set(tasks or [row.get("classes")])
+    return numbers.pop() if len(numbers) == 1 else None
 
 
 def _start_notes(groups: list[Group]) -> list[str]:
@@ -375,7 +383,8 @@ def _budgets(groups: list[Group], question: Question, notes: list[str]) -> None:
         wanted = given or budgets([curve for curve in curves.values() if curve])
         if not wanted:
             notes.append(f"no common {axis}: no part of it is covered by every run's curve")
-        for budget in wanted:
+        there = {each.budget for each in groups[0].budgets if each.axis == axis}  # each is one comparison
+        for budget in [each for each in dict.fromkeys(wanted) if each not in there]:
             for group in groups:
                 reached = [(run.draw, at_budget(curves[id(run)], budget)) for run in group.runs]
                 values = [(draw, value) for draw, value in reached if value is not None]

@@ -307,8 +307,8 @@ def budgets(curves: Sequence[Sequence[tuple[float, float]]], count: int = 3) -> 
     if low > high or high <= 0:
         return []
     digit = 10 ** (math.floor(math.log10(high)) - 2)
-    candidates = [math.floor(high / 2**i / digit + 1e-9) * digit for i in reversed(range(count))]
-    return [float(f"{budget:.6g}") for budget in candidates if low <= budget <= high]
+    rounded = [float(f"{math.floor(high / 2**i / digit + 1e-9) * digit:.6g}") for i in reversed(range(count))]
+    return [budget for each in rounded if low <= (budget := min(each, high))]  # a round end may be rounding above high
 
 
 def on_front(cost: Any, quality: Any) -> Any:

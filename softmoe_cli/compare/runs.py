@@ -176,7 +176,8 @@ def _looks(path: Path, result: Row | None = None) -> tuple[list[Row], str]:
         wrong = rows.fault(row, EVERY | LOOK)
         if wrong:
             return [], f"metrics.jsonl {wrong}, in line {place}"
-        if looks and any(row[axis] <= looks[-1][axis] for axis in AXES):
+        # Steps grow from look to look; a cost may stand still: an update that compiles takes no seconds of training.
+        if looks and (row["step"] <= looks[-1]["step"] or any(row[axis] < looks[-1][axis] for axis in AXES)):
             return [], f"metrics.jsonl goes back in line {place}"
         looks.append({rows.printed(key): value for key, value in row.items() if number(value)})
     if result is not None and rows.metrics_digest(text) != {key: result[key] for key in rows.metrics_digest(b"")}:

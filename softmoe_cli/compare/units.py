@@ -120,7 +120,7 @@ def apart(ratio: float, amount: str) -> str:
     percent = round(100 * abs(ratio - 1))
     if percent == 0:
         return ""
-    if ratio >= 2:
+    if ratio >= 2 or percent == 100:  # 100% fewer would be none
         return f"{ratio:.3g} times the {amount}"
     less = "fewer" if amount.endswith("s") else "less"
     return f"{percent}% {'more' if ratio > 1 else less} {amount}"

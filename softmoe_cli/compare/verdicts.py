@@ -188,14 +188,16 @@ def _spreads(block: Block, quality: str) -> None:
     """How much cuts and seeds vary, in every group of several cuts and in its differences from its baseline."""
     of = {group.label: group for group in block.groups}
     for group in block.groups:
-        ours = dict(group.values(quality))
+        values = group.values(quality)
         row = group.runs[0].row
         share = row["test_images"] / row["train_images"] if row.get("test_is_cut") else None
-        group.spread = spread(list(ours.items()), share)
+        group.spread = spread(values, share)
         if group.baseline is not None:
-            theirs = dict(of[group.baseline].values(quality))
-            paired = [(draw, ours[draw] - theirs[draw]) for draw in sorted(ours.keys() & theirs.keys())]
-            group.difference_spread = spread(paired, share)
+            sides = values, of[group.baseline].values(quality)
+            ours, theirs = map(dict, sides)
+            if [len(ours), len(theirs)] == [len(side) for side in sides]:  # --by may put a draw into a group twice
+                paired = [(draw, ours[draw] - theirs[draw]) for draw in sorted(ours.keys() & theirs.keys())]
+                group.difference_spread = spread(paired, share)
 
 
 def _second_means(block: Block, question: Question) -> None:

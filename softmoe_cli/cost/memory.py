@@ -7,7 +7,7 @@ step but for what single operations borrow inside. torch.compile usually needs l
 
 import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -109,6 +109,7 @@ UNPACKED_8BIT = 5
 
 def predict(load: Load, processes: int = 1, way: str = "ddp") -> Memory:
     """The memory of training; of several `processes` that share each batch, that of the one with the largest share.
+    Where experts go on the way it is that of before or of after, whichever holds more.
 
     `way` is what each of them has of the model (`config.WAYS`). DistributedDataParallel (`ddp`) keeps the sum of all
     gradients in memory all the time, beside the gradients of parts of a batch that are not exchanged yet. With `fsdp`
@@ -118,6 +119,11 @@ def predict(load: Load, processes: int = 1, way: str = "ddp") -> Memory:
     Raises:
         UsageError: a model that cannot be built, or whose sizes depend on the images.
     """
+    loads = (load,) if load.keep is None else (replace(load, keep=None), load)
+    return max((_predicted(each, processes, way) for each in loads), key=lambda memory: memory.peak_bytes)
+
+
+def _predicted(load: Load, processes: int, way: str) -> Memory:
     device = torch.device("cpu" if load.device.type == "mps" else load.device.type)  # fake tensors know no mps
     ddp, divided = processes > 1 and way == "ddp", processes > 1 and way != "ddp"
     with torch.device("meta"):
@@ -172,7 +178,7 @@ def _let_go(vit: VisionTransformer, load: Load) -> None:
     for place, layer in layers.items():
         if layer.router.unprunable is not None:  # refused later
             continue
-        e, rows = len(layer.experts.w1), {}
+        e, rows = len(layer.left), {}  # of all processes
         there = len(load.left.get(place, range(e)))
         for z in range(there, min(load.keep or there, there) - 1, -1):
             if z < e:

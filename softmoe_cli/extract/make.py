@@ -22,7 +22,7 @@ from softmoe_cli.extract.cut import outputs_of
 from softmoe_cli.extract.forms import Made, one_task
 from softmoe_cli.extract.settings import data_of, settings_of_extract, tasks_asked
 from softmoe_cli.model.vit import build, portable, prepare
-from softmoe_cli.model.weights import load_weights
+from softmoe_cli.model.weights import experts_left, load_weights
 from softmoe_cli.prune.fold import timm_entry
 from softmoe_cli.prune.smaller import compared, distance_in_float64, latencies
 from softmoe_cli.run.checkpoint import digest_of, write_checkpoint
@@ -70,7 +70,11 @@ def extract(config: ExtractConfig, model: Model, source: Source) -> dict[str, An
         name: _compared(config, model, made.model, (whole.to(device), new.to(device)), name, source) for name in which
     }
     receipt["float64_distance"] = _distance(made, config, model, whole, which)
-    costs = {"before": account(model, whole.num_classes), "after": account(made.model, new.num_classes)}
+    both = {"before": (model, whole), "after": (made.model, new)}
+    costs = {
+        when: account(each, vit.num_classes, left=experts_left(dict(vit.state_dict())))
+        for when, (each, vit) in both.items()
+    }
     receipt["cost"] = {when: cost.row for when, cost in costs.items()}
     receipt["bytes"] = {"before": _bytes(whole.state_dict()), "after": _bytes(weights)}
     classes = source.card["classes"]

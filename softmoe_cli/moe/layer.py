@@ -191,6 +191,7 @@ class MoE(Layer):
         self.run_widths = experts.w1.shape[1:] if router.slots_per_expert is None else ()
         self.left: Sequence[int] = range(len(experts.w1))
         """The experts that are left, ascending."""
+        self._all = len(experts.w1)
         self._slots = router.slots_per_expert
         self._balance = True
 
@@ -205,10 +206,9 @@ class MoE(Layer):
     def leave(self, left: Sequence[int]) -> None:
         """From now on the layer has only these of its experts, and computes what a layer that was built with them
         would. The others' weights stay where they are and are never read; their gradients are zero."""
-        e = len(self.experts.w1)
         self.left = sorted(left)
         device = self.experts.w1.device
-        some = None if len(self.left) == e else torch.tensor(self.left, dtype=torch.int64, device=device)
+        some = None if len(self.left) == self._all else torch.tensor(self.left, dtype=torch.int64, device=device)
         self.alive.zero_()[self.left] = True
         self.router.leave(some, balance=self._balance)
         self.experts.leave(some)

@@ -92,9 +92,13 @@ def origin(command: str, settings: dict[str, Any], source: "Source | None") -> s
     """Ten hex digits that are equal for weights that were made with the same settings but for the seed and the cut of
     the data, from weights of one origin. Two checkpoints of one origin differ only by chance, so comparisons may group
     runs that were finetuned from them."""
-    start = source.card.get("origin", source.digest) if source else None
-    text = json.dumps(
-        [command, start, {key: value for key, value in settings.items() if key not in ("seed", "data.split_seed")}],
-        sort_keys=True,
-    )
+    kept = {key: value for key, value in settings.items() if key not in ("seed", "data.split_seed")}
+    if "split_seed" in kept.get("data", {}):  # receipts hold the images' settings in a group of their own
+        kept["data"] = kept["data"] | {"split_seed": 0}
+    text = json.dumps([command, origin_of(source) if source else None, kept], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def origin_of(source: "Source") -> str:
+    """What a checkpoint says of its origin; of elsewhere, its contents."""
+    return str(source.card.get("origin", source.digest))

@@ -103,9 +103,18 @@ class Leveller:
         return Levelled(free, told, best.cost, best.other_cost)
 
     def _checked(self, words: list[str], tree: dict[str, Any]) -> Config:
+        from softmoe_cli.model.weights import experts_left
         from softmoe_cli.options.inherit import resolve
 
-        return resolve(self.command, copy.deepcopy(tree), [*words, *self.said])[0]
+        config, source = resolve(self.command, copy.deepcopy(tree), [*words, *self.said])
+        weights = {} if source is None else source.weights
+        left = experts_left(weights)
+        if source is not None and any(len(left[at]) < len(weights[f"blocks.{at}.mlp.alive"]) for at in left):
+            raise UsageError(
+                f"equal={self.by} counts all experts, and of {source.label} some went in its training; cut them away "
+                f"first: softmoe prune checkpoint={source.label}"
+            )
+        return config
 
     def _matched(self, config: Config, free: str, to: str) -> MatchConfig:
         """What softmoe match would be asked about a run's model and budget."""

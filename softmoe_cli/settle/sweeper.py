@@ -191,17 +191,20 @@ class Rounds:
             if (place := Path(os.path.abspath(folder))) in noted
         }
         """Why runs failed when they were last tried; they are not waited for."""
+        self._to_retry = set(self._reasons)
+        """The runs that failed under a command before, until this one has tried them once more."""
 
     def go(self) -> Account:
         """Rounds until every arm has its verdict or a budget is used up. What failed under a command before is tried
         once more where an arm is open without it."""
-        again = True
         while True:
             runs = self._finished()
             standing = self._look(runs)
             report = self._report(standing, runs)
             self._send(standing, runs)
-            retried = self._retried(standing) if again else []
+            retried = self._retried(standing)
+            if retried and standing.wanted and self._over(report.spent, retried, runs)[1]:
+                retried = []  # what the next look needs may be less
             if not standing.wanted and not retried:
                 return report
             wanted = retried or self._next(standing, runs)
@@ -213,7 +216,8 @@ class Rounds:
                 return replace(report, over=over, next_round=price)
             if standing.n:
                 self._launcher.tell(as_text(report))
-            again = again and not retried
+            if retried:
+                self._to_retry.clear()
             self._launch(wanted)
 
     def _send(self, standing: Standing, runs: dict[str, dict[int, FinishedRun]]) -> None:
@@ -236,10 +240,10 @@ class Rounds:
         return {*self._reasons, *self._unlike}
 
     def _retried(self, standing: Standing) -> list[tuple[str, int]]:
-        """The failed runs of arms that are open, and of the baseline while one is, which a look has passed over."""
+        """The runs that failed before, of arms that are open, and of the baseline while one is."""
         undecided = standing.undecided(self._contest)
         arms = {self._contest.baseline, *undecided} if undecided else set()
-        return sorted(each for each in self._reasons if each[0] in arms)
+        return sorted(each for each in self._to_retry if each[0] in arms)
 
     def outlook(self) -> Outlook | None:
         """What runs that are there already say of the deviation; this is no look, as nothing else is told."""

@@ -20,7 +20,7 @@ from softmoe_cli.data.order import TaskDraws
 from softmoe_cli.device import KEPT, hardware, slower
 from softmoe_cli.model.router import router_class
 from softmoe_cli.run import rows
-from softmoe_cli.run.identity import flat_science
+from softmoe_cli.run.identity import flat_science, origin_of
 from softmoe_cli.run.saving import room_beside
 from softmoe_cli.stack.turns import at_once
 from softmoe_cli.text import flop, gibibytes, si
@@ -241,7 +241,7 @@ def result_row(
         "python": platform.python_version(),
         "checkpoint.train_pflop": source.train_pflop if source else None,
         "checkpoint.digest": source.digest if source else None,
-        "checkpoint.origin": source.card.get("origin", source.digest) if source else None,
+        "checkpoint.origin": origin_of(source) if source else None,
         **flat_science(config),
         "data.identity": setup.images_digest,
     }

@@ -191,6 +191,8 @@ def test_wandb_switched_off_or_out_of_reach(softmoe: Softmoe, tmp_path: Path, mo
 def test_a_list_given_twice_goes_on() -> None:
     chosen = parsed_options("compare", {"by": ("KEY,KEY", "")}, {"by": listed}, (), ["runs", "--by", "a", "--by=b,c"])
     assert (chosen.by, chosen.folders) == (("a", "b", "c"), [Path("runs")])
+    with pytest.raises(UsageError, match="--by names nothing"):
+        parsed_options("compare", {"by": ("KEY,KEY", "")}, {"by": listed}, (), ["runs", "--by", ","])
 
 
 def test_command_line(softmoe: Softmoe, tmp_path: Path) -> None:

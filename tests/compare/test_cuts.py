@@ -1,5 +1,6 @@
 """Several cuts of the data: what is independent, how much cuts and seeds vary, and verdicts that count cuts."""
 
+import itertools
 import math
 import statistics
 from pathlib import Path
@@ -168,6 +169,18 @@ def test_runs_of_several_cuts_stand_in_one_table_and_n_counts_cuts(tmp_path: Pat
     cells = next(each for each in flat_rows(comparison) if each["group"] == "soft")
     assert cells["difference_seed_deviation"] == pytest.approx(0.1 / math.sqrt(2))
     assert cells["cuts"] == "0 0 1 1 2 2 3 3 4 4"
+
+
+def test_every_run_counts_where_a_draw_is_in_a_group_twice(tmp_path: Path) -> None:
+    """--by puts two learning rates together: both runs of a seed in a cut are in its mean."""
+    for cut, seed, lr, router in itertools.product(range(3), range(2), (0.001, 0.01), ("dense", "soft")):
+        quality = 80 + 2 * cut + 0.3 * seed + 500 * lr + (2.1 + 0.1 * cut) * (router == "soft")
+        hard: dict[str, Any] = {"data__split_seed": cut, "test_is_cut": True, "optim__lr": lr}
+        write(tmp_path, row(router=router, seed=seed, top1_pct=quality, **hard))
+    for each in asked(tmp_path, by=("router",)).groups:
+        assert each.spread is not None and (each.spread.cuts, each.spread.runs) == (3, 12)
+        assert each.spread.mean == each.intervals["top1_pct"]
+        assert each.difference_spread is None, "which runs of a seed are a pair cannot be told"
 
 
 def test_a_stray_cut_is_kept_apart_and_one_cut_can_be_asked_for(tmp_path: Path) -> None:

@@ -37,6 +37,20 @@ def test_every_setting_separates_groups(tmp_path: Path) -> None:
     assert sorted(len(each.runs) for each in asked(tmp_path).groups) == [1, 1, 1]
 
 
+@pytest.mark.parametrize(("sizes", "chance"), [((10, 10), 50.0), ((10, 100), None), ((3, 3), 100.0)])
+def test_five_guesses_of_a_mix_are_among_the_classes_of_one_set(
+    tmp_path: Path, sizes: tuple[int, int], chance: float | None
+) -> None:
+    """A run of no steps has half of the images of ten classes right in five guesses, and not a quarter."""
+    names = dict(zip(("digits", "clothes"), sizes, strict=True))
+    keys = {f"task_{name}_top1_pct": 10.0 for name in names}
+    keys |= {f"data.sets.{name}.num_classes": size for name, size in names.items()}
+    for seed in range(3):
+        write(tmp_path, row(seed=seed, top5_pct=49.0 + seed, classes=sum(sizes)) | keys)
+    (only,) = asked(tmp_path, quality="top5_pct").groups
+    assert (only.chance_pct, only.at_chance) == (chance, chance is not None)
+
+
 def test_finetunes_of_checkpoints_that_differ_by_chance_are_one_group(tmp_path: Path) -> None:
     """Other origins are other groups."""
     for seed in range(3):
@@ -68,6 +82,8 @@ def test_an_origin_is_what_chance_leaves_alike() -> None:
                 made({"optim.lr": 1}, before="x", command="finetune")}) == 4  # fmt: skip
     assert made({"seed": 0}) != made({"seed": 0}, digest="b"), "weights of elsewhere are told by their contents"
     assert origin("train", {"seed": 0}, None) == origin("train", {"seed": 1}, None)
+    cut = [{"data": {"name": name, "split_seed": seed}} for name, seed in (("a", 0), ("a", 4), ("b", 0))]
+    assert made(cut[0]) == made(cut[1]) != made(cut[2]), "as receipts of upcycling and pruning say it"
 
 
 def test_a_dense_control_is_found_for_each_size(tmp_path: Path) -> None:
@@ -104,6 +120,9 @@ def test_quality_at_equal_cost(tmp_path: Path) -> None:
                 assert draw == (0, run.row["seed"])
     assert [at.axis for at in soft.budgets] == ["images"] * 2 + ["train_pflop"] * 3
     assert soft.budgets[0].verdict == "better"
+    twice = asked(tmp_path, at=("images=3000,3000,6400", "images=6400", "train_pflop", "train_pflop"))
+    assert group(twice, "soft").budgets == soft.budgets, "one comparison each, for Holm too"
+    assert twice.blocks[0].corrected == comparison.blocks[0].corrected
     far = asked(tmp_path, at=("train_pflop=0.000001,0.00013",))
     assert [at.reason for at in group(far, "dense").budgets] == [
         "first look at 16 GFLOP",

@@ -159,6 +159,9 @@ def test_budgets_lie_where_every_curve_does() -> None:
     curves = [[(1.0, 0.0), (10.3, 0.0)], [(2.0, 0.0), (8.127, 0.0)]]
     assert budgets(curves) == [2.03, 4.06, 8.12]
     assert all(at_budget(curve, budget) is not None for curve in curves for budget in budgets(curves))
+    for end in (0.00762, 0.207, 3 * 0.000301, 0.001, 128.0):  # round ends, and one that rounding puts below one
+        curve = [(end / 100, 0.0), (end, 1.0)]
+        assert len(budgets([curve])) == 3 and at_budget(curve, budgets([curve])[-1]) == pytest.approx(1)
     assert budgets([[(1.0, 0.0), (2.0, 0.0)], [(3.0, 0.0), (4.0, 0.0)]]) == []
     assert budgets([[(1.0, 0.0)], []]) == []
 

@@ -119,6 +119,18 @@ def test_a_damaged_curve_is_no_curve(tmp_path: Path, spoil: Callable[[list[Any]]
     assert comparison.groups[0].runs[0].looks == []
 
 
+def test_an_update_that_compiles_between_two_looks_leaves_the_curve(tmp_path: Path) -> None:
+    """After a resume the first update compiles: two looks, one step apart, have taken the same seconds of training."""
+    run, rows = write(tmp_path, row()), looks(row())
+    at = [place for place, each in enumerate(rows) if each["split"] == "validation"]
+    rows[at[3]]["device_s"] = rows[at[2]]["device_s"]
+    rewrite(run, "".join(json.dumps(each) + "\n" for each in rows))
+    comparison = asked(tmp_path, cost="device_s", to_quality="85")
+    (only,) = comparison.groups
+    assert len(only.runs[0].looks) == len(at) and not only.runs[0].damage
+    assert all(each.interval is not None for each in only.budgets)
+
+
 def test_errors_of_folders(tmp_path: Path) -> None:
     study(tmp_path / "outputs")
     with pytest.raises(UsageError, match=r"outputz is no folder. Did you mean 'outputs'"):

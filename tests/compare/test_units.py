@@ -53,6 +53,7 @@ def test_more_or_less() -> None:
     assert apart(0.81, "training time") == "19% less training time"
     assert apart(1.35, "parameters") == "35% more parameters"
     assert apart(3.21, "energy") == "3.21 times the energy"
+    assert apart(0.00312, "training FLOPs") == "0.00312 times the training FLOPs", "100% fewer would be none"
     assert apart(1.004, "energy") == apart(0.996, "energy") == ""
 
 

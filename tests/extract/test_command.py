@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 
 from softmoe_cli.config.model import Model
@@ -18,6 +18,7 @@ from softmoe_cli.errors import UsageError
 from softmoe_cli.extract.command import _asked
 from softmoe_cli.extract.cut import cut_out
 from softmoe_cli.extract.forms import Made, one_task
+from softmoe_cli.model.pretrained import read_checkpoint
 from softmoe_cli.model.tasks import TaskVit
 from softmoe_cli.model.vit import build
 from softmoe_cli.options import inherit
@@ -176,6 +177,19 @@ def test_pruned_experts_stay_pruned() -> None:
     assert off(model, vit, new, "digits") <= 1e-12
     assert new.built(torch.float32).blocks[0].mlp.left == [1, 2]
     assert new.weights_as(torch.float32)["blocks.0.mlp.alive"].dtype == torch.bool
+
+
+@pytest.mark.thorough
+def test_the_cost_is_that_of_the_experts_that_are_left(softmoe: Softmoe, clothes: Path, tmp_path: Path) -> None:
+    words = mix(clothes, "model/router=tokens_choice", "train.steps=1", "threads=1")
+    assert softmoe("train", *words).code == 0
+    source = read_checkpoint(str(the_run(tmp_path)))
+    weights = source.weights | {"blocks.1.mlp.alive": torch.arange(4) == 2}
+    save_file(weights, tmp_path / "pruned.safetensors", metadata={"softmoe": json.dumps(source.card)})
+    cost = told(softmoe, "extract", "checkpoint=pruned.safetensors", "task=digits", "folder=out")["cost"]
+    for when, (checkpoint, classes) in {"before": ("pruned.safetensors", 20), "after": ("out", 10)}.items():
+        model = inherit.model_of(read_checkpoint(checkpoint), None)
+        assert cost[when] == account(model, classes, left={1: [2]}).row != account(model, classes).row
 
 
 def test_what_cannot_be_folded() -> None:

@@ -180,6 +180,37 @@ def test_router_change(softmoe: Softmoe, tmp_path: Path) -> None:
 
 
 @pytest.mark.thorough
+def test_biases_that_are_added_up_are_rounded(softmoe: Softmoe, tmp_path: Path) -> None:
+    """Those of a shared expert and of the one that is left, where they are as large as trained ones."""
+    options = ("model.router.shared_experts=1", "model.router.k=2", "model.router.renormalise=true")
+    start = made(tmp_path, "tokens_choice_dropless", *options, "model.moe_blocks=every_1")
+    card = {"softmoe": json.dumps(read_checkpoint(str(start)).card)}
+    torch.manual_seed(1)
+    weights = {key: value + 0.5 * torch.randn_like(value) for key, value in load_file(start).items()}
+    save_file(weights, tmp_path / "large.safetensors", metadata=card)
+    receipt = pruned(softmoe, "checkpoint=large.safetensors", "keep=1", "to=dense", "by=random", "folder=out")
+    assert 1e-9 < receipt["float64_distance"] < 1e-7
+
+
+@pytest.mark.thorough
+def test_prunings_that_differ_by_chance_have_one_origin(softmoe: Softmoe, tmp_path: Path) -> None:
+    """Of two seeds and cuts of one training, each by how its own router has changed: a comparison groups what is
+    finetuned from them."""
+    origins: list[str] = []
+    for seed, keep in ((0, 2), (1, 2), (1, 3)):
+        for name, step in (("before", 0), ("after", 1)):
+            start = made(tmp_path, "soft", f"data.split_seed={seed}")
+            weights, card = load_file(start), read_checkpoint(str(start)).card | {"origin": name}
+            weights["blocks.1.mlp.router.phi"] += seed + step * torch.arange(4)[None, :, None]
+            save_file(weights, tmp_path / f"{name}.safetensors", metadata={"softmoe": json.dumps(card)})
+        words = ("checkpoint=after.safetensors", "by=router_change", "before=before.safetensors", f"keep={keep}")
+        receipt = pruned(softmoe, *words, f"folder=out{len(origins)}")
+        assert receipt["settings"]["data"]["split_seed"] == seed
+        origins.append(read_checkpoint(f"out{len(origins)}").card["origin"])
+    assert origins[0] == origins[1] != origins[2]
+
+
+@pytest.mark.thorough
 def test_a_permutation_of_experts_changes_nothing(softmoe: Softmoe, tmp_path: Path) -> None:
     """Survivors are permuted, outputs are the same."""
     source = made(tmp_path, "tokens_choice_dropless")

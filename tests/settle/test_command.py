@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from softmoe_cli.launch import sweep
 from softmoe_cli.launch.sweep import Sweep
+from softmoe_cli.model.pretrained import read_checkpoint
 from softmoe_cli.run.rows import jobs
 from softmoe_cli.settle import fair
 from tests.conftest import TINY, Softmoe, thinned
@@ -293,6 +296,20 @@ def test_equal_cost_is_that_of_the_file_of_cn(
     line = ("train", *TINY[:3], "model.backbone.heads=2", "model.backbone.mlp_width=32,64", "baseline=mlp_width=32")
     some, more = (steps(*line, "study=same", f"-cn={name}", "-cd=.") for name in ("some", "more"))
     assert more / 9 == pytest.approx(some, abs=1)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("gone", [1, 0])
+def test_equal_cost_is_not_of_experts_that_went(softmoe: Softmoe, tmp_path: Path, gone: int) -> None:
+    """A checkpoint whose weights say that all are left is as any other."""
+    start = saved(tmp_path / "start.safetensors", 0)
+    card = {"softmoe": json.dumps(read_checkpoint(str(start)).card)}
+    alive = torch.arange(4) >= gone
+    save_file(load_file(start) | {"blocks.1.mlp.alive": alive}, start, metadata=card)
+    words = (f"checkpoint={start}", "data=digits", "tracking=off", "train.batch_size=8,16", "train.steps=100")
+    answer = softmoe("settle", *words, "equal=train_pflop", "baseline=batch_size=8", "--plan")
+    assert answer.code == (2 if gone else 0), answer
+    assert ("counts all experts" in answer.err and "softmoe prune checkpoint=" in answer.err) == bool(gone)
 
 
 @pytest.mark.thorough

@@ -108,6 +108,27 @@ def test_arms_on_other_images_are_refused(changes: dict[str, Any], said: str) ->
     assert said in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("key", "words", "said"),
+    [
+        ("train.minutes", (), "changes what a run costs"),
+        ("prune.until", (), "changes what a run costs"),
+        ("prune.keep", (), "changes what a run costs"),
+        ("data.split_seed", (), "compared on other images each"),
+        ("data.sets.digits.test_fraction", (), "compared on other images each"),
+        ("data", (), "compared on other images each"),
+        ("train.loss", ("quality=nll",), "another measure in each"),
+    ],
+)
+def test_values_that_cannot_be_compared_are_refused(key: str, words: Sequence[str], said: str) -> None:
+    """Costs that no formula says beforehand, images, and losses."""
+    typed, trees = [["a=1"], ["a=2"]], [tree(), tree()]
+    for good in ("data.hflip", "prune.by", "train.label_smoothing", "train.loss"):
+        require_comparable(typed, trees, asked(f"tune={good}", "tune_values=[1,2]"))
+    with pytest.raises(UsageError, match=f"tune={key}: .*{said}"):
+        require_comparable(typed, trees, asked(f"tune={key}", "tune_values=[1,2]", *words))
+
+
 def test_tuning_what_arms_differ_in_or_over_cuts_is_refused() -> None:
     tuned = asked("tune=optim.lr", "tune_values=[1,2]")
     with pytest.raises(UsageError, match="arms differ in it already"):

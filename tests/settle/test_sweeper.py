@@ -116,6 +116,29 @@ def test_what_failed_is_tried_once_more_for_open_arms_only_within_the_budget(tmp
     assert mended.standing.found["tokens_choice"].interval.n == 12
 
 
+def test_what_fails_under_a_command_is_tried_again_by_the_next_one_only(tmp_path: Path) -> None:
+    launcher = Launcher(tmp_path, lambda router, seed: router != "dense" and seed in (0, 3))
+    same = ("dense", "tokens_choice")
+    assert rounds(launcher, same, max_seeds=7).go().open
+    assert len(launcher.ran) == len(set(launcher.ran)) == 14
+    again = Launcher(tmp_path, lambda router, seed: True, notes=dict(launcher.notes))
+    rounds(again, same, max_seeds=7).go()
+    assert again.ran == [("tokens_choice", 0), ("tokens_choice", 3)]
+
+
+def test_tries_that_the_budget_does_not_allow_keep_no_look_from_being_made(tmp_path: Path) -> None:
+    """Five runs that failed cost more than the budget has left, and the next look does not."""
+    same = ("dense", "tokens_choice")
+    launcher = Launcher(tmp_path, lambda router, seed: router != "dense" and 0 < seed < 6)
+    before = rounds(launcher, same, max_seeds=8).go()
+    assert before.open
+    one = sum(result(router, 0)["train_pflop"] for router in same)
+    again = Launcher(tmp_path, lambda router, seed: False, notes=dict(launcher.notes))
+    after = rounds(again, same, max_seeds=20, pflop=before.spent.pflop + 1.5 * one).go()
+    assert again.ran == [("dense", 8), ("tokens_choice", 8)]
+    assert after.standing.n == 9 and after.over and after.next_round.pflop == pytest.approx(one, rel=0.01)
+
+
 def test_runs_ahead_use_up_no_budget(tmp_path: Path) -> None:
     """A round with runs ahead that passes the budget is made without them."""
     launcher = Launcher(tmp_path, lambda router, seed: False)

@@ -367,6 +367,16 @@ def test_memory_knows_of_larger_slots() -> None:
     assert predict(replace(load, keep=1)).peak_bytes > predict(load).peak_bytes
 
 
+@pytest.mark.thorough
+def test_memory_knows_of_slots_that_go() -> None:
+    """A soft router's slots go with their experts, and before that all are there."""
+    config = compose(*TINY, "model.router.slots_per_expert=40", "train.batch_size=64")
+    load = Load.of(config, 10, torch.device("cpu"))
+    for way in ("ddp", "fsdp"):
+        whole, pruned = (predict(each, 2, way) for each in (load, replace(load, keep=1)))
+        assert whole == pruned
+
+
 def test_a_pruned_source_costs_what_a_smaller_model_does() -> None:
     """Slots of a router with capacity are as many as with so few experts from the start."""
     config = compose(*TINY, "model/router=tokens_choice", "train.batch_size=64")
@@ -376,6 +386,20 @@ def test_a_pruned_source_costs_what_a_smaller_model_does() -> None:
     assert training_cost(some).train_flop == pytest.approx(training_cost(alone).train_flop, rel=0.02)
     whole, pruned, fresh = (predict(each).activation_bytes for each in (load, some, alone))
     assert pruned == pytest.approx(fresh, rel=0.003) != pytest.approx(whole, rel=0.003), (whole, pruned, fresh)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("left", [2, 3])
+def test_a_pruned_source_needs_what_a_smaller_model_does_where_experts_are_divided(left: int) -> None:
+    """With as many experts as a process has of all, and with more."""
+    words = (*TINY, "train.batch_size=64", "model.router.slots_per_expert=8")
+    whole, small = (
+        Load.of(compose(*words, f"model.router.num_experts={number}"), 10, torch.device("cpu")) for number in (4, left)
+    )
+    pruned, fresh, other = (
+        predict(each, 2, "expert").activation_bytes for each in (replace(whole, left={1: range(left)}), small, whole)
+    )
+    assert pruned == pytest.approx(fresh, rel=0.01) != pytest.approx(other, rel=0.01)
 
 
 def test_router_change_is_of_the_norm(source: Path) -> None:

@@ -15,6 +15,7 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 from softmoe_cli.data import sets
+from softmoe_cli.model.pretrained import read_checkpoint
 from softmoe_cli.model.router import make_layer
 from softmoe_cli.model.vit import build
 from softmoe_cli.moe.layer import Experts, MoE
@@ -307,6 +308,24 @@ def test_a_preserving_start_goes_on(source: Path, softmoe: Softmoe, tmp_path: Pa
     assert again.code == 0 and "holds this already" in again.out
     other = softmoe(*line, "seed=1")
     assert other.code == 2 and "folder=up exists, and what exists is not overwritten" in other.err
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("copies", [3, 7])
+def test_thirds_and_sevenths_of_weights_are_preserving(
+    copies: int, source: Path, softmoe: Softmoe, tmp_path: Path
+) -> None:
+    """Weights as large as trained ones are rounded to float32 when they are divided: outputs change by that."""
+    torch.manual_seed(0)
+    weights = {key: value + 0.2 * torch.randn_like(value) for key, value in load_file(source).items()}
+    card = {"softmoe": json.dumps(read_checkpoint(str(source)).card)}
+    save_file(weights, tmp_path / "large.safetensors", metadata=card)
+    words = ("model/router=tokens_choice_dropless", "model.router.k=2", "model.router.renormalise=true",
+             f"model.router.shared_experts={copies - 1}", "preserve=true", "folder=up")  # fmt: skip
+    answer = softmoe("upcycle", "checkpoint=large.safetensors", *BLOCKS, *words)
+    assert answer.code == 0, answer.err
+    receipt = json.loads((tmp_path / "up/receipt.json").read_text())
+    assert 1e-9 < receipt["max_change"] < 1e-7 * receipt["mean_size"]
 
 
 def test_same_inputs_give_same_bytes_and_a_seed_others(source: Path, softmoe: Softmoe, tmp_path: Path) -> None:

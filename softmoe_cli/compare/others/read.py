@@ -62,8 +62,9 @@ def read_others(paths: Sequence[Path], question: Question) -> tuple[list[Finishe
     alike = 0 if question.by else _alike(runs)
     if alike:
         notes[ALIKE] = alike
-    if question.map and not runs and not left_out:
-        raise UsageError("--map has no effect: there is no run of another program in what was named")
+    for option, given in (("map", question.map), ("path", question.path)):
+        if given and not runs and not left_out:
+            raise UsageError(f"--{option} has no effect: there is no run of another program in what was named")
     _check_percents(list(zip(read, runs, strict=True)), named)
     return runs, left_out, [f"{several(count, 'run')}: {note}" for note, count in notes.items()]
 

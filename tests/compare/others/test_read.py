@@ -306,6 +306,8 @@ def test_a_mapping_without_runs_of_others_has_no_effect(tmp_path: Path) -> None:
     write(tmp_path, row())
     with pytest.raises(UsageError, match="--map has no effect"):
         asked(tmp_path, map=("quality=acc",))
+    with pytest.raises(UsageError, match="--path has no effect"):
+        asked(tmp_path, path="{model}/seed{seed}")
 
 
 def test_as_it_is_typed(softmoe: Softmoe, tmp_path: Path) -> None:
