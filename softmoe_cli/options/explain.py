@@ -105,13 +105,14 @@ class _Flags(Exception):
 
 
 def check_line(command: str, arguments: Sequence[str]) -> list[str]:
-    """The arguments with flags before overrides, as Hydra wants them.
+    """The arguments with flags before overrides, as Hydra wants them, and with the choices that glob(…) stands for.
 
     Raises:
         UsageError: a flag that Hydra does not have, or an argument that is no override.
     """
     from hydra._internal.utils import get_args_parser
     from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import Glob
     from hydra.errors import HydraException
 
     learns, many = command in ("train", "finetune"), any(word in ("-m", "--multirun") for word in arguments)
@@ -138,7 +139,7 @@ def check_line(command: str, arguments: Sequence[str]) -> list[str]:
         raise UsageError(_flag(unknown[0], command, arguments, parser))
     if told.multirun and (told.cfg or told.info):
         raise UsageError(f"{'--cfg' if told.cfg else '--info'} shows one configuration; leave out -m")
-    reader = OverridesParser.create()
+    reader, choices = OverridesParser.create(), {}
     for word in told.overrides:
         if word.startswith("~") and not word.startswith("~hydra"):
             raise UsageError(f"{short(word)}: an option cannot be taken away; give it a value")
@@ -151,7 +152,16 @@ def check_line(command: str, arguments: Sequence[str]) -> list[str]:
             raise UsageError(_unread(word, command)) from error
         if "@" in key:
             raise UsageError(f"{short(word)}: a group has one place here; write {key.partition('@')[0]}={short(value)}")
-        if parsed.is_discrete_sweep() and next(parsed.sweep_iterator(), None) is None:
+        if isinstance(parsed.value(), Glob):
+            if key not in CONF_GROUPS:
+                raise UsageError(
+                    f"{short(word)}: glob is for the choices of a group, and {key} is none; list its values with commas"
+                )
+            found = parsed.value().filter(list(files(key)))
+            if not found:
+                raise UsageError(f"{short(word)} fits no choice.{_choices(key, '')}")
+            choices[word] = f"{word.partition('=')[0]}={','.join(found)}"
+        elif parsed.is_discrete_sweep() and next(parsed.sweep_iterator(), None) is None:
             raise UsageError(f"{short(word)} lists no value; a sweep needs one or more")
         if parsed.is_sweep_override() and not told.multirun:
             raise UsageError(
@@ -167,7 +177,7 @@ def check_line(command: str, arguments: Sequence[str]) -> list[str]:
         ):
             raise UsageError(f"{short(word)}: {key} takes the name of a choice.{_choices(key, '')}")
     _refuse_unknown_to_hydra(ordered)
-    return ordered
+    return [choices.get(word, word) for word in ordered]
 
 
 def _refuse_unknown_to_hydra(arguments: Sequence[str]) -> None:

@@ -42,6 +42,9 @@ REFUSED = {
     "a flag misspelt": ("train --helpp", "Did you mean '--help'?"),
     "a flag's value": ("train --cfg all jobs", "cannot read 'jobs'"),
     "flags and sweeps": ("train -m seed=1,2 --cfg job", "leave out -m"),
+    "a pattern without choices": ("train -m model=glob(zzz*)", "model=glob(zzz*) fits no choice. Such as vit_"),
+    "a pattern of values": ("train -m seed=glob(*)", "glob is for the choices of a group, and seed is none"),
+    "a pattern without -m": ("cost model=glob(vit_nano2*)", "several values make a sweep, which takes -m"),
     "Hydra's completion": ("train -sc install=bash", 'eval "$(softmoe completion bash)"'),
     "Hydra's completion, asked": ("-sc query=bash", 'eval "$(softmoe completion bash)"'),
     "Hydra's completion, bare": ("train --shell-completion", 'eval "$(softmoe completion bash)"'),
@@ -106,6 +109,16 @@ def test_overrides_may_stand_before_flags(softmoe: Softmoe) -> None:
 def test_a_folder_with_an_equals_sign_belongs_to_its_flag() -> None:
     line = ["seed=3", "-cp", "/lr=0.1/run", "--config-name", "a=b", "--cfg", "job"]
     assert explain.check_line("train", line) == [*line[1:], "seed=3"]
+
+
+def test_a_pattern_stands_for_the_choices_that_it_fits() -> None:
+    line = ["-m", "model=glob([vit_nano4*,small],exclude=*soft)", "+experiment=glob([pruning/e*,pruning/s*])", "seed=0"]
+    assert explain.check_line("train", line) == [
+        "-m",
+        "model=small,vit_nano4_dense,vit_nano4_tokens_choice",
+        "+experiment=pruning/eager,pruning/start",
+        "seed=0",
+    ]
 
 
 def test_an_experiment_of_a_group_of_ones_own(softmoe: Softmoe, tmp_path: Path) -> None:
