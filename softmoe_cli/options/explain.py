@@ -93,6 +93,9 @@ def short(text: str) -> str:
     return text if len(text) <= ARGUMENT_LETTERS else f"{text[: ARGUMENT_LETTERS // 2]}… ({len(text):,} letters)"
 
 
+WHERE_HYDRA_WRITES = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.job.chdir")
+"""Keys by which runs of other programs with Hydra get their folders."""
+
 OWN_FLAGS = ("--plan", "--groups", "--debug")
 """Flags that are not Hydra's."""
 
@@ -176,15 +179,20 @@ def check_line(command: str, arguments: Sequence[str]) -> list[str]:
             and not isinstance(parsed.value(), str | list)
         ):
             raise UsageError(f"{short(word)}: {key} takes the name of a choice.{_choices(key, '')}")
-    _refuse_unknown_to_hydra(ordered)
+    _refuse_of_hydra(ordered)
     return [choices.get(word, word) for word in ordered]
 
 
-def _refuse_unknown_to_hydra(arguments: Sequence[str]) -> None:
-    """Raises UsageError for a key of hydra that does not exist, typed as +hydra.key=value."""
+def _refuse_of_hydra(arguments: Sequence[str]) -> None:
+    """Raises UsageError for a key of hydra that does not exist, typed as +hydra.key=value, or that moves no run."""
     from hydra.conf import HydraConf
 
     for argument in arguments:
+        if argument.lstrip("+").partition("=")[0] in WHERE_HYDRA_WRITES:
+            raise UsageError(
+                f"{short(argument)} moves no run: a run's folder is output_root/study/name-signature; "
+                "type output_root=, study= or name="
+            )
         if not argument.startswith(("+hydra.", "++hydra.")):
             continue
         key, section = argument.lstrip("+").partition("=")[0].removeprefix("hydra."), HydraConf

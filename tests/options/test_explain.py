@@ -42,6 +42,8 @@ REFUSED = {
     "a flag misspelt": ("train --helpp", "Did you mean '--help'?"),
     "a flag's value": ("train --cfg all jobs", "cannot read 'jobs'"),
     "flags and sweeps": ("train -m seed=1,2 --cfg job", "leave out -m"),
+    "a folder of Hydra's": ("train hydra.run.dir=mine", "hydra.run.dir=mine moves no run: "),
+    "a folder of Hydra's for a sweep": ("train -m seed=0,1 hydra.sweep.dir=mine", "type output_root=, study= or name="),
     "a pattern without choices": ("train -m model=glob(zzz*)", "model=glob(zzz*) fits no choice. Such as vit_"),
     "a pattern of values": ("train -m seed=glob(*)", "glob is for the choices of a group, and seed is none"),
     "a pattern without -m": ("cost model=glob(vit_nano2*)", "several values make a sweep, which takes -m"),
