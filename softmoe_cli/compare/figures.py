@@ -104,7 +104,8 @@ def _panels(comparison: Comparison, draw: Callable[[Axes, Comparison, Block], fl
 def safe(text: str) -> str:
     """The text without characters that matplotlib reads as mathematics or has no letter for, cut to what a figure can
     show."""
-    shown = "".join(c if c.isprintable() and ord(c) < 0x250 else "?" for c in shortened(text, DRAWN_LETTERS, "..."))
+    text = shortened(text.replace("…", "..."), DRAWN_LETTERS, "...")
+    shown = "".join(c if c.isprintable() and ord(c) < 0x250 else "?" for c in text)
     shown = shown.replace("$", r"\$")
     return f" {shown}" if shown.startswith("_") else shown
 

@@ -9,14 +9,19 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from softmoe_cli.compare.blocks import compare
-from softmoe_cli.compare.figures import LEFT, PLOT_HEIGHT, PLOT_WIDTH, figure_files, legend_beside
+from softmoe_cli.compare.figures import LEFT, PLOT_HEIGHT, PLOT_WIDTH, figure_files, legend_beside, safe
 from softmoe_cli.compare.groups import Comparison
 from softmoe_cli.compare.question import Question
+from softmoe_cli.text import shortened
 from tests.synthetic import row, write
 
 
 def test_names_that_figures_cannot_draw(nasty: Comparison) -> None:
     assert all(figure_files(nasty, "pareto").values()) and all(figure_files(nasty, "curves").values())
+
+
+def test_what_was_shortened_before_is_drawn_as_shortened() -> None:
+    assert safe(shortened("golden retriever", 12)) == "golden...iever"
 
 
 @pytest.mark.parametrize(("cost", "column"), [(0.000998, True), (0.00098, False)])

@@ -14,7 +14,19 @@ from softmoe_cli.moe.kind import Shares
 from softmoe_cli.moe.routers.zero_computation import ZeroComputationRouter
 from softmoe_cli.moe.routing import DenseRouting, SparseRouting
 from softmoe_cli.show.looked import ModelLook, look_at, pixels_of
-from softmoe_cli.show.paint import CLEAR, CROSS, DROPPED_GREY, FRAME, HEAT, SIDE, colours, patch_in_place
+from softmoe_cli.show.paint import (
+    CLEAR,
+    CROSS,
+    DROPPED_GREY,
+    FRAME,
+    HEAT,
+    SIDE,
+    Cell,
+    Sheet,
+    colours,
+    patch_in_place,
+    sheet_png,
+)
 from softmoe_cli.show.sheets import classes_sheet, leader, likes_sheet, routing_sheet, strip_sheets
 from tests.conftest import TINY
 from tests.oracles import compose
@@ -282,3 +294,10 @@ def test_experts_that_are_left_keep_their_numbers_and_colours(router: str) -> No
 def test_a_second_choice_that_has_room_leads() -> None:
     chosen = torch.tensor([[[2, 0], [-1, 1], [-1, -1], [0, -1]]])
     assert leader(Shares(torch.zeros(1, 4, 3), None, torch.arange(3), chosen)).tolist() == [[2, 1, -1, 0]]
+
+
+def test_letters_of_other_languages_are_drawn() -> None:
+    """A letter that a font does not have is a box, the same for all of them."""
+    pixels = np.zeros((SIDE, SIDE, 3), np.uint8)
+    drawn = {letter: sheet_png(Sheet("s", "", "", [[Cell(pixels, letter)]])) for letter in "AÄÜéčłΨЖ"}
+    assert len(set(drawn.values())) == len(drawn)
