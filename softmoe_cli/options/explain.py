@@ -96,6 +96,9 @@ def short(text: str) -> str:
 WHERE_HYDRA_WRITES = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.job.chdir")
 """Keys by which runs of other programs with Hydra get their folders."""
 
+OF_CHECKPOINTS = ("evaluate", "export", "prune", "extract", "show")
+"""Commands whose model is the checkpoint's, whole."""
+
 OWN_FLAGS = ("--plan", "--groups", "--debug")
 """Flags that are not Hydra's."""
 
@@ -277,6 +280,10 @@ def explain(error: Exception, command: str, arguments: Sequence[str]) -> str:
     if isinstance(cause, InterpolationResolutionError):
         return unresolved(cause, arguments)
     known = known_keys(command, arguments)
+    named = str(getattr(cause, "full_key", None) or text.partition("'")[2].partition("'")[0])
+    said = _of_the_checkpoint(named.lstrip("+").partition("=")[0], command, arguments)
+    if said is not None:
+        return said
     if isinstance(cause, ValidationError):
         key = str(cause.full_key).partition("[")[0]
         below = next((a for a in arguments if a.lstrip("+").startswith(f"{key}.")), None)
@@ -297,6 +304,25 @@ def explain(error: Exception, command: str, arguments: Sequence[str]) -> str:
             key = text.split("'")[1].lstrip("+~").partition("@")[0].partition("=")[0]
             return no_key(_typed(key, arguments), key, known)
     return short(text.partition(" Config search path:")[0])
+
+
+def _of_the_checkpoint(key: str, command: str, arguments: Sequence[str]) -> str | None:
+    """The sentence for a part of the model that a command takes from its checkpoint; None for any other key."""
+    typed = next((a for a in arguments if re.split(r"[./=]", a)[0] == "model" == re.split(r"[./]", key)[0]), None)
+    if typed is not None and command in OF_CHECKPOINTS:
+        return f"{short(typed)}: the model is the checkpoint's, and softmoe {command} changes none of it; leave it out"
+    typed, option = _typed(key, arguments), key.rpartition(".")[2]
+    if key.startswith("model.router.") and option in router_options() and not typed.startswith("+"):
+        if command == "upcycle":
+            return f"{typed}: {option} is an option of a router; type the router as well, model/router=NAME"
+        if command == "finetune":
+            return f"{typed}: the router is the checkpoint's; to give it another {option}, type +{typed}"
+    if key in ("model/router", "model/backbone") and command == "finetune":
+        return (
+            f"{typed}: the model is the checkpoint's; type model=NAME as well for one that its weights fit; experts "
+            "for a dense one are made by softmoe upcycle"
+        )
+    return None
 
 
 def refused(error: Exception, arguments: Sequence[str]) -> str:
