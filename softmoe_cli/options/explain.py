@@ -284,6 +284,9 @@ def explain(error: Exception, command: str, arguments: Sequence[str]) -> str:
     said = _of_the_checkpoint(named.lstrip("+").partition("=")[0], command, arguments)
     if said is not None:
         return said
+    in_file = re.match(r"In '([^']+)': \w+ raised while composing config: .* full_key: (\S+)", text)
+    if in_file is not None:
+        return _in_file(*in_file.groups(), command, known)
     if isinstance(cause, ValidationError):
         key = str(cause.full_key).partition("[")[0]
         below = next((a for a in arguments if a.lstrip("+").startswith(f"{key}.")), None)
@@ -323,6 +326,19 @@ def _of_the_checkpoint(key: str, command: str, arguments: Sequence[str]) -> str 
             "for a dense one are made by softmoe upcycle"
         )
     return None
+
+
+def _in_file(place: str, key: str, command: str, known: Sequence[str]) -> str:
+    """The sentence for a key of a yaml file, as of `recipe/mine`: there is no such key, or its value is of another
+    type."""
+    from softmoe_cli.options.own_conf import GLOBAL_GROUPS
+
+    group = place.partition("/")[0]
+    if key == group and group in GLOBAL_GROUPS:
+        return f"{place}.yaml lacks the line # @package _global_, which must be its first: its keys are of all sections"
+    kind = next((option.kind for option in _options(command) if option.key == key), "")
+    found = f"{key}: expected {kind}" if kind else no_key(key, key, [each for each in known if each != key])
+    return f"{place}.yaml: {found}"
 
 
 def refused(error: Exception, arguments: Sequence[str]) -> str:

@@ -128,6 +128,25 @@ def test_a_pattern_stands_for_the_choices_that_it_fits() -> None:
     ]
 
 
+OWN_FILES = {
+    "recipe/mine.yaml": ("optim: {lr: 1}", "recipe/mine.yaml lacks the line # @package _global_"),
+    "recipe/typo.yaml": ("# @package _global_\ntrain: {step: 3}", "recipe/typo.yaml: train.step: there is no key"),
+    "recipe/text.yaml": ("# @package _global_\ntrain: {steps: abc}", "train.steps: expected whole number >= 1"),
+    "model/odd.yaml": ("defaults: [small]\ndepht: 3", "model/odd.yaml: model.depht: there is no key 'model.depht'"),
+    "data/odd.yaml": ("defaults: [digits]\nmeen: 3", "key 'data.meen'. Did you mean 'data.mean'?"),
+}
+
+
+@pytest.mark.parametrize("name", OWN_FILES)
+def test_a_fault_in_a_file_of_ones_own(name: str, softmoe: Softmoe, tmp_path: Path) -> None:
+    text, told = OWN_FILES[name]
+    own = tmp_path / "conf" / name
+    own.parent.mkdir(parents=True)
+    own.write_text(text + "\n")
+    answer = softmoe("train", name.removesuffix(".yaml").replace("/", "="), "--cfg", "job")
+    assert answer.code == 2 and told in answer.err and "raised while" not in answer.err
+
+
 def test_an_experiment_of_a_group_of_ones_own(softmoe: Softmoe, tmp_path: Path) -> None:
     own = tmp_path / "conf" / "experiment" / "mine" / "x.yaml"
     own.parent.mkdir(parents=True)
