@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import os
 import re
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -111,7 +112,8 @@ class _Flags(Exception):
 
 
 def check_line(command: str, arguments: Sequence[str]) -> list[str]:
-    """The arguments with flags before overrides, as Hydra wants them, and with the choices that glob(…) stands for.
+    """The arguments with flags before overrides, as Hydra wants them, with the choices that glob(…) stands for, and
+    with the whole path of -cp, which Hydra would look for beside Python's files.
 
     Raises:
         UsageError: a flag that Hydra does not have, or an argument that is no override.
@@ -143,6 +145,10 @@ def check_line(command: str, arguments: Sequence[str]) -> list[str]:
     unknown = [word for word in unknown if word.startswith("-")]
     if unknown:
         raise UsageError(_flag(unknown[0], command, arguments, parser))
+    if told.config_path is not None and not os.path.isdir(told.config_path):
+        raise UsageError(f"-cp {short(told.config_path)} is no folder; a run goes on with -cp RUN -cn config")
+    if told.config_path is not None and not os.path.isabs(told.config_path):
+        ordered.insert(len(ordered) - len(overrides), f"--config-path={os.path.abspath(told.config_path)}")
     if told.multirun and (told.cfg or told.info):
         raise UsageError(f"{'--cfg' if told.cfg else '--info'} shows one configuration; leave out -m")
     reader, choices = OverridesParser.create(), {}
@@ -158,12 +164,13 @@ def check_line(command: str, arguments: Sequence[str]) -> list[str]:
             raise UsageError(_unread(word, command)) from error
         if "@" in key:
             raise UsageError(f"{short(word)}: a group has one place here; write {key.partition('@')[0]}={short(value)}")
-        if isinstance(parsed.value(), Glob):
+        pattern = parsed.value()
+        if isinstance(pattern, Glob):
             if key not in CONF_GROUPS:
                 raise UsageError(
                     f"{short(word)}: glob is for the choices of a group, and {key} is none; list its values with commas"
                 )
-            found = parsed.value().filter(list(files(key)))
+            found = pattern.filter(list(files(key)))
             if not found:
                 raise UsageError(f"{short(word)} fits no choice.{_choices(key, '')}")
             choices[word] = f"{word.partition('=')[0]}={','.join(found)}"
@@ -266,6 +273,8 @@ def explain(error: Exception, command: str, arguments: Sequence[str]) -> str:
         group = max((g for g in (*CONF_GROUPS, "hydra/sweeper") if path.startswith(f"{g}/")), key=len, default="")
         if group:
             return no_choice(group, path.removeprefix(f"{group}/"), error.options)
+        if "primary config" in str(error):
+            return f"-cn {short(path)}: there is no such file in the folder of -cp; that of a run is -cn config"
     text = " ".join(str(error).split())
     if text.startswith("In 'experiment/") and "study" not in known_keys(command, ()):
         named = "+experiment=" + text.removeprefix("In 'experiment/").partition("'")[0]
@@ -286,7 +295,7 @@ def explain(error: Exception, command: str, arguments: Sequence[str]) -> str:
         return said
     in_file = re.match(r"In '([^']+)': \w+ raised while composing config: .* full_key: (\S+)", text)
     if in_file is not None:
-        return _in_file(*in_file.groups(), command, known)
+        return _in_file(in_file[1], in_file[2], command, known)
     if isinstance(cause, ValidationError):
         key = str(cause.full_key).partition("[")[0]
         below = next((a for a in arguments if a.lstrip("+").startswith(f"{key}.")), None)

@@ -113,9 +113,21 @@ def test_overrides_may_stand_before_flags(softmoe: Softmoe) -> None:
     assert "seed: 3" in softmoe("train", "seed=3", "--cfg", "job", "train.steps=2").out
 
 
-def test_a_folder_with_an_equals_sign_belongs_to_its_flag() -> None:
-    line = ["seed=3", "-cp", "/lr=0.1/run", "--config-name", "a=b", "--cfg", "job"]
+def test_a_folder_with_an_equals_sign_belongs_to_its_flag(tmp_path: Path) -> None:
+    run = tmp_path / "lr=0.1" / "run"
+    run.mkdir(parents=True)
+    line = ["seed=3", "-cp", str(run), "--config-name", "a=b", "--cfg", "job"]
     assert explain.check_line("train", line) == [*line[1:], "seed=3"]
+
+
+def test_a_run_goes_on_by_its_folder_as_typed(softmoe: Softmoe, tmp_path: Path) -> None:
+    run = tmp_path / "outputs" / "run"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text(softmoe("train", "seed=3", "--cfg", "job").out)
+    for flags in (("-cp", "outputs/run"), ("--config-path=./outputs/run",), ("-cp", str(run))):
+        assert "seed: 3" in softmoe("train", *flags, "-cn", "config", "--cfg", "job").out
+    assert "-cn train: there is no such file" in softmoe("train", "-cp", "outputs/run").err
+    assert "-cp outputs/rnu is no folder" in softmoe("train", "-cp", "outputs/rnu", "-cn", "config").err
 
 
 def test_a_pattern_stands_for_the_choices_that_it_fits() -> None:
