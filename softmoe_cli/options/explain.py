@@ -151,7 +151,8 @@ def check_line(command: str, arguments: Sequence[str]) -> list[str]:
         ordered.insert(len(ordered) - len(overrides), f"--config-path={os.path.abspath(told.config_path)}")
     if told.multirun and (told.cfg or told.info):
         raise UsageError(f"{'--cfg' if told.cfg else '--info'} shows one configuration; leave out -m")
-    reader, choices = OverridesParser.create(), {}
+    reader = OverridesParser.create()
+    choices: dict[str, str] = {}
     for word in told.overrides:
         if word.startswith("~") and not word.startswith("~hydra"):
             raise UsageError(f"{short(word)}: an option cannot be taken away; give it a value")
