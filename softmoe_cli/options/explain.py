@@ -147,6 +147,11 @@ def check_line(command: str, arguments: Sequence[str]) -> list[str]:
         raise UsageError(_flag(unknown[0], command, arguments, parser))
     if told.config_path is not None and not os.path.isdir(told.config_path):
         raise UsageError(f"-cp {short(told.config_path)} is no folder; a run goes on with -cp RUN -cn config")
+    if told.config_path is not None and learns and told.multirun:
+        raise UsageError(
+            f"-cp {short(told.config_path)} with -m: the file of a run knows of no sweep; type its settings, or write "
+            f"defaults: [{command}, _self_] above them in a file of your own, and name that with -cd FOLDER -cn NAME"
+        )
     if told.config_path is not None and not os.path.isabs(told.config_path):
         ordered.insert(len(ordered) - len(overrides), f"--config-path={os.path.abspath(told.config_path)}")
     if told.multirun and (told.cfg or told.info):

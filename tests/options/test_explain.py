@@ -126,6 +126,7 @@ def test_a_run_goes_on_by_its_folder_as_typed(softmoe: Softmoe, tmp_path: Path) 
     (run / "config.yaml").write_text(softmoe("train", "seed=3", "--cfg", "job").out)
     for flags in (("-cp", "outputs/run"), ("--config-path=./outputs/run",), ("-cp", str(run))):
         assert "seed: 3" in softmoe("train", *flags, "-cn", "config", "--cfg", "job").out
+    assert "the file of a run knows of no sweep" in softmoe("train", "-m", "-cp", "outputs/run", "-cn", "config").err
     assert "-cn train: there is no such file" in softmoe("train", "-cp", "outputs/run").err
     assert "-cp outputs/rnu is no folder" in softmoe("train", "-cp", "outputs/rnu", "-cn", "config").err
 
