@@ -5,7 +5,7 @@ import difflib
 import os
 import re
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from softmoe_cli.config.commands import SCHEMAS
@@ -172,14 +172,7 @@ def check_line(command: str, arguments: Sequence[str]) -> list[str]:
             raise UsageError(f"{short(word)}: a group has one place here; write {key.partition('@')[0]}={short(value)}")
         pattern = parsed.value()
         if isinstance(pattern, Glob):
-            if key not in CONF_GROUPS:
-                raise UsageError(
-                    f"{short(word)}: glob is for the choices of a group, and {key} is none; list its values with commas"
-                )
-            found = pattern.filter(list(files(key)))
-            if not found:
-                raise UsageError(f"{short(word)} fits no choice.{_choices(key, '')}")
-            choices[word] = f"{word.partition('=')[0]}={','.join(found)}"
+            choices[word] = f"{word.partition('=')[0]}={','.join(_fitting(word, key, pattern.filter))}"
         elif parsed.is_discrete_sweep() and next(parsed.sweep_iterator(), None) is None:
             raise UsageError(f"{short(word)} lists no value; a sweep needs one or more")
         if parsed.is_sweep_override() and not told.multirun:
@@ -197,6 +190,18 @@ def check_line(command: str, arguments: Sequence[str]) -> list[str]:
             raise UsageError(f"{short(word)}: {key} takes the name of a choice.{_choices(key, '')}")
     _refuse_of_hydra(ordered)
     return [choices.get(word, word) for word in ordered]
+
+
+def _fitting(word: str, key: str, fits: Callable[[list[str]], list[str]]) -> list[str]:
+    """The choices of a group that a pattern, `glob(vit_*)`, stands for."""
+    if key not in CONF_GROUPS:
+        raise UsageError(
+            f"{short(word)}: glob is for the choices of a group, and {key} is none; list its values with commas"
+        )
+    found = fits(list(files(key)))
+    if not found:
+        raise UsageError(f"{short(word)} fits no choice.{_choices(key, '')}")
+    return found
 
 
 def _refuse_of_hydra(arguments: Sequence[str]) -> None:
