@@ -81,13 +81,13 @@ def _panels(comparison: Comparison, draw: Callable[[Axes, Comparison, Block], fl
     count = len(comparison.blocks) + other
     figure = Figure()
     panels = figure.subplots(count, 1, squeeze=False)[:, 0]
-    beside = []
+    beside, titles = [], []
     for axes, block in zip(panels, comparison.blocks, strict=False):
         beside.append(draw(axes, comparison, block))
-        axes.set_title(safe(block.title), loc="left", fontsize=12)
+        titles.append(axes.set_title(safe(block.title), loc="left", fontsize=12))
     if other:
         beside.append(_published(panels[-1], comparison))
-    title = max(axes.title.get_window_extent().width for axes in panels) / figure.dpi
+    title = max(each.get_window_extent().width for each in titles) / figure.dpi
     width = max(LEFT + PLOT_WIDTH + max(beside), LEFT + 0.2 + title)
     height = count * (PLOT_HEIGHT + BETWEEN)
     figure.set_size_inches(width, height)
@@ -104,7 +104,8 @@ def _panels(comparison: Comparison, draw: Callable[[Axes, Comparison, Block], fl
 def safe(text: str) -> str:
     """The text without characters that matplotlib reads as mathematics or has no letter for, cut to what a figure can
     show."""
-    shown = "".join(c if c.isprintable() and ord(c) < 0x250 else "?" for c in shortened(text, DRAWN_LETTERS, "..."))
+    text = shortened(text.replace("…", "..."), DRAWN_LETTERS, "...")
+    shown = "".join(c if c.isprintable() and ord(c) < 0x250 else "?" for c in text)
     shown = shown.replace("$", r"\$")
     return f" {shown}" if shown.startswith("_") else shown
 

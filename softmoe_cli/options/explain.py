@@ -2,9 +2,10 @@
 
 import dataclasses
 import difflib
+import os
 import re
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from softmoe_cli.config.commands import SCHEMAS
@@ -93,6 +94,12 @@ def short(text: str) -> str:
     return text if len(text) <= ARGUMENT_LETTERS else f"{text[: ARGUMENT_LETTERS // 2]}… ({len(text):,} letters)"
 
 
+WHERE_HYDRA_WRITES = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.job.chdir")
+"""Keys by which runs of other programs with Hydra get their folders."""
+
+OF_CHECKPOINTS = ("evaluate", "export", "prune", "extract", "show")
+"""Commands whose model is the checkpoint's, whole."""
+
 OWN_FLAGS = ("--plan", "--groups", "--debug")
 """Flags that are not Hydra's."""
 
@@ -105,13 +112,15 @@ class _Flags(Exception):
 
 
 def check_line(command: str, arguments: Sequence[str]) -> list[str]:
-    """The arguments with flags before overrides, as Hydra wants them.
+    """The arguments with flags before overrides, as Hydra wants them, with the choices that glob(…) stands for, and
+    with the whole path of -cp, which Hydra would look for beside Python's files.
 
     Raises:
         UsageError: a flag that Hydra does not have, or an argument that is no override.
     """
     from hydra._internal.utils import get_args_parser
     from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import Glob
     from hydra.errors import HydraException
 
     learns, many = command in ("train", "finetune"), any(word in ("-m", "--multirun") for word in arguments)
@@ -136,9 +145,19 @@ def check_line(command: str, arguments: Sequence[str]) -> list[str]:
     unknown = [word for word in unknown if word.startswith("-")]
     if unknown:
         raise UsageError(_flag(unknown[0], command, arguments, parser))
+    if told.config_path is not None and not os.path.isdir(told.config_path):
+        raise UsageError(f"-cp {short(told.config_path)} is no folder; a run goes on with -cp RUN -cn config")
+    if told.config_path is not None and learns and told.multirun:
+        raise UsageError(
+            f"-cp {short(told.config_path)} with -m: the file of a run knows of no sweep; type its settings, or write "
+            f"defaults: [{command}, _self_] above them in a file of your own, and name that with -cd FOLDER -cn NAME"
+        )
+    if told.config_path is not None and not os.path.isabs(told.config_path):
+        ordered.insert(len(ordered) - len(overrides), f"--config-path={os.path.abspath(told.config_path)}")
     if told.multirun and (told.cfg or told.info):
         raise UsageError(f"{'--cfg' if told.cfg else '--info'} shows one configuration; leave out -m")
     reader = OverridesParser.create()
+    choices: dict[str, str] = {}
     for word in told.overrides:
         if word.startswith("~") and not word.startswith("~hydra"):
             raise UsageError(f"{short(word)}: an option cannot be taken away; give it a value")
@@ -151,7 +170,10 @@ def check_line(command: str, arguments: Sequence[str]) -> list[str]:
             raise UsageError(_unread(word, command)) from error
         if "@" in key:
             raise UsageError(f"{short(word)}: a group has one place here; write {key.partition('@')[0]}={short(value)}")
-        if parsed.is_discrete_sweep() and next(parsed.sweep_iterator(), None) is None:
+        pattern = parsed.value()
+        if isinstance(pattern, Glob):
+            choices[word] = f"{word.partition('=')[0]}={','.join(_fitting(word, key, pattern.filter))}"
+        elif parsed.is_discrete_sweep() and next(parsed.sweep_iterator(), None) is None:
             raise UsageError(f"{short(word)} lists no value; a sweep needs one or more")
         if parsed.is_sweep_override() and not told.multirun:
             raise UsageError(
@@ -166,15 +188,32 @@ def check_line(command: str, arguments: Sequence[str]) -> list[str]:
             and not isinstance(parsed.value(), str | list)
         ):
             raise UsageError(f"{short(word)}: {key} takes the name of a choice.{_choices(key, '')}")
-    _refuse_unknown_to_hydra(ordered)
-    return ordered
+    _refuse_of_hydra(ordered)
+    return [choices.get(word, word) for word in ordered]
 
 
-def _refuse_unknown_to_hydra(arguments: Sequence[str]) -> None:
-    """Raises UsageError for a key of hydra that does not exist, typed as +hydra.key=value."""
+def _fitting(word: str, key: str, fits: Callable[[list[str]], list[str]]) -> list[str]:
+    """The choices of a group that a pattern, `glob(vit_*)`, stands for."""
+    if key not in CONF_GROUPS:
+        raise UsageError(
+            f"{short(word)}: glob is for the choices of a group, and {key} is none; list its values with commas"
+        )
+    found = fits(list(files(key)))
+    if not found:
+        raise UsageError(f"{short(word)} fits no choice.{_choices(key, '')}")
+    return found
+
+
+def _refuse_of_hydra(arguments: Sequence[str]) -> None:
+    """Raises UsageError for a key of hydra that does not exist, typed as +hydra.key=value, or that moves no run."""
     from hydra.conf import HydraConf
 
     for argument in arguments:
+        if argument.lstrip("+").partition("=")[0] in WHERE_HYDRA_WRITES:
+            raise UsageError(
+                f"{short(argument)} moves no run: a run's folder is output_root/study/name-signature; "
+                "type output_root=, study= or name="
+            )
         if not argument.startswith(("+hydra.", "++hydra.")):
             continue
         key, section = argument.lstrip("+").partition("=")[0].removeprefix("hydra."), HydraConf
@@ -245,6 +284,8 @@ def explain(error: Exception, command: str, arguments: Sequence[str]) -> str:
         group = max((g for g in (*CONF_GROUPS, "hydra/sweeper") if path.startswith(f"{g}/")), key=len, default="")
         if group:
             return no_choice(group, path.removeprefix(f"{group}/"), error.options)
+        if "primary config" in str(error):
+            return f"-cn {short(path)}: there is no such file in the folder of -cp; that of a run is -cn config"
     text = " ".join(str(error).split())
     if text.startswith("In 'experiment/") and "study" not in known_keys(command, ()):
         named = "+experiment=" + text.removeprefix("In 'experiment/").partition("'")[0]
@@ -259,6 +300,13 @@ def explain(error: Exception, command: str, arguments: Sequence[str]) -> str:
     if isinstance(cause, InterpolationResolutionError):
         return unresolved(cause, arguments)
     known = known_keys(command, arguments)
+    named = str(getattr(cause, "full_key", None) or text.partition("'")[2].partition("'")[0])
+    said = _of_the_checkpoint(named.lstrip("+").partition("=")[0], command, arguments)
+    if said is not None:
+        return said
+    in_file = re.match(r"In '([^']+)': \w+ raised while composing config: .* full_key: (\S+)", text)
+    if in_file is not None:
+        return _in_file(in_file[1], in_file[2], command, known)
     if isinstance(cause, ValidationError):
         key = str(cause.full_key).partition("[")[0]
         below = next((a for a in arguments if a.lstrip("+").startswith(f"{key}.")), None)
@@ -279,6 +327,38 @@ def explain(error: Exception, command: str, arguments: Sequence[str]) -> str:
             key = text.split("'")[1].lstrip("+~").partition("@")[0].partition("=")[0]
             return no_key(_typed(key, arguments), key, known)
     return short(text.partition(" Config search path:")[0])
+
+
+def _of_the_checkpoint(key: str, command: str, arguments: Sequence[str]) -> str | None:
+    """The sentence for a part of the model that a command takes from its checkpoint; None for any other key."""
+    typed = next((a for a in arguments if re.split(r"[./=]", a)[0] == "model" == re.split(r"[./]", key)[0]), None)
+    if typed is not None and command in OF_CHECKPOINTS:
+        return f"{short(typed)}: the model is the checkpoint's, and softmoe {command} changes none of it; leave it out"
+    typed, option = _typed(key, arguments), key.rpartition(".")[2]
+    if key.startswith("model.router.") and option in router_options() and not typed.startswith("+"):
+        if command == "upcycle":
+            return f"{typed}: {option} is an option of a router; type the router as well, model/router=NAME"
+        if command == "finetune":
+            return f"{typed}: the router is the checkpoint's; to give it another {option}, type +{typed}"
+    if key in ("model/router", "model/backbone") and command == "finetune":
+        return (
+            f"{typed}: the model is the checkpoint's; type model=NAME as well for one that its weights fit; experts "
+            "for a dense one are made by softmoe upcycle"
+        )
+    return None
+
+
+def _in_file(place: str, key: str, command: str, known: Sequence[str]) -> str:
+    """The sentence for a key of a yaml file, as of `recipe/mine`: there is no such key, or its value is of another
+    type."""
+    from softmoe_cli.options.own_conf import GLOBAL_GROUPS
+
+    group = place.partition("/")[0]
+    if key == group and group in GLOBAL_GROUPS:
+        return f"{place}.yaml lacks the line # @package _global_, which must be its first: its keys are of all sections"
+    kind = next((option.kind for option in _options(command) if option.key == key), "")
+    found = f"{key}: expected {kind}" if kind else no_key(key, key, [each for each in known if each != key])
+    return f"{place}.yaml: {found}"
 
 
 def refused(error: Exception, arguments: Sequence[str]) -> str:

@@ -74,6 +74,7 @@ def _calibration(said: Outcomes) -> Figure:
     panel.bar(left[there], bins[there, 1], 1 / len(bins), align="edge", color=COLOURS[6], edgecolor="white")
     panel.plot([0, 1], [0, 1], color="#767676", ls="--", lw=1)
     panel.plot(bins[there, 2], bins[there, 1], "o", color=COLOURS[1], ms=4)
+    panel.set_title("dots: at the mean probability of a bar; dashed: no error", loc="left", fontsize=10)
     panel.set(xlim=(0, 1), ylim=(0, 1), xlabel="probability of the prediction", ylabel="share that is right")
     return figure
 

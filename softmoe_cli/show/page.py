@@ -202,7 +202,10 @@ def _calibration(said: "Outcomes") -> list[str]:
         f'<text transform="translate(12 {10 + size / 2}) rotate(-90)" text-anchor="middle">share that is right</text>',
     ]
     error = 100 * calibration_error(said.probability, said.right)
-    told = f"Expected calibration error {error:.2f}%, {said.top1_pct:.2f}% of {len(said.label):,} images right."
+    told = (
+        f"Expected calibration error {error:.2f}%, {said.top1_pct:.2f}% of {len(said.label):,} images right. "
+        "A bar for each range of probabilities, a dot at the mean probability there; dashed: no error."
+    )
     box = f'class="fixed" viewBox="0 0 {left + size + 12} {size + 50}" role="img"'
     return ["<h2>Calibration</h2>", f"<p>{told}</p>", f"<svg {box}>{''.join(parts)}</svg>"]
 

@@ -5,7 +5,9 @@ import colorsys
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
+import matplotlib as mpl
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
@@ -140,7 +142,9 @@ LETTERS, GAP, MOST_CAPTION = 12, 8, 24
 
 def sheet_png(sheet: Sheet) -> bytes:
     """A whole sheet as a file: title, legend, rows of pictures with their words below them."""
-    font, line = ImageFont.load_default(LETTERS), LETTERS + 4
+    # Pillow's own font has no letter beyond ASCII, and classes are called Übung or Кошка.
+    font = ImageFont.truetype(Path(mpl.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", LETTERS - 1)
+    line = LETTERS + 4
     wide = max(SIDE, *(cell.pixels.shape[1] for row in sheet.rows for cell in row), 150)
     columns = max(len(row) for row in sheet.rows)
     width = max(GAP + columns * (wide + GAP), 480)
@@ -168,7 +172,7 @@ def sheet_png(sheet: Sheet) -> bytes:
 
 
 def _rows_of_legend(
-    legend: Sequence[tuple[str, tuple[int, int, int]]], width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont
+    legend: Sequence[tuple[str, tuple[int, int, int]]], width: int, font: ImageFont.FreeTypeFont
 ) -> list[list[tuple[int, str, tuple[int, int, int]]]]:
     """The words of a legend with their places from the left, as many in a row as it takes."""
     found: list[list[tuple[int, str, tuple[int, int, int]]]] = []
@@ -183,7 +187,7 @@ def _rows_of_legend(
     return found
 
 
-def _lines(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
+def _lines(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
     """Two lines at most, cut where they would be wider."""
     lines = [""]
     for word in text.split():

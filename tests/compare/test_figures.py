@@ -1,5 +1,6 @@
 """Figures: what they can draw."""
 
+import io
 import re
 from pathlib import Path
 from typing import Any
@@ -7,16 +8,22 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from PIL import Image, ImageOps
 
 from softmoe_cli.compare.blocks import compare
-from softmoe_cli.compare.figures import LEFT, PLOT_HEIGHT, PLOT_WIDTH, figure_files, legend_beside
+from softmoe_cli.compare.figures import LEFT, PLOT_HEIGHT, PLOT_WIDTH, figure_files, legend_beside, safe
 from softmoe_cli.compare.groups import Comparison
 from softmoe_cli.compare.question import Question
+from softmoe_cli.text import shortened
 from tests.synthetic import row, write
 
 
 def test_names_that_figures_cannot_draw(nasty: Comparison) -> None:
     assert all(figure_files(nasty, "pareto").values()) and all(figure_files(nasty, "curves").values())
+
+
+def test_what_was_shortened_before_is_drawn_as_shortened() -> None:
+    assert safe(shortened("golden retriever", 12)) == "golden...iever"
 
 
 @pytest.mark.parametrize(("cost", "column"), [(0.000998, True), (0.00098, False)])
@@ -51,6 +58,16 @@ def test_names_too_long_to_draw(tmp_path: Path) -> None:
     assert int.from_bytes(drawn["curves.png"][16:20], "big") < 160 * 25, "inches"
     text = page(comparison, drawn | {"pareto.svg": b""}, tmp_path)
     assert len(text.partition("<h2>")[0]) < 20_000
+
+
+def test_a_long_title_ends_in_the_figure(tmp_path: Path) -> None:
+    for seed, fraction in enumerate((1 / 12, 1 / 14)):
+        own: dict[str, Any] = {"data__validation_fraction": fraction, "data": "a set of a long name " * 3}
+        write(tmp_path / "runs", row(seed=seed, name=f"run{seed}", **own))
+    comparison = compare([tmp_path / "runs"], Question())
+    for name in ("pareto", "curves"):
+        with Image.open(io.BytesIO(figure_files(comparison, name)[f"{name}.png"])) as picture:
+            assert ImageOps.invert(picture.convert("L")).getbbox()[2] < picture.width - 5  # type: ignore[index]
 
 
 @pytest.mark.parametrize("count", [1, 15, 16, 40])

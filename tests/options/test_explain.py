@@ -42,6 +42,16 @@ REFUSED = {
     "a flag misspelt": ("train --helpp", "Did you mean '--help'?"),
     "a flag's value": ("train --cfg all jobs", "cannot read 'jobs'"),
     "flags and sweeps": ("train -m seed=1,2 --cfg job", "leave out -m"),
+    "a folder of Hydra's": ("train hydra.run.dir=mine", "hydra.run.dir=mine moves no run: "),
+    "a folder of Hydra's for a sweep": ("train -m seed=0,1 hydra.sweep.dir=mine", "type output_root=, study= or name="),
+    "a checkpoint's router": ("finetune checkpoint=x model/router=soft", "model is the checkpoint's; type model=NAME"),
+    "its option": ("finetune checkpoint=x model.router.noise_std=0", "noise_std, type +model.router.noise_std=0"),
+    "an option without its router": ("upcycle checkpoint=x model.router.k=2", "the router as well, model/router=NAME"),
+    "a checkpoint's model": ("evaluate checkpoint=x model.router.k=2", "k=2: the model is the checkpoint's"),
+    "a checkpoint's model by name": ("export checkpoint=x model=small", "softmoe export changes none of it"),
+    "a pattern without choices": ("train -m model=glob(zzz*)", "model=glob(zzz*) fits no choice. Such as vit_"),
+    "a pattern of values": ("train -m seed=glob(*)", "glob is for the choices of a group, and seed is none"),
+    "a pattern without -m": ("cost model=glob(vit_nano2*)", "several values make a sweep, which takes -m"),
     "Hydra's completion": ("train -sc install=bash", 'eval "$(softmoe completion bash)"'),
     "Hydra's completion, asked": ("-sc query=bash", 'eval "$(softmoe completion bash)"'),
     "Hydra's completion, bare": ("train --shell-completion", 'eval "$(softmoe completion bash)"'),
@@ -103,9 +113,51 @@ def test_overrides_may_stand_before_flags(softmoe: Softmoe) -> None:
     assert "seed: 3" in softmoe("train", "seed=3", "--cfg", "job", "train.steps=2").out
 
 
-def test_a_folder_with_an_equals_sign_belongs_to_its_flag() -> None:
-    line = ["seed=3", "-cp", "/lr=0.1/run", "--config-name", "a=b", "--cfg", "job"]
+def test_a_folder_with_an_equals_sign_belongs_to_its_flag(tmp_path: Path) -> None:
+    run = tmp_path / "lr=0.1" / "run"
+    run.mkdir(parents=True)
+    line = ["seed=3", "-cp", str(run), "--config-name", "a=b", "--cfg", "job"]
     assert explain.check_line("train", line) == [*line[1:], "seed=3"]
+
+
+def test_a_run_goes_on_by_its_folder_as_typed(softmoe: Softmoe, tmp_path: Path) -> None:
+    run = tmp_path / "outputs" / "run"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text(softmoe("train", "seed=3", "--cfg", "job").out)
+    for flags in (("-cp", "outputs/run"), ("--config-path=./outputs/run",), ("-cp", str(run))):
+        assert "seed: 3" in softmoe("train", *flags, "-cn", "config", "--cfg", "job").out
+    assert "the file of a run knows of no sweep" in softmoe("train", "-m", "-cp", "outputs/run", "-cn", "config").err
+    assert "-cn train: there is no such file" in softmoe("train", "-cp", "outputs/run").err
+    assert "-cp outputs/rnu is no folder" in softmoe("train", "-cp", "outputs/rnu", "-cn", "config").err
+
+
+def test_a_pattern_stands_for_the_choices_that_it_fits() -> None:
+    line = ["-m", "model=glob([vit_nano4*,small],exclude=*soft)", "+experiment=glob([pruning/e*,pruning/s*])", "seed=0"]
+    assert explain.check_line("train", line) == [
+        "-m",
+        "model=small,vit_nano4_dense,vit_nano4_tokens_choice",
+        "+experiment=pruning/eager,pruning/start",
+        "seed=0",
+    ]
+
+
+OWN_FILES = {
+    "recipe/mine.yaml": ("optim: {lr: 1}", "recipe/mine.yaml lacks the line # @package _global_"),
+    "recipe/typo.yaml": ("# @package _global_\ntrain: {step: 3}", "recipe/typo.yaml: train.step: there is no key"),
+    "recipe/text.yaml": ("# @package _global_\ntrain: {steps: abc}", "train.steps: expected whole number >= 1"),
+    "model/odd.yaml": ("defaults: [small]\ndepht: 3", "model/odd.yaml: model.depht: there is no key 'model.depht'"),
+    "data/odd.yaml": ("defaults: [digits]\nmeen: 3", "key 'data.meen'. Did you mean 'data.mean'?"),
+}
+
+
+@pytest.mark.parametrize("name", OWN_FILES)
+def test_a_fault_in_a_file_of_ones_own(name: str, softmoe: Softmoe, tmp_path: Path) -> None:
+    text, told = OWN_FILES[name]
+    own = tmp_path / "conf" / name
+    own.parent.mkdir(parents=True)
+    own.write_text(text + "\n")
+    answer = softmoe("train", name.removesuffix(".yaml").replace("/", "="), "--cfg", "job")
+    assert answer.code == 2 and told in answer.err and "raised while" not in answer.err
 
 
 def test_an_experiment_of_a_group_of_ones_own(softmoe: Softmoe, tmp_path: Path) -> None:

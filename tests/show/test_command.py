@@ -54,7 +54,7 @@ def test_a_run_is_shown(softmoe: Softmoe, tmp_path: Path) -> None:
     looks = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     last = [row for row in looks if row["split"] == "validation"][-1]
     assert told["images"] == 143 and told["top1_pct"] == pytest.approx(last["top1_pct"])
-    assert f"Expected calibration error {last['ece_pct']:.2f}%" in shown
+    assert f"Expected calibration error {last['ece_pct']:.2f}%" in shown and "dashed: no error" in shown
     (layer,) = told["layers"]
     assert layer["layer"] == "block 1" and layer["experts"] == len(layer["load"]) == 4
     assert sum(layer["load"]) == pytest.approx(1)

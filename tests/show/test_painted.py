@@ -24,6 +24,8 @@ from softmoe_cli.show.paint import (
     HEAT,
     LETTERS,
     SIDE,
+    Cell,
+    Sheet,
     colours,
     patch_in_place,
     sheet_png,
@@ -300,3 +302,10 @@ def test_experts_that_are_left_keep_their_numbers_and_colours(router: str) -> No
 def test_a_second_choice_that_has_room_leads() -> None:
     chosen = torch.tensor([[[2, 0], [-1, 1], [-1, -1], [0, -1]]])
     assert leader(Shares(torch.zeros(1, 4, 3), None, torch.arange(3), chosen)).tolist() == [[2, 1, -1, 0]]
+
+
+def test_letters_of_other_languages_are_drawn() -> None:
+    """A letter that a font does not have is a box, the same for all of them."""
+    pixels = np.zeros((SIDE, SIDE, 3), np.uint8)
+    drawn = {letter: sheet_png(Sheet("s", "", "", [[Cell(pixels, letter)]])) for letter in "AÄÜéčłΨЖ"}
+    assert len(set(drawn.values())) == len(drawn)
