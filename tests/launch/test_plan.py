@@ -68,7 +68,7 @@ _ANSWER = plan.answer
 def test_seeds_at_once_in_the_precision_of_auto(softmoe: Softmoe, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where it is fp32 they are computed (tests/stack/test_command.py); where it is not, they are refused."""
     monkeypatch.setattr(sweep, "answer", with_fast_bf16)
-    line = ("train", "-m", *TINY, "model.backbone.width=128", "train.precision=auto", "seed=0,1", "seeds_at_once=2")
+    line = ("train", "-m", *TINY, "model.backbone.width=192", "train.precision=auto", "seed=0,1", "seeds_at_once=2")
     answer = softmoe(*line)
     words = "seed=0: seeds_at_once=2: train.precision=bf16 was not tried for several models; set it to fp32, or leave"
     assert answer.code == 2 and words in answer.err, answer

@@ -152,7 +152,7 @@ def test_rows_and_result(softmoe: Softmoe, tmp_path: Path) -> None:
     thinned(
         [
             ("fast", 0, "bf16", "this CPU has instructions for it"),
-            ("fast", 128, "fp32", "a model 16 wide gains nothing from bf16 on a CPU"),
+            ("fast", 192, "fp32", "a mixture 16 wide gains nothing from bf16 on a CPU"),
             ("emulated", 0, "fp32", "this CPU has no instructions for bf16"),
         ],
         1,
@@ -163,7 +163,7 @@ def test_precision_auto_is_the_run_of_the_precision_that_it_takes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setitem(CPU_PRODUCTS, torch.bfloat16, products)
-    monkeypatch.setattr(device, "NARROW", narrow)
+    monkeypatch.setattr(device, "NARROW_MIXTURE", narrow)
     line = ("train", *TINY, "train.steps=1")
     told = softmoe(*line, "train.precision=auto")
     assert f"train.precision=auto: {precision}, as {reason}; type train.precision={precision}" in told.out
