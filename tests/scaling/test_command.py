@@ -403,7 +403,8 @@ def test_wandb_gets_the_laws(tmp_path: Path) -> None:
     artifact = next(each.artifact for each in kept if each.artifact.type == "comparison")
     assert {each.path for each in artifact.manifest.contents} >= {"table.csv", "scaling.json", "index.html", "laws.pdf"}
     media = {path.name.split("_0_")[0] for path in (file.parent / "files" / "media").rglob("*") if path.is_file()}
-    assert media == {"table", "laws", "page"}
+    drawn = {each.stem for each in (tmp_path / "runs" / "scaling").glob("*.svg")}
+    assert "laws" in drawn and media == drawn | {"table", "page"}
 
 
 @pytest.mark.usefixtures("undrawn")
