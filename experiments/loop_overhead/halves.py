@@ -7,10 +7,10 @@ GFLOP/s and, of the ratios within a round, the median and the quartiles.
 """
 
 import statistics
-import sys
 import time
 
 import torch
+from steps import CPU, asked
 
 from softmoe_cli.device import hardware
 from softmoe_cli.moe.processor import CPU_PRODUCTS
@@ -28,11 +28,10 @@ def took_s(left: torch.Tensor, right: torch.Tensor, calls: int) -> float:
 
 
 def main() -> None:
-    words = [word for word in sys.argv[1:] if not word.startswith("rounds=")]
-    rounds = int(next((word.split("=")[1] for word in sys.argv[1:] if word.startswith("rounds=")), 15))
+    words, rounds = asked(15)
     torch.set_num_threads(1)
     verdicts = ", ".join(f"{name} {CPU_PRODUCTS[kind]}" for name, kind in KINDS.items() if kind in CPU_PRODUCTS)
-    print(f"{hardware(torch.device('cpu'))}, torch {torch.__version__}, {rounds} rounds; taken as {verdicts}")
+    print(f"{hardware(CPU)}, torch {torch.__version__}, {rounds} rounds; taken as {verdicts}")
     for shape in words or SHAPES:
         m, k, n = map(int, shape.split("x"))
         operands = {name: (torch.randn(m, k).to(kind), torch.randn(k, n).to(kind)) for name, kind in KINDS.items()}

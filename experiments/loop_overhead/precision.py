@@ -8,12 +8,11 @@ the medians, and the median and quartiles of the ratios within a round.
 """
 
 import statistics
-import sys
 import time
 from contextlib import ExitStack
 
 import torch
-from steps import CPU, RATE, batch_of, step_of
+from steps import CPU, RATE, asked, batch_of, step_of
 
 from softmoe_cli.device import hardware
 from softmoe_cli.options.compose import compose
@@ -40,8 +39,7 @@ def point(words: list[str], rounds: int) -> str:
 
 
 def main() -> None:
-    words = [word for word in sys.argv[1:] if not word.startswith("rounds=")]
-    rounds = int(next((word.split("=")[1] for word in sys.argv[1:] if word.startswith("rounds=")), 15))
+    words, rounds = asked(15)
     torch.set_num_threads(1)
     print(f"{hardware(CPU)}, torch {torch.__version__}, {rounds} rounds")
     for word in words:

@@ -10,14 +10,13 @@ turns in one process on one thread, so that whatever else the machine does meets
 """
 
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
 import torch
-from steps import CPU, RATE, batch_of, step_of
+from steps import CPU, RATE, asked, batch_of, step_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -53,8 +52,7 @@ def _alike(tensor: Tensor) -> Tensor:
 
 
 def main() -> None:
-    words = [word for word in sys.argv[1:] if not word.startswith("rounds=")]
-    rounds = int(next((word.split("=")[1] for word in sys.argv[1:] if word.startswith("rounds=")), 300))
+    words, rounds = asked(300)
     torch.set_num_threads(1)
     config = compose("tracking=off", *words)
     ratios: list[float] = []

@@ -1,5 +1,6 @@
 """One model's updates, as `train/loop.py` makes them, on drawn images: what the benchmarks of this folder time."""
 
+import sys
 from contextlib import ExitStack
 
 import torch
@@ -15,6 +16,13 @@ from softmoe_cli.train.loop import Step
 
 CPU, CLASSES, RATE = torch.device("cpu"), 10, 1e-4
 keep_freed_memory(CPU, 2**28, 2**40)
+
+
+def asked(rounds: int) -> tuple[list[str], int]:
+    """The words that were typed but for rounds=, and the rounds that it says or these."""
+    words = [word for word in sys.argv[1:] if not word.startswith("rounds=")]
+    typed = [int(word.partition("=")[2]) for word in sys.argv[1:] if word.startswith("rounds=")]
+    return words, [rounds, *typed][-1]
 
 
 def batch_of(config: Config) -> Batch:

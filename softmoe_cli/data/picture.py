@@ -13,8 +13,7 @@ IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, which nobody could raise: ours is data.max_megapixels
-# For each image and in each process: of transparency, which data check counts, and of damage that is not in the pixels.
-warnings.filterwarnings("ignore", module=r"PIL\.")
+warnings.filterwarnings("ignore", "Palette images with Transparency")  # data check counts them
 
 
 def opened(stored: Stored, i: int, channels: int, max_megapixels: float) -> Image.Image:
