@@ -16,9 +16,13 @@ from tests.runs import saved
 
 ROOT = Path(__file__).resolve().parents[1]
 CHILD = """
-import io, json, os, sys
+import gc, io, json, os, sys
 
 said = []
+
+def note(line):
+    looks = sum(each["collections"] for each in gc.get_stats())
+    said.append((line, sorted(sys.modules), looks))
 
 class Heard(io.TextIOWrapper):
     line = ""
@@ -27,7 +31,7 @@ class Heard(io.TextIOWrapper):
         for piece in text.splitlines(keepends=True):
             self.line += piece
             if piece.endswith("\\n"):
-                said.append((self.line.rstrip(), sorted(sys.modules)))
+                note(self.line.rstrip())
                 self.line = ""
         return super().write(text)
 
@@ -39,7 +43,7 @@ from softmoe_cli.cli import main
 try:
     main()
 finally:
-    said.append(("", sorted(sys.modules)))
+    note("")
     with open(file, "w") as told:
         json.dump(said, told)
 """
@@ -58,6 +62,11 @@ is complete (2,718 with torch 2.15): what nobody has named above shows here."""
 def said(folder: Path, *words: str, code: int = 0) -> list[tuple[str, set[str]]]:
     """Each line that the command says, in both streams, with the names of all modules that are imported by then; at
     last those of its end, with an empty line."""
+    return [(line, modules) for line, modules, _ in heard(folder, *words, code=code)]
+
+
+def heard(folder: Path, *words: str, code: int = 0) -> list[tuple[str, set[str], int]]:
+    """As `said`, with how often Python has looked for circles of garbage by then."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     file = folder / "said.json"
     ran = subprocess.run(
@@ -65,7 +74,7 @@ def said(folder: Path, *words: str, code: int = 0) -> list[tuple[str, set[str]]]
         cwd=folder, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert ran.returncode == code, ran.stderr
-    return [(line, set(modules)) for line, modules in json.loads(file.read_text())]
+    return [(line, set(modules), looks) for line, modules, looks in json.loads(file.read_text())]
 
 
 def packages(modules: set[str]) -> set[str]:
@@ -177,10 +186,12 @@ def test_a_configuration_is_shown_without_torch(tmp_path: Path) -> None:
 
 @pytest.mark.thorough
 def test_what_a_run_has_imported_when_it_speaks(tmp_path: Path) -> None:
-    lines = said(tmp_path, "train", *TINY, "train.steps=1")
+    lines = heard(tmp_path, "train", *TINY, "train.steps=1")
     assert packages(lines[0][1]).isdisjoint(HEAVY | {"numpy"})
     assert lines[1][0] == "train" and "torch" in lines[1][1]
-    (header,) = [modules for line, modules in lines if line.startswith("  time ")]
+    (memory,) = [looks for line, _, looks in lines if line.startswith("  memory ")]
+    assert memory == lines[0][2], "what is imported is no garbage"
+    (header,) = [modules for line, modules, _ in lines if line.startswith("  time ")]
     goodbye = lines[-1][1]
     assert header < goodbye and goodbye.isdisjoint(NEVER), goodbye & NEVER
     assert len(header) <= MODULES_OF_A_HEADER

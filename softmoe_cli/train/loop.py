@@ -35,6 +35,7 @@ from softmoe_cli.moe.kind import Decided, Decider
 from softmoe_cli.moe.routing import full_precision, routings
 from softmoe_cli.optim import freeze, optimizer_of, schedule
 from softmoe_cli.parallel import ALONE, Average, Crew, own_part
+from softmoe_cli.process import settled
 from softmoe_cli.run.finished import finished
 from softmoe_cli.stack.passing import Handed
 from softmoe_cli.stack.turns import at_once, member, prepared_s
@@ -91,6 +92,7 @@ def train(begun: Begun) -> dict[str, Any]:
         screen.row("few-shot", note)
     kept = keep_freed_memory(device, at_once() * fit.memory.peak_bytes, free_memory(device) // crew.local_size)
     screen.row("memory", summary.memory_row(fit, device, kept=kept))
+    settled()
 
     # --- model: new weights, or those of the source
     with crew.one_by_one():
