@@ -101,6 +101,8 @@ def _command(arguments: list[str]) -> tuple[str, list[str]]:
     if first in ("-V", "--version", "version"):
         return "version", rest
     _require_command(first)
+    if "--version" in rest:  # Hydra would tell its own
+        return "version", []
     if "-h" in rest or "--help" in rest or rest[:1] == ["help"] or rest[:2] == ["check", "help"]:
         return "help", [first, *(word for word in rest if word not in ("-h", "--help", "help"))]
     return first, rest

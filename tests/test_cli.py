@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -83,7 +84,8 @@ WRONG_LINES = {
     "classes": ("train data.num_classes=5", "less than the 10 classes"),
     "device": ("train device=cuda", "is not available"),
     "study": ("train study=../elsewhere", "plain folder name"),
-    "missing value": ("train data=folder", "data.root has no default"),
+    "missing value": ("train data=folder", "data.root has no default; type data.root=FOLDER"),
+    "a value of settle's": ("settle model/router=dense,soft margin=abc", "margin=abc: expected number > 0"),
     "missing folder": ("train data=folder data.root=nowhere", "is not a folder"),
     "address": ("train data=webdataset data.root=https://a.example/x.tar", "download the set and name its folder"),
     "train with a checkpoint": ("train checkpoint=x", "belongs to softmoe finetune"),
@@ -432,7 +434,9 @@ def test_finished_runs_are_not_repeated_and_sweeps_make_a_run_each(softmoe: Soft
     assert [run.stat().st_mtime_ns for run in runs] == before
 
 
-@pytest.mark.parametrize("line", ["--help", "train --help", "finetune --help", "evaluate --help", "list", "--version"])
+@pytest.mark.parametrize(
+    "line", ["--help", "train --help", "finetune --help", "evaluate --help", "list", "train --version"]
+)
 def test_help_returns_at_once(line: str) -> None:
     """Help imports neither torch nor timm nor wandb nor Hydra's composition."""
     code = (
@@ -443,6 +447,7 @@ def test_help_returns_at_once(line: str) -> None:
     )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "HEAVY []" in told.stdout
+    assert told.stdout.startswith(f"{version('softmoe-cli')}\n") == (line == "train --version")
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:

@@ -24,7 +24,15 @@ from softmoe_cli.config.run import Config
 from softmoe_cli.errors import UsageError, first_line
 from softmoe_cli.failures import ours
 from softmoe_cli.options.blocks import fill_up, spell_out
-from softmoe_cli.options.conf_files import chosen_groups, conf_folder, defaults, files, load_yaml, own_conf_folder
+from softmoe_cli.options.conf_files import (
+    chosen_groups,
+    conf_folder,
+    defaults,
+    files,
+    load_yaml,
+    own_conf_folder,
+    value_of,
+)
 from softmoe_cli.options.explain import crossing, explain, no_key, refused
 from softmoe_cli.options.help import options
 from softmoe_cli.options.mixes import spell_sets
@@ -248,10 +256,13 @@ def door(tree: dict[str, Any], section: type[S]) -> S:
         merged = OmegaConf.merge(OmegaConf.structured(section), tree)
         missing = OmegaConf.missing_keys(merged)
         if missing:
-            raise UsageError(f"{sorted(missing)[0]} has no default; give it a value")
+            raise UsageError(f"{sorted(missing)[0]} has no default; type {sorted(missing)[0]}=VALUE")
         checked = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise UsageError(f"{error.full_key}: {first_line(error)}") from error
+        key = str(error.full_key)
+        kind = next((option.kind for option in options(section) if option.key == key), "")
+        found = f"{key}={value_of(tree, key)}: expected {kind}" if kind else f"{key}: {first_line(error)}"
+        raise UsageError(found) from error
     assert isinstance(checked, section)
     return checked.settled()
 
@@ -316,7 +327,7 @@ def _settle_side(tree: dict[str, Any]) -> None:
     if data["image_size"] != "auto" or not isinstance(model, dict) or model["image_size"] == "???":
         return
     if data["root"] == "???":
-        raise UsageError("data.root has no default; give it a value")
+        raise UsageError("data.root has no default; type data.root=FOLDER")
     if isinstance(model["image_size"], int):
         data["image_size"] = model["image_size"]
         return

@@ -181,6 +181,11 @@ class Pruned:
         if before is not None:
             states = vit.state_dict(), before.weights
             norms = [{p: router_norms(state, p, layer) for p, layer in layers.items()} for state in states]
+            if all(torch.equal(norms[0][place], norms[1][place]) for place in layers):
+                raise UsageError(
+                    f"by=router_change: the routers of before={before.label} are those of checkpoint="
+                    f"{self.source.label}, so that no expert comes before another; name the one that was finetuned"
+                )
             return {place: (norms[0][place] - norms[1][place]).tolist() for place in layers}
         images = self.splits.train.spread(self.config.images)
         return measured(vit, layers, self.config.by, self.batches(images))
