@@ -83,6 +83,19 @@ def read_yaml(file: Path) -> str:
         raise UsageError(f"{file} cannot be read: {why}") from error
 
 
+def without_launcher(told: Any) -> str:
+    """The words of Hydra's command line that name a file which chooses no launcher, as a run's config.yaml: nothing of
+    -cp does, and of -cd, or of one's own conf folder, what has no defaults list. Empty where there is none."""
+    if told.config_path is not None:
+        return f"-cp {told.config_path}"
+    name = (told.config_name or "").removesuffix(".yaml")
+    for folder in (told.config_dir, own_conf_folder()):
+        file = Path(folder or "", f"{name}.yaml")
+        if folder is not None and name and file.is_file():
+            return "" if "defaults" in load_yaml(file) else f"-cn {told.config_name}"
+    return ""
+
+
 def load_yaml(file: Path) -> dict[str, Any]:
     """The contents of a yaml file.
 

@@ -22,6 +22,7 @@ from softmoe_cli.options.conf_files import (
     load_yaml,
     own_conf_folder,
     router_options,
+    without_launcher,
 )
 from softmoe_cli.options.help import Option, launcher_options, options
 from softmoe_cli.text import printable
@@ -147,9 +148,9 @@ def check_line(command: str, arguments: Sequence[str]) -> list[str]:
         raise UsageError(_flag(unknown[0], command, arguments, parser))
     if told.config_path is not None and not os.path.isdir(told.config_path):
         raise UsageError(f"-cp {short(told.config_path)} is no folder; a run goes on with -cp RUN -cn config")
-    if told.config_path is not None and learns and told.multirun:
+    if learns and told.multirun and (named_file := without_launcher(told)):
         raise UsageError(
-            f"-cp {short(told.config_path)} with -m: the file of a run knows of no sweep; type its settings, or write "
+            f"{short(named_file)} with -m: the file of a run knows of no sweep; type its settings, or write "
             f"defaults: [{command}, _self_] above them in a file of your own, and name that with -cd FOLDER -cn NAME"
         )
     if told.config_path is not None and not os.path.isabs(told.config_path):

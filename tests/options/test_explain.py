@@ -127,6 +127,12 @@ def test_a_run_goes_on_by_its_folder_as_typed(softmoe: Softmoe, tmp_path: Path) 
     for flags in (("-cp", "outputs/run"), ("--config-path=./outputs/run",), ("-cp", str(run))):
         assert "seed: 3" in softmoe("train", *flags, "-cn", "config", "--cfg", "job").out
     assert "the file of a run knows of no sweep" in softmoe("train", "-m", "-cp", "outputs/run", "-cn", "config").err
+    refused = softmoe("train", "-m", "-cd", "outputs/run", "-cn", "config", "seed=1,2").err
+    assert "-cn config with -m: the file of a run knows of no sweep" in refused
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/own.yaml").write_text("defaults: [train, _self_]\nname: mine\n")
+    planned = softmoe("train", "-m", "-cd", "mine", "-cn", "own", "seed=1,2", "--plan")
+    assert planned.code == 0 and "2 jobs" in planned.out + planned.err
     assert "-cn train: there is no such file" in softmoe("train", "-cp", "outputs/run").err
     assert "-cp outputs/rnu is no folder" in softmoe("train", "-cp", "outputs/rnu", "-cn", "config").err
 

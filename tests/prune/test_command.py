@@ -167,8 +167,7 @@ def test_what_is_refused(name: str, softmoe: Softmoe, tmp_path: Path) -> None:
 def test_router_change(softmoe: Softmoe, tmp_path: Path) -> None:
     """Those stay whose part of the router has grown most since the earlier checkpoint."""
     before = made(tmp_path, "soft")
-    words = (f"checkpoint={before}", "data=digits", "by=router_change", f"before={before}", "keep=2")
-    refused = softmoe("prune", *words)
+    refused = softmoe("prune", f"checkpoint={before}", "data=digits", "by=router_change", f"before={before}", "keep=2")
     assert refused.code == 2 and "no expert comes before another" in refused.err
     weights, key = load_file(before), "blocks.1.mlp.router.phi"
     weights[key] = weights[key] * torch.tensor([1.0, 3.0, 0.1, 2.0])[None, :, None]
