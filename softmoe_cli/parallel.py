@@ -296,9 +296,9 @@ class Crew:
 
     def norm(self, gradients: Sequence[Tensor]) -> Tensor:
         """The norm of all gradients, 0-dim."""
-        parts = [gradient for gradient in gradients if is_part(gradient)]
+        parts = [gradient for gradient in gradients if is_part(gradient)] if self.size > 1 else []
         if not parts:
-            return nn.utils.get_total_norm(gradients)
+            return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(gradients))))  # as get_total_norm
         whole = [gradient for gradient in gradients if not is_part(gradient)]
         own, undivided = nn.utils.get_total_norm([own_part(part) for part in parts]), nn.utils.get_total_norm(whole)
         return (self.add(own.double().square()) + undivided.double().square()).sqrt().to(own.dtype)

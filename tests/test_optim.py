@@ -17,6 +17,7 @@ from softmoe_cli.evaluate.quality import classification_loss
 from softmoe_cli.model.vit import build
 from softmoe_cli.moe.routing import routings
 from softmoe_cli.optim import (
+    FusedAdamW,
     constant,
     cosine,
     decays,
@@ -209,6 +210,36 @@ def test_adamw_equals_plain_arithmetic(moments: str, monkeypatch: pytest.MonkeyP
                 decay=decays.get(name, 0.0), betas=config.betas, eps=config.eps,
             )  # fmt: skip
             assert [path[name].flatten()[i].item() for path in paths] == pytest.approx(want, rel=0, abs=1e-12), name
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_our_step_leaves_the_bits_of_torchs(scaled: bool) -> None:
+    """Also where a parameter has no gradient in some updates, and where a scaler refuses one."""
+    torch.manual_seed(0)
+    ours, config = build(compose("model=vit_nano2_soft").model, 10), optim(lr=0.01, weight_decay=0.3)
+    theirs = copy.deepcopy(ours)
+    pairs = list(zip(ours.parameters(), theirs.parameters(), strict=True))
+    first, second = optimizer_of(ours, config), optimizer_of(theirs, config)
+    assert type(first) is FusedAdamW
+    second.__class__ = torch.optim.AdamW
+    scalers = [torch.amp.GradScaler("cpu", init_scale=4.0, enabled=scaled) for _ in range(2)]
+    for update_ in range(8):
+        for place, (one, other) in enumerate(pairs):
+            gradient = torch.randn_like(one) * scalers[0].get_scale()
+            if update_ == 5 and place == 3 and scaled:
+                gradient.fill_(math.inf)
+            one.grad = None if (update_ + place) % 7 == 0 else gradient
+            other.grad = None if one.grad is None else gradient.clone()
+        for scaler, optimizer in zip(scalers, (first, second), strict=True):
+            if scaled:
+                scaler.scale(torch.zeros(()))  # makes its scale
+            scaler.step(optimizer)
+            scaler.update()
+        assert all(torch.equal(one, other) for one, other in pairs), update_
+    for one, other in pairs:
+        states = first.state[one], second.state[other]
+        assert states[0].keys() == states[1].keys()
+        assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
 def test_moments_of_8_bits() -> None:

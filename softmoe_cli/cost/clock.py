@@ -24,6 +24,7 @@ from softmoe_cli.errors import UsageError
 from softmoe_cli.model.tasks import any_task
 from softmoe_cli.model.vit import build, prepare
 from softmoe_cli.moe.routing import full_precision, routings
+from softmoe_cli.optim import adamw_of
 from softmoe_cli.text import gibibytes
 
 WARM_UP = 2
@@ -69,7 +70,7 @@ class Workload:
         self.model = vit.to(self.device)
         self.x = torch.randn(load.batch, load.model.in_chans, *vit.patch_embed.img_size, device=self.device)
         self.targets = torch.randint(load.num_classes, (load.batch,), device=self.device)
-        self.optimizer = torch.optim.AdamW(vit.parameters(), fused=self.device.type in ("cpu", "cuda"))
+        self.optimizer = adamw_of(vit.parameters(), self.device)
         self.call: Callable[..., torch.Tensor] = compiled(vit) if load.compile else vit
 
     def forward(self) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from softmoe_cli.optim import state_of
+from softmoe_cli.optim import FusedAdamW, state_of
 
 
 class Updates:
@@ -48,7 +48,7 @@ class Updates:
 def alike(models: Sequence[nn.Module], optimizers: Sequence[torch.optim.Optimizer]) -> bool:
     """Whether one update of all is what each optimizer would make of its own: AdamW with moments in float32, after as
     many steps, with the same decay and shares of the rate (which may be written so that they follow the seed)."""
-    if {type(optimizer) for optimizer in optimizers} != {torch.optim.AdamW}:
+    if {type(optimizer) for optimizer in optimizers} not in ({FusedAdamW}, {torch.optim.AdamW}):  # or offloaded, SGD
         return False
     rates = [
         [{key: group[key] for key in ("betas", "eps", "weight_decay", "lr_scale")} for group in optimizer.param_groups]
