@@ -114,7 +114,8 @@ def test_predicted_memory_of_adapters_is_the_allocators(name: str, router: str, 
     assert predicted.held_bytes == predicted.gradient_bytes + predicted.optimizer_bytes, "no frozen weights"
     full = predict(load(composed("train.batch_size=32", *more, router=router)))
     assert predicted.gradient_bytes < full.gradient_bytes / 5
-    if "train.recompute=true" not in more:  # what adapters add to the one block that is there at a time may be more
+    # What adapters add to the one block that is there at a time may be more; and so with activations in half precision.
+    if not {"train.recompute=true", "train.precision=bf16"} & set(more):
         assert predicted.peak_bytes < full.peak_bytes
 
 
