@@ -9,6 +9,8 @@ first, on drawn images and labels (what they show changes no time):
 - `alone`: train/loop.py's own update of one model; every other side is compared with it.
 - `stack`: what a run of `seeds_at_once=N` does in its place: forward and backward pass of all, norms, clipping, AdamW.
 - `alone, N times the images`: one model on N batches at once, which computes as much, with fewer weights.
+- `alone, compiled` and `stack, compiled`: in the place of the latter two with train.compile=true. `alone` stays as it
+  is without.
 
 Time is this process's processor time, on one thread: other programs on the machine take the core away, and time on the
 wall with it, but not this. They still take caches, from all sides alike. With several threads it is time on the wall,
@@ -37,7 +39,7 @@ from torch.nn import functional as F
 
 from softmoe_cli.data import sets
 from softmoe_cli.data.batches import Batch, train_batches
-from softmoe_cli.device import hardware, keep_freed_memory, precision_context
+from softmoe_cli.device import compiled, hardware, keep_freed_memory, precision_context
 from softmoe_cli.model.vit import build
 from softmoe_cli.moe.routing import routings
 from softmoe_cli.optim import optimizer_of
@@ -50,11 +52,12 @@ CPU = torch.device("cpu")
 CLASSES, UPDATES, EACH = 10, 50, 2
 
 
-def step_of(model: VisionTransformer, config: Any, hooks: ExitStack) -> Step:
+def step_of(model: VisionTransformer, config: Any, hooks: ExitStack, *, compile: bool = False) -> Step:
     """What updates of a model work with, as a run makes them."""
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     autocast, seen = precision_context("cpu", "fp32", cached=True), hooks.enter_context(routings(model))
-    return Step(model, model, optimizer_of(model, config.optim), scaler, autocast, seen, config)
+    forward = compiled(model, dynamic=False) if compile else model
+    return Step(model, forward, optimizer_of(model, config.optim), scaler, autocast, seen, config)
 
 
 def alone(step: Step) -> Callable[[Tensor, Tensor, float], float]:
@@ -159,17 +162,19 @@ def main() -> None:
     with ExitStack() as hooks:
         sides: dict[tuple[str, int], Callable[[], Any]] = {}
         lr, chance = config.optim.lr, torch.Generator().manual_seed(0)
+        compiles = config.train.compile
         for n in (1, *numbers):
             images, targets = drawn(config, n, chance)
-            one, flat = (
-                alone(step_of(new_model(config, 0), config, hooks)),
-                (images.flatten(0, 1), targets.flatten(0, 1)),
-            )
+            flat = images.flatten(0, 1), targets.flatten(0, 1)
             name = "alone" if n == 1 else "alone, N times the images"
-            sides[name, n] = partial(one, *flat, lr)
+            if n == 1 or not compiles:
+                sides[name, n] = partial(alone(step_of(new_model(config, 0), config, hooks)), *flat, lr)
+            if n == 1 and compiles:
+                step = step_of(new_model(config, 0), config, hooks, compile=True)
+                sides["alone, compiled", n] = partial(alone(step), *flat, lr)
             if n > 1:
                 stack = as_stack([step_of(new_model(config, seed), config, hooks) for seed in range(n)])
-                sides["stack", n] = partial(stack, images, targets, lr)
+                sides["stack, compiled" if compiles else "stack", n] = partial(stack, images, targets, lr)
         took: dict[tuple[str, int], list[float]] = {side: [] for side in sides}
         order = list(sides)
         for turn in range(rounds + 2):

@@ -17,12 +17,14 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from softmoe_cli.config.run import Config
+from softmoe_cli.device import compiled, compiling_alone
 from softmoe_cli.errors import UsageError, first_line
 from softmoe_cli.moe.routing import drawn_by
 from softmoe_cli.parallel import draw_elsewhere
 from softmoe_cli.run.checkpoint import random_state, set_random_state
 from softmoe_cli.run.identity import flat_science
 from softmoe_cli.stack.folded import Folding
+from softmoe_cli.stack.refused import UNORDERED
 from softmoe_cli.stack.updating import Updates, alike, clip, norms
 
 Losses = Callable[..., tuple[Tensor, Tensor, Tensor]]
@@ -80,7 +82,8 @@ class Stack:
         optimizers = [each.optimizer for each in handed]
         self._updates = Updates(models, optimizers) if alike(models, optimizers) else None
         first_parts = [torch.stack(each) for each in zip(*(each.parts[0] for each in handed), strict=True)]
-        self._graph = self._written_down(handed[0].losses, first_parts)
+        key = (len(models), first) if handed[0].config.train.compile else None
+        self._graph = self._written_down(handed[0].losses, first_parts, key)
 
     def holds(self, handed: Sequence[Handed]) -> bool:
         return [id(each.model) for each in handed] == [id(model) for model in self._models]
@@ -114,7 +117,8 @@ class Stack:
             each.landed.add_(count)
         return losses, {n: each for n, each in zip(self._trained, gradients, strict=True) if each is not None}
 
-    def _written_down(self, losses: Losses, tensors: list[Tensor]) -> GraphModule:
+    def _written_down(self, losses: Losses, tensors: list[Tensor], compile_as: object | None) -> GraphModule:
+        """The pass as plain operations; compiled, and carried out once, where there is a key for that."""
         model = self._models[0]
 
         def alone(weights: dict[str, Tensor], buffers: dict[str, Tensor], *given: Tensor) -> tuple[Tensor, ...]:
@@ -147,7 +151,14 @@ class Stack:
                 graph = make_fx(together)(self._weights, self._buffers, tensors)
             if odd := next(_changed(kept), None):  # it would stay what it was while the pass was written down
                 raise RuntimeError(f"{odd} changes in a pass, and is no buffer")
-            return graph
+            if compile_as is None:
+                return graph
+            if self._draws:
+                raise UsageError(f"train.compile=true {UNORDERED}; set train.compile=false, or leave seeds_at_once out")
+            made = compiled(graph, dynamic=False)
+            with compiling_alone(compile_as, lambda: None), torch.no_grad():
+                made(self._weights, self._buffers, tensors)
+            return made
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # such as a router's that asks what numbers are

@@ -6,6 +6,8 @@ from softmoe_cli.config.run import Config
 from softmoe_cli.errors import UsageError
 from softmoe_cli.model.router import router_class
 
+UNORDERED = "may change the order in which a pass of several models draws its random numbers (drop_path, noise_std)"
+
 
 def check_stack(config: Config, at_once: int) -> None:
     """Checks a run that is to be one of several in one process.
@@ -22,8 +24,8 @@ def _reasons(config: Config) -> Iterator[str]:
     t, data, m = config.train, config.data, config.model
     if t.precision != "fp32":
         yield f"train.precision={t.precision} was not tried for several models; set it to fp32"
-    if t.compile:
-        yield "train.compile=true compiles one model; set it to false"
+    if t.compile and (m.backbone.drop_path or any(options.get("noise_std") for options in m.routers)):
+        yield f"train.compile=true {UNORDERED}; set train.compile=false"
     if t.recompute:
         yield "train.recompute=true repeats the forward pass of one model; set it to false"
     if t.minutes is not None:

@@ -136,7 +136,8 @@ def train(begun: Begun) -> dict[str, Any]:
     # --- loop
     training = _batches(setup, crew.share(config).rows(config.train.accumulate), progress.step)
     forward = crew.prepare(model.train())
-    if config.train.compile:
+    compiles_alone = config.train.compile and at_once() == 1  # else the pass of all is compiled
+    if compiles_alone:
         forward = compiled(forward)
     saved_at, save_took, first_step = time.monotonic(), 0.0, progress.step
     with stop, routings(model) as seen, screen, recording:
@@ -165,7 +166,7 @@ def train(begun: Begun) -> dict[str, Any]:
                     recording.save("last")
                     saved_at, save_took = time.monotonic(), time.monotonic() - start
 
-                compiles = config.train.compile and progress.step in (first_step, progress.changed_at)
+                compiles = compiles_alone and progress.step in (first_step, progress.changed_at)
                 turns = compiles and crew.size == 1
                 alone = compiling_alone(_graph_of(config, classes), stop.check) if turns else nullcontext()
                 with progress.booked("compile" if compiles else "device", crew.size), alone:

@@ -213,8 +213,8 @@ def test_what_has_failed_is_not_called_running_while_its_stack_goes_on(tmp_path:
 
 
 REFUSED: dict[str, tuple[str, Any]] = {
-    "train.precision": ("train.precision", "bf16"), "train.compile": ("train.compile", True),
-    "train.recompute": ("train.recompute", True), "train.minutes": ("train.minutes", 1.0), "devices": ("devices", 2),
+    "train.precision": ("train.precision", "bf16"), "train.recompute": ("train.recompute", True),
+    "train.minutes": ("train.minutes", 1.0), "devices": ("devices", 2),
     "prune.keep": ("prune.keep", 1), "adapter": ("model.adapter.name", "lora"),
     "model.head": ("model.head", "mumoe_cp"), "data=": ("data.sets", {"a": {}}), "data= ": ("data.format", "folder"),
     "model/router=mumoe_cp": ("model.router", {"_target_": "softmoe_cli.moe.routers.mumoe_cp.MuMoECPRouter"}),
@@ -236,6 +236,42 @@ def test_what_cannot_be_stacked_is_refused() -> None:
         check_stack(other, 1)
         with pytest.raises(UsageError, match=rf"^seeds_at_once=4: {said.strip()}.*; .*, or leave seeds_at_once out$"):
             check_stack(other, 4)
+
+
+@pytest.mark.parametrize("more", [("model.router.noise_std=1",), ("model.backbone.drop_path=0.1",)])
+def test_what_draws_is_not_compiled_for_several(more: tuple[str, ...]) -> None:
+    config = compose("model.moe_blocks=last_1", "train.compile=true", *more)
+    with pytest.raises(
+        UsageError, match=r"seeds_at_once=4: train.compile=true may change the order .*; set train.comp"
+    ):
+        check_stack(config, 4)
+    with pytest.raises(UsageError, match=r"^train.compile=true may change the order .* leave seeds_at_once out$"):
+        require_updates_as_alone(("train.compile=true", *more), of_losses=0, of_weights=0)
+
+
+@pytest.mark.long
+@pytest.mark.thorough
+def test_updates_of_a_compiled_stack_are_those_of_each_alone() -> None:
+    require_updates_as_alone(("train.compile=true", "train.accumulate=2"), of_losses=5e-6, of_weights=6e-5)
+
+
+@pytest.mark.long
+@pytest.mark.thorough
+@pytest.mark.usefixtures("float64")
+def test_a_compiled_stack_counts_what_its_router_keeps() -> None:
+    words = (*BIASED, "model.router.noise_std=0", "model.backbone.drop_path=0", "train.compile=true")
+    require_updates_as_alone(words, of_losses=1e-9, of_weights=1e-9)
+
+
+@pytest.mark.long
+@pytest.mark.thorough
+def test_runs_of_a_compiled_stack(tmp_path: Path) -> None:
+    """They end, and say what compiling took."""
+    words = (*COMMON, "train.compile=true", "train.steps=6", f"output_root={tmp_path}", "study=x")
+    assert together(words, (0, 1)) == [(0, "")] * 2
+    for run in (tmp_path / "x").iterdir():
+        result = json.loads((run / "result.json").read_text())
+        assert result["compile_s"] > result["device_s"]
 
 
 class Asks(TokensChoiceRouter):
