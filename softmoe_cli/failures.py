@@ -17,6 +17,7 @@ from softmoe_cli.errors import RunError, UsageError, first_line
 from softmoe_cli.text import shortened
 
 PLACE = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EFBIG: "choose another file system"}
+REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
 FILES = {errno.EMFILE, errno.ENFILE}
 STATE_ERRORS = {errno.EIO, errno.ESTALE, errno.ENOMEM, errno.EAGAIN, errno.ETIMEDOUT, errno.ENOTCONN, errno.EREMOTEIO}
 """Errors of the machine's state: the same command may work later."""
@@ -67,6 +68,8 @@ def _of_system(error: OSError, typed: Sequence[str]) -> UsageError | RunError | 
         return RunError(f"{where}{what}; type the same command again")
     if error.errno == errno.ENAMETOOLONG:
         return UsageError(f"{where}{what}: a name may have 255 bytes, a path 4,096; choose a shorter one")
+    if error.errno in REFUSED and where:
+        return UsageError(f"{where}{what}; choose a place where you may read and write, or change its permissions")
     return UsageError(f"{where}{what}") if where else None
 
 

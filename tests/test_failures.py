@@ -13,6 +13,7 @@ ERRORS: dict[str, tuple[BaseException, type[Exception] | None, str]] = {
     "full file": (OSError(errno.ENOSPC, "No space left", "a/b"), RunError, "a/b: No space left; make room"),
     "too long": (OSError(errno.ENAMETOOLONG, "File name too long", "n"), UsageError, "n: File name too long: a"),
     "typed": (NotADirectoryError(errno.ENOTDIR, "Not a directory", "x/y/z"), UsageError, "output_root=x/y: x/y/z: "),
+    "denied": (PermissionError(errno.EACCES, "denied", "out"), UsageError, "out: denied; choose a place where you may"),
     "files": (OSError(errno.EMFILE, "Too many open files"), RunError, "raise the limit with ulimit -n"),
     "disk": (OSError(errno.EIO, "Input/output error"), RunError, "Input/output error; type the same command again"),
     "memory": (MemoryError(), RunError, "out of memory"),
