@@ -85,6 +85,7 @@ WRONG_LINES = {
     "device": ("train device=cuda", "is not available"),
     "study": ("train study=../elsewhere", "plain folder name"),
     "missing value": ("train data=folder", "data.root has no default; type data.root=FOLDER"),
+    "a reference of settle's": ("settle model/router=dense,soft margin=${nope}", "margin: Interpolation key 'nope'"),
     "a value of settle's": ("settle model/router=dense,soft margin=abc", "margin=abc: expected number > 0"),
     "missing folder": ("train data=folder data.root=nowhere", "is not a folder"),
     "address": ("train data=webdataset data.root=https://a.example/x.tar", "download the set and name its folder"),

@@ -246,7 +246,7 @@ def door(tree: dict[str, Any], section: type[S]) -> S:
         UsageError: a value that is missing, of the wrong type or out of range.
     """
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    from omegaconf.errors import OmegaConfBaseException, ValidationError
 
     _register_resolvers()
     try:
@@ -261,8 +261,9 @@ def door(tree: dict[str, Any], section: type[S]) -> S:
     except OmegaConfBaseException as error:
         key = str(error.full_key)
         kind = next((option.kind for option in options(section) if option.key == key), "")
-        found = f"{key}={value_of(tree, key)}: expected {kind}" if kind else f"{key}: {first_line(error)}"
-        raise UsageError(found) from error
+        if isinstance(error, ValidationError) and kind:
+            raise UsageError(f"{key}={value_of(tree, key)}: expected {kind}") from error
+        raise UsageError(f"{key}: {first_line(error)}") from error
     assert isinstance(checked, section)
     return checked.settled()
 
