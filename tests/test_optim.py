@@ -316,8 +316,11 @@ def test_gradients_are_touched_where_their_norm_is_too_large_and_then_as_torch_d
     torch.optim.SGD(other.parameters(), lr=0.1).step()
     config = compose(*plain, f"optim.clip_norm={limit}")
     scaler, quiet = torch.amp.GradScaler("cpu", enabled=False), torch.autocast("cpu", enabled=False)
+    for parameter in one.parameters():  # of an update that was not made
+        parameter.grad = torch.ones_like(parameter)
     with routings(one) as seen, TorchCalls() as calls:
         update(Step(one, one, optimizer_of(one, config.optim), scaler, quiet, seen, config), Batch(x, targets), 0.1)
+    assert all(parameter.grad is None for parameter in one.parameters())
     assert calls.names.count("_foreach_mul_") == (over > 1)
     for mine, theirs in zip(one.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-7)
